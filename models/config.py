@@ -1,0 +1,120 @@
+"""Frozen description of a decoder whose layers may differ in width.
+
+Everything that decides an array's shape is here, hashable, and free of JAX.
+Dimension letters used throughout the project: B batch, T query positions, S key
+positions, D hidden, N query heads, K KV heads, G = N/K query heads of a KV
+group, H head_dim, F MLP width, V vocabulary, L layers.
+"""
+
+import dataclasses
+
+from models.errors import InputError
+
+FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+  """Widths of one decoder layer: what pruning changes."""
+
+  num_heads: int  # N, query heads
+  num_kv_heads: int  # K, key/value heads; divides num_heads
+  ffn: int  # F, MLP channels
+
+  def __post_init__(self):
+    if min(self.num_heads, self.num_kv_heads, self.ffn) < 1:
+      raise InputError(f'layer widths must be at least 1, got {self}')
+    if self.num_heads % self.num_kv_heads:
+      raise InputError(
+        f'num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}'
+      )
+
+  @property
+  def group_size(self) -> int:
+    """G, the query heads that share one KV head."""
+    return self.num_heads // self.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+  """Frequency scaling of LLaMA 3.1 and later (rope type `llama3`)."""
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  """Rotary position embedding: base frequency and optional scaling."""
+
+  theta: float
+  scaling: Llama3Scaling | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A LLaMA-like decoder, layer by layer.
+
+  `family` names the Hugging Face architecture that computes the same function;
+  MobileLLM, SmolLM2 and DeepSeek-R1 distillations are `llama` or `qwen2`.
+  """
+
+  family: str
+  vocab_size: int
+  hidden_size: int
+  head_dim: int
+  layers: tuple[LayerShape, ...]
+  rope: RopeConfig
+  rms_norm_eps: float
+  tie_embeddings: bool
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  max_position: int = 2048
+
+  def __post_init__(self):
+    if self.family not in FAMILIES:
+      raise InputError(f'model family {self.family!r} is unknown: one of {", ".join(FAMILIES)}')
+    if not self.layers:
+      raise InputError('a model needs at least one decoder layer')
+    if self.head_dim % 2:
+      raise InputError(f'head_dim {self.head_dim} must be even: rotary embeddings pair its halves')
+
+  @property
+  def num_layers(self) -> int:
+    return len(self.layers)
+
+  @property
+  def uniform(self) -> bool:
+    """True if all layers have the same widths, as stock checkpoints do."""
+    return len(set(self.layers)) == 1
+
+  def with_layers(self, layers: tuple[LayerShape, ...]) -> 'ModelConfig':
+    """The same model with other widths."""
+    return dataclasses.replace(self, layers=tuple(layers))
+
+
+def kv_group_params(config: ModelConfig, group_size: int) -> int:
+  """Stored parameters that leave with one KV group: its K, V, G query heads and output columns."""
+  weights = (2 + 2 * group_size) * config.head_dim * config.hidden_size
+  biases = (2 + group_size) * config.head_dim if config.qkv_bias else 0
+  return weights + biases
+
+
+def channel_params(config: ModelConfig) -> int:
+  """Stored parameters that leave with one MLP channel: a row of gate and up, a column of down."""
+  return 3 * config.hidden_size
+
+
+def layer_params(config: ModelConfig, shape: LayerShape) -> int:
+  """Stored parameters of one decoder layer, norms included."""
+  norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+  attention = shape.num_kv_heads * kv_group_params(config, shape.group_size)
+  return attention + shape.ffn * channel_params(config) + norms
+
+
+def count_params(config: ModelConfig) -> int:
+  """Stored parameters; a tied embedding counts once."""
+  tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+  return tables + config.hidden_size + sum(layer_params(config, s) for s in config.layers)

@@ -1,0 +1,98 @@
+"""Flax modules of one decoder layer.
+
+Weights keep Hugging Face's element order, with the head axes spelled out: a KV
+group is an index along K, an MLP channel an index along F, and a load or a
+save is a reshape. Matrix products run on flattened tokens: XLA's CPU backend takes
+twice as long for the gradient of a product with a three-dimensional activation.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models.config import LayerShape, ModelConfig
+from models.rope import apply_rope
+
+_init = nn.initializers.normal(0.02)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+  """Root-mean-square norm over the last axis (Zhang and Sennrich, arXiv 1910.07467), in fp32."""
+  x32 = x.astype(jnp.float32)
+  scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+  return (x32 * scale).astype(x.dtype) * weight.astype(x.dtype)
+
+
+def project(x_TD: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
+  """x [T, inputs] times a weight stored out x in, its axes flattened to two."""
+  return x_TD @ weight.astype(x_TD.dtype).reshape(-1, inputs).T
+
+
+class Attention(nn.Module):
+  """Causal grouped-query attention with rotary positions; optional QKV biases and QK norm."""
+
+  config: ModelConfig
+  shape: LayerShape
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    c, B, T = self.config, *x_BTD.shape[:2]
+    D, K, G, H = c.hidden_size, self.shape.num_kv_heads, self.shape.group_size, c.head_dim
+    q_KGHD = self.param('q', _init, (K, G, H, D))
+    k_KHD = self.param('k', _init, (K, H, D))
+    v_KHD = self.param('v', _init, (K, H, D))
+    o_DKGH = self.param('o', _init, (D, K, G, H))
+
+    x_TD = x_BTD.reshape(-1, D)
+    q, k, v = (project(x_TD, w, D) for w in (q_KGHD, k_KHD, v_KHD))
+    if c.qkv_bias:
+      q += self.param('q_bias', nn.initializers.zeros, (K, G, H)).astype(q.dtype).reshape(-1)
+      k += self.param('k_bias', nn.initializers.zeros, (K, H)).astype(k.dtype).reshape(-1)
+      v += self.param('v_bias', nn.initializers.zeros, (K, H)).astype(v.dtype).reshape(-1)
+    q_BTNH, k_BSKH, v_BSKH = q.reshape(B, T, -1, H), k.reshape(B, T, K, H), v.reshape(B, T, K, H)
+    if c.qk_norm:
+      q_BTNH = rms_norm(q_BTNH, self.param('q_norm', nn.initializers.ones, (H,)), c.rms_norm_eps)
+      k_BSKH = rms_norm(k_BSKH, self.param('k_norm', nn.initializers.ones, (H,)), c.rms_norm_eps)
+    q_BTNH, k_BSKH = apply_rope(q_BTNH, *rope), apply_rope(k_BSKH, *rope)
+    mixed_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True)
+    out_TD = mixed_BTNH.reshape(B * T, -1) @ o_DKGH.astype(x_TD.dtype).reshape(D, -1).T
+    return out_TD.reshape(B, T, D)
+
+
+class Mlp(nn.Module):
+  """Gated MLP: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202)."""
+
+  config: ModelConfig
+  shape: LayerShape
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    D, F = self.config.hidden_size, self.shape.ffn
+    gate_FD = self.param('gate', _init, (F, D))
+    up_FD = self.param('up', _init, (F, D))
+    down_DF = self.param('down', _init, (D, F))
+    x_TD = x_BTD.reshape(-1, D)
+    hidden_TF = jax.nn.silu(project(x_TD, gate_FD, D)) * project(x_TD, up_FD, D)
+    return project(hidden_TF, down_DF, F).reshape(x_BTD.shape)
+
+
+class DecoderLayer(nn.Module):
+  """Pre-norm residual layer: x + attention(norm x), then + mlp(norm x).
+
+  Applied functionally: `DecoderLayer(config, shape).apply({'params': p}, x_BTD, rope)`
+  gives the layer's output [B, T, D], residual included. Flax raises
+  `ScopeParamShapeError` where a parameter does not have the shape that `shape` says.
+  """
+
+  config: ModelConfig
+  shape: LayerShape
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    c = self.config
+    attention_norm = self.param('attention_norm', nn.initializers.ones, (c.hidden_size,))
+    mlp_norm = self.param('mlp_norm', nn.initializers.ones, (c.hidden_size,))
+    x_BTD += Attention(c, self.shape, name='attention')(
+      rms_norm(x_BTD, attention_norm, c.rms_norm_eps), rope
+    )
+    return x_BTD + Mlp(c, self.shape, name='mlp')(rms_norm(x_BTD, mlp_norm, c.rms_norm_eps))

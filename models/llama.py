@@ -1,0 +1,100 @@
+"""The decoder as pure functions over a plain parameter pytree.
+
+    {'embed': [V, D], 'layers': [layer, ...], 'norm': [D], 'lm_head': [V, D] unless tied}
+
+with each layer as `models.layers.DecoderLayer` defines it:
+
+    {'attention_norm': [D], 'mlp_norm': [D],
+     'attention': {'q': [K, G, H, D], 'k': [K, H, D], 'v': [K, H, D], 'o': [D, K, G, H],
+                   'q_bias', 'k_bias', 'v_bias' (Qwen2), 'q_norm', 'k_norm' (Qwen3)},
+     'mlp': {'gate': [F, D], 'up': [F, D], 'down': [D, F]}}
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.config import LayerShape, ModelConfig
+from models.layers import DecoderLayer, rms_norm
+from models.rope import rope_tables
+
+Params = dict[str, Any]
+
+
+def _init_layer(config: ModelConfig, shape: LayerShape, key: jax.Array) -> Params:
+  x = jnp.zeros((1, 1, config.hidden_size))
+  return DecoderLayer(config, shape).init(key, x, rope(config, 1))['params']
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+  """Random fp32 parameters, normal with standard deviation 0.02: for tests and benchmarks."""
+  keys = jax.random.split(key, config.num_layers + 2)
+  table = (config.vocab_size, config.hidden_size)
+  params: Params = {
+    'embed': 0.02 * jax.random.normal(keys[0], table),
+    'layers': [_init_layer(config, s, k) for s, k in zip(config.layers, keys[2:], strict=True)],
+    'norm': jnp.ones(config.hidden_size),
+  }
+  if not config.tie_embeddings:
+    params['lm_head'] = 0.02 * jax.random.normal(keys[1], table)
+  return params
+
+
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+  """Shapes of all parameters as `jax.ShapeDtypeStruct`, without allocating any."""
+  shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), shapes)
+
+
+def rope(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
+  """Rotary tables for positions 0 … length-1."""
+  return rope_tables(config.rope, config.head_dim, jnp.arange(length))
+
+
+def head(params: Params) -> jax.Array:
+  """Output projection [V, D]: its own, or the tied embedding."""
+  return params.get('lm_head', params['embed'])
+
+
+def hidden_states(
+  config: ModelConfig,
+  params: Params,
+  tokens_BT: jax.Array,
+  *,
+  dtype: Any = jnp.float32,
+  remat: bool = False,
+) -> jax.Array:
+  """Final normed hidden states [B, T, D] in `dtype`, the dtype of all activations.
+
+  `remat` recomputes each layer in the backward pass instead of keeping its activations.
+  """
+  tables = rope(config, tokens_BT.shape[1])
+  x_BTD = params['embed'][tokens_BT].astype(dtype)
+  for shape, layer in zip(config.layers, params['layers'], strict=True):
+    x_BTD = apply_layer(config, shape, layer, x_BTD, tables, remat=remat)
+  return rms_norm(x_BTD, params['norm'], config.rms_norm_eps)
+
+
+def apply_layer(
+  config: ModelConfig,
+  shape: LayerShape,
+  layer: Params,
+  x_BTD: jax.Array,
+  tables: tuple[jax.Array, jax.Array],
+  *,
+  remat: bool = False,
+) -> jax.Array:
+  """One decoder layer on x [B, T, D], as a pure function of its parameters."""
+  module = DecoderLayer(config, shape)
+
+  def run(layer: Params, x: jax.Array) -> jax.Array:
+    return module.apply({'params': layer}, x, tables)
+
+  return (jax.checkpoint(run) if remat else run)(layer, x_BTD)
+
+
+def apply(config: ModelConfig, params: Params, tokens_BT: jax.Array, *, dtype: Any = jnp.float32) -> jax.Array:
+  """Logits [B, T, V] in fp32 for token ids [B, T]."""
+  x_BTD = hidden_states(config, params, tokens_BT, dtype=dtype)
+  return jnp.einsum('btd,vd->btv', x_BTD, head(params).astype(dtype)).astype(jnp.float32)

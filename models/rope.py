@@ -1,0 +1,42 @@
+"""Rotary position embeddings (Su et al., arXiv 2104.09864), in fp32, halves convention of Hugging Face."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import RopeConfig
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+  """Angular frequencies [H/2] in radians per position, with the llama3 scaling if asked.
+
+  The scaling of LLaMA 3.1 (`transformers` rope type `llama3`) divides the
+  frequencies of wavelengths beyond `original_max_position / low_freq_factor` by
+  `factor`, keeps those below `original_max_position / high_freq_factor`, and
+  blends linearly between.
+  """
+  exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+  freqs = (1.0 / (np.float32(rope.theta) ** exponents)).astype(np.float32)
+  if rope.scaling is None:
+    return freqs
+  s = rope.scaling
+  wavelengths = 2 * np.pi / freqs
+  smooth = (s.original_max_position / wavelengths - s.low_freq_factor) / (
+    s.high_freq_factor - s.low_freq_factor
+  )
+  smooth = np.clip(smooth, 0.0, 1.0)
+  return ((1 - smooth) * freqs / s.factor + smooth * freqs).astype(np.float32)
+
+
+def rope_tables(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine tables [..., T, H/2] in fp32 for integer positions [..., T]."""
+  angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x_BTNH: jax.Array, cos_TC: jax.Array, sin_TC: jax.Array) -> jax.Array:
+  """Rotates x [B, T, N, H] by the tables [T, H/2] or [B, T, H/2]; same dtype out."""
+  cos, sin = cos_TC[..., None, :], sin_TC[..., None, :]
+  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return rotated.astype(x_BTNH.dtype)
