@@ -1,0 +1,162 @@
+"""From layer importance to widths: the progressive schedule and the exact landing on a budget.
+
+Paper section 3 (Adapt-Pruner); formulas in the docstrings. Numpy only.
+"""
+
+import dataclasses
+import heapq
+from collections.abc import Iterator
+
+import numpy as np
+
+from models.config import ModelConfig, channel_params, count_params, kv_group_params, layer_params
+
+MAX_SPARSITY = 0.99
+
+
+def normalise(importance: np.ndarray) -> np.ndarray:
+  """Î = (I − mean I) / max|I − mean I|, in [−1, 1]; all zero where all layers are equal."""
+  centred = importance.astype(np.float64) - importance.mean(dtype=np.float64)
+  largest = np.abs(centred).max()
+  # Differences at the level of rounding are no information about the layers.
+  if largest <= 1e-12 * max(1.0, float(np.abs(importance).max())):
+    return np.zeros_like(centred)
+  return centred / largest
+
+
+def advance(sparsity: np.ndarray, rate: np.ndarray, fraction: float = 1.0) -> np.ndarray:
+  """s(t) = clip(s(t−1) + fraction · rate, 0, 0.99), with rate = ρ/T − A·Î per layer."""
+  return np.clip(sparsity + fraction * rate, 0.0, MAX_SPARSITY)
+
+
+def _align_up(width: np.ndarray | int, align: int) -> np.ndarray | int:
+  return -(-width // align) * align
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+  """Kept KV groups and MLP channels of every layer, int [L]."""
+
+  kv: np.ndarray
+  ffn: np.ndarray
+
+  def minimum(self, other: 'Widths') -> 'Widths':
+    return Widths(np.minimum(self.kv, other.kv), np.minimum(self.ffn, other.ffn))
+
+
+class Allocator:
+  """Turns sparsities into widths of one model, and stops exactly at a parameter budget.
+
+  Args:
+    config: the model that sparsities refer to (the start of the whole schedule).
+    align_ffn: MLP widths are kept at multiples of this (a layer's full width is also allowed).
+  """
+
+  def __init__(self, config: ModelConfig, align_ffn: int = 1):
+    self.config = config
+    self.align = align_ffn
+    self.full = Widths(
+      np.array([s.num_kv_heads for s in config.layers]), np.array([s.ffn for s in config.layers])
+    )
+    self._kv_cost = np.array([kv_group_params(config, s.group_size) for s in config.layers])
+    self._ffn_cost = channel_params(config)
+    fixed = sum(
+      layer_params(config, s) - s.num_kv_heads * kv - s.ffn * self._ffn_cost
+      for s, kv in zip(config.layers, self._kv_cost, strict=True)
+    )
+    tables = count_params(config) - sum(layer_params(config, s) for s in config.layers)
+    self._fixed = tables + fixed
+
+  def params(self, widths: Widths) -> int:
+    """Stored parameters of the model at these widths."""
+    return int(self._fixed + widths.kv @ self._kv_cost + widths.ffn.sum() * self._ffn_cost)
+
+  def widths(self, sparsity: np.ndarray) -> Widths:
+    """keep = floor(width · (1 − s)); only whole KV groups go; at least one group and one block stay."""
+    head_dim = self.config.head_dim
+    # Rounding noise of the accumulated s must not cost a channel that the exact sum keeps.
+    kept_rows = np.floor(self.full.kv * head_dim * (1 - sparsity) + 1e-9).astype(int)
+    kv = self.full.kv - (self.full.kv * head_dim - kept_rows) // head_dim
+    ffn = np.floor(self.full.ffn * (1 - sparsity) + 1e-9).astype(int)
+    ffn = np.minimum(_align_up(np.maximum(ffn, 1), self.align), self.full.ffn)
+    return Widths(np.maximum(kv, 1), ffn)
+
+  def smallest(self) -> int:
+    """Parameters of the smallest model that the schedule can reach (every s at 0.99)."""
+    return self.params(self.widths(np.full(self.config.num_layers, MAX_SPARSITY)))
+
+  def _next_kv(self, layer: int, width: int) -> tuple[int, float]:
+    width -= 1
+    head_dim, full = self.config.head_dim, self.full.kv[layer]
+    return width, 1 - (width * head_dim + 1) / (full * head_dim)
+
+  def _next_ffn(self, layer: int, width: int) -> tuple[int, float]:
+    width = int(_align_up(width, self.align)) - self.align if width > self.align else 0
+    return width, 1 - (width + 1) / self.full.ffn[layer]
+
+  def _events(
+    self, widths: Widths, sparsity: np.ndarray, rate: np.ndarray
+  ) -> Iterator[tuple[float, int, bool, int]]:
+    """The removals that a growing sparsity causes, in order: (fraction of a step, layer, is_kv, width)."""
+    heap: list[tuple[float, int, bool, int]] = []
+
+    def push(layer: int, is_kv: bool, width: int) -> None:
+      width, threshold = (self._next_kv if is_kv else self._next_ffn)(layer, width)
+      if width < 1:
+        return
+      if rate[layer] > 0:
+        fraction = max(0.0, (threshold - sparsity[layer]) / rate[layer])
+      else:  # a layer that this step spares comes after all the others
+        fraction = 1e18 * (1 + threshold)
+      heapq.heappush(heap, (fraction, layer, is_kv, width))
+
+    for layer in range(self.config.num_layers):
+      push(layer, True, int(widths.kv[layer]))
+      push(layer, False, int(widths.ffn[layer]))
+    while heap:
+      event = heapq.heappop(heap)
+      yield event
+      push(*event[1:])
+
+  def land(
+    self, widths: Widths, sparsity: np.ndarray, rate: np.ndarray, target: int
+  ) -> tuple[Widths, np.ndarray]:
+    """The last step, solved: the widths at which the model is at most `target` parameters.
+
+    Groups go in the order in which the step would take them; a KV group that would overshoot is
+    passed over, so the result is below the target by less than one MLP block. Returns the widths
+    and the sparsities reached.
+    """
+    kv, ffn = widths.kv.copy(), widths.ffn.copy()
+    params, fraction = self.params(widths), 0.0
+    passed_over = []
+    for at, layer, is_kv, width in self._events(widths, sparsity, rate):
+      if params <= target:
+        break
+      if not is_kv:
+        params -= (ffn[layer] - width) * self._ffn_cost
+        ffn[layer] = width
+      elif params - self._kv_cost[layer] >= target and width == kv[layer] - 1:
+        params -= self._kv_cost[layer]
+        kv[layer] = width
+      else:
+        passed_over.append((layer, width))
+        continue
+      fraction = max(fraction, min(at, 1.0))
+    for layer, _ in passed_over:  # only where every MLP is at its last block
+      if params > target and kv[layer] > 1:
+        params -= self._kv_cost[layer]
+        kv[layer] -= 1
+    return Widths(kv, ffn), advance(sparsity, rate, fraction)
+
+  def step(
+    self, widths: Widths, sparsity: np.ndarray, rate: np.ndarray, target: int
+  ) -> tuple[Widths, np.ndarray]:
+    """One pruning step from `widths` and `sparsity`, landing on `target` if it would pass it."""
+    moved = advance(sparsity, rate)
+    if np.array_equal(moved, sparsity):  # every layer that the rate would prune is at its limit
+      return self.land(widths, sparsity, np.full_like(rate, np.abs(rate).max() or 1.0), target)
+    wanted = widths.minimum(self.widths(moved))
+    if self.params(wanted) >= target:
+      return wanted, moved
+    return self.land(widths, sparsity, rate, target)

@@ -1,0 +1,94 @@
+"""Token perplexity over non-overlapping windows."""
+
+import json
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_jax.compile import Compiler
+from adapt_jax.config import RunOptions
+from adapt_jax.data import Blocks
+from adapt_jax.inputs import compute_dtype, load_evaluation
+from adapt_jax.loss import next_token_loss, shift
+from adapt_jax.progress import Progress
+from adapt_jax.report import versions
+from adapt_jax.workdir import Workdir
+from models import llama
+from models.config import ModelConfig, count_params
+from models.files import write_text
+from models.llama import Params
+from models.source import open_source
+
+DEFINITION = (
+  'exp of the mean next-token cross-entropy over non-overlapping windows of {length} tokens; the first '
+  'token of a window has no context and is not counted'
+)
+
+
+class Evaluator:
+  """Perplexity of a model on fixed windows; compiles once per shape of the model.
+
+  Args:
+    blocks: the windows [N, T] and which of their tokens count.
+    batch: windows at once.
+    compiler: counts compiles as `evaluation`.
+    dtype: of weights in products and of activations.
+  """
+
+  def __init__(self, blocks: Blocks, batch: int, *, compiler: Compiler, dtype: Any):
+    self.blocks, self.batch = blocks, min(batch, len(blocks.tokens))
+    self._compiler, self._dtype = compiler, dtype
+    self._compiled_for: ModelConfig | None = None
+    self._program: Any = None
+
+  def _compile(self, config: ModelConfig, params: Params, tokens: np.ndarray, targets: np.ndarray) -> Any:
+    def loss(params: Params, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+      x_BTD = llama.hidden_states(config, params, tokens_BT, dtype=self._dtype)
+      total = next_token_loss(x_BTD, llama.head(params), tokens_BT, targets_BT)
+      return total, shift(tokens_BT, targets_BT)[1].sum()
+
+    return self._compiler('evaluation', loss, params, tokens, targets)
+
+  def perplexity(self, config: ModelConfig, params: Params, title: str) -> float:
+    """exp(mean cross-entropy in nats) over all targets of all windows."""
+    total = count = 0.0
+    size = self.batch
+    with Progress(title, len(self.blocks.tokens), 'windows') as progress:
+      for start in range(0, len(self.blocks.tokens), size):
+        rows = slice(start, start + size)
+        tokens, targets = self.blocks.tokens[rows], self.blocks.targets[rows]
+        if missing := size - len(tokens):  # the last batch: filled with windows that do not count
+          tokens = np.concatenate([tokens, np.zeros_like(tokens, shape=(missing, tokens.shape[1]))])
+          targets = np.concatenate([targets, np.zeros_like(targets, shape=(missing, targets.shape[1]))])
+        if self._compiled_for != config:
+          self._program = self._compile(config, params, tokens, targets)
+          self._compiled_for = config
+        batch_total, batch_count = self._program(params, jnp.asarray(tokens), jnp.asarray(targets))
+        total, count = total + float(batch_total), count + float(batch_count)
+        progress.update(size - missing, perplexity=f'{math.exp(min(total / max(count, 1), 700)):.2f}')
+    return math.exp(min(total / count, 700))
+
+
+def run(options: RunOptions, workdir: Workdir) -> None:
+  """Mode evaluate: perplexity of model.source on evaluate.source, into report.json."""
+  source = open_source(options.model.source)
+  blocks = load_evaluation(options, source.load_tokenizer(), source.config)
+  workdir.claim()
+  dtype = compute_dtype(options.model.dtype)
+  compiler = Compiler()
+  evaluator = Evaluator(blocks, options.evaluate.batch, compiler=compiler, dtype=dtype)
+  start = time.monotonic()
+  value = evaluator.perplexity(source.config, source.load_params(dtype), 'evaluate')
+  report = {
+    'model': {'source': source.name, 'params_before': count_params(source.config)},
+    'perplexity': {'dense': value, 'definition': DEFINITION.format(length=options.evaluate.length)},
+    'compiles': compiler.counts,
+    'seconds': time.monotonic() - start,
+    'versions': versions(),
+  }
+  write_text(workdir.report, json.dumps(report, indent=2) + '\n')
+  print(f'{count_params(source.config):,} parameters, perplexity {value:.3f}: {report["perplexity"]["definition"]}')

@@ -1,0 +1,91 @@
+"""A model as a Hugging Face directory that transformers, and what is built on it, loads."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+
+from models.config import ModelConfig
+from models.files import new_directory, write_text
+from models.hf import save_params
+from models.hf_config import config_to_hf
+from models.llama import Params
+
+_CODE = pathlib.Path(__file__).parent / 'hf_code'
+_WIDTHS = {'num_attention_heads': 'num_heads', 'num_key_value_heads': 'num_kv_heads', 'intermediate_size': 'ffn'}
+
+
+def write_hf(
+  config: ModelConfig,
+  params: Params,
+  directory: str | pathlib.Path,
+  *,
+  tokenizer: Any = None,
+  dtype: Any = None,
+  generation: dict[str, Any] | None = None,
+) -> None:
+  """Writes weights, config, tokenizer and, for layers that differ, the code that builds them.
+
+  `directory` is whole or absent: an older one is replaced at the end, an error leaves it as it was.
+  A stock architecture loads without `trust_remote_code`; other models need it. `dtype` None keeps
+  each array's own. `generation` holds fields of generation_config.json that go before the
+  tokenizer's, such as a chat model's list of `eos_token_id`.
+  """
+  dtype = None if dtype is None else np.dtype(dtype)
+  name = (dtype or params['embed'].dtype).name
+  ids = {f: getattr(tokenizer, f, None) for f in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+  # The old name is read by transformers before 4.56 and other programs.
+  fields = config_to_hf(config) | {'dtype': name, 'torch_dtype': name} | ids
+  with new_directory(directory) as new:
+    save_params(config, params, new, dtype)
+    if not _stock(config):
+      fields |= _own_architecture(config)
+      for file in ('configuration_adapt.py', 'modeling_adapt.py'):
+        shutil.copy(_CODE / file, new)
+    _write_json(new / 'config.json', fields)
+    given = {k: v for k, v in ids.items() if v is not None}
+    _write_json(new / 'generation_config.json', given | (generation or {}))
+    if tokenizer is not None:
+      tokenizer.save_pretrained(new)
+      _use_old_names(new / 'tokenizer_config.json')
+
+
+def _stock(config: ModelConfig) -> bool:
+  """Whether a stock class computes this model; Llama's refuses heads that do not divide hidden_size."""
+  return config.uniform and not (config.family == 'llama' and config.hidden_size % config.layers[0].num_heads)
+
+
+def _own_architecture(config: ModelConfig) -> dict[str, Any]:
+  """Fields of config.json that name the code beside it, and the widths below the widest layer's."""
+  widest = config_to_hf(config)
+  prefix = widest['architectures'][0].removesuffix('ForCausalLM')
+  narrower = {
+    str(i): {k: getattr(shape, name) for k, name in _WIDTHS.items() if getattr(shape, name) != widest[k]}
+    for i, shape in enumerate(config.layers)
+  }
+  return {
+    'model_type': f'adapt_{config.family}',
+    'architectures': [f'Adapt{prefix}ForCausalLM'],
+    'auto_map': {
+      'AutoConfig': f'configuration_adapt.Adapt{prefix}Config',
+      'AutoModel': f'modeling_adapt.Adapt{prefix}Model',  # vLLM builds this one
+      'AutoModelForCausalLM': f'modeling_adapt.Adapt{prefix}ForCausalLM',
+    },
+    'per_layer_config': {i: widths for i, widths in narrower.items() if widths},
+  }
+
+
+def _use_old_names(path: pathlib.Path) -> None:
+  """Writes a tokenizer's config with names that transformers 4 knows too; 5 reads both."""
+  fields = json.loads(path.read_text(encoding='utf-8'))
+  if fields.get('tokenizer_class') == 'TokenizersBackend':
+    fields['tokenizer_class'] = 'PreTrainedTokenizerFast'
+  if isinstance(fields.get('extra_special_tokens'), list):
+    fields['additional_special_tokens'] = fields.pop('extra_special_tokens')
+  _write_json(path, fields)
+
+
+def _write_json(path: pathlib.Path, fields: dict[str, Any]) -> None:
+  write_text(path, json.dumps(fields, indent=2, ensure_ascii=False) + '\n')

@@ -1,0 +1,48 @@
+"""Configurations of LLaMA-like models whose layers differ in width, for transformers 4.57 and 5.
+
+The ordinary fields hold the widest layer's values; `per_layer_config` holds what differs:
+{"5": {"num_attention_heads": 6, "num_key_value_heads": 2}, "7": {"intermediate_size": 1024}}.
+transformers 5.15 and later define that field themselves, before it is a plain dict.
+"""
+
+import copy
+
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+
+class PerLayerWidths:
+  """Mixin: a configuration whose attention heads and MLP width may differ from layer to layer."""
+
+  # transformers code reads `config.num_attention_heads` and the like; it gets the widest layer's.
+  allow_global_per_layer_attribute_access = True
+
+  def validate(self):
+    """Checks nothing: stock Llama asks that heads divide hidden_size, pruned heads need not."""
+
+  def layer_config(self, index):
+    """The configuration of layer `index`: a shallow copy with that layer's widths."""
+    overrides = getattr(self, 'per_layer_config', None) or {}
+    if not isinstance(overrides, dict):  # transformers >= 5.15: a sequence of configurations
+      return overrides[index]
+    layer = copy.copy(self)
+    for key, widths in overrides.items():
+      if int(key) == index:
+        for name, value in widths.items():
+          setattr(layer, name, value)
+    return layer
+
+
+class AdaptLlamaConfig(PerLayerWidths, LlamaConfig):
+  model_type = 'adapt_llama'
+
+
+class AdaptMistralConfig(PerLayerWidths, MistralConfig):
+  model_type = 'adapt_mistral'
+
+
+class AdaptQwen2Config(PerLayerWidths, Qwen2Config):
+  model_type = 'adapt_qwen2'
+
+
+class AdaptQwen3Config(PerLayerWidths, Qwen3Config):
+  model_type = 'adapt_qwen3'

@@ -1,0 +1,129 @@
+"""Opens and checks all that a run reads, cheap checks first, before any heavy work."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_jax.allocate import Allocator
+from adapt_jax.config import RunOptions
+from adapt_jax.data import Blocks, check_vocab, load_blocks
+from adapt_jax.prune import target_params
+from adapt_jax.sources import check_source
+from models.config import ModelConfig
+from models.errors import InputError
+from models.source import Source, open_source
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """The dense model, opened but not loaded, and token blocks; `train` and `evaluate` may be absent.
+
+  dtype: of activations and matrix products.
+  """
+
+  source: Source
+  tokenizer: Any
+  calibration: Blocks
+  train: Blocks | None
+  evaluate: Blocks | None
+  dtype: Any
+
+  @property
+  def config(self) -> ModelConfig:
+    return self.source.config
+
+
+def compute_dtype(name: str) -> Any:
+  """`model.dtype` as a dtype; auto is float32 on CPU, where it measures faster, else bfloat16."""
+  if name == 'auto':
+    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  return jnp.dtype(name)
+
+
+def prepare(options: RunOptions) -> Inputs:
+  """Inputs of modes accel and prune. Raises InputError for anything a user must correct."""
+  _check_sources(options)
+  source = open_source(options.model.source)
+  _check_target(options, source.config)
+  _check_steps(options)
+  tokenizer = source.load_tokenizer()
+  calibration = options.prune.calibration
+  blocks = _load(
+    options, tokenizer, source.config, 'prune.calibration.source', calibration.source, calibration.length
+  )
+  if len(blocks.tokens) < calibration.samples:
+    raise InputError(
+      f'config.prune.calibration.samples = {calibration.samples}, but the source has only '
+      f'{len(blocks.tokens)} rows of {calibration.length} tokens: lower it or give more text'
+    )
+  train = None
+  if options.train.tokens:
+    train = _load(
+      options, tokenizer, source.config, 'train.source', options.train.source, options.train.length
+    )
+  evaluate = load_evaluation(options, tokenizer, source.config) if options.evaluate.source else None
+  return Inputs(source, tokenizer, blocks, train, evaluate, compute_dtype(options.model.dtype))
+
+
+def load_evaluation(options: RunOptions, tokenizer: Any, config: ModelConfig) -> Blocks:
+  """The evaluation windows: at most `evaluate.max_tokens` tokens, evenly spaced over the source."""
+  e = options.evaluate
+  blocks = _load(options, tokenizer, config, 'evaluate.source', e.source, e.length)
+  count = len(blocks.tokens)
+  wanted = max(1, e.max_tokens // e.length) if e.max_tokens else count
+  if wanted >= count:
+    return blocks
+  rows = np.linspace(0, count - 1, wanted).round().astype(int)
+  return dataclasses.replace(blocks, tokens=blocks.tokens[rows], targets=blocks.targets[rows])
+
+
+def _load(
+  options: RunOptions, tokenizer: Any, config: ModelConfig, field: str, source: tuple[str, ...], length: int
+) -> Blocks:
+  blocks = load_blocks(
+    source,
+    tokenizer,
+    length,
+    text_field=options.data.text_field,
+    messages_field=options.data.messages_field,
+    field=f'config.{field}',
+  )
+  check_vocab(blocks, config.vocab_size, f'config.{field}')
+  return blocks
+
+
+def _check_sources(options: RunOptions) -> None:
+  fields = {'prune.calibration.source': options.prune.calibration.source}
+  if options.train.tokens:
+    fields['train.source'] = options.train.source
+  if options.evaluate.source:
+    fields['evaluate.source'] = options.evaluate.source
+  for field, source in fields.items():
+    check_source(
+      source,
+      f'config.{field}',
+      text_field=options.data.text_field,
+      messages_field=options.data.messages_field,
+    )
+
+
+def _check_target(options: RunOptions, config: ModelConfig) -> None:
+  target = target_params(config, options.prune.target)
+  smallest = Allocator(config, options.prune.align_ffn).smallest()
+  if target < smallest:
+    raise InputError(
+      f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but embeddings, norms, '
+      f'one KV group and the narrowest MLP in every layer already have {smallest:,}: raise it'
+    )
+
+
+def _check_steps(options: RunOptions) -> None:
+  t = options.train
+  if t.tokens and t.tokens < t.batch * t.length * options.prune.stages:
+    raise InputError(
+      f'config.train.tokens = {t.tokens:,} is less than one batch of {t.batch} x {t.length} tokens for each of '
+      f'{options.prune.stages} stages: raise it, or lower train.batch or prune.stages'
+    )

@@ -1,0 +1,26 @@
+"""The run's log, one JSON object a line: every pruning step, training step and evaluation."""
+
+import json
+import pathlib
+from typing import Any
+
+
+class MetricsLog:
+  """Appends to `metrics.jsonl`; a resumed run first cuts what came after its checkpoint."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self.lines = len(path.read_text().splitlines()) if path.exists() else 0
+
+  def write(self, event: str, **values: Any) -> None:
+    """One line: {"event": event, ...}."""
+    with open(self._path, 'a', encoding='utf-8') as file:
+      file.write(json.dumps({'event': event} | values) + '\n')
+    self.lines += 1
+
+  def cut(self, lines: int) -> None:
+    """Keeps the first `lines` lines."""
+    if lines < self.lines:
+      kept = self._path.read_text().splitlines(keepends=True)[:lines]
+      self._path.write_text(''.join(kept))
+      self.lines = lines

@@ -1,0 +1,118 @@
+"""What a pruning keeps, layer by layer, in the numbering of the model it started from."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from models.config import LayerShape, ModelConfig, count_params
+from models.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrunePlan:
+  """Boolean masks of kept groups: `kv[l]` over the KV groups [K_l] of layer l, `ffn[l]` over its channels [F_l]."""
+
+  kv: tuple[np.ndarray, ...]
+  ffn: tuple[np.ndarray, ...]
+
+  @classmethod
+  def dense(cls, config: ModelConfig) -> 'PrunePlan':
+    """The plan that keeps everything."""
+    return cls(
+      tuple(np.ones(s.num_kv_heads, bool) for s in config.layers),
+      tuple(np.ones(s.ffn, bool) for s in config.layers),
+    )
+
+  @property
+  def kv_widths(self) -> np.ndarray:
+    """Kept KV groups per layer, int [L]."""
+    return np.array([m.sum() for m in self.kv])
+
+  @property
+  def ffn_widths(self) -> np.ndarray:
+    """Kept MLP channels per layer, int [L]."""
+    return np.array([m.sum() for m in self.ffn])
+
+  def pruned_config(self, config: ModelConfig) -> ModelConfig:
+    """The config of the compacted model; `config` is the one that the plan numbers."""
+    return config.with_layers(
+      tuple(
+        LayerShape(int(k) * s.group_size, int(k), int(f))
+        for s, k, f in zip(config.layers, self.kv_widths, self.ffn_widths, strict=True)
+      )
+    )
+
+  def params(self, config: ModelConfig) -> int:
+    """Stored parameters of the compacted model."""
+    return count_params(self.pruned_config(config))
+
+  def relative_to(self, earlier: 'PrunePlan') -> 'PrunePlan':
+    """This plan in the numbering of the model that `earlier` compacted."""
+
+    def renumber(now: np.ndarray, then: np.ndarray) -> np.ndarray:
+      if np.any(now & ~then):
+        raise ValueError('a later plan cannot keep what an earlier one removed')
+      return now[then]
+
+    return PrunePlan(
+      tuple(map(renumber, self.kv, earlier.kv)), tuple(map(renumber, self.ffn, earlier.ffn))
+    )
+
+  def equals(self, other: 'PrunePlan') -> bool:
+    """True if both keep the same groups."""
+    return all(map(np.array_equal, self.kv + self.ffn, other.kv + other.ffn))
+
+  def to_json(self) -> dict[str, Any]:
+    """{'layers': [{'kv_groups': kept indices, 'ffn_channels': kept indices}, ...]}."""
+    return {
+      'layers': [
+        {'kv_groups': np.flatnonzero(k).tolist(), 'ffn_channels': np.flatnonzero(f).tolist()}
+        for k, f in zip(self.kv, self.ffn, strict=True)
+      ]
+    }
+
+  @classmethod
+  def from_json(cls, data: dict[str, Any], config: ModelConfig) -> 'PrunePlan':
+    """Reads `to_json`; raises InputError where it does not fit `config`."""
+    layers = data['layers']
+    if len(layers) != config.num_layers:
+      raise InputError(f'the plan has {len(layers)} layers, the model {config.num_layers}')
+
+    def mask(kept: list[int], size: int, layer: int) -> np.ndarray:
+      if not kept or min(kept) < 0 or max(kept) >= size:
+        raise InputError(f'layer {layer} of the plan keeps groups outside 0 … {size - 1}')
+      m = np.zeros(size, bool)
+      m[kept] = True
+      return m
+
+    pairs = list(enumerate(zip(layers, config.layers, strict=True)))
+    return cls(
+      tuple(mask(p['kv_groups'], s.num_kv_heads, i) for i, (p, s) in pairs),
+      tuple(mask(p['ffn_channels'], s.ffn, i) for i, (p, s) in pairs),
+    )
+
+
+def keep_best(
+  plan: PrunePlan,
+  kv_scores: np.ndarray,
+  ffn_scores: np.ndarray,
+  kv_widths: np.ndarray,
+  ffn_widths: np.ndarray,
+) -> PrunePlan:
+  """Narrows `plan` to the given widths [L], keeping each layer's highest-scored groups.
+
+  Scores are [L, K] and [L, F], padded to the widest layer; what the plan has removed stays
+  removed whatever its score; among equals the lower index stays.
+  """
+
+  def best(mask: np.ndarray, scores: np.ndarray, width: int) -> np.ndarray:
+    kept = np.flatnonzero(mask)
+    order = np.argsort(-scores[kept], kind='stable')
+    out = np.zeros_like(mask)
+    out[kept[order[:width]]] = True
+    return out
+
+  return PrunePlan(
+    tuple(map(best, plan.kv, kv_scores, kv_widths)), tuple(map(best, plan.ffn, ffn_scores, ffn_widths))
+  )

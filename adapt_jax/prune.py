@@ -1,0 +1,168 @@
+"""Adapt-Pruner: the progressive loop (paper section 3).
+
+Each step scores all groups on freshly drawn calibration rows, turns layer distances into one more
+bit of sparsity per layer, and zeroes the lowest-scored groups. Shapes never change inside the loop.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_jax import surgery
+from adapt_jax.allocate import Allocator, Widths, normalise
+from adapt_jax.compile import Compiler
+from adapt_jax.config import PruneOptions
+from adapt_jax.data import Blocks, draw_rows
+from adapt_jax.importance import Scorer, Scores
+from adapt_jax.plan import PrunePlan, keep_best
+from adapt_jax.progress import Progress
+from models.config import ModelConfig, count_params
+from models.errors import InputError
+from models.llama import Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PruneState:
+  """Where the schedule stands: one schedule over all stages.
+
+  plan: what is kept. sparsity: s_l [L], float64. step: pruning steps taken since the run began.
+  """
+
+  plan: PrunePlan
+  sparsity: np.ndarray
+  step: int
+
+  @classmethod
+  def start(cls, config: ModelConfig) -> 'PruneState':
+    return cls(PrunePlan.dense(config), np.zeros(config.num_layers), 0)
+
+  def to_json(self) -> dict[str, Any]:
+    return {'step': self.step, 'sparsity': self.sparsity.tolist()} | self.plan.to_json()
+
+  @classmethod
+  def from_json(cls, data: dict[str, Any], config: ModelConfig) -> 'PruneState':
+    plan = PrunePlan.from_json(data, config)
+    return cls(plan, np.array(data['sparsity'], dtype=np.float64), int(data['step']))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+  """What one pruning step saw and did; `layer_importance` is I of section 3, larger = more important."""
+
+  step: int
+  params: int
+  loss: float
+  layer_importance: list[float]
+  sparsity: list[float]
+  kv_groups: list[int]
+  ffn: list[int]
+
+
+def target_params(config: ModelConfig, target: float) -> int:
+  """`prune.target` as a number of stored parameters: a fraction kept (≤ 1) or the number itself."""
+  total = count_params(config)
+  params = int(total * target) if target <= 1 else int(target)
+  if params > total:
+    raise InputError(
+      f'config.prune.target = {target:,.0f} is above the {total:,} parameters of the model: lower it'
+    )
+  return params
+
+
+class Pruner:
+  """Prunes one model along one schedule, stage by stage.
+
+  Args:
+    config: the model at its original widths, which the plan numbers.
+    options: `config.prune`.
+    blocks: the calibration rows to draw from.
+    seed: of the draws; a draw depends on (seed, step) alone.
+    compiler: counts the one scoring compile.
+    dtype: of weights and activations while scoring.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    options: PruneOptions,
+    blocks: Blocks,
+    *,
+    seed: int,
+    compiler: Compiler,
+    dtype: Any,
+  ):
+    self.config, self.options, self.blocks = config, options, blocks
+    self.allocator = Allocator(config, options.align_ffn)
+    self._seed, self._compiler, self._dtype = seed, compiler, dtype
+    self._scorer = Scorer(
+      config, options.importance, options.layer_distance, options.calibration.batch, dtype
+    )
+    self._program: Any = None
+    self._zero = jax.jit(surgery.zero_stacked, donate_argnums=0)
+
+  def _score(self, stacked: Params, step: int) -> Scores:
+    rows = draw_rows(len(self.blocks.tokens), self.options.calibration.samples, self._seed, step)
+    tokens = jnp.asarray(self.blocks.tokens[rows])
+    if self._program is None:
+      self._program = self._compiler('scoring', self._scorer, stacked, tokens)
+    return jax.device_get(self._program(stacked, tokens))
+
+  def _step(self, stacked: Params, state: PruneState, target: int) -> tuple[PruneState, StepRecord]:
+    scores = self._score(stacked, state.step)
+    if not np.isfinite(scores.loss):
+      raise InputError(
+        f'the calibration loss is {scores.loss} at pruning step {state.step + 1}: check the model '
+        f'and config.model.dtype'
+      )
+    rate = self.options.ratio / self.options.steps - self.options.amplitude * normalise(scores.distance)
+    now = Widths(state.plan.kv_widths, state.plan.ffn_widths)
+    widths, sparsity = self.allocator.step(now, state.sparsity, rate, target)
+    plan = keep_best(state.plan, scores.kv, scores.ffn, widths.kv, widths.ffn)
+    record = StepRecord(
+      step=state.step + 1,
+      params=self.allocator.params(widths),
+      loss=float(scores.loss),
+      layer_importance=np.asarray(scores.distance, np.float64).tolist(),
+      sparsity=sparsity.tolist(),
+      kv_groups=widths.kv.tolist(),
+      ffn=widths.ffn.tolist(),
+    )
+    return PruneState(plan, sparsity, state.step + 1), record
+
+  def prune(
+    self,
+    params: Params,
+    compacted: PrunePlan,
+    state: PruneState,
+    target: int,
+    on_step: Callable[[PruneState, StepRecord], None],
+    title: str,
+  ) -> PruneState:
+    """Steps until the model has at most `target` parameters; `params` stay as they are.
+
+    Args:
+      params: what the plan `compacted` left; `state.plan` may already keep less (after a resume).
+      target: stored parameters, landed on from above by less than one MLP block.
+      on_step: called after every step, to save and to log.
+      title: of the progress bar.
+    """
+    before = state.plan.params(self.config)
+    if before <= target:
+      return state
+    stacked = jax.jit(lambda p: surgery.stack(p, compacted, self._dtype))(params)
+    stacked = self._zero(stacked, *surgery.padded_masks(state.plan))
+    with Progress(title, before - target, 'parameters removed') as progress:
+      while before > target:
+        state, record = self._step(stacked, state, target)
+        on_step(state, record)
+        progress.update(
+          before - max(record.params, target), step=str(record.step), loss=f'{record.loss:.3f}'
+        )
+        before = record.params
+        if before > target:
+          stacked = self._zero(stacked, *surgery.padded_masks(state.plan))
+    return state

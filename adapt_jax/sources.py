@@ -1,0 +1,233 @@
+"""Documents out of files, directories, globs and hub data sets, read one at a time.
+
+A source is a tuple of strings. Each is a file (.txt: one document; .jsonl, .parquet: one a row), a
+directory (every such file below it, sorted), a glob, or, if no such path exists, a hub data set
+`org/name`, `org/name:split` or `org/name:config:split` (split `train` by default). One .npy file
+alone holds token blocks: see `adapt_jax.data`.
+"""
+
+import dataclasses
+import glob
+import itertools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from models.errors import InputError
+
+Source = tuple[str, ...]
+Message = dict[str, Any]  # 'role' and 'content' are strings; other keys go to the chat template
+
+_SUFFIXES = ('.txt', '.jsonl', '.parquet')
+_NEVER_HUB = (*_SUFFIXES, '.npy', '.json', '.csv', '.gz', '.zst')
+_HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """A plain text, or a conversation still to be rendered with a chat template."""
+
+  where: str  # file and line or row, for messages
+  content: str | list[Message]
+
+
+def read_documents(source: Source, field: str, *, text_field: str, messages_field: str) -> Iterator[Document]:
+  """Yields the documents of `source` in order, reading no further than asked; empty ones are left out.
+
+  `field` is the name of the config field that holds `source`. Raises InputError for an empty source,
+  a missing or unreadable file, a broken row, and a row with neither `messages_field` nor `text_field`.
+  """
+  for origin in _origins(source, field):
+    for document in _documents(origin, text_field, messages_field):
+      if document.content:
+        yield document
+
+
+def check_source(source: Source, field: str, *, text_field: str, messages_field: str) -> None:
+  """Checks that every file can be opened and that its first row has the fields; tokenises nothing.
+
+  A hub data set is reached over the network for its first row. Raises InputError.
+  """
+  if is_blocks(source):
+    open_blocks(source, field)
+    return
+  for origin in _origins(source, field):
+    if isinstance(origin, pathlib.Path) and origin.suffix.lower() == '.txt':
+      _check_readable(origin)
+    else:
+      next(_documents(origin, text_field, messages_field), None)
+
+
+def is_blocks(source: Source) -> bool:
+  """Whether the source is one .npy file of token blocks."""
+  return len(source) == 1 and source[0].lower().endswith('.npy')
+
+
+def open_blocks(source: Source, field: str) -> np.ndarray:
+  """Maps the .npy file of `source`: integers [N, T], not read yet. Raises InputError for anything else."""
+  path = os.path.expanduser(source[0])
+  try:
+    blocks = np.load(path, mmap_mode='r', allow_pickle=False)
+  except FileNotFoundError:
+    raise InputError(f'{field} {source[0]!r}: no such file') from None
+  except (OSError, ValueError, EOFError) as error:
+    raise InputError(f'{field} {source[0]!r}: not a readable .npy file ({first_line(error)})') from None
+  if not isinstance(blocks, np.ndarray) or blocks.ndim != 2 or blocks.dtype.kind not in 'iu':
+    found = f'{blocks.dtype} {list(blocks.shape)}' if isinstance(blocks, np.ndarray) else 'an archive'
+    raise InputError(f'{field} {source[0]!r} holds {found}: token blocks are integers [rows, length]')
+  return blocks
+
+
+def _origins(source: Source, field: str) -> Iterator[pathlib.Path | str]:
+  """The files (paths) and hub data sets (strings) that the entries stand for."""
+  if not source:
+    raise InputError(f'{field} is empty: name at least one file, directory, glob or hub data set')
+  for entry in source:
+    yield from _origins_of(entry, field)
+
+
+def _origins_of(entry: str, field: str) -> Iterator[pathlib.Path | str]:
+  path = pathlib.Path(entry).expanduser()
+  if entry and path.is_dir():
+    files = sorted(p for p in path.rglob('*') if p.suffix.lower() in _SUFFIXES and p.is_file())
+    if not files:
+      raise InputError(f'{field} {entry!r}: no {", ".join(_SUFFIXES)} file in this directory')
+    yield from files
+  elif entry and path.exists():
+    if path.suffix.lower() == '.npy':
+      raise InputError(f'{field} {entry!r}: a .npy file of token blocks must be the only entry')
+    if path.suffix.lower() not in _SUFFIXES:
+      raise InputError(f'{field} {entry!r}: unknown kind of file: give {", ".join(_SUFFIXES)}')
+    yield path
+  elif matches := sorted(glob.glob(str(path), recursive=True)):
+    for match in matches:
+      yield from _origins_of(match, field)
+  elif _HUB.fullmatch(entry) and path.suffix.lower() not in _NEVER_HUB:
+    yield entry
+  else:
+    raise InputError(f'{field} {entry!r}: no such file (a hub data set is written org/name:config:split)')
+
+
+def _documents(origin: pathlib.Path | str, text_field: str, messages_field: str) -> Iterator[Document]:
+  if isinstance(origin, str):
+    rows = _hub_rows(origin)
+  elif origin.suffix.lower() == '.txt':
+    rows = _whole_text(origin, text_field)
+  elif origin.suffix.lower() == '.jsonl':
+    rows = _json_rows(origin)
+  else:
+    rows = _parquet_rows(origin, (messages_field, text_field))
+  for where, row in rows:
+    yield Document(where, _content(row, where, text_field, messages_field))
+
+
+def _content(row: dict[str, Any], where: str, text_field: str, messages_field: str) -> str | list[Message]:
+  if row.get(messages_field) is not None:
+    return _messages(row[messages_field], where, messages_field)
+  if text_field in row:
+    return _text(row[text_field], f'{where}: field {text_field!r}')
+  raise InputError(
+    f'{where}: neither {messages_field!r} nor {text_field!r} among its fields {list(row)}: '
+    'set data.text_field or data.messages_field to the one that holds the data'
+  )
+
+
+def _text(value: Any, where: str) -> str:
+  if not isinstance(value, str):
+    raise InputError(f'{where} holds {type(value).__name__}, not text: leave such rows out')
+  try:
+    value.encode()
+  except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no tokenizer takes
+    raise InputError(f'{where} holds an unpaired surrogate (half a character): repair the text') from None
+  return value
+
+
+def _messages(value: Any, where: str, messages_field: str) -> list[Message]:
+  where = f'{where}: field {messages_field!r}'
+  if not isinstance(value, list):
+    raise InputError(f'{where} holds {type(value).__name__}, not a list of messages')
+  for message in value:
+    if not isinstance(message, dict) or not {'role', 'content'} <= message.keys():
+      found = sorted(message) if isinstance(message, dict) else type(message).__name__
+      raise InputError(f"{where}: a message is {found}: it needs 'role' and 'content'")
+    _text(message['role'], f"{where}: 'role'")
+    _text(message['content'], f"{where}: 'content'")
+  return value
+
+
+def _check_readable(path: pathlib.Path) -> None:
+  try:
+    with open(path, 'rb') as file:
+      file.read(1)
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror})') from None
+
+
+def _whole_text(path: pathlib.Path, text_field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  try:
+    text = path.read_text(encoding='utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise InputError(f'{path}: not UTF-8 text (byte {error.start}): convert the file') from None
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror})') from None
+  yield str(path), {text_field: text}
+
+
+def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  _check_readable(path)
+  with open(path, 'rb') as file:  # bytes, so that a line that is not UTF-8 still has a number
+    for number, line in enumerate(file, 1):
+      where = f'{path}:{number}'
+      if not line.strip():
+        continue
+      try:
+        row = json.loads(line.decode('utf-8-sig'))
+      except UnicodeDecodeError:
+        raise InputError(f'{where}: not UTF-8 text: convert the file') from None
+      except ValueError as error:
+        raise InputError(f'{where}: not valid JSON ({error}): one object a line') from None
+      if not isinstance(row, dict):
+        raise InputError(f'{where}: a JSON {type(row).__name__}, not an object')
+      yield where, row
+
+
+def _parquet_rows(path: pathlib.Path, fields: tuple[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+  import pyarrow
+  from pyarrow import parquet
+
+  try:
+    with parquet.ParquetFile(path) as file:
+      names = file.schema_arrow.names
+      columns = [name for name in fields if name in names] or names  # all, to list them in the message
+      batches = file.iter_batches(batch_size=256, columns=columns)
+      for number, row in enumerate(itertools.chain.from_iterable(b.to_pylist() for b in batches), 1):
+        yield f'{path}: row {number}', row
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    raise InputError(f'{path}: not a readable Parquet file ({first_line(error)})') from None
+
+
+def _hub_rows(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  import datasets
+
+  name, *rest = entry.split(':')
+  split = rest.pop() if rest else 'train'
+  try:
+    # Streaming fetches only what is read: a run needs a sliver of the large web corpora.
+    rows = datasets.load_dataset(name, *rest, split=split, streaming=True)
+    for number, row in enumerate(rows, 1):
+      yield f'{entry}: row {number}', row
+  except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+    raise InputError(
+      f'{entry}: no such file, and not to be had as a hub data set ({first_line(error)}): '
+      'check the name, config and split, or download its files and name them'
+    ) from None
+
+
+def first_line(error: Exception) -> str:
+  """The error in one line, for use inside a message."""
+  return str(error).split('\n')[0] or type(error).__name__

@@ -1,0 +1,74 @@
+"""Every field of a run with its default; recipes start from `get_config()` and set what differs.
+
+    python main.py --config=configs/base.py --workdir=out/run \
+        --config.model.source=HuggingFaceTB/SmolLM2-135M \
+        --config.prune.calibration.source=calibration.txt \
+        --config.train.source=corpus.jsonl --config.train.tokens=10_000_000 \
+        --config.evaluate.source=heldout.txt
+
+A source is a tuple of .txt, .jsonl or .parquet files, directories or globs of them, or a hub data set
+`org/name`, `org/name:split` or `org/name:config:split`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The paper's Adapt-Pruner settings; model and data must be named by the recipe."""
+  config = ConfigDict()
+  config.seed = 0  # of calibration draws, data order and everything else that is random
+
+  config.model = ConfigDict()
+  config.model.source = ''  # hub id, Hugging Face directory, or .gguf file
+  # Of activations and matrix products (training keeps fp32 master weights): float32, bfloat16, or
+  # auto: float32 on CPU, where it measures faster, bfloat16 on accelerators.
+  config.model.dtype = 'auto'
+
+  config.data = ConfigDict()
+  config.data.text_field = 'text'  # of .jsonl, .parquet and hub rows
+  config.data.messages_field = 'messages'  # rows that have it are chats: loss on the assistant's tokens
+
+  config.prune = ConfigDict()
+  config.prune.target = 0.8  # fraction of the parameters kept (<= 1), or a parameter count (> 1)
+  config.prune.stages = 1  # prune-then-recover rounds (N of the paper)
+  config.prune.stage_targets = 'linear'  # linear or geometric in parameters
+  config.prune.steps = 50  # T: steps that would remove everything at ratio 1; sets the step size
+  config.prune.ratio = 1.0  # rho: overall sparsity at step T; pruning stops at the target before
+  config.prune.amplitude = 0.02  # A: how far layer importance bends a layer's sparsity per step
+  config.prune.importance = 'taylor'  # score of a group
+  config.prune.layer_distance = 'cosine'  # between a layer's input and output: cosine, euclidean, manhattan
+  config.prune.align_ffn = 1  # MLP widths are multiples of this (64 to 256 suit tensor cores and quantisation)
+  config.prune.calibration = ConfigDict()
+  config.prune.calibration.source = ()  # text of the kind that the model shall stay good at
+  config.prune.calibration.samples = 512  # rows drawn afresh at every pruning step
+  config.prune.calibration.length = 64  # tokens of a row
+  config.prune.calibration.batch = 8  # rows that pass a layer at once: memory only, not the result
+
+  config.train = ConfigDict()
+  config.train.source = ()  # recovery text or chats
+  config.train.tokens = 0  # over all stages; 0 prunes without recovery
+  config.train.batch = 128  # rows per optimizer step
+  config.train.micro_batch = 8  # rows at once (gradients accumulate); divides batch
+  config.train.length = 1024  # tokens of a row
+  config.train.lr = 2e-5  # peak learning rate
+  config.train.min_lr = 2e-6  # at the end of the schedule
+  config.train.schedule = 'wsd'  # warmup-stable-decay, or cosine
+  config.train.warmup = 0.05  # fraction of all steps
+  config.train.clip = 1.0  # global gradient norm
+  config.train.split = 'linear'  # tokens by stage: linear (later stages get more), constant, cosine
+  config.train.optimizer_state = 'carry'  # moments of surviving weights across prunings, or reset
+  config.train.remat = False  # recompute each layer in the backward pass: less memory, about a third slower
+  config.train.save_every = 500  # steps between checkpoints; every stage end is saved too
+  config.train.distill = ConfigDict()
+  config.train.distill.alpha = 0.0  # weight of distillation from the dense model; 0 = off
+  config.train.distill.temperature = 2.0
+
+  config.evaluate = ConfigDict()
+  config.evaluate.source = ()  # held-out text for perplexity
+  config.evaluate.length = 1024  # tokens of a window; windows do not overlap
+  config.evaluate.batch = 4  # windows at once
+  config.evaluate.max_tokens = 0  # evaluate on the first so many tokens; 0 = all
+
+  config.export = ConfigDict()
+  config.export.dtype = 'auto'  # of the weights in hf/: as in the source, or float32, bfloat16, float16
+  return config

@@ -1,0 +1,37 @@
+"""Files that are whole or absent: write beside, then rename."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+
+def write_text(path: str | pathlib.Path, text: str) -> None:
+  """Writes `text` so that a reader, or a kill at any moment, sees the old file or the new."""
+  path = pathlib.Path(path)
+  beside = path.with_name(f'.{path.name}.tmp')
+  with open(beside, 'w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  beside.replace(path)
+
+
+@contextlib.contextmanager
+def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a temporary directory beside `path` that takes its place if the block succeeds.
+
+  An existing directory at `path` is replaced; after an exception nothing is left behind.
+  """
+  path = pathlib.Path(path)
+  beside = path.with_name(f'.{path.name}.tmp')
+  shutil.rmtree(beside, ignore_errors=True)
+  beside.mkdir(parents=True)
+  try:
+    yield beside
+    if path.exists():
+      shutil.rmtree(path)
+    beside.rename(path)
+  finally:
+    shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,80 @@
+"""Layer-wise scoring against autograd on the whole model, and its memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_jax import surgery
+from adapt_jax.importance import DISTANCES, Scorer
+from adapt_jax.plan import PrunePlan
+from models import llama
+from models.config import LayerShape, ModelConfig, RopeConfig
+
+
+def make_model(group=3, kv=2, layers=3, hidden=32, ffn=24):
+  shapes = (LayerShape(kv * group, kv, ffn),) * layers
+  config = ModelConfig('llama', 97, hidden, 8, shapes, RopeConfig(1e4), 1e-5, False)
+  return config, jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0)))
+
+
+def mean_loss(config, params, tokens):
+  logits = jax.nn.log_softmax(llama.apply(config, params, tokens)[:, :-1])
+  return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean()
+
+
+@pytest.mark.parametrize('micro_batch', [1, 2, 8])
+def test_taylor_scores_are_those_of_the_whole_batchs_gradient(micro_batch):
+  """The absolute value comes after the sum over samples, whatever the micro-batch."""
+  config, params = make_model()
+  tokens = jax.random.randint(jax.random.key(1), (8, 16), 0, 97)
+  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  scores = jax.jit(Scorer(config, micro_batch=micro_batch))(stacked, tokens)
+  loss, gradient = jax.value_and_grad(lambda p: mean_loss(config, p, tokens))(params)
+  np.testing.assert_allclose(scores.loss, loss, rtol=1e-6)
+  for i, (layer, g) in enumerate(zip(params['layers'], gradient['layers'], strict=True)):
+    a = {n: np.abs(np.asarray(layer['attention'][n] * g['attention'][n])) for n in 'qkvo'}
+    # Query head h belongs to KV group h // G: rows [h*H, (h+1)*H) of Hugging Face's q_proj.
+    q_rows = a['q'].reshape(48, 32).sum(1)
+    kv = np.array([q_rows[k * 24 : (k + 1) * 24].sum() for k in range(2)])
+    kv += a['k'].sum((1, 2)) + a['v'].sum((1, 2)) + a['o'].sum((0, 2, 3))
+    np.testing.assert_allclose(scores.kv[i], kv, rtol=1e-5)
+    m = {n: np.abs(np.asarray(layer['mlp'][n] * g['mlp'][n])) for n in ('gate', 'up', 'down')}
+    ffn = m['gate'].sum(1) + m['up'].sum(1) + m['down'].sum(0)
+    np.testing.assert_allclose(scores.ffn[i], ffn, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', sorted(DISTANCES))
+def test_distances_are_means_over_all_tokens(name):
+  config, params = make_model()
+  tokens = jax.random.randint(jax.random.key(2), (4, 16), 0, 97)
+  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  scores = jax.jit(Scorer(config, distance=name, micro_batch=2))(stacked, tokens)
+  x = params['embed'][tokens]
+  for i, (shape, layer) in enumerate(zip(config.layers, params['layers'], strict=True)):
+    y = llama.apply_layer(config, shape, layer, x, llama.rope(config, 16))
+    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    expected = {
+      'cosine': -(a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1),
+      'euclidean': np.linalg.norm(a - b, axis=-1),
+      'manhattan': np.abs(a - b).sum(-1),
+    }[name].mean()
+    np.testing.assert_allclose(scores.distance[i], expected, rtol=1e-5)
+    x = y
+
+
+def test_scoring_holds_one_layers_gradient_not_all():
+  """Temporary bytes planned by the compiler grow with depth by the layers' inputs only."""
+
+  def temporary_bytes(layers):
+    config, _ = make_model(kv=4, layers=layers, hidden=128, ffn=2048)
+    params = llama.abstract_params(config)
+    stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), jnp.float32), params)
+    tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
+    program = jax.jit(Scorer(config, micro_batch=2)).lower(stacked, tokens).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+  layer_gradient = 4 * 3 * 128 * 2048
+  layer_inputs = 4 * 4 * 8 * 128
+  growth = (temporary_bytes(12) - temporary_bytes(4)) / 8
+  assert growth < 2 * layer_inputs + 0.1 * layer_gradient

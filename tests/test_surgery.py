@@ -1,0 +1,150 @@
+"""Plans and surgery: zeroed and compacted models are the same function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adapt_jax import surgery
+from adapt_jax.importance import Scorer
+from adapt_jax.plan import PrunePlan, keep_best
+from models import llama
+from models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from models.errors import InputError
+
+
+def make_model(seed=0, **kw):
+  shapes = (LayerShape(6, 2, 24),) * 3
+  config = ModelConfig('qwen2', 97, 32, 8, shapes, RopeConfig(1e4), 1e-5, True, qkv_bias=True, **kw)
+  params = jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(seed)))
+  for i, layer in enumerate(params['layers']):
+    for name in ('q_bias', 'k_bias', 'v_bias'):
+      shape = layer['attention'][name].shape
+      layer['attention'][name] = jax.random.normal(jax.random.key(100 + i), shape)
+  return config, params
+
+
+def some_plan(config, seed=0, keep=0.6):
+  rng = np.random.default_rng(seed)
+  plan = PrunePlan.dense(config)
+  for mask in plan.ffn:
+    mask[rng.random(mask.size) > keep] = False
+  plan.kv[1][0] = False
+  return plan
+
+
+def tokens(config, rows=4, length=12):
+  return jax.random.randint(jax.random.key(1), (rows, length), 0, config.vocab_size)
+
+
+def test_zeroed_and_compacted_models_agree():
+  config, params = make_model()
+  plan = some_plan(config)
+  zeroed = llama.apply(config, surgery.zero(params, plan), tokens(config))
+  small = surgery.compact(params, plan)
+  compacted = llama.apply(plan.pruned_config(config), small, tokens(config))
+  np.testing.assert_allclose(zeroed, compacted, atol=2e-6)
+  assert not np.allclose(zeroed, llama.apply(config, params, tokens(config)), atol=1e-2)
+
+
+def test_parameter_count_is_that_of_the_compacted_arrays():
+  config, params = make_model()
+  plan = some_plan(config)
+  stored = sum(x.size for x in jax.tree.leaves(surgery.compact(params, plan)))
+  assert plan.params(config) == stored == count_params(plan.pruned_config(config))
+
+
+def test_scores_of_survivors_are_equal_in_the_zeroed_and_the_compacted_model():
+  config, params = make_model()
+  plan = some_plan(config)
+  zeroed = surgery.stack(surgery.zero(params, plan), PrunePlan.dense(config), jnp.float32)
+  restored = surgery.stack(surgery.compact(params, plan), plan, jnp.float32)
+  jax.tree.map(np.testing.assert_array_equal, zeroed, restored)
+  scores = jax.jit(Scorer(config, micro_batch=2))(restored, tokens(config))
+  small = Scorer(plan.pruned_config(config), micro_batch=2)
+  with pytest.raises(InputError, match='query heads per KV head'):
+    _ = Scorer(config.with_layers((LayerShape(6, 2, 24), LayerShape(6, 3, 24)))).shape
+  compacted = surgery.compact(params, plan)
+  own = jax.jit(small)(
+    surgery.stack(compacted, PrunePlan.dense(plan.pruned_config(config)), jnp.float32), tokens(config)
+  )
+  for i in range(config.num_layers):
+    width = int(plan.ffn[i].sum())
+    np.testing.assert_allclose(scores.ffn[i][plan.ffn[i]], own.ffn[i][:width], rtol=2e-5, atol=1e-9)
+    np.testing.assert_array_equal(scores.ffn[i][~plan.ffn[i]], 0)
+    groups = int(plan.kv[i].sum())
+    np.testing.assert_allclose(scores.kv[i][plan.kv[i]], own.kv[i][:groups], rtol=2e-5, atol=1e-9)
+
+
+def test_zero_stacked_equals_zero():
+  config, params = make_model()
+  plan = some_plan(config)
+  dense = PrunePlan.dense(config)
+  a = surgery.zero_stacked(surgery.stack(params, dense, jnp.float32), *surgery.padded_masks(plan))
+  b = surgery.stack(surgery.zero(params, plan), dense, jnp.float32)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_layers_of_different_widths_stack_at_the_widest():
+  config, params = make_model()
+  plan = some_plan(config)
+  narrow, small = plan.pruned_config(config), surgery.compact(params, plan)
+  dense = PrunePlan.dense(narrow)
+  scorer = Scorer(narrow, micro_batch=4)
+  assert scorer.shape.ffn == max(s.ffn for s in narrow.layers)
+  scores = jax.jit(scorer)(surgery.stack(small, dense, jnp.float32), tokens(config))
+  expected = llama.apply(narrow, small, tokens(config))[:, :-1]
+  labels = tokens(config)[:, 1:, None]
+  loss = -jnp.take_along_axis(jax.nn.log_softmax(expected), labels, -1).mean()
+  np.testing.assert_allclose(scores.loss, loss, rtol=1e-6)
+
+
+def test_optimizer_moments_follow_the_survivors():
+  config, params = make_model()
+  plan = some_plan(config)
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+  state = tx.init(params)
+  gradients = jax.tree.map(lambda x: x + 1, params)
+  _, state = tx.update(gradients, state, params)
+  small = surgery.compact_optimizer(state, params, plan)
+  expected = surgery.compact(state[1].mu, plan)
+  jax.tree.map(np.testing.assert_array_equal, small[1].mu, expected)
+  assert small[1].count == state[1].count
+  # The compacted state goes on updating the compacted parameters.
+  compacted = surgery.compact(params, plan)
+  tx.update(surgery.compact(gradients, plan), small, compacted)
+
+
+def test_relative_plans_compose():
+  config, params = make_model()
+  first, second = some_plan(config, seed=0, keep=0.8), some_plan(config, seed=0, keep=0.4)
+  once = surgery.compact(params, second)
+  twice = surgery.compact(surgery.compact(params, first), second.relative_to(first))
+  jax.tree.map(np.testing.assert_array_equal, once, twice)
+  with pytest.raises(ValueError, match='cannot keep'):
+    first.relative_to(second)
+
+
+def test_plan_survives_json_and_refuses_another_model():
+  config, _ = make_model()
+  plan = some_plan(config)
+  assert PrunePlan.from_json(plan.to_json(), config).equals(plan)
+  other = config.with_layers((LayerShape(6, 2, 8),) * 3)
+  with pytest.raises(InputError, match='outside'):
+    PrunePlan.from_json(plan.to_json(), other)
+  with pytest.raises(InputError, match='layers'):
+    PrunePlan.from_json(plan.to_json(), config.with_layers(config.layers[:2]))
+
+
+def test_keep_best_keeps_the_highest_of_those_still_there():
+  config, _ = make_model()
+  plan = PrunePlan.dense(config)
+  plan.ffn[0][5] = False
+  kv, ffn = np.zeros((3, 2)), np.tile(np.arange(24.0), (3, 1))
+  kv[:, 0] = 1
+  ffn[0, 5] = 1e9  # removed before: its score does not bring it back
+  out = keep_best(plan, kv, ffn, np.array([1, 2, 1]), np.array([3, 24, 2]))
+  assert np.flatnonzero(out.ffn[0]).tolist() == [21, 22, 23]
+  assert out.ffn[1].all() and np.flatnonzero(out.ffn[2]).tolist() == [22, 23]
+  assert [m.tolist() for m in out.kv] == [[True, False], [True, True], [True, False]]
