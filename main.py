@@ -10,7 +10,7 @@ model.source. convert: model.source to WORKDIR/hf, unchanged.
 import dataclasses
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from adapt_jax import accel, convert, evaluate
@@ -38,6 +38,7 @@ def _options(mode: str) -> RunOptions:
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise InputError(f'{argv[1]!r} is not understood: flags are written --name=value')
+  logging.set_verbosity(logging.WARNING)  # orbax tells a page a checkpoint
   mode = _MODE.value
   options = _options(mode)
   workdir = Workdir(_WORKDIR.value, {'mode': mode, 'config': dataclasses.asdict(options)})

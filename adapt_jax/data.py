@@ -106,7 +106,7 @@ def batch_rows(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray:
 
 
 def draw_rows(
-  num_rows: int, count: int, seed: int, step: int, field: str = 'prune.calibration.samples'
+  num_rows: int, count: int, seed: int, step: int, field: str = 'config.prune.calibration.samples'
 ) -> np.ndarray:
   """`count` distinct rows out of `num_rows`, drawn afresh for each step: int64 [count].
 

@@ -17,6 +17,11 @@ from models.errors import InputError
 from models.source import Source, open_source
 
 
+# A source is read this far at least, so that draws cover more than its first documents; a stream of a
+# hub data set has to end somewhere.
+_POOL_TOKENS = 2**22
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
   """The dense model, opened but not loaded, and token blocks; `train` and `evaluate` may be absent.
@@ -61,9 +66,8 @@ def prepare(options: RunOptions) -> Inputs:
     )
   train = None
   if options.train.tokens:
-    train = _load(
-      options, tokenizer, source.config, 'train.source', options.train.source, options.train.length
-    )
+    t = options.train
+    train = _load(options, tokenizer, source.config, 'train.source', t.source, t.length, t.tokens)
   evaluate = load_evaluation(options, tokenizer, source.config) if options.evaluate.source else None
   return Inputs(source, tokenizer, blocks, train, evaluate, compute_dtype(options.model.dtype))
 
@@ -81,7 +85,13 @@ def load_evaluation(options: RunOptions, tokenizer: Any, config: ModelConfig) ->
 
 
 def _load(
-  options: RunOptions, tokenizer: Any, config: ModelConfig, field: str, source: tuple[str, ...], length: int
+  options: RunOptions,
+  tokenizer: Any,
+  config: ModelConfig,
+  field: str,
+  source: tuple[str, ...],
+  length: int,
+  tokens: int = 0,
 ) -> Blocks:
   blocks = load_blocks(
     source,
@@ -90,6 +100,7 @@ def _load(
     text_field=options.data.text_field,
     messages_field=options.data.messages_field,
     field=f'config.{field}',
+    max_tokens=max(tokens, _POOL_TOKENS),
   )
   check_vocab(blocks, config.vocab_size, f'config.{field}')
   return blocks

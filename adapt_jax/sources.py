@@ -104,7 +104,7 @@ def _origins_of(entry: str, field: str) -> Iterator[pathlib.Path | str]:
     if path.suffix.lower() not in _SUFFIXES:
       raise InputError(f'{field} {entry!r}: unknown kind of file: give {", ".join(_SUFFIXES)}')
     yield path
-  elif matches := sorted(glob.glob(str(path), recursive=True)):
+  elif matches := sorted(glob.glob(os.path.expanduser(entry), recursive=True)):
     for match in matches:
       yield from _origins_of(match, field)
   elif _HUB.fullmatch(entry) and path.suffix.lower() not in _NEVER_HUB:
@@ -133,7 +133,7 @@ def _content(row: dict[str, Any], where: str, text_field: str, messages_field: s
     return _text(row[text_field], f'{where}: field {text_field!r}')
   raise InputError(
     f'{where}: neither {messages_field!r} nor {text_field!r} among its fields {list(row)}: '
-    'set data.text_field or data.messages_field to the one that holds the data'
+    'set config.data.text_field or config.data.messages_field to the one that holds the data'
   )
 
 

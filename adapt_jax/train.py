@@ -81,7 +81,7 @@ def make_step(
     loss, gradient = gradients(state['params'], tokens_BT, targets_BT, teacher)
     updates, optimizer_state = optimizer.update(gradient, state['optimizer'], state['params'])
     params = optax.apply_updates(state['params'], updates)
-    metrics = {'loss': loss, 'gradient_norm': optax.global_norm(gradient)}
+    metrics = {'loss': loss, 'gradient_norm': optax.tree.norm(gradient)}
     return {'params': params, 'optimizer': optimizer_state}, metrics
 
   return step

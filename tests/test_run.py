@@ -1,0 +1,230 @@
+"""The main job end to end on a tiny model: report, compiles, bits, resume after a kill."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import runs
+from safetensors.numpy import load_file
+
+from adapt_jax import accel, convert, evaluate
+from adapt_jax.config import from_dict
+from adapt_jax.workdir import Workdir
+from models.config import count_params
+from models.errors import InputError
+from models.source import open_source
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  return runs.make_files(tmp_path_factory.mktemp('files'))
+
+
+def start(config, path, mode='accel'):
+  options = from_dict(config.to_dict())
+  if mode == 'prune':
+    options = dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
+  workdir = Workdir(str(path), {'mode': mode, 'config': dataclasses.asdict(options)})
+  workdir.check()
+  accel.run(options, workdir)
+  return json.loads(workdir.report.read_text())
+
+
+@pytest.fixture(scope='module')
+def finished(files, tmp_path_factory):
+  path = tmp_path_factory.mktemp('finished') / 'out'
+  return path, start(runs.make_config(files), path)
+
+
+def test_report_keeps_the_output_contract(finished):
+  path, report = finished
+  assert set(report['model']) >= {'params_before', 'params_after', 'params_target'}
+  assert set(report['perplexity']) >= {'dense', 'pruned', 'recovered'}
+  assert [s['stage'] for s in report['stages']] == [1, 2]
+  for stage in report['stages']:
+    assert set(stage) == {
+      'stage', 'target', 'params', 'perplexity_pruned', 'perplexity_recovered', 'tokens', 'seconds',
+      'num_heads', 'num_kv_heads', 'ffn',
+    }  # fmt: skip
+    assert 0 <= stage['target'] - stage['params'] < 3 * runs.HIDDEN
+    assert all(n == 2 * k for n, k in zip(stage['num_heads'], stage['num_kv_heads'], strict=True))
+  assert report['model']['params_after'] == report['stages'][-1]['params']
+  assert report['model']['params_target'] == int(0.8 * report['model']['params_before'])
+  assert sum(s['tokens'] for s in report['stages']) == runs.TOKENS
+  assert report['stages'][0]['tokens'] < report['stages'][1]['tokens']  # split: linear
+  assert {'hf', 'checkpoints', 'plan.json', 'metrics.jsonl', 'run.json', 'report.json'} == {
+    p.name for p in path.iterdir()
+  }
+
+
+def test_one_scoring_compile_a_run_and_one_training_compile_a_stage(finished):
+  _, report = finished
+  assert report['compiles']['scoring'] == 1
+  assert report['compiles']['training'] == 2
+  assert report['compiles']['evaluation'] == 3  # dense, and each stage's shape
+
+
+def test_training_recovers(finished):
+  _, report = finished
+  assert report['perplexity']['recovered'] < 0.9 * report['perplexity']['pruned']
+
+
+def test_saved_weights_have_the_reported_size_and_perplexity(finished, files, tmp_path):
+  path, report = finished
+  source = open_source(str(path / 'hf'))
+  assert count_params(source.config) == report['model']['params_after']
+  assert [s.ffn for s in source.config.layers] == report['stages'][-1]['ffn']
+  config = runs.make_config(files)
+  config.model.source = str(path / 'hf')
+  options = from_dict(config.to_dict())
+  workdir = Workdir(str(tmp_path / 'evaluate'), {'mode': 'evaluate'})
+  evaluate.run(options, workdir)
+  again = json.loads(workdir.report.read_text())['perplexity']['dense']
+  assert again == pytest.approx(report['perplexity']['recovered'], rel=1e-5)
+
+
+def test_plan_tells_what_was_kept_in_the_original_numbering(files, tmp_path):
+  """Pruning alone: the saved weights are the source's rows at the plan's indices."""
+  config = runs.make_config(files)
+  report = start(config, tmp_path / 'out', mode='prune')
+  assert report['perplexity']['recovered'] is None and report['compiles']['training'] == 0
+  plan = json.loads((tmp_path / 'out/plan.json').read_text())
+  before = load_file(files / 'model/model.safetensors')
+  after = load_file(tmp_path / 'out/hf/model.safetensors')
+  for i, layer in enumerate(plan['layers']):
+    name = f'model.layers.{i}.mlp.down_proj.weight'
+    np.testing.assert_array_equal(after[name], before[name][:, layer['ffn_channels']])
+    name = f'model.layers.{i}.self_attn.q_proj.weight'
+    rows = before[name].reshape(3, -1, runs.HIDDEN)[layer['kv_groups']]
+    np.testing.assert_array_equal(after[name], rows.reshape(-1, runs.HIDDEN))
+
+
+def test_finished_run_started_again_does_nothing(finished, files, capsys):
+  path, _ = finished
+  before = {p: p.stat().st_mtime_ns for p in path.rglob('*')}
+  result = runs.main(files, path)
+  assert result.returncode == 0 and 'finished' in result.stdout
+  assert {p: p.stat().st_mtime_ns for p in path.rglob('*')} == before
+
+
+def test_another_config_in_the_same_workdir_is_refused(finished, files):
+  path, _ = finished
+  result = runs.main(files, path, '--config.train.lr=0.5')
+  assert result.returncode == 2
+  assert 'train.lr' in result.stderr and '0.5' in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('moment', ['scoring', 'training', 'between stages'])
+def test_killed_run_continues_to_the_same_bits(finished, files, tmp_path, moment):
+  """SIGKILL when metrics.jsonl shows the moment; the same command then ends with equal weights and figures."""
+  path = tmp_path / 'out'
+  process = subprocess.Popen(runs.command(files, path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+  def reached() -> bool:
+    metrics = path / 'metrics.jsonl'
+    lines = [json.loads(x) for x in metrics.read_text().splitlines()] if metrics.exists() else []
+    return {
+      'scoring': any(x['event'] == 'prune' and x['stage'] == 2 for x in lines),
+      'training': any(x['event'] == 'train' and x['step'] >= 9 for x in lines),
+      'between stages': any(x['event'] == 'evaluate' and x['of'] == 'stage 1 recovered' for x in lines),
+    }[moment]
+
+  deadline = time.monotonic() + 300
+  while not reached():
+    assert process.poll() is None, 'the run ended before the moment came'
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  assert not (path / 'report.json').exists()
+  result = runs.main(files, path)
+  assert result.returncode == 0, result.stderr
+  assert 'resuming' in result.stdout
+  _same_end(path, finished[0])
+
+
+def _same_end(path: pathlib.Path, reference: pathlib.Path) -> None:
+  for name in ('hf/model.safetensors', 'hf/config.json', 'hf/tokenizer.json'):
+    assert (path / name).read_bytes() == (reference / name).read_bytes(), name
+  ours, theirs = (json.loads((p / 'report.json').read_text()) for p in (path, reference))
+  for report in (ours, theirs):
+    for stage in report['stages']:
+      del stage['seconds']
+  assert ours['stages'] == theirs['stages'] and ours['perplexity'] == theirs['perplexity']
+  assert (path / 'metrics.jsonl').read_text() == (reference / 'metrics.jsonl').read_text()
+  plans = [json.loads((p / 'plan.json').read_text()) for p in (path, reference)]
+  assert plans[0] == plans[1]
+
+
+def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(files, tmp_path):
+  config = runs.make_config(files)
+  config.train.lr, config.train.min_lr, config.train.clip = 1.0, 1.0, 1e12
+  config.train.warmup = 0.0
+  config.model.source = str(runs.make_overflowing_model(files))
+  with pytest.raises(InputError, match=r'training step \d+: loss \S+, gradient norm (inf|nan)'):
+    start(config, tmp_path / 'out')
+  assert [p.name for p in (tmp_path / 'out/checkpoints').iterdir() if p.name.isdigit()]
+  assert not (tmp_path / 'out/hf').exists() and not (tmp_path / 'out/report.json').exists()
+
+
+def test_distillation_and_accumulation_and_remat_run(files, tmp_path):
+  config = runs.make_config(files)
+  config.prune.stages, config.train.micro_batch, config.train.remat = 1, 2, True
+  config.train.distill.alpha = 0.5
+  report = start(config, tmp_path / 'out')
+  assert report['perplexity']['recovered'] < report['perplexity']['pruned']
+
+
+def test_micro_batches_give_the_same_weights(files, tmp_path):
+  config = runs.make_config(files)
+  config.prune.stages = 1
+  whole = start(config, tmp_path / 'whole')
+  config.train.micro_batch = 1
+  parts = start(config, tmp_path / 'parts')
+  assert parts['perplexity']['recovered'] == pytest.approx(whole['perplexity']['recovered'], rel=1e-3)
+
+
+def test_convert_keeps_every_bit(files, tmp_path):
+  config = runs.make_config(files)
+  config.model.source = str(files / 'bfloat16')
+  options = from_dict(config.to_dict())
+  convert.run(options, Workdir(str(tmp_path / 'out'), {}))
+  a = load_file(files / 'bfloat16/model.safetensors')
+  b = load_file(tmp_path / 'out/hf/model.safetensors')
+  assert a.keys() == b.keys()
+  for name in a:
+    assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
+
+
+def test_bfloat16_compute_trains_fp32_master_weights(files, tmp_path):
+  config = runs.make_config(files)
+  config.prune.stages, config.model.dtype = 1, 'bfloat16'
+  config.model.source = str(files / 'bfloat16')
+  report = start(config, tmp_path / 'out')
+  assert report['perplexity']['recovered'] < report['perplexity']['pruned']
+  saved = load_file(tmp_path / 'out/hf/model.safetensors')
+  assert {str(x.dtype) for x in saved.values()} == {'bfloat16'}  # as in the source
+
+
+def test_pruned_model_can_be_pruned_again(finished, files, tmp_path):
+  path, report = finished
+  config = runs.make_config(files)
+  config.model.source = str(path / 'hf')
+  again = start(config, tmp_path / 'out', mode='prune')
+  assert again['model']['params_before'] == report['model']['params_after']
+  assert again['model']['params_after'] <= int(0.8 * again['model']['params_before'])
+
+
+def test_reset_optimizer_state_differs_from_carried(finished, files, tmp_path):
+  config = runs.make_config(files)
+  config.train.optimizer_state = 'reset'
+  report = start(config, tmp_path / 'out')
+  carried = finished[1]
+  assert report['stages'][0]['perplexity_recovered'] == carried['stages'][0]['perplexity_recovered']
+  assert report['perplexity']['recovered'] != carried['perplexity']['recovered']
