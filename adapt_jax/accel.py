@@ -9,6 +9,7 @@ import json
 import time
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -167,9 +168,7 @@ class Run:
 
   # -- one stage ------------------------------------------------------------------------------------
 
-  def _prune_stage(
-    self, stage: int, pruning: PruneState, state: TrainState
-  ) -> tuple[TrainState, PruneState]:
+  def _prune_stage(self, stage: int, pruning: PruneState, state: TrainState) -> tuple[TrainState, PruneState]:
     start = time.monotonic()
     compacted = pruning.plan
     target = self._targets[stage - 1]
@@ -213,6 +212,9 @@ class Run:
       return surgery.compact_optimizer(state, state['params'], relative)
 
     smaller = jax.block_until_ready(jax.jit(cut)(state))
+    # Flax checks shapes too, but only while tracing; a wrong plan must not get as far as that.
+    wanted = abstract_params(pruning.plan.pruned_config(self.inputs.config))
+    chex.assert_trees_all_equal_shapes(smaller['params'], wanted)
     jax.clear_caches()  # programs of the old shapes would stay in memory
     return smaller
 
@@ -295,7 +297,11 @@ class Run:
   def _finish(self, pruning: PruneState, state: TrainState) -> dict[str, Any]:
     config = pruning.plan.pruned_config(self.inputs.config)
     write_hf(
-      config, state['params'], self.workdir.hf, tokenizer=self.inputs.tokenizer, dtype=jnp.dtype(self._export_dtype())
+      config,
+      state['params'],
+      self.workdir.hf,
+      tokenizer=self.inputs.tokenizer,
+      dtype=jnp.dtype(self._export_dtype()),
     )
     self._write_plan(self.options.prune.stages, pruning, {'metrics_lines': self._metrics.lines})
     stages = self._position.history['stages']

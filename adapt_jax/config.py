@@ -193,7 +193,8 @@ def _check(options: RunOptions) -> None:
       )
   if not options.prune.target > 0:
     raise InputError(
-      f'config.prune.target = {options.prune.target!r}: give a fraction kept (≤ 1) or a number of parameters (> 1)'
+      f'config.prune.target = {options.prune.target!r} must be positive: a fraction kept (≤ 1) or a '
+      f'number of parameters (> 1)'
     )
   if options.train.min_lr > options.train.lr:
     raise InputError(

@@ -83,7 +83,7 @@ def run(options: RunOptions, workdir: Workdir) -> None:
   evaluator = Evaluator(blocks, options.evaluate.batch, compiler=compiler, dtype=dtype)
   start = time.monotonic()
   value = evaluator.perplexity(source.config, source.load_params(dtype), 'evaluate')
-  report = {
+  report: dict[str, Any] = {
     'model': {'source': source.name, 'params_before': count_params(source.config)},
     'perplexity': {'dense': value, 'definition': DEFINITION.format(length=options.evaluate.length)},
     'compiles': compiler.counts,
@@ -91,4 +91,5 @@ def run(options: RunOptions, workdir: Workdir) -> None:
     'versions': versions(),
   }
   write_text(workdir.report, json.dumps(report, indent=2) + '\n')
-  print(f'{count_params(source.config):,} parameters, perplexity {value:.3f}: {report["perplexity"]["definition"]}')
+  definition = report['perplexity']['definition']
+  print(f'{count_params(source.config):,} parameters, perplexity {value:.3f}: {definition}')

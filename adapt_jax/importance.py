@@ -151,7 +151,5 @@ class Scorer:
       total, g_MBTD = jax.lax.scan(micro, zeros, (x_MBTD, g_MBTD))
       return g_MBTD, group_scores(layer, total, IMPORTANCES[self.importance])
 
-    _, (kv, ffn) = jax.lax.scan(
-      backward, gradient_MBTD, (stacked['layers'], inputs_LMBTD), reverse=True
-    )
+    _, (kv, ffn) = jax.lax.scan(backward, gradient_MBTD, (stacked['layers'], inputs_LMBTD), reverse=True)
     return Scores(kv, ffn, distance_L, losses_M.sum())

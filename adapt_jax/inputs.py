@@ -16,7 +16,6 @@ from models.config import ModelConfig
 from models.errors import InputError
 from models.source import Source, open_source
 
-
 # A source is read this far at least, so that draws cover more than its first documents; a stream of a
 # hub data set has to end somewhere.
 _POOL_TOKENS = 2**22
@@ -126,8 +125,8 @@ def _check_target(options: RunOptions, config: ModelConfig) -> None:
   smallest = Allocator(config, options.prune.align_ffn).smallest()
   if target < smallest:
     raise InputError(
-      f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but embeddings, norms, '
-      f'one KV group and the narrowest MLP in every layer already have {smallest:,}: raise it'
+      f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but embeddings, '
+      f'norms, one KV group and the narrowest MLP in every layer already have {smallest:,}: raise it'
     )
 
 
@@ -135,6 +134,6 @@ def _check_steps(options: RunOptions) -> None:
   t = options.train
   if t.tokens and t.tokens < t.batch * t.length * options.prune.stages:
     raise InputError(
-      f'config.train.tokens = {t.tokens:,} is less than one batch of {t.batch} x {t.length} tokens for each of '
-      f'{options.prune.stages} stages: raise it, or lower train.batch or prune.stages'
+      f'config.train.tokens = {t.tokens:,} is less than one batch of {t.batch} x {t.length} tokens for '
+      f'each of {options.prune.stages} stages: raise it, or lower train.batch or prune.stages'
     )

@@ -11,7 +11,7 @@ from models.errors import InputError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrunePlan:
-  """Boolean masks of kept groups: `kv[l]` over the KV groups [K_l] of layer l, `ffn[l]` over its channels [F_l]."""
+  """Masks of what is kept: `kv[l]` over the KV groups [K_l] of layer l, `ffn[l]` over its channels [F_l]."""
 
   kv: tuple[np.ndarray, ...]
   ffn: tuple[np.ndarray, ...]
@@ -55,9 +55,7 @@ class PrunePlan:
         raise ValueError('a later plan cannot keep what an earlier one removed')
       return now[then]
 
-    return PrunePlan(
-      tuple(map(renumber, self.kv, earlier.kv)), tuple(map(renumber, self.ffn, earlier.ffn))
-    )
+    return PrunePlan(tuple(map(renumber, self.kv, earlier.kv)), tuple(map(renumber, self.ffn, earlier.ffn)))
 
   def equals(self, other: 'PrunePlan') -> bool:
     """True if both keep the same groups."""

@@ -17,7 +17,7 @@ from adapt_jax.allocate import Allocator, Widths, normalise
 from adapt_jax.compile import Compiler
 from adapt_jax.config import PruneOptions
 from adapt_jax.data import Blocks, draw_rows
-from adapt_jax.importance import Scorer, Scores
+from adapt_jax.importance import Scorer
 from adapt_jax.plan import PrunePlan, keep_best
 from adapt_jax.progress import Progress
 from models.config import ModelConfig, count_params
@@ -104,7 +104,7 @@ class Pruner:
     self._program: Any = None
     self._zero = jax.jit(surgery.zero_stacked, donate_argnums=0)
 
-  def _score(self, stacked: Params, step: int) -> Scores:
+  def _score(self, stacked: Params, step: int) -> Any:
     rows = draw_rows(len(self.blocks.tokens), self.options.calibration.samples, self._seed, step)
     tokens = jnp.asarray(self.blocks.tokens[rows])
     if self._program is None:
@@ -159,9 +159,7 @@ class Pruner:
       while before > target:
         state, record = self._step(stacked, state, target)
         on_step(state, record)
-        progress.update(
-          before - max(record.params, target), step=str(record.step), loss=f'{record.loss:.3f}'
-        )
+        progress.update(before - max(record.params, target), step=str(record.step), loss=f'{record.loss:.3f}')
         before = record.params
         if before > target:
           stacked = self._zero(stacked, *surgery.padded_masks(state.plan))

@@ -23,7 +23,7 @@ GROUP_AXES = {
 
 
 def map_groups(fn: Callable[[jax.Array, int, str], Any], layer: Params) -> Params:
-  """fn(leaf, group axis, 'attention' or 'mlp') over the prunable leaves of one layer, the rest as they are."""
+  """fn(leaf, group axis, 'attention' or 'mlp') over one layer's prunable leaves; the rest stay."""
   out = dict(layer)
   for block, axes in GROUP_AXES.items():
     out[block] = {n: fn(x, axes[n], block) if n in axes else x for n, x in layer[block].items()}
@@ -115,7 +115,7 @@ def padded_masks(plan: PrunePlan) -> tuple[np.ndarray, np.ndarray]:
 
 def compact_optimizer(state: Any, params: Params, plan: PrunePlan) -> Any:
   """The optimizer state of the surviving weights: every subtree shaped like `params` is compacted."""
-  treedef = jax.tree.structure(params)
+  treedef: Any = jax.tree.structure(params)
 
   def like_params(x: Any) -> bool:
     return jax.tree.structure(x) == treedef

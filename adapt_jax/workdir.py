@@ -66,7 +66,7 @@ class Workdir:
 def _flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
   if not isinstance(tree, dict):
     return {prefix: tree}
-  out = {}
+  out: dict[str, Any] = {}
   for key, value in tree.items():
     out |= _flatten(value, f'{prefix}.{key}' if prefix else key)
   return out

@@ -37,7 +37,9 @@ def get_config() -> ConfigDict:
   config.prune.amplitude = 0.02  # A: how far layer importance bends a layer's sparsity per step
   config.prune.importance = 'taylor'  # score of a group
   config.prune.layer_distance = 'cosine'  # between a layer's input and output: cosine, euclidean, manhattan
-  config.prune.align_ffn = 1  # MLP widths are multiples of this (64 to 256 suit tensor cores and quantisation)
+  config.prune.align_ffn = (
+    1  # MLP widths are multiples of this (64 to 256 suit tensor cores and quantisation)
+  )
   config.prune.calibration = ConfigDict()
   config.prune.calibration.source = ()  # text of the kind that the model shall stay good at
   config.prune.calibration.samples = 512  # rows drawn afresh at every pruning step

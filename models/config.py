@@ -21,13 +21,11 @@ class LayerShape:
   num_kv_heads: int  # K, key/value heads; divides num_heads
   ffn: int  # F, MLP channels
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if min(self.num_heads, self.num_kv_heads, self.ffn) < 1:
       raise InputError(f'layer widths must be at least 1, got {self}')
     if self.num_heads % self.num_kv_heads:
-      raise InputError(
-        f'num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}'
-      )
+      raise InputError(f'num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}')
 
   @property
   def group_size(self) -> int:
@@ -73,7 +71,7 @@ class ModelConfig:
   qk_norm: bool = False
   max_position: int = 2048
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.family not in FAMILIES:
       raise InputError(f'model family {self.family!r} is unknown: one of {", ".join(FAMILIES)}')
     if not self.layers:

@@ -29,9 +29,7 @@ def config_from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
   """
   family = _supported_family(raw, where)
   try:
-    hidden, heads, depth = (
-      int(raw[k]) for k in ('hidden_size', 'num_attention_heads', 'num_hidden_layers')
-    )
+    hidden, heads, depth = (int(raw[k]) for k in ('hidden_size', 'num_attention_heads', 'num_hidden_layers'))
     widest = {
       'num_attention_heads': heads,
       'num_key_value_heads': int(raw.get('num_key_value_heads') or heads),
@@ -95,8 +93,7 @@ def _supported_family(raw: dict[str, Any], where: str) -> str:
   for field, found in refused.items():
     if found:
       raise InputError(
-        f'{where}: {field} = {raw.get(field)!r} in config.json is not supported; use a checkpoint '
-        f'without it'
+        f'{where}: {field} = {raw.get(field)!r} in config.json is not supported; use a checkpoint without it'
       )
   return family
 

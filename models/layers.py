@@ -92,7 +92,5 @@ class DecoderLayer(nn.Module):
     c = self.config
     attention_norm = self.param('attention_norm', nn.initializers.ones, (c.hidden_size,))
     mlp_norm = self.param('mlp_norm', nn.initializers.ones, (c.hidden_size,))
-    x_BTD += Attention(c, self.shape, name='attention')(
-      rms_norm(x_BTD, attention_norm, c.rms_norm_eps), rope
-    )
+    x_BTD += Attention(c, self.shape, name='attention')(rms_norm(x_BTD, attention_norm, c.rms_norm_eps), rope)
     return x_BTD + Mlp(c, self.shape, name='mlp')(rms_norm(x_BTD, mlp_norm, c.rms_norm_eps))

@@ -24,7 +24,8 @@ Params = dict[str, Any]
 
 def _init_layer(config: ModelConfig, shape: LayerShape, key: jax.Array) -> Params:
   x = jnp.zeros((1, 1, config.hidden_size))
-  return DecoderLayer(config, shape).init(key, x, rope(config, 1))['params']
+  variables: Any = DecoderLayer(config, shape).init(key, x, rope(config, 1))
+  return variables['params']
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -54,7 +55,7 @@ def rope(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
 
 def head(params: Params) -> jax.Array:
   """Output projection [V, D]: its own, or the tied embedding."""
-  return params.get('lm_head', params['embed'])
+  return params['lm_head'] if 'lm_head' in params else params['embed']
 
 
 def hidden_states(
@@ -88,13 +89,15 @@ def apply_layer(
   """One decoder layer on x [B, T, D], as a pure function of its parameters."""
   module = DecoderLayer(config, shape)
 
-  def run(layer: Params, x: jax.Array) -> jax.Array:
+  def run(layer: Params, x: jax.Array) -> Any:
     return module.apply({'params': layer}, x, tables)
 
   return (jax.checkpoint(run) if remat else run)(layer, x_BTD)
 
 
-def apply(config: ModelConfig, params: Params, tokens_BT: jax.Array, *, dtype: Any = jnp.float32) -> jax.Array:
+def apply(
+  config: ModelConfig, params: Params, tokens_BT: jax.Array, *, dtype: Any = jnp.float32
+) -> jax.Array:
   """Logits [B, T, V] in fp32 for token ids [B, T]."""
   x_BTD = hidden_states(config, params, tokens_BT, dtype=dtype)
   return jnp.einsum('btd,vd->btv', x_BTD, head(params).astype(dtype)).astype(jnp.float32)

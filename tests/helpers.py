@@ -57,7 +57,9 @@ def logits(config: ModelConfig, params: llama.Params, tokens_BT: jax.Array) -> j
   return llama.apply(config, params, tokens_BT)
 
 
-def save_checkpoint(directory: pathlib.Path, config: ModelConfig, params: llama.Params, **save: Any) -> dict[str, Any]:
+def save_checkpoint(
+  directory: pathlib.Path, config: ModelConfig, params: llama.Params, **save: Any
+) -> dict[str, Any]:
   """Writes a stock Hugging Face directory, and returns its config.json."""
   directory.mkdir(parents=True, exist_ok=True)
   save_params(config, params, directory, **save)

@@ -17,7 +17,8 @@ from models.config import LayerShape, ModelConfig, RopeConfig
 ROOT = pathlib.Path(__file__).parent.parent
 HIDDEN = 32
 TOKENS = 24 * 4 * 32
-_WORDS = 'the union of these states shall stand while its people hold fast to law and to each other'.split()
+_LINE = 'the union stands while its people hold fast to the law and to each other in every season of need'
+_WORDS = _LINE.split()
 
 
 def make_files(path: pathlib.Path) -> pathlib.Path:
@@ -86,4 +87,6 @@ def get_config():
 
 def main(files: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
   """Runs `main.py` to its end."""
-  return subprocess.run(command(files, workdir, *flags), capture_output=True, text=True, timeout=600, check=False)
+  return subprocess.run(
+    command(files, workdir, *flags), capture_output=True, text=True, timeout=600, check=False
+  )

@@ -37,7 +37,10 @@ def test_cross_entropy(chunk):
 
 def test_distillation(chunk):
   x, head, labels, weights = arrays()
-  teacher, teacher_head = jax.random.normal(jax.random.key(9), (24, 6)), jax.random.normal(jax.random.key(8), (37, 6))
+  teacher, teacher_head = (
+    jax.random.normal(jax.random.key(9), (24, 6)),
+    jax.random.normal(jax.random.key(8), (37, 6)),
+  )
 
   @jax.jit
   def ours(x, head, teacher, teacher_head):

@@ -1,7 +1,5 @@
 """Schedules and the split of the data over stages."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,14 +7,14 @@ import pytest
 from adapt_jax.config import DistillOptions, TrainOptions
 from adapt_jax.optim import learning_rate, optimizer, reset_moments
 from adapt_jax.train import stage_steps
+from configs import base
 
 
 def options(**kw):
-  base = TrainOptions(
-    source=(), tokens=100 * 8, batch=2, micro_batch=2, length=4, lr=1e-2, min_lr=1e-3, schedule='wsd', warmup=0.05,
-    clip=1.0, split='linear', optimizer_state='carry', remat=False, save_every=10, distill=DistillOptions(0.0, 2.0),
-  )  # fmt: skip
-  return dataclasses.replace(base, **kw)
+  values = base.get_config().train.to_dict()
+  values |= {'tokens': 100 * 8, 'batch': 2, 'micro_batch': 2, 'length': 4, 'lr': 1e-2, 'min_lr': 1e-3}
+  distill = DistillOptions(**values.pop('distill'))
+  return TrainOptions(**values | {'distill': distill} | kw)
 
 
 def test_wsd_warms_up_holds_and_decays():

@@ -39,7 +39,10 @@ CASES = {
   'llama-mha': ('Llama', {'num_key_value_heads': 6}),
   'llama-gqa-tied': ('Llama', {'tie_word_embeddings': True}),
   'llama-mqa': ('Llama', {'num_key_value_heads': 1}),
-  'llama-9-heads-3-groups': ('Llama', {'hidden_size': 54, 'num_attention_heads': 9, 'num_key_value_heads': 3}),
+  'llama-9-heads-3-groups': (
+    'Llama',
+    {'hidden_size': 54, 'num_attention_heads': 9, 'num_key_value_heads': 3},
+  ),
   'llama-wide-heads': ('Llama', {'head_dim': 20}),
   'llama3-scaling': ('Llama', {'rope_parameters': LLAMA3, 'head_dim': 16}),
   'mistral': ('Mistral', {'sliding_window': None, 'head_dim': 12}),

@@ -122,7 +122,7 @@ def test_another_config_in_the_same_workdir_is_refused(finished, files):
 
 @pytest.mark.parametrize('moment', ['scoring', 'training', 'between stages'])
 def test_killed_run_continues_to_the_same_bits(finished, files, tmp_path, moment):
-  """SIGKILL when metrics.jsonl shows the moment; the same command then ends with equal weights and figures."""
+  """SIGKILL when metrics.jsonl shows the moment; the same command then ends with the same bits."""
   path = tmp_path / 'out'
   process = subprocess.Popen(runs.command(files, path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

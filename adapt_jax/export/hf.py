@@ -14,7 +14,11 @@ from models.hf_config import config_to_hf
 from models.llama import Params
 
 _CODE = pathlib.Path(__file__).parent / 'hf_code'
-_WIDTHS = {'num_attention_heads': 'num_heads', 'num_key_value_heads': 'num_kv_heads', 'intermediate_size': 'ffn'}
+_WIDTHS = {
+  'num_attention_heads': 'num_heads',
+  'num_key_value_heads': 'num_kv_heads',
+  'intermediate_size': 'ffn',
+}
 
 
 def write_hf(
