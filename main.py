@@ -27,7 +27,11 @@ _RUN = {'accel': accel.run, 'prune': accel.run, 'evaluate': evaluate.run, 'conve
 def _options(mode: str) -> RunOptions:
   if _CONFIG.value is None:
     raise InputError('--config is missing: name a recipe such as configs/demo.py')
-  options = from_dict(_CONFIG.value.to_dict())
+  try:
+    options = from_dict(_CONFIG.value.to_dict())
+  except OSError:  # config_flags loads the recipe at its first use
+    name = config_flags.get_config_filename(flags.FLAGS['config'])
+    raise InputError(f'--config={name}: no such file; recipes lie in configs/') from None
   if mode == 'prune':
     return dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
   if mode == 'accel' and options.train.tokens == 0:

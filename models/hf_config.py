@@ -27,6 +27,8 @@ def config_from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
   `per_layer_config` of pruned models: {"5": {"num_key_value_heads": 2, "num_attention_heads": 6}}.
   `where` is named in errors. Raises InputError for anything this decoder would compute wrongly.
   """
+  if not isinstance(raw, dict):
+    raise InputError(f'{where}: config.json holds a {type(raw).__name__}, not an object')
   family = _supported_family(raw, where)
   try:
     hidden, heads, depth = (int(raw[k]) for k in ('hidden_size', 'num_attention_heads', 'num_hidden_layers'))
@@ -38,6 +40,8 @@ def config_from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
     vocab, eps = int(raw['vocab_size']), float(raw.get('rms_norm_eps', 1e-6))
   except KeyError as error:
     raise InputError(f'{where}: config.json has no field {error}: is the file complete?') from None
+  except (TypeError, ValueError) as error:
+    raise InputError(f'{where}: a width in config.json is not a number ({error})') from None
   layers = _layer_shapes(raw, widest, depth, where)
   return ModelConfig(
     family=family,
@@ -101,10 +105,10 @@ def _supported_family(raw: dict[str, Any], where: str) -> str:
 def _sliding_window_in_use(raw: dict[str, Any], family: str) -> bool:
   if 'sliding_attention' in (raw.get('layer_types') or ()):
     return True
-  window = raw.get('sliding_window')
-  if window is None or window >= raw.get('max_position_embeddings', 0):
+  if family != 'mistral' and not raw.get('use_sliding_window'):
     return False
-  return family == 'mistral' or bool(raw.get('use_sliding_window'))
+  window = raw.get('sliding_window', 4096)  # transformers' default for all of them
+  return window is not None and window < raw.get('max_position_embeddings', 2048)
 
 
 def _rope(raw: dict[str, Any], where: str) -> RopeConfig:
