@@ -302,6 +302,7 @@ class Run:
       self.workdir.hf,
       tokenizer=self.inputs.tokenizer,
       dtype=jnp.dtype(self._export_dtype()),
+      generation=self.source.generation(),
     )
     self._write_plan(self.options.prune.stages, pruning, {'metrics_lines': self._metrics.lines})
     stages = self._position.history['stages']

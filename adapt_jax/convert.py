@@ -15,5 +15,12 @@ def run(options: RunOptions, workdir: Workdir) -> None:
   tokenizer = source.load_tokenizer()
   workdir.claim()
   dtype = None if options.export.dtype == 'auto' else jnp.dtype(options.export.dtype)
-  write_hf(source.config, source.load_params(), workdir.hf, tokenizer=tokenizer, dtype=dtype)
+  write_hf(
+    source.config,
+    source.load_params(),
+    workdir.hf,
+    tokenizer=tokenizer,
+    dtype=dtype,
+    generation=source.generation(),
+  )
   print(f'{count_params(source.config):,} parameters written to {workdir.hf}')

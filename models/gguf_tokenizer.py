@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from models.errors import InputError
-from models.gguf import GgufFile, open_file
+from models.gguf_file import GgufFile, open_file
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
 _SPACE = '▁'  # how SentencePiece writes a space

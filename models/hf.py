@@ -118,7 +118,9 @@ class SafetensorsReader:
     directory = pathlib.Path(directory)
     index, single = directory / INDEX_NAME, directory / 'model.safetensors'
     if index.exists():
-      weight_map = _read_json(index).get('weight_map', {})
+      weight_map = read_json(index).get('weight_map')
+      if not isinstance(weight_map, dict):
+        raise InputError(f'{index}: has no weight_map: download it again')
       files = sorted(set(weight_map.values()))
     elif single.exists():
       weight_map, files = None, [single.name]
@@ -157,11 +159,15 @@ class SafetensorsReader:
     return {'BF16': 'bfloat16', 'F16': 'float16'}.get(code, 'float32')
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file of a checkpoint; InputError naming the file if it is none."""
   try:
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding='utf-8'))
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise InputError(f'{path}: not valid JSON ({error}): download it again') from None
+  if not isinstance(found, dict):
+    raise InputError(f'{path}: holds {type(found).__name__}, not an object: download it again')
+  return found
 
 
 def check_tensors(config: ModelConfig, reader: TensorReader) -> None:

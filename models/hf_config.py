@@ -62,7 +62,12 @@ def _layer_shapes(
   raw: dict[str, Any], widest: dict[str, int], depth: int, where: str
 ) -> tuple[LayerShape, ...]:
   # Late releases of transformers 5 pad the keys with zeros when they save: "05".
-  per_layer = {int(key): fields for key, fields in (raw.get('per_layer_config') or {}).items()}
+  try:
+    per_layer = {int(key): dict(fields) for key, fields in (raw.get('per_layer_config') or {}).items()}
+  except (AttributeError, TypeError, ValueError):
+    raise InputError(
+      f'{where}: per_layer_config in config.json must map layer numbers to widths: export it again'
+    ) from None
   for i, fields in per_layer.items():
     unknown = sorted(fields.keys() - widest)
     if unknown or i >= depth:

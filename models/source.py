@@ -1,14 +1,13 @@
 """Where a model comes from: a hub id, a Hugging Face directory, or a .gguf file."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 from models import gguf, gguf_tokenizer
 from models.config import ModelConfig
 from models.errors import InputError
-from models.hf import SafetensorsReader, TensorReader, check_tensors, load_params
+from models.hf import SafetensorsReader, TensorReader, check_tensors, load_params, read_json
 from models.hf_config import config_from_hf
 from models.llama import Params
 
@@ -24,6 +23,11 @@ class Source:
   reader: TensorReader
   path: pathlib.Path  # the directory or the .gguf file
   dtype: str  # of the stored weights; float32 for quantised files
+
+  def generation(self) -> dict[str, Any]:
+    """Fields of generation_config.json, such as a chat model's several end tokens; empty for GGUF."""
+    path = self.path / 'generation_config.json'
+    return read_json(path) if path.exists() else {}
 
   def load_params(self, dtype: Any = None) -> Params:
     """All parameters, tensor by tensor; `dtype` None keeps the stored one."""
@@ -69,10 +73,7 @@ def _read_config(directory: pathlib.Path) -> dict[str, Any]:
   path = directory / 'config.json'
   if not path.exists():
     raise InputError(f'model.source {directory}: no config.json in this directory')
-  try:
-    return json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise InputError(f'{path}: not valid JSON ({error})') from None
+  return read_json(path)
 
 
 def _download(name: str) -> pathlib.Path:
@@ -98,6 +99,6 @@ def _tokenizer_from_directory(directory: pathlib.Path) -> Any:
 
   try:
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-  except (OSError, ValueError, KeyError) as error:
+  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
     reason = str(error).strip().splitlines()[0]
     raise InputError(f'{directory}: the tokenizer cannot be loaded ({reason})') from None

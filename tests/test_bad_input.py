@@ -193,7 +193,9 @@ def test_workdirs(files, tmp_path):
   assert not (tmp_path / 'new').exists()
 
 
-@pytest.mark.skipif(not pathlib.Path('/proc/self').exists(), reason='needs a file system that root cannot write')
+@pytest.mark.skipif(
+  not pathlib.Path('/proc/self').exists(), reason='needs a file system that root cannot write'
+)
 def test_workdir_that_cannot_be_written():
   with pytest.raises(InputError, match='not writable'):
     Workdir('/proc/self/out', {}).check()

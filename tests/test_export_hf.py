@@ -52,7 +52,9 @@ def exports(tmp_path_factory):
 
 
 def load(directory, **options):
-  return transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options).eval()
+  return transformers.AutoModelForCausalLM.from_pretrained(
+    directory, trust_remote_code=True, **options
+  ).eval()
 
 
 def check_logits(model, directory):
@@ -95,8 +97,8 @@ def check_gradients(model):
     assert weight.grad is not None and weight.grad.abs().max() > 0, name
 
 
-def check_tokenizer(directory):
-  tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+def check_tokenizer(directory, trust):
+  tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
   text = '<|im_start|>the quick brown fox<|im_end|>'
   assert tokenizer(text).input_ids == tiny_tokenizer()(text).input_ids
   assert (tokenizer.bos_token, tokenizer.eos_token) == ('<s>', '</s>')
@@ -109,10 +111,12 @@ def check_directory(directory, out):
   assert type(model).__name__.startswith('Adapt') and model.config._attn_implementation == 'sdpa'
   check_logits(model, directory)
   check_logits(load(directory, attn_implementation='eager'), directory)
+  assert all(layer.self_attn.config is model.config for layer in model.model.layers)
   check_generation(model)
   check_save(model, directory, out)
   check_gradients(model)
-  check_tokenizer(directory)
+  check_tokenizer(directory, trust=False)
+  check_tokenizer(directory, trust=True)
   tokens = torch.tensor(random_tokens(model.config))
   bare = transformers.AutoModel.from_pretrained(directory, trust_remote_code=True)
   assert torch.equal(bare(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
@@ -127,13 +131,15 @@ def test_pruned_model_runs_in_transformers(family, exports, tmp_path):
 def test_pruned_models_run_in_transformers_4(exports, tmp_path):
   if not OLD_TRANSFORMERS.exists():
     pytest.skip(f'no {OLD_TRANSFORMERS.name} in the virtual environment: make test installs it there')
+  load(exports / 'llama').save_pretrained(tmp_path / 'five')
   root = pathlib.Path(__file__).parents[1]
   program = (
     'import pathlib, sys, transformers\n'
-    'from tests.test_export_hf import FAMILIES, check_directory\n'
+    'from tests.test_export_hf import FAMILIES, check_directory, check_logits, load\n'
     'assert transformers.__version__.startswith("4.57."), transformers.__version__\n'
     'exports, out = map(pathlib.Path, sys.argv[1:])\n'
     'for family in FAMILIES: check_directory(exports / family, out / family)\n'
+    'check_logits(load(out / "five"), exports / "llama")\n'
   )
   environment = {
     'PATH': '',
@@ -147,6 +153,7 @@ def test_pruned_models_run_in_transformers_4(exports, tmp_path):
   assert done.returncode == 0, done.stderr[-3000:]
   for family in FAMILIES:
     assert open_source(str(tmp_path / family)).config == tiny_config(family, vocab_size=320)
+    check_logits(load(tmp_path / family), exports / family)
 
 
 @pytest.mark.parametrize('family', FAMILIES)

@@ -82,7 +82,12 @@ def test_config_survives_the_round_trip(family):
   assert config_from_hf(json.loads(json.dumps(config_to_hf(config))), 'here') == config
 
 
-LLAMA3 = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 32}
+LLAMA3 = {
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 32,
+}
 SCALED = RopeConfig(5e5, Llama3Scaling(8.0, 1.0, 4.0, 32))
 
 
@@ -126,12 +131,16 @@ REFUSED = [
   ('yarn', {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}}),
   ('linear', {'rope_scaling': {'type': 'linear', 'factor': 2.0}}),
   ('dynamic', {'rope_parameters': {'rope_type': 'dynamic', 'factor': 2.0, 'rope_theta': 1e4}}),
-  ('yarn', {'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}}),
+  (
+    'yarn',
+    {'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}},
+  ),
   ('low_freq_factor', {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}),
   ('sliding_window', base('mistral', sliding_window=64)),
-  ('sliding_window', {k: v for k, v in base('mistral').items() if k != 'sliding_window'} | {
-    'max_position_embeddings': 32768
-  }),
+  (
+    'sliding_window',
+    {k: v for k, v in base('mistral').items() if k != 'sliding_window'} | {'max_position_embeddings': 32768},
+  ),
   ('sliding_window', base('qwen2', use_sliding_window=True, sliding_window=64)),
   ('sliding_window', base('qwen3', layer_types=['full_attention', 'sliding_attention'])),
   ('num_local_experts', {'num_local_experts': 8}),

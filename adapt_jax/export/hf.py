@@ -46,6 +46,9 @@ def write_hf(
     save_params(config, params, new, dtype)
     if not _stock(config):
       fields |= _own_architecture(config)
+      # Beside a model_type that it does not know, transformers 5 stumbles over this old name when it
+      # opens the tokenizer; the code beside reads the new one in transformers 4 too.
+      fields.pop('rope_scaling', None)
       for file in ('configuration_adapt.py', 'modeling_adapt.py'):
         shutil.copy(_CODE / file, new)
     _write_json(new / 'config.json', fields)

@@ -16,6 +16,14 @@ class PerLayerWidths:
   # transformers code reads `config.num_attention_heads` and the like; it gets the widest layer's.
   allow_global_per_layer_attribute_access = True
 
+  def __init__(self, rope_parameters=None, **fields):
+    """For transformers 4, which knows only the older names; 5 generates an initialiser of its own."""
+    if rope_parameters:
+      scaling = dict(rope_parameters)
+      fields['rope_theta'] = scaling.pop('rope_theta')
+      fields['rope_scaling'] = None if scaling['rope_type'] == 'default' else scaling
+    super().__init__(**fields)
+
   def validate(self):
     """Checks nothing: stock Llama asks that heads divide hidden_size, pruned heads need not."""
 

@@ -1,0 +1,161 @@
+"""The header of a .gguf file: metadata as plain values, and where each tensor lies.
+
+Parsed here, not by gguf.GGUFReader: that keeps a numpy view of every metadata string (2 s and 160 MB
+for a vocabulary of 49k) and loops without bound over a corrupt array's length.
+"""
+
+import math
+import mmap
+import os
+import pathlib
+import struct
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from models.errors import InputError
+
+# The tensor types that are read: three stored as they are, three dequantised to float32.
+TENSOR_TYPES = {
+  int(kind): kind
+  for kind in (
+    GGMLQuantizationType.F32,
+    GGMLQuantizationType.F16,
+    GGMLQuantizationType.BF16,
+    GGMLQuantizationType.Q4_0,
+    GGMLQuantizationType.Q4_1,
+    GGMLQuantizationType.Q8_0,
+  )
+}
+
+# Metadata value types: struct codes of the scalars, and the two that are not scalars.
+_SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}
+_STRING, _ARRAY = 8, 9
+_REQUIRED = object()
+
+
+class GgufTensor(NamedTuple):
+  """Where one tensor lies in the file."""
+
+  type: int  # a GGMLQuantizationType, or a number that this version of gguf does not know
+  shape: tuple[int, ...]  # as numpy and Hugging Face have it: rows first
+  offset: int  # bytes from the start of the file
+  nbytes: int  # 0 for unsupported types
+
+
+class GgufFile(NamedTuple):
+  """A parsed header: metadata as plain Python values, tensors by GGUF name."""
+
+  path: pathlib.Path
+  metadata: dict[str, Any]
+  tensors: dict[str, GgufTensor]
+
+  def field(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
+    """A metadata value of the given type; InputError if it has another, or is absent without default."""
+    value = self.metadata.get(key, default)
+    if value is _REQUIRED:
+      raise InputError(f'{self.path}: no metadata field {key}: convert the model again')
+    accepted = (float, int) if kind is float else kind
+    if value is not default and not isinstance(value, accepted):
+      raise InputError(f'{self.path}: {key} = {value!r} should be of type {kind.__name__}: convert it again')
+    return value
+
+  def array(self, key: str, kind: type, default: Any = _REQUIRED) -> list[Any]:
+    """A metadata array whose items have the given type; errors as `field`."""
+    values = self.field(key, list, default)
+    if values and not isinstance(values[0], kind):  # GGUF arrays hold one type
+      raise InputError(f'{self.path}: {key} should hold items of type {kind.__name__}: convert it again')
+    return values
+
+
+class _Cursor:
+  """Bounds-checked little-endian reads from a mapped file; ValueError beyond its end."""
+
+  def __init__(self, data: mmap.mmap):
+    self.data, self.at = data, 0
+
+  def take(self, count: int) -> bytes:
+    if self.at + count > len(self.data):
+      raise ValueError(f'the header goes on beyond the end of the file at byte {len(self.data)}')
+    self.at += count
+    return self.data[self.at - count : self.at]
+
+  def scalar(self, code: str) -> Any:
+    return struct.unpack('<' + code, self.take(struct.calcsize('<' + code)))[0]
+
+  def string(self) -> str:
+    return str(self.take(self.scalar('Q')), 'utf-8')
+
+  def value(self, kind: int) -> Any:
+    if kind == _STRING:
+      return self.string()
+    if kind != _ARRAY:
+      return self.scalar(_code(kind))
+    item, count = self.scalar('I'), self.scalar('Q')
+    if item == _STRING:
+      return [self.string() for _ in range(count)]
+    dtype = np.dtype('<' + _code(item))
+    return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+
+
+def _code(kind: int) -> str:
+  if kind not in _SCALARS:
+    raise ValueError(f'metadata of type {kind}')
+  return _SCALARS[kind]
+
+
+def open_file(path: str | os.PathLike[str]) -> GgufFile:
+  """Parses the header, reading no tensor; InputError for a missing, corrupt or truncated file."""
+  path = pathlib.Path(path)
+  try:
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+      metadata, tensors = _parse(_Cursor(data))
+  except OSError as error:
+    raise InputError(f'{path}: cannot be opened ({error.strerror}): check the path') from None
+  except ValueError as error:
+    raise InputError(f'{path}: corrupt or truncated GGUF file ({error}): download it again') from None
+  return GgufFile(path, metadata, tensors)
+
+
+def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+  if cursor.take(4) != b'GGUF':
+    raise ValueError('it does not start with GGUF')
+  version = cursor.scalar('I')
+  if version not in (2, 3):
+    raise ValueError(f'version {version}; only little-endian files of version 2 and 3 are supported')
+  tensor_count, field_count = cursor.scalar('Q'), cursor.scalar('Q')
+  metadata = {}
+  for _ in range(field_count):
+    key = cursor.string()
+    metadata[key] = cursor.value(cursor.scalar('I'))
+  infos = [_tensor_info(cursor) for _ in range(tensor_count)]
+  alignment = metadata.get('general.alignment', 32)
+  if not isinstance(alignment, int) or alignment < 1:
+    raise ValueError(f'general.alignment = {alignment!r}')
+  start = -(-cursor.at // alignment) * alignment
+  tensors = {}
+  for name, tensor in infos:
+    placed = tensor._replace(offset=start + tensor.offset)
+    if placed.offset + placed.nbytes > len(cursor.data):
+      raise ValueError(f'tensor {name!r} goes on beyond the end of the file at byte {len(cursor.data)}')
+    if name in tensors:
+      raise ValueError(f'two tensors are named {name!r}')
+    tensors[name] = placed
+  return metadata, tensors
+
+
+def _tensor_info(cursor: _Cursor) -> tuple[str, GgufTensor]:
+  name = cursor.string()
+  rank = cursor.scalar('I')
+  if not 1 <= rank <= 4:
+    raise ValueError(f'tensor {name!r} has {rank} dimensions')
+  dims = [cursor.scalar('Q') for _ in range(rank)]
+  kind, offset = cursor.scalar('I'), cursor.scalar('Q')
+  nbytes = 0
+  if kind in TENSOR_TYPES:
+    block, size = GGML_QUANT_SIZES[TENSOR_TYPES[kind]]
+    if dims[0] % block:
+      raise ValueError(f'tensor {name!r} of shape {dims[::-1]} has no whole blocks of {block}')
+    nbytes = math.prod(dims) // block * size
+  return name, GgufTensor(kind, tuple(dims[::-1]), offset, nbytes)

@@ -1,0 +1,74 @@
+"""The real model: SmolLM2-135M-Instruct from its GGUF file, against transformers and the reference.
+
+Skipped where `scripts/fetch_demo.py` has not been run; `make test` runs it.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_jax import surgery
+from adapt_jax.allocate import normalise
+from adapt_jax.export.hf import write_hf
+from adapt_jax.importance import Scorer
+from adapt_jax.plan import PrunePlan
+from models import llama
+from models.source import open_source
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODEL = ROOT / 'data' / 'SmolLM2-135M-Instruct.Q4_1.gguf'
+GOLDEN = ROOT.parent / 'shared' / 'golden'
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(not MODEL.exists(), reason='the demo model is not there: python scripts/fetch_demo.py'),
+]
+
+
+@pytest.fixture(scope='module')
+def source():
+  return open_source(str(MODEL))
+
+
+@pytest.fixture(scope='module')
+def params(source):
+  return source.load_params()
+
+
+def test_logits_equal_those_of_transformers(source, params, tmp_path):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  tokenizer = source.load_tokenizer()
+  write_hf(source.config, params, tmp_path / 'hf', tokenizer=tokenizer)
+  text = 'In 1947 the committee met 12 times; its report, printed the year after, was never read aloud.'
+  ids = np.array([tokenizer(text)['input_ids']])
+  with torch.no_grad():
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float32)
+    theirs = model(torch.tensor(ids)).logits.numpy()
+  ours = np.asarray(jax.jit(lambda p, t: llama.apply(source.config, p, t))(params, ids))
+  assert np.abs(ours - theirs).max() < 1e-4
+  np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason='the measured figures of the reference are not there')
+def test_first_step_reproduces_the_references_scores(source, params):
+  """Cosines to 1e-4 and Taylor sums to 1e-3 (median), with query heads credited to their own KV group."""
+  golden = np.load(GOLDEN / 'step1_n128.npz')
+  tokens = np.load(GOLDEN / 'calib.npy')[:128]
+  # The reference ran on weights rounded to bfloat16 and kept in fp32.
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+  stacked = surgery.stack(rounded, PrunePlan.dense(source.config), jnp.float32)
+  scores = jax.device_get(jax.jit(Scorer(source.config, micro_batch=16))(stacked, tokens))
+  np.testing.assert_allclose(-scores.distance, golden['cosine_mean'], atol=1e-4)
+  np.testing.assert_allclose(normalise(scores.distance), golden['normalized_importance'], atol=1e-4)
+  np.testing.assert_allclose(scores.loss, golden['batch_losses'].mean(), rtol=1e-5)
+  batches = len(golden['batch_losses'])  # its gradients are summed over batches, ours are a mean
+
+  def difference(ours, theirs):
+    return np.median(np.abs(ours * batches - theirs) / theirs)
+
+  assert difference(scores.ffn, golden['mlp_channel_importance']) < 1e-3
+  rows = sum(golden[f'taylor_{n}_proj'].reshape(30, 3, -1).sum(-1) for n in 'qkvo')
+  assert difference(scores.kv, rows) < 1e-3
