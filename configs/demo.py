@@ -25,15 +25,15 @@ def get_config() -> ConfigDict:
   config.prune.calibration.samples = 64
 
   config.train.source = prose
-  config.train.tokens = 48 * 1024
+  config.train.tokens = 64 * 1024
   config.train.batch = 4
   config.train.micro_batch = 4
   config.train.length = 256
-  config.train.lr = 2e-4  # a short run on one kind of text bears a higher rate than the paper's
-  config.train.min_lr = 2e-5
+  config.train.lr = 3e-4  # a short run on one kind of text bears a higher rate than the paper's
+  config.train.min_lr = 3e-5
   config.train.save_every = 20
 
   config.evaluate.source = ('data/sotu/valid',)
   config.evaluate.length = 256
-  config.evaluate.max_tokens = 16 * 1024
+  config.evaluate.max_tokens = 12 * 1024
   return config

@@ -28,6 +28,24 @@ def project(x_TD: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
   return x_TD @ weight.astype(x_TD.dtype).reshape(-1, inputs).T
 
 
+def causal_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+  """Softmax(q kᵀ / √H, causal) v with query head n on KV head n // G: [B, T, N, H], softmax in fp32.
+
+  The same as `jax.nn.dot_product_attention(..., is_causal=True)`, but as one plain batch of products
+  over (B, K), which XLA's CPU backend runs twice as fast, gradient included.
+  """
+  B, T, N, H = q_BTNH.shape
+  K = k_BSKH.shape[2]
+  q_CRH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)
+  k_CSH, v_CSH = (x.transpose(0, 2, 1, 3).reshape(B * K, T, H) for x in (k_BSKH, v_BSKH))
+  logits_CRS = jnp.einsum('crh,csh->crs', q_CRH, k_CSH, preferred_element_type=jnp.float32) * H**-0.5
+  causal_TS = jnp.tril(jnp.ones((T, T), bool))
+  logits_CGTS = jnp.where(causal_TS, logits_CRS.reshape(B * K, -1, T, T), -jnp.inf)
+  weights_CRS = jax.nn.softmax(logits_CGTS, axis=-1).reshape(logits_CRS.shape).astype(v_CSH.dtype)
+  out_CRH = jnp.einsum('crs,csh->crh', weights_CRS, v_CSH)
+  return out_CRH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
 class Attention(nn.Module):
   """Causal grouped-query attention with rotary positions; optional QKV biases and QK norm."""
 
@@ -54,7 +72,7 @@ class Attention(nn.Module):
       q_BTNH = rms_norm(q_BTNH, self.param('q_norm', nn.initializers.ones, (H,)), c.rms_norm_eps)
       k_BSKH = rms_norm(k_BSKH, self.param('k_norm', nn.initializers.ones, (H,)), c.rms_norm_eps)
     q_BTNH, k_BSKH = apply_rope(q_BTNH, *rope), apply_rope(k_BSKH, *rope)
-    mixed_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True)
+    mixed_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH)
     out_TD = mixed_BTNH.reshape(B * T, -1) @ o_DKGH.astype(x_TD.dtype).reshape(D, -1).T
     return out_TD.reshape(B, T, D)
 
