@@ -21,7 +21,9 @@ class Checkpoints:
     self._directory = directory.absolute()
     self._manager = ocp.CheckpointManager(
       self._directory,
-      options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=False),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=2, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
+      ),
       item_handlers={'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()},
     )
 

@@ -120,7 +120,7 @@ def test_another_config_in_the_same_workdir_is_refused(finished, files):
   assert 'train.lr' in result.stderr and '0.5' in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize('moment', ['scoring', 'training', 'between stages'])
+@pytest.mark.parametrize('moment', ['the first scoring', 'scoring', 'training', 'between stages'])
 def test_killed_run_continues_to_the_same_bits(finished, files, tmp_path, moment):
   """SIGKILL when metrics.jsonl shows the moment; the same command then ends with the same bits."""
   path = tmp_path / 'out'
@@ -130,7 +130,8 @@ def test_killed_run_continues_to_the_same_bits(finished, files, tmp_path, moment
     metrics = path / 'metrics.jsonl'
     lines = [json.loads(x) for x in metrics.read_text().splitlines()] if metrics.exists() else []
     return {
-      'scoring': any(x['event'] == 'prune' and x['stage'] == 2 for x in lines),
+      'the first scoring': sum(x['event'] == 'prune' and x['stage'] == 1 for x in lines) >= 2,
+      'scoring': sum(x['event'] == 'prune' and x['stage'] == 2 for x in lines) >= 2,
       'training': any(x['event'] == 'train' and x['step'] >= 9 for x in lines),
       'between stages': any(x['event'] == 'evaluate' and x['of'] == 'stage 1 recovered' for x in lines),
     }[moment]

@@ -1,0 +1,105 @@
+"""The one state of a run, saved together and resumed to the same bits.
+
+On disk it is the newest checkpoint (arrays, position, plan, history) and `plan.json`, written after every
+pruning step: the steps taken since that checkpoint. Everything else is a function of the config.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+from adapt_jax.checkpoint import Checkpoints
+from adapt_jax.metrics import MetricsLog
+from adapt_jax.plan import PrunePlan
+from adapt_jax.prune import PruneState
+from adapt_jax.workdir import Workdir
+from models.config import ModelConfig
+from models.files import write_text
+
+
+@dataclasses.dataclass
+class RunState:
+  """Where a run stands.
+
+  arrays: {'params', 'optimizer'}, at the widths that `compacted` keeps.
+  pruning: the schedule; ahead of `compacted` while a stage is being pruned.
+  stage: 1-based, 0 before the first one is pruned. train_step: global steps done.
+  complete: the stage's training is over.
+  dense_perplexity: of the source. rows: finished stages, as in report.json. row: the open stage's.
+  seconds, compiles: spent up to the last save.
+  """
+
+  arrays: dict[str, Any]
+  compacted: PrunePlan
+  pruning: PruneState
+  stage: int = 0
+  train_step: int = 0
+  complete: bool = True
+  dense_perplexity: float | None = None
+  rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  row: dict[str, Any] = dataclasses.field(default_factory=dict)
+  seconds: float = 0.0
+  compiles: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+_IN_JSON = ('stage', 'train_step', 'complete', 'dense_perplexity', 'rows', 'row', 'seconds', 'compiles')
+
+
+class StateStore:
+  """Saves and resumes a `RunState` in its workdir.
+
+  Args:
+    workdir: of the run.
+    config: of the dense model, which plans number.
+    metrics: cut, on resume, to what the saved state has seen.
+  """
+
+  def __init__(self, workdir: Workdir, config: ModelConfig, metrics: MetricsLog):
+    self._plan, self._config, self._metrics = workdir.plan, config, metrics
+    self._checkpoints = Checkpoints(workdir.checkpoints)
+
+  def save(self, state: RunState) -> None:
+    """A checkpoint; only between prunings, when the arrays have the plan's widths."""
+    meta = {name: getattr(state, name) for name in _IN_JSON}
+    meta |= {'pruning': state.pruning.to_json(), 'metrics_lines': self._metrics.lines}
+    self._checkpoints.save(state.arrays, meta)
+
+  def save_plan(self, state: RunState, stage: int) -> None:
+    """`plan.json`: what is kept now, and what resuming in the middle of a stage's pruning needs."""
+    plan = {
+      'stage': stage,
+      'params': state.pruning.plan.params(self._config),
+      'dense_perplexity': state.dense_perplexity,
+      'metrics_lines': self._metrics.lines,
+    }
+    write_text(self._plan, json.dumps(plan | state.pruning.to_json()) + '\n')
+
+  def resume(self, shapes: Callable[[PrunePlan], Any], start: Callable[[], dict[str, Any]]) -> RunState:
+    """The state that was saved last.
+
+    Args:
+      shapes: plan -> the arrays' tree of `jax.ShapeDtypeStruct` at its widths.
+      start: the arrays of a run without a checkpoint.
+    """
+    number, lines = self._checkpoints.latest(), 0
+    if number is None:
+      dense = PruneState.start(self._config)
+      state = RunState(start(), dense.plan, dense)
+    else:
+      meta = self._checkpoints.meta(number)
+      pruning, lines = PruneState.from_json(meta['pruning'], self._config), meta['metrics_lines']
+      arrays = self._checkpoints.restore(number, shapes(pruning.plan))
+      state = RunState(arrays, pruning.plan, pruning, **{name: meta[name] for name in _IN_JSON})
+      print(f'resuming at stage {state.stage}, training step {state.train_step}', flush=True)
+    if state.complete and self._plan.exists():
+      saved = json.loads(self._plan.read_text())
+      if saved['stage'] == state.stage + 1:
+        state.pruning, lines = PruneState.from_json(saved, self._config), saved['metrics_lines']
+        state.dense_perplexity = saved['dense_perplexity']
+        print(f'resuming in the pruning of stage {saved["stage"]}, after step {saved["step"]}', flush=True)
+    self._metrics.cut(lines)
+    return state
+
+  def close(self) -> None:
+    self._checkpoints.close()
