@@ -50,11 +50,12 @@ class Allocator:
   Args:
     config: the model that sparsities refer to (the start of the whole schedule).
     align_ffn: MLP widths are kept at multiples of this (a layer's full width is also allowed).
+    exact: land on the budget; without, stop at the first step at or below it, as the reference does.
   """
 
-  def __init__(self, config: ModelConfig, align_ffn: int = 1):
+  def __init__(self, config: ModelConfig, align_ffn: int = 1, *, exact: bool = True):
     self.config = config
-    self.align = align_ffn
+    self.align, self.exact = align_ffn, exact
     self.full = Widths(
       np.array([s.num_kv_heads for s in config.layers]), np.array([s.ffn for s in config.layers])
     )
@@ -157,6 +158,6 @@ class Allocator:
     if np.array_equal(moved, sparsity):  # every layer that the rate would prune is at its limit
       return self.land(widths, sparsity, np.full_like(rate, np.abs(rate).max() or 1.0), target)
     wanted = widths.minimum(self.widths(moved))
-    if self.params(wanted) >= target:
+    if self.params(wanted) >= target or not self.exact:
       return wanted, moved
     return self.land(widths, sparsity, rate, target)

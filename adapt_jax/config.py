@@ -43,6 +43,7 @@ class PruneOptions:
   importance: str
   layer_distance: str
   align_ffn: int
+  compat: str
   calibration: CalibrationOptions
 
 
@@ -134,7 +135,8 @@ _CHOICES = {
   'model.dtype': ('auto', 'float32', 'bfloat16'),
   'export.dtype': ('auto', 'float32', 'bfloat16', 'float16'),
   'prune.stage_targets': ('linear', 'geometric'),
-  'prune.importance': ('taylor',),
+  'prune.importance': ('taylor', 'taylor_vectorize', 'taylor_second', 'taylor_mix', 'l1', 'l2', 'random'),
+  'prune.compat': ('', 'reference'),
   'prune.layer_distance': ('cosine', 'euclidean', 'manhattan'),
   'train.schedule': ('wsd', 'cosine'),
   'train.split': ('linear', 'constant', 'cosine'),

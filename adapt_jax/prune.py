@@ -76,6 +76,11 @@ def target_params(config: ModelConfig, target: float) -> int:
 class Pruner:
   """Prunes one model along one schedule, stage by stage.
 
+  With `options.compat = 'reference'` it does what the authors' program does wrong: query heads credited
+  to KV group h mod K, Euclidean and Manhattan distances negated, sparsities and starting widths anew at
+  every stage, and the first step at or below the target kept as it is. Not reproduced: its double
+  count of tied embeddings (MobileLLM only) and fp16 scoring.
+
   Args:
     config: the model at its original widths, which the plan numbers.
     options: `config.prune`.
@@ -96,10 +101,15 @@ class Pruner:
     dtype: Any,
   ):
     self.config, self.options, self.blocks = config, options, blocks
-    self.allocator = Allocator(config, options.align_ffn)
+    self._as_reference = options.compat == 'reference'
     self._seed, self._compiler, self._dtype = seed, compiler, dtype
     self._scorer = Scorer(
-      config, options.importance, options.layer_distance, options.calibration.batch, dtype
+      config,
+      options.importance,
+      options.layer_distance,
+      options.calibration.batch,
+      dtype,
+      reference_fold=self._as_reference,
     )
     self._program: Any = None
     self._zero = jax.jit(surgery.zero_stacked, donate_argnums=0)
@@ -109,9 +119,17 @@ class Pruner:
     tokens = jnp.asarray(self.blocks.tokens[rows])
     if self._program is None:
       self._program = self._compiler('scoring', self._scorer, stacked, tokens)
-    return jax.device_get(self._program(stacked, tokens))
+    scores = jax.device_get(self._program(stacked, tokens))
+    if self.options.importance == 'random':
+      rng = np.random.default_rng([self._seed, step])
+      scores = scores._replace(kv=rng.random(scores.kv.shape), ffn=rng.random(scores.ffn.shape))
+    if self._as_reference and self.options.layer_distance != 'cosine':
+      scores = scores._replace(distance=-scores.distance)
+    return scores
 
-  def _step(self, stacked: Params, state: PruneState, target: int) -> tuple[PruneState, StepRecord]:
+  def _step(
+    self, allocator: Allocator, stacked: Params, state: PruneState, target: int
+  ) -> tuple[PruneState, StepRecord]:
     scores = self._score(stacked, state.step)
     if not np.isfinite(scores.loss):
       raise InputError(
@@ -120,11 +138,11 @@ class Pruner:
       )
     rate = self.options.ratio / self.options.steps - self.options.amplitude * normalise(scores.distance)
     now = Widths(state.plan.kv_widths, state.plan.ffn_widths)
-    widths, sparsity = self.allocator.step(now, state.sparsity, rate, target)
+    widths, sparsity = allocator.step(now, state.sparsity, rate, target)
     plan = keep_best(state.plan, scores.kv, scores.ffn, widths.kv, widths.ffn)
     record = StepRecord(
       step=state.step + 1,
-      params=self.allocator.params(widths),
+      params=allocator.params(widths),
       loss=float(scores.loss),
       layer_importance=np.asarray(scores.distance, np.float64).tolist(),
       sparsity=sparsity.tolist(),
@@ -153,11 +171,17 @@ class Pruner:
     before = state.plan.params(self.config)
     if before <= target:
       return state
+    allocator = Allocator(self.config, self.options.align_ffn)
+    if self._as_reference:
+      # Its schedule starts anew, from the present widths, at every stage.
+      allocator = Allocator(compacted.pruned_config(self.config), self.options.align_ffn, exact=False)
+      if state.plan.equals(compacted):
+        state = dataclasses.replace(state, sparsity=np.zeros_like(state.sparsity))
     stacked = jax.jit(lambda p: surgery.stack(p, compacted, self._dtype))(params)
     stacked = self._zero(stacked, *surgery.padded_masks(state.plan))
     with Progress(title, before - target, 'parameters removed') as progress:
       while before > target:
-        state, record = self._step(stacked, state, target)
+        state, record = self._step(allocator, stacked, state, target)
         on_step(state, record)
         progress.update(before - max(record.params, target), step=str(record.step), loss=f'{record.loss:.3f}')
         before = record.params

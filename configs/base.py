@@ -35,11 +35,13 @@ def get_config() -> ConfigDict:
   config.prune.steps = 50  # T: steps that would remove everything at ratio 1; sets the step size
   config.prune.ratio = 1.0  # rho: overall sparsity at step T; pruning stops at the target before
   config.prune.amplitude = 0.02  # A: how far layer importance bends a layer's sparsity per step
-  config.prune.importance = 'taylor'  # score of a group
+  # Score of a group: taylor, taylor_vectorize, taylor_second, taylor_mix, l1, l2, random.
+  config.prune.importance = 'taylor'
   config.prune.layer_distance = 'cosine'  # between a layer's input and output: cosine, euclidean, manhattan
   config.prune.align_ffn = (
     1  # MLP widths are multiples of this (64 to 256 suit tensor cores and quantisation)
   )
+  config.prune.compat = ''  # 'reference': with the errors of the authors' program, to compare with it
   config.prune.calibration = ConfigDict()
   config.prune.calibration.source = ()  # text of the kind that the model shall stay good at
   config.prune.calibration.samples = 512  # rows drawn afresh at every pruning step

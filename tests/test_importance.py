@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from adapt_jax import surgery
-from adapt_jax.importance import DISTANCES, Scorer
+from adapt_jax.importance import DISTANCES, IMPORTANCES, Scorer
 from adapt_jax.plan import PrunePlan
 from models import llama
 from models.config import LayerShape, ModelConfig, RopeConfig
@@ -78,3 +78,73 @@ def test_scoring_holds_one_layers_gradient_not_all():
   layer_inputs = 4 * 4 * 8 * 128
   growth = (temporary_bytes(12) - temporary_bytes(4)) / 8
   assert growth < 2 * layer_inputs + 0.1 * layer_gradient
+
+
+def scores_and_gradients(importance, **kw):
+  """Scores of a tiny model, its layers, and each sample's own gradient of its own mean loss."""
+  config, params = make_model()
+  tokens = jax.random.randint(jax.random.key(1), (4, 16), 0, 97)
+  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  scores = jax.jit(Scorer(config, importance=importance, micro_batch=2, **kw))(stacked, tokens)
+  gradient = jax.jit(jax.grad(lambda p, t: mean_loss(config, p, t)))
+  samples = [jax.tree.map(np.asarray, gradient(params, t[None])['layers']) for t in tokens]
+  return scores, jax.tree.map(np.asarray, params['layers']), samples
+
+
+def member(layer, name):
+  """A member weight of the MLP with its channels first and the hidden axis second."""
+  return layer['mlp'][name].T if name == 'down' else layer['mlp'][name]
+
+
+@pytest.mark.parametrize('importance', sorted(IMPORTANCES.keys() - {'random'}))
+def test_every_importance_is_its_formula(importance):
+  scores, layers, samples = scores_and_gradients(importance)
+  for i, layer in enumerate(layers):
+    expected = 0.0
+    for name in ('gate', 'up', 'down'):
+      w = member(layer, name)
+      each = np.stack([member(s[i], name) for s in samples])
+      g, fisher = each.mean(0), np.square(each).mean(0)
+      weight = {
+        'taylor': w * g,
+        'taylor_vectorize': (w * g).sum(1, keepdims=True),
+        'taylor_second': w**2 * fisher,
+        'taylor_mix': w * g - 0.5 * w**2 * fisher,
+        'l1': w,
+        'l2': w**2,
+      }[importance]
+      expected = expected + np.abs(weight).sum(1)
+    np.testing.assert_allclose(scores.ffn[i], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize('importance', ['taylor', 'taylor_vectorize'])
+def test_query_heads_are_credited_to_their_group_or_as_the_reference_does(importance):
+  """h // G is right; the reference's view(G, K·H).sum(0) means h mod K."""
+  right, layers, samples = scores_and_gradients(importance)
+  wrong, _, _ = scores_and_gradients(importance, reference_fold=True)
+  K, G, H = 2, 3, 8
+
+  def rows(x):  # sums over the hidden axis of |·|, or |sum|
+    return np.abs(x.sum(-1)) if importance == 'taylor_vectorize' else np.abs(x).sum(-1)
+
+  for i, layer in enumerate(layers):
+
+    def signed(name, i=i, layer=layer):
+      return layer['attention'][name] * np.mean([s[i]['attention'][name] for s in samples], 0)
+
+    query = rows(signed('q')) + rows(np.moveaxis(signed('o'), 0, -1))  # [K, G, H]
+    kv = (rows(signed('k')) + rows(signed('v'))).sum(-1)  # [K]
+    np.testing.assert_allclose(right.kv[i], kv + query.sum((1, 2)), rtol=1e-4)
+    folded = query.reshape(-1).reshape(G, K * H).sum(0).reshape(K, H).sum(1)
+    np.testing.assert_allclose(wrong.kv[i], kv + folded, rtol=1e-4)
+
+
+@pytest.mark.parametrize('importance', sorted(IMPORTANCES))
+def test_no_importance_holds_the_gradient_tree(importance):
+  config, _ = make_model(kv=4, layers=8, hidden=128, ffn=2048)
+  params = llama.abstract_params(config)
+  stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), jnp.float32), params)
+  tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
+  program = jax.jit(Scorer(config, importance, micro_batch=2)).lower(stacked, tokens).compile()
+  all_layers = sum(x.size * 4 for x in jax.tree.leaves(stacked['layers']))
+  assert program.memory_analysis().temp_size_in_bytes < all_layers
