@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shlex
+import sys
 import time
 from typing import Any
 
@@ -9,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adapt_jax import surgery
+from adapt_jax import report_html, surgery
 from adapt_jax.compile import Compiler
 from adapt_jax.config import RunOptions
 from adapt_jax.evaluate import DEFINITION, Evaluator
@@ -57,6 +59,7 @@ class Run:
   def __init__(self, options: RunOptions, inputs: Inputs, workdir: Workdir):
     self.options, self.inputs, self.workdir = options, inputs, workdir
     self._started = time.monotonic()
+    self._command = shlex.join(['python', *sys.argv])
     self._compiler = Compiler()
     self._metrics = MetricsLog(workdir.metrics)
     self._store = StateStore(workdir, inputs.config, self._metrics)
@@ -109,6 +112,7 @@ class Run:
     names = ('scoring', 'training', 'evaluation')
     state.compiles = {n: self._before[1].get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
     self._store.save(state)
+    self._write_page(state)
 
   def _config(self, state: RunState) -> ModelConfig:
     return state.compacted.pruned_config(self.inputs.config)
@@ -123,6 +127,7 @@ class Run:
       state.pruning = pruning
       self._metrics.write('prune', stage=stage, **dataclasses.asdict(record))
       self._store.save_plan(state, stage)
+      self._write_page(state)
 
     target = self._targets[stage - 1]
     state.pruning = self._pruner.prune(
@@ -241,23 +246,45 @@ class Run:
       generation=self.inputs.source.generation(),
     )
     self._store.save_plan(state, self.options.prune.stages)
-    report = {
+    report = self._report(state)
+    self._write_page(state, running=False)
+    write_text(self.workdir.report, json.dumps(report, indent=2) + '\n')
+    return report
+
+  def _report(self, state: RunState) -> dict[str, Any]:
+    """What report.json says at the end; before it, with the open stage as far as it is known."""
+    config, options = self.inputs.config, self.options
+    rows = [*state.rows, state.row] if state.row else state.rows
+    last = rows[-1] if rows else {}
+    dense = count_params(config)
+    return {
       'model': {
         'source': self.inputs.source.name,
-        'params_before': count_params(self.inputs.config),
-        'params_after': count_params(config),
+        'params_before': dense,
+        'params_after': last.get('params', dense),
         'params_target': self._targets[-1],
+        'num_heads': [s.num_heads for s in config.layers],
+        'num_kv_heads': [s.num_kv_heads for s in config.layers],
+        'ffn': [s.ffn for s in config.layers],
       },
       'perplexity': {
         'dense': state.dense_perplexity,
-        'pruned': state.rows[-1]['perplexity_pruned'],
-        'recovered': state.rows[-1]['perplexity_recovered'],
-        'definition': DEFINITION.format(length=self.options.evaluate.length),
+        'pruned': last.get('perplexity_pruned'),
+        'recovered': last.get('perplexity_recovered'),
+        'definition': DEFINITION.format(length=options.evaluate.length),
       },
-      'stages': state.rows,
+      'schedule': {
+        'targets': self._targets,
+        'train_steps': self._ends[-1],
+        'tokens_per_step': options.train.batch * options.train.length,
+      },
+      'stages': rows,
       'compiles': state.compiles,
       'seconds': state.seconds,
       'versions': versions(),
     }
-    write_text(self.workdir.report, json.dumps(report, indent=2) + '\n')
-    return report
+
+  def _write_page(self, state: RunState, running: bool = True) -> None:
+    report_html.write(
+      self.workdir.page, self._report(state), self._metrics.read(), command=self._command, running=running
+    )

@@ -1,7 +1,7 @@
 """Charts as SVG text: lines, bars over layers, heat maps of layers × steps.
 
-Every function returns one `<svg>` for a page or picture that contains `style(palette)`. A value shows
-when the pointer rests on its mark (`<title>`); values that are not finite are left out.
+The functions return one `<svg>` each, for a page or picture that has LIGHT or DARK as its CSS. A value
+shows when the pointer rests on its mark (`<title>`); values that are not finite are left out.
 """
 
 import bisect
@@ -11,12 +11,13 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 WIDTH = 440
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, WIDTH - 12, 46, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, WIDTH - 12, 50, 38
 _LETTER = 6.3  # about the width of a letter of the labels
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 Labelled = Sequence[tuple[float, str]]
 Ints = Sequence[int]
+Pair = tuple[str, str]
 
 
 def _style(ink: str, muted: str, grid: str, paper: str, *series: str) -> str:
@@ -26,11 +27,12 @@ def _style(ink: str, muted: str, grid: str, paper: str, *series: str) -> str:
     f'.chart .over{{fill:{ink};paint-order:stroke;stroke:{paper};stroke-width:3px}}',
     f'.chart .grid{{stroke:{grid}}} .chart .was{{fill:{grid}}}',
     f'.chart .mark{{stroke:{muted};stroke-dasharray:2 3}} .chart .level{{stroke:{ink};stroke-dasharray:7 3}}',
-    '.chart .hit{fill:transparent} .chart .hit:hover{fill-opacity:.35}',
+    # A wide unseen rim makes a small dot easy to point at.
+    '.chart .dot{stroke-width:9;stroke-opacity:0;pointer-events:all} .chart .dot:hover{stroke-opacity:.35}',
   ]
   for i, colour in enumerate(series):
     rules.append(f'.chart .line{i}{{stroke:{colour};fill:none;stroke-width:1.6;stroke-linejoin:round}}')
-    rules.append(f'.chart .fill{i},.chart .hit{i}:hover{{fill:{colour}}}')
+    rules.append(f'.chart .fill{i}{{fill:{colour}}} .chart .dot.fill{i}{{stroke:{colour}}}')
   return '\n'.join(rules)
 
 
@@ -40,11 +42,10 @@ DARK = _style('#e6eaf0', '#9aa7b8', '#333c49', '#1a2029', '#6ea8fe', '#fb8c4b', 
 
 
 class Series(NamedTuple):
-  """One line. hovers: what the pointer shows at each point, or nothing; kind: line, step or dots."""
+  """One line. points: x, y and what the pointer shows, '' to draw no dot; kind: line, step or dots."""
 
   name: str
-  points: Sequence[tuple[float, float]]
-  hovers: Sequence[str] = ()
+  points: Sequence[tuple[float, float, str]]
   colour: int = 0
   kind: str = 'line'
 
@@ -65,19 +66,16 @@ class _Scale(NamedTuple):
     return round(self.start + (self.stop - self.start) * (value - low) / (high - low), 2)
 
 
-def ticks(
-  low: float, high: float, count: int = 5, *, log: bool = False, integer: bool = False
-) -> list[float]:
+def ticks(low: float, high: float, count: int, log: bool = False, integer: bool = False) -> list[float]:
   """About `count` round numbers within low … high (low < high)."""
   if log and high / low > 8:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     mantissas = (1, 2, 5) if len(decades) < 4 else (1,)
-    return [
-      m * 10.0**e for e in decades[:: -(-len(decades) // 6)] for m in mantissas if low <= m * 10.0**e <= high
-    ]
+    found = [m * 10.0**e for e in decades[:: -(-len(decades) // 6)] for m in mantissas]
+    return [t for t in found if low <= t <= high]
   rough = 0.9 * (high - low) / count
   power = 10.0 ** math.floor(math.log10(rough))
-  step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough)
+  step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
   step = float(math.ceil(step)) if integer else step
   return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
@@ -85,11 +83,9 @@ def ticks(
 def labelled(values: Sequence[float]) -> list[tuple[float, str]]:
   """Ticks with labels in one unit: 0, 5k, 10k, or 0.5e-4, 1e-4."""
   largest = max(map(abs, values), default=0)
-  units = ((1e9, 1e9, 'B'), (1e6, 1e6, 'M'), (1e4, 1e3, 'k'), (1e-2, 1.0, ''))
-  unit, suffix = next(((u, s) for least, u, s in units if largest >= least), (1.0, ''))
-  if 0 < largest < 1e-2:
-    power = math.floor(math.log10(largest) + 1e-9)
-    unit, suffix = 10.0**power, f'e{power}'
+  power = math.floor(math.log10(largest) + 1e-9) if largest else 0
+  units = ((1e9, 1e9, 'B'), (1e6, 1e6, 'M'), (1e4, 1e3, 'k'), (1e-2, 1, ''), (0, 10.0**power, f'e{power}'))
+  unit, suffix = next((unit, suffix) for least, unit, suffix in units if largest >= least)
   return [(v, '0' if v == 0 else f'{v / unit:.6g}{suffix}') for v in values]
 
 
@@ -106,7 +102,7 @@ def _rect(look: str, x: float, y: float, width: float, height: float, hover: str
   return f'<rect {look} x="{x:.5g}" y="{y:.5g}" width="{width:.5g}" height="{height:.5g}">{inside}</rect>'
 
 
-def _svg(title: str, height: int, parts: Iterable[str], legend: Sequence[tuple[str, str]] = ()) -> str:
+def _svg(title: str, height: int, parts: Iterable[str], legend: Sequence[Pair] = ()) -> str:
   """The element with its title and a legend of (class, name)."""
   head, x = [_text(2, 14, title, more=' class="name"')], float(_LEFT)
   for kind, name in legend:
@@ -116,7 +112,7 @@ def _svg(title: str, height: int, parts: Iterable[str], legend: Sequence[tuple[s
   return '\n'.join([start, *head, *parts, '</svg>'])
 
 
-def _frame(x: _Scale, y: _Scale, x_ticks: Labelled, y_ticks: Labelled, names: tuple[str, str]) -> list[str]:
+def _frame(x: _Scale, y: _Scale, x_ticks: Labelled, y_ticks: Labelled, names: Pair) -> list[str]:
   """Tick labels and names of both axes, and the base line."""
   middle = (y.start + y.stop) / 2
   return [
@@ -128,7 +124,7 @@ def _frame(x: _Scale, y: _Scale, x_ticks: Labelled, y_ticks: Labelled, names: tu
   ]
 
 
-def _axes(x: _Scale, y: _Scale, names: tuple[str, str], integer: tuple[bool, bool]) -> list[str]:
+def _axes(x: _Scale, y: _Scale, names: Pair, integer: tuple[bool, bool]) -> list[str]:
   x_ticks = labelled(ticks(x.low, x.high, 6, integer=integer[0]))
   y_ticks = labelled(ticks(y.low, y.high, round((y.start - y.stop) / 32), log=y.log, integer=integer[1]))
   lines = [_line('grid', x.start, y(t), x.stop, y(t)) for t, _ in y_ticks]
@@ -140,11 +136,10 @@ def _marks(marks: Labelled, x: _Scale, y: _Scale) -> list[str]:
   parts, free = [], -math.inf
   for value, label in marks:
     parts.append(_line('mark', x(value), y.start, x(value), y.stop - 2))
-    width = _LETTER * len(label)
-    left = min(x(value), x.stop - width)
+    left = min(x(value), x.stop - _LETTER * len(label))
     if left >= free:
       parts.append(_text(left, y.stop - 4, label))
-      free = left + width + 4
+      free = left + _LETTER * (len(label) + 1)
   return parts
 
 
@@ -155,7 +150,7 @@ def _levels(levels: Labelled, line: Series, x: _Scale, y: _Scale) -> list[str]:
     at = y(value)
     left = abs(line.points[0][1] - value) > abs(line.points[-1][1] - value)
     parts.append(_line('level', x.start, at, x.stop, at))
-    if all(abs(at - other) > 11 for other in taken):
+    if all(abs(at - other) > 13 for other in taken):
       place = x.start + 4 if left else x.stop - 2
       parts.append(_text(place, at - 4, label, 'start' if left else 'end', ' class="over"'))
       taken.append(at)
@@ -163,32 +158,21 @@ def _levels(levels: Labelled, line: Series, x: _Scale, y: _Scale) -> list[str]:
 
 
 def _series(series: Series, x: _Scale, y: _Scale) -> list[str]:
-  places = [(x(px), y(py)) for px, py in series.points]
-  parts = []
-  if series.kind != 'dots':
-    draw = 'H{:.5g}V{:.5g}' if series.kind == 'step' else 'L{:.5g} {:.5g}'
-    path = 'M{:.5g} {:.5g}'.format(*places[0]) + ''.join(draw.format(*p) for p in places[1:])
-    parts.append(f'<path class="line{series.colour}" d="{path}"/>')
-  radius = 3.5 if series.kind == 'dots' else 2.3 if len(places) <= 60 else 0
-  for (px, py), hover in zip(places, series.hovers, strict=False):
-    at = f'cx="{px:.5g}" cy="{py:.5g}"'
-    if radius:
-      parts.append(f'<circle class="fill{series.colour}" {at} r="{radius}"/>')
-    title = f'<title>{html.escape(hover)}</title>'
-    parts.append(f'<circle class="hit hit{series.colour}" {at} r="6">{title}</circle>')
+  places = [(x(px), y(py)) for px, py, _ in series.points]
+  draw = 'H{:.5g}V{:.5g}' if series.kind == 'step' else 'L{:.5g} {:.5g}'
+  path = 'M{:.5g} {:.5g}'.format(*places[0]) + ''.join(draw.format(*p) for p in places[1:])
+  parts = [f'<path class="line{series.colour}" d="{path}"/>'] if series.kind != 'dots' else []
+  radius = 3.5 if series.kind == 'dots' else 2.3 if len(places) <= 60 else 0.8
+  look = f'class="dot fill{series.colour}" r="{radius}"'
+  for (px, py), (_, _, hover) in zip(places, series.points, strict=True):
+    if hover:
+      parts.append(f'<circle {look} cx="{px:.5g}" cy="{py:.5g}"><title>{html.escape(hover)}</title></circle>')
   return parts
-
-
-def _finite(series: Series) -> Series:
-  kept = [i for i, p in enumerate(series.points) if math.isfinite(p[0]) and math.isfinite(p[1])]
-  hovers = [series.hovers[i] for i in kept] if series.hovers else []
-  return series._replace(points=[series.points[i] for i in kept], hovers=hovers)
 
 
 def line_chart(
   title: str,
-  x_name: str,
-  y_name: str,
+  names: Pair,
   series: Sequence[Series],
   *,
   x_range: Sequence[float] = (),
@@ -200,9 +184,10 @@ def line_chart(
 ) -> str:
   """Lines over x with vertical `marks` and horizontal `levels`; '' if there is no finite point.
 
-  x_range: values that x must reach. log: y axis, for positive values. integer: only whole ticks on x.
+  names: of x and y. x_range: values that x must reach. log: of y, if all is positive. integer: ticks of x.
   """
-  series = [s for s in map(_finite, series) if s.points]
+  drawn = [[p for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])] for s in series]
+  series = [s._replace(points=points) for s, points in zip(series, drawn, strict=True) if points]
   if not series:
     return ''
   levels = [level for level in levels if math.isfinite(level[0])]
@@ -213,33 +198,29 @@ def line_chart(
   span = (low / 1.1, high * 1.1) if log else (0.0 if 0 <= low < air else low - air, high + air)
   x = _Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, _LEFT, _RIGHT)
   y = _Scale(*span, height - _BOTTOM, _TOP, log)
-  parts = _axes(x, y, (x_name, y_name), (integer, False)) + _marks(marks, x, y)
+  parts = _axes(x, y, names, (integer, False)) + _marks(marks, x, y)
   for one in series:
     parts += _series(one, x, y)
   parts += _levels(levels, series[0], x, y)
   return _svg(title, height, parts, [(f'fill{s.colour}', s.name) for s in series if s.name])
 
 
-def bar_chart(
-  title: str, unit: str, before: Ints, after: Ints, names: tuple[str, str], colour: int, height: int = 180
-) -> str:
+def bar_chart(title: str, unit: str, before: Ints, after: Ints, names: Pair, colour: int, height: int) -> str:
   """Widths of the layers from zero, `after` in front of `before`; `names` of the two for the legend."""
   x = _Scale(-0.5, len(after) - 0.5, _LEFT, _RIGHT)
   y = _Scale(0, max(*after, *before, 1) * 1.04, height - _BOTTOM, _TOP)
   wide = 0.84 * (x.stop - x.start) / len(after)
   parts = _axes(x, y, ('layer', unit), (True, True))
-  looks = ('class="was"', f'class="fill{colour}"')
   for layer, widths in enumerate(zip(before, after, strict=True)):
     hover = f'layer {layer}: {widths[0]:,} → {widths[1]:,} {unit}'
-    for look, width in zip(looks, widths, strict=True):
-      parts.append(_rect(look, x(layer) - wide / 2, y(width), wide, y.start - y(width), hover))
+    for kind, width in zip(('was', f'fill{colour}'), widths, strict=True):
+      parts.append(_rect(f'class="{kind}"', x(layer) - wide / 2, y(width), wide, y.start - y(width), hover))
   return _svg(title, height, parts, [('was', names[0]), (f'fill{colour}', names[1])])
 
 
 def _fill(share: float) -> str:
-  at = min(max(share, 0.0), 1.0) * (len(_VIRIDIS) - 1)
-  i = min(int(at), len(_VIRIDIS) - 2)
-  mixed = [round(a + (b - a) * (at - i)) for a, b in zip(_VIRIDIS[i], _VIRIDIS[i + 1], strict=True)]
+  i = min(int(4 * share), 3)
+  mixed = [round(a + (b - a) * (4 * share - i)) for a, b in zip(_VIRIDIS[i], _VIRIDIS[i + 1], strict=True)]
   return 'fill="#{:02x}{:02x}{:02x}"'.format(*mixed)
 
 
@@ -251,21 +232,18 @@ def heat_map(title: str, columns: Sequence[Sequence[float]], steps: Ints, height
   finite = sorted(v for column in columns for v in column if math.isfinite(v))
   if not finite:
     return ''
-  layers, right, last = len(columns[0]), _RIGHT - 74, max(len(finite) - 1, 1)
+  layers, right, last = len(columns[0]), _RIGHT - 74, len(finite) - 1
   x, y = _Scale(0, len(steps), _LEFT, right), _Scale(layers, 0, height - _BOTTOM, 24)
   parts = ['<g shape-rendering="crispEdges">']
   for i, column in enumerate(columns):
     for layer, value in enumerate(column):
       if math.isfinite(value):
-        look, hover = (
-          _fill(bisect.bisect_left(finite, value) / last),
-          f'step {steps[i]}, layer {layer}: {value:.4g}',
-        )
+        look = _fill(bisect.bisect_left(finite, value) / (last or 1))
+        hover = f'step {steps[i]}, layer {layer}: {value:.4g}'
         parts.append(_rect(look, x(i), y(layer), x(i + 1) - x(i), y(layer + 1) - y(layer), hover))
   bar = _Scale(0, 24, y.start, y.stop)
   parts += [_rect(_fill((i + 0.5) / 24), right + 14, bar(i + 1), 11, bar(i) - bar(i + 1)) for i in range(24)]
-  scale = [finite[(len(finite) - 1) * i // 4] for i in range(5)]
-  parts += ['</g>', *(_text(right + 29, bar(6 * i) + 4, f'{v:.3g}') for i, v in enumerate(scale))]
+  parts += ['</g>', *(_text(right + 29, bar(6 * i) + 4, f'{finite[last * i // 4]:.3g}') for i in range(5))]
   x_ticks = [(i + 0.5, str(steps[i])) for i in range(0, len(steps), -(-len(steps) // 8))]
   y_ticks = [(t + 0.5, f'{t:g}') for t in ticks(0, max(layers - 1, 1), 6, integer=True) if t < layers]
   return _svg(title, height, parts + _frame(x, y, x_ticks, y_ticks, ('pruning step', 'layer')))

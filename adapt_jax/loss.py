@@ -17,40 +17,44 @@ _CHUNK_ELEMENTS = 2**25
 ChunkLoss = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
-def _chunk_size(tokens: int, vocab: int) -> int:
-  limit = max(1, _CHUNK_ELEMENTS // vocab)
-  return max(n for n in range(1, min(tokens, limit) + 1) if tokens % n == 0)
+def _split(tree: Any, tokens: int, vocab: int) -> Any:
+  """Leading axes of `tokens` to [chunks, tokens of a chunk], padded with zeros: their weight is zero too."""
+  chunks = -(-tokens * vocab // _CHUNK_ELEMENTS)
+  size = -(-tokens // min(chunks, tokens))
 
+  def split(x: jax.Array) -> jax.Array:
+    missing = -tokens % size
+    padded = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
+    return padded.reshape(-1, size, *x.shape[1:])
 
-def _split(tree: Any, chunk: int) -> Any:
-  return jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), tree)
+  return jax.tree.map(split, tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sum_over_chunks(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras: Any) -> jax.Array:
   """Σ of loss(x, head, extras) over chunks of tokens, a scalar in fp32.
 
-  `extras` is a pytree of arrays whose leading axis is tokens; no gradient flows into it.
+  `extras` is a pytree of arrays whose leading axis is tokens, weights among them: a loss must be zero
+  for tokens of weight zero, which fill the last chunk. No gradient flows into it.
   """
-  chunk = _chunk_size(x_TD.shape[0], head_VD.shape[0])
 
   def step(total: jax.Array, xs: Any) -> tuple[jax.Array, None]:
     return total + loss(xs[0], head_VD, xs[1]), None
 
-  return jax.lax.scan(step, jnp.zeros(()), _split((x_TD, extras), chunk))[0]
+  return jax.lax.scan(step, jnp.zeros(()), _split((x_TD, extras), x_TD.shape[0], head_VD.shape[0]))[0]
 
 
 def _forward(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras: Any) -> Any:
-  chunk = _chunk_size(x_TD.shape[0], head_VD.shape[0])
-
   def step(carry: Any, xs: Any) -> tuple[Any, jax.Array]:
     total, head_gradient = carry
     value, (dx, dhead) = jax.value_and_grad(loss, argnums=(0, 1))(xs[0], head_VD, xs[1])
     return (total + value, head_gradient + dhead), dx
 
   start = (jnp.zeros(()), jnp.zeros_like(head_VD))
-  (total, head_gradient), dx = jax.lax.scan(step, start, _split((x_TD, extras), chunk))
-  return total, (dx.reshape(x_TD.shape), head_gradient)
+  (total, head_gradient), dx = jax.lax.scan(
+    step, start, _split((x_TD, extras), x_TD.shape[0], head_VD.shape[0])
+  )
+  return total, (dx.reshape(-1, x_TD.shape[1])[: x_TD.shape[0]], head_gradient)
 
 
 def _backward(loss: ChunkLoss, residuals: Any, g: jax.Array) -> Any:

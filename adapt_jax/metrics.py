@@ -18,6 +18,12 @@ class MetricsLog:
       file.write(json.dumps({'event': event} | values) + '\n')
     self.lines += 1
 
+  def read(self) -> list[dict[str, Any]]:
+    """All lines so far."""
+    if not self._path.exists():
+      return []
+    return [json.loads(line) for line in self._path.read_text().splitlines()]
+
   def cut(self, lines: int) -> None:
     """Keeps the first `lines` lines."""
     if lines < self.lines:

@@ -23,6 +23,7 @@ class Workdir:
     self.path, self._identity = pathlib.Path(path), identity
     self.run = self.path / 'run.json'
     self.report = self.path / 'report.json'
+    self.page = self.path / 'report.html'
     self.plan = self.path / 'plan.json'
     self.metrics = self.path / 'metrics.jsonl'
     self.checkpoints = self.path / 'checkpoints'

@@ -68,7 +68,11 @@ def main() -> None:
     kept = '| |'
     if masks.exists():
       m = np.load(masks)
-      kept = f'{overlap(np.array(state.plan.kv), m["kv"]):.2%} | {overlap(np.array(state.plan.ffn), m["mlp"]):.2%} |'
+      kv_kept, mlp_kept = (
+        overlap(np.array(state.plan.kv), m['kv']),
+        overlap(np.array(state.plan.ffn), m['mlp']),
+      )
+      kept = f'{kv_kept:.2%} | {mlp_kept:.2%} |'
     print(
       f'| {record.step} | {theirs["params"]:,} | {record.params:,} | {"equal" if kv else "differ"} | '
       f'{"equal" if not differing else f"{differing} of 30 differ"} | {sparsity:.1e} | {kept}',

@@ -18,10 +18,11 @@ MAX_LINES = 400
 # Layers of adapt_jax from the top; a module may import its own layer and those below.
 LAYERS = (
   {'accel', 'convert'},
-  {'prune', 'train', 'evaluate', 'inputs', 'checkpoint', 'export', 'report'},
+  {'run_state'},
+  {'prune', 'train', 'evaluate', 'inputs', 'checkpoint', 'export', 'report', 'report_html'},
   {
     'importance', 'allocate', 'surgery', 'plan', 'loss', 'optim', 'data', 'sources', 'sharding', 'metrics',
-    'config', 'compile', 'progress', 'workdir',
+    'config', 'compile', 'progress', 'workdir', 'charts',
   },
 )  # fmt: skip
 PICKLES = {'pickle', 'cloudpickle', 'dill', 'shelve', 'joblib'}  # loading one runs code

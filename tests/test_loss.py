@@ -13,7 +13,7 @@ def chunk(request, monkeypatch):
   monkeypatch.setattr(loss, '_CHUNK_ELEMENTS', request.param)
 
 
-def arrays(tokens=24, hidden=8, vocab=37):
+def arrays(tokens=23, hidden=8, vocab=37):
   keys = jax.random.split(jax.random.key(0), 4)
   x, head = jax.random.normal(keys[0], (tokens, hidden)), jax.random.normal(keys[1], (vocab, hidden))
   labels = jax.random.randint(keys[2], (tokens,), 0, vocab)
@@ -28,7 +28,7 @@ def test_cross_entropy(chunk):
 
   def plain(x, head):
     logp = jax.nn.log_softmax(x @ head.T)
-    return -3 * (logp[jnp.arange(24), labels] * weights).sum()
+    return -3 * (logp[jnp.arange(23), labels] * weights).sum()
 
   np.testing.assert_allclose(ours(x, head), plain(x, head), rtol=1e-6)
   for a, b in zip(jax.grad(ours, (0, 1))(x, head), jax.grad(plain, (0, 1))(x, head), strict=True):
@@ -38,7 +38,7 @@ def test_cross_entropy(chunk):
 def test_distillation(chunk):
   x, head, labels, weights = arrays()
   teacher, teacher_head = (
-    jax.random.normal(jax.random.key(9), (24, 6)),
+    jax.random.normal(jax.random.key(9), (23, 6)),
     jax.random.normal(jax.random.key(8), (37, 6)),
   )
 
@@ -53,7 +53,7 @@ def test_distillation(chunk):
   def plain(x, head):
     p = jax.nn.softmax(teacher @ teacher_head.T / 2)
     kl = (p * (jnp.log(p) - jax.nn.log_softmax(x @ head.T / 2))).sum(-1)
-    ce = -jax.nn.log_softmax(x @ head.T)[jnp.arange(24), labels]
+    ce = -jax.nn.log_softmax(x @ head.T)[jnp.arange(23), labels]
     return ((0.3 * 4 * kl + 0.7 * ce) * weights).sum()
 
   value, gradients = ours(x, head, teacher, teacher_head)

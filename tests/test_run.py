@@ -58,7 +58,7 @@ def test_report_keeps_the_output_contract(finished):
   assert report['model']['params_target'] == int(0.8 * report['model']['params_before'])
   assert sum(s['tokens'] for s in report['stages']) == runs.TOKENS
   assert report['stages'][0]['tokens'] < report['stages'][1]['tokens']  # split: linear
-  assert {'hf', 'checkpoints', 'plan.json', 'metrics.jsonl', 'run.json', 'report.json'} == {
+  assert {'hf', 'checkpoints', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json', 'report.json'} == {
     p.name for p in path.iterdir()
   }
 

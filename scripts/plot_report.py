@@ -1,0 +1,62 @@
+"""Draws a finished run as one picture, for a README: perplexity by stage, and the widths of the layers.
+
+    python scripts/plot_report.py WORKDIR out.svg
+
+Left: perplexity pruned and recovered by stage, with a line for the dense model. Right: MLP channels and
+KV heads of every layer after the last stage, against the dense model. Read is WORKDIR/report.json.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+# A checkout works without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from adapt_jax import charts  # noqa: E402
+from adapt_jax.report_html import perplexity_chart, width_charts  # noqa: E402
+from models.files import write_text  # noqa: E402
+
+_GAP = 16
+_HEIGHTS = 360, 180  # of the left chart, and of each on the right
+
+
+def draw(report: dict[str, Any]) -> str:
+  """The picture as SVG, on white. Raises ValueError, saying so, if the report lacks what it shows."""
+  model, last = report['model'], report['stages'][-1]
+  if 'ffn' not in model:
+    raise ValueError('the report does not have the widths of the dense model: run again to write it anew')
+  left = perplexity_chart(report, _HEIGHTS[0])
+  before, after = ((shape['num_kv_heads'], shape['ffn']) for shape in (model, last))
+  right = width_charts(before, after, ('dense', f'after stage {last["stage"]}'), _HEIGHTS[1])
+  start = (2 if left else 1) * _GAP + (charts.WIDTH if left else 0)
+  width, height = start + charts.WIDTH + _GAP, _HEIGHTS[0] + 2 * _GAP
+  parts = [_place(left, _GAP, _GAP, _HEIGHTS[0])] if left else []
+  parts += [_place(chart, start, _GAP + i * _HEIGHTS[1], _HEIGHTS[1]) for i, chart in enumerate(right)]
+  size = f'width="{width}" height="{height}"'
+  head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {size}>'
+  return '\n'.join(
+    [head, f'<style>{charts.LIGHT}</style>', f'<rect {size} fill="#ffffff"/>', *parts, '</svg>\n']
+  )
+
+
+def _place(chart: str, x: int, y: int, height: int) -> str:
+  return chart.replace('<svg ', f'<svg x="{x}" y="{y}" width="{charts.WIDTH}" height="{height}" ', 1)
+
+
+def main(argv: list[str]) -> int:
+  """Returns the exit code."""
+  if len(argv) != 3:
+    print('usage: python scripts/plot_report.py WORKDIR out.svg', file=sys.stderr)
+    return 2
+  try:
+    report = json.loads((pathlib.Path(argv[1]) / 'report.json').read_text(encoding='utf-8'))
+    write_text(argv[2], draw(report))
+  except (OSError, ValueError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
