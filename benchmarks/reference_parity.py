@@ -55,7 +55,7 @@ def main() -> None:
   steps = json.loads((args.golden / 'reference_n128/steps.json').read_text())[: args.steps]
   pruner, params = reference_pruner(args.golden, rows=128)
   print(
-    '| step | parameters, reference | ours | KV widths | MLP widths | sparsity, max difference | kept KV | kept MLP |'
+    '| step | parameters, reference | ours | KV widths | MLP widths | sparsity off by | kept KV | kept MLP |'
   )
   print('|---|---|---|---|---|---|---|---|', flush=True)
 
