@@ -3,6 +3,7 @@
 Skipped where `scripts/fetch_demo.py` has not been run; `make test` runs it.
 """
 
+import json
 import pathlib
 
 import jax
@@ -15,6 +16,8 @@ from adapt_jax.allocate import normalise
 from adapt_jax.export.hf import write_hf
 from adapt_jax.importance import Scorer
 from adapt_jax.plan import PrunePlan
+from adapt_jax.prune import PruneState
+from benchmarks.reference_parity import reference_pruner
 from models import llama
 from models.source import open_source
 
@@ -72,3 +75,26 @@ def test_first_step_reproduces_the_references_scores(source, params):
   assert difference(scores.ffn, golden['mlp_channel_importance']) < 1e-3
   rows = sum(golden[f'taylor_{n}_proj'].reshape(30, 3, -1).sum(-1) for n in 'qkvo')
   assert difference(scores.kv, rows) < 1e-3
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason='the measured figures of the reference are not there')
+def test_compat_reproduces_the_references_first_steps():
+  """With compat='reference': kept groups of step 1 are the reference's but for ties, widths equal."""
+  pruner, params = reference_pruner(GOLDEN, rows=128)
+  steps = json.loads((GOLDEN / 'reference_n128/steps.json').read_text())[:2]
+  masks = np.load(GOLDEN / 'reference_n128/kept_step01.npz')
+  seen = []
+
+  def on_step(state, record):
+    theirs = steps[record.step - 1]
+    assert record.kv_groups == theirs['num_kv_heads'] and record.ffn == theirs['ffn']
+    assert record.params == theirs['params']
+    np.testing.assert_allclose(record.sparsity, theirs['sparsity'], atol=1e-5)
+    if record.step == 1:
+      np.testing.assert_array_equal(np.array(state.plan.kv), masks['kv'])
+      assert np.sum(np.array(state.plan.ffn) != masks['mlp']) <= 2  # one pair of near-equal channels
+    seen.append(record.step)
+
+  start = PruneState.start(pruner.config)
+  pruner.prune(params, start.plan, start, steps[-1]['params'], on_step, 'prune')
+  assert seen == [1, 2]

@@ -1,0 +1,95 @@
+"""The progressive loop: landing, fresh draws, and the reference's way of doing it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_jax import surgery
+from adapt_jax.compile import Compiler
+from adapt_jax.config import CalibrationOptions, PruneOptions
+from adapt_jax.data import Blocks
+from adapt_jax.importance import IMPORTANCES
+from adapt_jax.prune import Pruner, PruneState, target_params
+from models import llama
+from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
+
+OPTIONS = PruneOptions(
+  target=0.7, stages=1, stage_targets='linear', steps=40, ratio=1.0, amplitude=0.02, importance='taylor',
+  layer_distance='cosine', align_ffn=1, compat='', calibration=CalibrationOptions((), 8, 12, 4),
+)  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def model():
+  config = ModelConfig('llama', 61, 32, 8, (LayerShape(6, 3, 64),) * 3, RopeConfig(1e4), 1e-5, True)
+  params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0))))()
+  return config, params
+
+
+def make_pruner(config, rows=32, seed=0, **kw):
+  tokens = np.random.default_rng(1).integers(0, 61, (rows, 12)).astype(np.int32)
+  blocks = Blocks(tokens, np.ones_like(tokens, bool), 0)
+  options = dataclasses.replace(OPTIONS, **kw)
+  return Pruner(config, options, blocks, seed=seed, compiler=Compiler(), dtype=jnp.float32)
+
+
+def prune(pruner, params, target, state=None, compacted=None):
+  state = state or PruneState.start(pruner.config)
+  records = []
+  state = pruner.prune(
+    params, compacted or state.plan, state, target, lambda s, r: records.append(r), 'prune'
+  )
+  return state, records
+
+
+@pytest.mark.parametrize('importance', sorted(IMPORTANCES))
+def test_lands_on_the_target_with_one_compile(model, importance):
+  config, params = model
+  pruner = make_pruner(config, importance=importance)
+  target = target_params(config, 0.7)
+  state, records = prune(pruner, params, target)
+  assert target - channel_params(config) < records[-1].params <= target
+  assert state.plan.params(config) == records[-1].params
+  assert len(records) > 3 and pruner._compiler.counts == {'scoring': 1}
+
+
+def test_a_draw_depends_on_seed_and_step_alone(model):
+  """Stopping in between and going on from the saved state ends with the same plan."""
+  config, params = model
+  target = target_params(config, 0.7)
+  whole, records = prune(make_pruner(config), params, target)
+  half, _ = prune(make_pruner(config), params, records[1].params)
+  resumed = PruneState.from_json(half.to_json(), config)
+  rest, _ = prune(make_pruner(config), params, target, resumed, PruneState.start(config).plan)
+  assert half.sparsity.tolist() == records[1].sparsity  # it stopped on a whole step
+  assert rest.plan.equals(whole.plan)
+  other, _ = prune(make_pruner(config, seed=1), params, target)
+  assert not other.plan.equals(whole.plan)
+
+
+def test_reference_overshoots_and_starts_anew_at_every_stage(model):
+  config, params = model
+  target = target_params(config, 0.9)
+  pruner = make_pruner(config, compat='reference')
+  state, records = prune(pruner, params, target)
+  assert records[-1].params < target - channel_params(config)  # the whole last step is taken
+  small = surgery.compact(params, state.plan)
+  _, second = prune(pruner, small, target_params(config, 0.8), state, state.plan)
+  assert max(second[0].sparsity) < 2 * max(records[0].sparsity)  # one step's worth: s began at 0 again
+  _, carried = prune(make_pruner(config), small, target_params(config, 0.8), state, state.plan)
+  assert max(carried[0].sparsity) > max(records[-1].sparsity)
+
+
+def test_reference_negates_euclidean_distance_only(model):
+  config, params = model
+  signs = {}
+  for compat in ('', 'reference'):
+    for distance in ('cosine', 'euclidean'):
+      pruner = make_pruner(config, rows=8, compat=compat, layer_distance=distance)
+      _, records = prune(pruner, params, count_params(config) - 1)
+      signs[compat, distance] = np.array(records[0].layer_importance)
+  np.testing.assert_array_equal(signs['', 'cosine'], signs['reference', 'cosine'])
+  np.testing.assert_array_equal(signs['', 'euclidean'], -signs['reference', 'euclidean'])
