@@ -7,8 +7,11 @@ accel: prune and recover in stages. prune: the same without training. evaluate: 
 model.source. convert: model.source to WORKDIR/hf, unchanged.
 """
 
+import ast
 import dataclasses
+import shlex
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -18,6 +21,22 @@ from adapt_jax.config import RunOptions, from_dict
 from adapt_jax.workdir import Workdir
 from models.errors import InputError
 
+
+class _Strings(flags.ArgumentParser):
+  """A source on the command line: a.txt,b.txt or, for names with commas, "('a,b.txt',)"."""
+
+  def parse(self, argument: Any) -> tuple[str, ...]:
+    if not isinstance(argument, str):
+      return tuple(argument)
+    if argument.startswith(('(', '[')):
+      return tuple(ast.literal_eval(argument))
+    return tuple(argument.split(','))
+
+  def flag_type(self) -> str:
+    return 'names separated by commas'
+
+
+config_flags.register_flag_parser_for_type(tuple, _Strings())
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe: a file of configs/.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where all results of this run go.')
 _MODE = flags.DEFINE_enum('mode', 'accel', ['accel', 'prune', 'evaluate', 'convert'], 'What to do.')
@@ -27,11 +46,14 @@ _RUN = {'accel': accel.run, 'prune': accel.run, 'evaluate': evaluate.run, 'conve
 def _options(mode: str) -> RunOptions:
   if _CONFIG.value is None:
     raise InputError('--config is missing: name a recipe such as configs/demo.py')
+  name = config_flags.get_config_filename(flags.FLAGS['config'])
   try:
-    options = from_dict(_CONFIG.value.to_dict())
+    values = _CONFIG.value.to_dict()
   except OSError:  # config_flags loads the recipe at its first use
-    name = config_flags.get_config_filename(flags.FLAGS['config'])
     raise InputError(f'--config={name}: no such file; recipes lie in configs/') from None
+  except Exception as error:  # a recipe is a program of the user's: it may fail in any way
+    raise InputError(f'--config={name}: the recipe fails: {type(error).__name__}: {error}') from error
+  options = from_dict(values)
   if mode == 'prune':
     return dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
   if mode == 'accel' and options.train.tokens == 0:
@@ -50,15 +72,18 @@ def main(argv: list[str]) -> None:
   if workdir.report.exists():
     print(f'this run is finished: see {workdir.report}')
     return
-  _RUN[mode](options, workdir)
+  _RUN[mode](options, workdir, shlex.join(['python', *sys.argv]))
 
 
 def _parse(argv: list[str]) -> list[str]:
-  # config_flags raises these for an unknown field, a wrong type and a broken recipe.
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+  except flags.Error as error:
     raise InputError(' '.join(str(error).split())) from error
+  except Exception as error:  # the recipe is loaded here: a program of the user's, it may fail in any way
+    recipes = [a for a in argv if a.startswith('--config')]
+    reason = ' '.join(str(error).split())
+    raise InputError(f'{" ".join(recipes)}: {type(error).__name__}: {reason}') from error
 
 
 def _run() -> None:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import shlex
-import sys
 import time
 from typing import Any
 
@@ -14,7 +12,7 @@ import jax.numpy as jnp
 from adapt_jax import report_html, surgery
 from adapt_jax.compile import Compiler
 from adapt_jax.config import RunOptions
-from adapt_jax.evaluate import DEFINITION, Evaluator
+from adapt_jax.evaluate import Evaluator
 from adapt_jax.export.hf import write_hf
 from adapt_jax.inputs import Inputs, prepare
 from adapt_jax.metrics import MetricsLog
@@ -27,7 +25,6 @@ from adapt_jax.train import Teacher, TrainState, make_step, run_steps, stage_ste
 from adapt_jax.workdir import Workdir
 from models.config import ModelConfig, count_params
 from models.files import write_text
-from models.llama import abstract_params
 
 
 def stage_targets(config: ModelConfig, target: float, stages: int, rule: str) -> list[int]:
@@ -39,11 +36,11 @@ def stage_targets(config: ModelConfig, target: float, stages: int, rule: str) ->
   return [int(dense * (last / dense) ** x) for x in shares] + [last]
 
 
-def run(options: RunOptions, workdir: Workdir) -> None:
+def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Modes accel and prune: runs or resumes, then prints the table."""
   inputs = prepare(options)
   workdir.claim()
-  report = Run(options, inputs, workdir).execute()
+  report = Run(options, inputs, workdir, command).execute()
   print(table(report, str(workdir.hf)))
 
 
@@ -54,12 +51,13 @@ class Run:
     options: checked options.
     inputs: model, tokenizer and token blocks, opened and checked.
     workdir: claimed.
+    command: that reproduces the run, for its report.
   """
 
-  def __init__(self, options: RunOptions, inputs: Inputs, workdir: Workdir):
+  def __init__(self, options: RunOptions, inputs: Inputs, workdir: Workdir, command: str):
     self.options, self.inputs, self.workdir = options, inputs, workdir
     self._started = time.monotonic()
-    self._command = shlex.join(['python', *sys.argv])
+    self._command = command
     self._compiler = Compiler()
     self._metrics = MetricsLog(workdir.metrics)
     self._store = StateStore(workdir, inputs.config, self._metrics)
@@ -93,9 +91,12 @@ class Run:
   # -- the state ------------------------------------------------------------------------------------
 
   def _start(self) -> TrainState:
-    """The arrays of the dense model: fp32 for training, as stored for pruning alone."""
-    trains = self.inputs.train is not None
-    return self._with_optimizer(self.inputs.source.load_params(jnp.float32 if trains else None))
+    """The dense parameters; moments come with the first stage, whose model is smaller."""
+    return {'params': self.inputs.source.load_params(self._stored_dtype())}
+
+  def _stored_dtype(self) -> Any:
+    """fp32 master weights for training; for pruning alone each tensor's own dtype (None)."""
+    return jnp.float32 if self.inputs.train is not None else None
 
   def _with_optimizer(self, params: Any) -> TrainState:
     if self.inputs.train is None:
@@ -103,9 +104,8 @@ class Run:
     return {'params': params, 'optimizer': self._optimizer.init(params)}
 
   def _array_shapes(self, plan: PrunePlan) -> Any:
-    dtype = jnp.float32 if self.inputs.train is not None else jnp.dtype(self.inputs.source.dtype)
-    params = abstract_params(plan.pruned_config(self.inputs.config), dtype)
-    return jax.eval_shape(self._with_optimizer, params)
+    dense = self.inputs.source.abstract_params(self._stored_dtype())
+    return jax.eval_shape(lambda p: self._with_optimizer(surgery.compact(p, plan)), dense)
 
   def _save(self, state: RunState) -> None:
     state.seconds = self._before[0] + time.monotonic() - self._started
@@ -136,6 +136,8 @@ class Run:
     self._compact(state)
     if stage > 1 and self.inputs.train is not None and self.options.train.optimizer_state == 'reset':
       state.arrays['optimizer'] = reset_moments(state.arrays['optimizer'])
+    if stage == self.options.prune.stages and self.inputs.train is None:
+      self._round_to_export(state)
     config = self._config(state)
     perplexity = self._evaluate(config, state, f'stage {stage} pruned')
     state.row = {
@@ -146,6 +148,7 @@ class Run:
       'seconds': time.monotonic() - start,
     }
     state.stage, state.complete = stage, False
+    state.pruning = self._pruner.next_stage(state.pruning)
     self._save(state)
 
   def _compact(self, state: RunState) -> None:
@@ -156,6 +159,8 @@ class Run:
 
     state.arrays = jax.block_until_ready(jax.jit(cut)(state.arrays))
     state.compacted = state.pruning.plan
+    if 'optimizer' not in state.arrays:
+      state.arrays = self._with_optimizer(state.arrays['params'])
     # Flax checks shapes too, but only while tracing; a wrong plan must not get as far as that.
     chex.assert_trees_all_equal_shapes(state.arrays, self._array_shapes(state.compacted))
     jax.clear_caches()  # programs of the old shapes would stay in memory
@@ -165,8 +170,8 @@ class Run:
     start, seconds = time.monotonic(), state.row['seconds']
     if self.inputs.train is not None:
       self._train(stage, state, self._ends[stage - 1])
-    if stage == self.options.prune.stages:
-      self._round_to_export(state)
+      if stage == self.options.prune.stages:
+        self._round_to_export(state)
     config, first = self._config(state), self._ends[stage - 2] if stage > 1 else 0
     recovered = None
     if self.inputs.train is not None:
@@ -227,12 +232,18 @@ class Run:
   # -- the end --------------------------------------------------------------------------------------
 
   def _export_dtype(self) -> Any:
+    """dtype of the saved weights; None keeps each tensor's own, where no training has made them fp32."""
     wanted = self.options.export.dtype
+    if wanted == 'auto' and self.inputs.train is None:
+      return None
     return jnp.dtype(self.inputs.source.dtype if wanted == 'auto' else wanted)
 
   def _round_to_export(self, state: RunState) -> None:
     """So that the last perplexity is that of the weights as they are saved."""
-    rounded = jax.tree.map(lambda x: x.astype(self._export_dtype()).astype(x.dtype), state.arrays['params'])
+    dtype = self._export_dtype()
+    if dtype is None:
+      return
+    rounded = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), state.arrays['params'])
     state.arrays = state.arrays | {'params': rounded}
 
   def _finish(self, state: RunState) -> dict[str, Any]:
@@ -243,7 +254,7 @@ class Run:
       self.workdir.hf,
       tokenizer=self.inputs.tokenizer,
       dtype=self._export_dtype(),
-      generation=self.inputs.source.generation(),
+      generation=self.inputs.source.generation,
     )
     self._store.save_plan(state, self.options.prune.stages)
     report = self._report(state)
@@ -271,7 +282,7 @@ class Run:
         'dense': state.dense_perplexity,
         'pruned': last.get('perplexity_pruned'),
         'recovered': last.get('perplexity_recovered'),
-        'definition': DEFINITION.format(length=options.evaluate.length),
+        'definition': self._evaluator.definition if self._evaluator else None,
       },
       'schedule': {
         'targets': self._targets,
@@ -279,6 +290,7 @@ class Run:
         'tokens_per_step': options.train.batch * options.train.length,
       },
       'stages': rows,
+      'command': self._command,
       'compiles': state.compiles,
       'seconds': state.seconds,
       'versions': versions(),

@@ -143,20 +143,28 @@ class Allocator:
       else:
         passed_over.append((layer, width))
         continue
-      fraction = max(fraction, min(at, 1.0))
+      if rate[layer] > 0:
+        fraction = max(fraction, at)
     for layer, _ in passed_over:  # only where every MLP is at its last block
       if params > target and kv[layer] > 1:
         params -= self._kv_cost[layer]
         kv[layer] -= 1
-    return Widths(kv, ffn), advance(sparsity, rate, fraction)
+    # A layer that the rate spares may have had to give way: its s must not fall behind its width.
+    return Widths(kv, ffn), np.maximum(advance(sparsity, rate, fraction), self._reached(ffn))
+
+  def _reached(self, ffn: np.ndarray) -> np.ndarray:
+    """The sparsities above which layers have these MLP widths."""
+    return np.where(ffn < self.full.ffn, 1 - (ffn + 1) / self.full.ffn, 0.0)
 
   def step(
     self, widths: Widths, sparsity: np.ndarray, rate: np.ndarray, target: int
   ) -> tuple[Widths, np.ndarray]:
     """One pruning step from `widths` and `sparsity`, landing on `target` if it would pass it."""
+    if not np.any((rate > 0) & (sparsity < MAX_SPARSITY)):
+      # Every layer that the rate would prune is at its limit: the others give way, all alike.
+      rate = np.full_like(rate, np.abs(rate).max())
+      sparsity = np.maximum(sparsity, self._reached(widths.ffn))
     moved = advance(sparsity, rate)
-    if np.array_equal(moved, sparsity):  # every layer that the rate would prune is at its limit
-      return self.land(widths, sparsity, np.full_like(rate, np.abs(rate).max() or 1.0), target)
     wanted = widths.minimum(self.widths(moved))
     if self.params(wanted) >= target or not self.exact:
       return wanted, moved

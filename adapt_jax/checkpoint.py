@@ -1,6 +1,8 @@
 """Checkpoints of a run through orbax: arrays and the JSON that describes them, saved together."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,14 +42,31 @@ class Checkpoints:
 
   def meta(self, number: int) -> dict[str, Any]:
     """The JSON of a checkpoint, from which the target of `restore` is built."""
-    items = self._manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-    return items['meta']
+    with self._readable(number):
+      return self._manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
+
+  @contextlib.contextmanager
+  def _readable(self, number: int) -> Iterator[None]:
+    """Any failure to read checkpoint `number` as an InputError that tells what to do."""
+    try:
+      yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+      if isinstance(error, InputError):
+        raise
+      raise InputError(
+        f'{self._directory / str(number)}: the checkpoint cannot be read ({type(error).__name__}): delete '
+        f'this directory to go on from the one before'
+      ) from error
 
   def restore(self, number: int, target: Any) -> Any:
     """The arrays of a checkpoint, checked against `target`, a pytree of `jax.ShapeDtypeStruct`.
 
     Raises InputError where a shape or dtype differs: orbax casts dtypes silently.
     """
+    with self._readable(number):
+      return self._restore(number, target)
+
+  def _restore(self, number: int, target: Any) -> Any:
     stored = self._manager.item_metadata(number)['state']
     wanted = dict(_paths(target))
     found = {p: (tuple(m.shape), np.dtype(m.dtype)) for p, m in _paths(stored)}

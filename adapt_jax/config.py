@@ -5,10 +5,12 @@ into a `RunOptions` by `from_dict`. Nothing below sees a ConfigDict.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
 
+from adapt_jax.importance import DISTANCES, IMPORTANCES
 from models.errors import InputError
 
 
@@ -135,9 +137,9 @@ _CHOICES = {
   'model.dtype': ('auto', 'float32', 'bfloat16'),
   'export.dtype': ('auto', 'float32', 'bfloat16', 'float16'),
   'prune.stage_targets': ('linear', 'geometric'),
-  'prune.importance': ('taylor', 'taylor_vectorize', 'taylor_second', 'taylor_mix', 'l1', 'l2', 'random'),
+  'prune.importance': tuple(IMPORTANCES),
   'prune.compat': ('', 'reference'),
-  'prune.layer_distance': ('cosine', 'euclidean', 'manhattan'),
+  'prune.layer_distance': tuple(DISTANCES),
   'train.schedule': ('wsd', 'cosine'),
   'train.split': ('linear', 'constant', 'cosine'),
   'train.optimizer_state': ('carry', 'reset'),
@@ -193,7 +195,7 @@ def _check(options: RunOptions) -> None:
       raise InputError(
         f'config.{part} = {_get(options, part)} must divide config.{whole} = {_get(options, whole)}'
       )
-  if not options.prune.target > 0:
+  if not 0 < options.prune.target < math.inf:
     raise InputError(
       f'config.prune.target = {options.prune.target!r} must be positive: a fraction kept (≤ 1) or a '
       f'number of parameters (> 1)'

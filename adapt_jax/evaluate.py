@@ -19,14 +19,10 @@ from adapt_jax.report import versions
 from adapt_jax.workdir import Workdir
 from models import llama
 from models.config import ModelConfig, count_params
+from models.errors import InputError
 from models.files import write_text
 from models.llama import Params
 from models.source import open_source
-
-DEFINITION = (
-  'exp of the mean next-token cross-entropy over non-overlapping windows of {length} tokens; the first '
-  'token of a window has no context and is not counted'
-)
 
 
 class Evaluator:
@@ -44,6 +40,15 @@ class Evaluator:
     self._compiler, self._dtype = compiler, dtype
     self._compiled_for: ModelConfig | None = None
     self._program: Any = None
+
+  @property
+  def definition(self) -> str:
+    """What the figure is, in words, for reports."""
+    windows, length = self.blocks.tokens.shape
+    return (
+      f'exp of the mean next-token cross-entropy over {windows} non-overlapping windows of {length} tokens, '
+      f'{int(self.blocks.targets.sum()):,} tokens counted; the first of a window has no context and is not'
+    )
 
   def _compile(self, config: ModelConfig, params: Params, tokens: np.ndarray, targets: np.ndarray) -> Any:
     def loss(params: Params, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -70,10 +75,12 @@ class Evaluator:
         batch_total, batch_count = self._program(params, jnp.asarray(tokens), jnp.asarray(targets))
         total, count = total + float(batch_total), count + float(batch_count)
         progress.update(size - missing, perplexity=f'{math.exp(min(total / max(count, 1), 700)):.2f}')
+    if not math.isfinite(total):
+      raise InputError(f'{title}: the loss is {total}: check the weights and config.export.dtype')
     return math.exp(min(total / count, 700))
 
 
-def run(options: RunOptions, workdir: Workdir) -> None:
+def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Mode evaluate: perplexity of model.source on evaluate.source, into report.json."""
   source = open_source(options.model.source)
   blocks = load_evaluation(options, source.load_tokenizer(), source.config)
@@ -85,7 +92,8 @@ def run(options: RunOptions, workdir: Workdir) -> None:
   value = evaluator.perplexity(source.config, source.load_params(dtype), 'evaluate')
   report: dict[str, Any] = {
     'model': {'source': source.name, 'params_before': count_params(source.config)},
-    'perplexity': {'dense': value, 'definition': DEFINITION.format(length=options.evaluate.length)},
+    'perplexity': {'dense': value, 'definition': evaluator.definition},
+    'command': command,
     'compiles': compiler.counts,
     'seconds': time.monotonic() - start,
     'versions': versions(),

@@ -1,6 +1,8 @@
 """Opens and checks all that a run reads, cheap checks first, before any heavy work."""
 
 import dataclasses
+import itertools
+import sys
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from adapt_jax.config import RunOptions
 from adapt_jax.data import Blocks, check_vocab, load_blocks
 from adapt_jax.prune import target_params
 from adapt_jax.sources import check_source
+from adapt_jax.train import stage_steps
 from models.config import ModelConfig
 from models.errors import InputError
 from models.source import Source, open_source
@@ -74,7 +77,8 @@ def prepare(options: RunOptions) -> Inputs:
 def load_evaluation(options: RunOptions, tokenizer: Any, config: ModelConfig) -> Blocks:
   """The evaluation windows: at most `evaluate.max_tokens` tokens, evenly spaced over the source."""
   e = options.evaluate
-  blocks = _load(options, tokenizer, config, 'evaluate.source', e.source, e.length)
+  tokens = e.max_tokens or sys.maxsize
+  blocks = _load(options, tokenizer, config, 'evaluate.source', e.source, e.length, tokens)
   count = len(blocks.tokens)
   wanted = max(1, e.max_tokens // e.length) if e.max_tokens else count
   if wanted >= count:
@@ -102,6 +106,11 @@ def _load(
     max_tokens=max(tokens, _POOL_TOKENS),
   )
   check_vocab(blocks, config.vocab_size, f'config.{field}')
+  if not blocks.targets.any():
+    raise InputError(
+      f'config.{field}: no token to predict in {len(blocks.tokens)} rows of {length} tokens: chats need '
+      f"the assistant's messages"
+    )
   return blocks
 
 
@@ -132,8 +141,10 @@ def _check_target(options: RunOptions, config: ModelConfig) -> None:
 
 def _check_steps(options: RunOptions) -> None:
   t = options.train
-  if t.tokens and t.tokens < t.batch * t.length * options.prune.stages:
+  ends = [0, *stage_steps(t, options.prune.stages)]
+  if t.tokens and any(stop <= start for start, stop in itertools.pairwise(ends)):
     raise InputError(
-      f'config.train.tokens = {t.tokens:,} is less than one batch of {t.batch} x {t.length} tokens for '
-      f'each of {options.prune.stages} stages: raise it, or lower train.batch or prune.stages'
+      f'config.train.tokens = {t.tokens:,} leaves a stage without a batch of {t.batch} x {t.length} tokens; '
+      f'it is split over {options.prune.stages} stages ({t.split}): raise it, or lower '
+      f'train.batch or prune.stages'
     )

@@ -4,6 +4,8 @@ import json
 import pathlib
 from typing import Any
 
+from models.files import write_text
+
 
 class MetricsLog:
   """Appends to `metrics.jsonl`; a resumed run first cuts what came after its checkpoint."""
@@ -28,5 +30,5 @@ class MetricsLog:
     """Keeps the first `lines` lines."""
     if lines < self.lines:
       kept = self._path.read_text().splitlines(keepends=True)[:lines]
-      self._path.write_text(''.join(kept))
+      write_text(self._path, ''.join(kept))
       self.lines = lines

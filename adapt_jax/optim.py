@@ -20,11 +20,12 @@ def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
   # Step s uses the value at s+1 while warming up, so that the first step is not wasted at rate 0.
   rising = optax.linear_schedule(lr / max(warmup, 1), lr, max(warmup - 1, 1))
   if options.schedule == 'cosine':
-    steps = max(total_steps - warmup, 1)
+    steps = max(total_steps - warmup - 1, 1)
     falling = optax.cosine_decay_schedule(lr, steps, alpha=low / lr if lr else 0.0)
     return optax.join_schedules([rising, falling], [warmup])
-  decay = min(max(int(round(DECAY * total_steps)), 1), max(total_steps - warmup, 1))
-  falling = optax.linear_schedule(lr, low, decay)
+  decay = int(round(DECAY * total_steps))
+  # One step on, as in the warm-up: the last step runs at `min_lr`.
+  falling = optax.linear_schedule(lr + (low - lr) / max(decay, 1), low, max(decay - 1, 1))
   return optax.join_schedules(
     [rising, optax.constant_schedule(lr), falling], [warmup, max(total_steps - decay, warmup)]
   )

@@ -13,15 +13,15 @@ class Progress:
   """A context manager that counts `unit`s of `total` work and shows rate and time left.
 
   On a terminal this is a tqdm bar; elsewhere one line every ten seconds, the first and the last
-  update always. `initial` units were done before (after a resume).
+  update always.
   """
 
-  def __init__(self, title: str, total: int, unit: str, initial: int = 0):
-    self._title, self._total, self._unit, self._done = title, total, unit, initial
-    self._initial, self._start, self._shown = initial, time.monotonic(), -_LINE_SECONDS
+  def __init__(self, title: str, total: int, unit: str):
+    self._title, self._total, self._unit, self._done = title, total, unit, 0
+    self._start, self._shown = time.monotonic(), -_LINE_SECONDS
     self._bar: Any = None
     if sys.stderr.isatty():
-      self._bar = tqdm(total=total, initial=initial, desc=title, unit=unit, unit_scale=True)
+      self._bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True)
 
   def __enter__(self) -> 'Progress':
     return self
@@ -41,7 +41,7 @@ class Progress:
     if now - self._shown < _LINE_SECONDS and self._done < self._total:
       return
     self._shown = now
-    rate = (self._done - self._initial) / max(now - self._start, 1e-9)
+    rate = self._done / max(now - self._start, 1e-9)
     left = max(self._total - self._done, 0) / max(rate, 1e-9)
     shown = ' '.join(f'{k} {v}' for k, v in values.items())
     print(

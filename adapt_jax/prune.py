@@ -131,10 +131,10 @@ class Pruner:
     self, allocator: Allocator, stacked: Params, state: PruneState, target: int
   ) -> tuple[PruneState, StepRecord]:
     scores = self._score(stacked, state.step)
-    if not np.isfinite(scores.loss):
+    if not all(np.isfinite(x).all() for x in scores):
       raise InputError(
-        f'the calibration loss is {scores.loss} at pruning step {state.step + 1}: check the model '
-        f'and config.model.dtype'
+        f'pruning step {state.step + 1}: the calibration loss is {scores.loss} and not all scores are '
+        f'finite: check the model, the calibration text and config.model.dtype'
       )
     rate = self.options.ratio / self.options.steps - self.options.amplitude * normalise(scores.distance)
     now = Widths(state.plan.kv_widths, state.plan.ffn_widths)
@@ -150,6 +150,12 @@ class Pruner:
       ffn=widths.ffn.tolist(),
     )
     return PruneState(plan, sparsity, state.step + 1), record
+
+  def next_stage(self, state: PruneState) -> PruneState:
+    """The schedule as the next stage takes it up: as it is, or from zero as the reference does."""
+    if not self._as_reference:
+      return state
+    return dataclasses.replace(state, sparsity=np.zeros_like(state.sparsity))
 
   def prune(
     self,
@@ -175,8 +181,6 @@ class Pruner:
     if self._as_reference:
       # Its schedule starts anew, from the present widths, at every stage.
       allocator = Allocator(compacted.pruned_config(self.config), self.options.align_ffn, exact=False)
-      if state.plan.equals(compacted):
-        state = dataclasses.replace(state, sparsity=np.zeros_like(state.sparsity))
     stacked = jax.jit(lambda p: surgery.stack(p, compacted, self._dtype))(params)
     stacked = self._zero(stacked, *surgery.padded_masks(state.plan))
     with Progress(title, before - target, 'parameters removed') as progress:

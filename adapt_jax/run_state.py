@@ -15,6 +15,7 @@ from adapt_jax.plan import PrunePlan
 from adapt_jax.prune import PruneState
 from adapt_jax.workdir import Workdir
 from models.config import ModelConfig
+from models.errors import InputError
 from models.files import write_text
 
 
@@ -93,13 +94,24 @@ class StateStore:
       state = RunState(arrays, pruning.plan, pruning, **{name: meta[name] for name in _IN_JSON})
       print(f'resuming at stage {state.stage}, training step {state.train_step}', flush=True)
     if state.complete and self._plan.exists():
-      saved = json.loads(self._plan.read_text())
-      if saved['stage'] == state.stage + 1:
-        state.pruning, lines = PruneState.from_json(saved, self._config), saved['metrics_lines']
-        state.dense_perplexity = saved['dense_perplexity']
-        print(f'resuming in the pruning of stage {saved["stage"]}, after step {saved["step"]}', flush=True)
+      lines = self._resume_pruning(state, lines)
     self._metrics.cut(lines)
     return state
+
+  def _resume_pruning(self, state: RunState, lines: int) -> int:
+    """Takes up the steps that plan.json tells, if they are of the next stage; returns the log's length."""
+    try:
+      saved = json.loads(self._plan.read_text())
+      if saved['stage'] != state.stage + 1:
+        return lines
+      pruning, lines = PruneState.from_json(saved, self._config), int(saved['metrics_lines'])
+      state.pruning, state.dense_perplexity = pruning, saved['dense_perplexity']
+    except (ValueError, KeyError, TypeError) as error:
+      raise InputError(
+        f'{self._plan} is damaged ({type(error).__name__}): delete it to take this stage up from its start'
+      ) from None
+    print(f'resuming in the pruning of stage {saved["stage"]}, after step {saved["step"]}', flush=True)
+    return lines
 
   def close(self) -> None:
     self._checkpoints.close()

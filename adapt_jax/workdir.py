@@ -28,24 +28,30 @@ class Workdir:
     self.metrics = self.path / 'metrics.jsonl'
     self.checkpoints = self.path / 'checkpoints'
     self.hf = self.path / 'hf'
+    self._claiming = self.path / '.run.json.tmp'  # left by a kill while claiming
 
   def check(self) -> None:
     """Raises InputError if the directory cannot be written or belongs to another run; writes nothing."""
     where = f'--workdir={self.path}'
-    if self.path.exists() and not self.path.is_dir():
-      raise InputError(f'{where} is a file: name a directory')
-    existing = self.path
-    while not existing.exists():
-      existing = existing.parent
     try:
-      with tempfile.TemporaryFile(dir=existing):
-        pass
+      self._check_writable(where)
+      ours = self.run.exists()
+      foreign = not ours and self.path.exists() and any(p != self._claiming for p in self.path.iterdir())
     except OSError as error:
       raise InputError(f'{where} is not writable ({error.strerror}): choose another') from None
-    if self.run.exists():
+    if ours:
       self._check_same()
-    elif self.path.exists() and any(self.path.iterdir()):
+    elif foreign:
       raise InputError(f'{where} holds files of something else: name a new or empty directory')
+
+  def _check_writable(self, where: str) -> None:
+    existing = self.path
+    while not existing.exists() and not existing.is_symlink():
+      existing = existing.parent
+    if not existing.is_dir():
+      raise InputError(f'{where}: {existing} is a file or a broken link: name a directory')
+    with tempfile.TemporaryFile(dir=existing):
+      pass
 
   def claim(self) -> None:
     """Marks the directory as this run's; the same run may claim it again, to resume."""
@@ -54,7 +60,10 @@ class Workdir:
       write_text(self.run, json.dumps(self._identity, indent=2) + '\n')
 
   def _check_same(self) -> None:
-    before = _flatten(json.loads(self.run.read_text()))
+    try:
+      before = _flatten(json.loads(self.run.read_text()))
+    except ValueError:
+      raise InputError(f'{self.run} is damaged: use another workdir') from None
     now = _flatten(json.loads(json.dumps(self._identity)))
     for field in sorted(before.keys() | now.keys()):
       if before.get(field) != now.get(field):

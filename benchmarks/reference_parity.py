@@ -1,6 +1,6 @@
 """Our pruning with compat='reference' against what the authors' program computed, step by step.
 
-    python benchmarks/reference_parity.py [--steps=29] [--golden=../shared/golden]
+    python -m benchmarks.reference_parity [--steps=29] [--golden=../shared/golden]
 
 SmolLM2-135M-Instruct, 128 x 64 calibration tokens, taylor, cosine, A = 0.02, T = 50: widths and sparsities
 after every step against `reference_n128/steps.json`, kept masks against `kept_stepNN.npz`. Prints a Markdown

@@ -7,7 +7,7 @@
         --config.evaluate.source=heldout.txt
 
 A source is a tuple of .txt, .jsonl or .parquet files, directories or globs of them, or a hub data set
-`org/name`, `org/name:split` or `org/name:config:split`.
+`org/name`, `org/name:split` or `org/name:config:split`; on the command line, names separated by commas.
 """
 
 from ml_collections import ConfigDict
@@ -43,7 +43,8 @@ def get_config() -> ConfigDict:
   )
   config.prune.compat = ''  # 'reference': with the errors of the authors' program, to compare with it
   config.prune.calibration = ConfigDict()
-  config.prune.calibration.source = ()  # text of the kind that the model shall stay good at
+  # Text of the kind that the model shall stay good at; its first 4 million tokens are drawn from.
+  config.prune.calibration.source = ()
   config.prune.calibration.samples = 512  # rows drawn afresh at every pruning step
   config.prune.calibration.length = 64  # tokens of a row
   config.prune.calibration.batch = 8  # rows that pass a layer at once: memory only, not the result
@@ -71,7 +72,7 @@ def get_config() -> ConfigDict:
   config.evaluate.source = ()  # held-out text for perplexity
   config.evaluate.length = 1024  # tokens of a window; windows do not overlap
   config.evaluate.batch = 4  # windows at once
-  config.evaluate.max_tokens = 0  # evaluate on the first so many tokens; 0 = all
+  config.evaluate.max_tokens = 0  # windows spread evenly over the text, so many tokens at most; 0 = all
 
   config.export = ConfigDict()
   config.export.dtype = 'auto'  # of the weights in hf/: as in the source, or float32, bfloat16, float16

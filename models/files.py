@@ -1,10 +1,27 @@
-"""Files that are whole or absent: write beside, then rename."""
+"""Files that are whole or absent: write beside, then rename; and whether there is one."""
 
 import contextlib
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+
+from models.errors import InputError, first_line
+
+
+def exists(path: pathlib.Path) -> bool:
+  """Whether something is at `path`; InputError where the system will not say.
+
+  `Path.exists` raises for a directory that may not be read and for a name that is too long.
+  """
+  try:
+    path.stat()
+  except (FileNotFoundError, NotADirectoryError):
+    return False
+  except (OSError, ValueError) as error:  # ValueError: a null byte
+    reason = getattr(error, 'strerror', None) or first_line(error)
+    raise InputError(f'{str(path)!r} cannot be read ({reason}): check the path and its permissions') from None
+  return True
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:

@@ -1,6 +1,5 @@
 """GGUF input: the config and, by Hugging Face name and layout, the weights of a .gguf file."""
 
-import math
 import os
 import re
 from typing import Any
@@ -217,6 +216,10 @@ class GgufReader:
     """Shape as `read` gives it: [out, in] for matrices."""
     return self._file.tensors[self._gguf_name[name]].shape
 
+  def dtype(self, name: str) -> str:
+    """Numpy name of the dtype that `read` gives; InputError if the stored type is not supported."""
+    return _STORED_DTYPES.get(_type(self._file, self._gguf_name[name]), np.dtype(np.float32)).name
+
   def read(self, name: str) -> np.ndarray:
     """One tensor in Hugging Face's layout; float32 unless stored as F16 or BF16."""
     array = _read_array(self._file, self._gguf_name[name])
@@ -225,11 +228,6 @@ class GgufReader:
       pairs = array.reshape(-1, half, 2, *array.shape[1:])
       return pairs.swapaxes(1, 2).reshape(array.shape)
     return array
-
-  def dtype(self) -> str:
-    """Numpy name of the largest tensor's dtype as `read` gives it."""
-    largest = max(self._file.tensors.values(), key=lambda t: math.prod(t.shape))
-    return _STORED_DTYPES.get(TENSOR_TYPES[largest.type], np.dtype(np.float32)).name
 
 
 def _hf_name(file: GgufFile, name: str) -> str:

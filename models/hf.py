@@ -4,23 +4,24 @@ One table of rules serves both directions. Our arrays keep Hugging Face's elemen
 transform is a reshape and a dense round trip gives the same bits.
 """
 
+import functools
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.config import ModelConfig
-from models.errors import InputError
-from models.files import write_text
+from models.errors import InputError, first_line
+from models.files import exists, write_text
 from models.llama import Params, abstract_params
 
-_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+_DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # of safetensors -> of numpy
 INDEX_NAME = 'model.safetensors.index.json'
 
 
@@ -81,7 +82,8 @@ def _hf_shape(shape: tuple[int, ...], rows: int | None) -> tuple[int, ...]:
   return (math.prod(shape[:rows]), math.prod(shape[rows:]))
 
 
-def leaves(config: ModelConfig) -> list[Leaf]:
+@functools.lru_cache(maxsize=16)
+def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
   """Every stored tensor of the model, in file order."""
   tree = abstract_params(config)
   found = []
@@ -96,18 +98,18 @@ def leaves(config: ModelConfig) -> list[Leaf]:
       add(rule, f'model.layers.{i}.{rule.name}', ('layers', i, *rule.path))
   for rule in _TOP_RULES[1:]:
     add(rule, rule.name, rule.path)
-  return found
+  return tuple(found)
 
 
 class TensorReader(Protocol):
-  """Tensors by Hugging Face name, read one at a time."""
+  """Tensors by Hugging Face name, read one at a time; `shape` and `dtype` need the headers only."""
 
   where: str
 
   def names(self) -> set[str]: ...
   def shape(self, name: str) -> tuple[int, ...]: ...
+  def dtype(self, name: str) -> str: ...
   def read(self, name: str) -> np.ndarray: ...
-  def dtype(self) -> str: ...
 
 
 class SafetensorsReader:
@@ -117,12 +119,12 @@ class SafetensorsReader:
     self.where = str(directory)
     directory = pathlib.Path(directory)
     index, single = directory / INDEX_NAME, directory / 'model.safetensors'
-    if index.exists():
+    if exists(index):
       weight_map = read_json(index).get('weight_map')
-      if not isinstance(weight_map, dict):
-        raise InputError(f'{index}: has no weight_map: download it again')
+      if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise InputError(f'{index}: has no weight_map of tensors to files: download it again')
       files = sorted(set(weight_map.values()))
-    elif single.exists():
+    elif exists(single):
       weight_map, files = None, [single.name]
     else:
       raise InputError(
@@ -131,11 +133,13 @@ class SafetensorsReader:
       )
     self._file_of: dict[str, Any] = {}
     for name in files:
-      if not (directory / name).exists():
+      if not exists(directory / name):
         raise InputError(f'{index}: lists {name}, which is absent: download the checkpoint again')
       try:
         handle = safe_open(directory / name, framework='np')
-      except (SafetensorError, OSError) as error:
+      except OSError as error:
+        raise InputError(f'{directory / name}: cannot be read ({first_line(error)})') from None
+      except SafetensorError as error:
         raise InputError(
           f'{directory / name}: corrupt or truncated safetensors ({error}): download it again'
         ) from None
@@ -149,29 +153,38 @@ class SafetensorsReader:
   def shape(self, name: str) -> tuple[int, ...]:
     return tuple(self._file_of[name].get_slice(name).get_shape())
 
+  def dtype(self, name: str) -> str:
+    """Numpy name of the stored dtype; InputError if it is not supported."""
+    code = self._file_of[name].get_slice(name).get_dtype()
+    if code not in _DTYPES:
+      raise InputError(
+        f'{self.where}: tensor {name} has dtype {code}, which is not supported: convert the checkpoint '
+        f'to one of {", ".join(_DTYPES)}'
+      )
+    return _DTYPES[code]
+
   def read(self, name: str) -> np.ndarray:
     return self._file_of[name].get_tensor(name)
 
-  def dtype(self) -> str:
-    """Numpy name of the largest tensor's dtype, taken from the headers."""
-    largest = max(sorted(self._file_of), key=lambda n: math.prod(self.shape(n)))
-    code = self._file_of[largest].get_slice(largest).get_dtype()
-    return {'BF16': 'bfloat16', 'F16': 'float16'}.get(code, 'float32')
-
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file of a checkpoint; InputError naming the file if it is none."""
+  """The object in a JSON file; InputError naming the file if it cannot be read or holds none."""
   try:
     found = json.loads(path.read_text(encoding='utf-8'))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise InputError(f'{path}: not valid JSON ({error}): download it again') from None
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror}): check the file') from None
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{path}: not valid JSON ({first_line(error)}): download it again') from None
   if not isinstance(found, dict):
     raise InputError(f'{path}: holds {type(found).__name__}, not an object: download it again')
   return found
 
 
 def check_tensors(config: ModelConfig, reader: TensorReader) -> None:
-  """Raises InputError naming the first missing, extra or mis-shaped tensor; reads headers only."""
+  """Raises InputError naming the first tensor that is missing, extra, mis-shaped or of an unsupported dtype.
+
+  Reads headers only.
+  """
   expected = {leaf.name: leaf for leaf in leaves(config)}
   ignored = {'lm_head.weight'} if config.tie_embeddings else set()
   found = {
@@ -189,27 +202,40 @@ def check_tensors(config: ModelConfig, reader: TensorReader) -> None:
         f'{reader.where}: tensor {name} has shape {list(reader.shape(name))}, config.json asks for '
         f'{list(leaf.hf_shape)}'
       )
+    reader.dtype(name)  # raises if it is not supported
 
 
 def load_params(config: ModelConfig, reader: TensorReader, dtype: Any = None) -> Params:
   """Reads all parameters, one tensor at a time; `dtype` None keeps the stored one.
 
-  Raises InputError naming a missing, extra, mis-shaped, unreadable or non-float tensor.
+  Raises InputError naming a tensor that `check_tensors` refuses or that cannot be read.
   """
   check_tensors(config, reader)
-  params: Params = {'layers': [{'attention': {}, 'mlp': {}} for _ in config.layers]}
-  for leaf in leaves(config):
+
+  def load(leaf: Leaf) -> jax.Array:
     try:
       tensor = reader.read(leaf.name)
     except (SafetensorError, OSError) as error:
-      raise InputError(f'{reader.where}: tensor {leaf.name} cannot be read ({error})') from None
-    if tensor.dtype not in _FLOATS:
-      raise InputError(
-        f'{reader.where}: tensor {leaf.name} has dtype {tensor.dtype}: only float32, float16 and '
-        f'bfloat16 weights are supported'
-      )
+      raise InputError(f'{reader.where}: tensor {leaf.name} cannot be read ({first_line(error)})') from None
     array = jax.numpy.asarray(tensor if dtype is None else tensor.astype(dtype, copy=False))
-    _lookup(params, leaf.path[:-1])[leaf.path[-1]] = array.reshape(leaf.shape)
+    return array.reshape(leaf.shape)
+
+  return _tree(config, load)
+
+
+def abstract_stored_params(config: ModelConfig, reader: TensorReader, dtype: Any = None) -> Params:
+  """The tree of `jax.ShapeDtypeStruct` that `load_params` would give; reads headers only."""
+
+  def describe(leaf: Leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, np.dtype(reader.dtype(leaf.name) if dtype is None else dtype))
+
+  return _tree(config, describe)
+
+
+def _tree(config: ModelConfig, make: Callable[[Leaf], Any]) -> Params:
+  params: Params = {'layers': [{'attention': {}, 'mlp': {}} for _ in config.layers]}
+  for leaf in leaves(config):
+    _lookup(params, leaf.path[:-1])[leaf.path[-1]] = make(leaf)
   return params
 
 

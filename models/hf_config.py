@@ -1,9 +1,10 @@
 """Hugging Face `config.json` in and out, and by name what is refused."""
 
+import math
 from typing import Any
 
 from models.config import FAMILIES, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
-from models.errors import InputError
+from models.errors import InputError, first_line
 
 # model_type in config.json -> the family that computes the same function. `adapt_*` are our own
 # exports: the stock architecture with per-layer widths.
@@ -20,73 +21,106 @@ _ARCHITECTURES = {
 }
 
 
-def config_from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
+def config_from_hf(raw: Any, where: str) -> ModelConfig:
   """The ModelConfig of a parsed `config.json`.
 
   Reads files of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`), and the
   `per_layer_config` of pruned models: {"5": {"num_key_value_heads": 2, "num_attention_heads": 6}}.
-  `where` is named in errors. Raises InputError for anything this decoder would compute wrongly.
+  `where` is named in errors. Raises InputError for odd values and for anything this decoder would
+  compute wrongly.
   """
-  if not isinstance(raw, dict):
-    raise InputError(f'{where}: config.json holds a {type(raw).__name__}, not an object')
-  family = _supported_family(raw, where)
   try:
-    hidden, heads, depth = (int(raw[k]) for k in ('hidden_size', 'num_attention_heads', 'num_hidden_layers'))
-    widest = {
-      'num_attention_heads': heads,
-      'num_key_value_heads': int(raw.get('num_key_value_heads') or heads),
-      'intermediate_size': int(raw['intermediate_size']),
-    }
-    vocab, eps = int(raw['vocab_size']), float(raw.get('rms_norm_eps', 1e-6))
-  except KeyError as error:
-    raise InputError(f'{where}: config.json has no field {error}: is the file complete?') from None
-  except (TypeError, ValueError) as error:
-    raise InputError(f'{where}: a width in config.json is not a number ({error})') from None
-  layers = _layer_shapes(raw, widest, depth, where)
+    return _parse(raw)
+  except InputError as error:
+    raise InputError(f'{where}/config.json: {error}') from None
+  except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+    reason = f'{type(error).__name__}: {first_line(error)}'
+    raise InputError(f'{where}/config.json: holds a value of a wrong kind ({reason})') from None
+
+
+def _parse(raw: Any) -> ModelConfig:
+  if not isinstance(raw, dict):
+    raise InputError(f'holds a {type(raw).__name__}, not an object')
+  family = _supported_family(raw)
+  hidden, layers = _count(raw, 'hidden_size'), _layer_shapes(raw)
+  usual_head_dim = 128 if family == 'qwen3' else hidden // _count(raw, 'num_attention_heads')
   return ModelConfig(
     family=family,
-    vocab_size=vocab,
+    vocab_size=_count(raw, 'vocab_size'),
     hidden_size=hidden,
-    head_dim=int(raw.get('head_dim') or (128 if family == 'qwen3' else hidden // heads)),
+    head_dim=_count(raw, 'head_dim', usual_head_dim),
     layers=layers,
-    rope=_rope(raw, where),
-    rms_norm_eps=eps,
+    rope=_rope(raw),
+    rms_norm_eps=_number(raw, 'rms_norm_eps', 1e-6),
     tie_embeddings=bool(raw.get('share_embedding') or raw.get('tie_word_embeddings', False)),
     qkv_bias=family == 'qwen2',
     qk_norm=family == 'qwen3',
-    max_position=int(raw.get('max_position_embeddings', 2048)),
+    max_position=_max_position(raw),
   )
 
 
-def _layer_shapes(
-  raw: dict[str, Any], widest: dict[str, int], depth: int, where: str
-) -> tuple[LayerShape, ...]:
-  # Late releases of transformers 5 pad the keys with zeros when they save: "05".
-  try:
-    per_layer = {int(key): dict(fields) for key, fields in (raw.get('per_layer_config') or {}).items()}
-  except (AttributeError, TypeError, ValueError):
-    raise InputError(
-      f'{where}: per_layer_config in config.json must map layer numbers to widths: export it again'
-    ) from None
-  for i, fields in per_layer.items():
-    unknown = sorted(fields.keys() - widest)
-    if unknown or i >= depth:
-      found = f'the field {unknown[0]!r}' if unknown else f'layer {i} of {depth}'
-      raise InputError(f'{where}: per_layer_config in config.json has {found}, which is not supported')
-  layers = [widest | per_layer.get(i, {}) for i in range(depth)]
+def _value(fields: dict[str, Any], name: str, default: Any) -> Any:
+  if name not in fields and default is None:
+    raise InputError(f'no field {name!r}: is the file complete?')
+  return default if fields.get(name) is None else fields[name]
+
+
+def _count(fields: dict[str, Any], name: str, default: int | None = None) -> int:
+  """A whole number of at least 1; `default` where the field is absent or null."""
+  value = _value(fields, name, default)
+  if type(value) is not int or not 1 <= value < 2**31:  # a bool is no number here
+    raise InputError(f'{name} = {value!r} should be a whole number of at least 1')
+  return value
+
+
+def _number(fields: dict[str, Any], name: str, default: float | None = None) -> float:
+  """A finite number above 0; `default` where the field is absent or null."""
+  value = _value(fields, name, default)
+  if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+    raise InputError(f'{name} = {value!r} should be a finite number above 0')
+  return float(value)
+
+
+def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
+  """An object; empty where the field is absent or null."""
+  value = fields.get(name)
+  if value is not None and not isinstance(value, dict):
+    raise InputError(f'{name} = {value!r} should be an object')
+  return value or {}
+
+
+def _max_position(raw: dict[str, Any]) -> int:
+  return _count({'max_position_embeddings': 2048} | raw, 'max_position_embeddings')
+
+
+def _layer_shapes(raw: dict[str, Any]) -> tuple[LayerShape, ...]:
+  heads, depth = _count(raw, 'num_attention_heads'), _count(raw, 'num_hidden_layers')
+  widest = {
+    'num_attention_heads': heads,
+    'num_key_value_heads': _count(raw, 'num_key_value_heads', heads),
+    'intermediate_size': _count(raw, 'intermediate_size'),
+  }
+  layers = [widest] * depth
+  for key, fields in _object(raw, 'per_layer_config').items():
+    # Late releases of transformers 5 pad the keys with zeros when they save: "05".
+    if not key.isdecimal() or int(key) >= depth:
+      raise InputError(f'per_layer_config has layer {key!r} of {depth}: export the model again')
+    if not isinstance(fields, dict) or (unknown := sorted(fields.keys() - widest)):
+      found = f'the field {unknown[0]!r}' if isinstance(fields, dict) else repr(fields)
+      raise InputError(f'per_layer_config has {found} in layer {key}, which is not supported')
+    layers[int(key)] = widest | {name: _count(fields, name) for name in fields}
   return tuple(
     LayerShape(w['num_attention_heads'], w['num_key_value_heads'], w['intermediate_size']) for w in layers
   )
 
 
-def _supported_family(raw: dict[str, Any], where: str) -> str:
+def _supported_family(raw: dict[str, Any]) -> str:
   model_type = raw.get('model_type')
   family = _MODEL_TYPES.get(str(model_type))
   if family is None:
     asks = ' and asks to run its own code, which is never done' if 'auto_map' in raw else ''
     raise InputError(
-      f'{where}: model_type {model_type!r} is not supported{asks}; supported: '
-      f'{", ".join(sorted(_MODEL_TYPES))}'
+      f'model_type {model_type!r} is not supported{asks}; supported: {", ".join(sorted(_MODEL_TYPES))}'
     )
   refused = {
     'hidden_act': raw.get('hidden_act', 'silu') not in ('silu', 'swish'),
@@ -101,42 +135,36 @@ def _supported_family(raw: dict[str, Any], where: str) -> str:
   }
   for field, found in refused.items():
     if found:
-      raise InputError(
-        f'{where}: {field} = {raw.get(field)!r} in config.json is not supported; use a checkpoint without it'
-      )
+      raise InputError(f'{field} = {raw.get(field)!r} is not supported; use a checkpoint without it')
   return family
 
 
 def _sliding_window_in_use(raw: dict[str, Any], family: str) -> bool:
-  if 'sliding_attention' in (raw.get('layer_types') or ()):
+  kinds = raw.get('layer_types') or []
+  if not isinstance(kinds, list):
+    raise InputError(f'layer_types = {kinds!r} should be a list')
+  if 'sliding_attention' in kinds:
     return True
   if family != 'mistral' and not raw.get('use_sliding_window'):
     return False
-  window = raw.get('sliding_window', 4096)  # transformers' default for all of them
-  return window is not None and window < raw.get('max_position_embeddings', 2048)
+  window = {'sliding_window': 4096} | raw  # transformers' default for all of them
+  return window['sliding_window'] is not None and _count(window, 'sliding_window') < _max_position(raw)
 
 
-def _rope(raw: dict[str, Any], where: str) -> RopeConfig:
+def _rope(raw: dict[str, Any]) -> RopeConfig:
   # Where both are present, transformers 5 takes the old one.
-  parameters = (raw.get('rope_parameters') or {}) | (raw.get('rope_scaling') or {})
-  theta = float(raw.get('rope_theta') or parameters.get('rope_theta') or 10000.0)
+  parameters = _object(raw, 'rope_parameters') | _object(raw, 'rope_scaling')
+  theta = _number(raw, 'rope_theta', _number(parameters, 'rope_theta', 10000.0))
   kind = parameters.get('rope_type', parameters.get('type', 'default'))
   if kind == 'default':
     return RopeConfig(theta)
   if kind != 'llama3':
-    raise InputError(
-      f'{where}: rope_type {kind!r} in config.json is not supported: only default and llama3 are'
-    )
-  try:
-    scaling = Llama3Scaling(
-      factor=float(parameters['factor']),
-      low_freq_factor=float(parameters['low_freq_factor']),
-      high_freq_factor=float(parameters['high_freq_factor']),
-      original_max_position=int(parameters['original_max_position_embeddings']),
-    )
-  except KeyError as error:
-    raise InputError(f'{where}: the llama3 rope scaling in config.json lacks {error}') from None
-  return RopeConfig(theta, scaling)
+    raise InputError(f'rope_type {kind!r} is not supported: only default and llama3 are')
+  low, high = (_number(parameters, f'{end}_freq_factor') for end in ('low', 'high'))
+  if low >= high:
+    raise InputError(f'low_freq_factor = {low} should be below high_freq_factor = {high}')
+  original = _count(parameters, 'original_max_position_embeddings')
+  return RopeConfig(theta, Llama3Scaling(_number(parameters, 'factor'), low, high, original))
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

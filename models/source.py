@@ -1,17 +1,30 @@
 """Where a model comes from: a hub id, a Hugging Face directory, or a .gguf file."""
 
 import dataclasses
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from models import gguf, gguf_tokenizer
 from models.config import ModelConfig
-from models.errors import InputError
-from models.hf import SafetensorsReader, TensorReader, check_tensors, load_params, read_json
+from models.errors import InputError, first_line
+from models.files import exists
+from models.hf import (
+  SafetensorsReader,
+  TensorReader,
+  abstract_stored_params,
+  check_tensors,
+  leaves,
+  load_params,
+  read_json,
+)
 from models.hf_config import config_from_hf
 from models.llama import Params
 
 _HUB_FILES = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
+# Subfolders hold other formats, and Mistral's and Meta's own files the same weights once more.
+_NOT_FROM_HUB = ['*/*', 'consolidated*']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +35,13 @@ class Source:
   config: ModelConfig
   reader: TensorReader
   path: pathlib.Path  # the directory or the .gguf file
-  dtype: str  # of the stored weights; float32 for quantised files
+  dtype: str  # of the largest stored tensor; float32 for quantised files
+  # Fields of generation_config.json, such as a chat model's several end tokens; empty for GGUF.
+  generation: dict[str, Any]
 
-  def generation(self) -> dict[str, Any]:
-    """Fields of generation_config.json, such as a chat model's several end tokens; empty for GGUF."""
-    path = self.path / 'generation_config.json'
-    return read_json(path) if path.exists() else {}
+  def abstract_params(self, dtype: Any = None) -> Params:
+    """The tree of jax.ShapeDtypeStruct that `load_params` gives, from the headers."""
+    return abstract_stored_params(self.config, self.reader, dtype)
 
   def load_params(self, dtype: Any = None) -> Params:
     """All parameters, tensor by tensor; `dtype` None keeps the stored one."""
@@ -35,10 +49,13 @@ class Source:
 
   def load_tokenizer(self) -> Any:
     """The tokenizer; its own code is never run. Raises InputError if it cannot be read."""
-    if self.path.suffix == '.gguf':
-      tokenizer = gguf_tokenizer.load_tokenizer(self.path)
-    else:
-      tokenizer = _tokenizer_from_directory(self.path)
+    load = gguf_tokenizer.load_tokenizer if self.path.suffix == '.gguf' else _tokenizer_from_directory
+    try:
+      tokenizer = load(self.path)
+    except InputError:
+      raise
+    except Exception as error:  # tokenizers raises bare Exceptions for a broken tokenizer.json
+      raise InputError(f'{self.path}: the tokenizer cannot be loaded ({first_line(error)})') from None
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= self.config.vocab_size:
       raise InputError(
@@ -52,26 +69,34 @@ def open_source(name: str) -> Source:
   """Opens a checkpoint by name and checks it without reading any weights.
 
   Raises InputError for a missing path, an unsupported architecture, a corrupt or truncated file,
-  and for any missing, extra or mis-shaped tensor.
+  for any tensor that is missing, extra, mis-shaped or of an unsupported dtype, and for a broken
+  generation_config.json.
   """
-  path = pathlib.Path(name).expanduser()
   if not name:
     raise InputError('model.source is empty: give a hub id, a Hugging Face directory or a .gguf file')
+  try:
+    path = pathlib.Path(name).expanduser()
+  except RuntimeError as error:  # ~user of no user
+    raise InputError(f'model.source {name!r}: {first_line(error)}') from None
   reader: TensorReader
+  generation: dict[str, Any] = {}
   if path.suffix == '.gguf':
     config, reader = gguf.read_config(path), gguf.open_tensors(path)
   else:
-    path = path if path.exists() else _download(name)
+    path = path if exists(path) else _download(name)
     if path.is_file():
       raise InputError(f'model.source {name!r} is a file but not .gguf: give its directory')
     config, reader = config_from_hf(_read_config(path), str(path)), SafetensorsReader(path)
+    if exists(path / 'generation_config.json'):
+      generation = read_json(path / 'generation_config.json')
   check_tensors(config, reader)
-  return Source(name, config, reader, path, reader.dtype())
+  largest = max(leaves(config), key=lambda leaf: math.prod(leaf.shape))
+  return Source(name, config, reader, path, reader.dtype(largest.name), generation)
 
 
 def _read_config(directory: pathlib.Path) -> dict[str, Any]:
   path = directory / 'config.json'
-  if not path.exists():
+  if not exists(path):
     raise InputError(f'model.source {directory}: no config.json in this directory')
   return read_json(path)
 
@@ -80,14 +105,21 @@ def _download(name: str) -> pathlib.Path:
   if name.count('/') > 1 or name.startswith(('.', '/', '~')):
     raise InputError(f'model.source {name!r}: no such file or directory')
   import huggingface_hub  # only here: local sources need no hub
-  from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+  # An unsupported model is refused for the price of its config.json.
+  config = _fetch(name, huggingface_hub.hf_hub_download, filename='config.json')
+  config_from_hf(read_json(config), name)
+  return _fetch(
+    name, huggingface_hub.snapshot_download, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB
+  )
+
+
+def _fetch(name: str, download: Callable[..., Any], **options: Any) -> pathlib.Path:
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
-  except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-    reason = str(error).strip().splitlines()[0]
+    return pathlib.Path(download(name, **options))
+  except Exception as error:  # the hub's errors and those of its HTTP library share no other class
     raise InputError(
-      f'model.source {name!r}: no such directory, and the hub does not give it ({reason})'
+      f'model.source {name!r}: no such directory, and the hub does not give it ({first_line(error)})'
     ) from None
 
 
@@ -96,9 +128,4 @@ def _tokenizer_from_directory(directory: pathlib.Path) -> Any:
   from transformers import AutoTokenizer, logging
 
   logging.set_verbosity_error()
-
-  try:
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-    reason = str(error).strip().splitlines()[0]
-    raise InputError(f'{directory}: the tokenizer cannot be loaded ({reason})') from None
+  return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)

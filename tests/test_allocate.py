@@ -90,6 +90,24 @@ def test_layers_that_the_rate_spares_give_way_when_nothing_else_is_left():
   assert target - channel_params(config) < a.params(widths) <= target
 
 
+def test_a_stall_takes_ordinary_steps_and_keeps_its_books():
+  """Where A exceeds ρ/T and all layers are equally important but one, nothing may go in one great cut."""
+  config = make_config(layers=4, kv=1)
+  a = Allocator(config)
+  widths, s = a.full, np.zeros(4)
+  target = a.params(a.full) // 2
+  removed = []
+  for _ in range(400):
+    before = a.params(widths)
+    widths, s = a.step(widths, s, np.array([-0.015, -0.015, -0.015, -0.001]), target)
+    removed.append((before - a.params(widths)) / a.params(a.full))
+    np.testing.assert_array_less(1 - widths.ffn / a.full.ffn - 2 / a.full.ffn, s)
+    if a.params(widths) <= target:
+      break
+  assert target - channel_params(config) < a.params(widths) <= target
+  assert max(removed) < 0.03
+
+
 def test_kv_group_that_would_overshoot_is_passed_over():
   config = make_config(layers=1, kv=2, ffn=64)
   a = Allocator(config)
@@ -100,7 +118,8 @@ def test_kv_group_that_would_overshoot_is_passed_over():
 
 
 def test_widths_do_not_regrow_on_credit():
-  a = Allocator(make_config(layers=1))
-  narrow = Widths(np.array([2]), np.array([40]))
-  widths, _ = a.step(narrow, np.array([0.3]), np.array([-0.1]), 0)
-  assert widths.ffn.tolist() == [40] and widths.kv.tolist() == [2]
+  a = Allocator(make_config(layers=2))
+  narrow = Widths(np.array([2, 4]), np.array([40, 96]))
+  widths, s = a.step(narrow, np.array([0.6, 0.0]), np.array([-0.1, 0.02]), 0)
+  assert widths.ffn.tolist() == [40, 94] and widths.kv.tolist() == [2, 4]
+  np.testing.assert_allclose(s, [0.5, 0.02])

@@ -39,6 +39,7 @@ FIELDS = [
   ('prune.target', 0.0),
   ('prune.target', -0.5),
   ('prune.target', float('nan')),
+  ('prune.target', float('inf')),
   ('prune.align_ffn', 0),
   ('prune.importance', 'tailor'),
   ('prune.layer_distance', 'cosinus'),
@@ -185,7 +186,7 @@ def test_workdirs(files, tmp_path):
   with pytest.raises(InputError, match='--workdir is empty'):
     Workdir('', {})
   (tmp_path / 'file').write_text('')
-  with pytest.raises(InputError, match='is a file'):
+  with pytest.raises(InputError, match='is a file or a broken link'):
     Workdir(str(tmp_path / 'file'), {}).check()
   with pytest.raises(InputError, match='holds files of something else'):
     Workdir(str(tmp_path), {}).check()
@@ -221,7 +222,53 @@ def test_command_line_exits_with_2_and_one_line(files, tmp_path, flags, word):
   assert not os.path.exists(tmp_path / 'out')
 
 
-def test_one_file_may_be_named_without_a_tuple(files, tmp_path):
-  flag = f'--config.train.source={files / "absent.txt"}'
+def test_files_are_named_without_a_tuple(files, tmp_path):
+  flag = f'--config.train.source={files / "train.txt"},{files / "absent file.txt"}'
   result = runs.main(files, tmp_path / 'out', flag)
-  assert result.returncode == 2 and 'config.train.source' in result.stderr and 'no such file' in result.stderr
+  assert result.returncode == 2 and 'config.train.source' in result.stderr
+  assert 'absent file.txt' in result.stderr and 'no such file' in result.stderr
+
+
+@pytest.mark.parametrize(
+  'body', ['def get_config(:', 'import nothing_here', 'def get_config(): return {}[1]']
+)
+def test_a_broken_recipe_is_one_line(files, tmp_path, body):
+  recipe = tmp_path / 'recipe.py'
+  recipe.write_text(body)
+  result = runs.main(files, tmp_path / 'out', f'--config={recipe}')
+  assert result.returncode == 2 and 'recipe.py' in result.stderr
+  assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_damaged_model_is_one_line_through_the_command(files, tmp_path):
+  path = broken_model(files, 'damaged')
+  (path / 'config.json').write_text('{')
+  result = runs.main(files, tmp_path / 'out', f'--config.model.source={path}')
+  assert result.returncode == 2 and 'config.json' in result.stderr
+  assert len(result.stderr.splitlines()) == 1 and not (tmp_path / 'out').exists()
+
+
+def test_chats_without_an_assistant(files):
+  row = {'messages': [{'role': 'user', 'content': 'hello there ' * 30}]}
+  (files / 'chats.jsonl').write_text((json.dumps(row) + '\n') * 5)
+  config = runs.make_config(files)
+  config.train.source = (str(files / 'chats.jsonl'),)
+  refuse(config, 'config.train.source', 'no token to predict')
+
+
+def test_a_stage_without_a_training_step(files):
+  config = runs.make_config(files)
+  config.prune.stages = 20
+  refuse(config, 'config.train.tokens', '20 stages')
+
+
+def test_workdir_of_a_run_that_was_killed_while_claiming(tmp_path):
+  (tmp_path / '.run.json.tmp').write_text('{')
+  Workdir(str(tmp_path), {}).check()
+
+
+@pytest.mark.parametrize('content', ['{', '[1]', '\x00'])
+def test_damaged_run_json(tmp_path, content):
+  (tmp_path / 'run.json').write_text(content)
+  with pytest.raises(InputError, match='run.json|belongs to a run'):
+    Workdir(str(tmp_path), {'mode': 'accel'}).check()

@@ -6,6 +6,7 @@ import pathlib
 import struct
 
 import gguf as gguf_package
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from models import gguf, gguf_tokenizer
 from models.config import LayerShape, Llama3Scaling, ModelConfig, RopeConfig
 from models.errors import InputError
 from models.hf import check_tensors, leaves
+from models.source import open_source
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEMO_NAME = 'SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -132,7 +134,6 @@ def test_every_type_and_architecture_reads_back(tmp_path, family, kind):
   reader = gguf.open_tensors(path)
   check_tensors(config, reader)
   assert reader.names() == set(weights)
-  assert reader.dtype() == PLAIN.get(kind, PLAIN[Type.F32]).name
   for name, weight in weights.items():
     # Quantisation works along rows, so it commutes with the permutation of rows.
     expected = weight
@@ -141,6 +142,7 @@ def test_every_type_and_architecture_reads_back(tmp_path, family, kind):
     array = reader.read(name)
     assert reader.shape(name) == array.shape
     assert array.dtype == (PLAIN.get(kind, np.float32) if weight.ndim == 2 else np.float32)
+    assert reader.dtype(name) == array.dtype.name
     np.testing.assert_array_equal(array, expected.astype(array.dtype), err_msg=name)
 
 
@@ -517,3 +519,14 @@ def test_demo_tokenizer_agrees_with_the_true_one(demo):
     edge = 8  # a window may begin or end inside a word, or inside a character
     interior = row[edge:-edge].tolist()
     assert any(ids[i : i + len(interior)] == interior for i in range(2 * edge))
+
+
+@pytest.mark.parametrize('kind', [Type.F16, Type.Q8_0], ids=lambda kind: kind.name)
+def test_abstract_params_are_those_of_the_loaded(tmp_path, kind):
+  """Vectors are stored as F32 whatever the matrices are."""
+  path = tmp_path / 'tiny.gguf'
+  write_model(path, tiny_config('llama'), kind)
+  source = open_source(str(path))
+  assert source.generation == {} and source.dtype == PLAIN.get(kind, PLAIN[Type.F32]).name
+  loaded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), source.load_params())
+  assert source.abstract_params() == loaded

@@ -1,8 +1,12 @@
 """Hugging Face checkpoints in and out: bits, spellings of config.json, and what is refused."""
 
 import json
+import math
+import pathlib
 import re
+import struct
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -152,7 +156,8 @@ REFUSED = [
   ('quantization_config', {'quantization_config': {'quant_method': 'gptq'}}),
   ('partial_rotary_factor', {'partial_rotary_factor': 0.5}),
   ("'skip'", {'per_layer_config': {'0': {'skip': ['mlp']}}}),
-  ('layer 2 of 2', {'per_layer_config': {'2': {'intermediate_size': 8}}}),
+  ("layer '2' of 2", {'per_layer_config': {'2': {'intermediate_size': 8}}}),
+  ("layer '-1' of 2", {'per_layer_config': {'-1': {'intermediate_size': 8}}}),
   ('num_kv_heads', {'num_key_value_heads': 4}),
   ('head_dim', {'head_dim': 7}),
 ]
@@ -176,6 +181,44 @@ def test_an_incomplete_config_is_refused_by_name(field):
 def test_a_config_of_another_kind_is_refused(raw):
   with pytest.raises(InputError, match='config.json'):
     config_from_hf(raw, 'here')
+
+
+ODD = [
+  ("head_dim = 'abc'", {'head_dim': 'abc'}),
+  ('head_dim = 0', {'num_attention_heads': 96, 'head_dim': None}),
+  ("rope_theta = 'x'", {'rope_theta': 'x'}),
+  ('rope_theta = nan', {'rope_theta': math.nan}),
+  ('rope_theta = inf', {'rope_parameters': {'rope_theta': math.inf}}),
+  ('rope_parameters = [1]', {'rope_parameters': [1]}),
+  ("rope_scaling = 'llama3'", {'rope_scaling': 'llama3'}),
+  ('factor', {'rope_scaling': LLAMA3 | {'rope_type': 'llama3', 'factor': None}}),
+  ('low_freq_factor', {'rope_scaling': LLAMA3 | {'rope_type': 'llama3', 'low_freq_factor': 4.0}}),
+  ('layer_types = 5', {'layer_types': 5}),
+  ('hidden_size = 0', {'hidden_size': 0}),
+  ('hidden_size = -48', {'hidden_size': -48}),
+  ('hidden_size = 48.5', {'hidden_size': 48.5}),
+  ('vocab_size = True', {'vocab_size': True}),
+  ('num_attention_heads = 0', {'num_attention_heads': 0}),
+  ('num_hidden_layers = 0', {'num_hidden_layers': 0}),
+  ('num_key_value_heads = 0', {'num_key_value_heads': 0}),
+  ('intermediate_size = 1000000000000', {'intermediate_size': 10**12}),
+  ('max_position_embeddings = None', {'max_position_embeddings': None}),
+  ("sliding_window = 'x'", base('mistral', sliding_window='x')),
+  ('rms_norm_eps = nan', {'rms_norm_eps': math.nan}),
+  ('OverflowError', {'rms_norm_eps': 10**400}),
+  ('per_layer_config = [1]', {'per_layer_config': [1]}),
+  ('per_layer_config has 5', {'per_layer_config': {'0': 5}}),
+  ("intermediate_size = 'a'", {'per_layer_config': {'0': {'intermediate_size': 'a'}}}),
+  ('intermediate_size = 1.5', {'per_layer_config': {'0': {'intermediate_size': 1.5}}}),
+  ('intermediate_size = None', {'per_layer_config': {'0': {'intermediate_size': None}}}),
+]
+
+
+@pytest.mark.parametrize('named, fields', ODD)
+def test_odd_values_are_refused_with_the_file(named, fields):
+  with pytest.raises(InputError, match=re.escape(named)) as refusal:
+    config_from_hf(base() | fields, 'here')
+  assert str(refusal.value).startswith('here/config.json: ') and '\n' not in str(refusal.value)
 
 
 def test_sliding_windows_out_of_use_are_accepted():
@@ -215,18 +258,48 @@ def index(files_by_tensor):
   return damage
 
 
+def as_directory(name):
+  def damage(directory):
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).mkdir()
+
+  return damage
+
+
+def as_float8(directory):
+  """Renames the dtype of one tensor in the header; numpy has no such type."""
+  path = directory / 'model.safetensors'
+  found = load_file(path)
+  save_file(found | {UP: found[UP].astype(np.int8)}, path)
+  content = path.read_bytes()
+  (size,) = struct.unpack('<Q', content[:8])
+  header = json.loads(content[8 : 8 + size])
+  header[UP]['dtype'] = 'F8_E4M3'
+  text = json.dumps(header).encode()
+  path.write_bytes(struct.pack('<Q', len(text)) + text + content[8 + size :])
+
+
 DAMAGES = {
   'missing': (damage_tensors(lambda t: t.pop(UP)), f'{UP} is missing'),
   'several-missing': (damage_tensors(lambda t: (t.pop(UP), t.pop(NORM))), 'is missing (and 1 more)'),
   'extra': (damage_tensors(lambda t: t.update({'q_scale': t[NORM].copy()})), 'q_scale is extra'),
   'shape': (damage_tensors(lambda t: t.update({UP: t[UP][1:].copy()})), f'{UP} has shape [39, 48]'),
-  'integer': (damage_tensors(lambda t: t.update({UP: t[UP].astype(np.int8)})), f'{UP} has dtype int8'),
+  'integer': (damage_tensors(lambda t: t.update({UP: t[UP].astype(np.int8)})), f'{UP} has dtype I8'),
+  'double': (damage_tensors(lambda t: t.update({UP: t[UP].astype(np.float64)})), f'{UP} has dtype F64'),
+  'float8': (as_float8, f'{UP} has dtype F8_E4M3'),
   'truncated': (truncate, 'corrupt or truncated'),
   'empty': (lambda d: (d / 'model.safetensors').write_bytes(b''), 'corrupt or truncated'),
   'no-weights': (lambda d: (d / 'model.safetensors').unlink(), 'no model.safetensors'),
   'pickle': (only_pickle, 'convert the checkpoint to safetensors'),
   'shard-absent': (index({UP: 'model-00001-of-00002.safetensors'}), 'lists model-00001-of-00002.safetensors'),
   'not-in-shard': (index({'model.x.weight': 'model.safetensors'}), 'lists model.x.weight'),
+  'shard-number': (index({UP: 5}), 'has no weight_map of tensors to files'),
+  'shard-name-long': (index({UP: 'x' * 300}), 'cannot be read (File name too long)'),
+  'weights-directory': (as_directory('model.safetensors'), 'cannot be read'),
+  'index-directory': (as_directory(INDEX_NAME), 'cannot be read (Is a directory)'),
+  'config-directory': (as_directory('config.json'), 'cannot be read (Is a directory)'),
+  'config-deep': (lambda d: (d / 'config.json').write_text('[' * 100_000), 'not valid JSON'),
+  'generation-not-json': (lambda d: (d / 'generation_config.json').write_text('{'), 'not valid JSON'),
   'index-not-json': (lambda d: (d / INDEX_NAME).write_text('{"weight_map"'), 'not valid JSON'),
   'config-not-json': (lambda d: (d / 'config.json').write_text('{"model_type": "lla'), 'not valid JSON'),
   'config-not-text': (lambda d: (d / 'config.json').write_bytes(b'\xff\xfe\x00'), 'not valid JSON'),
@@ -241,7 +314,7 @@ def test_damaged_checkpoints_are_refused_in_one_line(case, tmp_path):
   damage, message = DAMAGES[case]
   damage(tmp_path)
   with pytest.raises(InputError, match=re.escape(message)) as refusal:
-    open_source(str(tmp_path)).load_params()
+    open_source(str(tmp_path))  # nothing is loaded
   assert '\n' not in str(refusal.value) and str(tmp_path) in str(refusal.value)
 
 
@@ -255,3 +328,33 @@ def test_old_rotary_buffers_and_tied_heads_are_left_out(tmp_path):
   }
   damage_tensors(lambda found: found.update(extra))(tmp_path)
   assert 'lm_head' not in open_source(str(tmp_path)).load_params()
+
+
+def test_unreadable_directories_are_refused(tmp_path, monkeypatch):
+  """A stand-in for permissions, which root does not feel."""
+  plain = pathlib.Path.stat
+
+  def stat(path, **options):
+    if path.name == 'model.safetensors':
+      raise PermissionError(13, 'Permission denied', str(path))
+    return plain(path, **options)
+
+  config = tiny_config(layers=UNIFORM)
+  save_checkpoint(tmp_path, config, random_params(config))
+  monkeypatch.setattr(pathlib.Path, 'stat', stat)
+  with pytest.raises(InputError, match='cannot be read .Permission denied.') as refusal:
+    open_source(str(tmp_path))
+  assert str(tmp_path) in str(refusal.value)
+
+
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+@pytest.mark.parametrize('family', ['llama', 'qwen2'])
+def test_abstract_params_are_those_of_the_loaded(family, dtype, tmp_path):
+  config = tiny_config(family, UNIFORM)
+  save_checkpoint(tmp_path, config, random_params(config), dtype='float16')
+  damage_tensors(lambda t: t.update({NORM: t[NORM].astype(np.float32)}))(tmp_path)
+  source = open_source(str(tmp_path))
+  loaded = source.load_params(dtype)
+  expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loaded)
+  assert source.abstract_params(dtype) == expected
+  assert source.dtype == 'float16' and loaded['norm'].dtype == (dtype or 'float32')

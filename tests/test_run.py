@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import runs
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from adapt_jax import accel, convert, evaluate
 from adapt_jax.config import from_dict
@@ -32,7 +33,7 @@ def start(config, path, mode='accel'):
     options = dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
   workdir = Workdir(str(path), {'mode': mode, 'config': dataclasses.asdict(options)})
   workdir.check()
-  accel.run(options, workdir)
+  accel.run(options, workdir, 'python main.py')
   return json.loads(workdir.report.read_text())
 
 
@@ -84,7 +85,7 @@ def test_saved_weights_have_the_reported_size_and_perplexity(finished, files, tm
   config.model.source = str(path / 'hf')
   options = from_dict(config.to_dict())
   workdir = Workdir(str(tmp_path / 'evaluate'), {'mode': 'evaluate'})
-  evaluate.run(options, workdir)
+  evaluate.run(options, workdir, '')
   again = json.loads(workdir.report.read_text())['perplexity']['dense']
   assert again == pytest.approx(report['perplexity']['recovered'], rel=1e-5)
 
@@ -195,7 +196,7 @@ def test_convert_keeps_every_bit(files, tmp_path):
   config = runs.make_config(files)
   config.model.source = str(files / 'bfloat16')
   options = from_dict(config.to_dict())
-  convert.run(options, Workdir(str(tmp_path / 'out'), {}))
+  convert.run(options, Workdir(str(tmp_path / 'out'), {}), '')
   a = load_file(files / 'bfloat16/model.safetensors')
   b = load_file(tmp_path / 'out/hf/model.safetensors')
   assert a.keys() == b.keys()
@@ -229,3 +230,61 @@ def test_reset_optimizer_state_differs_from_carried(finished, files, tmp_path):
   carried = finished[1]
   assert report['stages'][0]['perplexity_recovered'] == carried['stages'][0]['perplexity_recovered']
   assert report['perplexity']['recovered'] != carried['perplexity']['recovered']
+
+
+def unfinish(path):
+  """Takes back the end of a run, so that it resumes from its newest checkpoint."""
+  (path / 'report.json').unlink()
+  return path
+
+
+def test_prune_mode_resumes_a_model_of_mixed_dtypes(files, tmp_path):
+  """Norms in float32 beside bfloat16 matrices, as llama.cpp stores them: dtypes survive, restart works."""
+  config = runs.make_config(files)
+  config.model.source = str(tmp_path / 'mixed')
+  shutil.copytree(files / 'bfloat16', tmp_path / 'mixed')
+  tensors = load_file(tmp_path / 'mixed/model.safetensors')
+  mixed = {k: v.astype(np.float32) if 'norm' in k else v for k, v in tensors.items()}
+  save_file(mixed, tmp_path / 'mixed/model.safetensors', metadata={'format': 'pt'})
+  start(config, tmp_path / 'out', mode='prune')
+  first = (tmp_path / 'out/hf/model.safetensors').read_bytes()
+  saved = load_file(tmp_path / 'out/hf/model.safetensors')
+  assert {str(v.dtype) for k, v in saved.items() if 'norm' in k} == {'float32'}
+  assert {str(v.dtype) for k, v in saved.items() if 'norm' not in k} == {'bfloat16'}
+  unfinish(tmp_path / 'out')
+  start(config, tmp_path / 'out', mode='prune')
+  assert (tmp_path / 'out/hf/model.safetensors').read_bytes() == first
+
+
+@pytest.mark.parametrize('damage', ['meta', 'state', 'plan'])
+def test_damaged_state_is_one_line_that_tells_what_to_delete(finished, files, tmp_path, damage):
+  path = tmp_path / 'out'
+  shutil.copytree(finished[0], path)
+  unfinish(path)
+  newest = max((p for p in (path / 'checkpoints').iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+  if damage == 'plan':
+    (path / 'plan.json').write_text('{')
+    culprit = path / 'plan.json'
+  else:
+    culprit = newest
+    for file in (newest / damage).rglob('*'):
+      if file.is_file():
+        file.write_bytes(file.read_bytes()[:10])
+  with pytest.raises(InputError) as error:
+    start(runs.make_config(files), path)
+  assert str(culprit) in str(error.value) and 'delete' in str(error.value)
+  if damage != 'plan':
+    shutil.rmtree(newest)
+    report = start(runs.make_config(files), path)  # goes on from the one before, to the same end
+    assert report['perplexity'] == finished[1]['perplexity']
+
+
+def test_prune_mode_reports_the_perplexity_of_the_saved_weights(files, tmp_path):
+  config = runs.make_config(files)
+  config.export.dtype = 'bfloat16'
+  report = start(config, tmp_path / 'out', mode='prune')
+  config.model.source = str(tmp_path / 'out/hf')
+  workdir = Workdir(str(tmp_path / 'evaluate'), {'mode': 'evaluate'})
+  evaluate.run(from_dict(config.to_dict()), workdir, '')
+  again = json.loads(workdir.report.read_text())['perplexity']['dense']
+  assert again == pytest.approx(report['perplexity']['pruned'], rel=1e-6)
