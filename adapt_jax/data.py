@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from adapt_jax.sources import Document, Message, Source, first_line, is_blocks, open_blocks, read_documents
-from models.errors import InputError
+from adapt_jax.documents import Document, Message, Source, is_blocks, open_blocks, read_documents
+from models.errors import InputError, first_line
 
 _BATCH_CHARS = 1 << 20  # tokenised in one call: enough to keep every core busy
 _DATE = '26 Jul 2024'  # Llama's own fallback: the tokens must not depend on the day of the run

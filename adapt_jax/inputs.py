@@ -12,8 +12,8 @@ import numpy as np
 from adapt_jax.allocate import Allocator
 from adapt_jax.config import RunOptions
 from adapt_jax.data import Blocks, check_vocab, load_blocks
+from adapt_jax.documents import check_source
 from adapt_jax.prune import target_params
-from adapt_jax.sources import check_source
 from adapt_jax.train import stage_steps
 from models.config import ModelConfig
 from models.errors import InputError

@@ -156,6 +156,8 @@ def _rope(raw: dict[str, Any]) -> RopeConfig:
   parameters = _object(raw, 'rope_parameters') | _object(raw, 'rope_scaling')
   theta = _number(raw, 'rope_theta', _number(parameters, 'rope_theta', 10000.0))
   kind = parameters.get('rope_type', parameters.get('type', 'default'))
+  if parameters.get('partial_rotary_factor', 1.0) != 1.0:
+    raise InputError('partial_rotary_factor is not supported; use a checkpoint without it')
   if kind == 'default':
     return RopeConfig(theta)
   if kind != 'llama3':

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,7 @@ class Source:
 
   def load_tokenizer(self) -> Any:
     """The tokenizer; its own code is never run. Raises InputError if it cannot be read."""
+    os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # it misses PyTorch; we do not
     load = gguf_tokenizer.load_tokenizer if self.path.suffix == '.gguf' else _tokenizer_from_directory
     try:
       tokenizer = load(self.path)

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from adapt_jax import data, sources
+from adapt_jax import data, documents
 from adapt_jax.data import Blocks, batch_rows, check_vocab, draw_rows, load_blocks
-from adapt_jax.sources import check_source
+from adapt_jax.documents import check_source
 from models.errors import InputError
 from tests.tokenizers_for_tests import CHATML, CHATML_DEFAULT_SYSTEM, tiny_tokenizer
 
@@ -191,8 +191,8 @@ def test_no_eos_twice_and_none_without_one(tmp_path, tokenizer):
 
 def test_max_tokens_reads_no_further_than_needed(tmp_path, tokenizer, monkeypatch):
   read = []
-  rows = sources._json_rows
-  monkeypatch.setattr(sources, '_json_rows', lambda path: (read.append(r) or r for r in rows(path)))
+  rows = documents._json_rows
+  monkeypatch.setattr(documents, '_json_rows', lambda path: (read.append(r) or r for r in rows(path)))
   path = write_texts(tmp_path / 'a.jsonl', DOCUMENTS * 100)
   expected = stream(tokenizer, DOCUMENTS * 100)
   needed = next(n for n in range(300) if len(stream(tokenizer, (DOCUMENTS * 100)[:n])) >= 203)

@@ -21,7 +21,7 @@ LAYERS = (
   {'run_state'},
   {'prune', 'train', 'evaluate', 'inputs', 'checkpoint', 'export', 'report', 'report_html'},
   {
-    'importance', 'allocate', 'surgery', 'plan', 'loss', 'optim', 'data', 'sources', 'metrics',
+    'importance', 'allocate', 'surgery', 'plan', 'loss', 'optim', 'data', 'documents', 'metrics',
     'config', 'compile', 'progress', 'workdir', 'charts',
   },
 )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from models.errors import InputError
+from models.errors import InputError, first_line
 
 Source = tuple[str, ...]
 Message = dict[str, Any]  # 'role' and 'content' are strings; other keys go to the chat template
@@ -226,8 +226,3 @@ def _hub_rows(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
       f'{entry}: no such file, and not to be had as a hub data set ({first_line(error)}): '
       'check the name, config and split, or download its files and name them'
     ) from None
-
-
-def first_line(error: Exception) -> str:
-  """The error in one line, for use inside a message."""
-  return str(error).split('\n')[0] or type(error).__name__
