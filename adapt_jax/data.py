@@ -42,6 +42,19 @@ class _Text:
   spans: list[tuple[int, int]] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenStream:
+  """A source's documents one after another: `tokens` int32 [n], `targets` bool [n], how many documents."""
+
+  tokens: np.ndarray
+  targets: np.ndarray
+  documents: int
+
+  def blocks(self, length: int, field: str) -> Blocks:
+    """Non-overlapping windows of `length` tokens, the tail dropped; InputError if there is not one."""
+    return _cut(self.tokens, self.targets, length, sys.maxsize, self.documents, field)
+
+
 def load_blocks(
   source: Source,
   tokenizer: Any,
@@ -62,9 +75,23 @@ def load_blocks(
   Raises InputError, naming `field` or the file, for a source that cannot be read or is shorter than one
   window, and for conversations that the tokenizer's chat template cannot render.
   """
-  limit = sys.maxsize if max_tokens is None else max_tokens
   if is_blocks(source):
-    return _load_npy(source, length, limit, field)
+    return _load_npy(source, length, sys.maxsize if max_tokens is None else max_tokens, field)
+  fields = {'text_field': text_field, 'messages_field': messages_field}
+  return load_stream(source, tokenizer, **fields, field=field, max_tokens=max_tokens).blocks(length, field)
+
+
+def load_stream(
+  source: Source,
+  tokenizer: Any,
+  *,
+  text_field: str,
+  messages_field: str,
+  field: str,
+  max_tokens: int | None = None,
+) -> TokenStream:
+  """What `load_blocks` cuts into windows: to be cut to several lengths without tokenising again."""
+  limit = sys.maxsize if max_tokens is None else max_tokens
   documents = read_documents(source, field, text_field=text_field, messages_field=messages_field)
   texts = (_render(document, tokenizer) for document in documents)
   tokens, targets, count = array.array('i'), bytearray(), 0
@@ -78,8 +105,8 @@ def load_blocks(
         targets.extend(counts)
       count += len(batch)
       bar.update(len(tokens) - before)
-  found = np.frombuffer(tokens, np.int32), np.frombuffer(targets, np.bool_)
-  return _cut(*found, length, limit, count, field)
+  found = np.frombuffer(tokens, np.int32)[:limit], np.frombuffer(targets, np.bool_)[:limit]
+  return TokenStream(*found, count)
 
 
 def check_vocab(blocks: Blocks, vocab_size: int, field: str) -> None:
@@ -155,7 +182,7 @@ def _cut(
       f'{field}: the sequence is longer than the data: {count} tokens, fewer than one window of {length}: '
       'give more data or a shorter sequence length'
     )
-  targets = targets[: rows * length].reshape(rows, length)
+  targets = targets[: rows * length].reshape(rows, length).copy()
   targets[:, 0] = False
   return Blocks(tokens[: rows * length].reshape(rows, length), targets, documents)
 

@@ -12,7 +12,7 @@ import numpy as np
 from adapt_jax.compile import Compiler
 from adapt_jax.config import RunOptions
 from adapt_jax.data import Blocks
-from adapt_jax.inputs import compute_dtype, load_evaluation
+from adapt_jax.inputs import Loader, compute_dtype
 from adapt_jax.loss import next_token_loss, shift
 from adapt_jax.progress import Progress
 from adapt_jax.report import versions
@@ -83,7 +83,7 @@ class Evaluator:
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Mode evaluate: perplexity of model.source on evaluate.source, into report.json."""
   source = open_source(options.model.source)
-  blocks = load_evaluation(options, source.load_tokenizer(), source.config)
+  blocks = Loader(options, source.load_tokenizer(), source.config).evaluation()
   workdir.claim()
   dtype = compute_dtype(options.model.dtype)
   compiler = Compiler()

@@ -11,8 +11,8 @@ import numpy as np
 
 from adapt_jax.allocate import Allocator
 from adapt_jax.config import RunOptions
-from adapt_jax.data import Blocks, check_vocab, load_blocks
-from adapt_jax.documents import check_source
+from adapt_jax.data import Blocks, TokenStream, check_vocab, load_blocks, load_stream
+from adapt_jax.documents import check_source, is_blocks
 from adapt_jax.prune import target_params
 from adapt_jax.train import stage_steps
 from models.config import ModelConfig
@@ -56,62 +56,55 @@ def prepare(options: RunOptions) -> Inputs:
   source = open_source(options.model.source)
   _check_target(options, source.config)
   _check_steps(options)
-  tokenizer = source.load_tokenizer()
-  calibration = options.prune.calibration
-  blocks = _load(
-    options, tokenizer, source.config, 'prune.calibration.source', calibration.source, calibration.length
-  )
+  loader = Loader(options, source.load_tokenizer(), source.config)
+  calibration, t = options.prune.calibration, options.train
+  blocks = loader.load('prune.calibration.source', calibration.source, calibration.length)
   if len(blocks.tokens) < calibration.samples:
     raise InputError(
       f'config.prune.calibration.samples = {calibration.samples}, but the source has only '
       f'{len(blocks.tokens)} rows of {calibration.length} tokens: lower it or give more text'
     )
-  train = None
-  if options.train.tokens:
-    t = options.train
-    train = _load(options, tokenizer, source.config, 'train.source', t.source, t.length, t.tokens)
-  evaluate = load_evaluation(options, tokenizer, source.config) if options.evaluate.source else None
-  return Inputs(source, tokenizer, blocks, train, evaluate, compute_dtype(options.model.dtype))
+  train = loader.load('train.source', t.source, t.length, t.tokens) if t.tokens else None
+  evaluate = loader.evaluation() if options.evaluate.source else None
+  return Inputs(source, loader.tokenizer, blocks, train, evaluate, compute_dtype(options.model.dtype))
 
 
-def load_evaluation(options: RunOptions, tokenizer: Any, config: ModelConfig) -> Blocks:
-  """The evaluation windows: at most `evaluate.max_tokens` tokens, evenly spaced over the source."""
-  e = options.evaluate
-  tokens = e.max_tokens or sys.maxsize
-  blocks = _load(options, tokenizer, config, 'evaluate.source', e.source, e.length, tokens)
-  count = len(blocks.tokens)
-  wanted = max(1, e.max_tokens // e.length) if e.max_tokens else count
-  if wanted >= count:
+class Loader:
+  """Token blocks of a run's sources; one that serves twice, cut to two lengths, is tokenised once."""
+
+  def __init__(self, options: RunOptions, tokenizer: Any, config: ModelConfig):
+    self.tokenizer = tokenizer
+    self._options, self._config = options, config
+    self._streams: dict[tuple[tuple[str, ...], int], TokenStream] = {}
+
+  def load(self, field: str, source: tuple[str, ...], length: int, tokens: int = 0) -> Blocks:
+    """Windows of `length` tokens from the first `tokens` of the source, at least from a pool to draw from."""
+    name, limit = f'config.{field}', max(tokens, _POOL_TOKENS)
+    fields: dict[str, Any] = {**dataclasses.asdict(self._options.data), 'field': name, 'max_tokens': limit}
+    if is_blocks(source):
+      blocks = load_blocks(source, self.tokenizer, length, **fields)
+    else:
+      if (source, limit) not in self._streams:
+        self._streams[source, limit] = load_stream(source, self.tokenizer, **fields)
+      blocks = self._streams[source, limit].blocks(length, name)
+    check_vocab(blocks, self._config.vocab_size, name)
+    if not blocks.targets.any():
+      raise InputError(
+        f'{name}: no token to predict in {len(blocks.tokens)} rows of {length} tokens: chats need '
+        f"the assistant's messages"
+      )
     return blocks
-  rows = np.linspace(0, count - 1, wanted).round().astype(int)
-  return dataclasses.replace(blocks, tokens=blocks.tokens[rows], targets=blocks.targets[rows])
 
-
-def _load(
-  options: RunOptions,
-  tokenizer: Any,
-  config: ModelConfig,
-  field: str,
-  source: tuple[str, ...],
-  length: int,
-  tokens: int = 0,
-) -> Blocks:
-  blocks = load_blocks(
-    source,
-    tokenizer,
-    length,
-    text_field=options.data.text_field,
-    messages_field=options.data.messages_field,
-    field=f'config.{field}',
-    max_tokens=max(tokens, _POOL_TOKENS),
-  )
-  check_vocab(blocks, config.vocab_size, f'config.{field}')
-  if not blocks.targets.any():
-    raise InputError(
-      f'config.{field}: no token to predict in {len(blocks.tokens)} rows of {length} tokens: chats need '
-      f"the assistant's messages"
-    )
-  return blocks
+  def evaluation(self) -> Blocks:
+    """The evaluation windows: at most `evaluate.max_tokens` tokens, evenly spaced over the source."""
+    e = self._options.evaluate
+    blocks = self.load('evaluate.source', e.source, e.length, e.max_tokens or sys.maxsize)
+    count = len(blocks.tokens)
+    wanted = max(1, e.max_tokens // e.length) if e.max_tokens else count
+    if wanted >= count:
+      return blocks
+    rows = np.linspace(0, count - 1, wanted).round().astype(int)
+    return dataclasses.replace(blocks, tokens=blocks.tokens[rows], targets=blocks.targets[rows])
 
 
 def _check_sources(options: RunOptions) -> None:
