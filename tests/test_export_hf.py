@@ -101,6 +101,8 @@ def check_tokenizer(directory, trust):
   tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
   text = '<|im_start|>the quick brown fox<|im_end|>'
   assert tokenizer(text).input_ids == tiny_tokenizer()(text).input_ids
+  # transformers 4 adds token_type_ids by itself, and then `generate(**tokens)` refuses them.
+  assert sorted(tokenizer(text)) == ['attention_mask', 'input_ids']
   assert (tokenizer.bos_token, tokenizer.eos_token) == ('<s>', '</s>')
   assert 'assistant' in tokenizer.chat_template
 

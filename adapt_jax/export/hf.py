@@ -91,6 +91,7 @@ def _use_old_names(path: pathlib.Path) -> None:
     fields['tokenizer_class'] = 'PreTrainedTokenizerFast'
   if isinstance(fields.get('extra_special_tokens'), list):
     fields['additional_special_tokens'] = fields.pop('extra_special_tokens')
+  fields.setdefault('model_input_names', ['input_ids', 'attention_mask'])
   _write_json(path, fields)
 
 
