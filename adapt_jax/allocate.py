@@ -12,6 +12,8 @@ import numpy as np
 from models.config import ModelConfig, channel_params, count_params, kv_group_params, layer_params
 
 MAX_SPARSITY = 0.99
+# Steps' worth that the landing may take on one set of scores, where a KV group had to be passed over.
+MAX_LANDING = 2.0
 
 
 def normalise(importance: np.ndarray) -> np.ndarray:
@@ -120,19 +122,28 @@ class Allocator:
       push(*event[1:])
 
   def land(
-    self, widths: Widths, sparsity: np.ndarray, rate: np.ndarray, target: int
+    self,
+    widths: Widths,
+    sparsity: np.ndarray,
+    rate: np.ndarray,
+    target: int,
+    limit: float = MAX_LANDING,
   ) -> tuple[Widths, np.ndarray]:
     """The last step, solved: the widths at which the model is at most `target` parameters.
 
     Groups go in the order in which the step would take them; a KV group that would overshoot is
-    passed over, so the result is below the target by less than one MLP block. Returns the widths
-    and the sparsities reached.
+    passed over, so the result is below the target by less than one MLP block. Where that leaves the
+    model above the target after `limit` steps' worth, it stays there: the next step has fresh scores.
+    Returns the widths and the sparsities reached.
     """
     kv, ffn = widths.kv.copy(), widths.ffn.copy()
     params, fraction = self.params(widths), 0.0
     passed_over = []
     for at, layer, is_kv, width in self._events(widths, sparsity, rate):
       if params <= target:
+        break
+      if at >= limit:
+        fraction = limit
         break
       if not is_kv:
         params -= (ffn[layer] - width) * self._ffn_cost
@@ -145,10 +156,11 @@ class Allocator:
         continue
       if rate[layer] > 0:
         fraction = max(fraction, at)
-    for layer, _ in passed_over:  # only where every MLP is at its last block
-      if params > target and kv[layer] > 1:
-        params -= self._kv_cost[layer]
-        kv[layer] -= 1
+    else:  # every MLP is at its last block: only KV groups are left to go
+      for layer, _ in passed_over:
+        if params > target and kv[layer] > 1:
+          params -= self._kv_cost[layer]
+          kv[layer] -= 1
     # A layer that the rate spares may have had to give way: its s must not fall behind its width.
     return Widths(kv, ffn), np.maximum(advance(sparsity, rate, fraction), self._reached(ffn))
 
@@ -168,4 +180,7 @@ class Allocator:
     wanted = widths.minimum(self.widths(moved))
     if self.params(wanted) >= target or not self.exact:
       return wanted, moved
-    return self.land(widths, sparsity, rate, target)
+    landed, reached = self.land(widths, sparsity, rate, target)
+    if np.array_equal(reached, sparsity) and self.params(landed) == self.params(widths):
+      return self.land(widths, sparsity, rate, target, limit=np.inf)
+    return landed, reached

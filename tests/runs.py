@@ -54,7 +54,7 @@ def make_config(files: pathlib.Path) -> ConfigDict:
   config.model.source = str(files / 'model')
   config.prune.target = 0.8
   config.prune.stages = 2
-  config.prune.steps = 50
+  config.prune.steps = 100
   config.prune.calibration.source = (str(files / 'train.txt'),)
   config.prune.calibration.samples = 16
   config.prune.calibration.length = 16

@@ -117,6 +117,22 @@ def test_kv_group_that_would_overshoot_is_passed_over():
   assert widths.kv.tolist() == [2] and widths.ffn.tolist() == [62]
 
 
+def test_what_a_passed_over_kv_group_leaves_goes_in_ordinary_steps():
+  """A KV group is worth 16 channels here, 15 must go: two steps' worth, then the rest on fresh scores."""
+  config = make_config(layers=1, kv=2, ffn=200)
+  a = Allocator(config)
+  s = np.array([0.42])  # the group falls at 0.4375
+  widths = a.widths(s)
+  target = a.params(widths) - 15 * channel_params(config)
+  cuts = []
+  while a.params(widths) > target:
+    before = widths
+    widths, s = a.step(widths, s, np.array([0.02]), target)
+    cuts.append(int(before.ffn[0] - widths.ffn[0]))
+  assert widths.kv.tolist() == [2] and a.params(widths) == target
+  assert sum(cuts) == 15 and len(cuts) == 2 and max(cuts) <= 2 * 0.02 * 200
+
+
 def test_widths_do_not_regrow_on_credit():
   a = Allocator(make_config(layers=2))
   narrow = Widths(np.array([2, 4]), np.array([40, 96]))
