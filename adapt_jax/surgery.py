@@ -5,6 +5,7 @@ A group's members (paper section 3.1): KV group k owns index k of the K axis of 
 biases; MLP channel c owns index c of the F axis of gate, up, down.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax.plan import PrunePlan
+from models.config import ModelConfig
 from models.llama import Params
 
 # Leaf -> the axis that counts its groups. Leaves not named here are never pruned.
@@ -111,6 +113,22 @@ def padded_masks(plan: PrunePlan) -> tuple[np.ndarray, np.ndarray]:
     return out
 
   return pad(plan.kv), pad(plan.ffn)
+
+
+def with_output_bias(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+  """The same function with biases [D] on o_proj and down_proj: zeros of the weight's dtype where it has none.
+
+  A bias belongs to no group, so no pruning removes it; training treats it as any other weight.
+  """
+
+  def layer(tree: Params, _: int) -> Params:
+    biased = dict(tree)
+    for block, weight in (('attention', 'o'), ('mlp', 'down')):
+      w = tree[block][weight]
+      biased[block] = {f'{weight}_bias': jnp.zeros(w.shape[:1], w.dtype)} | tree[block]
+    return biased
+
+  return dataclasses.replace(config, output_bias=True), _map_layers(layer, params)
 
 
 def compact_optimizer(state: Any, params: Params, plan: PrunePlan) -> Any:

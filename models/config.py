@@ -11,6 +11,8 @@ import dataclasses
 from models.errors import InputError
 
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
+# Hugging Face's `attention_bias` puts biases on their q, k, v and o; Qwen2 always has those of q, k, v.
+ATTENTION_BIAS_FAMILIES = ('llama', 'qwen3')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,7 @@ class ModelConfig:
   rms_norm_eps: float
   tie_embeddings: bool
   qkv_bias: bool = False
+  output_bias: bool = False  # of o_proj and down_proj both: what pruning compensation fills
   qk_norm: bool = False
   max_position: int = 2048
 
@@ -88,6 +91,11 @@ class ModelConfig:
     """True if all layers have the same widths, as stock checkpoints do."""
     return len(set(self.layers)) == 1
 
+  @property
+  def o_bias(self) -> bool:
+    """Whether o_proj has a bias: with `output_bias`, and in Llama and Qwen3 wherever q, k and v do."""
+    return self.output_bias or (self.qkv_bias and self.family in ATTENTION_BIAS_FAMILIES)
+
   def with_layers(self, layers: tuple[LayerShape, ...]) -> 'ModelConfig':
     """The same model with other widths."""
     return dataclasses.replace(self, layers=tuple(layers))
@@ -106,10 +114,11 @@ def channel_params(config: ModelConfig) -> int:
 
 
 def layer_params(config: ModelConfig, shape: LayerShape) -> int:
-  """Stored parameters of one decoder layer, norms included."""
+  """Stored parameters of one decoder layer, norms and output biases included."""
   norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
   attention = shape.num_kv_heads * kv_group_params(config, shape.group_size)
-  return attention + shape.ffn * channel_params(config) + norms
+  biases = (config.o_bias + config.output_bias) * config.hidden_size
+  return attention + shape.ffn * channel_params(config) + norms + biases
 
 
 def count_params(config: ModelConfig) -> int:

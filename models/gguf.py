@@ -30,6 +30,7 @@ _LAYER_NAMES = {
   'attn_q.bias': 'self_attn.q_proj.bias',
   'attn_k.bias': 'self_attn.k_proj.bias',
   'attn_v.bias': 'self_attn.v_proj.bias',
+  'attn_output.bias': 'self_attn.o_proj.bias',
   'attn_q_norm.weight': 'self_attn.q_norm.weight',
   'attn_k_norm.weight': 'self_attn.k_norm.weight',
   'ffn_norm.weight': 'post_attention_layernorm.weight',
@@ -67,8 +68,8 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     )
   biased = 'blk.0.attn_q.bias' in file.tensors
   return ModelConfig(
-    # A llama with biases on q, k and v is what Hugging Face calls qwen2.
-    family='qwen2' if biased and arch == 'llama' else arch,
+    # A llama with biases on q, k and v, but not on o, is what Hugging Face calls qwen2.
+    family='qwen2' if biased and 'blk.0.attn_output.bias' not in file.tensors and arch == 'llama' else arch,
     vocab_size=vocab_size,
     hidden_size=file.field(f'{arch}.embedding_length', int),
     head_dim=_head_dim(file, arch),

@@ -45,12 +45,14 @@ _LAYER_RULES = (
   Rule('self_attn.q_proj.bias', ('attention', 'q_bias'), None),
   Rule('self_attn.k_proj.bias', ('attention', 'k_bias'), None),
   Rule('self_attn.v_proj.bias', ('attention', 'v_bias'), None),
+  Rule('self_attn.o_proj.bias', ('attention', 'o_bias'), None),
   Rule('self_attn.q_norm.weight', ('attention', 'q_norm'), None),
   Rule('self_attn.k_norm.weight', ('attention', 'k_norm'), None),
   Rule('post_attention_layernorm.weight', ('mlp_norm',), None),
   Rule('mlp.gate_proj.weight', ('mlp', 'gate'), 1),
   Rule('mlp.up_proj.weight', ('mlp', 'up'), 1),
   Rule('mlp.down_proj.weight', ('mlp', 'down'), 1),
+  Rule('mlp.down_proj.bias', ('mlp', 'down_bias'), None),
 )
 _TOP_RULES = (
   Rule('model.embed_tokens.weight', ('embed',), 1),

@@ -3,11 +3,18 @@
 import math
 from typing import Any
 
-from models.config import FAMILIES, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from models.config import (
+  ATTENTION_BIAS_FAMILIES,
+  FAMILIES,
+  LayerShape,
+  Llama3Scaling,
+  ModelConfig,
+  RopeConfig,
+)
 from models.errors import InputError, first_line
 
 # model_type in config.json -> the family that computes the same function. `adapt_*` are our own
-# exports: the stock architecture with per-layer widths.
+# exports: the stock architecture with per-layer widths or output biases.
 _MODEL_TYPES = {
   **{f: f for f in FAMILIES},
   **{f'adapt_{f}': f for f in FAMILIES},
@@ -25,7 +32,8 @@ def config_from_hf(raw: Any, where: str) -> ModelConfig:
   """The ModelConfig of a parsed `config.json`.
 
   Reads files of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`), and the
-  `per_layer_config` of pruned models: {"5": {"num_key_value_heads": 2, "num_attention_heads": 6}}.
+  `per_layer_config` of pruned models: {"5": {"num_key_value_heads": 2, "num_attention_heads": 6}},
+  with their `output_bias`.
   `where` is named in errors. Raises InputError for odd values and for anything this decoder would
   compute wrongly.
   """
@@ -53,7 +61,8 @@ def _parse(raw: Any) -> ModelConfig:
     rope=_rope(raw),
     rms_norm_eps=_number(raw, 'rms_norm_eps', 1e-6),
     tie_embeddings=bool(raw.get('share_embedding') or raw.get('tie_word_embeddings', False)),
-    qkv_bias=family == 'qwen2',
+    qkv_bias=family == 'qwen2' or bool(raw.get('attention_bias')),
+    output_bias=bool(raw.get('output_bias')),
     qk_norm=family == 'qwen3',
     max_position=_max_position(raw),
   )
@@ -124,7 +133,7 @@ def _supported_family(raw: dict[str, Any]) -> str:
     )
   refused = {
     'hidden_act': raw.get('hidden_act', 'silu') not in ('silu', 'swish'),
-    'attention_bias': bool(raw.get('attention_bias')),
+    'attention_bias': bool(raw.get('attention_bias')) and family not in ATTENTION_BIAS_FAMILIES,
     'mlp_bias': bool(raw.get('mlp_bias')),
     'quantization_config': bool(raw.get('quantization_config')),
     'num_experts': bool(raw.get('num_experts')),
@@ -173,8 +182,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
   """`config.json` fields of the stock architecture with the widest layer's values.
 
   Both spellings of the rotary fields are written: transformers 4.57 and MLX-LM read a file with
-  only `rope_parameters` as theta 10000, silently. For a uniform config this is a complete stock
-  config.json; `adapt_jax/export/hf.py` adds what per-layer widths need.
+  only `rope_parameters` as theta 10000, silently. For a uniform config without output biases this
+  is a complete stock config.json; `adapt_jax/export/hf.py` adds what other models need.
   """
   rope: dict[str, Any] = {'rope_type': 'default'}
   if s := config.rope.scaling:
@@ -208,6 +217,6 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     fields['sliding_window'] = None
   if config.family in ('qwen2', 'qwen3'):
     fields['use_sliding_window'] = False
-  if config.family in ('llama', 'qwen3'):
-    fields['attention_bias'] = False
+  if config.family in ATTENTION_BIAS_FAMILIES:
+    fields['attention_bias'] = config.qkv_bias
   return fields

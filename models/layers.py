@@ -47,7 +47,7 @@ def causal_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) ->
 
 
 class Attention(nn.Module):
-  """Causal grouped-query attention with rotary positions; optional QKV biases and QK norm."""
+  """Causal grouped-query attention with rotary positions; optional biases and QK norm."""
 
   config: ModelConfig
   shape: LayerShape
@@ -74,11 +74,13 @@ class Attention(nn.Module):
     q_BTNH, k_BSKH = apply_rope(q_BTNH, *rope), apply_rope(k_BSKH, *rope)
     mixed_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH)
     out_TD = mixed_BTNH.reshape(B * T, -1) @ o_DKGH.astype(x_TD.dtype).reshape(D, -1).T
+    if c.o_bias:
+      out_TD += self.param('o_bias', nn.initializers.zeros, (D,)).astype(out_TD.dtype)
     return out_TD.reshape(B, T, D)
 
 
 class Mlp(nn.Module):
-  """Gated MLP: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202)."""
+  """Gated MLP: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202), optionally + a bias."""
 
   config: ModelConfig
   shape: LayerShape
@@ -91,7 +93,10 @@ class Mlp(nn.Module):
     down_DF = self.param('down', _init, (D, F))
     x_TD = x_BTD.reshape(-1, D)
     hidden_TF = jax.nn.silu(project(x_TD, gate_FD, D)) * project(x_TD, up_FD, D)
-    return project(hidden_TF, down_DF, F).reshape(x_BTD.shape)
+    out_TD = project(hidden_TF, down_DF, F)
+    if self.config.output_bias:
+      out_TD += self.param('down_bias', nn.initializers.zeros, (D,)).astype(out_TD.dtype)
+    return out_TD.reshape(x_BTD.shape)
 
 
 class DecoderLayer(nn.Module):

@@ -8,6 +8,9 @@ with each layer as `models.layers.DecoderLayer` defines it:
      'attention': {'q': [K, G, H, D], 'k': [K, H, D], 'v': [K, H, D], 'o': [D, K, G, H],
                    'q_bias', 'k_bias', 'v_bias' (Qwen2), 'q_norm', 'k_norm' (Qwen3)},
      'mlp': {'gate': [F, D], 'up': [F, D], 'down': [D, F]}}
+
+and, with `ModelConfig.output_bias`, 'o_bias' [D] in attention and 'down_bias' [D] in mlp. Llama and
+Qwen3 checkpoints with `attention_bias` have 'q_bias', 'k_bias', 'v_bias' and 'o_bias'.
 """
 
 from typing import Any

@@ -38,8 +38,9 @@ def test_widths_floor_and_whole_kv_groups():
   assert w.kv.min() >= 1 and w.ffn.min() >= 1
 
 
-def test_params_agree_with_the_config():
-  config = make_config(qkv_bias=True, qk_norm=True)
+@pytest.mark.parametrize('output_bias', [False, True])
+def test_params_agree_with_the_config(output_bias):
+  config = make_config(qkv_bias=True, qk_norm=True, output_bias=output_bias)
   a = Allocator(config)
   assert a.params(a.full) == count_params(config)
   w = a.widths(np.linspace(0, 0.9, 6))

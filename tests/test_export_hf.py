@@ -22,6 +22,13 @@ torch.set_num_threads(1)
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
 OLD_TRANSFORMERS = pathlib.Path(sys.prefix) / 'transformers-4.57'
 LOGITS = 'expected_logits.npy'
+# One pruned model of each family, and what stock classes have no option for: biases of o_proj and down_proj.
+EXPORTS = {
+  **{family: tiny_config(family, vocab_size=320) for family in FAMILIES},
+  'llama-output-bias': tiny_config('llama', UNIFORM, vocab_size=320, output_bias=True),
+  'llama-all-biases': tiny_config('llama', vocab_size=320, qkv_bias=True, output_bias=True),
+  'qwen2-output-bias': tiny_config('qwen2', vocab_size=320, output_bias=True),
+}
 
 
 def export(directory, config, **options):
@@ -44,10 +51,9 @@ def code_cache(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def exports(tmp_path_factory):
-  """One pruned model of each family."""
   root = tmp_path_factory.mktemp('exports')
-  for family in FAMILIES:
-    export(root / family, tiny_config(family, vocab_size=320), tokenizer=tiny_tokenizer())
+  for name, config in EXPORTS.items():
+    export(root / name, config, tokenizer=tiny_tokenizer())
   return root
 
 
@@ -124,24 +130,25 @@ def check_directory(directory, out):
   assert torch.equal(bare(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-def test_pruned_model_runs_in_transformers(family, exports, tmp_path):
-  check_directory(exports / family, tmp_path)
-  assert open_source(str(tmp_path)).config == tiny_config(family, vocab_size=320)
+@pytest.mark.parametrize('name', EXPORTS)
+def test_pruned_model_runs_in_transformers(name, exports, tmp_path):
+  check_directory(exports / name, tmp_path)
+  assert open_source(str(tmp_path)).config == EXPORTS[name]
 
 
 def test_pruned_models_run_in_transformers_4(exports, tmp_path):
   if not OLD_TRANSFORMERS.exists():
     pytest.skip(f'no {OLD_TRANSFORMERS.name} in the virtual environment: make test installs it there')
-  load(exports / 'llama').save_pretrained(tmp_path / 'five')
+  for name in ('llama', 'llama-output-bias'):
+    load(exports / name).save_pretrained(tmp_path / 'five' / name)
   root = pathlib.Path(__file__).parents[1]
   program = (
     'import pathlib, sys, transformers\n'
-    'from tests.test_export_hf import FAMILIES, check_directory, check_logits, load\n'
+    'from tests.test_export_hf import EXPORTS, check_directory, check_logits, load\n'
     'assert transformers.__version__.startswith("4.57."), transformers.__version__\n'
     'exports, out = map(pathlib.Path, sys.argv[1:])\n'
-    'for family in FAMILIES: check_directory(exports / family, out / family)\n'
-    'check_logits(load(out / "five"), exports / "llama")\n'
+    'for name in EXPORTS: check_directory(exports / name, out / name)\n'
+    'for saved in (out / "five").iterdir(): check_logits(load(saved), exports / saved.name)\n'
   )
   environment = {
     'PATH': '',
@@ -153,15 +160,15 @@ def test_pruned_models_run_in_transformers_4(exports, tmp_path):
   command = [sys.executable, '-c', program, str(exports), str(tmp_path)]
   done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]
-  for family in FAMILIES:
-    assert open_source(str(tmp_path / family)).config == tiny_config(family, vocab_size=320)
-    check_logits(load(tmp_path / family), exports / family)
+  for name, config in EXPORTS.items():
+    assert open_source(str(tmp_path / name)).config == config
+    check_logits(load(tmp_path / name), exports / name)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('name', EXPORTS)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_our_own_loader_reads_back_the_same_bits(family, dtype, tmp_path):
-  config = tiny_config(family)
+def test_our_own_loader_reads_back_the_same_bits(name, dtype, tmp_path):
+  config = EXPORTS[name]
   params = random_params(config, dtype=dtype)
   write_hf(config, params, tmp_path / 'hf')
   source = open_source(str(tmp_path / 'hf'))
@@ -174,10 +181,12 @@ def test_our_own_loader_reads_back_the_same_bits(family, dtype, tmp_path):
     assert np.asarray(theirs).tobytes() == ours.tobytes(), leaf.name
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-def test_uniform_model_is_a_stock_one(family, tmp_path):
+@pytest.mark.parametrize(
+  'family, fields', [*((family, {}) for family in FAMILIES), ('llama', {'qkv_bias': True})]
+)
+def test_uniform_model_is_a_stock_one(family, fields, tmp_path):
   directory = tmp_path / 'hf'
-  export(directory, tiny_config(family, UNIFORM))
+  export(directory, tiny_config(family, UNIFORM, **fields))
   assert not list(directory.glob('*.py'))
   model = transformers.AutoModelForCausalLM.from_pretrained(directory)
   assert type(model).__module__.startswith('transformers.models.')

@@ -163,11 +163,21 @@ def test_rows_of_q_and_k_are_unpermuted_by_head(tmp_path):
 
 
 def test_biases_are_unpermuted_only_for_llama(tmp_path):
-  for family in ('llama', 'qwen2'):
-    config, path = tiny_config(family, qkv_bias=True), tmp_path / f'{family}.gguf'
-    weights = write_model(path, config)
-    assert gguf.read_config(path).qkv_bias and gguf.read_config(path).family == 'qwen2'
-    for letter in 'qkv':
+  for family, biased, found in (
+    ('llama', 'qkv', 'qwen2'),
+    ('llama', 'qkvo', 'llama'),
+    ('qwen2', 'qkv', 'qwen2'),
+  ):
+    config, path = tiny_config(family, qkv_bias=True), tmp_path / f'{family}-{biased}.gguf'
+    weights = random_weights(config)
+    if biased == 'qkv':
+      weights = {name: w for name, w in weights.items() if not name.endswith('o_proj.bias')}
+    writer = new_writer(path, config)
+    add_weights(writer, config, weights, Type.F32)
+    finish(writer)
+    assert gguf.read_config(path) == dataclasses.replace(config, family=found)
+    check_tensors(gguf.read_config(path), gguf.open_tensors(path))
+    for letter in biased:
       name = f'model.layers.1.self_attn.{letter}_proj.bias'
       np.testing.assert_array_equal(gguf.open_tensors(path).read(name), weights[name])
 
@@ -250,7 +260,7 @@ def test_unsupported_tensor_type_is_refused(tmp_path, kind):
   assert_refused(path, 'output.weight', kind.name, 'Q4_1', call=gguf.open_tensors)
 
 
-@pytest.mark.parametrize('name', ['blk.0.ffn_gate_inp.weight', 'blk.0.attn_output.bias', 'odd'])
+@pytest.mark.parametrize('name', ['blk.0.ffn_gate_inp.weight', 'blk.0.ffn_down.bias', 'odd'])
 def test_unknown_tensor_is_refused(tmp_path, name):
   path = tmp_path / 'tiny.gguf'
   write_model(path, tiny_config('llama'), extra=lambda w: w.add_tensor(name, np.zeros(4, np.float32)))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from models.config import LayerShape, Llama3Scaling, RopeConfig
+from models.config import LayerShape, Llama3Scaling, RopeConfig, count_params
 from models.errors import InputError
 from models.hf import INDEX_NAME, save_params
 from models.hf_config import config_from_hf, config_to_hf
@@ -54,6 +54,23 @@ def test_transformers_checkpoint_keeps_its_bits(family, dtype, sharded, tmp_path
   again = type(model).from_pretrained(tmp_path / 'out', dtype=model.dtype)
   for (name, ours), theirs in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
     assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize('family', ['llama', 'qwen3'])
+def test_a_stock_checkpoint_with_attention_bias_keeps_its_tensors(family, tmp_path):
+  transformers = pytest.importorskip('transformers')
+  pytest.importorskip('torch')
+  config = tiny_config(family, UNIFORM, qkv_bias=True)
+  fields = config_to_hf(config)
+  assert fields['attention_bias'] and config_from_hf(fields, 'here') == config
+  model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields))
+  randomise(model).save_pretrained(tmp_path / 'in')
+  source = open_source(str(tmp_path / 'in'))
+  assert source.config == config
+  (tmp_path / 'out').mkdir()
+  save_params(source.config, source.load_params(), tmp_path / 'out')
+  assert tensors(tmp_path / 'out') == tensors(tmp_path / 'in')
+  assert count_params(config) == model.num_parameters()
 
 
 @pytest.mark.parametrize('stored, wanted', [('float32', 'bfloat16'), ('bfloat16', 'float32')])
@@ -149,7 +166,7 @@ REFUSED = [
   ('sliding_window', base('qwen3', layer_types=['full_attention', 'sliding_attention'])),
   ('num_local_experts', {'num_local_experts': 8}),
   ('num_experts', {'num_experts': 8}),
-  ('attention_bias', {'attention_bias': True}),
+  ('attention_bias', base('mistral', attention_bias=True)),
   ('mlp_bias', {'mlp_bias': True}),
   ('hidden_act', {'hidden_act': 'gelu'}),
   ('layer_sharing', {'model_type': 'mobilellm', 'layer_sharing': True}),
@@ -316,6 +333,16 @@ def test_damaged_checkpoints_are_refused_in_one_line(case, tmp_path):
   with pytest.raises(InputError, match=re.escape(message)) as refusal:
     open_source(str(tmp_path))  # nothing is loaded
   assert '\n' not in str(refusal.value) and str(tmp_path) in str(refusal.value)
+
+
+@pytest.mark.parametrize('stored', [False, True])
+def test_output_biases_and_config_must_agree(stored, tmp_path):
+  config = tiny_config('mistral', UNIFORM, output_bias=stored)
+  raw = save_checkpoint(tmp_path, config, random_params(config))
+  (tmp_path / 'config.json').write_text(json.dumps(raw | {'output_bias': not stored}))
+  message = f'mlp.down_proj.bias is {"extra" if stored else "missing"} (and 3 more)'
+  with pytest.raises(InputError, match=re.escape(message)):
+    open_source(str(tmp_path))
 
 
 def test_old_rotary_buffers_and_tied_heads_are_left_out(tmp_path):

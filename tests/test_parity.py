@@ -44,12 +44,14 @@ CASES = {
     {'hidden_size': 54, 'num_attention_heads': 9, 'num_key_value_heads': 3},
   ),
   'llama-wide-heads': ('Llama', {'head_dim': 20}),
+  'llama-biases': ('Llama', {'attention_bias': True}),
   'llama3-scaling': ('Llama', {'rope_parameters': LLAMA3, 'head_dim': 16}),
   'mistral': ('Mistral', {'sliding_window': None, 'head_dim': 12}),
   'mistral-window-not-reached': ('Mistral', {'sliding_window': 256}),
   'qwen2': ('Qwen2', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e6}}),
   'qwen2-tied': ('Qwen2', {'tie_word_embeddings': True, 'num_attention_heads': 12, 'num_key_value_heads': 4}),
   'qwen3': ('Qwen3', {'head_dim': 16}),
+  'qwen3-biases': ('Qwen3', {'head_dim': 16, 'attention_bias': True}),
   'qwen3-tied': ('Qwen3', {'head_dim': 6, 'tie_word_embeddings': True}),
 }
 

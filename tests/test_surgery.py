@@ -19,9 +19,10 @@ def make_model(seed=0, **kw):
   config = ModelConfig('qwen2', 97, 32, 8, shapes, RopeConfig(1e4), 1e-5, True, qkv_bias=True, **kw)
   params = jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(seed)))
   for i, layer in enumerate(params['layers']):
-    for name in ('q_bias', 'k_bias', 'v_bias'):
-      shape = layer['attention'][name].shape
-      layer['attention'][name] = jax.random.normal(jax.random.key(100 + i), shape)
+    for block in ('attention', 'mlp'):
+      for name in layer[block]:
+        if name.endswith('_bias'):
+          layer[block][name] = jax.random.normal(jax.random.key(100 + i), layer[block][name].shape)
   return config, params
 
 
@@ -38,8 +39,9 @@ def tokens(config, rows=4, length=12):
   return jax.random.randint(jax.random.key(1), (rows, length), 0, config.vocab_size)
 
 
-def test_zeroed_and_compacted_models_agree():
-  config, params = make_model()
+@pytest.mark.parametrize('output_bias', [False, True])
+def test_zeroed_and_compacted_models_agree(output_bias):
+  config, params = make_model(output_bias=output_bias)
   plan = some_plan(config)
   zeroed = llama.apply(config, surgery.zero(params, plan), tokens(config))
   small = surgery.compact(params, plan)
@@ -48,8 +50,9 @@ def test_zeroed_and_compacted_models_agree():
   assert not np.allclose(zeroed, llama.apply(config, params, tokens(config)), atol=1e-2)
 
 
-def test_parameter_count_is_that_of_the_compacted_arrays():
-  config, params = make_model()
+@pytest.mark.parametrize('output_bias', [False, True])
+def test_parameter_count_is_that_of_the_compacted_arrays(output_bias):
+  config, params = make_model(output_bias=output_bias)
   plan = some_plan(config)
   stored = sum(x.size for x in jax.tree.leaves(surgery.compact(params, plan)))
   assert plan.params(config) == stored == count_params(plan.pruned_config(config))
@@ -114,6 +117,70 @@ def test_optimizer_moments_follow_the_survivors():
   # The compacted state goes on updating the compacted parameters.
   compacted = surgery.compact(params, plan)
   tx.update(surgery.compact(gradients, plan), small, compacted)
+
+
+def test_pruning_leaves_output_biases_alone():
+  config, params = make_model(output_bias=True)
+  plan = some_plan(config)
+  compacted = surgery.compact(params, plan)
+  stacked = surgery.stack(compacted, plan, jnp.float32)['layers']
+  zeroed = surgery.zero_stacked({'layers': stacked}, *surgery.padded_masks(plan))['layers']
+  for i, before in enumerate(params['layers']):
+    for block, name in (('attention', 'o_bias'), ('mlp', 'down_bias')):
+      assert before[block][name].any()
+      for after in (compacted['layers'][i], surgery.zero(params, plan)['layers'][i]):
+        np.testing.assert_array_equal(after[block][name], before[block][name])
+      for after in (stacked, zeroed):
+        np.testing.assert_array_equal(after[block][name][i], before[block][name])
+
+
+@pytest.mark.parametrize('importance', ['taylor', 'l2'])
+def test_output_biases_count_in_no_score(importance):
+  """Zero biases change no function, so all scores stay; as members of a group they would change l2's."""
+  config, params = make_model()
+  dense = PrunePlan.dense(config)
+  biased_config, biased = surgery.with_output_bias(config, params)
+  if importance == 'l2':
+    for layer in biased['layers']:
+      layer['attention']['o_bias'] += 1
+      layer['mlp']['down_bias'] += 1
+  before, after = (
+    jax.jit(Scorer(c, importance, micro_batch=2))(surgery.stack(p, dense, jnp.float32), tokens(config))
+    for c, p in ((config, params), (biased_config, biased))
+  )
+  np.testing.assert_allclose(after.kv, before.kv, rtol=1e-5)
+  np.testing.assert_allclose(after.ffn, before.ffn, rtol=1e-5)
+
+
+def test_added_output_biases_are_zeros_that_train():
+  config, params = make_model()
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  biased_config, biased = surgery.with_output_bias(config, params)
+  shapes = jax.tree.map(jnp.shape, biased)
+  assert shapes == jax.tree.map(jnp.shape, llama.abstract_params(biased_config))
+  assert {x.dtype for x in jax.tree.leaves(biased)} == {jnp.dtype(jnp.bfloat16)}
+  extra = sum(x.size for x in jax.tree.leaves(biased)) - sum(x.size for x in jax.tree.leaves(params))
+  assert extra == count_params(biased_config) - count_params(config) == 3 * 2 * 32
+  np.testing.assert_array_equal(
+    llama.apply(biased_config, biased, tokens(config)), llama.apply(config, params, tokens(config))
+  )
+  gradient = jax.grad(lambda p: jnp.square(llama.apply(biased_config, p, tokens(config))).mean())(biased)
+  for layer in gradient['layers']:
+    assert layer['attention']['o_bias'].any() and layer['mlp']['down_bias'].any()
+  # What is there stays.
+  assert surgery.with_output_bias(biased_config, gradient)[0] == biased_config
+  jax.tree.map(np.testing.assert_array_equal, surgery.with_output_bias(biased_config, gradient)[1], gradient)
+
+
+def test_a_model_with_attention_bias_keeps_its_own_when_biases_are_added():
+  config = ModelConfig(
+    'llama', 97, 32, 8, (LayerShape(6, 2, 24),) * 2, RopeConfig(1e4), 1e-5, True, qkv_bias=True
+  )
+  params = llama.init_params(config, jax.random.key(0))
+  own = params['layers'][0]['attention']['o_bias'] = jnp.arange(32.0)
+  layer = surgery.with_output_bias(config, params)[1]['layers'][0]
+  np.testing.assert_array_equal(layer['attention']['o_bias'], own)
+  np.testing.assert_array_equal(layer['mlp']['down_bias'], jnp.zeros(32))
 
 
 def test_relative_plans_compose():

@@ -30,7 +30,7 @@ def write_hf(
   dtype: Any = None,
   generation: dict[str, Any] | None = None,
 ) -> None:
-  """Writes weights, config, tokenizer and, for layers that differ, the code that builds them.
+  """Writes weights, config, tokenizer and, where no stock class builds the layers, the code that does.
 
   `directory` is whole or absent: an older one is replaced at the end, an error leaves it as it was.
   A stock architecture loads without `trust_remote_code`; other models need it. `dtype` None keeps
@@ -60,12 +60,16 @@ def write_hf(
 
 
 def _stock(config: ModelConfig) -> bool:
-  """Whether a stock class computes this model; Llama's refuses heads that do not divide hidden_size."""
-  return config.uniform and not (config.family == 'llama' and config.hidden_size % config.layers[0].num_heads)
+  """Whether a stock class computes this model.
+
+  None has a bias on down_proj alone, and Llama's refuses heads that do not divide hidden_size.
+  """
+  refused = config.family == 'llama' and config.hidden_size % config.layers[0].num_heads
+  return config.uniform and not config.output_bias and not refused
 
 
 def _own_architecture(config: ModelConfig) -> dict[str, Any]:
-  """Fields of config.json that name the code beside it, and the widths below the widest layer's."""
+  """Fields of config.json that name the code beside it, and what it builds other than the stock class."""
   widest = config_to_hf(config)
   prefix = widest['architectures'][0].removesuffix('ForCausalLM')
   narrower = {
@@ -81,6 +85,7 @@ def _own_architecture(config: ModelConfig) -> dict[str, Any]:
       'AutoModelForCausalLM': f'modeling_adapt.Adapt{prefix}ForCausalLM',
     },
     'per_layer_config': {i: widths for i, widths in narrower.items() if widths},
+    'output_bias': config.output_bias,
   }
 
 

@@ -1,7 +1,7 @@
 """LLaMA-like models whose layers differ in width, for transformers 4.57 and 5.
 
-The stock classes with other shapes: no `forward` is overridden, so whatever the installed version
-does (caches, attention kernels, generation) is done here too.
+The stock classes with other shapes and, with `output_bias`, two biases more: no `forward` is
+overridden, so whatever the installed version does (caches, attention kernels, generation) is done here too.
 """
 
 from torch import nn
@@ -33,8 +33,17 @@ def build_layers(model, config):
       if hasattr(module, 'config'):
         # The attention implementation is read from here at every call, and may be changed later.
         module.config = config
+    if config.output_bias:
+      add_bias(layer.self_attn.o_proj)
+      add_bias(layer.mlp.down_proj)
     layers.append(layer)
   model.layers = nn.ModuleList(layers)
+
+
+def add_bias(linear):
+  """Gives a linear layer the bias that its stock class has no option for."""
+  if linear.bias is None:
+    linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
 
 
 class PerLayerModel:
