@@ -17,9 +17,12 @@ MAX_LINES = 400
 
 # Layers of adapt_jax from the top; a module may import its own layer and those below.
 LAYERS = (
-  {'accel', 'convert'},
+  {'accel', 'convert', 'sensitivity'},
   {'run_state'},
-  {'prune', 'train', 'evaluate', 'inputs', 'checkpoint', 'export', 'report', 'report_html'},
+  {
+    'prune', 'train', 'evaluate', 'inputs', 'checkpoint', 'export', 'report', 'report_html',
+    'sensitivity_report',
+  },
   {
     'importance', 'allocate', 'surgery', 'plan', 'loss', 'optim', 'data', 'documents', 'metrics',
     'config', 'compile', 'progress', 'workdir', 'charts', 'tensorboard',
