@@ -1,10 +1,11 @@
 """Prunes a LLaMA-family model and recovers it by interleaved training.
 
-    python main.py --config=configs/demo.py --workdir=out [--mode=accel|prune|evaluate|convert]
+    python main.py --config=configs/demo.py --workdir=out [--mode=MODE]
                    [--config.FIELD=VALUE ...]
 
 accel: prune and recover in stages. prune: the same without training. evaluate: perplexity of
-model.source. convert: model.source to WORKDIR/hf, unchanged.
+model.source. convert: model.source to WORKDIR/hf, unchanged. sensitivity: perplexity when one
+layer alone is pruned, for every layer.
 """
 
 import ast
@@ -16,14 +17,14 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from adapt_jax import accel, convert, evaluate
+from adapt_jax import accel, convert, evaluate, sensitivity
 from adapt_jax.config import RunOptions, from_dict
 from adapt_jax.workdir import Workdir
 from models.errors import InputError
 
 
 class _Strings(flags.ArgumentParser):
-  """A source on the command line: a.txt,b.txt or, for names with commas, "('a,b.txt',)"."""
+  """A list on the command line: a.txt,b.txt or, for names with commas, "('a,b.txt',)"."""
 
   def parse(self, argument: Any) -> tuple[str, ...]:
     if not isinstance(argument, str):
@@ -39,8 +40,14 @@ class _Strings(flags.ArgumentParser):
 config_flags.register_flag_parser_for_type(tuple, _Strings())
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe: a file of configs/.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where all results of this run go.')
-_MODE = flags.DEFINE_enum('mode', 'accel', ['accel', 'prune', 'evaluate', 'convert'], 'What to do.')
-_RUN = {'accel': accel.run, 'prune': accel.run, 'evaluate': evaluate.run, 'convert': convert.run}
+_RUN = {
+  'accel': accel.run,
+  'prune': accel.run,
+  'evaluate': evaluate.run,
+  'convert': convert.run,
+  'sensitivity': sensitivity.run,
+}
+_MODE = flags.DEFINE_enum('mode', 'accel', list(_RUN), 'What to do.')
 
 
 def _options(mode: str) -> RunOptions:
@@ -54,7 +61,7 @@ def _options(mode: str) -> RunOptions:
   except Exception as error:  # a recipe is a program of the user's: it may fail in any way
     raise InputError(f'--config={name}: the recipe fails: {type(error).__name__}: {error}') from error
   options = from_dict(values)
-  if mode == 'prune':
+  if mode in ('prune', 'sensitivity'):
     return dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
   if mode == 'accel' and options.train.tokens == 0:
     raise InputError('config.train.tokens = 0, but mode accel trains: set it, or use --mode=prune')

@@ -10,6 +10,7 @@ import types
 import typing
 from typing import Any
 
+from adapt_jax.allocate import MAX_SPARSITY
 from adapt_jax.importance import DISTANCES, IMPORTANCES
 from models.errors import InputError
 
@@ -83,6 +84,13 @@ class EvaluateOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class SensitivityOptions:
+  sparsity: float
+  bases: tuple[float, ...]
+  blocks: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportOptions:
   dtype: str
 
@@ -96,6 +104,7 @@ class RunOptions:
   prune: PruneOptions
   train: TrainOptions
   evaluate: EvaluateOptions
+  sensitivity: SensitivityOptions
   export: ExportOptions
   seed: int
 
@@ -121,16 +130,28 @@ def _build(cls: Any, values: Any, where: str) -> Any:
 def _convert(kind: Any, value: Any, where: str) -> Any:
   if dataclasses.is_dataclass(kind):
     return _build(kind, value, where)
-  if isinstance(kind, types.GenericAlias):  # tuple[str, ...]; one string is a tuple of one
-    items = (value,) if isinstance(value, str) else value
-    if not isinstance(items, (list, tuple)) or not all(isinstance(x, str) for x in items):
-      raise InputError(f'{where} = {value!r} must be a list of strings')
-    return tuple(x for x in items if x)
+  if isinstance(kind, types.GenericAlias):  # one string or number is a tuple of one
+    return (_numbers if typing.get_args(kind)[0] is float else _strings)(value, where)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
     raise InputError(f'{where} = {value!r} must be of type {kind.__name__}')
   return value
+
+
+def _strings(value: Any, where: str) -> tuple[str, ...]:
+  items = (value,) if isinstance(value, str) else value
+  if not isinstance(items, (list, tuple)) or not all(isinstance(x, str) for x in items):
+    raise InputError(f'{where} = {value!r} must be a list of strings')
+  return tuple(x for x in items if x)
+
+
+def _numbers(value: Any, where: str) -> tuple[float, ...]:
+  items = value if isinstance(value, (list, tuple)) else (value,)
+  try:  # the command line gives strings
+    return tuple(float(x) for x in items if x != '')
+  except (TypeError, ValueError):
+    raise InputError(f'{where} = {value!r} must be a list of numbers') from None
 
 
 _CHOICES = {
@@ -168,8 +189,10 @@ _RANGES: dict[str, tuple[float, float]] = {
   'evaluate.length': (2, 10**7),
   'evaluate.batch': (1, 10**9),
   'evaluate.max_tokens': (0, 10**15),
+  'sensitivity.sparsity': (1e-6, MAX_SPARSITY),
   'seed': (0, 2**31 - 1),
 }
+BLOCKS = ('both', 'attention', 'mlp')  # what mode sensitivity prunes of a layer
 _DIVIDES = (
   ('prune.calibration.batch', 'prune.calibration.samples'),
   ('train.micro_batch', 'train.batch'),
@@ -204,3 +227,12 @@ def _check(options: RunOptions) -> None:
     raise InputError(
       f'config.train.min_lr = {options.train.min_lr} is above config.train.lr = {options.train.lr}: lower it'
     )
+  _check_sensitivity(options.sensitivity)
+
+
+def _check_sensitivity(options: SensitivityOptions) -> None:
+  for field, allowed in (('bases', f'numbers between 0 and {MAX_SPARSITY}'), ('blocks', ', '.join(BLOCKS))):
+    values = getattr(options, field)
+    good = all(0 <= x <= MAX_SPARSITY if field == 'bases' else x in BLOCKS for x in values)
+    if not values or not good or len(set(values)) < len(values):
+      raise InputError(f'config.sensitivity.{field} = {values!r}: name one or more of {allowed}, each once')

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,6 +26,27 @@ from models.llama import Params
 from models.source import open_source
 
 
+def definition(blocks: Blocks) -> str:
+  """What a perplexity on these windows is, in words, for reports."""
+  windows, length = blocks.tokens.shape
+  return (
+    f'exp of the mean next-token cross-entropy over {windows} non-overlapping windows of {length} tokens, '
+    f'{int(blocks.targets.sum()):,} tokens counted; the first of a window has no context and is not'
+  )
+
+
+def batches(blocks: Blocks, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+  """(tokens [size, T], targets [size, T], windows in it); what fills up the last batch does not count."""
+  for start in range(0, len(blocks.tokens), size):
+    rows = slice(start, start + size)
+    tokens, targets = blocks.tokens[rows], blocks.targets[rows]
+    windows = len(tokens)
+    if missing := size - windows:
+      tokens = np.concatenate([tokens, np.zeros_like(tokens, shape=(missing, tokens.shape[1]))])
+      targets = np.concatenate([targets, np.zeros_like(targets, shape=(missing, targets.shape[1]))])
+    yield tokens, targets, windows
+
+
 class Evaluator:
   """Perplexity of a model on fixed windows; compiles once per shape of the model.
 
@@ -44,11 +66,7 @@ class Evaluator:
   @property
   def definition(self) -> str:
     """What the figure is, in words, for reports."""
-    windows, length = self.blocks.tokens.shape
-    return (
-      f'exp of the mean next-token cross-entropy over {windows} non-overlapping windows of {length} tokens, '
-      f'{int(self.blocks.targets.sum()):,} tokens counted; the first of a window has no context and is not'
-    )
+    return definition(self.blocks)
 
   def _compile(self, config: ModelConfig, params: Params, tokens: np.ndarray, targets: np.ndarray) -> Any:
     def loss(params: Params, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -63,18 +81,13 @@ class Evaluator:
     total = count = 0.0
     size = self.batch
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
-      for start in range(0, len(self.blocks.tokens), size):
-        rows = slice(start, start + size)
-        tokens, targets = self.blocks.tokens[rows], self.blocks.targets[rows]
-        if missing := size - len(tokens):  # the last batch: filled with windows that do not count
-          tokens = np.concatenate([tokens, np.zeros_like(tokens, shape=(missing, tokens.shape[1]))])
-          targets = np.concatenate([targets, np.zeros_like(targets, shape=(missing, targets.shape[1]))])
+      for tokens, targets, windows in batches(self.blocks, size):
         if self._compiled_for != config:
           self._program = self._compile(config, params, tokens, targets)
           self._compiled_for = config
         batch_total, batch_count = self._program(params, jnp.asarray(tokens), jnp.asarray(targets))
         total, count = total + float(batch_total), count + float(batch_count)
-        progress.update(size - missing, perplexity=f'{math.exp(min(total / max(count, 1), 700)):.2f}')
+        progress.update(windows, perplexity=f'{math.exp(min(total / max(count, 1), 700)):.2f}')
     if not math.isfinite(total):
       raise InputError(f'{title}: the loss is {total}: check the weights and config.export.dtype')
     return math.exp(min(total / count, 700))
@@ -99,5 +112,4 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     'versions': versions(),
   }
   write_text(workdir.report, json.dumps(report, indent=2) + '\n')
-  definition = report['perplexity']['definition']
-  print(f'{count_params(source.config):,} parameters, perplexity {value:.3f}: {definition}')
+  print(f'{count_params(source.config):,} parameters, perplexity {value:.3f}: {evaluator.definition}')

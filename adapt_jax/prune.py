@@ -114,7 +114,8 @@ class Pruner:
     self._program: Any = None
     self._zero = jax.jit(surgery.zero_stacked, donate_argnums=0)
 
-  def _score(self, stacked: Params, step: int) -> Any:
+  def score(self, stacked: Params, step: int) -> Any:
+    """`Scores` as numpy arrays on the rows that `step` draws; InputError if any is not finite."""
     rows = draw_rows(len(self.blocks.tokens), self.options.calibration.samples, self._seed, step)
     tokens = jnp.asarray(self.blocks.tokens[rows])
     if self._program is None:
@@ -125,17 +126,17 @@ class Pruner:
       scores = scores._replace(kv=rng.random(scores.kv.shape), ffn=rng.random(scores.ffn.shape))
     if self._as_reference and self.options.layer_distance != 'cosine':
       scores = scores._replace(distance=-scores.distance)
+    if not all(np.isfinite(x).all() for x in scores):
+      raise InputError(
+        f'pruning step {step + 1}: the calibration loss is {scores.loss} and not all scores are finite: '
+        f'check the model, the calibration text and config.model.dtype'
+      )
     return scores
 
   def _step(
     self, allocator: Allocator, stacked: Params, state: PruneState, target: int
   ) -> tuple[PruneState, StepRecord]:
-    scores = self._score(stacked, state.step)
-    if not all(np.isfinite(x).all() for x in scores):
-      raise InputError(
-        f'pruning step {state.step + 1}: the calibration loss is {scores.loss} and not all scores are '
-        f'finite: check the model, the calibration text and config.model.dtype'
-      )
+    scores = self.score(stacked, state.step)
     rate = self.options.ratio / self.options.steps - self.options.amplitude * normalise(scores.distance)
     now = Widths(state.plan.kv_widths, state.plan.ffn_widths)
     widths, sparsity = allocator.step(now, state.sparsity, rate, target)

@@ -277,7 +277,8 @@ def _table(data: _Data) -> str:
   return '<table>' + '\n'.join(f'<tr>{line}</tr>' for line in lines) + '</table>'
 
 
-def _cards(kind: str, contents: Sequence[str]) -> str:
+def cards(kind: str, contents: Sequence[str]) -> str:
+  """A row of boxes of HTML, '' if none has anything in it; kind: grid (of charts) or facts."""
   inside = ''.join(f'<div class="card">{c}</div>' for c in contents if c)
   return f'<div class="{kind}">{inside}</div>' if inside else ''
 
@@ -287,7 +288,7 @@ def _body(data: _Data, command: str, running: bool) -> Iterator[str]:
   yield f'<h1>{e(data.model["source"])}</h1>'
   written = f' (page written {report["written"]})' if 'written' in report else ''
   yield f'<p class="state">{e(_state(data, running) + written)}</p>'
-  yield _cards('facts', [f'<b>{e(figure)}</b><span>{e(what)}</span>' for figure, what in _facts(data)])
+  yield cards('facts', [f'<b>{e(figure)}</b><span>{e(what)}</span>' for figure, what in _facts(data)])
   yield f'<h2>Stages</h2><div class="card scroll">{_table(data)}</div>'
   if 'definition' in data.perplexity:
     yield f'<p>Perplexity is {e(data.perplexity["definition"])}.</p>'
@@ -296,14 +297,14 @@ def _body(data: _Data, command: str, running: bool) -> Iterator[str]:
     figures.append(_training_chart(data, 'loss', 'Training loss', 'nats per token', 0))
     figures.append(_training_chart(data, 'learning_rate', 'Learning rate', 'learning rate', 3))
   if any(figures):
-    yield f'<h2>{"Recovery" if trained else "Perplexity"}</h2>' + _cards('grid', figures)
+    yield f'<h2>{"Recovery" if trained else "Perplexity"}</h2>' + cards('grid', figures)
   if data.of('prune'):
-    yield '<h2>Pruning</h2>' + _cards('grid', [_budget_chart(data), *_heat_maps(data)])
+    yield '<h2>Pruning</h2>' + cards('grid', [_budget_chart(data), *_heat_maps(data)])
     yield '<p>Layers of high importance lose less. The colours of the maps go by rank.</p>'
   if pairs := _stage_widths(data):
     some = f' ({_MOST_STAGES} of the stages)' if len(pairs) == _MOST_STAGES < len(data.stages) else ''
     yield f'<h2>Widths of the layers{some}</h2>' + ''.join(
-      _cards('grid', row) for row in zip(*pairs, strict=True)
+      cards('grid', row) for row in zip(*pairs, strict=True)
     )
   yield f'<h2>Command</h2><div class="card"><pre>{e(command)}</pre></div>'
   if versions := report.get('versions'):
@@ -321,16 +322,20 @@ def render(report: Json, events: list[Json], *, command: str, running: bool) -> 
     running: whether the run goes on; the page then reloads by itself.
   """
   data = _Data(report, events)
+  title = f'{data.model["source"]} {_state(data, running)}'
+  return page(title, '\n'.join(filter(None, _body(data, command, running))), running=running)
+
+
+def page(title: str, body: str, *, running: bool) -> str:
+  """A page in the look of all our reports around `body`; reloads by itself if `running`."""
   refresh = f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS}">\n' if running else ''
-  title = html.escape(f'{data.model["source"]} {_state(data, running)}')
   dark = f'@media (prefers-color-scheme:dark){{\n{charts.DARK}}}'
-  body = '\n'.join(filter(None, _body(data, command, running)))
   return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
-{refresh}<title>{title}</title>
+{refresh}<title>{html.escape(title)}</title>
 <style>{_STYLE}{charts.LIGHT}
 {dark}</style>
 </head>

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -125,8 +126,10 @@ def run_steps(
   rate_at = learning_rate(options, total)
   tokens_per_step = options.batch * options.length
   pending: tuple[int, dict[str, jax.Array]] | None = None
+  since = time.monotonic()  # when the step before `pending` was seen to end
 
   def report(progress: Progress) -> None:
+    nonlocal since
     if pending is None:
       return
     step, device_metrics = pending
@@ -136,7 +139,12 @@ def run_steps(
         f'training step {step + 1}: loss {metrics["loss"]}, gradient norm {metrics["gradient_norm"]}; '
         f'the last checkpoint is good: lower config.train.lr = {options.lr} and start a new workdir'
       )
-    on_metrics(step, metrics | {'learning_rate': float(rate_at(step))})
+    seconds, since = time.monotonic() - since, time.monotonic()
+    metrics |= {
+      'learning_rate': float(rate_at(step)),
+      'tokens_per_second': tokens_per_step / max(seconds, 1e-9),
+    }
+    on_metrics(step, metrics)
     progress.update(tokens_per_step, loss=f'{metrics["loss"]:.3f}')
 
   with Progress(title, (stop - start) * tokens_per_step, 'tokens') as progress:
@@ -151,5 +159,6 @@ def run_steps(
         report(progress)
         pending = None
         on_save(step + 1, state)
+        since = time.monotonic()
     report(progress)
   return state

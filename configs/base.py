@@ -74,6 +74,15 @@ def get_config() -> ConfigDict:
   config.evaluate.batch = 4  # windows at once
   config.evaluate.max_tokens = 0  # windows spread evenly over the text, so many tokens at most; 0 = all
 
+  # Mode sensitivity: perplexity when one decoder layer alone is pruned, for every layer (the paper's Fig. 1).
+  config.sensitivity = ConfigDict()
+  # Of the one layer. Whole KV groups go, rounded down: of 3 groups at 0.5 one goes. The MLP keeps
+  # floor(channels * (1 - sparsity)), rounded up to prune.align_ffn. The last group and channel stay.
+  config.sensitivity.sparsity = 0.5
+  # A curve each: the sparsity of every layer of the model that it starts from, rounded alike; 0 = dense.
+  config.sensitivity.bases = (0.0, 0.2, 0.4)
+  config.sensitivity.blocks = ('both',)  # what is pruned of the layer, a curve each: both, attention, mlp
+
   config.export = ConfigDict()
   config.export.dtype = 'auto'  # of the weights in hf/: as in the source, or float32, bfloat16, float16
   return config

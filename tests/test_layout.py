@@ -17,12 +17,15 @@ MAX_LINES = 400
 
 # Layers of adapt_jax from the top; a module may import its own layer and those below.
 LAYERS = (
-  {'accel', 'convert'},
+  {'accel', 'convert', 'sensitivity'},
   {'run_state'},
-  {'prune', 'train', 'evaluate', 'inputs', 'checkpoint', 'export', 'report', 'report_html'},
+  {
+    'prune', 'train', 'evaluate', 'inputs', 'checkpoint', 'export', 'report', 'report_html',
+    'sensitivity_report',
+  },
   {
     'importance', 'allocate', 'surgery', 'plan', 'loss', 'optim', 'data', 'documents', 'metrics',
-    'config', 'compile', 'progress', 'workdir', 'charts',
+    'config', 'compile', 'progress', 'workdir', 'charts', 'tensorboard',
   },
 )  # fmt: skip
 PICKLES = {'pickle', 'cloudpickle', 'dill', 'shelve', 'joblib'}  # loading one runs code
@@ -110,6 +113,7 @@ def test_heavy_imports_have_one_place() -> None:
   assert within(importers('transformers'), *TOKENIZER_FILES)
   assert within(importers('ml_collections'), 'main.py', 'configs/')
   assert not importers('torch')
+  assert within(importers('tensorboard'), 'adapt_jax/tensorboard.py')
 
 
 @pytest.mark.parametrize('name', NO_JAX)
@@ -126,7 +130,8 @@ def test_planning_never_reaches_jax(name: str) -> None:
 
 def test_third_party_imports_are_declared() -> None:
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-  declared = {re.split(r'[\[<>=~]', line)[0].replace('_', '-').lower() for line in project['dependencies']}
+  lines = project['dependencies'] + project['optional-dependencies']['tensorboard']
+  declared = {re.split(r'[\[<>=~]', line)[0].replace('_', '-').lower() for line in lines}
   ours = {name.split('/')[0].removesuffix('.py') for name in SOURCES}
   used = {i.split('.')[0] for name in OURS for i in imports(SOURCES[name])} - sys.stdlib_module_names - ours
   providers = importlib.metadata.packages_distributions()
