@@ -17,8 +17,8 @@ from adapt_jax.export.hf import write_hf
 from adapt_jax.inputs import Inputs, prepare
 from adapt_jax.metrics import MetricsLog
 from adapt_jax.optim import optimizer, reset_moments
-from adapt_jax.plan import PrunePlan
-from adapt_jax.prune import Pruner, PruneState, StepRecord, target_params
+from adapt_jax.plan import PrunePlan, PruneState
+from adapt_jax.prune import Pruner, StepRecord, target_params
 from adapt_jax.report import table, versions
 from adapt_jax.run_state import RunState, StateStore
 from adapt_jax.train import Teacher, TrainState, make_step, run_steps, stage_steps
@@ -172,17 +172,14 @@ class Run:
       self._train(stage, state, self._ends[stage - 1])
       if stage == self.options.prune.stages:
         self._round_to_export(state)
-    config, first = self._config(state), self._ends[stage - 2] if stage > 1 else 0
-    recovered = None
+    first, recovered = self._ends[stage - 2] if stage > 1 else 0, None
     if self.inputs.train is not None:
-      recovered = self._evaluate(config, state, f'stage {stage} recovered')
-    row = state.row | {
+      recovered = self._evaluate(self._config(state), state, f'stage {stage} recovered')
+    row = state.row | state.compacted.widths(self.inputs.config)
+    row |= {
       'perplexity_recovered': recovered,
       'tokens': (state.train_step - first) * self.options.train.batch * self.options.train.length,
       'seconds': seconds + time.monotonic() - start,
-      'num_heads': [s.num_heads for s in config.layers],
-      'num_kv_heads': [s.num_kv_heads for s in config.layers],
-      'ffn': [s.ffn for s in config.layers],
     }
     state.rows, state.row, state.complete = [*state.rows, row], {}, True
     self._save(state)

@@ -5,7 +5,7 @@ Paper section 3 (Adapt-Pruner); formulas in the docstrings. Numpy only.
 
 import dataclasses
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -14,6 +14,11 @@ from models.config import ModelConfig, channel_params, count_params, kv_group_pa
 MAX_SPARSITY = 0.99
 # Steps' worth that the landing may take on one set of scores, where a KV group had to be passed over.
 MAX_LANDING = 2.0
+# Position, among removals, of those in layers that a step spares: after all the others.
+_SPARED = 1e18
+
+# (position in the order, layer, is_kv, width that is left)
+Removal = tuple[float, int, bool, int]
 
 
 def normalise(importance: np.ndarray) -> np.ndarray:
@@ -88,29 +93,32 @@ class Allocator:
     """Parameters of the smallest model that the schedule can reach (every s at 0.99)."""
     return self.params(self.widths(np.full(self.config.num_layers, MAX_SPARSITY)))
 
-  def _next_kv(self, layer: int, width: int) -> tuple[int, float]:
-    width -= 1
-    head_dim, full = self.config.head_dim, self.full.kv[layer]
-    return width, 1 - (width * head_dim + 1) / (full * head_dim)
+  def narrower(self, is_kv: bool, width: int) -> int:
+    """The width after one more KV group or MLP block has gone; 0 after the last."""
+    if is_kv:
+      return width - 1
+    return int(_align_up(width, self.align)) - self.align if width > self.align else 0
 
-  def _next_ffn(self, layer: int, width: int) -> tuple[int, float]:
-    width = int(_align_up(width, self.align)) - self.align if width > self.align else 0
-    return width, 1 - (width + 1) / self.full.ffn[layer]
+  def _threshold(self, layer: int, is_kv: bool, width: int) -> float:
+    """The sparsity beyond which a layer has this width or less."""
+    if is_kv:
+      head_dim, full = self.config.head_dim, self.full.kv[layer]
+      return 1 - (width * head_dim + 1) / (full * head_dim)
+    return 1 - (width + 1) / self.full.ffn[layer]
 
-  def _events(
-    self, widths: Widths, sparsity: np.ndarray, rate: np.ndarray
-  ) -> Iterator[tuple[float, int, bool, int]]:
-    """The removals that a growing sparsity causes, in order: (fraction of a step, layer, is_kv, width)."""
-    heap: list[tuple[float, int, bool, int]] = []
+  def _events(self, widths: Widths, sparsity: np.ndarray, rate: np.ndarray) -> Iterator[Removal]:
+    """The removals that a growing sparsity causes, in order; positions are fractions of a step."""
+    heap: list[Removal] = []
 
     def push(layer: int, is_kv: bool, width: int) -> None:
-      width, threshold = (self._next_kv if is_kv else self._next_ffn)(layer, width)
+      width = self.narrower(is_kv, width)
       if width < 1:
         return
+      threshold = self._threshold(layer, is_kv, width)
       if rate[layer] > 0:
         fraction = max(0.0, (threshold - sparsity[layer]) / rate[layer])
-      else:  # a layer that this step spares comes after all the others
-        fraction = 1e18 * (1 + threshold)
+      else:
+        fraction = _SPARED * (1 + threshold)
       heapq.heappush(heap, (fraction, layer, is_kv, width))
 
     for layer in range(self.config.num_layers):
@@ -120,6 +128,48 @@ class Allocator:
       event = heapq.heappop(heap)
       yield event
       push(*event[1:])
+
+  def take(
+    self, widths: Widths, removals: Iterable[Removal], target: int, limit: float = np.inf
+  ) -> tuple[Widths, float]:
+    """Lets groups go, in the order given, until the model has at most `target` parameters.
+
+    A KV group that would overshoot is passed over, so the result is below the target by less than one
+    MLP block; only where every MLP is at its last block do those groups go too.
+
+    Args:
+      removals: by ascending position; within a layer and module one group or block a removal.
+      limit: removals at this position or beyond do not happen.
+
+    Returns:
+      The widths, and the position reached.
+    """
+    kv, ffn = widths.kv.copy(), widths.ffn.copy()
+    params, reached = self.params(widths), 0.0
+    passed_over = []
+    for at, layer, is_kv, width in removals:
+      if params <= target:
+        break
+      if at >= limit:
+        reached = limit
+        break
+      if not is_kv:
+        params -= (ffn[layer] - width) * self._ffn_cost
+        ffn[layer] = width
+      elif params - self._kv_cost[layer] >= target and width == kv[layer] - 1:
+        params -= self._kv_cost[layer]
+        kv[layer] = width
+      else:
+        passed_over.append(layer)
+        continue
+      if at < _SPARED:
+        reached = at
+    else:  # every MLP is at its last block: only KV groups are left to go
+      for layer in passed_over:
+        if params > target and kv[layer] > 1:
+          params -= self._kv_cost[layer]
+          kv[layer] -= 1
+    return Widths(kv, ffn), reached
 
   def land(
     self,
@@ -131,38 +181,30 @@ class Allocator:
   ) -> tuple[Widths, np.ndarray]:
     """The last step, solved: the widths at which the model is at most `target` parameters.
 
-    Groups go in the order in which the step would take them; a KV group that would overshoot is
-    passed over, so the result is below the target by less than one MLP block. Where that leaves the
-    model above the target after `limit` steps' worth, it stays there: the next step has fresh scores.
+    Groups go in the order in which the step would take them (see `take`). Where that leaves the model
+    above the target after `limit` steps' worth, it stays there: the next step has fresh scores.
     Returns the widths and the sparsities reached.
     """
-    kv, ffn = widths.kv.copy(), widths.ffn.copy()
-    params, fraction = self.params(widths), 0.0
-    passed_over = []
-    for at, layer, is_kv, width in self._events(widths, sparsity, rate):
-      if params <= target:
-        break
-      if at >= limit:
-        fraction = limit
-        break
-      if not is_kv:
-        params -= (ffn[layer] - width) * self._ffn_cost
-        ffn[layer] = width
-      elif params - self._kv_cost[layer] >= target and width == kv[layer] - 1:
-        params -= self._kv_cost[layer]
-        kv[layer] = width
-      else:
-        passed_over.append((layer, width))
-        continue
-      if rate[layer] > 0:
-        fraction = max(fraction, at)
-    else:  # every MLP is at its last block: only KV groups are left to go
-      for layer, _ in passed_over:
-        if params > target and kv[layer] > 1:
-          params -= self._kv_cost[layer]
-          kv[layer] -= 1
+    landed, fraction = self.take(widths, self._events(widths, sparsity, rate), target, limit)
     # A layer that the rate spares may have had to give way: its s must not fall behind its width.
-    return Widths(kv, ffn), np.maximum(advance(sparsity, rate, fraction), self._reached(ffn))
+    return landed, np.maximum(advance(sparsity, rate, fraction), self._reached(landed.ffn))
+
+  def one_shot(self, widths: Widths, shares: np.ndarray, target: int) -> Widths:
+    """Widths that land on `target` in one cut, from `widths`, with sparsities in proportion to `shares` [L].
+
+    All alike for a uniform cut; a layer whose share is 0 is never touched. Proportion holds up to one
+    group or block, and never fills up a layer that is narrower already.
+    """
+    events = self._events(widths, np.zeros_like(shares, np.float64), shares)
+    return self.take(widths, (e for e in events if shares[e[1]] > 0), target)[0]
+
+  def removed(self, widths: Widths) -> np.ndarray:
+    """Share of every layer's prunable parameters that is gone at these widths, float64 [L]."""
+
+    def prunable(w: Widths) -> np.ndarray:
+      return w.kv * self._kv_cost + w.ffn * self._ffn_cost
+
+    return 1 - prunable(widths) / prunable(self.full)
 
   def _reached(self, ffn: np.ndarray) -> np.ndarray:
     """The sparsities above which layers have these MLP widths."""

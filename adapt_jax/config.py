@@ -12,6 +12,7 @@ from typing import Any
 
 from adapt_jax.allocate import MAX_SPARSITY
 from adapt_jax.importance import DISTANCES, IMPORTANCES
+from adapt_jax.methods import METHODS
 from models.errors import InputError
 
 
@@ -37,6 +38,7 @@ class CalibrationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PruneOptions:
+  method: str
   target: float
   stages: int
   stage_targets: str
@@ -157,6 +159,7 @@ def _numbers(value: Any, where: str) -> tuple[float, ...]:
 _CHOICES = {
   'model.dtype': ('auto', 'float32', 'bfloat16'),
   'export.dtype': ('auto', 'float32', 'bfloat16', 'float16'),
+  'prune.method': tuple(METHODS),
   'prune.stage_targets': ('linear', 'geometric'),
   'prune.importance': tuple(IMPORTANCES),
   'prune.compat': ('', 'reference'),
@@ -218,6 +221,12 @@ def _check(options: RunOptions) -> None:
       raise InputError(
         f'config.{part} = {_get(options, part)} must divide config.{whole} = {_get(options, whole)}'
       )
+  if options.prune.compat and not METHODS[options.prune.method].in_reference:
+    raise InputError(
+      f'config.prune.compat = {options.prune.compat!r} is of the methods '
+      f'{" and ".join(n for n, m in METHODS.items() if m.in_reference)}, not of config.prune.method = '
+      f'{options.prune.method!r}: leave compat empty'
+    )
   if not 0 < options.prune.target < math.inf:
     raise InputError(
       f'config.prune.target = {options.prune.target!r} must be positive: a fraction kept (≤ 1) or a '

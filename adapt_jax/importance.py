@@ -8,12 +8,13 @@ peak is the weights, the layers' inputs on the calibration batch and one layer's
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from adapt_jax.loss import next_token_loss
+from adapt_jax.scores import Scores
 from adapt_jax.surgery import GROUP_AXES
 from models import llama
 from models.config import LayerShape, ModelConfig
@@ -21,18 +22,8 @@ from models.errors import InputError
 from models.layers import rms_norm
 from models.llama import Params
 
-
-class Scores(NamedTuple):
-  """What one pass tells.
-
-  kv [L, K] and ffn [L, F]: importance of every group. distance [L]: mean over tokens of the layer's
-  distance between input and output, larger = more change. loss: mean next-token cross-entropy, nats.
-  """
-
-  kv: jax.Array
-  ffn: jax.Array
-  distance: jax.Array
-  loss: jax.Array
+# Mean and variance over tokens of what enters o_proj and down_proj, by column: {'o': …, 'down': …}.
+Moments = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -62,20 +53,34 @@ DISTANCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 class Importance:
   """How a weight w with gradient g and Fisher estimate F is scored; a group's score is Σ |score|.
 
+  Or, with `columns`, how a column of o_proj or down_proj is; a group's score is the sum over its columns.
+
   score: (w, g, F) -> the weight's score, signed, elementwise in fp32.
   gradient: whether it asks for g at all; without, scoring is a forward pass.
   fisher: whether it asks for F = mean over samples of the squared gradient of the sample's loss.
   per_row: add the weights of a row (a column of o and down) before the absolute value is taken.
+  columns: (weight [D, …], mean and variance […] of its inputs over the calibration tokens) -> […].
   """
 
-  score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+  score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = lambda w, g, f: w
   gradient: bool = True
   fisher: bool = False
   per_row: bool = False
+  columns: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+
+
+def _fluctuation(w: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
+  return variance * jnp.square(w).sum(0)
+
+
+def _wanda(w: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
+  return jnp.abs(w).sum(0) * jnp.sqrt(variance + jnp.square(mean))
 
 
 # Paper section 3.2, and the first-order form of Molchanov et al., arXiv 1906.10771; names as in LLM-Pruner.
 # `random` is drawn by the pruner: its entry here only serves the layers' distances.
+# `fluctuation`: variance of the column's input · squared norm of the column (WIFV of An et al., arXiv
+# 2312.11983). `wanda`: Σ |w| · root mean square of the input (Sun et al., arXiv 2306.11695, summed as there).
 IMPORTANCES: dict[str, Importance] = {
   'taylor': Importance(lambda w, g, f: w * g),
   'taylor_vectorize': Importance(lambda w, g, f: w * g, per_row=True),
@@ -83,8 +88,15 @@ IMPORTANCES: dict[str, Importance] = {
   'taylor_mix': Importance(lambda w, g, f: w * g - 0.5 * w * w * f, fisher=True),
   'l1': Importance(lambda w, g, f: w, gradient=False),
   'l2': Importance(lambda w, g, f: w * w, gradient=False),
+  'fluctuation': Importance(gradient=False, columns=_fluctuation),
+  'wanda': Importance(gradient=False, columns=_wanda),
   'random': Importance(lambda w, g, f: w, gradient=False),
 }
+
+
+def _fold(heads_KG: jax.Array, reference: bool) -> jax.Array:
+  """Scores of query heads added up by KV group, [K]; `reference` takes head h for one of group h mod K."""
+  return (heads_KG.reshape(heads_KG.shape[::-1]).T if reference else heads_KG).sum(1)
 
 
 def group_scores(
@@ -107,12 +119,23 @@ def group_scores(
         score = score.sum(hidden, keepdims=True)
       score = jnp.abs(score)
       if reference_fold and name in ('q', 'q_bias', 'o'):
-        heads = score.sum([a for a in range(score.ndim) if a not in (axis, axis + 1)])  # [K, G]
-        total += heads.reshape(heads.shape[::-1]).sum(0)
+        total += _fold(score.sum([a for a in range(score.ndim) if a not in (axis, axis + 1)]), True)
       else:
         total += score.sum([a for a in range(score.ndim) if a != axis])
     totals.append(total)
   return totals
+
+
+def _moments(x_TC: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean and variance of every column, in fp32; in two passes: E[x²] − E[x]² would cancel."""
+  x_TC = x_TC.astype(jnp.float32)
+  mean_C = x_TC.mean(0)
+  return mean_C, jnp.square(x_TC - mean_C).mean(0)
+
+
+def _merge(mean_MC: jax.Array, variance_MC: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Moments of all tokens from those of equally large parts."""
+  return mean_MC.mean(0), variance_MC.mean(0) + mean_MC.var(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,22 +172,8 @@ class Scorer:
     """Scores of S rows of T tokens. The gradient is that of the mean loss over the whole batch."""
     S, T = tokens_ST.shape
     tokens_MBT = tokens_ST.reshape(-1, self.micro_batch, T)
-    tables, shape = llama.rope(self.config, T), self.shape
-    measure = DISTANCES[self.distance]
-
-    def run(layer: Params, x_BTD: jax.Array) -> jax.Array:
-      return llama.apply_layer(self.config, shape, layer, x_BTD, tables)
-
-    def forward(x_MBTD: jax.Array, layer: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-      def micro(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y_BTD = run(layer, x_BTD)
-        return y_BTD, measure(x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32)).sum()
-
-      y_MBTD, distance_M = jax.lax.map(micro, x_MBTD)
-      return y_MBTD, (x_MBTD, distance_M.sum() / (S * T))
-
-    x_MBTD = stacked['embed'][tokens_MBT].astype(self.dtype)
-    x_MBTD, (inputs_LMBTD, distance_L) = jax.lax.scan(forward, x_MBTD, stacked['layers'])
+    tables = llama.rope(self.config, T)
+    x_MBTD, (inputs_LMBTD, distance_L, moments_L) = self._forward(stacked, tokens_MBT, tables)
 
     def head_loss(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
       x_BTD, tokens_BT = xs
@@ -176,8 +185,53 @@ class Scorer:
       return jax.value_and_grad(loss)(x_BTD)
 
     losses_M, gradient_MBTD = jax.lax.map(head_loss, (x_MBTD, tokens_MBT))
+    if moments_L:
+      kv, ffn, o_columns = self._column_scores(stacked['layers'], moments_L)
+      return Scores(kv, ffn, distance_L, losses_M.sum(), o_columns)
+
+    def run(layer: Params, x_BTD: jax.Array) -> jax.Array:
+      return llama.apply_layer(self.config, self.shape, layer, x_BTD, tables)
+
     kv, ffn = self._group_scores(run, stacked['layers'], inputs_LMBTD, gradient_MBTD)
     return Scores(kv, ffn, distance_L, losses_M.sum())
+
+  def _forward(
+    self, stacked: Params, tokens_MBT: jax.Array, tables: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
+    """The last layer's output, and of every layer the input, the distance and what `columns` need."""
+    config, shape, measure = self.config, self.shape, DISTANCES[self.distance]
+    collect = IMPORTANCES[self.importance].columns is not None
+
+    def run(layer: Params, x_BTD: jax.Array) -> tuple[jax.Array, Moments]:
+      if not collect:
+        return llama.apply_layer(config, shape, layer, x_BTD, tables), {}
+      y_BTD, inputs = llama.apply_layer_with_inputs(config, shape, layer, x_BTD, tables)
+      return y_BTD, {name: _moments(x_TC) for name, x_TC in inputs.items()}
+
+    def forward(x_MBTD: jax.Array, layer: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
+      def micro(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, Moments]:
+        y_BTD, moments = run(layer, x_BTD)
+        return y_BTD, measure(x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32)).sum(), moments
+
+      y_MBTD, distance_M, moments_M = jax.lax.map(micro, x_MBTD)
+      moments = {name: _merge(*parts) for name, parts in moments_M.items()}
+      return y_MBTD, (x_MBTD, distance_M.sum() / tokens_MBT.size, moments)
+
+    x_MBTD = stacked['embed'][tokens_MBT].astype(self.dtype)
+    return jax.lax.scan(forward, x_MBTD, stacked['layers'])
+
+  def _column_scores(self, layers: Params, moments_L: Moments) -> list[jax.Array]:
+    """[kv [L, K], ffn [L, F], o_proj's columns [L, K, G, H]]."""
+    columns = IMPORTANCES[self.importance].columns
+    assert columns is not None
+
+    def score(_: None, xs: tuple[Params, Moments]) -> tuple[None, list[jax.Array]]:
+      layer, moments = xs
+      o_DKGH, down_DF = (x.astype(jnp.float32) for x in (layer['attention']['o'], layer['mlp']['down']))
+      o_KGH = columns(o_DKGH, *(m.reshape(o_DKGH.shape[1:]) for m in moments['o']))
+      return None, [_fold(o_KGH.sum(2), self.reference_fold), columns(down_DF, *moments['down']), o_KGH]
+
+    return jax.lax.scan(score, None, (layers, moments_L))[1]
 
   def _group_scores(
     self, run: Callable[..., jax.Array], layers: Params, inputs_LMBTD: jax.Array, gradient_MBTD: jax.Array

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.allocate import Allocator
 from adapt_jax.config import RunOptions
 from adapt_jax.data import Blocks, TokenStream, check_vocab, load_blocks, load_stream
 from adapt_jax.documents import check_source, is_blocks
+from adapt_jax.methods import METHODS
 from adapt_jax.prune import target_params
 from adapt_jax.train import stage_steps
 from models.config import ModelConfig
@@ -124,11 +124,11 @@ def _check_sources(options: RunOptions) -> None:
 
 def _check_target(options: RunOptions, config: ModelConfig) -> None:
   target = target_params(config, options.prune.target)
-  smallest = Allocator(config, options.prune.align_ffn).smallest()
+  smallest = METHODS[options.prune.method](config, options.prune).smallest()
   if target < smallest:
     raise InputError(
-      f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but embeddings, '
-      f'norms, one KV group and the narrowest MLP in every layer already have {smallest:,}: raise it'
+      f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but what '
+      f'config.prune.method = {options.prune.method!r} always keeps already has {smallest:,}: raise it'
     )
 
 

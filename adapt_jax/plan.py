@@ -1,4 +1,7 @@
-"""What a pruning keeps, layer by layer, in the numbering of the model it started from."""
+"""What a pruning keeps, layer by layer, in the numbering of the model it started from.
+
+Numpy only.
+"""
 
 import dataclasses
 from typing import Any
@@ -11,7 +14,10 @@ from models.errors import InputError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrunePlan:
-  """Masks of what is kept: `kv[l]` over the KV groups [K_l] of layer l, `ffn[l]` over its channels [F_l]."""
+  """Masks of what is kept: `kv[l]` over the KV groups [K_l] of layer l, `ffn[l]` over its channels [F_l].
+
+  A layer of which neither a group nor a channel is kept is gone, its norms too.
+  """
 
   kv: tuple[np.ndarray, ...]
   ffn: tuple[np.ndarray, ...]
@@ -34,35 +40,60 @@ class PrunePlan:
     """Kept MLP channels per layer, int [L]."""
     return np.array([m.sum() for m in self.ffn])
 
+  @property
+  def present(self) -> np.ndarray:
+    """The layers that are not gone, bool [L]."""
+    return (self.kv_widths > 0) | (self.ffn_widths > 0)
+
   def pruned_config(self, config: ModelConfig) -> ModelConfig:
-    """The config of the compacted model; `config` is the one that the plan numbers."""
+    """The config of the compacted model, without the layers that are gone.
+
+    `config` is the one that the plan numbers. Raises InputError if no layer is left, or a layer is left
+    without KV groups or without channels.
+    """
+    widths = list(zip(config.layers, self.kv_widths, self.ffn_widths, strict=True))
     return config.with_layers(
       tuple(
         LayerShape(int(k) * s.group_size, int(k), int(f))
-        for s, k, f in zip(config.layers, self.kv_widths, self.ffn_widths, strict=True)
+        for (s, k, f), present in zip(widths, self.present, strict=True)
+        if present
       )
     )
+
+  def widths(self, config: ModelConfig) -> dict[str, list[int]]:
+    """num_heads, num_kv_heads and ffn of every layer of `config`, which the plan numbers; 0 where gone."""
+    kv = self.kv_widths.tolist()
+    heads = [k * s.group_size for k, s in zip(kv, config.layers, strict=True)]
+    return {'num_heads': heads, 'num_kv_heads': kv, 'ffn': self.ffn_widths.tolist()}
+
+  def without_layer(self, layer: int) -> 'PrunePlan':
+    """This plan with one more layer gone."""
+
+    def emptied(masks: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+      return tuple(np.zeros_like(m) if i == layer else m for i, m in enumerate(masks))
+
+    return PrunePlan(emptied(self.kv), emptied(self.ffn))
 
   def params(self, config: ModelConfig) -> int:
     """Stored parameters of the compacted model."""
     return count_params(self.pruned_config(config))
 
   def relative_to(self, earlier: 'PrunePlan') -> 'PrunePlan':
-    """This plan in the numbering of the model that `earlier` compacted."""
+    """This plan in the numbering of the model that `earlier` compacted, which lacks the layers gone there."""
 
-    def renumber(now: np.ndarray, then: np.ndarray) -> np.ndarray:
-      if np.any(now & ~then):
+    def renumber(now: tuple[np.ndarray, ...], then: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+      if any(np.any(n & ~t) for n, t in zip(now, then, strict=True)):
         raise ValueError('a later plan cannot keep what an earlier one removed')
-      return now[then]
+      return tuple(n[t] for n, t, there in zip(now, then, earlier.present, strict=True) if there)
 
-    return PrunePlan(tuple(map(renumber, self.kv, earlier.kv)), tuple(map(renumber, self.ffn, earlier.ffn)))
+    return PrunePlan(renumber(self.kv, earlier.kv), renumber(self.ffn, earlier.ffn))
 
   def equals(self, other: 'PrunePlan') -> bool:
     """True if both keep the same groups."""
     return all(map(np.array_equal, self.kv + self.ffn, other.kv + other.ffn))
 
   def to_json(self) -> dict[str, Any]:
-    """{'layers': [{'kv_groups': kept indices, 'ffn_channels': kept indices}, ...]}."""
+    """{'layers': [{'kv_groups': kept indices, 'ffn_channels': kept indices}, ...]}; both empty if gone."""
     return {
       'layers': [
         {'kv_groups': np.flatnonzero(k).tolist(), 'ffn_channels': np.flatnonzero(f).tolist()}
@@ -78,17 +109,46 @@ class PrunePlan:
       raise InputError(f'the plan has {len(layers)} layers, the model {config.num_layers}')
 
     def mask(kept: list[int], size: int, layer: int) -> np.ndarray:
-      if not kept or min(kept) < 0 or max(kept) >= size:
+      if kept and (min(kept) < 0 or max(kept) >= size):
         raise InputError(f'layer {layer} of the plan keeps groups outside 0 … {size - 1}')
       m = np.zeros(size, bool)
       m[kept] = True
       return m
 
+    for i, p in enumerate(layers):
+      if bool(p['kv_groups']) != bool(p['ffn_channels']):
+        raise InputError(f'layer {i} of the plan keeps only one of KV groups and channels: both, or neither')
+    if not any(p['kv_groups'] for p in layers):
+      raise InputError('the plan keeps no layer')
     pairs = list(enumerate(zip(layers, config.layers, strict=True)))
     return cls(
       tuple(mask(p['kv_groups'], s.num_kv_heads, i) for i, (p, s) in pairs),
       tuple(mask(p['ffn_channels'], s.ffn, i) for i, (p, s) in pairs),
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PruneState:
+  """Where the schedule stands: one schedule over all stages.
+
+  plan: what is kept. sparsity: s_l [L], float64. step: pruning steps taken since the run began.
+  """
+
+  plan: PrunePlan
+  sparsity: np.ndarray
+  step: int
+
+  @classmethod
+  def start(cls, config: ModelConfig) -> 'PruneState':
+    return cls(PrunePlan.dense(config), np.zeros(config.num_layers), 0)
+
+  def to_json(self) -> dict[str, Any]:
+    return {'step': self.step, 'sparsity': self.sparsity.tolist()} | self.plan.to_json()
+
+  @classmethod
+  def from_json(cls, data: dict[str, Any], config: ModelConfig) -> 'PruneState':
+    plan = PrunePlan.from_json(data, config)
+    return cls(plan, np.array(data['sparsity'], dtype=np.float64), int(data['step']))
 
 
 def keep_best(

@@ -1,7 +1,7 @@
-"""Adapt-Pruner: the progressive loop (paper section 3).
+"""The pruning loop, whatever the method.
 
-Each step scores all groups on freshly drawn calibration rows, turns layer distances into one more
-bit of sparsity per layer, and zeroes the lowest-scored groups. Shapes never change inside the loop.
+Each step scores all groups and layers on freshly drawn calibration rows, lets the method of
+`config.prune.method` decide what goes, and zeroes that. Shapes never change inside the loop.
 """
 
 import dataclasses
@@ -13,45 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax import surgery
-from adapt_jax.allocate import Allocator, Widths, normalise
 from adapt_jax.compile import Compiler
 from adapt_jax.config import PruneOptions
 from adapt_jax.data import Blocks, draw_rows
 from adapt_jax.importance import Scorer
-from adapt_jax.plan import PrunePlan, keep_best
+from adapt_jax.methods import METHODS
+from adapt_jax.plan import PrunePlan, PruneState
 from adapt_jax.progress import Progress
+from adapt_jax.scores import Scores
 from models.config import ModelConfig, count_params
 from models.errors import InputError
 from models.llama import Params
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class PruneState:
-  """Where the schedule stands: one schedule over all stages.
-
-  plan: what is kept. sparsity: s_l [L], float64. step: pruning steps taken since the run began.
-  """
-
-  plan: PrunePlan
-  sparsity: np.ndarray
-  step: int
-
-  @classmethod
-  def start(cls, config: ModelConfig) -> 'PruneState':
-    return cls(PrunePlan.dense(config), np.zeros(config.num_layers), 0)
-
-  def to_json(self) -> dict[str, Any]:
-    return {'step': self.step, 'sparsity': self.sparsity.tolist()} | self.plan.to_json()
-
-  @classmethod
-  def from_json(cls, data: dict[str, Any], config: ModelConfig) -> 'PruneState':
-    plan = PrunePlan.from_json(data, config)
-    return cls(plan, np.array(data['sparsity'], dtype=np.float64), int(data['step']))
-
-
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-  """What one pruning step saw and did; `layer_importance` is I of section 3, larger = more important."""
+  """What one pruning step saw and did.
+
+  `layer_importance` is I of section 3, larger = more important; `sparsity` what the schedule has reached,
+  or the share of a layer's groups that is gone; widths are of every layer of the dense model.
+  """
 
   step: int
   params: int
@@ -74,7 +55,7 @@ def target_params(config: ModelConfig, target: float) -> int:
 
 
 class Pruner:
-  """Prunes one model along one schedule, stage by stage.
+  """Prunes one model, stage by stage.
 
   With `options.compat = 'reference'` it does what the authors' program does wrong: query heads credited
   to KV group h mod K, Euclidean and Manhattan distances negated, sparsities and starting widths anew at
@@ -102,11 +83,14 @@ class Pruner:
   ):
     self.config, self.options, self.blocks = config, options, blocks
     self._as_reference = options.compat == 'reference'
+    self._method = METHODS[options.method](config, options)
+    self._importance = self._method.importance or options.importance
+    self._distance = self._method.distance or options.layer_distance
     self._seed, self._compiler, self._dtype = seed, compiler, dtype
     self._scorer = Scorer(
       config,
-      options.importance,
-      options.layer_distance,
+      self._importance,
+      self._distance,
       options.calibration.batch,
       dtype,
       reference_fold=self._as_reference,
@@ -114,43 +98,35 @@ class Pruner:
     self._program: Any = None
     self._zero = jax.jit(surgery.zero_stacked, donate_argnums=0)
 
-  def score(self, stacked: Params, step: int) -> Any:
+  def score(self, stacked: Params, step: int) -> Scores:
     """`Scores` as numpy arrays on the rows that `step` draws; InputError if any is not finite."""
     rows = draw_rows(len(self.blocks.tokens), self.options.calibration.samples, self._seed, step)
     tokens = jnp.asarray(self.blocks.tokens[rows])
     if self._program is None:
       self._program = self._compiler('scoring', self._scorer, stacked, tokens)
-    scores = jax.device_get(self._program(stacked, tokens))
-    if self.options.importance == 'random':
+    scores: Scores = jax.device_get(self._program(stacked, tokens))
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(scores)):
+      raise InputError(
+        f'pruning step {step + 1}: the calibration loss is {scores.loss} and not all scores are '
+        f'finite: check the model, the calibration text and config.model.dtype'
+      )
+    if self._importance == 'random':
       rng = np.random.default_rng([self._seed, step])
       scores = scores._replace(kv=rng.random(scores.kv.shape), ffn=rng.random(scores.ffn.shape))
-    if self._as_reference and self.options.layer_distance != 'cosine':
+    if self._as_reference and self._distance != 'cosine':
       scores = scores._replace(distance=-scores.distance)
-    if not all(np.isfinite(x).all() for x in scores):
-      raise InputError(
-        f'pruning step {step + 1}: the calibration loss is {scores.loss} and not all scores are finite: '
-        f'check the model, the calibration text and config.model.dtype'
-      )
     return scores
 
-  def _step(
-    self, allocator: Allocator, stacked: Params, state: PruneState, target: int
-  ) -> tuple[PruneState, StepRecord]:
-    scores = self.score(stacked, state.step)
-    rate = self.options.ratio / self.options.steps - self.options.amplitude * normalise(scores.distance)
-    now = Widths(state.plan.kv_widths, state.plan.ffn_widths)
-    widths, sparsity = allocator.step(now, state.sparsity, rate, target)
-    plan = keep_best(state.plan, scores.kv, scores.ffn, widths.kv, widths.ffn)
-    record = StepRecord(
-      step=state.step + 1,
-      params=allocator.params(widths),
+  def _record(self, scores: Scores, state: PruneState) -> StepRecord:
+    return StepRecord(
+      step=state.step,
+      params=state.plan.params(self.config),
       loss=float(scores.loss),
       layer_importance=np.asarray(scores.distance, np.float64).tolist(),
-      sparsity=sparsity.tolist(),
-      kv_groups=widths.kv.tolist(),
-      ffn=widths.ffn.tolist(),
+      sparsity=state.sparsity.tolist(),
+      kv_groups=state.plan.kv_widths.tolist(),
+      ffn=state.plan.ffn_widths.tolist(),
     )
-    return PruneState(plan, sparsity, state.step + 1), record
 
   def next_stage(self, state: PruneState) -> PruneState:
     """The schedule as the next stage takes it up: as it is, or from zero as the reference does."""
@@ -171,22 +147,24 @@ class Pruner:
 
     Args:
       params: what the plan `compacted` left; `state.plan` may already keep less (after a resume).
-      target: stored parameters, landed on from above by less than one MLP block.
+      target: stored parameters; how closely it is landed on is the method's matter.
       on_step: called after every step, to save and to log.
       title: of the progress bar.
     """
     before = state.plan.params(self.config)
     if before <= target:
       return state
-    allocator = Allocator(self.config, self.options.align_ffn)
+    method = self._method
     if self._as_reference:
       # Its schedule starts anew, from the present widths, at every stage.
-      allocator = Allocator(compacted.pruned_config(self.config), self.options.align_ffn, exact=False)
+      method = METHODS[self.options.method](compacted.pruned_config(self.config), self.options)
     stacked = jax.jit(lambda p: surgery.stack(p, compacted, self._dtype))(params)
     stacked = self._zero(stacked, *surgery.padded_masks(state.plan))
     with Progress(title, before - target, 'parameters removed') as progress:
       while before > target:
-        state, record = self._step(allocator, stacked, state, target)
+        scores = self.score(stacked, state.step)
+        state = method.step(scores, state, target)
+        record = self._record(scores, state)
         on_step(state, record)
         progress.update(before - max(record.params, target), step=str(record.step), loss=f'{record.loss:.3f}')
         before = record.params

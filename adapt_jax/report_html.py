@@ -290,7 +290,7 @@ def _body(data: _Data, command: str, running: bool) -> Iterator[str]:
   yield f'<p class="state">{e(_state(data, running) + written)}</p>'
   yield cards('facts', [f'<b>{e(figure)}</b><span>{e(what)}</span>' for figure, what in _facts(data)])
   yield f'<h2>Stages</h2><div class="card scroll">{_table(data)}</div>'
-  if 'definition' in data.perplexity:
+  if data.perplexity.get('definition'):
     yield f'<p>Perplexity is {e(data.perplexity["definition"])}.</p>'
   figures = [_perplexity_over_tokens(data)] if trained else [perplexity_chart(report)]
   if trained:

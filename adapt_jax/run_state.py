@@ -11,8 +11,7 @@ from typing import Any
 
 from adapt_jax.checkpoint import Checkpoints
 from adapt_jax.metrics import MetricsLog
-from adapt_jax.plan import PrunePlan
-from adapt_jax.prune import PruneState
+from adapt_jax.plan import PrunePlan, PruneState
 from adapt_jax.workdir import Workdir
 from models.config import ModelConfig
 from models.errors import InputError

@@ -32,32 +32,34 @@ def map_groups(fn: Callable[[jax.Array, int, str], Any], layer: Params) -> Param
   return out
 
 
-def _map_layers(fn: Callable[[Params, int], Params], params: Params) -> Params:
-  return params | {'layers': [fn(layer, i) for i, layer in enumerate(params['layers'])]}
-
-
 def _masks(plan: PrunePlan, layer: int) -> dict[str, np.ndarray]:
   return {'attention': plan.kv[layer], 'mlp': plan.ffn[layer]}
 
 
 def compact(params: Params, plan: PrunePlan) -> Params:
-  """The parameters without what `plan` removes; `plan` is in these parameters' own numbering."""
+  """The parameters without what `plan` removes; `plan` is in these parameters' own numbering.
+
+  `layers` comes out shorter where whole layers are gone.
+  """
 
   def layer(tree: Params, i: int) -> Params:
     kept = {block: np.flatnonzero(m) for block, m in _masks(plan, i).items()}
     return map_groups(lambda x, axis, block: jnp.take(x, kept[block], axis=axis), tree)
 
-  return _map_layers(layer, params)
+  return params | {'layers': [layer(params['layers'][i], i) for i in np.flatnonzero(plan.present).tolist()]}
 
 
 def zero(params: Params, plan: PrunePlan) -> Params:
-  """The parameters with what `plan` removes set to zero: the same function as `compact`."""
+  """The parameters with what `plan` removes set to zero: the same function as `compact`.
+
+  A layer without groups passes its input on; its norms stay.
+  """
 
   def layer(tree: Params, i: int) -> Params:
     masks = _masks(plan, i)
     return map_groups(lambda x, axis, block: _mask_axis(x, masks[block], axis), tree)
 
-  return _map_layers(layer, params)
+  return params | {'layers': [layer(tree, i) for i, tree in enumerate(params['layers'])]}
 
 
 def _mask_axis(x: jax.Array, mask: Any, axis: int) -> jax.Array:
@@ -70,7 +72,8 @@ def stack(params: Params, plan: PrunePlan, dtype: Any) -> Params:
   """Compacted parameters back at their original places, zeros between, all layers stacked.
 
   Layer leaves become [L, ...] at the widest layer's width: the fixed shape that scoring compiles for.
-  `params` are those that `plan` left; other leaves are cast to `dtype` too.
+  A layer that is gone is all zeros, which passes its input on. `params` are those that `plan` left;
+  other leaves are cast to `dtype` too.
   """
   widest = {'attention': max(map(len, plan.kv)), 'mlp': max(map(len, plan.ffn))}
 
@@ -85,7 +88,10 @@ def stack(params: Params, plan: PrunePlan, dtype: Any) -> Params:
 
     return map_groups(restore, tree)
 
-  layers = [layer(tree, i) for i, tree in enumerate(params['layers'])]
+  kept = np.flatnonzero(plan.present).tolist()
+  restored = {i: layer(tree, i) for i, tree in zip(kept, params['layers'], strict=True)}
+  gone = jax.tree.map(jnp.zeros_like, restored[kept[0]])
+  layers = [restored.get(i, gone) for i in range(len(plan.kv))]
   cast = {k: v.astype(dtype) for k, v in params.items() if k != 'layers'}
   return cast | {'layers': jax.tree.map(lambda *xs: jnp.stack([x.astype(dtype) for x in xs]), *layers)}
 
@@ -121,14 +127,14 @@ def with_output_bias(config: ModelConfig, params: Params) -> tuple[ModelConfig, 
   A bias belongs to no group, so no pruning removes it; training treats it as any other weight.
   """
 
-  def layer(tree: Params, _: int) -> Params:
+  def layer(tree: Params) -> Params:
     biased = dict(tree)
     for block, weight in (('attention', 'o'), ('mlp', 'down')):
       w = tree[block][weight]
       biased[block] = {f'{weight}_bias': jnp.zeros(w.shape[:1], w.dtype)} | tree[block]
     return biased
 
-  return dataclasses.replace(config, output_bias=True), _map_layers(layer, params)
+  return dataclasses.replace(config, output_bias=True), params | {'layers': list(map(layer, params['layers']))}
 
 
 def compact_optimizer(state: Any, params: Params, plan: PrunePlan) -> Any:

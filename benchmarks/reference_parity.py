@@ -18,7 +18,8 @@ import numpy as np
 from adapt_jax.compile import Compiler
 from adapt_jax.config import CalibrationOptions, PruneOptions
 from adapt_jax.data import Blocks
-from adapt_jax.prune import Pruner, PruneState, StepRecord
+from adapt_jax.plan import PruneState
+from adapt_jax.prune import Pruner, StepRecord
 from models.config import count_params
 from models.source import open_source
 
@@ -30,8 +31,8 @@ def reference_pruner(golden: pathlib.Path, rows: int) -> tuple[Pruner, dict]:
   """The pruner with the reference's recipe and calibration tokens, and its model's parameters."""
   tokens = np.load(golden / 'calib.npy')[:rows]
   options = PruneOptions(
-    target=0.5, stages=1, stage_targets='linear', steps=50, ratio=1.0, amplitude=0.02, importance='taylor',
-    layer_distance='cosine', align_ffn=1, compat='reference',
+    method='adapt', target=0.5, stages=1, stage_targets='linear', steps=50, ratio=1.0, amplitude=0.02,
+    importance='taylor', layer_distance='cosine', align_ffn=1, compat='reference',
     calibration=CalibrationOptions(source=(), samples=rows, length=64, batch=8),
   )  # fmt: skip
   source = open_source(str(MODEL))

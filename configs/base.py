@@ -29,19 +29,26 @@ def get_config() -> ConfigDict:
   config.data.messages_field = 'messages'  # rows that have it are chats: loss on the assistant's tokens
 
   config.prune = ConfigDict()
+  # adapt: the paper's, layers lose by their importance. uniform: the same schedule, all layers alike.
+  # Rivals, in one shot a stage (docs/methods.md): llm_pruner, flap, wanda_sp, magnitude, shortgpt.
+  config.prune.method = 'adapt'
   config.prune.target = 0.8  # fraction of the parameters kept (<= 1), or a parameter count (> 1)
   config.prune.stages = 1  # prune-then-recover rounds (N of the paper)
   config.prune.stage_targets = 'linear'  # linear or geometric in parameters
+  # Fields from here to importance are of adapt and uniform; the other methods ignore them.
   config.prune.steps = 50  # T: steps that would remove everything at ratio 1; sets the step size
   config.prune.ratio = 1.0  # rho: overall sparsity at step T; pruning stops at the target before
   config.prune.amplitude = 0.02  # A: how far layer importance bends a layer's sparsity per step
-  # Score of a group: taylor, taylor_vectorize, taylor_second, taylor_mix, l1, l2, random.
+  # Score of a group: taylor, taylor_vectorize, taylor_second, taylor_mix, l1, l2, fluctuation, wanda, random.
   config.prune.importance = 'taylor'
-  config.prune.layer_distance = 'cosine'  # between a layer's input and output: cosine, euclidean, manhattan
+  # Between a layer's input and output: cosine, euclidean, manhattan. Decides in adapt; else only reported
+  # (shortgpt: always cosine).
+  config.prune.layer_distance = 'cosine'
   config.prune.align_ffn = (
     1  # MLP widths are multiples of this (64 to 256 suit tensor cores and quantisation)
   )
-  config.prune.compat = ''  # 'reference': with the errors of the authors' program, to compare with it
+  # 'reference': with the errors of the authors' program, to compare with it; adapt and uniform only.
+  config.prune.compat = ''
   config.prune.calibration = ConfigDict()
   # Text of the kind that the model shall stay good at; its first 4 million tokens are drawn from.
   config.prune.calibration.source = ()

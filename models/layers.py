@@ -72,8 +72,9 @@ class Attention(nn.Module):
       q_BTNH = rms_norm(q_BTNH, self.param('q_norm', nn.initializers.ones, (H,)), c.rms_norm_eps)
       k_BSKH = rms_norm(k_BSKH, self.param('k_norm', nn.initializers.ones, (H,)), c.rms_norm_eps)
     q_BTNH, k_BSKH = apply_rope(q_BTNH, *rope), apply_rope(k_BSKH, *rope)
-    mixed_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH)
-    out_TD = mixed_BTNH.reshape(B * T, -1) @ o_DKGH.astype(x_TD.dtype).reshape(D, -1).T
+    mixed_TC = causal_attention(q_BTNH, k_BSKH, v_BSKH).reshape(B * T, -1)
+    self.sow('intermediates', 'o_input', mixed_TC)  # nothing, unless collected
+    out_TD = mixed_TC @ o_DKGH.astype(x_TD.dtype).reshape(D, -1).T
     if c.o_bias:
       out_TD += self.param('o_bias', nn.initializers.zeros, (D,)).astype(out_TD.dtype)
     return out_TD.reshape(B, T, D)
@@ -93,6 +94,7 @@ class Mlp(nn.Module):
     down_DF = self.param('down', _init, (D, F))
     x_TD = x_BTD.reshape(-1, D)
     hidden_TF = jax.nn.silu(project(x_TD, gate_FD, D)) * project(x_TD, up_FD, D)
+    self.sow('intermediates', 'down_input', hidden_TF)
     out_TD = project(hidden_TF, down_DF, F)
     if self.config.output_bias:
       out_TD += self.param('down_bias', nn.initializers.zeros, (D,)).astype(out_TD.dtype)

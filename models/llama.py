@@ -98,6 +98,20 @@ def apply_layer(
   return (jax.checkpoint(run) if remat else run)(layer, x_BTD)
 
 
+def apply_layer_with_inputs(
+  config: ModelConfig,
+  shape: LayerShape,
+  layer: Params,
+  x_BTD: jax.Array,
+  tables: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """`apply_layer`, and what enters its output projections: {'o': [B·T, K·G·H], 'down': [B·T, F]}."""
+  module = DecoderLayer(config, shape)
+  y_BTD, collected = module.apply({'params': layer}, x_BTD, tables, mutable=['intermediates'])
+  found = collected['intermediates']
+  return y_BTD, {'o': found['attention']['o_input'][0], 'down': found['mlp']['down_input'][0]}
+
+
 def apply(
   config: ModelConfig, params: Params, tokens_BT: jax.Array, *, dtype: Any = jnp.float32
 ) -> jax.Array:

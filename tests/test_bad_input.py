@@ -41,6 +41,7 @@ FIELDS = [
   ('prune.target', float('nan')),
   ('prune.target', float('inf')),
   ('prune.align_ffn', 0),
+  ('prune.method', 'sparsegpt'),
   ('prune.importance', 'tailor'),
   ('prune.layer_distance', 'cosinus'),
   ('prune.stage_targets', 'log'),
@@ -94,6 +95,16 @@ def test_target_above_and_below_what_can_be_reached(files):
   refuse(config, 'prune.target', '1,000,000,000', 'lower it')
   config.prune.target = 0.05
   refuse(config, 'prune.target', '0.05', 'raise it')
+
+
+def test_methods_that_do_not_go_with_the_rest(files):
+  config = runs.make_config(files)
+  config.prune.method = 'llm_pruner'  # the model has four layers
+  refuse(config, 'config.prune.method', 'llm_pruner', 'only 4', 'another method')
+  config.prune.method, config.prune.target = 'shortgpt', 0.3
+  refuse(config, 'config.prune.target = 0.3', 'shortgpt', 'raise it')
+  config.prune.method, config.prune.compat = 'flap', 'reference'
+  refuse(config, 'config.prune.compat', 'adapt and uniform', 'flap')
 
 
 @pytest.mark.parametrize('field', ['prune.calibration.source', 'train.source', 'evaluate.source'])

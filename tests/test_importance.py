@@ -10,6 +10,7 @@ from adapt_jax.importance import DISTANCES, IMPORTANCES, Scorer
 from adapt_jax.plan import PrunePlan
 from models import llama
 from models.config import LayerShape, ModelConfig, RopeConfig
+from tests.helpers import random_params, save_checkpoint, tiny_config
 
 
 def make_model(group=3, kv=2, layers=3, hidden=32, ffn=24):
@@ -96,7 +97,10 @@ def member(layer, name):
   return layer['mlp'][name].T if name == 'down' else layer['mlp'][name]
 
 
-@pytest.mark.parametrize('importance', sorted(IMPORTANCES.keys() - {'random'}))
+INPUT_STATISTICS = {'fluctuation', 'wanda'}
+
+
+@pytest.mark.parametrize('importance', sorted(IMPORTANCES.keys() - {'random'} - INPUT_STATISTICS))
 def test_every_importance_is_its_formula(importance):
   scores, layers, samples = scores_and_gradients(importance)
   for i, layer in enumerate(layers):
@@ -148,3 +152,43 @@ def test_no_importance_holds_the_gradient_tree(importance):
   program = jax.jit(Scorer(config, importance, micro_batch=2)).lower(stacked, tokens).compile()
   all_layers = sum(x.size * 4 for x in jax.tree.leaves(stacked['layers']))
   assert program.memory_analysis().temp_size_in_bytes < all_layers
+
+
+def module_inputs(directory, tokens):
+  """{module name: [tokens, columns]} of what enters o_proj and down_proj in transformers, in float64."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  model = transformers.AutoModelForCausalLM.from_pretrained(directory).double().eval()
+  found, weights = {}, {}
+  for name, module in model.named_modules():
+    if name.endswith(('o_proj', 'down_proj')):
+      weights[name] = module.weight.detach().numpy()
+      module.register_forward_hook(lambda m, args, out, n=name: found.update({n: args[0].detach().numpy()}))
+  with torch.no_grad():
+    model(torch.tensor(np.asarray(tokens)))
+  return {n: x.reshape(-1, x.shape[-1]) for n, x in found.items()}, weights
+
+
+@pytest.mark.parametrize('importance', sorted(INPUT_STATISTICS))
+def test_input_statistics_are_those_of_transformers_modules(importance, tmp_path):
+  """Over the whole calibration batch, whatever the micro-batch; sane where the mean dwarfs the variance."""
+  config = tiny_config('qwen2', (LayerShape(6, 2, 40),) * 3, tie_embeddings=True)
+  params = random_params(config)
+  params['layers'][1]['attention']['v_bias'] += 300  # the mixed values of layer 1 are 300 ± 2
+  save_checkpoint(tmp_path, config, params)
+  tokens = jax.random.randint(jax.random.key(1), (8, 16), 0, config.vocab_size)
+  inputs, weights = module_inputs(tmp_path, tokens)
+  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  scores = jax.jit(Scorer(config, importance, micro_batch=2))(stacked, tokens)
+  for i in range(config.num_layers):
+    metric = []
+    for name in (f'model.layers.{i}.self_attn.o_proj', f'model.layers.{i}.mlp.down_proj'):
+      x, w = inputs[name], weights[name]
+      if importance == 'fluctuation':
+        metric.append(x.var(0) * (w**2).sum(0))
+      else:
+        metric.append((np.abs(w) * np.linalg.norm(x, axis=0)).sum(0) / np.sqrt(len(x)))
+    columns = metric[0].reshape(2, 3, 12)
+    np.testing.assert_allclose(scores.o_columns[i], columns, rtol=1e-3)
+    np.testing.assert_allclose(scores.kv[i], columns.sum((1, 2)), rtol=1e-3)
+    np.testing.assert_allclose(scores.ffn[i], metric[1], rtol=1e-3)

@@ -25,11 +25,11 @@ LAYERS = (
   },
   {
     'importance', 'allocate', 'surgery', 'plan', 'loss', 'optim', 'data', 'documents', 'metrics',
-    'config', 'compile', 'progress', 'workdir', 'charts', 'tensorboard',
+    'config', 'compile', 'progress', 'workdir', 'charts', 'tensorboard', 'methods', 'scores',
   },
 )  # fmt: skip
 PICKLES = {'pickle', 'cloudpickle', 'dill', 'shelve', 'joblib'}  # loading one runs code
-NO_JAX = ('adapt_jax/allocate.py', 'adapt_jax/plan.py')
+NO_JAX = ('adapt_jax/allocate.py', 'adapt_jax/plan.py', 'adapt_jax/methods/__init__.py')
 TOKENIZER_FILES = ('models/source.py', 'models/gguf_tokenizer.py')
 
 SOURCES = {

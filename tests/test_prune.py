@@ -12,13 +12,15 @@ from adapt_jax.compile import Compiler
 from adapt_jax.config import CalibrationOptions, PruneOptions
 from adapt_jax.data import Blocks
 from adapt_jax.importance import IMPORTANCES
-from adapt_jax.prune import Pruner, PruneState, target_params
+from adapt_jax.plan import PruneState
+from adapt_jax.prune import Pruner, target_params
 from models import llama
 from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
 
 OPTIONS = PruneOptions(
-  target=0.7, stages=1, stage_targets='linear', steps=40, ratio=1.0, amplitude=0.02, importance='taylor',
-  layer_distance='cosine', align_ffn=1, compat='', calibration=CalibrationOptions((), 8, 12, 4),
+  method='adapt', target=0.7, stages=1, stage_targets='linear', steps=40, ratio=1.0, amplitude=0.02,
+  importance='taylor', layer_distance='cosine', align_ffn=1, compat='',
+  calibration=CalibrationOptions((), 8, 12, 4),
 )  # fmt: skip
 
 

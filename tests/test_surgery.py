@@ -183,6 +183,70 @@ def test_a_model_with_attention_bias_keeps_its_own_when_biases_are_added():
   np.testing.assert_array_equal(layer['mlp']['down_bias'], jnp.zeros(32))
 
 
+def gone_plan(config, *layers):
+  """`some_plan`, without these layers."""
+  plan = some_plan(config)
+  for layer in layers:
+    plan = plan.without_layer(layer)
+  return plan
+
+
+def test_a_layer_without_groups_is_gone_with_its_norms():
+  config, params = make_model()
+  plan = gone_plan(config, 1)
+  small = surgery.compact(params, plan)
+  assert len(small['layers']) == plan.pruned_config(config).num_layers == 2
+  np.testing.assert_array_equal(small['layers'][1]['mlp_norm'], params['layers'][2]['mlp_norm'])
+  assert plan.params(config) == sum(x.size for x in jax.tree.leaves(small))
+  zeroed = llama.apply(config, surgery.zero(params, plan), tokens(config))
+  compacted = llama.apply(plan.pruned_config(config), small, tokens(config))
+  np.testing.assert_allclose(zeroed, compacted, atol=2e-6)
+  assert [w == 0 for w in plan.widths(config)['num_heads']] == [False, True, False]
+
+
+def test_a_gone_layer_is_scored_as_one_that_does_nothing():
+  config, params = make_model()
+  plan = gone_plan(config, 0, 2)
+  stacked = surgery.stack(surgery.compact(params, plan), plan, jnp.float32)
+  scores = jax.jit(Scorer(config, micro_batch=2))(stacked, tokens(config))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(scores))
+  np.testing.assert_allclose(scores.distance[np.array([0, 2])], -1, rtol=1e-6)
+  np.testing.assert_array_equal(scores.ffn[0], 0)
+  narrow = plan.pruned_config(config)
+  own = surgery.stack(surgery.compact(params, plan), PrunePlan.dense(narrow), jnp.float32)
+  alone = jax.jit(Scorer(narrow, micro_batch=2))(own, tokens(config))
+  kept = plan.ffn[1]
+  np.testing.assert_allclose(scores.ffn[1][kept], alone.ffn[0][: kept.sum()], rtol=2e-5, atol=1e-9)
+
+
+def test_plans_compose_where_layers_go():
+  config, params = make_model()
+  first, second = gone_plan(config, 1), gone_plan(config, 1, 0)
+  once = surgery.compact(params, second)
+  twice = surgery.compact(surgery.compact(params, first), second.relative_to(first))
+  jax.tree.map(np.testing.assert_array_equal, once, twice)
+  assert len(once['layers']) == 1
+  with pytest.raises(ValueError, match='cannot keep'):
+    first.relative_to(second)
+  tx = optax.scale_by_adam()
+  moments = surgery.compact_optimizer(tx.init(params), params, second)
+  assert jax.tree.structure(moments.mu) == jax.tree.structure(once)
+
+
+def test_plans_with_gone_layers_in_json():
+  config, _ = make_model()
+  plan = gone_plan(config, 1)
+  assert PrunePlan.from_json(plan.to_json(), config).equals(plan)
+  half = plan.to_json()
+  half['layers'][0]['kv_groups'] = []
+  with pytest.raises(InputError, match='layer 0 of the plan keeps only one'):
+    PrunePlan.from_json(half, config)
+  with pytest.raises(InputError, match='no layer'):
+    PrunePlan.from_json(gone_plan(config, 0, 1, 2).to_json(), config)
+  with pytest.raises(InputError, match='at least one decoder layer'):
+    gone_plan(config, 0, 1, 2).pruned_config(config)
+
+
 def test_relative_plans_compose():
   config, params = make_model()
   first, second = some_plan(config, seed=0, keep=0.8), some_plan(config, seed=0, keep=0.4)

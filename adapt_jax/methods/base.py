@@ -1,0 +1,88 @@
+"""What a pruning method is: from the scores of one pass to what is kept.
+
+The pruner draws calibration rows, scores them, asks the method for a step, zeroes what went, and repeats
+until the target is reached. Numpy only.
+"""
+
+import abc
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from adapt_jax.allocate import Allocator, Widths
+from adapt_jax.plan import PrunePlan, PruneState, keep_best
+from adapt_jax.scores import Scores
+from models.config import ModelConfig
+
+
+class Options(Protocol):
+  """The fields of `config.prune` that methods read."""
+
+  @property
+  def steps(self) -> int: ...
+  @property
+  def ratio(self) -> float: ...
+  @property
+  def amplitude(self) -> float: ...
+  @property
+  def align_ffn(self) -> int: ...
+  @property
+  def compat(self) -> str: ...
+
+
+class Method(abc.ABC):
+  """Decides what each pruning step removes.
+
+  Args:
+    config: the model that widths and sparsities refer to: the dense one, or what a stage starts from.
+    options: `config.prune`.
+  """
+
+  # Of groups and layers, names of importance.IMPORTANCES and DISTANCES; '': as config.prune says.
+  importance: ClassVar[str] = ''
+  distance: ClassVar[str] = ''
+  # Whether the authors' program of Adapt-Pruner has it too, so that prune.compat applies.
+  in_reference: ClassVar[bool] = False
+
+  def __init__(self, config: ModelConfig, options: Options):
+    self.config, self.options = config, options
+    self.allocator = Allocator(config, options.align_ffn, exact=not options.compat)
+
+  def smallest(self) -> int:
+    """The lowest target, in parameters, that is sure to be reached."""
+    return self.allocator.smallest()
+
+  @abc.abstractmethod
+  def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
+    """The state after one more step, with at most `target` parameters or on the way there.
+
+    Args:
+      scores: of the model as `state.plan` leaves it, on the host; padded to the widest layer.
+      state: what is kept so far, in the numbering of the dense model.
+      target: stored parameters.
+    """
+
+
+class OneShot(Method):
+  """A method that reaches the target in one step: `widths` decides them, the best-scored groups stay."""
+
+  @abc.abstractmethod
+  def widths(self, scores: Scores, plan: PrunePlan, target: int) -> Widths:
+    """The widths that land on `target`, as `Allocator.take` promises it."""
+
+  def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
+    widths = self.widths(scores, state.plan, target)
+    plan = keep_best(state.plan, scores.kv, scores.ffn, widths.kv, widths.ffn)
+    return PruneState(plan, self.allocator.removed(widths), state.step + 1)
+
+
+class UniformOneShot(OneShot):
+  """One-shot with the same sparsity in every layer that `touched` names, up to one group or block."""
+
+  def touched(self) -> np.ndarray:
+    """The layers that may lose something, bool [L]."""
+    return np.ones(self.config.num_layers, bool)
+
+  def widths(self, scores: Scores, plan: PrunePlan, target: int) -> Widths:
+    now = Widths(plan.kv_widths, plan.ffn_widths)
+    return self.allocator.one_shot(now, self.touched().astype(np.float64), target)

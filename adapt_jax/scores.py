@@ -1,0 +1,19 @@
+"""What one scoring pass tells, on the host or on the device."""
+
+from typing import Any, NamedTuple
+
+
+class Scores(NamedTuple):
+  """The arrays of one pass; all padded to the widest layer.
+
+  kv [L, K] and ffn [L, F]: importance of every group. distance [L]: mean over tokens of the layer's
+  distance between input and output, larger = more change. loss: mean next-token cross-entropy, nats.
+  o_columns [L, K, G, H]: what `kv` sums over o_proj's columns, of importances that are made of them; else
+  None.
+  """
+
+  kv: Any
+  ffn: Any
+  distance: Any
+  loss: Any
+  o_columns: Any = None
