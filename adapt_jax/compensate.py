@@ -119,7 +119,8 @@ class Compensator:
       own_BTD, inputs_TC = run(x_BTD)
       kept_TC = jnp.where(mask_C, inputs_TC, 0)
       difference_TD = (kept_TC - inputs_TC) @ weight_DC.T + kept_TC @ change_DC.T + change_D
-      return own_BTD + difference_TD.astype(own_BTD.dtype).reshape(own_BTD.shape)
+      after_BTD = own_BTD + difference_TD.astype(own_BTD.dtype).reshape(own_BTD.shape)
+      return jnp.where(mask_C.any(), after_BTD, x_BTD)  # a layer that is gone has no bias either
 
     after_MBTD = jax.lax.map(corrected, streams[1])
     change = {bias: change_D} if self.kind == 'bias' else {name: change_DC.reshape(weight.shape)}
