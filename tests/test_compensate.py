@@ -49,7 +49,7 @@ def compensated(config, params, plan, kind, tokens, micro_batch=4):
 
 
 def streams(config, params, tokens):
-  """Of every layer: stream before, what enters o_proj, stream between, what enters down_proj, stream after."""
+  """Of every layer: before, what enters o_proj, between, what enters down_proj, after."""
   x, tables, out = params['embed'][tokens], llama.rope(config, tokens.shape[1]), []
   for shape, layer in zip(config.layers, params['layers'], strict=True):
     middle, o_inputs = llama.attend(config, shape, layer, x, tables)
