@@ -1,5 +1,6 @@
 """A tiny model, its text and its config, for tests that run the whole job."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -91,3 +92,20 @@ def main(files: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.
   return subprocess.run(
     command(files, workdir, *flags), capture_output=True, text=True, timeout=600, check=False
   )
+
+
+def assert_same_end(path: pathlib.Path, reference: pathlib.Path) -> None:
+  """Two finished runs have the same weights, figures, log and plan; times aside."""
+  for name in ('hf/model.safetensors', 'hf/config.json', 'hf/tokenizer.json'):
+    assert (path / name).read_bytes() == (reference / name).read_bytes(), name
+  ours, theirs = (json.loads((p / 'report.json').read_text()) for p in (path, reference))
+  for report in (ours, theirs):
+    for stage in report['stages']:
+      del stage['seconds']
+  assert ours['stages'] == theirs['stages'] and ours['perplexity'] == theirs['perplexity']
+  logs = [[json.loads(x) for x in (p / 'metrics.jsonl').read_text().splitlines()] for p in (path, reference)]
+  for row in logs[0] + logs[1]:
+    assert row.pop('tokens_per_second', 1) > 0
+  assert logs[0] == logs[1]
+  plans = [json.loads((p / 'plan.json').read_text()) for p in (path, reference)]
+  assert plans[0] == plans[1]

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -67,7 +66,7 @@ def test_report_keeps_the_output_contract(finished):
 
 def test_one_scoring_compile_a_run_and_one_training_compile_a_stage(finished):
   _, report = finished
-  assert report['compiles']['scoring'] == 1
+  assert report['compiles']['scoring'] == report['compiles']['compensation'] == 1
   assert report['compiles']['training'] == 2
   assert report['compiles']['evaluation'] == 3  # dense, and each stage's shape
 
@@ -92,8 +91,9 @@ def test_saved_weights_have_the_reported_size_and_perplexity(finished, files, tm
 
 
 def test_plan_tells_what_was_kept_in_the_original_numbering(files, tmp_path):
-  """Pruning alone: the saved weights are the source's rows at the plan's indices."""
+  """Pruning alone: the saved weights are the source's rows at the plan's indices; none are corrected."""
   config = runs.make_config(files)
+  config.prune.compensate = 'none'
   report = start(config, tmp_path / 'out', mode='prune')
   assert report['perplexity']['recovered'] is None and report['compiles']['training'] == 0
   plan = json.loads((tmp_path / 'out/plan.json').read_text())
@@ -105,6 +105,29 @@ def test_plan_tells_what_was_kept_in_the_original_numbering(files, tmp_path):
     name = f'model.layers.{i}.self_attn.q_proj.weight'
     rows = before[name].reshape(3, -1, runs.HIDDEN)[layer['kv_groups']]
     np.testing.assert_array_equal(after[name], rows.reshape(-1, runs.HIDDEN))
+
+
+@pytest.mark.parametrize('compensate', ['least_squares', 'bias'])
+def test_compensated_weights_are_saved_and_better(files, tmp_path, compensate):
+  """Without training; what is not an output projection keeps its bits, and biases are exported."""
+  perplexity = {}
+  for kind in ('none', compensate):
+    config = runs.make_config(files)
+    config.prune.method, config.prune.stages, config.prune.compensate = 'flap', 1, kind
+    report = start(config, tmp_path / kind, mode='prune')
+    perplexity[kind] = report['perplexity']['pruned']
+    assert report['model']['params_after'] <= report['model']['params_target']
+  assert perplexity[compensate] < perplexity['none']
+  plain, ours = (load_file(tmp_path / kind / 'hf/model.safetensors') for kind in ('none', compensate))
+  changed = {name for name in plain if not np.array_equal(plain[name], ours[name])}
+  outputs = {name for name in plain if name.endswith(('o_proj.weight', 'down_proj.weight'))}
+  if compensate == 'least_squares':
+    # In the first layers nothing may have gone yet: there is nothing to correct.
+    assert len(changed) > len(outputs) // 2 and changed <= outputs
+  biases = {name.replace('.weight', '.bias') for name in outputs} if compensate == 'bias' else set()
+  assert ours.keys() - plain.keys() == biases
+  again = open_source(str(tmp_path / compensate / 'hf'))
+  assert count_params(again.config) == report['model']['params_after']
 
 
 def test_finished_run_started_again_does_nothing(finished, files, capsys):
@@ -122,10 +145,12 @@ def test_another_config_in_the_same_workdir_is_refused(finished, files):
   assert 'train.lr' in result.stderr and '0.5' in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize('moment', ['the first scoring', 'scoring', 'training', 'between stages'])
+@pytest.mark.parametrize(
+  'moment', ['the first scoring', 'compensation', 'scoring', 'training', 'between stages']
+)
 def test_killed_run_continues_to_the_same_bits(finished, files, tmp_path, moment):
   """SIGKILL when metrics.jsonl shows the moment; the same command then ends with the same bits."""
-  path = tmp_path / 'out'
+  path, first_target = tmp_path / 'out', finished[1]['schedule']['targets'][0]
   process = subprocess.Popen(runs.command(files, path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
   def reached() -> bool:
@@ -133,6 +158,7 @@ def test_killed_run_continues_to_the_same_bits(finished, files, tmp_path, moment
     lines = [json.loads(x) for x in metrics.read_text().splitlines()] if metrics.exists() else []
     return {
       'the first scoring': sum(x['event'] == 'prune' and x['stage'] == 1 for x in lines) >= 2,
+      'compensation': any(x['event'] == 'prune' and x['params'] <= first_target for x in lines),
       'scoring': sum(x['event'] == 'prune' and x['stage'] == 2 for x in lines) >= 2,
       'training': any(x['event'] == 'train' and x['step'] >= 9 for x in lines),
       'between stages': any(x['event'] == 'evaluate' and x['of'] == 'stage 1 recovered' for x in lines),
@@ -149,23 +175,7 @@ def test_killed_run_continues_to_the_same_bits(finished, files, tmp_path, moment
   result = runs.main(files, path)
   assert result.returncode == 0, result.stderr
   assert 'resuming' in result.stdout
-  _same_end(path, finished[0])
-
-
-def _same_end(path: pathlib.Path, reference: pathlib.Path) -> None:
-  for name in ('hf/model.safetensors', 'hf/config.json', 'hf/tokenizer.json'):
-    assert (path / name).read_bytes() == (reference / name).read_bytes(), name
-  ours, theirs = (json.loads((p / 'report.json').read_text()) for p in (path, reference))
-  for report in (ours, theirs):
-    for stage in report['stages']:
-      del stage['seconds']
-  assert ours['stages'] == theirs['stages'] and ours['perplexity'] == theirs['perplexity']
-  logs = [[json.loads(x) for x in (p / 'metrics.jsonl').read_text().splitlines()] for p in (path, reference)]
-  for row in logs[0] + logs[1]:
-    assert row.pop('tokens_per_second', 1) > 0
-  assert logs[0] == logs[1]
-  plans = [json.loads((p / 'plan.json').read_text()) for p in (path, reference)]
-  assert plans[0] == plans[1]
+  runs.assert_same_end(path, finished[0])
 
 
 def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(files, tmp_path):
