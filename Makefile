@@ -6,11 +6,12 @@ PY := .venv/bin/python
 PIP := set -o pipefail; $(PY) -m pip --disable-pip-version-check install
 SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) collected packages.*/  \1/p'
 
-.PHONY: help demo test check clean fetch .venv
+.PHONY: help demo test test-parity check clean fetch .venv
 
 help:
 	@echo 'make demo    prune and retrain a small model here, and print what it cost'
 	@echo 'make test    all tests'
+	@echo 'make test-parity  all steps of the reference, where its figures are at hand: a quarter of an hour'
 	@echo 'make check   lint, format and types'
 	@echo 'make clean   remove caches and the output of the demo; .venv and data stay'
 
@@ -19,6 +20,10 @@ demo: .venv/installed fetch
 
 test: .venv/installed-test .venv/transformers-4.57/installed fetch
 	$(PY) -m pytest -q
+
+# Where the reference's figures lie beside the checkout; else it skips.
+test-parity: .venv/installed-test fetch
+	$(PY) -m pytest -q -m parity
 
 check: .venv/installed-test
 	$(PY) -m ruff check .

@@ -21,26 +21,34 @@ from adapt_jax.data import Blocks
 from adapt_jax.plan import PruneState
 from adapt_jax.prune import Pruner, StepRecord
 from models.config import count_params
-from models.source import open_source
+from models.llama import Params
+from models.source import Source, open_source
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = ROOT / 'data/SmolLM2-135M-Instruct.Q4_1.gguf'
 
 
-def reference_pruner(golden: pathlib.Path, rows: int) -> tuple[Pruner, dict]:
-  """The pruner with the reference's recipe and calibration tokens, and its model's parameters."""
-  tokens = np.load(golden / 'calib.npy')[:rows]
-  options = PruneOptions(
+def reference_options(rows: int, length: int, batch: int) -> PruneOptions:
+  """The reference's recipe."""
+  return PruneOptions(
     method='adapt', target=0.5, stages=1, stage_targets='linear', steps=50, ratio=1.0, amplitude=0.02,
     importance='taylor', layer_distance='cosine', align_ffn=1, compat='reference', compensate='none',
-    calibration=CalibrationOptions(source=(), samples=rows, length=64, batch=8),
+    calibration=CalibrationOptions(source=(), samples=rows, length=length, batch=batch),
   )  # fmt: skip
+
+
+def reference_params() -> tuple[Source, Params]:
+  """The model as the reference ran it: weights rounded to bfloat16 and kept in fp32."""
   source = open_source(str(MODEL))
-  # The reference ran on weights rounded to bfloat16 and kept in fp32.
-  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), source.load_params())
-  blocks = Blocks(tokens, np.ones_like(tokens, bool), 0)
-  pruner = Pruner(source.config, options, blocks, seed=0, compiler=Compiler(), dtype=jnp.float32)
-  return pruner, params
+  return source, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), source.load_params())
+
+
+def reference_pruner(golden: pathlib.Path, rows: int) -> tuple[Pruner, Params]:
+  """The pruner with the reference's recipe and calibration tokens, and its model's parameters."""
+  tokens = np.load(golden / 'calib.npy')[:rows]
+  source, params = reference_params()
+  blocks, options = Blocks(tokens, np.ones_like(tokens, bool), 0), reference_options(rows, 64, batch=8)
+  return Pruner(source.config, options, blocks, seed=0, compiler=Compiler(), dtype=jnp.float32), params
 
 
 def overlap(ours: np.ndarray, theirs: np.ndarray) -> float:
