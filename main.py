@@ -24,7 +24,7 @@ from models.errors import InputError
 
 
 class _Strings(flags.ArgumentParser):
-  """A list on the command line: a.txt,b.txt or, for names with commas, "('a,b.txt',)"."""
+  """A list on the command line: a.txt,b.txt or, as Python has it, "('a,b.txt',)" or "({'seed': (0, 1)},)"."""
 
   def parse(self, argument: Any) -> tuple[str, ...]:
     if not isinstance(argument, str):
@@ -95,7 +95,10 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    raise InputError(' '.join(str(error).split())) from error
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith('Traceback') for line in lines):  # of a recipe that fails: its last line tells why
+      lines = [lines[0], lines[-1]]
+    raise InputError(' '.join(' '.join(lines).split())) from error
   except Exception as error:  # the recipe is loaded here: a program of the user's, it may fail in any way
     recipes = [a for a in argv if a.startswith('--config')]
     reason = ' '.join(str(error).split())

@@ -27,6 +27,7 @@ def _style(ink: str, muted: str, grid: str, paper: str, *series: str) -> str:
     f'.chart .over{{fill:{ink};paint-order:stroke;stroke:{paper};stroke-width:3px}}',
     f'.chart .grid{{stroke:{grid}}} .chart .was{{fill:{grid}}}',
     f'.chart .mark{{stroke:{muted};stroke-dasharray:2 3}} .chart .level{{stroke:{ink};stroke-dasharray:7 3}}',
+    '.chart .range{stroke-opacity:.5}',
     # A wide unseen rim makes a small dot easy to point at.
     '.chart .dot{stroke-width:9;stroke-opacity:0;pointer-events:all} .chart .dot:hover{stroke-opacity:.35}',
   ]
@@ -200,7 +201,9 @@ def _series(series: Series, x: _Scale, y: _Scale) -> list[str]:
   draw = 'H{:.5g}V{:.5g}' if series.kind == 'step' else 'L{:.5g} {:.5g}'
   path = 'M{:.5g} {:.5g}'.format(*places[0]) + ''.join(draw.format(*p) for p in places[1:])
   parts = [f'<path class="line{series.colour}" d="{path}"/>'] if series.kind != 'dots' else []
-  parts += [_line(f'line{series.colour}', x(at), y(low), x(at), y(high)) for at, low, high in series.ranges]
+  parts += [
+    _line(f'range line{series.colour}', x(at), y(low), x(at), y(high)) for at, low, high in series.ranges
+  ]
   radius = 3.5 if series.kind == 'dots' else 2.3 if len(places) <= 60 else 0.8
   look = f'class="dot fill{series.colour}" r="{radius}"'
   for (px, py), (_, _, hover) in zip(places, series.points, strict=True):
