@@ -175,6 +175,8 @@ class Compare:
         compare_report.write(self._workdir, self._report(run), running=True)
         print(f'cell {number} of {len(todo)}: {run.cell.label}', flush=True)
         reason = self._try(run, inputs[number - 1])
+        if reason:
+          print(f'failed: {reason}', flush=True)
         gc.collect()  # a run and its callbacks hold each other, and the model with them
         progress.update(1, **({'failed': reason} if reason else {'cell': run.cell.name}))
 
