@@ -70,7 +70,15 @@ def with_groups(report: Json) -> Json:
       'failed': sum(cell['state'] == 'failed' for cell in members),
     }
     groups.append(group | {name: _spread([of(cell) for cell in done]) for name, of in _FIGURES.items()})
-  return report | {'groups': groups}
+  return report | {'groups': _sorted(groups)}
+
+
+def _sorted(groups: list[Json]) -> list[Json]:
+  """By the fields from left to right, values in the order in which cells first have them."""
+  rows = [[show(value) for value in group['values'].values()] for group in groups]
+  seen = [list(dict.fromkeys(column)) for column in zip(*rows, strict=True)]
+  places = [[order.index(x) for order, x in zip(seen, row, strict=True)] for row in rows]
+  return [groups[i] for i in sorted(range(len(groups)), key=places.__getitem__)]
 
 
 def _spread(values: list[float | None]) -> list[float] | None:

@@ -20,6 +20,7 @@ from adapt_jax.config import from_dict
 from adapt_jax.evaluate import Evaluator
 from adapt_jax.prune import Pruner
 from adapt_jax.workdir import Workdir
+from configs import ablations, methods_table
 from models.errors import InputError
 
 GRID = (
@@ -325,6 +326,18 @@ def test_a_bad_grid_on_the_command_line_is_one_line_and_exit_code_2(files, tmp_p
   result = runs.main(files, tmp_path / 'out', '--mode=compare', f'--config.compare.grid={grid}')
   assert result.returncode == 2 and result.stderr.count('\n') == 1
   assert result.stderr.startswith('error: cell prune.target=0.01: ')
+
+
+@pytest.mark.parametrize('name', ['amplitude', 'distance', 'calibration', 'interleave', 'methods_table'])
+def test_recipes(tmp_path, name):
+  config = methods_table.get_config() if name == 'methods_table' else ablations.get_config(name)
+  cells = compare.plan(from_dict(config.to_dict()), Workdir(str(tmp_path), {}))
+  assert {cell.options.train.tokens > 0 for cell in cells} == {name == 'interleave'}
+  for field, values in config.compare.grid[0].items():
+    found = {str(compare.grid.get(dataclasses.asdict(cell.options), field)) for cell in cells}
+    assert len(values) > 1 and len(found) >= len(values)
+  with pytest.raises(ValueError, match='amplitude, distance'):
+    ablations.get_config('amplitud')
 
 
 def test_words_and_wide_numbers_stand_evenly_on_the_plot():

@@ -12,9 +12,8 @@ from adapt_jax.sharing import ScoreMemo
 
 
 def make_scores(value):
-  return Scores(
-    np.full(4, value, np.float32), np.zeros(4, np.float32), np.zeros(1, np.float32), np.float32(0)
-  )
+  zeros = np.zeros(4, np.float32)
+  return Scores(zeros + value, zeros, zeros, np.float32(0))
 
 
 def test_scores_are_computed_once_and_the_least_used_forgotten():
