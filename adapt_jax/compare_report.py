@@ -25,7 +25,7 @@ Rows = list[list[str]]
 
 MARKDOWN, CSV, JSON = 'compare.md', 'compare.csv', 'compare.json'
 _MOST_COLUMNS = 12  # of the table of x
-_WIDE = 20  # largest over smallest x from which on the plots space their values evenly
+_WIDE = 8  # largest over smallest x from which on the plots space their values evenly
 _SAME_SIZE = 0.01  # of the dense parameters: models that differ by less are not plotted by their size
 
 
