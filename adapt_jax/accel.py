@@ -39,7 +39,8 @@ def stage_targets(config: ModelConfig, target: float, stages: int, rule: str) ->
 
 def dense_key(options: RunOptions) -> Any:
   """All that the dense model's perplexity depends on, for `Shared.dense`."""
-  return options.model, options.data, options.evaluate
+  # Biases that a run adds are zeros, but its program may round otherwise.
+  return options.model, options.data, options.evaluate, options.prune.compensate == 'bias'
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
@@ -91,7 +92,7 @@ class Run:
       self._evaluator = Evaluator(inputs.evaluate, options.evaluate.batch, **common)
     self._teacher = None
     if inputs.train is not None and options.train.distill.alpha > 0:
-      self._teacher = Teacher(inputs.config, inputs.source.load_params(inputs.dtype))
+      self._teacher = Teacher(inputs.source.config, inputs.source.load_params(inputs.dtype))
 
   def execute(self) -> dict[str, Any]:
     """Runs or resumes all stages, writes hf/ and report.json; returns the report."""
@@ -115,7 +116,7 @@ class Run:
 
   def _start(self) -> TrainState:
     """The dense parameters; moments come with the first stage, whose model is smaller."""
-    return {'params': self.inputs.source.load_params(self._stored_dtype())}
+    return {'params': self.inputs.load_params(self._stored_dtype())}
 
   def _stored_dtype(self) -> Any:
     """fp32 master weights for training; for pruning alone each tensor's own dtype (None)."""
@@ -127,12 +128,12 @@ class Run:
     return {'params': params, 'optimizer': self._optimizer.init(params)}
 
   def _array_shapes(self, plan: PrunePlan) -> Any:
-    dense = self.inputs.source.abstract_params(self._stored_dtype())
+    dense = self.inputs.abstract_params(self._stored_dtype())
     return jax.eval_shape(lambda p: self._with_optimizer(surgery.compact(p, plan)), dense)
 
   def _save(self, state: RunState) -> None:
     state.seconds = self._before[0] + time.monotonic() - self._started
-    names = ('scoring', 'training', 'evaluation')
+    names = ('scoring', 'compensation', 'training', 'evaluation')
     state.compiles = {n: self._before[1].get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
     self._store.save(state)
     self._write_page(state)
@@ -155,6 +156,10 @@ class Run:
     target = self._targets[stage - 1]
     state.pruning = self._pruner.prune(
       state.arrays['params'], state.compacted, state.pruning, target, on_step, f'stage {stage} prune'
+    )
+    # Done again, to the same bits, if the run is killed before the stage is saved.
+    state.arrays['params'] = self._pruner.compensate(
+      state.arrays['params'], state.compacted, state.pruning.plan, state.pruning.step
     )
     self._compact(state)
     if stage > 1 and self.inputs.train is not None and self.options.train.optimizer_state == 'reset':

@@ -66,18 +66,18 @@ class Allocator:
     self.full = Widths(
       np.array([s.num_kv_heads for s in config.layers]), np.array([s.ffn for s in config.layers])
     )
-    self._kv_cost = np.array([kv_group_params(config, s.group_size) for s in config.layers])
-    self._ffn_cost = channel_params(config)
+    self.kv_cost = np.array([kv_group_params(config, s.group_size) for s in config.layers])
+    self.ffn_cost = channel_params(config)
     fixed = sum(
-      layer_params(config, s) - s.num_kv_heads * kv - s.ffn * self._ffn_cost
-      for s, kv in zip(config.layers, self._kv_cost, strict=True)
+      layer_params(config, s) - s.num_kv_heads * kv - s.ffn * self.ffn_cost
+      for s, kv in zip(config.layers, self.kv_cost, strict=True)
     )
     tables = count_params(config) - sum(layer_params(config, s) for s in config.layers)
     self._fixed = tables + fixed
 
   def params(self, widths: Widths) -> int:
     """Stored parameters of the model at these widths."""
-    return int(self._fixed + widths.kv @ self._kv_cost + widths.ffn.sum() * self._ffn_cost)
+    return int(self._fixed + widths.kv @ self.kv_cost + widths.ffn.sum() * self.ffn_cost)
 
   def widths(self, sparsity: np.ndarray) -> Widths:
     """keep = floor(width · (1 − s)); only whole KV groups go; at least one group and one block stay."""
@@ -154,10 +154,10 @@ class Allocator:
         reached = limit
         break
       if not is_kv:
-        params -= (ffn[layer] - width) * self._ffn_cost
+        params -= (ffn[layer] - width) * self.ffn_cost
         ffn[layer] = width
-      elif params - self._kv_cost[layer] >= target and width == kv[layer] - 1:
-        params -= self._kv_cost[layer]
+      elif params - self.kv_cost[layer] >= target and width == kv[layer] - 1:
+        params -= self.kv_cost[layer]
         kv[layer] = width
       else:
         passed_over.append(layer)
@@ -167,7 +167,7 @@ class Allocator:
     else:  # every MLP is at its last block: only KV groups are left to go
       for layer in passed_over:
         if params > target and kv[layer] > 1:
-          params -= self._kv_cost[layer]
+          params -= self.kv_cost[layer]
           kv[layer] -= 1
     return Widths(kv, ffn), reached
 
@@ -202,7 +202,7 @@ class Allocator:
     """Share of every layer's prunable parameters that is gone at these widths, float64 [L]."""
 
     def prunable(w: Widths) -> np.ndarray:
-      return w.kv * self._kv_cost + w.ffn * self._ffn_cost
+      return w.kv * self.kv_cost + w.ffn * self.ffn_cost
 
     return 1 - prunable(widths) / prunable(self.full)
 

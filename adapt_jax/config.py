@@ -11,6 +11,7 @@ import typing
 from typing import Any
 
 from adapt_jax.allocate import MAX_SPARSITY
+from adapt_jax.compensate import COMPENSATIONS
 from adapt_jax.importance import DISTANCES, IMPORTANCES
 from adapt_jax.methods import METHODS
 from models.errors import InputError
@@ -49,6 +50,7 @@ class PruneOptions:
   layer_distance: str
   align_ffn: int
   compat: str
+  compensate: str
   calibration: CalibrationOptions
 
 
@@ -185,6 +187,7 @@ _CHOICES = {
   'prune.stage_targets': ('linear', 'geometric'),
   'prune.importance': tuple(IMPORTANCES),
   'prune.compat': ('', 'reference'),
+  'prune.compensate': COMPENSATIONS,
   'prune.layer_distance': tuple(DISTANCES),
   'train.schedule': ('wsd', 'cosine'),
   'train.split': ('linear', 'constant', 'cosine'),
@@ -248,6 +251,11 @@ def _check(options: RunOptions) -> None:
       f'config.prune.compat = {options.prune.compat!r} is of the methods '
       f'{" and ".join(n for n, m in METHODS.items() if m.in_reference)}, not of config.prune.method = '
       f'{options.prune.method!r}: leave compat empty'
+    )
+  if options.prune.compat and options.prune.compensate != 'none':
+    raise InputError(
+      f'config.prune.compensate = {options.prune.compensate!r} is not what config.prune.compat = '
+      f"{options.prune.compat!r} does: set it to 'none'"
     )
   if not 0 < options.prune.target < math.inf:
     raise InputError(

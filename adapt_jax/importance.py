@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adapt_jax import obs
 from adapt_jax.loss import next_token_loss
 from adapt_jax.scores import Scores
 from adapt_jax.surgery import GROUP_AXES
@@ -60,6 +61,7 @@ class Importance:
   fisher: whether it asks for F = mean over samples of the squared gradient of the sample's loss.
   per_row: add the weights of a row (a column of o and down) before the absolute value is taken.
   columns: (weight [D, …], mean and variance […] of its inputs over the calibration tokens) -> […].
+  curvature: none of these, but the cost of losing a group, from the loss's curvature (`adapt_jax.obs`).
   """
 
   score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = lambda w, g, f: w
@@ -67,6 +69,7 @@ class Importance:
   fisher: bool = False
   per_row: bool = False
   columns: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+  curvature: bool = False
 
 
 def _fluctuation(w: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
@@ -81,6 +84,7 @@ def _wanda(w: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
 # `random` is drawn by the pruner: its entry here only serves the layers' distances.
 # `fluctuation`: variance of the column's input · squared norm of the column (WIFV of An et al., arXiv
 # 2312.11983). `wanda`: Σ |w| · root mean square of the input (Sun et al., arXiv 2306.11695, summed as there).
+# `curvature`: see `adapt_jax.obs`.
 IMPORTANCES: dict[str, Importance] = {
   'taylor': Importance(lambda w, g, f: w * g),
   'taylor_vectorize': Importance(lambda w, g, f: w * g, per_row=True),
@@ -90,6 +94,7 @@ IMPORTANCES: dict[str, Importance] = {
   'l2': Importance(lambda w, g, f: w * w, gradient=False),
   'fluctuation': Importance(gradient=False, columns=_fluctuation),
   'wanda': Importance(gradient=False, columns=_wanda),
+  'curvature': Importance(curvature=True),
   'random': Importance(lambda w, g, f: w, gradient=False),
 }
 
@@ -189,6 +194,10 @@ class Scorer:
       kv, ffn, o_columns = self._column_scores(stacked['layers'], moments_L)
       return Scores(kv, ffn, distance_L, losses_M.sum(), o_columns)
 
+    if IMPORTANCES[self.importance].curvature:
+      kv, ffn = self._curvature_scores(stacked['layers'], inputs_LMBTD, gradient_MBTD, tables)
+      return Scores(kv, ffn, distance_L, losses_M.sum())
+
     def run(layer: Params, x_BTD: jax.Array) -> jax.Array:
       return llama.apply_layer(self.config, self.shape, layer, x_BTD, tables)
 
@@ -205,8 +214,9 @@ class Scorer:
     def run(layer: Params, x_BTD: jax.Array) -> tuple[jax.Array, Moments]:
       if not collect:
         return llama.apply_layer(config, shape, layer, x_BTD, tables), {}
-      y_BTD, inputs = llama.apply_layer_with_inputs(config, shape, layer, x_BTD, tables)
-      return y_BTD, {name: _moments(x_TC) for name, x_TC in inputs.items()}
+      x_BTD, o_inputs = llama.attend(config, shape, layer, x_BTD, tables)
+      y_BTD, down_inputs = llama.feed(config, shape, layer, x_BTD)
+      return y_BTD, {'o': _moments(o_inputs), 'down': _moments(down_inputs)}
 
     def forward(x_MBTD: jax.Array, layer: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
       def micro(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, Moments]:
@@ -271,6 +281,42 @@ class Scorer:
       start = (zeros, zeros if importance.fisher else {})
       (gradient, fisher), g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))
       return g_MBTD, score(layer, gradient, fisher or gradient)
+
+    return jax.lax.scan(backward, gradient_MBTD, (layers, inputs_LMBTD), reverse=True)[1]
+
+  def _curvature_scores(
+    self,
+    layers: Params,
+    inputs_LMBTD: jax.Array,
+    gradient_MBTD: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+  ) -> list[jax.Array]:
+    """[kv [L, K], ffn [L, F]]; no gradient of any weight is taken."""
+    config, shape, D = self.config, self.shape, self.config.hidden_size
+    M, B, T = inputs_LMBTD.shape[1:4]
+    C, F = shape.num_heads * config.head_dim, shape.ffn
+
+    def backward(g_MBTD: jax.Array, xs: tuple[Params, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+      layer, x_MBTD = xs
+
+      def micro(sums: list[jax.Array], xg: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        x_BTD, g_BTD = xg
+        middle, pull_attend, o_TC = jax.vjp(
+          lambda x: llama.attend(config, shape, layer, x, tables), x_BTD, has_aux=True
+        )
+        _, pull_feed, down_TF = jax.vjp(lambda x: llama.feed(config, shape, layer, x), middle, has_aux=True)
+        middle_g_BTD = pull_feed(g_BTD)[0]
+        # Gradients of the sum over tokens, not the mean: their squares would leave the range of fp32.
+        outputs = [M * B * T * g.reshape(-1, D) for g in (middle_g_BTD, g_BTD)]
+        moments = [obs.second_moment(x) for x in (o_TC, down_TF, *outputs)]
+        return jax.tree.map(jnp.add, sums, moments), pull_attend(middle_g_BTD)[0]
+
+      start = [jnp.zeros((n, n)) for n in (C, F, D, D)]
+      sums, g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))
+      o_CC, down_FF, middle_DD, output_DD = (x / (M * B * T) for x in sums)
+      o_DKGH, down_DF = (x.astype(jnp.float32) for x in (layer['attention']['o'], layer['mlp']['down']))
+      kv_K = obs.group_costs(o_DKGH, o_CC, middle_DD)
+      return g_MBTD, [kv_K, obs.channel_costs(down_DF, down_FF, output_DD)]
 
     return jax.lax.scan(backward, gradient_MBTD, (layers, inputs_LMBTD), reverse=True)[1]
 

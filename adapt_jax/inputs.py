@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adapt_jax import surgery
 from adapt_jax.config import RunOptions
 from adapt_jax.data import Blocks, check_vocab, load_blocks, load_stream
 from adapt_jax.documents import check_source, is_blocks
@@ -18,6 +19,7 @@ from adapt_jax.prune import target_params
 from adapt_jax.train import stage_steps
 from models.config import ModelConfig
 from models.errors import InputError
+from models.llama import Params
 from models.source import Source, open_source
 
 # A source is read this far at least, so that draws cover more than its first documents; a stream of a
@@ -30,6 +32,7 @@ class Inputs:
   """The dense model, opened but not loaded, and token blocks; `train` and `evaluate` may be absent.
 
   dtype: of activations and matrix products.
+  output_bias: the run needs biases at the output projections: they are added, as zeros, where there are none.
   """
 
   source: Source
@@ -38,10 +41,27 @@ class Inputs:
   train: Blocks | None
   evaluate: Blocks | None
   dtype: Any
+  output_bias: bool = False
 
   @property
   def config(self) -> ModelConfig:
-    return self.source.config
+    return _biased(self.source.config, self.output_bias)
+
+  def load_params(self, dtype: Any) -> Params:
+    """The source's parameters, in `dtype` or, with None, each in its own."""
+    params = self.source.load_params(dtype)
+    return surgery.with_output_bias(self.source.config, params)[1] if self.output_bias else params
+
+  def abstract_params(self, dtype: Any) -> Params:
+    """Their shapes and dtypes as `jax.ShapeDtypeStruct`."""
+    shapes = self.source.abstract_params(dtype)
+    if not self.output_bias:
+      return shapes
+    return jax.eval_shape(lambda p: surgery.with_output_bias(self.source.config, p)[1], shapes)
+
+
+def _biased(config: ModelConfig, biased: bool) -> ModelConfig:
+  return dataclasses.replace(config, output_bias=True) if biased else config
 
 
 def compute_dtype(name: str) -> Any:
@@ -70,7 +90,9 @@ def load(options: RunOptions, source: Source, loader: 'Loader') -> Inputs:
     )
   train = loader.load('train.source', t.source, t.length, t.tokens) if t.tokens else None
   evaluate = loader.evaluation() if options.evaluate.source else None
-  return Inputs(source, loader.tokenizer, blocks, train, evaluate, compute_dtype(options.model.dtype))
+  dtype = compute_dtype(options.model.dtype)
+  biased = options.prune.compensate == 'bias'
+  return Inputs(source, loader.tokenizer, blocks, train, evaluate, dtype, biased)
 
 
 class Loader:
@@ -138,8 +160,11 @@ def check_sources(options: RunOptions) -> None:
 
 
 def check_plan(options: RunOptions, config: ModelConfig) -> None:
-  """Checks that the target can be reached and that every stage has a batch. Raises InputError."""
-  _check_target(options, config)
+  """Checks that the target can be reached and that every stage has a batch. Raises InputError.
+
+  config: of the source.
+  """
+  _check_target(options, _biased(config, options.prune.compensate == 'bias'))
   _check_steps(options)
 
 

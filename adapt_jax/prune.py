@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax import surgery
+from adapt_jax.compensate import Compensator, add
 from adapt_jax.compile import Compiler
 from adapt_jax.config import PruneOptions
 from adapt_jax.data import Blocks, draw_rows
@@ -72,6 +73,8 @@ class Pruner:
     compiler: counts the one scoring compile.
     dtype: of weights and activations while scoring.
     memo: of scores, shared with pruners of the same weights.
+
+  `importance` is the name of the groups' score.
   """
 
   def __init__(
@@ -88,18 +91,19 @@ class Pruner:
     self.config, self.options, self.blocks = config, options, blocks
     self._as_reference = options.compat == 'reference'
     self._method = METHODS[options.method](config, options)
-    self._importance = self._method.importance or options.importance
+    self.importance = self._method.importance or options.importance
     self._distance = self._method.distance or options.layer_distance
     self._seed, self._compiler, self._dtype = seed, compiler, dtype
     self._scorer = Scorer(
       config,
-      self._importance,
+      self.importance,
       self._distance,
       options.calibration.batch,
       dtype,
       reference_fold=self._as_reference,
     )
     self._program: Any = None
+    self._compensation: Any = None
     self._memo = memo
     self._zero = jax.jit(surgery.zero_stacked, donate_argnums=0)
 
@@ -108,8 +112,7 @@ class Pruner:
 
     `plan`: what `stacked` keeps of the model's own weights, where the memo may answer.
     """
-    rows = draw_rows(len(self.blocks.tokens), self.options.calibration.samples, self._seed, step)
-    tokens = self.blocks.tokens[rows]
+    tokens = self._draw(step)
     if self._memo is None or plan is None:
       scores = self._compute(stacked, tokens)
     else:
@@ -119,25 +122,30 @@ class Pruner:
         f'pruning step {step + 1}: the calibration loss is {scores.loss} and not all scores are '
         f'finite: check the model, the calibration text and config.model.dtype'
       )
-    if self._importance == 'random':
+    if self.importance == 'random':
       rng = np.random.default_rng([self._seed, step])
       scores = scores._replace(kv=rng.random(scores.kv.shape), ffn=rng.random(scores.ffn.shape))
     if self._as_reference and self._distance != 'cosine':
       scores = scores._replace(distance=-scores.distance)
     return scores
 
-  def _compute(self, stacked: Params, tokens: np.ndarray) -> Scores:
+  def _compute(self, stacked: Params, tokens: jax.Array) -> Scores:
     if self._program is None:
       self._program = self._compiler('scoring', self._scorer, stacked, tokens)
-    scores: Scores = jax.device_get(self._program(stacked, jnp.asarray(tokens)))
+    scores: Scores = jax.device_get(self._program(stacked, tokens))
     return scores
 
-  def _key(self, plan: PrunePlan, tokens: np.ndarray) -> tuple[Scorer, bytes]:
+  def _key(self, plan: PrunePlan, tokens: jax.Array) -> tuple[Scorer, bytes]:
     """All that a pass over the model's own weights depends on: seed and step only by the rows they draw."""
     digest = hashlib.sha256()
     for array in (*surgery.padded_masks(plan), tokens):
-      digest.update(array.tobytes())
+      digest.update(np.asarray(array).tobytes())
     return self._scorer, digest.digest()
+
+  def _draw(self, step: int) -> jax.Array:
+    """The calibration rows of one step, [S, T]."""
+    rows = draw_rows(len(self.blocks.tokens), self.options.calibration.samples, self._seed, step)
+    return jnp.asarray(self.blocks.tokens[rows])
 
   def _record(self, scores: Scores, state: PruneState) -> StepRecord:
     return StepRecord(
@@ -195,3 +203,27 @@ class Pruner:
         if before > target:
           stacked = self._zero(stacked, *surgery.padded_masks(state.plan))
     return state
+
+  def compensate(self, params: Params, compacted: PrunePlan, plan: PrunePlan, step: int) -> Params:
+    """`params`, which `compacted` left, made up for what `plan` takes from them, as prune.compensate says.
+
+    The rows are those that `step` draws. What `plan` removes is still there. Raises InputError if the
+    result is not finite.
+    """
+    kind = self.options.compensate
+    if kind == 'none' or plan.equals(compacted):
+      return params
+    stacked = jax.jit(lambda p: surgery.stack(p, compacted, self._dtype))(params)
+    masks = tuple(jnp.asarray(mask) for mask in surgery.padded_masks(plan))
+    tokens = self._draw(step)
+    if self._compensation is None:
+      program = Compensator(self.config, kind, self.options.calibration.batch, self._dtype)
+      self._compensation = self._compiler('compensation', program, stacked, masks, tokens)
+    print(f'compensating for what was pruned ({kind}), on {tokens.size:,} tokens', flush=True)
+    changes = self._compensation(stacked, masks, tokens)
+    if not all(bool(jnp.isfinite(change).all()) for change in changes.values()):
+      raise InputError(
+        f'config.prune.compensate = {kind!r} gives weights that are not finite: check the model, the '
+        f'calibration text and config.model.dtype'
+      )
+    return add(params, compacted, changes)

@@ -290,7 +290,7 @@ class Sensitivity:
       'sparsity': self.options.sensitivity.sparsity,
       'blocks': list(self.options.sensitivity.blocks),
       'bases': bases,
-      'importance': self.options.prune.importance,
+      'importance': self._pruner.importance,
       'layer_distance': self.options.prune.layer_distance,
       'perplexity': {'definition': definition(self._blocks)},
       'command': self._command,

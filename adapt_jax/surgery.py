@@ -134,7 +134,8 @@ def with_output_bias(config: ModelConfig, params: Params) -> tuple[ModelConfig, 
       biased[block] = {f'{weight}_bias': jnp.zeros(w.shape[:1], w.dtype)} | tree[block]
     return biased
 
-  return dataclasses.replace(config, output_bias=True), params | {'layers': list(map(layer, params['layers']))}
+  biased = params | {'layers': [layer(tree) for tree in params['layers']]}
+  return dataclasses.replace(config, output_bias=True), biased
 
 
 def compact_optimizer(state: Any, params: Params, plan: PrunePlan) -> Any:

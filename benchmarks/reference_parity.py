@@ -32,7 +32,7 @@ def reference_pruner(golden: pathlib.Path, rows: int) -> tuple[Pruner, dict]:
   tokens = np.load(golden / 'calib.npy')[:rows]
   options = PruneOptions(
     method='adapt', target=0.5, stages=1, stage_targets='linear', steps=50, ratio=1.0, amplitude=0.02,
-    importance='taylor', layer_distance='cosine', align_ffn=1, compat='reference',
+    importance='taylor', layer_distance='cosine', align_ffn=1, compat='reference', compensate='none',
     calibration=CalibrationOptions(source=(), samples=rows, length=64, batch=8),
   )  # fmt: skip
   source = open_source(str(MODEL))

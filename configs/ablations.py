@@ -7,8 +7,9 @@ distance: the distance between a layer's input and output that is its importance
 calibration: the text that is scored on, and how many rows of it, three draws each.
 interleave: the same model and training in 1 to 8 rounds of prune and recover (Fig. 4: perplexity-kept.svg).
 
-Model, text and all else are those of configs/demo.py (`make demo`, or scripts/fetch_demo.py, fetches them).
-All but interleave prune only. A grid that was killed goes on with the same command; give other values as in
+The method is the paper's, adapt; model, text and training are those of configs/demo.py (`make demo`, or
+scripts/fetch_demo.py, fetches them). All but interleave prune only. A grid that was killed goes on with the
+same command; give other values as in
 --config.compare.grid="({'prune.amplitude': (0.0, 0.02)},)" --config.compare.x=prune.amplitude.
 """
 
@@ -40,6 +41,8 @@ def get_config(variant: str = '') -> ConfigDict:
   if variant not in _GRIDS:
     raise ValueError(f'variant {variant!r}: write configs/ablations.py:NAME, a NAME of {", ".join(_GRIDS)}')
   config = demo.get_config()
+  config.prune.method, config.prune.compensate = 'adapt', 'none'
+  config.prune.calibration.length, config.prune.calibration.batch = 64, 8
   config.prune.stages = 1
   config.compare.grid = (_GRIDS[variant],)
   config.compare.x = _X[variant]

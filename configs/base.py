@@ -29,9 +29,13 @@ def get_config() -> ConfigDict:
   config.data.messages_field = 'messages'  # rows that have it are chats: loss on the assistant's tokens
 
   config.prune = ConfigDict()
-  # adapt: the paper's, layers lose by their importance. uniform: the same schedule, all layers alike.
+  # obs: what costs the loss least per parameter goes, in one shot a stage. adapt: Adapt-Pruner, the paper's:
+  # layers lose by their importance, step by step. uniform: the same schedule, all layers alike.
   # Rivals, in one shot a stage (docs/methods.md): llm_pruner, flap, wanda_sp, magnitude, shortgpt.
-  config.prune.method = 'adapt'
+  config.prune.method = 'obs'
+  # What stays takes over from what went, without training. least_squares: o_proj and down_proj are solved
+  # anew on the calibration rows. bias: they get biases (FLAP's way). none.
+  config.prune.compensate = 'least_squares'
   config.prune.target = 0.8  # fraction of the parameters kept (<= 1), or a parameter count (> 1)
   config.prune.stages = 1  # prune-then-recover rounds (N of the paper)
   config.prune.stage_targets = 'linear'  # linear or geometric in parameters
@@ -39,7 +43,8 @@ def get_config() -> ConfigDict:
   config.prune.steps = 50  # T: steps that would remove everything at ratio 1; sets the step size
   config.prune.ratio = 1.0  # rho: overall sparsity at step T; pruning stops at the target before
   config.prune.amplitude = 0.02  # A: how far layer importance bends a layer's sparsity per step
-  # Score of a group: taylor, taylor_vectorize, taylor_second, taylor_mix, l1, l2, fluctuation, wanda, random.
+  # Score of a group: taylor, taylor_vectorize, taylor_second, taylor_mix, l1, l2, fluctuation, wanda,
+  # curvature, random.
   config.prune.importance = 'taylor'
   # Between a layer's input and output: cosine, euclidean, manhattan. Decides in adapt; else only reported
   # (shortgpt: always cosine).
@@ -47,14 +52,15 @@ def get_config() -> ConfigDict:
   config.prune.align_ffn = (
     1  # MLP widths are multiples of this (64 to 256 suit tensor cores and quantisation)
   )
-  # 'reference': with the errors of the authors' program, to compare with it; adapt and uniform only.
+  # 'reference': with the errors of the authors' program, to compare with it; adapt and uniform only,
+  # compensate 'none'.
   config.prune.compat = ''
   config.prune.calibration = ConfigDict()
   # Text of the kind that the model shall stay good at; its first 4 million tokens are drawn from.
   config.prune.calibration.source = ()
-  config.prune.calibration.samples = 512  # rows drawn afresh at every pruning step
-  config.prune.calibration.length = 64  # tokens of a row
-  config.prune.calibration.batch = 8  # rows that pass a layer at once: memory only, not the result
+  config.prune.calibration.samples = 32  # rows drawn afresh at every pruning step (the paper: 512)
+  config.prune.calibration.length = 1024  # tokens of a row: as long as the text to come (the paper: 64)
+  config.prune.calibration.batch = 4  # rows that pass a layer at once: memory only, not the result
 
   config.train = ConfigDict()
   config.train.source = ()  # recovery text or chats

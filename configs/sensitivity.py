@@ -14,6 +14,7 @@ from configs import demo
 
 def get_config() -> ConfigDict:
   config = demo.get_config()
+  config.prune.method = 'adapt'  # Taylor scores say what goes of a layer, as in the paper
   config.prune.align_ffn = 1  # exactly the sparsities asked for
   config.evaluate.max_tokens = 4 * 1024
   return config

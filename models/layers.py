@@ -73,7 +73,7 @@ class Attention(nn.Module):
       k_BSKH = rms_norm(k_BSKH, self.param('k_norm', nn.initializers.ones, (H,)), c.rms_norm_eps)
     q_BTNH, k_BSKH = apply_rope(q_BTNH, *rope), apply_rope(k_BSKH, *rope)
     mixed_TC = causal_attention(q_BTNH, k_BSKH, v_BSKH).reshape(B * T, -1)
-    self.sow('intermediates', 'o_input', mixed_TC)  # nothing, unless collected
+    self.sow('intermediates', 'inputs', mixed_TC)  # nothing, unless collected
     out_TD = mixed_TC @ o_DKGH.astype(x_TD.dtype).reshape(D, -1).T
     if c.o_bias:
       out_TD += self.param('o_bias', nn.initializers.zeros, (D,)).astype(out_TD.dtype)
@@ -94,7 +94,7 @@ class Mlp(nn.Module):
     down_DF = self.param('down', _init, (D, F))
     x_TD = x_BTD.reshape(-1, D)
     hidden_TF = jax.nn.silu(project(x_TD, gate_FD, D)) * project(x_TD, up_FD, D)
-    self.sow('intermediates', 'down_input', hidden_TF)
+    self.sow('intermediates', 'inputs', hidden_TF)
     out_TD = project(hidden_TF, down_DF, F)
     if self.config.output_bias:
       out_TD += self.param('down_bias', nn.initializers.zeros, (D,)).astype(out_TD.dtype)
@@ -105,17 +105,26 @@ class DecoderLayer(nn.Module):
   """Pre-norm residual layer: x + attention(norm x), then + mlp(norm x).
 
   Applied functionally: `DecoderLayer(config, shape).apply({'params': p}, x_BTD, rope)`
-  gives the layer's output [B, T, D], residual included. Flax raises
-  `ScopeParamShapeError` where a parameter does not have the shape that `shape` says.
+  gives the layer's output [B, T, D], residual included; `method='attend'` and then `method='feed'`
+  give its two halves. Flax raises `ScopeParamShapeError` where a parameter does not have the shape
+  that `shape` says.
   """
 
   config: ModelConfig
   shape: LayerShape
 
-  @nn.compact
+  def setup(self) -> None:
+    ones, width = nn.initializers.ones, (self.config.hidden_size,)
+    self.attention_norm = self.param('attention_norm', ones, width)
+    self.mlp_norm = self.param('mlp_norm', ones, width)
+    self.attention = Attention(self.config, self.shape)
+    self.mlp = Mlp(self.config, self.shape)
+
+  def attend(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    return x_BTD + self.attention(rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps), rope)
+
+  def feed(self, x_BTD: jax.Array) -> jax.Array:
+    return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm, self.config.rms_norm_eps))
+
   def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    c = self.config
-    attention_norm = self.param('attention_norm', nn.initializers.ones, (c.hidden_size,))
-    mlp_norm = self.param('mlp_norm', nn.initializers.ones, (c.hidden_size,))
-    x_BTD += Attention(c, self.shape, name='attention')(rms_norm(x_BTD, attention_norm, c.rms_norm_eps), rope)
-    return x_BTD + Mlp(c, self.shape, name='mlp')(rms_norm(x_BTD, mlp_norm, c.rms_norm_eps))
+    return self.feed(self.attend(x_BTD, rope))

@@ -98,18 +98,29 @@ def apply_layer(
   return (jax.checkpoint(run) if remat else run)(layer, x_BTD)
 
 
-def apply_layer_with_inputs(
+def attend(
   config: ModelConfig,
   shape: LayerShape,
   layer: Params,
   x_BTD: jax.Array,
   tables: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """`apply_layer`, and what enters its output projections: {'o': [B·T, K·G·H], 'down': [B·T, F]}."""
-  module = DecoderLayer(config, shape)
-  y_BTD, collected = module.apply({'params': layer}, x_BTD, tables, mutable=['intermediates'])
-  found = collected['intermediates']
-  return y_BTD, {'o': found['attention']['o_input'][0], 'down': found['mlp']['down_input'][0]}
+) -> tuple[jax.Array, jax.Array]:
+  """The first half of a layer, x + attention(norm x), and what enters o_proj, [B·T, K·G·H]."""
+  return _half('attention', config, shape, layer, x_BTD, tables)
+
+
+def feed(
+  config: ModelConfig, shape: LayerShape, layer: Params, x_BTD: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The second half of a layer, x + mlp(norm x), and what enters down_proj, [B·T, F]."""
+  return _half('mlp', config, shape, layer, x_BTD)
+
+
+def _half(block: str, config: ModelConfig, shape: LayerShape, layer: Params, *args: Any) -> tuple[Any, Any]:
+  method = {'attention': 'attend', 'mlp': 'feed'}[block]
+  module: Any = DecoderLayer(config, shape)
+  y_BTD, collected = module.apply({'params': layer}, *args, method=method, mutable=['intermediates'])
+  return y_BTD, collected['intermediates'][block]['inputs'][0]
 
 
 def apply(

@@ -52,6 +52,7 @@ def make_config(files: pathlib.Path) -> ConfigDict:
   """Two stages to 80 %, 24 training steps, checkpoints in between."""
   config = base.get_config()
   config.model.source = str(files / 'model')
+  config.prune.method = 'adapt'
   config.prune.target = 0.8
   config.prune.stages = 2
   config.prune.steps = 100

@@ -25,8 +25,8 @@ LAYERS = (
   },
   {
     'importance', 'allocate', 'surgery', 'plan', 'loss', 'optim', 'data', 'documents', 'metrics',
-    'config', 'compile', 'progress', 'workdir', 'charts', 'tensorboard', 'methods', 'scores',
-    'grid', 'sharing',
+    'config', 'compile', 'progress', 'workdir', 'charts', 'tensorboard', 'methods', 'scores', 'obs',
+    'compensate', 'grid', 'sharing',
   },
 )  # fmt: skip
 PICKLES = {'pickle', 'cloudpickle', 'dill', 'shelve', 'joblib'}  # loading one runs code

@@ -193,6 +193,7 @@ def test_the_whole_job_with_every_method(files, tmp_path, name):
   assert len(row['ffn']) == len(row['num_kv_heads']) == 8
   steps = (tmp_path / 'out/metrics.jsonl').read_text().splitlines()
   assert report['compiles']['scoring'] == 1 and (len(steps) == 1) == (name not in PROGRESSIVE)
+  assert report['compiles']['compensation'] == 1
   saved = open_source(str(tmp_path / 'out/hf')).config
   assert count_params(saved) == model['params_after']
   assert [s.ffn for s in saved.layers] == [f for f in row['ffn'] if f]

@@ -20,7 +20,7 @@ from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, c
 
 OPTIONS = PruneOptions(
   method='adapt', target=0.7, stages=1, stage_targets='linear', steps=40, ratio=1.0, amplitude=0.02,
-  importance='taylor', layer_distance='cosine', align_ffn=1, compat='',
+  importance='taylor', layer_distance='cosine', align_ffn=1, compat='', compensate='none',
   calibration=CalibrationOptions((), 8, 12, 4),
 )  # fmt: skip
 

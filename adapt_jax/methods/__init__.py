@@ -5,11 +5,13 @@ from adapt_jax.methods.base import Method
 from adapt_jax.methods.flap import Flap
 from adapt_jax.methods.llm_pruner import LlmPruner
 from adapt_jax.methods.magnitude import Magnitude
+from adapt_jax.methods.obs import Obs
 from adapt_jax.methods.shortgpt import ShortGpt
 from adapt_jax.methods.uniform import Uniform
 from adapt_jax.methods.wanda_sp import WandaSp
 
 METHODS: dict[str, type[Method]] = {
+  'obs': Obs,
   'adapt': Adapt,
   'uniform': Uniform,
   'llm_pruner': LlmPruner,

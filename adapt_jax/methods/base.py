@@ -5,11 +5,12 @@ until the target is reached. Numpy only.
 """
 
 import abc
+from collections.abc import Iterator
 from typing import ClassVar, Protocol
 
 import numpy as np
 
-from adapt_jax.allocate import Allocator, Widths
+from adapt_jax.allocate import Allocator, Removal, Widths
 from adapt_jax.plan import PrunePlan, PruneState, keep_best
 from adapt_jax.scores import Scores
 from models.config import ModelConfig
@@ -86,3 +87,35 @@ class UniformOneShot(OneShot):
   def widths(self, scores: Scores, plan: PrunePlan, target: int) -> Widths:
     now = Widths(plan.kv_widths, plan.ffn_widths)
     return self.allocator.one_shot(now, self.touched().astype(np.float64), target)
+
+
+class GlobalOneShot(OneShot):
+  """One-shot with one ranking of all groups and channels of all layers: the lowest go.
+
+  With prune.align_ffn > 1 blocks of a layer's lowest channels rank by their mean.
+  """
+
+  @abc.abstractmethod
+  def comparable(self, scores: Scores, plan: PrunePlan) -> Scores:
+    """`scores` with kv [L, K] and ffn [L, F] on one scale over layers and modules."""
+
+  def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
+    return super().step(self.comparable(scores, state.plan), state, target)
+
+  def widths(self, scores: Scores, plan: PrunePlan, target: int) -> Widths:
+    removals = sorted(self._removals(scores, plan), key=lambda removal: removal[0])
+    return self.allocator.take(Widths(plan.kv_widths, plan.ffn_widths), removals, target)[0]
+
+  def _removals(self, scores: Scores, plan: PrunePlan) -> Iterator[Removal]:
+    """All that may go, lowest first within a layer and module; the position is the score."""
+    for is_kv, masks, values in ((True, plan.kv, scores.kv), (False, plan.ffn, scores.ffn)):
+      for layer, mask in enumerate(masks):
+        ascending = np.sort(values[layer][np.flatnonzero(mask)])
+        widths = [len(ascending)]
+        while (width := self.allocator.narrower(is_kv, widths[-1])) > 0:
+          widths.append(width)
+        gone = len(ascending) - np.array(widths)
+        means = np.add.reduceat(ascending, gone)[:-1] / np.diff(gone)
+        # Means of equal scores may differ by rounding: the order within the layer has to stand.
+        positions = np.maximum.accumulate(means).tolist()
+        yield from ((at, layer, is_kv, width) for at, width in zip(positions, widths[1:], strict=True))

@@ -1,12 +1,9 @@
-"""FLAP: An et al., arXiv 2312.11983; structure AL-AM of the authors' program, without its biases."""
-
-from collections.abc import Iterator
+"""FLAP: An et al., arXiv 2312.11983; structure AL-AM of the authors' program."""
 
 import numpy as np
 
-from adapt_jax.allocate import Removal, Widths
-from adapt_jax.methods.base import OneShot
-from adapt_jax.plan import PrunePlan, PruneState
+from adapt_jax.methods.base import GlobalOneShot
+from adapt_jax.plan import PrunePlan
 from adapt_jax.scores import Scores
 
 
@@ -33,35 +30,16 @@ def standardised(scores: Scores, plan: PrunePlan) -> Scores:
   return scores._replace(kv=kv, ffn=ffn)
 
 
-class Flap(OneShot):
+class Flap(GlobalOneShot):
   """WIFV of o_proj and down_proj, standardised and ranked over the whole model, one shot.
 
   The metric of a column is the variance of its input over the calibration tokens times its squared norm.
   Differs from the authors' program: a plain variance, where theirs weighs deviations from a running mean; a
-  KV group with all its query heads where theirs takes heads; every layer keeps a group and an MLP block;
-  with prune.align_ffn > 1 blocks of a layer's lowest channels rank by their mean. No bias stands in for
-  what went.
+  KV group with all its query heads where theirs takes heads; every layer keeps a group and an MLP block. Its
+  biases in place of what went are prune.compensate = 'bias', of any method.
   """
 
   importance = 'fluctuation'
 
-  def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
-    return super().step(standardised(scores, state.plan), state, target)
-
-  def widths(self, scores: Scores, plan: PrunePlan, target: int) -> Widths:
-    removals = sorted(self._removals(scores, plan), key=lambda removal: removal[0])
-    return self.allocator.take(Widths(plan.kv_widths, plan.ffn_widths), removals, target)[0]
-
-  def _removals(self, scores: Scores, plan: PrunePlan) -> Iterator[Removal]:
-    """All that may go, lowest first within a layer and module; the position is the score."""
-    for is_kv, masks, values in ((True, plan.kv, scores.kv), (False, plan.ffn, scores.ffn)):
-      for layer, mask in enumerate(masks):
-        ascending = np.sort(values[layer][np.flatnonzero(mask)])
-        widths = [len(ascending)]
-        while (width := self.allocator.narrower(is_kv, widths[-1])) > 0:
-          widths.append(width)
-        gone = len(ascending) - np.array(widths)
-        means = np.add.reduceat(ascending, gone)[:-1] / np.diff(gone)
-        # Means of equal scores may differ by rounding: the order within the layer has to stand.
-        positions = np.maximum.accumulate(means).tolist()
-        yield from ((at, layer, is_kv, width) for at, width in zip(positions, widths[1:], strict=True))
+  def comparable(self, scores: Scores, plan: PrunePlan) -> Scores:
+    return standardised(scores, plan)

@@ -1,0 +1,21 @@
+"""Adapt-Pruner with the settings of its paper: Taylor scores, layer importance, 512 x 64 calibration tokens.
+
+    python main.py --config=configs/adapt.py --workdir=out/adapt --config.model.source=...
+
+and what else configs/base.py asks for. With --config.prune.compat=reference it errs as the authors' program
+does.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+  config = base.get_config()
+  config.prune.method = 'adapt'
+  config.prune.compensate = 'none'
+  config.prune.calibration.samples = 512
+  config.prune.calibration.length = 64
+  config.prune.calibration.batch = 8
+  return config
