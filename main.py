@@ -5,7 +5,7 @@
 
 accel: prune and recover in stages. prune: the same without training. evaluate: perplexity of
 model.source. convert: model.source to WORKDIR/hf, unchanged. sensitivity: perplexity when one
-layer alone is pruned, for every layer.
+layer alone is pruned, for every layer. compare: a grid over config fields, a cell a run.
 """
 
 import ast
@@ -17,14 +17,14 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from adapt_jax import accel, convert, evaluate, sensitivity
+from adapt_jax import accel, compare, convert, evaluate, sensitivity
 from adapt_jax.config import RunOptions, from_dict
 from adapt_jax.workdir import Workdir
 from models.errors import InputError
 
 
 class _Strings(flags.ArgumentParser):
-  """A list on the command line: a.txt,b.txt or, for names with commas, "('a,b.txt',)"."""
+  """A list on the command line: a.txt,b.txt or, as Python has it, "('a,b.txt',)" or "({'seed': (0, 1)},)"."""
 
   def parse(self, argument: Any) -> tuple[str, ...]:
     if not isinstance(argument, str):
@@ -46,6 +46,7 @@ _RUN = {
   'evaluate': evaluate.run,
   'convert': convert.run,
   'sensitivity': sensitivity.run,
+  'compare': compare.run,
 }
 _MODE = flags.DEFINE_enum('mode', 'accel', list(_RUN), 'What to do.')
 
@@ -68,15 +69,23 @@ def _options(mode: str) -> RunOptions:
   return options
 
 
+def _identity(mode: str, options: RunOptions) -> dict[str, Any]:
+  """What makes two runs the same. A grid may grow, and its plots change: each cell has its own identity."""
+  config = dataclasses.asdict(options)
+  if mode == 'compare':
+    config['compare'] = {'recover': options.compare.recover}
+  return {'mode': mode, 'config': config}
+
+
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise InputError(f'{argv[1]!r} is not understood: flags are written --name=value')
   logging.set_verbosity(logging.WARNING)  # orbax tells a page a checkpoint
   mode = _MODE.value
   options = _options(mode)
-  workdir = Workdir(_WORKDIR.value, {'mode': mode, 'config': dataclasses.asdict(options)})
+  workdir = Workdir(_WORKDIR.value, _identity(mode, options))
   workdir.check()
-  if workdir.report.exists():
+  if workdir.report.exists() and mode != 'compare':  # its cells tell what is finished
     print(f'this run is finished: see {workdir.report}')
     return
   _RUN[mode](options, workdir, shlex.join(['python', *sys.argv]))
@@ -86,7 +95,10 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    raise InputError(' '.join(str(error).split())) from error
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith('Traceback') for line in lines):  # of a recipe that fails: its last line tells why
+      lines = [lines[0], lines[-1]]
+    raise InputError(' '.join(' '.join(lines).split())) from error
   except Exception as error:  # the recipe is loaded here: a program of the user's, it may fail in any way
     recipes = [a for a in argv if a.startswith('--config')]
     reason = ' '.join(str(error).split())

@@ -21,6 +21,7 @@ from adapt_jax.plan import PrunePlan, PruneState
 from adapt_jax.prune import Pruner, StepRecord, target_params
 from adapt_jax.report import table, versions
 from adapt_jax.run_state import RunState, StateStore
+from adapt_jax.sharing import Shared
 from adapt_jax.train import Teacher, TrainState, make_step, run_steps, stage_steps
 from adapt_jax.workdir import Workdir
 from models.config import ModelConfig, count_params
@@ -34,6 +35,12 @@ def stage_targets(config: ModelConfig, target: float, stages: int, rule: str) ->
   if rule == 'linear':
     return [int(dense - (dense - last) * x) for x in shares] + [last]
   return [int(dense * (last / dense) ** x) for x in shares] + [last]
+
+
+def dense_key(options: RunOptions) -> Any:
+  """All that the dense model's perplexity depends on, for `Shared.dense`."""
+  # Biases that a run adds are zeros, but its program may round otherwise.
+  return options.model, options.data, options.evaluate, options.prune.compensate == 'bias'
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
@@ -52,13 +59,25 @@ class Run:
     inputs: model, tokenizer and token blocks, opened and checked.
     workdir: claimed.
     command: that reproduces the run, for its report.
+    shared: with other runs of this process on the same model.
+    export: whether to write hf/.
   """
 
-  def __init__(self, options: RunOptions, inputs: Inputs, workdir: Workdir, command: str):
+  def __init__(
+    self,
+    options: RunOptions,
+    inputs: Inputs,
+    workdir: Workdir,
+    command: str,
+    *,
+    shared: Shared | None = None,
+    export: bool = True,
+  ):
     self.options, self.inputs, self.workdir = options, inputs, workdir
+    self._shared, self._export = shared, export
     self._started = time.monotonic()
     self._command = command
-    self._compiler = Compiler()
+    self._compiler = Compiler(shared.programs if shared else None)
     self._metrics = MetricsLog(workdir.metrics)
     self._store = StateStore(workdir, inputs.config, self._metrics)
     prune = options.prune
@@ -66,7 +85,8 @@ class Run:
     self._ends = stage_steps(options.train, prune.stages)
     self._optimizer = optimizer(options.train, self._ends[-1])
     common: dict[str, Any] = {'compiler': self._compiler, 'dtype': inputs.dtype}
-    self._pruner = Pruner(inputs.config, prune, inputs.calibration, seed=options.seed, **common)
+    memo = shared.scores if shared else None
+    self._pruner = Pruner(inputs.config, prune, inputs.calibration, seed=options.seed, memo=memo, **common)
     self._evaluator = None
     if inputs.evaluate is not None:
       self._evaluator = Evaluator(inputs.evaluate, options.evaluate.batch, **common)
@@ -79,14 +99,18 @@ class Run:
     state = self._store.resume(self._array_shapes, self._start)
     self._before = state.seconds, dict(state.compiles)
     if state.dense_perplexity is None:
-      state.dense_perplexity = self._evaluate(self.inputs.config, state, 'dense')
+      state.dense_perplexity = self._evaluate_dense(state)
     for stage in range(max(state.stage, 1), self.options.prune.stages + 1):
       if state.stage < stage:
         self._prune_stage(stage, state)
       if not state.complete:
         self._recover_stage(stage, state)
-    self._store.close()
+    self.close()
     return self._finish(state)
+
+  def close(self) -> None:
+    """Ends writing checkpoints; `execute` does it, so only after it has failed."""
+    self._store.close()
 
   # -- the state ------------------------------------------------------------------------------------
 
@@ -223,6 +247,17 @@ class Run:
     teachers = (teacher.params,) if teacher else ()
     return self._compiler('training', step, state.arrays, *batch, *teachers, donate_argnums=(0,))
 
+  def _evaluate_dense(self, state: RunState) -> float | None:
+    """Measured once by all runs that share it."""
+    key, known = dense_key(self.options), self._shared.dense if self._shared else {}
+    if key in known:
+      self._metrics.write('evaluate', of='dense', step=state.train_step, perplexity=known[key])
+      return known[key]
+    value = self._evaluate(self.inputs.config, state, 'dense')
+    if value is not None:
+      known[key] = value
+    return value
+
   def _evaluate(self, config: ModelConfig, state: RunState, title: str) -> float | None:
     if self._evaluator is None:
       return None
@@ -249,14 +284,15 @@ class Run:
 
   def _finish(self, state: RunState) -> dict[str, Any]:
     config = self._config(state)
-    write_hf(
-      config,
-      state.arrays['params'],
-      self.workdir.hf,
-      tokenizer=self.inputs.tokenizer,
-      dtype=self._export_dtype(),
-      generation=self.inputs.source.generation,
-    )
+    if self._export:
+      write_hf(
+        config,
+        state.arrays['params'],
+        self.workdir.hf,
+        tokenizer=self.inputs.tokenizer,
+        dtype=self._export_dtype(),
+        generation=self.inputs.source.generation,
+      )
     self._store.save_plan(state, self.options.prune.stages)
     report = self._report(state)
     self._write_page(state, running=False)

@@ -27,6 +27,7 @@ def _style(ink: str, muted: str, grid: str, paper: str, *series: str) -> str:
     f'.chart .over{{fill:{ink};paint-order:stroke;stroke:{paper};stroke-width:3px}}',
     f'.chart .grid{{stroke:{grid}}} .chart .was{{fill:{grid}}}',
     f'.chart .mark{{stroke:{muted};stroke-dasharray:2 3}} .chart .level{{stroke:{ink};stroke-dasharray:7 3}}',
+    '.chart .range{stroke-opacity:.5}',
     # A wide unseen rim makes a small dot easy to point at.
     '.chart .dot{stroke-width:9;stroke-opacity:0;pointer-events:all} .chart .dot:hover{stroke-opacity:.35}',
   ]
@@ -36,18 +37,26 @@ def _style(ink: str, muted: str, grid: str, paper: str, *series: str) -> str:
   return '\n'.join(rules)
 
 
-# CSS of the charts' classes; the colours of series 0 to 3 are blue, orange, green and violet.
-LIGHT = _style('#1b2330', '#586374', '#dce1e8', '#ffffff', '#1c64d8', '#c2410c', '#15803d', '#7c3aed')
-DARK = _style('#e6eaf0', '#9aa7b8', '#333c49', '#1a2029', '#6ea8fe', '#fb8c4b', '#4ecb7d', '#b794f6')
+# Of series 0, 1, …: blue, orange, green, violet, pink, teal, ochre, grey; on light and on dark paper.
+ON_LIGHT = ('#1c64d8', '#c2410c', '#15803d', '#7c3aed', '#db2777', '#0891b2', '#946b00', '#3f3f46')
+ON_DARK = ('#6ea8fe', '#fb8c4b', '#4ecb7d', '#b794f6', '#f77fbe', '#35d0e6', '#e9c83f', '#e4e4e7')
+COLOURS = len(ON_LIGHT)  # that can be told apart; further series take them again
+# CSS of the charts' classes.
+LIGHT = _style('#1b2330', '#586374', '#dce1e8', '#ffffff', *ON_LIGHT)
+DARK = _style('#e6eaf0', '#9aa7b8', '#333c49', '#1a2029', *ON_DARK)
 
 
 class Series(NamedTuple):
-  """One line. points: x, y and what the pointer shows, '' to draw no dot; kind: line, step or dots."""
+  """One line. points: x, y and what the pointer shows, '' to draw no dot; kind: line, step or dots.
+
+  ranges: x, lowest and highest y of thin upright bars, for what repetitions spread over.
+  """
 
   name: str
   points: Sequence[tuple[float, float, str]]
   colour: int = 0
   kind: str = 'line'
+  ranges: Sequence[tuple[float, float, float]] = ()
 
 
 class _Scale(NamedTuple):
@@ -102,14 +111,36 @@ def _rect(look: str, x: float, y: float, width: float, height: float, hover: str
   return f'<rect {look} x="{x:.5g}" y="{y:.5g}" width="{width:.5g}" height="{height:.5g}">{inside}</rect>'
 
 
-def _svg(title: str, height: int, parts: Iterable[str], legend: Sequence[Pair] = ()) -> str:
-  """The element with its title and a legend of (class, name)."""
-  head, x = [_text(2, 14, title, more=' class="name"')], float(_LEFT)
+def _legend(legend: Sequence[Pair]) -> tuple[list[str], int]:
+  """Marks and names of (class, name), and the height of the lines after the first."""
+  parts, x, down, most = list[str](), float(_LEFT), 0, int((_RIGHT - _LEFT - 13) / _LETTER)
   for kind, name in legend:
-    head += [_rect(f'class="{kind}"', x, 22, 9, 9), _text(x + 13, 30.5, name)]
-    x += 28 + _LETTER * len(name)
-  start = f'<svg class="chart" role="img" aria-label="{html.escape(title)}" viewBox="0 0 {WIDTH} {height}">'
-  return '\n'.join([start, *head, *parts, '</svg>'])
+    shown = name if len(name) <= most else name[: most - 1] + '…'
+    width = 13 + _LETTER * len(shown)
+    if x > _LEFT and x + width > _RIGHT:
+      x, down = float(_LEFT), down + 14
+    hover = name if shown != name else ''
+    parts += [_rect(f'class="{kind}"', x, 22 + down, 9, 9, hover), _text(x + 13, 30.5 + down, shown)]
+    x += width + 15
+  return parts, down
+
+
+def _svg(title: str, height: int, parts: Iterable[str], legend: Sequence[Pair] = ()) -> str:
+  """The element with its title and a legend of (class, name), which makes it higher if it is long."""
+  names, down = _legend(legend)
+  head = [_text(2, 14, title, more=' class="name"'), *names]
+  moved = [f'<g transform="translate(0 {down})">', *parts, '</g>'] if down else parts
+  box = f'viewBox="0 0 {WIDTH} {height + down}"'
+  start = f'<svg class="chart" role="img" aria-label="{html.escape(title)}" {box}>'
+  return '\n'.join([start, *head, *moved, '</svg>'])
+
+
+def picture(chart: str) -> str:
+  """A chart as a file of its own, on white."""
+  size = chart.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()
+  start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" '
+  head, rest = chart.replace('<svg ', start, 1).split('>', 1)
+  return f'{head}>\n<style>{LIGHT}</style>\n<rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'
 
 
 def _frame(x: _Scale, y: _Scale, x_ticks: Labelled, y_ticks: Labelled, names: Pair) -> list[str]:
@@ -124,8 +155,16 @@ def _frame(x: _Scale, y: _Scale, x_ticks: Labelled, y_ticks: Labelled, names: Pa
   ]
 
 
-def _axes(x: _Scale, y: _Scale, names: Pair, integer: tuple[bool, bool]) -> list[str]:
-  x_ticks = labelled(ticks(x.low, x.high, 6, integer=integer[0]))
+def _categories(names: Sequence[str], x: _Scale) -> list[tuple[float, str]]:
+  """A tick each, their labels cut to the room there is."""
+  most = max(3, int((x.stop - x.start) / max(len(names), 1) / _LETTER))
+  return [(float(i), name if len(name) <= most else name[: most - 1] + '…') for i, name in enumerate(names)]
+
+
+def _axes(
+  x: _Scale, y: _Scale, names: Pair, integer: tuple[bool, bool], categories: Sequence[str] = ()
+) -> list[str]:
+  x_ticks = _categories(categories, x) or labelled(ticks(x.low, x.high, 6, integer=integer[0]))
   y_ticks = labelled(ticks(y.low, y.high, round((y.start - y.stop) / 32), log=y.log, integer=integer[1]))
   lines = [_line('grid', x.start, y(t), x.stop, y(t)) for t, _ in y_ticks]
   return lines + _frame(x, y, x_ticks, y_ticks, names)
@@ -162,6 +201,9 @@ def _series(series: Series, x: _Scale, y: _Scale) -> list[str]:
   draw = 'H{:.5g}V{:.5g}' if series.kind == 'step' else 'L{:.5g} {:.5g}'
   path = 'M{:.5g} {:.5g}'.format(*places[0]) + ''.join(draw.format(*p) for p in places[1:])
   parts = [f'<path class="line{series.colour}" d="{path}"/>'] if series.kind != 'dots' else []
+  parts += [
+    _line(f'range line{series.colour}', x(at), y(low), x(at), y(high)) for at, low, high in series.ranges
+  ]
   radius = 3.5 if series.kind == 'dots' else 2.3 if len(places) <= 60 else 0.8
   look = f'class="dot fill{series.colour}" r="{radius}"'
   for (px, py), (_, _, hover) in zip(places, series.points, strict=True):
@@ -180,11 +222,13 @@ def line_chart(
   levels: Labelled = (),
   log: bool = False,
   integer: bool = False,
+  categories: Sequence[str] = (),
   height: int = 250,
 ) -> str:
   """Lines over x with vertical `marks` and horizontal `levels`; '' if there is no finite point.
 
   names: of x and y. x_range: values that x must reach. log: of y, if all is positive. integer: ticks of x.
+  categories: names of x = 0, 1, …, in place of numbers.
   """
   drawn = [[p for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])] for s in series]
   series = [s._replace(points=points) for s, points in zip(series, drawn, strict=True) if points]
@@ -193,12 +237,14 @@ def line_chart(
   levels = [level for level in levels if math.isfinite(level[0])]
   xs = [p[0] for s in series for p in s.points] + [value for value, _ in marks] + list(x_range)
   ys = [p[1] for s in series for p in s.points] + [value for value, _ in levels]
+  ys += [value for s in series for _, *ends in s.ranges for value in ends]
+  xs += [-0.5, len(categories) - 0.5] if categories else []
   low, high = min(ys), max(ys)
   air = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
   span = (low / 1.1, high * 1.1) if log else (0.0 if 0 <= low < air else low - air, high + air)
   x = _Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, _LEFT, _RIGHT)
   y = _Scale(*span, height - _BOTTOM, _TOP, log)
-  parts = _axes(x, y, names, (integer, False)) + _marks(marks, x, y)
+  parts = _axes(x, y, names, (integer, False), categories) + _marks(marks, x, y)
   for one in series:
     parts += _series(one, x, y)
   parts += _levels(levels, series[0], x, y)

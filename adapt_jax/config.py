@@ -95,6 +95,14 @@ class SensitivityOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompareOptions:
+  grid: tuple[dict[str, Any], ...] = ()
+  recover: bool = False
+  x: str = 'prune.target'
+  over: str = 'seed'
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportOptions:
   dtype: str
 
@@ -109,6 +117,7 @@ class RunOptions:
   train: TrainOptions
   evaluate: EvaluateOptions
   sensitivity: SensitivityOptions
+  compare: CompareOptions
   export: ExportOptions
   seed: int
 
@@ -135,7 +144,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
   if dataclasses.is_dataclass(kind):
     return _build(kind, value, where)
   if isinstance(kind, types.GenericAlias):  # one string or number is a tuple of one
-    return (_numbers if typing.get_args(kind)[0] is float else _strings)(value, where)
+    return {float: _numbers, str: _strings}.get(typing.get_args(kind)[0], _grid)(value, where)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -156,6 +165,19 @@ def _numbers(value: Any, where: str) -> tuple[float, ...]:
     return tuple(float(x) for x in items if x != '')
   except (TypeError, ValueError):
     raise InputError(f'{where} = {value!r} must be a list of numbers') from None
+
+
+def _grid(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+  parts = (value,) if isinstance(value, dict) else value
+  if not isinstance(parts, (list, tuple)) or not all(isinstance(part, dict) for part in parts):
+    raise InputError(f"{where} = {value!r} must be a list of groups such as {{'prune.target': (0.9, 0.8)}}")
+  found = []
+  for part in parts:
+    values = {k: tuple(v) if isinstance(v, (list, tuple)) else (v,) for k, v in part.items()}
+    if not part or not all(values.values()) or not all(isinstance(k, str) for k in part):
+      raise InputError(f'{where} has {part!r}: name fields, and one value or more for each')
+    found.append(values)
+  return tuple(found)
 
 
 _CHOICES = {

@@ -1,6 +1,6 @@
 """Documents out of files, directories, globs and hub data sets, read one at a time.
 
-A source is a tuple of strings. Each is a file (.txt: one document; .jsonl, .parquet: one a row), a
+A source is a tuple of strings. Each is a file (.txt, .tokens: one document; .jsonl, .parquet: one a row), a
 directory (every such file below it, sorted), a glob, or, if no such path exists, a hub data set
 `org/name`, `org/name:split` or `org/name:config:split` (split `train` by default). One .npy file
 alone holds token blocks: see `adapt_jax.data`.
@@ -23,7 +23,8 @@ from models.errors import InputError, first_line
 Source = tuple[str, ...]
 Message = dict[str, Any]  # 'role' and 'content' are strings; other keys go to the chat template
 
-_SUFFIXES = ('.txt', '.jsonl', '.parquet')
+_WHOLE = ('.txt', '.tokens')  # one document a file; .tokens is what WikiText's files are called
+_SUFFIXES = (*_WHOLE, '.jsonl', '.parquet')
 _NEVER_HUB = (*_SUFFIXES, '.npy', '.json', '.csv', '.gz', '.zst')
 _HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}')
 
@@ -57,7 +58,7 @@ def check_source(source: Source, field: str, *, text_field: str, messages_field:
     open_blocks(source, field)
     return
   for origin in _origins(source, field):
-    if isinstance(origin, pathlib.Path) and origin.suffix.lower() == '.txt':
+    if isinstance(origin, pathlib.Path) and origin.suffix.lower() in _WHOLE:
       _check_readable(origin)
     else:
       next(_documents(origin, text_field, messages_field), None)
@@ -116,7 +117,7 @@ def _origins_of(entry: str, field: str) -> Iterator[pathlib.Path | str]:
 def _documents(origin: pathlib.Path | str, text_field: str, messages_field: str) -> Iterator[Document]:
   if isinstance(origin, str):
     rows = _hub_rows(origin)
-  elif origin.suffix.lower() == '.txt':
+  elif origin.suffix.lower() in _WHOLE:
     rows = _whole_text(origin, text_field)
   elif origin.suffix.lower() == '.jsonl':
     rows = _json_rows(origin)

@@ -1,5 +1,6 @@
 """Token perplexity over non-overlapping windows."""
 
+import dataclasses
 import json
 import math
 import time
@@ -47,6 +48,21 @@ def batches(blocks: Blocks, size: int) -> Iterator[tuple[np.ndarray, np.ndarray,
     yield tokens, targets, windows
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loss:
+  """(Σ loss, tokens counted) of a batch; a dataclass, so that runs of one process can share its program."""
+
+  config: ModelConfig
+  dtype: Any
+
+  def __call__(
+    self, params: Params, tokens_BT: jax.Array, targets_BT: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    x_BTD = llama.hidden_states(self.config, params, tokens_BT, dtype=self.dtype)
+    total = next_token_loss(x_BTD, llama.head(params), tokens_BT, targets_BT)
+    return total, shift(tokens_BT, targets_BT)[1].sum()
+
+
 class Evaluator:
   """Perplexity of a model on fixed windows; compiles once per shape of the model.
 
@@ -68,14 +84,6 @@ class Evaluator:
     """What the figure is, in words, for reports."""
     return definition(self.blocks)
 
-  def _compile(self, config: ModelConfig, params: Params, tokens: np.ndarray, targets: np.ndarray) -> Any:
-    def loss(params: Params, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-      x_BTD = llama.hidden_states(config, params, tokens_BT, dtype=self._dtype)
-      total = next_token_loss(x_BTD, llama.head(params), tokens_BT, targets_BT)
-      return total, shift(tokens_BT, targets_BT)[1].sum()
-
-    return self._compiler('evaluation', loss, params, tokens, targets)
-
   def perplexity(self, config: ModelConfig, params: Params, title: str) -> float:
     """exp(mean cross-entropy in nats) over all targets of all windows."""
     total = count = 0.0
@@ -83,7 +91,8 @@ class Evaluator:
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
       for tokens, targets, windows in batches(self.blocks, size):
         if self._compiled_for != config:
-          self._program = self._compile(config, params, tokens, targets)
+          loss = _Loss(config, self._dtype)
+          self._program = self._compiler('evaluation', loss, params, tokens, targets)
           self._compiled_for = config
         batch_total, batch_count = self._program(params, jnp.asarray(tokens), jnp.asarray(targets))
         total, count = total + float(batch_total), count + float(batch_count)

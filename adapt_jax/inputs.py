@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 from adapt_jax import surgery
 from adapt_jax.config import RunOptions
-from adapt_jax.data import Blocks, TokenStream, check_vocab, load_blocks, load_stream
+from adapt_jax.data import Blocks, check_vocab, load_blocks, load_stream
 from adapt_jax.documents import check_source, is_blocks
 from adapt_jax.methods import METHODS
 from adapt_jax.prune import target_params
@@ -72,12 +73,14 @@ def compute_dtype(name: str) -> Any:
 
 def prepare(options: RunOptions) -> Inputs:
   """Inputs of modes accel and prune. Raises InputError for anything a user must correct."""
-  _check_sources(options)
+  check_sources(options)
   source = open_source(options.model.source)
-  biased = options.prune.compensate == 'bias'
-  _check_target(options, _biased(source.config, biased))
-  _check_steps(options)
-  loader = Loader(options, source.load_tokenizer(), source.config)
+  check_plan(options, source.config)
+  return load(options, source, Loader(options, source.load_tokenizer(), source.config))
+
+
+def load(options: RunOptions, source: Source, loader: 'Loader') -> Inputs:
+  """Tokenises what `check_sources` and `check_plan` have found well."""
   calibration, t = options.prune.calibration, options.train
   blocks = loader.load('prune.calibration.source', calibration.source, calibration.length)
   if len(blocks.tokens) < calibration.samples:
@@ -88,27 +91,33 @@ def prepare(options: RunOptions) -> Inputs:
   train = loader.load('train.source', t.source, t.length, t.tokens) if t.tokens else None
   evaluate = loader.evaluation() if options.evaluate.source else None
   dtype = compute_dtype(options.model.dtype)
+  biased = options.prune.compensate == 'bias'
   return Inputs(source, loader.tokenizer, blocks, train, evaluate, dtype, biased)
 
 
 class Loader:
-  """Token blocks of a run's sources; one that serves twice, cut to two lengths, is tokenised once."""
+  """Token blocks of a run's sources; one that serves twice, cut to two lengths, is tokenised once.
 
-  def __init__(self, options: RunOptions, tokenizer: Any, config: ModelConfig):
+  cache: of loaders of other options with the same tokenizer, to tokenise nothing twice for them all.
+  """
+
+  def __init__(
+    self, options: RunOptions, tokenizer: Any, config: ModelConfig, cache: dict[Any, Any] | None = None
+  ):
     self.tokenizer = tokenizer
     self._options, self._config = options, config
-    self._streams: dict[tuple[tuple[str, ...], int], TokenStream] = {}
+    self._cache: dict[Any, Any] = {} if cache is None else cache
 
   def load(self, field: str, source: tuple[str, ...], length: int, tokens: int = 0) -> Blocks:
     """Windows of `length` tokens from the first `tokens` of the source, at least from a pool to draw from."""
     name, limit = f'config.{field}', max(tokens, _POOL_TOKENS)
     fields: dict[str, Any] = {**dataclasses.asdict(self._options.data), 'field': name, 'max_tokens': limit}
+    key = (self._options.data, source, limit)
     if is_blocks(source):
-      blocks = load_blocks(source, self.tokenizer, length, **fields)
+      blocks = self._once((*key, length), lambda: load_blocks(source, self.tokenizer, length, **fields))
     else:
-      if (source, limit) not in self._streams:
-        self._streams[source, limit] = load_stream(source, self.tokenizer, **fields)
-      blocks = self._streams[source, limit].blocks(length, name)
+      stream = self._once(key, lambda: load_stream(source, self.tokenizer, **fields))
+      blocks = self._once((*key, length), lambda: stream.blocks(length, name))
     check_vocab(blocks, self._config.vocab_size, name)
     if not blocks.targets.any():
       raise InputError(
@@ -116,6 +125,11 @@ class Loader:
         f"the assistant's messages"
       )
     return blocks
+
+  def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    if key not in self._cache:
+      self._cache[key] = make()
+    return self._cache[key]
 
   def evaluation(self) -> Blocks:
     """The evaluation windows: at most `evaluate.max_tokens` tokens, evenly spaced over the source."""
@@ -129,7 +143,8 @@ class Loader:
     return dataclasses.replace(blocks, tokens=blocks.tokens[rows], targets=blocks.targets[rows])
 
 
-def _check_sources(options: RunOptions) -> None:
+def check_sources(options: RunOptions) -> None:
+  """Checks that every source of the run can be read; tokenises nothing. Raises InputError."""
   fields = {'prune.calibration.source': options.prune.calibration.source}
   if options.train.tokens:
     fields['train.source'] = options.train.source
@@ -142,6 +157,15 @@ def _check_sources(options: RunOptions) -> None:
       text_field=options.data.text_field,
       messages_field=options.data.messages_field,
     )
+
+
+def check_plan(options: RunOptions, config: ModelConfig) -> None:
+  """Checks that the target can be reached and that every stage has a batch. Raises InputError.
+
+  config: of the source.
+  """
+  _check_target(options, _biased(config, options.prune.compensate == 'bias'))
+  _check_steps(options)
 
 
 def _check_target(options: RunOptions, config: ModelConfig) -> None:

@@ -5,6 +5,7 @@ Each step scores all groups and layers on freshly drawn calibration rows, lets t
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from adapt_jax.methods import METHODS
 from adapt_jax.plan import PrunePlan, PruneState
 from adapt_jax.progress import Progress
 from adapt_jax.scores import Scores
+from adapt_jax.sharing import ScoreMemo
 from models.config import ModelConfig, count_params
 from models.errors import InputError
 from models.llama import Params
@@ -70,6 +72,7 @@ class Pruner:
     seed: of the draws; a draw depends on (seed, step) alone.
     compiler: counts the one scoring compile.
     dtype: of weights and activations while scoring.
+    memo: of scores, shared with pruners of the same weights.
 
   `importance` is the name of the groups' score.
   """
@@ -83,6 +86,7 @@ class Pruner:
     seed: int,
     compiler: Compiler,
     dtype: Any,
+    memo: ScoreMemo | None = None,
   ):
     self.config, self.options, self.blocks = config, options, blocks
     self._as_reference = options.compat == 'reference'
@@ -100,14 +104,19 @@ class Pruner:
     )
     self._program: Any = None
     self._compensation: Any = None
+    self._memo = memo
     self._zero = jax.jit(surgery.zero_stacked, donate_argnums=0)
 
-  def score(self, stacked: Params, step: int) -> Scores:
-    """`Scores` as numpy arrays on the rows that `step` draws; InputError if any is not finite."""
+  def score(self, stacked: Params, step: int, plan: PrunePlan | None = None) -> Scores:
+    """`Scores` as numpy arrays on the rows that `step` draws; InputError if any is not finite.
+
+    `plan`: what `stacked` keeps of the model's own weights, where the memo may answer.
+    """
     tokens = self._draw(step)
-    if self._program is None:
-      self._program = self._compiler('scoring', self._scorer, stacked, tokens)
-    scores: Scores = jax.device_get(self._program(stacked, tokens))
+    if self._memo is None or plan is None:
+      scores = self._compute(stacked, tokens)
+    else:
+      scores = self._memo.get(self._key(plan, tokens), lambda: self._compute(stacked, tokens))
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(scores)):
       raise InputError(
         f'pruning step {step + 1}: the calibration loss is {scores.loss} and not all scores are '
@@ -119,6 +128,19 @@ class Pruner:
     if self._as_reference and self._distance != 'cosine':
       scores = scores._replace(distance=-scores.distance)
     return scores
+
+  def _compute(self, stacked: Params, tokens: jax.Array) -> Scores:
+    if self._program is None:
+      self._program = self._compiler('scoring', self._scorer, stacked, tokens)
+    scores: Scores = jax.device_get(self._program(stacked, tokens))
+    return scores
+
+  def _key(self, plan: PrunePlan, tokens: jax.Array) -> tuple[Scorer, bytes]:
+    """All that a pass over the model's own weights depends on: seed and step only by the rows they draw."""
+    digest = hashlib.sha256()
+    for array in (*surgery.padded_masks(plan), tokens):
+      digest.update(np.asarray(array).tobytes())
+    return self._scorer, digest.digest()
 
   def _draw(self, step: int) -> jax.Array:
     """The calibration rows of one step, [S, T]."""
@@ -166,11 +188,13 @@ class Pruner:
     if self._as_reference:
       # Its schedule starts anew, from the present widths, at every stage.
       method = METHODS[self.options.method](compacted.pruned_config(self.config), self.options)
+    # Until the first compaction the weights are the model's own: no training has touched them.
+    own = compacted.equals(PrunePlan.dense(self.config))
     stacked = jax.jit(lambda p: surgery.stack(p, compacted, self._dtype))(params)
     stacked = self._zero(stacked, *surgery.padded_masks(state.plan))
     with Progress(title, before - target, 'parameters removed') as progress:
       while before > target:
-        scores = self.score(stacked, state.step)
+        scores = self.score(stacked, state.step, state.plan if own else None)
         state = method.step(scores, state, target)
         record = self._record(scores, state)
         on_step(state, record)

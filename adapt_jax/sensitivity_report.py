@@ -15,7 +15,6 @@ from models.files import write_text
 Json = dict[str, Any]
 
 MARKDOWN, CSV = 'sensitivity.md', 'sensitivity.csv'
-_COLOURS = 4  # that charts tell apart; further bases take them again
 _WHAT = {
   'both': 'a layer',
   'attention': "a layer's attention",
@@ -126,7 +125,7 @@ def _perplexity_chart(report: Json, block: str) -> str:
       (layer, found[block], f'{name}, layer {layer}: {found[block]:.3f}')
       for layer, found in enumerate(base['layers'])
     ]
-    series.append(Series(name, points, i % _COLOURS))
+    series.append(Series(name, points, i % charts.COLOURS))
     levels.append((base['perplexity'], f'{name} as it is {base["perplexity"]:.2f}'))
   title = f'Perplexity with {100 * report["sparsity"]:g} % of {_WHAT[block]} pruned'
   return charts.line_chart(title, ('layer', 'perplexity'), series, levels=levels, log=True, integer=True)
@@ -138,7 +137,7 @@ def _importance_chart(report: Json) -> str:
     name = f'base {base["sparsity"]:g}'
     values = enumerate(base['layer_importance'])
     points = [(layer, x, f'{name}, layer {layer}: {x:.5g}') for layer, x in values]
-    series.append(Series(name, points, i % _COLOURS))
+    series.append(Series(name, points, i % charts.COLOURS))
   names = 'layer', f'{report["layer_distance"]} distance'
   return charts.line_chart('Importance of the layers', names, series, integer=True)
 

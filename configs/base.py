@@ -96,6 +96,15 @@ def get_config() -> ConfigDict:
   config.sensitivity.bases = (0.0, 0.2, 0.4)
   config.sensitivity.blocks = ('both',)  # what is pruned of the layer, a curve each: both, attention, mlp
 
+  # Mode compare: a grid over any fields but model.source, each cell a run of its own (configs/ablations.py).
+  config.compare = ConfigDict()
+  # A tuple of groups {'prune.method': ('adapt', 'flap'), 'prune.target': (0.9, 0.8)}: all combinations of
+  # each, none twice. A field that a group does not name has this config's value there.
+  config.compare.grid = ()
+  config.compare.recover = False  # whether cells are trained as train.* says; else they are only pruned
+  config.compare.x = 'prune.target'  # the field along the plots' x axis
+  config.compare.over = 'seed'  # the field whose values are repetitions: median and range in tables and plots
+
   config.export = ConfigDict()
   config.export.dtype = 'auto'  # of the weights in hf/: as in the source, or float32, bfloat16, float16
   return config

@@ -70,8 +70,9 @@ def message_of(call: Any, *arguments: Any, **options: Any) -> str:
 # Sources
 
 
-def test_text_file_is_one_document_with_bos_and_eos(tmp_path, tokenizer):
-  path = tmp_path / 'a.txt'
+@pytest.mark.parametrize('name', ['a.txt', 'wiki.train.tokens'])
+def test_text_file_is_one_document_with_bos_and_eos(tmp_path, tokenizer, name):
+  path = tmp_path / name
   path.write_text('The dog.\n\nIt sleeps.\n')
   blocks = load(path, tokenizer)
   assert_windows(blocks, stream(tokenizer, ['The dog.\n\nIt sleeps.\n']))

@@ -17,20 +17,20 @@ MAX_LINES = 400
 
 # Layers of adapt_jax from the top; a module may import its own layer and those below.
 LAYERS = (
-  {'accel', 'convert', 'sensitivity'},
+  {'accel', 'compare', 'convert', 'sensitivity'},
   {'run_state'},
   {
     'prune', 'train', 'evaluate', 'inputs', 'checkpoint', 'export', 'report', 'report_html',
-    'sensitivity_report',
+    'compare_report', 'sensitivity_report',
   },
   {
     'importance', 'allocate', 'surgery', 'plan', 'loss', 'optim', 'data', 'documents', 'metrics',
     'config', 'compile', 'progress', 'workdir', 'charts', 'tensorboard', 'methods', 'scores', 'obs',
-    'compensate',
+    'compensate', 'grid', 'sharing',
   },
 )  # fmt: skip
 PICKLES = {'pickle', 'cloudpickle', 'dill', 'shelve', 'joblib'}  # loading one runs code
-NO_JAX = ('adapt_jax/allocate.py', 'adapt_jax/plan.py', 'adapt_jax/methods/__init__.py')
+NO_JAX = ('adapt_jax/allocate.py', 'adapt_jax/grid.py', 'adapt_jax/plan.py', 'adapt_jax/methods/__init__.py')
 TOKENIZER_FILES = ('models/source.py', 'models/gguf_tokenizer.py')
 
 SOURCES = {

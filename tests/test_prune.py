@@ -14,6 +14,7 @@ from adapt_jax.data import Blocks
 from adapt_jax.importance import IMPORTANCES
 from adapt_jax.plan import PruneState
 from adapt_jax.prune import Pruner, target_params
+from adapt_jax.sharing import ScoreMemo
 from models import llama
 from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
 
@@ -31,11 +32,11 @@ def model():
   return config, params
 
 
-def make_pruner(config, rows=32, seed=0, **kw):
+def make_pruner(config, rows=32, seed=0, memo=None, **kw):
   tokens = np.random.default_rng(1).integers(0, 61, (rows, 12)).astype(np.int32)
   blocks = Blocks(tokens, np.ones_like(tokens, bool), 0)
   options = dataclasses.replace(OPTIONS, **kw)
-  return Pruner(config, options, blocks, seed=seed, compiler=Compiler(), dtype=jnp.float32)
+  return Pruner(config, options, blocks, seed=seed, compiler=Compiler(), dtype=jnp.float32, memo=memo)
 
 
 def prune(pruner, params, target, state=None, compacted=None):
@@ -96,3 +97,36 @@ def test_reference_negates_euclidean_distance_only(model):
       signs[compat, distance] = np.array(records[0].layer_importance)
   np.testing.assert_array_equal(signs['', 'cosine'], signs['reference', 'cosine'])
   np.testing.assert_array_equal(signs['', 'euclidean'], -signs['reference', 'euclidean'])
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {},
+    {'importance': 'random'},  # drawn by the seed, whatever the memo remembers of the pass
+    {'importance': 'fluctuation'},
+    {'layer_distance': 'euclidean', 'compat': 'reference'},
+  ],
+  ids=str,
+)
+def test_a_memo_saves_passes_and_changes_nothing(model, options):
+  config, params = model
+  target, memo = target_params(config, 0.8), ScoreMemo()
+  whole, records = prune(make_pruner(config, **options), params, target)
+  for passes in (len(records), 0):
+    before = memo.computed
+    found, again = prune(make_pruner(config, memo=memo, **options), params, target)
+    assert found.plan.equals(whole.plan) and again == records
+    assert memo.computed - before == passes
+  other, _ = prune(make_pruner(config, seed=1, memo=memo, **options), params, target)
+  assert other.plan.equals(prune(make_pruner(config, seed=1, **options), params, target)[0].plan)
+
+
+def test_a_memo_is_only_for_the_models_own_weights(model):
+  """After the first compaction training may have changed them: equal plans no longer mean equal scores."""
+  config, params = model
+  memo, target = ScoreMemo(), target_params(config, 0.8)
+  state, _ = prune(make_pruner(config, memo=memo), params, target_params(config, 0.9))
+  small, known = surgery.compact(params, state.plan), (memo.computed, memo.remembered)
+  prune(make_pruner(config, memo=memo), small, target, state, state.plan)
+  assert (memo.computed, memo.remembered) == known

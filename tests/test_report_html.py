@@ -383,6 +383,61 @@ def test_one_point_and_one_layer_are_drawn_whatever_their_names() -> None:
   assert charts.line_chart('a', ('x', 'y'), [charts.Series('s', [(0, math.nan, '')])]) == ''
 
 
+def rgb(colour: str) -> list[float]:
+  """Linear light of #rrggbb, as WCAG 2 has it."""
+  shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+  return [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in shares]
+
+
+def brightness(colour: str) -> float:
+  return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), rgb(colour), strict=True))
+
+
+@pytest.mark.parametrize(('colours', 'paper'), [(charts.ON_LIGHT, '#ffffff'), (charts.ON_DARK, '#1a2029')])
+def test_colours_stand_out_from_the_paper_and_differ(colours: tuple[str, ...], paper: str) -> None:
+  assert len(set(colours)) == charts.COLOURS >= 8
+  for colour in colours:
+    low, high = sorted(map(brightness, (colour, paper)))
+    assert (high + 0.05) / (low + 0.05) >= 3  # WCAG 2 for graphics
+  assert all(f'.line{i}{{stroke:{c};' in charts.LIGHT for i, c in enumerate(charts.ON_LIGHT))
+
+
+def test_a_long_legend_wraps_and_stays_in_the_picture() -> None:
+  names = [f'method {"abcdefgh"[: i + 1]}, distance {i}' for i in range(8)] + ['x' * 200]
+  series = [charts.Series(n, [(0, i + 1, n), (1, i + 2, n)], i % charts.COLOURS) for i, n in enumerate(names)]
+  svg = ElementTree.fromstring(charts.line_chart('a', ('x', 'y'), series, log=True))
+  assert_inside(svg)
+  texts = [text for text in svg.findall('text') if (text.text or '').startswith(('method', 'x'))]
+  assert [t.text for t in texts[:-1]] == names[:-1] and (texts[-1].text or '').endswith('…')
+  rows = [float(text.attrib['y']) for text in texts]
+  assert rows == sorted(rows) and len(set(rows)) > 2
+  plot = svg.find('g')
+  assert plot is not None
+  down = numbers(plot.attrib['transform'])[1]
+  tops = [float(line.attrib['y1']) + down for line in plot.iter('line')]
+  assert min(tops) > max(rows) and numbers(svg.attrib['viewBox'])[3] == 250 + down
+
+
+def test_categories_and_ranges() -> None:
+  series = charts.Series('', [(0, 3, 'a'), (1, 4, 'b')], ranges=[(1, 2, 9)])
+  names = ['first', 'a second name that is far too long to fit in between the other two', 'third']
+  svg = ElementTree.fromstring(charts.line_chart('a', ('x', 'y'), [series], categories=names))
+  assert_inside(svg)
+  texts = [text.text or '' for text in svg.iter('text')]
+  assert 'first' in texts and 'third' in texts and any(text.startswith('a second') for text in texts)
+  (bar,) = (line for line in svg.iter('line') if 'range' in line.attrib['class'])
+  (dot,) = (d for d in svg.iter('circle') if d.attrib['cx'] == bar.attrib['x1'])
+  assert float(bar.attrib['y2']) < float(dot.attrib['cy']) < float(bar.attrib['y1'])
+
+
+def test_a_chart_as_a_file() -> None:
+  chart = charts.line_chart('a < b', ('x', 'y'), [charts.Series('', [(0, 1, ''), (1, 2, '')])])
+  svg = ElementTree.fromstring(charts.picture(chart))
+  assert svg.tag == '{http://www.w3.org/2000/svg}svg' and svg.attrib['aria-label'] == 'a < b'
+  assert svg.attrib['viewBox'] == f'0 0 {svg.attrib["width"]} {svg.attrib["height"]}'
+  assert svg[0].text == charts.LIGHT and svg[1].attrib['fill'] == '#ffffff'
+
+
 def test_write_says_when(tmp_path: pathlib.Path) -> None:
   write(tmp_path / 'report.html', make_report(), make_events(), command=COMMAND, running=False)
   text = Reader((tmp_path / 'report.html').read_text(encoding='utf-8')).text

@@ -1,0 +1,145 @@
+"""The cells of a grid over config fields: what they are, in which order, and what they are called.
+
+Numpy and JAX are not needed here.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from models.errors import InputError
+
+Grid = Sequence[dict[str, tuple[Any, ...]]]
+Tree = dict[str, Any]
+
+_LONGEST_NAME = 80
+_SPENT_LAST = 'prune.target'  # cells that differ in it alone share pruning steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One cell. values: of every field that varies in the grid. name: of its directory, unlike all others."""
+
+  values: dict[str, Any]
+  name: str
+
+  @property
+  def label(self) -> str:
+    """All values for messages: 'prune.method=adapt prune.target=0.8'."""
+    return ' '.join(f'{field}={show(value)}' for field, value in self.values.items())
+
+
+def show(value: Any) -> str:
+  """A value for readers: sources joined by commas, strings without quotes."""
+  return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def short(fields: Sequence[str]) -> dict[str, str]:
+  """Field -> its shortest end that no other of `fields` has: 'method', or 'calibration.source'."""
+
+  def end(field: str, parts: int) -> str:
+    return '.'.join(field.split('.')[-parts:])
+
+  return {
+    f: next(
+      end(f, n)
+      for n in range(1, f.count('.') + 2)
+      if n == f.count('.') + 1 or sum(end(f, n) == end(other, n) for other in fields) == 1
+    )
+    for f in fields
+  }
+
+
+def get(tree: Tree, field: str, why: str = 'config.compare.grid varies') -> Any:
+  """The value of a dotted field; InputError that begins with `why` where there is none or a group."""
+  node: Any = tree
+  for depth, part in enumerate(parts := field.split('.')):
+    if not isinstance(node, dict) or part not in node:
+      place = '.'.join(['config', *parts[:depth]])
+      fields = ', '.join(node) if isinstance(node, dict) else 'none'
+      raise InputError(f'{why} {field!r}, but {place} has no {part!r}; fields there: {fields}')
+    node = node[part]
+  if isinstance(node, dict):
+    raise InputError(f'{why} {field!r}, a group: name one of its fields: {", ".join(node)}')
+  return node
+
+
+def assign(tree: Tree, values: dict[str, Any]) -> Tree:
+  """A copy of `tree` with the dotted fields of `values` set; InputError for an unknown one."""
+  tree = copy.deepcopy(tree)
+  for field, value in values.items():
+    get(tree, field)
+    *groups, last = field.split('.')
+    node = tree
+    for part in groups:
+      node = node[part]
+    node[last] = value
+  return tree
+
+
+def fields(grid: Grid) -> list[str]:
+  """All fields that the grid names, in its order."""
+  return list(dict.fromkeys(field for part in grid for field in part))
+
+
+def expand(grid: Grid, base: Tree) -> list[Cell]:
+  """The union of the products of the grid's parts, each cell once, in the order in which to run them.
+
+  A field that a part does not name has the value of `base` there. Cells that differ in prune.target alone
+  follow each other, larger targets first. Raises InputError for an unknown field.
+  """
+  names = fields(grid)
+  defaults = {field: _frozen(get(base, field)) for field in names}
+  found: dict[str, dict[str, Any]] = {}
+  for part in grid:
+    for product in itertools.product(*part.values()):
+      given = zip(part, product, strict=True)
+      values = defaults | {field: _like(defaults[field], value) for field, value in given}
+      found.setdefault(json.dumps(values, default=str), values)
+  rest = list(dict.fromkeys(map(_rest, found.values())))
+  order = sorted(found.values(), key=lambda v: (rest.index(_rest(v)), _descending(v.get(_SPENT_LAST))))
+  return [Cell(values, name) for values, name in zip(order, _names(order), strict=True)]
+
+
+def _rest(values: dict[str, Any]) -> str:
+  return json.dumps({k: v for k, v in values.items() if k != _SPENT_LAST}, default=str)
+
+
+def _descending(target: Any) -> float:
+  return -target if isinstance(target, (int, float)) else 0.0
+
+
+def _frozen(value: Any) -> Any:
+  return tuple(value) if isinstance(value, list) else value
+
+
+def _like(default: Any, value: Any) -> Any:
+  """`value` as options would have it, so that 1 and 1.0, or 'a.txt' and ('a.txt',), are one cell."""
+  if isinstance(default, tuple) and isinstance(value, str):
+    return (value,)
+  if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  return _frozen(value)
+
+
+def _names(cells: Sequence[dict[str, Any]]) -> Iterator[str]:
+  """A directory name a cell; a hash of the values where they do not show in full."""
+  shortened = short(list(cells[0])) if cells else {}
+  for values in cells:
+    parts, whole = [], True
+    for field, value in values.items():
+      text = ','.join(pathlib.PurePath(x).stem for x in value) if isinstance(value, tuple) else str(value)
+      slug = re.sub(r'[^A-Za-z0-9.+-]+', '-', text).strip('-.')
+      whole &= slug == show(value)
+      parts.append(f'{shortened[field]}-{slug}')
+    name = '_'.join(parts)
+    if not whole or len(name) > _LONGEST_NAME:
+      digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+      name = f'{name[: _LONGEST_NAME - 9]}_{digest[:8]}'
+    yield name

@@ -1,0 +1,53 @@
+"""The paper's ablations on SmolLM2-135M-Instruct, each one grid: a table, plots and a page.
+
+    python main.py --mode=compare --config=configs/ablations.py:amplitude --workdir=out/amplitude
+
+amplitude: how far layer importance bends the layers' sparsities; 0 prunes all alike. By target.
+distance: the distance between a layer's input and output that is its importance. By target.
+calibration: the text that is scored on, and how many rows of it, three draws each.
+interleave: the same model and training in 1 to 8 rounds of prune and recover (Fig. 4: perplexity-kept.svg).
+
+The method is the paper's, adapt; model, text and training are those of configs/demo.py (`make demo`, or
+scripts/fetch_demo.py, fetches them). All but interleave prune only. A grid that was killed goes on with the
+same command; give other values as in
+--config.compare.grid="({'prune.amplitude': (0.0, 0.02)},)" --config.compare.x=prune.amplitude.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import demo
+
+_GRIDS = {
+  'amplitude': {'prune.target': (0.9, 0.8, 0.7), 'prune.amplitude': (0.0, 0.005, 0.01, 0.02, 0.04)},
+  'distance': {'prune.layer_distance': ('cosine', 'euclidean', 'manhattan'), 'prune.target': (0.9, 0.8, 0.7)},
+  'calibration': {
+    # Addresses of the first two centuries, of the last decades, and all.
+    'prune.calibration.source': ('data/sotu/train/1[78]*.txt', 'data/sotu/train/20*.txt', 'data/sotu/train'),
+    'prune.calibration.samples': (16, 64, 256),
+    'seed': (0, 1, 2),
+  },
+  'interleave': {'prune.stages': (1, 2, 4, 8)},
+}
+_X = {
+  'amplitude': 'prune.amplitude',
+  'distance': 'prune.target',
+  'calibration': 'prune.calibration.samples',
+  'interleave': 'prune.stages',
+}
+
+
+def get_config(variant: str = '') -> ConfigDict:
+  """The recipe of one of the variants. Raises ValueError for any other."""
+  if variant not in _GRIDS:
+    raise ValueError(f'variant {variant!r}: write configs/ablations.py:NAME, a NAME of {", ".join(_GRIDS)}')
+  config = demo.get_config()
+  config.prune.method, config.prune.compensate = 'adapt', 'none'
+  config.prune.calibration.length, config.prune.calibration.batch = 64, 8
+  config.prune.stages = 1
+  config.compare.grid = (_GRIDS[variant],)
+  config.compare.x = _X[variant]
+  if variant == 'interleave':
+    config.prune.target = 0.7
+    config.prune.stage_targets = 'geometric'  # the same fraction is kept at every interleave
+    config.compare.recover = True
+  return config
