@@ -30,7 +30,7 @@ from models.llama import Params
 
 COMPENSATIONS = ('none', 'least_squares', 'bias')
 # λ as a share of the mean of Σ c², and m above.
-RIDGE, PULL = 0.1, 0.5
+RIDGE, PULL = 0.2, 0.5
 
 # The residual streams of the model before this pruning and of the pruned one, each [M, B, T, D].
 Streams = tuple[jax.Array, jax.Array]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 # Share of its mean diagonal that is added to the diagonal: of H so that it can be inverted, and since it is
 # known from few tokens only; of G since single outputs with a large gradient on those tokens would decide.
-DAMPING_INPUTS, DAMPING_GRADIENTS = 0.1, 1.0
+DAMPING_INPUTS, DAMPING_GRADIENTS = 0.1, 3.0
 # Channels go in so many rounds; within one they are taken as independent.
 ROUNDS = 32
 

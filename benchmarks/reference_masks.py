@@ -1,6 +1,6 @@
 """Our default against the masks that the authors' program kept, at its own sizes and from its own tokens.
 
-    python -m benchmarks.reference_masks [--windows=24] [--shared=../shared]
+    python -m benchmarks.reference_masks [--windows=20] [--shared=../shared]
 
 SmolLM2-135M-Instruct; 8,192 calibration tokens (the 128 x 64 of the reference; ours reads the same tokens as
 8 x 1024), nothing trained. Perplexity on windows of WikiText-2 validation text in which no calibration row
@@ -54,7 +54,7 @@ def clean_windows(text: pathlib.Path, calibration: np.ndarray, source: Source, c
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument('--windows', type=int, default=24)
+  parser.add_argument('--windows', type=int, default=20)
   parser.add_argument('--shared', type=pathlib.Path, default=ROOT.parent / 'shared')
   args = parser.parse_args()
   golden = args.shared / 'golden'

@@ -73,7 +73,7 @@ def test_values_out_of_range(files, field, value):
 def test_unknown_and_missing_fields(files):
   values = runs.make_config(files).to_dict()
   values['prune']['targt'] = 0.5
-  with pytest.raises(InputError, match=r'config\.prune\.targt is unknown; fields here: target'):
+  with pytest.raises(InputError, match=r'config\.prune\.targt is unknown; fields here: method, target'):
     from_dict(values)
   values = runs.make_config(files).to_dict()
   del values['train']['lr']
