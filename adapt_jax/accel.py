@@ -81,7 +81,7 @@ class Run:
     self._metrics = MetricsLog(workdir.metrics)
     self._store = StateStore(workdir, inputs.config, self._metrics)
     prune = options.prune
-    self._targets = stage_targets(inputs.config, prune.target, prune.stages, prune.stage_targets)
+    self._targets = stage_targets(inputs.source.config, prune.target, prune.stages, prune.stage_targets)
     self._ends = stage_steps(options.train, prune.stages)
     self._optimizer = optimizer(options.train, self._ends[-1])
     common: dict[str, Any] = {'compiler': self._compiler, 'dtype': inputs.dtype}
@@ -157,9 +157,9 @@ class Run:
     state.pruning = self._pruner.prune(
       state.arrays['params'], state.compacted, state.pruning, target, on_step, f'stage {stage} prune'
     )
-    # Done again, to the same bits, if the run is killed before the stage is saved.
+    # On the rows of the last step; done again, to the same bits, if killed before the stage is saved.
     state.arrays['params'] = self._pruner.compensate(
-      state.arrays['params'], state.compacted, state.pruning.plan, state.pruning.step
+      state.arrays['params'], state.compacted, state.pruning.plan, state.pruning.step - 1
     )
     self._compact(state)
     if stage > 1 and self.inputs.train is not None and self.options.train.optimizer_state == 'reset':
@@ -304,7 +304,7 @@ class Run:
     config, options = self.inputs.config, self.options
     rows = [*state.rows, state.row] if state.row else state.rows
     last = rows[-1] if rows else {}
-    dense = count_params(config)
+    dense = count_params(self.inputs.source.config)
     return {
       'model': {
         'source': self.inputs.source.name,

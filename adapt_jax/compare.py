@@ -64,6 +64,8 @@ def plan(options: RunOptions, workdir: Workdir) -> list[CellRun]:
   for cell in grid.expand(options.compare.grid, base):
     with _named(cell):
       found = from_dict(grid.assign(base, cell.values))
+      if not found.evaluate.source:
+        raise InputError('config.evaluate.source is empty, but mode compare measures perplexity: name a text')
     mode = 'accel' if found.train.tokens else 'prune'
     identity = {'mode': mode, 'config': dataclasses.asdict(found)}
     runs.append(CellRun(cell, found, Workdir(str(workdir.path / CELLS / cell.name), identity)))
@@ -94,8 +96,6 @@ def _check(options: RunOptions, base: dict[str, Any]) -> None:
     raise InputError(f'config.compare.over = {o.over!r} is config.compare.x too: choose another, or none')
   if o.recover and not options.train.tokens and 'train.tokens' not in fields:
     raise InputError('config.train.tokens = 0, but config.compare.recover = True trains every cell: set it')
-  if not options.evaluate.source:
-    raise InputError('config.evaluate.source is empty, but mode compare measures perplexity: name a text')
 
 
 def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:

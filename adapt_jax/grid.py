@@ -104,7 +104,7 @@ def expand(grid: Grid, base: Tree) -> list[Cell]:
       found.setdefault(json.dumps(values, default=str), values)
   rest = list(dict.fromkeys(map(_rest, found.values())))
   order = sorted(found.values(), key=lambda v: (rest.index(_rest(v)), _descending(v.get(_SPENT_LAST))))
-  return [Cell(values, name) for values, name in zip(order, _names(order), strict=True)]
+  return [Cell(values, name) for values, name in zip(order, _names(order, defaults), strict=True)]
 
 
 def _rest(values: dict[str, Any]) -> str:
@@ -128,17 +128,20 @@ def _like(default: Any, value: Any) -> Any:
   return _frozen(value)
 
 
-def _names(cells: Sequence[dict[str, Any]]) -> Iterator[str]:
-  """A directory name a cell; a hash of the values where they do not show in full."""
-  shortened = short(list(cells[0])) if cells else {}
-  for values in cells:
+def _names(cells: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> Iterator[str]:
+  """A directory name a cell; a hash of the values where they do not show in full.
+
+  From what differs from `defaults` alone, so that it stays when the grid grows by a field.
+  """
+  for cell in cells:
+    values = {field: value for field, value in cell.items() if value != defaults[field]}
     parts, whole = [], True
     for field, value in values.items():
       text = ','.join(pathlib.PurePath(x).stem for x in value) if isinstance(value, tuple) else str(value)
       slug = re.sub(r'[^A-Za-z0-9.+-]+', '-', text).strip('-.')
       whole &= slug == show(value)
-      parts.append(f'{shortened[field]}-{slug}')
-    name = '_'.join(parts)
+      parts.append(f'{field}-{slug}')
+    name = '_'.join(parts) or 'base'
     if not whole or len(name) > _LONGEST_NAME:
       digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
       name = f'{name[: _LONGEST_NAME - 9]}_{digest[:8]}'

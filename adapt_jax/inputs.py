@@ -164,13 +164,14 @@ def check_plan(options: RunOptions, config: ModelConfig) -> None:
 
   config: of the source.
   """
-  _check_target(options, _biased(config, options.prune.compensate == 'bias'))
+  _check_target(options, config)
   _check_steps(options)
 
 
 def _check_target(options: RunOptions, config: ModelConfig) -> None:
   target = target_params(config, options.prune.target)
-  smallest = METHODS[options.prune.method](config, options.prune).smallest()
+  pruned = _biased(config, options.prune.compensate == 'bias')
+  smallest = METHODS[options.prune.method](pruned, options.prune).smallest()
   if target < smallest:
     raise InputError(
       f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but what '

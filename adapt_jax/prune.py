@@ -74,7 +74,7 @@ class Pruner:
     dtype: of weights and activations while scoring.
     memo: of scores, shared with pruners of the same weights.
 
-  `importance` is the name of the groups' score.
+  `importance` and `distance` are the names of the groups' and layers' scores.
   """
 
   def __init__(
@@ -92,12 +92,12 @@ class Pruner:
     self._as_reference = options.compat == 'reference'
     self._method = METHODS[options.method](config, options)
     self.importance = self._method.importance or options.importance
-    self._distance = self._method.distance or options.layer_distance
+    self.distance = self._method.distance or options.layer_distance
     self._seed, self._compiler, self._dtype = seed, compiler, dtype
     self._scorer = Scorer(
       config,
       self.importance,
-      self._distance,
+      self.distance,
       options.calibration.batch,
       dtype,
       reference_fold=self._as_reference,
@@ -125,7 +125,7 @@ class Pruner:
     if self.importance == 'random':
       rng = np.random.default_rng([self._seed, step])
       scores = scores._replace(kv=rng.random(scores.kv.shape), ffn=rng.random(scores.ffn.shape))
-    if self._as_reference and self._distance != 'cosine':
+    if self._as_reference and self.distance != 'cosine':
       scores = scores._replace(distance=-scores.distance)
     return scores
 
@@ -139,7 +139,7 @@ class Pruner:
     """All that a pass over the model's own weights depends on: seed and step only by the rows they draw."""
     digest = hashlib.sha256()
     for array in (*surgery.padded_masks(plan), tokens):
-      digest.update(np.asarray(array).tobytes())
+      digest.update(repr(array.shape).encode() + np.asarray(array).tobytes())
     return self._scorer, digest.digest()
 
   def _draw(self, step: int) -> jax.Array:

@@ -300,7 +300,7 @@ def _body(data: _Data, command: str, running: bool) -> Iterator[str]:
     yield f'<h2>{"Recovery" if trained else "Perplexity"}</h2>' + cards('grid', figures)
   if data.of('prune'):
     yield '<h2>Pruning</h2>' + cards('grid', [_budget_chart(data), *_heat_maps(data)])
-    yield '<p>Layers of high importance lose less. The colours of the maps go by rank.</p>'
+    yield '<p>The colours of the maps go by rank.</p>'
   if pairs := _stage_widths(data):
     some = f' ({_MOST_STAGES} of the stages)' if len(pairs) == _MOST_STAGES < len(data.stages) else ''
     yield f'<h2>Widths of the layers{some}</h2>' + ''.join(

@@ -5,6 +5,7 @@ measures every layer of every base. Layers before the pruned one are the base mo
 carried along, so of a base's L passes over L layers (L + 1)/2 layers each are left, and the head.
 """
 
+import dataclasses
 import json
 import math
 import time
@@ -147,6 +148,8 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Mode sensitivity: measures or resumes, writes the report in its forms, prints the table."""
   if not options.evaluate.source:
     raise InputError('config.evaluate.source is empty, but mode sensitivity measures perplexity: name a text')
+  # Nothing is removed for good, so nothing makes up for it; `bias` would count in the sizes.
+  options = dataclasses.replace(options, prune=dataclasses.replace(options.prune, compensate='none'))
   inputs = prepare(options)
   _check_cuts(options, inputs.config)
   measure = Sensitivity(options, inputs, workdir, command)
@@ -291,7 +294,7 @@ class Sensitivity:
       'blocks': list(self.options.sensitivity.blocks),
       'bases': bases,
       'importance': self._pruner.importance,
-      'layer_distance': self.options.prune.layer_distance,
+      'layer_distance': self._pruner.distance,
       'perplexity': {'definition': definition(self._blocks)},
       'command': self._command,
       'compiles': self._compiler.counts,

@@ -39,6 +39,7 @@ def make_config(files, grid=GRID, compensate='none', **compare_fields):
   config = runs.make_config(files)
   config.prune.compensate = compensate
   config.prune.stages = 1
+  config.prune.target = 0.7  # none of the grid's: the names of cells say what differs
   config.compare.grid = grid
   config.compare.update(compare_fields)
   return config
@@ -94,7 +95,7 @@ def test_a_cell_is_what_the_run_alone_gives(finished, files, tmp_path):
   options = dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
   alone = Workdir(str(tmp_path / 'alone'), {})
   accel.run(options, alone, '')
-  cell = path / 'cells' / 'method-adapt_target-0.8_seed-1'
+  cell = path / 'cells' / 'prune.target-0.8_seed-1'
   lone, mine = json.loads(alone.report.read_text()), json.loads((cell / 'report.json').read_text())
   assert mine['perplexity'] == lone['perplexity'] and mine['model'] == lone['model']
   assert (
@@ -154,7 +155,7 @@ def test_page_and_plots(finished):
   path, report, _ = finished
   page = (path / 'report.html').read_text()
   assert 'http-equiv="refresh"' not in page and 'python main.py &lt;x&gt;' in page
-  assert '6 of 6 cells finished' in page and 'cells/method-adapt_target-0.8_seed-1/report.html' in page
+  assert '6 of 6 cells finished' in page and 'cells/prune.target-0.8_seed-1/report.html' in page
   for name in ('perplexity.svg', 'perplexity-parameters.svg'):
     svg = ElementTree.fromstring((path / name).read_text())
     space = '{http://www.w3.org/2000/svg}'
@@ -216,7 +217,7 @@ def test_a_failed_cell_is_told_and_tried_again_and_does_not_stop_the_rest(
     if state == 'failed':
       assert (path / 'cells' / name / 'error.txt').read_text().splitlines()[0] == reason
       assert f'{name}: {reason}' in (path / 'compare.md').read_text()
-  done = path / 'cells' / 'method-magnitude_target-0.9' / 'report.json'
+  done = path / 'cells' / 'prune.method-magnitude_prune.target-0.9' / 'report.json'
   before = done.stat().st_mtime_ns
   report = start(config, path)
   assert [c['state'] for c in report['cells']] == 4 * ['finished'] and done.stat().st_mtime_ns == before
@@ -292,6 +293,7 @@ BAD = [
   ),
   (({'prune.target': (0.9,), 'seed': (0.5,)},), {}, ('seed=0.5: config.seed',)),
   (({'prune.amplitude': (0.1,)},), {}, ("config.compare.x = 'prune.target'", 'prune.amplitude')),
+  (({'prune.target': (0.9,), 'evaluate.source': ((),)},), {}, ('cell ', 'config.evaluate.source is empty')),
   (({'prune.target': (0.9,)},), {'over': 'seeds'}, ('config.compare.over', 'seeds')),
   (({'prune.target': (0.9,)},), {'over': 'prune.target'}, ('config.compare.over', 'config.compare.x')),
 ]

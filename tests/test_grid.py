@@ -68,11 +68,19 @@ def test_unknown_fields(field, words):
 
 
 def test_names_are_readable_and_stay_when_the_grid_grows():
-  def names(*targets):
-    return [cell.name for cell in grid.expand(({'prune.target': targets, 'seed': (0, 1)},), BASE)]
+  def names(*targets, **more):
+    part = {'prune.target': targets, 'seed': (1, 2)}
+    return [cell.name for cell in grid.expand((part, *more.values()), BASE)]
 
-  assert names(0.8) == ['target-0.8_seed-0', 'target-0.8_seed-1']
-  assert set(names(0.8)) < set(names(0.9, 0.8))
+  assert names(0.7) == ['prune.target-0.7_seed-1', 'prune.target-0.7_seed-2']
+  assert set(names(0.7)) < set(names(0.9, 0.7))
+  source = {'prune.target': (0.7,), 'prune.calibration.source': ('b.txt',), 'train.source': ('c.txt',)}
+  assert set(names(0.7)) < set(names(0.7, by_a_field=source))
+
+
+def test_the_cell_of_the_base_has_a_name():
+  (cell,) = grid.expand(({'prune.target': (BASE['prune']['target'],)},), BASE)
+  assert cell.name == 'base'
 
 
 def test_names_of_files_and_of_long_values_are_told_apart():

@@ -24,7 +24,7 @@ from tests.helpers import logits, random_tokens
 from tests.tokenizers_for_tests import tiny_tokenizer
 
 PROGRESSIVE = ('adapt', 'uniform')
-ONE_SHOT = ('llm_pruner', 'flap', 'wanda_sp', 'magnitude')
+ONE_SHOT = ('obs', 'llm_pruner', 'flap', 'wanda_sp', 'magnitude')
 KV, G, HEAD, FFN = 3, 2, 8, 52
 
 
@@ -108,6 +108,22 @@ def test_llm_pruner_leaves_the_first_four_and_last_two_layers_alone():
     plan = run(method, config, PruneState.start(config), target)[-1].plan
     untouched = (plan.kv_widths == KV) & (plan.ffn_widths == FFN)
     assert untouched.tolist() == [True] * 4 + [False] * 3 + [True] * 2
+
+
+def test_obs_takes_what_costs_least_per_parameter():
+  """Of KV groups and channels alike, in whatever layer, but for each layer's last."""
+  config = make_config()
+  group, channel = (2 * G + 2) * HEAD * 32, 3 * 32  # parameters
+  rng = np.random.default_rng(0)
+  per_parameter = [rng.random((8, KV)), rng.random((8, FFN))]
+  kv, ffn = group * per_parameter[0], channel * per_parameter[1]
+  scores, start = Scores(kv, ffn, np.zeros(8), np.float32(1)), PruneState.start(config)
+  plan = make_method('obs', config).step(scores, start, int(0.7 * count_params(config))).plan
+  kept = [np.array(plan.kv), np.array(plan.ffn)]
+  assert all((~mask).any() for mask in kept)
+  highest = max(x[~mask].max() for x, mask in zip(per_parameter, kept, strict=True))
+  for x, mask in zip(per_parameter, kept, strict=True):
+    assert (x[mask & (mask.sum(1) > 1)[:, None]] >= highest).all()
 
 
 def test_flap_standardises_per_layer_and_module_over_what_is_left():

@@ -92,7 +92,7 @@ def test_of_two_channels_that_say_the_same_one_is_cheap(monkeypatch):
 
 
 def test_moments_are_those_of_the_whole_models_gradient():
-  """Inputs and output gradients of the last layer's down_proj, against autograd on the model as a whole."""
+  """Inputs and output gradients of o_proj and down_proj, against autograd on the model as a whole."""
   shapes = (LayerShape(4, 2, 16),) * 2
   config = ModelConfig('llama', 61, 16, 4, shapes, RopeConfig(1e4), 1e-5, False)
   params = jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0)))
@@ -105,18 +105,23 @@ def test_moments_are_those_of_the_whole_models_gradient():
   for layer in range(2):
 
     def loss(noise, layer=layer):
-      """Mean loss with `noise` [B, T, D] added to the MLP's output: its gradient is that at the output."""
+      """Mean loss with `noise` [2, B, T, D] added to both blocks' outputs, so its gradient is that there."""
       x, tables, inputs = params['embed'][tokens], llama.rope(config, 8), None
       for i, (shape, tree) in enumerate(zip(config.layers, params['layers'], strict=True)):
-        x, _ = llama.attend(config, shape, tree, x, tables)
-        x, found = llama.feed(config, shape, tree, x)
-        if i == layer:
-          x, inputs = x + noise, found
+        x, o_inputs = llama.attend(config, shape, tree, x, tables)
+        x += noise[0] * (i == layer)
+        x, down_inputs = llama.feed(config, shape, tree, x)
+        x += noise[1] * (i == layer)
+        inputs = (o_inputs, down_inputs) if i == layer else inputs
       x = llama.rms_norm(x, params['norm'], config.rms_norm_eps)
       logits = jax.nn.log_softmax(x @ params['lm_head'].T)[:, :-1]
       return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean(), inputs
 
-    gradient, inputs = jax.grad(loss, has_aux=True)(jnp.zeros((4, 8, 16)))
-    g = 32 * gradient.reshape(-1, 16)
-    expected = obs.channel_costs(params['layers'][layer]['mlp']['down'], inputs.T @ inputs / 32, g.T @ g / 32)
-    np.testing.assert_allclose(scores[0].ffn[layer], expected, rtol=1e-3)
+    gradients, inputs = jax.grad(loss, has_aux=True)(jnp.zeros((2, 4, 8, 16)))
+    moments = [g.T @ g / 32 for g in 32 * gradients.reshape(2, -1, 16)]
+    o, down = params['layers'][layer]['attention']['o'], params['layers'][layer]['mlp']['down']
+    for found, costs, weight, x, g in (
+      (scores[0].kv, obs.group_costs, o, inputs[0], moments[0]),
+      (scores[0].ffn, obs.channel_costs, down, inputs[1], moments[1]),
+    ):
+      np.testing.assert_allclose(found[layer], costs(weight, x.T @ x / 32, g), rtol=1e-3)

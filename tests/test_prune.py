@@ -12,7 +12,7 @@ from adapt_jax.compile import Compiler
 from adapt_jax.config import CalibrationOptions, PruneOptions
 from adapt_jax.data import Blocks
 from adapt_jax.importance import IMPORTANCES
-from adapt_jax.plan import PruneState
+from adapt_jax.plan import PrunePlan, PruneState
 from adapt_jax.prune import Pruner, target_params
 from adapt_jax.sharing import ScoreMemo
 from models import llama
@@ -120,6 +120,20 @@ def test_a_memo_saves_passes_and_changes_nothing(model, options):
     assert memo.computed - before == passes
   other, _ = prune(make_pruner(config, seed=1, memo=memo, **options), params, target)
   assert other.plan.equals(prune(make_pruner(config, seed=1, **options), params, target)[0].plan)
+
+
+def test_a_memo_tells_the_same_tokens_in_other_rows_apart(model):
+  config, params = model
+  memo, tokens = ScoreMemo(), np.random.default_rng(1).integers(0, 61, (8, 16)).astype(np.int32)
+  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  losses = []
+  for rows in (tokens, tokens.reshape(16, 8)):
+    samples = CalibrationOptions(source=(), samples=len(rows), length=rows.shape[1], batch=4)
+    options = dataclasses.replace(OPTIONS, calibration=samples)
+    blocks, common = Blocks(rows, np.ones_like(rows, bool), 0), {'compiler': Compiler(), 'dtype': jnp.float32}
+    pruner = Pruner(config, options, blocks, seed=0, memo=memo, **common)
+    losses.append(float(pruner.score(stacked, 0, PrunePlan.dense(config)).loss))
+  assert memo.computed == 2 and losses[0] != losses[1]
 
 
 def test_a_memo_is_only_for_the_models_own_weights(model):

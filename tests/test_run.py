@@ -116,7 +116,9 @@ def test_compensated_weights_are_saved_and_better(files, tmp_path, compensate):
     config.prune.method, config.prune.stages, config.prune.compensate = 'flap', 1, kind
     report = start(config, tmp_path / kind, mode='prune')
     perplexity[kind] = report['perplexity']['pruned']
-    assert report['model']['params_after'] <= report['model']['params_target']
+    before = count_params(open_source(str(files / 'model')).config)
+    model, target = report['model'], int(before * config.prune.target)
+    assert model['params_before'] == before and model['params_after'] <= model['params_target'] == target
   assert perplexity[compensate] < perplexity['none']
   plain, ours = (load_file(tmp_path / kind / 'hf/model.safetensors') for kind in ('none', compensate))
   changed = {name for name in plain if not np.array_equal(plain[name], ours[name])}

@@ -28,6 +28,7 @@ from adapt_jax.workdir import Workdir
 from models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from models.errors import InputError
 from models.llama import init_params
+from models.source import open_source
 
 BASES, BLOCKS, LAYERS = (0.0, 0.4), ('both', 'attention', 'mlp'), 4
 
@@ -212,6 +213,13 @@ def test_bad_values(files, field, value):
   with pytest.raises(InputError) as error:
     from_dict(config.to_dict())
   assert f'config.{field} = {value!r}' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_biases_that_a_run_would_add_are_left_out(files, tmp_path):
+  config = make_config(files)
+  config.prune.compensate, config.sensitivity.bases, config.sensitivity.blocks = 'bias', (0.0,), ('both',)
+  report = start(config, tmp_path / 'out')
+  assert report['model']['params_before'] == count_params(open_source(str(files / 'model')).config)
 
 
 def test_refusals_come_before_the_work(files, tmp_path):
