@@ -40,7 +40,7 @@ def _style(ink: str, muted: str, grid: str, paper: str, *series: str) -> str:
 # Of series 0, 1, …: blue, orange, green, violet, pink, teal, ochre, grey; on light and on dark paper.
 ON_LIGHT = ('#1c64d8', '#c2410c', '#15803d', '#7c3aed', '#db2777', '#0891b2', '#946b00', '#3f3f46')
 ON_DARK = ('#6ea8fe', '#fb8c4b', '#4ecb7d', '#b794f6', '#f77fbe', '#35d0e6', '#e9c83f', '#e4e4e7')
-COLOURS = len(ON_LIGHT)  # that can be told apart; further series take them again
+COLOURS = len(ON_LIGHT)  # that can be told apart; further series take them again, dashed
 # CSS of the charts' classes.
 LIGHT = _style('#1b2330', '#586374', '#dce1e8', '#ffffff', *ON_LIGHT)
 DARK = _style('#e6eaf0', '#9aa7b8', '#333c49', '#1a2029', *ON_DARK)
@@ -50,6 +50,7 @@ class Series(NamedTuple):
   """One line. points: x, y and what the pointer shows, '' to draw no dot; kind: line, step or dots.
 
   ranges: x, lowest and highest y of thin upright bars, for what repetitions spread over.
+  dashed: which the legend says too.
   """
 
   name: str
@@ -57,6 +58,12 @@ class Series(NamedTuple):
   colour: int = 0
   kind: str = 'line'
   ranges: Sequence[tuple[float, float, float]] = ()
+  dashed: bool = False
+
+  @property
+  def legend(self) -> Pair:
+    """Class and name."""
+    return f'fill{self.colour}', self.name + (' (dashed)' if self.dashed else '')
 
 
 class _Scale(NamedTuple):
@@ -200,7 +207,8 @@ def _series(series: Series, x: _Scale, y: _Scale) -> list[str]:
   places = [(x(px), y(py)) for px, py, _ in series.points]
   draw = 'H{:.5g}V{:.5g}' if series.kind == 'step' else 'L{:.5g} {:.5g}'
   path = 'M{:.5g} {:.5g}'.format(*places[0]) + ''.join(draw.format(*p) for p in places[1:])
-  parts = [f'<path class="line{series.colour}" d="{path}"/>'] if series.kind != 'dots' else []
+  dashes = ' stroke-dasharray="6 3"' if series.dashed else ''
+  parts = [f'<path class="line{series.colour}"{dashes} d="{path}"/>'] if series.kind != 'dots' else []
   parts += [
     _line(f'range line{series.colour}', x(at), y(low), x(at), y(high)) for at, low, high in series.ranges
   ]
@@ -248,7 +256,7 @@ def line_chart(
   for one in series:
     parts += _series(one, x, y)
   parts += _levels(levels, series[0], x, y)
-  return _svg(title, height, parts, [(f'fill{s.colour}', s.name) for s in series if s.name])
+  return _svg(title, height, parts, [s.legend for s in series if s.name])
 
 
 def bar_chart(title: str, unit: str, before: Ints, after: Ints, names: Pair, colour: int, height: int) -> str:

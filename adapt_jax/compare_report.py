@@ -26,6 +26,8 @@ Rows = list[list[str]]
 MARKDOWN, CSV, JSON = 'compare.md', 'compare.csv', 'compare.json'
 _MOST_COLUMNS = 12  # of the table of x
 _WIDE = 8  # largest over smallest x from which on the plots space their values evenly
+_WORST = 20  # times the dense perplexity: the plots' top, lest a broken model flatten all others
+_FEW = 6  # lines; more need a higher plot
 _SAME_SIZE = 0.01  # of the dense parameters: models that differ by less are not plotted by their size
 
 
@@ -129,8 +131,9 @@ def _lines(report: Json, without: str) -> dict[str, list[Json]]:
   fields = [field for field in _fields(report) if field != without]
   names, found = short(report['fields']), dict[str, list[Json]]()
   for group in report['groups']:
-    shown = [(names[f], show(group['values'][f])) for f in fields]
-    name = shown[0][1] if len(shown) == 1 else ', '.join(f'{field} {value}' for field, value in shown)
+    shown = [(f, names[f], show(group['values'][f])) for f in fields]
+    alone = len(shown) == 1  # words tell what they are of, numbers do not
+    name = ', '.join(v if alone or isinstance(group['values'][f], str) else f'{n} {v}' for f, n, v in shown)
     found.setdefault(name, []).append(group)
   return found
 
@@ -227,9 +230,14 @@ def csv_text(report: Json) -> str:
 # -- plots -------------------------------------------------------------------------------------------
 
 
-def _series(lines: dict[str, list[Json]], figure: str, x_of: Callable[[Json], float | None]) -> list[Series]:
-  """A series a line over what `x_of` says of a group; groups without figures are left out."""
-  series = list[Series]()
+def _series(
+  report: Json, lines: dict[str, list[Json]], figure: str, x_of: Callable[[Json], float | None]
+) -> list[Series]:
+  """A series a line over what `x_of` says of a group; groups without figures are left out.
+
+  Above _WORST times the dense model's perplexity points stay at that height.
+  """
+  series, most = list[Series](), _WORST * min(_dense(report), default=math.inf)
   for name, groups in lines.items():
     at = [(x, group) for group in groups if (x := group[figure] and x_of(group)) is not None]
     at.sort(key=lambda pair: pair[0])
@@ -237,17 +245,21 @@ def _series(lines: dict[str, list[Json]], figure: str, x_of: Callable[[Json], fl
     for x, group in at:
       middle, low, high = group[figure]
       values = ', '.join(f'{field} {show(value)}' for field, value in group['values'].items())
-      points.append(
-        (x, middle, f'{values}: {_shown(group[figure], ".5g")}, {group["params"][0]:,.0f} parameters')
-      )
-      ranges += [(x, low, high)] if low < high else []
-    series.append(Series(name, points, len(series) % charts.COLOURS, ranges=ranges))
+      hover = f'{values}: {_shown(group[figure], ".5g")}, {group["params"][0]:,.0f} parameters'
+      points.append((x, min(middle, most), hover))
+      ranges += [(x, min(low, most), min(high, most))] if low < high else []
+    again, colour = divmod(len(series), charts.COLOURS)
+    series.append(Series(name, points, colour, ranges=ranges, dashed=again > 0))
   return series
 
 
 def _chart(report: Json, title: str, x_name: str, series: list[Series], **more: Any) -> str:
   levels = [(value, f'dense {value:.2f}') for value in _dense(report)]
-  return charts.line_chart(title, (x_name, 'perplexity'), series, levels=levels, log=True, **more)
+  most = _WORST * min(_dense(report), default=math.inf)
+  cut = any(y >= most for s in series for _, y, _ in s.points)
+  y_name = f'perplexity (up to {most:,.0f})' if cut else 'perplexity'
+  height = 360 if len(series) > _FEW else 250
+  return charts.line_chart(title, (x_name, y_name), series, levels=levels, log=True, height=height, **more)
 
 
 def _over_x(report: Json, figure: str, title: str) -> str:
@@ -259,7 +271,7 @@ def _over_x(report: Json, figure: str, title: str) -> str:
     value = group['values'][x]
     return float(places[show(value)] if even else value)
 
-  series = _series(_lines(report, x), figure, x_of)
+  series = _series(report, _lines(report, x), figure, x_of)
   labels = [show(value) for value in xs] if even else []
   integer = not even and all(isinstance(value, int) for value in xs)
   return _chart(report, title, x, series, categories=labels, integer=integer)
@@ -273,12 +285,13 @@ def plots(report: Json) -> dict[str, str]:
     found['perplexity-pruned.svg'] = _over_x(report, 'perplexity_pruned', 'Perplexity as pruned last')
   sizes = [value for group in report['groups'] for value in group['params'] or ()]
   if sizes and max(sizes) - min(sizes) > _SAME_SIZE * dense:
-    series = _series(_lines(report, report['x']), 'perplexity', lambda group: group['params'][0])
+    series = _series(report, _lines(report, report['x']), 'perplexity', lambda group: group['params'][0])
     found['perplexity-parameters.svg'] = _chart(
       report, f'Perplexity {kind} by size', 'parameters reached', series
     )
   if (stages := 'prune.stages') in _fields(report):  # the paper's Fig. 4
     series = _series(
+      report,
       _lines(report, stages),
       'perplexity',
       lambda group: (group['params'][0] / dense) ** (1 / group['values'][stages]),

@@ -4,8 +4,8 @@
 
 SmolLM2-135M-Instruct, 128 x 64 calibration tokens, taylor, cosine, A = 0.02, T = 50: widths and sparsities
 after every step against `reference_n128/steps.json`, kept masks against `kept_stepNN.npz`. Prints a Markdown
-table; about 30 s a step on two cores. With --start it begins from the reference's own masks after that step, one
-of those that are given.
+table; about 30 s a step on two cores. With --start it begins from the reference's own masks after that step,
+one of those that are given.
 """
 
 import argparse

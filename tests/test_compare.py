@@ -1,5 +1,6 @@
 """Mode compare: cells equal lone runs and share work; failures and kills cost only their own cell."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -363,3 +364,19 @@ def test_words_and_wide_numbers_stand_evenly_on_the_plot():
     xs = [float(dot.attrib['cx']) for dot in chart.iter('circle')]
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.1)
     assert {str(v) for v in values} <= {text.text for text in chart.iter('text')}
+
+
+def test_a_broken_model_does_not_flatten_the_plots(finished):
+  """It stands at the upper edge, its true figure under the pointer, and the axis says where the plot ends."""
+  report = copy.deepcopy(finished[1])
+  for cell in report['cells']:
+    if cell['values']['prune.method'] == 'magnitude':
+      cell['perplexity_pruned'] = 1e9
+  dense = report['cells'][0]['perplexity_dense']
+  chart = compare_report.plots(compare_report.with_groups(report))['perplexity.svg']
+  assert f'(up to {20 * dense:,.0f})' in chart and '1e+09' in chart
+  heights = {float(y) for y in re.findall(r'<circle class="dot fill1"[^>]* cy="([\d.]+)"', chart)}
+  others = {float(y) for y in re.findall(r'<circle class="dot fill0"[^>]* cy="([\d.]+)"', chart)}
+  assert len(heights) == 1 and max(heights) < 60 and min(others) > 100
+  whole = compare_report.plots(finished[1])['perplexity.svg']
+  assert 'up to' not in whole

@@ -78,7 +78,7 @@ def test_first_step_reproduces_the_references_scores(source, params):
 
 
 def check_parity(start, stop):
-  """compat='reference' from the reference's tokens and its state after `start`: widths, and masks where given."""
+  """compat='reference' from the reference's tokens, and its state after `start`: widths, and given masks."""
   pruner, params = reference_pruner(GOLDEN, rows=128)
   steps = json.loads((GOLDEN / 'reference_n128/steps.json').read_text())[:stop]
   seen = []
