@@ -132,8 +132,9 @@ def _lines(report: Json, without: str) -> dict[str, list[Json]]:
   names, found = short(report['fields']), dict[str, list[Json]]()
   for group in report['groups']:
     shown = [(f, names[f], show(group['values'][f])) for f in fields]
-    alone = len(shown) == 1  # words tell what they are of, numbers do not
-    name = ', '.join(v if alone or isinstance(group['values'][f], str) else f'{n} {v}' for f, n, v in shown)
+    alone = len(shown) == 1
+    known = {f: alone or (v and isinstance(group['values'][f], str)) for f, _, v in shown}  # numbers are not
+    name = ', '.join(v if known[f] else f'{n} {v}' for f, n, v in shown)
     found.setdefault(name, []).append(group)
   return found
 
@@ -237,7 +238,7 @@ def _series(
 
   Above _WORST times the dense model's perplexity points stay at that height.
   """
-  series, most = list[Series](), _WORST * min(_dense(report), default=math.inf)
+  series, most = list[Series](), _WORST * max(_dense(report), default=math.inf)
   for name, groups in lines.items():
     at = [(x, group) for group in groups if (x := group[figure] and x_of(group)) is not None]
     at.sort(key=lambda pair: pair[0])
@@ -255,9 +256,9 @@ def _series(
 
 def _chart(report: Json, title: str, x_name: str, series: list[Series], **more: Any) -> str:
   levels = [(value, f'dense {value:.2f}') for value in _dense(report)]
-  most = _WORST * min(_dense(report), default=math.inf)
-  cut = any(y >= most for s in series for _, y, _ in s.points)
-  y_name = f'perplexity (up to {most:,.0f})' if cut else 'perplexity'
+  most = _WORST * max(_dense(report), default=math.inf)
+  tops = [top for s in series for top in (*(y for _, y, _ in s.points), *(high for *_, high in s.ranges))]
+  y_name = f'perplexity (up to {most:,.0f})' if max(tops, default=0) >= most else 'perplexity'
   height = 360 if len(series) > _FEW else 250
   return charts.line_chart(title, (x_name, y_name), series, levels=levels, log=True, height=height, **more)
 

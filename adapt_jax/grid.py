@@ -123,8 +123,8 @@ def _like(default: Any, value: Any) -> Any:
   """`value` as options would have it, so that 1 and 1.0, or 'a.txt' and ('a.txt',), are one cell."""
   if isinstance(default, tuple) and isinstance(value, str):
     return (value,)
-  if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+  if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+    return float(value) + 0.0  # -0.0 is 0.0
   return _frozen(value)
 
 

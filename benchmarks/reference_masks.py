@@ -58,6 +58,8 @@ def main() -> None:
   parser.add_argument('--row', type=int, default=1024)
   parser.add_argument('--shared', type=pathlib.Path, default=ROOT.parent / 'shared')
   args = parser.parse_args()
+  if not args.shared.is_dir():
+    parser.error(f"--shared={args.shared}: no such directory; it holds what the authors' program computed")
   golden = args.shared / 'golden'
   tokens = np.load(golden / 'calib.npy')[:128].astype(np.int32)
   source, params = reference_params()

@@ -72,6 +72,8 @@ def main() -> None:
   parser.add_argument('--steps', type=int, default=29)
   parser.add_argument('--golden', type=pathlib.Path, default=ROOT.parent / 'shared/golden')
   args = parser.parse_args()
+  if not args.golden.is_dir():
+    parser.error(f"--golden={args.golden}: no such directory; it holds what the authors' program computed")
   steps = json.loads((args.golden / 'reference_n128/steps.json').read_text())[: args.steps]
   pruner, params = reference_pruner(args.golden, rows=128)
   print(

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  """The paper's Adapt-Pruner settings; model and data must be named by the recipe."""
+  """The defaults: obs with least squares (the paper's: configs/adapt.py); model and data the recipe names."""
   config = ConfigDict()
   config.seed = 0  # of calibration draws, data order and everything else that is random
 

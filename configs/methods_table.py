@@ -10,7 +10,8 @@ data/wikitext-2/ or are named:
 The model is that of configs/demo.py (`make demo`, or scripts/fetch_demo.py, fetches it). A method scores
 16 x 256 tokens, drawn three times (median and range), the same ones for all that score once; adapt and
 uniform draw anew at every step, compensation reads the rows of the last one, magnitude sees none. Rivals are
-as their papers have them; rows with compensation show what that adds. About an hour on two cores.
+as their papers have them; rows with compensation show what that adds. About an hour and a quarter on two
+cores.
 """
 
 from ml_collections import ConfigDict

@@ -37,6 +37,7 @@ def test_the_union_of_parts_has_each_cell_once_with_the_base_for_what_a_part_lea
 @pytest.mark.parametrize(
   'field,same',
   [
+    ('prune.target', (0.0, -0.0)),
     ('prune.target', (1, 1.0)),
     ('prune.calibration.source', ('b.txt', ('b.txt',), ['b.txt'])),
   ],

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from adapt_jax import accel, convert, evaluate
 from adapt_jax.config import from_dict
+from adapt_jax.prune import Pruner
 from adapt_jax.workdir import Workdir
 from models.config import count_params
 from models.errors import InputError
@@ -105,6 +106,15 @@ def test_plan_tells_what_was_kept_in_the_original_numbering(files, tmp_path):
     name = f'model.layers.{i}.self_attn.q_proj.weight'
     rows = before[name].reshape(3, -1, runs.HIDDEN)[layer['kv_groups']]
     np.testing.assert_array_equal(after[name], rows.reshape(-1, runs.HIDDEN))
+
+
+def test_compensation_reads_the_rows_that_the_last_step_scored(files, tmp_path, monkeypatch):
+  draw, drawn = Pruner._draw, []
+  monkeypatch.setattr(Pruner, '_draw', lambda self, step: drawn.append(draw(self, step)) or drawn[-1])
+  config = runs.make_config(files)
+  config.prune.stages = 1
+  start(config, tmp_path / 'out', mode='prune')
+  assert len(drawn) > 2 and np.array_equal(drawn[-1], drawn[-2]) and not np.array_equal(drawn[-2], drawn[-3])
 
 
 @pytest.mark.parametrize('compensate', ['least_squares', 'bias'])
