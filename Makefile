@@ -11,7 +11,7 @@ SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) col
 help:
 	@echo 'make demo    prune and retrain a small model here, and print what it cost'
 	@echo 'make test    all tests'
-	@echo 'make test-parity  eleven steps of the reference, where its figures are at hand: about six minutes'
+	@echo 'make test-parity  eleven steps of the reference, where its figures are at hand: about eight minutes'
 	@echo 'make check   lint, format and types'
 	@echo 'make clean   remove caches and the output of the demo; .venv and data stay'
 

@@ -145,15 +145,28 @@ def test_query_heads_are_credited_to_their_group_or_as_the_reference_does(import
     np.testing.assert_allclose(wrong.kv[i], kv + folded, rtol=1e-4)
 
 
-@pytest.mark.parametrize('importance', sorted(IMPORTANCES))
-def test_no_importance_holds_the_gradient_tree(importance):
-  config, _ = make_model(kv=4, layers=8, hidden=128, ffn=2048)
+def scoring_bytes(importance, layers, ffn=2048):
+  """What the compiler plans beside arguments and results, and the bytes of all layers' gradients."""
+  config, _ = make_model(kv=4, layers=layers, hidden=128, ffn=ffn)
   params = llama.abstract_params(config)
   stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), jnp.float32), params)
   tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
   program = jax.jit(Scorer(config, importance, micro_batch=2)).lower(stacked, tokens).compile()
-  all_layers = sum(x.size * 4 for x in jax.tree.leaves(stacked['layers']))
-  assert program.memory_analysis().temp_size_in_bytes < all_layers
+  gradients = sum(x.size * 4 for x in jax.tree.leaves(stacked['layers']))
+  return program.memory_analysis().temp_size_in_bytes, gradients
+
+
+@pytest.mark.parametrize('importance', sorted(set(IMPORTANCES) - {'curvature'}))
+def test_no_importance_holds_the_gradient_tree(importance):
+  held, gradients = scoring_bytes(importance, 8)
+  assert held < gradients
+
+
+def test_curvature_holds_the_moments_of_one_layer():
+  """A few [F, F] matrices, however many layers there are."""
+  (few, gradients_few), (many, gradients_many) = (scoring_bytes('curvature', layers) for layers in (2, 8))
+  assert many < 6 * 4 * 2048**2
+  assert many - few < 0.1 * (gradients_many - gradients_few)
 
 
 def module_inputs(directory, tokens):
