@@ -3,7 +3,7 @@
     python main.py --mode=sensitivity --config=configs/sensitivity.py --workdir=out/sensitivity
 
 Model and text are those of configs/demo.py (`make demo`, or scripts/fetch_demo.py, fetches them). 30 layers
-on three bases are 90 evaluations: so few tokens each (4,096) that all take a quarter of an hour or so on two
+on three bases are 90 evaluations: so few tokens each (4,096) that all take twenty minutes or so on two
 cores; the curves are as rough as that. Raise evaluate.max_tokens for finer ones.
 """
 
