@@ -231,6 +231,11 @@ def csv_text(report: Json) -> str:
 # -- plots -------------------------------------------------------------------------------------------
 
 
+def _top(report: Json) -> float:
+  """The highest perplexity that plots show."""
+  return _WORST * max(_dense(report), default=math.inf)
+
+
 def _series(
   report: Json, lines: dict[str, list[Json]], figure: str, x_of: Callable[[Json], float | None]
 ) -> list[Series]:
@@ -238,7 +243,7 @@ def _series(
 
   Above _WORST times the dense model's perplexity points stay at that height.
   """
-  series, most = list[Series](), _WORST * max(_dense(report), default=math.inf)
+  series, most = list[Series](), _top(report)
   for name, groups in lines.items():
     at = [(x, group) for group in groups if (x := group[figure] and x_of(group)) is not None]
     at.sort(key=lambda pair: pair[0])
@@ -256,7 +261,7 @@ def _series(
 
 def _chart(report: Json, title: str, x_name: str, series: list[Series], **more: Any) -> str:
   levels = [(value, f'dense {value:.2f}') for value in _dense(report)]
-  most = _WORST * max(_dense(report), default=math.inf)
+  most = _top(report)
   tops = [top for s in series for top in (*(y for _, y, _ in s.points), *(high for *_, high in s.ranges))]
   y_name = f'perplexity (up to {most:,.0f})' if max(tops, default=0) >= most else 'perplexity'
   height = 360 if len(series) > _FEW else 250

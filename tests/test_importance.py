@@ -145,9 +145,9 @@ def test_query_heads_are_credited_to_their_group_or_as_the_reference_does(import
     np.testing.assert_allclose(wrong.kv[i], kv + folded, rtol=1e-4)
 
 
-def scoring_bytes(importance, layers, ffn=2048):
+def scoring_bytes(importance, layers):
   """What the compiler plans beside arguments and results, and the bytes of all layers' gradients."""
-  config, _ = make_model(kv=4, layers=layers, hidden=128, ffn=ffn)
+  config, _ = make_model(kv=4, layers=layers, hidden=128, ffn=2048)
   params = llama.abstract_params(config)
   stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), jnp.float32), params)
   tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
