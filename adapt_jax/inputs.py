@@ -1,6 +1,7 @@
 """Opens and checks all that a run reads, cheap checks first, before any heavy work."""
 
 import dataclasses
+import hashlib
 import itertools
 import sys
 from collections.abc import Callable
@@ -10,16 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax import surgery
+from adapt_jax import runtimes, sharding, surgery
 from adapt_jax.config import RunOptions
-from adapt_jax.data import Blocks, check_vocab, load_blocks, load_stream
-from adapt_jax.documents import check_source, is_blocks
+from adapt_jax.data.chat_templates import read_template, with_template
+from adapt_jax.data.documents import check_source, is_blocks
+from adapt_jax.data.train_set import TrainSet, open_train_set
+from adapt_jax.data.windows import Blocks, check_vocab, load_blocks, load_stream
+from adapt_jax.distributed import decide
+from adapt_jax.export.formats import check_result, check_tokenizer
 from adapt_jax.methods import METHODS
 from adapt_jax.prune import target_params
 from adapt_jax.train import stage_steps
 from models.config import ModelConfig
 from models.errors import InputError
 from models.llama import Params
+from models.sharding import shardings
 from models.source import Source, open_source
 
 # A source is read this far at least, so that draws cover more than its first documents; a stream of a
@@ -29,7 +35,7 @@ _POOL_TOKENS = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """The dense model, opened but not loaded, and token blocks; `train` and `evaluate` may be absent.
+  """The dense model, opened but not loaded, and its data; `train` and `evaluate` may be absent.
 
   dtype: of activations and matrix products.
   output_bias: the run needs biases at the output projections: they are added, as zeros, where there are none.
@@ -38,7 +44,7 @@ class Inputs:
   source: Source
   tokenizer: Any
   calibration: Blocks
-  train: Blocks | None
+  train: TrainSet | None
   evaluate: Blocks | None
   dtype: Any
   output_bias: bool = False
@@ -48,16 +54,24 @@ class Inputs:
     return _biased(self.source.config, self.output_bias)
 
   def load_params(self, dtype: Any) -> Params:
-    """The source's parameters, in `dtype` or, with None, each in its own."""
-    params = self.source.load_params(dtype)
-    return surgery.with_output_bias(self.source.config, params)[1] if self.output_bias else params
+    """The source's parameters, the run's biases added, in `dtype` or, with None, each in its own."""
+    params = load_source(self.source, dtype)
+    return sharding.jit(self._with_biases, params)(params) if self.output_bias else params
+
+  def _with_biases(self, params: Params) -> Params:
+    return surgery.with_output_bias(self.source.config, params)[1]
 
   def abstract_params(self, dtype: Any) -> Params:
     """Their shapes and dtypes as `jax.ShapeDtypeStruct`."""
     shapes = self.source.abstract_params(dtype)
     if not self.output_bias:
       return shapes
-    return jax.eval_shape(lambda p: surgery.with_output_bias(self.source.config, p)[1], shapes)
+    return jax.eval_shape(self._with_biases, shapes)
+
+
+def load_source(source: Source, dtype: Any) -> Params:
+  """The parameters on the mesh, in `dtype` or, with None, each in its own; a process reads its own slices."""
+  return source.load_params(dtype, shardings(source.abstract_params(dtype)))
 
 
 def _biased(config: ModelConfig, biased: bool) -> ModelConfig:
@@ -65,7 +79,7 @@ def _biased(config: ModelConfig, biased: bool) -> ModelConfig:
 
 
 def compute_dtype(name: str) -> Any:
-  """`model.dtype` as a dtype; auto is float32 on CPU, where it measures faster, else bfloat16."""
+  """`model.dtype` as a dtype; auto is float32 on CPU, for the same figures on any, else bfloat16."""
   if name == 'auto':
     name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   return jnp.dtype(name)
@@ -81,14 +95,15 @@ def prepare(options: RunOptions) -> Inputs:
 
 def load(options: RunOptions, source: Source, loader: 'Loader') -> Inputs:
   """Tokenises what `check_sources` and `check_plan` have found well."""
-  calibration, t = options.prune.calibration, options.train
+  check_tokenizer(options.export, loader.tokenizer)
+  calibration = options.prune.calibration
   blocks = loader.load('prune.calibration.source', calibration.source, calibration.length)
   if len(blocks.tokens) < calibration.samples:
     raise InputError(
       f'config.prune.calibration.samples = {calibration.samples}, but the source has only '
       f'{len(blocks.tokens)} rows of {calibration.length} tokens: lower it or give more text'
     )
-  train = loader.load('train.source', t.source, t.length, t.tokens) if t.tokens else None
+  train = loader.train_set() if options.train.tokens else None
   evaluate = loader.evaluation() if options.evaluate.source else None
   dtype = compute_dtype(options.model.dtype)
   biased = options.prune.compensate == 'bias'
@@ -104,27 +119,35 @@ class Loader:
   def __init__(
     self, options: RunOptions, tokenizer: Any, config: ModelConfig, cache: dict[Any, Any] | None = None
   ):
-    self.tokenizer = tokenizer
+    self.tokenizer = with_template(tokenizer, options.data.chat_template)
     self._options, self._config = options, config
     self._cache: dict[Any, Any] = {} if cache is None else cache
 
   def load(self, field: str, source: tuple[str, ...], length: int, tokens: int = 0) -> Blocks:
     """Windows of `length` tokens from the first `tokens` of the source, at least from a pool to draw from."""
     name, limit = f'config.{field}', max(tokens, _POOL_TOKENS)
-    fields: dict[str, Any] = {**dataclasses.asdict(self._options.data), 'field': name, 'max_tokens': limit}
-    key = (self._options.data, source, limit)
+    data = self._options.data
+    fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
+    fields |= {'field': name, 'max_tokens': limit}
+    key = (data, source, limit)
     if is_blocks(source):
       blocks = self._once((*key, length), lambda: load_blocks(source, self.tokenizer, length, **fields))
     else:
       stream = self._once(key, lambda: load_stream(source, self.tokenizer, **fields))
       blocks = self._once((*key, length), lambda: stream.blocks(length, name))
-    check_vocab(blocks, self._config.vocab_size, name)
+    check_vocab(int(blocks.tokens.max()), self._config.vocab_size, name)
+    _check_same(blocks, name)
     if not blocks.targets.any():
       raise InputError(
         f'{name}: no token to predict in {len(blocks.tokens)} rows of {length} tokens: chats need '
         f"the assistant's messages"
       )
     return blocks
+
+  def train_set(self) -> TrainSet:
+    """The rows of training, from the cache on disk."""
+    o = self._options
+    return open_train_set(o.train, o.data, self.tokenizer, self._config.vocab_size, o.seed)
 
   def _once(self, key: Any, make: Callable[[], Any]) -> Any:
     if key not in self._cache:
@@ -143,8 +166,23 @@ class Loader:
     return dataclasses.replace(blocks, tokens=blocks.tokens[rows], targets=blocks.targets[rows])
 
 
+def _check_same(blocks: Blocks, field: str) -> None:
+  """Raises InputError if this process has read other windows than the first."""
+  if jax.process_count() == 1:
+    return
+
+  def digest() -> str:
+    return hashlib.sha256(blocks.tokens.tobytes() + blocks.targets.tobytes()).hexdigest()
+
+  if decide(digest) != digest():
+    raise InputError(
+      f'{field}: process {jax.process_index()} does not read what the first reads: give all the same files'
+    )
+
+
 def check_sources(options: RunOptions) -> None:
   """Checks that every source of the run can be read; tokenises nothing. Raises InputError."""
+  read_template(options.data.chat_template)
   fields = {'prune.calibration.source': options.prune.calibration.source}
   if options.train.tokens:
     fields['train.source'] = options.train.source
@@ -160,12 +198,16 @@ def check_sources(options: RunOptions) -> None:
 
 
 def check_plan(options: RunOptions, config: ModelConfig) -> None:
-  """Checks that the target can be reached and that every stage has a batch. Raises InputError.
+  """Checks widths for prune.serve, the target, the batches of each stage, the forms. Raises InputError.
 
   config: of the source.
   """
+  runtimes.check_model(options.prune.serve, config)
   _check_target(options, config)
   _check_steps(options)
+  check_result(options.export, _biased(config, options.prune.compensate == 'bias'))
+  sharding.check_model(config)
+  sharding.check_batches(options)
 
 
 def _check_target(options: RunOptions, config: ModelConfig) -> None:

@@ -1,9 +1,9 @@
 """Documents out of files, directories, globs and hub data sets, read one at a time.
 
-A source is a tuple of strings. Each is a file (.txt, .tokens: one document; .jsonl, .parquet: one a row), a
-directory (every such file below it, sorted), a glob, or, if no such path exists, a hub data set
-`org/name`, `org/name:split` or `org/name:config:split` (split `train` by default). One .npy file
-alone holds token blocks: see `adapt_jax.data`.
+A source is a tuple of strings. Each is a file (.txt, .tokens: one document; .jsonl, .json, .parquet: one a
+row, of the forms in `adapt_jax.data.records`), a directory (every such file below it, sorted), a glob, or, if
+no such path exists, a hub data set `org/name`, `org/name:split` or `org/name:config:split` (split `train` by
+default). One .npy file alone holds token blocks: see `adapt_jax.data.windows`.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from adapt_jax.data import records
 from models.errors import InputError, first_line
 
 Source = tuple[str, ...]
-Message = dict[str, Any]  # 'role' and 'content' are strings; other keys go to the chat template
 
 _WHOLE = ('.txt', '.tokens')  # one document a file; .tokens is what WikiText's files are called
-_SUFFIXES = (*_WHOLE, '.jsonl', '.parquet')
-_NEVER_HUB = (*_SUFFIXES, '.npy', '.json', '.csv', '.gz', '.zst')
+_SUFFIXES = (*_WHOLE, '.jsonl', '.json', '.parquet')
+_NEVER_HUB = (*_SUFFIXES, '.npy', '.csv', '.gz', '.zst')
 _HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}')
 
 
@@ -34,7 +34,14 @@ class Document:
   """A plain text, or a conversation still to be rendered with a chat template."""
 
   where: str  # file and line or row, for messages
-  content: str | list[Message]
+  content: records.Content
+
+  @property
+  def size(self) -> int:
+    """Characters, without those that a chat template adds."""
+    if isinstance(self.content, str):
+      return len(self.content)
+    return sum(len(message['content']) for message in self.content)
 
 
 def read_documents(source: Source, field: str, *, text_field: str, messages_field: str) -> Iterator[Document]:
@@ -62,6 +69,31 @@ def check_source(source: Source, field: str, *, text_field: str, messages_field:
       _check_readable(origin)
     else:
       next(_documents(origin, text_field, messages_field), None)
+
+
+def fingerprint(entry: str, field: str) -> list[Any]:
+  """What tells whether the data behind one entry of a source have changed: path, size and time of every file.
+
+  Of a hub data set it is the revision; '' where the hub does not tell it. Raises InputError as reading does.
+  """
+  found: list[Any] = []
+  for origin in _origins_of(entry, field):
+    if isinstance(origin, str):
+      found.append((origin, _hub_revision(origin.split(':')[0])))
+      continue
+    _check_readable(origin)
+    status = origin.stat()
+    found.append((str(origin.resolve()), status.st_size, status.st_mtime_ns))
+  return found
+
+
+def _hub_revision(name: str) -> str:
+  import huggingface_hub
+
+  try:
+    return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha or ''
+  except Exception:  # the hub's errors and those of its HTTP library share no other class
+    return ''  # offline: reading decides whether the data are to be had
 
 
 def is_blocks(source: Source) -> bool:
@@ -116,49 +148,17 @@ def _origins_of(entry: str, field: str) -> Iterator[pathlib.Path | str]:
 
 def _documents(origin: pathlib.Path | str, text_field: str, messages_field: str) -> Iterator[Document]:
   if isinstance(origin, str):
-    rows = _hub_rows(origin)
+    found = _hub_rows(origin)
   elif origin.suffix.lower() in _WHOLE:
-    rows = _whole_text(origin, text_field)
-  elif origin.suffix.lower() == '.jsonl':
-    rows = _json_rows(origin)
+    found = _whole_text(origin, text_field)
+  elif origin.suffix.lower() == '.parquet':
+    found = _parquet_rows(origin, text_field, messages_field)
+  elif origin.suffix.lower() == '.json' and _is_list(origin):
+    found = _json_list(origin)
   else:
-    rows = _parquet_rows(origin, (messages_field, text_field))
-  for where, row in rows:
-    yield Document(where, _content(row, where, text_field, messages_field))
-
-
-def _content(row: dict[str, Any], where: str, text_field: str, messages_field: str) -> str | list[Message]:
-  if row.get(messages_field) is not None:
-    return _messages(row[messages_field], where, messages_field)
-  if text_field in row:
-    return _text(row[text_field], f'{where}: field {text_field!r}')
-  raise InputError(
-    f'{where}: neither {messages_field!r} nor {text_field!r} among its fields {list(row)}: '
-    'set config.data.text_field or config.data.messages_field to the one that holds the data'
-  )
-
-
-def _text(value: Any, where: str) -> str:
-  if not isinstance(value, str):
-    raise InputError(f'{where} holds {type(value).__name__}, not text: leave such rows out')
-  try:
-    value.encode()
-  except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no tokenizer takes
-    raise InputError(f'{where} holds an unpaired surrogate (half a character): repair the text') from None
-  return value
-
-
-def _messages(value: Any, where: str, messages_field: str) -> list[Message]:
-  where = f'{where}: field {messages_field!r}'
-  if not isinstance(value, list):
-    raise InputError(f'{where} holds {type(value).__name__}, not a list of messages')
-  for message in value:
-    if not isinstance(message, dict) or not {'role', 'content'} <= message.keys():
-      found = sorted(message) if isinstance(message, dict) else type(message).__name__
-      raise InputError(f"{where}: a message is {found}: it needs 'role' and 'content'")
-    _text(message['role'], f"{where}: 'role'")
-    _text(message['content'], f"{where}: 'content'")
-  return value
+    found = _json_rows(origin)
+  for where, row in found:
+    yield Document(where, records.content(row, where, text_field, messages_field))
 
 
 def _check_readable(path: pathlib.Path) -> None:
@@ -197,14 +197,35 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
       yield where, row
 
 
-def _parquet_rows(path: pathlib.Path, fields: tuple[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _is_list(path: pathlib.Path) -> bool:
+  """Whether a .json file is one list of rows; else it has a row a line, as many data sets call .json too."""
+  _check_readable(path)
+  with open(path, 'rb') as file:
+    return file.read(256).removeprefix(b'\xef\xbb\xbf').lstrip().startswith(b'[')
+
+
+def _json_list(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  try:
+    found = json.loads(path.read_text(encoding='utf-8-sig'))
+  except UnicodeDecodeError as error:
+    raise InputError(f'{path}: not UTF-8 text (byte {error.start}): convert the file') from None
+  except ValueError as error:
+    raise InputError(f'{path}: not valid JSON ({error}): one list of rows') from None
+  for number, row in enumerate(found, 1):
+    if not isinstance(row, dict):
+      raise InputError(f'{path}: row {number}: a JSON {type(row).__name__}, not an object')
+    yield f'{path}: row {number}', row
+
+
+def _parquet_rows(
+  path: pathlib.Path, text_field: str, messages_field: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
   import pyarrow
   from pyarrow import parquet
 
   try:
     with parquet.ParquetFile(path) as file:
-      names = file.schema_arrow.names
-      columns = [name for name in fields if name in names] or names  # all, to list them in the message
+      columns = records.columns(file.schema_arrow.names, text_field, messages_field)
       batches = file.iter_batches(batch_size=256, columns=columns)
       for number, row in enumerate(itertools.chain.from_iterable(b.to_pylist() for b in batches), 1):
         yield f'{path}: row {number}', row
@@ -219,8 +240,8 @@ def _hub_rows(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
   split = rest.pop() if rest else 'train'
   try:
     # Streaming fetches only what is read: a run needs a sliver of the large web corpora.
-    rows = datasets.load_dataset(name, *rest, split=split, streaming=True)
-    for number, row in enumerate(rows, 1):
+    found = datasets.load_dataset(name, *rest, split=split, streaming=True)
+    for number, row in enumerate(found, 1):
       yield f'{entry}: row {number}', row
   except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
     raise InputError(

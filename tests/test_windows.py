@@ -1,4 +1,4 @@
-"""Sources of every kind, windows, the assistant's tokens, and the order of rows."""
+"""Sources of every kind, windows, the assistant's tokens, and draws of rows."""
 
 import json
 import pathlib
@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from adapt_jax import data, documents
-from adapt_jax.data import Blocks, batch_rows, check_vocab, draw_rows, load_blocks
-from adapt_jax.documents import check_source
+from adapt_jax.data import documents, windows
+from adapt_jax.data.documents import check_source
+from adapt_jax.data.windows import Blocks, check_vocab, draw_rows, load_blocks
 from models.errors import InputError
 from tests.tokenizers_for_tests import CHATML, CHATML_DEFAULT_SYSTEM, tiny_tokenizer
 
@@ -156,8 +156,8 @@ def test_npy_is_taken_as_it_is(tmp_path):
   assert_windows(blocks, list(range(24)))
   assert not blocks.targets[:, 0].any() and blocks.targets[:, 1:].all()
   assert len(load(tmp_path / 'a.npy', None, max_tokens=17).tokens) == 2
-  check_vocab(blocks, 24, FIELD)
-  assert 'larger than the embedding' in message_of(check_vocab, blocks, 23, FIELD)
+  check_vocab(23, 24, FIELD)
+  assert 'larger than the embedding' in message_of(check_vocab, 23, 23, FIELD)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_max_tokens_reads_no_further_than_needed(tmp_path, tokenizer, monkeypatc
 def test_many_small_batches_give_the_same_windows(tmp_path, tokenizer, monkeypatch):
   path = write_jsonl(tmp_path / 'a.jsonl', [{'text': DOCUMENTS[0]}, {'messages': CHAT}] * 5)
   whole = load(path, tokenizer)
-  monkeypatch.setattr(data, '_BATCH_CHARS', 20)
+  monkeypatch.setattr(windows, 'BATCH_CHARS', 20)
   parts = load(path, tokenizer)
   np.testing.assert_array_equal(parts.tokens, whole.tokens)
   np.testing.assert_array_equal(parts.targets, whole.targets)
@@ -265,6 +265,16 @@ def test_the_day_does_not_change_the_tokens(tmp_path):
   assert tokenizer.decode(blocks.tokens.ravel()).startswith('26 Jul 2024<|im_start|>')
 
 
+def test_a_prompt_that_begins_the_answer(tmp_path):
+  """As DeepSeek-R1's, which ends with <think>: targets are what stands after the header all the same."""
+  path = write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT}])
+  begun = CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
+  assert begun != CHATML
+  plain, thinking = (load(path, tiny_tokenizer(template)) for template in (CHATML, begun))
+  np.testing.assert_array_equal(thinking.tokens, plain.tokens)
+  np.testing.assert_array_equal(thinking.targets, plain.targets)
+
+
 def test_conversation_without_assistant_has_no_targets(tmp_path, tokenizer):
   assert not load(write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT[:1]}]), tokenizer).targets.any()
 
@@ -272,9 +282,8 @@ def test_conversation_without_assistant_has_no_targets(tmp_path, tokenizer):
 @pytest.mark.parametrize(
   ('template', 'messages', 'says'),
   [
-    (None, CHAT, 'no chat template'),
+    (None, CHAT, "set config.data.chat_template to 'plain' or to a file"),
     (CHATML, CHAT[1:], 'begins with the assistant'),
-    (CHATML.replace('assistant\n', 'assistant\n<think>'), CHAT, 'assistant message 2'),
     ("{{ messages[-1]['content'] }}" + CHATML, CHAT, 'assistant message 2'),
     (
       CHATML.replace("message['content']", "(message['content'] if loop.last or loop.index is odd else '')"),
@@ -283,7 +292,7 @@ def test_conversation_without_assistant_has_no_targets(tmp_path, tokenizer):
     ),
     ("{{ raise_exception('no such role') }}", CHAT, 'no such role'),
     (CHATML, 'a string', 'not a list'),
-    (CHATML, [{'from': 'human', 'value': 'x'}], "['from', 'value']"),
+    (CHATML, [{'from': 'human', 'text': 'x'}], "['from', 'text']"),
     (CHATML, [{'role': 'user', 'content': [{'type': 'text'}]}], 'holds list'),
     (CHATML, ['x'], 'str'),
   ],
@@ -360,29 +369,7 @@ def test_check_source_reads_the_first_row_only(tmp_path):
   )
 
 
-# The order of rows
-
-
-@pytest.mark.parametrize(('rows', 'batch'), [(10, 4), (12, 4), (3, 8), (1, 1)])
-def test_epochs_visit_each_row_once(rows, batch):
-  steps = 6 * rows // np.gcd(rows, batch)
-  order = [batch_rows(rows, batch, 7, step) for step in range(steps)]
-  assert all(o.shape == (batch,) and o.dtype == np.int64 for o in order)
-  epochs = np.concatenate(order).reshape(-1, rows)
-  np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(rows), (len(epochs), 1)))
-  assert rows < 10 or len({tuple(epoch) for epoch in epochs}) == len(epochs)
-
-
-def test_batches_depend_on_seed_and_step_alone():
-  forward = [batch_rows(100, 8, 3, step) for step in range(40)]
-  data._permutation.cache_clear()
-  backward = [batch_rows(100, 8, 3, step) for step in reversed(range(40))][::-1]
-  np.testing.assert_array_equal(forward, backward)
-  assert (
-    np.concatenate(forward) != np.concatenate([batch_rows(100, 8, 4, s) for s in range(40)])
-  ).mean() > 0.9
-  forward[0][:] = -1  # the caller's own array, not the cached order
-  assert batch_rows(100, 8, 3, 0).min() >= 0
+# Draws for calibration
 
 
 def test_rows_drawn_are_distinct_and_fresh_at_each_step():

@@ -1,0 +1,286 @@
+"""A source's tokens on disk: tokenised once, memory-mapped ever after.
+
+A cache is a directory of the source's documents one after another, native byte order:
+
+    tokens      uint16 or uint32 [n], whichever holds the tokenizer's ids
+    flags       uint8 [n]: TARGET, FIRST
+    ends        int64 [d]: where each document ends
+    meta.json   counts, and whether this is all of the source
+
+Its name begins with a hash of all that its contents depend on, so nothing ever needs to be refreshed. It
+appears by a rename, whole; of several processes that make it at once the first wins and the others use
+what they find.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+import tqdm
+
+from adapt_jax.data.documents import Document, fingerprint, read_documents
+from adapt_jax.data.tokenise import BATCH_CHARS, Encoded, encode_all, take
+from adapt_jax.distributed import decide
+from models.errors import InputError, first_line
+
+TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its document
+
+_VERSION = 1  # of the format, and of how documents become tokens
+_MOST_REFUSED = 0.01  # share of a source's conversations that may be left out
+_WAITS = (0, 1, 10, 60)  # seconds in which a shared file system shows what another machine has written
+_STALE_SECONDS = 86_400.0  # what a killed process left is removed, once it is surely not being written
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+  """How much of a source is wanted: so many tokens, and so many documents."""
+
+  tokens: int
+  documents: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCache:
+  """An opened cache, mapped and not read; see the module for its arrays.
+
+  highest: token id. targets: tokens with TARGET that are not FIRST. complete: the source has no more.
+  """
+
+  tokens: np.ndarray
+  flags: np.ndarray
+  ends: np.ndarray
+  highest: int
+  targets: int
+  complete: bool
+
+  def holds(self, need: Need) -> bool:
+    return self.complete or (len(self.tokens) >= need.tokens and len(self.ends) >= need.documents)
+
+
+def open_cache(
+  directory: pathlib.Path,
+  entry: str,
+  tokenizer: Any,
+  need: Need,
+  *,
+  text_field: str,
+  messages_field: str,
+  field: str,
+) -> TokenCache:
+  """The tokens of one entry of a source, at least as many as `need` says or all; tokenised if not there yet.
+
+  What lies beyond `need` depends on who tokenised it: leave it alone. Of several processes the first
+  tokenises, all must call this, and all must see `directory`. Raises InputError as reading and tokenising
+  do, for a source of which the chat template refuses more than a hundredth, and where the cache cannot be
+  written or seen.
+  """
+  fields = {'text_field': text_field, 'messages_field': messages_field}
+
+  def prepare() -> str:
+    key = _key(fingerprint(entry, field), tokenizer, fields)
+    if found := _find(directory, key, need):
+      return str(found)
+    documents = read_documents((entry,), field, **fields)
+    try:
+      return str(_build(directory, key, documents, tokenizer, need, f'{field} {entry}'))
+    except OSError as error:
+      raise InputError(
+        f'config.data.cache: {directory} cannot be written ({error.strerror or first_line(error)}): '
+        'name a directory with room for the tokens, three to five bytes each'
+      ) from None
+
+  path = pathlib.Path(decide(prepare))
+  for seconds in _WAITS:
+    time.sleep(seconds)
+    if (cache := _open(path)) is not None:
+      return cache
+  raise InputError(
+    f'config.data.cache: {path} cannot be read by process {jax.process_index()}: name a directory that all '
+    f'processes see'
+  )
+
+
+def _key(data: list[Any], tokenizer: Any, fields: dict[str, str]) -> str:
+  tokenizer('')  # takes out the truncation that a tokenizer.json may ask for, as tokenising does
+  if tokenizer.is_fast:
+    model = tokenizer.backend_tokenizer.to_str()
+  else:
+    model = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+  parts = [_VERSION, data, fields, model, tokenizer.special_tokens_map, tokenizer.chat_template]
+  return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
+
+
+def _find(directory: pathlib.Path, key: str, need: Need) -> pathlib.Path | None:
+  """The smallest cache of the key that holds enough; damaged ones are removed, to be made again."""
+  paths = [path for path in directory.glob(f'{key}-*') if path.name.split('-')[1].isdecimal()]
+  for path in sorted(paths, key=lambda path: int(path.name.split('-')[1])):
+    cache = _open(path)
+    if cache is None:
+      shutil.rmtree(path, ignore_errors=True)
+    elif cache.holds(need):
+      return path
+  return None
+
+
+def _open(path: pathlib.Path) -> TokenCache | None:
+  """The cache, or None if it is damaged or absent."""
+
+  def load(name: str, dtype: Any, count: int) -> np.ndarray:
+    if (path / name).stat().st_size != count * np.dtype(dtype).itemsize:
+      raise ValueError(f'{name} was truncated')
+    if not count:
+      return np.zeros(0, dtype)
+    return np.memmap(path / name, dtype, 'r', shape=(count,)).view(np.ndarray)
+
+  try:
+    meta = json.loads((path / 'meta.json').read_text())
+    tokens = load('tokens', meta['dtype'], meta['tokens'])
+    flags, ends = load('flags', np.uint8, meta['tokens']), load('ends', np.int64, meta['documents'])
+    return TokenCache(tokens, flags, ends, meta['highest'], meta['targets'], meta['complete'])
+  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    return None  # other errors of the system say nothing of the cache
+
+
+def _build(
+  directory: pathlib.Path,
+  key: str,
+  documents: Iterator[Document],
+  tokenizer: Any,
+  need: Need,
+  title: str,
+) -> pathlib.Path:
+  directory.mkdir(parents=True, exist_ok=True)
+  for left in directory.glob(f'.{key}-*'):
+    if time.time() - _last_written(left) > _STALE_SECONDS:
+      shutil.rmtree(left, ignore_errors=True)
+  beside = directory / f'.{key}-{secrets.token_hex(8)}'
+  beside.mkdir()
+  try:
+    writer = _Writer(beside, max(tokenizer.get_vocab().values(), default=0))
+    with writer, tqdm.tqdm(desc=title, unit=' tokens', unit_scale=True, disable=None) as bar:
+      complete, refused = False, tuple[str, ...]()
+      while not complete and not writer.holds(need):
+        feed = _Feed(documents, writer, need)
+        for encoded in encode_all(feed.batches(), tokenizer):
+          refused += encoded.refused
+          writer.append(encoded)
+          _check_refused(refused, writer.documents)
+          feed.arrived()
+          bar.update(len(encoded.tokens))
+        complete = feed.complete
+      writer.finish(complete)
+    if refused:
+      print(f'{title}: {len(refused)} conversations are left out, such as {refused[0]}', flush=True)
+    path = directory / f'{key}-{writer.tokens}'
+    if (other := _open(path)) and not other.holds(need):  # as many tokens, but not known to be all
+      shutil.rmtree(path)
+    try:
+      beside.rename(path)
+    except OSError:
+      if not path.is_dir():
+        raise  # else another process was faster
+    return path
+  finally:
+    shutil.rmtree(beside, ignore_errors=True)
+
+
+def _last_written(path: pathlib.Path) -> float:
+  """When a file of the directory was; now, if it goes away meanwhile."""
+  try:
+    return max(p.stat().st_mtime for p in (path, *path.iterdir()))
+  except FileNotFoundError:
+    return time.time()
+
+
+def _check_refused(refused: tuple[str, ...], documents: int) -> None:
+  """A few conversations of many may be beyond a chat template; more are the sign of a wrong one."""
+  if len(refused) > _MOST_REFUSED * (documents + len(refused)):
+    raise InputError(
+      f'{refused[0]}; {len(refused)} of the first {documents + len(refused)} are refused: leave such rows '
+      f'out, or set config.data.chat_template'
+    )
+
+
+class _Writer:
+  """Appends to the files of a cache, open while it is a context."""
+
+  def __init__(self, path: pathlib.Path, highest_id: int):
+    self._path, self._dtype = path, np.dtype(np.uint16 if highest_id < 2**16 else np.uint32)
+    self.tokens = self.documents = self._targets = self._highest = 0
+    self._files: dict[str, BinaryIO] = {}
+    self._stack = contextlib.ExitStack()
+
+  def __enter__(self) -> '_Writer':
+    for name in ('tokens', 'flags', 'ends'):
+      self._files[name] = self._stack.enter_context(open(self._path / name, 'wb'))
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self._stack.close()
+
+  def holds(self, need: Need) -> bool:
+    return self.tokens >= need.tokens and self.documents >= need.documents
+
+  def append(self, encoded: Encoded) -> None:
+    ends = np.cumsum(encoded.lengths)
+    flags = encoded.targets.astype(np.uint8) * np.uint8(TARGET)
+    flags[(ends - encoded.lengths)[encoded.lengths > 0]] |= FIRST
+    self._files['tokens'].write(encoded.tokens.astype(self._dtype).tobytes())
+    self._files['flags'].write(flags.tobytes())
+    self._files['ends'].write((self.tokens + ends).astype(np.int64).tobytes())
+    self._highest = max(self._highest, int(encoded.tokens.max(initial=0)))
+    self._targets += int((flags == TARGET).sum())
+    self.tokens, self.documents = self.tokens + len(flags), self.documents + len(ends)
+
+  def finish(self, complete: bool) -> None:
+    for file in self._files.values():
+      file.flush()
+      os.fsync(file.fileno())
+    counts = {'tokens': self.tokens, 'documents': self.documents, 'targets': self._targets}
+    meta = {'dtype': self._dtype.name, 'highest': self._highest, 'complete': complete} | counts
+    (self._path / 'meta.json').write_text(json.dumps(meta))
+
+
+class _Feed:
+  """Batches of documents until what is written, and what is under way by estimate, meets the need.
+
+  complete: there are no more documents.
+  """
+
+  def __init__(self, documents: Iterator[Document], writer: _Writer, need: Need):
+    self._documents, self._writer, self._need = documents, writer, need
+    self._under_way: collections.deque[tuple[int, int]] = collections.deque()  # characters, documents
+    self._first_token, self._chars = writer.tokens, 0
+    self.complete = False
+
+  def arrived(self) -> None:
+    """The oldest batch was encoded and written."""
+    self._chars += self._under_way.popleft()[0]
+
+  def batches(self) -> Iterator[list[Document]]:
+    while True:
+      chars = sum(chars for chars, _ in self._under_way)
+      count = sum(count for _, count in self._under_way)
+      # A token is seldom less than a character, so what is missing is never less than so many characters,
+      # and a few rounds get there without reading far beyond.
+      ratio = (self._writer.tokens - self._first_token) / self._chars if self._chars else 1.0
+      tokens = self._need.tokens - self._writer.tokens - int(chars * ratio)
+      count = self._need.documents - self._writer.documents - count
+      if tokens <= 0 and count <= 0:
+        return
+      if not (batch := take(self._documents, BATCH_CHARS, tokens, count)):
+        self.complete = True
+        return
+      self._under_way.append((sum(document.size for document in batch), len(batch)))
+      yield batch

@@ -1,0 +1,276 @@
+"""Documents to token ids and targets: special tokens, chat templates, and many processes at once."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing.context
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from adapt_jax.data.documents import Document
+from adapt_jax.data.records import Message
+from models.errors import InputError, first_line
+
+BATCH_CHARS = 1 << 20  # tokenised in one call: enough to keep every core busy
+_ALONE_CHARS = 1 << 25  # before worker processes start, which takes seconds
+# A tokenizer uses all cores by itself, but rendering chats and making arrays is one core's work: of chats one
+# process does at most 1.3 M tokens/s, of which a core does 0.5 M. On two cores processes measure slower.
+_FEW_CORES = 4
+_DATE = '26 Jul 2024'  # Llama's own fallback: the tokens must not depend on the day of the run
+_PROBE = 'Eyjafjallajökull'  # an answer that no template has in it
+
+
+class Refused(InputError):
+  """A conversation that the chat template does not render; others of the source may be well."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """A text to tokenise; `spans` are the assistant's [start, end) characters, None for plain text."""
+
+  text: str
+  spans: list[tuple[int, int]] | None = None
+
+  @property
+  def size(self) -> int:
+    return len(self.text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """Documents one after another: `tokens` uint32 [n], `targets` bool [n], and their `lengths` int64 [d].
+
+  refused: why each of those was left out that the chat template does not render.
+  """
+
+  tokens: np.ndarray
+  targets: np.ndarray
+  lengths: np.ndarray
+  refused: tuple[str, ...] = ()
+
+
+class _Sized(Protocol):
+  @property
+  def size(self) -> int: ...
+
+
+_Item = TypeVar('_Item', bound=_Sized)
+
+
+def take(items: Iterator[_Item], most: int, chars: int, count: int = 0) -> list[_Item]:
+  """The next items, until they have `chars` characters and are `count`, or have `most` characters."""
+  batch: list[_Item] = []
+  size = 0
+  while size < most and (size < chars or len(batch) < count) and (item := next(items, None)) is not None:
+    batch.append(item)
+    size += item.size
+  return batch
+
+
+def render(document: Document, tokenizer: Any) -> Text:
+  """The document's text, a conversation by the tokenizer's chat template. Raises InputError."""
+  if isinstance(document.content, str):
+    return Text(document.content)
+  if not tokenizer.is_fast:
+    raise InputError(
+      f'{document.where}: a conversation, but the tokenizer is not a fast one: use a model with a '
+      'tokenizer.json, or data with a text field'
+    )
+  if not tokenizer.chat_template:
+    raise InputError(
+      f'{document.where}: a conversation, but the tokenizer has no chat template: set '
+      "config.data.chat_template to 'plain' or to a file, or use an instruction-tuned model's tokenizer"
+    )
+  return _render_chat(document.content, tokenizer, document.where)
+
+
+def encode(texts: Sequence[Text], tokenizer: Any) -> Encoded:
+  """Token ids with special tokens around plain text, and an EOS at the end, as far as the tokenizer has them.
+
+  Of a conversation only the assistant's tokens are targets.
+  """
+  ids, targets, lengths = [], [], []
+  for found, counts in _tokenise(texts, tokenizer):
+    ids.append(np.array(found, np.uint32))
+    targets.append(counts)
+    lengths.append(len(found))
+  tokens = np.concatenate(ids) if ids else np.zeros(0, np.uint32)
+  return Encoded(tokens, np.frombuffer(b''.join(targets), np.bool_), np.array(lengths, np.int64))
+
+
+def encode_all(
+  batches: Iterator[list[Document]], tokenizer: Any, workers: int | None = None
+) -> Iterator[Encoded]:
+  """Each batch encoded, in order; what is beyond `_ALONE_CHARS` by `workers` processes. Raises InputError.
+
+  Conversations that the chat template refuses are left out.
+
+  workers: by default one a core, but none on few cores.
+  """
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  workers = workers or (cores if cores > _FEW_CORES else 1)
+  chars = 0
+  for batch in batches:
+    yield _encode_documents(batch, tokenizer)
+    chars += sum(document.size for document in batch)
+    if workers > 1 and chars >= _ALONE_CHARS:
+      yield from _encode_parallel(batches, tokenizer, workers)
+      return
+
+
+class _Worker(multiprocessing.context.SpawnProcess):
+  """One that SIGTERM does not end; the pool ends all so, and waits for them, when one of them was killed."""
+
+  def terminate(self) -> None:
+    self.kill()
+
+
+class _Context(multiprocessing.context.SpawnContext):
+  Process = _Worker
+
+
+def _encode_parallel(batches: Iterator[list[Document]], tokenizer: Any, workers: int) -> Iterator[Encoded]:
+  # JAX has threads: a forked child may hang. The workers only get what is sent to them.
+  pool = concurrent.futures.ProcessPoolExecutor(workers, _Context(), _start_worker, (tokenizer,))
+  pending: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
+  try:
+    for batch in batches:
+      with _sigterm_blocked():
+        pending.append(pool.submit(_work, batch))
+      if len(pending) > 2 * workers:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+  except BrokenProcessPool:
+    raise InputError(
+      'a process that tokenises was killed, for want of memory perhaps: start again with fewer cores or '
+      'shorter documents'
+    ) from None
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+  """For processes started inside: a scheduler may send SIGTERM to all, but the run ends its workers."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_worker_tokenizer: Any = None
+
+
+def _start_worker(tokenizer: Any) -> None:
+  global _worker_tokenizer
+  os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # there is a process a core already
+  _worker_tokenizer = tokenizer
+
+
+def _work(batch: list[Document]) -> Encoded:
+  return _encode_documents(batch, _worker_tokenizer)
+
+
+def _encode_documents(batch: list[Document], tokenizer: Any) -> Encoded:
+  texts, refused = [], []
+  for document in batch:
+    try:
+      texts.append(render(document, tokenizer))
+    except Refused as error:
+      refused.append(str(error))
+  return dataclasses.replace(encode(texts, tokenizer), refused=tuple(refused))
+
+
+def _tokenise(batch: Sequence[Text], tokenizer: Any) -> Iterator[tuple[list[int], bytes]]:
+  """Yields each text's token ids and, a byte a token, whether it is a target."""
+  for plain, group in itertools.groupby(batch, lambda text: text.spans is None):
+    texts = list(group)
+    encoded = tokenizer(
+      [text.text for text in texts],
+      add_special_tokens=plain,  # a chat template writes its own
+      return_offsets_mapping=not plain,
+      return_attention_mask=False,
+      return_token_type_ids=False,
+      verbose=False,  # no warning that a document is longer than the model's context
+    )
+    for index, text in enumerate(texts):
+      ids = encoded['input_ids'][index]
+      if text.spans is None:
+        counts = b'\1' * len(ids)
+      else:
+        counts = _inside(encoded['offset_mapping'][index], text.spans)
+      eos = tokenizer.eos_token_id
+      if eos is not None and ids[-1:] != [eos]:  # some tokenizers and templates end with it by themselves
+        ids, counts = [*ids, eos], counts + bytes([plain])
+      yield ids, counts
+
+
+def encode_prompt(text: str, tokenizer: Any, chat: bool) -> list[int]:
+  """Ids of a text to be continued, without an EOS at its end; may be empty.
+
+  With `chat` it is the user's message, rendered up to where the assistant answers, if the tokenizer has a
+  chat template. Raises InputError if the template refuses it.
+  """
+  if chat and tokenizer.chat_template:
+    from jinja2 import TemplateError
+
+    message = {'role': 'user', 'content': text}
+    try:
+      text = tokenizer.apply_chat_template(
+        [message], tokenize=False, add_generation_prompt=True, date_string=_DATE
+      )
+    except (TemplateError, TypeError) as error:
+      raise InputError(f'the chat template refuses a prompt ({first_line(error)}): use plain text') from None
+    return tokenizer(text, add_special_tokens=False)['input_ids']
+  ids = tokenizer(text)['input_ids']
+  return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> bytes:
+  # A token belongs to the span that holds its last character: unlike the start, the end is exact for
+  # byte-level tokenizers that leave the space before a word out of its offsets.
+  ends = np.array([end for _, end in offsets], np.int64)
+  counts = np.zeros(ends.shape, np.bool_)
+  for first, last in spans:
+    counts |= (first < ends) & (ends <= last)
+  return counts.tobytes()
+
+
+def _render_chat(messages: list[Message], tokenizer: Any, where: str) -> Text:
+  from jinja2 import TemplateError  # what transformers' chat templates raise
+
+  if messages[0]['role'] == 'assistant':  # transformers renders no empty prompt
+    raise Refused(f'{where}: the conversation begins with the assistant: put a system or user message first')
+
+  def render(messages: list[Message], prompt: bool = False) -> str:
+    return tokenizer.apply_chat_template(
+      messages, tokenize=False, add_generation_prompt=prompt, date_string=_DATE
+    )
+
+  spans = []
+  try:
+    whole = render(messages)
+    for index in (i for i, message in enumerate(messages) if message['role'] == 'assistant'):
+      prompt, answered = render(messages[:index], True), render(messages[: index + 1])
+      if not answered.startswith(prompt):
+        # Some prompts begin the answer, as DeepSeek-R1's with <think>: then it starts where another would.
+        other = render([*messages[:index], messages[index] | {'content': _PROBE}])
+        prompt = other.partition(_PROBE)[0]
+      if not answered.startswith(prompt) or not whole.startswith(answered):
+        raise Refused(
+          f'{where}: the chat template does not allow to tell the tokens of assistant message {index + 1} '
+          'apart (its rendering changes with what follows): use another template or plain text'
+        )
+      spans.append((len(prompt), len(answered)))
+  except (TemplateError, TypeError) as error:
+    raise Refused(f'{where}: the chat template refuses this conversation ({first_line(error)})') from None
+  return Text(whole, spans)

@@ -1,0 +1,201 @@
+"""The rows that training sees: cut from memory-mapped tokens, mixed and shuffled; nothing is held in memory.
+
+Rows have segment ids, int32: equal ones belong to the same document, 0 is padding. Tokens attend within
+their segment only, and the first of a document is nobody's target.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from adapt_jax.config import DataOptions, TrainOptions
+from adapt_jax.data.documents import is_blocks
+from adapt_jax.data.order import Order
+from adapt_jax.data.token_cache import FIRST, TARGET, Need, TokenCache, open_cache
+from adapt_jax.data.windows import check_vocab, map_blocks, token_ids
+from models.errors import InputError
+from models.files import user_cache
+
+_FIELD = 'config.train.source'
+# Read at least: a short run shall draw from more than the first documents.
+_LEAST_TOKENS = 2**22
+
+
+class Rows(Protocol):
+  """Rows of one group."""
+
+  def __len__(self) -> int: ...
+
+  def fill(self, row: int, tokens: np.ndarray, flags: np.ndarray) -> int:
+    """Writes a row into `tokens` int32 [T] and `flags` uint8 [T], zeros before; returns how many tokens."""
+
+
+class PackedRows:
+  """Documents end to end, cut into windows of `length`; the tail is dropped. At most `most` rows."""
+
+  def __init__(self, parts: Sequence[TokenCache], length: int, most: int):
+    self._parts, self._length = parts, length
+    self._starts = np.cumsum([0] + [len(part.tokens) for part in parts])
+    self._count = min(int(self._starts[-1]) // length, most)
+
+  def __len__(self) -> int:
+    return self._count
+
+  def fill(self, row: int, tokens: np.ndarray, flags: np.ndarray) -> int:
+    done = 0
+    while done < self._length:  # over the border from one part into the next
+      start = row * self._length + done
+      index = int(np.searchsorted(self._starts, start, 'right')) - 1
+      part, offset = self._parts[index], start - self._starts[index]
+      found = part.tokens[offset : offset + self._length - done]
+      tokens[done : done + len(found)] = found
+      flags[done : done + len(found)] = part.flags[offset : offset + self._length - done]
+      done += len(found)
+    return done
+
+
+class PaddedRows:
+  """A document a row, truncated to `length`. At most `most` rows."""
+
+  def __init__(self, parts: Sequence[TokenCache], length: int, most: int):
+    self._parts, self._length = parts, length
+    self._starts = np.cumsum([0] + [len(part.ends) for part in parts])
+    self._count = min(int(self._starts[-1]), most)
+
+  def __len__(self) -> int:
+    return self._count
+
+  def fill(self, row: int, tokens: np.ndarray, flags: np.ndarray) -> int:
+    index = int(np.searchsorted(self._starts, row, 'right')) - 1
+    part, number = self._parts[index], row - self._starts[index]
+    start = int(part.ends[number - 1]) if number else 0
+    count = min(int(part.ends[number]) - start, self._length)
+    tokens[:count], flags[:count] = part.tokens[start : start + count], part.flags[start : start + count]
+    return count
+
+
+class BlockRows:
+  """Rows of a .npy file, each one document, all of it targets. Raises InputError for what is no token id.
+
+  Ids are checked as rows are read, not all at the start, which would read the whole file.
+  """
+
+  def __init__(self, source: tuple[str, ...], length: int, vocab_size: int):
+    self._blocks = map_blocks(source, length, _FIELD)
+    self._where, self._vocab_size = f'{_FIELD} {source[0]!r}', vocab_size
+    self._ids(slice(0, _LEAST_TOKENS // length))
+
+  def __len__(self) -> int:
+    return len(self._blocks)
+
+  def fill(self, row: int, tokens: np.ndarray, flags: np.ndarray) -> int:
+    tokens[:], flags[:] = self._ids(row), TARGET
+    flags[0] |= FIRST
+    return len(tokens)
+
+  def _ids(self, rows: int | slice) -> np.ndarray:
+    found = token_ids(np.asarray(self._blocks[rows]), self._where)
+    check_vocab(int(found.max(initial=0)), self._vocab_size, self._where)
+    return found
+
+
+class TrainSet:
+  """Rows of `length` tokens from groups that are mixed by weight; `len()` is how many there are in all."""
+
+  def __init__(self, groups: Sequence[Rows], weights: Sequence[float], *, length: int, batch: int, seed: int):
+    self._groups, self._length = groups, length
+    self._starts = np.cumsum([0] + [len(group) for group in groups])
+    self._order = Order([len(group) for group in groups], weights, batch=batch, seed=seed)
+
+  def __len__(self) -> int:
+    return int(self._starts[-1])
+
+  def rows(self, step: int) -> np.ndarray:
+    """The rows of batch number `step`: int64 [batch], a function of (seed, step) at the same cost for all."""
+    return self._order.rows(step)
+
+  def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tokens int32, targets bool and segments int32, [n, T], of these rows; reads no others.
+
+    A target's prediction counts in the loss. Segments count from 1 in each row; padding has 0 everywhere.
+    """
+    shape = (len(rows), self._length)
+    tokens, flags, counts = np.zeros(shape, np.int32), np.zeros(shape, np.uint8), np.zeros(len(rows), int)
+    for index, row in enumerate(rows):
+      group = int(np.searchsorted(self._starts, row, 'right')) - 1
+      start = int(self._starts[group])
+      counts[index] = self._groups[group].fill(int(row) - start, tokens[index], flags[index])
+    segments = np.cumsum((flags & FIRST) > 0, axis=1, dtype=np.int32)
+    segments += 1 - segments[:, :1]  # a window may begin within a document
+    segments *= np.arange(self._length) < counts[:, None]
+    targets = flags == TARGET  # and not FIRST
+    targets[:, 0] = False
+    return tokens, targets, segments
+
+
+def open_train_set(
+  train: TrainOptions, data: DataOptions, tokenizer: Any, vocab_size: int, seed: int
+) -> TrainSet:
+  """The train set of the config; tokenises what is not on disk yet. Raises InputError.
+
+  Without weights the entries of train.source stand one after another. No entry is read much further than
+  `train.tokens` need.
+  """
+  order: dict[str, int] = {'length': train.length, 'batch': train.batch, 'seed': seed}
+  if is_blocks(train.source):
+    return TrainSet([BlockRows(train.source, train.length, vocab_size)], [1.0], **order)
+  opener = _Opener(train, data, tokenizer, vocab_size)
+  used: list[tuple[tuple[str, ...], float]] = [(train.source, 1.0)]
+  if train.weights:
+    shares = [weight / sum(train.weights) for weight in train.weights]
+    used = [((entry,), share) for entry, share in zip(train.source, shares, strict=True) if share]
+  groups = [opener.open(entries, share) for entries, share in used]
+  return TrainSet(groups, [share for _, share in used], **order)
+
+
+class _Opener:
+  """Opens groups of a source's entries as `Rows`."""
+
+  def __init__(self, train: TrainOptions, data: DataOptions, tokenizer: Any, vocab_size: int):
+    self._train, self._data, self._tokenizer, self._vocab_size = train, data, tokenizer, vocab_size
+    self._directory = pathlib.Path(data.cache).expanduser() if data.cache else user_cache('tokens')
+
+  def open(self, entries: tuple[str, ...], share: float) -> Rows:
+    """Rows enough for `share` of train.tokens, if the entries have so many."""
+    length, padded = self._train.length, self._train.layout == 'padded'
+    most = -(-max(int(self._train.tokens * share), _LEAST_TOKENS) // length)
+    parts: list[TokenCache] = []
+    for entry in entries:
+      tokens = most * length - sum(len(part.tokens) for part in parts)
+      documents = most - sum(len(part.ends) for part in parts)
+      if (documents if padded else tokens) <= 0:
+        break
+      parts.append(self._open_entry(entry, Need(0, documents) if padded else Need(tokens)))
+    rows = PaddedRows(parts, length, most) if padded else PackedRows(parts, length, most)
+    self._check(entries, parts, len(rows))
+    return rows
+
+  def _open_entry(self, entry: str, need: Need) -> TokenCache:
+    return open_cache(
+      self._directory,
+      entry,
+      self._tokenizer,
+      need,
+      text_field=self._data.text_field,
+      messages_field=self._data.messages_field,
+      field=_FIELD,
+    )
+
+  def _check(self, entries: tuple[str, ...], parts: list[TokenCache], rows: int) -> None:
+    where = f'{_FIELD} {entries[0]!r}' if len(entries) == 1 else _FIELD
+    if not rows:
+      count = sum(len(part.tokens) for part in parts)
+      raise InputError(
+        f'{where}: the sequence is longer than the data: {count} tokens, fewer than one window of '
+        f'{self._train.length}: give more data or a shorter config.train.length'
+      )
+    check_vocab(max(part.highest for part in parts), self._vocab_size, where)
+    if not any(part.targets for part in parts):
+      raise InputError(f"{where}: no token to predict: chats need the assistant's messages")

@@ -1,0 +1,157 @@
+"""Text to windows of tokens in memory, for calibration and evaluation; see `train_set` for training."""
+
+import dataclasses
+import sys
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from adapt_jax.data.documents import Source, is_blocks, open_blocks, read_documents
+from adapt_jax.data.tokenise import BATCH_CHARS, encode, render, take
+from models.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """Windows of tokens: `tokens` int32 [N, T], `targets` bool [N, T].
+
+  `targets` is True where the prediction of this very token counts in the loss; the first column is
+  False, since nothing in its window predicts it. `documents` is how many were read (0 for a .npy file).
+  """
+
+  tokens: np.ndarray
+  targets: np.ndarray
+  documents: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStream:
+  """A source's documents one after another: `tokens` int32 [n], `targets` bool [n], how many documents."""
+
+  tokens: np.ndarray
+  targets: np.ndarray
+  documents: int
+
+  def blocks(self, length: int, field: str) -> Blocks:
+    """Non-overlapping windows of `length` tokens, the tail dropped; InputError if there is not one."""
+    return _cut(self.tokens, self.targets, length, sys.maxsize, self.documents, field)
+
+
+def load_blocks(
+  source: Source,
+  tokenizer: Any,
+  length: int,
+  *,
+  text_field: str,
+  messages_field: str,
+  field: str,
+  max_tokens: int | None = None,
+) -> Blocks:
+  """Reads and tokenises `source` and cuts it into non-overlapping windows of `length` tokens.
+
+  Documents stand one after another, each with the tokenizer's special tokens (BOS) in front and an EOS
+  behind, as far as it has them; a conversation has those of its chat template, and only the assistant's
+  tokens as targets. The tail shorter than a window is dropped. At most `max_tokens` tokens are kept, and
+  no document beyond them is tokenised. A .npy source is taken as it is, `tokenizer` unused.
+
+  Raises InputError, naming `field` or the file, for a source that cannot be read or is shorter than one
+  window, and for conversations that the tokenizer's chat template cannot render.
+  """
+  if is_blocks(source):
+    return _load_npy(source, length, sys.maxsize if max_tokens is None else max_tokens, field)
+  fields = {'text_field': text_field, 'messages_field': messages_field}
+  return load_stream(source, tokenizer, **fields, field=field, max_tokens=max_tokens).blocks(length, field)
+
+
+def load_stream(
+  source: Source,
+  tokenizer: Any,
+  *,
+  text_field: str,
+  messages_field: str,
+  field: str,
+  max_tokens: int | None = None,
+) -> TokenStream:
+  """What `load_blocks` cuts into windows: to be cut to several lengths without tokenising again."""
+  limit = sys.maxsize if max_tokens is None else max_tokens
+  documents = read_documents(source, field, text_field=text_field, messages_field=messages_field)
+  texts = (render(document, tokenizer) for document in documents)
+  found, size = [encode((), tokenizer)], 0
+  with tqdm.tqdm(total=max_tokens, desc=field, unit=' tokens', unit_scale=True, disable=None) as bar:
+    # A token is seldom less than a character, so as many characters as tokens are missing are never
+    # too many, and a few rounds get there without reading far beyond.
+    while batch := take(texts, BATCH_CHARS, limit - size):
+      found.append(encode(batch, tokenizer))
+      size += len(found[-1].tokens)
+      bar.update(len(found[-1].tokens))
+  tokens = np.concatenate([x.tokens for x in found]).view(np.int32)[:limit]
+  targets = np.concatenate([x.targets for x in found])[:limit]
+  return TokenStream(tokens, targets, sum(len(x.lengths) for x in found))
+
+
+def check_vocab(highest: int, vocab_size: int, field: str) -> None:
+  """Raises InputError if the token id `highest` has no row in an embedding of `vocab_size` rows."""
+  if highest >= vocab_size:
+    raise InputError(
+      f'{field}: token id {highest}, but the embedding has only {vocab_size} rows: '
+      'the vocabulary is larger than the embedding, use the tokenizer that belongs to the model'
+    )
+
+
+def draw_rows(
+  num_rows: int, count: int, seed: int, step: int, field: str = 'config.prune.calibration.samples'
+) -> np.ndarray:
+  """`count` distinct rows out of `num_rows`, drawn afresh for each step: int64 [count].
+
+  All rows come in their given order. Raises InputError naming `field` if there are too few.
+  """
+  if count > num_rows:
+    raise InputError(f'{field} = {count}, but the data have {num_rows} rows: lower it or give more data')
+  if count == num_rows:
+    return np.arange(num_rows)
+  # The counter's last word keeps these draws apart from others of the same key.
+  key, counter = np.array([seed, step], np.uint64), np.array([0, 0, 0, 1], np.uint64)
+  return np.random.Generator(np.random.Philox(key=key, counter=counter)).choice(
+    num_rows, count, replace=False
+  )
+
+
+def _load_npy(source: Source, length: int, limit: int, field: str) -> Blocks:
+  blocks = map_blocks(source, length, field)
+  tokens = token_ids(np.array(blocks[: limit // length]), f'{field} {source[0]!r}').ravel()
+  return _cut(tokens, np.ones(tokens.shape, np.bool_), length, limit, 0, field)
+
+
+def map_blocks(source: Source, length: int, field: str) -> np.ndarray:
+  """The rows of a .npy source, mapped and not read: integers [N, length]. Raises InputError."""
+  blocks = open_blocks(source, field)
+  if blocks.shape[1] != length:
+    raise InputError(
+      f'{field} {source[0]!r} has rows of {blocks.shape[1]} tokens, the sequence length is {length}: '
+      f'set it to {blocks.shape[1]}'
+    )
+  return blocks
+
+
+def token_ids(values: np.ndarray, where: str) -> np.ndarray:
+  """Integers as int32. Raises InputError, saying `where`, if they cannot be token ids."""
+  if values.size and (values.min() < 0 or values.max() > np.iinfo(np.int32).max):
+    raise InputError(f'{where} holds {values.min()} to {values.max()}: not token ids')
+  return values.astype(np.int32)
+
+
+def _cut(
+  tokens: np.ndarray, targets: np.ndarray, length: int, limit: int, documents: int, field: str
+) -> Blocks:
+  """Cuts `tokens` and `targets` [tokens] into `Blocks`."""
+  count = min(tokens.size, limit)
+  rows = count // length
+  if not rows:
+    raise InputError(
+      f'{field}: the sequence is longer than the data: {count} tokens, fewer than one window of {length}: '
+      'give more data or a shorter sequence length'
+    )
+  targets = targets[: rows * length].reshape(rows, length).copy()
+  targets[:, 0] = False
+  return Blocks(tokens[: rows * length].reshape(rows, length), targets, documents)
