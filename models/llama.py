@@ -13,6 +13,7 @@ and, with `ModelConfig.output_bias`, 'o_bias' [D] in attention and 'down_bias' [
 Qwen3 checkpoints with `attention_bias` have 'q_bias', 'k_bias', 'v_bias' and 'o_bias'.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,9 @@ import jax.numpy as jnp
 
 from models.config import LayerShape, ModelConfig
 from models.layers import DecoderLayer, rms_norm
+from models.products import PRODUCT, dot
 from models.rope import rope_tables
+from models.sharding import constrain, gather_no_earlier
 
 Params = dict[str, Any]
 
@@ -61,22 +64,52 @@ def head(params: Params) -> jax.Array:
   return params['lm_head'] if 'lm_head' in params else params['embed']
 
 
+def embed(params: Params, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+  """Embeddings [B, T, D] of token ids [B, T]."""
+  return constrain(params['embed'][tokens_BT].astype(dtype), 'B..')
+
+
 def hidden_states(
   config: ModelConfig,
   params: Params,
   tokens_BT: jax.Array,
   *,
+  segments: jax.Array | None = None,
   dtype: Any = jnp.float32,
   remat: bool = False,
 ) -> jax.Array:
   """Final normed hidden states [B, T, D] in `dtype`, the dtype of all activations.
 
-  `remat` recomputes each layer in the backward pass instead of keeping its activations.
+  With `segments` [B, T] tokens attend only to those of the same id.
+  The backward pass keeps the results of the products with weights and computes the rest of a layer again;
+  with `remat` the whole layer.
   """
+  # Positions count on across segments: rotary attention sees only their differences.
   tables = rope(config, tokens_BT.shape[1])
-  x_BTD = params['embed'][tokens_BT].astype(dtype)
-  for shape, layer in zip(config.layers, params['layers'], strict=True):
-    x_BTD = apply_layer(config, shape, layer, x_BTD, tables, remat=remat)
+
+  policy = None if remat else jax.checkpoint_policies.save_only_these_names(PRODUCT)
+
+  def run(i: int, layer: Params, x_BTD: jax.Array) -> jax.Array:
+    def of_layer(layer: Params, x_BTD: jax.Array) -> jax.Array:
+      return apply_layer(config, config.layers[i], layer, x_BTD, tables, segments=segments)
+
+    return jax.checkpoint(of_layer, policy=policy)(layer, x_BTD)
+
+  return through_layers(config, params, embed(params, tokens_BT, dtype), run)
+
+
+def through_layers(
+  config: ModelConfig,
+  params: Params,
+  x_BTD: jax.Array,
+  run: Callable[[int, Params, jax.Array], jax.Array],
+) -> jax.Array:
+  """Final normed hidden states of embeddings x [B, T, D]; `run(i, layer, x)` applies layer i."""
+  layers = list(params['layers'])
+  for i in range(config.num_layers):
+    if i + 1 < len(layers):  # one layer ahead, while this one computes
+      layers[i + 1], x_BTD = gather_no_earlier(layers[i + 1], x_BTD)
+    x_BTD = run(i, layers[i], x_BTD)
   return rms_norm(x_BTD, params['norm'], config.rms_norm_eps)
 
 
@@ -87,15 +120,11 @@ def apply_layer(
   x_BTD: jax.Array,
   tables: tuple[jax.Array, jax.Array],
   *,
-  remat: bool = False,
+  segments: jax.Array | None = None,
 ) -> jax.Array:
   """One decoder layer on x [B, T, D], as a pure function of its parameters."""
-  module = DecoderLayer(config, shape)
-
-  def run(layer: Params, x: jax.Array) -> Any:
-    return module.apply({'params': layer}, x, tables)
-
-  return (jax.checkpoint(run) if remat else run)(layer, x_BTD)
+  y_BTD: Any = DecoderLayer(config, shape).apply({'params': layer}, x_BTD, tables, segments)
+  return y_BTD
 
 
 def attend(
@@ -127,5 +156,14 @@ def apply(
   config: ModelConfig, params: Params, tokens_BT: jax.Array, *, dtype: Any = jnp.float32
 ) -> jax.Array:
   """Logits [B, T, V] in fp32 for token ids [B, T]."""
-  x_BTD = hidden_states(config, params, tokens_BT, dtype=dtype)
-  return jnp.einsum('btd,vd->btv', x_BTD, head(params).astype(dtype)).astype(jnp.float32)
+  return logits(params, hidden_states(config, params, tokens_BT, dtype=dtype))
+
+
+def logits(params: Params, x: jax.Array) -> jax.Array:
+  """Logits [..., V] in fp32 of final hidden states [..., D]."""
+  return head_logits(head(params), x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def head_logits(head_VD: jax.Array, x_TD: jax.Array) -> jax.Array:
+  """Logits [T, V] in fp32 of final hidden states, the head cast to their dtype."""
+  return dot(x_TD, head_VD.astype(x_TD.dtype), 1)
