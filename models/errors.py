@@ -1,4 +1,9 @@
-"""The one exception for input that a user can correct."""
+"""Errors that a user can correct: the one exception for bad input, and a full disk."""
+
+import errno
+import os
+
+_FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 class InputError(ValueError):
@@ -12,3 +17,16 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
   """The first line of an error's message, or the name of its class if it has none."""
   return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def disk_full(error: BaseException | None) -> str:
+  """What the system says of the full disk, quota or file size limit behind `error`; '' for other errors.
+
+  Told by the text: tensorstore and safetensors raise errors of their own around the system's.
+  """
+  while error is not None:
+    for reason in _FULL:
+      if reason in str(error):
+        return reason
+    error = error.__cause__ or error.__context__
+  return ''

@@ -24,15 +24,45 @@ def exists(path: pathlib.Path) -> bool:
   return True
 
 
+def user_cache(name: str) -> pathlib.Path:
+  """A directory of the user's, in $XDG_CACHE_HOME or ~/.cache, that may be deleted at any time."""
+  base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  return pathlib.Path(base).expanduser() / 'adapt-jax' / name
+
+
 def write_text(path: str | pathlib.Path, text: str) -> None:
   """Writes `text` so that a reader, or a kill at any moment, sees the old file or the new."""
+  path, new = pathlib.Path(path), beside(path)
+  try:
+    with open(new, 'w', encoding='utf-8') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    new.replace(path)
+  finally:
+    new.unlink(missing_ok=True)  # of a full disk
+
+
+def beside(path: str | pathlib.Path) -> pathlib.Path:
+  """Where what is to be at `path` is written first."""
   path = pathlib.Path(path)
-  beside = path.with_name(f'.{path.name}.tmp')
-  with open(beside, 'w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  beside.replace(path)
+  return path.with_name(f'.{path.name}.tmp')
+
+
+@contextlib.contextmanager
+def new_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a path beside `path` to write to; that file takes its place if the block succeeds.
+
+  An older file at `path` is replaced; after an exception nothing is left behind.
+  """
+  path, new = pathlib.Path(path), beside(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    yield new
+    _sync(new)
+    new.replace(path)
+  finally:
+    new.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -41,14 +71,22 @@ def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
   An existing directory at `path` is replaced; after an exception nothing is left behind.
   """
-  path = pathlib.Path(path)
-  beside = path.with_name(f'.{path.name}.tmp')
-  shutil.rmtree(beside, ignore_errors=True)
-  beside.mkdir(parents=True)
+  path, new = pathlib.Path(path), beside(path)
+  shutil.rmtree(new, ignore_errors=True)
+  new.mkdir(parents=True)
   try:
-    yield beside
+    yield new
+    for file in new.rglob('*'):
+      if file.is_file():
+        _sync(file)
     if path.exists():
       shutil.rmtree(path)
-    beside.rename(path)
+    new.rename(path)
   finally:
-    shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def _sync(path: pathlib.Path) -> None:
+  """Waits until a file is on disk: the name that it takes over may be there earlier than its content."""
+  with open(path, 'rb') as file:
+    os.fsync(file.fileno())

@@ -9,8 +9,8 @@ from typing import Any
 from models.errors import InputError
 from models.gguf_file import GgufFile, open_file
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
-_SPACE = '▁'  # how SentencePiece writes a space
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of tokenizer.ggml.token_type
+SPACE = '▁'  # how SentencePiece writes a space
 
 # How text is cut before merging, from the models' own tokenizer.json.
 _LLAMA3 = (
@@ -18,7 +18,7 @@ _LLAMA3 = (
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
 _QWEN2 = _LLAMA3.replace(r'\p{N}{1,3}', r'\p{N}')
-_PATTERNS = {'llama-bpe': _LLAMA3, 'qwen2': _QWEN2, 'deepseek-r1-qwen': _QWEN2}
+PATTERNS = {'llama-bpe': _LLAMA3, 'qwen2': _QWEN2, 'deepseek-r1-qwen': _QWEN2}
 _GPT2_STYLE = ('gpt-2', 'default', 'smollm')  # ByteLevel has GPT-2's expression built in
 
 
@@ -35,7 +35,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
   if model not in ('gpt2', 'llama'):
     raise InputError(f'{file.path}: tokenizer.ggml.model {model!r} is not supported: one of gpt2, llama')
   tokens = file.array('tokenizer.ggml.tokens', str)
-  types = file.array('tokenizer.ggml.token_type', int, [_NORMAL] * len(tokens))
+  types = file.array('tokenizer.ggml.token_type', int, [NORMAL] * len(tokens))
   vocab = {token: i for i, token in enumerate(tokens)}
   if len(vocab) != len(tokens) or len(types) != len(tokens):
     raise InputError(
@@ -62,10 +62,10 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> Any:
   from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
   name = file.field('tokenizer.ggml.pre', str)
-  if name not in (*_GPT2_STYLE, *_PATTERNS):
+  if name not in (*_GPT2_STYLE, *PATTERNS):
     raise InputError(
       f'{file.path}: tokenizer.ggml.pre {name!r} is not supported: one of '
-      f'{", ".join((*_GPT2_STYLE, *_PATTERNS))}'
+      f'{", ".join((*_GPT2_STYLE, *PATTERNS))}'
     )
   merges = [tuple(merge.split(' ')) for merge in file.array('tokenizer.ggml.merges', str)]
   for merge in merges:
@@ -77,10 +77,10 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> Any:
   cuts: list[Any] = [to_bytes]
   if name == 'smollm':
     cuts.insert(0, pre_tokenizers.Digits(individual_digits=True))
-  elif name in _PATTERNS:
-    cuts.insert(0, pre_tokenizers.Split(Regex(_PATTERNS[name]), behavior='isolated'))
+  elif name in PATTERNS:
+    cuts.insert(0, pre_tokenizers.Split(Regex(PATTERNS[name]), behavior='isolated'))
   backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
-  if _PATTERNS.get(name) == _QWEN2:
+  if PATTERNS.get(name) == _QWEN2:
     backend.normalizer = normalizers.NFC()
   backend.decoder = decoders.ByteLevel()
   return backend
@@ -93,7 +93,7 @@ def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> 
   scores = file.array('tokenizer.ggml.scores', float)
   if len(scores) != len(types):
     raise InputError(f'{file.path}: {len(types)} tokens, but {len(scores)} tokenizer.ggml.scores')
-  unknown = [token for token, i in vocab.items() if types[i] == _UNKNOWN]
+  unknown = [token for token, i in vocab.items() if types[i] == UNKNOWN]
   backend = Tokenizer(
     models.BPE(
       vocab,
@@ -103,10 +103,10 @@ def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> 
       byte_fallback=True,
     )
   )
-  normalizer: list[Any] = [normalizers.Replace(' ', _SPACE)]
-  decoder: list[Any] = [decoders.Replace(_SPACE, ' '), decoders.ByteFallback(), decoders.Fuse()]
+  normalizer: list[Any] = [normalizers.Replace(' ', SPACE)]
+  decoder: list[Any] = [decoders.Replace(SPACE, ' '), decoders.ByteFallback(), decoders.Fuse()]
   if file.field('tokenizer.ggml.add_space_prefix', bool, True):
-    normalizer.insert(0, normalizers.Prepend(_SPACE))
+    normalizer.insert(0, normalizers.Prepend(SPACE))
     decoder.append(decoders.Strip(' ', 1, 0))
   backend.normalizer = normalizers.Sequence(normalizer)
   backend.decoder = decoders.Sequence(decoder)
@@ -118,7 +118,7 @@ def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> lis
 
   Equal scores go by id, which is the order of training: some converters write one score for all.
   """
-  normal = {token: i for token, i in vocab.items() if types[i] == _NORMAL}
+  normal = {token: i for token, i in vocab.items() if types[i] == NORMAL}
   ranked = []
   for token, i in normal.items():
     for cut in range(len(token) - 1, 0, -1):  # of one token's pairs the longest left part first, as HF
@@ -146,9 +146,9 @@ def _add_whole_tokens(backend: Any, tokens: list[str], types: list[int], special
 
   controls, plain = [], []
   for token, kind in zip(tokens, types, strict=True):
-    if kind in (_CONTROL, _UNKNOWN) or token in special.values():
+    if kind in (CONTROL, UNKNOWN) or token in special.values():
       controls.append(AddedToken(token, special=True, normalized=False))
-    elif kind == _USER_DEFINED:
+    elif kind == USER_DEFINED:
       plain.append(AddedToken(token, special=False, normalized=False))
   backend.add_special_tokens(controls)
   backend.add_tokens(plain)

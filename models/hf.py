@@ -5,24 +5,25 @@ transform is a reshape and a dense round trip gives the same bits.
 """
 
 import functools
+import gc
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.experimental import multihost_utils
 
 from models.config import ModelConfig
 from models.errors import InputError, first_line
-from models.files import exists, write_text
+from models.files import write_text
 from models.llama import Params, abstract_params
+from models.safetensors_reader import INDEX_NAME
+from models.safetensors_writer import write_tensors
 
-_DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # of safetensors -> of numpy
-INDEX_NAME = 'model.safetensors.index.json'
+_TAKEN_OVER = 64  # memory at such addresses JAX uses as a CPU device's own
 
 
 class Rule(NamedTuple):
@@ -62,26 +63,38 @@ _TOP_RULES = (
 
 
 class Leaf(NamedTuple):
-  """One expected tensor: HF name, HF shape, path (with the layer's index), shape in our pytree."""
+  """One expected tensor: HF name, HF shape, path (with the layer's index), shape in our pytree.
+
+  `folds` has, for each HF axis, the first of our axes that fold into it and the one after the last.
+  """
 
   name: str
   hf_shape: tuple[int, ...]
   path: tuple[str | int, ...]
   shape: tuple[int, ...]
+  folds: tuple[tuple[int, int], ...]
+
+  def hf_index(self, bounds: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
+    """Where the HF tensor has the part of ours from start to stop on each axis.
+
+    Of the axes that fold together only the first may be split: ValueError for another.
+    """
+    index = []
+    for first, end in self.folds:
+      if bounds[first + 1 : end] != tuple((0, size) for size in self.shape[first + 1 : end]):
+        raise ValueError(f'{self.name}: {bounds} of {self.shape} is no block of rows and columns')
+      inner = math.prod(self.shape[first + 1 : end])
+      index.append(slice(*(inner * at for at in bounds[first])))
+    return tuple(index)
 
 
-def _lookup(tree: Any, path: tuple[str | int, ...]) -> Any:
+def lookup(tree: Any, path: tuple[str | int, ...]) -> Any:
+  """The leaf, or subtree, at a path; None where a key is absent."""
   for key in path:
     if isinstance(tree, dict) and key not in tree:
       return None
     tree = tree[key]
   return tree
-
-
-def _hf_shape(shape: tuple[int, ...], rows: int | None) -> tuple[int, ...]:
-  if rows is None:
-    return (math.prod(shape),)
-  return (math.prod(shape[:rows]), math.prod(shape[rows:]))
 
 
 @functools.lru_cache(maxsize=16)
@@ -91,8 +104,11 @@ def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
   found = []
 
   def add(rule: Rule, name: str, path: tuple[str | int, ...]) -> None:
-    if (leaf := _lookup(tree, path)) is not None:
-      found.append(Leaf(name, _hf_shape(leaf.shape, rule.rows), path, leaf.shape))
+    if (leaf := lookup(tree, path)) is not None:
+      rank = len(leaf.shape)
+      folds = ((0, rank),) if rule.rows is None else ((0, rule.rows), (rule.rows, rank))
+      hf_shape = tuple(math.prod(leaf.shape[first:end]) for first, end in folds)
+      found.append(Leaf(name, hf_shape, path, leaf.shape, folds))
 
   add(_TOP_RULES[0], _TOP_RULES[0].name, _TOP_RULES[0].path)
   for i in range(config.num_layers):
@@ -104,82 +120,19 @@ def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
 
 
 class TensorReader(Protocol):
-  """Tensors by Hugging Face name, read one at a time; `shape` and `dtype` need the headers only."""
+  """Tensors by Hugging Face name, read one at a time, whole or the part at an index of slices.
+
+  `shape` and `dtype` need the headers only. `files` are those that hold them. What `read` gives may be pages
+  of a file, not to be written to.
+  """
 
   where: str
+  files: list[pathlib.Path]
 
   def names(self) -> set[str]: ...
   def shape(self, name: str) -> tuple[int, ...]: ...
   def dtype(self, name: str) -> str: ...
-  def read(self, name: str) -> np.ndarray: ...
-
-
-class SafetensorsReader:
-  """The `.safetensors` files of a directory, single or sharded."""
-
-  def __init__(self, directory: str | pathlib.Path):
-    self.where = str(directory)
-    directory = pathlib.Path(directory)
-    index, single = directory / INDEX_NAME, directory / 'model.safetensors'
-    if exists(index):
-      weight_map = read_json(index).get('weight_map')
-      if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise InputError(f'{index}: has no weight_map of tensors to files: download it again')
-      files = sorted(set(weight_map.values()))
-    elif exists(single):
-      weight_map, files = None, [single.name]
-    else:
-      raise InputError(
-        f'{directory}: no model.safetensors or {INDEX_NAME} here; other weight formats run code or '
-        f'are not supported: convert the checkpoint to safetensors'
-      )
-    self._file_of: dict[str, Any] = {}
-    for name in files:
-      if not exists(directory / name):
-        raise InputError(f'{index}: lists {name}, which is absent: download the checkpoint again')
-      try:
-        handle = safe_open(directory / name, framework='np')
-      except OSError as error:
-        raise InputError(f'{directory / name}: cannot be read ({first_line(error)})') from None
-      except SafetensorError as error:
-        raise InputError(
-          f'{directory / name}: corrupt or truncated safetensors ({error}): download it again'
-        ) from None
-      self._file_of |= dict.fromkeys(handle.keys(), handle)
-    if absent := sorted(set(weight_map or ()) - set(self._file_of)):
-      raise InputError(f'{index}: lists {absent[0]}, which is in none of its files')
-
-  def names(self) -> set[str]:
-    return set(self._file_of)
-
-  def shape(self, name: str) -> tuple[int, ...]:
-    return tuple(self._file_of[name].get_slice(name).get_shape())
-
-  def dtype(self, name: str) -> str:
-    """Numpy name of the stored dtype; InputError if it is not supported."""
-    code = self._file_of[name].get_slice(name).get_dtype()
-    if code not in _DTYPES:
-      raise InputError(
-        f'{self.where}: tensor {name} has dtype {code}, which is not supported: convert the checkpoint '
-        f'to one of {", ".join(_DTYPES)}'
-      )
-    return _DTYPES[code]
-
-  def read(self, name: str) -> np.ndarray:
-    return self._file_of[name].get_tensor(name)
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file; InputError naming the file if it cannot be read or holds none."""
-  try:
-    found = json.loads(path.read_text(encoding='utf-8'))
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read ({error.strerror}): check the file') from None
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{path}: not valid JSON ({first_line(error)}): download it again') from None
-  if not isinstance(found, dict):
-    raise InputError(f'{path}: holds {type(found).__name__}, not an object: download it again')
-  return found
+  def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray: ...
 
 
 def check_tensors(config: ModelConfig, reader: TensorReader) -> None:
@@ -207,29 +160,85 @@ def check_tensors(config: ModelConfig, reader: TensorReader) -> None:
     reader.dtype(name)  # raises if it is not supported
 
 
-def load_params(config: ModelConfig, reader: TensorReader, dtype: Any = None) -> Params:
+def load_params(
+  config: ModelConfig, reader: TensorReader, dtype: Any = None, shardings: Any = None
+) -> Params:
   """Reads all parameters, one tensor at a time; `dtype` None keeps the stored one.
+
+  With `shardings`, a tree of jax.sharding.Sharding like the parameters, this process reads the slices
+  of its own devices, each once. The host then never holds more than its part of one tensor.
 
   Raises InputError naming a tensor that `check_tensors` refuses or that cannot be read.
   """
   check_tensors(config, reader)
 
   def load(leaf: Leaf) -> jax.Array:
-    try:
-      tensor = reader.read(leaf.name)
-    except (SafetensorError, OSError) as error:
-      raise InputError(f'{reader.where}: tensor {leaf.name} cannot be read ({first_line(error)})') from None
-    array = jax.numpy.asarray(tensor if dtype is None else tensor.astype(dtype, copy=False))
-    return array.reshape(leaf.shape)
+    read: dict[Any, np.ndarray] = {}  # devices may hold the same slice
+
+    def part(index: Any) -> np.ndarray:
+      bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+      if bounds not in read:
+        read[bounds] = _for_device(_read(reader, leaf, bounds), dtype)
+      return read[bounds]
+
+    if shardings is None:
+      array = jax.device_put(part((slice(None),) * len(leaf.shape)))
+    else:
+      array = jax.make_array_from_callback(leaf.shape, lookup(shardings, leaf.path), part)
+    # JAX holds what a device has copied until Python next collects garbage: let go before the next read.
+    array.block_until_ready()
+    gc.collect(0)
+    return array
 
   return _tree(config, load)
 
 
-def abstract_stored_params(config: ModelConfig, reader: TensorReader, dtype: Any = None) -> Params:
+class StoredTensor:
+  """A parameter that stays in its file: read whenever numpy asks for it, as by `np.asarray`."""
+
+  def __init__(self, reader: TensorReader, leaf: Leaf):
+    self._reader, self._leaf = reader, leaf
+    self.shape, self.dtype = leaf.shape, np.dtype(reader.dtype(leaf.name))
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    found = _read(self._reader, self._leaf, tuple((0, size) for size in self.shape))
+    return np.array(found, dtype, copy=copy)
+
+
+def stored_params(config: ModelConfig, reader: TensorReader) -> Params:
+  """All parameters as `StoredTensor`, for what takes one at a time: `save_params` and `host_tensors`.
+
+  Raises InputError as `load_params` does.
+  """
+  check_tensors(config, reader)
+  return _tree(config, lambda leaf: StoredTensor(reader, leaf))
+
+
+def _read(reader: TensorReader, leaf: Leaf, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+  index = leaf.hf_index(bounds)
+  try:
+    tensor = reader.read(leaf.name, index)
+  except OSError as error:
+    raise InputError(f'{reader.where}: tensor {leaf.name} cannot be read ({first_line(error)})') from None
+  return tensor.reshape([stop - start for start, stop in bounds])
+
+
+def _for_device(tensor: np.ndarray, dtype: Any) -> np.ndarray:
+  """In `dtype`, and nothing that JAX would use in place of a copy and that may change: pages of a file."""
+  tensor = tensor if dtype is None else tensor.astype(dtype, copy=False)
+  pages = not tensor.flags.writeable and tensor.ctypes.data % _TAKEN_OVER == 0
+  return tensor.copy() if pages else tensor
+
+
+def abstract_stored_params(
+  config: ModelConfig, reader: TensorReader, dtype: Any = None, shardings: Any = None
+) -> Params:
   """The tree of `jax.ShapeDtypeStruct` that `load_params` would give; reads headers only."""
 
   def describe(leaf: Leaf) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, np.dtype(reader.dtype(leaf.name) if dtype is None else dtype))
+    stored = np.dtype(reader.dtype(leaf.name) if dtype is None else dtype)
+    sharding = None if shardings is None else lookup(shardings, leaf.path)
+    return jax.ShapeDtypeStruct(leaf.shape, stored, sharding=sharding)
 
   return _tree(config, describe)
 
@@ -237,7 +246,7 @@ def abstract_stored_params(config: ModelConfig, reader: TensorReader, dtype: Any
 def _tree(config: ModelConfig, make: Callable[[Leaf], Any]) -> Params:
   params: Params = {'layers': [{'attention': {}, 'mlp': {}} for _ in config.layers]}
   for leaf in leaves(config):
-    _lookup(params, leaf.path[:-1])[leaf.path[-1]] = make(leaf)
+    lookup(params, leaf.path[:-1])[leaf.path[-1]] = make(leaf)
   return params
 
 
@@ -256,30 +265,57 @@ def _plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
 def save_params(
   config: ModelConfig,
   params: Params,
-  directory: pathlib.Path,
+  directory: pathlib.Path | None,
   dtype: Any = None,
   shard_bytes: int = 5_000_000_000,
 ) -> None:
-  """Writes safetensors into an existing directory, materialising one shard at a time.
+  """Writes safetensors into an existing directory; the host holds one tensor at a time.
 
   `dtype` None keeps each array's own. One file up to `shard_bytes`, else shards and an index.
+  Parameters that are sharded over processes are gathered tensor by tensor: every process calls this,
+  those that do not write with `directory` None. Raises OSError.
   """
   by_name = {leaf.name: leaf for leaf in leaves(config)}
-  arrays = {name: _lookup(params, leaf.path) for name, leaf in by_name.items()}
-  sizes = {n: a.size * np.dtype(dtype or a.dtype).itemsize for n, a in arrays.items()}
+  dtypes = {n: np.dtype(dtype or lookup(params, leaf.path).dtype) for n, leaf in by_name.items()}
+  sizes = {n: math.prod(leaf.hf_shape) * dtypes[n].itemsize for n, leaf in by_name.items()}
+
+  def read(name: str) -> np.ndarray:
+    return _on_host(lookup(params, by_name[name].path)).reshape(by_name[name].hf_shape)
+
   shards = _plan_shards(sizes, shard_bytes)
-  weight_map = {}
+  weight_map: dict[str, str] = {}
   for k, names in enumerate(shards):
     file = 'model.safetensors'
     if len(shards) > 1:
       file = f'model-{k + 1:05d}-of-{len(shards):05d}.safetensors'
-    tensors = {}
+    weight_map |= dict.fromkeys(names, file)
+    # Wide numbers first: all then lie at multiples of their size, which other programs ask for.
+    names = sorted(names, key=lambda name: -dtypes[name].itemsize)
+    if directory is not None:
+      write_tensors(directory / file, {n: (by_name[n].hf_shape, dtypes[n]) for n in names}, read)
+      continue
     for name in names:
-      array = np.asarray(arrays[name]).reshape(by_name[name].hf_shape)
-      # safetensors writes the wrong bytes, silently, for an array that is not contiguous.
-      tensors[name] = np.ascontiguousarray(array, dtype=dtype)
-      weight_map[name] = file
-    save_file(tensors, directory / file, metadata={'format': 'pt'})
-  if len(shards) > 1:
+      read(name)
+  if directory is not None and len(shards) > 1:
     index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': weight_map}
     write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + '\n')
+
+
+def host_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[Leaf, np.ndarray]]:
+  """Every stored tensor in file order and Hugging Face's layout, each on the host when its turn comes.
+
+  Every process iterates to the end: parameters may be sharded over processes.
+  """
+  for leaf in leaves(config):
+    yield leaf, _on_host(lookup(params, leaf.path)).reshape(leaf.hf_shape)
+
+
+def _on_host(array: Any) -> np.ndarray:
+  """The whole array; every process takes part where it is sharded over processes."""
+  if not isinstance(array, jax.Array):
+    return np.asarray(array)
+  if not array.is_fully_addressable:
+    return multihost_utils.process_allgather(array, tiled=True)
+  # A jax.Array keeps the host's copy of it for as long as it lives: ask a short-lived one.
+  parts = [shard.data for shard in array.addressable_shards]
+  return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts))

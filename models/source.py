@@ -11,17 +11,10 @@ from models import gguf, gguf_tokenizer
 from models.config import ModelConfig
 from models.errors import InputError, first_line
 from models.files import exists
-from models.hf import (
-  SafetensorsReader,
-  TensorReader,
-  abstract_stored_params,
-  check_tensors,
-  leaves,
-  load_params,
-  read_json,
-)
+from models.hf import TensorReader, abstract_stored_params, check_tensors, leaves, load_params, stored_params
 from models.hf_config import config_from_hf
 from models.llama import Params
+from models.safetensors_reader import SafetensorsReader, read_json
 
 _HUB_FILES = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 # Subfolders hold other formats, and Mistral's and Meta's own files the same weights once more.
@@ -40,13 +33,25 @@ class Source:
   # Fields of generation_config.json, such as a chat model's several end tokens; empty for GGUF.
   generation: dict[str, Any]
 
-  def abstract_params(self, dtype: Any = None) -> Params:
+  def abstract_params(self, dtype: Any = None, shardings: Any = None) -> Params:
     """The tree of jax.ShapeDtypeStruct that `load_params` gives, from the headers."""
-    return abstract_stored_params(self.config, self.reader, dtype)
+    return abstract_stored_params(self.config, self.reader, dtype, shardings)
 
-  def load_params(self, dtype: Any = None) -> Params:
-    """All parameters, tensor by tensor; `dtype` None keeps the stored one."""
-    return load_params(self.config, self.reader, dtype)
+  def load_params(self, dtype: Any = None, shardings: Any = None) -> Params:
+    """All parameters, tensor by tensor; `dtype` None keeps the stored one.
+
+    With `shardings`, a tree of jax.sharding.Sharding like the parameters, each process reads the
+    slices of its own devices.
+    """
+    return load_params(self.config, self.reader, dtype, shardings)
+
+  def stored_params(self) -> Params:
+    """All parameters as `models.hf.StoredTensor`, which stay in their files until numpy asks for one."""
+    return stored_params(self.config, self.reader)
+
+  def stored_bytes(self) -> int:
+    """Bytes of the files that hold the weights."""
+    return sum(file.stat().st_size for file in self.reader.files)
 
   def load_tokenizer(self) -> Any:
     """The tokenizer; its own code is never run. Raises InputError if it cannot be read."""
@@ -85,7 +90,7 @@ def open_source(name: str) -> Source:
   if path.suffix == '.gguf':
     config, reader = gguf.read_config(path), gguf.open_tensors(path)
   else:
-    path = path if exists(path) else _download(name)
+    path = _of_run(path) if exists(path) else _download(name)
     if path.is_file():
       raise InputError(f'model.source {name!r} is a file but not .gguf: give its directory')
     config, reader = config_from_hf(_read_config(path), str(path)), SafetensorsReader(path)
@@ -96,6 +101,25 @@ def open_source(name: str) -> Source:
   return Source(name, config, reader, path, reader.dtype(largest.name), generation)
 
 
+def open_config(name: str) -> ModelConfig:
+  """Of a checkpoint by name, the shapes alone: a hub id's config.json, a directory with one, or a .gguf file.
+
+  Raises InputError as `open_source` does, but looks at no weights.
+  """
+  path = pathlib.Path(name).expanduser()
+  if path.suffix == '.gguf':
+    return gguf.read_config(path)
+  if exists(path):
+    path = _of_run(path)
+    return config_from_hf(_read_config(path), str(path))
+  return _hub_config(name)
+
+
+def _of_run(path: pathlib.Path) -> pathlib.Path:
+  """The model of a run's workdir, which lies in hf/; other paths as they are."""
+  return path / 'hf' if exists(path / 'run.json') and exists(path / 'hf/config.json') else path
+
+
 def _read_config(directory: pathlib.Path) -> dict[str, Any]:
   path = directory / 'config.json'
   if not exists(path):
@@ -104,16 +128,21 @@ def _read_config(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _download(name: str) -> pathlib.Path:
-  if name.count('/') > 1 or name.startswith(('.', '/', '~')):
-    raise InputError(f'model.source {name!r}: no such file or directory')
+  _hub_config(name)  # an unsupported model is refused for the price of its config.json
   import huggingface_hub  # only here: local sources need no hub
 
-  # An unsupported model is refused for the price of its config.json.
-  config = _fetch(name, huggingface_hub.hf_hub_download, filename='config.json')
-  config_from_hf(read_json(config), name)
   return _fetch(
     name, huggingface_hub.snapshot_download, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB
   )
+
+
+def _hub_config(name: str) -> ModelConfig:
+  if not name or name.count('/') > 1 or name.startswith(('.', '/', '~')):
+    raise InputError(f'model.source {name!r}: no such file or directory')
+  import huggingface_hub
+
+  config = _fetch(name, huggingface_hub.hf_hub_download, filename='config.json')
+  return config_from_hf(read_json(config), name)
 
 
 def _fetch(name: str, download: Callable[..., Any], **options: Any) -> pathlib.Path:

@@ -42,7 +42,7 @@ def tiny_config(family: str, **changes) -> ModelConfig:
     head_dim=32 if family == 'qwen3' else 16,
     layers=(LayerShape(4, 2, 96),) * 2,
     rope=RopeConfig(500000.0),
-    rms_norm_eps=float(np.float32(1e-5)),
+    rms_norm_eps=1e-5,
     tie_embeddings=family == 'qwen3',
     qkv_bias=family == 'qwen2',
     qk_norm=family == 'qwen3',
@@ -63,12 +63,12 @@ def permute(weight: np.ndarray, head_dim: int) -> np.ndarray:
   return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def new_writer(path: pathlib.Path, config: ModelConfig) -> gguf_package.GGUFWriter:
+def new_writer(path: pathlib.Path, config: ModelConfig, arch: str | None = None) -> gguf_package.GGUFWriter:
   def widths(attribute: str) -> int | list[int]:
     values = [getattr(shape, attribute) for shape in config.layers]
     return values[0] if config.uniform else values
 
-  writer = gguf_package.GGUFWriter(path, config.family)
+  writer = gguf_package.GGUFWriter(path, arch or config.family)
   writer.add_block_count(config.num_layers)
   writer.add_context_length(config.max_position)
   writer.add_embedding_length(config.hidden_size)
@@ -104,11 +104,11 @@ def add_weights(writer, config: ModelConfig, weights: dict[str, np.ndarray], kin
 
 
 def write_model(
-  path: pathlib.Path, config: ModelConfig, kind: Type = Type.F32, extra=None
+  path: pathlib.Path, config: ModelConfig, kind: Type = Type.F32, extra=None, arch: str | None = None
 ) -> dict[str, np.ndarray]:
   """Writes a random model; `extra` may add to the writer. Returns the weights in Hugging Face's layout."""
   weights = random_weights(config, PLAIN.get(kind, np.float32))
-  writer = new_writer(path, config)
+  writer = new_writer(path, config, arch)
   add_weights(writer, config, weights, kind)
   if extra:
     extra(writer)
@@ -182,6 +182,36 @@ def test_biases_are_unpermuted_only_for_llama(tmp_path):
       np.testing.assert_array_equal(gguf.open_tensors(path).read(name), weights[name])
 
 
+@pytest.mark.parametrize('biases', [{}, {'output_bias': True}, {'qkv_bias': True, 'output_bias': True}])
+def test_deci_is_a_llama_with_the_widths_of_each_layer(tmp_path, biases):
+  layers = (LayerShape(2, 1, 32), LayerShape(4, 2, 96), LayerShape(6, 3, 64))
+  config, path = tiny_config('llama', layers=layers, **biases), tmp_path / 'tiny.gguf'
+  weights = write_model(path, config, arch='deci')
+  source = open_source(str(path))
+  assert source.config == config and source.reader.names() == set(weights)
+  for name, weight in weights.items():
+    np.testing.assert_array_equal(source.reader.read(name), weight, err_msg=name)
+
+
+def test_deci_layers_without_attention_are_refused(tmp_path):
+  path = tmp_path / 'tiny.gguf'
+  writer = new_writer(path, tiny_config('llama'), 'deci')
+  writer.kv_data[0]['deci.attention.head_count'].value = [4, 0]
+  writer.kv_data[0]['deci.attention.head_count'].type = gguf_package.GGUFValueType.ARRAY
+  writer.add_tensor('token_embd.weight', np.zeros((40, 64), np.float32))
+  writer.add_tensor('output_norm.weight', np.zeros(64, np.float32))
+  finish(writer)
+  assert_refused(path, 'deci.attention.head_count', '[4, 0]')
+
+
+def test_the_family_that_our_own_export_names(tmp_path):
+  path = tmp_path / 'tiny.gguf'
+  write_model(path, tiny_config('llama'), extra=lambda w: w.add_string(gguf.FAMILY_KEY, 'mistral'))
+  assert gguf.read_config(path) == tiny_config('mistral')
+  write_model(path, tiny_config('llama'), extra=lambda w: w.add_string(gguf.FAMILY_KEY, 'gpt2'))
+  assert_refused(path, gguf.FAMILY_KEY, "'gpt2'", 'mistral')
+
+
 def llama3_factors(theta: float, head_dim: int, factor: float) -> np.ndarray:
   """rope_freqs.weight as llama.cpp's converter computes it."""
   factors = []
@@ -204,6 +234,26 @@ def test_llama3_rope_scaling_is_recovered(tmp_path, factor):
   write_model(path, config, extra=lambda w: w.add_tensor('rope_freqs.weight', factors))
   assert gguf.read_config(path).rope == RopeConfig(500000.0, Llama3Scaling(factor, 1.0, 4.0, 8192))
   assert not any('rope' in name for name in gguf.open_tensors(path).names())
+
+
+def test_another_llama3_rope_scaling_that_our_own_export_names(tmp_path):
+  scaling, path = Llama3Scaling(2.0, 1.5, 3.3, 64), tmp_path / 'tiny.gguf'
+  config = tiny_config('llama', rope=RopeConfig(10000.0, scaling))
+  divisors = gguf.rope_divisors(config.rope, config.head_dim)
+
+  def write(parts):
+    def extra(writer):
+      writer.add_tensor('rope_freqs.weight', divisors)
+      if parts:
+        writer.add_array(gguf.SCALING_KEY, parts)
+
+    write_model(path, config, extra=extra)
+
+  write([2.0, 1.5, 3.3, 64.0])
+  assert gguf.read_config(path) == config
+  for wrong in (None, [2.0, 1.5, 3.3, 65.0], [2.0, 1.5], [2.0, 1.5, float('nan'), 64.0]):
+    write(wrong)
+    assert_refused(path, 'rope_freqs.weight')
 
 
 def test_other_rope_factors_are_refused(tmp_path):
@@ -260,7 +310,7 @@ def test_unsupported_tensor_type_is_refused(tmp_path, kind):
   assert_refused(path, 'output.weight', kind.name, 'Q4_1', call=gguf.open_tensors)
 
 
-@pytest.mark.parametrize('name', ['blk.0.ffn_gate_inp.weight', 'blk.0.ffn_down.bias', 'odd'])
+@pytest.mark.parametrize('name', ['blk.0.ffn_gate_inp.weight', 'blk.0.ffn_gate.bias', 'odd'])
 def test_unknown_tensor_is_refused(tmp_path, name):
   path = tmp_path / 'tiny.gguf'
   write_model(path, tiny_config('llama'), extra=lambda w: w.add_tensor(name, np.zeros(4, np.float32)))
@@ -497,7 +547,7 @@ def test_demo_model_config_and_tensors(demo):
     head_dim=64,
     layers=(LayerShape(9, 3, 1536),) * 30,
     rope=RopeConfig(100000.0),
-    rms_norm_eps=float(np.float32(1e-5)),
+    rms_norm_eps=1e-5,
     tie_embeddings=True,
     max_position=8192,
   )

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from models.config import LayerShape, Llama3Scaling, RopeConfig, count_params
 from models.errors import InputError
-from models.hf import INDEX_NAME, save_params
+from models.hf import save_params
 from models.hf_config import config_from_hf, config_to_hf
+from models.safetensors_reader import INDEX_NAME
 from models.source import open_source
 from tests.helpers import UNIFORM, random_params, randomise, save_checkpoint, tiny_config
 

@@ -1,0 +1,118 @@
+"""The safetensors files of a Hugging Face directory, read tensor by tensor and part by part."""
+
+import json
+import mmap
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from models.errors import InputError, first_line
+from models.files import exists
+
+DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # of safetensors -> of numpy
+INDEX_NAME = 'model.safetensors.index.json'
+
+
+class _Stored(NamedTuple):
+  """A tensor of a mapped file: its dtype as safetensors names it, and where its bytes start and end."""
+
+  file: mmap.mmap
+  dtype: str
+  shape: tuple[int, ...]
+  start: int
+  end: int
+
+
+class SafetensorsReader:
+  """The `.safetensors` files of a directory, single or sharded."""
+
+  def __init__(self, directory: str | pathlib.Path):
+    self.where = str(directory)
+    directory = pathlib.Path(directory)
+    index, single = directory / INDEX_NAME, directory / 'model.safetensors'
+    if exists(index):
+      weight_map = read_json(index).get('weight_map')
+      if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise InputError(f'{index}: has no weight_map of tensors to files: download it again')
+      files = sorted(set(weight_map.values()))
+    elif exists(single):
+      weight_map, files = None, [single.name]
+    else:
+      raise InputError(
+        f'{directory}: no model.safetensors or {INDEX_NAME} here; other weight formats run code or '
+        f'are not supported: convert the checkpoint to safetensors'
+      )
+    self.files = [directory / name for name in files]
+    self._tensors: dict[str, _Stored] = {}
+    for name in files:
+      if not exists(directory / name):
+        raise InputError(f'{index}: lists {name}, which is absent: download the checkpoint again')
+      try:
+        self._tensors |= _map(directory / name)
+      except OSError as error:
+        raise InputError(f'{directory / name}: cannot be read ({first_line(error)})') from None
+      except SafetensorError as error:
+        raise InputError(
+          f'{directory / name}: corrupt or truncated safetensors ({error}): download it again'
+        ) from None
+    if absent := sorted(set(weight_map or ()) - set(self._tensors)):
+      raise InputError(f'{index}: lists {absent[0]}, which is in none of its files')
+
+  def names(self) -> set[str]:
+    return set(self._tensors)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self._tensors[name].shape
+
+  def dtype(self, name: str) -> str:
+    """Numpy name of the stored dtype; InputError if it is not supported."""
+    code = self._tensors[name].dtype
+    if code not in DTYPES:
+      raise InputError(
+        f'{self.where}: tensor {name} has dtype {code}, which is not supported: convert the checkpoint '
+        f'to one of {", ".join(DTYPES)}'
+      )
+    return DTYPES[code]
+
+  def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """A tensor, or the part of it at `index`: pages of the file, read when they are used, no copy.
+
+    It may lie at any address, and is read-only. What writes to the file changes it.
+    """
+    file, _, shape, start, end = self._tensors[name]
+    file.madvise(mmap.MADV_DONTNEED)  # pages read before would go on to count as this process's memory
+    data = np.frombuffer(file, np.uint8)[start:end]
+    return data.view(self.dtype(name)).reshape(shape)[index or ...]
+
+
+def _map(path: pathlib.Path) -> dict[str, _Stored]:
+  """The tensors of a file: the length of its header in 8 bytes, the header in JSON, their bytes.
+
+  The library checks all of it, but its numpy functions give nothing but copies.
+  Format: https://huggingface.co/docs/safetensors.
+  """
+  safe_open(path, framework='np')
+  with open(path, 'rb') as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+  first = 8 + int.from_bytes(mapped[:8], 'little')
+  header = json.loads(mapped[8:first])
+  header.pop('__metadata__', None)
+  return {
+    name: _Stored(mapped, t['dtype'], tuple(t['shape']), *(first + at for at in t['data_offsets']))
+    for name, t in header.items()
+  }
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file; InputError naming the file if it cannot be read or holds none."""
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror}): check the file') from None
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{path}: not valid JSON ({first_line(error)}): download it again') from None
+  if not isinstance(found, dict):
+    raise InputError(f'{path}: holds {type(found).__name__}, not an object: download it again')
+  return found
