@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adapt_jax.checkpoint import Checkpoints
+from adapt_jax.distributed import decide, is_first, say
 from adapt_jax.metrics import MetricsLog
 from adapt_jax.plan import PrunePlan, PruneState
 from adapt_jax.workdir import Workdir
@@ -26,7 +27,8 @@ class RunState:
   pruning: the schedule; ahead of `compacted` while a stage is being pruned.
   stage: 1-based, 0 before the first one is pruned. train_step: global steps done.
   complete: the stage's training is over.
-  dense_perplexity: of the source. rows: finished stages, as in report.json. row: the open stage's.
+  dense_perplexity: of the source. tasks: scores 'dense', 'pruned' and 'recovered', as far as they are known.
+  rows: finished stages, as in report.json. row: the open stage's.
   seconds, compiles: spent up to the last save.
   """
 
@@ -37,13 +39,16 @@ class RunState:
   train_step: int = 0
   complete: bool = True
   dense_perplexity: float | None = None
+  tasks: dict[str, Any] = dataclasses.field(default_factory=dict)
   rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   row: dict[str, Any] = dataclasses.field(default_factory=dict)
   seconds: float = 0.0
   compiles: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-_IN_JSON = ('stage', 'train_step', 'complete', 'dense_perplexity', 'rows', 'row', 'seconds', 'compiles')
+_IN_JSON = (
+  'stage', 'train_step', 'complete', 'dense_perplexity', 'tasks', 'rows', 'row', 'seconds', 'compiles',
+)  # fmt: skip
 
 
 class StateStore:
@@ -71,9 +76,11 @@ class StateStore:
       'stage': stage,
       'params': state.pruning.plan.params(self._config),
       'dense_perplexity': state.dense_perplexity,
+      'tasks': state.tasks,
       'metrics_lines': self._metrics.lines,
     }
-    write_text(self._plan, json.dumps(plan | state.pruning.to_json()) + '\n')
+    if is_first():
+      write_text(self._plan, json.dumps(plan | state.pruning.to_json()) + '\n')
 
   def resume(self, shapes: Callable[[PrunePlan], Any], start: Callable[[], dict[str, Any]]) -> RunState:
     """The state that was saved last.
@@ -82,7 +89,7 @@ class StateStore:
       shapes: plan -> the arrays' tree of `jax.ShapeDtypeStruct` at its widths.
       start: the arrays of a run without a checkpoint.
     """
-    number, lines = self._checkpoints.latest(), 0
+    number, lines = decide(self._checkpoints.latest), 0
     if number is None:
       dense = PruneState.start(self._config)
       state = RunState(start(), dense.plan, dense)
@@ -91,8 +98,8 @@ class StateStore:
       pruning, lines = PruneState.from_json(meta['pruning'], self._config), meta['metrics_lines']
       arrays = self._checkpoints.restore(number, shapes(pruning.plan))
       state = RunState(arrays, pruning.plan, pruning, **{name: meta[name] for name in _IN_JSON})
-      print(f'resuming at stage {state.stage}, training step {state.train_step}', flush=True)
-    if state.complete and self._plan.exists():
+      say(f'resuming at stage {state.stage}, training step {state.train_step}')
+    if state.complete and decide(self._plan.exists):
       lines = self._resume_pruning(state, lines)
     self._metrics.cut(lines)
     return state
@@ -100,16 +107,19 @@ class StateStore:
   def _resume_pruning(self, state: RunState, lines: int) -> int:
     """Takes up the steps that plan.json tells, if they are of the next stage; returns the log's length."""
     try:
-      saved = json.loads(self._plan.read_text())
+      saved = decide(lambda: json.loads(self._plan.read_text()))
       if saved['stage'] != state.stage + 1:
         return lines
       pruning, lines = PruneState.from_json(saved, self._config), int(saved['metrics_lines'])
       state.pruning, state.dense_perplexity = pruning, saved['dense_perplexity']
+      state.tasks = saved['tasks']
+    except InputError:
+      raise
     except (ValueError, KeyError, TypeError) as error:
       raise InputError(
         f'{self._plan} is damaged ({type(error).__name__}): delete it to take this stage up from its start'
       ) from None
-    print(f'resuming in the pruning of stage {saved["stage"]}, after step {saved["step"]}', flush=True)
+    say(f'resuming in the pruning of stage {saved["stage"]}, after step {saved["step"]}')
     return lines
 
   def close(self) -> None:

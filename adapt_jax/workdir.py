@@ -5,6 +5,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+from adapt_jax.distributed import is_first
 from models.errors import InputError
 from models.files import write_text
 
@@ -55,6 +56,8 @@ class Workdir:
 
   def claim(self) -> None:
     """Marks the directory as this run's; the same run may claim it again, to resume."""
+    if not is_first():
+      return
     self.path.mkdir(parents=True, exist_ok=True)
     if not self.run.exists():
       write_text(self.run, json.dumps(self._identity, indent=2) + '\n')

@@ -1,0 +1,137 @@
+"""Several processes as one run: their start, and what they decide in common.
+
+Every process runs the same program on its own devices and its own rows. What a process finds on its own, on
+disk or by arithmetic on the host, is found by the first one and told to all (`decide`), since one that went
+another way would leave the others waiting. The first process writes the texts.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+import orbax.checkpoint
+from jax.experimental import multihost_utils
+
+from models.errors import InputError, first_line
+
+MODES = ('auto', 'on', 'off')
+_PATIENCE_MS = 7 * 24 * 3_600_000  # in which another process is given up sooner, where it has died
+_LEAVING_MS = 10_000
+_decisions = 0
+
+
+def start(mode: str, address: str, processes: int, process: int) -> None:
+  """Joins the run's other processes, before anything else of JAX is used; nothing for a process alone.
+
+  Args:
+    mode: auto (as the environment of SLURM, Open MPI, Kubernetes or a TPU slice tells), on (JAX finds out by
+      itself, or fails), off.
+    address, processes, process: host:port of process 0, how many there are, and which this is; all, or '', 0
+      and -1.
+
+  Raises InputError if only some of the three are given, or the others cannot be reached.
+  """
+  given = [bool(address), processes > 0, process >= 0]
+  if any(given) and not all(given):
+    raise InputError(
+      f'--coordinator_address={address} --num_processes={processes} --process_id={process}: give all three, '
+      f'or none'
+    )
+  explicit: dict[str, Any] = {}
+  if all(given):
+    if process >= processes:
+      raise InputError(f'--process_id={process} must be below --num_processes={processes}')
+    explicit = {'coordinator_address': address, 'num_processes': processes, 'process_id': process}
+    explicit['cluster_detection_method'] = 'deactivate'
+  elif mode == 'off' or (mode == 'auto' and not _managed(os.environ)):
+    return
+  if processes == 1:
+    return
+  try:
+    jax.distributed.initialize(**explicit)
+  except (RuntimeError, ValueError, OSError) as error:
+    raise InputError(
+      f'the processes of this run do not find each other ({first_line(error)}): check --coordinator_address, '
+      f'--num_processes and --process_id, or start with --distributed=off'
+    ) from None
+
+
+def _managed(environment: Any) -> bool:
+  """Whether a scheduler has started more than one process. SLURM: only inside srun."""
+
+  def count(name: str) -> int:
+    return int(value) if (value := environment.get(name, '')).isdecimal() else 0
+
+  slurm = 'SLURM_STEP_NODELIST' in environment and 'SLURM_PROCID' in environment
+  return (
+    (slurm and count('SLURM_NTASKS') > 1)
+    or count('OMPI_COMM_WORLD_SIZE') > 1
+    or count('MEGASCALE_NUM_SLICES') > 1
+    or len(environment.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1
+    or ('KUBERNETES_SERVICE_HOST' in environment and 'JOB_COMPLETION_INDEX' in environment)
+  )
+
+
+def is_first() -> bool:
+  """Whether this process writes what is written once."""
+  return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+  """Prints a line, once for all processes."""
+  if is_first():
+    print(text, flush=True)
+
+
+def leave(code: int) -> NoReturn:
+  """Ends this process; of several without waiting long for the others, which notice at their next step.
+
+  Where all end with the same code, as after bad input, each does so by itself: the first is the last to go,
+  for JAX ends those that it leaves behind.
+  """
+  if not jax.distributed.is_initialized():
+    sys.exit(code)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  with contextlib.suppress(Exception):  # the others do not come: whatever JAX raises then
+    _barrier(f'leave {code}', _LEAVING_MS)
+    time.sleep(1.0 if is_first() else 0.0)
+  os._exit(code)  # JAX would first wait for all processes, some of which wait for this one
+
+
+def _barrier(name: str, timeout_ms: int) -> None:
+  orbax.checkpoint.multihost.get_barrier_sync_fn()(key=name, timeout_ms=timeout_ms)
+
+
+def decide(find: Callable[[], Any]) -> Any:
+  """What `find` gives in the first process, in all: a value that JSON keeps, or an InputError."""
+  if jax.process_count() == 1:
+    return find()
+  global _decisions
+  _decisions += 1
+  told: dict[str, Any] = {}
+  if is_first():
+    try:
+      told = {'found': find()}
+    except InputError as error:
+      told = {'error': str(error)}
+  # A collective would not wait as long as a first process may tokenise.
+  _barrier(f'decision {_decisions}', _PATIENCE_MS)
+  told = json.loads(_broadcast(json.dumps(told).encode()))
+  if 'error' in told:
+    raise InputError(told['error'])
+  return told['found']
+
+
+def _broadcast(payload: bytes) -> bytes:
+  size = int(multihost_utils.broadcast_one_to_all(np.array(len(payload), np.int32)))
+  buffer = np.zeros(size, np.uint8)
+  if is_first():
+    buffer[:] = np.frombuffer(payload, np.uint8)
+  return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).astype(np.uint8).tobytes()
