@@ -13,8 +13,8 @@ from typing import Any
 
 # A checkout works without being installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from adapt_jax import charts  # noqa: E402
-from adapt_jax.report_html import perplexity_chart, width_charts  # noqa: E402
+from adapt_jax.reports import charts  # noqa: E402
+from adapt_jax.reports.run_page import perplexity_chart, width_charts  # noqa: E402
 from models.files import write_text  # noqa: E402
 
 _GAP = 16

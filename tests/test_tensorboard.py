@@ -8,8 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from adapt_jax import tensorboard
 from adapt_jax.metrics import MetricsLog
+from adapt_jax.reports import tensorboard
 
 
 def train(log: MetricsLog, step: int, loss: float) -> None:

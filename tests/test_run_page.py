@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from adapt_jax import charts
-from adapt_jax.report_html import render, write
+from adapt_jax.reports import charts
+from adapt_jax.reports.run_page import render, write
 from scripts import plot_report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

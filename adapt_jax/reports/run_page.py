@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from adapt_jax import charts
-from adapt_jax.charts import Series
+from adapt_jax.reports import charts
+from adapt_jax.reports.charts import Series
+from adapt_jax.reports.summary import tasks_rows
 from models.files import write_text
 
 Json = dict[str, Any]
@@ -245,6 +246,7 @@ def _state(data: _Data, running: bool) -> str:
     'prune': f'pruning, step {last.get("step")} done',
     'train': f'recovering, training step {last.get("step")}{total} done',
     'evaluate': f'evaluated {last.get("of")}',
+    'tasks': f'evaluated tasks, {last.get("of")}',
   }
   return f'running, stage {max(seen, default=1)} of {count}: {doing.get(last["event"], "starting")}'
 
@@ -272,8 +274,13 @@ def _table(data: _Data) -> str:
     row = [str(s['stage']), f'{s["params"]:,}', f'{100 * s["params"] / dense:.1f} %']
     row += [_decimal(s.get(f'perplexity_{k}')) for k in ('pruned', 'recovered')]
     rows.append(row + [f'{s[k]:,.0f}' if k in s else '–' for k in ('tokens', 'seconds')])
-  lines = [''.join(f'<th>{name}</th>' for name in names)]
-  lines += [''.join(f'<td>{html.escape(cell)}</td>' for cell in row) for row in rows]
+  return _html_table([list(names), *rows])
+
+
+def _html_table(rows: list[list[str]]) -> str:
+  """A table of plain text, its head first."""
+  lines = [''.join(f'<th>{html.escape(name)}</th>' for name in rows[0])]
+  lines += [''.join(f'<td>{html.escape(cell)}</td>' for cell in row) for row in rows[1:]]
   return '<table>' + '\n'.join(f'<tr>{line}</tr>' for line in lines) + '</table>'
 
 
@@ -292,6 +299,8 @@ def _body(data: _Data, command: str, running: bool) -> Iterator[str]:
   yield f'<h2>Stages</h2><div class="card scroll">{_table(data)}</div>'
   if data.perplexity.get('definition'):
     yield f'<p>Perplexity is {e(data.perplexity["definition"])}.</p>'
+  if report.get('tasks'):
+    yield f'<h2>Tasks</h2><div class="card scroll">{_html_table(tasks_rows(report["tasks"]))}</div>'
   figures = [_perplexity_over_tokens(data)] if trained else [perplexity_chart(report)]
   if trained:
     figures.append(_training_chart(data, 'loss', 'Training loss', 'nats per token', 0))

@@ -6,9 +6,9 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from adapt_jax import charts
-from adapt_jax.charts import Series
-from adapt_jax.report_html import cards, page
+from adapt_jax.reports import charts
+from adapt_jax.reports.charts import Series
+from adapt_jax.reports.run_page import cards, page
 from adapt_jax.workdir import Workdir
 from models.files import write_text
 
