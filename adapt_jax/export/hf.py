@@ -5,15 +5,18 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax
 import numpy as np
 
 from models.config import ModelConfig
+from models.errors import InputError, disk_full, first_line
 from models.files import new_directory, write_text
 from models.hf import save_params
 from models.hf_config import config_to_hf
 from models.llama import Params
 
 _CODE = pathlib.Path(__file__).parent / 'hf_code'
+_MLX_FILE = 'mlx_adapt.py'
 _WIDTHS = {
   'num_attention_heads': 'num_heads',
   'num_key_value_heads': 'num_kv_heads',
@@ -29,43 +32,70 @@ def write_hf(
   tokenizer: Any = None,
   dtype: Any = None,
   generation: dict[str, Any] | None = None,
+  code: bool = True,
 ) -> None:
   """Writes weights, config, tokenizer and, where no stock class builds the layers, the code that does.
 
   `directory` is whole or absent: an older one is replaced at the end, an error leaves it as it was.
-  A stock architecture loads without `trust_remote_code`; other models need it. `dtype` None keeps
+  A stock architecture loads without `trust_remote_code`; other models need it, also in vLLM and MLX-LM,
+  which load the same directory. `dtype` None keeps
   each array's own. `generation` holds fields of generation_config.json that go before the
-  tokenizer's, such as a chat model's list of `eos_token_id`.
+  tokenizer's, such as a chat model's list of `eos_token_id`. Without `code` no file of code is written for
+  MLX-LM, where its stock model differs from the stock class of transformers.
+
+  Every process calls this and the first one writes: parameters may be sharded over processes.
+  Raises InputError if the directory cannot be written, as when the disk is full.
   """
   dtype = None if dtype is None else np.dtype(dtype)
+  if jax.process_index() != 0:
+    save_params(config, params, None, dtype)
+    return
   name = (dtype or params['embed'].dtype).name
   ids = {f: getattr(tokenizer, f, None) for f in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
   # The old name is read by transformers before 4.56 and other programs.
   fields = config_to_hf(config) | {'dtype': name, 'torch_dtype': name} | ids
-  with new_directory(directory) as new:
-    save_params(config, params, new, dtype)
-    if not _stock(config):
-      fields |= _own_architecture(config)
-      # Beside a model_type that it does not know, transformers 5 stumbles over this old name when it
-      # opens the tokenizer; the code beside reads the new one in transformers 4 too.
-      fields.pop('rope_scaling', None)
-      for file in ('configuration_adapt.py', 'modeling_adapt.py'):
-        shutil.copy(_CODE / file, new)
-    _write_json(new / 'config.json', fields)
-    given = {k: v for k, v in ids.items() if v is not None}
-    _write_json(new / 'generation_config.json', given | (generation or {}))
-    if tokenizer is not None:
-      tokenizer.save_pretrained(new)
-      _use_old_names(new / 'tokenizer_config.json')
+  try:
+    with new_directory(directory) as new:
+      save_params(config, params, new, dtype)
+      if not _stock(config):
+        fields |= _own_architecture(config)
+        # Beside a model_type that it does not know, transformers 5 stumbles over this old name when it
+        # opens the tokenizer; the code beside reads the new one in transformers 4 too.
+        fields.pop('rope_scaling', None)
+        for file in ('configuration_adapt.py', 'modeling_adapt.py'):
+          shutil.copy(_CODE / file, new)
+      if code and not _stock_in_mlx(config):
+        fields['model_file'] = _MLX_FILE
+        shutil.copy(_CODE / _MLX_FILE, new)
+      _write_json(new / 'config.json', fields)
+      given = {k: v for k, v in ids.items() if v is not None}
+      _write_json(new / 'generation_config.json', given | (generation or {}))
+      if tokenizer is not None:
+        tokenizer.save_pretrained(new)
+        _use_old_names(new / 'tokenizer_config.json')
+  except OSError as error:
+    if disk_full(error):
+      raise  # which `main.py` tells of, whatever was being written
+    raise InputError(f'{directory}: cannot be written ({first_line(error)}): choose another place') from None
 
 
 def _stock(config: ModelConfig) -> bool:
-  """Whether a stock class computes this model.
+  """Whether a stock class of transformers computes this model.
 
   None has a bias on down_proj alone, and Llama's refuses heads that do not divide hidden_size.
   """
   refused = config.family == 'llama' and config.hidden_size % config.layers[0].num_heads
   return config.uniform and not config.output_bias and not refused
+
+
+def _stock_in_mlx(config: ModelConfig) -> bool:
+  """Whether a stock model of MLX-LM does too.
+
+  Its Qwen2 takes hidden_size / heads for head_dim, and its Qwen3 has no biases.
+  """
+  odd_head_dim = config.hidden_size != config.layers[0].num_heads * config.head_dim
+  refused = (config.family == 'qwen2' and odd_head_dim) or (config.family == 'qwen3' and config.qkv_bias)
+  return _stock(config) and not refused
 
 
 def _own_architecture(config: ModelConfig) -> dict[str, Any]:

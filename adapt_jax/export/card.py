@@ -1,0 +1,177 @@
+"""The README.md of an export: what the model is, what it came from, what it cost, how to load it."""
+
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from models.config import ModelConfig, count_params
+
+# Settings that all other methods than these ignore.
+_SCHEDULED = 'adapt', 'uniform'
+_SCHEDULE = 'steps', 'ratio', 'amplitude', 'importance', 'layer_distance'
+_HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+')
+
+
+def model_card(report: dict[str, Any], config: ModelConfig, files: Sequence[str]) -> str:
+  """Markdown with YAML front matter, as the Hugging Face hub reads it.
+
+  Args:
+    report: as report.json has it, `model.source` at least; what is absent or None is left out of the card.
+      Besides what a run writes: `prune` and `train`, the settings ({name: value}; groups in them are not
+      shown); `data`, {'calibration': [source, …], 'train': …, 'evaluate': …}; and `tasks`,
+      {'dense': {task: {metric: value}}, 'pruned': …, 'recovered': …}.
+    config: of the exported model.
+    files: names in the export's directory: they say how it is loaded.
+  """
+  parts = [
+    _front_matter(report, files),
+    _title(report, config),
+    _lineage(report),
+    _widths(report, config),
+    _perplexity(report.get('perplexity') or {}),
+    _tasks(report.get('tasks') or {}),
+    _loading(files),
+    _made(report),
+  ]
+  return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def _source(report: dict[str, Any]) -> str:
+  """The base model's hub id, or the name alone of a local one: a path tells nobody else anything."""
+  name = report['model']['source']
+  path = pathlib.Path(name).expanduser()
+  return name if _HUB_ID.fullmatch(name) and not path.exists() and path.suffix != '.gguf' else path.name
+
+
+def _front_matter(report: dict[str, Any], files: Sequence[str]) -> str:
+  source = _source(report)
+  fields: dict[str, Any] = {'base_model': source} if '/' in source else {}
+  if any(name.endswith('.safetensors') for name in files):
+    fields['library_name'] = 'transformers'
+  tags = ['adapt-jax']
+  if 'stages' in report:
+    tags.append('pruned')
+  if any(name.startswith('modeling_') for name in files):
+    tags.append('custom_code')
+  if any(name.endswith('.gguf') for name in files):
+    tags.append('gguf')
+  fields |= {'pipeline_tag': 'text-generation', 'tags': tags}
+  # Every JSON value is a YAML value, quoted where it must be.
+  lines = [f'{name}: {json.dumps(value, ensure_ascii=False)}' for name, value in fields.items()]
+  return '\n'.join(['---', *lines, '---'])
+
+
+def _title(report: dict[str, Any], config: ModelConfig) -> str:
+  source, params = _source(report), count_params(config)
+  before = report['model'].get('params_before', params)
+  if before == params:
+    return f'# {source}\n\n{params:,} parameters, written by adapt-jax.'
+  return (
+    f'# {source}, pruned to {params / before:.1%}\n\n'
+    f'{params:,} of {before:,} parameters: whole KV-head groups and MLP channels are gone, from '
+    f'each layer as many as it could bear. Pruned{" and retrained" if _tokens(report) else ""} by adapt-jax.'
+  )
+
+
+def _tokens(report: dict[str, Any]) -> int:
+  return sum(stage.get('tokens') or 0 for stage in report.get('stages', []))
+
+
+def _lineage(report: dict[str, Any]) -> str:
+  rows = [f'- Base model: {_code(report["model"]["source"] if "/" in _source(report) else _source(report))}']
+  for name, title in (('prune', 'Pruning'), ('train', 'Training')):
+    given = report.get(name) or {}
+    ignored = _SCHEDULE if name == 'prune' and given.get('method') not in _SCHEDULED else ()
+    fields = [(k, v) for k, v in given.items() if k not in ignored]
+    if settings := [f'{k} {_code(v)}' for k, v in fields if isinstance(v, (str, int, float)) and v != '']:
+      rows.append(f'- {title}: ' + ', '.join(settings))
+  for name, title in (('calibration', 'Calibration'), ('train', 'Training'), ('evaluate', 'Evaluation')):
+    if sources := (report.get('data') or {}).get(name):
+      rows.append(f'- {title} data: ' + ', '.join(map(_code, sources)))
+  if tokens := _tokens(report):
+    rows.append(f'- Recovery training: {tokens:,} tokens')
+  table = ''
+  if stages := report.get('stages'):
+    cells = [[s['stage'], f'{s["params"]:,}', s.get('perplexity_pruned'), s.get('perplexity_recovered'),
+              f'{s.get("tokens") or 0:,}'] for s in stages]  # fmt: skip
+    table = '\n\n' + _table(['stage', 'parameters', 'perplexity pruned', 'recovered', 'tokens'], cells)
+  return '## Lineage\n\n' + '\n'.join(rows) + table
+
+
+def _widths(report: dict[str, Any], config: ModelConfig) -> str:
+  """What every layer keeps of the base model's; from `config` alone where the report does not tell."""
+  if stages := report.get('stages'):
+    names = ('num_kv_heads', 'ffn')
+    columns = [zip(stages[-1][name], report['model'][name], strict=True) for name in names]
+    rows = [[i, f'{k} of {dense_k}', f'{f} of {dense_f}']
+            for i, ((k, dense_k), (f, dense_f)) in enumerate(zip(*columns, strict=True))]  # fmt: skip
+  elif config.uniform:
+    return ''
+  else:
+    rows = [[i, s.num_kv_heads, s.ffn] for i, s in enumerate(config.layers)]
+  return '## Widths\n\n' + _table(['layer', 'KV heads', 'MLP channels'], rows)
+
+
+def _perplexity(perplexity: dict[str, Any]) -> str:
+  found = [[k, perplexity[k]] for k in ('dense', 'pruned', 'recovered') if perplexity.get(k) is not None]
+  if not found:
+    return ''
+  definition = f'\n\n{perplexity["definition"]}.' if perplexity.get('definition') else ''
+  return '## Perplexity\n\n' + _table(['model', 'perplexity'], found) + definition
+
+
+def _tasks(tasks: dict[str, dict[str, dict[str, Any]]]) -> str:
+  models = [name for name in ('dense', 'pruned', 'recovered') if tasks.get(name)]
+  rows = list(dict.fromkeys((t, m) for name in models for t, metrics in tasks[name].items()
+    for m in metrics if m not in ('version', 'n')))  # fmt: skip
+  if not rows:
+    return ''
+  cells = [[t, m, *(tasks[name].get(t, {}).get(m) for name in models)] for t, m in rows]
+  return '## Tasks\n\n' + _table(['task', 'metric', *models], cells, '.4f')
+
+
+def _loading(files: Sequence[str]) -> str:
+  blocks = []
+  if any(name.endswith('.safetensors') for name in files):
+    remote = any(name.startswith('modeling_') for name in files)
+    trust, flag = (', trust_remote_code=True', ' --trust-remote-code') if remote else ('', '')
+    mlx = ' --trust-remote-code' if any(name.startswith('mlx_') for name in files) else ''
+    blocks += [
+      'With transformers 4.57 or newer:',
+      '```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
+      f"tokenizer = AutoTokenizer.from_pretrained('DIRECTORY'{trust})\n"
+      f"model = AutoModelForCausalLM.from_pretrained('DIRECTORY'{trust}, device_map='auto')\n```",
+      f'With vLLM: `vllm serve DIRECTORY{flag}`',
+      f"With MLX-LM: `mlx_lm.generate --model DIRECTORY{mlx} --prompt 'Hello'`",
+    ]
+    if remote:
+      blocks.append('The Python files beside the weights build layers of different widths.')
+  for name in files:
+    if name.endswith('.gguf'):
+      blocks.append(f"With llama.cpp: `llama-cli -m {name} -p 'Hello'`")
+  return '## Load it\n\n' + '\n\n'.join(blocks) if blocks else ''
+
+
+def _made(report: dict[str, Any]) -> str:
+  parts = []
+  if command := report.get('command'):
+    parts.append(f'```sh\n{command}\n```')
+  if versions := report.get('versions'):
+    parts.append(', '.join(f'{name} {version}' for name, version in versions.items()))
+  return '## Made by\n\n' + '\n\n'.join(parts) if parts else ''
+
+
+def _code(value: Any) -> str:
+  return f'`{value}`'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], number: str = '.2f') -> str:
+  """A Markdown table; None is an empty cell."""
+
+  def show(value: Any) -> str:
+    return '' if value is None else format(value, number) if isinstance(value, float) else str(value)
+
+  lines = [head, ['---'] * len(head), *([show(value) for value in row] for row in rows)]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)

@@ -1,0 +1,218 @@
+"""A model as a .gguf file for llama.cpp and the programs built on it.
+
+llama.cpp's `llama` and qwen architectures take every layer to be as wide as the first; its `deci`, made for
+Nemotron-51B, computes a llama with the widths of each layer, biases included.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quant_shape_to_byte_shape, quantize
+
+from adapt_jax.export.gguf_tokenizer import add_tokenizer, check_gguf_tokenizer
+from adapt_jax.progress import Progress
+from models.config import ModelConfig
+from models.errors import InputError, disk_full, first_line
+from models.files import new_file
+from models.gguf import (
+  FAMILY_KEY,
+  PERMUTED,
+  PERMUTED_ARCHITECTURES,
+  ROPE_FREQS,
+  SCALING_KEY,
+  STORED_DTYPES,
+  gguf_name,
+  rope_divisors,
+)
+from models.hf import Leaf, host_tensors, leaves, lookup
+from models.llama import Params
+
+_FILE_TYPES = {
+  'F32': LlamaFileType.ALL_F32,
+  'F16': LlamaFileType.MOSTLY_F16,
+  'BF16': LlamaFileType.MOSTLY_BF16,
+  'Q8_0': LlamaFileType.MOSTLY_Q8_0,
+  'Q4_0': LlamaFileType.MOSTLY_Q4_0,
+}
+KINDS = tuple(_FILE_TYPES)
+_QUANTISED = ('Q8_0', 'Q4_0')
+_BLOCK = 32  # weights of a row that share a scale, in both
+
+
+def check_gguf(config: ModelConfig) -> None:
+  """Raises InputError if llama.cpp has no architecture that computes this model."""
+  _architecture(config)
+
+
+def write_gguf(
+  config: ModelConfig,
+  params: Params,
+  path: str | pathlib.Path,
+  *,
+  tokenizer: Any,
+  kind: str,
+  name: str,
+) -> None:
+  """Writes weights, config and tokenizer as one .gguf file, a tensor at a time.
+
+  `kind`, one of `KINDS`, is the type of the matrices; vectors are F32. Rows that are not whole blocks of 32
+  weights are F16 in Q8_0 and Q4_0 files. As llama.cpp's own quantiser does, Q4_0 keeps the output projection,
+  and with it a tied embedding, in eight bits. `name` is what programs show as the model's name.
+
+  `path` is whole or absent: an older file is replaced at the end, an error leaves it as it was. Every process
+  calls this and the first one writes: parameters may be sharded over processes.
+
+  Raises InputError for a model (`check_gguf`) or tokenizer (`check_gguf_tokenizer`) that llama.cpp would
+  compute otherwise, a weight beyond the range of F16, and a file that cannot be written.
+  """
+  if kind not in KINDS:
+    raise InputError(f'GGUF type {kind!r} is unknown: one of {", ".join(KINDS)}')
+  arch = _architecture(config)
+  check_gguf_tokenizer(tokenizer)
+  types = {leaf.name: _stored_type(config, leaf, kind) for leaf in leaves(config)}
+  _check_range(config, params, types)
+  if jax.process_index() != 0:
+    for _ in host_tensors(config, params):
+      pass
+    return
+  try:
+    with new_file(path) as beside:
+      writer = GGUFWriter(beside, arch)
+      try:
+        _add_fields(writer, config, kind, name)
+        add_tokenizer(writer, tokenizer, config.vocab_size)
+        _write(writer, config, params, types, pathlib.Path(path).name)
+      finally:
+        writer.close()
+  except OSError as error:
+    if disk_full(error):
+      raise  # which `main.py` tells of, whatever was being written
+    raise InputError(f'{path}: cannot be written ({first_line(error)}): choose another place') from None
+
+
+def _architecture(config: ModelConfig) -> str:
+  """The architecture of llama.cpp that computes this model."""
+  if config.qk_norm:
+    refused = {
+      'widths that differ by layer': not config.uniform,
+      'biases': config.qkv_bias or config.output_bias,
+      'llama3 rotary scaling': config.rope.scaling is not None,
+    }
+    for what, found in refused.items():
+      if found:
+        raise InputError(
+          f'export.formats: a .gguf file cannot hold a {config.family} model with {what}: '
+          f'export it as hf or hf_padded instead of gguf'
+        )
+    return 'qwen3'
+  if not config.uniform:
+    return 'deci'
+  # llama.cpp's qwen2 has no bias of down_proj and no scaling, and its older versions no heads that do not
+  # make up the hidden size; its llama computes the same with them, q and k permuted.
+  shape = config.layers[0]
+  square = shape.num_heads * config.head_dim == config.hidden_size
+  plain = config.qkv_bias and not config.output_bias and not config.rope.scaling
+  return 'qwen2' if config.family == 'qwen2' and plain and square else 'llama'
+
+
+def _add_fields(writer: GGUFWriter, config: ModelConfig, kind: str, name: str) -> None:
+  def widths(attribute: str) -> int | list[int]:
+    values = [getattr(shape, attribute) for shape in config.layers]
+    return values if writer.arch == 'deci' else values[0]
+
+  writer.add_type('model')
+  writer.add_name(name)
+  writer.add_file_type(_FILE_TYPES[kind])
+  if kind in _QUANTISED:
+    writer.add_quantization_version(2)
+  writer.add_vocab_size(config.vocab_size)
+  writer.add_context_length(config.max_position)
+  writer.add_embedding_length(config.hidden_size)
+  writer.add_block_count(config.num_layers)
+  writer.add_feed_forward_length(widths('ffn'))
+  writer.add_head_count(widths('num_heads'))
+  writer.add_head_count_kv(widths('num_kv_heads'))
+  # Without these llama.cpp divides the hidden size by the heads of the first layer.
+  writer.add_key_length(config.head_dim)
+  writer.add_value_length(config.head_dim)
+  writer.add_rope_dimension_count(config.head_dim)
+  writer.add_rope_freq_base(config.rope.theta)
+  writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+  writer.add_string(FAMILY_KEY, config.family)
+  if scaling := config.rope.scaling:
+    parts = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position)
+    writer.add_array(SCALING_KEY, [float(part) for part in parts])
+
+
+def _check_range(config: ModelConfig, params: Params, types: dict[str, GGMLQuantizationType]) -> None:
+  """Raises InputError, in every process, for a weight that F16 cannot hold."""
+  halves = [leaf for leaf in leaves(config) if types[leaf.name] == GGMLQuantizationType.F16]
+  arrays = [lookup(params, leaf.path) for leaf in halves]
+  largest = jax.jit(lambda arrays: [jnp.max(jnp.abs(x)) for x in arrays])(arrays)
+  for leaf, found in zip(halves, largest, strict=True):
+    if float(found) > float(np.finfo(np.float16).max):
+      raise InputError(
+        f'tensor {leaf.name} has weights beyond the range of F16: choose BF16 or F32 in '
+        f'config.export.gguf_types'
+      )
+
+
+def _write(
+  writer: GGUFWriter,
+  config: ModelConfig,
+  params: Params,
+  types: dict[str, GGMLQuantizationType],
+  title: str,
+) -> None:
+  """Header, fields and tensors; the writer's own way holds all tensors, or a copy of them on disk."""
+  for leaf in leaves(config):
+    stored = types[leaf.name]
+    nbytes = int(np.prod(quant_shape_to_byte_shape(leaf.hf_shape, stored)))
+    writer.add_tensor_info(gguf_name(leaf.name), leaf.hf_shape, np.dtype(np.float32), nbytes, stored)
+  divisors = rope_divisors(config.rope, config.head_dim) if config.rope.scaling else None
+  if divisors is not None:
+    writer.add_tensor_info(ROPE_FREQS, divisors.shape, divisors.dtype, divisors.nbytes)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_ti_data_to_file()
+  with Progress(title, len(types), 'tensors') as progress:
+    for leaf, tensor in host_tensors(config, params):
+      if writer.arch in PERMUTED_ARCHITECTURES and leaf.name.endswith(PERMUTED):
+        tensor = _interleaved(tensor, config.head_dim)
+      _append(writer, _encoded(tensor, types[leaf.name]))
+      del tensor  # before the next one comes to the host
+      progress.update(1)
+  if divisors is not None:
+    _append(writer, divisors)
+
+
+def _stored_type(config: ModelConfig, leaf: Leaf, kind: str) -> GGMLQuantizationType:
+  if len(leaf.hf_shape) == 1:
+    return GGMLQuantizationType.F32
+  if kind in _QUANTISED and leaf.hf_shape[1] % _BLOCK:
+    return GGMLQuantizationType.F16
+  head = 'model.embed_tokens.weight' if config.tie_embeddings else 'lm_head.weight'
+  return GGMLQuantizationType['Q8_0' if kind == 'Q4_0' and leaf.name == head else kind]
+
+
+def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
+  """Rows of q or k with the two halves of each head interleaved: llama.cpp rotates neighbouring pairs."""
+  halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+  return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _encoded(tensor: np.ndarray, stored: GGMLQuantizationType) -> np.ndarray:
+  dtype = STORED_DTYPES.get(stored)
+  return quantize(tensor, stored) if dtype is None else tensor.astype(dtype, copy=False)
+
+
+def _append(writer: GGUFWriter, data: np.ndarray) -> None:
+  """The next tensor's bytes; not by the writer, whose `tofile` loses the system's word of a full disk."""
+  assert writer.fout is not None  # the header is there
+  file = writer.fout[0]
+  writer.write_padding(file, file.tell())
+  file.write(np.ascontiguousarray(data).view(np.uint8).data)
+  writer.write_padding(file, data.nbytes)

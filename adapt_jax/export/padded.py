@@ -1,0 +1,68 @@
+"""The same function in stock classes: every layer widened to the widest with zeros."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from models.config import LayerShape, ModelConfig
+from models.errors import InputError
+from models.llama import Params
+
+
+def padded_config(config: ModelConfig) -> ModelConfig:
+  """The uniform config that holds all layers, and that a stock class computes.
+
+  Stock Llama refuses heads that do not divide the hidden size: KV groups are added up to a number that
+  does, and where there is none Mistral's class, the same function, takes the model.
+
+  Raises InputError where no stock class has the model's biases.
+  """
+  if config.output_bias:
+    raise InputError(
+      "config.export.formats has 'hf_padded', but no stock class has the biases of o_proj and down_proj that "
+      "this model has or config.prune.compensate = 'bias' gives it: leave 'hf_padded' out"
+    )
+  group = max(s.group_size for s in config.layers)
+  kv_heads, ffn = max(s.num_kv_heads for s in config.layers), max(s.ffn for s in config.layers)
+  family = config.family
+  if family == 'llama':
+    dividing = [n for n in range(kv_heads, 2 * kv_heads + 1) if config.hidden_size % (n * group) == 0]
+    if dividing:
+      kv_heads = dividing[0]
+    elif config.qkv_bias:
+      raise InputError(
+        f"config.export.formats has 'hf_padded', but stock Llama refuses {kv_heads * group} heads at hidden "
+        f"size {config.hidden_size}, and Mistral has no biases: leave 'hf_padded' out"
+      )
+    else:
+      family = 'mistral'
+  uniform = (LayerShape(kv_heads * group, kv_heads, ffn),) * config.num_layers
+  return dataclasses.replace(config.with_layers(uniform), family=family)
+
+
+def pad(config: ModelConfig, params: Params) -> Params:
+  """The parameters of `padded_config`: zeros in all that is added, o_proj's columns too."""
+  shape = padded_config(config).layers[0]
+  widths = {'K': shape.num_kv_heads, 'G': shape.group_size, 'F': shape.ffn}
+
+  def widen(layer: Params) -> Params:
+    out = dict(layer)
+    for block, axes in _AXES.items():
+      out[block] = {n: _widen(x, axes.get(n, ''), widths) for n, x in layer[block].items()}
+    return out
+
+  return params | {'layers': [widen(layer) for layer in params['layers']]}
+
+
+# Leaf -> its axes in order, those that may grow by their letter.
+_AXES = {
+  'attention': {'q': 'KG', 'k': 'K', 'v': 'K', 'o': '.KG', 'q_bias': 'KG', 'k_bias': 'K', 'v_bias': 'K'},
+  'mlp': {'gate': 'F', 'up': 'F', 'down': '.F'},
+}
+
+
+def _widen(x: Any, axes: str, widths: dict[str, int]) -> Any:
+  grow = [(0, widths.get(letter, size) - size) for letter, size in zip(axes, x.shape, strict=False)]
+  grow += [(0, 0)] * (x.ndim - len(grow))
+  return x if not any(after for _, after in grow) else jnp.pad(x, grow)

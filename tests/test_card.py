@@ -1,0 +1,125 @@
+"""The model card of an export: valid for the hub, complete for a run, silent on what is not known."""
+
+import copy
+
+import huggingface_hub
+import pytest
+
+from adapt_jax.export.card import model_card
+from models.config import LayerShape, ModelConfig, RopeConfig, count_params
+
+SHAPES = LayerShape(4, 2, 32), LayerShape(2, 1, 40)
+CONFIG = ModelConfig('llama', 61, 32, 8, SHAPES, RopeConfig(1e4), 1e-5, True)
+DENSE = CONFIG.with_layers((LayerShape(6, 3, 48),) * 2)
+FILES = ('config.json', 'configuration_adapt.py', 'model.safetensors', 'modeling_adapt.py', 'mlx_adapt.py')
+STAGE = {
+  'stage': 1,
+  'target': 11_000,
+  'params': count_params(CONFIG),
+  'perplexity_pruned': 12.345,
+  'perplexity_recovered': 10.5,
+  'tokens': 81_920,
+  'num_heads': [4, 2],
+  'num_kv_heads': [2, 1],
+  'ffn': [32, 40],
+}
+REPORT = {
+  'model': {
+    'source': 'org/Base-1.5B',
+    'params_before': count_params(DENSE),
+    'params_after': count_params(CONFIG),
+    'num_heads': [6, 6],
+    'num_kv_heads': [3, 3],
+    'ffn': [48, 48],
+  },
+  'perplexity': {'dense': 9.876, 'pruned': 12.345, 'recovered': 10.5, 'definition': 'exp of the mean loss'},
+  'prune': {'method': 'obs', 'target': 0.8, 'amplitude': 0.02, 'compat': '', 'calibration': {'samples': 8}},
+  'data': {'calibration': ['calibration.txt'], 'train': ['org/corpus:train'], 'evaluate': ['heldout.txt']},
+  'tasks': {
+    'dense': {'piqa': {'acc': 0.71, 'acc_norm': 0.72, 'version': 1.0, 'n': 1838}},
+    'recovered': {'piqa': {'acc': 0.69}, 'lambada': {'perplexity': 20.0}},
+  },
+  'stages': [STAGE],
+  'command': 'python main.py --config=configs/base.py --workdir=out',
+  'versions': {'python': '3.11.7', 'jax': '0.10.2'},
+}
+
+
+def parsed(report, config=CONFIG, files=FILES):
+  card = huggingface_hub.ModelCard(model_card(report, config, files))
+  return card.data.to_dict(), card.text
+
+
+def row(text, *cells):
+  return '| ' + ' | '.join(cells) + ' |' in text
+
+
+def test_a_run_tells_all():
+  fields, text = parsed(REPORT)
+  assert fields == {
+    'base_model': 'org/Base-1.5B',
+    'library_name': 'transformers',
+    'pipeline_tag': 'text-generation',
+    'tags': ['adapt-jax', 'pruned', 'custom_code'],
+  }
+  assert f'{count_params(CONFIG):,} of {count_params(DENSE):,} parameters' in text
+  for found in ('Pruned and retrained', '- Pruning: method `obs`, target `0.8`\n', '81,920 tokens',
+                '- Calibration data: `calibration.txt`', '- Training data: `org/corpus:train`',
+                'exp of the mean loss.', REPORT['command'], 'jax 0.10.2'):  # fmt: skip
+    assert found in text, found
+  assert row(text, '0', '2 of 3', '32 of 48') and row(text, '1', '1 of 3', '40 of 48')
+  assert row(text, 'dense', '9.88') and row(text, 'pruned', '12.35') and row(text, 'recovered', '10.50')
+  assert row(text, 'piqa', 'acc', '0.7100', '0.6900') and row(text, 'piqa', 'acc_norm', '0.7200', '')
+  assert row(text, 'lambada', 'perplexity', '', '20.0000')
+  assert "AutoModelForCausalLM.from_pretrained('DIRECTORY', trust_remote_code=True" in text
+  assert 'vllm serve DIRECTORY --trust-remote-code' in text
+  assert 'mlx_lm.generate --model DIRECTORY --trust-remote-code' in text and 'llama' not in text
+
+
+def test_a_bare_checkpoint_invents_nothing():
+  config = CONFIG.with_layers(SHAPES[:1])
+  fields, text = parsed({'model': {'source': 'org/Base'}}, config, ('config.json', 'model.safetensors'))
+  assert fields['tags'] == ['adapt-jax'] and 'license' not in fields
+  assert text.count('\n## ') == 2 and '## Lineage' in text and '## Load it' in text
+  for unknown in ('None', 'runed', ' retrained', 'erplexity', 'trust', 'data', 'Python files'):
+    assert unknown not in text
+
+
+def test_pruning_alone_is_not_called_training():
+  report = copy.deepcopy(REPORT)
+  report['stages'][0] |= {'tokens': 0, 'perplexity_recovered': None}
+  report['perplexity'] |= {'recovered': None}
+  del report['data']['train']
+  text = parsed(report)[1]
+  assert 'Pruned by' in text and 'Training' not in text and 'Recovery' not in text and 'None' not in text
+  report['perplexity'] = dict.fromkeys(report['perplexity'])  # no evaluation at all
+  assert '## Perplexity' not in parsed(report)[1]
+
+
+def test_layers_that_are_gone_stay_where_they_were():
+  report = copy.deepcopy(REPORT)
+  report['stages'][0] |= {'num_kv_heads': [0, 3], 'ffn': [0, 48]}
+  text = parsed(report, DENSE.with_layers(DENSE.layers[:1]))[1]
+  assert row(text, '0', '0 of 3', '0 of 48') and row(text, '1', '3 of 3', '48 of 48')
+
+
+@pytest.mark.parametrize('name', ['~/models/base', 'models/base.gguf', 'C: #"odd"', 'base'])
+def test_a_local_base_model_is_named_without_its_path(name):
+  """The hub would take it for an id."""
+  report = copy.deepcopy(REPORT)
+  report['model']['source'] = name
+  fields, text = parsed(report)
+  assert 'base_model' not in fields and 'models/' not in text
+  assert f'# {name.split("/")[-1]}, pruned' in text
+
+
+def test_a_directory_of_that_name_is_no_hub_id(tmp_path, monkeypatch):
+  (tmp_path / 'org/Base-1.5B').mkdir(parents=True)
+  monkeypatch.chdir(tmp_path)
+  assert 'base_model' not in parsed(REPORT)[0]
+
+
+def test_gguf_files_are_loaded_by_llama_cpp():
+  fields, text = parsed(REPORT, files=('model-q8_0.gguf', 'README.md'))
+  assert fields['tags'] == ['adapt-jax', 'pruned', 'gguf'] and 'library_name' not in fields
+  assert 'llama-cli -m model-q8_0.gguf' in text and 'transformers' not in text and 'vllm' not in text
