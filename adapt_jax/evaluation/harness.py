@@ -1,0 +1,205 @@
+"""Tasks of lm-evaluation-harness, the field's own measure, on our models (docs/evaluation.md).
+
+The package is optional, heavy to import and slow to look up its 14,000 tasks: nothing of it is touched
+unless a config names tasks.
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib.metadata
+import logging
+import os
+import pathlib
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from adapt_jax.compile import Compiler
+from adapt_jax.config import EvaluateOptions
+from models.config import ModelConfig
+from models.errors import InputError, first_line
+from models.llama import Params
+
+# The paper's protocol: task -> examples before each question.
+PAPER = {
+  'arc_easy': 0,
+  'arc_challenge': 0,
+  'hellaswag': 0,
+  'openbookqa': 0,
+  'piqa': 0,
+  'winogrande': 0,
+  'social_iqa': 0,
+  'wikitext': 0,
+  'mmlu': 5,
+  'truthfulqa_mc1': 1,  # besides the six examples that its prompt always has
+  'truthfulqa_mc2': 1,
+  'agieval': 0,
+}
+_SEED = 1234  # of few-shot examples, and below of NumPy: the harness's own
+_RESAMPLES = 1000  # for a standard error where there is no formula
+
+TaskScores = dict[str, dict[str, Any]]
+
+
+def wanted(options: EvaluateOptions) -> dict[str, int]:
+  """Task -> examples before each question, -1 = as the task says. A named one overrides the suite's."""
+  suite = PAPER if options.suite == 'paper' else {}
+  return suite | dict.fromkeys(options.tasks, options.fewshot)
+
+
+def check_tasks(options: EvaluateOptions) -> None:
+  """Opens all tasks, their data included. Raises InputError for what a user must correct.
+
+  That is lm_eval missing, an unknown name, a bad directory of task files, data that cannot be had.
+  """
+  if options.has_tasks:
+    _open(tuple(wanted(options).items()), options.tasks_path)
+
+
+def evaluate_tasks(
+  options: EvaluateOptions,
+  config: ModelConfig,
+  params: Params,
+  tokenizer: Any,
+  *,
+  compiler: Compiler,
+  dtype: Any,
+  title: str,
+) -> TaskScores:
+  """Scores of a model on the tasks of the config, by task or group.
+
+  Each has its metrics, such as acc and acc_norm (fractions), their standard errors, such as acc_stderr, where
+  there are any, `version` of the task and `n`, the questions counted. A metric of filtered answers is named
+  metric,filter. Raises InputError as `check_tasks`, `Preempted` between batches.
+
+  Args:
+    params: on the mesh that is set, if one is. Every process gets the same result.
+    compiler: counts compiles as `harness`.
+    dtype: of weights in products and of activations.
+    title: before the progress.
+  """
+  names = _open(tuple(wanted(options).items()), options.tasks_path)[0]
+  from adapt_jax.evaluation.harness_lm import FlaxLM
+
+  tokens = options.batch * options.length
+  lm = FlaxLM(config, params, tokenizer, tokens=tokens, compiler=compiler, dtype=dtype, title=title)
+  return _scores(evaluate_lm(options, lm), names)
+
+
+def evaluate_lm(options: EvaluateOptions, lm: Any, log_samples: bool = False) -> dict[str, Any]:
+  """What the harness reports on any `LM` of its own kind, on the tasks of the config."""
+  from lm_eval import evaluator
+
+  loaded = _open(tuple(wanted(options).items()), options.tasks_path)[1]
+  # For standard errors without a formula the harness forks this process, which JAX's threads do not survive.
+  os.environ['DISABLE_MULTIPROC'] = '1'
+  random.seed(0)  # as simple_evaluate does, which would ask for PyTorch's seed too
+  np.random.seed(_SEED)
+  for task in loaded['tasks'].values():
+    task.set_fewshot_seed(_SEED)
+  with _quiet():
+    return evaluator.evaluate(
+      lm,
+      loaded,
+      limit=options.limit or None,
+      bootstrap_iters=_RESAMPLES,
+      log_samples=log_samples,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Holds back what the harness and the packages under it say of their own ways."""
+  logger = logging.getLogger('lm_eval')
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      yield
+  finally:
+    logger.setLevel(level)
+
+
+@functools.lru_cache(maxsize=1)  # runs of one process, and a run's three evaluations, open tasks once
+def _open(names: tuple[tuple[str, int], ...], tasks_path: str) -> tuple[list[str], dict[str, Any]]:
+  """(names in the harness's results, what `evaluate` takes) of tasks with their numbers of examples."""
+  manager = _manager(tasks_path)
+  known = set(manager.all_tasks)
+  for name, _ in names:
+    if name not in known:
+      close = ', '.join(difflib.get_close_matches(name, known, 4))
+      raise InputError(
+        f'config.evaluate.tasks: {name!r} is no task of lm-evaluation-harness '
+        f'{importlib.metadata.version("lm_eval")}{f" or of {tasks_path}" if tasks_path else ""}: '
+        f'{f"similar are {close}" if close else "`lm-eval ls tasks` lists all"}'
+      )
+  found, scored = list[Any](), list[str]()
+  with _quiet():
+    for name, shots in names:
+      loaded = _load(manager, name)
+      for key, task in loaded['tasks'].items():
+        if getattr(task, 'UNSAFE_CODE', False) or getattr(task, 'MULTIMODAL', False):
+          raise InputError(
+            f'config.evaluate.tasks: {key} runs code that models write, or shows them pictures, which is not '
+            f'done here: leave it out'
+          )
+        if shots >= 0 or task.get_config('num_fewshot') is None:
+          task.set_config('num_fewshot', max(shots, 0))
+      group = loaded['groups'].get(name)
+      found += [group] if group else loaded['tasks'].values()
+      # A tag, and a group without a mean, has no score of its own: its tasks have.
+      scored += [name] if group and group.aggregate_metric_list else loaded['tasks']
+    try:
+      return list(dict.fromkeys(scored)), manager.load(found)
+    except ValueError as error:  # a task by itself and in a group
+      raise InputError(f'config.evaluate.tasks: {first_line(error)}: name it once') from None
+
+
+def _load(manager: Any, name: str) -> Any:
+  try:
+    return manager.load(name)
+  except Exception as error:  # of the hub, of datasets, of the task's own code: they share no other class
+    raise InputError(
+      f'config.evaluate.tasks: {name!r} cannot be opened ({type(error).__name__}: {first_line(error)}): its '
+      f'data come from the hub; without one write a task file on local data, as docs/evaluation.md shows, '
+      f'and name its directory in config.evaluate.tasks_path'
+    ) from None
+
+
+@functools.lru_cache(maxsize=1)
+def _manager(tasks_path: str) -> Any:
+  path = pathlib.Path(tasks_path).expanduser()
+  if tasks_path and not any(path.rglob('*.yaml')):
+    raise InputError(f'config.evaluate.tasks_path = {tasks_path!r}: no directory with .yaml files of tasks')
+  try:
+    from lm_eval.tasks import TaskManager
+  except ImportError as error:
+    raise InputError(
+      f'config.evaluate.tasks needs lm-evaluation-harness ({first_line(error)}): pip install '
+      f"'.[eval]', or leave config.evaluate.tasks and suite empty"
+    ) from None
+  with _quiet():
+    try:
+      return TaskManager(include_path=str(path) if tasks_path else None)
+    except Exception as error:  # whatever a file of the user's raises while it is read
+      raise InputError(
+        f'config.evaluate.tasks_path = {tasks_path!r}: a task file cannot be read ({first_line(error)})'
+      ) from None
+
+
+def _scores(results: dict[str, Any], names: list[str]) -> TaskScores:
+  scores: TaskScores = {}
+  for name in names:
+    entry: dict[str, Any] = {}
+    for key, value in results['results'][name].items():
+      metric, _, kind = key.partition(',')
+      if kind and isinstance(value, (int, float, np.number)):  # 'N/A' where there is no standard error
+        entry[metric if kind == 'none' else key] = float(value)
+    versions = results['versions']
+    scores[name] = entry | {'version': versions.get(name), 'n': results['results'][name]['sample_len']}
+  return scores

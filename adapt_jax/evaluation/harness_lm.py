@@ -1,0 +1,285 @@
+"""Our models as an `LM` of lm-evaluation-harness, which answers as its own `hf` model does.
+
+Only `harness.py` imports this, and only where tasks are asked for: lm_eval is an optional package.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from adapt_jax import loss, preemption
+from adapt_jax.compile import Compiler
+from adapt_jax.generation.generator import Generator, bucket
+from adapt_jax.generation.sampling import Sampling
+from adapt_jax.progress import Progress
+from adapt_jax.sharding import put_rows
+from models import llama
+from models.config import ModelConfig
+from models.errors import InputError
+from models.llama import Params
+from models.sharding import row_shards
+
+_SHORTEST = 32  # tokens of the shortest rows
+_FEW = 32  # tokens that are scored of a row with a short answer
+_PIECE = 32  # new tokens, after which stop strings are looked for
+_NEW_TOKENS = 256  # where a task names no number
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """What goes through the model once: its tokens, and the answers that are scored at their end.
+
+  answers: (number of the request, its continuation), whose last token comes after the row's last.
+  """
+
+  tokens: tuple[int, ...]
+  answers: list[tuple[int, list[int]]]
+
+  @property
+  def scored(self) -> int:
+    return sum(len(answer) for _, answer in self.answers)
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(tokens, scored tokens) of the padded row."""
+    length = bucket(len(self.tokens), _SHORTEST)
+    return length, _FEW if self.scored <= _FEW else length
+
+
+def _rows(requests: list[tuple[Any, list[int], list[int]]], longest: int) -> list[_Row]:
+  """The rows that answer all requests. Those with the same input, as choices of one token have, share one."""
+  found: dict[tuple[int, ...], list[_Row]] = {}
+  for number, (_, context, answer) in enumerate(requests):
+    if len(answer) > longest:
+      raise InputError(
+        f'config.evaluate: an answer of {len(answer)} tokens is longer than the {longest} that model.source '
+        f'sees at once: leave its task out'
+      )
+    tokens = tuple((context + answer)[-longest - 1 : -1])  # what is too long loses its beginning
+    rows = found.setdefault(tokens, [])
+    if not rows or rows[-1].scored + len(answer) > _FEW:
+      rows.append(_Row(tokens, []))
+    rows[-1].answers.append((number, answer))
+  return [row for rows in found.values() for row in rows]
+
+
+def _batches(rows: list[_Row], tokens: int) -> Iterator[tuple[list[_Row], int]]:
+  """(rows of one shape, rows that its batches have), the longest first.
+
+  tokens: at once on a device, at most, but one row. All batches of a shape have one size, so one program.
+  """
+  groups: dict[tuple[int, int], list[_Row]] = {}
+  for row in rows:
+    groups.setdefault(row.shape, []).append(row)
+  shards = row_shards()
+  for shape in sorted(groups, reverse=True):
+    group = sorted(groups[shape], key=lambda row: (-len(row.tokens), row.tokens))
+    count = -(-len(group) // (shards * max(1, tokens // shape[0])))
+    size = shards * -(-len(group) // (count * shards))
+    for start in range(0, len(group), size):
+      yield group[start : start + size], size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Score:
+  """(log-probabilities, whether likeliest) [B, P] of labels [B, P] that follow positions [B, P] of tokens."""
+
+  config: ModelConfig
+  dtype: Any
+
+  def __call__(
+    self, params: Params, tokens_BT: jax.Array, positions_BP: jax.Array, labels_BP: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    x_BTD = llama.hidden_states(self.config, params, tokens_BT, dtype=self.dtype)
+    x_BPD = jnp.take_along_axis(x_BTD, positions_BP[:, :, None], axis=1)
+    x_TD = x_BPD.reshape(-1, x_BPD.shape[-1])
+    found = loss.label_log_probs(x_TD, llama.head(params), labels_BP.reshape(-1))
+    return found[0].reshape(labels_BP.shape), found[1].reshape(labels_BP.shape)
+
+
+class FlaxLM(TemplateLM):
+  """The model as the harness sees it.
+
+  Args:
+    config, params: on the mesh that is set, if one is.
+    tokenizer: of transformers.
+    tokens: at once on a device.
+    compiler: counts compiles as `harness`: one for each length of padded rows, two if short and long answers
+      stand in such rows.
+    dtype: of weights in products and of activations.
+    title: before the progress.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    compiler: Compiler,
+    dtype: Any,
+    title: str,
+  ):
+    super().__init__()
+    self.tokenizer, self.max_length = tokenizer, config.max_position
+    self._config, self._params, self._tokens, self._title = config, params, tokens, title
+    self._compiler, self._dtype = compiler, dtype
+    self._programs: dict[tuple[int, ...], Any] = {}
+    if self.prefix_token_id is None:
+      raise InputError('config.evaluate.tasks: the tokenizer of model.source has neither BOS nor EOS token')
+    self._prefix = tokenizer.decode([self.prefix_token_id])
+
+  # -- tokens, as HFLM has them ---------------------------------------------------------------------
+
+  @property
+  def eot_token_id(self) -> int:
+    """The end token."""
+    return self.tokenizer.eos_token_id
+
+  @property
+  def prefix_token_id(self) -> int:
+    """Before a text that has no context: BOS, where there is one."""
+    bos = self.tokenizer.bos_token_id
+    return self.eot_token_id if bos is None else bos
+
+  def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    """With the special tokens that the tokenizer adds by itself, but no second BOS."""
+    if add_special_tokens is None:
+      add_special_tokens = not string.startswith(self._prefix)
+    return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+  # -- what is asked --------------------------------------------------------------------------------
+
+  def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    """(log-probability in nats, whether greedy decoding gives it) of each continuation after its context."""
+    return super().loglikelihood(requests, disable_tqdm=True)  # we show our own progress
+
+  def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+    """Log-probability in nats of each text; longer ones go in windows, as many tokens as the model sees."""
+    windows, counts = [], []
+    for request in requests:
+      found = get_rolling_token_windows(
+        self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+      )
+      own = [(None, *make_disjoint_window(window)) for window in found]
+      windows += own
+      counts.append(len(own))
+    scores = iter(self._loglikelihood_tokens(windows))
+    return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+  def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+    found = [(0.0, True)] * len(requests)
+    with Progress(self._title, len(requests), 'requests') as progress:
+      for rows, size in _batches(_rows(requests, self.max_length), self._tokens):
+        preemption.check()
+        log_probs, likeliest = self._score(rows, size)
+        for r, row in enumerate(rows):
+          start = 0
+          for number, answer in row.answers:
+            part = np.s_[r, start : start + len(answer)]
+            found[number] = float(log_probs[part].sum(dtype=np.float64)), bool(likeliest[part].all())
+            start += len(answer)
+        progress.update(sum(len(row.answers) for row in rows))
+    return found
+
+  def _score(self, rows: list[_Row], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `_Score` gives for rows of one shape, their answers end to end; `size` rows go in."""
+    length, most = rows[0].shape
+    tokens = np.zeros((size, length), np.int32)
+    positions, labels = np.zeros((2, size, most), np.int32)
+    for r, row in enumerate(rows):
+      count, start = len(row.tokens), 0
+      tokens[r, :count] = row.tokens
+      for _, answer in row.answers:
+        part = np.s_[r, start : start + len(answer)]
+        positions[part], labels[part] = np.arange(count - len(answer), count), answer
+        start += len(answer)
+    arrays = put_rows(np.arange(size), lambda ids: (tokens[ids], positions[ids], labels[ids]))
+    if (program := self._programs.get((size, length, most))) is None:
+      score = _Score(self._config, self._dtype)
+      program = self._programs[size, length, most] = self._compiler('harness', score, self._params, *arrays)
+    log_probs, likeliest = program(self._params, *arrays)
+    return np.asarray(log_probs), np.asarray(likeliest)
+
+  # -- texts ----------------------------------------------------------------------------------------
+
+  def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+    """What the model writes after each context, up to the first of its stop strings."""
+    groups: dict[str, list[int]] = {}
+    for number, request in enumerate(requests):
+      groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+    found = [''] * len(requests)
+    with Progress(self._title, len(requests), 'texts') as progress:
+      for numbers in groups.values():
+        contexts = [self.tok_encode(requests[number].args[0]) for number in numbers]
+        for i, text in self._write(contexts, requests[numbers[0]].args[1]):
+          found[numbers[i]] = text
+          progress.update(1)
+    return found
+
+  def _write(self, contexts: list[list[int]], settings: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """(which context, its text), batch by batch; settings: the generation_kwargs of their task."""
+    kwargs: Any = normalize_gen_kwargs(settings, _NEW_TOKENS)
+    until, new_tokens = handle_stop_sequences(kwargs['until'], eos=None), kwargs['max_gen_toks']
+    if new_tokens >= self.max_length:
+      raise InputError(
+        f'config.evaluate: a task asks for {new_tokens} new tokens, but model.source sees only '
+        f'{self.max_length} at once: leave it out'
+      )
+    sampling = Sampling()
+    if kwargs['do_sample']:
+      sampling = Sampling(kwargs['temperature'], kwargs.get('top_k', 0), kwargs.get('top_p', 1.0))
+    prompts = [context[new_tokens - self.max_length :] for context in contexts]  # too long: from the left
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    room = bucket(len(prompts[order[0]]) + new_tokens, _SHORTEST)
+    rows = row_shards() * max(1, self._tokens // room)
+    generator = Generator(
+      self._config, self._params, compiler=self._compiler, dtype=self._dtype, max_batch=rows
+    )
+    for start in range(0, len(order), rows):
+      preemption.check()
+      batch = order[start : start + rows]
+      seed = start * new_tokens  # other numbers in every batch, for questions that are asked several times
+      texts = self._write_batch(generator, [prompts[i] for i in batch], until, new_tokens, sampling, seed)
+      yield from zip(batch, texts, strict=True)
+
+  def _write_batch(
+    self,
+    generator: Generator,
+    prompts: list[list[int]],
+    until: list[str],
+    new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+  ) -> list[str]:
+    """Texts, a piece at a time: a stop string may be of several tokens, or part of one."""
+    encoded = [self.tokenizer.encode(stop, add_special_tokens=False) for stop in until]
+    # Stop strings that decoding leaves out, such as <|im_end|>, end a text as the end token does.
+    hidden = [ids[0] for ids in encoded if len(ids) == 1 and not self._decode(ids)]
+    stop_ids = frozenset([self.eot_token_id, *hidden])
+    written: list[list[int]] = [[] for _ in prompts]
+    ended: set[int] = set()
+    size = -(-new_tokens // -(-new_tokens // _PIECE))
+    for done in range(0, new_tokens, size):
+      # Those that have ended go on with one token in, unread: another number of rows would compile anew.
+      texts = [p[:1] if i in ended else p + written[i] for i, p in enumerate(prompts)]
+      pieces = generator.generate(texts, min(size, new_tokens - done), sampling, stop_ids, seed + done)
+      for i in set(range(len(prompts))) - ended:
+        written[i] += pieces[i]
+        if len(pieces[i]) < size or any(stop in self._decode(written[i]) for stop in until):
+          ended.add(i)
+      if len(ended) == len(prompts):
+        break
+    return [postprocess_generated_text(self._decode(ids), until, None) for ids in written]
+
+  def _decode(self, ids: list[int]) -> str:
+    return self.tokenizer.decode(ids, skip_special_tokens=True)

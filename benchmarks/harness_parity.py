@@ -1,0 +1,139 @@
+"""Our model in lm-evaluation-harness beside the harness's own `hf` model, example by example.
+
+    python -m benchmarks.harness_parity [--model=out/demo/hf] [--data=../shared/data] [--limit=300]
+                                         [--tasks=piqa,openbookqa,lambada]
+
+PIQA, OpenBookQA and LAMBADA from files: they are converted to JSON lines, with a task file each whose prompts
+and metrics are those of the harness's tasks. Both models compute in fp32 on the CPU. Prints a Markdown table.
+Needs PyTorch, transformers and accelerate (`pip install '.[test]'`).
+"""
+
+import argparse
+import csv
+import json
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from adapt_jax.compile import Compiler
+from adapt_jax.config import EvaluateOptions
+from adapt_jax.evaluation.harness import check_tasks, evaluate_lm
+from adapt_jax.evaluation.harness_lm import FlaxLM
+from adapt_jax.inputs import load_source
+from models.source import open_source
+
+ROOT = pathlib.Path(__file__).parent.parent
+_CHOICE = {'output_type': 'multiple_choice', 'metric_list': [{'metric': 'acc'}, {'metric': 'acc_norm'}]}
+# As the harness's piqa, openbookqa and lambada_openai.
+_TASKS: dict[str, dict[str, Any]] = {
+  'piqa': _CHOICE
+  | {
+    'doc_to_text': 'Question: {{goal}}\nAnswer:',
+    'doc_to_choice': '{{[sol1, sol2]}}',
+    'doc_to_target': 'label',
+  },
+  'openbookqa': _CHOICE
+  | {'doc_to_text': '{{question}}', 'doc_to_choice': '{{choices}}', 'doc_to_target': 'label'},
+  'lambada': {
+    'output_type': 'loglikelihood',
+    'doc_to_text': "{{text.split(' ')[:-1]|join(' ')}}",
+    'doc_to_target': "{{' '+text.split(' ')[-1]}}",
+    'metric_list': [{'metric': 'acc'}, {'metric': 'perplexity'}],
+  },
+}
+
+
+def _piqa(data: pathlib.Path) -> Iterator[dict[str, Any]]:
+  labels = (data / 'piqa/valid-labels.lst').read_text().split()
+  for line, label in zip((data / 'piqa/valid.jsonl').read_text().splitlines(), labels, strict=True):
+    yield json.loads(line) | {'label': int(label)}
+
+
+def _openbookqa(data: pathlib.Path) -> Iterator[dict[str, Any]]:
+  with open(data / 'openbookqa/test.tsv', encoding='utf-8', newline='') as file:
+    for row in csv.DictReader(file, delimiter='\t'):
+      parts = re.split(r'\s*\(([A-D])\)\s*', row['Choices'])
+      letters, choices = parts[1::2], parts[2::2]
+      label = letters.index(row['Answer Key'].strip())
+      yield {'question': row['Question Stem'], 'choices': choices, 'label': label}
+
+
+def _lambada(data: pathlib.Path) -> Iterator[dict[str, Any]]:
+  for line in (data / 'lambada/lambada_test.jsonl').read_text().splitlines():
+    yield json.loads(line)
+
+
+def write_tasks(data: pathlib.Path, path: pathlib.Path) -> None:
+  """Task files and data of local_piqa, local_openbookqa and local_lambada in `path`."""
+  for name, read in (('piqa', _piqa), ('openbookqa', _openbookqa), ('lambada', _lambada)):
+    file = path / f'{name}.jsonl'
+    file.write_text(''.join(json.dumps(row) + '\n' for row in read(data)))
+    fields = {
+      'task': f'local_{name}',
+      'dataset_path': 'json',
+      'dataset_kwargs': {'data_files': {'validation': str(file)}},
+      'validation_split': 'validation',
+    }
+    (path / f'{name}.yaml').write_text(yaml.safe_dump(fields | _TASKS[name]))
+
+
+def answers(samples: list[dict[str, Any]]) -> list[np.ndarray]:
+  """(log-likelihood, is greedy) of every request of every example, [requests, 2]."""
+  return [np.array([repeats[0] for repeats in sample['resps']], float) for sample in samples]
+
+
+def compare(task: str, ours: Any, theirs: Any, seconds: tuple[float, float]) -> str:
+  """A row of the table."""
+  pairs = list(zip(answers(ours['samples'][task]), answers(theirs['samples'][task]), strict=True))
+  # The choice that is likeliest; of a single answer, whether greedy decoding gives it.
+  same = [np.argmax(a[:, 0]) == np.argmax(b[:, 0]) if len(a) > 1 else a[0, 1] == b[0, 1] for a, b in pairs]
+  worst = max(np.abs(a[:, 0] - b[:, 0]).max() for a, b in pairs)
+  scores = [100 * results['results'][task]['acc,none'] for results in (ours, theirs)]
+  return (
+    f'| {task.removeprefix("local_")} | {len(pairs)} | {100 * np.mean(same):.2f} % | {worst:.1e} | '
+    f'{scores[1]:.2f} | {scores[0]:.2f} | {seconds[1]:.0f} | {seconds[0]:.0f} |'
+  )
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--model', type=pathlib.Path, default=ROOT / 'out/demo/hf')
+  parser.add_argument('--data', type=pathlib.Path, default=ROOT.parent / 'shared/data')
+  parser.add_argument('--limit', type=int, default=300, help='examples of each task; 0 = all')
+  parser.add_argument('--tasks', default=','.join(_TASKS))
+  parser.add_argument('--rows', type=int, default=16, help='of a batch; ours: of 128 tokens')
+  args = parser.parse_args()
+  for name in ('model', 'data'):
+    if not getattr(args, name).is_dir():
+      parser.error(f'--{name}={getattr(args, name)}: no such directory')
+  from lm_eval.models.huggingface import HFLM
+
+  source, compiler = open_source(str(args.model)), Compiler()
+  options = {'compiler': compiler, 'dtype': jnp.float32, 'title': 'ours', 'tokens': args.rows * 128}
+  ours = FlaxLM(source.config, load_source(source, jnp.float32), source.load_tokenizer(), **options)
+  theirs = HFLM(str(args.model), device='cpu', dtype='float32', batch_size=args.rows, trust_remote_code=True)
+  print('| task | examples | same answer | log-likelihoods off by | acc hf | ours | seconds hf | ours |')
+  print('|---|---|---|---|---|---|---|---|', flush=True)
+  with tempfile.TemporaryDirectory() as directory:
+    write_tasks(args.data, pathlib.Path(directory))
+    for task in (f'local_{name}' for name in args.tasks.split(',')):
+      wanted = EvaluateOptions((), 128, args.rows, 0, (task,), '', directory, 0, args.limit)
+      check_tasks(wanted)
+      results, seconds = [], []
+      for lm in (ours, theirs):
+        start = time.monotonic()
+        results.append(evaluate_lm(wanted, lm, log_samples=True))
+        seconds.append(time.monotonic() - start)
+      print(compare(task, *results, (seconds[0], seconds[1])), flush=True)
+  print(f'\ncompiles: {compiler.counts["harness"]}')
+
+
+if __name__ == '__main__':
+  main()
