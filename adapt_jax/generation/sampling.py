@@ -1,0 +1,70 @@
+"""The next token from logits: greedy, or drawn with temperature, top-k and top-p."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+_HIGHEST_BITS = 0x3F800000  # of 1.0, the largest probability
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are drawn.
+
+  Args:
+    temperature: divides the logits; 0 = always the likeliest token, and the others do not matter.
+    top_k: only among so many likeliest tokens; 0 = all.
+    top_p: only among the likeliest tokens that have this share of the probability together, after top_k
+      (nucleus sampling, Holtzman et al., arXiv 1904.09751).
+
+  Tokens as likely as the last one that is kept are kept too.
+  """
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+
+GREEDY = Sampling()
+
+
+def sample(logits_BV: jax.Array, keys_B: jax.Array, settings: dict[str, jax.Array]) -> jax.Array:
+  """Token ids [B] from fp32 logits; `settings` are the fields of `Sampling`, and no reason to compile anew.
+
+  A row's token depends on its own logits and key alone.
+  """
+  return jax.lax.cond(settings['temperature'] > 0, _draw, _greedy, logits_BV, keys_B, settings)
+
+
+def _greedy(logits_BV: jax.Array, keys_B: jax.Array, settings: dict[str, jax.Array]) -> jax.Array:
+  return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+
+def _draw(logits_BV: jax.Array, keys_B: jax.Array, settings: dict[str, jax.Array]) -> jax.Array:
+  below_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # before the division, for very low temperatures
+  p_BV = jax.nn.softmax(below_BV / settings['temperature'], axis=-1)
+  top_k = jnp.where(settings['top_k'] > 0, settings['top_k'], p_BV.shape[-1]).astype(jnp.float32)
+  p_BV = _likeliest(p_BV, jnp.ones_like(p_BV), top_k)
+  p_BV = _likeliest(p_BV, p_BV, settings['top_p'] * p_BV.sum(-1))
+  return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
+
+
+def _likeliest(p_BV: jax.Array, weights_BV: jax.Array, need: jax.Array) -> jax.Array:
+  """p, 0 where it is below the highest threshold above which the weights sum to `need` or more.
+
+  The threshold is found by bisection over the bits of a float, which order as the floats do: thirty sums
+  instead of a sort, which takes XLA's CPU backend 8 ms for 49,152 tokens, a third of a small model's step.
+  """
+
+  def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    low_B, high_B = bounds
+    middle_B = (low_B + high_B + 1) // 2
+    threshold_B = jax.lax.bitcast_convert_type(middle_B, jnp.float32)
+    enough_B = jnp.where(p_BV >= threshold_B[:, None], weights_BV, 0).sum(-1) >= need
+    return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B - 1)
+
+  B = p_BV.shape[0]
+  bounds = jnp.zeros(B, jnp.int32), jnp.full(B, _HIGHEST_BITS, jnp.int32)
+  low_B, _ = jax.lax.fori_loop(0, _HIGHEST_BITS.bit_length(), halve, bounds)
+  return jnp.where(p_BV >= jax.lax.bitcast_convert_type(low_B, jnp.float32)[:, None], p_BV, 0)
