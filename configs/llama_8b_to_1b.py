@@ -1,0 +1,42 @@
+"""LLaMA-3.1-8B to the 1B class: 1.5 B parameters, in sixteen stages with distillation from the dense model.
+
+    python main.py --config=configs/llama_8b_to_1b.py --workdir=out/llama-1b
+
+Not of the paper, and never run: settings of our own, for accelerators. The two embedding tables, which
+pruning leaves, are 1.05 B of the 1.5 B; what is left of the layers is 6 % of theirs. With
+--config.prune.target=2_024_000_000 the layers keep as many parameters as Llama-3.2-1B's have.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+STEPS = 5_000  # of 1,048,576 tokens each
+
+
+def get_config() -> ConfigDict:
+  config = base.get_config()
+  config.model.source = 'meta-llama/Llama-3.1-8B'
+  config.model.dtype = 'bfloat16'
+  text = ('DKYoon/SlimPajama-6B',)  # a base model: web text, not instructions
+
+  config.prune.target = 1.5e9
+  config.prune.stages = 16
+  config.prune.stage_targets = 'geometric'  # every stage keeps nine tenths of what it finds
+  config.prune.align_ffn = 128  # whole tiles of tensor cores, and of FSDP and tensor parallelism over 8
+  config.prune.calibration.source = text
+  config.prune.calibration.samples = 64  # 65,536 tokens: some four times the widest MLP, which is solved anew
+
+  config.train.source = text
+  config.train.batch = 512
+  config.train.micro_batch = 4
+  config.train.length = 2048
+  config.train.tokens = STEPS * config.train.batch * config.train.length
+  # Peak, end and pure distillation at temperature 1 as in Minitron's runs on LLaMA-3.1-8B, arXiv 2408.11796.
+  config.train.lr, config.train.min_lr = 1e-4, 1e-5
+  config.train.distill.alpha, config.train.distill.temperature = 1.0, 1.0
+  config.train.remat = True  # depth times activations would not fit beside weights, moments and teacher
+  config.train.save_every = 250
+
+  config.evaluate.source = ('Salesforce/wikitext:wikitext-2-raw-v1:validation',)
+  return config
