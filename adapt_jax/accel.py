@@ -9,23 +9,28 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adapt_jax import report_html, surgery
+from adapt_jax import preemption, sharding, surgery
 from adapt_jax.compile import Compiler
 from adapt_jax.config import RunOptions
-from adapt_jax.evaluate import Evaluator
-from adapt_jax.export.hf import write_hf
-from adapt_jax.inputs import Inputs, prepare
+from adapt_jax.distributed import is_first, say
+from adapt_jax.evaluation.harness import check_tasks
+from adapt_jax.evaluation.quality import Quality
+from adapt_jax.export.formats import Writer, written_dtype
+from adapt_jax.inputs import Inputs, load_source, prepare
+from adapt_jax.memo import Shared
 from adapt_jax.metrics import MetricsLog
 from adapt_jax.optim import optimizer, reset_moments
 from adapt_jax.plan import PrunePlan, PruneState
+from adapt_jax.preemption import Preempted
 from adapt_jax.prune import Pruner, StepRecord, target_params
-from adapt_jax.report import table, versions
+from adapt_jax.reports import run_page
+from adapt_jax.reports.summary import settings, table, versions
 from adapt_jax.run_state import RunState, StateStore
-from adapt_jax.sharing import Shared
 from adapt_jax.train import Teacher, TrainState, make_step, run_steps, stage_steps
 from adapt_jax.workdir import Workdir
 from models.config import ModelConfig, count_params
 from models.files import write_text
+from models.sharding import placed, row_sharding
 
 
 def stage_targets(config: ModelConfig, target: float, stages: int, rule: str) -> list[int]:
@@ -37,18 +42,13 @@ def stage_targets(config: ModelConfig, target: float, stages: int, rule: str) ->
   return [int(dense * (last / dense) ** x) for x in shares] + [last]
 
 
-def dense_key(options: RunOptions) -> Any:
-  """All that the dense model's perplexity depends on, for `Shared.dense`."""
-  # Biases that a run adds are zeros, but its program may round otherwise.
-  return options.model, options.data, options.evaluate, options.prune.compensate == 'bias'
-
-
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Modes accel and prune: runs or resumes, then prints the table."""
+  check_tasks(options.evaluate)
   inputs = prepare(options)
   workdir.claim()
   report = Run(options, inputs, workdir, command).execute()
-  print(table(report, str(workdir.hf)))
+  say(table(report))
 
 
 class Run:
@@ -60,7 +60,7 @@ class Run:
     workdir: claimed.
     command: that reproduces the run, for its report.
     shared: with other runs of this process on the same model.
-    export: whether to write hf/.
+    export: whether to write the model.
   """
 
   def __init__(
@@ -74,7 +74,7 @@ class Run:
     export: bool = True,
   ):
     self.options, self.inputs, self.workdir = options, inputs, workdir
-    self._shared, self._export = shared, export
+    self._export = export
     self._started = time.monotonic()
     self._command = command
     self._compiler = Compiler(shared.programs if shared else None)
@@ -87,26 +87,44 @@ class Run:
     common: dict[str, Any] = {'compiler': self._compiler, 'dtype': inputs.dtype}
     memo = shared.scores if shared else None
     self._pruner = Pruner(inputs.config, prune, inputs.calibration, seed=options.seed, memo=memo, **common)
-    self._evaluator = None
-    if inputs.evaluate is not None:
-      self._evaluator = Evaluator(inputs.evaluate, options.evaluate.batch, **common)
+    self._quality = Quality(options, inputs, self._metrics, shared or Shared(), compiler=self._compiler)
     self._teacher = None
     if inputs.train is not None and options.train.distill.alpha > 0:
-      self._teacher = Teacher(inputs.source.config, inputs.source.load_params(inputs.dtype))
+      self._teacher = Teacher(inputs.source.config, load_source(inputs.source, inputs.dtype))
 
   def execute(self) -> dict[str, Any]:
-    """Runs or resumes all stages, writes hf/ and report.json; returns the report."""
+    """Runs or resumes all stages, writes the exports and report.json; returns the report.
+
+    Raises `Preempted` after SIGTERM, with all training saved.
+    """
     state = self._store.resume(self._array_shapes, self._start)
-    self._before = state.seconds, dict(state.compiles)
+    self._before, self._saved_step = (state.seconds, dict(state.compiles)), state.train_step
+    with preemption.deferred():
+      try:
+        self._run_stages(state)
+      except Preempted:
+        if state.train_step > self._saved_step:  # a stage's training was over, its evaluation not
+          self._save(state)
+        raise Preempted(self._position(state)) from None
+      self.close()
+      return self._finish(state)
+
+  def _run_stages(self, state: RunState) -> None:
     if state.dense_perplexity is None:
-      state.dense_perplexity = self._evaluate_dense(state)
+      state.dense_perplexity = self._evaluate(self.inputs.config, state, 'dense')
+    if self._evaluate_tasks(state, 'dense'):
+      self._store.save_plan(state, 1)
     for stage in range(max(state.stage, 1), self.options.prune.stages + 1):
       if state.stage < stage:
         self._prune_stage(stage, state)
+      preemption.check()
       if not state.complete:
         self._recover_stage(stage, state)
-    self.close()
-    return self._finish(state)
+      preemption.check()
+
+  def _position(self, state: RunState) -> str:
+    stage = min(state.stage + state.complete, self.options.prune.stages)
+    return f'at stage {stage}, pruning step {state.pruning.step}, training step {state.train_step}'
 
   def close(self) -> None:
     """Ends writing checkpoints; `execute` does it, so only after it has failed."""
@@ -128,14 +146,17 @@ class Run:
     return {'params': params, 'optimizer': self._optimizer.init(params)}
 
   def _array_shapes(self, plan: PrunePlan) -> Any:
+    """Shapes, dtypes and places of the state at the plan's widths."""
     dense = self.inputs.abstract_params(self._stored_dtype())
-    return jax.eval_shape(lambda p: self._with_optimizer(surgery.compact(p, plan)), dense)
+    return placed(jax.eval_shape(lambda p: self._with_optimizer(surgery.compact(p, plan)), dense))
 
   def _save(self, state: RunState) -> None:
     state.seconds = self._before[0] + time.monotonic() - self._started
-    names = ('scoring', 'compensation', 'training', 'evaluation')
+    names = ['scoring', 'compensation', 'training', 'evaluation']
+    names += self._if_tasks('harness', 'prefill', 'decode')
     state.compiles = {n: self._before[1].get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
     self._store.save(state)
+    self._saved_step = state.train_step
     self._write_page(state)
 
   def _config(self, state: RunState) -> ModelConfig:
@@ -152,6 +173,7 @@ class Run:
       self._metrics.write('prune', stage=stage, **dataclasses.asdict(record))
       self._store.save_plan(state, stage)
       self._write_page(state)
+      preemption.check()
 
     target = self._targets[stage - 1]
     state.pruning = self._pruner.prune(
@@ -168,6 +190,8 @@ class Run:
       self._round_to_export(state)
     config = self._config(state)
     perplexity = self._evaluate(config, state, f'stage {stage} pruned')
+    if stage == self.options.prune.stages:
+      self._evaluate_tasks(state, 'pruned')
     state.row = {
       'stage': stage,
       'target': target,
@@ -185,10 +209,11 @@ class Run:
     def cut(arrays: TrainState) -> TrainState:
       return surgery.compact_optimizer(arrays, arrays['params'], relative)
 
-    state.arrays = jax.block_until_ready(jax.jit(cut)(state.arrays))
+    state.arrays = jax.block_until_ready(sharding.jit(cut, state.arrays, once=True)(state.arrays))
     state.compacted = state.pruning.plan
-    if 'optimizer' not in state.arrays:
-      state.arrays = self._with_optimizer(state.arrays['params'])
+    if 'optimizer' not in state.arrays and self.inputs.train is not None:
+      params = state.arrays['params']
+      state.arrays['optimizer'] = sharding.jit(self._optimizer.init, params, once=True)(params)
     # Flax checks shapes too, but only while tracing; a wrong plan must not get as far as that.
     chex.assert_trees_all_equal_shapes(state.arrays, self._array_shapes(state.compacted))
     jax.clear_caches()  # programs of the old shapes would stay in memory
@@ -203,6 +228,8 @@ class Run:
     first, recovered = self._ends[stage - 2] if stage > 1 else 0, None
     if self.inputs.train is not None:
       recovered = self._evaluate(self._config(state), state, f'stage {stage} recovered')
+      if stage == self.options.prune.stages:
+        self._evaluate_tasks(state, 'recovered')
     row = state.row | state.compacted.widths(self.inputs.config)
     row |= {
       'perplexity_recovered': recovered,
@@ -217,17 +244,19 @@ class Run:
       return
     start, seconds = time.monotonic(), state.row['seconds']
 
-    def on_save(step: int, arrays: TrainState) -> None:
+    def reached(step: int, arrays: TrainState) -> None:
       state.arrays, state.train_step = arrays, step
       state.row = state.row | {'seconds': seconds + time.monotonic() - start}
+
+    def on_save(step: int, arrays: TrainState) -> None:
+      reached(step, arrays)
       self._save(state)
 
-    state.arrays = run_steps(
+    arrays = run_steps(
       state.arrays,
       self._compile_step(state),
       self.inputs.train,
       self.options.train,
-      seed=self.options.seed,
       start=state.train_step,
       stop=stop,
       total=self._ends[-1],
@@ -236,43 +265,35 @@ class Run:
       on_save=on_save,
       title=f'stage {stage} recover',
     )
-    state.train_step = stop
+    reached(stop, arrays)
 
   def _compile_step(self, state: RunState) -> Any:
     t, teacher = self.options.train, self._teacher
     step = make_step(
       self._config(state), t, self._optimizer, self.inputs.dtype, teacher.config if teacher else None
     )
-    batch = [jax.ShapeDtypeStruct((t.batch, t.length), dtype) for dtype in (jnp.int32, jnp.bool_)]
+    shape, split = (t.batch, t.length), row_sharding()
+    dtypes = (jnp.int32, jnp.bool_, jnp.int32)
+    batch = [jax.ShapeDtypeStruct(shape, dtype, sharding=split) for dtype in dtypes]
     teachers = (teacher.params,) if teacher else ()
     return self._compiler('training', step, state.arrays, *batch, *teachers, donate_argnums=(0,))
 
-  def _evaluate_dense(self, state: RunState) -> float | None:
-    """Measured once by all runs that share it."""
-    key, known = dense_key(self.options), self._shared.dense if self._shared else {}
-    if key in known:
-      self._metrics.write('evaluate', of='dense', step=state.train_step, perplexity=known[key])
-      return known[key]
-    value = self._evaluate(self.inputs.config, state, 'dense')
-    if value is not None:
-      known[key] = value
-    return value
-
   def _evaluate(self, config: ModelConfig, state: RunState, title: str) -> float | None:
-    if self._evaluator is None:
-      return None
-    value = self._evaluator.perplexity(config, state.arrays['params'], f'{title}: evaluate')
-    self._metrics.write('evaluate', of=title, step=state.train_step, perplexity=value)
-    return value
+    return self._quality.perplexity(config, state.arrays['params'], title, state.train_step)
+
+  def _evaluate_tasks(self, state: RunState, of: str) -> bool:
+    """Scores 'dense', 'pruned' or 'recovered' into the state; False if they are there, or not asked for."""
+    if not self.options.evaluate.has_tasks or of in state.tasks:
+      return False
+    scores = self._quality.tasks(self._config(state), state.arrays['params'], of, state.train_step)
+    state.tasks = state.tasks | {of: scores}
+    return True
 
   # -- the end --------------------------------------------------------------------------------------
 
   def _export_dtype(self) -> Any:
-    """dtype of the saved weights; None keeps each tensor's own, where no training has made them fp32."""
-    wanted = self.options.export.dtype
-    if wanted == 'auto' and self.inputs.train is None:
-      return None
-    return jnp.dtype(self.inputs.source.dtype if wanted == 'auto' else wanted)
+    trained = self.inputs.train is not None
+    return written_dtype(self.options.export, self.inputs.source.dtype, trained)
 
   def _round_to_export(self, state: RunState) -> None:
     """So that the last perplexity is that of the weights as they are saved."""
@@ -283,20 +304,21 @@ class Run:
     state.arrays = state.arrays | {'params': rounded}
 
   def _finish(self, state: RunState) -> dict[str, Any]:
-    config = self._config(state)
+    self._store.save_plan(state, self.options.prune.stages)
+    report = self._report(state)
     if self._export:
-      write_hf(
-        config,
-        state.arrays['params'],
-        self.workdir.hf,
+      writer = Writer(
+        self.options.export,
+        self.workdir,
         tokenizer=self.inputs.tokenizer,
         dtype=self._export_dtype(),
         generation=self.inputs.source.generation,
+        report=report,
       )
-    self._store.save_plan(state, self.options.prune.stages)
-    report = self._report(state)
+      report['exports'] = writer.write(self._config(state), state.arrays['params'])
     self._write_page(state, running=False)
-    write_text(self.workdir.report, json.dumps(report, indent=2) + '\n')
+    if is_first():
+      write_text(self.workdir.report, json.dumps(report, indent=2) + '\n')
     return report
 
   def _report(self, state: RunState) -> dict[str, Any]:
@@ -319,21 +341,27 @@ class Run:
         'dense': state.dense_perplexity,
         'pruned': last.get('perplexity_pruned'),
         'recovered': last.get('perplexity_recovered'),
-        'definition': self._evaluator.definition if self._evaluator else None,
+        'definition': self._quality.definition,
       },
+      'tasks': state.tasks,
       'schedule': {
         'targets': self._targets,
         'train_steps': self._ends[-1],
         'tokens_per_step': options.train.batch * options.train.length,
       },
       'stages': rows,
+      **settings(options),
       'command': self._command,
       'compiles': state.compiles,
       'seconds': state.seconds,
-      'versions': versions(),
+      'versions': versions(*self._if_tasks('lm_eval')),
     }
 
+  def _if_tasks(self, *names: str) -> tuple[str, ...]:
+    return names if self.options.evaluate.has_tasks else ()
+
   def _write_page(self, state: RunState, running: bool = True) -> None:
-    report_html.write(
-      self.workdir.page, self._report(state), self._metrics.read(), command=self._command, running=running
-    )
+    if is_first():
+      run_page.write(
+        self.workdir.page, self._report(state), self._metrics.read(), command=self._command, running=running
+      )

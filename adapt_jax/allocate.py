@@ -57,12 +57,13 @@ class Allocator:
   Args:
     config: the model that sparsities refer to (the start of the whole schedule).
     align_ffn: MLP widths are kept at multiples of this (a layer's full width is also allowed).
+    align_kv: KV heads likewise.
     exact: land on the budget; without, stop at the first step at or below it, as the reference does.
   """
 
-  def __init__(self, config: ModelConfig, align_ffn: int = 1, *, exact: bool = True):
+  def __init__(self, config: ModelConfig, align_ffn: int = 1, align_kv: int = 1, *, exact: bool = True):
     self.config = config
-    self.align, self.exact = align_ffn, exact
+    self.align, self.align_kv, self.exact = align_ffn, align_kv, exact
     self.full = Widths(
       np.array([s.num_kv_heads for s in config.layers]), np.array([s.ffn for s in config.layers])
     )
@@ -80,24 +81,23 @@ class Allocator:
     return int(self._fixed + widths.kv @ self.kv_cost + widths.ffn.sum() * self.ffn_cost)
 
   def widths(self, sparsity: np.ndarray) -> Widths:
-    """keep = floor(width · (1 − s)); only whole KV groups go; at least one group and one block stay."""
+    """keep = floor(width · (1 − s)); only whole KV groups go; at least one block of each stays."""
     head_dim = self.config.head_dim
     # Rounding noise of the accumulated s must not cost a channel that the exact sum keeps.
     kept_rows = np.floor(self.full.kv * head_dim * (1 - sparsity) + 1e-9).astype(int)
     kv = self.full.kv - (self.full.kv * head_dim - kept_rows) // head_dim
     ffn = np.floor(self.full.ffn * (1 - sparsity) + 1e-9).astype(int)
     ffn = np.minimum(_align_up(np.maximum(ffn, 1), self.align), self.full.ffn)
-    return Widths(np.maximum(kv, 1), ffn)
+    return Widths(np.minimum(_align_up(np.maximum(kv, 1), self.align_kv), self.full.kv), ffn)
 
   def smallest(self) -> int:
     """Parameters of the smallest model that the schedule can reach (every s at 0.99)."""
     return self.params(self.widths(np.full(self.config.num_layers, MAX_SPARSITY)))
 
   def narrower(self, is_kv: bool, width: int) -> int:
-    """The width after one more KV group or MLP block has gone; 0 after the last."""
-    if is_kv:
-      return width - 1
-    return int(_align_up(width, self.align)) - self.align if width > self.align else 0
+    """The width after one more block of KV groups or MLP channels has gone; 0 after the last."""
+    align = self.align_kv if is_kv else self.align
+    return int(_align_up(width, align)) - align if width > align else 0
 
   def _threshold(self, layer: int, is_kv: bool, width: int) -> float:
     """The sparsity beyond which a layer has this width or less."""
@@ -156,8 +156,8 @@ class Allocator:
       if not is_kv:
         params -= (ffn[layer] - width) * self.ffn_cost
         ffn[layer] = width
-      elif params - self.kv_cost[layer] >= target and width == kv[layer] - 1:
-        params -= self.kv_cost[layer]
+      elif width == self.narrower(True, kv[layer]) and params - self._lost(kv, layer, width) >= target:
+        params -= self._lost(kv, layer, width)
         kv[layer] = width
       else:
         passed_over.append(layer)
@@ -166,10 +166,14 @@ class Allocator:
         reached = at
     else:  # every MLP is at its last block: only KV groups are left to go
       for layer in passed_over:
-        if params > target and kv[layer] > 1:
-          params -= self.kv_cost[layer]
-          kv[layer] -= 1
+        if params > target and (width := self.narrower(True, kv[layer])):
+          params -= self._lost(kv, layer, width)
+          kv[layer] = width
     return Widths(kv, ffn), reached
+
+  def _lost(self, kv: np.ndarray, layer: int, width: int) -> int:
+    """Parameters that go with a layer's KV groups beyond `width`."""
+    return int((kv[layer] - width) * self.kv_cost[layer])
 
   def land(
     self,

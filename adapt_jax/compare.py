@@ -14,22 +14,26 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from adapt_jax import compare_report, grid
-from adapt_jax.accel import Run, dense_key
+from adapt_jax import grid, preemption
+from adapt_jax.accel import Run
 from adapt_jax.config import CompareOptions, RunOptions, from_dict
+from adapt_jax.evaluation.harness import check_tasks
+from adapt_jax.evaluation.quality import dense_key
 from adapt_jax.inputs import Inputs, Loader, check_plan, check_sources, load
+from adapt_jax.memo import Shared
 from adapt_jax.progress import Progress
-from adapt_jax.report import versions
-from adapt_jax.sharing import Shared
+from adapt_jax.reports import comparison_page
+from adapt_jax.reports.summary import versions
+from adapt_jax.sharding import aligned
 from adapt_jax.workdir import Workdir
 from models.config import count_params
-from models.errors import InputError, first_line
+from models.errors import InputError, disk_full, first_line
 from models.files import write_text
 from models.source import Source, open_source
 
 CELLS, ERROR = 'cells', 'error.txt'
-# What a grid cannot vary: its cells share the model, and the last two say nothing to a cell.
-_FIXED = ('model.source', 'compare.', 'sensitivity.')
+# What a grid cannot vary: its cells share model and devices, and the last three say nothing to a cell.
+_FIXED = ('model.source', 'mesh.', 'compare.', 'plan.', 'sensitivity.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +67,11 @@ def plan(options: RunOptions, workdir: Workdir) -> list[CellRun]:
   runs = []
   for cell in grid.expand(options.compare.grid, base):
     with _named(cell):
-      found = from_dict(grid.assign(base, cell.values))
+      found = aligned(from_dict(grid.assign(base, cell.values)))
       if not found.evaluate.source:
         raise InputError('config.evaluate.source is empty, but mode compare measures perplexity: name a text')
     mode = 'accel' if found.train.tokens else 'prune'
-    identity = {'mode': mode, 'config': dataclasses.asdict(found)}
+    identity = {'mode': mode, 'config': found.identity()}
     runs.append(CellRun(cell, found, Workdir(str(workdir.path / CELLS / cell.name), identity)))
   return runs
 
@@ -104,6 +108,7 @@ def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
     with _named(run.cell):
       run.workdir.check()
       check_sources(run.options)
+      check_tasks(run.options.evaluate)
       check_plan(run.options, source.config)
   tokenizer, cache, found = source.load_tokenizer(), dict[Any, Any](), []
   for run in runs:
@@ -124,12 +129,12 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   workdir.claim()
   compare = Compare(options, runs, source, workdir, command)
   report = compare.execute(todo, inputs)
-  print(compare_report.table(report))
+  print(comparison_page.table(report))
   print(f'the same as a page, with plots: {workdir.page}')
   if failed := [cell for cell in report['cells'] if cell['state'] == 'failed']:
     raise SystemExit(
       f'error: {len(failed)} of {len(runs)} cells failed: {failed[0]["error"]}; all reasons are in '
-      f'{workdir.path / compare_report.MARKDOWN}; started again, these cells are tried again'
+      f'{workdir.path / comparison_page.MARKDOWN}; started again, these cells are tried again'
     )
 
 
@@ -156,15 +161,17 @@ class Compare:
     for run in self._runs:
       if run.finished:
         _clean(run)
-        dense = json.loads(run.workdir.report.read_text())['perplexity']['dense']
-        self._shared.dense[dense_key(run.options)] = dense
+        report, key = json.loads(run.workdir.report.read_text()), dense_key(run.options)
+        self._shared.dense[key] = report['perplexity']['dense']
+        if 'dense' in report['tasks']:
+          self._shared.tasks[key] = report['tasks']['dense']
     if len(todo) < len(self._runs):
       print(f'{len(self._runs) - len(todo)} of {len(self._runs)} cells are finished', flush=True)
     if todo:
       self._workdir.report.unlink(missing_ok=True)  # of a grid that has grown since
       self._execute_all(todo, inputs)
     report = self._report()
-    compare_report.write(self._workdir, report, running=False)
+    comparison_page.write(self._workdir, report, running=False)
     if all(cell['state'] == 'finished' for cell in report['cells']):
       write_text(self._workdir.report, json.dumps(report, indent=2) + '\n')
     return report
@@ -172,7 +179,8 @@ class Compare:
   def _execute_all(self, todo: list[CellRun], inputs: list[Inputs]) -> None:
     with Progress('compare', len(todo), 'cells') as progress:
       for number, run in enumerate(todo, 1):
-        compare_report.write(self._workdir, self._report(run), running=True)
+        preemption.check()
+        comparison_page.write(self._workdir, self._report(run), running=True)
         print(f'cell {number} of {len(todo)}: {run.cell.label}', flush=True)
         reason = self._try(run, inputs[number - 1])
         if reason:
@@ -186,7 +194,9 @@ class Compare:
     run.workdir.claim()
     try:
       self._execute(run, inputs)
-    except Exception as error:  # whatever befalls one cell must not stop the others
+    except Exception as error:  # whatever befalls one cell must not stop the others; a full disk befalls all
+      if disk_full(error):
+        raise
       known = isinstance(error, InputError)
       reason = first_line(error) if known else f'{type(error).__name__}: {first_line(error)}'
       details = '' if known else '\n' + traceback.format_exc()
@@ -221,7 +231,7 @@ class Compare:
         for name, count in report['compiles'].items():
           compiles[name] = compiles.get(name, 0) + count
     o, scores = self._options.compare, self._shared.scores
-    return compare_report.with_groups(
+    return comparison_page.with_groups(
       {
         'model': {'source': self._source.name, 'params_before': count_params(self._source.config)},
         'fields': grid.fields(o.grid),

@@ -27,6 +27,7 @@ from adapt_jax.plan import PrunePlan
 from models import llama
 from models.config import ModelConfig
 from models.llama import Params
+from models.sharding import constrain, constrain_params
 
 COMPENSATIONS = ('none', 'least_squares', 'bias')
 # λ as a share of the mean of Σ c², and m above.
@@ -64,7 +65,7 @@ class Compensator:
       masks: what stays of it, [L, K] and [L, F], from `surgery.padded_masks`.
       tokens_ST: the calibration rows.
     """
-    tokens_MBT = tokens_ST.reshape(-1, self.micro_batch, tokens_ST.shape[1])
+    tokens_MBT = constrain(tokens_ST.reshape(-1, self.micro_batch, tokens_ST.shape[1]), '.B.')
     tables = llama.rope(self.config, tokens_ST.shape[1])
 
     def step(
@@ -76,7 +77,7 @@ class Compensator:
       streams, down_change = self._half('down', layer, ffn_F, streams)
       return streams, o_change | down_change
 
-    x_MBTD = stacked['embed'][tokens_MBT].astype(self.dtype)
+    x_MBTD = jax.lax.map(lambda tokens_BT: llama.embed(stacked, tokens_BT, self.dtype), tokens_MBT)
     return jax.lax.scan(step, (x_MBTD, x_MBTD), (stacked['layers'], *masks))[1]
 
   def _half(
@@ -124,7 +125,7 @@ class Compensator:
 
     after_MBTD = jax.lax.map(corrected, streams[1])
     change = {bias: change_D} if self.kind == 'bias' else {name: change_DC.reshape(weight.shape)}
-    return (before_MBTD, after_MBTD), change
+    return (before_MBTD, after_MBTD), constrain_params(change)
 
 
 def add(params: Params, compacted: PrunePlan, changes: dict[str, jax.Array]) -> Params:

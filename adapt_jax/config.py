@@ -12,8 +12,10 @@ from typing import Any
 
 from adapt_jax.allocate import MAX_SPARSITY
 from adapt_jax.compensate import COMPENSATIONS
+from adapt_jax.config_values import grid, integers, numbers, strings
 from adapt_jax.importance import DISTANCES, IMPORTANCES
 from adapt_jax.methods import METHODS
+from adapt_jax.runtimes import multiples
 from models.errors import InputError
 
 
@@ -24,9 +26,18 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshOptions:
+  data: int
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
 class DataOptions:
   text_field: str
   messages_field: str
+  chat_template: str
+  cache: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +59,9 @@ class PruneOptions:
   amplitude: float
   importance: str
   layer_distance: str
+  align_kv: int
   align_ffn: int
+  serve: str
   compat: str
   compensate: str
   calibration: CalibrationOptions
@@ -63,6 +76,8 @@ class DistillOptions:
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
   source: tuple[str, ...]
+  weights: tuple[float, ...]
+  layout: str
   tokens: int
   batch: int
   micro_batch: int
@@ -85,6 +100,16 @@ class EvaluateOptions:
   length: int
   batch: int
   max_tokens: int
+  tasks: tuple[str, ...]
+  suite: str
+  tasks_path: str
+  fewshot: int
+  limit: int
+
+  @property
+  def has_tasks(self) -> bool:
+    """Whether lm-evaluation-harness has work."""
+    return bool(self.tasks or self.suite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +128,38 @@ class CompareOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanOptions:
+  devices: int
+  device_memory_gb: float
+  peak_tflops: float
+  depths: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+  max_new_tokens: int
+  temperature: float
+  top_k: int
+  top_p: float
+  batch: int
+  chat: bool
+  dense: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOptions:
+  dense: str
+  prompt_length: int
+  new_tokens: int
+  batch: int
+  repeats: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportOptions:
+  formats: tuple[str, ...]
   dtype: str
+  gguf_types: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +167,37 @@ class RunOptions:
   """Everything that a run depends on; equal options and equal files give equal bits."""
 
   model: ModelOptions
+  mesh: MeshOptions
   data: DataOptions
   prune: PruneOptions
   train: TrainOptions
   evaluate: EvaluateOptions
   sensitivity: SensitivityOptions
   compare: CompareOptions
+  plan: PlanOptions
+  generate: GenerateOptions
+  bench: BenchOptions
   export: ExportOptions
   seed: int
+
+  def identity(self) -> dict[str, Any]:
+    """What makes two runs the same: not what changes memory and speed alone, for other devices to go on.
+
+    Nor the forms of the result: a run that cannot write one may go on with others.
+    """
+    values = dataclasses.asdict(self)
+    del values['export']['formats'], values['export']['gguf_types']
+    del (
+      values['mesh'],
+      values['plan'],
+      values['generate'],
+      values['bench'],
+      values['data']['cache'],
+      values['evaluate']['batch'],
+    )
+    del values['prune']['calibration']['batch'], values['train']['micro_batch']
+    del values['train']['remat'], values['train']['save_every']
+    return values
 
 
 def from_dict(values: dict[str, Any]) -> RunOptions:
@@ -144,40 +222,13 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
   if dataclasses.is_dataclass(kind):
     return _build(kind, value, where)
   if isinstance(kind, types.GenericAlias):  # one string or number is a tuple of one
-    return {float: _numbers, str: _strings}.get(typing.get_args(kind)[0], _grid)(value, where)
+    convert = {float: numbers, int: integers, str: strings}.get(typing.get_args(kind)[0], grid)
+    return convert(value, where)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
     raise InputError(f'{where} = {value!r} must be of type {kind.__name__}')
   return value
-
-
-def _strings(value: Any, where: str) -> tuple[str, ...]:
-  items = (value,) if isinstance(value, str) else value
-  if not isinstance(items, (list, tuple)) or not all(isinstance(x, str) for x in items):
-    raise InputError(f'{where} = {value!r} must be a list of strings')
-  return tuple(x for x in items if x)
-
-
-def _numbers(value: Any, where: str) -> tuple[float, ...]:
-  items = value if isinstance(value, (list, tuple)) else (value,)
-  try:  # the command line gives strings
-    return tuple(float(x) for x in items if x != '')
-  except (TypeError, ValueError):
-    raise InputError(f'{where} = {value!r} must be a list of numbers') from None
-
-
-def _grid(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-  parts = (value,) if isinstance(value, dict) else value
-  if not isinstance(parts, (list, tuple)) or not all(isinstance(part, dict) for part in parts):
-    raise InputError(f"{where} = {value!r} must be a list of groups such as {{'prune.target': (0.9, 0.8)}}")
-  found = []
-  for part in parts:
-    values = {k: tuple(v) if isinstance(v, (list, tuple)) else (v,) for k, v in part.items()}
-    if not part or not all(values.values()) or not all(isinstance(k, str) for k in part):
-      raise InputError(f'{where} has {part!r}: name fields, and one value or more for each')
-    found.append(values)
-  return tuple(found)
 
 
 _CHOICES = {
@@ -189,6 +240,8 @@ _CHOICES = {
   'prune.compat': ('', 'reference'),
   'prune.compensate': COMPENSATIONS,
   'prune.layer_distance': tuple(DISTANCES),
+  'evaluate.suite': ('', 'paper'),
+  'train.layout': ('packed', 'padded'),
   'train.schedule': ('wsd', 'cosine'),
   'train.split': ('linear', 'constant', 'cosine'),
   'train.optimizer_state': ('carry', 'reset'),
@@ -199,6 +252,7 @@ _RANGES: dict[str, tuple[float, float]] = {
   'prune.steps': (1, 1_000_000),
   'prune.ratio': (1e-6, 1),
   'prune.amplitude': (0, 1),
+  'prune.align_kv': (1, 65_536),
   'prune.align_ffn': (1, 65_536),
   'prune.calibration.samples': (1, 10**9),
   'prune.calibration.length': (2, 10**7),
@@ -217,14 +271,26 @@ _RANGES: dict[str, tuple[float, float]] = {
   'evaluate.length': (2, 10**7),
   'evaluate.batch': (1, 10**9),
   'evaluate.max_tokens': (0, 10**15),
+  'evaluate.fewshot': (-1, 1000),
+  'evaluate.limit': (0, 10**9),
   'sensitivity.sparsity': (1e-6, MAX_SPARSITY),
+  'generate.max_new_tokens': (1, 10**7),
+  'generate.temperature': (0, 1e3),
+  'generate.top_k': (0, 10**9),
+  'generate.top_p': (1e-6, 1),
+  'generate.batch': (1, 10**9),
+  'bench.prompt_length': (1, 10**7),
+  'bench.new_tokens': (2, 10**7),
+  'bench.batch': (1, 10**9),
+  'bench.repeats': (1, 10**6),
+  'plan.devices': (0, 65_536),
+  'plan.device_memory_gb': (1e-3, 1e6),
+  'plan.peak_tflops': (1e-6, 1e9),
   'seed': (0, 2**31 - 1),
 }
+EXPORTS = ('hf', 'hf_padded', 'gguf')  # forms of the result
+GGUF_TYPES = ('auto', 'F32', 'F16', 'BF16', 'Q8_0', 'Q4_0')
 BLOCKS = ('both', 'attention', 'mlp')  # what mode sensitivity prunes of a layer
-_DIVIDES = (
-  ('prune.calibration.batch', 'prune.calibration.samples'),
-  ('train.micro_batch', 'train.batch'),
-)
 
 
 def _get(options: RunOptions, field: str) -> Any:
@@ -241,11 +307,7 @@ def _check(options: RunOptions) -> None:
   for field, (low, high) in _RANGES.items():
     if not low <= (value := _get(options, field)) <= high:
       raise InputError(f'config.{field} = {value!r} must lie between {low:g} and {high:g}')
-  for part, whole in _DIVIDES:
-    if _get(options, whole) % _get(options, part):
-      raise InputError(
-        f'config.{part} = {_get(options, part)} must divide config.{whole} = {_get(options, whole)}'
-      )
+  multiples(options.prune.serve)
   if options.prune.compat and not METHODS[options.prune.method].in_reference:
     raise InputError(
       f'config.prune.compat = {options.prune.compat!r} is of the methods '
@@ -266,12 +328,46 @@ def _check(options: RunOptions) -> None:
     raise InputError(
       f'config.train.min_lr = {options.train.min_lr} is above config.train.lr = {options.train.lr}: lower it'
     )
+  _check_weights(options.train)
+  _check_mesh(options.mesh)
+  depths = options.plan.depths
+  if depths and (len(depths) != 2 or not 0 < depths[0] < depths[1]):
+    raise InputError(f'config.plan.depths = {depths}: give two growing numbers of layers, or none')
   _check_sensitivity(options.sensitivity)
+  _check_each('export.formats', options.export.formats, EXPORTS)
+  _check_each('export.gguf_types', options.export.gguf_types, GGUF_TYPES)
+
+
+def _check_mesh(options: MeshOptions) -> None:
+  sizes = dataclasses.asdict(options)
+  for axis, size in sizes.items():
+    if size < 1 and size != -1:
+      raise InputError(f'config.mesh.{axis} = {size}: give a number of devices, or -1 for all that are left')
+  if len(filling := [axis for axis, size in sizes.items() if size == -1]) > 1:
+    raise InputError(
+      f'config.mesh.{filling[0]} = -1, and config.mesh.{filling[1]} too: only one can take all that are left'
+    )
+
+
+def _check_weights(train: TrainOptions) -> None:
+  weights, count = train.weights, len(train.source)
+  if weights and (len(weights) != count or not all(0 <= x < math.inf for x in weights) or not any(weights)):
+    raise InputError(
+      f'config.train.weights = {weights!r} must be one number from 0 up for each of the {count} entries of '
+      'config.train.source, not all 0; or none, for all their documents alike'
+    )
 
 
 def _check_sensitivity(options: SensitivityOptions) -> None:
-  for field, allowed in (('bases', f'numbers between 0 and {MAX_SPARSITY}'), ('blocks', ', '.join(BLOCKS))):
-    values = getattr(options, field)
-    good = all(0 <= x <= MAX_SPARSITY if field == 'bases' else x in BLOCKS for x in values)
-    if not values or not good or len(set(values)) < len(values):
-      raise InputError(f'config.sensitivity.{field} = {values!r}: name one or more of {allowed}, each once')
+  bases = options.bases
+  if not bases or not all(0 <= x <= MAX_SPARSITY for x in bases) or len(set(bases)) < len(bases):
+    raise InputError(
+      f'config.sensitivity.bases = {bases!r}: name one or more numbers between 0 and {MAX_SPARSITY}, each '
+      f'once'
+    )
+  _check_each('sensitivity.blocks', options.blocks, BLOCKS)
+
+
+def _check_each(field: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+  if not values or not set(values) <= set(allowed) or len(set(values)) < len(values):
+    raise InputError(f'config.{field} = {values!r}: name one or more of {", ".join(allowed)}, each once')

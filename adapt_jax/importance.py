@@ -22,6 +22,7 @@ from models.config import LayerShape, ModelConfig
 from models.errors import InputError
 from models.layers import rms_norm
 from models.llama import Params
+from models.sharding import constrain, constrain_params
 
 # Mean and variance over tokens of what enters o_proj and down_proj, by column: {'o': …, 'down': …}.
 Moments = dict[str, tuple[jax.Array, jax.Array]]
@@ -176,7 +177,7 @@ class Scorer:
   def __call__(self, stacked: Params, tokens_ST: jax.Array) -> Scores:
     """Scores of S rows of T tokens. The gradient is that of the mean loss over the whole batch."""
     S, T = tokens_ST.shape
-    tokens_MBT = tokens_ST.reshape(-1, self.micro_batch, T)
+    tokens_MBT = constrain(tokens_ST.reshape(-1, self.micro_batch, T), '.B.')
     tables = llama.rope(self.config, T)
     x_MBTD, (inputs_LMBTD, distance_L, moments_L) = self._forward(stacked, tokens_MBT, tables)
 
@@ -227,7 +228,7 @@ class Scorer:
       moments = {name: _merge(*parts) for name, parts in moments_M.items()}
       return y_MBTD, (x_MBTD, distance_M.sum() / tokens_MBT.size, moments)
 
-    x_MBTD = stacked['embed'][tokens_MBT].astype(self.dtype)
+    x_MBTD = jax.lax.map(lambda tokens_BT: llama.embed(stacked, tokens_BT, self.dtype), tokens_MBT)
     return jax.lax.scan(forward, x_MBTD, stacked['layers'])
 
   def _column_scores(self, layers: Params, moments_L: Moments) -> list[jax.Array]:
@@ -275,9 +276,9 @@ class Scorer:
 
       def micro(sums: tuple[Params, Params], xg: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
         gradient, fisher, x_gradient = pull(layer, *xg)
-        return jax.tree.map(jnp.add, sums, (gradient, fisher)), x_gradient
+        return constrain_params(jax.tree.map(jnp.add, sums, (gradient, fisher))), x_gradient
 
-      zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), layer)
+      zeros = constrain_params(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), layer))
       start = (zeros, zeros if importance.fisher else {})
       (gradient, fisher), g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))
       return g_MBTD, score(layer, gradient, fisher or gradient)

@@ -4,14 +4,16 @@ import json
 import pathlib
 from typing import Any
 
-from adapt_jax import tensorboard
+from adapt_jax.distributed import is_first
+from adapt_jax.reports import tensorboard
 from models.files import write_text
 
 
 class MetricsLog:
   """Appends to `metrics.jsonl`; a resumed run first cuts what came after its checkpoint.
 
-  Where TensorBoard is installed its event files, in `tensorboard/` beside, follow from the first write on.
+  Of several processes the first writes. Where TensorBoard is installed its event files, in `tensorboard/`
+  beside, follow from the first write on.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -24,6 +26,8 @@ class MetricsLog:
 
   def write(self, event: str, **values: Any) -> None:
     """One line: {"event": event, ...}."""
+    if not is_first():
+      return
     row = {'event': event} | values
     with open(self._path, 'a', encoding='utf-8') as file:
       file.write(json.dumps(row) + '\n')
@@ -41,7 +45,7 @@ class MetricsLog:
 
   def cut(self, lines: int) -> None:
     """Keeps the first `lines` lines; before the first write."""
-    if lines < self.lines:
+    if lines < self.lines and is_first():
       kept = self._path.read_text().splitlines(keepends=True)[:lines]
       write_text(self._path, ''.join(kept))
       self.lines = lines

@@ -4,6 +4,7 @@ import sys
 import time
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 _LINE_SECONDS = 10.0
@@ -13,14 +14,15 @@ class Progress:
   """A context manager that counts `unit`s of `total` work and shows rate and time left.
 
   On a terminal this is a tqdm bar; elsewhere one line every ten seconds, the first and the last
-  update always.
+  update always. Of several processes the first shows it.
   """
 
   def __init__(self, title: str, total: int, unit: str):
     self._title, self._total, self._unit, self._done = title, total, unit, 0
     self._start, self._shown = time.monotonic(), -_LINE_SECONDS
     self._bar: Any = None
-    if sys.stderr.isatty():
+    self._silent = jax.process_index() > 0
+    if sys.stderr.isatty() and not self._silent:
       self._bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True)
 
   def __enter__(self) -> 'Progress':
@@ -38,7 +40,7 @@ class Progress:
       self._bar.update(amount)
       return
     now = time.monotonic()
-    if now - self._shown < _LINE_SECONDS and self._done < self._total:
+    if self._silent or (now - self._shown < _LINE_SECONDS and self._done < self._total):
       return
     self._shown = now
     rate = self._done / max(now - self._start, 1e-9)

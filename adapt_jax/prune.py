@@ -6,24 +6,26 @@ Each step scores all groups and layers on freshly drawn calibration rows, lets t
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax import surgery
+from adapt_jax import sharding, surgery
 from adapt_jax.compensate import Compensator, add
 from adapt_jax.compile import Compiler
 from adapt_jax.config import PruneOptions
-from adapt_jax.data import Blocks, draw_rows
+from adapt_jax.data.windows import Blocks, draw_rows
+from adapt_jax.distributed import decide, say
 from adapt_jax.importance import Scorer
+from adapt_jax.memo import ScoreMemo
 from adapt_jax.methods import METHODS
+from adapt_jax.methods.base import Method
 from adapt_jax.plan import PrunePlan, PruneState
 from adapt_jax.progress import Progress
 from adapt_jax.scores import Scores
-from adapt_jax.sharing import ScoreMemo
 from models.config import ModelConfig, count_params
 from models.errors import InputError
 from models.llama import Params
@@ -55,6 +57,33 @@ def target_params(config: ModelConfig, target: float) -> int:
       f'config.prune.target = {target:,.0f} is above the {total:,} parameters of the model: lower it'
     )
   return params
+
+
+def steps(
+  method: Method,
+  config: ModelConfig,
+  state: PruneState,
+  target: int,
+  score: Callable[[PruneState], Scores],
+) -> Iterator[tuple[Scores, PruneState]]:
+  """Steps of `method` until at most `target` parameters are left: what each saw, and the state after it.
+
+  Args:
+    config: the dense model, which `state.plan` numbers.
+    target: stored parameters; how closely it is landed on is the method's matter.
+    score: the scores of the model as a state's plan leaves it, on the host.
+  """
+  while state.plan.params(config) > target:
+    scores = score(state)
+    state = _agreed(method.step(scores, state, target), config)
+    yield scores, state
+
+
+def _agreed(state: PruneState, config: ModelConfig) -> PruneState:
+  """The first process's: arithmetic on another host may round otherwise."""
+  if jax.process_count() == 1:
+    return state
+  return PruneState.from_json(decide(state.to_json), config)
 
 
 class Pruner:
@@ -94,29 +123,30 @@ class Pruner:
     self.importance = self._method.importance or options.importance
     self.distance = self._method.distance or options.layer_distance
     self._seed, self._compiler, self._dtype = seed, compiler, dtype
+    self._micro_batch = sharding.rows_at_once(options.calibration.samples, options.calibration.batch)
     self._scorer = Scorer(
       config,
       self.importance,
       self.distance,
-      options.calibration.batch,
+      self._micro_batch,
       dtype,
       reference_fold=self._as_reference,
     )
     self._program: Any = None
     self._compensation: Any = None
     self._memo = memo
-    self._zero = jax.jit(surgery.zero_stacked, donate_argnums=0)
+    self._zero: Any = None
 
   def score(self, stacked: Params, step: int, plan: PrunePlan | None = None) -> Scores:
     """`Scores` as numpy arrays on the rows that `step` draws; InputError if any is not finite.
 
     `plan`: what `stacked` keeps of the model's own weights, where the memo may answer.
     """
-    tokens = self._draw(step)
+    rows = self._draw(step)
     if self._memo is None or plan is None:
-      scores = self._compute(stacked, tokens)
+      scores = self._compute(stacked, rows)
     else:
-      scores = self._memo.get(self._key(plan, tokens), lambda: self._compute(stacked, tokens))
+      scores = self._memo.get(self._key(plan, rows), lambda: self._compute(stacked, rows))
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(scores)):
       raise InputError(
         f'pruning step {step + 1}: the calibration loss is {scores.loss} and not all scores are '
@@ -129,23 +159,40 @@ class Pruner:
       scores = scores._replace(distance=-scores.distance)
     return scores
 
-  def _compute(self, stacked: Params, tokens: jax.Array) -> Scores:
+  def _compute(self, stacked: Params, rows: np.ndarray) -> Scores:
+    tokens = self._tokens(rows)
     if self._program is None:
       self._program = self._compiler('scoring', self._scorer, stacked, tokens)
     scores: Scores = jax.device_get(self._program(stacked, tokens))
     return scores
 
-  def _key(self, plan: PrunePlan, tokens: jax.Array) -> tuple[Scorer, bytes]:
+  def _key(self, plan: PrunePlan, rows: np.ndarray) -> tuple[Scorer, bytes]:
     """All that a pass over the model's own weights depends on: seed and step only by the rows they draw."""
     digest = hashlib.sha256()
-    for array in (*surgery.padded_masks(plan), tokens):
-      digest.update(repr(array.shape).encode() + np.asarray(array).tobytes())
+    for array in (*surgery.padded_masks(plan), self.blocks.tokens[rows]):
+      digest.update(repr(array.shape).encode() + array.tobytes())
     return self._scorer, digest.digest()
 
-  def _draw(self, step: int) -> jax.Array:
-    """The calibration rows of one step, [S, T]."""
-    rows = draw_rows(len(self.blocks.tokens), self.options.calibration.samples, self._seed, step)
-    return jnp.asarray(self.blocks.tokens[rows])
+  def _draw(self, step: int) -> np.ndarray:
+    """Which calibration rows one step takes, [S]."""
+    return draw_rows(len(self.blocks.tokens), self.options.calibration.samples, self._seed, step)
+
+  def _tokens(self, rows: np.ndarray) -> jax.Array:
+    """These rows, [S, T]."""
+    return sharding.put_rows(rows, lambda ids: (self.blocks.tokens[ids],))[0]
+
+  def _stack(self, params: Params, compacted: PrunePlan) -> Params:
+    def stack(params: Params) -> Params:
+      return surgery.stack(params, compacted, self._dtype)
+
+    return sharding.jit(stack, params, once=True)(params)
+
+  def _without(self, stacked: Params, plan: PrunePlan) -> Params:
+    """`stacked`, which is used up, with what the plan removes set to zero."""
+    masks = surgery.padded_masks(plan)
+    if self._zero is None:
+      self._zero = sharding.jit(surgery.zero_stacked, stacked, *masks, donate_argnums=(0,))
+    return self._zero(stacked, *masks)
 
   def _record(self, scores: Scores, state: PruneState) -> StepRecord:
     return StepRecord(
@@ -190,18 +237,20 @@ class Pruner:
       method = METHODS[self.options.method](compacted.pruned_config(self.config), self.options)
     # Until the first compaction the weights are the model's own: no training has touched them.
     own = compacted.equals(PrunePlan.dense(self.config))
-    stacked = jax.jit(lambda p: surgery.stack(p, compacted, self._dtype))(params)
-    stacked = self._zero(stacked, *surgery.padded_masks(state.plan))
+    stacked = self._stack(params, compacted)
+
+    def score(state: PruneState) -> Scores:
+      nonlocal stacked
+      stacked = self._without(stacked, state.plan)
+      return self.score(stacked, state.step, state.plan if own else None)
+
+    taken = steps(method, self.config, state, target, score)
     with Progress(title, before - target, 'parameters removed') as progress:
-      while before > target:
-        scores = self.score(stacked, state.step, state.plan if own else None)
-        state = method.step(scores, state, target)
+      for scores, state in taken:
         record = self._record(scores, state)
         on_step(state, record)
         progress.update(before - max(record.params, target), step=str(record.step), loss=f'{record.loss:.3f}')
         before = record.params
-        if before > target:
-          stacked = self._zero(stacked, *surgery.padded_masks(state.plan))
     return state
 
   def compensate(self, params: Params, compacted: PrunePlan, plan: PrunePlan, step: int) -> Params:
@@ -213,17 +262,20 @@ class Pruner:
     kind = self.options.compensate
     if kind == 'none' or plan.equals(compacted):
       return params
-    stacked = jax.jit(lambda p: surgery.stack(p, compacted, self._dtype))(params)
-    masks = tuple(jnp.asarray(mask) for mask in surgery.padded_masks(plan))
-    tokens = self._draw(step)
+    stacked, masks = self._stack(params, compacted), surgery.padded_masks(plan)
+    tokens = self._tokens(self._draw(step))
     if self._compensation is None:
-      program = Compensator(self.config, kind, self.options.calibration.batch, self._dtype)
+      program = Compensator(self.config, kind, self._micro_batch, self._dtype)
       self._compensation = self._compiler('compensation', program, stacked, masks, tokens)
-    print(f'compensating for what was pruned ({kind}), on {tokens.size:,} tokens', flush=True)
+    say(f'compensating for what was pruned ({kind}), on {tokens.size:,} tokens')
     changes = self._compensation(stacked, masks, tokens)
     if not all(bool(jnp.isfinite(change).all()) for change in changes.values()):
       raise InputError(
         f'config.prune.compensate = {kind!r} gives weights that are not finite: check the model, the '
         f'calibration text and config.model.dtype'
       )
-    return add(params, compacted, changes)
+
+    def added(params: Params, changes: dict[str, jax.Array]) -> Params:
+      return add(params, compacted, changes)
+
+    return sharding.jit(added, params, changes, once=True)(params, changes)

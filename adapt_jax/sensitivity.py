@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax import sensitivity_report, surgery
+from adapt_jax import preemption, surgery
 from adapt_jax.allocate import Allocator
 from adapt_jax.compile import Compiler
 from adapt_jax.config import RunOptions
-from adapt_jax.data import Blocks
-from adapt_jax.evaluate import batches, definition
+from adapt_jax.data.windows import Blocks
+from adapt_jax.evaluation.perplexity import batch_size, batches, definition
 from adapt_jax.importance import Scorer
 from adapt_jax.inputs import Inputs, prepare
 from adapt_jax.loss import next_token_loss
@@ -28,7 +28,8 @@ from adapt_jax.metrics import MetricsLog
 from adapt_jax.plan import PrunePlan, keep_best
 from adapt_jax.progress import Progress
 from adapt_jax.prune import Pruner
-from adapt_jax.report import versions
+from adapt_jax.reports import sensitivity_page
+from adapt_jax.reports.summary import versions
 from adapt_jax.workdir import Workdir
 from models import llama
 from models.config import ModelConfig, count_params
@@ -74,8 +75,7 @@ class LayerEvaluator:
     self._compiler = compiler
     self._program: Any = None
     self._targets = int(blocks.targets.sum())
-    size = min(batch, len(blocks.tokens))
-    self._batches = [(jnp.asarray(t), jnp.asarray(counted)) for t, counted, _ in batches(blocks, size)]
+    self._batches = [batch[:2] for batch in batches(blocks, batch_size(blocks, batch))]
     self._everything = np.ones(self._shape.num_kv_heads, bool), np.ones(self._shape.ffn, bool)
 
   def start(self, stacked: Params, layer: int = 0) -> None:
@@ -104,6 +104,7 @@ class LayerEvaluator:
   def _run(self, stop: int, masks: tuple[np.ndarray, np.ndarray]) -> tuple[list[jax.Array], float]:
     outputs, losses = [], []
     for x_BTD, batch in zip(self._inputs, self._batches, strict=True):
+      preemption.check()
       args = (self._stacked, x_BTD, *batch, np.int32(self._layer), np.int32(stop), *masks)
       if self._program is None:
         self._program = self._compiler('evaluation', self._segment, *args)
@@ -136,7 +137,7 @@ class LayerEvaluator:
       normed_BTD = rms_norm(x_BTD, stacked['norm'], config.rms_norm_eps)
       return next_token_loss(normed_BTD, llama.head(stacked), tokens_BT, targets_BT)
 
-    x_BTD = jnp.where(start == 0, stacked['embed'][tokens_BT].astype(x_BTD.dtype), x_BTD)
+    x_BTD = jnp.where(start == 0, llama.embed(stacked, tokens_BT, x_BTD.dtype), x_BTD)
     first = {'layers': jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, start, 1), layers)}
     first = surgery.zero_stacked(first, kv_K[None], ffn_F[None])
     x_BTD = apply(jax.tree.map(lambda w: w[0], first['layers']), x_BTD)
@@ -155,8 +156,8 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   measure = Sensitivity(options, inputs, workdir, command)
   workdir.claim()
   report = measure.execute()
-  print(sensitivity_report.table(report))
-  print(f'the same as a page: {workdir.page}; as a table: {workdir.path / sensitivity_report.CSV}')
+  print(sensitivity_page.table(report))
+  print(f'the same as a page: {workdir.page}; as a table: {workdir.path / sensitivity_page.CSV}')
 
 
 def _check_cuts(options: RunOptions, config: ModelConfig) -> None:
@@ -214,7 +215,7 @@ class Sensitivity:
       with Progress('sensitivity', evaluations, 'evaluations') as progress:
         self._measure_all(todo, done, progress)
     report = self._report()
-    sensitivity_report.write(self.workdir, report, running=False)
+    sensitivity_page.write(self.workdir, report, running=False)
     write_text(self.workdir.report, json.dumps(report, indent=2) + '\n')
     return report
 
@@ -273,7 +274,7 @@ class Sensitivity:
     now = time.monotonic()
     self._metrics.write(event, **values, seconds=now - self._since)
     self._since = now
-    sensitivity_report.write(self.workdir, self._report(), running=True)
+    sensitivity_page.write(self.workdir, self._report(), running=True)
 
   def _report(self) -> dict[str, Any]:
     """What report.json says at the end; before it, as far as metrics.jsonl goes."""

@@ -10,15 +10,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adapt_jax import preemption
 from adapt_jax.config import TrainOptions
-from adapt_jax.data import Blocks, batch_rows
-from adapt_jax.loss import cross_entropy_chunk, distillation_chunk, shift, sum_over_chunks
+from adapt_jax.data.train_set import TrainSet
+from adapt_jax.loss import cross_entropy, distillation, shift, sum_over_chunks
 from adapt_jax.optim import learning_rate
 from adapt_jax.progress import Progress
+from adapt_jax.sharding import put_rows, rows_at_once
 from models import llama
 from models.config import ModelConfig
 from models.errors import InputError
 from models.llama import Params
+from models.platform import on_cpu
+from models.sharding import constrain, constrain_params
 
 # {'params': fp32 master weights, 'optimizer': optax state}
 TrainState = dict[str, Any]
@@ -39,51 +43,84 @@ def make_step(
   dtype: Any,
   teacher_config: ModelConfig | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """step(state, tokens [B, T], targets [B, T], teacher_params) -> (state, {'loss', 'gradient_norm'}).
+  """step(state, tokens, targets, segments [B, T], teacher_params) -> (state, {'loss', 'gradient_norm'}).
 
-  The loss is a mean over the batch's targets, in nats, summed over micro-batches of
-  `options.micro_batch` rows. `dtype` is that of activations and products; weights, gradients
+  The loss is a mean over the batch's targets, in nats, summed over micro-batches of at most
+  `options.micro_batch` rows a device. `dtype` is that of activations and products; weights, gradients
   and moments are fp32.
   """
   alpha, temperature = options.distill.alpha, options.distill.temperature
+  micro_batch = rows_at_once(options.batch, options.micro_batch)
 
   def micro_loss(
-    params: Params, tokens_BT: jax.Array, targets_BT: jax.Array, scale: jax.Array, teacher: Params | None
+    params: Params,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    segments_BT: jax.Array,
+    scale: jax.Array,
+    teacher: Params | None,
   ) -> jax.Array:
-    x_BTD = llama.hidden_states(config, params, tokens_BT, dtype=dtype, remat=options.remat)
+    x_BTD = llama.hidden_states(
+      config, params, tokens_BT, segments=segments_BT, dtype=dtype, remat=options.remat
+    )
     x_TD = x_BTD.reshape(-1, config.hidden_size)
     labels, weights = shift(tokens_BT, targets_BT)
     if teacher is None or teacher_config is None:
-      return sum_over_chunks(cross_entropy_chunk, x_TD, llama.head(params), (labels, weights * scale))
-    teacher_TD = llama.hidden_states(teacher_config, teacher, tokens_BT, dtype=dtype).reshape(x_TD.shape)
-    chunk_loss = distillation_chunk(alpha, temperature, llama.head(teacher))
+      return sum_over_chunks(cross_entropy, x_TD, llama.head(params), (labels, weights * scale))
+    teacher_BTD = llama.hidden_states(teacher_config, teacher, tokens_BT, segments=segments_BT, dtype=dtype)
+    teacher_TD = teacher_BTD.reshape(x_TD.shape)
+    chunk_loss = distillation(alpha, temperature, llama.head(teacher))
     extras = (labels, weights * scale, jax.lax.stop_gradient(teacher_TD))
     return sum_over_chunks(chunk_loss, x_TD, llama.head(params), extras)
 
   def gradients(
-    params: Params, tokens_BT: jax.Array, targets_BT: jax.Array, teacher: Params | None
+    params: Params,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    segments_BT: jax.Array,
+    teacher: Params | None,
   ) -> tuple[jax.Array, Params]:
     scale = 1 / jnp.maximum(shift(tokens_BT, targets_BT)[1].sum(), 1)
     value_and_grad = jax.value_and_grad(micro_loss)
-    count = tokens_BT.shape[0] // options.micro_batch
+    count = tokens_BT.shape[0] // micro_batch
     if count == 1:
-      return value_and_grad(params, tokens_BT, targets_BT, scale, teacher)
+      loss, gradient = value_and_grad(params, tokens_BT, targets_BT, segments_BT, scale, teacher)
+      return loss, constrain_params(gradient)
 
     def accumulate(total: Any, batch: Any) -> tuple[Any, None]:
-      return jax.tree.map(jnp.add, total, value_and_grad(params, *batch, scale, teacher)), None
+      loss, gradient = value_and_grad(params, *batch, scale, teacher)
+      return (total[0] + loss, constrain_params(jax.tree.map(jnp.add, total[1], gradient))), None
 
-    micro = [x.reshape(count, options.micro_batch, -1) for x in (tokens_BT, targets_BT)]
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    micro = [
+      constrain(x.reshape(count, micro_batch, -1), '.B.') for x in (tokens_BT, targets_BT, segments_BT)
+    ]
+    zeros = (jnp.zeros(()), constrain_params(jax.tree.map(jnp.zeros_like, params)))
     return jax.lax.scan(accumulate, zeros, tuple(micro))[0]
 
   def step(
-    state: TrainState, tokens_BT: jax.Array, targets_BT: jax.Array, teacher: Params | None = None
+    state: TrainState,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    segments_BT: jax.Array,
+    teacher: Params | None = None,
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    loss, gradient = gradients(state['params'], tokens_BT, targets_BT, teacher)
-    updates, optimizer_state = optimizer.update(gradient, state['optimizer'], state['params'])
-    params = optax.apply_updates(state['params'], updates)
-    metrics = {'loss': loss, 'gradient_norm': optax.tree.norm(gradient)}
-    return {'params': params, 'optimizer': optimizer_state}, metrics
+    loss, gradient = gradients(state['params'], tokens_BT, targets_BT, segments_BT, teacher)
+
+    def update(state: TrainState, gradient: Params) -> tuple[TrainState, jax.Array]:
+      updates, optimizer_state = optimizer.update(gradient, state['optimizer'], state['params'])
+      params = optax.apply_updates(state['params'], updates)
+      return {'params': params, 'optimizer': optimizer_state}, optax.tree.norm(gradient)
+
+    def keep(state: TrainState, _: Params) -> tuple[TrainState, jax.Array]:
+      return state, jnp.full((), jnp.nan)
+
+    if on_cpu():
+      # A branch is scheduled by itself. In one with the backward pass, updates, which wait for the norm of
+      # all gradients, make XLA keep what it has recomputed: twice the temporary memory.
+      state, norm = jax.lax.cond(jnp.isfinite(loss), update, keep, state, gradient)
+    else:
+      state, norm = update(state, gradient)
+    return state, {'loss': loss, 'gradient_norm': norm}
 
   return step
 
@@ -106,10 +143,9 @@ def stage_steps(options: TrainOptions, stages: int) -> list[int]:
 def run_steps(
   state: TrainState,
   program: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-  blocks: Blocks,
+  data: TrainSet,
   options: TrainOptions,
   *,
-  seed: int,
   start: int,
   stop: int,
   total: int,
@@ -121,12 +157,16 @@ def run_steps(
   """Global steps start … stop-1; returns the state after them.
 
   Metrics are read one step late, so the device does not wait for the host; a step is saved only
-  after its loss was found finite. Raises InputError, naming the step, where it is not.
+  after its loss was found finite. Raises InputError, naming the step, where it is not, and after SIGTERM
+  `Preempted`, once the step is saved.
   """
   rate_at = learning_rate(options, total)
   tokens_per_step = options.batch * options.length
   pending: tuple[int, dict[str, jax.Array]] | None = None
   since = time.monotonic()  # when the step before `pending` was seen to end
+
+  def batch_arrays(step: int) -> tuple[jax.Array, ...]:
+    return put_rows(data.rows(step), data.read)
 
   def report(progress: Progress) -> None:
     nonlocal since
@@ -149,16 +189,17 @@ def run_steps(
 
   with Progress(title, (stop - start) * tokens_per_step, 'tokens') as progress:
     for step in range(start, stop):
-      rows = batch_rows(len(blocks.tokens), options.batch, seed, step)
-      batch = jnp.asarray(blocks.tokens[rows]), jnp.asarray(blocks.targets[rows])
       teachers = (teacher.params,) if teacher else ()
-      state, metrics = program(state, *batch, *teachers)
+      state, metrics = program(state, *batch_arrays(step), *teachers)
       report(progress)
       pending = step, metrics
-      if (step + 1) % options.save_every == 0 and step + 1 < stop:
+      stopping = preemption.requested()
+      if stopping or ((step + 1) % options.save_every == 0 and step + 1 < stop):
         report(progress)
         pending = None
         on_save(step + 1, state)
         since = time.monotonic()
+      if stopping:
+        raise preemption.Preempted
     report(progress)
   return state

@@ -24,7 +24,7 @@ def test_cross_entropy(chunk):
   x, head, labels, weights = arrays()
 
   def ours(x, head):
-    return 3 * loss.sum_over_chunks(loss.cross_entropy_chunk, x, head, (labels, weights))
+    return 3 * loss.sum_over_chunks(loss.cross_entropy, x, head, (labels, weights))
 
   def plain(x, head):
     logp = jax.nn.log_softmax(x @ head.T)
@@ -45,7 +45,7 @@ def test_distillation(chunk):
   @jax.jit
   def ours(x, head, teacher, teacher_head):
     def f(x, head):
-      chunk_loss = loss.distillation_chunk(0.3, 2.0, teacher_head)
+      chunk_loss = loss.distillation(0.3, 2.0, teacher_head)
       return loss.sum_over_chunks(chunk_loss, x, head, (labels, weights, teacher))
 
     return f(x, head), jax.grad(f, (0, 1))(x, head)
@@ -64,7 +64,7 @@ def test_distillation(chunk):
 
 def test_equal_teacher_costs_nothing_at_alpha_one():
   x, head, labels, weights = arrays()
-  value = loss.sum_over_chunks(loss.distillation_chunk(1.0, 2.0, head), x, head, (labels, weights, x))
+  value = loss.sum_over_chunks(loss.distillation(1.0, 2.0, head), x, head, (labels, weights, x))
   np.testing.assert_allclose(value, 0, atol=1e-4)
 
 

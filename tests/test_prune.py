@@ -10,18 +10,18 @@ import pytest
 from adapt_jax import surgery
 from adapt_jax.compile import Compiler
 from adapt_jax.config import CalibrationOptions, PruneOptions
-from adapt_jax.data import Blocks
+from adapt_jax.data.windows import Blocks
 from adapt_jax.importance import IMPORTANCES
+from adapt_jax.memo import ScoreMemo
 from adapt_jax.plan import PrunePlan, PruneState
 from adapt_jax.prune import Pruner, target_params
-from adapt_jax.sharing import ScoreMemo
 from models import llama
 from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
 
 OPTIONS = PruneOptions(
   method='adapt', target=0.7, stages=1, stage_targets='linear', steps=40, ratio=1.0, amplitude=0.02,
-  importance='taylor', layer_distance='cosine', align_ffn=1, compat='', compensate='none',
-  calibration=CalibrationOptions((), 8, 12, 4),
+  importance='taylor', layer_distance='cosine', align_kv=1, align_ffn=1, serve='any', compat='',
+  compensate='none', calibration=CalibrationOptions((), 8, 12, 4),
 )  # fmt: skip
 
 

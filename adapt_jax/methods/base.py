@@ -26,6 +26,8 @@ class Options(Protocol):
   @property
   def amplitude(self) -> float: ...
   @property
+  def align_kv(self) -> int: ...
+  @property
   def align_ffn(self) -> int: ...
   @property
   def compat(self) -> str: ...
@@ -47,7 +49,7 @@ class Method(abc.ABC):
 
   def __init__(self, config: ModelConfig, options: Options):
     self.config, self.options = config, options
-    self.allocator = Allocator(config, options.align_ffn, exact=not options.compat)
+    self.allocator = Allocator(config, options.align_ffn, options.align_kv, exact=not options.compat)
 
   def smallest(self) -> int:
     """The lowest target, in parameters, that is sure to be reached."""
