@@ -19,8 +19,8 @@ import numpy as np
 
 from adapt_jax import surgery
 from adapt_jax.compile import Compiler
-from adapt_jax.data import Blocks
-from adapt_jax.evaluate import Evaluator
+from adapt_jax.data.windows import Blocks
+from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.methods import METHODS
 from adapt_jax.plan import PrunePlan, PruneState
 from adapt_jax.prune import Pruner

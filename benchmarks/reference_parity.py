@@ -18,7 +18,7 @@ import numpy as np
 
 from adapt_jax.compile import Compiler
 from adapt_jax.config import CalibrationOptions, PruneOptions
-from adapt_jax.data import Blocks
+from adapt_jax.data.windows import Blocks
 from adapt_jax.plan import PrunePlan, PruneState
 from adapt_jax.prune import Pruner, StepRecord
 from models.llama import Params
@@ -34,7 +34,8 @@ def reference_options(rows: int, length: int, batch: int) -> PruneOptions:
   """The reference's recipe."""
   return PruneOptions(
     method='adapt', target=0.5, stages=1, stage_targets='linear', steps=50, ratio=1.0, amplitude=0.02,
-    importance='taylor', layer_distance='cosine', align_ffn=1, compat='reference', compensate='none',
+    importance='taylor', layer_distance='cosine', align_kv=1, align_ffn=1, serve='any', compat='reference',
+    compensate='none',
     calibration=CalibrationOptions(source=(), samples=rows, length=length, batch=batch),
   )  # fmt: skip
 

@@ -1,0 +1,296 @@
+"""On one GPU: training, scoring beside PyTorch, generation, and cuDNN's attention beside the plain form.
+
+    python -m benchmarks.gpu [--minutes=8] [--toy] [--write]
+
+Weights are random, made on the device: SmolLM2-135M, Llama-3.2-1B and -3B, and eight of the 32 layers of
+Llama-3.1-8B. A row is a process of its own, alone on the card, one after another (those of attention share
+one); what breaks it is said in the row. What matters most comes first: a row for which the minutes do not
+suffice is left out, and says so. The tables are printed at the end, and with --write they are, as far as they
+go, in benchmarks/RESULTS.md after each row.
+
+The peer of scoring is a transformers model in bf16 on CUDA: autograd, hooks for the cosine distances, Taylor
+scores; it needs a PyTorch that sees the card. --toy is the same on the CPU with tiny models, in seconds: its
+figures mean nothing.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import side_by_side
+
+TITLE = 'On one GPU'
+# Of dense bf16 products, TFLOP/s, by NVIDIA's data sheets; the first that the card's name holds.
+NOMINAL = {
+  'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'H200': 989, 'GH200': 989, 'B200': 2250, 'A100': 312,
+  'L40S': 362, 'RTX 4090': 165,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One row of the tables: `rows` x `length` tokens at once.
+
+  micro: rows of a micro-batch, 0 for all. seconds: with fewer left it is not begun. heads: N, K and H.
+  """
+
+  kind: str
+  seconds: int
+  model: str = ''
+  rows: int = 0
+  length: int = 0
+  micro: int = 0
+  remat: bool = False
+  new: int = 0
+  heads: tuple[int, int, int] = (0, 0, 0)
+  segmented: bool = False
+
+  @property
+  def name(self) -> str:
+    heads = '{}/{} heads of {}'.format(*self.heads) + ', segments' * self.segmented
+    what = heads if self.kind == 'attention' else self.model
+    return ' '.join([self.kind, what, f'{self.rows} x {self.length}'] if self.rows else [self.kind])
+
+
+def _attention(rows: int, length: int, *heads: int, segmented: bool = False) -> Row:
+  return Row('attention', 15, rows=rows, length=length, heads=heads, segmented=segmented)  # type: ignore[arg-type]
+
+
+ROWS = (
+  Row('card', 20),
+  _attention(8, 2048, 32, 8, 64),
+  _attention(8, 2048, 32, 8, 64, segmented=True),
+  _attention(8, 1024, 9, 3, 64, segmented=True),
+  _attention(8, 1024, 5, 1, 64, segmented=True),
+  _attention(8, 1024, 1, 1, 64),
+  _attention(2, 4096, 32, 8, 128),
+  _attention(2, 4096, 32, 8, 128, segmented=True),
+  Row('training', 60, '1B', 16, 2048, micro=8),
+  Row('scoring', 40, '135M', 128, 64),
+  Row('scoring by PyTorch', 30, '135M', 128, 64),
+  Row('generation', 40, '1B', 1, 512, new=128),
+  Row('training', 50, '135M', 64, 1024, micro=32),
+  Row('training', 60, '1B', 8, 4096, micro=4),
+  Row('training', 60, '8B, 8 of 32 layers', 4, 2048),
+  Row('scoring', 40, '1B', 512, 64, micro=128),
+  Row('scoring by PyTorch', 40, '1B', 512, 64, micro=128),
+  Row('training', 70, '3B', 4, 2048),
+  Row('generation', 40, '1B', 32, 512, new=128),
+  Row('training', 60, '1B', 32, 1024, micro=16),
+)
+TOY = (
+  Row('card', 0),
+  _attention(2, 32, 9, 3, 8, segmented=True),
+  Row('training', 0, 'toy', 4, 32, micro=2),
+  Row('scoring', 0, 'toy', 4, 16, micro=2),
+  Row('scoring by PyTorch', 0, 'toy', 4, 16, micro=2),
+  Row('generation', 0, 'toy', 2, 16, new=4),
+)
+
+
+def children(rows: tuple[Row, ...], toy: bool) -> list[list[int]]:
+  """Which rows share a process: those of attention, which are short; all of the toy, to import but once."""
+  if toy:
+    return [list(range(len(rows)))]
+  groups: list[list[int]] = []
+  for i, row in enumerate(rows):
+    if groups and row.kind == rows[groups[-1][-1]].kind == 'attention':
+      groups[-1].append(i)
+    else:
+      groups.append([i])
+  return groups
+
+
+def measured(command: list[str], seconds: float) -> Iterator[dict[str, Any]]:
+  """Objects that a program prints, as they come; then {'ended': why} where it failed or was cut off."""
+  # The compile is measured, so no cache; 0.92 of the memory, as launch/ has it.
+  fixed = {
+    'PYTHONPATH': str(side_by_side.ROOT),
+    'PYTHONWARNINGS': 'ignore',
+    'JAX_ENABLE_COMPILATION_CACHE': '0',
+  }
+  env = {'CUDA_VISIBLE_DEVICES': '0', 'ADAPT_JAX_CUDNN': '1'} | os.environ | fixed
+  if 'XLA_PYTHON_CLIENT_MEM_FRACTION' not in env:
+    env.setdefault('XLA_CLIENT_MEM_FRACTION', '0.92')
+  with tempfile.TemporaryFile() as errors:
+    process = subprocess.Popen(
+      command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, cwd=side_by_side.ROOT
+    )
+    late = threading.Event()
+    timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
+    timer.start()
+    assert process.stdout
+    for line in process.stdout:
+      if line.startswith('{'):
+        yield json.loads(line)
+    code = process.wait()
+    timer.cancel()
+    errors.seek(0)
+    last = errors.read().decode(errors='replace').strip().splitlines()[-1:]
+  if late.is_set():
+    yield {'ended': f'left out: cut off after {seconds:.0f} s'}
+  elif code:
+    yield {'ended': f'failed: code {code}: {"".join(last)[:300]}'}
+
+
+# -- tables -------------------------------------------------------------------------------------------------
+
+_END = ' | peak GB | compiled, s'
+HEADS = {
+  'attention': 'rows | heads | form | ms plain | ms | plain / it | TFLOP/s | GB beside, plain | GB | '
+  'off from fp32, plain: output, dq, dk, dv | off',
+  'training': 'model | rows | micro-batch | GFLOP a token | tokens/s | TFLOP/s | of nominal (MFU) | '
+  f'of one product{_END} | loss, first and last',
+  'scoring': f'model | rows | program | s a step | tokens/s | TFLOP/s | PyTorch / ours{_END}',
+  'generation': f'model | rows | prefill tokens/s | of one product | decode tokens/s | limit | of it{_END}',
+}
+NOTES = {
+  'attention': 'Causal, forward and backward; FLOP: 3 x 2·B·T²·N·H. Errors: the largest of the first row, '
+  'over the largest value. Segments: four documents a row.',
+  'training': 'The step of mode accel: bf16 products, fp32 weights, gradients, Adam; four documents a row. '
+  'FLOP a token: 3 x (2 a weight of every product + 2·T·N·H of attention a layer), without what remat '
+  'does again.',
+  'scoring': 'Taylor scores of all groups and cosine distances of all layers, to the host, bf16. FLOP a '
+  'token as in training, though ours goes forward twice.',
+  'generation': 'Greedy, bf16. The limit of decoding: weights and cache, read once a token.',
+}
+
+
+def spread(values: list[float], digits: int = 0) -> str:
+  return side_by_side.spread(values, digits)
+
+
+def nominal(card: dict[str, Any]) -> int:
+  return next((rate for name, rate in NOMINAL.items() if name in card['device']), 0)
+
+
+def cells(i: int, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> list[str]:
+  """Of a row that was measured."""
+  row, r, card = rows[i], found[i], found[0]
+  peak, compiled = f'{r.get("peak", 0) / 1e9:.1f}', f'{r.get("compile", 0):.0f}'
+  size = f'{row.rows} x {row.length}'
+  if row.kind == 'attention':
+    plain, other = (statistics.median(r[name]) for name in ('plain', 'other'))
+    errors = [' '.join(f'{e:.1e}' for e in r[f'{name} errors']) for name in ('plain', 'other')]
+    held = [f'{r[f"{name} bytes"] / 1e9:.2f}' for name in ('plain', 'other')]
+    times = [
+      f'{1e3 * plain:.2f}',
+      f'{1e3 * other:.2f}',
+      f'{plain / other:.2f}',
+      f'{r["flops"] / other / 1e12:.1f}',
+    ]
+    return [size, row.name.split(' ', 1)[1].removesuffix(f' {size}'), r['form'], *times, *held, *errors]
+  if row.kind == 'generation':
+    limit = row.rows * 1e9 * card['bandwidth'] / r['bytes']
+    of_product = statistics.median(r['prefill']) * r['flops'] / (1e12 * card['product'])
+    decode = [spread(r['decode']), f'{limit:,.0f}', f'{statistics.median(r["decode"]) / limit:.0%}']
+    return [
+      row.model,
+      f'{size} + {row.new}',
+      spread(r['prefill']),
+      f'{of_product:.0%}',
+      *decode,
+      peak,
+      compiled,
+    ]
+  rates = [r['tokens'] / s for s in r['seconds']]
+  if row.kind == 'scoring by PyTorch':
+    ratios = [
+      statistics.median(r['seconds']) / statistics.median(found[j]['seconds'])
+      for j, other in enumerate(rows)
+      if other == dataclasses.replace(row, kind='scoring', seconds=other.seconds)
+      and 'seconds' in found.get(j, {})
+    ]
+    ratio = ''.join(f'{x:.2f}' for x in ratios) or '—'
+    name = f'PyTorch {r["torch"]}'
+    return [row.model, size, name, spread(r['seconds'], 3), spread(rates), '—', ratio, peak, 'eager']
+  speed = statistics.median(rates) * r['flops'] / 1e12
+  if row.kind == 'scoring':
+    return [
+      row.model,
+      size,
+      'ours',
+      spread(r['seconds'], 3),
+      spread(rates),
+      f'{speed:.1f}',
+      '',
+      peak,
+      compiled,
+    ]
+  micro = f'{r["micro"]}{", remat" * r["remat"]}' + ''.join(f'; out of memory: {x}' for x in r['before'])
+  mfu = f'{speed / nominal(card):.1%}' if nominal(card) else '—'
+  limits = [f'{speed:.1f}', mfu, f'{speed / card["product"]:.1%}']
+  losses = ' '.join(f'{x:.3f}' for x in r['losses'])
+  return [row.model, size, micro, f'{r["flops"] / 1e9:.2f}', spread(rates), *limits, peak, compiled, losses]
+
+
+def table(kind: str, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> list[str]:
+  heads = HEADS[kind].split(' | ')
+  lines = [
+    '',
+    f'### {kind.capitalize()}',
+    '',
+    NOTES[kind],
+    '',
+    f'| {" | ".join(heads)} |',
+    '|---' * len(heads) + '|',
+  ]
+  for i, row in enumerate(rows):
+    if row.kind.startswith(kind):
+      said = found.get(i, {'said': 'not yet'}).get('said')
+      values = [row.name, said] + ['—'] * (len(heads) - 2) if said else cells(i, rows, found)
+      lines.append(f'| {" | ".join(values)} |')
+  return lines
+
+
+def text(rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> str:
+  card = found[0]
+  names = ', '.join(x for x in (card['device'], card['driver'], card['platform']) if x)
+  first = (
+    f'{names}: {nominal(card):,} TFLOP/s nominal (0: not known), {card["product"]:,.1f} TFLOP/s in one large '
+    f'bf16 product, {card["bandwidth"]:,.0f} GB/s reading and writing. Median (lowest–highest). Peak memory '
+    'as the device counts it, 0 where it does not.'
+  )
+  return '\n'.join([first, *(line for kind in HEADS for line in table(kind, rows, found))])
+
+
+def run(rows: tuple[Row, ...], toy: bool, minutes: float, write: bool) -> dict[int, dict[str, Any]]:
+  """By index of its row, each one's figures, or {'said': why there are none}."""
+  until = time.time() + 60 * minutes - 5
+  found: dict[int, dict[str, Any]] = {}
+  for group in children(rows, toy):
+    left = until - time.time()
+    command = [sys.executable, '-m', 'benchmarks.programs.gpu_rows', f'--until={until}']
+    command += [f'--rows={",".join(map(str, group))}'] + ['--toy'] * toy
+    enough = left >= rows[group[0]].seconds
+    for answer in measured(command, left) if enough else [{'ended': f'left out: {left:.0f} s were left'}]:
+      ended = {i: {'said': answer['ended']} for i in group if i not in found} if 'ended' in answer else {}
+      new = ended or {answer['row']: answer}
+      for i, row in new.items():
+        print(f'{until - time.time():.0f} s left: {rows[i].name}: {json.dumps(row)[:300]}', file=sys.stderr)
+      found |= new
+      if 'device' not in found[0]:
+        raise SystemExit(f'no figures without the card: {found[0]["said"]}')
+      side_by_side.report(TITLE, text(rows, found), write, quiet=True)
+  return found
+
+
+def main() -> None:
+  parser = side_by_side.parser(__doc__, rounds=1)
+  parser.add_argument('--minutes', type=float, default=8.0, help='in which all of it must be done')
+  parser.add_argument('--toy', action='store_true', help='tiny models on the CPU: only that it runs')
+  args = parser.parse_args()
+  rows = TOY if args.toy else ROWS
+  side_by_side.report(TITLE, text(rows, run(rows, args.toy, args.minutes, args.write)), args.write)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,47 @@
+"""`main.py --mode=export` of SOURCE into OUT, its parts timed. For benchmarks/export.py."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import main
+from adapt_jax import exporter
+from adapt_jax.export import formats
+from benchmarks.programs.export_usage import Peak, now, since
+
+_found: dict[str, Any] = {}
+_peak: list[Peak] = []
+
+
+def _timed(owner: Any, name: str, part: str) -> None:
+  """Makes a function say how long it took."""
+  function: Callable[..., Any] = getattr(owner, name)
+
+  def call(*args: Any, **options: Any) -> Any:
+    if not _peak:  # nothing is read before the first
+      _peak.append(Peak())
+    start = now()
+    result = function(*args, **options)
+    _found[part] = since(start)
+    return result
+
+  setattr(owner, name, call)
+
+
+def run(source: str, out: str) -> None:
+  _timed(exporter._Model, 'load', 'read')
+  _timed(formats, 'write_hf', 'write')
+  _timed(formats, 'check', 'check')
+  sys.argv = ['main.py', '--config=configs/base.py', '--mode=export', f'--workdir={out}']
+  sys.argv += [f'--config.model.source={source}', '--config.export.formats=hf']
+  try:
+    main._run()
+  except SystemExit as end:
+    if end.code:
+      raise
+  print(json.dumps(_found | {'anonymous_bytes': _peak[0].bytes()}))
+
+
+if __name__ == '__main__':
+  run(*sys.argv[1:])

@@ -1,0 +1,381 @@
+"""Rows of benchmarks/gpu.py, one after another in this process; a JSON object a line, as each is done.
+
+python -m benchmarks.programs.gpu_rows --rows=0,1 --until=UNIX_SECONDS [--toy]
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_jax import surgery
+from adapt_jax.compile import Compiler
+from adapt_jax.config import from_dict
+from adapt_jax.footprint import forward_flops
+from adapt_jax.generation.generator import Generator, Timings, bucket
+from adapt_jax.importance import Scorer
+from adapt_jax.optim import optimizer
+from adapt_jax.plan import PrunePlan
+from adapt_jax.train import make_step
+from benchmarks.gpu import ROWS, TOY, Row
+from configs import base
+from models import flash, layers, llama
+from models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from models.hf_config import config_to_hf
+
+BF16 = jnp.dtype(jnp.bfloat16)
+
+
+def model(name: str) -> ModelConfig:
+  """The ModelConfig of a row's model."""
+
+  def shape(
+    vocab: int, hidden: int, head: int, n: int, k: int, ffn: int, layers: int, tied: bool
+  ) -> ModelConfig:
+    shapes = (LayerShape(n, k, ffn),) * layers
+    return ModelConfig('llama', vocab, hidden, head, shapes, RopeConfig(5e5), 1e-5, tied, max_position=8192)
+
+  return {
+    '135M': shape(49_152, 576, 64, 9, 3, 1536, 30, True),
+    '1B': shape(128_256, 2048, 64, 32, 8, 8192, 16, True),
+    '3B': shape(128_256, 3072, 128, 24, 8, 8192, 28, True),
+    '8B, 8 of 32 layers': shape(128_256, 4096, 128, 32, 8, 14_336, 8, False),
+    'toy': shape(64, 48, 8, 6, 2, 64, 1, True),
+  }[name]
+
+
+def seconds_of(run: Callable[[], Any], enough: float = 3.0, least: int = 3) -> list[float]:
+  """Of each call, `least` or more, until they are `enough` together; `run` must wait for its result."""
+  found: list[float] = []
+  while len(found) < least or sum(found) < enough:
+    start = time.perf_counter()
+    run()
+    found.append(time.perf_counter() - start)
+  return found
+
+
+def weights(config: ModelConfig, dtype: Any) -> llama.Params:
+  """Random parameters, made on the device leaf by leaf."""
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return (0.02 * jax.random.normal(key, shape)).astype(dtype)
+
+  leaves, structure = jax.tree.flatten(llama.abstract_params(config, dtype))
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  norms = [x.ndim == 1 for x in leaves]
+  made = [
+    jnp.ones_like(x) if norm else draw(key, x.shape) for key, x, norm in zip(keys, leaves, norms, strict=True)
+  ]
+  return jax.tree.unflatten(structure, made)
+
+
+def tokens(row: Row, config: ModelConfig) -> np.ndarray:
+  return np.random.default_rng(0).integers(0, config.vocab_size, (row.rows, row.length)).astype(np.int32)
+
+
+def segments(row: Row) -> np.ndarray:
+  """Four documents a row, int32 [rows, length]."""
+  return np.broadcast_to(1 + np.arange(row.length, dtype=np.int32) * 4 // row.length, (row.rows, row.length))
+
+
+def stats(name: str) -> int:
+  """Of the device's memory, in bytes; 0 where the backend keeps none, as on CPU."""
+  return int((jax.local_devices()[0].memory_stats() or {}).get(name, 0))
+
+
+def card(row: Row, toy: bool) -> dict[str, Any]:
+  """What it is, and its two limits: a large product, and reading and writing memory."""
+  if jax.default_backend() != 'gpu' and not toy:
+    raise SystemExit(
+      "JAX sees no GPU here: pip install 'jax[cuda12]' (or cuda13, by the driver), or add --toy"
+    )
+  size, length = (256, 2**16) if toy else (8192, 2**30)
+  a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+  x = jnp.ones(length, jnp.bfloat16)
+  product, copy = jax.jit(lambda a: a @ a), jax.jit(lambda x: x + 1)
+
+  def rate(fn: Callable[[Any], Any], x: Any, work: float) -> float:
+    def ten() -> None:
+      for _ in range(10):
+        out = fn(x)
+      jax.block_until_ready(out)
+
+    ten()
+    return 10 * work / statistics.median(seconds_of(ten, 0.0 if toy else 1.0))
+
+  return {
+    'device': jax.devices()[0].device_kind,
+    'driver': _driver(),
+    'platform': ' '.join(jax.devices()[0].client.platform_version.split()),
+    'product': rate(product, a, 2.0 * size**3) / 1e12,
+    'bandwidth': rate(copy, x, 4.0 * length) / 1e9,
+  }
+
+
+def _driver() -> str:
+  """Of nvidia-smi: power limit and driver; and cuDNN's package."""
+  found = []
+  with contextlib.suppress(OSError, subprocess.CalledProcessError):
+    asked = ['nvidia-smi', '--query-gpu=driver_version,power.limit', '--format=csv,noheader']
+    driver, power = subprocess.check_output(asked, text=True).splitlines()[0].split(', ')
+    found += [f'driver {driver}', f'limited to {power}']
+  for package in ('nvidia-cudnn-cu12', 'nvidia-cudnn-cu13'):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found.append(f'cuDNN {importlib.metadata.version(package)}')
+  return ', '.join(found)
+
+
+def attention(row: Row, toy: bool) -> dict[str, Any]:
+  """Forward and backward, and how far from fp32 the output and the gradients of the first row are."""
+
+  (N, K, H), (B, T) = row.heads, (row.rows, row.length)
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, k, v, g = (
+    jax.random.normal(key, (B, T, n, H), jnp.bfloat16) for key, n in zip(keys, (N, K, K, N), strict=True)
+  )
+  ids = jnp.asarray(segments(row)) if row.segmented else None
+  taken = flash.takes(q, row.segmented)
+
+  def plain(*args: Any) -> Any:
+    with mock.patch.object(flash, 'takes', return_value=False):
+      return layers.causal_attention(*args)
+
+  def library(q: Any, k: Any, v: Any, ids: Any) -> Any:
+    mask = None if ids is None else (ids[:, :, None] == ids[:, None])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+
+  def both(form: Callable[..., Any], q: Any, k: Any, v: Any, g: Any, ids: Any) -> Any:
+    out, pull = jax.vjp(lambda *x: form(*x, ids), q, k, v)
+    return out, *pull(g)
+
+  first = [x[:1].astype(jnp.float32) for x in (q, k, v, g)]
+  with jax.default_matmul_precision('highest'):
+    exact = jax.jit(lambda *x: both(plain, *x))(*first, None if ids is None else ids[:1])
+  found: dict[str, Any] = {'form': 'cuDNN' if taken else "jax.nn's XLA form"}
+  for name, form in (('plain', plain), ('other', layers.causal_attention if taken else library)):
+    program = jax.jit(lambda *x, form=form: both(form, *x)).lower(q, k, v, g, ids).compile()
+    out = program(q, k, v, g, ids)
+    found[f'{name} errors'] = [
+      float(jnp.abs(a[:1].astype(jnp.float32) - b).max() / jnp.abs(b).max())
+      for a, b in zip(out, exact, strict=True)
+    ]
+    del out
+    run = lambda program=program: jax.block_until_ready(program(q, k, v, g, ids))  # noqa: E731
+    found[name] = seconds_of(run, 0.0 if toy else 0.5)
+    found[f'{name} bytes'] = program.memory_analysis().temp_size_in_bytes
+  return found | {'flops': 3 * 2 * B * T * T * N * H}
+
+
+def training(row: Row, toy: bool) -> dict[str, Any]:
+  """At the row's micro-batch; where memory lacks, with remat, then with a quarter of the rows at once."""
+  most, before = row.micro or row.rows, []
+  for micro, remat in dict.fromkeys([(most, row.remat), (most, True), (max(most // 4, 1), True)]):
+    try:
+      return _training(row, micro, remat, toy) | {'micro': micro, 'remat': remat, 'before': before}
+    except Exception as error:
+      if not out_of_memory(error):
+        raise
+    before.append(f'{micro} rows at once{" with remat" * remat}')
+    gc.collect()
+    jax.clear_caches()
+  raise MemoryError(', '.join(before))
+
+
+def out_of_memory(error: Exception) -> bool:
+  """Ours, XLA's or PyTorch's."""
+  text = str(error).lower()
+  return isinstance(error, MemoryError) or 'resource_exhausted' in text or 'out of memory' in text
+
+
+def _training(row: Row, micro: int, remat: bool, toy: bool) -> dict[str, Any]:
+
+  config, values = model(row.model), base.get_config()
+  values.train.update({'batch': row.rows, 'micro_batch': micro, 'length': row.length, 'remat': remat})
+  options = from_dict(values.to_dict()).train
+  tx = optimizer(options, 1000)
+  params = weights(config, jnp.float32)
+  state = {'params': params, 'optimizer': jax.jit(tx.init)(params)}
+  del params
+  counted = np.ones((row.rows, row.length), bool)
+  batch = [jnp.asarray(x) for x in (tokens(row, config), counted, segments(row))]
+  start = time.perf_counter()
+  step = make_step(config, options, tx, BF16)
+  program = Compiler()('training', step, state, *batch, donate_argnums=(0,))
+  compiled = time.perf_counter() - start
+  plan = program.memory_analysis()
+  planned = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+  if planned > stats('bytes_limit') > 0:
+    raise MemoryError
+
+  def run() -> None:
+    nonlocal state
+    state, metrics = program(state, *batch)
+    losses.append(float(metrics['loss']))
+
+  losses: list[float] = []
+  run()
+  run()
+  found = seconds_of(run, 0.0 if toy else 6.0)
+  return {
+    'seconds': found,
+    'tokens': row.rows * row.length,
+    'flops': 3 * forward_flops(config, row.length),
+    'compile': compiled,
+    'planned': planned,
+    'peak': stats('peak_bytes_in_use'),
+    'losses': [losses[0], losses[-1]],
+  }
+
+
+def scoring(row: Row, toy: bool) -> dict[str, Any]:
+
+  config = model(row.model)
+  plan = PrunePlan.dense(config)
+  stacked = jax.jit(lambda params: surgery.stack(params, plan, BF16))(weights(config, BF16))
+  ids = jnp.asarray(tokens(row, config))
+  start = time.perf_counter()
+  program = Compiler()('scoring', Scorer(config, micro_batch=row.micro or row.rows, dtype=BF16), stacked, ids)
+  compiled = time.perf_counter() - start
+  run = lambda: jax.device_get(program(stacked, ids))  # noqa: E731
+  run()
+  return {
+    'seconds': seconds_of(run, 0.0 if toy else 3.0),
+    'tokens': ids.size,
+    'flops': 3 * forward_flops(config, row.length),
+    'compile': compiled,
+    'peak': stats('peak_bytes_in_use'),
+  }
+
+
+def peer_scores(net: Any, ids: Any, micro: int) -> list[Any]:
+  """[kv [L, K], ffn [L, F], distance [L]] of a transformers model, on the host; its gradients are freed."""
+  import torch
+
+  distance = torch.zeros(len(net.model.layers), device=ids.device)
+
+  def hook(i: int) -> Callable[..., None]:
+    def measure(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+      x = args[0] if args else kwargs['hidden_states']
+      y = output[0] if isinstance(output, tuple) else output
+      distance[i] -= torch.nn.functional.cosine_similarity(x.detach().float(), y.detach().float(), -1).sum()
+
+    return measure
+
+  hooks = [x.register_forward_hook(hook(i), with_kwargs=True) for i, x in enumerate(net.model.layers)]
+  for part in ids.split(micro):
+    (net(input_ids=part, labels=part, use_cache=False).loss * len(part) / len(ids)).backward()
+  for handle in hooks:
+    handle.remove()
+  kv, ffn, K = [], [], net.config.num_key_value_heads
+  for layer in net.model.layers:
+    a, m = layer.self_attn, layer.mlp
+    q, k, v, o, gate, up, down = (
+      (x.weight.float() * x.weight.grad.float()).abs()
+      for x in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
+    )
+    kv.append(sum(x.reshape(K, -1).sum(1) for x in (q, k, v)) + o.sum(0).reshape(K, -1).sum(1))
+    ffn.append(gate.sum(1) + up.sum(1) + down.sum(0))
+  net.zero_grad(set_to_none=True)
+  return [x.detach().cpu() for x in (torch.stack(kv), torch.stack(ffn), distance / ids.numel())]
+
+
+def peer(row: Row, toy: bool) -> dict[str, Any]:
+  try:
+    import torch
+    import transformers
+  except ImportError:
+    return {'said': 'no PyTorch here'}
+  if not (toy or torch.cuda.is_available()):
+    return {'said': 'no PyTorch with CUDA here'}
+
+  config, device = model(row.model), 'cpu' if toy else 'cuda'
+  with torch.device(device):
+    raw = transformers.LlamaConfig(**config_to_hf(config))
+    net = transformers.AutoModelForCausalLM.from_config(raw, dtype=torch.bfloat16).eval()
+  ids = torch.as_tensor(tokens(row, config), device=device).long()
+  run = lambda: peer_scores(net, ids, row.micro or row.rows)  # noqa: E731
+  run()
+  found = seconds_of(run, 0.0 if toy else 3.0)
+  peak = 0 if toy else torch.cuda.max_memory_allocated()
+  return {'seconds': found, 'tokens': ids.numel(), 'peak': peak, 'torch': torch.__version__}
+
+
+def generation(row: Row, toy: bool) -> dict[str, Any]:
+
+  config = model(row.model)
+  generator = Generator(config, weights(config, BF16), compiler=Compiler(), dtype=BF16, max_batch=row.rows)
+  prompts = tokens(row, config).tolist()
+  generator.generate(prompts, row.new)
+  compiled, prefill, decode = generator.timings.compile_seconds, [], []
+
+  def run() -> None:
+    generator.timings = Timings()
+    generator.generate(prompts, row.new)
+    prefill.append(generator.timings.prefill_rate)
+    decode.append(generator.timings.decode_rate)
+
+  seconds_of(run, 0.0 if toy else 5.0)
+  slots = bucket(row.length) + bucket(row.new)
+  cache = sum(4 * row.rows * slots * s.num_kv_heads * config.head_dim for s in config.layers)
+  return {
+    'prefill': prefill,
+    'decode': decode,
+    'flops': forward_flops(config, row.length),
+    'bytes': 2 * count_params(config) + cache,  # read for one token of every row
+    'compile': compiled,
+    'peak': stats('peak_bytes_in_use'),
+  }
+
+
+KINDS: dict[str, Callable[[Row, bool], dict[str, Any]]] = {
+  'card': card,
+  'attention': attention,
+  'training': training,
+  'scoring': scoring,
+  'scoring by PyTorch': peer,
+  'generation': generation,
+}
+
+
+def measure(row: Row, toy: bool, until: float) -> dict[str, Any]:
+  """The row's figures, or what is said instead of them."""
+  left = until - time.time()
+  if left < row.seconds:
+    return {'said': f'left out: {left:.0f} s were left'}
+  try:
+    return KINDS[row.kind](row, toy)
+  except Exception as error:
+    if out_of_memory(error):
+      return {'said': 'out of memory' + f' ({error})' * isinstance(error, MemoryError)}
+    last = str(error).strip().splitlines()[:1]
+    return {'said': f'failed: {type(error).__name__}: {"".join(last)[:200]}'}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--rows', required=True)
+  parser.add_argument('--until', type=float, required=True)
+  parser.add_argument('--toy', action='store_true')
+  args = parser.parse_args()
+  rows = TOY if args.toy else ROWS
+  for index in map(int, args.rows.split(',')):
+    found = measure(rows[index], args.toy, args.until)
+    print(json.dumps({'row': index} | found), flush=True)
+    gc.collect()
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,119 @@
+"""Evaluation and generation in adapt-jax: DIRECTORY SETTINGS (JSON). For benchmarks/inference.py."""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_jax.compile import Compiler
+from adapt_jax.data.windows import Blocks
+from adapt_jax.evaluation.perplexity import Evaluator
+from adapt_jax.generation.generator import Generator, Timings
+from adapt_jax.inputs import load_source
+from models.config import ModelConfig, count_params
+from models.source import open_source
+
+
+def random_ids(vocab: int, rows: int, length: int) -> np.ndarray:
+  """The same for every program: [rows, length]."""
+  return np.random.default_rng(rows * length).integers(0, vocab, (rows, length)).astype(np.int32)
+
+
+def flops(config: ModelConfig, length: int, head_tokens: int) -> float:
+  """Of one row's forward pass: two a weight and token, causal attention, the head where it is needed."""
+  head = config.vocab_size * config.hidden_size
+  body = count_params(config) - head * (1 if config.tie_embeddings else 2)
+  queries = sum(shape.num_heads for shape in config.layers) * config.head_dim
+  return 2.0 * (body * length + head * head_tokens + queries * length * length)
+
+
+def peaks(dtype: Any, size: int) -> dict[str, float]:
+  """GFLOP/s of one big product with an fp32 result, GB/s of reading a big array."""
+
+  def best(work: Callable[..., Any], *args: Any) -> float:
+    program, found = jax.jit(work), []
+    jax.block_until_ready(program(*args))
+    for _ in range(5):
+      start = time.perf_counter()
+      jax.block_until_ready(program(*args))
+      found.append(time.perf_counter() - start)
+    return min(found)
+
+  a = jnp.ones((size, size), dtype)
+  seconds = best(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32), a, a)
+  big = jnp.ones(size * size * 16, jnp.float32)
+  return {'gflops': 2e-9 * size**3 / seconds, 'read_gbs': 1e-9 * big.nbytes / best(jnp.sum, big)}
+
+
+def evaluate(config: ModelConfig, params: Any, dtype: Any, s: dict[str, Any]) -> dict[str, Any]:
+  """Tokens/s of the perplexity of windows, the loss, seconds compiled."""
+  tokens = random_ids(config.vocab_size, s['windows'], s['window'])
+  targets = np.ones(tokens.shape, bool)
+  targets[:, 0] = False
+  evaluator = Evaluator(Blocks(tokens, targets, 1), s['batch'], compiler=Compiler(), dtype=dtype)
+  seconds = []
+  for _ in range(1 + s['repeats']):
+    start = time.perf_counter()
+    perplexity = evaluator.perplexity(config, params, 'evaluation')
+    seconds.append(time.perf_counter() - start)
+  usual = statistics.median(seconds[1:])
+  return {
+    'evaluation': tokens.size / usual,
+    'loss': float(np.log(perplexity)),
+    'evaluation_compile': seconds[0] - usual,
+  }
+
+
+def generate(config: ModelConfig, params: Any, dtype: Any, s: dict[str, Any], rows: int) -> dict[str, float]:
+  """Tokens/s of prefill and of decoding with so many rows, seconds compiled."""
+  generator = Generator(config, params, compiler=Compiler(), dtype=dtype, max_batch=rows)
+  prompts = random_ids(config.vocab_size, rows, s['prompt']).tolist()
+  prefill, decode = [], []
+  generator.generate(prompts, s['new'])
+  compiled = generator.timings.compile_seconds
+  for _ in range(s['repeats']):
+    generator.timings = Timings()
+    generator.generate(prompts, s['new'])
+    prefill.append(generator.timings.prefill_rate)
+    decode.append(generator.timings.decode_rate)
+  return {
+    f'prefill_{rows}': statistics.median(prefill),
+    f'decode_{rows}': statistics.median(decode),
+    f'generate_{rows}_compile': compiled,
+  }
+
+
+def limits(config: ModelConfig, dtype: Any, s: dict[str, Any]) -> dict[str, float]:
+  """What one unit of each figure costs: FLOPs a token, and bytes read a decoding step of all rows."""
+  found = {'evaluation_flops': flops(config, s['window'], s['window']) / s['window']}
+  weights = count_params(config) * dtype.itemsize
+  if not config.tie_embeddings:  # of its table only the tokens' rows are read
+    weights -= config.vocab_size * config.hidden_size * dtype.itemsize
+  heads = sum(shape.num_kv_heads for shape in config.layers)
+  for rows in s['rows']:
+    context = s['prompt'] + s['new'] / 2
+    found[f'prefill_{rows}_flops'] = flops(config, s['prompt'], 1) / s['prompt']
+    found[f'decode_{rows}_flops'] = flops(config, 1, 1)
+    found[f'decode_{rows}_bytes'] = weights + rows * 2 * heads * config.head_dim * context * dtype.itemsize
+  return found
+
+
+def main(directory: str, settings: str) -> None:
+  s = json.loads(settings)
+  dtype, source = jnp.dtype(s['dtype']), open_source(directory)
+  config, params = source.config, load_source(source, dtype)
+  answer: dict[str, Any] = peaks(dtype, s['peak']) | limits(config, dtype, s)
+  answer |= evaluate(config, params, dtype, s)
+  for rows in s['rows']:
+    answer |= generate(config, params, dtype, s, rows)
+  print(json.dumps(answer))
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

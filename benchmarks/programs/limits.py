@@ -1,0 +1,47 @@
+"""What this machine can do at most: one big product in fp32 and bfloat16, and memory. Prints JSON."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def best_seconds(work: Callable[..., Any], *args: Any) -> float:
+  """Of ten calls."""
+  program = jax.jit(work)
+  jax.block_until_ready(program(*args))
+  found = []
+  for _ in range(10):
+    start = time.perf_counter()
+    jax.block_until_ready(program(*args))
+    found.append(time.perf_counter() - start)
+  return min(found)
+
+
+def gflops(dtype: Any, size: int = 1024) -> float:
+  """Of a square product with fp32 sums, GFLOP/s."""
+  a, b = (jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype) for _ in range(2))
+
+  def eight(a: jax.Array, b: jax.Array) -> list[jax.Array]:
+    return [jnp.dot(a + i, b, preferred_element_type=jnp.float32) for i in range(8)]
+
+  return 8 * 2 * size**3 / best_seconds(eight, a, b) / 1e9
+
+
+def gigabytes_per_second(megabytes: int = 512) -> float:
+  """Read and written, of one elementwise pass over an array."""
+  x = jnp.zeros(megabytes * 250_000, jnp.float32)
+  return 2 * x.nbytes / best_seconds(lambda x: x + 1, x) / 1e9
+
+
+def main() -> None:
+  limits = {'float32': gflops(jnp.float32), 'bfloat16': gflops(jnp.bfloat16)}
+  print(json.dumps(limits | {'gigabytes_per_second': gigabytes_per_second()}))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,32 @@
+"""Stages, tokens and training FLOPs of published recipes, from shapes. For benchmarks/compile_time.py.
+
+python -m benchmarks.programs.recipe_arithmetic '{"mobilellm_350m_to_125m": {"layers": 32, ...}}'
+"""
+
+import json
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+
+from adapt_jax.config import from_dict
+from adapt_jax.footprint import Footprint, stage_configs
+from adapt_jax.train import stage_steps
+from benchmarks.programs.compile_stage import dense_config
+from configs import published
+
+
+def arithmetic(recipe: str, shape: dict[str, Any]) -> dict[str, float]:
+  """FLOPs of all training, each stage at its own widths (all layers alike: their sum decides)."""
+  options = from_dict(published.get_config(recipe).to_dict())
+  t, dense = options.train, dense_config(shape)
+  footprint = Footprint(options, dense, jnp.bfloat16)
+  ends = [0, *stage_steps(t, options.prune.stages)]
+  stages = stage_configs(options, dense)
+  tokens = [(b - a) * t.batch * t.length for a, b in zip(ends, ends[1:], strict=False)]
+  flops = sum(n * footprint.training_flops(config) for n, config in zip(tokens, stages, strict=True))
+  return {'stages': len(stages), 'tokens': sum(tokens), 'flops': flops}
+
+
+if __name__ == '__main__':
+  print(json.dumps({name: arithmetic(name, shape) for name, shape in json.loads(sys.argv[1]).items()}))

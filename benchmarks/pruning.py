@@ -1,0 +1,125 @@
+"""CPU time and peak memory of pruning by the paper's method, beside PyTorch's.
+
+    python -m benchmarks.pruning [--steps=15] [--rounds=1] [--write]
+
+SmolLM2-135M-Instruct, 128 x 64 calibration tokens, Taylor scores, to 110.6 million parameters in 15 steps:
+our whole program from the stored weights to the export, compilation included and nothing from the cache of
+programs, in fp32 and in bfloat16. The peer is written as a PyTorch user would: the transformers model,
+autograd, one forward pass with hooks and one backward; it loads, prunes and saves. Whole processes; about
+twenty minutes on two cores.
+"""
+
+import json
+import pathlib
+import shutil
+import statistics
+import sys
+
+from benchmarks import side_by_side, subjects
+from benchmarks.side_by_side import Run, ratio, spread
+
+TOKENS = 128 * 64
+# Parameters before, and what the authors' program had left after 15 steps.
+DENSE, LEFT = 134_515_008, 110_602_944
+# That program for the same 15 steps, one thread of another machine (its log): CPU seconds, GB.
+AUTHORS = 902, 8.06
+
+
+def ours(workdir: pathlib.Path, dtype: str, steps: int) -> list[str]:
+  """Our program, to what the paper's schedule leaves after so many steps."""
+  target = DENSE - round(steps * (DENSE - LEFT) / 15)
+  fields = {
+    'model.source': subjects.GGUF,
+    'model.dtype': dtype,
+    'prune.target': target,
+    'prune.calibration.source': 'data/sotu/train',
+    'prune.calibration.samples': 128,
+    'prune.calibration.length': 64,
+    'prune.calibration.batch': 16,
+    'export.dtype': 'float32',
+  }
+  flags = [f'--config.{name}={value}' for name, value in fields.items()]
+  return [
+    sys.executable,
+    'main.py',
+    '--config=configs/adapt.py',
+    '--mode=prune',
+    f'--workdir={workdir}',
+    *flags,
+  ]
+
+
+def check_steps(workdir: pathlib.Path, steps: int) -> None:
+  """SystemExit unless our program has taken as many steps as the peer."""
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  if (taken := max(line['step'] for line in lines if 'layer_importance' in line)) != steps:
+    raise SystemExit(f'ours took {taken} steps, PyTorch {steps}')
+
+
+def table(runs: dict[str, list[Run]]) -> str:
+  peer = runs['torch float32']
+  lines = [
+    '| program | CPU s | ratio | wall s | ratio | peak GB | ratio | parameters |',
+    '|---|---|---|---|---|---|---|---|',
+  ]
+  for name, found in runs.items():
+    cells = []
+    for get in (
+      lambda run: run.cpu_seconds,
+      lambda run: run.seconds,
+      lambda run: run.peak_bytes / 1e9,
+    ):
+      mine, theirs = [get(r) for r in found], [get(r) for r in peer]
+      cells += [spread(mine), ratio(mine, theirs) if found is not peer else '1']
+    lines.append(f'| {name} | {" | ".join(cells)} | {found[0].answer["parameters"]:,} |')
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  parser = side_by_side.parser(__doc__, rounds=1)
+  parser.add_argument('--steps', type=int, default=15)
+  args = parser.parse_args()
+  dense, out = subjects.dense(), subjects.OUT / 'pruning'
+  limits = side_by_side.run([sys.executable, 'benchmarks/programs/limits.py']).answer
+  runs: dict[str, list[Run]] = {'ours float32': [], 'torch float32': [], 'ours bfloat16': []}
+  for _ in range(args.rounds):
+    shutil.rmtree(out, ignore_errors=True)
+    commands = {
+      'ours float32': ours(out / 'float32', 'float32', args.steps),
+      'torch float32': [
+        sys.executable, 'benchmarks/programs/prune_torch.py', str(dense), str(args.steps), str(out / 'torch')
+      ],
+      'ours bfloat16': ours(out / 'bfloat16', 'bfloat16', args.steps),
+    }  # fmt: skip
+    for name, found in side_by_side.in_turn(commands, 1).items():
+      workdir = out / name.split()[1]
+      if name.startswith('ours'):
+        check_steps(workdir, args.steps)
+        found[0].answer['parameters'] = subjects.parameters(workdir / 'hf')
+      runs[name] += found
+  shutil.rmtree(out, ignore_errors=True)
+  flops = args.steps * TOKENS * scoring_flops(dense)
+  floors = ', '.join(f'{flops / limits[d] / 1e9:,.0f} s in {d}' for d in ('float32', 'bfloat16'))
+  cpu = statistics.median(r.cpu_seconds for r in runs['ours float32'])
+  memory = statistics.median(r.peak_bytes for r in runs['ours float32']) / 1e9
+  text = (
+    f'{args.steps} steps of 128 x 64 tokens, median (range) of {args.rounds} rounds; ratios to PyTorch in '
+    f'fp32. Limits: {flops / 1e12:,.0f} TFLOP (layers forward twice and backward, so that not more than one '
+    "layer's gradient is held; the head without its weight's gradient), "
+    f'{floors} on all cores; the weights are {4 * subjects.parameters(dense) / 1e9:.2f} GB, held twice '
+    f'while scoring.\n\n{table(runs)}\n\n'
+    f"The authors' program took {AUTHORS[0] / 15:.0f} CPU seconds a step (one thread, another machine, Xeon "
+    f'with AMX) and {AUTHORS[1]} GB: ours {cpu / args.steps / (AUTHORS[0] / 15):.2f} of its time, across '
+    f'machines, and {memory / AUTHORS[1]:.2f} of its memory.'
+  )
+  side_by_side.report('Pruning', text, args.write)
+
+
+def scoring_flops(directory: pathlib.Path) -> float:
+  """A token's, of one scoring pass: layers forward twice and backward, the head forward and half backward."""
+  head = 2.0 * subjects.head_weights(directory)
+  return 4 * (subjects.forward_flops(directory, 64) - head) + 2 * head
+
+
+if __name__ == '__main__':
+  main()
