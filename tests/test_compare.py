@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -16,10 +17,12 @@ import pytest
 import runs
 
 import main
-from adapt_jax import accel, compare, compare_report
+from adapt_jax import accel, compare
 from adapt_jax.config import from_dict
-from adapt_jax.evaluate import Evaluator
+from adapt_jax.evaluation.perplexity import Evaluator
+from adapt_jax.preemption import Preempted
 from adapt_jax.prune import Pruner
+from adapt_jax.reports import comparison_page
 from adapt_jax.workdir import Workdir
 from configs import ablations, methods_table
 from models.errors import InputError
@@ -225,10 +228,20 @@ def test_a_failed_cell_is_told_and_tried_again_and_does_not_stop_the_rest(
   assert not list(path.rglob('error.txt')) and 'failed' not in (path / 'compare.md').read_text()
 
 
-def test_an_interrupt_stops_the_grid(files, tmp_path, monkeypatch):
-  break_cells(monkeypatch, KeyboardInterrupt())
-  with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize('error', [KeyboardInterrupt, Preempted])
+def test_what_stops_the_grid_is_no_failure_of_a_cell(files, tmp_path, monkeypatch, error):
+  break_cells(monkeypatch, error())
+  with pytest.raises(error):
     start(make_config(files, SMALL), tmp_path / 'out')
+  assert not list(tmp_path.rglob('error.txt'))
+
+
+def test_a_full_disk_stops_the_grid(files, tmp_path, monkeypatch):
+  """No other cell could write either, nor this one its error.txt."""
+  break_cells(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+  with pytest.raises(OSError, match='No space left'):
+    start(make_config(files, SMALL), tmp_path / 'out')
+  assert not list(tmp_path.rglob('error.txt'))
 
 
 @pytest.mark.slow
@@ -357,10 +370,10 @@ def test_words_and_wide_numbers_stand_evenly_on_the_plot():
     ]
     model = {'source': 'a', 'params_before': 20}
     base = {'model': model, 'fields': [field], 'x': field, 'over': 'seed', 'recover': False, 'cells': cells}
-    return compare_report.with_groups(base)
+    return comparison_page.with_groups(base)
 
   for field, values in (('prune.method', ('a', 'b', 'c')), ('prune.calibration.samples', (8, 64, 512))):
-    chart = ElementTree.fromstring(compare_report.plots(report(field, values))['perplexity.svg'])
+    chart = ElementTree.fromstring(comparison_page.plots(report(field, values))['perplexity.svg'])
     xs = [float(dot.attrib['cx']) for dot in chart.iter('circle')]
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.1)
     assert {str(v) for v in values} <= {text.text for text in chart.iter('text')}
@@ -373,12 +386,12 @@ def test_a_broken_model_does_not_flatten_the_plots(finished):
     if cell['values']['prune.method'] == 'magnitude':
       cell['perplexity_pruned'] = 1e9
   dense = report['cells'][0]['perplexity_dense']
-  chart = compare_report.plots(compare_report.with_groups(report))['perplexity.svg']
+  chart = comparison_page.plots(comparison_page.with_groups(report))['perplexity.svg']
   assert f'(up to {20 * dense:,.0f})' in chart and '1e+09' in chart
   heights = {float(y) for y in re.findall(r'<circle class="dot fill1"[^>]* cy="([\d.]+)"', chart)}
   others = {float(y) for y in re.findall(r'<circle class="dot fill0"[^>]* cy="([\d.]+)"', chart)}
   assert len(heights) == 1 and max(heights) < 60 and min(others) > 100
   report = copy.deepcopy(finished[1])
-  assert 'up to' not in compare_report.plots(report)['perplexity.svg']
+  assert 'up to' not in comparison_page.plots(report)['perplexity.svg']
   report['groups'][0]['perplexity'][2] = 1e9  # of the range alone
-  assert '(up to' in compare_report.plots(report)['perplexity.svg']
+  assert '(up to' in comparison_page.plots(report)['perplexity.svg']

@@ -17,20 +17,24 @@ MAX_LINES = 400
 
 # Layers of adapt_jax from the top; a module may import its own layer and those below.
 LAYERS = (
-  {'accel', 'compare', 'convert', 'sensitivity'},
+  {'bench', 'compare', 'evaluate', 'exporter', 'footprint', 'generate', 'sensitivity'},
+  {'accel'},
   {'run_state'},
+  {'prune', 'train', 'evaluation', 'generation', 'inputs', 'checkpoint', 'export'},
   {
-    'prune', 'train', 'evaluate', 'inputs', 'checkpoint', 'export', 'report', 'report_html',
-    'compare_report', 'sensitivity_report',
-  },
-  {
-    'importance', 'allocate', 'surgery', 'plan', 'loss', 'optim', 'data', 'documents', 'metrics',
-    'config', 'compile', 'progress', 'workdir', 'charts', 'tensorboard', 'methods', 'scores', 'obs',
-    'compensate', 'grid', 'sharing',
+    'importance', 'allocate', 'surgery', 'plan', 'loss', 'optim', 'data', 'metrics', 'config', 'compile',
+    'config_values', 'progress', 'workdir', 'methods', 'scores', 'obs', 'compensate', 'grid', 'preemption',
+    'memo', 'sharding', 'runtimes', 'distributed', 'reports',
   },
 )  # fmt: skip
 PICKLES = {'pickle', 'cloudpickle', 'dill', 'shelve', 'joblib'}  # loading one runs code
-NO_JAX = ('adapt_jax/allocate.py', 'adapt_jax/grid.py', 'adapt_jax/plan.py', 'adapt_jax/methods/__init__.py')
+NO_JAX = (
+  'adapt_jax/allocate.py',
+  'adapt_jax/grid.py',
+  'adapt_jax/plan.py',
+  'adapt_jax/runtimes.py',
+  'adapt_jax/methods/__init__.py',
+)
 TOKENIZER_FILES = ('models/source.py', 'models/gguf_tokenizer.py')
 
 SOURCES = {
@@ -114,7 +118,8 @@ def test_heavy_imports_have_one_place() -> None:
   assert within(importers('transformers'), *TOKENIZER_FILES)
   assert within(importers('ml_collections'), 'main.py', 'configs/')
   assert not importers('torch')
-  assert within(importers('tensorboard'), 'adapt_jax/tensorboard.py')
+  assert within(importers('tensorboard'), 'adapt_jax/reports/tensorboard.py')
+  assert within(importers('lm_eval'), 'adapt_jax/evaluation/')
 
 
 @pytest.mark.parametrize('name', NO_JAX)
@@ -131,7 +136,8 @@ def test_planning_never_reaches_jax(name: str) -> None:
 
 def test_third_party_imports_are_declared() -> None:
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-  lines = project['dependencies'] + project['optional-dependencies']['tensorboard']
+  extras = project['optional-dependencies']
+  lines = project['dependencies'] + extras['tensorboard'] + extras['eval']
   declared = {re.split(r'[\[<>=~]', line)[0].replace('_', '-').lower() for line in lines}
   ours = {name.split('/')[0].removesuffix('.py') for name in SOURCES}
   used = {i.split('.')[0] for name in OURS for i in imports(SOURCES[name])} - sys.stdlib_module_names - ours

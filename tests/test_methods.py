@@ -34,14 +34,15 @@ def make_config(layers=8, shapes=None, tie=True):
 
 
 def make_method(name, config, **fields):
-  defaults = {'steps': 50, 'ratio': 1.0, 'amplitude': 0.02, 'align_ffn': 1, 'compat': ''}
+  defaults = {'steps': 50, 'ratio': 1.0, 'amplitude': 0.02, 'align_kv': 1, 'align_ffn': 1, 'compat': ''}
   return METHODS[name](config, types.SimpleNamespace(**(defaults | fields)))
 
 
 def random_scores(config, seed=0):
   rng = np.random.default_rng(seed)
   scale = np.exp(rng.normal(size=(config.num_layers, 1)))  # layers differ in scale, as real ones do
-  columns = rng.random((config.num_layers, KV, G, HEAD)) * scale[:, :, None, None]
+  kv = config.layers[0].num_kv_heads
+  columns = rng.random((config.num_layers, kv, G, HEAD)) * scale[:, :, None, None]
   ffn = rng.random((config.num_layers, FFN)) * scale
   distance = rng.uniform(-1, -0.3, config.num_layers)
   return Scores(columns.sum((2, 3)), ffn, distance, np.float32(1), columns)
@@ -53,6 +54,18 @@ def run(method, config, state, target):
   while states[-1].plan.params(config) > target:
     states.append(method.step(random_scores(config, len(states)), states[-1], target))
   return states
+
+
+@pytest.mark.parametrize('name', PROGRESSIVE + ONE_SHOT)
+def test_kv_heads_stay_multiples_too(name):
+  """So that a tensor axis divides them; a layer keeps one such block."""
+  config = make_config(shapes=(LayerShape(4 * G, 4, FFN),) * 14)
+  method = make_method(name, config, align_kv=2, align_ffn=4)
+  for target in (int(0.8 * count_params(config)), method.smallest()):
+    plan = run(method, config, PruneState.start(config), target)[-1].plan
+    assert set(plan.kv_widths) <= {2, 4} and not (plan.ffn_widths % 4).any()
+    assert plan.params(config) <= target
+  assert 2 in plan.kv_widths
 
 
 @pytest.mark.parametrize('align', [1, 8])

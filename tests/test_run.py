@@ -1,19 +1,15 @@
-"""The main job end to end on a tiny model: report, compiles, bits, resume after a kill."""
+"""The main job end to end on a tiny model: report, compiles, bits, resume."""
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
 import runs
 from safetensors.numpy import load_file, save_file
 
-from adapt_jax import accel, convert, evaluate
+from adapt_jax import accel, evaluate
 from adapt_jax.config import from_dict
 from adapt_jax.prune import Pruner
 from adapt_jax.workdir import Workdir
@@ -31,7 +27,7 @@ def start(config, path, mode='accel'):
   options = from_dict(config.to_dict())
   if mode == 'prune':
     options = dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
-  workdir = Workdir(str(path), {'mode': mode, 'config': dataclasses.asdict(options)})
+  workdir = Workdir(str(path), {'mode': mode, 'config': options.identity()})
   workdir.check()
   accel.run(options, workdir, 'python main.py')
   return json.loads(workdir.report.read_text())
@@ -150,44 +146,25 @@ def test_finished_run_started_again_does_nothing(finished, files, capsys):
   assert {p: p.stat().st_mtime_ns for p in path.rglob('*')} == before
 
 
+def test_what_changes_memory_or_forms_alone_is_no_part_of_a_runs_identity(files):
+  """A run may go on with other devices, smaller batches at once there, and other forms of its result."""
+  config = runs.make_config(files)
+  before = from_dict(config.to_dict()).identity()
+  config.mesh.update(data=2, fsdp=1)
+  config.train.update(micro_batch=1, remat=True, save_every=1)
+  config.prune.calibration.batch = config.evaluate.batch = 1
+  config.data.cache = str(files / 'elsewhere')
+  config.export.update(formats=('gguf',), gguf_types=('F16',))
+  assert from_dict(config.to_dict()).identity() == before
+  config.train.batch = 2
+  assert from_dict(config.to_dict()).identity() != before
+
+
 def test_another_config_in_the_same_workdir_is_refused(finished, files):
   path, _ = finished
   result = runs.main(files, path, '--config.train.lr=0.5')
   assert result.returncode == 2
   assert 'train.lr' in result.stderr and '0.5' in result.stderr and len(result.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-  'moment', ['the first scoring', 'compensation', 'scoring', 'training', 'between stages']
-)
-def test_killed_run_continues_to_the_same_bits(finished, files, tmp_path, moment):
-  """SIGKILL when metrics.jsonl shows the moment; the same command then ends with the same bits."""
-  path, first_target = tmp_path / 'out', finished[1]['schedule']['targets'][0]
-  process = subprocess.Popen(runs.command(files, path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-  def reached() -> bool:
-    metrics = path / 'metrics.jsonl'
-    lines = [json.loads(x) for x in metrics.read_text().splitlines()] if metrics.exists() else []
-    return {
-      'the first scoring': sum(x['event'] == 'prune' and x['stage'] == 1 for x in lines) >= 2,
-      'compensation': any(x['event'] == 'prune' and x['params'] <= first_target for x in lines),
-      'scoring': sum(x['event'] == 'prune' and x['stage'] == 2 for x in lines) >= 2,
-      'training': any(x['event'] == 'train' and x['step'] >= 9 for x in lines),
-      'between stages': any(x['event'] == 'evaluate' and x['of'] == 'stage 1 recovered' for x in lines),
-    }[moment]
-
-  deadline = time.monotonic() + 300
-  while not reached():
-    assert process.poll() is None, 'the run ended before the moment came'
-    assert time.monotonic() < deadline
-    time.sleep(0.002)
-  os.kill(process.pid, signal.SIGKILL)
-  process.wait()
-  assert not (path / 'report.json').exists()
-  result = runs.main(files, path)
-  assert result.returncode == 0, result.stderr
-  assert 'resuming' in result.stdout
-  runs.assert_same_end(path, finished[0])
 
 
 def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(files, tmp_path):
@@ -201,24 +178,22 @@ def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(files, tmp
   assert not (tmp_path / 'out/hf').exists() and not (tmp_path / 'out/report.json').exists()
 
 
-def test_distillation_and_accumulation_and_remat_run(files, tmp_path):
+def test_distillation_and_accumulation_and_remat_run_on_chats_and_text(files, tmp_path):
+  """Of a tokenizer without a template, whose export then has the one that the run was trained with."""
   config = runs.make_config(files)
+  shutil.copytree(files / 'model', tmp_path / 'base')
+  (tmp_path / 'base/chat_template.jinja').unlink()
+  config.model.source, config.data.chat_template = str(tmp_path / 'base'), 'plain'
+  lines = (files / 'train.txt').read_text().splitlines()[:300]
+  rows = [json.dumps({'instruction': 'the union?', 'output': line}) for line in lines]
+  (tmp_path / 'chats.jsonl').write_text('\n'.join(rows))
+  config.train.source = (str(tmp_path / 'chats.jsonl'), str(files / 'train.txt'))
+  config.train.weights = (3.0, 1.0)
   config.prune.stages, config.train.micro_batch, config.train.remat = 1, 2, True
   config.train.distill.alpha = 0.5
   report = start(config, tmp_path / 'out')
   assert report['perplexity']['recovered'] < report['perplexity']['pruned']
-
-
-def test_convert_keeps_every_bit(files, tmp_path):
-  config = runs.make_config(files)
-  config.model.source = str(files / 'bfloat16')
-  options = from_dict(config.to_dict())
-  convert.run(options, Workdir(str(tmp_path / 'out'), {}), '')
-  a = load_file(files / 'bfloat16/model.safetensors')
-  b = load_file(tmp_path / 'out/hf/model.safetensors')
-  assert a.keys() == b.keys()
-  for name in a:
-    assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
+  assert "'Assistant: '" in open_source(str(tmp_path / 'out/hf')).load_tokenizer().chat_template
 
 
 def test_bfloat16_compute_trains_fp32_master_weights(files, tmp_path):

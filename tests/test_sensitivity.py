@@ -19,8 +19,8 @@ import runs
 from adapt_jax import sensitivity, surgery
 from adapt_jax.compile import Compiler
 from adapt_jax.config import from_dict
-from adapt_jax.data import Blocks
-from adapt_jax.evaluate import Evaluator
+from adapt_jax.data.windows import Blocks
+from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.inputs import prepare
 from adapt_jax.plan import PrunePlan, keep_best
 from adapt_jax.prune import Pruner
