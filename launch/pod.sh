@@ -6,10 +6,13 @@
 set -u
 workdir=$1
 shift
-stopped=
+stopped= child=
+trap 'stopped=1; ${child:+kill -TERM "$child"}' TERM
 "${PYTHON:-python}" main.py --workdir="$workdir" "$@" &
 child=$!
-trap 'stopped=1; kill -TERM "$child"' TERM
+if [[ $stopped ]]; then # before there was a child to tell
+  kill -TERM "$child"
+fi
 wait "$child"
 code=$?
 while [[ $stopped ]]; do # the signal ended the wait, not the child

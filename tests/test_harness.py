@@ -24,6 +24,7 @@ from adapt_jax.workdir import Workdir
 from models.errors import InputError
 from models.source import open_source
 
+pytestmark = pytest.mark.usefixtures('code_cache')
 LONGEST = 64  # tokens that the tiny model sees at once: some questions and texts are longer
 
 

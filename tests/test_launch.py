@@ -139,7 +139,12 @@ def test_a_pod_succeeds_only_at_the_end(tmp_path, run, code):
 
 
 def test_a_pod_passes_sigterm_on_and_waits(tmp_path):
-  """The child saves for a while after the signal; the pod must not end before it."""
+  """The child saves for a while after the signal; the pod must not end before it.
+
+  However late the shell comes to set its traps.
+  """
+  slow = tmp_path / 'slow'
+  slow.write_text('[[ $0 != *pod.sh ]] || trap() { sleep 0.3; builtin trap "$@"; }\n')
   python = write_program(
     tmp_path / 'stand-in',
     '#!/usr/bin/env bash\n'
@@ -148,7 +153,8 @@ def test_a_pod_passes_sigterm_on_and_waits(tmp_path):
     'while true; do sleep 0.05; done\n',
   )
   pod = subprocess.Popen(
-    ['bash', LAUNCH / 'pod.sh', tmp_path / 'out'], env=os.environ | {'PYTHON': str(python)}
+    ['bash', LAUNCH / 'pod.sh', tmp_path / 'out'],
+    env=os.environ | {'PYTHON': str(python), 'BASH_ENV': str(slow)},
   )
   while not (tmp_path / 'started').exists():
     assert pod.poll() is None
