@@ -1,13 +1,16 @@
 """Four simulated devices for tests of sharding; without a mesh all else runs on the first, as on a laptop.
 
-And one place for the code of exports, one for compiled programs.
+And one place for the code of exports, one for compiled programs. These are compiled with less of LLVM's work on
+them, here and in the runs that tests start: a third of the tests' time goes into it, for tiny models.
 """
 
+import os
 import sys
 
 import jax
 import pytest
 
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
 jax.config.update('jax_num_cpu_devices', 4)
 
 
