@@ -20,7 +20,8 @@ from models.rope import apply_rope
 from models.sharding import constrain
 
 _init = nn.initializers.normal(0.02)
-WHOLE = 2048  # tokens of a row, up to which its attention is computed at once
+WHOLE = 2048  # tokens of a row, up to which its attention is computed at once, or on a CPU
+BLOCK, BLOCKS = 256, 4  # in blocks of so many queries, or in so many blocks, which are fewer
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -42,7 +43,8 @@ def causal_attention(
 
   With `segments_BT` a token attends within its own segment only. Long rows attend in blocks of queries, each
   again in the backward pass: memory then grows with T, not T². On NVIDIA GPUs cuDNN does it where asked to
-  (`models.flash`).
+  (`models.flash`). On a CPU shorter rows attend in blocks too, each of them to no later key than its last
+  query: softmax passes over all logits several times there, and at 1,024 tokens that was most of the time.
 
   The same as `jax.nn.dot_product_attention(..., is_causal=True)`, but as plain batches of products over
   B and K, which XLA's CPU backend runs twice as fast, gradient included. B and K stay two axes: each may be
@@ -52,7 +54,8 @@ def causal_attention(
   if flash.takes(q_BTNH, segments_BT is not None):
     return flash.flash_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT)
   if T <= WHOLE:
-    return _attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT, jnp.arange(T))
+    attend_row = _in_blocks if on_cpu() else _whole
+    return attend_row(q_BTNH, k_BSKH, v_BSKH, segments_BT)
   size = max(1, WHOLE * WHOLE // (1 << (T - 1).bit_length()))
   padded = -(-T // size) * size
 
@@ -69,6 +72,50 @@ def causal_attention(
     queries['segments'] = blocks(segments_BT)
   out = jnp.moveaxis(jax.lax.map(attend, queries), 0, 1)
   return out.reshape(out.shape[0], padded, *out.shape[3:])[:, :T]
+
+
+def _whole(
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+  return _attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT, jnp.arange(q_BTNH.shape[1]))
+
+
+def _blocks(
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+  T = q_BTNH.shape[1]
+  count = max(1, min(BLOCKS, T // BLOCK))
+  parts = []
+  for i in range(count):
+    start, end = T * i // count, T * (i + 1) // count
+    segments = (None, None) if segments_BT is None else (segments_BT[:, start:end], segments_BT[:, :end])
+    q, k, v = q_BTNH[:, start:end], k_BSKH[:, :end], v_BSKH[:, :end]
+    parts.append(_attend(q, k, v, *segments, jnp.arange(start, end)))
+  return jnp.concatenate(parts, axis=1)
+
+
+@jax.custom_vjp
+def _in_blocks(
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+  """On a CPU: each block of queries sees the keys up to its own end; the backward pass computes it again."""
+  return _blocks(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+
+
+def _forward(*args: Any) -> tuple[jax.Array, Any]:
+  return _blocks(*args), args
+
+
+def _backward(args: Any, g_BTNH: jax.Array) -> tuple[Any, ...]:
+  *qkv, segments_BT = args
+  # XLA's CPU backend takes `jax.checkpoint` for a common subexpression, and keeps the logits of all layers.
+  # Queries that wait for the gradient, plus nothing of it, are not the same.
+  qkv[0] += 0 * g_BTNH
+  _, gradient = jax.vjp(lambda *qkv: _blocks(*qkv, segments_BT), *qkv)
+  return *gradient(g_BTNH), None
+
+
+_in_blocks.defvjp(_forward, _backward)
 
 
 def _attend(
