@@ -88,9 +88,11 @@ def _blocks(
   parts = []
   for i in range(count):
     start, end = T * i // count, T * (i + 1) // count
-    segments = (None, None) if segments_BT is None else (segments_BT[:, start:end], segments_BT[:, :end])
+    of_queries, of_keys = None, None
+    if segments_BT is not None:
+      of_queries, of_keys = segments_BT[:, start:end], segments_BT[:, :end]
     q, k, v = q_BTNH[:, start:end], k_BSKH[:, :end], v_BSKH[:, :end]
-    parts.append(_attend(q, k, v, *segments, jnp.arange(start, end)))
+    parts.append(_attend(q, k, v, of_queries, of_keys, jnp.arange(start, end)))
   return jnp.concatenate(parts, axis=1)
 
 
@@ -107,11 +109,11 @@ def _forward(*args: Any) -> tuple[jax.Array, Any]:
 
 
 def _backward(args: Any, g_BTNH: jax.Array) -> tuple[Any, ...]:
-  *qkv, segments_BT = args
+  q_BTNH, k_BSKH, v_BSKH, segments_BT = args
   # XLA's CPU backend takes `jax.checkpoint` for a common subexpression, and keeps the logits of all layers.
   # Queries that wait for the gradient, plus nothing of it, are not the same.
-  qkv[0] += 0 * g_BTNH
-  _, gradient = jax.vjp(lambda *qkv: _blocks(*qkv, segments_BT), *qkv)
+  q_BTNH += 0 * g_BTNH
+  _, gradient = jax.vjp(lambda q, k, v: _blocks(q, k, v, segments_BT), q_BTNH, k_BSKH, v_BSKH)
   return *gradient(g_BTNH), None
 
 
