@@ -54,7 +54,7 @@ def causal_attention(
   if flash.takes(q_BTNH, segments_BT is not None):
     return flash.flash_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT)
   if T <= WHOLE:
-    attend_row = _in_blocks if on_cpu() else _whole
+    attend_row = _in_blocks if on_cpu() and T >= 2 * BLOCK else _whole
     return attend_row(q_BTNH, k_BSKH, v_BSKH, segments_BT)
   size = max(1, WHOLE * WHOLE // (1 << (T - 1).bit_length()))
   padded = -(-T // size) * size
@@ -84,7 +84,7 @@ def _blocks(
   q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
 ) -> jax.Array:
   T = q_BTNH.shape[1]
-  count = max(1, min(BLOCKS, T // BLOCK))
+  count = min(BLOCKS, T // BLOCK)
   parts = []
   for i in range(count):
     start, end = T * i // count, T * (i + 1) // count
