@@ -13,7 +13,7 @@ help:
 	@echo 'make test    all tests'
 	@echo 'make test-parity  eleven steps of the reference, where its figures are at hand: about eight minutes'
 	@echo 'make test-serving  exports in the real vLLM and MLX-LM: 4 GB of packages, then one to five minutes'
-	@echo 'make bench   ours beside PyTorch, into benchmarks/RESULTS.md: an hour on two cores, nothing else running'
+	@echo 'make bench   ours beside PyTorch, into benchmarks/RESULTS.md: one to two hours on two cores, nothing else running'
 	@echo 'make bench-gpu  one NVIDIA GPU, beside PyTorch: some GB of packages, then eight minutes'
 	@echo 'make check   lint, format and types'
 	@echo 'make clean   remove caches and the output of the demo; .venv and data stay'

@@ -20,8 +20,8 @@ from models.rope import apply_rope
 from models.sharding import constrain
 
 _init = nn.initializers.normal(0.02)
-WHOLE = 2048  # tokens of a row, up to which its attention is computed at once, or on a CPU
-BLOCK, BLOCKS = 256, 4  # in blocks of so many queries, or in so many blocks, which are fewer
+WHOLE = 2048  # tokens of a row, above which its attention is computed in a loop over blocks of queries
+BLOCK, BLOCKS = 256, 4  # below, on a CPU: the fewest queries of a block, the most blocks
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -44,7 +44,7 @@ def causal_attention(
   With `segments_BT` a token attends within its own segment only. Long rows attend in blocks of queries, each
   again in the backward pass: memory then grows with T, not T². On NVIDIA GPUs cuDNN does it where asked to
   (`models.flash`). On a CPU shorter rows attend in blocks too, each of them to no later key than its last
-  query: softmax passes over all logits several times there, and at 1,024 tokens that was most of the time.
+  query: softmax passes over all logits several times there.
 
   The same as `jax.nn.dot_product_attention(..., is_causal=True)`, but as plain batches of products over
   B and K, which XLA's CPU backend runs twice as fast, gradient included. B and K stay two axes: each may be

@@ -1,7 +1,7 @@
 """Four simulated devices for tests of sharding; without a mesh all else runs on the first, as on a laptop.
 
 And one place for the code of exports, one for compiled programs. These are compiled with less of LLVM's
-work on them, here and in the runs that tests start: for tiny models it is a third of the time.
+work on them, here and in the runs that tests start: for tiny models it is a good part of the time.
 """
 
 import os

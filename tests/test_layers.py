@@ -20,8 +20,8 @@ def inputs(length, segments):
 
 @pytest.mark.parametrize('segments', [False, True])
 @pytest.mark.parametrize('length', [17, 40, 64])
-@pytest.mark.parametrize('limit', ['WHOLE', 'BLOCK'])
-def test_blocks_of_queries_change_nothing(limit, length, segments, monkeypatch):
+@pytest.mark.parametrize(('limit', 'value'), [('WHOLE', 16), ('BLOCK', 8)])
+def test_blocks_of_queries_change_nothing(limit, value, length, segments, monkeypatch):
   """Outputs and gradients; lengths that the blocks divide and that they do not."""
   *qkv, ids = inputs(length, segments)
 
@@ -30,7 +30,7 @@ def test_blocks_of_queries_change_nothing(limit, length, segments, monkeypatch):
     return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
 
   (_, expected), gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(*qkv)
-  monkeypatch.setattr(layers, limit, 16)
+  monkeypatch.setattr(layers, limit, value)
   (_, found), blocked = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(*qkv)
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
   for a, b in zip(blocked, gradients, strict=True):
