@@ -3,16 +3,20 @@
 A line is the JSON of `run`'s arguments. Answers, a line each: the run's pid; its exit code.
 """
 
+import functools
 import json
 import os
 import pathlib
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
-import transformers  # noqa: F401  main.py imports it late
+from jax._src import compiler, distributed
+from transformers import AutoTokenizer  # noqa: F401  with torch, where it is: main.py imports them late
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -36,8 +40,15 @@ def run(
   if kill:
     _send(signal.Signals[kill], after)
   jax.config.update('jax_num_cpu_devices', devices)
+  compiler._cache_write = functools.partial(_write_as_first, compiler._cache_write)
   sys.argv = argv
   main._run()
+
+
+def _write_as_first(write: Callable[..., None], *arguments: Any) -> None:
+  """JAX keeps the programs of the first process alone, and for CPUs those of another have other keys."""
+  with mock.patch.object(distributed.global_state, 'process_id', 0):
+    write(*arguments)
 
 
 def _send(number: signal.Signals, after: dict[str, Any]) -> None:
