@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from adapt_jax import preemption, sharding, surgery
-from adapt_jax.compile import Compiler
+from adapt_jax.compile import Compiler, forget_traces
 from adapt_jax.config import RunOptions
 from adapt_jax.distributed import is_first, say
 from adapt_jax.evaluation.harness import check_tasks
@@ -176,9 +176,16 @@ class Run:
       preemption.check()
 
     target = self._targets[stage - 1]
-    state.pruning = self._pruner.prune(
-      state.arrays['params'], state.compacted, state.pruning, target, on_step, f'stage {stage} prune'
-    )
+    if state.pruning.plan.params(self.inputs.config) > target:
+      stacked = self._pruner.stack(state.arrays['params'], state.compacted)
+      if stage == 1:  # nothing has trained them: read again below, so that scoring holds them but once
+        del state.arrays['params']
+      state.pruning = self._pruner.prune(
+        stacked, state.compacted, state.pruning, target, on_step, f'stage {stage} prune'
+      )
+      del stacked
+      if stage == 1:
+        state.arrays = self._start()
     # On the rows of the last step; done again, to the same bits, if killed before the stage is saved.
     state.arrays['params'] = self._pruner.compensate(
       state.arrays['params'], state.compacted, state.pruning.plan, state.pruning.step - 1
@@ -216,7 +223,7 @@ class Run:
       state.arrays['optimizer'] = sharding.jit(self._optimizer.init, params, once=True)(params)
     # Flax checks shapes too, but only while tracing; a wrong plan must not get as far as that.
     chex.assert_trees_all_equal_shapes(state.arrays, self._array_shapes(state.compacted))
-    jax.clear_caches()  # programs of the old shapes would stay in memory
+    forget_traces()  # programs of the old shapes would stay in memory
 
   def _recover_stage(self, stage: int, state: RunState) -> None:
     """Trains on the rest of the stage's share, evaluates and saves."""
@@ -276,7 +283,9 @@ class Run:
     dtypes = (jnp.int32, jnp.bool_, jnp.int32)
     batch = [jax.ShapeDtypeStruct(shape, dtype, sharding=split) for dtype in dtypes]
     teachers = (teacher.params,) if teacher else ()
-    return self._compiler('training', step, state.arrays, *batch, *teachers, donate_argnums=(0,))
+    program = self._compiler('training', step, state.arrays, *batch, *teachers, donate_argnums=(0,))
+    forget_traces()
+    return program
 
   def _evaluate(self, config: ModelConfig, state: RunState, title: str) -> float | None:
     return self._quality.perplexity(config, state.arrays['params'], title, state.train_step)

@@ -143,7 +143,8 @@ class Footprint:
     tx = optimizer(self.options.train, stage_steps(self.options.train, self.options.prune.stages)[-1])
     return placed({'params': params, 'optimizer': jax.eval_shape(tx.init, params)})
 
-  def _stacked(self, config: ModelConfig) -> Any:
+  def stacked(self, config: ModelConfig) -> Any:
+    """What scoring and compensation take: all layers' weights at their original widths."""
     params = llama.abstract_params(config)
     plan = PrunePlan.dense(config)
     return placed(jax.eval_shape(lambda p: surgery.stack(p, plan, self.dtype), params))
@@ -162,7 +163,7 @@ class Footprint:
     scorer = Scorer(
       config, self.importance, self.options.prune.layer_distance, self._micro_batch(), self.dtype
     )
-    return compiled_memory(scorer, self._stacked(config), self._tokens())
+    return compiled_memory(scorer, self.stacked(config), self._tokens())
 
   def compensation(self, layers: int) -> Memory:
     """Of the least squares or biases after the last step of a stage."""
@@ -171,7 +172,7 @@ class Footprint:
     masks = tuple(
       jax.ShapeDtypeStruct(m.shape, m.dtype) for m in surgery.padded_masks(PrunePlan.dense(config))
     )
-    return compiled_memory(program, self._stacked(config), masks, self._tokens())
+    return compiled_memory(program, self.stacked(config), masks, self._tokens())
 
   def training(self, config: ModelConfig, layers: int) -> Memory:
     """Of one optimizer step of a stage with this model, the teacher with it."""
@@ -226,8 +227,11 @@ def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, tuple
   found = {}
   size = f'{calibration.samples} x {calibration.length}'
   with Progress('plan', 2 + bool(t.tokens), 'programs') as progress:
+    stacked = bytes_of(footprint.stacked(config))
+    found['stacking, first stage'] = Memory(beside - teacher, 0.0, stacked), teacher
     scoring = _measure(options, layers, footprint.scoring)
-    found[f'scoring, {size} tokens, first stage'] = scoring, beside
+    # The weights themselves are read again when the first stage has been pruned.
+    found[f'scoring, {size} tokens, first stage'] = scoring, teacher
     if len(stages) > 1:
       found['scoring, second stage'] = scoring, later
     progress.update(1)

@@ -16,9 +16,9 @@ from models.platform import on_cpu
 from models.products import dot
 from models.sharding import constrain, row_shards
 
-# Logits held at once on a device, in fp32: 64 MiB on a CPU; elsewhere 8 times that, since each chunk
+# Logits held at once on a device, in fp32: 32 MiB on a CPU; elsewhere 16 times that, since each chunk
 # reads and writes the gradient of the whole head.
-_CHUNK_ELEMENTS, _ACCELERATOR = 2**24, 8
+_CHUNK_ELEMENTS, _ACCELERATOR = 2**23, 16
 
 # (logits [T, V] in fp32, extras) -> scalar.
 ChunkLoss = Callable[[jax.Array, Any], jax.Array]

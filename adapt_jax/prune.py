@@ -29,6 +29,7 @@ from adapt_jax.scores import Scores
 from models.config import ModelConfig, count_params
 from models.errors import InputError
 from models.llama import Params
+from models.platform import loop_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Pruner:
   def _compute(self, stacked: Params, rows: np.ndarray) -> Scores:
     tokens = self._tokens(rows)
     if self._program is None:
-      self._program = self._compiler('scoring', self._scorer, stacked, tokens)
+      self._program = self._compiler('scoring', self._scorer, stacked, tokens, xla_options=loop_options())
     scores: Scores = jax.device_get(self._program(stacked, tokens))
     return scores
 
@@ -181,7 +182,9 @@ class Pruner:
     """These rows, [S, T]."""
     return sharding.put_rows(rows, lambda ids: (self.blocks.tokens[ids],))[0]
 
-  def _stack(self, params: Params, compacted: PrunePlan) -> Params:
+  def stack(self, params: Params, compacted: PrunePlan) -> Params:
+    """What `prune` takes, of the parameters that `compacted` left (`surgery.stack`)."""
+
     def stack(params: Params) -> Params:
       return surgery.stack(params, compacted, self._dtype)
 
@@ -213,31 +216,29 @@ class Pruner:
 
   def prune(
     self,
-    params: Params,
+    stacked: Params,
     compacted: PrunePlan,
     state: PruneState,
     target: int,
     on_step: Callable[[PruneState, StepRecord], None],
     title: str,
   ) -> PruneState:
-    """Steps until the model has at most `target` parameters; `params` stay as they are.
+    """Steps until the model has at most `target` parameters.
 
     Args:
-      params: what the plan `compacted` left; `state.plan` may already keep less (after a resume).
+      stacked: from `stack`; used up.
+      compacted: the plan of it; `state.plan` may already keep less (after a resume).
       target: stored parameters; how closely it is landed on is the method's matter.
       on_step: called after every step, to save and to log.
       title: of the progress bar.
     """
     before = state.plan.params(self.config)
-    if before <= target:
-      return state
     method = self._method
     if self._as_reference:
       # Its schedule starts anew, from the present widths, at every stage.
       method = METHODS[self.options.method](compacted.pruned_config(self.config), self.options)
     # Until the first compaction the weights are the model's own: no training has touched them.
     own = compacted.equals(PrunePlan.dense(self.config))
-    stacked = self._stack(params, compacted)
 
     def score(state: PruneState) -> Scores:
       nonlocal stacked
@@ -262,11 +263,13 @@ class Pruner:
     kind = self.options.compensate
     if kind == 'none' or plan.equals(compacted):
       return params
-    stacked, masks = self._stack(params, compacted), surgery.padded_masks(plan)
+    stacked, masks = self.stack(params, compacted), surgery.padded_masks(plan)
     tokens = self._tokens(self._draw(step))
     if self._compensation is None:
       program = Compensator(self.config, kind, self._micro_batch, self._dtype)
-      self._compensation = self._compiler('compensation', program, stacked, masks, tokens)
+      self._compensation = self._compiler(
+        'compensation', program, stacked, masks, tokens, xla_options=loop_options()
+      )
     say(f'compensating for what was pruned ({kind}), on {tokens.size:,} tokens')
     changes = self._compensation(stacked, masks, tokens)
     if not all(bool(jnp.isfinite(change).all()) for change in changes.values()):

@@ -18,6 +18,7 @@ from adapt_jax.runtimes import multiples
 from models import sharding
 from models.config import ModelConfig
 from models.errors import InputError
+from models.platform import compiler_options
 from models.sharding import AXES, row_sharding, row_shards, shardings
 
 
@@ -126,7 +127,7 @@ def jit(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
   """
   settings: dict[str, Any] = {'donate_argnums': donate_argnums}
   if once and jax.default_backend() == 'cpu':
-    settings['compiler_options'] = {'xla_backend_optimization_level': 0}
+    settings['compiler_options'] = compiler_options() | {'xla_backend_optimization_level': 0}
   if sharding.mesh() is not None:
     settings['out_shardings'] = shardings(jax.eval_shape(fn, *args))
   return jax.jit(fn, **settings)

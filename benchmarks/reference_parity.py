@@ -105,7 +105,7 @@ def main() -> None:
   dense = PruneState.start(pruner.config)
   state = reference_state(args.golden, args.start) if args.start else dense
   target = steps[-1]['params'] + SLACK
-  pruner.prune(params, dense.plan, state, target, on_step, 'prune')
+  pruner.prune(pruner.stack(params, dense.plan), dense.plan, state, target, on_step, 'prune')
 
 
 if __name__ == '__main__':

@@ -103,3 +103,14 @@ def test_a_program_that_runs_once_gives_the_same_bits():
   found, expected = (sharding.jit(there_and_back, params, once=once)(params) for once in (True, False))
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   assert 0 < np.count_nonzero(found['layers']['mlp']['gate'][0]) == plan.ffn_widths[0] * 32
+
+
+def test_stacking_holds_little_beside_its_result():
+  """Not every layer at its original widths: what one of the leaves takes, of nine in a layer."""
+  config = ModelConfig('llama', 64, 64, 16, (LayerShape(4, 2, 192),) * 8, RopeConfig(1e4), 1e-5, True)
+  dense = PrunePlan.dense(config)
+  plan = PrunePlan(dense.kv, tuple(np.arange(192) % 5 > 0 for _ in dense.ffn))
+  params = jax.eval_shape(lambda p: surgery.compact(p, plan), llama.abstract_params(config))
+  program = sharding.jit(lambda p: surgery.stack(p, plan, np.float32), params, once=True)
+  planned = program.lower(params).compile().memory_analysis()
+  assert planned.temp_size_in_bytes < 0.3 * planned.output_size_in_bytes

@@ -10,6 +10,7 @@ from adapt_jax.importance import DISTANCES, IMPORTANCES, Scorer
 from adapt_jax.plan import PrunePlan
 from models import llama
 from models.config import LayerShape, ModelConfig, RopeConfig
+from models.platform import loop_options
 from tests.helpers import random_params, save_checkpoint, tiny_config
 
 
@@ -64,16 +65,17 @@ def test_distances_are_means_over_all_tokens(name):
     x = y
 
 
-def test_scoring_holds_one_layers_gradient_not_all():
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_scoring_holds_one_layers_gradient_not_all(dtype):
   """Temporary bytes planned by the compiler grow with depth by the layers' inputs only."""
 
   def temporary_bytes(layers):
     config, _ = make_model(kv=4, layers=layers, hidden=128, ffn=2048)
     params = llama.abstract_params(config)
-    stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), jnp.float32), params)
+    stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), dtype), params)
     tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
-    program = jax.jit(Scorer(config, micro_batch=2)).lower(stacked, tokens).compile()
-    return program.memory_analysis().temp_size_in_bytes
+    lowered = jax.jit(Scorer(config, micro_batch=2, dtype=jnp.dtype(dtype))).lower(stacked, tokens)
+    return lowered.compile(loop_options()).memory_analysis().temp_size_in_bytes
 
   layer_gradient = 4 * 3 * 128 * 2048
   layer_inputs = 4 * 4 * 8 * 128

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_jax.compile import compiler_options
 from models import layers
+from models.platform import compiler_options
 
 B, N, K, H = 2, 6, 2, 8
 

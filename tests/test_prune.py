@@ -42,9 +42,9 @@ def make_pruner(config, rows=32, seed=0, memo=None, **kw):
 def prune(pruner, params, target, state=None, compacted=None):
   state = state or PruneState.start(pruner.config)
   records = []
-  state = pruner.prune(
-    params, compacted or state.plan, state, target, lambda s, r: records.append(r), 'prune'
-  )
+  compacted = compacted or state.plan
+  stacked = pruner.stack(params, compacted)
+  state = pruner.prune(stacked, compacted, state, target, lambda s, r: records.append(r), 'prune')
   return state, records
 
 

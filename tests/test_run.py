@@ -1,9 +1,11 @@
 """The main job end to end on a tiny model: report, compiles, bits, resume."""
 
 import dataclasses
+import gc
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -11,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from adapt_jax import accel, evaluate
 from adapt_jax.config import from_dict
+from adapt_jax.metrics import MetricsLog
 from adapt_jax.prune import Pruner
 from adapt_jax.workdir import Workdir
 from models.config import count_params
@@ -85,6 +88,26 @@ def test_saved_weights_have_the_reported_size_and_perplexity(finished, files, tm
   evaluate.run(options, workdir, '')
   again = json.loads(workdir.report.read_text())['perplexity']['dense']
   assert again == pytest.approx(report['perplexity']['recovered'], rel=1e-5)
+
+
+def test_first_stage_is_scored_with_the_weights_held_once(files, tmp_path, monkeypatch):
+  """All arrays alive at a pruning step, in bytes of the dense model."""
+  config, held = runs.make_config(files), []
+  config.prune.stages = 1
+  dense = sum(x.nbytes for x in load_file(files / 'model/model.safetensors').values())
+  write = MetricsLog.write
+
+  def measure(self, event, **values):
+    write(self, event, **values)
+    if event == 'prune':
+      gc.collect()
+      held.append((sum(x.nbytes for x in jax.live_arrays()) - before) / dense)
+
+  monkeypatch.setattr(MetricsLog, 'write', measure)
+  gc.collect()
+  before = sum(x.nbytes for x in jax.live_arrays())
+  start(config, tmp_path / 'out', 'prune')
+  assert len(held) > 3 and min(held) >= 1 and max(held) < 1.1
 
 
 def test_plan_tells_what_was_kept_in_the_original_numbering(files, tmp_path):

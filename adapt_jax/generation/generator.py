@@ -16,6 +16,7 @@ from models import kv_cache
 from models.config import ModelConfig
 from models.errors import InputError
 from models.llama import Params
+from models.platform import loop_options
 from models.sharding import row_shards
 
 State = dict[str, Any]
@@ -135,12 +136,6 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
       )
 
 
-def _xla_options() -> dict[str, Any]:
-  """Of the loop over tokens, of which a CPU's XLA would convert all weights to fp32 first, at every call."""
-  moves = {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
-  return moves if jax.default_backend() == 'cpu' else {}
-
-
 class Generator:
   """Continues prompts, in batches; compiles a `prefill` and a `decode` once per batch size and bucket.
 
@@ -245,7 +240,7 @@ class Generator:
       # The cache is decoded in place: donated, and handed back.
       decode = self._compiler(
         'decode', _Decode(self._config, self._dtype, P), self._params, state, settings, donate_argnums=(1,),
-        xla_options=_xla_options(),
+        xla_options=loop_options(),
       )  # fmt: skip
       self._programs[B, P, N] = prefill, decode
       self.timings.compile_seconds += time.perf_counter() - start

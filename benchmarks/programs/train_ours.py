@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.compile import Compiler
+from adapt_jax.compile import Compiler, forget_traces
 from adapt_jax.config import from_dict
 from adapt_jax.optim import optimizer as make_optimizer
 from adapt_jax.train import make_step
@@ -34,6 +34,7 @@ def main(directory: str, dtype: str, steps: str) -> None:
   start = time.perf_counter()
   step = make_step(source.config, options, optimizer, jnp.dtype(dtype.removesuffix('-remat')))
   program = Compiler()('training', step, state, *batch, donate_argnums=(0,))
+  forget_traces()
   result = {'compile_seconds': time.perf_counter() - start, 'tokens_per_second': []}
   del params
   planned = program.memory_analysis()

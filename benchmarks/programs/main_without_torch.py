@@ -1,0 +1,9 @@
+"""main.py as it is installed by default: where transformers finds PyTorch, it imports it, 0.2 GB."""
+
+import runpy
+import sys
+
+if __name__ == '__main__':
+  sys.modules['torch'] = None  # type: ignore[assignment]
+  sys.argv[0] = 'main.py'
+  runpy.run_path('main.py', run_name='__main__')
