@@ -227,8 +227,9 @@ def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, tuple
   found = {}
   size = f'{calibration.samples} x {calibration.length}'
   with Progress('plan', 2 + bool(t.tokens), 'programs') as progress:
-    stacked = bytes_of(footprint.stacked(config))
-    found['stacking, first stage'] = Memory(beside - teacher, 0.0, stacked), teacher
+    stacked = footprint.stacked(config)
+    largest = max(map(bytes_of, jax.tree.leaves(stacked)))  # leaf by leaf: all layers of one, then stacked
+    found['stacking, first stage'] = Memory(beside - teacher, largest, bytes_of(stacked)), teacher
     scoring = _measure(options, layers, footprint.scoring)
     # The weights themselves are read again when the first stage has been pruned.
     found[f'scoring, {size} tokens, first stage'] = scoring, teacher

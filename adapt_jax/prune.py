@@ -277,6 +277,7 @@ class Pruner:
         f'config.prune.compensate = {kind!r} gives weights that are not finite: check the model, the '
         f'calibration text and config.model.dtype'
       )
+    del stacked, masks  # not needed beside the weights and the new ones
 
     def added(params: Params, changes: dict[str, jax.Array]) -> Params:
       return add(params, compacted, changes)

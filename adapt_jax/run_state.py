@@ -23,7 +23,7 @@ from models.files import write_text
 class RunState:
   """Where a run stands.
 
-  arrays: {'params', 'optimizer'}, at the widths that `compacted` keeps.
+  arrays: {'params', 'optimizer'}, at the widths that `compacted` keeps; empty while stage 1 is scored.
   pruning: the schedule; ahead of `compacted` while a stage is being pruned.
   stage: 1-based, 0 before the first one is pruned. train_step: global steps done.
   complete: the stage's training is over.

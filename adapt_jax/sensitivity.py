@@ -37,6 +37,7 @@ from models.errors import InputError
 from models.files import write_text
 from models.layers import rms_norm
 from models.llama import Params
+from models.platform import loop_options
 
 
 def narrow(
@@ -107,7 +108,7 @@ class LayerEvaluator:
       preemption.check()
       args = (self._stacked, x_BTD, *batch, np.int32(self._layer), np.int32(stop), *masks)
       if self._program is None:
-        self._program = self._compiler('evaluation', self._segment, *args)
+        self._program = self._compiler('evaluation', self._segment, *args, xla_options=loop_options())
       x_BTD, loss = self._program(*args)
       outputs.append(x_BTD)
       losses.append(loss)
@@ -223,7 +224,7 @@ class Sensitivity:
     config, align = self.inputs.config, self.options.prune.align_ffn
     plan = PrunePlan.dense(config)
     params = self.inputs.source.load_params(self.inputs.dtype)
-    dense = jax.jit(lambda p: surgery.stack(p, plan, self.inputs.dtype))(params)
+    dense = self._pruner.stack(params, plan)
     del params
     # The same calibration rows for all: what tells the bases apart is what they have lost.
     dense_scores = self._pruner.score(dense, 0)

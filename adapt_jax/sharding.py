@@ -123,7 +123,7 @@ def jit(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
   """`jax.jit(fn)` for such `args`, its results placed by their leaves' names.
 
   once: `fn` moves data more than it computes, and runs only once: on CPU it is compiled without optimisation,
-  in a third of the time, and runs as fast, for memory is its limit.
+  in a third of the time, and runs as fast, for memory is its limit; in the order that holds least of that.
   """
   settings: dict[str, Any] = {'donate_argnums': donate_argnums}
   if once and jax.default_backend() == 'cpu':

@@ -1,4 +1,4 @@
-"""For which kind of device programs are made: the forms of some operations differ."""
+"""For which kind of device programs are made: forms of some operations and the compiler's options differ."""
 
 import contextlib
 from collections.abc import Iterator

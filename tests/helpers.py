@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from adapt_jax.compile import Compiler
 from models import llama
 from models.config import LayerShape, Llama3Scaling, ModelConfig, RopeConfig
 from models.hf import save_params
@@ -17,6 +18,18 @@ from models.hf_config import config_to_hf
 # takes all layers for the first, the last or the widest one passes.
 VARIED = (LayerShape(3, 1, 24), LayerShape(6, 2, 40), LayerShape(3, 1, 64), LayerShape(9, 3, 48))
 UNIFORM = (LayerShape(6, 2, 40),) * 2
+
+
+class KeepingCompiler(Compiler):
+  """Hands out the programs that it made."""
+
+  def __init__(self) -> None:
+    super().__init__()
+    self.made: dict[str, Any] = {}
+
+  def __call__(self, name: str, *args: Any, **options: Any) -> Any:
+    self.made[name] = super().__call__(name, *args, **options)
+    return self.made[name]
 
 
 def tiny_config(family: str = 'llama', layers: tuple[LayerShape, ...] = VARIED, **fields: Any) -> ModelConfig:

@@ -116,11 +116,13 @@ def test_every_program_of_a_run_with_a_teacher(tmp_path):
   found = footprint.programs(plan, stages)
   names = [name.split()[0].strip(',') for name in found]
   assert names == ['stacking', 'scoring', 'scoring', 'compensation', 'compaction', 'training']
-  assert all(
-    memory.temporary > 0
-    for name, (memory, _) in found.items()
-    if not name.startswith(('stacking', 'compaction'))
+  assert all(memory.temporary > 0 for name, (memory, _) in found.items() if name != 'compaction')
+  teacher, weights = (
+    footprint.bytes_of(x) for x in (llama.abstract_params(dense, jnp.float32), plan.state(dense, False))
   )
+  stacking, beside = found['stacking, first stage']
+  assert (stacking.arguments, stacking.results) == (weights, footprint.bytes_of(plan.stacked(dense)))
+  assert beside == teacher and 0 < stacking.temporary < stacking.results
   compaction = found['compaction'][0]
   before, after = (footprint.bytes_of(plan.state(stage, True)) for stage in stages)
   assert (compaction.arguments, compaction.results) == (before, after)
@@ -130,7 +132,6 @@ def test_every_program_of_a_run_with_a_teacher(tmp_path):
 
   memory, beside = list(found.values())[-1]
   state = footprint.bytes_of(plan.state(stages[0], True))
-  teacher = footprint.bytes_of(llama.abstract_params(dense, jnp.float32))
   batch = options.train.batch * options.train.length * (4 + 1 + 4)  # ids, targets, segments
   assert (memory.arguments, beside) == (state + teacher + batch, 0)
 

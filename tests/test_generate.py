@@ -10,7 +10,6 @@ import runs
 from jax.sharding import PartitionSpec
 
 from adapt_jax import generate
-from adapt_jax.compile import Compiler
 from adapt_jax.config import from_dict
 from adapt_jax.export.hf import write_hf
 from adapt_jax.generate import stop_ids
@@ -18,7 +17,7 @@ from adapt_jax.generation.generator import Generator, bucket
 from adapt_jax.generation.sampling import Sampling
 from models.errors import InputError
 from models.source import open_source
-from tests.helpers import VARIED, random_params, tiny_config
+from tests.helpers import VARIED, KeepingCompiler, random_params, tiny_config
 from tests.test_export_hf import EXPORTS, load
 from tests.test_sharding import SHAPES, make_model, put, set_mesh
 from tests.tokenizers_for_tests import tiny_tokenizer
@@ -27,18 +26,6 @@ torch = pytest.importorskip('torch')
 pytestmark = pytest.mark.usefixtures('code_cache')
 SMALL = tiny_config('mistral', VARIED[:2])
 SAMPLED = Sampling(1.0, top_k=40, top_p=0.95)
-
-
-class KeepingCompiler(Compiler):
-  """Hands out the programs that it made."""
-
-  def __init__(self):
-    super().__init__()
-    self.made = {}
-
-  def __call__(self, name, *args, **options):
-    self.made[name] = super().__call__(name, *args, **options)
-    return self.made[name]
 
 
 def make_generator(config, params=None, max_batch=8):

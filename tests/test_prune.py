@@ -17,6 +17,7 @@ from adapt_jax.plan import PrunePlan, PruneState
 from adapt_jax.prune import Pruner, target_params
 from models import llama
 from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
+from tests.helpers import KeepingCompiler
 
 OPTIONS = PruneOptions(
   method='adapt', target=0.7, stages=1, stage_targets='linear', steps=40, ratio=1.0, amplitude=0.02,
@@ -32,11 +33,11 @@ def model():
   return config, params
 
 
-def make_pruner(config, rows=32, seed=0, memo=None, **kw):
+def make_pruner(config, rows=32, seed=0, memo=None, compiler=None, dtype=jnp.float32, **kw):
   tokens = np.random.default_rng(1).integers(0, 61, (rows, 12)).astype(np.int32)
   blocks = Blocks(tokens, np.ones_like(tokens, bool), 0)
   options = dataclasses.replace(OPTIONS, **kw)
-  return Pruner(config, options, blocks, seed=seed, compiler=Compiler(), dtype=jnp.float32, memo=memo)
+  return Pruner(config, options, blocks, seed=seed, compiler=compiler or Compiler(), dtype=dtype, memo=memo)
 
 
 def prune(pruner, params, target, state=None, compacted=None):
@@ -46,6 +47,22 @@ def prune(pruner, params, target, state=None, compacted=None):
   stacked = pruner.stack(params, compacted)
   state = pruner.prune(stacked, compacted, state, target, lambda s, r: records.append(r), 'prune')
   return state, records
+
+
+def test_bfloat16_weights_are_gone_over_as_they_are():
+  """Neither scoring nor compensation holds all layers in fp32 beside, which takes twice their bytes."""
+  config = ModelConfig('llama', 61, 64, 16, (LayerShape(4, 2, 256),) * 16, RopeConfig(1e4), 1e-5, True)
+  params = llama.init_params(config, jax.random.key(0))
+  compiler = KeepingCompiler()
+  pruner = make_pruner(config, compensate='least_squares', compiler=compiler, dtype=jnp.bfloat16)
+  plan = PrunePlan.dense(config)
+  pruner.score(pruner.stack(params, plan), 0)
+  pruner.compensate(params, plan, dataclasses.replace(plan, ffn=(np.arange(256) > 9,) * 16), 0)
+  weights = 2 * count_params(config)
+  for name, program in compiler.made.items():
+    planned = program.memory_analysis()
+    assert planned.argument_size_in_bytes >= weights > planned.temp_size_in_bytes, name
+  assert compiler.made.keys() == {'scoring', 'compensation'}
 
 
 @pytest.mark.parametrize('importance', sorted(IMPORTANCES))

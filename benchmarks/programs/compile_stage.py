@@ -23,6 +23,7 @@ from adapt_jax.train import make_step
 from configs import base
 from models import llama
 from models.config import LayerShape, ModelConfig, RopeConfig
+from models.platform import compiler_options, loop_options
 
 
 def dense_config(shape: dict[str, Any]) -> ModelConfig:
@@ -98,7 +99,7 @@ def measure(shape: dict[str, Any], names: list[str]) -> Iterator[tuple[str, dict
     start, cpu = time.perf_counter(), time.process_time()
     lowered = sharding.jit(fn, *args, **settings).trace(*args).lower()
     middle = time.perf_counter()
-    lowered.compile()
+    lowered.compile(compiler_options() | (loop_options() if name == 'scoring' else {}))
     end = time.perf_counter()
     yield name, {'trace': middle - start, 'xla': end - middle, 'cpu': time.process_time() - cpu}
 

@@ -21,6 +21,7 @@ from adapt_jax.train import make_step
 from benchmarks.programs.compile_stage import train_options
 from models import llama
 from models.config import LayerShape, ModelConfig, RopeConfig
+from models.platform import compiler_options, loop_options
 
 LENGTH, HEAD_DIM, VOCAB, MICRO = 128, 32, 512, 8
 
@@ -41,7 +42,7 @@ def scoring(config: ModelConfig, tokens: jax.Array) -> tuple[Any, tuple[Any, ...
 
   args = jax.jit(stacked)(), tokens
   scorer = Scorer(config, 'taylor', 'cosine', min(MICRO, len(tokens)), jnp.float32)
-  return jax.jit(scorer).lower(*args).compile(), args
+  return jax.jit(scorer).lower(*args).compile(compiler_options() | loop_options()), args
 
 
 def training(config: ModelConfig, tokens: jax.Array) -> tuple[Any, tuple[Any, ...]]:
@@ -56,7 +57,7 @@ def training(config: ModelConfig, tokens: jax.Array) -> tuple[Any, tuple[Any, ..
 
   args = jax.jit(state)(), tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape, jnp.int32)
   step = make_step(config, options, tx, jnp.float32)
-  return jax.jit(step, donate_argnums=(0,)).lower(*args).compile(), args
+  return jax.jit(step, donate_argnums=(0,)).lower(*args).compile(compiler_options()), args
 
 
 def point(name: str, size: dict[str, int], repeats: int) -> dict[str, float]:

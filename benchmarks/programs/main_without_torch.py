@@ -5,5 +5,4 @@ import sys
 
 if __name__ == '__main__':
   sys.modules['torch'] = None  # type: ignore[assignment]
-  sys.argv[0] = 'main.py'
   runpy.run_path('main.py', run_name='__main__')
