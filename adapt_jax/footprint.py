@@ -238,9 +238,9 @@ def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, tuple
     progress.update(1)
     if options.prune.compensate != 'none':
       compensation = _measure(options, layers, footprint.compensation)
-      # The corrected weights are made beside all that.
+      found[f'compensation ({options.prune.compensate})'] = compensation, max(beside, later)
       corrected = bytes_of(footprint.state(config, False))
-      found[f'compensation ({options.prune.compensate})'] = compensation, max(beside, later) + corrected
+      found['correction'] = Memory(compensation.results, 0.0, corrected), max(beside, later)
     before, after = max(cut, key=sum)
     found['compaction'] = Memory(before - teacher, 0.0, after), teacher
     progress.update(1)

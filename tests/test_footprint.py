@@ -115,8 +115,10 @@ def test_every_program_of_a_run_with_a_teacher(tmp_path):
   stages = footprint.stage_configs(options, dense)
   found = footprint.programs(plan, stages)
   names = [name.split()[0].strip(',') for name in found]
-  assert names == ['stacking', 'scoring', 'scoring', 'compensation', 'compaction', 'training']
-  assert all(memory.temporary > 0 for name, (memory, _) in found.items() if name != 'compaction')
+  assert names == ['stacking', 'scoring', 'scoring', 'compensation', 'correction', 'compaction', 'training']
+  assert all(
+    memory.temporary > 0 for name, (memory, _) in found.items() if name not in ('correction', 'compaction')
+  )
   teacher, weights = (
     footprint.bytes_of(x) for x in (llama.abstract_params(dense, jnp.float32), plan.state(dense, False))
   )
@@ -151,8 +153,8 @@ def test_mode_plan_needs_only_a_config(tmp_path):
   assert result.returncode == 0, result.stderr
   lines = result.stdout.splitlines()
   table = {cells[1].strip(): cells[2:-1] for cells in (line.split('|') for line in lines) if len(cells) == 8}
-  titles = ['stacking', 'scoring', 'scoring', 'compensation', 'compaction', 'training']
-  assert [t.split(',')[0].split(' ')[0] for t in list(table)[2:8]] == titles
+  titles = ['stacking', 'scoring', 'scoring', 'compensation', 'correction', 'compaction', 'training']
+  assert [t.split(',')[0].split(' ')[0] for t in list(table)[2:9]] == titles
   assert 'on 2 devices (data 1, fsdp 2, tensor 1), products in bfloat16' in result.stdout
   assert any(line.startswith('peak 0.0 GB of 0.001 GB') for line in lines)
   assert not (tmp_path / 'out').exists()
