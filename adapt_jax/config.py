@@ -89,6 +89,7 @@ class TrainOptions:
   clip: float
   split: str
   optimizer_state: str
+  mu_dtype: str
   remat: bool
   save_every: int
   distill: DistillOptions
@@ -245,6 +246,7 @@ _CHOICES = {
   'train.schedule': ('wsd', 'cosine'),
   'train.split': ('linear', 'constant', 'cosine'),
   'train.optimizer_state': ('carry', 'reset'),
+  'train.mu_dtype': ('float32', 'bfloat16'),
 }
 # Field -> (lowest, highest) allowed, both included.
 _RANGES: dict[str, tuple[float, float]] = {

@@ -32,10 +32,14 @@ def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
 
 
 def optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransformation:
-  """Clip by global norm, Adam (0.9, 0.999), then the schedule; the step count lives in its state."""
+  """Clip by global norm, Adam (0.9, 0.999), then the schedule; the step count lives in its state.
+
+  The first moment is kept in `options.mu_dtype`. The second is fp32: a step changes it by a thousandth, which
+  bfloat16 would round away.
+  """
   return optax.chain(
     optax.clip_by_global_norm(options.clip),
-    optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.float32),
+    optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.dtype(options.mu_dtype)),
     optax.scale_by_learning_rate(learning_rate(options, total_steps)),
   )
 

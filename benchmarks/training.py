@@ -23,6 +23,7 @@ PAIRS = (
   ('bfloat16', 'bfloat16'),
   ('bfloat16', 'bfloat16-compile'),
   ('float32-remat', 'float32'),
+  ('bfloat16-mu', 'bfloat16'),
 )
 
 
@@ -45,7 +46,7 @@ def table(runs: dict[str, list[Run]], limits: dict[str, float], flops: float) ->
   lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
   for own, peer in PAIRS:
     a, b = f'ours {own}', f'torch {peer}'
-    limit = limits[own.removesuffix('-remat')] * 1e9 / flops
+    limit = limits[own.split('-')[0]] * 1e9 / flops
     compiled = [spread([r.answer['compile_seconds'] for r in runs[name]], 1) for name in (a, b)]
     cells = [own, peer, spread(steps(a), 0), spread(steps(b), 0), ratio(rates(a), rates(b))]
     cells.append(f'{statistics.median(rates(a)) / limit:.0%} of {limit:,.0f}')
@@ -83,8 +84,8 @@ def main() -> None:
     f'{limits["float32"]:,.0f} GFLOP/s in fp32 and {limits["bfloat16"]:,.0f} in bfloat16, which one product '
     f'of 1,024 x 1,024 reaches here; bytes: the optimizer reads and writes {moved:.1f} GB a step, '
     f'{moved / speed:.2f} s at {speed:.0f} GB/s. Weights, gradients and two moments in fp32 are '
-    f'{16 * weights / 1e9:.2f} GB. `-remat` computes whole layers again (`train.remat`).\n\n'
-    + table(runs, limits, flops)
+    f'{16 * weights / 1e9:.2f} GB. `-remat` computes whole layers again (`train.remat`), `-mu` keeps the '
+    'first moment in bfloat16 (`train.mu_dtype`).\n\n' + table(runs, limits, flops)
   )
   side_by_side.report('Training step', text, args.write)
 

@@ -64,6 +64,7 @@ FIELDS = [
   ('train.schedule', 'linear'),
   ('train.split', 'even'),
   ('train.optimizer_state', 'keep'),
+  ('train.mu_dtype', 'int8'),
   ('train.lr', -1.0),
   ('train.lr', float('nan')),
   ('train.min_lr', 0.5),

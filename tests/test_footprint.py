@@ -51,14 +51,14 @@ def test_scoring_holds_no_gradient_tree_at_8b():
   assert inputs <= added < 1.2 * inputs < gradient / 2
 
 
-@pytest.mark.parametrize('fsdp,tensor', [(4, 1), (2, 2)])
-def test_every_device_holds_its_share_of_weights_and_moments(fsdp, tensor):
+@pytest.mark.parametrize('fsdp,tensor,mu_dtype,size', [(4, 1, 'float32', 12), (2, 2, 'bfloat16', 10)])
+def test_every_device_holds_its_share_of_weights_and_moments(fsdp, tensor, mu_dtype, size):
   config = small()
   with mesh(fsdp, tensor):
-    plan = Footprint(options(batch=8, length=64), config, jnp.float32)
+    plan = Footprint(options(batch=8, length=64, mu_dtype=mu_dtype), config, jnp.float32)
     state = footprint.bytes_of(plan.state(config, True))
     memory = plan.training(config, config.num_layers)
-  share = 12 * count_params(config) / 4  # fp32 weights and two moments
+  share = size * count_params(config) / 4  # fp32 weights and two moments
   assert share <= state < 1.02 * share  # norms are whole everywhere
   assert state <= memory.arguments < 1.05 * state
   assert memory.results < 0.01 * state  # the new state replaces the old

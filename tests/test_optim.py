@@ -59,6 +59,22 @@ def test_reset_clears_moments_but_not_the_schedule():
   np.testing.assert_allclose(updates['w'], -1e-2, rtol=1e-3)  # full rate, Adam's first step
 
 
+def test_a_bfloat16_first_moment_gives_nearly_the_same_updates():
+  """The second moment stays in fp32, or it would never change by a thousandth."""
+  gradients = np.random.default_rng(0).normal(size=(200, 50)).astype(np.float32)
+  params, found = {'w': jnp.zeros(50)}, {}
+  for dtype in ('float32', 'bfloat16'):
+    tx = optimizer(options(mu_dtype=dtype, clip=1e9), 1000)
+    state, w = tx.init(params), params['w']
+    for g in gradients:
+      updates, state = tx.update({'w': jnp.asarray(g)}, state, params)
+      w += updates['w']
+    assert (state[1].mu['w'].dtype, state[1].nu['w'].dtype) == (dtype, 'float32')
+    found[dtype] = np.asarray(w)
+  off = np.linalg.norm(found['bfloat16'] - found['float32']) / np.linalg.norm(found['float32'])
+  assert 0 < off < 10 * 2**-8  # the moment remembers ten steps, each rounded to 2⁻⁸
+
+
 def test_no_weight_decay():
   tx = optimizer(options(), 100)
   params = {'w': jnp.full(3, 100.0)}

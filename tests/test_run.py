@@ -221,12 +221,15 @@ def test_distillation_and_accumulation_and_remat_run_on_chats_and_text(files, tm
 
 def test_bfloat16_compute_trains_fp32_master_weights(files, tmp_path):
   config = runs.make_config(files)
-  config.prune.stages, config.model.dtype = 1, 'bfloat16'
+  config.prune.stages, config.model.dtype, config.train.mu_dtype = 1, 'bfloat16', 'bfloat16'
   config.model.source = str(files / 'bfloat16')
   report = start(config, tmp_path / 'out')
   assert report['perplexity']['recovered'] < report['perplexity']['pruned']
   saved = load_file(tmp_path / 'out/hf/model.safetensors')
   assert {str(x.dtype) for x in saved.values()} == {'bfloat16'}  # as in the source
+  newest = max(int(p.name) for p in (tmp_path / 'out/checkpoints').iterdir() if p.name.isdigit())
+  shutil.rmtree(unfinish(tmp_path / 'out') / f'checkpoints/{newest}')
+  assert start(config, tmp_path / 'out')['perplexity'] == report['perplexity']  # with the moments as saved
 
 
 def test_pruned_model_can_be_pruned_again(finished, files, tmp_path):

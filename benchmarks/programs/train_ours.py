@@ -1,4 +1,4 @@
-"""Our training step: DIRECTORY DTYPE STEPS. For benchmarks/training.py."""
+"""Our training step: DIRECTORY DTYPE[-remat|-mu] STEPS. For benchmarks/training.py."""
 
 import json
 import pathlib
@@ -19,11 +19,10 @@ from models.source import open_source
 BATCH, LENGTH = 4, 256
 
 
-def main(directory: str, dtype: str, steps: str) -> None:
-  config = base.get_config()
-  config.train.update(
-    batch=BATCH, micro_batch=BATCH, length=LENGTH, tokens=10**6, remat=dtype.endswith('-remat')
-  )
+def main(directory: str, form: str, steps: str) -> None:
+  config, (dtype, _, variant) = base.get_config(), form.partition('-')
+  config.train.update(batch=BATCH, micro_batch=BATCH, length=LENGTH, tokens=10**6)
+  config.train.update({'remat': {'remat': True}, 'mu': {'mu_dtype': 'bfloat16'}, '': {}}[variant])
   options = from_dict(config.to_dict()).train
   source = open_source(directory)
   optimizer = make_optimizer(options, 1000)
@@ -32,7 +31,7 @@ def main(directory: str, dtype: str, steps: str) -> None:
   tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (BATCH, LENGTH)).astype(np.int32)
   batch = [jnp.asarray(x) for x in (tokens, np.ones_like(tokens, bool), np.ones_like(tokens))]
   start = time.perf_counter()
-  step = make_step(source.config, options, optimizer, jnp.dtype(dtype.removesuffix('-remat')))
+  step = make_step(source.config, options, optimizer, jnp.dtype(dtype))
   program = Compiler()('training', step, state, *batch, donate_argnums=(0,))
   forget_traces()
   result = {'compile_seconds': time.perf_counter() - start, 'tokens_per_second': []}
