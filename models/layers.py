@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from models import flash
 from models.config import LayerShape, ModelConfig
 from models.platform import on_cpu
-from models.products import is_single_row, product
+from models.products import batch_product, is_single_row, product
 from models.rope import apply_rope
 from models.sharding import constrain
 
@@ -133,16 +133,14 @@ def _attend(
   S, K = k_BSKH.shape[1:3]
   q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
   k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
-  logits_BKRS = jnp.einsum('bkrh,bksh->bkrs', q_BKRH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
+  logits_BKRS = batch_product(q_BKRH, k_BKSH, -1) * H**-0.5
   visible = positions_T[:, None] >= jnp.arange(S)
   if segments_BT is not None and segments_BS is not None:
     visible &= segments_BT[:, :, None] == segments_BS[:, None, :]
     visible = visible[:, None, None]  # [B, 1, 1, T, S]
   logits_BKGTS = jnp.where(visible, logits_BKRS.reshape(B, K, -1, T, S), -jnp.inf)
   weights_BKRS = jax.nn.softmax(logits_BKGTS, axis=-1).reshape(logits_BKRS.shape).astype(v_BKSH.dtype)
-  wanted = jnp.float32 if on_cpu() else v_BKSH.dtype  # see models.products.dot
-  out_BKRH = jnp.einsum('bkrs,bksh->bkrh', weights_BKRS, v_BKSH, preferred_element_type=wanted)
-  out_BKRH = out_BKRH.astype(v_BKSH.dtype)
+  out_BKRH = batch_product(weights_BKRS, v_BKSH, -2).astype(v_BKSH.dtype)
   return out_BKRH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.config import LayerShape, ModelConfig
 from models.layers import DecoderLayer, rms_norm
@@ -56,7 +57,7 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
 
 def rope(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
   """Rotary tables for positions 0 … length-1."""
-  return rope_tables(config.rope, config.head_dim, jnp.arange(length))
+  return rope_tables(config.rope, config.head_dim, np.arange(length))
 
 
 def head(params: Params) -> jax.Array:

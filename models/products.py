@@ -1,9 +1,11 @@
-"""Products of flattened tokens with weights, forward and backward, as each platform runs them fastest.
+"""Products of flattened tokens with weights, and batches of products, forward and backward, as each platform
+runs them fastest.
 
 Sums are taken in fp32 whatever the dtype of the factors, and the gradient of a weight has the weight's own
 dtype at once.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -41,8 +43,8 @@ def is_single_row(x_RC: jax.Array) -> bool:
   return len(x_RC) == 1 and x_RC.dtype != jnp.float32 and on_cpu()
 
 
-def _row_major(x_RC: jax.Array) -> jax.Array:
-  return with_layout_constraint(x_RC, Layout((0, 1)))
+def _row_major(x: jax.Array) -> jax.Array:
+  return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 @jax.custom_vjp
@@ -62,3 +64,36 @@ def _backward(residuals: Any, g_TO: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 product.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def batch_product(a_BKRC: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+  """[B, K, R, S] in fp32: for every B and K the sum over a's columns and over `axis` of b, -1 or -2.
+
+  Gradients are rounded to a's dtype before they are multiplied on.
+  """
+  return _batch_dot(a_BKRC, b, axis)
+
+
+def _batch_dot(a_BKRC: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+  axes = (((3,), (axis % 4,)), ((0, 1), (0, 1)))
+  if not on_cpu():
+    return jax.lax.dot_general(a_BKRC, b, axes, preferred_element_type=jnp.float32)
+  return _row_major(jax.lax.dot_general(_row_major(a_BKRC), b, axes, preferred_element_type=jnp.float32))
+
+
+def _batch_forward(a_BKRC: jax.Array, b: jax.Array, axis: int) -> tuple[jax.Array, Any]:
+  return _batch_dot(a_BKRC, b, axis), (a_BKRC, b)
+
+
+def _batch_backward(axis: int, residuals: Any, g_BKRS: jax.Array) -> tuple[jax.Array, jax.Array]:
+  a, b = residuals
+  g = g_BKRS.astype(a.dtype)
+  a_gradient = _batch_dot(g, b, -3 - axis)
+  # Of logits and what has heads' width the latter is transposed, before and after.
+  narrow, wide = (a, g) if axis == -1 else (g, a)
+  b_gradient = _batch_dot(narrow.swapaxes(2, 3), wide, -2).swapaxes(2, 3)
+  return a_gradient.astype(a.dtype), b_gradient.astype(b.dtype)
+
+
+batch_product.defvjp(_batch_forward, _batch_backward)

@@ -28,9 +28,16 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
   return ((1 - smooth) * freqs / s.factor + smooth * freqs).astype(np.float32)
 
 
-def rope_tables(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine tables [..., T, H/2] in fp32 for integer positions [..., T]."""
-  angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)
+def rope_tables(
+  rope: RopeConfig, head_dim: int, positions: jax.Array | np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine tables [..., T, H/2] in fp32 for integer positions [..., T].
+
+  Of a numpy array they are constants of the program: else XLA computes them anew wherever they are used.
+  """
+  angles = positions[..., None].astype(np.float32) * inverse_frequencies(rope, head_dim)
+  if isinstance(angles, np.ndarray):
+    return jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles))
   return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.products import dot, product
+from models.products import batch_product, dot, product
 
 TOLERANCE = {'float32': 1e-5, 'bfloat16': 2e-2}
 
@@ -54,3 +54,27 @@ def test_one_product_for_each_of_many_samples():
   x, w, g = arrays('float32')
   each = jax.vmap(lambda x, g: jax.vjp(product, x[None], w)[1](g[None])[1])(x, g)
   np.testing.assert_allclose(each, np.einsum('to,ti->toi', g, x), rtol=1e-5)
+
+
+@pytest.mark.parametrize('axis', [-1, -2])
+@pytest.mark.parametrize('dtype', TOLERANCE)
+def test_batches_of_products_and_their_gradients(dtype, axis):
+  """Of fp32 results in bfloat16 too: no product of the backward pass takes fp32 factors."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = (2, 3, 16, 24), (2, 3, 20, 24) if axis == -1 else (2, 3, 24, 20), (2, 3, 16, 20)
+  a, b, g = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+  a, b = a.astype(dtype), b.astype(dtype)
+
+  def run(a, b, g):
+    y, pull = jax.vjp(lambda a, b: batch_product(a, b, axis), a, b)
+    return y, *pull(g)
+
+  y, da, db = jax.jit(run)(a, b, g)
+  assert (y.dtype, da.dtype, db.dtype) == (jnp.float32, dtype, dtype)
+  form = 'bkrc,bksc->bkrs' if axis == -1 else 'bkrc,bkcs->bkrs'
+  plain, pull = jax.vjp(lambda a, b: jnp.einsum(form, a, b), *(x.astype(jnp.float32) for x in (a, b)))
+  for ours, exact in ((y, plain), *zip((da, db), pull(g), strict=True)):
+    assert np.linalg.norm(np.float32(ours) - exact) / np.linalg.norm(exact) < TOLERANCE[dtype]
+  dots = [line for line in jax.jit(run).lower(a, b, g).as_text().splitlines() if 'dot_general' in line]
+  factors = 'bf16>' if dtype == 'bfloat16' else 'f32>'
+  assert len(dots) == 3 and all(line.split(' : (')[1].split(')')[0].count(factors) == 2 for line in dots)

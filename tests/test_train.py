@@ -107,6 +107,14 @@ def test_planned_memory_holds_no_attention_weights_of_all_layers(dtype, remat):
   assert planned.temp_size_in_bytes < kept + 6 * attention  # of 12 layers' at least 12
 
 
+def test_rotary_tables_are_constants_of_the_program(params):
+  """Else XLA's CPU backend takes sines anew in every fusion that uses them, forward and backward."""
+  tx = optax.sgd(1.0)
+  step = make_step(CONFIG, options(), tx, jnp.float32)
+  text = jax.jit(step).lower({'params': params, 'optimizer': tx.init(params)}, *batch()).as_text()
+  assert 'dot_general' in text and 'sine' not in text
+
+
 def test_distillation_pulls_towards_the_teacher(params):
   teacher = jax.tree.map(lambda x: x * 1.1, params)
   only = options(distill=DistillOptions(1.0, 2.0))
