@@ -47,7 +47,7 @@ def make_step(
 
   The loss is a mean over the batch's targets, in nats, summed over micro-batches of at most
   `options.micro_batch` rows a device. `dtype` is that of activations and products; weights, gradients
-  and moments are fp32.
+  and the second moment are fp32, the first is in `options.mu_dtype`.
   """
   alpha, temperature = options.distill.alpha, options.distill.temperature
   micro_batch = rows_at_once(options.batch, options.micro_batch)

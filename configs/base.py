@@ -21,8 +21,8 @@ def get_config() -> ConfigDict:
   config.model = ConfigDict()
   config.model.source = ''  # hub id, Hugging Face directory, .gguf file, or the workdir of a run
   # Of activations and matrix products (training keeps fp32 master weights): float32, bfloat16, or
-  # auto: float32 on CPU, for figures that do not depend on the CPU's kind (bfloat16 is faster by a
-  # third where it has AVX-512 BF16: benchmarks/RESULTS.md), bfloat16 on accelerators.
+  # auto: float32 on CPU, for figures that do not depend on the CPU's kind (bfloat16 is faster by
+  # two fifths where it has AVX-512 BF16: benchmarks/RESULTS.md), bfloat16 on accelerators.
   config.model.dtype = 'auto'
 
   # Devices, of all processes (docs/cluster.md): -1 takes those that are left. fsdp: weights and optimizer

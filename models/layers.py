@@ -140,7 +140,7 @@ def _attend(
     visible = visible[:, None, None]  # [B, 1, 1, T, S]
   logits_BKGTS = jnp.where(visible, logits_BKRS.reshape(B, K, -1, T, S), -jnp.inf)
   weights_BKRS = jax.nn.softmax(logits_BKGTS, axis=-1).reshape(logits_BKRS.shape).astype(v_BKSH.dtype)
-  out_BKRH = batch_product(weights_BKRS, v_BKSH, -2).astype(v_BKSH.dtype)
+  out_BKRH = batch_product(weights_BKRS, v_BKSH, -2, v_BKSH.dtype)
   return out_BKRH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

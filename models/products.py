@@ -66,34 +66,38 @@ def _backward(residuals: Any, g_TO: jax.Array) -> tuple[jax.Array, jax.Array]:
 product.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def batch_product(a_BKRC: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-  """[B, K, R, S] in fp32: for every B and K the sum over a's columns and over `axis` of b, -1 or -2.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def batch_product(a_BKRC: jax.Array, b: jax.Array, axis: int, dtype: Any = jnp.float32) -> jax.Array:
+  """[B, K, R, S] in `dtype`: for every B and K the sum over C.
 
-  Gradients are rounded to a's dtype before they are multiplied on.
+  b is [B, K, S, C] with axis = -1, [B, K, C, S] with axis = -2. Gradients are rounded to a's dtype before
+  they are multiplied on.
   """
-  return _batch_dot(a_BKRC, b, axis)
+  return _batch_dot(a_BKRC, b, axis, dtype)
 
 
-def _batch_dot(a_BKRC: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+def _batch_dot(a_BKRC: jax.Array, b: jax.Array, axis: int, dtype: Any) -> jax.Array:
+  """As `dot`, which says why."""
   axes = (((3,), (axis % 4,)), ((0, 1), (0, 1)))
   if not on_cpu():
-    return jax.lax.dot_general(a_BKRC, b, axes, preferred_element_type=jnp.float32)
-  return _row_major(jax.lax.dot_general(_row_major(a_BKRC), b, axes, preferred_element_type=jnp.float32))
+    return jax.lax.dot_general(a_BKRC, b, axes, preferred_element_type=dtype)
+  out = jax.lax.dot_general(_row_major(a_BKRC), b, axes, preferred_element_type=jnp.float32)
+  return _row_major(out).astype(dtype)
 
 
-def _batch_forward(a_BKRC: jax.Array, b: jax.Array, axis: int) -> tuple[jax.Array, Any]:
-  return _batch_dot(a_BKRC, b, axis), (a_BKRC, b)
+def _batch_forward(a_BKRC: jax.Array, b: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, Any]:
+  return _batch_dot(a_BKRC, b, axis, dtype), (a_BKRC, b)
 
 
-def _batch_backward(axis: int, residuals: Any, g_BKRS: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _batch_backward(axis: int, _: Any, residuals: Any, g_BKRS: jax.Array) -> tuple[jax.Array, jax.Array]:
   a, b = residuals
   g = g_BKRS.astype(a.dtype)
-  a_gradient = _batch_dot(g, b, -3 - axis)
-  # Of logits and what has heads' width the latter is transposed, before and after.
+  other = -1 if axis == -2 else -2
+  a_gradient = _batch_dot(g, b, other, a.dtype)
+  # Of attention one of a and g is logits, a column for each key, the other as narrow as a head: that one is
+  # transposed for the product, and then the result.
   narrow, wide = (a, g) if axis == -1 else (g, a)
-  b_gradient = _batch_dot(narrow.swapaxes(2, 3), wide, -2).swapaxes(2, 3)
-  return a_gradient.astype(a.dtype), b_gradient.astype(b.dtype)
+  return a_gradient, _batch_dot(narrow.swapaxes(2, 3), wide, -2, b.dtype).swapaxes(2, 3)
 
 
 batch_product.defvjp(_batch_forward, _batch_backward)

@@ -33,7 +33,8 @@ def rope_tables(
 ) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine tables [..., T, H/2] in fp32 for integer positions [..., T].
 
-  Of a numpy array they are constants of the program: else XLA computes them anew wherever they are used.
+  Of a numpy array they are constants of the program, 4·T·H bytes: else XLA computes them anew wherever they
+  are used.
   """
   angles = positions[..., None].astype(np.float32) * inverse_frequencies(rope, head_dim)
   if isinstance(angles, np.ndarray):

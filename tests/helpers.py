@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -90,3 +91,11 @@ def randomise(model: Any, seed: int = 0) -> Any:
     for name, weight in model.named_parameters():
       weight.normal_(1.0 if 'norm' in name else 0.0, 0.25, generator=generator)
   return model.eval()
+
+
+def factors(lowered: Any) -> list[list[str]]:
+  """Of each product of a lowered program the dtypes of its two factors."""
+  names = {'bf16': 'bfloat16', 'f32': 'float32'}
+  lines = [line for line in lowered.as_text().splitlines() if 'stablehlo.dot_general' in line]
+  kinds = [re.findall(r'tensor<(?:\d+x)*(\w+)>', line.split(' : ')[-1])[:2] for line in lines]
+  return [[names[kind] for kind in two] for two in kinds]

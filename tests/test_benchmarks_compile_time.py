@@ -55,7 +55,7 @@ def test_toy_shape_from_end_to_end(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(compile_time, 'WIDTHS', {'all different': 1000})
   measured, measure = {}, compile_time.measure
   monkeypatch.setattr(compile_time, 'measure', lambda *a: measured.update(measure(*a)) or measured)
-  compile_time.main(['--write'])
+  compile_time.main(['--write', '--peer=0'])
   (found,) = measured['toy', 'all different']
   programs = compile_time.STAGE + compile_time.ONCE
   for kind in ('cold', 'warm'):

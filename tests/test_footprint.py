@@ -58,7 +58,7 @@ def test_every_device_holds_its_share_of_weights_and_moments(fsdp, tensor, mu_dt
     plan = Footprint(options(batch=8, length=64, mu_dtype=mu_dtype), config, jnp.float32)
     state = footprint.bytes_of(plan.state(config, True))
     memory = plan.training(config, config.num_layers)
-  share = size * count_params(config) / 4  # fp32 weights and two moments
+  share = size * count_params(config) / 4  # fp32 weights and second moments, first moments in mu_dtype
   assert share <= state < 1.02 * share  # norms are whole everywhere
   assert state <= memory.arguments < 1.05 * state
   assert memory.results < 0.01 * state  # the new state replaces the old

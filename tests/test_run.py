@@ -221,15 +221,26 @@ def test_distillation_and_accumulation_and_remat_run_on_chats_and_text(files, tm
 
 def test_bfloat16_compute_trains_fp32_master_weights(files, tmp_path):
   config = runs.make_config(files)
-  config.prune.stages, config.model.dtype, config.train.mu_dtype = 1, 'bfloat16', 'bfloat16'
+  config.prune.stages, config.model.dtype = 1, 'bfloat16'
   config.model.source = str(files / 'bfloat16')
   report = start(config, tmp_path / 'out')
   assert report['perplexity']['recovered'] < report['perplexity']['pruned']
   saved = load_file(tmp_path / 'out/hf/model.safetensors')
   assert {str(x.dtype) for x in saved.values()} == {'bfloat16'}  # as in the source
-  newest = max(int(p.name) for p in (tmp_path / 'out/checkpoints').iterdir() if p.name.isdigit())
-  shutil.rmtree(unfinish(tmp_path / 'out') / f'checkpoints/{newest}')
-  assert start(config, tmp_path / 'out')['perplexity'] == report['perplexity']  # with the moments as saved
+
+
+def test_a_bfloat16_first_moment_survives_a_kill(files, tmp_path):
+  config, path = runs.make_config(files), tmp_path / 'out'
+  config.prune.stages, config.train.mu_dtype = 1, 'bfloat16'
+  report = start(config, path)
+  assert report['perplexity']['recovered'] < report['perplexity']['pruned']
+  rows = (path / 'metrics.jsonl').read_text().splitlines()
+  newest = max(int(p.name) for p in (path / 'checkpoints').iterdir() if p.name.isdigit())
+  shutil.rmtree(unfinish(path) / f'checkpoints/{newest}')  # the one before is of step 21 of 24
+  assert start(config, path)['perplexity'] == report['perplexity']
+  again = (path / 'metrics.jsonl').read_text().splitlines()
+  kept = sum(a == b for a, b in zip(rows, again, strict=True))  # their seconds differ if run again
+  assert '"step": 21' in rows[kept - 1] and len(rows) > kept
 
 
 def test_pruned_model_can_be_pruned_again(finished, files, tmp_path):
