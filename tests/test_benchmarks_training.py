@@ -48,6 +48,12 @@ def test_tables():
   assert '| ours float32 | 2.00 (2.00–2.00) | 0.50 (0.50–0.50) | 1.00 (1.00–1.00) | 0.50' in table
 
 
+def test_programs_that_leave_other_models_are_not_compared():
+  pruning.check_sizes({'ours float32': 110_602_944, 'torch float32': 110_606_400})
+  with pytest.raises(SystemExit, match='102,?074,?688'):
+    pruning.check_sizes({'ours float32': 110_602_944, 'torch float32': 102_074_688})
+
+
 def test_a_section_is_replaced_alone():
   document = '# All\n\nwords\n\n## One\n\nold\n\n## Two\n\nstays\n'
   assert (

@@ -60,7 +60,8 @@ def cut(linear, rows=None, columns=None):
 def prune(model, found, sparsity, widths):
   for i, (layer, (kv, ffn)) in enumerate(zip(model.model.layers, found, strict=True)):
     a, m = layer.self_attn, layer.mlp
-    heads, channels = (max(1, round(w * (1 - sparsity[i].item()))) for w in widths)
+    share = sparsity[i].item()
+    heads, channels = max(1, widths[0] - int(widths[0] * share)), max(1, int(widths[1] * (1 - share)))
     group = a.q_proj.weight.shape[0] // len(kv)
     if heads < len(kv):
       keep = kv.topk(heads).indices.sort().values
