@@ -10,6 +10,7 @@ import numpy as np
 import runs
 
 from adapt_jax import sharding, surgery
+from adapt_jax.compile import Compiler, forget_traces
 from adapt_jax.plan import PrunePlan
 from models import llama
 from models.config import LayerShape, ModelConfig, RopeConfig
@@ -114,3 +115,21 @@ def test_stacking_holds_little_beside_its_result():
   program = sharding.jit(lambda p: surgery.stack(p, plan, np.float32), params, once=True)
   planned = program.lower(params).compile().memory_analysis()
   assert planned.temp_size_in_bytes < 0.3 * planned.output_size_in_bytes
+
+
+def test_forgotten_traces_are_taken_again_and_compiled_programs_stay():
+  traces = []
+
+  def double(x):
+    traces.append(x.shape)
+    return 2 * x
+
+  x = np.arange(3.0)
+  program, jitted = Compiler()('double', double, x), jax.jit(double)
+  jitted(x), jitted(x)
+  assert len(traces) == 1
+  forget_traces()
+  np.testing.assert_array_equal(program(x), 2 * x)
+  assert len(traces) == 1
+  jitted(x)
+  assert len(traces) == 2

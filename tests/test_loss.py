@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from adapt_jax import loss
+from models.platform import compiler_options, made_for
 
 
 @pytest.fixture(params=[64, 512, 2**25])
@@ -75,3 +76,20 @@ def test_only_targets_count():
   labels, weights = loss.shift(tokens, targets)
   counted = [(int(label), i) for i, (label, w) in enumerate(zip(labels, weights, strict=True)) if w]
   assert counted == [(7, 1), (8, 2), (2, 4)]
+
+
+@pytest.mark.parametrize('platform,at_once', [('cpu', 171), ('gpu', 1024)])
+def test_so_many_tokens_logits_are_held_at_once(platform, at_once):
+  """Of 1,024 tokens and SmolLM2's vocabulary, forward and backward: 32 MiB on a CPU, all elsewhere."""
+  tokens, vocab, hidden = 1024, 49_152, 8
+  shapes = [jax.ShapeDtypeStruct((n, hidden), jnp.float32) for n in (tokens, vocab)]
+  extras = jax.ShapeDtypeStruct((tokens,), jnp.int32), jax.ShapeDtypeStruct((tokens,), jnp.float32)
+
+  def run(x, head, extras):
+    return loss.sum_over_chunks(loss.cross_entropy, x, head, extras)
+
+  with made_for(platform):
+    lowered = jax.jit(jax.grad(run, (0, 1))).lower(*shapes, extras)
+  program = lowered.compile(compiler_options())
+  logits = 4 * at_once * vocab
+  assert logits <= program.memory_analysis().temp_size_in_bytes < 3.5 * logits
