@@ -284,7 +284,7 @@ def run(rows: tuple[Row, ...], toy: bool, minutes: float, write: bool) -> dict[i
 
 
 def main() -> None:
-  parser = side_by_side.parser(__doc__, rounds=1)
+  parser = side_by_side.parser(__doc__)
   parser.add_argument('--minutes', type=float, default=8.0, help='in which all of it must be done')
   parser.add_argument('--toy', action='store_true', help='tiny models on the CPU: only that it runs')
   args = parser.parse_args()

@@ -87,10 +87,11 @@ def ratio(over: list[float], under: list[float], digits: int = 2) -> str:
   return spread([a / b for a, b in zip(over, under, strict=True)], digits)
 
 
-def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-  """With --rounds and --write."""
+def parser(doc: str | None, rounds: int = 0) -> argparse.ArgumentParser:
+  """With --write, and --rounds where a number of them is given."""
   made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-  made.add_argument('--rounds', type=int, default=rounds, help='times that each program runs')
+  if rounds:
+    made.add_argument('--rounds', type=int, default=rounds, help='times that each program runs')
   made.add_argument('--write', action='store_true', help='replace this section of benchmarks/RESULTS.md')
   return made
 
