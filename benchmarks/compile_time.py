@@ -165,6 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
   options = parser(__doc__, 1)
   options.add_argument('--peer', type=int, default=4, help='layers of torch.compile beside ours; 0 = none')
   args = options.parse_args(arguments)
+  # First, for it may lack PyTorch.
+  peer = [peer_text(SHAPES['SmolLM2-135M'], args.peer, args.rounds)] if args.peer else []
   found = measure(SHAPES, args.rounds)
   parts = [
     'Cold: nothing on disk. Warm: the process again, its programs on disk. fp32, CPU; '
@@ -177,9 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     'GPU takes other seconds than for this CPU. Aim: below 2 %.',
     recipe_table(found),
   ]
-  if args.peer:
-    parts.append(peer_text(SHAPES['SmolLM2-135M'], args.peer, args.rounds))
-  report('Compile time', '\n\n'.join(parts), args.write)
+  report('Compile time', '\n\n'.join(parts + peer), args.write)
 
 
 if __name__ == '__main__':

@@ -102,7 +102,7 @@ def get_config() -> ConfigDict:
   config.train.split = 'linear'  # tokens by stage: linear (later stages get more), constant, cosine
   config.train.optimizer_state = 'carry'  # moments of surviving weights across prunings, or reset
   config.train.mu_dtype = 'float32'  # of Adam's first moment; bfloat16: 2 bytes a weight less
-  # The backward pass computes each layer again: less memory, slower by an eighth (CPU) to a third. Else again
+  # The backward pass computes each layer again: less memory, slower by a tenth (CPU) to a third. Else again
   # all but the products with weights.
   config.train.remat = False
   config.train.save_every = 500  # steps between checkpoints; every stage end is saved too

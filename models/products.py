@@ -26,15 +26,18 @@ def dot(a_RC: jax.Array, b: jax.Array, axis: int, dtype: Any = jnp.float32) -> j
   a slow one for fp32, for a transposed left factor: so the result is rounded after, and transposes before and
   after are copies of their own.
   """
-  axes = (((1,), (axis,)), ((), ()))
-  if not on_cpu():
-    return jax.lax.dot_general(a_RC, b, axes, preferred_element_type=dtype)
   if is_single_row(a_RC):
     # XLA fuses the conversion of b into this form, by its transpose, and reads b once, as it lies in memory;
     # the kernels for bfloat16, fast for more rows, are twenty times as slow for one.
     b32 = b.astype(jnp.float32)
     return (a_RC.astype(jnp.float32) @ (b32.T if axis else b32)).astype(dtype)
-  out = jax.lax.dot_general(_row_major(a_RC), b, axes, preferred_element_type=jnp.float32)
+  return _dot_general(a_RC, b, (((1,), (axis,)), ((), ())), dtype)
+
+
+def _dot_general(a: jax.Array, b: jax.Array, axes: Any, dtype: Any) -> jax.Array:
+  if not on_cpu():
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=dtype)
+  out = jax.lax.dot_general(_row_major(a), b, axes, preferred_element_type=jnp.float32)
   return _row_major(out).astype(dtype)
 
 
@@ -77,12 +80,7 @@ def batch_product(a_BKRC: jax.Array, b: jax.Array, axis: int, dtype: Any = jnp.f
 
 
 def _batch_dot(a_BKRC: jax.Array, b: jax.Array, axis: int, dtype: Any) -> jax.Array:
-  """As `dot`, which says why."""
-  axes = (((3,), (axis % 4,)), ((0, 1), (0, 1)))
-  if not on_cpu():
-    return jax.lax.dot_general(a_BKRC, b, axes, preferred_element_type=dtype)
-  out = jax.lax.dot_general(_row_major(a_BKRC), b, axes, preferred_element_type=jnp.float32)
-  return _row_major(out).astype(dtype)
+  return _dot_general(a_BKRC, b, (((3,), (axis % 4,)), ((0, 1), (0, 1))), dtype)
 
 
 def _batch_forward(a_BKRC: jax.Array, b: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, Any]:
