@@ -30,7 +30,7 @@ test-parity: .venv/installed-test fetch
 
 # With the demo's model too, where make demo has left it.
 test-serving: .venv/installed-test .venv-serving/mlx/installed .venv-serving/vllm/installed
-	$(PY) -m pytest -q -rP -m serving tests/test_serving.py
+	$(PY) -m pytest -q -rP -m serving tests/formats/test_serving.py
 
 # Each writes its own section as it ends; one alone: .venv/bin/python -m benchmarks.training --write
 BENCHMARKS := training pruning inference compile_time export growth input_speed

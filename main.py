@@ -22,22 +22,12 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from adapt_jax import (
-  accel,
-  bench,
-  compare,
-  distributed,
-  evaluate,
-  exporter,
-  footprint,
-  generate,
-  preemption,
-  sensitivity,
-  sharding,
-)
-from adapt_jax.compile import keep_programs
-from adapt_jax.config import RunOptions, from_dict
-from adapt_jax.workdir import Workdir
+from adapt_jax.config.options import RunOptions, from_dict
+from adapt_jax.machine import mesh, preemption, processes
+from adapt_jax.machine.compiler import keep_programs
+from adapt_jax.modes import bench, compare, estimate, evaluate, export, generate, sensitivity
+from adapt_jax.pipeline import stages
+from adapt_jax.pipeline.workdir import Workdir
 from models.errors import InputError, disk_full
 
 
@@ -59,10 +49,10 @@ config_flags.register_flag_parser_for_type(tuple, _Strings())
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe: a file of configs/.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where all results of this run go.')
 _RUN = {
-  'accel': accel.run,
-  'prune': accel.run,
+  'accel': stages.run,
+  'prune': stages.run,
   'evaluate': evaluate.run,
-  'export': exporter.run,
+  'export': export.run,
   'sensitivity': sensitivity.run,
   'compare': compare.run,
   'bench': bench.run,
@@ -71,7 +61,7 @@ _MODE = flags.DEFINE_enum('mode', 'accel', [*_RUN, 'plan', 'generate'], 'What to
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'What --mode=generate continues; may be repeated.')
 _ONE_DEVICE = ('sensitivity',)  # the others use all, compare and export those of one process
 _DISTRIBUTED = flags.DEFINE_enum(
-  'distributed', 'auto', distributed.MODES, 'Whether the scheduler starts several processes.'
+  'distributed', 'auto', processes.MODES, 'Whether the scheduler starts several processes.'
 )
 _ADDRESS = flags.DEFINE_string('coordinator_address', '', 'host:port of process 0, without a scheduler.')
 _PROCESSES = flags.DEFINE_integer('num_processes', 0, 'How many processes, without a scheduler.')
@@ -115,28 +105,28 @@ def main(argv: list[str]) -> None:
   mode = _MODE.value
   options = _options(mode)
   if mode == 'plan':
-    footprint.simulate(options.plan.devices)
-  distributed.start(_DISTRIBUTED.value, _ADDRESS.value, _PROCESSES.value, _PROCESS.value)
+    estimate.simulate(options.plan.devices)
+  processes.start(_DISTRIBUTED.value, _ADDRESS.value, _PROCESSES.value, _PROCESS.value)
   if mode != 'plan':  # it asks the compiler for more than a kept program may tell
     keep_programs()
   if jax.process_count() > 1 and mode not in ('accel', 'prune', 'evaluate'):
     raise InputError(f'--mode={mode} runs in one process, not in {jax.process_count()}: start it alone')
   with contextlib.ExitStack() as stack:
-    if mode not in _ONE_DEVICE and (mesh := sharding.make_mesh(options.mesh)):
-      stack.enter_context(jax.set_mesh(mesh))
+    if mode not in _ONE_DEVICE and (devices := mesh.make_mesh(options.mesh)):
+      stack.enter_context(jax.set_mesh(devices))
     if mode != 'compare':  # which does it for each cell
-      options = sharding.aligned(options)
+      options = mesh.aligned(options)
     if mode == 'plan':
-      footprint.run(options)
+      estimate.run(options)
       return
     if mode == 'generate':
       generate.run(options, _PROMPT.value)
       return
     workdir = Workdir(_WORKDIR.value, _identity(mode, options))
-    distributed.decide(workdir.check)
-    if distributed.decide(workdir.report.exists) and mode != 'compare':  # its cells tell what is finished
+    processes.decide(workdir.check)
+    if processes.decide(workdir.report.exists) and mode != 'compare':  # its cells tell what is finished
       more = f'; --mode=export --config.model.source={workdir.path} writes its model in other forms'
-      distributed.say(f'this run is finished: see {workdir.report}{more * (mode in ("accel", "prune"))}')
+      processes.say(f'this run is finished: see {workdir.report}{more * (mode in ("accel", "prune"))}')
       return
     stack.enter_context(preemption.watched())
     _RUN[mode](options, workdir, shlex.join(['python', *sys.argv]))
@@ -162,7 +152,7 @@ def _run() -> None:
   except InputError as error:
     _fail(str(error))
   except preemption.Preempted as stop:
-    distributed.say(' '.join(('stopped by SIGTERM', *stop.args)) + ': the same command goes on from here')
+    processes.say(' '.join(('stopped by SIGTERM', *stop.args)) + ': the same command goes on from here')
   except Exception as error:
     if reason := disk_full(error):
       _fail(
@@ -178,12 +168,12 @@ def _run() -> None:
         'all again, the run goes on from its last checkpoint',
         file=sys.stderr,
       )
-    distributed.leave(1)
+    processes.leave(1)
 
 
 def _fail(message: str) -> NoReturn:
   print(f'error: {message}', file=sys.stderr)
-  distributed.leave(2)
+  processes.leave(2)
 
 
 if __name__ == '__main__':

@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from adapt_jax.compile import Compiler
-from adapt_jax.config import EvaluateOptions
+from adapt_jax.config.options import EvaluateOptions
 from adapt_jax.evaluation.harness import check_tasks, evaluate_lm
 from adapt_jax.evaluation.harness_lm import FlaxLM
-from adapt_jax.inputs import load_source
-from models.source import open_source
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.pipeline.inputs import load_source
+from models.formats.source import open_source
 
 ROOT = pathlib.Path(__file__).parent.parent
 _CHOICE = {'output_type': 'multiple_choice', 'metric_list': [{'metric': 'acc'}, {'metric': 'acc_norm'}]}

@@ -17,16 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax import surgery
-from adapt_jax.compile import Compiler
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
-from adapt_jax.methods import METHODS
-from adapt_jax.plan import PrunePlan, PruneState
-from adapt_jax.prune import Pruner
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.methods import METHODS
+from adapt_jax.pruning.plan import PrunePlan, PruneState
+from adapt_jax.pruning.pruner import Pruner
 from benchmarks.reference_parity import ROOT, reference_options, reference_params
-from models.llama import Params
-from models.source import Source
+from models.formats.source import Source
+from models.network.llama import Params
 
 # Pruning steps of the reference whose masks are given.
 STEPS = (15, 16, 29)

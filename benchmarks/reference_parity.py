@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.compile import Compiler
-from adapt_jax.config import CalibrationOptions, PruneOptions
+from adapt_jax.config.options import CalibrationOptions, PruneOptions
 from adapt_jax.data.windows import Blocks
-from adapt_jax.plan import PrunePlan, PruneState
-from adapt_jax.prune import Pruner, StepRecord
-from models.llama import Params
-from models.source import Source, open_source
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.pruning.plan import PrunePlan, PruneState
+from adapt_jax.pruning.pruner import Pruner, StepRecord
+from models.formats.source import Source, open_source
+from models.network.llama import Params
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Parameters by which ours may be above the reference's after its last step: a fraction of what a step takes.

@@ -31,7 +31,7 @@ import tqdm
 
 from adapt_jax.data.documents import Document, fingerprint, read_documents
 from adapt_jax.data.tokenise import BATCH_CHARS, Encoded, encode_all, take
-from adapt_jax.distributed import decide
+from adapt_jax.machine.processes import decide
 from models.errors import InputError, first_line
 
 TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its document

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from adapt_jax.config import DataOptions, TrainOptions
+from adapt_jax.config.options import DataOptions, TrainOptions
 from adapt_jax.data.documents import is_blocks
 from adapt_jax.data.order import Order
 from adapt_jax.data.token_cache import FIRST, TARGET, Need, TokenCache, open_cache

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from adapt_jax.compile import Compiler
-from adapt_jax.config import EvaluateOptions
+from adapt_jax.config.options import EvaluateOptions
+from adapt_jax.machine.compiler import Compiler
 from models.config import ModelConfig
 from models.errors import InputError, first_line
-from models.llama import Params
+from models.network.llama import Params
 
 # The paper's protocol: task -> examples before each question.
 PAPER = {

@@ -15,17 +15,18 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from adapt_jax import loss, preemption
-from adapt_jax.compile import Compiler
 from adapt_jax.generation.generator import Generator, bucket
 from adapt_jax.generation.sampling import Sampling
-from adapt_jax.progress import Progress
-from adapt_jax.sharding import put_rows
-from models import llama
+from adapt_jax.machine import preemption
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.mesh import put_rows
+from adapt_jax.machine.progress import Progress
+from adapt_jax.training import loss
 from models.config import ModelConfig
 from models.errors import InputError
-from models.llama import Params
-from models.sharding import row_shards
+from models.network import llama
+from models.network.llama import Params
+from models.network.sharding import row_shards
 
 _SHORTEST = 32  # tokens of the shortest rows
 _FEW = 32  # tokens that are scored of a row with a short answer

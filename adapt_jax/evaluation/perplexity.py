@@ -8,17 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from adapt_jax import preemption
-from adapt_jax.compile import Compiler
 from adapt_jax.data.windows import Blocks
-from adapt_jax.loss import next_token_loss, shift
-from adapt_jax.progress import Progress
-from adapt_jax.sharding import put_rows
-from models import llama
+from adapt_jax.machine import preemption
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.mesh import put_rows
+from adapt_jax.machine.progress import Progress
+from adapt_jax.training.loss import next_token_loss, shift
 from models.config import ModelConfig
 from models.errors import InputError
-from models.llama import Params
-from models.sharding import row_shards
+from models.network import llama
+from models.network.llama import Params
+from models.network.sharding import row_shards
 
 
 def definition(blocks: Blocks) -> str:

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quant_shape_to_byte_shape, quantize
 
-from adapt_jax.export.gguf_tokenizer import add_tokenizer, check_gguf_tokenizer
-from adapt_jax.progress import Progress
+from adapt_jax.export.gguf_vocab import add_tokenizer, check_gguf_tokenizer
+from adapt_jax.machine.progress import Progress
 from models.config import ModelConfig
 from models.errors import InputError, disk_full, first_line
 from models.files import new_file
-from models.gguf import (
+from models.formats.gguf_model import (
   FAMILY_KEY,
   PERMUTED,
   PERMUTED_ARCHITECTURES,
@@ -27,8 +27,8 @@ from models.gguf import (
   gguf_name,
   rope_divisors,
 )
-from models.hf import Leaf, host_tensors, leaves, lookup
-from models.llama import Params
+from models.formats.hf_weights import Leaf, host_tensors, leaves, lookup
+from models.network.llama import Params
 
 _FILE_TYPES = {
   'F32': LlamaFileType.ALL_F32,

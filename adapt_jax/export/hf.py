@@ -11,9 +11,9 @@ import numpy as np
 from models.config import ModelConfig
 from models.errors import InputError, disk_full, first_line
 from models.files import new_directory, write_text
-from models.hf import save_params
-from models.hf_config import config_to_hf
-from models.llama import Params
+from models.formats.hf_config import config_to_hf
+from models.formats.hf_weights import save_params
+from models.network.llama import Params
 
 _CODE = pathlib.Path(__file__).parent / 'hf_code'
 _MLX_FILE = 'mlx_adapt.py'

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from models.config import LayerShape, ModelConfig
 from models.errors import InputError
-from models.llama import Params
+from models.network.llama import Params
 
 
 def padded_config(config: ModelConfig) -> ModelConfig:

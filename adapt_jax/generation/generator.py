@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.compile import Compiler
 from adapt_jax.generation.sampling import GREEDY, Sampling, sample
-from adapt_jax.sharding import put_rows
-from models import kv_cache
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.mesh import put_rows
 from models.config import ModelConfig
 from models.errors import InputError
-from models.llama import Params
-from models.platform import loop_options
-from models.sharding import row_shards
+from models.network import kv_cache
+from models.network.backend import loop_options
+from models.network.llama import Params
+from models.network.sharding import row_shards
 
 State = dict[str, Any]
 

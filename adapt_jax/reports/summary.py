@@ -5,7 +5,7 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from adapt_jax.config import RunOptions
+from adapt_jax.config.options import RunOptions
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'numpy')
 

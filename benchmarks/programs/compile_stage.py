@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax import sharding, surgery
-from adapt_jax.config import TrainOptions, from_dict
+from adapt_jax.config.options import TrainOptions, from_dict
 from adapt_jax.evaluation.perplexity import _Loss
-from adapt_jax.importance import Scorer
-from adapt_jax.optim import optimizer
-from adapt_jax.plan import PrunePlan
-from adapt_jax.train import make_step
+from adapt_jax.machine import mesh
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.scorer import Scorer
+from adapt_jax.training.optim import optimizer
+from adapt_jax.training.step import make_step
 from configs import base
-from models import llama
 from models.config import LayerShape, ModelConfig, RopeConfig
-from models.platform import compiler_options, loop_options
+from models.network import llama
+from models.network.backend import compiler_options, loop_options
 
 
 def dense_config(shape: dict[str, Any]) -> ModelConfig:
@@ -97,7 +98,7 @@ def measure(shape: dict[str, Any], names: list[str]) -> Iterator[tuple[str, dict
   for name in names:
     fn, args, settings = found[name]
     start, cpu = time.perf_counter(), time.process_time()
-    lowered = sharding.jit(fn, *args, **settings).trace(*args).lower()
+    lowered = mesh.jit(fn, *args, **settings).trace(*args).lower()
     middle = time.perf_counter()
     lowered.compile(compiler_options() | (loop_options() if name == 'scoring' else {}))
     end = time.perf_counter()

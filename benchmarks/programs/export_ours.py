@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import main
-from adapt_jax import exporter
-from adapt_jax.export import formats
+from adapt_jax.export import writer
+from adapt_jax.modes import export
 from benchmarks.programs.export_usage import Peak, now, since
 
 _found: dict[str, Any] = {}
@@ -30,9 +30,9 @@ def _timed(owner: Any, name: str, part: str) -> None:
 
 
 def run(source: str, out: str) -> None:
-  _timed(exporter._Model, 'load', 'read')
-  _timed(formats, 'write_hf', 'write')
-  _timed(formats, 'check', 'check')
+  _timed(export._Model, 'load', 'read')
+  _timed(writer, 'write_hf', 'write')
+  _timed(writer, 'check', 'check')
   sys.argv = ['main.py', '--config=configs/base.py', '--mode=export', f'--workdir={out}']
   sys.argv += [f'--config.model.source={source}', '--config.export.formats=hf']
   try:

@@ -20,20 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax import surgery
-from adapt_jax.compile import Compiler
-from adapt_jax.config import from_dict
-from adapt_jax.footprint import forward_flops
+from adapt_jax.config.options import from_dict
 from adapt_jax.generation.generator import Generator, Timings, bucket
-from adapt_jax.importance import Scorer
-from adapt_jax.optim import optimizer
-from adapt_jax.plan import PrunePlan
-from adapt_jax.train import make_step
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.modes.estimate import forward_flops
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.scorer import Scorer
+from adapt_jax.training.optim import optimizer
+from adapt_jax.training.step import make_step
 from benchmarks.gpu import ROWS, TOY, Row
 from configs import base
-from models import flash, layers, llama
 from models.config import LayerShape, ModelConfig, RopeConfig, count_params
-from models.hf_config import config_to_hf
+from models.formats.hf_config import config_to_hf
+from models.network import flash, layers, llama
 
 BF16 = jnp.dtype(jnp.bfloat16)
 

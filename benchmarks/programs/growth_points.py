@@ -12,16 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adapt_jax import surgery
-from adapt_jax.footprint import forward_flops
-from adapt_jax.importance import Scorer
-from adapt_jax.optim import optimizer
-from adapt_jax.plan import PrunePlan
-from adapt_jax.train import make_step
+from adapt_jax.modes.estimate import forward_flops
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.scorer import Scorer
+from adapt_jax.training.optim import optimizer
+from adapt_jax.training.step import make_step
 from benchmarks.programs.compile_stage import train_options
-from models import llama
 from models.config import LayerShape, ModelConfig, RopeConfig
-from models.platform import compiler_options, loop_options
+from models.network import llama
+from models.network.backend import compiler_options, loop_options
 
 LENGTH, HEAD_DIM, VOCAB, MICRO = 128, 32, 512, 8
 

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.compile import Compiler
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.generation.generator import Generator, Timings
-from adapt_jax.inputs import load_source
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.pipeline.inputs import load_source
 from models.config import ModelConfig, count_params
-from models.source import open_source
+from models.formats.source import open_source
 
 
 def random_ids(vocab: int, rows: int, length: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from llama_cpp_py_sync import Llama
 
-from tests.llama_cpp import logits
+from tests.support.llama_cpp import logits
 
 
 def main(file: str, prompts: str, out: str, _: str) -> None:

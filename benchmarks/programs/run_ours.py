@@ -6,10 +6,10 @@ import sys
 
 import jax.numpy as jnp
 
-from adapt_jax.compile import Compiler
 from adapt_jax.generation.generator import Generator, Timings
+from adapt_jax.machine.compiler import Compiler
 from benchmarks.exports import logprobs
-from models.source import open_source
+from models.formats.source import open_source
 
 
 def main(directory: str, prompts: str, out: str, _: str) -> None:

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.compile import Compiler, forget_traces
-from adapt_jax.config import from_dict
-from adapt_jax.optim import optimizer as make_optimizer
-from adapt_jax.train import make_step
+from adapt_jax.config.options import from_dict
+from adapt_jax.machine.compiler import Compiler, forget_traces
+from adapt_jax.training.optim import optimizer as make_optimizer
+from adapt_jax.training.step import make_step
 from configs import base
-from models.source import open_source
+from models.formats.source import open_source
 
 BATCH, LENGTH = 4, 256
 

@@ -1,0 +1,1 @@
+"""A run's options: declared once, built from recipes and checked."""

@@ -1,0 +1,144 @@
+"""Whether a written model is the one it was written from: the same bits, or a few texts predicted alike."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_jax.machine.mesh import put_rows
+from models.config import ModelConfig
+from models.errors import InputError
+from models.formats.gguf_model import STORED_DTYPES
+from models.formats.hf_weights import TensorReader, host_tensors
+from models.formats.source import open_source
+from models.network import llama
+from models.network.llama import Params
+from models.network.sharding import row_shards, shardings
+
+_TEXTS = (
+  'The quick brown fox jumps over the lazy dog.',
+  'In 1947 the committee met 12 times; its report, printed the year after, was never read aloud.',
+  'def mean(values):\n  return sum(values) / len(values)\n',
+  'Naïve façades of Köln, 東京 and Москва cost €1,250.75 – or more 😀.',
+)
+_LENGTH = 64  # tokens of a text, at most
+# RMS of the logits' differences over that of the logits. What no dtype explains is an error of the export;
+# blocks of 8 and 4 bits lose more, in small models most.
+_LIMIT, _LIMITS = 1e-3, {'Q8_0': 0.1, 'Q4_0': 0.7}
+_CHUNK = 1 << 22  # elements that are compared at once
+# GGUF types of matrices; vectors are F32 in every such file.
+_DTYPES = {kind.name: dtype for kind, dtype in STORED_DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+  """Of the written model with the one that it was written from, over all tokens of the texts.
+
+  logit_difference: the largest of all logits, rounding to the written dtype included.
+  same_token: share of positions at which both find the same token most likely.
+  """
+
+  logit_difference: float
+  same_token: float
+
+
+def check(
+  config: ModelConfig, params: Params, path: pathlib.Path, tokenizer: Any, kind: str | None
+) -> Agreement:
+  """Reads `path` back, a directory or .gguf file, and compares its bits and, if others, its logits in fp32.
+
+  kind: the dtype, or the GGUF type, that the weights were written in; None for each tensor's own.
+
+  Raises InputError if the tokenizer or the function is another one. Of several processes all call it.
+  """
+  source = open_source(str(path))
+  tokens, counted = _rows(tokenizer)
+  if tokenizer is not None and _encode(source.load_tokenizer()) != _encode(tokenizer):
+    raise InputError(f'{path}: its tokenizer, read back, gives other tokens than the one it was written from')
+  if jax.process_count() == 1 and source.config == config and _same_bits(config, params, source.reader):
+    return Agreement(0.0, 1.0)  # the same function
+  params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), params)
+  reloaded = source.load_params(None, shardings(source.abstract_params()))
+  batch = put_rows(np.arange(len(tokens)), lambda ids: (tokens[ids], counted[ids]))
+  with jax.default_matmul_precision('highest'):
+    # One after another: together they would hold the activations and converted weights of all.
+    predict, as_is = jax.jit(_logits, static_argnums=(0, 1)), _Rounding(None)
+    given_BTV = predict(config, as_is, params, batch[0])
+    rounded_BTV = given_BTV if kind is None else predict(config, _Rounding(kind), params, batch[0])
+    found_BTV = predict(source.config, as_is, reloaded, batch[0])
+  largest, error, same = (float(x) for x in jax.jit(_compare)(given_BTV, rounded_BTV, found_BTV, batch[1]))
+  limit = _LIMITS.get(kind or '', _LIMIT)
+  if not error <= limit:
+    raise InputError(
+      f'{path}: its logits, read back, differ from the model by {error:.2g} of their size, and only up to '
+      f'{limit:g} is right: this export is not kept; please report it with the command'
+    )
+  return Agreement(largest, same)
+
+
+def _same_bits(config: ModelConfig, params: Params, reader: TensorReader) -> bool:
+  """Whether every tensor, read back, has the dtype and the bits that it was written from."""
+  return all(
+    reader.dtype(leaf.name) == tensor.dtype.name and _equal(tensor, reader.read(leaf.name))
+    for leaf, tensor in host_tensors(config, params)
+  )
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+  """Of finite numbers: others are left to the logits, which are then refused."""
+  a, b = a.reshape(-1), b.reshape(-1)
+  bits = {2: np.uint16, 4: np.uint32}[a.itemsize]
+  parts = [slice(i, i + _CHUNK) for i in range(0, a.size, _CHUNK)]
+  return all(np.array_equal(a[p].view(bits), b[p].view(bits)) and np.isfinite(a[p]).all() for p in parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rounding:
+  """What writing as `kind` does to parameters; nothing for quantised types, which have wider limits."""
+
+  kind: str | None
+
+  def __call__(self, params: Params) -> Params:
+    if self.kind is None or self.kind in _LIMITS:
+      return params
+    dtype = jnp.dtype(_DTYPES.get(self.kind, self.kind))
+
+    def rounded(path: Any, x: jax.Array) -> jax.Array:
+      vector = 'norm' in path[-1].key or 'bias' in path[-1].key
+      return x if vector and self.kind in _DTYPES else x.astype(dtype).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(rounded, params)
+
+
+def _encode(tokenizer: Any) -> list[list[int]]:
+  return [tokenizer(text)['input_ids'][:_LENGTH] for text in _TEXTS]
+
+
+def _rows(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+  """The texts' tokens [N, T] and which of them count, N a multiple of the devices that share rows."""
+  ids = _encode(tokenizer) if tokenizer is not None else [list(range(16))]
+  count = row_shards() * -(-len(ids) // row_shards())
+  tokens = np.zeros((count, max(map(len, ids))), np.int32)
+  counted = np.zeros(tokens.shape, bool)
+  for row in range(count):
+    found = ids[row % len(ids)]
+    tokens[row, : len(found)], counted[row, : len(found)] = found, True
+  return tokens, counted
+
+
+def _logits(config: ModelConfig, rounding: _Rounding, params: Params, tokens_BT: jax.Array) -> jax.Array:
+  return llama.apply(config, rounding(params), tokens_BT)
+
+
+def _compare(
+  given_BTV: jax.Array, rounded_BTV: jax.Array, found_BTV: jax.Array, counted_BT: jax.Array
+) -> tuple[jax.Array, ...]:
+  """Largest difference to the given logits, RMS difference to the rounded ones, share of equal tokens."""
+  mask = counted_BT[..., None]
+  largest = jnp.max(jnp.where(mask, jnp.abs(found_BTV - given_BTV), 0))
+  squared = [jnp.sum(jnp.where(mask, jnp.square(x), 0)) for x in (found_BTV - rounded_BTV, rounded_BTV)]
+  same_BT = (found_BTV.argmax(-1) == given_BTV.argmax(-1)) & counted_BT
+  return largest, jnp.sqrt(squared[0] / squared[1]), same_BT.sum() / counted_BT.sum()

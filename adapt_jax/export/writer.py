@@ -1,0 +1,170 @@
+"""The forms of a result, their writing one after another, and what is known of them for the report."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from adapt_jax.config.options import ExportOptions
+from adapt_jax.export.card import model_card
+from adapt_jax.export.gguf import check_gguf, write_gguf
+from adapt_jax.export.gguf_vocab import check_gguf_tokenizer
+from adapt_jax.export.hf import write_hf
+from adapt_jax.export.padded import pad, padded_config
+from adapt_jax.export.verify import check
+from adapt_jax.machine import mesh
+from adapt_jax.machine.processes import decide, is_first, say
+from adapt_jax.pipeline.workdir import Workdir
+from models.config import ModelConfig, count_params
+from models.files import beside, exists, new_directory, write_text
+from models.formats.gguf_model import STORED_DTYPES
+from models.formats.safetensors import read_json
+from models.formats.source import Source, open_source
+from models.network.llama import Params
+
+_GGUF_TYPES = {dtype.name: kind.name for kind, dtype in STORED_DTYPES.items()}
+Written = dict[str, dict[str, Any]]  # file, or '' for the directory -> what is known of it
+LINEAGE = 'lineage.json'  # in each directory: the report of the run that made the model
+
+
+def check_formats(options: ExportOptions, config: ModelConfig) -> None:
+  """Checks that this model can have the forms asked for. Raises InputError."""
+  if 'hf_padded' in options.formats:
+    padded_config(config)
+  if 'gguf' in options.formats:
+    check_gguf(config)
+
+
+def check_result(options: ExportOptions, config: ModelConfig) -> None:
+  """The same before a run, whose result has the biases of `config`, but layers of different widths."""
+  first, *others = config.layers
+  check_formats(options, config.with_layers((dataclasses.replace(first, ffn=first.ffn + 1), *others)))
+
+
+def check_tokenizer(options: ExportOptions, tokenizer: Any) -> None:
+  """Checks that the forms asked for can hold the tokenizer. Raises InputError."""
+  if 'gguf' in options.formats:
+    check_gguf_tokenizer(tokenizer)
+
+
+def lineage(source: Source) -> dict[str, Any]:
+  """The report of the run that made a model, which our exports have beside the weights; empty for others."""
+  path = (source.path if source.path.is_dir() else source.path.parent) / LINEAGE
+  found = read_json(path) if exists(path) else {}
+  model = found.get('model')
+  return found if isinstance(model, dict) and isinstance(model.get('source'), str) else {}
+
+
+def written_dtype(options: ExportOptions, source_dtype: str, trained: bool) -> Any:
+  """dtype of the written weights; None keeps each tensor's own, where no training has made them fp32."""
+  if options.dtype == 'auto' and not trained:
+    return None
+  return jnp.dtype(source_dtype if options.dtype == 'auto' else options.dtype)
+
+
+class Writer:
+  """Writes a model into WORKDIR/<format>, for each format asked for.
+
+  Each directory is whole or absent, and appears when the model read back from it agrees.
+
+  Args:
+    tokenizer: or None.
+    dtype: of the weights; None keeps each tensor's own.
+    generation: fields of generation_config.json.
+    report: of the run, or what is known of a model's origin; written beside as `LINEAGE` and, for readers, as
+      a model card.
+  """
+
+  def __init__(
+    self,
+    options: ExportOptions,
+    workdir: Workdir,
+    *,
+    tokenizer: Any,
+    dtype: Any,
+    generation: dict[str, Any],
+    report: dict[str, Any],
+  ):
+    self._options, self._workdir = options, workdir
+    self._tokenizer, self._dtype, self._generation = tokenizer, dtype, generation
+    self._report = report
+
+  def write(self, config: ModelConfig, params: Params) -> Written:
+    """{what was written: bytes, largest logit difference ...}. Raises InputError where it does not agree.
+
+    Of several processes all call it; the parameters may be sharded over them.
+    """
+    found: Written = {}
+    for name in self._options.formats:
+      path = self._workdir.path / name
+      with new_directory(path) if is_first() else contextlib.nullcontext(beside(path)) as new:
+        written = _WRITERS[name](self, config, params, new)
+        if is_first():
+          write_text(new / LINEAGE, json.dumps(self._report, indent=2) + '\n')
+          files = sorted(file.name for file in new.iterdir())
+          write_text(new / 'README.md', model_card(self._report, config, files))
+      for file, values in written.items():
+        found[f'{name}/{file}'.rstrip('/')] = values
+        say(_line(path / file, values))
+    return found
+
+  def _write_hf(self, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
+    self._hf(config, params, new, code=True)
+    return {'': self._compare_hf(config, params, new)}
+
+  def _write_padded(self, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
+    wide, widen = padded_config(config), functools.partial(pad, config)
+    self._hf(wide, mesh.jit(widen, params)(params), new, code=False)
+    found = self._compare_hf(config, params, new)
+    return {'': found | {'params': count_params(wide), 'params_without_zeros': count_params(config)}}
+
+  def _hf(self, config: ModelConfig, params: Params, new: pathlib.Path, code: bool) -> None:
+    options = {'tokenizer': self._tokenizer, 'dtype': self._dtype, 'generation': self._generation}
+    write_hf(config, params, new, code=code, **options)
+
+  def _write_gguf(self, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
+    found, auto = {}, _GGUF_TYPES[self._dtype_name(params)]
+    for kind in dict.fromkeys(auto if kind == 'auto' else kind for kind in self._options.gguf_types):
+      file = new / f'model-{kind}.gguf'
+      name = pathlib.Path(self._report['model']['source']).name
+      write_gguf(config, params, file, tokenizer=self._tokenizer, kind=kind, name=name)
+      found[file.name] = {'type': kind} | self._compare(config, params, file, kind)
+    return found
+
+  def _dtype_name(self, params: Params) -> str:
+    return jnp.dtype(self._dtype or params['embed'].dtype).name
+
+  def _compare_hf(self, config: ModelConfig, params: Params, new: pathlib.Path) -> dict[str, Any]:
+    kind = None if self._dtype is None else jnp.dtype(self._dtype).name
+    return {'type': self._dtype_name(params)} | self._compare(config, params, new, kind)
+
+  def _compare(
+    self, config: ModelConfig, params: Params, path: pathlib.Path, kind: str | None
+  ) -> dict[str, Any]:
+    decide(lambda: None)  # until the first process has written
+    agreement = check(config, params, path, self._tokenizer, kind)
+    size = decide(lambda: open_source(str(path)).stored_bytes())
+    return {'bytes': size, **dataclasses.asdict(agreement)}
+
+
+def _line(path: pathlib.Path, found: dict[str, Any]) -> str:
+  text = (
+    f'{path}: {found["bytes"] / 1e6:,.1f} MB of {found["type"]}, read back: largest logit difference '
+    f'{found["logit_difference"]:.2g}, same token at {found["same_token"]:.1%} of positions'
+  )
+  if 'params_without_zeros' in found:
+    zeros = found['params'] / found['params_without_zeros'] - 1
+    text += f'; {found["params"]:,} parameters, zeros add {zeros:.1%}'
+  return text
+
+
+_WRITERS: dict[str, Callable[[Writer, ModelConfig, Params, pathlib.Path], Written]] = {
+  'hf': Writer._write_hf,
+  'hf_padded': Writer._write_padded,
+  'gguf': Writer._write_gguf,
+}

@@ -1,0 +1,1 @@
+"""The machine a run is on: devices, processes, the compiler, signals, progress."""

@@ -1,0 +1,133 @@
+"""The device mesh of a run, what it asks of the run, and arrays placed on it.
+
+What lies where is said in `models.network.sharding`. A mesh of one device is no mesh: nothing is placed then.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from adapt_jax.config.options import MeshOptions, RunOptions
+from adapt_jax.pruning.serving_widths import multiples
+from models.config import ModelConfig
+from models.errors import InputError
+from models.network import sharding
+from models.network.backend import compiler_options
+from models.network.sharding import AXES, row_sharding, row_shards, shardings
+
+
+def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
+  """Size of every axis, −1 filled; InputError if `devices` do not make such a mesh."""
+  sizes = {axis: getattr(options, axis) for axis in AXES}
+  given = math.prod(size for size in sizes.values() if size > 0)
+  text = ', '.join(f'{axis} = {size}' for axis, size in sizes.items())
+  if -1 in sizes.values():
+    if devices % given:
+      raise InputError(
+        f'config.mesh ({text}): its axes must divide the {devices} devices that there are: change them'
+      )
+    sizes = {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
+  elif given != devices:
+    raise InputError(
+      f'config.mesh ({text}) asks for {given} devices, but there are {devices}: set one axis to -1 to use all'
+    )
+  return sizes
+
+
+def make_mesh(options: MeshOptions) -> Mesh | None:
+  """The mesh of all devices of all processes; None for a single device."""
+  sizes = mesh_shape(options, jax.device_count())
+  if jax.device_count() == 1:
+    return None
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def aligned(options: RunOptions) -> RunOptions:
+  """The options with prune.align_kv and align_ffn for prune.serve and the mesh's `tensor` axis."""
+  mesh = sharding.mesh()
+  tensor = mesh.shape['tensor'] if mesh is not None else 1
+  asked = multiples(options.prune.serve)
+  prune = dataclasses.replace(
+    options.prune,
+    align_kv=math.lcm(options.prune.align_kv, asked.kv, tensor),
+    align_ffn=math.lcm(options.prune.align_ffn, asked.ffn, tensor),
+  )
+  return dataclasses.replace(options, prune=prune)
+
+
+def check_model(config: ModelConfig) -> None:
+  """Checks that the mesh that is set can split this model. Raises InputError."""
+  mesh = sharding.mesh()
+  if mesh is None:
+    return
+  fsdp, tensor = mesh.shape['fsdp'], mesh.shape['tensor']
+  if config.hidden_size % fsdp:
+    raise InputError(
+      f'config.mesh.fsdp = {fsdp} does not divide the hidden size {config.hidden_size} of model.source: '
+      f'lower it, and raise config.mesh.data instead'
+    )
+  for i, shape in enumerate(config.layers):
+    for name, width in (('KV heads', shape.num_kv_heads), ('MLP channels', shape.ffn)):
+      if width % tensor:
+        raise InputError(
+          f'config.mesh.tensor = {tensor} does not divide the {width} {name} of layer {i}: lower it'
+        )
+
+
+def check_batches(options: RunOptions) -> None:
+  """Checks that the mesh that is set can split the run's batches by rows. Raises InputError."""
+  shards = row_shards()
+  batches = {'prune.calibration.samples': options.prune.calibration.samples}
+  if options.train.tokens:
+    batches['train.batch'] = options.train.batch
+  for field, size in batches.items():
+    if size % shards:
+      raise InputError(
+        f'config.{field} = {size} must be a multiple of the {shards} devices that share rows '
+        f'(config.mesh.data x config.mesh.fsdp)'
+      )
+
+
+def rows_at_once(count: int, most: int) -> int:
+  """Rows of a micro-batch, over all devices: at most `most` on each, and a divisor of `count`.
+
+  `count` must be a multiple of `row_shards()`.
+  """
+  own = count // row_shards()
+  return row_shards() * max(n for n in range(1, min(most, own) + 1) if own % n == 0)
+
+
+def put_rows(ids: np.ndarray, read: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> tuple[jax.Array, ...]:
+  """The arrays [len(ids), ...] that `read(ids)` gives, split by rows; a process reads its own rows only."""
+  split = row_sharding()
+  if split is None:
+    return tuple(jnp.asarray(x) for x in read(ids))
+  slices = {d: index[0] for d, index in split.addressable_devices_indices_map((len(ids),)).items() if index}
+  parts = {(s.start, s.stop): read(ids[s]) for s in {(s.start, s.stop): s for s in slices.values()}.values()}
+
+  def place(k: int) -> jax.Array:
+    shares = [jax.device_put(parts[s.start, s.stop][k], device) for device, s in slices.items()]
+    shape = (len(ids), *shares[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, split, shares)
+
+  return tuple(place(k) for k in range(len(next(iter(parts.values())))))
+
+
+def jit(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = (), once: bool = False) -> Any:
+  """`jax.jit(fn)` for such `args`, its results placed by their leaves' names.
+
+  once: `fn` moves data more than it computes, and runs only once: on CPU it is compiled without optimisation,
+  in a third of the time, and runs as fast, for memory is its limit; in the order that holds least of that.
+  """
+  settings: dict[str, Any] = {'donate_argnums': donate_argnums}
+  if once and jax.default_backend() == 'cpu':
+    settings['compiler_options'] = compiler_options() | {'xla_backend_optimization_level': 0}
+  if sharding.mesh() is not None:
+    settings['out_shardings'] = shardings(jax.eval_shape(fn, *args))
+  return jax.jit(fn, **settings)

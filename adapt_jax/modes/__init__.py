@@ -1,0 +1,1 @@
+"""What `--mode` names: one file a mode."""

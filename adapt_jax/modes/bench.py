@@ -1,0 +1,213 @@
+"""Mode bench: speed, memory and size of model.source beside those of a dense model, on the machine at hand.
+
+Prompts are random ids: the time of a step depends on shapes, not on what the tokens are. The models take
+turns, so that what else the machine does hits both, and a ratio is of two runs side by side. Both lie in
+memory.
+"""
+
+import dataclasses
+import json
+import statistics
+from typing import Any
+
+import jax
+import numpy as np
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.export.writer import lineage
+from adapt_jax.generation.generator import Generator, Timings
+from adapt_jax.machine import preemption
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.mesh import check_model
+from adapt_jax.machine.progress import Progress
+from adapt_jax.pipeline.inputs import compute_dtype, load_source
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.reports.summary import versions
+from models.config import ModelConfig, count_params
+from models.errors import InputError
+from models.files import write_text
+from models.formats.source import Source, open_source
+
+_FASTER = 1.05  # below, a ratio of speeds is no gain
+_ALIGNED = {'gpu': 64, 'tpu': 128}  # widths that fill the tiles of their matrix units
+_MODELS = ('dense', 'pruned')
+MEASURED, PLANNED = 'peak measured on a device', "compiler's plan of the larger program, weights included"
+
+
+@dataclasses.dataclass
+class _Model:
+  """A model under measurement; the rates are one a repeat, in tokens per second."""
+
+  source: Source
+  generator: Generator
+  compiles: dict[str, int]
+  peak_bytes: int = 0
+  peak_how: str = PLANNED
+  prefill: list[float] = dataclasses.field(default_factory=list)
+  decode: list[float] = dataclasses.field(default_factory=list)
+
+
+def _memory_stats() -> dict[str, int]:
+  """Of one device; empty where the backend keeps none, as on CPU."""
+  return jax.local_devices()[0].memory_stats() or {}
+
+
+def _open(options: RunOptions) -> dict[str, Source]:
+  b, pruned = options.bench, open_source(options.model.source)
+  dense = b.dense or lineage(pruned).get('model', {}).get('source')
+  if not dense:
+    raise InputError(
+      f'config.bench.dense is empty, and {pruned.name} does not tell where it comes from: name the model '
+      f'before pruning'
+    )
+  found = {'dense': open_source(dense), 'pruned': pruned}
+  for source in found.values():
+    config = source.config
+    check_model(config)
+    if b.prompt_length + b.new_tokens > config.max_position:
+      raise InputError(
+        f'config.bench.prompt_length = {b.prompt_length:,} and bench.new_tokens = {b.new_tokens:,} are '
+        f'more than the {config.max_position:,} tokens that {source.name} was made for: lower them'
+      )
+  return found
+
+
+def _load(source: Source, options: RunOptions, prompts: list[list[int]]) -> _Model:
+  """The model loaded, compiled and run once; its peak memory."""
+  before = _memory_stats()
+  dtype, compiler = compute_dtype(options.model.dtype), Compiler()
+  params = load_source(source, dtype)
+  generator = Generator(source.config, params, compiler=compiler, dtype=dtype, max_batch=options.bench.batch)
+  generator.generate(prompts, options.bench.new_tokens)
+  model = _Model(source, generator, compiler.counts, generator.planned_bytes())
+  peak = _memory_stats().get('peak_bytes_in_use', 0)
+  if peak > before.get('peak_bytes_in_use', 0):  # it is of the process: else an earlier model's
+    model.peak_bytes, model.peak_how = peak - before.get('bytes_in_use', 0), MEASURED
+  return model
+
+
+def _measure(models: dict[str, _Model], options: RunOptions, prompts: list[list[int]]) -> None:
+  b = options.bench
+  with Progress('bench', b.repeats * len(models), 'runs') as progress:
+    for _ in range(b.repeats):
+      for model in models.values():
+        preemption.check()
+        model.generator.timings = Timings()
+        model.generator.generate(prompts, b.new_tokens)
+        model.prefill.append(model.generator.timings.prefill_rate)
+        model.decode.append(model.generator.timings.decode_rate)
+        progress.update(1)
+
+
+def run(options: RunOptions, workdir: Workdir, command: str) -> None:
+  """Measures both models into report.json and bench.md, and prints the table."""
+  sources = _open(options)
+  workdir.claim()
+  b, rng = options.bench, np.random.default_rng(options.seed)
+  ids = min(source.config.vocab_size for source in sources.values())
+  prompts = rng.integers(0, ids, (b.batch, b.prompt_length)).tolist()
+  # The pruned one first: the peak of the second, larger one is then above the first's.
+  models = {name: _load(sources[name], options, prompts) for name in reversed(_MODELS)}
+  models = {name: models[name] for name in _MODELS}
+  _measure(models, options, prompts)
+  report: dict[str, Any] = {
+    'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    'backend': jax.default_backend(),
+    'dtype': compute_dtype(options.model.dtype).name,
+    'prompts': f'{b.batch} x {b.prompt_length} random ids, {b.new_tokens} new tokens each',
+    'repeats': b.repeats,
+    'models': {name: _figures(model) for name, model in models.items()},
+    'ratio': {kind: _ratio(models, kind) for kind in ('prefill', 'decode')},
+    'command': command,
+    'versions': versions(),
+  }
+  report['warning'] = _warning(report, sources)
+  table = _table(report)
+  write_text(workdir.path / 'bench.md', table)
+  write_text(workdir.report, json.dumps(report, indent=2) + '\n')
+  print(f'\n{table}', end='')
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+  return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
+
+
+def _ratio(models: dict[str, _Model], kind: str) -> dict[str, float]:
+  """Pruned over dense, of runs side by side."""
+  dense, pruned = (getattr(models[name], kind) for name in _MODELS)
+  return _spread([p / d for p, d in zip(pruned, dense, strict=True)])
+
+
+def _figures(model: _Model) -> dict[str, Any]:
+  source = model.source
+  return {
+    'source': source.name,
+    'params': count_params(source.config),
+    'stored_bytes': source.stored_bytes(),
+    'stored_as': 'GGUF' if source.path.suffix == '.gguf' else source.dtype,
+    'prefill_tokens_per_second': _spread(model.prefill),
+    'decode_tokens_per_second': _spread(model.decode),
+    'peak_bytes': model.peak_bytes,
+    'peak_how': model.peak_how,
+    'compiles': model.compiles,
+  }
+
+
+def _warning(report: dict[str, Any], sources: dict[str, Source]) -> str:
+  """One line where the pruned model is not faster, with the reason where the widths tell it; else ''."""
+  slow = {kind: r for kind, r in report['ratio'].items() if round(r['median'], 2) < _FASTER}
+  if not slow:
+    return ''
+  ratios = ' and '.join(
+    f'{kind} at {r["median"]:.2f} ({r["min"]:.2f}–{r["max"]:.2f}) times' for kind, r in slow.items()
+  )
+  dense, pruned = (report['models'][name]['params'] for name in _MODELS)
+  reason = unaligned(sources['pruned'].config, report['backend'])
+  if not reason and pruned > 0.95 * dense:
+    reason = f'it has {pruned / dense:.0%} of the parameters: prune more'
+  if not reason and any(r['min'] < _FASTER <= r['max'] for r in slow.values()):
+    reason = 'but runs differ so much that this is not certain: measure again when the machine is quiet'
+  return f"warning: not faster here: {ratios} the dense model's speed{'; ' * bool(reason)}{reason}"
+
+
+def unaligned(config: ModelConfig, backend: str) -> str:
+  """What in the widths keeps a GPU or TPU from being faster, and the remedy; '' if nothing."""
+  tile = _ALIGNED.get(backend, 1)
+  odd = [s.ffn for s in config.layers if s.ffn % tile]
+  if not odd:
+    return ''
+  return (
+    f'MLP widths of {len(odd)} of {config.num_layers} layers, such as {odd[0]:,}, are no multiples of '
+    f'{tile}: prune with config.prune.align_ffn = {tile}'
+  )
+
+
+def _table(report: dict[str, Any]) -> str:
+  dense, pruned = (report['models'][name] for name in _MODELS)
+
+  def rates(kind: str) -> str:
+    cells = [model[f'{kind}_tokens_per_second'] for model in (dense, pruned)]
+    texts = [f'{c["median"]:,.1f} ({c["min"]:,.1f}–{c["max"]:,.1f})' for c in cells]
+    r = report['ratio'][kind]
+    return f'| {kind}, tokens/s | {" | ".join(texts)} | {r["median"]:.2f} ({r["min"]:.2f}–{r["max"]:.2f}) |'
+
+  def sizes(title: str, field: str) -> str:
+    a, b = dense[field], pruned[field]
+    return f'| {title} | {a / 1e6:,.1f} | {b / 1e6:,.1f} | {b / a:.2f} |'
+
+  how = {model['peak_how'] for model in (dense, pruned)}
+  lines = [
+    '| | dense | pruned | pruned / dense |',
+    '|---|---|---|---|',
+    rates('prefill'),
+    rates('decode'),
+    sizes('peak memory, MB', 'peak_bytes'),
+    sizes(f'weights on disk ({dense["stored_as"]}, {pruned["stored_as"]}), MB', 'stored_bytes'),
+    sizes('parameters, million', 'params'),
+    '',
+    f'{report["device"]}, {report["dtype"]}; {report["prompts"]}; median (range) of {report["repeats"]} '
+    f'runs, the models in turn. Peak memory: {"; ".join(sorted(how))}.',
+  ]
+  if report['warning']:
+    lines += ['', report['warning']]
+  return '\n'.join(lines) + '\n'

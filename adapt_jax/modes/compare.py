@@ -1,0 +1,271 @@
+"""Mode compare: a grid over config fields on one model; every cell is a run of its own, in one process.
+
+A cell lies in WORKDIR/cells/NAME as a run of mode prune or accel would, without weights. Cells that are
+finished are left alone, so a grid that was killed, or has grown, goes on with the rest.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import shlex
+import shutil
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from adapt_jax.config.options import CompareOptions, RunOptions, from_dict
+from adapt_jax.evaluation.harness import check_tasks
+from adapt_jax.machine import preemption
+from adapt_jax.machine.mesh import aligned
+from adapt_jax.machine.progress import Progress
+from adapt_jax.modes import compare_grid, compare_page
+from adapt_jax.pipeline.inputs import Inputs, Loader, check_plan, check_sources, load
+from adapt_jax.pipeline.quality import dense_key
+from adapt_jax.pipeline.shared import Shared
+from adapt_jax.pipeline.stages import Run
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.reports.summary import versions
+from models.config import count_params
+from models.errors import InputError, disk_full, first_line
+from models.files import write_text
+from models.formats.source import Source, open_source
+
+CELLS, ERROR = 'cells', 'error.txt'
+# What a grid cannot vary: its cells share model and devices, and the last three say nothing to a cell.
+_FIXED = ('model.source', 'mesh.', 'compare.', 'plan.', 'sensitivity.')
+
+
+@dataclasses.dataclass(frozen=True)
+class CellRun:
+  """A cell with the options and the directory of its run."""
+
+  cell: compare_grid.Cell
+  options: RunOptions
+  workdir: Workdir
+
+  @property
+  def finished(self) -> bool:
+    return self.workdir.report.exists()
+
+
+@contextlib.contextmanager
+def _named(cell: compare_grid.Cell) -> Iterator[None]:
+  """Puts the cell's name before an InputError."""
+  try:
+    yield
+  except InputError as error:
+    raise InputError(f'cell {cell.label}: {error}') from None
+
+
+def plan(options: RunOptions, workdir: Workdir) -> list[CellRun]:
+  """All cells in the order to run them, options built and checked; opens nothing. Raises InputError."""
+  base = dataclasses.asdict(dataclasses.replace(options, compare=CompareOptions()))
+  _check(options, base)
+  if not options.compare.recover:
+    base['train']['tokens'] = 0
+  runs = []
+  for cell in compare_grid.expand(options.compare.grid, base):
+    with _named(cell):
+      found = aligned(from_dict(compare_grid.assign(base, cell.values)))
+      if not found.evaluate.source:
+        raise InputError('config.evaluate.source is empty, but mode compare measures perplexity: name a text')
+    mode = 'accel' if found.train.tokens else 'prune'
+    identity = {'mode': mode, 'config': found.identity()}
+    runs.append(CellRun(cell, found, Workdir(str(workdir.path / CELLS / cell.name), identity)))
+  return runs
+
+
+def _check(options: RunOptions, base: dict[str, Any]) -> None:
+  o, fields = options.compare, compare_grid.fields(options.compare.grid)
+  if not fields:
+    raise InputError(
+      'config.compare.grid is empty: name fields and their values, as configs/ablations.py does'
+    )
+  for field in fields:
+    compare_grid.get(base, field)
+    if field.startswith(_FIXED):
+      raise InputError(f'config.compare.grid varies {field!r}, which all cells of a grid share: leave it out')
+    if field.startswith('train.') and not o.recover:
+      raise InputError(
+        f'config.compare.grid varies {field!r}, but config.compare.recover = False trains nothing: set it'
+      )
+  if o.x not in fields:
+    raise InputError(
+      f'config.compare.x = {o.x!r} does not vary in the grid: choose one of {", ".join(fields)}'
+    )
+  if o.over:
+    compare_grid.get(base, o.over, 'config.compare.over =')
+  if o.over == o.x:
+    raise InputError(f'config.compare.over = {o.over!r} is config.compare.x too: choose another, or none')
+  if o.recover and not options.train.tokens and 'train.tokens' not in fields:
+    raise InputError('config.train.tokens = 0, but config.compare.recover = True trains every cell: set it')
+
+
+def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
+  """Opens and checks what the cells read; a text that serves several is tokenised once. Raises InputError."""
+  for run in runs:
+    with _named(run.cell):
+      run.workdir.check()
+      check_sources(run.options)
+      check_tasks(run.options.evaluate)
+      check_plan(run.options, source.config)
+  tokenizer, cache, found = source.load_tokenizer(), dict[Any, Any](), []
+  for run in runs:
+    with _named(run.cell):
+      found.append(load(run.options, source, Loader(run.options, tokenizer, source.config, cache)))
+  return found
+
+
+def run(options: RunOptions, workdir: Workdir, command: str) -> None:
+  """Mode compare: runs what is not finished, writes the report in its forms, prints the table.
+
+  Exits with code 1 if any cell failed.
+  """
+  runs = plan(options, workdir)
+  source = open_source(options.model.source)
+  todo = [run for run in runs if not run.finished]
+  inputs = open_inputs(todo, source)
+  workdir.claim()
+  compare = Compare(options, runs, source, workdir, command)
+  report = compare.execute(todo, inputs)
+  print(compare_page.table(report))
+  print(f'the same as a page, with plots: {workdir.page}')
+  if failed := [cell for cell in report['cells'] if cell['state'] == 'failed']:
+    raise SystemExit(
+      f'error: {len(failed)} of {len(runs)} cells failed: {failed[0]["error"]}; all reasons are in '
+      f'{workdir.path / compare_page.MARKDOWN}; started again, these cells are tried again'
+    )
+
+
+class Compare:
+  """A grid in its workdir.
+
+  Args:
+    options: checked options of the whole.
+    runs: from `plan`.
+    source: the model of all cells.
+    workdir: claimed.
+    command: that reproduces the grid, for its report.
+  """
+
+  def __init__(
+    self, options: RunOptions, runs: list[CellRun], source: Source, workdir: Workdir, command: str
+  ):
+    self._options, self._runs, self._source = options, runs, source
+    self._workdir, self._command = workdir, command
+    self._shared = Shared()
+
+  def execute(self, todo: list[CellRun], inputs: list[Inputs]) -> dict[str, Any]:
+    """Runs the cells `todo` on their `inputs`, with the report anew after each; returns the report."""
+    for run in self._runs:
+      if run.finished:
+        _clean(run)
+        report, key = json.loads(run.workdir.report.read_text()), dense_key(run.options)
+        self._shared.dense[key] = report['perplexity']['dense']
+        if 'dense' in report['tasks']:
+          self._shared.tasks[key] = report['tasks']['dense']
+    if len(todo) < len(self._runs):
+      print(f'{len(self._runs) - len(todo)} of {len(self._runs)} cells are finished', flush=True)
+    if todo:
+      self._workdir.report.unlink(missing_ok=True)  # of a grid that has grown since
+      self._execute_all(todo, inputs)
+    report = self._report()
+    compare_page.write(self._workdir, report, running=False)
+    if all(cell['state'] == 'finished' for cell in report['cells']):
+      write_text(self._workdir.report, json.dumps(report, indent=2) + '\n')
+    return report
+
+  def _execute_all(self, todo: list[CellRun], inputs: list[Inputs]) -> None:
+    with Progress('compare', len(todo), 'cells') as progress:
+      for number, run in enumerate(todo, 1):
+        preemption.check()
+        compare_page.write(self._workdir, self._report(run), running=True)
+        print(f'cell {number} of {len(todo)}: {run.cell.label}', flush=True)
+        reason = self._try(run, inputs[number - 1])
+        if reason:
+          print(f'failed: {reason}', flush=True)
+        gc.collect()  # a run and its callbacks hold each other, and the model with them
+        progress.update(1, **({'failed': reason} if reason else {'cell': run.cell.name}))
+
+  def _try(self, run: CellRun, inputs: Inputs) -> str:
+    """Runs one cell; the reason if it failed, which its error file has too, else ''."""
+    error_file = run.workdir.path / ERROR
+    run.workdir.claim()
+    try:
+      self._execute(run, inputs)
+    except Exception as error:  # whatever befalls one cell must not stop the others; a full disk befalls all
+      if disk_full(error):
+        raise
+      known = isinstance(error, InputError)
+      reason = first_line(error) if known else f'{type(error).__name__}: {first_line(error)}'
+      details = '' if known else '\n' + traceback.format_exc()
+      write_text(error_file, f'{reason}\n{details}')
+      return reason
+    error_file.unlink(missing_ok=True)
+    _clean(run)
+    return ''
+
+  def _execute(self, run: CellRun, inputs: Inputs) -> None:
+    one = Run(run.options, inputs, run.workdir, self._alone(run), shared=self._shared, export=False)
+    try:
+      one.execute()
+    finally:
+      one.close()
+
+  def _alone(self, run: CellRun) -> str:
+    """The command that runs this cell by itself; of a flag given twice the last counts."""
+    values = {f'config.{field}': compare_grid.show(value) for field, value in run.cell.values.items()}
+    mode = 'accel' if run.options.train.tokens else 'prune'
+    flags = {'mode': mode, 'workdir': f'out/{run.cell.name}'} | values
+    return f'{self._command} {shlex.join(f"--{name}={value}" for name, value in flags.items())}'
+
+  def _report(self, now: CellRun | None = None) -> dict[str, Any]:
+    """What report.json says at the end; before it, as far as the cells have got. now: the cell that runs."""
+    cells, definitions, compiles = [], dict[str, None](), dict[str, int]()
+    for run in self._runs:
+      cells.append(_entry(run, running=run is now))
+      if run.finished:
+        report = json.loads(run.workdir.report.read_text())
+        definitions[report['perplexity']['definition']] = None
+        for name, count in report['compiles'].items():
+          compiles[name] = compiles.get(name, 0) + count
+    o, scores = self._options.compare, self._shared.scores
+    return compare_page.with_groups(
+      {
+        'model': {'source': self._source.name, 'params_before': count_params(self._source.config)},
+        'fields': compare_grid.fields(o.grid),
+        'x': o.x,
+        'over': o.over,
+        'recover': o.recover,
+        'cells': cells,
+        'perplexity': {'definitions': list(definitions)},
+        # Since this process began: a remembered pass is one that another cell had made.
+        'scoring_passes': {'computed': scores.computed, 'remembered': scores.remembered},
+        'compiles': compiles,
+        'seconds': sum(cell.get('seconds', 0.0) for cell in cells),
+        'command': self._command,
+        'versions': versions(),
+      }
+    )
+
+
+def _clean(run: CellRun) -> None:
+  """A finished cell keeps its reports; its checkpoints would fill the disk."""
+  shutil.rmtree(run.workdir.checkpoints, ignore_errors=True)
+
+
+def _entry(run: CellRun, *, running: bool) -> dict[str, Any]:
+  """A cell as the report has it."""
+  entry: dict[str, Any] = {'name': run.cell.name, 'values': run.cell.values}
+  error_file = run.workdir.path / ERROR
+  if run.finished:
+    report = json.loads(run.workdir.report.read_text())
+    entry |= {f'perplexity_{k}': report['perplexity'][k] for k in ('dense', 'pruned', 'recovered')}
+    entry |= {'params': report['model']['params_after'], 'seconds': report['seconds']}
+    return entry | {'state': 'finished'}
+  if running:
+    return entry | {'state': 'running'}
+  if error_file.exists():
+    return entry | {'state': 'failed', 'error': first_line(InputError(error_file.read_text()))}
+  return entry | {'state': 'waiting'}

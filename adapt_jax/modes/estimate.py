@@ -1,0 +1,325 @@
+"""Mode plan: what a run would take on a mesh, compiled from shapes alone: no weights, texts or accelerators.
+
+The scoring, compensation and training programs are compiled by XLA for as many simulated CPU devices as the
+mesh has, in the dtypes of the run, and XLA's own account of their memory is printed. Of the CPU backend three
+passes are left out that tell of the CPU rather than of an accelerator. It computes in fp32, and converts the
+bf16 weights of all layers before the loop over layers; it joins the sums of all gradients over devices into
+one, for which all must be there at once; it takes out the barriers for which a layer is recomputed and not
+kept. Copies in fp32 of what is in use remain. With plan.devices = 0 the devices at hand are compiled for; if
+those are accelerators, with nothing left out. Everywhere operations take the form that accelerators get.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.machine import mesh
+from adapt_jax.machine.progress import Progress
+from adapt_jax.pipeline.inputs import check_plan, compute_dtype
+from adapt_jax.pipeline.stages import stage_targets
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.compensate import Compensator
+from adapt_jax.pruning.methods import METHODS
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.scorer import IMPORTANCES, Scorer
+from adapt_jax.pruning.widths import Allocator, Widths
+from adapt_jax.training.optim import optimizer
+from adapt_jax.training.step import make_step, stage_steps
+from models.config import LayerShape, ModelConfig, count_params
+from models.errors import InputError
+from models.formats.source import open_config
+from models.network import llama
+from models.network.backend import made_for
+from models.network.sharding import placed, row_sharding
+
+# Passes of the CPU backend that are left out, see above.
+_NOT_ON_CPU = 'while-loop-invariant-code-motion,cpu-all-reduce-combiner,cse_barrier_expander'
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on one device: a program's arguments, what it holds beside, results that do not replace them."""
+
+  arguments: float
+  temporary: float
+  results: float
+
+  @property
+  def total(self) -> float:
+    return self.arguments + self.temporary + self.results
+
+  def extrapolated(self, shallow: 'Memory', depth: int, shallow_depth: int, layers: int) -> 'Memory':
+    """At `layers`, from this one at `depth` and a shallower one: all of it is linear in the depth."""
+    steps = (layers - depth) / (depth - shallow_depth)
+    pairs = zip(dataclasses.astuple(self), dataclasses.astuple(shallow), strict=True)
+    return Memory(*(deep + steps * (deep - less) for deep, less in pairs))
+
+
+def simulate(devices: int) -> None:
+  """Makes JAX see so many CPU devices and no other (0: what there is), before anything of JAX is used."""
+  if devices:
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', devices)
+
+
+def compiled_memory(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()) -> Memory:
+  """What the compiler plans for `fn` on such `args` (of `jax.ShapeDtypeStruct`)."""
+  options = {'xla_disable_hlo_passes': _NOT_ON_CPU} if jax.default_backend() == 'cpu' else {}
+
+  def traced_anew(*args: Any) -> Any:  # what JAX may have traced for a CPU is not taken
+    return fn(*args)
+
+  with made_for('gpu'):
+    lowered = mesh.jit(traced_anew, *args, donate_argnums=donate_argnums).lower(*args)
+  found: Any = lowered.compile(compiler_options=options).memory_analysis()
+  fresh = found.output_size_in_bytes - found.alias_size_in_bytes
+  return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, fresh)
+
+
+def bytes_of(tree: Any) -> int:
+  """Bytes that a tree of `jax.ShapeDtypeStruct` with shardings takes on one device."""
+
+  def size(x: Any) -> int:
+    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    return int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
+
+  return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def forward_flops(config: ModelConfig, length: int) -> float:
+  """Floating-point operations of one forward pass a token: two a weight of every product, and attention.
+
+  Attention over `length` positions costs 4 · T · N · H a layer, half of it for causal masks.
+  """
+  table = config.vocab_size * config.hidden_size
+  weights = count_params(config) - (0 if config.tie_embeddings else table)
+  attention = sum(2 * length * s.num_heads * config.head_dim for s in config.layers)
+  return 2.0 * weights + attention
+
+
+def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]:
+  """The model after each stage if all layers lost alike: scores move widths between layers."""
+  prune = options.prune
+  allocator = Allocator(config, prune.align_ffn, prune.align_kv)
+  widths, found = allocator.full, []
+  for target in stage_targets(config, prune.target, prune.stages, prune.stage_targets):
+    widths = allocator.one_shot(widths, np.ones(config.num_layers), target)
+    found.append(config.with_layers(_shapes(config, widths)))
+  return found
+
+
+def _shapes(config: ModelConfig, widths: Widths) -> tuple[LayerShape, ...]:
+  return tuple(
+    LayerShape(int(k) * s.group_size, int(k), int(f))
+    for s, k, f in zip(config.layers, widths.kv, widths.ffn, strict=True)
+  )
+
+
+class Footprint:
+  """The programs of a run at one shape.
+
+  Args:
+    options: checked options.
+    config: of the dense model.
+    dtype: of activations and products.
+  """
+
+  def __init__(self, options: RunOptions, config: ModelConfig, dtype: Any):
+    self.options, self.config, self.dtype = options, config, dtype
+    method = METHODS[options.prune.method]
+    self.importance = method.importance or options.prune.importance
+
+  def state(self, config: ModelConfig, moments: bool) -> Any:
+    """The arrays that stay on the devices while a stage lasts: fp32 weights, and moments from stage 1 on."""
+    dtype = jnp.float32 if self.options.train.tokens else self.dtype
+    params = llama.abstract_params(config, dtype)
+    if not self.options.train.tokens or not moments:
+      return placed({'params': params})
+    tx = optimizer(self.options.train, stage_steps(self.options.train, self.options.prune.stages)[-1])
+    return placed({'params': params, 'optimizer': jax.eval_shape(tx.init, params)})
+
+  def stacked(self, config: ModelConfig) -> Any:
+    """What scoring and compensation take: all layers' weights at their original widths."""
+    params = llama.abstract_params(config)
+    plan = PrunePlan.dense(config)
+    return placed(jax.eval_shape(lambda p: surgery.stack(p, plan, self.dtype), params))
+
+  def _micro_batch(self) -> int:
+    calibration = self.options.prune.calibration
+    return mesh.rows_at_once(calibration.samples, calibration.batch)
+
+  def _tokens(self) -> Any:
+    calibration = self.options.prune.calibration
+    return jax.ShapeDtypeStruct((calibration.samples, calibration.length), jnp.int32, sharding=row_sharding())
+
+  def scoring(self, layers: int) -> Memory:
+    """Of one scoring pass, at that depth."""
+    config = self.config.with_layers(self.config.layers[:layers])
+    scorer = Scorer(
+      config, self.importance, self.options.prune.layer_distance, self._micro_batch(), self.dtype
+    )
+    return compiled_memory(scorer, self.stacked(config), self._tokens())
+
+  def compensation(self, layers: int) -> Memory:
+    """Of the least squares or biases after the last step of a stage."""
+    config = self.config.with_layers(self.config.layers[:layers])
+    program = Compensator(config, self.options.prune.compensate, self._micro_batch(), self.dtype)
+    masks = tuple(
+      jax.ShapeDtypeStruct(m.shape, m.dtype) for m in surgery.padded_masks(PrunePlan.dense(config))
+    )
+    return compiled_memory(program, self.stacked(config), masks, self._tokens())
+
+  def training(self, config: ModelConfig, layers: int) -> Memory:
+    """Of one optimizer step of a stage with this model, the teacher with it."""
+    t = self.options.train
+    config = config.with_layers(config.layers[:layers])
+    tx = optimizer(t, stage_steps(t, self.options.prune.stages)[-1])
+    shape, split = (t.batch, t.length), row_sharding()
+    dtypes = (jnp.int32, jnp.bool_, jnp.int32)  # tokens, targets, segments
+    batch = [jax.ShapeDtypeStruct(shape, dtype, sharding=split) for dtype in dtypes]
+    dense = self.config.with_layers(self.config.layers[:layers]) if t.distill.alpha > 0 else None
+    teacher = [placed(llama.abstract_params(dense, self.dtype))] if dense else []
+    step = make_step(config, t, tx, self.dtype, dense)
+    return compiled_memory(step, self.state(config, True), *batch, *teacher, donate_argnums=(0,))
+
+  def scoring_flops(self) -> float:
+    """A calibration token's, of one pass: forward twice and, where gradients are taken, backward.
+
+    A weight's gradient costs as much as a forward pass, an activation's too; curvature takes the latter only,
+    and its second moments and solves, which are not counted here.
+    """
+    forward = forward_flops(self.config, self.options.prune.calibration.length)
+    kind = IMPORTANCES[self.importance]
+    return forward * (3 if kind.curvature else 4 if kind.gradient else 1)
+
+  def training_flops(self, config: ModelConfig) -> float:
+    """A token's: forward, backward of twice that, with remat forward again; the teacher's forward."""
+    t = self.options.train
+    teacher = forward_flops(self.config, t.length) if t.distill.alpha > 0 else 0.0
+    return forward_flops(config, t.length) * (4 if t.remat else 3) + teacher
+
+
+def _measure(options: RunOptions, layers: int, measure: Callable[[int], Memory]) -> Memory:
+  """`measure` at the whole depth, or from two depths (plan.depths) at the whole."""
+  if not options.plan.depths:
+    return measure(layers)
+  shallow, deep = options.plan.depths
+  return measure(deep).extrapolated(measure(shallow), deep, shallow, layers)
+
+
+def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, tuple[Memory, int]]:
+  """By title what the compiler plans for each program, and bytes that stay on the device beside it."""
+  options, config = footprint.options, footprint.config
+  layers, calibration, t = config.num_layers, options.prune.calibration, options.train
+  teacher = 0
+  if t.tokens and t.distill.alpha > 0:
+    teacher = bytes_of(placed(llama.abstract_params(config, footprint.dtype)))
+  beside = bytes_of(footprint.state(config, False)) + teacher
+  later = bytes_of(footprint.state(stages[0], True)) + teacher
+  # The pruned state is made beside the one before: weights alone in the first stage, then moments too.
+  cut = [(beside, bytes_of(footprint.state(stages[0], False)))]
+  cut += [(later, bytes_of(footprint.state(stages[1], True)))] if len(stages) > 1 else []
+  found = {}
+  size = f'{calibration.samples} x {calibration.length}'
+  with Progress('plan', 2 + bool(t.tokens), 'programs') as progress:
+    stacked = footprint.stacked(config)
+    largest = max(map(bytes_of, jax.tree.leaves(stacked)))  # leaf by leaf: all layers of one, then stacked
+    found['stacking, first stage'] = Memory(beside - teacher, largest, bytes_of(stacked)), teacher
+    scoring = _measure(options, layers, footprint.scoring)
+    # The weights themselves are read again when the first stage has been pruned.
+    found[f'scoring, {size} tokens, first stage'] = scoring, teacher
+    if len(stages) > 1:
+      found['scoring, second stage'] = scoring, later
+    progress.update(1)
+    if options.prune.compensate != 'none':
+      compensation = _measure(options, layers, footprint.compensation)
+      found[f'compensation ({options.prune.compensate})'] = compensation, max(beside, later)
+      corrected = bytes_of(footprint.state(config, False))
+      found['correction'] = Memory(compensation.results, 0.0, corrected), max(beside, later)
+    before, after = max(cut, key=sum)
+    found['compaction'] = Memory(before - teacher, 0.0, after), teacher
+    progress.update(1)
+    if t.tokens:
+      name = f'training, {t.batch} x {t.length} tokens, first stage'
+      found[name] = _measure(options, layers, lambda depth: footprint.training(stages[0], depth)), 0
+      progress.update(1)
+  return found
+
+
+def run(options: RunOptions) -> None:
+  """Mode plan: prints bytes a device, FLOPs a token, parameters and time by stage; writes nothing."""
+  config = open_config(options.model.source)
+  check_plan(options, config)
+  dtype = compute_dtype(options.model.dtype)
+  if options.model.dtype == 'auto' and options.plan.devices:
+    dtype = jnp.dtype(jnp.bfloat16)  # what auto is on the devices that are planned for
+  if any(depth > config.num_layers for depth in options.plan.depths):
+    raise InputError(
+      f'config.plan.depths = {options.plan.depths}, but model.source has {config.num_layers} layers: '
+      f'lower them'
+    )
+  footprint = Footprint(options, config, dtype)
+  stages = stage_configs(options, config)
+  start = time.monotonic()
+  found = programs(footprint, stages)
+  print(
+    f'{options.model.source}: {count_params(config):,} parameters on {jax.device_count()} devices '
+    f'({_mesh_text()}), products in {dtype.name}; compiled in {time.monotonic() - start:.0f} s'
+  )
+  if options.plan.depths:
+    print(f'extrapolated to {config.num_layers} layers from {" and ".join(map(str, options.plan.depths))}')
+  print('\n'.join(_memory_table(options, found)))
+  print('\n'.join(_stage_table(footprint, stages)))
+
+
+def _mesh_text() -> str:
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return ', '.join(f'{axis} {size}' for axis, size in sizes.items()) if sizes else 'no mesh'
+
+
+def _memory_table(options: RunOptions, found: dict[str, tuple[Memory, int]]) -> list[str]:
+  lines = [
+    '',
+    '| GB a device | arguments | temporary | results | beside it | together |',
+    '|---|---|---|---|---|---|',
+  ]
+  for title, (memory, beside) in found.items():
+    sizes = [memory.arguments, memory.temporary, memory.results, beside, memory.total + beside]
+    lines.append(f'| {title} | ' + ' | '.join(f'{size / 1e9:.2f}' for size in sizes) + ' |')
+  peak = max(memory.total + beside for memory, beside in found.values()) / 1e9
+  have = options.plan.device_memory_gb
+  return [
+    *lines,
+    '',
+    f'peak {peak:.1f} GB of {have:g} GB a device: {"fits" if peak < have else "DOES NOT FIT"}',
+  ]
+
+
+def _stage_table(footprint: Footprint, stages: list[ModelConfig]) -> list[str]:
+  options, devices = footprint.options, jax.device_count()
+  rate = options.plan.peak_tflops * 1e12 * devices
+  calibration, t = options.prune.calibration, options.train
+  passed = footprint.scoring_flops() * calibration.samples * calibration.length
+  lines = [
+    f'a scoring pass: {footprint.scoring_flops() / 1e9:.1f} GFLOP a token, {passed / rate:.2f} s at '
+    f'{options.plan.peak_tflops:g} TFLOP/s a device',
+    '',
+    '| stage | parameters | of dense | GFLOP a token | tokens | hours at peak |',
+    '|---|---|---|---|---|---|',
+  ]
+  ends = [0, *(stage_steps(t, len(stages)) if t.tokens else [0] * len(stages))]
+  for k, config in enumerate(stages):
+    tokens = (ends[k + 1] - ends[k]) * t.batch * t.length
+    flops = footprint.training_flops(config)
+    share = count_params(config) / count_params(footprint.config)
+    lines.append(
+      f'| {k + 1} | {count_params(config):,} | {share:.1%} | {flops / 1e9:.1f} | {tokens:,} | '
+      f'{tokens * flops / rate / 3600:.2f} |'
+    )
+  return lines

@@ -1,0 +1,52 @@
+"""Mode evaluate: perplexity and scores of tasks of one model."""
+
+import json
+import time
+from typing import Any
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.evaluation.harness import check_tasks, evaluate_tasks
+from adapt_jax.evaluation.perplexity import Evaluator
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.mesh import check_model
+from adapt_jax.machine.processes import is_first, say
+from adapt_jax.pipeline.inputs import Loader, compute_dtype, load_source
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.reports.summary import tasks_table, versions
+from models.config import count_params
+from models.files import write_text
+from models.formats.source import open_source
+
+
+def run(options: RunOptions, workdir: Workdir, command: str) -> None:
+  """Perplexity of model.source on evaluate.source, and its scores on tasks, into report.json."""
+  tasks, wanted = options.evaluate.has_tasks, options.evaluate
+  check_tasks(wanted)
+  source = open_source(options.model.source)
+  check_model(source.config)
+  loader = Loader(options, source.load_tokenizer(), source.config)
+  blocks = loader.evaluation() if wanted.source or not tasks else None
+  workdir.claim()
+  dtype, compiler, start = compute_dtype(options.model.dtype), Compiler(), time.monotonic()
+  common: dict[str, Any] = {'compiler': compiler, 'dtype': dtype}
+  params = load_source(source, dtype)
+  report: dict[str, Any] = {'model': {'source': source.name, 'params_before': count_params(source.config)}}
+  said = [f'{count_params(source.config):,} parameters']
+  if blocks is not None:
+    evaluator = Evaluator(blocks, wanted.batch, **common)
+    value = evaluator.perplexity(source.config, params, 'evaluate')
+    report['perplexity'] = {'dense': value, 'definition': evaluator.definition}
+    said[0] += f', perplexity {value:.3f}: {evaluator.definition}'
+  if tasks:
+    scores = evaluate_tasks(wanted, source.config, params, loader.tokenizer, title='tasks', **common)
+    report['tasks'] = scores
+    said += ['', tasks_table({'score': scores})]
+  report |= {
+    'command': command,
+    'compiles': compiler.counts,
+    'seconds': time.monotonic() - start,
+    'versions': versions(*(('lm_eval',) if tasks else ())),
+  }
+  if is_first():
+    write_text(workdir.report, json.dumps(report, indent=2) + '\n')
+  say('\n'.join(said))

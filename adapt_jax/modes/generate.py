@@ -1,0 +1,81 @@
+"""Mode generate: what a model, and a second one beside it, makes of prompts."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.data.chat_templates import with_template
+from adapt_jax.data.tokenise import encode_prompt
+from adapt_jax.generation.generator import Generator, check_prompts
+from adapt_jax.generation.sampling import Sampling
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.mesh import check_model
+from adapt_jax.pipeline.inputs import compute_dtype, load_source
+from models.config import count_params
+from models.errors import InputError
+from models.formats.source import Source, open_source
+
+
+def stop_ids(source: Source, tokenizer: Any) -> frozenset[int]:
+  """Ids that end a text: eos_token_id of generation_config.json, one or several, else the tokenizer's."""
+  found = source.generation.get('eos_token_id')
+  if found is None:
+    found = tokenizer.eos_token_id
+  return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+  """A model whose prompts are checked, its weights not loaded yet."""
+
+  source: Source
+  tokenizer: Any
+  prompts: list[list[int]]
+
+
+def _open(options: RunOptions, name: str, prompts: Sequence[str]) -> _Opened:
+  g = options.generate
+  source = open_source(name)
+  check_model(source.config)
+  tokenizer = with_template(source.load_tokenizer(), options.data.chat_template)
+  ids = [encode_prompt(text, tokenizer, g.chat) for text in prompts]
+  check_prompts(source.config, ids, g.max_new_tokens)
+  return _Opened(source, tokenizer, ids)
+
+
+def _continue(options: RunOptions, model: _Opened) -> list[str]:
+  """The model's texts; prints what it is and how fast it was."""
+  g, config, dtype = options.generate, model.source.config, compute_dtype(options.model.dtype)
+  params = load_source(model.source, dtype)
+  generator = Generator(config, params, compiler=Compiler(), dtype=dtype, max_batch=g.batch)
+  sampling = Sampling(g.temperature, g.top_k, g.top_p)
+  stop = stop_ids(model.source, model.tokenizer)
+  new = generator.generate(model.prompts, g.max_new_tokens, sampling, stop, options.seed)
+  t = generator.timings
+  print(
+    f'{model.source.name}: {count_params(config):,} parameters, {dtype.name}: prefill {t.prefill_rate:,.1f} '
+    f'tokens/s, decode {t.decode_rate:,.1f} tokens/s, compiled in {t.compile_seconds:.1f} s',
+    flush=True,
+  )
+  return [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+
+
+def run(options: RunOptions, prompts: Sequence[str]) -> None:
+  """Prints what model.source, and generate.dense beside it, make of each prompt."""
+  g = options.generate
+  if not prompts or not all(prompts):
+    raise InputError("--prompt is empty: --mode=generate needs --prompt='some text', once or several times")
+  names = [g.dense] if g.dense else []
+  models = [_open(options, name, prompts) for name in (*names, options.model.source)]
+  for model in models:
+    chat = g.chat and model.tokenizer.chat_template
+    form = 'rendered with the chat template' if chat else 'continued as plain text'
+    print(
+      f'{model.source.name}: {len(prompts)} prompts {form}, up to {g.max_new_tokens:,} new tokens', flush=True
+    )
+  texts = [_continue(options, model) for model in models]
+  for i, prompt in enumerate(prompts):
+    print(f'\n== {prompt}')
+    for model, found in zip(models, texts, strict=True):
+      print(f'-- {model.source.name}\n{found[i]}' if len(models) > 1 else found[i])

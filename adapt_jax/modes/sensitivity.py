@@ -1,0 +1,306 @@
+"""Mode sensitivity: perplexity when one decoder layer alone is pruned, for every layer (paper Fig. 1).
+
+Pruned groups are zeros, the same function as removal, so one program, with layer and masks as arguments,
+measures every layer of every base. Layers before the pruned one are the base model's: their output is
+carried along, so of a base's L passes over L layers (L + 1)/2 layers each are left, and the head.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.data.windows import Blocks
+from adapt_jax.evaluation.perplexity import batch_size, batches, definition
+from adapt_jax.machine import preemption
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.progress import Progress
+from adapt_jax.modes import sensitivity_page
+from adapt_jax.pipeline.inputs import Inputs, prepare
+from adapt_jax.pipeline.metrics import MetricsLog
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.plan import PrunePlan, keep_best
+from adapt_jax.pruning.pruner import Pruner
+from adapt_jax.pruning.scorer import Scorer
+from adapt_jax.pruning.widths import Allocator
+from adapt_jax.reports.summary import versions
+from adapt_jax.training.loss import next_token_loss
+from models.config import ModelConfig, count_params
+from models.errors import InputError
+from models.files import write_text
+from models.network import llama
+from models.network.backend import loop_options
+from models.network.layers import rms_norm
+from models.network.llama import Params
+
+
+def narrow(
+  config: ModelConfig, plan: PrunePlan, sparsity: float, align_ffn: int, kv: np.ndarray, ffn: np.ndarray
+) -> PrunePlan:
+  """`plan` with every layer pruned by `sparsity` of what it has left; the lowest of kv [L, K], ffn [L, F] go.
+
+  Rounded as in pruning (`Allocator.widths`): whole KV groups go, rounded down.
+  """
+  allocator = Allocator(plan.pruned_config(config), align_ffn)
+  widths = allocator.widths(np.full(config.num_layers, sparsity))
+  return keep_best(plan, kv, ffn, widths.kv, widths.ffn)
+
+
+def cut_masks(cut: PrunePlan, layer: int, block: str) -> tuple[np.ndarray, np.ndarray]:
+  """Masks [K] and [F], padded to the widest layer, of what `layer` keeps where `block` of it is pruned."""
+  kv, ffn = (masks[layer] for masks in surgery.padded_masks(cut))
+  return (np.ones_like(kv) if block == 'mlp' else kv), (np.ones_like(ffn) if block == 'attention' else ffn)
+
+
+class LayerEvaluator:
+  """Perplexity of stacked parameters with one layer pruned; one program for all layers and models.
+
+  It stands at one layer and holds that layer's inputs on all windows: N · T · D activations.
+
+  Args:
+    config: the model at its original widths.
+    blocks: the windows [N, T] and which of their tokens count.
+    batch: windows at once.
+    compiler: counts the one compile as `evaluation`.
+    dtype: of weights and activations.
+  """
+
+  def __init__(self, config: ModelConfig, blocks: Blocks, batch: int, *, compiler: Compiler, dtype: Any):
+    self._config, self._shape, self._dtype = config, Scorer(config).shape, dtype
+    self._compiler = compiler
+    self._program: Any = None
+    self._targets = int(blocks.targets.sum())
+    self._batches = [batch[:2] for batch in batches(blocks, batch_size(blocks, batch))]
+    self._everything = np.ones(self._shape.num_kv_heads, bool), np.ones(self._shape.ffn, bool)
+
+  def start(self, stacked: Params, layer: int = 0) -> None:
+    """Goes to `layer` of the model `stacked`, from `surgery.stack`."""
+    shape = (*self._batches[0][0].shape, self._config.hidden_size)
+    self._stacked, self._layer = stacked, 0
+    self._inputs = [jnp.zeros(shape, self._dtype)] * len(self._batches)
+    if layer:
+      self._move(layer)
+
+  def advance(self) -> None:
+    """Goes to the next layer."""
+    self._move(self._layer + 1)
+
+  def perplexity(self, masks: tuple[np.ndarray, np.ndarray] | None = None) -> float:
+    """Of the model with the present layer narrowed to `masks` of its KV groups [K] and channels [F]."""
+    total = self._run(self._config.num_layers, masks or self._everything)[1]
+    if not math.isfinite(total):
+      where = 'base model' if masks is None else f'layer {self._layer} pruned'
+      raise InputError(f'{where}: the loss is {total}: check the weights and config.model.dtype')
+    return math.exp(min(total / self._targets, 700))
+
+  def _move(self, layer: int) -> None:
+    self._inputs, self._layer = self._run(layer, self._everything)[0], layer
+
+  def _run(self, stop: int, masks: tuple[np.ndarray, np.ndarray]) -> tuple[list[jax.Array], float]:
+    outputs, losses = [], []
+    for x_BTD, batch in zip(self._inputs, self._batches, strict=True):
+      preemption.check()
+      args = (self._stacked, x_BTD, *batch, np.int32(self._layer), np.int32(stop), *masks)
+      if self._program is None:
+        self._program = self._compiler('evaluation', self._segment, *args, xla_options=loop_options())
+      x_BTD, loss = self._program(*args)
+      outputs.append(x_BTD)
+      losses.append(loss)
+    return outputs, float(np.sum(jax.device_get(losses), dtype=np.float64))
+
+  def _segment(
+    self,
+    stacked: Params,
+    x_BTD: jax.Array,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+    kv_K: jax.Array,
+    ffn_F: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Layers start … stop-1, the first of them masked; Σ of the loss, 0 before the last layer."""
+    config, layers, tables = self._config, stacked['layers'], llama.rope(self._config, tokens_BT.shape[1])
+
+    def apply(layer: Params, x_BTD: jax.Array) -> jax.Array:
+      return llama.apply_layer(config, self._shape, layer, x_BTD, tables)
+
+    def base(i: jax.Array, x_BTD: jax.Array) -> jax.Array:
+      return apply(jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), layers), x_BTD)
+
+    def loss() -> jax.Array:
+      normed_BTD = rms_norm(x_BTD, stacked['norm'], config.rms_norm_eps)
+      return next_token_loss(normed_BTD, llama.head(stacked), tokens_BT, targets_BT)
+
+    x_BTD = jnp.where(start == 0, llama.embed(stacked, tokens_BT, x_BTD.dtype), x_BTD)
+    first = {'layers': jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, start, 1), layers)}
+    first = surgery.zero_stacked(first, kv_K[None], ffn_F[None])
+    x_BTD = apply(jax.tree.map(lambda w: w[0], first['layers']), x_BTD)
+    x_BTD = jax.lax.fori_loop(start + 1, stop, base, x_BTD)
+    return x_BTD, jax.lax.cond(stop == config.num_layers, loss, lambda: jnp.zeros(()))
+
+
+def run(options: RunOptions, workdir: Workdir, command: str) -> None:
+  """Mode sensitivity: measures or resumes, writes the report in its forms, prints the table."""
+  if not options.evaluate.source:
+    raise InputError('config.evaluate.source is empty, but mode sensitivity measures perplexity: name a text')
+  # Nothing is removed for good, so nothing makes up for it; `bias` would count in the sizes.
+  options = dataclasses.replace(options, prune=dataclasses.replace(options.prune, compensate='none'))
+  inputs = prepare(options)
+  _check_cuts(options, inputs.config)
+  measure = Sensitivity(options, inputs, workdir, command)
+  workdir.claim()
+  report = measure.execute()
+  print(sensitivity_page.table(report))
+  print(f'the same as a page: {workdir.page}; as a table: {workdir.path / sensitivity_page.CSV}')
+
+
+def _check_cuts(options: RunOptions, config: ModelConfig) -> None:
+  """Raises InputError where rounding leaves nothing to prune of some block in any layer."""
+  o, dense = options.sensitivity, PrunePlan.dense(config)
+  scores = [mask.astype(float) for mask in surgery.padded_masks(dense)]  # any will do for widths
+  for sparsity in o.bases:
+    base = narrow(config, dense, sparsity, options.prune.align_ffn, *scores)
+    cut = narrow(config, base, o.sparsity, options.prune.align_ffn, *scores)
+    removed = {
+      'attention': int(np.sum(base.kv_widths - cut.kv_widths)),
+      'mlp': int(np.sum(base.ffn_widths - cut.ffn_widths)),
+    }
+    for block in o.blocks:
+      if not removed.get(block, sum(removed.values())):
+        raise InputError(
+          f'config.sensitivity.sparsity = {o.sparsity:g} rounds to no group at all (blocks: {block}) at base '
+          f'{sparsity:g} in any layer, of {max(base.kv_widths)} KV groups and {max(base.ffn_widths)} '
+          f'channels: raise it, or leave that block or base out'
+        )
+
+
+class Sensitivity:
+  """One measurement in its workdir; metrics.jsonl holds what is done: a base's own line, then one a layer.
+
+  Args:
+    options: checked options.
+    inputs: model, calibration and evaluation blocks, opened and checked.
+    workdir: claimed before `execute`.
+    command: that reproduces the run, for its report.
+  """
+
+  def __init__(self, options: RunOptions, inputs: Inputs, workdir: Workdir, command: str):
+    if inputs.evaluate is None:
+      raise InputError('config.evaluate.source is empty: name a text')
+    self.options, self.inputs, self.workdir, self._command = options, inputs, workdir, command
+    self._compiler = Compiler()
+    common: dict[str, Any] = {'compiler': self._compiler, 'dtype': inputs.dtype}
+    self._pruner = Pruner(inputs.config, options.prune, inputs.calibration, seed=options.seed, **common)
+    self._blocks = inputs.evaluate
+    self._evaluator = LayerEvaluator(inputs.config, self._blocks, options.evaluate.batch, **common)
+    self._metrics = MetricsLog(workdir.metrics)
+    self._zero = jax.jit(lambda layers, kv, ffn: surgery.zero_stacked({'layers': layers}, kv, ffn)['layers'])
+
+  def execute(self) -> dict[str, Any]:
+    """Measures what metrics.jsonl lacks, writes all forms of the report and returns it."""
+    self._since = time.monotonic()
+    bases, layers = self.options.sensitivity.bases, self.inputs.config.num_layers
+    done = {base['sparsity']: len(base['layers']) for base in self._report()['bases']}
+    todo = [base for base in bases if done.get(base, 0) < layers]
+    if done:
+      print(f'resuming: {sum(done.values())} of {layers * len(bases)} layers are measured', flush=True)
+    if todo:
+      evaluations = sum(layers - done.get(base, 0) for base in todo) * len(self.options.sensitivity.blocks)
+      with Progress('sensitivity', evaluations, 'evaluations') as progress:
+        self._measure_all(todo, done, progress)
+    report = self._report()
+    sensitivity_page.write(self.workdir, report, running=False)
+    write_text(self.workdir.report, json.dumps(report, indent=2) + '\n')
+    return report
+
+  def _measure_all(self, bases: list[float], done: dict[float, int], progress: Progress) -> None:
+    config, align = self.inputs.config, self.options.prune.align_ffn
+    plan = PrunePlan.dense(config)
+    params = self.inputs.source.load_params(self.inputs.dtype)
+    dense = self._pruner.stack(params, plan)
+    del params
+    # The same calibration rows for all: what tells the bases apart is what they have lost.
+    dense_scores = self._pruner.score(dense, 0)
+    for sparsity in bases:
+      base = narrow(config, plan, sparsity, align, dense_scores.kv, dense_scores.ffn)
+      stacked, scores = dense, dense_scores
+      if not base.equals(plan):
+        stacked = dense | {'layers': self._zero(dense['layers'], *surgery.padded_masks(base))}
+        scores = self._pruner.score(stacked, 0)
+      cut = narrow(config, base, self.options.sensitivity.sparsity, align, scores.kv, scores.ffn)
+      if sparsity not in done:
+        self._measure_base(sparsity, stacked, base, cut, scores)
+      self._measure_layers(sparsity, stacked, cut, done.get(sparsity, 0), progress)
+
+  def _measure_base(
+    self, sparsity: float, stacked: Params, base: PrunePlan, cut: PrunePlan, scores: Any
+  ) -> None:
+    self._evaluator.start(stacked)
+    self._write(
+      'base',
+      sparsity=sparsity,
+      params=base.params(self.inputs.config),
+      perplexity=self._evaluator.perplexity(),
+      calibration_loss=float(scores.loss),
+      layer_importance=np.asarray(scores.distance, np.float64).tolist(),
+      kv_groups=base.kv_widths.tolist(),
+      ffn=base.ffn_widths.tolist(),
+      kv_groups_pruned=cut.kv_widths.tolist(),
+      ffn_pruned=cut.ffn_widths.tolist(),
+    )
+
+  def _measure_layers(
+    self, sparsity: float, stacked: Params, cut: PrunePlan, first: int, progress: Progress
+  ) -> None:
+    layers = self.inputs.config.num_layers
+    self._evaluator.start(stacked, first)
+    for layer in range(first, layers):
+      found = {}
+      for block in self.options.sensitivity.blocks:
+        found[block] = self._evaluator.perplexity(cut_masks(cut, layer, block))
+        progress.update(1, base=f'{sparsity:g}', layer=str(layer), perplexity=f'{found[block]:.2f}')
+      self._write('layer', base=sparsity, layer=layer, perplexity=found)
+      if layer + 1 < layers:
+        self._evaluator.advance()
+
+  def _write(self, event: str, **values: Any) -> None:
+    """One line of the log, with the seconds since the one before, and the page anew."""
+    now = time.monotonic()
+    self._metrics.write(event, **values, seconds=now - self._since)
+    self._since = now
+    sensitivity_page.write(self.workdir, self._report(), running=True)
+
+  def _report(self) -> dict[str, Any]:
+    """What report.json says at the end; before it, as far as metrics.jsonl goes."""
+    config, rows = self.inputs.config, self._metrics.read()
+    bases = []
+    for row in (r for r in rows if r['event'] == 'base'):
+      mine = [r for r in rows if r['event'] == 'layer' and r['base'] == row['sparsity']]
+      kept = {k: v for k, v in row.items() if k not in ('event', 'seconds')}
+      bases.append(kept | {'layers': [r['perplexity'] for r in mine]})
+    return {
+      'model': {
+        'source': self.inputs.source.name,
+        'params_before': count_params(config),
+        'num_kv_heads': [s.num_kv_heads for s in config.layers],
+        'ffn': [s.ffn for s in config.layers],
+      },
+      'sparsity': self.options.sensitivity.sparsity,
+      'blocks': list(self.options.sensitivity.blocks),
+      'bases': bases,
+      'importance': self._pruner.importance,
+      'layer_distance': self._pruner.distance,
+      'perplexity': {'definition': definition(self._blocks)},
+      'command': self._command,
+      'compiles': self._compiler.counts,
+      'seconds': sum(r['seconds'] for r in rows),
+      'versions': versions(),
+    }

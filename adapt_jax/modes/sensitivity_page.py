@@ -1,0 +1,162 @@
+"""What mode sensitivity found, for readers: a Markdown table, a CSV file and a page with a line a base."""
+
+import csv
+import html
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.reports import charts
+from adapt_jax.reports.charts import Series
+from adapt_jax.reports.run_page import cards, page
+from models.files import write_text
+
+Json = dict[str, Any]
+
+MARKDOWN, CSV = 'sensitivity.md', 'sensitivity.csv'
+_WHAT = {
+  'both': 'a layer',
+  'attention': "a layer's attention",
+  'mlp': "a layer's MLP",
+}
+
+
+def write(workdir: Workdir, report: Json, *, running: bool) -> None:
+  """report.html as far as the report goes; at the end the table and the CSV file too."""
+  write_text(workdir.page, page(f'{report["model"]["source"]} sensitivity', _body(report), running=running))
+  if not running:
+    write_text(workdir.path / MARKDOWN, table(report) + '\n')
+    write_text(workdir.path / CSV, csv_text(report))
+
+
+def _row(cells: list[str]) -> str:
+  return f'| {" | ".join(cells)} |'
+
+
+def _columns(report: Json) -> Iterator[tuple[str, list[str]]]:
+  """(name, a cell a layer): perplexities by base and block, then each base's layer importance."""
+  layers, blocks = len(report['model']['ffn']), report['blocks']
+  for base in report['bases']:
+    for block in blocks:
+      values = [f'{row[block]:.2f}' for row in base['layers']]
+      name = f'base {base["sparsity"]:g}' + (f' {block}' if blocks != ['both'] else '')
+      yield name, values + ['–'] * (layers - len(values))
+  for base in report['bases']:
+    yield f'importance {base["sparsity"]:g}', [f'{x:.4f}' for x in base['layer_importance']]
+
+
+def _widths(before: list[int], after: list[int]) -> str:
+  """'3 → 2', or the distinct changes where layers differ."""
+  return ', '.join(f'{a:,} → {b:,}' for a, b in dict.fromkeys(zip(before, after, strict=True)))
+
+
+def _bases(report: Json) -> list[list[str]]:
+  """Rows of the table of bases, its heading first."""
+  rows = [['base sparsity', 'parameters', 'of dense', 'perplexity', "a layer's KV groups", 'MLP channels']]
+  for base in report['bases']:
+    share = 100 * base['params'] / report['model']['params_before']
+    rows.append(
+      [
+        f'{base["sparsity"]:g}',
+        f'{base["params"]:,}',
+        f'{share:.1f} %',
+        f'{base["perplexity"]:.2f}',
+        _widths(base['kv_groups'], base['kv_groups_pruned']),
+        _widths(base['ffn'], base['ffn_pruned']),
+      ]
+    )
+  return rows
+
+
+def _note(report: Json) -> str:
+  return (
+    f'One decoder layer alone loses {100 * report["sparsity"]:g} % of what it has left (whole KV groups, '
+    f'rounded down; importance: {report["importance"]}). A base has lost its sparsity in every layer, '
+    f'rounded alike. Importance of a layer is the {report["layer_distance"]} distance between its input and '
+    f'output, larger is more. Perplexity is {report["perplexity"]["definition"]}.'
+  )
+
+
+def table(report: Json) -> str:
+  """Markdown: the bases, then a row a layer with its perplexity by base and its importance."""
+  columns = list(_columns(report))
+  layers = zip(*(cells for _, cells in columns), strict=True)
+  bases, rows = _bases(report), [[str(i), *cells] for i, cells in enumerate(layers)]
+  names = ['layer', *(name for name, _ in columns)]
+  compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
+  return '\n'.join(
+    [
+      *('', _row(bases[0]), '|---' * len(bases[0]) + '|', *map(_row, bases[1:])),
+      *('', _row(names), '|---' * len(names) + '|', *map(_row, rows)),
+      *('', _note(report), f'Compiles: {compiles or "none"}; {report["seconds"]:.0f} s in all.'),
+      *(f'Command: `{report["command"]}`', ', '.join(f'{k} {v}' for k, v in report['versions'].items())),
+    ]
+  )
+
+
+def csv_text(report: Json) -> str:
+  """A line for every base, layer and block, with the layer's widths before and after."""
+  out = io.StringIO()
+  writer = csv.writer(out, lineterminator='\n')
+  writer.writerow(
+    ['base', 'layer', 'block', 'perplexity', 'base_perplexity', 'layer_importance']
+    + ['kv_groups_before', 'kv_groups_after', 'ffn_before', 'ffn_after']
+  )
+  for base in report['bases']:
+    for layer, found in enumerate(base['layers']):
+      kv, ffn = base['kv_groups'][layer], base['ffn'][layer]
+      for block, perplexity in found.items():
+        kv_after = kv if block == 'mlp' else base['kv_groups_pruned'][layer]
+        ffn_after = ffn if block == 'attention' else base['ffn_pruned'][layer]
+        importance = base['layer_importance'][layer]
+        writer.writerow(
+          [base['sparsity'], layer, block, perplexity, base['perplexity'], importance]
+          + [kv, kv_after, ffn, ffn_after]
+        )
+  return out.getvalue()
+
+
+def _perplexity_chart(report: Json, block: str) -> str:
+  series, levels = [], []
+  for i, base in enumerate(report['bases']):
+    name = f'base {base["sparsity"]:g}'
+    points = [
+      (layer, found[block], f'{name}, layer {layer}: {found[block]:.3f}')
+      for layer, found in enumerate(base['layers'])
+    ]
+    series.append(Series(name, points, i % charts.COLOURS))
+    levels.append((base['perplexity'], f'{name} as it is {base["perplexity"]:.2f}'))
+  title = f'Perplexity with {100 * report["sparsity"]:g} % of {_WHAT[block]} pruned'
+  return charts.line_chart(title, ('layer', 'perplexity'), series, levels=levels, log=True, integer=True)
+
+
+def _importance_chart(report: Json) -> str:
+  series = []
+  for i, base in enumerate(report['bases']):
+    name = f'base {base["sparsity"]:g}'
+    values = enumerate(base['layer_importance'])
+    points = [(layer, x, f'{name}, layer {layer}: {x:.5g}') for layer, x in values]
+    series.append(Series(name, points, i % charts.COLOURS))
+  names = 'layer', f'{report["layer_distance"]} distance'
+  return charts.line_chart('Importance of the layers', names, series, integer=True)
+
+
+def _body(report: Json) -> str:
+  e = html.escape
+  bases = _bases(report)
+  lines = [''.join(f'<th>{e(cell)}</th>' for cell in bases[0])]
+  lines += [''.join(f'<td>{e(cell)}</td>' for cell in row) for row in bases[1:]]
+  done = sum(len(base['layers']) for base in report['bases'])
+  figures = [_perplexity_chart(report, block) for block in report['blocks']] + [_importance_chart(report)]
+  return '\n'.join(
+    [
+      f'<h1>{e(report["model"]["source"])}</h1>',
+      f'<p class="state">sensitivity of the layers: {done} measured, {report["seconds"]:,.0f} s</p>',
+      '<div class="card scroll"><table>' + '\n'.join(f'<tr>{x}</tr>' for x in lines) + '</table></div>',
+      cards('grid', figures),
+      f'<p>{e(_note(report))}</p>',
+      f'<h2>Command</h2><div class="card"><pre>{e(report["command"])}</pre></div>',
+      f'<p>{e(", ".join(f"{k} {v}" for k, v in report["versions"].items()))}</p>',
+    ]
+  )

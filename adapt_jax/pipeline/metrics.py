@@ -1,0 +1,51 @@
+"""The run's log, one JSON object a line: every pruning step, training step and evaluation."""
+
+import json
+import pathlib
+from typing import Any
+
+from adapt_jax.machine.processes import is_first
+from adapt_jax.reports import tensorboard
+from models.files import write_text
+
+
+class MetricsLog:
+  """Appends to `metrics.jsonl`; a resumed run first cuts what came after its checkpoint.
+
+  Of several processes the first writes. Where TensorBoard is installed its event files, in `tensorboard/`
+  beside, follow from the first write on.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._events: tensorboard.EventFiles | None = None
+    text = path.read_text() if path.exists() else ''
+    self.lines = len(text.splitlines())
+    if text and not text.endswith('\n'):  # the machine died while a line was being written
+      self.cut(self.lines - 1)
+
+  def write(self, event: str, **values: Any) -> None:
+    """One line: {"event": event, ...}."""
+    if not is_first():
+      return
+    row = {'event': event} | values
+    with open(self._path, 'a', encoding='utf-8') as file:
+      file.write(json.dumps(row) + '\n')
+    self.lines += 1
+    if self._events is not None:
+      self._events.write(row)
+    elif tensorboard.installed():
+      self._events = tensorboard.EventFiles(self._path.with_name('tensorboard'), self.read())
+
+  def read(self) -> list[dict[str, Any]]:
+    """All lines so far."""
+    if not self._path.exists():
+      return []
+    return [json.loads(line) for line in self._path.read_text().splitlines()]
+
+  def cut(self, lines: int) -> None:
+    """Keeps the first `lines` lines; before the first write."""
+    if lines < self.lines and is_first():
+      kept = self._path.read_text().splitlines(keepends=True)[:lines]
+      write_text(self._path, ''.join(kept))
+      self.lines = lines

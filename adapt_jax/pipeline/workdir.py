@@ -1,0 +1,85 @@
+"""The directory of one run: what lies where, and whose it is."""
+
+import json
+import pathlib
+import tempfile
+from typing import Any
+
+from adapt_jax.machine.processes import is_first
+from models.errors import InputError
+from models.files import write_text
+
+
+class Workdir:
+  """Paths of a run's files, and the run that they belong to.
+
+  Args:
+    path: of the directory; created by `claim`.
+    identity: what makes two runs the same, as JSON: mode and config.
+  """
+
+  def __init__(self, path: str, identity: dict[str, Any]):
+    if not path:
+      raise InputError('--workdir is empty: name a directory for the results')
+    self.path, self._identity = pathlib.Path(path), identity
+    self.run = self.path / 'run.json'
+    self.report = self.path / 'report.json'
+    self.page = self.path / 'report.html'
+    self.plan = self.path / 'plan.json'
+    self.metrics = self.path / 'metrics.jsonl'
+    self.checkpoints = self.path / 'checkpoints'
+    self.hf = self.path / 'hf'
+    self._claiming = self.path / '.run.json.tmp'  # left by a kill while claiming
+
+  def check(self) -> None:
+    """Raises InputError if the directory cannot be written or belongs to another run; writes nothing."""
+    where = f'--workdir={self.path}'
+    try:
+      self._check_writable(where)
+      ours = self.run.exists()
+      foreign = not ours and self.path.exists() and any(p != self._claiming for p in self.path.iterdir())
+    except OSError as error:
+      raise InputError(f'{where} is not writable ({error.strerror}): choose another') from None
+    if ours:
+      self._check_same()
+    elif foreign:
+      raise InputError(f'{where} holds files of something else: name a new or empty directory')
+
+  def _check_writable(self, where: str) -> None:
+    existing = self.path
+    while not existing.exists() and not existing.is_symlink():
+      existing = existing.parent
+    if not existing.is_dir():
+      raise InputError(f'{where}: {existing} is a file or a broken link: name a directory')
+    with tempfile.TemporaryFile(dir=existing):
+      pass
+
+  def claim(self) -> None:
+    """Marks the directory as this run's; the same run may claim it again, to resume."""
+    if not is_first():
+      return
+    self.path.mkdir(parents=True, exist_ok=True)
+    if not self.run.exists():
+      write_text(self.run, json.dumps(self._identity, indent=2) + '\n')
+
+  def _check_same(self) -> None:
+    try:
+      before = _flatten(json.loads(self.run.read_text()))
+    except ValueError:
+      raise InputError(f'{self.run} is damaged: use another workdir') from None
+    now = _flatten(json.loads(json.dumps(self._identity)))
+    for field in sorted(before.keys() | now.keys()):
+      if before.get(field) != now.get(field):
+        raise InputError(
+          f'--workdir={self.path} belongs to a run with {field} = {before.get(field)!r}, not '
+          f'{now.get(field)!r}: use another workdir, or the same config to resume'
+        )
+
+
+def _flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  out: dict[str, Any] = {}
+  for key, value in tree.items():
+    out |= _flatten(value, f'{prefix}.{key}' if prefix else key)
+  return out

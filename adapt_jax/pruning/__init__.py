@@ -1,0 +1,1 @@
+"""Which groups go from which layer, and how the others are adjusted."""

@@ -1,0 +1,144 @@
+"""What stays takes over from what is pruned, as far as the outputs of o_proj and down_proj go: no training.
+
+One pass over the layers from the first to the last, on the calibration rows. The pruned model's own
+activations go along, so a layer is corrected for what the layers before it have lost, and beside them those
+of the model before this pruning. `least_squares` solves each output projection W [D, C] anew on the columns
+that stay:
+
+    minimise Σ over tokens ‖ t − W' c ‖² + λ ‖ W' − W ‖²,    c its input, pruned columns zero,
+    t = (1 − m) · W c₀ + m · (r₀ − x)
+
+with c₀ the input with nothing pruned in this layer, x the residual stream that the projection adds to and
+r₀ what the stream was after it before pruning: t holds on to what the layer does, and pulls the stream back
+to where it was. `bias` adds the mean of W (c₀ − c) to a bias instead, as FLAP does (An et al., arXiv
+2312.11983, section 3.3; there from the means of the unpruned model). Solved in fp32.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_jax.pruning import curvature
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.scorer import Scorer
+from models.config import ModelConfig
+from models.network import llama
+from models.network.llama import Params
+from models.network.sharding import constrain, constrain_params
+
+COMPENSATIONS = ('none', 'least_squares', 'bias')
+# λ as a share of the mean of Σ c², and m above.
+RIDGE, PULL = 0.2, 0.5
+
+# The residual streams of the model before this pruning and of the pruned one, each [M, B, T, D].
+Streams = tuple[jax.Array, jax.Array]
+# Projection -> its block and its bias.
+_OUTPUTS = {'o': ('attention', 'o_bias'), 'down': ('mlp', 'down_bias')}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compensator:
+  """The program `compensator(stacked, masks, tokens)`: changes of the output projections, all layers.
+
+  Args:
+    config: the model at its original widths.
+    kind: least_squares or bias; the latter needs `config.output_bias`.
+    micro_batch: rows that go through a layer at once; divides the number of rows.
+    dtype: of weights and activations.
+  """
+
+  config: ModelConfig
+  kind: str
+  micro_batch: int
+  dtype: Any = jnp.float32
+
+  def __call__(
+    self, stacked: Params, masks: tuple[jax.Array, jax.Array], tokens_ST: jax.Array
+  ) -> dict[str, jax.Array]:
+    """What to add, in fp32: {'o': [L, D, K, G, H], 'down': [L, D, F]}, or {'o_bias', 'down_bias': [L, D]}.
+
+    Args:
+      stacked: the model before this pruning, from `surgery.stack`.
+      masks: what stays of it, [L, K] and [L, F], from `surgery.padded_masks`.
+      tokens_ST: the calibration rows.
+    """
+    tokens_MBT = constrain(tokens_ST.reshape(-1, self.micro_batch, tokens_ST.shape[1]), '.B.')
+    tables = llama.rope(self.config, tokens_ST.shape[1])
+
+    def step(
+      streams: Streams, xs: tuple[Params, jax.Array, jax.Array]
+    ) -> tuple[Streams, dict[str, jax.Array]]:
+      layer, kv_K, ffn_F = xs
+      o_mask = jnp.broadcast_to(kv_K[:, None, None], layer['attention']['o'].shape[1:]).reshape(-1)
+      streams, o_change = self._half('o', layer, o_mask, streams, tables)
+      streams, down_change = self._half('down', layer, ffn_F, streams)
+      return streams, o_change | down_change
+
+    x_MBTD = jax.lax.map(lambda tokens_BT: llama.embed(stacked, tokens_BT, self.dtype), tokens_MBT)
+    return jax.lax.scan(step, (x_MBTD, x_MBTD), (stacked['layers'], *masks))[1]
+
+  def _half(
+    self, name: str, layer: Params, mask_C: jax.Array, streams: Streams, *tables: Any
+  ) -> tuple[Streams, dict[str, jax.Array]]:
+    """One projection: both streams after it, and its change.
+
+    Args:
+      layer: unpruned. mask_C: which of its inputs stay.
+      streams: before it, each [M, B, T, D].
+    """
+    block, bias = _OUTPUTS[name]
+    weight = layer[block][name].astype(jnp.float32)
+    weight_DC = weight.reshape(len(weight), -1)
+    (D, C), shape = weight_DC.shape, Scorer(self.config).shape
+
+    def run(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+      half: Any = llama.attend if name == 'o' else llama.feed
+      y_BTD, inputs_TC = half(self.config, shape, layer, x_BTD, *tables)
+      return y_BTD, inputs_TC.astype(jnp.float32)
+
+    def measure(sums: list[jax.Array], xs: Streams) -> tuple[list[jax.Array], jax.Array]:
+      before_BTD = run(xs[0])[0]
+      own_BTD, inputs_TC = run(xs[1])
+      missing_TD = jnp.where(mask_C, 0, inputs_TC) @ weight_DC.T
+      pull_TD = (before_BTD - own_BTD).astype(jnp.float32).reshape(-1, D)
+      kept_TC = jnp.where(mask_C, inputs_TC, 0)
+      new = [curvature.second_moment(kept_TC), (missing_TD + PULL * pull_TD).T @ kept_TC, missing_TD.sum(0)]
+      return jax.tree.map(jnp.add, sums, new), before_BTD
+
+    sums, before_MBTD = jax.lax.scan(measure, [jnp.zeros(s) for s in ((C, C), (D, C), (D,))], streams)
+    change_DC, change_D = jnp.zeros((D, C)), jnp.zeros(D)
+    if self.kind == 'bias':
+      change_D = sums[2] / (before_MBTD.size // D)
+    else:
+      factor = jax.scipy.linalg.cho_factor(curvature.damped(sums[0], RIDGE))
+      change_DC = jax.scipy.linalg.cho_solve(factor, sums[1].T).T
+
+    def corrected(x_BTD: jax.Array) -> jax.Array:
+      own_BTD, inputs_TC = run(x_BTD)
+      kept_TC = jnp.where(mask_C, inputs_TC, 0)
+      difference_TD = (kept_TC - inputs_TC) @ weight_DC.T + kept_TC @ change_DC.T + change_D
+      after_BTD = own_BTD + difference_TD.astype(own_BTD.dtype).reshape(own_BTD.shape)
+      return jnp.where(mask_C.any(), after_BTD, x_BTD)  # a layer that is gone has no bias either
+
+    after_MBTD = jax.lax.map(corrected, streams[1])
+    change = {bias: change_D} if self.kind == 'bias' else {name: change_DC.reshape(weight.shape)}
+    return (before_MBTD, after_MBTD), constrain_params(change)
+
+
+def add(params: Params, compacted: PrunePlan, changes: dict[str, jax.Array]) -> Params:
+  """`params`, which `compacted` left, with the changes of a `Compensator` added to them."""
+  layers = []
+  for i, tree in zip(np.flatnonzero(compacted.present).tolist(), params['layers'], strict=True):
+    kept = {'o': np.flatnonzero(compacted.kv[i]), 'down': np.flatnonzero(compacted.ffn[i])}
+    layer = dict(tree)
+    for name, (block, bias) in _OUTPUTS.items():
+      if name in changes:
+        leaf, change = name, changes[name][i][:, kept[name]]
+      else:
+        leaf, change = bias, changes[bias][i]
+      layer[block] = layer[block] | {leaf: layer[block][leaf] + change.astype(layer[block][leaf].dtype)}
+    layers.append(layer)
+  return params | {'layers': layers}

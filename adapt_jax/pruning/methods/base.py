@@ -1,0 +1,123 @@
+"""What a pruning method is: from the scores of one pass to what is kept.
+
+The pruner draws calibration rows, scores them, asks the method for a step, zeroes what went, and repeats
+until the target is reached. Numpy only.
+"""
+
+import abc
+from collections.abc import Iterator
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from adapt_jax.pruning.plan import PrunePlan, PruneState, keep_best
+from adapt_jax.pruning.scores import Scores
+from adapt_jax.pruning.widths import Allocator, Removal, Widths
+from models.config import ModelConfig
+
+
+class Options(Protocol):
+  """The fields of `config.prune` that methods read."""
+
+  @property
+  def steps(self) -> int: ...
+  @property
+  def ratio(self) -> float: ...
+  @property
+  def amplitude(self) -> float: ...
+  @property
+  def align_kv(self) -> int: ...
+  @property
+  def align_ffn(self) -> int: ...
+  @property
+  def compat(self) -> str: ...
+
+
+class Method(abc.ABC):
+  """Decides what each pruning step removes.
+
+  Args:
+    config: the model that widths and sparsities refer to: the dense one, or what a stage starts from.
+    options: `config.prune`.
+  """
+
+  # Of groups and layers, names of importance.IMPORTANCES and DISTANCES; '': as config.prune says.
+  importance: ClassVar[str] = ''
+  distance: ClassVar[str] = ''
+  # Whether the authors' program of Adapt-Pruner has it too, so that prune.compat applies.
+  in_reference: ClassVar[bool] = False
+
+  def __init__(self, config: ModelConfig, options: Options):
+    self.config, self.options = config, options
+    self.allocator = Allocator(config, options.align_ffn, options.align_kv, exact=not options.compat)
+
+  def smallest(self) -> int:
+    """The lowest target, in parameters, that is sure to be reached."""
+    return self.allocator.smallest()
+
+  @abc.abstractmethod
+  def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
+    """The state after one more step, with at most `target` parameters or on the way there.
+
+    Args:
+      scores: of the model as `state.plan` leaves it, on the host; padded to the widest layer.
+      state: what is kept so far, in the numbering of the dense model.
+      target: stored parameters.
+    """
+
+
+class OneShot(Method):
+  """A method that reaches the target in one step: `widths` decides them, the best-scored groups stay."""
+
+  @abc.abstractmethod
+  def widths(self, scores: Scores, plan: PrunePlan, target: int) -> Widths:
+    """The widths that land on `target`, as `Allocator.take` promises it."""
+
+  def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
+    widths = self.widths(scores, state.plan, target)
+    plan = keep_best(state.plan, scores.kv, scores.ffn, widths.kv, widths.ffn)
+    return PruneState(plan, self.allocator.removed(widths), state.step + 1)
+
+
+class UniformOneShot(OneShot):
+  """One-shot with the same sparsity in every layer that `touched` names, up to one group or block."""
+
+  def touched(self) -> np.ndarray:
+    """The layers that may lose something, bool [L]."""
+    return np.ones(self.config.num_layers, bool)
+
+  def widths(self, scores: Scores, plan: PrunePlan, target: int) -> Widths:
+    now = Widths(plan.kv_widths, plan.ffn_widths)
+    return self.allocator.one_shot(now, self.touched().astype(np.float64), target)
+
+
+class GlobalOneShot(OneShot):
+  """One-shot with one ranking of all groups and channels of all layers: the lowest go.
+
+  With prune.align_ffn > 1 blocks of a layer's lowest channels rank by their mean.
+  """
+
+  @abc.abstractmethod
+  def comparable(self, scores: Scores, plan: PrunePlan) -> Scores:
+    """`scores` with kv [L, K] and ffn [L, F] on one scale over layers and modules."""
+
+  def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
+    return super().step(self.comparable(scores, state.plan), state, target)
+
+  def widths(self, scores: Scores, plan: PrunePlan, target: int) -> Widths:
+    removals = sorted(self._removals(scores, plan), key=lambda removal: removal[0])
+    return self.allocator.take(Widths(plan.kv_widths, plan.ffn_widths), removals, target)[0]
+
+  def _removals(self, scores: Scores, plan: PrunePlan) -> Iterator[Removal]:
+    """All that may go, lowest first within a layer and module; the position is the score."""
+    for is_kv, masks, values in ((True, plan.kv, scores.kv), (False, plan.ffn, scores.ffn)):
+      for layer, mask in enumerate(masks):
+        ascending = np.sort(values[layer][np.flatnonzero(mask)])
+        widths = [len(ascending)]
+        while (width := self.allocator.narrower(is_kv, widths[-1])) > 0:
+          widths.append(width)
+        gone = len(ascending) - np.array(widths)
+        means = np.add.reduceat(ascending, gone)[:-1] / np.diff(gone)
+        # Means of equal scores may differ by rounding: the order within the layer has to stand.
+        positions = np.maximum.accumulate(means).tolist()
+        yield from ((at, layer, is_kv, width) for at, width in zip(positions, widths[1:], strict=True))

@@ -1,0 +1,45 @@
+"""FLAP: An et al., arXiv 2312.11983; structure AL-AM of the authors' program."""
+
+import numpy as np
+
+from adapt_jax.pruning.methods.base import GlobalOneShot
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.scores import Scores
+
+
+def standardise(values: np.ndarray) -> np.ndarray:
+  """(x − mean) / standard deviation (of a sample, n − 1); zeros where all are equal."""
+  values = values.astype(np.float64)
+  deviation = values.std(ddof=1) if values.size > 1 else 0.0
+  return (values - values.mean()) / deviation if deviation > 0 else np.zeros_like(values)
+
+
+def standardised(scores: Scores, plan: PrunePlan) -> Scores:
+  """Scores that can be compared over layers and modules; 0 for what the plan has removed.
+
+  Per layer and module over the columns that are left: of o_proj the squared metric, averaged over a KV
+  group's columns after it is standardised; of down_proj the metric itself. So does the authors' program.
+  """
+  kv, ffn = np.zeros(scores.kv.shape), np.zeros(scores.ffn.shape)
+  for layer, (groups, channels) in enumerate(zip(plan.kv, plan.ffn, strict=True)):
+    kept = np.flatnonzero(groups)
+    columns = scores.o_columns[layer][kept].astype(np.float64)
+    kv[layer, kept] = standardise(columns**2).mean((1, 2))
+    kept = np.flatnonzero(channels)
+    ffn[layer, kept] = standardise(scores.ffn[layer][kept])
+  return scores._replace(kv=kv, ffn=ffn)
+
+
+class Flap(GlobalOneShot):
+  """WIFV of o_proj and down_proj, standardised and ranked over the whole model, one shot.
+
+  The metric of a column is the variance of its input over the calibration tokens times its squared norm.
+  Differs from the authors' program: a plain variance, where theirs weighs deviations from a running mean; a
+  KV group with all its query heads where theirs takes heads; every layer keeps a group and an MLP block. Its
+  biases in place of what went are prune.compensate = 'bias', of any method.
+  """
+
+  importance = 'fluctuation'
+
+  def comparable(self, scores: Scores, plan: PrunePlan) -> Scores:
+    return standardised(scores, plan)

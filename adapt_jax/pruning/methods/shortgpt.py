@@ -1,0 +1,34 @@
+"""ShortGPT: Men et al., arXiv 2403.03853."""
+
+import numpy as np
+
+from adapt_jax.pruning.methods.base import Method
+from adapt_jax.pruning.plan import PruneState
+from adapt_jax.pruning.scores import Scores
+from models.config import count_params, layer_params
+
+
+class ShortGpt(Method):
+  """Removes whole decoder layers, those of lowest block influence, one shot.
+
+  Block influence is 1 − cos(input, output) of a layer, mean over the calibration tokens. Layers go, lowest
+  first, while the model is above the target: since they are whole it ends below the target by up to a
+  layer, never above it. The paper names a number of layers, here the target does; one layer always stays.
+  """
+
+  importance = 'l2'  # not used; needs no gradient
+  distance = 'cosine'
+
+  def smallest(self) -> int:
+    layers = [layer_params(self.config, shape) for shape in self.config.layers]
+    return count_params(self.config) - sum(layers) + max(layers)
+
+  def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
+    influence = 1 + scores.distance
+    plan = state.plan
+    for layer in np.argsort(influence, kind='stable'):
+      if plan.params(self.config) <= target:
+        break
+      if plan.present[layer]:
+        plan = plan.without_layer(layer)
+    return PruneState(plan, (~plan.present).astype(np.float64), state.step + 1)

@@ -1,0 +1,326 @@
+"""Scores of all groups and distances of all layers in one forward and one backward pass.
+
+Scoring runs on parameters stacked over layers at their original widths (`surgery.stack`), pruned
+groups being zeros, so one program serves every step and stage of a run. The backward pass is a
+reverse scan over layers: each layer's gradient is reduced to group scores and dropped, so that the
+peak is the weights, the layers' inputs on the calibration batch and one layer's gradient.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adapt_jax.pruning import curvature
+from adapt_jax.pruning.scores import Scores
+from adapt_jax.pruning.surgery import GROUP_AXES
+from adapt_jax.training.loss import next_token_loss
+from models.config import LayerShape, ModelConfig
+from models.errors import InputError
+from models.network import llama
+from models.network.layers import rms_norm
+from models.network.llama import Params
+from models.network.sharding import constrain, constrain_params
+
+# Mean and variance over tokens of what enters o_proj and down_proj, by column: {'o': …, 'down': …}.
+Moments = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
+  """−cos(x, y) over the last axis: −1 where a layer keeps its input's direction."""
+  norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+  return -jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-8)
+
+
+def euclidean(x: jax.Array, y: jax.Array) -> jax.Array:
+  """‖x − y‖₂ over the last axis."""
+  return jnp.linalg.norm(x - y, axis=-1)
+
+
+def manhattan(x: jax.Array, y: jax.Array) -> jax.Array:
+  """‖x − y‖₁ over the last axis."""
+  return jnp.abs(x - y).sum(axis=-1)
+
+
+DISTANCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+  'cosine': cosine,
+  'euclidean': euclidean,
+  'manhattan': manhattan,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Importance:
+  """How a weight w with gradient g and Fisher estimate F is scored; a group's score is Σ |score|.
+
+  Or, with `columns`, how a column of o_proj or down_proj is; a group's score is the sum over its columns.
+
+  score: (w, g, F) -> the weight's score, signed, elementwise in fp32.
+  gradient: whether it asks for g at all; without, scoring is a forward pass.
+  fisher: whether it asks for F = mean over samples of the squared gradient of the sample's loss.
+  per_row: add the weights of a row (a column of o and down) before the absolute value is taken.
+  columns: (weight [D, …], mean and variance […] of its inputs over the calibration tokens) -> […].
+  curvature: none of these, but the cost of losing a group, from the loss's curvature (`pruning.curvature`).
+  """
+
+  score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = lambda w, g, f: w
+  gradient: bool = True
+  fisher: bool = False
+  per_row: bool = False
+  columns: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+  curvature: bool = False
+
+
+def _fluctuation(w: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
+  return variance * jnp.square(w).sum(0)
+
+
+def _wanda(w: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
+  return jnp.abs(w).sum(0) * jnp.sqrt(variance + jnp.square(mean))
+
+
+# Paper section 3.2, and the first-order form of Molchanov et al., arXiv 1906.10771; names as in LLM-Pruner.
+# `random` is drawn by the pruner: its entry here only serves the layers' distances.
+# `fluctuation`: variance of the column's input · squared norm of the column (WIFV of An et al., arXiv
+# 2312.11983). `wanda`: Σ |w| · root mean square of the input (Sun et al., arXiv 2306.11695, summed as there).
+# `curvature`: see `adapt_jax.pruning.curvature`.
+IMPORTANCES: dict[str, Importance] = {
+  'taylor': Importance(lambda w, g, f: w * g),
+  'taylor_vectorize': Importance(lambda w, g, f: w * g, per_row=True),
+  'taylor_second': Importance(lambda w, g, f: w * w * f, fisher=True),
+  'taylor_mix': Importance(lambda w, g, f: w * g - 0.5 * w * w * f, fisher=True),
+  'l1': Importance(lambda w, g, f: w, gradient=False),
+  'l2': Importance(lambda w, g, f: w * w, gradient=False),
+  'fluctuation': Importance(gradient=False, columns=_fluctuation),
+  'wanda': Importance(gradient=False, columns=_wanda),
+  'curvature': Importance(curvature=True),
+  'random': Importance(lambda w, g, f: w, gradient=False),
+}
+
+
+def _fold(heads_KG: jax.Array, reference: bool) -> jax.Array:
+  """Scores of query heads added up by KV group, [K]; `reference` takes head h for one of group h mod K."""
+  return (heads_KG.reshape(heads_KG.shape[::-1]).T if reference else heads_KG).sum(1)
+
+
+def group_scores(
+  layer: Params, gradient: Params, fisher: Params, importance: Importance, *, reference_fold: bool = False
+) -> list[jax.Array]:
+  """[scores [K] of the KV groups, scores [F] of the channels]: sums over all member weights, in fp32.
+
+  `reference_fold` credits query head h to group h mod K, as the authors' program does, not to h // G.
+  """
+  totals = []
+  for block, axes in GROUP_AXES.items():
+    total = jnp.zeros(())
+    for name, axis in axes.items():
+      if name not in layer[block]:
+        continue
+      weight = layer[block][name].astype(jnp.float32)
+      score = importance.score(weight, gradient[block][name], fisher[block][name])
+      if importance.per_row and not name.endswith('bias'):
+        hidden = 0 if name in ('o', 'down') else score.ndim - 1
+        score = score.sum(hidden, keepdims=True)
+      score = jnp.abs(score)
+      if reference_fold and name in ('q', 'q_bias', 'o'):
+        total += _fold(score.sum([a for a in range(score.ndim) if a not in (axis, axis + 1)]), True)
+      else:
+        total += score.sum([a for a in range(score.ndim) if a != axis])
+    totals.append(total)
+  return totals
+
+
+def _moments(x_TC: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean and variance of every column, in fp32; in two passes: E[x²] − E[x]² would cancel."""
+  x_TC = x_TC.astype(jnp.float32)
+  mean_C = x_TC.mean(0)
+  return mean_C, jnp.square(x_TC - mean_C).mean(0)
+
+
+def _merge(mean_MC: jax.Array, variance_MC: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Moments of all tokens from those of equally large parts."""
+  return mean_MC.mean(0), variance_MC.mean(0) + mean_MC.var(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """The scoring program: `scorer(stacked, tokens)` on parameters from `surgery.stack`.
+
+  Args:
+    config: the model at its original widths; all layers need the same number of query heads per KV head.
+    micro_batch: rows that go through a layer at once; divides the number of calibration rows.
+    dtype: of weights and activations; gradients are summed and scored in fp32.
+    reference_fold: see `group_scores`.
+  """
+
+  config: ModelConfig
+  importance: str = 'taylor'
+  distance: str = 'cosine'
+  micro_batch: int = 8
+  dtype: Any = jnp.float32
+  reference_fold: bool = False
+
+  @property
+  def shape(self) -> LayerShape:
+    """The widest layer's shape, to which all are padded."""
+    sizes = {s.group_size for s in self.config.layers}
+    if len(sizes) > 1:
+      raise InputError(
+        f'model.source has layers with different query heads per KV head ({sorted(sizes)}): such a '
+        f'model cannot be pruned again'
+      )
+    kv = max(s.num_kv_heads for s in self.config.layers)
+    return LayerShape(kv * sizes.pop(), kv, max(s.ffn for s in self.config.layers))
+
+  def __call__(self, stacked: Params, tokens_ST: jax.Array) -> Scores:
+    """Scores of S rows of T tokens. The gradient is that of the mean loss over the whole batch."""
+    S, T = tokens_ST.shape
+    tokens_MBT = constrain(tokens_ST.reshape(-1, self.micro_batch, T), '.B.')
+    tables = llama.rope(self.config, T)
+    x_MBTD, (inputs_LMBTD, distance_L, moments_L) = self._forward(stacked, tokens_MBT, tables)
+
+    def head_loss(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+      x_BTD, tokens_BT = xs
+
+      def loss(x: jax.Array) -> jax.Array:
+        x = rms_norm(x, stacked['norm'], self.config.rms_norm_eps)
+        return next_token_loss(x, llama.head(stacked), tokens_BT) / (S * (T - 1))
+
+      return jax.value_and_grad(loss)(x_BTD)
+
+    losses_M, gradient_MBTD = jax.lax.map(head_loss, (x_MBTD, tokens_MBT))
+    if moments_L:
+      kv, ffn, o_columns = self._column_scores(stacked['layers'], moments_L)
+      return Scores(kv, ffn, distance_L, losses_M.sum(), o_columns)
+
+    if IMPORTANCES[self.importance].curvature:
+      kv, ffn = self._curvature_scores(stacked['layers'], inputs_LMBTD, gradient_MBTD, tables)
+      return Scores(kv, ffn, distance_L, losses_M.sum())
+
+    def run(layer: Params, x_BTD: jax.Array) -> jax.Array:
+      return llama.apply_layer(self.config, self.shape, layer, x_BTD, tables)
+
+    kv, ffn = self._group_scores(run, stacked['layers'], inputs_LMBTD, gradient_MBTD)
+    return Scores(kv, ffn, distance_L, losses_M.sum())
+
+  def _forward(
+    self, stacked: Params, tokens_MBT: jax.Array, tables: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
+    """The last layer's output, and of every layer the input, the distance and what `columns` need."""
+    config, shape, measure = self.config, self.shape, DISTANCES[self.distance]
+    collect = IMPORTANCES[self.importance].columns is not None
+
+    def run(layer: Params, x_BTD: jax.Array) -> tuple[jax.Array, Moments]:
+      if not collect:
+        return llama.apply_layer(config, shape, layer, x_BTD, tables), {}
+      x_BTD, o_inputs = llama.attend(config, shape, layer, x_BTD, tables)
+      y_BTD, down_inputs = llama.feed(config, shape, layer, x_BTD)
+      return y_BTD, {'o': _moments(o_inputs), 'down': _moments(down_inputs)}
+
+    def forward(x_MBTD: jax.Array, layer: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
+      def micro(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, Moments]:
+        y_BTD, moments = run(layer, x_BTD)
+        return y_BTD, measure(x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32)).sum(), moments
+
+      y_MBTD, distance_M, moments_M = jax.lax.map(micro, x_MBTD)
+      moments = {name: _merge(*parts) for name, parts in moments_M.items()}
+      return y_MBTD, (x_MBTD, distance_M.sum() / tokens_MBT.size, moments)
+
+    x_MBTD = jax.lax.map(lambda tokens_BT: llama.embed(stacked, tokens_BT, self.dtype), tokens_MBT)
+    return jax.lax.scan(forward, x_MBTD, stacked['layers'])
+
+  def _column_scores(self, layers: Params, moments_L: Moments) -> list[jax.Array]:
+    """[kv [L, K], ffn [L, F], o_proj's columns [L, K, G, H]]."""
+    columns = IMPORTANCES[self.importance].columns
+    assert columns is not None
+
+    def score(_: None, xs: tuple[Params, Moments]) -> tuple[None, list[jax.Array]]:
+      layer, moments = xs
+      o_DKGH, down_DF = (x.astype(jnp.float32) for x in (layer['attention']['o'], layer['mlp']['down']))
+      o_KGH = columns(o_DKGH, *(m.reshape(o_DKGH.shape[1:]) for m in moments['o']))
+      return None, [_fold(o_KGH.sum(2), self.reference_fold), columns(down_DF, *moments['down']), o_KGH]
+
+    return jax.lax.scan(score, None, (layers, moments_L))[1]
+
+  def _group_scores(
+    self, run: Callable[..., jax.Array], layers: Params, inputs_LMBTD: jax.Array, gradient_MBTD: jax.Array
+  ) -> list[jax.Array]:
+    """[kv [L, K], ffn [L, F]]; `gradient_MBTD` is ∂L/∂x of the last layer's output."""
+    importance, samples = IMPORTANCES[self.importance], gradient_MBTD.shape[0] * self.micro_batch
+
+    def score(layer: Params, gradient: Params, fisher: Params) -> list[jax.Array]:
+      return group_scores(layer, gradient, fisher, importance, reference_fold=self.reference_fold)
+
+    if not importance.gradient:
+      return jax.lax.scan(lambda _, layer: (None, score(layer, layer, layer)), None, layers)[1]
+
+    def pull(layer: Params, x_BTD: jax.Array, g_BTD: jax.Array) -> tuple[Params, Params, jax.Array]:
+      if not importance.fisher:
+        layer_gradient, x_gradient = jax.vjp(run, layer, x_BTD)[1](g_BTD)
+        return _to_fp32(layer_gradient), {}, x_gradient
+
+      def one(x_TD: jax.Array, g_TD: jax.Array) -> tuple[Params, jax.Array]:
+        layer_gradient, x_gradient = jax.vjp(run, layer, x_TD[None])[1](g_TD[None])
+        return _to_fp32(layer_gradient), x_gradient[0]
+
+      each, x_gradient = jax.vmap(one)(x_BTD, g_BTD)
+      total = jax.tree.map(lambda g: g.sum(0), each)
+      # L is a mean over samples: a sample's own gradient is `samples` times its part of L's.
+      fisher = jax.tree.map(lambda g: samples * jnp.square(g).sum(0), each)
+      return total, fisher, x_gradient
+
+    def backward(g_MBTD: jax.Array, xs: tuple[Params, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+      layer, x_MBTD = xs
+
+      def micro(sums: tuple[Params, Params], xg: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        gradient, fisher, x_gradient = pull(layer, *xg)
+        return constrain_params(jax.tree.map(jnp.add, sums, (gradient, fisher))), x_gradient
+
+      zeros = constrain_params(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), layer))
+      start = (zeros, zeros if importance.fisher else {})
+      (gradient, fisher), g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))
+      return g_MBTD, score(layer, gradient, fisher or gradient)
+
+    return jax.lax.scan(backward, gradient_MBTD, (layers, inputs_LMBTD), reverse=True)[1]
+
+  def _curvature_scores(
+    self,
+    layers: Params,
+    inputs_LMBTD: jax.Array,
+    gradient_MBTD: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+  ) -> list[jax.Array]:
+    """[kv [L, K], ffn [L, F]]; no gradient of any weight is taken."""
+    config, shape, D = self.config, self.shape, self.config.hidden_size
+    M, B, T = inputs_LMBTD.shape[1:4]
+    C, F = shape.num_heads * config.head_dim, shape.ffn
+
+    def backward(g_MBTD: jax.Array, xs: tuple[Params, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+      layer, x_MBTD = xs
+
+      def micro(sums: list[jax.Array], xg: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        x_BTD, g_BTD = xg
+        middle, pull_attend, o_TC = jax.vjp(
+          lambda x: llama.attend(config, shape, layer, x, tables), x_BTD, has_aux=True
+        )
+        _, pull_feed, down_TF = jax.vjp(lambda x: llama.feed(config, shape, layer, x), middle, has_aux=True)
+        middle_g_BTD = pull_feed(g_BTD)[0]
+        # Gradients of the sum over tokens, not the mean: their squares would leave the range of fp32.
+        outputs = [M * B * T * g.reshape(-1, D) for g in (middle_g_BTD, g_BTD)]
+        moments = [curvature.second_moment(x) for x in (o_TC, down_TF, *outputs)]
+        return jax.tree.map(jnp.add, sums, moments), pull_attend(middle_g_BTD)[0]
+
+      start = [jnp.zeros((n, n)) for n in (C, F, D, D)]
+      sums, g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))
+      o_CC, down_FF, middle_DD, output_DD = (x / (M * B * T) for x in sums)
+      o_DKGH, down_DF = (x.astype(jnp.float32) for x in (layer['attention']['o'], layer['mlp']['down']))
+      kv_K = curvature.group_costs(o_DKGH, o_CC, middle_DD)
+      return g_MBTD, [kv_K, curvature.channel_costs(down_DF, down_FF, output_DD)]
+
+    return jax.lax.scan(backward, gradient_MBTD, (layers, inputs_LMBTD), reverse=True)[1]
+
+
+def _to_fp32(tree: Params) -> Params:
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

@@ -1,0 +1,148 @@
+"""Removing, zeroing and restoring groups: pure functions on parameter pytrees.
+
+They work alike on parameters, gradients and optimizer moments, since all have the parameters' tree.
+A group's members (paper section 3.1): KV group k owns index k of the K axis of q, k, v, o and their
+biases; MLP channel c owns index c of the F axis of gate, up, down.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_jax.pruning.plan import PrunePlan
+from models.config import ModelConfig
+from models.network.llama import Params
+
+# Leaf -> the axis that counts its groups. Leaves not named here are never pruned.
+GROUP_AXES = {
+  'attention': {'q': 0, 'k': 0, 'v': 0, 'o': 1, 'q_bias': 0, 'k_bias': 0, 'v_bias': 0},
+  'mlp': {'gate': 0, 'up': 0, 'down': 1},
+}
+
+
+def map_groups(fn: Callable[[jax.Array, int, str], Any], layer: Params) -> Params:
+  """fn(leaf, group axis, 'attention' or 'mlp') over one layer's prunable leaves; the rest stay."""
+  out = dict(layer)
+  for block, axes in GROUP_AXES.items():
+    out[block] = {n: fn(x, axes[n], block) if n in axes else x for n, x in layer[block].items()}
+  return out
+
+
+def _masks(plan: PrunePlan, layer: int) -> dict[str, np.ndarray]:
+  return {'attention': plan.kv[layer], 'mlp': plan.ffn[layer]}
+
+
+def compact(params: Params, plan: PrunePlan) -> Params:
+  """The parameters without what `plan` removes; `plan` is in these parameters' own numbering.
+
+  `layers` comes out shorter where whole layers are gone.
+  """
+
+  def layer(tree: Params, i: int) -> Params:
+    kept = {block: np.flatnonzero(m) for block, m in _masks(plan, i).items()}
+    return map_groups(lambda x, axis, block: jnp.take(x, kept[block], axis=axis), tree)
+
+  return params | {'layers': [layer(params['layers'][i], i) for i in np.flatnonzero(plan.present).tolist()]}
+
+
+def zero(params: Params, plan: PrunePlan) -> Params:
+  """The parameters with what `plan` removes set to zero: the same function as `compact`.
+
+  A layer without groups passes its input on; its norms stay.
+  """
+
+  def layer(tree: Params, i: int) -> Params:
+    masks = _masks(plan, i)
+    return map_groups(lambda x, axis, block: _mask_axis(x, masks[block], axis), tree)
+
+  return params | {'layers': [layer(tree, i) for i, tree in enumerate(params['layers'])]}
+
+
+def _mask_axis(x: jax.Array, mask: Any, axis: int) -> jax.Array:
+  shape = [1] * x.ndim
+  shape[axis] = -1
+  return jnp.where(jnp.asarray(mask).reshape(shape), x, jnp.zeros((), x.dtype))
+
+
+def stack(params: Params, plan: PrunePlan, dtype: Any) -> Params:
+  """Compacted parameters back at their original places, zeros between, all layers stacked.
+
+  Layer leaves become [L, ...] at the widest layer's width: the fixed shape that scoring compiles for.
+  A layer that is gone is all zeros, which passes its input on. `params` are those that `plan` left;
+  other leaves are cast to `dtype` too.
+  """
+  widest = {'attention': max(map(len, plan.kv)), 'mlp': max(map(len, plan.ffn))}
+
+  def layer(tree: Params, i: int) -> Params:
+    kept = {block: np.flatnonzero(m) for block, m in _masks(plan, i).items()}
+
+    def restore(x: jax.Array, axis: int, block: str) -> jax.Array:
+      shape = list(x.shape)
+      shape[axis] = widest[block]
+      index = (slice(None),) * axis + (kept[block],)
+      return jnp.zeros(shape, dtype).at[index].set(x.astype(dtype))
+
+    return map_groups(restore, tree)
+
+  kept = np.flatnonzero(plan.present).tolist()
+  restored = {i: layer(tree, i) for i, tree in zip(kept, params['layers'], strict=True)}
+  gone = jax.tree.map(jnp.zeros_like, restored[kept[0]])
+  layers = [restored.get(i, gone) for i in range(len(plan.kv))]
+  cast = {k: v.astype(dtype) for k, v in params.items() if k != 'layers'}
+  return cast | {'layers': jax.tree.map(lambda *xs: jnp.stack([x.astype(dtype) for x in xs]), *layers)}
+
+
+def zero_stacked(stacked: Params, kv_LK: jax.Array, ffn_LF: jax.Array) -> Params:
+  """`zero` on parameters from `stack`, with masks padded to the widest layer."""
+  masks = {'attention': kv_LK, 'mlp': ffn_LF}
+
+  def apply(x: jax.Array, axis: int, block: str) -> jax.Array:
+    mask = masks[block]
+    shape = [1] * x.ndim
+    shape[0], shape[axis + 1] = mask.shape
+    return jnp.where(mask.reshape(shape), x, jnp.zeros((), x.dtype))
+
+  return stacked | {'layers': map_groups(apply, stacked['layers'])}
+
+
+def padded_masks(plan: PrunePlan) -> tuple[np.ndarray, np.ndarray]:
+  """The plan's masks as two rectangles [L, K] and [L, F], False beyond a narrower layer's width."""
+
+  def pad(masks: tuple[np.ndarray, ...]) -> np.ndarray:
+    out = np.zeros((len(masks), max(map(len, masks))), bool)
+    for row, mask in zip(out, masks, strict=True):
+      row[: len(mask)] = mask
+    return out
+
+  return pad(plan.kv), pad(plan.ffn)
+
+
+def with_output_bias(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+  """The same function with biases [D] on o_proj and down_proj: zeros of the weight's dtype where it has none.
+
+  A bias belongs to no group, so no pruning removes it; training treats it as any other weight.
+  """
+
+  def layer(tree: Params) -> Params:
+    biased = dict(tree)
+    for block, weight in (('attention', 'o'), ('mlp', 'down')):
+      w = tree[block][weight]
+      biased[block] = {f'{weight}_bias': jnp.zeros(w.shape[:1], w.dtype)} | tree[block]
+    return biased
+
+  biased = params | {'layers': [layer(tree) for tree in params['layers']]}
+  return dataclasses.replace(config, output_bias=True), biased
+
+
+def compact_optimizer(state: Any, params: Params, plan: PrunePlan) -> Any:
+  """The optimizer state of the surviving weights: every subtree shaped like `params` is compacted."""
+  treedef: Any = jax.tree.structure(params)
+
+  def like_params(x: Any) -> bool:
+    return jax.tree.structure(x) == treedef
+
+  return jax.tree.map(lambda x: compact(x, plan) if like_params(x) else x, state, is_leaf=like_params)

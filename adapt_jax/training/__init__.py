@@ -1,0 +1,1 @@
+"""Recovery training: loss, optimizer, step and loop."""

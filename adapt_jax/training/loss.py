@@ -1,0 +1,162 @@
+"""Cross-entropy and distillation over large vocabularies, in chunks of tokens.
+
+A chunk's logits live only inside one scan step. Under differentiation the same step also yields the
+chunk's gradients, so the logits are computed once, not again in the backward pass.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.network.backend import on_cpu
+from models.network.llama import head_logits
+from models.network.matmul import dot
+from models.network.sharding import constrain, row_shards
+
+# Logits held at once on a device, in fp32: 32 MiB on a CPU; elsewhere 16 times that, since each chunk
+# reads and writes the gradient of the whole head.
+_CHUNK_ELEMENTS, _ACCELERATOR = 2**23, 16
+
+# (logits [T, V] in fp32, extras) -> scalar.
+ChunkLoss = Callable[[jax.Array, Any], jax.Array]
+
+
+def _split(tree: Any, tokens: int, vocab: int) -> Any:
+  """Leading axes of `tokens` to [chunks, tokens of a chunk], padded with zeros: their weight is zero too.
+
+  Where rows are split over devices every chunk takes the same share from each.
+  """
+  shards = _shards(tokens)
+  own = tokens // shards
+  elements = _CHUNK_ELEMENTS if on_cpu() else _ACCELERATOR * _CHUNK_ELEMENTS
+  chunks = -(-own * vocab // elements)
+  size = -(-own // min(chunks, own))
+
+  def split(x: jax.Array) -> jax.Array:
+    x = x.reshape(shards, own, *x.shape[1:])
+    if missing := -own % size:
+      x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(shards, -1, size, *x.shape[2:]).swapaxes(0, 1)
+    return constrain(x.reshape(-1, shards * size, *x.shape[3:]), '.B')
+
+  return jax.tree.map(split, tree)
+
+
+def _join(chunks: jax.Array, tokens: int) -> jax.Array:
+  """What `_split` has split, [tokens, ...]."""
+  shards = _shards(tokens)
+  x = chunks.reshape(len(chunks), shards, -1, *chunks.shape[2:]).swapaxes(0, 1)
+  x = x.reshape(shards, -1, *x.shape[3:])[:, : tokens // shards]
+  return constrain(x.reshape(tokens, *x.shape[2:]), 'B')
+
+
+def _shards(tokens: int) -> int:
+  return row_shards() if tokens % row_shards() == 0 else 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sum_over_chunks(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras: Any) -> jax.Array:
+  """Σ of loss(x headᵀ, extras) over chunks of tokens, a scalar in fp32.
+
+  `extras` is a pytree of arrays whose leading axis is tokens, weights among them: a loss must be zero
+  for tokens of weight zero, which fill the last chunk. No gradient flows into it.
+  """
+
+  def step(total: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+    return total + loss(head_logits(head_VD, xs[0]), xs[1]), None
+
+  return jax.lax.scan(step, jnp.zeros(()), _split((x_TD, extras), x_TD.shape[0], head_VD.shape[0]))[0]
+
+
+def _forward(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras: Any) -> Any:
+  cast_VD = head_VD.astype(x_TD.dtype)
+
+  def step(carry: Any, xs: Any) -> tuple[Any, jax.Array]:
+    total, head_gradient_DV = carry
+    chunk_TD, chunk_extras = xs
+    value, gradient_TV = jax.value_and_grad(loss)(head_logits(cast_VD, chunk_TD), chunk_extras)
+    gradient_TV = gradient_TV.astype(x_TD.dtype)
+    dx_TD = dot(gradient_TV, cast_VD, 0, x_TD.dtype)
+    # As [D, V]: the small factor is the one to be transposed.
+    head_gradient_DV += dot(chunk_TD.T, gradient_TV, 0, head_VD.dtype)
+    return (total + value, constrain(head_gradient_DV, 'DV')), dx_TD
+
+  start = (jnp.zeros(()), constrain(jnp.zeros_like(head_VD.T), 'DV'))
+  (total, head_gradient_DV), dx = jax.lax.scan(
+    step, start, _split((x_TD, extras), x_TD.shape[0], head_VD.shape[0])
+  )
+  return total, (_join(dx, x_TD.shape[0]), head_gradient_DV)
+
+
+def _backward(loss: ChunkLoss, residuals: Any, g: jax.Array) -> Any:
+  dx, head_gradient_DV = residuals
+  return g.astype(dx.dtype) * dx, (g.astype(head_gradient_DV.dtype) * head_gradient_DV).T, None
+
+
+sum_over_chunks.defvjp(_forward, _backward)
+
+
+def _cross_entropy(logits_TV: jax.Array, labels_T: jax.Array) -> jax.Array:
+  picked = jnp.take_along_axis(logits_TV, labels_T[:, None], axis=-1)[:, 0]
+  return jax.nn.logsumexp(logits_TV, axis=-1) - picked
+
+
+def cross_entropy(logits_TV: jax.Array, extras: Any) -> jax.Array:
+  """Σ of cross-entropy, nats; extras = (labels [T], weights [T])."""
+  labels_T, weights_T = extras
+  return jnp.sum(_cross_entropy(logits_TV, labels_T) * weights_T)
+
+
+def distillation(alpha: float, temperature: float, teacher_head_VD: jax.Array) -> ChunkLoss:
+  """Σ of α·T²·KL(teacher‖student) at temperature T + (1−α)·CE; extras = (labels, weights, teacher x [T, D]).
+
+  Hinton et al., arXiv 1503.02531; paper section 4.
+  """
+
+  def loss(logits_TV: jax.Array, extras: Any) -> jax.Array:
+    labels_T, weights_T, teacher_TD = extras
+    teacher = jax.nn.log_softmax(head_logits(teacher_head_VD, teacher_TD) / temperature)
+    student = jax.nn.log_softmax(logits_TV / temperature)
+    kl_T = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    mixed_T = alpha * temperature**2 * kl_T + (1 - alpha) * _cross_entropy(logits_TV, labels_T)
+    return jnp.sum(mixed_T * weights_T)
+
+  return loss
+
+
+def shift(tokens_BT: jax.Array, targets_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Flattened labels and weights [B·T]: position t predicts token t+1; the last predicts nothing.
+
+  `targets` marks the tokens whose prediction counts (all but the first, if not given).
+  """
+  labels = jnp.roll(tokens_BT, -1, axis=1)
+  counted = jnp.ones_like(tokens_BT) if targets_BT is None else targets_BT
+  weights = jnp.roll(counted, -1, axis=1).astype(jnp.float32).at[:, -1].set(0.0)
+  return labels.reshape(-1), weights.reshape(-1)
+
+
+def next_token_loss(
+  x_BTD: jax.Array, head_VD: jax.Array, tokens_BT: jax.Array, targets_BT: jax.Array | None = None
+) -> jax.Array:
+  """Σ of next-token cross-entropy in nats over the targets, from final normed hidden states."""
+  labels, weights = shift(tokens_BT, targets_BT)
+  x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+  return sum_over_chunks(cross_entropy, x_TD, head_VD, (labels, weights))
+
+
+def label_log_probs(x_TD: jax.Array, head_VD: jax.Array, labels_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Log-probability of each label, nats in fp32 [T], and whether it is the likeliest of all ids [T].
+
+  From final normed hidden states; of tokens as many as `row_shards` divides.
+  """
+  tokens = len(labels_T)
+
+  def step(_: None, xs: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    logits_TV = head_logits(head_VD, xs[0])
+    return None, (-_cross_entropy(logits_TV, xs[1]), jnp.argmax(logits_TV, axis=-1) == xs[1])
+
+  found = jax.lax.scan(step, None, _split((x_TD, labels_T), tokens, head_VD.shape[0]))[1]
+  return jax.tree.map(lambda x: _join(x, tokens), found)

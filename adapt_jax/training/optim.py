@@ -1,0 +1,55 @@
+"""AdamW without weight decay, and learning-rate schedules that span all stages (paper section 4)."""
+
+import jax.numpy as jnp
+import optax
+
+from adapt_jax.config.options import TrainOptions
+
+# Share of the steps in which `wsd` decays.
+DECAY = 0.1
+
+
+def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
+  """Step (0-based) -> learning rate, over the whole run.
+
+  `wsd`: linear warm-up, constant, linear decay over the last tenth to `min_lr` (Hu et al., arXiv
+  2404.06395). `cosine`: the same warm-up, then half a cosine to `min_lr`.
+  """
+  warmup = int(round(options.warmup * total_steps))
+  lr, low = options.lr, options.min_lr
+  # Step s uses the value at s+1 while warming up, so that the first step is not wasted at rate 0.
+  rising = optax.linear_schedule(lr / max(warmup, 1), lr, max(warmup - 1, 1))
+  if options.schedule == 'cosine':
+    steps = max(total_steps - warmup - 1, 1)
+    falling = optax.cosine_decay_schedule(lr, steps, alpha=low / lr if lr else 0.0)
+    return optax.join_schedules([rising, falling], [warmup])
+  decay = int(round(DECAY * total_steps))
+  # One step on, as in the warm-up: the last step runs at `min_lr`.
+  falling = optax.linear_schedule(lr + (low - lr) / max(decay, 1), low, max(decay - 1, 1))
+  return optax.join_schedules(
+    [rising, optax.constant_schedule(lr), falling], [warmup, max(total_steps - decay, warmup)]
+  )
+
+
+def optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransformation:
+  """Clip by global norm, Adam (0.9, 0.999), then the schedule; the step count lives in its state.
+
+  The first moment is kept in `options.mu_dtype`. The second is fp32: a step changes it by a thousandth, which
+  bfloat16 would round away.
+  """
+  return optax.chain(
+    optax.clip_by_global_norm(options.clip),
+    optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.dtype(options.mu_dtype)),
+    optax.scale_by_learning_rate(learning_rate(options, total_steps)),
+  )
+
+
+def reset_moments(state: optax.OptState) -> optax.OptState:
+  """Adam's moments back to zero, its bias correction too; the schedule's step goes on."""
+
+  def reset(part: optax.OptState) -> optax.OptState:
+    if isinstance(part, optax.ScaleByAdamState):
+      return optax.tree.zeros_like(part)
+    return part
+
+  return tuple(reset(part) for part in state)

@@ -1,0 +1,299 @@
+"""GGUF input: the config and, by Hugging Face name and layout, the weights of a .gguf file."""
+
+import os
+import pathlib
+import re
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+from models.config import FAMILIES, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from models.errors import InputError
+from models.formats.gguf_header import TENSOR_TYPES, GgufFile, open_file
+from models.network.rope import inverse_frequencies
+
+# Architectures whose function this decoder computes; Mistral models say llama, and deci is a llama
+# whose widths differ by layer.
+_ARCHITECTURES = ('llama', 'deci', 'qwen2', 'qwen3')
+# llama.cpp rotates neighbouring pairs in these graphs, so q and k have each head's halves interleaved;
+# the qwen graphs rotate halves as Hugging Face does.
+PERMUTED_ARCHITECTURES = ('llama', 'deci')
+PERMUTED = ('q_proj.weight', 'k_proj.weight', 'q_proj.bias', 'k_proj.bias')
+ROPE_FREQS = 'rope_freqs.weight'
+# What llama.cpp does not ask for, but an equal ModelConfig needs: written by our own export.
+FAMILY_KEY = 'adapt_jax.family'
+SCALING_KEY = 'adapt_jax.llama3_scaling'
+_TOP_NAMES = {
+  'token_embd.weight': 'model.embed_tokens.weight',
+  'output_norm.weight': 'model.norm.weight',
+  'output.weight': 'lm_head.weight',
+}
+_LAYER_NAMES = {
+  'attn_norm.weight': 'input_layernorm.weight',
+  'attn_q.weight': 'self_attn.q_proj.weight',
+  'attn_k.weight': 'self_attn.k_proj.weight',
+  'attn_v.weight': 'self_attn.v_proj.weight',
+  'attn_output.weight': 'self_attn.o_proj.weight',
+  'attn_q.bias': 'self_attn.q_proj.bias',
+  'attn_k.bias': 'self_attn.k_proj.bias',
+  'attn_v.bias': 'self_attn.v_proj.bias',
+  'attn_output.bias': 'self_attn.o_proj.bias',
+  'attn_q_norm.weight': 'self_attn.q_norm.weight',
+  'attn_k_norm.weight': 'self_attn.k_norm.weight',
+  'ffn_norm.weight': 'post_attention_layernorm.weight',
+  'ffn_gate.weight': 'mlp.gate_proj.weight',
+  'ffn_up.weight': 'mlp.up_proj.weight',
+  'ffn_down.weight': 'mlp.down_proj.weight',
+  'ffn_down.bias': 'mlp.down_proj.bias',
+}
+STORED_DTYPES = {
+  GGMLQuantizationType.F32: np.dtype(np.float32),
+  GGMLQuantizationType.F16: np.dtype(np.float16),
+  GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+  """The ModelConfig that the metadata and tensor names describe.
+
+  Raises InputError for a missing, corrupt or truncated file, and by name for whatever this decoder
+  would compute wrongly: other architectures, experts, other rotary scalings, sliding windows.
+  """
+  file = open_file(path)
+  arch = _architecture(file)
+  _refuse_unsupported(file, arch)
+  embedding = file.tensors.get('token_embd.weight')
+  if embedding is None:
+    raise InputError(f'{file.path}: no tensor token_embd.weight: a file of the whole model is needed')
+  vocab_size = embedding.shape[0]
+  tokens = len(file.array('tokenizer.ggml.tokens', str, []))
+  if tokens > vocab_size:
+    raise InputError(
+      f'{file.path}: tokenizer.ggml.tokens has {tokens} entries, token_embd.weight only {vocab_size} '
+      f'rows: tokenizer and weights do not belong together'
+    )
+  return ModelConfig(
+    family=_family(file, arch),
+    vocab_size=vocab_size,
+    hidden_size=file.field(f'{arch}.embedding_length', int),
+    head_dim=_head_dim(file, arch),
+    layers=_layers(file, arch),
+    rope=_rope(file, arch),
+    rms_norm_eps=_decimal(file.field(f'{arch}.attention.layer_norm_rms_epsilon', float)),
+    tie_embeddings='output.weight' not in file.tensors,
+    qkv_bias='blk.0.attn_q.bias' in file.tensors,
+    output_bias='blk.0.ffn_down.bias' in file.tensors,
+    qk_norm='blk.0.attn_q_norm.weight' in file.tensors,
+    max_position=file.field(f'{arch}.context_length', int),
+  )
+
+
+def _architecture(file: GgufFile) -> str:
+  arch = file.field('general.architecture', str)
+  if arch not in _ARCHITECTURES:
+    raise InputError(
+      f'{file.path}: general.architecture {arch!r} is not supported: one of {", ".join(_ARCHITECTURES)}'
+    )
+  return arch
+
+
+def _family(file: GgufFile, arch: str) -> str:
+  if arch not in PERMUTED_ARCHITECTURES:
+    return arch
+  # A llama with biases on q, k and v, but not on o, is what Hugging Face calls qwen2.
+  biased = 'blk.0.attn_q.bias' in file.tensors and 'blk.0.attn_output.bias' not in file.tensors
+  family = file.field(FAMILY_KEY, str, 'qwen2' if biased else 'llama')
+  if family not in FAMILIES:
+    raise InputError(f'{file.path}: {FAMILY_KEY} = {family!r} is unknown: one of {", ".join(FAMILIES)}')
+  return family
+
+
+def _decimal(value: float) -> float:
+  """The shortest decimal of a number that the file keeps as float32: 1e-05, not 9.999999747378752e-06."""
+  return float(str(np.float32(value)))
+
+
+def _refuse_unsupported(file: GgufFile, arch: str) -> None:
+  def get(key: str, kind: type, default: Any) -> Any:
+    return file.field(f'{arch}.{key}', kind, default)
+
+  head_dim = _head_dim(file, arch)
+  window = get('attention.sliding_window', int, 0)
+  refused = {
+    'expert_count': get('expert_count', int, 0) > 0,
+    'rope.scaling.type': get('rope.scaling.type', str, 'none') != 'none',
+    'rope.scale_linear': get('rope.scale_linear', float, 1.0) != 1.0,
+    'rope.dimension_count': get('rope.dimension_count', int, head_dim) != head_dim,
+    'attention.value_length': get('attention.value_length', int, head_dim) != head_dim,
+    'attention.sliding_window': 0 < window < get('context_length', int, 0),
+    'attention.causal': not get('attention.causal', bool, True),
+  }
+  for key, found in refused.items():
+    if found:
+      raise InputError(
+        f'{file.path}: {arch}.{key} = {file.metadata[f"{arch}.{key}"]!r} is not supported; use a model '
+        f'without it'
+      )
+
+
+def _per_layer(file: GgufFile, arch: str, key: str) -> list[int]:
+  """A width of each layer, stored once for all layers or as an array."""
+  key = f'{arch}.{key}'
+  depth = file.field(f'{arch}.block_count', int)
+  if not 0 < depth <= len(file.tensors):
+    raise InputError(f'{file.path}: {arch}.block_count = {depth} does not fit {len(file.tensors)} tensors')
+  value = file.metadata.get(key)
+  values = file.array(key, int) if isinstance(value, list) else [file.field(key, int)] * depth
+  if len(values) != depth or min(values) < 1:
+    raise InputError(f'{file.path}: {key} = {value} should be one width of at least 1 for {depth} layers')
+  return values
+
+
+def _layers(file: GgufFile, arch: str) -> tuple[LayerShape, ...]:
+  heads = kv_heads = _per_layer(file, arch, 'attention.head_count')
+  if f'{arch}.attention.head_count_kv' in file.metadata:
+    kv_heads = _per_layer(file, arch, 'attention.head_count_kv')
+  widths = _per_layer(file, arch, 'feed_forward_length')
+  try:
+    return tuple(LayerShape(*layer) for layer in zip(heads, kv_heads, widths, strict=True))
+  except InputError as error:
+    raise InputError(f'{file.path}: {error}: convert the model again') from None
+
+
+def _head_dim(file: GgufFile, arch: str) -> int:
+  head_dim = file.field(f'{arch}.attention.key_length', int, 0)
+  head_dim = head_dim or file.field(f'{arch}.rope.dimension_count', int, 0)
+  if not head_dim:
+    hidden = file.field(f'{arch}.embedding_length', int)
+    head_dim = hidden // _per_layer(file, arch, 'attention.head_count')[0]
+  if head_dim < 2 or head_dim % 2:
+    raise InputError(f'{file.path}: a head dimension of {head_dim} is not supported: it should be even')
+  return head_dim
+
+
+def _rope(file: GgufFile, arch: str) -> RopeConfig:
+  """Base frequency, and the llama3 scaling that the divisors in rope_freqs.weight come from."""
+  rope = RopeConfig(_decimal(file.field(f'{arch}.rope.freq_base', float, 10000.0)))
+  if ROPE_FREQS not in file.tensors:
+    return rope
+  head_dim = _head_dim(file, arch)
+  divisors = _read_array(file, ROPE_FREQS)
+  # The longest wavelengths are divided by `factor`; LLaMA 3.1 and 3.2 differ in nothing else.
+  parts = file.array(SCALING_KEY, float, [float(divisors.max(initial=1.0)), 1.0, 4.0, 8192.0])
+  if len(parts) == 4 and np.isfinite(parts).all():
+    factor, low, high, original = map(_decimal, parts)
+    scaled = RopeConfig(rope.theta, Llama3Scaling(factor, low, high, int(original)))
+    expected = rope_divisors(scaled, head_dim)
+    if divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-3, atol=0):
+      return scaled
+  raise InputError(
+    f'{file.path}: {ROPE_FREQS} is not the llama3 rotary scaling with factor, low_freq_factor, '
+    f'high_freq_factor and original length {parts}: use the Hugging Face checkpoint'
+  )
+
+
+def rope_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:
+  """What rope_freqs.weight holds: by how much the scaling divides each frequency, float32 [H/2]."""
+  return inverse_frequencies(RopeConfig(rope.theta), head_dim) / inverse_frequencies(rope, head_dim)
+
+
+def _type(file: GgufFile, name: str) -> GGMLQuantizationType:
+  """The type of a tensor by GGUF name; InputError if it is not supported."""
+  number = file.tensors[name].type
+  if number in TENSOR_TYPES:
+    return TENSOR_TYPES[number]
+  try:
+    found = GGMLQuantizationType(number).name
+  except ValueError:
+    found = f'number {number}'
+  raise InputError(
+    f'{file.path}: tensor {name!r} has type {found}, which is not supported: use a file of '
+    f'{", ".join(kind.name for kind in TENSOR_TYPES.values())} tensors'
+  )
+
+
+def _read_array(file: GgufFile, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+  """A tensor by GGUF name, or a part of it: float32 for F32 and the quantised types, else as stored."""
+  kind, tensor = _type(file, name), file.tensors[name]
+  index = (*index, *[slice(None)] * (len(tensor.shape) - len(index)))
+  *outer, width = tensor.shape
+  start, stop, _ = index[-1].indices(width)
+  block, nbytes = GGML_QUANT_SIZES[kind]  # elements and bytes of a block; blocks lie along the last axis
+  first, end = start // block, -(-stop // block)
+  # Mapped only for this copy: pages of a file that stays mapped count as this process's memory.
+  mapped = np.memmap(file.path, np.uint8, 'r', tensor.offset, (*outer, width // block * nbytes))
+  raw = np.array(mapped[(*index[:-1], slice(first * nbytes, end * nbytes))])
+  if kind in STORED_DTYPES:
+    return raw.view(STORED_DTYPES[kind])
+  return dequantize(raw, kind)[..., start - first * block : stop - first * block]
+
+
+class GgufReader:
+  """The weights of a .gguf file by Hugging Face name, each read from disk when asked for."""
+
+  def __init__(self, path: str | os.PathLike[str]):
+    self.where, self.files = str(path), [pathlib.Path(path)]
+    self._file = open_file(path)
+    arch = _architecture(self._file)
+    self._permuted_head = _head_dim(self._file, arch) if arch in PERMUTED_ARCHITECTURES else None
+    self._gguf_name = {}
+    for name in self._file.tensors:
+      _type(self._file, name)  # refuses before anything is read
+      if name != ROPE_FREQS:
+        self._gguf_name[_hf_name(self._file, name)] = name
+
+  def names(self) -> set[str]:
+    """Hugging Face names of all tensors."""
+    return set(self._gguf_name)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """Shape as `read` gives it: [out, in] for matrices."""
+    return self._file.tensors[self._gguf_name[name]].shape
+
+  def dtype(self, name: str) -> str:
+    """Numpy name of the dtype that `read` gives; InputError if the stored type is not supported."""
+    return STORED_DTYPES.get(_type(self._file, self._gguf_name[name]), np.dtype(np.float32)).name
+
+  def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """A tensor in Hugging Face's layout, or the part of it at `index`; only its blocks are read.
+
+    float32 unless stored as F16 or BF16.
+    """
+    stored, head = self._gguf_name[name], self._permuted_head
+    if not head or not name.endswith(PERMUTED):
+      return _read_array(self._file, stored, index)
+    rows, *columns = index or (slice(None),)
+    start, stop, _ = rows.indices(self.shape(name)[0])
+    first = start // head * head  # rows change their places within a head: read whole ones
+    array = _read_array(self._file, stored, (slice(first, -(-stop // head) * head), *columns))
+    pairs = array.reshape(-1, head // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)[start - first : stop - first]
+
+
+def _hf_name(file: GgufFile, name: str) -> str:
+  layer = re.fullmatch(r'blk\.(\d+)\.(.+)', name)
+  if layer and layer[2] in _LAYER_NAMES:
+    return f'model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}'
+  if name not in _TOP_NAMES:
+    raise InputError(f'{file.path}: tensor {name!r} is unknown: the model has unsupported parts')
+  return _TOP_NAMES[name]
+
+
+def gguf_name(name: str) -> str:
+  """The name that llama.cpp gives a tensor of a Hugging Face name."""
+  found = {hf: stored for stored, hf in _TOP_NAMES.items()}.get(name)
+  if found is None:
+    _, _, layer, part = name.split('.', 3)
+    found = f'blk.{layer}.' + {hf: stored for stored, hf in _LAYER_NAMES.items()}[part]
+  return found
+
+
+def open_tensors(path: str | os.PathLike[str]) -> GgufReader:
+  """Opens the weights without reading any.
+
+  Raises InputError for a missing, corrupt or truncated file, an unsupported architecture, and by
+  name for a tensor that is unknown or has an unsupported type.
+  """
+  return GgufReader(path)

@@ -1,0 +1,178 @@
+"""The tokenizer that a .gguf file describes, as one that Hugging Face can save.
+
+transformers' own conversion needs torch and ignores SmolLM's splitting of digits.
+"""
+
+import os
+from typing import Any
+
+from models.errors import InputError
+from models.formats.gguf_header import GgufFile, open_file
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of tokenizer.ggml.token_type
+SPACE = '▁'  # how SentencePiece writes a space
+
+# How text is cut before merging, from the models' own tokenizer.json.
+_LLAMA3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+_QWEN2 = _LLAMA3.replace(r'\p{N}{1,3}', r'\p{N}')
+PATTERNS = {'llama-bpe': _LLAMA3, 'qwen2': _QWEN2, 'deepseek-r1-qwen': _QWEN2}
+_GPT2_STYLE = ('gpt-2', 'default', 'smollm')  # ByteLevel has GPT-2's expression built in
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+  """The file's tokenizer as a `transformers.PreTrainedTokenizerFast`.
+
+  Encoding adds BOS and EOS as the file says, by default as llama.cpp does. Raises InputError for a
+  missing or corrupt file, and by name for tokenizer models and pre-tokenizers not supported.
+  """
+  import transformers  # slow to import, and needed for tokenizers only
+
+  file = open_file(path)
+  model = file.field('tokenizer.ggml.model', str)
+  if model not in ('gpt2', 'llama'):
+    raise InputError(f'{file.path}: tokenizer.ggml.model {model!r} is not supported: one of gpt2, llama')
+  tokens = file.array('tokenizer.ggml.tokens', str)
+  types = file.array('tokenizer.ggml.token_type', int, [NORMAL] * len(tokens))
+  vocab = {token: i for i, token in enumerate(tokens)}
+  if len(vocab) != len(tokens) or len(types) != len(tokens):
+    raise InputError(
+      f'{file.path}: {len(tokens)} tokenizer.ggml.tokens, {len(vocab)} of them different, with '
+      f'{len(types)} token_type entries: convert the model again'
+    )
+  backend = _byte_level(file, vocab) if model == 'gpt2' else _sentence_piece(file, vocab, types)
+  special = _special_tokens(file, tokens)
+  _add_whole_tokens(backend, tokens, types, special)
+  template = file.field('tokenizer.chat_template', str, None)
+  context = file.field(f'{file.field("general.architecture", str)}.context_length', int, None)
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend,
+    clean_up_tokenization_spaces=False,
+    **_add_bos_eos(file, backend, special),
+    **special,
+    **({'chat_template': template} if template else {}),
+    **({'model_max_length': context} if context else {}),
+  )
+
+
+def _byte_level(file: GgufFile, vocab: dict[str, int]) -> Any:
+  """Byte-level BPE (GPT-2 and later)."""
+  from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+  name = file.field('tokenizer.ggml.pre', str)
+  if name not in (*_GPT2_STYLE, *PATTERNS):
+    raise InputError(
+      f'{file.path}: tokenizer.ggml.pre {name!r} is not supported: one of '
+      f'{", ".join((*_GPT2_STYLE, *PATTERNS))}'
+    )
+  merges = [tuple(merge.split(' ')) for merge in file.array('tokenizer.ggml.merges', str)]
+  for merge in merges:
+    if len(merge) != 2 or not vocab.keys() >= {*merge, ''.join(merge)}:
+      raise InputError(f'{file.path}: tokenizer.ggml.merges has {merge}, which gives no token')
+  # Llama 3 has words in its vocabulary that its merges do not reach.
+  backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == 'llama-bpe'))
+  to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name in _GPT2_STYLE)
+  cuts: list[Any] = [to_bytes]
+  if name == 'smollm':
+    cuts.insert(0, pre_tokenizers.Digits(individual_digits=True))
+  elif name in PATTERNS:
+    cuts.insert(0, pre_tokenizers.Split(Regex(PATTERNS[name]), behavior='isolated'))
+  backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+  if PATTERNS.get(name) == _QWEN2:
+    backend.normalizer = normalizers.NFC()
+  backend.decoder = decoders.ByteLevel()
+  return backend
+
+
+def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> Any:
+  """SentencePiece BPE with byte fallback (LLaMA 1 and 2, Mistral, MobileLLM)."""
+  from tokenizers import Tokenizer, decoders, models, normalizers
+
+  scores = file.array('tokenizer.ggml.scores', float)
+  if len(scores) != len(types):
+    raise InputError(f'{file.path}: {len(types)} tokens, but {len(scores)} tokenizer.ggml.scores')
+  unknown = [token for token, i in vocab.items() if types[i] == UNKNOWN]
+  backend = Tokenizer(
+    models.BPE(
+      vocab,
+      _merges(vocab, types, scores),
+      unk_token=unknown[0] if unknown else None,
+      fuse_unk=True,
+      byte_fallback=True,
+    )
+  )
+  normalizer: list[Any] = [normalizers.Replace(' ', SPACE)]
+  decoder: list[Any] = [decoders.Replace(SPACE, ' '), decoders.ByteFallback(), decoders.Fuse()]
+  if file.field('tokenizer.ggml.add_space_prefix', bool, True):
+    normalizer.insert(0, normalizers.Prepend(SPACE))
+    decoder.append(decoders.Strip(' ', 1, 0))
+  backend.normalizer = normalizers.Sequence(normalizer)
+  backend.decoder = decoders.Sequence(decoder)
+  return backend
+
+
+def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
+  """The merges that make SentencePiece's choice: the pair whose joint token scores highest.
+
+  Equal scores go by id, which is the order of training: some converters write one score for all.
+  """
+  normal = {token: i for token, i in vocab.items() if types[i] == NORMAL}
+  ranked = []
+  for token, i in normal.items():
+    for cut in range(len(token) - 1, 0, -1):  # of one token's pairs the longest left part first, as HF
+      if token[:cut] in normal and token[cut:] in normal:
+        ranked.append((-scores[i], i, token[:cut], token[cut:]))
+  ranked.sort(key=lambda merge: merge[:2])
+  return [(left, right) for _, _, left, right in ranked]
+
+
+def _special_tokens(file: GgufFile, tokens: list[str]) -> dict[str, str]:
+  special = {}
+  for name, key in (('bos', 'bos'), ('eos', 'eos'), ('unk', 'unknown'), ('pad', 'padding')):
+    i = file.field(f'tokenizer.ggml.{key}_token_id', int, None)
+    if i is None:
+      continue
+    if not 0 <= i < len(tokens):
+      raise InputError(f'{file.path}: tokenizer.ggml.{key}_token_id = {i} of {len(tokens)} tokens')
+    special[f'{name}_token'] = tokens[i]
+  return special
+
+
+def _add_whole_tokens(backend: Any, tokens: list[str], types: list[int], special: dict[str, str]) -> None:
+  """Marks the tokens that are found in the text as they stand, before it is cut."""
+  from tokenizers import AddedToken
+
+  controls, plain = [], []
+  for token, kind in zip(tokens, types, strict=True):
+    if kind in (CONTROL, UNKNOWN) or token in special.values():
+      controls.append(AddedToken(token, special=True, normalized=False))
+    elif kind == USER_DEFINED:
+      plain.append(AddedToken(token, special=False, normalized=False))
+  backend.add_special_tokens(controls)
+  backend.add_tokens(plain)
+
+
+def _add_bos_eos(file: GgufFile, backend: Any, special: dict[str, str]) -> dict[str, bool]:
+  """Makes encoding add BOS and EOS where the file asks; returns what transformers should record."""
+  from tokenizers import processors
+
+  model, pre = file.metadata['tokenizer.ggml.model'], file.metadata.get('tokenizer.ggml.pre')
+  default = {'bos': model == 'llama' or pre == 'llama-bpe', 'eos': False}
+  parts = {'bos': '', 'eos': ''}
+  for name in parts:
+    if file.field(f'tokenizer.ggml.add_{name}_token', bool, default[name]):
+      if f'{name}_token' not in special:
+        raise InputError(f'{file.path}: {name.upper()} is to be added, but no {name}_token_id is given')
+      parts[name] = special[f'{name}_token']
+
+  def template(sequence: str, type_id: int) -> list[str]:
+    return [f'{part}:{type_id}' for part in (parts['bos'], sequence, parts['eos']) if part]
+
+  backend.post_processor = processors.TemplateProcessing(
+    single=template('$A', 0),
+    pair=template('$A', 0) + template('$B', 1),
+    special_tokens=[(token, backend.token_to_id(token)) for token in set(parts.values()) if token],
+  )
+  return {f'add_{name}_token': bool(part) for name, part in parts.items()}

@@ -1,0 +1,321 @@
+"""Hugging Face weights in and out, tensor by tensor.
+
+One table of rules serves both directions. Our arrays keep Hugging Face's element order, so every
+transform is a reshape and a dense round trip gives the same bits.
+"""
+
+import functools
+import gc
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from models.config import ModelConfig
+from models.errors import InputError, first_line
+from models.files import write_text
+from models.formats.safetensors import INDEX_NAME
+from models.formats.safetensors_writer import write_tensors
+from models.network.llama import Params, abstract_params
+
+_TAKEN_OVER = 64  # memory at such addresses JAX uses as a CPU device's own
+
+
+class Rule(NamedTuple):
+  """One tensor: its Hugging Face name, its path in our pytree, and how its axes fold to HF's.
+
+  The first `rows` axes fold into HF's first axis, the others into its second; None is a vector.
+  """
+
+  name: str
+  path: tuple[str, ...]
+  rows: int | None
+
+
+_LAYER_RULES = (
+  Rule('input_layernorm.weight', ('attention_norm',), None),
+  Rule('self_attn.q_proj.weight', ('attention', 'q'), 3),
+  Rule('self_attn.k_proj.weight', ('attention', 'k'), 2),
+  Rule('self_attn.v_proj.weight', ('attention', 'v'), 2),
+  Rule('self_attn.o_proj.weight', ('attention', 'o'), 1),
+  Rule('self_attn.q_proj.bias', ('attention', 'q_bias'), None),
+  Rule('self_attn.k_proj.bias', ('attention', 'k_bias'), None),
+  Rule('self_attn.v_proj.bias', ('attention', 'v_bias'), None),
+  Rule('self_attn.o_proj.bias', ('attention', 'o_bias'), None),
+  Rule('self_attn.q_norm.weight', ('attention', 'q_norm'), None),
+  Rule('self_attn.k_norm.weight', ('attention', 'k_norm'), None),
+  Rule('post_attention_layernorm.weight', ('mlp_norm',), None),
+  Rule('mlp.gate_proj.weight', ('mlp', 'gate'), 1),
+  Rule('mlp.up_proj.weight', ('mlp', 'up'), 1),
+  Rule('mlp.down_proj.weight', ('mlp', 'down'), 1),
+  Rule('mlp.down_proj.bias', ('mlp', 'down_bias'), None),
+)
+_TOP_RULES = (
+  Rule('model.embed_tokens.weight', ('embed',), 1),
+  Rule('model.norm.weight', ('norm',), None),
+  Rule('lm_head.weight', ('lm_head',), 1),
+)
+
+
+class Leaf(NamedTuple):
+  """One expected tensor: HF name, HF shape, path (with the layer's index), shape in our pytree.
+
+  `folds` has, for each HF axis, the first of our axes that fold into it and the one after the last.
+  """
+
+  name: str
+  hf_shape: tuple[int, ...]
+  path: tuple[str | int, ...]
+  shape: tuple[int, ...]
+  folds: tuple[tuple[int, int], ...]
+
+  def hf_index(self, bounds: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
+    """Where the HF tensor has the part of ours from start to stop on each axis.
+
+    Of the axes that fold together only the first may be split: ValueError for another.
+    """
+    index = []
+    for first, end in self.folds:
+      if bounds[first + 1 : end] != tuple((0, size) for size in self.shape[first + 1 : end]):
+        raise ValueError(f'{self.name}: {bounds} of {self.shape} is no block of rows and columns')
+      inner = math.prod(self.shape[first + 1 : end])
+      index.append(slice(*(inner * at for at in bounds[first])))
+    return tuple(index)
+
+
+def lookup(tree: Any, path: tuple[str | int, ...]) -> Any:
+  """The leaf, or subtree, at a path; None where a key is absent."""
+  for key in path:
+    if isinstance(tree, dict) and key not in tree:
+      return None
+    tree = tree[key]
+  return tree
+
+
+@functools.lru_cache(maxsize=16)
+def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
+  """Every stored tensor of the model, in file order."""
+  tree = abstract_params(config)
+  found = []
+
+  def add(rule: Rule, name: str, path: tuple[str | int, ...]) -> None:
+    if (leaf := lookup(tree, path)) is not None:
+      rank = len(leaf.shape)
+      folds = ((0, rank),) if rule.rows is None else ((0, rule.rows), (rule.rows, rank))
+      hf_shape = tuple(math.prod(leaf.shape[first:end]) for first, end in folds)
+      found.append(Leaf(name, hf_shape, path, leaf.shape, folds))
+
+  add(_TOP_RULES[0], _TOP_RULES[0].name, _TOP_RULES[0].path)
+  for i in range(config.num_layers):
+    for rule in _LAYER_RULES:
+      add(rule, f'model.layers.{i}.{rule.name}', ('layers', i, *rule.path))
+  for rule in _TOP_RULES[1:]:
+    add(rule, rule.name, rule.path)
+  return tuple(found)
+
+
+class TensorReader(Protocol):
+  """Tensors by Hugging Face name, read one at a time, whole or the part at an index of slices.
+
+  `shape` and `dtype` need the headers only. `files` are those that hold them. What `read` gives may be pages
+  of a file, not to be written to.
+  """
+
+  where: str
+  files: list[pathlib.Path]
+
+  def names(self) -> set[str]: ...
+  def shape(self, name: str) -> tuple[int, ...]: ...
+  def dtype(self, name: str) -> str: ...
+  def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray: ...
+
+
+def check_tensors(config: ModelConfig, reader: TensorReader) -> None:
+  """Raises InputError naming the first tensor that is missing, extra, mis-shaped or of an unsupported dtype.
+
+  Reads headers only.
+  """
+  expected = {leaf.name: leaf for leaf in leaves(config)}
+  ignored = {'lm_head.weight'} if config.tie_embeddings else set()
+  found = {
+    n for n in reader.names() - ignored if not n.endswith('rotary_emb.inv_freq')
+  }  # LLaMA 1 and 2 files may store that buffer
+  for problem, names in (('is missing', expected.keys() - found), ('is extra', found - expected.keys())):
+    if names:
+      more = f' (and {len(names) - 1} more)' if len(names) > 1 else ''
+      raise InputError(
+        f'{reader.where}: tensor {min(names)} {problem}{more}: config.json and weights do not agree'
+      )
+  for name, leaf in expected.items():
+    if reader.shape(name) != leaf.hf_shape:
+      raise InputError(
+        f'{reader.where}: tensor {name} has shape {list(reader.shape(name))}, config.json asks for '
+        f'{list(leaf.hf_shape)}'
+      )
+    reader.dtype(name)  # raises if it is not supported
+
+
+def load_params(
+  config: ModelConfig, reader: TensorReader, dtype: Any = None, shardings: Any = None
+) -> Params:
+  """Reads all parameters, one tensor at a time; `dtype` None keeps the stored one.
+
+  With `shardings`, a tree of jax.sharding.Sharding like the parameters, this process reads the slices
+  of its own devices, each once. The host then never holds more than its part of one tensor.
+
+  Raises InputError naming a tensor that `check_tensors` refuses or that cannot be read.
+  """
+  check_tensors(config, reader)
+
+  def load(leaf: Leaf) -> jax.Array:
+    read: dict[Any, np.ndarray] = {}  # devices may hold the same slice
+
+    def part(index: Any) -> np.ndarray:
+      bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+      if bounds not in read:
+        read[bounds] = _for_device(_read(reader, leaf, bounds), dtype)
+      return read[bounds]
+
+    if shardings is None:
+      array = jax.device_put(part((slice(None),) * len(leaf.shape)))
+    else:
+      array = jax.make_array_from_callback(leaf.shape, lookup(shardings, leaf.path), part)
+    # JAX holds what a device has copied until Python next collects garbage: let go before the next read.
+    array.block_until_ready()
+    gc.collect(0)
+    return array
+
+  return _tree(config, load)
+
+
+class StoredTensor:
+  """A parameter that stays in its file: read whenever numpy asks for it, as by `np.asarray`."""
+
+  def __init__(self, reader: TensorReader, leaf: Leaf):
+    self._reader, self._leaf = reader, leaf
+    self.shape, self.dtype = leaf.shape, np.dtype(reader.dtype(leaf.name))
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    found = _read(self._reader, self._leaf, tuple((0, size) for size in self.shape))
+    return np.array(found, dtype, copy=copy)
+
+
+def stored_params(config: ModelConfig, reader: TensorReader) -> Params:
+  """All parameters as `StoredTensor`, for what takes one at a time: `save_params` and `host_tensors`.
+
+  Raises InputError as `load_params` does.
+  """
+  check_tensors(config, reader)
+  return _tree(config, lambda leaf: StoredTensor(reader, leaf))
+
+
+def _read(reader: TensorReader, leaf: Leaf, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+  index = leaf.hf_index(bounds)
+  try:
+    tensor = reader.read(leaf.name, index)
+  except OSError as error:
+    raise InputError(f'{reader.where}: tensor {leaf.name} cannot be read ({first_line(error)})') from None
+  return tensor.reshape([stop - start for start, stop in bounds])
+
+
+def _for_device(tensor: np.ndarray, dtype: Any) -> np.ndarray:
+  """In `dtype`, and nothing that JAX would use in place of a copy and that may change: pages of a file."""
+  tensor = tensor if dtype is None else tensor.astype(dtype, copy=False)
+  pages = not tensor.flags.writeable and tensor.ctypes.data % _TAKEN_OVER == 0
+  return tensor.copy() if pages else tensor
+
+
+def abstract_stored_params(
+  config: ModelConfig, reader: TensorReader, dtype: Any = None, shardings: Any = None
+) -> Params:
+  """The tree of `jax.ShapeDtypeStruct` that `load_params` would give; reads headers only."""
+
+  def describe(leaf: Leaf) -> jax.ShapeDtypeStruct:
+    stored = np.dtype(reader.dtype(leaf.name) if dtype is None else dtype)
+    sharding = None if shardings is None else lookup(shardings, leaf.path)
+    return jax.ShapeDtypeStruct(leaf.shape, stored, sharding=sharding)
+
+  return _tree(config, describe)
+
+
+def _tree(config: ModelConfig, make: Callable[[Leaf], Any]) -> Params:
+  params: Params = {'layers': [{'attention': {}, 'mlp': {}} for _ in config.layers]}
+  for leaf in leaves(config):
+    lookup(params, leaf.path[:-1])[leaf.path[-1]] = make(leaf)
+  return params
+
+
+def _plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
+  shards: list[list[str]] = [[]]
+  filled = 0
+  for name, size in sizes.items():
+    if shards[-1] and filled + size > shard_bytes:
+      shards.append([])
+      filled = 0
+    shards[-1].append(name)
+    filled += size
+  return shards
+
+
+def save_params(
+  config: ModelConfig,
+  params: Params,
+  directory: pathlib.Path | None,
+  dtype: Any = None,
+  shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes safetensors into an existing directory; the host holds one tensor at a time.
+
+  `dtype` None keeps each array's own. One file up to `shard_bytes`, else shards and an index.
+  Parameters that are sharded over processes are gathered tensor by tensor: every process calls this,
+  those that do not write with `directory` None. Raises OSError.
+  """
+  by_name = {leaf.name: leaf for leaf in leaves(config)}
+  dtypes = {n: np.dtype(dtype or lookup(params, leaf.path).dtype) for n, leaf in by_name.items()}
+  sizes = {n: math.prod(leaf.hf_shape) * dtypes[n].itemsize for n, leaf in by_name.items()}
+
+  def read(name: str) -> np.ndarray:
+    return _on_host(lookup(params, by_name[name].path)).reshape(by_name[name].hf_shape)
+
+  shards = _plan_shards(sizes, shard_bytes)
+  weight_map: dict[str, str] = {}
+  for k, names in enumerate(shards):
+    file = 'model.safetensors'
+    if len(shards) > 1:
+      file = f'model-{k + 1:05d}-of-{len(shards):05d}.safetensors'
+    weight_map |= dict.fromkeys(names, file)
+    # Wide numbers first: all then lie at multiples of their size, which other programs ask for.
+    names = sorted(names, key=lambda name: -dtypes[name].itemsize)
+    if directory is not None:
+      write_tensors(directory / file, {n: (by_name[n].hf_shape, dtypes[n]) for n in names}, read)
+      continue
+    for name in names:
+      read(name)
+  if directory is not None and len(shards) > 1:
+    index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': weight_map}
+    write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + '\n')
+
+
+def host_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[Leaf, np.ndarray]]:
+  """Every stored tensor in file order and Hugging Face's layout, each on the host when its turn comes.
+
+  Every process iterates to the end: parameters may be sharded over processes.
+  """
+  for leaf in leaves(config):
+    yield leaf, _on_host(lookup(params, leaf.path)).reshape(leaf.hf_shape)
+
+
+def _on_host(array: Any) -> np.ndarray:
+  """The whole array; every process takes part where it is sharded over processes."""
+  if not isinstance(array, jax.Array):
+    return np.asarray(array)
+  if not array.is_fully_addressable:
+    return multihost_utils.process_allgather(array, tiled=True)
+  # A jax.Array keeps the host's copy of it for as long as it lives: ask a short-lived one.
+  parts = [shard.data for shard in array.addressable_shards]
+  return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts))

@@ -1,0 +1,169 @@
+"""Where a model comes from: a hub id, a Hugging Face directory, or a .gguf file."""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from models.config import ModelConfig
+from models.errors import InputError, first_line
+from models.files import exists
+from models.formats import gguf_model, gguf_tokenizer
+from models.formats.hf_config import config_from_hf
+from models.formats.hf_weights import (
+  TensorReader,
+  abstract_stored_params,
+  check_tensors,
+  leaves,
+  load_params,
+  stored_params,
+)
+from models.formats.safetensors import SafetensorsReader, read_json
+from models.network.llama import Params
+
+_HUB_FILES = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
+# Subfolders hold other formats, and Mistral's and Meta's own files the same weights once more.
+_NOT_FROM_HUB = ['*/*', 'consolidated*']
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """An opened checkpoint, headers checked, weights not read yet."""
+
+  name: str
+  config: ModelConfig
+  reader: TensorReader
+  path: pathlib.Path  # the directory or the .gguf file
+  dtype: str  # of the largest stored tensor; float32 for quantised files
+  # Fields of generation_config.json, such as a chat model's several end tokens; empty for GGUF.
+  generation: dict[str, Any]
+
+  def abstract_params(self, dtype: Any = None, shardings: Any = None) -> Params:
+    """The tree of jax.ShapeDtypeStruct that `load_params` gives, from the headers."""
+    return abstract_stored_params(self.config, self.reader, dtype, shardings)
+
+  def load_params(self, dtype: Any = None, shardings: Any = None) -> Params:
+    """All parameters, tensor by tensor; `dtype` None keeps the stored one.
+
+    With `shardings`, a tree of jax.sharding.Sharding like the parameters, each process reads the
+    slices of its own devices.
+    """
+    return load_params(self.config, self.reader, dtype, shardings)
+
+  def stored_params(self) -> Params:
+    """All parameters as `StoredTensor`, which stay in their files until numpy asks for one."""
+    return stored_params(self.config, self.reader)
+
+  def stored_bytes(self) -> int:
+    """Bytes of the files that hold the weights."""
+    return sum(file.stat().st_size for file in self.reader.files)
+
+  def load_tokenizer(self) -> Any:
+    """The tokenizer; its own code is never run. Raises InputError if it cannot be read."""
+    os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # it misses PyTorch; we do not
+    load = gguf_tokenizer.load_tokenizer if self.path.suffix == '.gguf' else _tokenizer_from_directory
+    try:
+      tokenizer = load(self.path)
+    except InputError:
+      raise
+    except Exception as error:  # tokenizers raises bare Exceptions for a broken tokenizer.json
+      raise InputError(f'{self.path}: the tokenizer cannot be loaded ({first_line(error)})') from None
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= self.config.vocab_size:
+      raise InputError(
+        f'{self.name}: the tokenizer has ids up to {highest}, the embedding only '
+        f'{self.config.vocab_size} rows: tokenizer and weights do not belong together'
+      )
+    return tokenizer
+
+
+def open_source(name: str) -> Source:
+  """Opens a checkpoint by name and checks it without reading any weights.
+
+  Raises InputError for a missing path, an unsupported architecture, a corrupt or truncated file,
+  for any tensor that is missing, extra, mis-shaped or of an unsupported dtype, and for a broken
+  generation_config.json.
+  """
+  if not name:
+    raise InputError('model.source is empty: give a hub id, a Hugging Face directory or a .gguf file')
+  try:
+    path = pathlib.Path(name).expanduser()
+  except RuntimeError as error:  # ~user of no user
+    raise InputError(f'model.source {name!r}: {first_line(error)}') from None
+  reader: TensorReader
+  generation: dict[str, Any] = {}
+  if path.suffix == '.gguf':
+    config, reader = gguf_model.read_config(path), gguf_model.open_tensors(path)
+  else:
+    path = _of_run(path) if exists(path) else _download(name)
+    if path.is_file():
+      raise InputError(f'model.source {name!r} is a file but not .gguf: give its directory')
+    config, reader = config_from_hf(_read_config(path), str(path)), SafetensorsReader(path)
+    if exists(path / 'generation_config.json'):
+      generation = read_json(path / 'generation_config.json')
+  check_tensors(config, reader)
+  largest = max(leaves(config), key=lambda leaf: math.prod(leaf.shape))
+  return Source(name, config, reader, path, reader.dtype(largest.name), generation)
+
+
+def open_config(name: str) -> ModelConfig:
+  """Of a checkpoint by name, the shapes alone: a hub id's config.json, a directory with one, or a .gguf file.
+
+  Raises InputError as `open_source` does, but looks at no weights.
+  """
+  path = pathlib.Path(name).expanduser()
+  if path.suffix == '.gguf':
+    return gguf_model.read_config(path)
+  if exists(path):
+    path = _of_run(path)
+    return config_from_hf(_read_config(path), str(path))
+  return _hub_config(name)
+
+
+def _of_run(path: pathlib.Path) -> pathlib.Path:
+  """The model of a run's workdir, which lies in hf/; other paths as they are."""
+  return path / 'hf' if exists(path / 'run.json') and exists(path / 'hf/config.json') else path
+
+
+def _read_config(directory: pathlib.Path) -> dict[str, Any]:
+  path = directory / 'config.json'
+  if not exists(path):
+    raise InputError(f'model.source {directory}: no config.json in this directory')
+  return read_json(path)
+
+
+def _download(name: str) -> pathlib.Path:
+  _hub_config(name)  # an unsupported model is refused for the price of its config.json
+  import huggingface_hub  # only here: local sources need no hub
+
+  return _fetch(
+    name, huggingface_hub.snapshot_download, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB
+  )
+
+
+def _hub_config(name: str) -> ModelConfig:
+  if not name or name.count('/') > 1 or name.startswith(('.', '/', '~')):
+    raise InputError(f'model.source {name!r}: no such file or directory')
+  import huggingface_hub
+
+  config = _fetch(name, huggingface_hub.hf_hub_download, filename='config.json')
+  return config_from_hf(read_json(config), name)
+
+
+def _fetch(name: str, download: Callable[..., Any], **options: Any) -> pathlib.Path:
+  try:
+    return pathlib.Path(download(name, **options))
+  except Exception as error:  # the hub's errors and those of its HTTP library share no other class
+    raise InputError(
+      f'model.source {name!r}: no such directory, and the hub does not give it ({first_line(error)})'
+    ) from None
+
+
+def _tokenizer_from_directory(directory: pathlib.Path) -> Any:
+  # Slow to import, and only tokenizers are used of it; the model types it does not know are ours.
+  from transformers import AutoTokenizer, logging
+
+  logging.set_verbosity_error()
+  return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)

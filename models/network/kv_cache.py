@@ -1,0 +1,104 @@
+"""Decoding with a KV cache: the same layers as `models.network.llama`, each token through them once.
+
+A cache is, a layer, {'k_cache': [B, K, S, H], 'v_cache': [B, K, S, H]} in the dtype of the activations, with
+that layer's own K. KV heads come before slots, so that the products of a head read memory in order.
+
+Prompts of different lengths are padded on the right: causal attention never sees what comes after, so
+that a prefill is the forward pass of training, without masks. Decoded tokens go to the slots from P on, P
+the padded length, the same slot for all rows; between a row's prompt and slot P nothing is visible.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.config import ModelConfig
+from models.network import llama
+from models.network.layers import DecoderLayer
+from models.network.llama import Params
+from models.network.rope import rope_tables
+from models.network.sharding import constrain
+
+Cache = list[dict[str, jax.Array]]
+
+
+def prefill(
+  config: ModelConfig,
+  params: Params,
+  tokens_BP: jax.Array,
+  lengths_B: jax.Array,
+  slots: int,
+  *,
+  dtype: Any = jnp.float32,
+) -> tuple[jax.Array, Cache]:
+  """Logits [B, V] in fp32 after each row's prompt, and its cache with room for `slots` tokens, P or more.
+
+  Args:
+    tokens_BP: prompts, padded on the right with any ids.
+    lengths_B: tokens of each prompt, 1 or more.
+  """
+  B, P = tokens_BP.shape
+  tables = llama.rope(config, P)
+  cache: Cache = []
+
+  def run(i: int, layer: Params, x_BTD: jax.Array) -> jax.Array:
+    module: Any = DecoderLayer(config, config.layers[i])
+    x_BTD, made = module.apply({'params': layer}, x_BTD, tables, mutable=['cache'])
+    room = ((0, 0), (0, 0), (0, slots - P), (0, 0))
+    cache.append({k: constrain(jnp.pad(v, room), 'BK..') for k, v in made['cache']['attention'].items()})
+    return x_BTD
+
+  x_BTD = llama.through_layers(config, params, llama.embed(params, tokens_BP, dtype), run)
+  return llama.logits(params, x_BTD[jnp.arange(B), lengths_B - 1]), cache
+
+
+def decode_step(
+  config: ModelConfig,
+  params: Params,
+  cache: Cache,
+  tokens_B: jax.Array,
+  lengths_B: jax.Array,
+  padded_length: int,
+  step: jax.Array,
+  *,
+  dtype: Any = jnp.float32,
+) -> tuple[jax.Array, Cache]:
+  """Logits [B, V] in fp32 after one more token of every row, and the cache with it.
+
+  Args:
+    tokens_B: the tokens to go on from.
+    lengths_B: tokens of each prompt.
+    padded_length: P, as the prompts were prefilled.
+    step: how many tokens were decoded before these.
+  """
+  index = padded_length + step
+  slots_S = jnp.arange(cache[0]['k_cache'].shape[2])
+  before_BS = (slots_S < lengths_B[:, None]) | ((slots_S >= padded_length) & (slots_S < index))
+  tables = rope_tables(config.rope, config.head_dim, (lengths_B + step)[:, None])
+  new: Cache = []
+
+  def run(i: int, layer: Params, x_BTD: jax.Array) -> jax.Array:
+    module: Any = DecoderLayer(config, config.layers[i])
+    variables = {'params': layer, 'cache': {'attention': cache[i]}}
+    x_BTD, changed = module.apply(variables, x_BTD, tables, before_BS=before_BS, mutable=['cache'])
+    new.append(changed['cache']['attention'])
+    return x_BTD
+
+  x_BTD = llama.through_layers(config, params, llama.embed(params, tokens_B[:, None], dtype), run)
+  logits_BV = llama.logits(params, x_BTD[:, 0])
+  return logits_BV, _write(cache, new, index, after=logits_BV[0, 0])
+
+
+def _write(cache: Cache, new: Cache, index: jax.Array, after: jax.Array) -> Cache:
+  """The cache with the keys and values of one token a row at slot `index`.
+
+  XLA's CPU backend writes in place only where all reads come before by what depends on what; else it copies
+  the whole cache several times a step. So the index is made to depend on `after`, which is never above ∞.
+  """
+  index = jnp.where(after > jnp.inf, 0, index)
+
+  def write(old: jax.Array, token: jax.Array) -> jax.Array:
+    return constrain(jax.lax.dynamic_update_slice_in_dim(old, token, index, axis=2), 'BK..')
+
+  return jax.tree.map(write, cache, new)

@@ -1,0 +1,170 @@
+"""The decoder as pure functions over a plain parameter pytree.
+
+    {'embed': [V, D], 'layers': [layer, ...], 'norm': [D], 'lm_head': [V, D] unless tied}
+
+with each layer as `models.network.layers.DecoderLayer` defines it:
+
+    {'attention_norm': [D], 'mlp_norm': [D],
+     'attention': {'q': [K, G, H, D], 'k': [K, H, D], 'v': [K, H, D], 'o': [D, K, G, H],
+                   'q_bias', 'k_bias', 'v_bias' (Qwen2), 'q_norm', 'k_norm' (Qwen3)},
+     'mlp': {'gate': [F, D], 'up': [F, D], 'down': [D, F]}}
+
+and, with `ModelConfig.output_bias`, 'o_bias' [D] in attention and 'down_bias' [D] in mlp. Llama and
+Qwen3 checkpoints with `attention_bias` have 'q_bias', 'k_bias', 'v_bias' and 'o_bias'.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import LayerShape, ModelConfig
+from models.network.layers import DecoderLayer, rms_norm
+from models.network.matmul import PRODUCT, dot
+from models.network.rope import rope_tables
+from models.network.sharding import constrain, gather_no_earlier
+
+Params = dict[str, Any]
+
+
+def _init_layer(config: ModelConfig, shape: LayerShape, key: jax.Array) -> Params:
+  x = jnp.zeros((1, 1, config.hidden_size))
+  variables: Any = DecoderLayer(config, shape).init(key, x, rope(config, 1))
+  return variables['params']
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+  """Random fp32 parameters, normal with standard deviation 0.02: for tests and benchmarks."""
+  keys = jax.random.split(key, config.num_layers + 2)
+  table = (config.vocab_size, config.hidden_size)
+  params: Params = {
+    'embed': 0.02 * jax.random.normal(keys[0], table),
+    'layers': [_init_layer(config, s, k) for s, k in zip(config.layers, keys[2:], strict=True)],
+    'norm': jnp.ones(config.hidden_size),
+  }
+  if not config.tie_embeddings:
+    params['lm_head'] = 0.02 * jax.random.normal(keys[1], table)
+  return params
+
+
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+  """Shapes of all parameters as `jax.ShapeDtypeStruct`, without allocating any."""
+  shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), shapes)
+
+
+def rope(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
+  """Rotary tables for positions 0 … length-1."""
+  return rope_tables(config.rope, config.head_dim, np.arange(length))
+
+
+def head(params: Params) -> jax.Array:
+  """Output projection [V, D]: its own, or the tied embedding."""
+  return params['lm_head'] if 'lm_head' in params else params['embed']
+
+
+def embed(params: Params, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+  """Embeddings [B, T, D] of token ids [B, T]."""
+  return constrain(params['embed'][tokens_BT].astype(dtype), 'B..')
+
+
+def hidden_states(
+  config: ModelConfig,
+  params: Params,
+  tokens_BT: jax.Array,
+  *,
+  segments: jax.Array | None = None,
+  dtype: Any = jnp.float32,
+  remat: bool = False,
+) -> jax.Array:
+  """Final normed hidden states [B, T, D] in `dtype`, the dtype of all activations.
+
+  With `segments` [B, T] tokens attend only to those of the same id.
+  The backward pass keeps the results of the products with weights and computes the rest of a layer again;
+  with `remat` the whole layer.
+  """
+  # Positions count on across segments: rotary attention sees only their differences.
+  tables = rope(config, tokens_BT.shape[1])
+
+  policy = None if remat else jax.checkpoint_policies.save_only_these_names(PRODUCT)
+
+  def run(i: int, layer: Params, x_BTD: jax.Array) -> jax.Array:
+    def of_layer(layer: Params, x_BTD: jax.Array) -> jax.Array:
+      return apply_layer(config, config.layers[i], layer, x_BTD, tables, segments=segments)
+
+    return jax.checkpoint(of_layer, policy=policy)(layer, x_BTD)
+
+  return through_layers(config, params, embed(params, tokens_BT, dtype), run)
+
+
+def through_layers(
+  config: ModelConfig,
+  params: Params,
+  x_BTD: jax.Array,
+  run: Callable[[int, Params, jax.Array], jax.Array],
+) -> jax.Array:
+  """Final normed hidden states of embeddings x [B, T, D]; `run(i, layer, x)` applies layer i."""
+  layers = list(params['layers'])
+  for i in range(config.num_layers):
+    if i + 1 < len(layers):  # one layer ahead, while this one computes
+      layers[i + 1], x_BTD = gather_no_earlier(layers[i + 1], x_BTD)
+    x_BTD = run(i, layers[i], x_BTD)
+  return rms_norm(x_BTD, params['norm'], config.rms_norm_eps)
+
+
+def apply_layer(
+  config: ModelConfig,
+  shape: LayerShape,
+  layer: Params,
+  x_BTD: jax.Array,
+  tables: tuple[jax.Array, jax.Array],
+  *,
+  segments: jax.Array | None = None,
+) -> jax.Array:
+  """One decoder layer on x [B, T, D], as a pure function of its parameters."""
+  y_BTD: Any = DecoderLayer(config, shape).apply({'params': layer}, x_BTD, tables, segments)
+  return y_BTD
+
+
+def attend(
+  config: ModelConfig,
+  shape: LayerShape,
+  layer: Params,
+  x_BTD: jax.Array,
+  tables: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  """The first half of a layer, x + attention(norm x), and what enters o_proj, [B·T, K·G·H]."""
+  return _half('attention', config, shape, layer, x_BTD, tables)
+
+
+def feed(
+  config: ModelConfig, shape: LayerShape, layer: Params, x_BTD: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The second half of a layer, x + mlp(norm x), and what enters down_proj, [B·T, F]."""
+  return _half('mlp', config, shape, layer, x_BTD)
+
+
+def _half(block: str, config: ModelConfig, shape: LayerShape, layer: Params, *args: Any) -> tuple[Any, Any]:
+  method = {'attention': 'attend', 'mlp': 'feed'}[block]
+  module: Any = DecoderLayer(config, shape)
+  y_BTD, collected = module.apply({'params': layer}, *args, method=method, mutable=['intermediates'])
+  return y_BTD, collected['intermediates'][block]['inputs'][0]
+
+
+def apply(
+  config: ModelConfig, params: Params, tokens_BT: jax.Array, *, dtype: Any = jnp.float32
+) -> jax.Array:
+  """Logits [B, T, V] in fp32 for token ids [B, T]."""
+  return logits(params, hidden_states(config, params, tokens_BT, dtype=dtype))
+
+
+def logits(params: Params, x: jax.Array) -> jax.Array:
+  """Logits [..., V] in fp32 of final hidden states [..., D]."""
+  return head_logits(head(params), x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def head_logits(head_VD: jax.Array, x_TD: jax.Array) -> jax.Array:
+  """Logits [T, V] in fp32 of final hidden states, the head cast to their dtype."""
+  return dot(x_TD, head_VD.astype(x_TD.dtype), 1)

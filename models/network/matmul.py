@@ -1,0 +1,101 @@
+"""Products of flattened tokens with weights, and batches of products, forward and backward, as each platform
+runs them fastest.
+
+Sums are taken in fp32 whatever the dtype of the factors, and the gradient of a weight has the weight's own
+dtype at once.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from models.network.backend import on_cpu
+
+# Name of every product's result, for policies of rematerialisation.
+PRODUCT = 'product'
+
+
+def dot(a_RC: jax.Array, b: jax.Array, axis: int, dtype: Any = jnp.float32) -> jax.Array:
+  """The sum over a's columns and over `axis` of b, in `dtype`.
+
+  XLA's CPU backend has fast kernels for bfloat16 (AVX-512 BF16, AMX) only where the result is fp32, and none,
+  a slow one for fp32, for a transposed left factor: so the result is rounded after, and transposes before and
+  after are copies of their own.
+  """
+  if is_single_row(a_RC):
+    # XLA fuses the conversion of b into this form, by its transpose, and reads b once, as it lies in memory;
+    # the kernels for bfloat16, fast for more rows, are twenty times as slow for one.
+    b32 = b.astype(jnp.float32)
+    return (a_RC.astype(jnp.float32) @ (b32.T if axis else b32)).astype(dtype)
+  return _dot_general(a_RC, b, (((1,), (axis,)), ((), ())), dtype)
+
+
+def _dot_general(a: jax.Array, b: jax.Array, axes: Any, dtype: Any) -> jax.Array:
+  if not on_cpu():
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=dtype)
+  out = jax.lax.dot_general(_row_major(a), b, axes, preferred_element_type=jnp.float32)
+  return _row_major(out).astype(dtype)
+
+
+def is_single_row(x_RC: jax.Array) -> bool:
+  """One row below fp32 on a CPU, such as in decoding one prompt: `dot` has a way of its own."""
+  return len(x_RC) == 1 and x_RC.dtype != jnp.float32 and on_cpu()
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+  return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+@jax.custom_vjp
+def product(x_TI: jax.Array, weight_OI: jax.Array) -> jax.Array:
+  """x wᵀ, [T, O] in x's dtype; the weight is cast to that first."""
+  return dot(x_TI, weight_OI.astype(x_TI.dtype), 1, x_TI.dtype)
+
+
+def _forward(x_TI: jax.Array, weight_OI: jax.Array) -> tuple[jax.Array, Any]:
+  return checkpoint_name(product(x_TI, weight_OI), PRODUCT), (x_TI, weight_OI)
+
+
+def _backward(residuals: Any, g_TO: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x_TI, weight_OI = residuals
+  x_gradient = dot(g_TO, weight_OI.astype(g_TO.dtype), 0, x_TI.dtype)
+  return x_gradient, dot(g_TO.T, x_TI, 0, weight_OI.dtype)
+
+
+product.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def batch_product(a_BKRC: jax.Array, b: jax.Array, axis: int, dtype: Any = jnp.float32) -> jax.Array:
+  """[B, K, R, S] in `dtype`: for every B and K the sum over C.
+
+  b is [B, K, S, C] with axis = -1, [B, K, C, S] with axis = -2. Gradients are rounded to a's dtype before
+  they are multiplied on.
+  """
+  return _batch_dot(a_BKRC, b, axis, dtype)
+
+
+def _batch_dot(a_BKRC: jax.Array, b: jax.Array, axis: int, dtype: Any) -> jax.Array:
+  return _dot_general(a_BKRC, b, (((3,), (axis % 4,)), ((0, 1), (0, 1))), dtype)
+
+
+def _batch_forward(a_BKRC: jax.Array, b: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, Any]:
+  return _batch_dot(a_BKRC, b, axis, dtype), (a_BKRC, b)
+
+
+def _batch_backward(axis: int, _: Any, residuals: Any, g_BKRS: jax.Array) -> tuple[jax.Array, jax.Array]:
+  a, b = residuals
+  g = g_BKRS.astype(a.dtype)
+  other = -1 if axis == -2 else -2
+  a_gradient = _batch_dot(g, b, other, a.dtype)
+  # Of attention one of a and g is logits, a column for each key, the other as narrow as a head: that one is
+  # transposed for the product, and then the result.
+  narrow, wide = (a, g) if axis == -1 else (g, a)
+  return a_gradient, _batch_dot(narrow.swapaxes(2, 3), wide, -2, b.dtype).swapaxes(2, 3)
+
+
+batch_product.defvjp(_batch_forward, _batch_backward)

@@ -1,0 +1,66 @@
+"""The benchmark of evaluation and generation runs end to end on a toy model, and its figures are sane."""
+
+import re
+
+import numpy as np
+import pytest
+
+from adapt_jax.export.hf import write_hf
+from benchmarks import inference
+from benchmarks.side_by_side import Run
+from models.config import count_params
+from tests.support.helpers import VARIED, random_params, tiny_config
+
+pytest.importorskip('torch')
+pytest.importorskip('transformers')
+SETTINGS = {
+  'windows': 2, 'window': 16, 'batch': 2, 'prompt': 8, 'new': 4, 'rows': [1, 2], 'repeats': 1, 'peak': 64
+}  # fmt: skip
+
+
+def test_a_toy_model_end_to_end(tmp_path, code_cache):
+  config = tiny_config('llama', VARIED[:2])
+  write_hf(config, random_params(config), tmp_path / 'hf')
+  text = inference.measure({'pruned': str(tmp_path / 'hf')}, ['float32'], ['eager'], 1, SETTINGS)
+  rows = [line.split(' | ') for line in text.splitlines() if line.startswith('| pruned | float32 |')]
+  assert [row[2] for row in rows[:-1]] == list(inference.figures([1, 2]).values())
+  for row in rows[:-1]:
+    ours, peer, ratio = (float(re.match(r'[\d,.]+', cell)[0].replace(',', '')) for cell in row[3:6])
+    assert ours > 0 and peer > 0 and ratio == pytest.approx(ours / peer, rel=0.05, abs=0.01)
+  assert len(rows) == 6 and rows[-1][-1].endswith(' GB |')
+
+
+def run(**answer):
+  return Run(1.0, 1.0, 10**9, answer)
+
+
+def test_a_limit_is_arithmetic_or_bytes_whichever_takes_longer():
+  ours = {
+    'gflops': 100,
+    'read_gbs': 10,
+    'decode_8_flops': 1e9,
+    'decode_8_bytes': 1e9,
+    'evaluation_flops': 2e9,
+  }
+  peer = {'gflops': 200, 'read_gbs': 5}
+  assert inference.limit([ours, peer], 'evaluation') == 100
+  assert inference.limit([ours, peer], 'decode_8') == 80
+  assert inference.limit([ours | {'decode_8_flops': 4e9}, peer], 'decode_8') == 50
+
+
+def test_programs_with_different_losses_are_not_compared():
+  answers = {'evaluation': 1.0, 'gflops': 1, 'read_gbs': 1, 'evaluation_flops': 1}
+  runs = {'ours': [run(loss=2.0, **answers)], 'eager': [run(loss=2.1, **answers)]}
+  with pytest.raises(SystemExit, match='do not compute the same loss'):
+    inference.table('dense', 'float32', runs, [])
+
+
+def test_flops_and_bytes_are_those_of_the_weights_that_are_used():
+  programs = pytest.importorskip('benchmarks.programs.inference_ours')
+  config = tiny_config('llama', VARIED[:2])  # tied: the table is the head too
+  found = programs.limits(config, np.dtype('float32'), SETTINGS | {'new': 0, 'prompt': 1})
+  heads = sum(shape.num_kv_heads for shape in config.layers)
+  assert found['decode_2_bytes'] == 4 * (count_params(config) + 2 * 2 * heads * config.head_dim)
+  attention = sum(shape.num_heads for shape in config.layers) * config.head_dim
+  assert found['decode_1_flops'] == 2 * (count_params(config) + attention)
+  assert found['evaluation_flops'] == 2 * (count_params(config) + 16 * attention)

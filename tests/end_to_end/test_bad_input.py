@@ -1,0 +1,305 @@
+"""Every error that a user can make: one line, field, value, remedy, exit code 2, before heavy work."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from adapt_jax.config.options import from_dict
+from adapt_jax.pipeline.inputs import prepare
+from adapt_jax.pipeline.workdir import Workdir
+from models.errors import InputError
+from tests.support import runs
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  return runs.make_files(tmp_path_factory.mktemp('files'))
+
+
+def refuse(config, *words):
+  """Preparing the run raises one line that has all the words."""
+  with pytest.raises(InputError) as error:
+    prepare(from_dict(config.to_dict()))
+  message = str(error.value)
+  assert '\n' not in message
+  for word in words:
+    assert word in message, f'{word!r} not in {message!r}'
+
+
+FIELDS = [
+  ('prune.stages', 0),
+  ('prune.steps', 0),
+  ('prune.ratio', 0.0),
+  ('prune.amplitude', -0.1),
+  ('prune.target', 0.0),
+  ('prune.target', -0.5),
+  ('prune.target', float('nan')),
+  ('prune.target', float('inf')),
+  ('prune.align_ffn', 0),
+  ('prune.method', 'sparsegpt'),
+  ('prune.importance', 'tailor'),
+  ('prune.layer_distance', 'cosinus'),
+  ('prune.stage_targets', 'log'),
+  ('prune.calibration.samples', 0),
+  ('prune.calibration.batch', 0),
+  ('prune.align_kv', 0),
+  ('prune.serve', 'llama.cpp'),
+  ('prune.serve', 'tensor_parallel=0'),
+  ('data.chat_template', 'plane'),
+  ('train.weights', (1.0, 2.0)),
+  ('train.weights', (-1.0,)),
+  ('train.weights', (0.0,)),
+  ('train.weights', (float('nan'),)),
+  ('train.layout', 'stacked'),
+  ('train.micro_batch', 0),
+  ('mesh.fsdp', 0),
+  ('mesh.tensor', -2),
+  ('mesh.data', -1),
+  ('plan.depths', (8,)),
+  ('train.schedule', 'linear'),
+  ('train.split', 'even'),
+  ('train.optimizer_state', 'keep'),
+  ('train.mu_dtype', 'int8'),
+  ('train.lr', -1.0),
+  ('train.lr', float('nan')),
+  ('train.min_lr', 0.5),
+  ('train.clip', 0.0),
+  ('train.tokens', 5),
+  ('train.distill.alpha', 1.5),
+  ('model.dtype', 'float8'),
+  ('export.dtype', 'int8'),
+  ('generate.max_new_tokens', 0),
+  ('generate.temperature', -1.0),
+  ('generate.top_p', 0.0),
+  ('bench.new_tokens', 1),
+  ('seed', -1),
+]
+
+
+@pytest.mark.parametrize('field,value', FIELDS, ids=lambda x: str(x))
+def test_values_out_of_range(files, field, value):
+  config = runs.make_config(files)
+  config.update_from_flattened_dict({field: value})
+  refuse(config, f'config.{field}', str(value))
+
+
+def test_unknown_and_missing_fields(files):
+  values = runs.make_config(files).to_dict()
+  values['prune']['targt'] = 0.5
+  with pytest.raises(InputError, match=r'config\.prune\.targt is unknown; fields here: method, target'):
+    from_dict(values)
+  values = runs.make_config(files).to_dict()
+  del values['train']['lr']
+  with pytest.raises(InputError, match=r'config\.train\.lr is missing'):
+    from_dict(values)
+
+
+@pytest.mark.parametrize('value', ['much', None, [1], True])
+def test_wrong_types(files, value):
+  values = runs.make_config(files).to_dict()
+  values['train']['lr'] = value
+  with pytest.raises(InputError, match=r'config\.train\.lr = .* must be of type float'):
+    from_dict(values)
+
+
+def test_target_above_and_below_what_can_be_reached(files):
+  config = runs.make_config(files)
+  config.prune.target = 1e9
+  refuse(config, 'prune.target', '1,000,000,000', 'lower it')
+  config.prune.target = 0.05
+  refuse(config, 'prune.target', '0.05', 'raise it')
+
+
+def test_methods_that_do_not_go_with_the_rest(files):
+  config = runs.make_config(files)
+  config.prune.method = 'llm_pruner'  # the model has four layers
+  refuse(config, 'config.prune.method', 'llm_pruner', 'only 4', 'another method')
+  config.prune.method, config.prune.target = 'shortgpt', 0.3
+  refuse(config, 'config.prune.target = 0.3', 'shortgpt', 'raise it')
+  config.prune.method, config.prune.compat = 'flap', 'reference'
+  refuse(config, 'config.prune.compat', 'adapt and uniform', 'flap')
+
+
+@pytest.mark.parametrize('field', ['prune.calibration.source', 'train.source', 'evaluate.source'])
+def test_missing_files_and_directories(files, field):
+  config = runs.make_config(files)
+  config.update_from_flattened_dict({field: (str(files / 'absent.txt'),)})
+  refuse(config, f'config.{field}', 'absent.txt')
+
+
+def test_text_field_that_is_not_there(files):
+  (files / 'rows.jsonl').write_text(json.dumps({'body': 'x'}) + '\n')
+  config = runs.make_config(files)
+  config.train.source = (str(files / 'rows.jsonl'),)
+  refuse(config, 'rows.jsonl', "'text'", "'body'")
+
+
+def test_sequence_longer_than_the_data(files):
+  (files / 'short.txt').write_text('few words')
+  config = runs.make_config(files)
+  config.evaluate.source = (str(files / 'short.txt'),)
+  config.evaluate.length = 4096
+  refuse(config, 'config.evaluate.source', '4096')
+  config = runs.make_config(files)
+  config.prune.calibration.source = (str(files / 'valid.txt'),)
+  config.prune.calibration.samples = 8192
+  refuse(config, 'config.prune.calibration.samples', '8192')
+
+
+def test_token_ids_beyond_the_embedding(files):
+  np.save(files / 'ids.npy', np.full((16, 16), 99_999, np.int32))
+  config = runs.make_config(files)
+  config.prune.calibration.source = (str(files / 'ids.npy'),)
+  refuse(config, 'config.prune.calibration.source', '99999', 'embedding')
+
+
+def broken_model(files, name):
+  path = files / name
+  shutil.copytree(files / 'model', path)
+  return path
+
+
+def refuse_model(files, path, *words):
+  config = runs.make_config(files)
+  config.model.source = str(path)
+  refuse(config, *words)
+
+
+def test_no_such_model(files):
+  refuse_model(files, '', 'model.source')
+  refuse_model(files, files / 'nowhere', 'model.source', 'nowhere')
+
+
+def test_tokenizer_of_another_model(files):
+  path = broken_model(files, 'tokenizer')
+  tensors = load_file(path / 'model.safetensors')
+  tensors['model.embed_tokens.weight'] = tensors['model.embed_tokens.weight'][:100]
+  save_file(tensors, path / 'model.safetensors')
+  config = json.loads((path / 'config.json').read_text()) | {'vocab_size': 100}
+  (path / 'config.json').write_text(json.dumps(config))
+  refuse_model(files, path, 'tokenizer', '100')
+
+
+def test_truncated_weights(files):
+  path = broken_model(files, 'truncated')
+  weights = path / 'model.safetensors'
+  weights.write_bytes(weights.read_bytes()[:-100])
+  refuse_model(files, path, 'model.safetensors', 'truncated')
+
+
+def test_checkpoint_that_wants_its_code_run(files):
+  path = broken_model(files, 'code')
+  config = json.loads((path / 'config.json').read_text())
+  config |= {'model_type': 'brandnew', 'auto_map': {'AutoConfig': 'x.Config'}}
+  (path / 'config.json').write_text(json.dumps(config))
+  (path / 'x.py').write_text("raise SystemExit('ran')")
+  refuse_model(files, path, 'brandnew', 'never done')
+
+
+def test_tokenizer_that_wants_its_code_run(files):
+  path = broken_model(files, 'tokenizer_code')
+  for name in ('tokenizer.json',):
+    (path / name).unlink()
+  config = {'auto_map': {'AutoTokenizer': ['x.Tokenizer', None]}, 'tokenizer_class': 'BrandNewTokenizer'}
+  (path / 'tokenizer_config.json').write_text(json.dumps(config))
+  (path / 'x.py').write_text("raise SystemExit('ran')")
+  refuse_model(files, path, 'tokenizer')
+
+
+def test_workdirs(files, tmp_path):
+  with pytest.raises(InputError, match='--workdir is empty'):
+    Workdir('', {})
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(InputError, match='is a file or a broken link'):
+    Workdir(str(tmp_path / 'file'), {}).check()
+  with pytest.raises(InputError, match='holds files of something else'):
+    Workdir(str(tmp_path), {}).check()
+  Workdir(str(tmp_path / 'new'), {}).check()
+  assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.skipif(
+  not pathlib.Path('/proc/self').exists(), reason='needs a file system that root cannot write'
+)
+def test_workdir_that_cannot_be_written():
+  with pytest.raises(InputError, match='not writable'):
+    Workdir('/proc/self/out', {}).check()
+
+
+COMMANDS = [
+  (['--config.prune.targt=0.5'], 'targt'),
+  (['--config.prune.stages=many'], 'many'),
+  (['--config.train.micro_batch=0'], 'config.train.micro_batch = 0'),
+  (['--config.mesh.fsdp=3'], 'config.mesh (data = 1, fsdp = 3, tensor = 1) asks for 3 devices'),
+  (['--num_processes=2'], '--coordinator_address'),
+  (['--config=configs/absent.py'], 'absent.py'),
+  (['--mode=walk'], 'walk'),
+  (['--workdri=x'], 'workdri'),
+  (['stray'], 'stray'),
+]
+
+
+@pytest.mark.parametrize('flags,word', COMMANDS, ids=lambda x: str(x))
+def test_command_line_exits_with_2_and_one_line(files, tmp_path, flags, word):
+  result = runs.main(files, tmp_path / 'out', *flags)
+  assert result.returncode == 2, result.stderr
+  assert word in result.stderr and result.stderr.startswith('error: ')
+  assert len(result.stderr.splitlines()) == 1 and not result.stdout
+  assert not os.path.exists(tmp_path / 'out')
+
+
+def test_files_are_named_without_a_tuple(files, tmp_path):
+  flag = f'--config.train.source={files / "train.txt"},{files / "absent file.txt"}'
+  result = runs.main(files, tmp_path / 'out', flag)
+  assert result.returncode == 2 and 'config.train.source' in result.stderr
+  assert 'absent file.txt' in result.stderr and 'no such file' in result.stderr
+
+
+@pytest.mark.parametrize(
+  'body', ['def get_config(:', 'import nothing_here', 'def get_config(): return {}[1]']
+)
+def test_a_broken_recipe_is_one_line(files, tmp_path, body):
+  recipe = tmp_path / 'recipe.py'
+  recipe.write_text(body)
+  result = runs.main(files, tmp_path / 'out', f'--config={recipe}')
+  assert result.returncode == 2 and 'recipe.py' in result.stderr
+  assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_damaged_model_is_one_line_through_the_command(files, tmp_path):
+  path = broken_model(files, 'damaged')
+  (path / 'config.json').write_text('{')
+  result = runs.main(files, tmp_path / 'out', f'--config.model.source={path}')
+  assert result.returncode == 2 and 'config.json' in result.stderr
+  assert len(result.stderr.splitlines()) == 1 and not (tmp_path / 'out').exists()
+
+
+def test_chats_without_an_assistant(files):
+  row = {'messages': [{'role': 'user', 'content': 'hello there ' * 30}]}
+  (files / 'chats.jsonl').write_text((json.dumps(row) + '\n') * 5)
+  config = runs.make_config(files)
+  config.train.source = (str(files / 'chats.jsonl'),)
+  refuse(config, 'config.train.source', 'no token to predict')
+
+
+def test_a_stage_without_a_training_step(files):
+  config = runs.make_config(files)
+  config.prune.stages = 20
+  refuse(config, 'config.train.tokens', '20 stages')
+
+
+def test_workdir_of_a_run_that_was_killed_while_claiming(tmp_path):
+  (tmp_path / '.run.json.tmp').write_text('{')
+  Workdir(str(tmp_path), {}).check()
+
+
+@pytest.mark.parametrize('content', ['{', '[1]', '\x00'])
+def test_damaged_run_json(tmp_path, content):
+  (tmp_path / 'run.json').write_text(content)
+  with pytest.raises(InputError, match='run.json|belongs to a run'):
+    Workdir(str(tmp_path), {'mode': 'accel'}).check()

@@ -1,0 +1,148 @@
+"""Mode bench: figures of both models, their ratio, and a warning where pruning does not pay."""
+
+import json
+import shutil
+
+import pytest
+
+import main
+from adapt_jax.config.options import from_dict
+from adapt_jax.export.hf import write_hf
+from adapt_jax.export.writer import LINEAGE
+from adapt_jax.modes import bench
+from adapt_jax.pipeline.workdir import Workdir
+from models.config import LayerShape, ModelConfig, RopeConfig
+from models.errors import InputError
+from tests.support import runs
+from tests.support.helpers import random_params, tiny_config
+
+WIDE = ModelConfig('llama', 64, 256, 32, (LayerShape(8, 8, 1024),) * 2, RopeConfig(1e4), 1e-5, True)
+NARROW = WIDE.with_layers((LayerShape(2, 2, 64),) * 2)
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+  root = tmp_path_factory.mktemp('models')
+  for name, config in (('wide', WIDE), ('narrow', NARROW)):
+    write_hf(config, random_params(config), root / name)
+  return root
+
+
+def make_options(models, dense='wide', pruned='narrow', **fields):
+  config = runs.make_config(models)
+  config.model.source = str(models / pruned)
+  config.bench.update(
+    {'dense': dense and str(models / dense), 'prompt_length': 512, 'new_tokens': 8, 'repeats': 5} | fields
+  )
+  return from_dict(config.to_dict())
+
+
+def run(options, path):
+  bench.run(options, Workdir(str(path), main._identity('bench', options)), 'the command')
+  return json.loads((path / 'report.json').read_text())
+
+
+def test_a_narrow_model_beside_a_wide_one(models, tmp_path, capsys):
+  report = run(make_options(models, batch=2), tmp_path / 'out')
+  for figures in report['models'].values():
+    for kind in ('prefill', 'decode'):
+      rate = figures[f'{kind}_tokens_per_second']
+      assert 0 < rate['min'] <= rate['median'] <= rate['max']
+    assert figures['compiles'] == {'prefill': 1, 'decode': 1}
+    assert figures['peak_bytes'] > 4 * figures['params'] and figures['peak_how'] == bench.PLANNED
+    assert figures['stored_as'] == 'float32' and 1 < figures['stored_bytes'] / (4 * figures['params']) < 1.1
+  assert report['models']['dense']['peak_bytes'] > 2 * report['models']['pruned']['peak_bytes']
+  table = (tmp_path / 'out/bench.md').read_text()
+  assert capsys.readouterr().out.endswith(table) and '2 x 512 random ids, 8 new tokens each' in table
+  assert [line.split('|')[1].strip() for line in table.splitlines()[2:7]] == [
+    'prefill, tokens/s',
+    'decode, tokens/s',
+    'peak memory, MB',
+    'weights on disk (float32, float32), MB',
+    'parameters, million',
+  ]
+
+
+def test_a_model_that_is_no_faster_is_told(models, tmp_path):
+  report = run(make_options(models, dense='narrow', pruned='wide'), tmp_path / 'out')
+  assert report['ratio']['prefill']['median'] < 1
+  assert report['warning'].startswith('warning: not faster here: prefill at 0.')
+  assert report['warning'].endswith('% of the parameters: prune more')
+  assert report['warning'] in (tmp_path / 'out/bench.md').read_text().splitlines()
+
+
+def test_the_ratio_is_of_runs_side_by_side_and_decides_the_warning(models):
+  sources = bench._open(make_options(models))
+
+  def warning(dense, pruned):
+    found = {}
+    for name, rates in (('dense', dense), ('pruned', pruned)):
+      found[name] = bench._Model(sources[name], None, {}, prefill=rates, decode=rates)
+    ratio = {kind: bench._ratio(found, kind) for kind in ('prefill', 'decode')}
+    assert ratio['prefill'] == ratio['decode']
+    params = {'dense': {'params': 100}, 'pruned': {'params': 80}}
+    return ratio['decode'], bench._warning({'ratio': ratio, 'models': params, 'backend': 'cpu'}, sources)
+
+  # The machine is three times as busy in the second round, for both.
+  assert warning([90.0, 30.0, 100.0], [99.0, 33.0, 110.0]) == (
+    pytest.approx({'median': 1.1, 'min': 1.1, 'max': 1.1}),
+    '',
+  )
+  _, text = warning([100.0], [104.0])
+  each = '1.04 (1.04–1.04) times'
+  assert text == f"warning: not faster here: prefill at {each} and decode at {each} the dense model's speed"
+  _, text = warning([100.0, 100.0, 100.0], [90.0, 104.0, 120.0])
+  assert 'prefill at 1.04 (0.90–1.20) times' in text and text.endswith('again when the machine is quiet')
+
+
+def test_widths_that_do_not_suit_the_device_are_the_reason():
+  config = tiny_config('llama', (LayerShape(6, 2, 128), LayerShape(6, 2, 192), LayerShape(6, 2, 100)))
+  assert bench.unaligned(config, 'cpu') == ''
+  assert bench.unaligned(config, 'gpu') == (
+    'MLP widths of 1 of 3 layers, such as 100, are no multiples of 64: prune with config.prune.align_ffn = 64'
+  )
+  assert 'of 2 of 3 layers, such as 192, are no multiples of 128' in bench.unaligned(config, 'tpu')
+
+
+def test_peaks_of_a_device_that_counts_are_each_models_own(models, monkeypatch):
+  """The count is of the process: before and after the pruned model, before and after the dense one."""
+  stats = iter([(0, 10), (300, 300), (100, 300), (1000, 1100), (0, 1100), (50, 1100)])
+  keys = ('bytes_in_use', 'peak_bytes_in_use')
+  monkeypatch.setattr(bench, '_memory_stats', lambda: dict(zip(keys, next(stats), strict=True)))
+  monkeypatch.setattr(bench.Generator, 'generate', lambda *args: None)
+  monkeypatch.setattr(bench.Generator, 'planned_bytes', lambda self: 7)
+  options = make_options(models)
+  found = [bench._load(bench._open(options)[name], options, []) for name in ('pruned', 'dense', 'pruned')]
+  peaks = [(model.peak_bytes, model.peak_how) for model in found]
+  # The last one stays below what another has reached before.
+  assert peaks == [(300, bench.MEASURED), (1000, bench.MEASURED), (7, bench.PLANNED)]
+
+
+def test_an_export_tells_which_model_it_came_from(models, tmp_path):
+  source = {'model': {'source': str(models / 'wide')}}
+  shutil.copytree(models / 'narrow', tmp_path / 'hf')
+  (tmp_path / 'hf' / LINEAGE).write_text(json.dumps(source))
+  options = make_options(models, dense='', pruned=tmp_path / 'hf', prompt_length=8, repeats=1)
+  report = run(options, tmp_path / 'out')
+  assert [m['source'] for m in report['models'].values()] == [str(models / 'wide'), str(tmp_path / 'hf')]
+
+
+@pytest.mark.parametrize(
+  'fields,words',
+  [
+    ({'dense': ''}, 'config.bench.dense is empty, and .* does not tell where it comes from: name'),
+    ({'prompt_length': 2045}, 'config.bench.prompt_length = 2,045 and bench.new_tokens = 8 .* 2,048'),
+  ],
+)
+def test_bad_input_is_refused_before_weights_are_read(models, tmp_path, monkeypatch, fields, words):
+  monkeypatch.setattr(bench, 'load_source', None)
+  with pytest.raises(InputError, match=words):
+    run(make_options(models, **fields), tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_what_was_measured_is_part_of_a_workdirs_identity(models):
+  identities = [
+    main._identity(mode, make_options(models, repeats=n)) for n in (1, 2) for mode in ('bench', 'accel')
+  ]
+  assert identities[0] != identities[2] and identities[1] == identities[3]

@@ -1,0 +1,184 @@
+"""Runs on several processes and devices end as on one; killed, preempted or on other devices they go on."""
+
+import json
+import random
+import signal
+import socket
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from adapt_jax.machine import processes
+from models.errors import InputError
+from tests.support import runs
+from tests.support.starter import Starter
+
+# Adam blows rounding, which differs with the devices, up to the rate: here five times the paper's.
+FLAGS = ('--config.train.lr=1e-4', '--config.train.min_lr=1e-5')
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  return runs.make_files(tmp_path_factory.mktemp('files'))
+
+
+@pytest.fixture(scope='module')
+def starters(files, tmp_path_factory):
+  found = [Starter(tmp_path_factory.mktemp('starter'), files) for _ in range(2)]
+  yield found
+  for starter in found:
+    starter.close()
+
+
+@pytest.fixture(scope='module')
+def alone(starters):
+  """The run on one device of one process."""
+  path = starters[0].path / 'alone'
+  code, output = starters[0].run(path, *FLAGS)
+  assert code == 0, output
+  return path
+
+
+def pair(starters, path, victim=-1, flags=(), **kill):
+  """[(exit code, output)] of a run on two processes with two devices each."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    address = f'--coordinator_address=127.0.0.1:{probe.getsockname()[1]}'
+  for i, starter in enumerate(starters):
+    started = (*FLAGS, *flags, address, '--num_processes=2', f'--process_id={i}')
+    starter.start(path, *started, devices=2, **(kill if i == victim else {}))
+  return [starter.wait() for starter in starters]
+
+
+@pytest.fixture(scope='module')
+def together(starters):
+  """The undisturbed run of two processes."""
+  path = starters[0].path / 'together'
+  ends = pair(starters, path)
+  assert [code for code, _ in ends] == [0, 0], ends
+  assert 'stage 2 recover' in ends[0][1] and 'stage' not in ends[1][1]  # one of them tells
+  return path
+
+
+def assert_same_report(path, reference):
+  """Widths, tokens and compiles alike, figures within 1e-5; losses of every step and weights are close."""
+  ours, theirs = (json.loads((p / 'report.json').read_text()) for p in (path, reference))
+  for report in (ours, theirs):
+    for stage in report['stages']:
+      del stage['seconds']
+  figures = ('perplexity_pruned', 'perplexity_recovered')
+  for stage, expected in zip(ours['stages'], theirs['stages'], strict=True):
+    for name in figures:
+      assert stage.pop(name) == pytest.approx(expected.pop(name), rel=1e-5)
+    assert stage == expected
+  assert ours['perplexity']['dense'] == pytest.approx(theirs['perplexity']['dense'], rel=1e-5)
+  assert ours['model'] == theirs['model'] and ours['schedule'] == theirs['schedule']
+  logs = [[json.loads(x) for x in (p / 'metrics.jsonl').read_text().splitlines()] for p in (path, reference)]
+  assert [row['event'] for row in logs[0]] == [row['event'] for row in logs[1]]
+  losses = [[row['loss'] for row in log if 'loss' in row] for log in logs]
+  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+  assert json.loads((path / 'plan.json').read_text())['layers'] == json.loads(
+    (reference / 'plan.json').read_text()
+  )['layers']  # fmt: skip
+  weights = [load_file(p / 'hf/model.safetensors') for p in (path, reference)]
+  for name, expected in weights[1].items():
+    np.testing.assert_allclose(weights[0][name], expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_two_processes_give_the_report_of_one(alone, together):
+  assert_same_report(together, alone)
+  assert json.loads((together / 'report.json').read_text())['compiles']['training'] == 2
+
+
+def test_one_of_two_killed_at_a_random_moment(starters, together):
+  """The other one ends by itself and says what to do; started again, both end with the same bits."""
+  path, seed = starters[0].path / 'killed', random.randrange(10**6)
+  rng = random.Random(seed)
+  log = [json.loads(x) for x in (together / 'metrics.jsonl').read_text().splitlines()]
+  row = rng.choice(log[:-1])
+  after, victim = {k: row[k] for k in ('event', 'of', 'step') if k in row}, rng.randrange(2)
+  ends = pair(starters, path, victim, kill='SIGKILL', after=after)
+  moment = f'seed {seed}: process {victim} after {after}'
+  assert ends[victim][0] == -signal.SIGKILL and ends[1 - victim][0] not in (0, 2), moment
+  if victim == 1:  # the first process has nobody above it that would end it with less to say
+    assert 'start them all again' in ends[0][1], moment
+  ends = pair(starters, path)
+  assert [code for code, _ in ends] == [0, 0], (moment, ends)
+  runs.assert_same_end(path, together)
+
+
+def test_bad_input_ends_all_with_code_2(starters):
+  """Found by all, or by the first alone: a scheduler must not start them again."""
+  path = starters[0].path / 'refused'
+  for flag, reason in (('train.batch=6', 'train.batch = 6 must be'), ('data.cache=/proc/none', 'data.cache')):
+    for code, output in pair(starters, path, flags=(f'--config.{flag}',)):
+      assert code == 2 and f'error: config.{reason}' in output and 'Traceback' not in output
+
+
+def test_sigterm_to_one_of_two_stops_both(starters, together):
+  path = starters[0].path / 'preempted'
+  ends = pair(starters, path, 1, kill='SIGTERM', after={'event': 'train', 'step': 4})
+  assert [code for code, _ in ends] == [0, 0], ends
+  assert 'stopped by SIGTERM at stage' in ends[0][1] and not (path / 'report.json').exists()
+  ends = pair(starters, path)
+  assert [code for code, _ in ends] == [0, 0] and 'resuming' in ends[0][1]
+  runs.assert_same_end(path, together)
+
+
+def test_a_run_goes_on_with_other_devices(starters, alone):
+  """Four, then one, then two of them."""
+  path, starter = starters[0].path / 'moved', starters[0]
+  for devices, after in (
+    (4, {'event': 'train', 'step': 5}),
+    (1, {'event': 'prune', 'step': 20}),
+  ):
+    code, output = starter.run(path, *FLAGS, devices=devices, kill='SIGKILL', after=after)
+    assert code == -signal.SIGKILL, output
+  code, output = starter.run(path, *FLAGS, devices=2)
+  assert code == 0 and 'resuming in the pruning of stage 2' in output
+  assert_same_report(path, alone)
+
+
+def test_a_tensor_axis_keeps_widths_that_it_divides(starters):
+  flags = ('--mode=prune', '--config.mesh.tensor=3', '--config.mesh.fsdp=1')
+  code, output = starters[0].run(starters[0].path / 'tensor', *flags, devices=3)
+  assert code == 0, output
+  model = json.loads((starters[0].path / 'tensor/report.json').read_text())['model']
+  assert model['params_after'] <= model['params_target'] < model['params_before']
+  stage = json.loads((starters[0].path / 'tensor/report.json').read_text())['stages'][-1]
+  assert all(x % 3 == 0 for x in stage['num_kv_heads'] + stage['ffn']) and min(stage['ffn']) < 48
+
+
+ENVIRONMENTS = {
+  'srun': ({'SLURM_STEP_NODELIST': 'a[1-2]', 'SLURM_PROCID': '1', 'SLURM_NTASKS': '2'}, True),
+  'srun of one task': ({'SLURM_STEP_NODELIST': 'a1', 'SLURM_PROCID': '0', 'SLURM_NTASKS': '1'}, False),
+  'sbatch without srun': ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '8'}, False),
+  'mpirun': ({'OMPI_COMM_WORLD_SIZE': '4'}, True),
+  'TPU slice': ({'TPU_WORKER_HOSTNAMES': 'host-0,host-1'}, True),
+  'TPU host': ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
+  'several slices': ({'MEGASCALE_NUM_SLICES': '2'}, True),
+  'Kubernetes job': ({'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '1'}, True),
+  'pod': ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, False),
+  'laptop': ({}, False),
+}
+
+
+@pytest.mark.parametrize('name', ENVIRONMENTS)
+def test_schedulers_are_recognised(name, monkeypatch):
+  """JAX itself finds the others; only where there are some is it asked to."""
+  environment, expected = ENVIRONMENTS[name]
+  calls = []
+  monkeypatch.setattr(processes.os, 'environ', environment)
+  monkeypatch.setattr(processes.jax.distributed, 'initialize', lambda **kw: calls.append(kw))
+  processes.start('auto', '', 0, -1)
+  assert calls == ([{}] if expected else [])
+  processes.start('off', '', 0, -1)
+  assert len(calls) == expected
+
+
+def test_flags_that_do_not_name_the_processes_are_refused():
+  with pytest.raises(InputError, match='give all three'):
+    processes.start('auto', 'host:1', 2, -1)
+  with pytest.raises(InputError, match='--process_id=2 must be below --num_processes=2'):
+    processes.start('auto', 'host:1', 2, 2)

@@ -1,0 +1,129 @@
+"""Mode export: from a checkpoint, a finished run and one that is not, in the forms asked for."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.numpy import load_file
+
+from adapt_jax.config.options import from_dict
+from adapt_jax.export.writer import LINEAGE
+from adapt_jax.modes import export as export_mode
+from adapt_jax.pipeline import stages
+from adapt_jax.pipeline.workdir import Workdir
+from models.config import count_params
+from models.errors import InputError
+from models.formats.source import open_config, open_source
+from tests.support import runs
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  return runs.make_files(tmp_path_factory.mktemp('files'))
+
+
+@pytest.fixture(scope='module')
+def finished(files, tmp_path_factory):
+  """The workdir of a run in one stage, with biases that the source has not."""
+  config = runs.make_config(files)
+  config.prune.stages, config.prune.steps, config.prune.compensate = 1, 10, 'bias'
+  config.train.batch, config.train.tokens, config.data.chat_template = 2, 2 * 32 * 4, 'plain'
+  options = from_dict(config.to_dict())
+  workdir = Workdir(
+    str(tmp_path_factory.mktemp('finished') / 'out'), {'mode': 'accel', 'config': options.identity()}
+  )
+  stages.run(options, workdir, 'python main.py')
+  return workdir.path
+
+
+def export(files, source, path, **fields):
+  config = runs.make_config(files)
+  config.model.source = str(source)
+  for field, value in fields.items():
+    config.export[field] = value
+  export_mode.run(from_dict(config.to_dict()), Workdir(str(path), {}), 'python main.py --mode=export')
+  return json.loads((path / 'report.json').read_text())
+
+
+def assert_same_weights(path, reference):
+  a, b = (load_file(p / 'model.safetensors') for p in (path, reference))
+  assert a.keys() == b.keys()
+  for name in a:
+    assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
+
+
+def test_a_checkpoint_keeps_every_bit(files, tmp_path, monkeypatch):
+  monkeypatch.setattr(export_mode, 'load_source', None)  # it stays in its files
+  report = export(files, files / 'bfloat16', tmp_path / 'out')
+  assert_same_weights(tmp_path / 'out/hf', files / 'bfloat16')
+  assert report['exports']['hf']['logit_difference'] == 0
+  assert report['exports']['hf']['type'] == 'bfloat16'
+
+
+def test_a_workdir_stands_for_its_model_and_origin(files, finished, tmp_path):
+  report = export(files, finished, tmp_path / 'out', dtype='bfloat16')
+  ran = json.loads((finished / 'report.json').read_text())
+  for path in (finished, tmp_path / 'out'):
+    lineage = json.loads((path / 'hf' / LINEAGE).read_text())
+    assert lineage['stages'] == ran['stages'] and lineage['command'] == 'python main.py'
+  assert report['command'] == 'python main.py --mode=export' and report['stages'] == ran['stages']
+  source = open_source(str(tmp_path / 'out'))
+  assert source.dtype == 'bfloat16' and count_params(source.config) == ran['model']['params_after']
+  assert open_config(str(finished)) == source.config
+
+
+@pytest.fixture()
+def unfinished(finished, tmp_path):
+  """As a kill before the export leaves it."""
+  path = tmp_path / 'unfinished'
+  shutil.copytree(finished, path)
+  shutil.rmtree(path / 'hf')
+  (path / 'report.json').unlink()
+  return path
+
+
+def test_a_run_that_is_not_finished_is_taken_at_its_newest_checkpoint(files, finished, unfinished, tmp_path):
+  before = {p: p.stat().st_mtime_ns for p in unfinished.rglob('*') if p.is_file()}
+  report = export(files, unfinished, tmp_path / 'out')
+  assert_same_weights(tmp_path / 'out/hf', finished / 'hf')
+  ran = json.loads((finished / 'report.json').read_text())
+  assert report['stages'] == ran['stages'] and report['model']['params_after'] == ran['model']['params_after']
+  for name in ('prune', 'train', 'data'):
+    assert report[name] == ran[name]
+  template = open_source(str(tmp_path / 'out')).load_tokenizer().chat_template
+  assert template == open_source(str(finished)).load_tokenizer().chat_template and "'Assistant: '" in template
+  assert report['perplexity']['dense'] == ran['perplexity']['dense']
+  card = (tmp_path / 'out/hf/README.md').read_text()
+  assert f'{ran["model"]["params_after"]:,} of {ran["model"]["params_before"]:,} parameters' in card
+  # The run may go on meanwhile: nothing of it is touched.
+  assert {p: p.stat().st_mtime_ns for p in unfinished.rglob('*') if p.is_file()} == before
+
+
+def test_a_run_without_a_checkpoint_is_one_line(files, unfinished, tmp_path):
+  shutil.rmtree(unfinished / 'checkpoints')
+  (unfinished / 'checkpoints').mkdir()
+  with pytest.raises(InputError, match='no checkpoint of this run is complete yet'):
+    export(files, unfinished, tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_form_that_cannot_hold_the_biases_is_refused_before_anything_is_written(files, finished, tmp_path):
+  with pytest.raises(InputError, match='leave .hf_padded. out'):
+    export(files, finished, tmp_path / 'out', formats=('hf', 'hf_padded'))
+  assert not (tmp_path / 'out').exists()
+
+
+def test_on_the_command_line(files, finished, tmp_path):
+  """Two forms; the same command again says that it is done."""
+  flags = (
+    f'--config.model.source={files / "model"}',
+    '--mode=export',
+    '--config.export.formats=hf,hf_padded',
+  )
+  done = runs.main(files, tmp_path / 'out', *flags)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count('read back: largest logit difference') == 2
+  assert {p.name for p in (tmp_path / 'out').iterdir()} == {'hf', 'hf_padded', 'report.json', 'run.json'}
+  assert 'this run is finished' in runs.main(files, tmp_path / 'out', *flags).stdout

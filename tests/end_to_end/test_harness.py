@@ -1,0 +1,280 @@
+"""Our models in lm-evaluation-harness: the answers of its own `hf` model on the exported weights."""
+
+import contextlib
+import json
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_jax.config.options import MeshOptions, from_dict
+from adapt_jax.evaluation import harness, harness_lm
+from adapt_jax.export.hf import write_hf
+from adapt_jax.machine import mesh
+from adapt_jax.machine.compiler import Compiler, Programs
+from adapt_jax.modes import evaluate
+from adapt_jax.pipeline import quality, stages
+from adapt_jax.pipeline.inputs import load_source
+from adapt_jax.pipeline.workdir import Workdir
+from models.errors import InputError
+from models.formats.source import open_source
+from tests.support import harness_tasks, runs
+from tests.support.helpers import VARIED, random_params, tiny_config
+from tests.support.tokenizers_for_tests import tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures('code_cache')
+LONGEST = 64  # tokens that the tiny model sees at once: some questions and texts are longer
+
+
+@pytest.fixture(scope='module')
+def tasks_path(tmp_path_factory):
+  return harness_tasks.write_tasks(tmp_path_factory.mktemp('tasks'))
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+  """A model with widths of its own in every layer."""
+  tokenizer = tiny_tokenizer()
+  config = tiny_config(layers=VARIED[:2], vocab_size=len(tokenizer), max_position=LONGEST)
+  directory = tmp_path_factory.mktemp('model') / 'hf'
+  write_hf(config, random_params(config), directory, tokenizer=tokenizer)
+  return open_source(str(directory))
+
+
+def options_of(tasks_path, *tasks, **fields):
+  config = runs.base.get_config().evaluate
+  config.update({'tasks': tasks, 'tasks_path': str(tasks_path), 'length': 64, 'batch': 4, **fields})
+  return from_dict(runs.base.get_config().to_dict() | {'evaluate': config.to_dict()}).evaluate
+
+
+def make_lm(source, compiler=None, tokens=256):
+  return harness_lm.FlaxLM(
+    source.config,
+    load_source(source, jnp.float32),
+    source.load_tokenizer(),
+    tokens=tokens,
+    compiler=compiler or Compiler(),
+    dtype=jnp.float32,
+    title='tasks',
+  )
+
+
+@pytest.fixture(scope='module')
+def hf_lm(source):
+  from lm_eval.models.huggingface import HFLM
+
+  return HFLM(str(source.path), device='cpu', dtype='float32', batch_size=3, trust_remote_code=True)
+
+
+def answers(results, task):
+  """Of every request: log-likelihood, and whether greedy decoding gives it (not for whole texts)."""
+  return [
+    np.atleast_1d(np.array(response, float))
+    for sample in results['samples'][task]
+    for repeats in sample['resps']
+    for response in repeats
+  ]
+
+
+def test_answers_are_those_of_the_harness_own_model(source, tasks_path, hf_lm):
+  """Every request of every kind, few compiles, and the scores that follow from the answers."""
+  for fewshot, tasks in ((1, ('toy_choice', 'toy_answer')), (0, ('toy_text',))):
+    options, compiler = options_of(tasks_path, *tasks, fewshot=fewshot), Compiler()
+    ours = harness.evaluate_lm(options, make_lm(source, compiler), log_samples=True)
+    theirs = harness.evaluate_lm(options, hf_lm, log_samples=True)
+    assert compiler.counts['harness'] <= 4
+    for task in tasks:
+      pairs = list(zip(answers(ours, task), answers(theirs, task), strict=True))
+      assert len(pairs) >= 3 and len({round(a[0], 2) for a, _ in pairs}) > 2
+      for a, b in pairs:
+        np.testing.assert_allclose(a, b, atol=1e-3)
+      figures = {k: v for k, v in theirs['results'][task].items() if not isinstance(v, str)}
+      assert len(figures) >= 2
+      assert {k: ours['results'][task][k] for k in figures} == pytest.approx(figures, rel=1e-4)
+
+
+def test_long_texts_go_in_windows(source, tasks_path):
+  texts = [len(source.load_tokenizer()(text).input_ids) for text in harness_tasks.TEXTS]
+  assert min(texts) < LONGEST < max(texts) / 2
+
+
+def test_texts_are_those_of_the_harness_own_model(source, tasks_path, hf_lm):
+  """Some end at a stop string, some run on, over more than one piece; long contexts lose their beginning."""
+  options = options_of(tasks_path, 'toy_write')
+  ours, theirs = (
+    [
+      sample['resps'][0][0]
+      for sample in harness.evaluate_lm(options, lm, log_samples=True)['samples']['toy_write']
+    ]
+    for lm in (make_lm(source), hf_lm)
+  )
+  assert ours == theirs
+  lengths = [len(source.load_tokenizer()(text, add_special_tokens=False).input_ids) for text in ours]
+  assert min(lengths) < 20 < 32 < max(lengths)
+
+
+def test_scores_by_task_and_group(source, tasks_path):
+  """And the same when asked again, with the tasks that are open."""
+  options = options_of(tasks_path, 'toy', 'toy_text', limit=3)
+  params, tokenizer = load_source(source, jnp.float32), source.load_tokenizer()
+  common = {'compiler': Compiler(Programs()), 'dtype': jnp.float32, 'title': 'tasks'}
+  scores = harness.evaluate_tasks(options, source.config, params, tokenizer, **common)
+  assert set(scores) == {'toy', 'toy_text'}
+  assert scores['toy']['n'] == 6 and scores['toy_text']['n'] == 3 and scores['toy_text']['version'] == 1.0
+  assert 0 <= scores['toy']['acc'] <= 1 and scores['toy']['acc_stderr'] > 0
+  assert scores['toy_text']['word_perplexity'] > 1
+  assert json.loads(json.dumps(scores)) == scores
+  again = harness.evaluate_tasks(options, source.config, params, tokenizer, **common)
+  assert again == scores
+
+
+def asked(*pairs):
+  return [types.SimpleNamespace(args=pair) for pair in pairs]
+
+
+def test_order_batches_and_devices_do_not_matter(source):
+  questions = [(q, ' ' + choice) for q, choices, _ in harness_tasks.QUESTIONS[:4] for choice in choices]
+  want = make_lm(source).loglikelihood(asked(*questions))
+  assert len({score for score, _ in want}) > len(want) // 2
+  devices = mesh.make_mesh(MeshOptions(data=2, fsdp=2, tensor=1))
+  for tokens, context in ((64, contextlib.nullcontext()), (256, jax.set_mesh(devices))):
+    with context:
+      got = make_lm(source, tokens=tokens).loglikelihood(asked(*questions[::-1]))[::-1]
+    assert [greedy for _, greedy in got] == [greedy for _, greedy in want]
+    np.testing.assert_allclose([s for s, _ in got], [s for s, _ in want], atol=1e-4)
+
+
+def test_choices_of_one_token_share_a_row():
+  context = list(range(40))
+  rows = harness_lm._rows([(None, context, [k]) for k in range(4)] + [(None, context, [1, 2])], 64)
+  assert [len(row.answers) for row in rows] == [4, 1]
+
+
+def test_lengths_are_few_and_waste_at_most_a_third():
+  lengths = {harness_lm._Row((0,) * n, []).shape[0] for n in range(1, 2049)}
+  assert len(lengths) == 13
+  assert all(n <= harness_lm._Row((0,) * n, []).shape[0] < max(33, 1.5 * n) for n in range(1, 2049))
+
+
+def test_a_question_asked_again_has_another_answer(source, tasks_path):
+  """Where the task samples, and whatever fits into a batch: two rows here."""
+  lm = make_lm(source, tokens=128)
+  settings = {'until': [], 'max_gen_toks': 24, 'do_sample': True, 'temperature': 1.0}
+  texts = dict(lm._write([[5, 6, 7]] * 6, settings))
+  assert len(set(texts.values())) == 6
+
+
+def test_tasks_that_run_code_are_refused(tasks_path, monkeypatch):
+  from lm_eval.api.task import ConfigurableTask
+
+  monkeypatch.setattr(ConfigurableTask, 'UNSAFE_CODE', True, raising=False)
+  harness._open.cache_clear()
+  with pytest.raises(InputError, match='toy_choice runs code that models write'):
+    harness.check_tasks(options_of(tasks_path, 'toy_choice'))
+  harness._open.cache_clear()
+
+
+def test_an_answer_longer_than_the_model_sees_is_refused(source):
+  with pytest.raises(InputError, match='longer than the 64'):
+    make_lm(source).loglikelihood(asked(('a', ' fox' * 200)))
+
+
+# -- configs ---------------------------------------------------------------------------------------
+
+
+def test_unknown_tasks_are_refused_with_similar_names(tasks_path):
+  with pytest.raises(InputError, match="'arc_eazy' is no task .* arc_easy"):
+    harness.check_tasks(options_of(tasks_path, 'arc_eazy'))
+  with pytest.raises(InputError, match='toy_choice'):
+    harness.check_tasks(options_of(tasks_path, 'toy_choise'))
+
+
+def test_the_suite_of_the_paper_is_known_to_the_harness(tasks_path):
+  wanted = harness.wanted(options_of(tasks_path, 'piqa', suite='paper', fewshot=3))
+  assert wanted == harness.PAPER | {'piqa': 3}
+  assert set(wanted) <= set(harness._manager(str(tasks_path)).all_tasks)
+
+
+def test_what_cannot_be_opened_names_the_task(tasks_path, tmp_path):
+  broken = tmp_path / 'broken'
+  broken.mkdir()
+  text = (tasks_path / 'choice.yaml').read_text()
+  (broken / 'gone.yaml').write_text(text.replace('choice.jsonl', 'gone.jsonl').replace('toy_choice', 'gone'))
+  with pytest.raises(InputError, match="'gone' cannot be opened .*tasks_path"):
+    harness.check_tasks(options_of(broken, 'gone'))
+  with pytest.raises(InputError, match='no directory with .yaml files'):
+    harness.check_tasks(options_of(tmp_path / 'nowhere', 'gone'))
+
+
+def test_without_the_package_the_extra_is_named(tasks_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'lm_eval.tasks', None)
+  monkeypatch.setattr(harness, '_manager', harness._manager.__wrapped__)  # not the one that is open
+  with pytest.raises(InputError, match=r"pip install '\.\[eval\]'"):
+    harness.check_tasks(options_of(tasks_path, 'piqa'))
+
+
+# -- modes -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  return runs.make_files(tmp_path_factory.mktemp('files'))
+
+
+def make_config(files, tasks_path, **fields):
+  config = runs.make_config(files)
+  config.evaluate.update({'tasks_path': str(tasks_path), **fields})
+  config.prune.stages = 1
+  config.train.tokens = 6 * 4 * 32
+  return config
+
+
+def test_mode_evaluate_needs_no_text(files, tasks_path, tmp_path, capsys):
+  config = make_config(files, tasks_path, tasks=('toy_choice', 'toy_text'), source=(), limit=2)
+  workdir = Workdir(str(tmp_path / 'out'), {})
+  evaluate.run(from_dict(config.to_dict()), workdir, '')
+  report = json.loads(workdir.report.read_text())
+  assert 'perplexity' not in report and set(report['tasks']) == {'toy_choice', 'toy_text'}
+  assert report['versions']['lm_eval'] and report['compiles']['harness'] <= 4
+  assert '| toy_choice | acc_norm, % | 2 |' in capsys.readouterr().out
+
+
+def test_a_run_scores_dense_pruned_and_recovered_once(files, tasks_path, tmp_path, monkeypatch, capsys):
+  """Killed while it scores the pruned model: the dense model's scores are kept."""
+  asked, real, kills = [], harness.evaluate_tasks, [KeyboardInterrupt]
+
+  def evaluate_tasks(*args, title, **kwargs):
+    asked.append(title)
+    if title == 'pruned: tasks' and kills:
+      raise kills.pop()
+    return real(*args, title=title, **kwargs)
+
+  monkeypatch.setattr(quality, 'evaluate_tasks', evaluate_tasks)
+  options = from_dict(make_config(files, tasks_path, tasks=('toy_text',), limit=1).to_dict())
+  workdir = Workdir(str(tmp_path / 'out'), {'mode': 'accel', 'config': options.identity()})
+  with pytest.raises(KeyboardInterrupt):
+    stages.run(options, workdir, '')
+  stages.run(options, workdir, '')
+  assert asked == ['dense: tasks', 'pruned: tasks', 'pruned: tasks', 'recovered: tasks']
+  report = json.loads(workdir.report.read_text())
+  assert list(report['tasks']) == ['dense', 'pruned', 'recovered']
+  texts = {name: scores['toy_text']['word_perplexity'] for name, scores in report['tasks'].items()}
+  assert len(set(texts.values())) == 3 and report['compiles']['harness'] > 0
+  assert '| task | metric | questions | dense | pruned | recovered |' in capsys.readouterr().out
+  page = workdir.page.read_text()
+  assert '<h2>Tasks</h2>' in page and f'<td>{texts["recovered"]:.2f}</td>' in page
+  # What is scored last is what is written.
+  written = open_source(str(workdir.hf))
+  scores = real(
+    options.evaluate,
+    written.config,
+    load_source(written, jnp.float32),
+    written.load_tokenizer(),
+    compiler=Compiler(),
+    dtype=jnp.float32,
+    title='written',
+  )
+  assert scores['toy_text']['word_perplexity'] == pytest.approx(texts['recovered'], rel=1e-5)

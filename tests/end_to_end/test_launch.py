@@ -1,0 +1,223 @@
+"""The files of launch/: what a scheduler is told fits main.py, and they start again what is not finished."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+import main  # noqa: F401  defines the flags
+from adapt_jax.machine import processes
+from tests.support import runs
+
+LAUNCH = runs.ROOT / 'launch'
+SCRIPTS = ('slurm.sbatch', 'pod.sh')
+
+# Starts SLURM_NTASKS processes as srun does, and ends with their highest exit code.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+export SLURM_STEP_NODELIST=localhost
+for ((i = 0; i < SLURM_NTASKS; i++)); do
+  SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & children+=($!)
+done
+highest=0
+for child in "${children[@]}"; do
+  wait "$child"; code=$?
+  if ((code > highest)); then highest=$code; fi
+done
+exit $highest
+"""
+# A run that stops with exit code $CODE; with $FINISH it writes its report.
+PYTHON = """#!/usr/bin/env bash
+workdir=${2#--workdir=}
+mkdir -p "$workdir"
+if [[ ${FINISH:-} ]]; then touch "$workdir/report.json"; fi
+exit "$CODE"
+"""
+
+
+def write_program(path: pathlib.Path, text: str) -> pathlib.Path:
+  path.write_text(text)
+  path.chmod(0o755)
+  return path
+
+
+@pytest.fixture
+def slurm(tmp_path):
+  """Starts slurm.sbatch as SLURM does, with two tasks; gives exit code, output, whether it is requeued."""
+  queue = tmp_path / 'queue'
+  write_program(tmp_path / 'srun', SRUN)
+  write_program(tmp_path / 'scontrol', f'#!/bin/sh\necho "$@" >> {queue}\n')
+  job = {'SLURM_JOB_ID': str(free_job()), 'SLURM_NTASKS': '2', 'HOME': str(tmp_path)}
+
+  def start(*args, **environment):
+    queue.unlink(missing_ok=True)
+    done = subprocess.run(
+      ['bash', LAUNCH / 'slurm.sbatch', *map(str, args)],
+      cwd=runs.ROOT,
+      env=os.environ | job | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'} | environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      timeout=600,
+      check=False,
+    )
+    requeued = queue.read_text() if queue.exists() else ''
+    assert requeued in ('', f'requeue {job["SLURM_JOB_ID"]}\n')
+    return done.returncode, done.stdout, bool(requeued)
+
+  return start
+
+
+def free_job() -> int:
+  """A job number for which JAX chooses a free port."""
+  while True:
+    job = random.randrange(4096)
+    with socket.socket() as probe:
+      try:
+        probe.bind(('localhost', 61440 + job))
+      except OSError:
+        continue
+      return job
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_scripts_are_bash(name):
+  assert (LAUNCH / name).stat().st_mode & 0o100
+  subprocess.run(['bash', '-n', LAUNCH / name], check=True)
+
+
+def test_two_processes_of_srun_are_one_run(slurm, tmp_path):
+  """JAX finds them by SLURM's variables."""
+  files = runs.make_files(tmp_path)
+  recipe = runs.command(files, tmp_path)[2]
+  workdir = tmp_path / 'out'
+  code, output, requeued = slurm(workdir, recipe, '--mode=evaluate', PYTHON=sys.executable)
+  assert (code, requeued) == (0, False), output
+  assert json.loads((workdir / 'report.json').read_text())['perplexity']['dense'] > 1
+  assert output.count(' parameters, perplexity ') == 1, 'two runs, not one of two processes'
+
+
+@pytest.mark.parametrize(
+  ('run', 'code', 'requeued'),
+  [
+    ({'CODE': '0', 'FINISH': '1'}, 0, False),
+    ({'CODE': '0'}, 0, True),  # SIGTERM: saved, not finished
+    ({'CODE': '0', 'SLURM_RESTART_COUNT': '100'}, 0, True),
+    ({'CODE': '1'}, 0, True),
+    ({'CODE': '1', 'SLURM_RESTART_COUNT': '100'}, 1, False),
+    ({'CODE': '2'}, 2, False),
+  ],
+)
+def test_slurm_puts_back_what_is_not_finished(slurm, tmp_path, run, code, requeued):
+  python = write_program(tmp_path / 'stand-in', PYTHON)
+  found = slurm(tmp_path / 'out', PYTHON=str(python), **run)
+  assert (found[0], found[2]) == (code, requeued), found[1]
+
+
+def test_slurm_wants_the_workdir_first(slurm):
+  code, output, requeued = slurm('--config=configs/demo.py')
+  assert code == 2 and not requeued and 'usage: ' in output
+
+
+@pytest.mark.parametrize(
+  ('run', 'code'),
+  [({'CODE': '0', 'FINISH': '1'}, 0), ({'CODE': '0'}, 75), ({'CODE': '1'}, 1), ({'CODE': '2'}, 2)],
+)
+def test_a_pod_succeeds_only_at_the_end(tmp_path, run, code):
+  python = write_program(tmp_path / 'stand-in', PYTHON)
+  command = ['bash', LAUNCH / 'pod.sh', tmp_path / 'out']
+  done = subprocess.run(command, env=os.environ | run | {'PYTHON': str(python)}, check=False)
+  assert done.returncode == code
+
+
+def test_a_pod_passes_sigterm_on_and_waits(tmp_path):
+  """The child saves for a while after the signal; the pod must not end before it.
+
+  However late the shell comes to set its traps.
+  """
+  slow = tmp_path / 'slow'
+  slow.write_text('[[ $0 != *pod.sh ]] || trap() { sleep 0.3; builtin trap "$@"; }\n')
+  python = write_program(
+    tmp_path / 'stand-in',
+    '#!/usr/bin/env bash\n'
+    f'trap "sleep 0.5; touch {tmp_path}/saved; exit 0" TERM\n'
+    f'touch {tmp_path}/started\n'
+    'while true; do sleep 0.05; done\n',
+  )
+  pod = subprocess.Popen(
+    ['bash', LAUNCH / 'pod.sh', tmp_path / 'out'],
+    env=os.environ | {'PYTHON': str(python), 'BASH_ENV': str(slow)},
+  )
+  while not (tmp_path / 'started').exists():
+    assert pod.poll() is None
+  pod.send_signal(signal.SIGTERM)
+  assert pod.wait(timeout=60) == 75 and (tmp_path / 'saved').exists()
+
+
+def jobset():
+  yaml = pytest.importorskip('yaml', reason='PyYAML is not installed')
+  return yaml.safe_load((LAUNCH / 'jobset.yaml').read_text())
+
+
+def test_the_jobset_counts_its_processes_alike():
+  """JobSet names pods JOBSET-REPLICATEDJOB-JOB-POD, and its service as itself."""
+  found = jobset()
+  (workers,) = found['spec']['replicatedJobs']
+  job = workers['template']['spec']
+  (container,) = job['template']['spec']['containers']
+  given = dict(arg[2:].split('=', 1) for arg in container['args'][1:])
+  assert job['completionMode'] == 'Indexed' and workers['replicas'] == 1
+  assert int(given['num_processes']) == job['completions'] == job['parallelism'] > 1
+  name = found['metadata']['name']
+  assert given['coordinator_address'].split(':')[0] == f'{name}-{workers["name"]}-0-0.{name}'
+  assert given['process_id'] == '$(JOB_COMPLETION_INDEX)'
+  assert (runs.ROOT / container['command'][0]).exists()
+  mounts = [mount['mountPath'] for mount in container['volumeMounts']]
+  places = [container['args'][0], given['config.data.cache'], container['env'][0]['value']]
+  assert all(place.startswith(f'{mounts[0]}/') for place in places)
+
+
+def test_bad_input_fails_the_jobset_at_once():
+  spec = jobset()['spec']
+  job = spec['replicatedJobs'][0]['template']['spec']
+  (rule,) = job['podFailurePolicy']['rules']
+  (container,) = job['template']['spec']['containers']
+  assert rule['action'] == 'FailJob' and rule['onExitCodes']['values'] == [2]
+  assert rule['onExitCodes']['containerName'] == container['name']
+  assert job['template']['spec']['restartPolicy'] == 'Never' and job['backoffLimit'] == 0
+  (rule,) = spec['failurePolicy']['rules']
+  assert (rule['action'], rule['onJobFailureReasons']) == ('FailJobSet', ['PodFailurePolicy'])
+
+
+TEXTS = [*(LAUNCH / name for name in (*SCRIPTS, 'jobset.yaml')), runs.ROOT / 'docs/cluster.md']
+OURS = re.compile(r'--((?:config\.|coordinator|num_proc|process_id|workdir|distributed|mode)[\w.]*)')
+
+
+@pytest.mark.parametrize('path', TEXTS, ids=lambda path: path.name)
+def test_what_is_named_exists(path):
+  """Flags, config fields and files."""
+  text = path.read_text()
+  known = set(flags.FLAGS) | {'config'}
+  config = runs.base.get_config()
+  for name in OURS.findall(text):
+    head, *fields = name.rstrip('.').split('.')
+    assert head in known, name
+    found = config
+    for field in fields:
+      found = found[field]
+  for name in re.findall(r'(?<![\w/])(?:configs|launch|docs|adapt_jax)/[\w./]*\w', text):
+    assert (runs.ROOT / name).exists(), name
+
+
+def test_srun_sets_what_is_recognised():
+  """The stand-in of these tests sets no more than SLURM does, and that is what `start` looks for."""
+  variables = set(re.findall(r'\bSLURM_\w+', SRUN)) | {'SLURM_JOB_ID'}
+  assert processes._managed(dict.fromkeys(variables, '2'))

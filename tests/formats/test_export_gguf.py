@@ -1,0 +1,297 @@
+"""Exported .gguf files in the real llama.cpp, and read back by ourselves."""
+
+import errno
+import os
+import pathlib
+import resource
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, dequantize, quantize
+
+from adapt_jax.export import gguf as export
+from adapt_jax.export.gguf import KINDS, check_gguf, write_gguf
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.plan import PrunePlan
+from models.config import LayerShape, Llama3Scaling, RopeConfig
+from models.errors import InputError, disk_full
+from models.formats.gguf_header import open_file
+from models.formats.hf_weights import leaves
+from models.formats.source import open_source
+from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, tiny_config
+from tests.support.llama_cpp import Job, ask, needs_llama_cpp
+from tests.support.tokenizers_for_tests import tiny_tokenizer
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEMO = ROOT / 'data/SmolLM2-135M-Instruct.Q4_1.gguf'
+TEXTS = ["<|im_start|>It's the quick brown fox, 2024!<|im_end|>\n", '  two  spaces\n\n\n', 'déjà vu: 你好 🙂']
+GENERATED = 8
+SQUARE = (LayerShape(4, 2, 40),) * 2  # heads · head_dim = hidden_size
+SCALED = RopeConfig(50000.0, Llama3Scaling(8.0, 1.0, 4.0, 32))
+
+
+def config_of(family, layers=None, **fields):
+  layers = {} if layers is None else {'layers': layers}
+  return tiny_config(family, vocab_size=330, **layers, **fields)
+
+
+# What each should be for llama.cpp. The tiny tokenizer has 320 tokens: ten rows are unused.
+MODELS = {
+  'llama': ('deci', config_of('llama')),
+  'llama uniform': ('llama', config_of('llama', UNIFORM)),
+  'llama untied': ('deci', config_of('llama', tie_embeddings=False)),
+  'llama attention_bias': ('deci', config_of('llama', qkv_bias=True)),
+  'llama output_bias': ('deci', config_of('llama', output_bias=True)),
+  'llama all biases': ('deci', config_of('llama', qkv_bias=True, output_bias=True)),
+  'llama uniform, all biases': ('llama', config_of('llama', UNIFORM, qkv_bias=True, output_bias=True)),
+  'mistral': ('deci', config_of('mistral')),
+  'mistral uniform': ('llama', config_of('mistral', UNIFORM)),
+  'qwen2': ('deci', config_of('qwen2')),
+  'qwen2 uniform': ('qwen2', config_of('qwen2', SQUARE)),
+  'qwen2 not square': ('llama', config_of('qwen2', UNIFORM)),
+  'qwen2 output_bias': ('deci', config_of('qwen2', output_bias=True)),
+  'qwen2 scaled': ('llama', config_of('qwen2', SQUARE, rope=SCALED)),
+  'qwen3 uniform': ('qwen3', config_of('qwen3', UNIFORM)),
+}
+# Rows of 64 and 96 are whole blocks, those of 40 are not.
+BLOCKS = tiny_config(
+  'llama',
+  (LayerShape(2, 1, 40), LayerShape(4, 2, 96)),
+  vocab_size=330,
+  hidden_size=64,
+  head_dim=16,
+)
+
+
+def write(path, config, params, kind='F32', **options):
+  write_gguf(config, params, path, tokenizer=tiny_tokenizer(), kind=kind, name='tiny', **options)
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  root = tmp_path_factory.mktemp('gguf')
+  for name, (_, config) in MODELS.items():
+    write(root / f'{name}.gguf', config, random_params(config))
+  for kind in KINDS:
+    write(root / f'{kind}.gguf', BLOCKS, random_params(BLOCKS), kind)
+  return root
+
+
+@pytest.fixture(scope='module')
+def answers(files):
+  """llama.cpp's word on all the files."""
+  jobs = {
+    name: Job(files / f'{name}.gguf', TEXTS, random_tokens(config), GENERATED)
+    for name, (_, config) in MODELS.items()
+  }
+  return ask(jobs | {kind: Job(files / f'{kind}.gguf', [], random_tokens(BLOCKS)) for kind in KINDS})
+
+
+def perplexity(logits, tokens):
+  scores = np.asarray(jax.nn.log_softmax(np.asarray(logits, np.float32)[:, :-1]))
+  return np.exp(-np.take_along_axis(scores, tokens[:, 1:, None], -1).mean(dtype=np.float64))
+
+
+def divergence(expected, found):
+  """Kullback-Leibler, nats a token: less noisy than the perplexity of so little text."""
+  p, q = (np.float64(jax.nn.log_softmax(np.asarray(x, np.float32))) for x in (expected, found))
+  return (np.exp(p) * (p - q)).sum(-1).mean()
+
+
+def ours(config, params, tokens, generate):
+  """Our own logits, and each row's greedy continuation; one length throughout, for one compile."""
+  length = tokens.shape[1]
+  rows = np.pad(tokens, ((0, 0), (0, generate)))  # what comes later does not count
+  found = np.asarray(logits(config, params, rows))[:, :length]
+  for at in range(length, length + generate):
+    rows[:, at] = np.asarray(logits(config, params, rows))[:, at - 1].argmax(-1)
+  return found, rows[:, length:].tolist()
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize('name', MODELS)
+def test_llama_cpp_computes_the_same(name, answers):
+  _, config = MODELS[name]
+  params, tokens, answer = random_params(config), random_tokens(config), answers[name]
+  expected, continuation = ours(config, params, tokens, GENERATED)
+  np.testing.assert_allclose(answer.logits, expected, rtol=0, atol=1e-4)
+  np.testing.assert_allclose(perplexity(answer.logits, tokens), perplexity(expected, tokens), rtol=1e-5)
+  assert answer.greedy == continuation
+  assert answer.ids == [tiny_tokenizer()(text).input_ids for text in TEXTS]
+
+
+# The mean difference in standard deviations of the logits: on a CPU, llama.cpp multiplies by F16 and BF16
+# matrices what it has rounded to the same, and by quantised ones what it has rounded to eight bits.
+@needs_llama_cpp
+@pytest.mark.parametrize('kind, mean', list(zip(KINDS, (1e-5, 0.003, 0.03, 0.06, 0.06), strict=True)))
+def test_llama_cpp_computes_every_kind(kind, mean, files, answers):
+  source = open_source(str(files / f'{kind}.gguf'))
+  expected = np.asarray(logits(source.config, source.load_params(), random_tokens(BLOCKS)))
+  assert np.abs(answers[kind].logits - expected).mean() < mean * expected.std()
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_our_own_loader_reads_back_the_same(name, files):
+  arch, config = MODELS[name]
+  path = files / f'{name}.gguf'
+  metadata = open_file(path).metadata
+  assert metadata['general.architecture'] == arch and metadata['general.name'] == 'tiny'
+  source, params = open_source(str(path)), random_params(config)
+  assert source.config == config and source.dtype == 'float32'
+  assert source.load_tokenizer()(TEXTS).input_ids == tiny_tokenizer()(TEXTS).input_ids
+  assert source.load_tokenizer().chat_template == tiny_tokenizer().chat_template
+  jax.tree.map(np.testing.assert_array_equal, source.load_params(), params)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_reads_back_as_it_is_rounded(kind, dtype, tmp_path):
+  """Vectors are F32, rows that are no whole blocks F16, and what makes the logits has eight bits at least."""
+  path, params = tmp_path / 'tiny.gguf', random_params(BLOCKS, dtype=dtype)
+  write(path, BLOCKS, params, kind)
+  source = open_source(str(path))
+  loaded = source.load_params()
+  for leaf in leaves(BLOCKS):
+    ours, theirs = params, loaded
+    for key in leaf.path:
+      ours, theirs = ours[key], theirs[key]
+    stored = kind if len(leaf.hf_shape) == 2 else 'F32'
+    if stored in ('Q8_0', 'Q4_0') and leaf.hf_shape[1] == 40:
+      stored = 'F16'
+    elif stored == 'Q4_0' and leaf.name == 'model.embed_tokens.weight':
+      stored = 'Q8_0'
+    expected, wanted = ours.reshape(leaf.hf_shape).astype(np.float32), GGMLQuantizationType[stored]
+    expected = dequantize(quantize(expected, wanted), wanted)
+    assert source.reader.dtype(leaf.name) == {'F16': 'float16', 'BF16': 'bfloat16'}.get(stored, 'float32')
+    np.testing.assert_array_equal(
+      np.asarray(theirs, np.float32).reshape(leaf.hf_shape), expected, err_msg=leaf.name
+    )
+
+
+@pytest.mark.parametrize(
+  'config, word',
+  [
+    (tiny_config('qwen3'), 'differ by layer'),
+    (tiny_config('qwen3', UNIFORM, qkv_bias=True), 'biases'),
+    (tiny_config('qwen3', UNIFORM, output_bias=True), 'biases'),
+    (tiny_config('qwen3', UNIFORM, rope=SCALED), 'scaling'),
+  ],
+)
+def test_what_llama_cpp_has_no_architecture_for_is_refused(config, word, tmp_path):
+  for call in (check_gguf, lambda config: write(tmp_path / 'tiny.gguf', config, random_params(config))):
+    with pytest.raises(InputError, match=f'qwen3.*{word}.*hf_padded'):
+      call(config)
+  assert not list(tmp_path.iterdir())
+
+
+def test_all_models_that_are_written_pass_the_check():
+  for _, config in MODELS.values():
+    check_gguf(config)
+
+
+def test_bad_options_are_refused(tmp_path):
+  config = tiny_config(vocab_size=320)
+  with pytest.raises(InputError, match="'Q4_K'.*Q8_0"):
+    write(tmp_path / 'tiny.gguf', config, random_params(config), 'Q4_K')
+  small = tiny_config(vocab_size=319)
+  with pytest.raises(InputError, match='319 rows'):
+    write(tmp_path / 'tiny.gguf', small, random_params(small))
+  assert not list(tmp_path.iterdir())
+
+
+def test_weights_beyond_f16_are_refused(tmp_path):
+  config = tiny_config(vocab_size=320)
+  params = random_params(config)
+  params['layers'][1]['mlp']['up'][0, 0] = 1e5
+  with pytest.raises(InputError, match='layers.1.mlp.up_proj.weight.*F16'):
+    write(tmp_path / 'tiny.gguf', config, params, 'F16')
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('existing', [False, True])
+def test_a_full_disk_leaves_everything_as_it_was(existing, tmp_path):
+  path, config = tmp_path / 'tiny.gguf', tiny_config(vocab_size=320)
+  if existing:
+    path.write_text('old')
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+  try:
+    with pytest.raises(OSError) as caught:
+      write(path, config, random_params(config))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert disk_full(caught.value) == os.strerror(errno.EFBIG)
+  assert list(tmp_path.iterdir()) == ([path] if existing else [])
+  if existing:
+    assert path.read_text() == 'old'
+    write(path, config, random_params(config))
+    assert open_source(str(path)).config == config
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+  (tmp_path / 'file').write_text('')
+  config = tiny_config(vocab_size=320)
+  with pytest.raises(InputError, match='choose another place'):
+    write(tmp_path / 'file/tiny.gguf', config, random_params(config))
+
+
+@pytest.mark.parametrize('kind', ['F32', 'Q8_0'])
+def test_one_tensor_is_in_memory_at_a_time(kind, tmp_path):
+  """As numpy sees it: parameters on a device are copied to the host one by one."""
+  config = tiny_config('llama', (LayerShape(3, 1, 2048),) * 8, vocab_size=320, hidden_size=128)
+  params = jax.tree.map(jax.numpy.asarray, random_params(config))
+  largest = 4 * 2048 * 128
+  tracemalloc.start()
+  try:
+    write(tmp_path / 'tiny.gguf', config, params, kind)
+    assert tracemalloc.get_traced_memory()[1] < 3 * largest  # of 24 such tensors
+  finally:
+    tracemalloc.stop()
+
+
+def test_other_processes_only_take_part_in_gathering(tmp_path, monkeypatch):
+  config, gathered = tiny_config(vocab_size=320), []
+
+  def host_tensors(config, params):
+    for leaf in leaves(config):
+      gathered.append(leaf.name)
+      yield leaf, None
+
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(export, 'host_tensors', host_tensors)
+  write(tmp_path / 'tiny.gguf', config, random_params(config))
+  assert gathered == [leaf.name for leaf in leaves(config)] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.skipif(not DEMO.exists(), reason='the demo model is not there: python scripts/fetch_demo.py')
+def test_pruned_smollm2_in_llama_cpp(tmp_path):
+  source = open_source(str(DEMO))
+  tokenizer, plan = source.load_tokenizer(), PrunePlan.dense(source.config)
+  for layer in (4, 9, 17):
+    plan.kv[layer][0] = False
+  for layer in range(0, 30, 3):
+    plan.ffn[layer][1024 + 16 * layer :] = False
+  config = plan.pruned_config(source.config)
+  params = surgery.compact(source.load_params(), plan)
+  text = (ROOT / 'LICENSE').read_text()
+  rows = np.array(tokenizer(text).input_ids[:128]).reshape(2, 64)
+  jobs = {}
+  for kind in ('F32', 'Q8_0', 'Q4_0'):
+    jobs[kind] = Job(tmp_path / f'{kind}.gguf', [text], rows, 8 if kind == 'F32' else 0)
+    write_gguf(config, params, jobs[kind].path, tokenizer=tokenizer, kind=kind, name='SmolLM2')
+  answers = ask(jobs)
+  assert all(answer.ids == [tokenizer(text).input_ids] for answer in answers.values())
+  expected, continuation = ours(config, params, rows, jobs['F32'].generate)
+  assert answers['F32'].greedy == continuation
+  assert perplexity(answers['F32'].logits, rows) == pytest.approx(perplexity(expected, rows), rel=1e-4)
+  assert divergence(expected, answers['Q8_0'].logits) < 0.03
+  for kind in (
+    'Q8_0',
+    'Q4_0',
+  ):  # the weights as stored: what is left is that llama.cpp rounds activations too
+    stored, _ = ours(config, open_source(str(jobs[kind].path)).load_params(), rows, 0)
+    assert divergence(stored, answers[kind].logits) < 0.02

@@ -1,0 +1,102 @@
+"""Exports in the tools on top of transformers: Trainer, accelerate's device maps, shards.
+
+transformers 4.57 runs `check_tools` in test_export_hf.py, in the one process that imports it.
+"""
+
+import json
+import unittest.mock
+
+import numpy as np
+import pytest
+
+from models.formats.hf_weights import save_params
+from models.formats.safetensors import INDEX_NAME
+from models.formats.source import open_source
+from tests.formats.test_export_hf import EXPORTS, check_logits, export, load
+from tests.support.helpers import random_tokens
+from tests.support.tokenizers_for_tests import tiny_tokenizer
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+pytest.importorskip('accelerate')
+pytestmark = pytest.mark.usefixtures('code_cache')
+
+
+def check_tools(directory, out):
+  check_device_map(directory, out / 'offloaded')
+  check_shards(directory, out / 'shards')
+  check_trainer(directory, out / 'trained')
+
+
+def check_device_map(directory, out):
+  """All on one device, and spread over memory and disk, layer by layer."""
+  model = load(directory, device_map='auto')
+  assert all(p.device.type == 'cpu' for p in model.parameters())
+  check_logits(model, directory)
+  model = load(directory, device_map='auto', max_memory={'cpu': 200_000}, offload_folder=str(out))
+  places = set(model.hf_device_map.values())
+  assert {str(place) for place in places} == {'cpu', 'disk'}, model.hf_device_map
+  check_logits(model, directory)
+
+
+def check_shards(directory, out):
+  """Saved by transformers in several files; test_sharded_export is about our own."""
+  load(directory).save_pretrained(out, max_shard_size='30KB')
+  assert len(list(out.glob('*.safetensors'))) > 3
+  check_logits(load(out), directory)
+  assert open_source(str(out)).config == open_source(str(directory)).config
+
+
+def check_trainer(directory, out):
+  """Twelve steps of stock fine-tuning lower the loss; the checkpoint loads and is what was trained."""
+  model = load(directory)
+  rows = [{'input_ids': row, 'labels': row} for row in torch.tensor(random_tokens(model.config, rows=4))]
+  arguments = transformers.TrainingArguments(
+    output_dir=str(out),
+    max_steps=12,
+    learning_rate=1e-2,
+    per_device_train_batch_size=4,
+    logging_steps=1,
+    save_steps=12,
+    report_to=[],
+    use_cpu=True,
+    disable_tqdm=True,
+  )
+  trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+  trainer.train()
+  losses = [entry['loss'] for entry in trainer.state.log_history if 'loss' in entry]
+  assert len(losses) == 12 and losses[-1] < 0.7 * losses[0], losses
+  again, trained = load(out / 'checkpoint-12').state_dict(), model.state_dict()
+  assert again.keys() == trained.keys() and all(torch.equal(again[name], trained[name]) for name in trained)
+  assert open_source(str(out / 'checkpoint-12')).config == open_source(str(directory)).config
+
+
+@pytest.mark.parametrize('name', ['llama', 'qwen2-output-bias'])
+def test_tools_on_top_of_transformers(name, tmp_path):
+  export(tmp_path / 'hf', EXPORTS[name], tokenizer=tiny_tokenizer())
+  check_tools(tmp_path / 'hf', tmp_path)
+
+
+def test_sharded_export(tmp_path):
+  """As models above five gigabytes are written."""
+  directory, config = tmp_path / 'hf', EXPORTS['qwen3']
+
+  def small_shards(*args):
+    save_params(*args, shard_bytes=30_000)
+
+  with unittest.mock.patch('adapt_jax.export.hf.save_params', small_shards):
+    export(directory, config)
+  index = json.loads((directory / INDEX_NAME).read_text())
+  assert len(set(index['weight_map'].values())) > 3 and not (directory / 'model.safetensors').exists()
+  check_logits(load(directory), directory)
+  check_logits(load(directory, device_map='auto'), directory)
+  assert open_source(str(directory)).config == config
+
+
+def test_chat_template_is_the_tokenizers_own(tmp_path):
+  export(tmp_path / 'hf', EXPORTS['llama'], tokenizer=tiny_tokenizer())
+  messages = [{'role': 'user', 'content': 'the quick brown fox'}]
+  found = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf', trust_remote_code=True)
+  ours, theirs = (t.apply_chat_template(messages, tokenize=False) for t in (tiny_tokenizer(), found))
+  assert ours == theirs and 'the quick brown fox' in ours
+  assert np.array_equal(found(ours).input_ids, tiny_tokenizer()(ours).input_ids)

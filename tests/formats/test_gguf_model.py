@@ -1,0 +1,592 @@
+"""GGUF input against files written by the gguf package, and the tokenizers in them."""
+
+import dataclasses
+import os
+import pathlib
+import struct
+
+import gguf as gguf_package
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from models.config import LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from models.errors import InputError
+from models.formats import gguf_model, gguf_tokenizer
+from models.formats.hf_weights import check_tensors, leaves
+from models.formats.source import open_source
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEMO_NAME = 'SmolLM2-135M-Instruct.Q4_1.gguf'
+SHARED = ROOT.parent / 'shared'
+PLAIN = {
+  Type.F32: np.dtype(np.float32),
+  Type.F16: np.dtype(np.float16),
+  Type.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+QUANTISED = (Type.Q4_0, Type.Q4_1, Type.Q8_0)
+TEXTS = (
+  'hello hello 2024, 1234567 and 3.14!',
+  '  two  spaces\t\ttabs\r\n\n\nlines \n end ',
+  "It's déjà vu: 你好, мир, ½ ٣ 🙂👩‍👩‍👧 e\u0301",
+)
+
+
+def tiny_config(family: str, **changes) -> ModelConfig:
+  base = ModelConfig(
+    family=family,
+    vocab_size=40,
+    hidden_size=64,
+    head_dim=32 if family == 'qwen3' else 16,
+    layers=(LayerShape(4, 2, 96),) * 2,
+    rope=RopeConfig(500000.0),
+    rms_norm_eps=1e-5,
+    tie_embeddings=family == 'qwen3',
+    qkv_bias=family == 'qwen2',
+    qk_norm=family == 'qwen3',
+    max_position=512,
+  )
+  return dataclasses.replace(base, **changes)
+
+
+def random_weights(config: ModelConfig, dtype=np.float32) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(0)
+  return {leaf.name: rng.normal(size=leaf.hf_shape).astype(dtype) for leaf in leaves(config)}
+
+
+def permute(weight: np.ndarray, head_dim: int) -> np.ndarray:
+  """What llama.cpp's converter does to q and k of the llama architecture."""
+  heads = len(weight) // head_dim
+  halves = weight.reshape(heads, 2, head_dim // 2, *weight.shape[1:])
+  return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def new_writer(path: pathlib.Path, config: ModelConfig, arch: str | None = None) -> gguf_package.GGUFWriter:
+  def widths(attribute: str) -> int | list[int]:
+    values = [getattr(shape, attribute) for shape in config.layers]
+    return values[0] if config.uniform else values
+
+  writer = gguf_package.GGUFWriter(path, arch or config.family)
+  writer.add_block_count(config.num_layers)
+  writer.add_context_length(config.max_position)
+  writer.add_embedding_length(config.hidden_size)
+  writer.add_head_count(widths('num_heads'))
+  writer.add_head_count_kv(widths('num_kv_heads'))
+  writer.add_feed_forward_length(widths('ffn'))
+  writer.add_key_length(config.head_dim)
+  writer.add_value_length(config.head_dim)
+  writer.add_rope_dimension_count(config.head_dim)
+  writer.add_rope_freq_base(config.rope.theta)
+  writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+  return writer
+
+
+def finish(writer: gguf_package.GGUFWriter) -> None:
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+def add_weights(writer, config: ModelConfig, weights: dict[str, np.ndarray], kind: Type) -> None:
+  arch = {'llama': 'LLAMA', 'qwen2': 'QWEN2', 'qwen3': 'QWEN3'}[config.family]
+  gguf_names = gguf_package.get_tensor_name_map(gguf_package.MODEL_ARCH[arch], config.num_layers)
+  for name, weight in weights.items():
+    if config.family == 'llama' and ('q_proj' in name or 'k_proj' in name):
+      weight = permute(weight, config.head_dim)
+    stored = Type.F32 if weight.ndim == 1 else kind
+    data = weight.astype(np.float32)
+    if stored != Type.F32:
+      data = gguf_package.quantize(data, stored)
+    writer.add_tensor(gguf_names.get_name(name, ('.weight', '.bias')), data, raw_dtype=stored)
+
+
+def write_model(
+  path: pathlib.Path, config: ModelConfig, kind: Type = Type.F32, extra=None, arch: str | None = None
+) -> dict[str, np.ndarray]:
+  """Writes a random model; `extra` may add to the writer. Returns the weights in Hugging Face's layout."""
+  weights = random_weights(config, PLAIN.get(kind, np.float32))
+  writer = new_writer(path, config, arch)
+  add_weights(writer, config, weights, kind)
+  if extra:
+    extra(writer)
+  finish(writer)
+  return weights
+
+
+def assert_refused(path: pathlib.Path, *words: str, call=gguf_model.read_config) -> None:
+  with pytest.raises(InputError) as caught:
+    call(path)
+  message = str(caught.value)
+  assert '\n' not in message
+  for word in (str(path), *words):
+    assert word in message
+
+
+@pytest.mark.parametrize('kind', [*PLAIN, *QUANTISED], ids=lambda kind: kind.name)
+@pytest.mark.parametrize('family', ['llama', 'qwen2', 'qwen3'])
+def test_every_type_and_architecture_reads_back(tmp_path, family, kind):
+  config, path = tiny_config(family), tmp_path / 'tiny.gguf'
+  weights = write_model(path, config, kind)
+  assert gguf_model.read_config(path) == config
+  reader = gguf_model.open_tensors(path)
+  check_tensors(config, reader)
+  assert reader.names() == set(weights)
+  for name, weight in weights.items():
+    # Quantisation works along rows, so it commutes with the permutation of rows.
+    expected = weight
+    if weight.ndim == 2 and kind in QUANTISED:
+      expected = gguf_package.dequantize(gguf_package.quantize(weight, kind), kind)
+    array = reader.read(name)
+    assert reader.shape(name) == array.shape
+    assert array.dtype == (PLAIN.get(kind, np.float32) if weight.ndim == 2 else np.float32)
+    assert reader.dtype(name) == array.dtype.name
+    np.testing.assert_array_equal(array, expected.astype(array.dtype), err_msg=name)
+
+
+def test_rows_of_q_and_k_are_unpermuted_by_head(tmp_path):
+  config = tiny_config('llama', layers=(LayerShape(4, 2, 96), LayerShape(3, 1, 64)))
+  path, half = tmp_path / 'tiny.gguf', 8
+  write_model(path, config)
+  assert gguf_model.read_config(path) == config
+  reader = gguf_model.open_tensors(path)
+  stored = {t.name: t.data for t in gguf_package.GGUFReader(path).tensors}
+  for layer in range(2):
+    for letter in 'qk':
+      ours = reader.read(f'model.layers.{layer}.self_attn.{letter}_proj.weight')
+      theirs = stored[f'blk.{layer}.attn_{letter}.weight']
+      for row in range(len(ours)):
+        head, part, pair = row // 16, row % 16 // half, row % half
+        np.testing.assert_array_equal(ours[row], theirs[head * 16 + 2 * pair + part])
+
+
+def test_biases_are_unpermuted_only_for_llama(tmp_path):
+  for family, biased, found in (
+    ('llama', 'qkv', 'qwen2'),
+    ('llama', 'qkvo', 'llama'),
+    ('qwen2', 'qkv', 'qwen2'),
+  ):
+    config, path = tiny_config(family, qkv_bias=True), tmp_path / f'{family}-{biased}.gguf'
+    weights = random_weights(config)
+    if biased == 'qkv':
+      weights = {name: w for name, w in weights.items() if not name.endswith('o_proj.bias')}
+    writer = new_writer(path, config)
+    add_weights(writer, config, weights, Type.F32)
+    finish(writer)
+    assert gguf_model.read_config(path) == dataclasses.replace(config, family=found)
+    check_tensors(gguf_model.read_config(path), gguf_model.open_tensors(path))
+    for letter in biased:
+      name = f'model.layers.1.self_attn.{letter}_proj.bias'
+      np.testing.assert_array_equal(gguf_model.open_tensors(path).read(name), weights[name])
+
+
+@pytest.mark.parametrize('biases', [{}, {'output_bias': True}, {'qkv_bias': True, 'output_bias': True}])
+def test_deci_is_a_llama_with_the_widths_of_each_layer(tmp_path, biases):
+  layers = (LayerShape(2, 1, 32), LayerShape(4, 2, 96), LayerShape(6, 3, 64))
+  config, path = tiny_config('llama', layers=layers, **biases), tmp_path / 'tiny.gguf'
+  weights = write_model(path, config, arch='deci')
+  source = open_source(str(path))
+  assert source.config == config and source.reader.names() == set(weights)
+  for name, weight in weights.items():
+    np.testing.assert_array_equal(source.reader.read(name), weight, err_msg=name)
+
+
+def test_deci_layers_without_attention_are_refused(tmp_path):
+  path = tmp_path / 'tiny.gguf'
+  writer = new_writer(path, tiny_config('llama'), 'deci')
+  writer.kv_data[0]['deci.attention.head_count'].value = [4, 0]
+  writer.kv_data[0]['deci.attention.head_count'].type = gguf_package.GGUFValueType.ARRAY
+  writer.add_tensor('token_embd.weight', np.zeros((40, 64), np.float32))
+  writer.add_tensor('output_norm.weight', np.zeros(64, np.float32))
+  finish(writer)
+  assert_refused(path, 'deci.attention.head_count', '[4, 0]')
+
+
+def test_the_family_that_our_own_export_names(tmp_path):
+  path = tmp_path / 'tiny.gguf'
+  write_model(path, tiny_config('llama'), extra=lambda w: w.add_string(gguf_model.FAMILY_KEY, 'mistral'))
+  assert gguf_model.read_config(path) == tiny_config('mistral')
+  write_model(path, tiny_config('llama'), extra=lambda w: w.add_string(gguf_model.FAMILY_KEY, 'gpt2'))
+  assert_refused(path, gguf_model.FAMILY_KEY, "'gpt2'", 'mistral')
+
+
+def llama3_factors(theta: float, head_dim: int, factor: float) -> np.ndarray:
+  """rope_freqs.weight as llama.cpp's converter computes it."""
+  factors = []
+  for i in range(0, head_dim, 2):
+    wavelength = 2 * np.pi * theta ** (i / head_dim)
+    if wavelength < 8192 / 4:
+      factors.append(1.0)
+    elif wavelength > 8192:
+      factors.append(factor)
+    else:
+      smooth = (8192 / wavelength - 1) / (4 - 1)
+      factors.append(1 / ((1 - smooth) / factor + smooth))
+  return np.array(factors, np.float32)
+
+
+@pytest.mark.parametrize('factor', [8.0, 32.0])
+def test_llama3_rope_scaling_is_recovered(tmp_path, factor):
+  config, path = tiny_config('llama', head_dim=64), tmp_path / 'tiny.gguf'
+  factors = llama3_factors(config.rope.theta, config.head_dim, factor)
+  write_model(path, config, extra=lambda w: w.add_tensor('rope_freqs.weight', factors))
+  assert gguf_model.read_config(path).rope == RopeConfig(500000.0, Llama3Scaling(factor, 1.0, 4.0, 8192))
+  assert not any('rope' in name for name in gguf_model.open_tensors(path).names())
+
+
+def test_another_llama3_rope_scaling_that_our_own_export_names(tmp_path):
+  scaling, path = Llama3Scaling(2.0, 1.5, 3.3, 64), tmp_path / 'tiny.gguf'
+  config = tiny_config('llama', rope=RopeConfig(10000.0, scaling))
+  divisors = gguf_model.rope_divisors(config.rope, config.head_dim)
+
+  def write(parts):
+    def extra(writer):
+      writer.add_tensor('rope_freqs.weight', divisors)
+      if parts:
+        writer.add_array(gguf_model.SCALING_KEY, parts)
+
+    write_model(path, config, extra=extra)
+
+  write([2.0, 1.5, 3.3, 64.0])
+  assert gguf_model.read_config(path) == config
+  for wrong in (None, [2.0, 1.5, 3.3, 65.0], [2.0, 1.5], [2.0, 1.5, float('nan'), 64.0]):
+    write(wrong)
+    assert_refused(path, 'rope_freqs.weight')
+
+
+def test_other_rope_factors_are_refused(tmp_path):
+  factors = llama3_factors(500000.0, 16, 8.0)
+  for i, wrong in enumerate((factors * np.float32(1.01), factors[:-1], np.full(8, np.nan, np.float32))):
+    path = tmp_path / f'{i}.gguf'
+    write_model(path, tiny_config('llama'), extra=lambda w, f=wrong: w.add_tensor('rope_freqs.weight', f))
+    assert_refused(path, 'rope_freqs.weight')
+
+
+UNSUPPORTED = {
+  'expert_count': lambda w: w.add_expert_count(8),
+  'rope.scaling.type': lambda w: w.add_rope_scaling_type(gguf_package.RopeScalingType.YARN),
+  'attention.sliding_window': lambda w: w.add_sliding_window(128),
+  'attention.causal': lambda w: w.add_causal_attention(False),
+}
+
+
+@pytest.mark.parametrize('key', UNSUPPORTED)
+def test_unsupported_features_are_refused_by_name(tmp_path, key):
+  path = tmp_path / 'tiny.gguf'
+  write_model(path, tiny_config('llama'), extra=UNSUPPORTED[key])
+  assert_refused(path, f'llama.{key}')
+
+
+def test_harmless_values_of_those_features_pass(tmp_path):
+  def extra(writer):
+    writer.add_expert_count(0)
+    writer.add_rope_scaling_type(gguf_package.RopeScalingType.NONE)
+    writer.add_sliding_window(512)
+
+  path = tmp_path / 'tiny.gguf'
+  write_model(path, tiny_config('llama'), extra=extra)
+  assert gguf_model.read_config(path) == tiny_config('llama')
+
+
+def test_unsupported_architecture_is_refused(tmp_path):
+  path = tmp_path / 'tiny.gguf'
+  writer = gguf_package.GGUFWriter(path, 'gemma3')
+  writer.add_block_count(1)
+  finish(writer)
+  assert_refused(path, "'gemma3'", 'llama')
+  assert_refused(path, "'gemma3'", call=gguf_model.open_tensors)
+
+
+@pytest.mark.parametrize('kind', [Type.Q5_0, Type.Q4_K], ids=lambda kind: kind.name)
+def test_unsupported_tensor_type_is_refused(tmp_path, kind):
+  def extra(writer):
+    size = gguf_package.GGML_QUANT_SIZES[kind][1]
+    writer.add_tensor('output.weight', np.zeros((2, size), np.uint8), raw_dtype=kind)
+
+  path = tmp_path / 'tiny.gguf'
+  write_model(path, tiny_config('llama', tie_embeddings=True), extra=extra)
+  assert_refused(path, 'output.weight', kind.name, 'Q4_1', call=gguf_model.open_tensors)
+
+
+@pytest.mark.parametrize('name', ['blk.0.ffn_gate_inp.weight', 'blk.0.ffn_gate.bias', 'odd'])
+def test_unknown_tensor_is_refused(tmp_path, name):
+  path = tmp_path / 'tiny.gguf'
+  write_model(path, tiny_config('llama'), extra=lambda w: w.add_tensor(name, np.zeros(4, np.float32)))
+  assert_refused(path, name, call=gguf_model.open_tensors)
+
+
+def test_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
+  path = tmp_path / 'tiny.gguf'
+  write_model(path, tiny_config('llama'), extra=lambda w: w.add_token_list([f't{i}' for i in range(41)]))
+  assert_refused(path, '41', '40')
+
+
+def test_missing_empty_and_foreign_files_are_refused(tmp_path):
+  for call in (gguf_model.read_config, gguf_model.open_tensors, gguf_tokenizer.load_tokenizer):
+    assert_refused(tmp_path / 'absent.gguf', 'check the path', call=call)
+    assert_refused(tmp_path, call=call)
+    for content in (b'', b'GGU', b'PK\x03\x04' + bytes(100), b'GGUF' + struct.pack('<I', 1) + bytes(100)):
+      (tmp_path / 'bad.gguf').write_bytes(content)
+      assert_refused(tmp_path / 'bad.gguf', 'download it again', call=call)
+
+
+def test_truncated_and_damaged_files_never_crash(tmp_path):
+  path, bad = tmp_path / 'tiny.gguf', tmp_path / 'bad.gguf'
+  write_model(path, tiny_config('llama', vocab_size=300), extra=lambda w: add_byte_level(w, 'gpt-2'))
+  whole = path.read_bytes()
+  header = gguf_package.GGUFReader(path).data_offset
+  for length in (*range(0, header, 211), header, len(whole) - 1):
+    bad.write_bytes(whole[:length])
+    assert_refused(bad, 'truncated')
+  rng = np.random.default_rng(0)
+  for _ in range(300):
+    damaged = bytearray(whole)
+    for at in rng.integers(0, header, 3):
+      damaged[at] = rng.integers(256)
+    bad.write_bytes(damaged)
+    try:
+      check_tensors(gguf_model.read_config(bad), gguf_model.open_tensors(bad))
+    except InputError as error:
+      assert '\n' not in str(error)
+
+
+def test_a_damaged_array_length_ends_at_the_end_of_the_file(tmp_path):
+  path = tmp_path / 'tiny.gguf'
+  write_model(path, tiny_config('llama', vocab_size=300), extra=lambda w: add_byte_level(w, 'gpt-2'))
+  damaged, key = bytearray(path.read_bytes()), b'tokenizer.ggml.token_type'
+  struct.pack_into('<Q', damaged, damaged.index(key) + len(key) + 8, 2**60)
+  path.write_bytes(damaged)
+  assert_refused(path, 'truncated')
+
+
+SPECIALS = ['<|end|>', '<|start|>', '<｜odd▁begin｜>', '<think>']
+MERGES = ['h e', 'l l', 'he ll', 'hell o', 'Ġ hello', '2 0', '20 2', '202 4', 'Ġ Ġ', 'Ã ©']
+
+
+def add_byte_level(writer, pre: str, **flags: bool) -> list[str]:
+  """Metadata of a byte-level tokenizer with a word that no merge reaches; returns its tokens."""
+  from tokenizers.pre_tokenizers import ByteLevel
+
+  tokens = [*SPECIALS, *sorted(ByteLevel.alphabet()), *(m.replace(' ', '') for m in MERGES), 'unmerged']
+  writer.add_tokenizer_model('gpt2')
+  writer.add_tokenizer_pre(pre)
+  writer.add_token_list(tokens)
+  writer.add_token_types([3, 3, 3, 4] + [1] * (len(tokens) - 4))
+  writer.add_token_merges(MERGES)
+  writer.add_bos_token_id(2)
+  writer.add_eos_token_id(0)
+  for name, flag in flags.items():
+    getattr(writer, name)(flag)
+  return tokens
+
+
+def byte_level(path: pathlib.Path, pre: str, **flags: bool):
+  writer = new_writer(path, tiny_config('llama'))
+  add_byte_level(writer, pre, **flags)
+  writer.add_chat_template('{{ messages[0].content }}!')
+  finish(writer)
+  return gguf_tokenizer.load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+  ('pre', 'number', 'begins'),
+  [
+    ('smollm', ['2', '0', '2', '4'], False),
+    ('gpt-2', ['2024'], False),
+    ('default', ['2024'], False),
+    ('llama-bpe', ['202', '4'], True),
+    ('qwen2', ['2', '0', '2', '4'], False),
+    ('deepseek-r1-qwen', ['2', '0', '2', '4'], False),
+  ],
+)
+def test_byte_level_tokenizer(tmp_path, pre, number, begins):
+  tokenizer = byte_level(tmp_path / 'tiny.gguf', pre)
+  assert tokenizer.tokenize('2024') == number
+  assert tokenizer.tokenize(' hello')[-1] == 'Ġhello'
+  assert (tokenizer.tokenize('unmerged') == ['unmerged']) == (pre == 'llama-bpe')
+  for text in TEXTS:
+    ids = tokenizer(text).input_ids
+    assert (ids[0] == 2) == begins  # llama.cpp's default where the file does not say
+    expected = text.replace('e\u0301', 'é') if 'qwen' in pre else text  # Qwen composes characters
+    assert tokenizer.decode(ids, skip_special_tokens=True) == expected
+
+
+def test_special_tokens_are_single_and_bos_and_eos_are_added_as_asked(tmp_path):
+  tokenizer = byte_level(tmp_path / 'tiny.gguf', 'smollm', add_add_bos_token=True, add_add_eos_token=True)
+  assert tokenizer('<|start|><think>hello<|end|>', add_special_tokens=False).input_ids[:2] == [1, 3]
+  assert tokenizer('hello').input_ids == [2, tokenizer.convert_tokens_to_ids('hello'), 0]
+  assert tokenizer('2', '0').input_ids.count(2) == 2
+  assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (2, 0)
+  assert tokenizer.decode([2, 1, 3], skip_special_tokens=True) == '<think>'
+  assert tokenizer.decode([2, 1, 3]) == '<｜odd▁begin｜><|start|><think>'
+  assert tokenizer.model_max_length == 512
+  assert tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False) == 'hi!'
+
+
+@pytest.mark.parametrize('pre', ['smollm', 'llama-bpe', 'deepseek-r1-qwen', 'spm'])
+def test_saved_tokenizer_gives_equal_ids(tmp_path, pre):
+  from transformers import AutoTokenizer
+
+  if pre == 'spm':
+    tokenizer = sentence_piece(tmp_path / 'tiny.gguf')
+  else:
+    tokenizer = byte_level(tmp_path / 'tiny.gguf', pre, add_add_bos_token=True)
+  tokenizer.save_pretrained(tmp_path / 'saved')
+  loaded = AutoTokenizer.from_pretrained(tmp_path / 'saved')
+  for text in (*TEXTS, ' <|start|> a <s> b<think>\n'):
+    assert loaded(text).input_ids == tokenizer(text).input_ids
+    assert loaded.decode(loaded(text).input_ids) == tokenizer.decode(tokenizer(text).input_ids)
+  assert loaded.chat_template == tokenizer.chat_template
+  assert loaded.special_tokens_map == tokenizer.special_tokens_map
+
+
+def test_unusable_tokenizers_are_refused(tmp_path):
+  def load(change):
+    path = tmp_path / 'tiny.gguf'
+    writer = new_writer(path, tiny_config('llama'))
+    add_byte_level(writer, 'gpt-2')
+    fields = writer.kv_data[0]
+    change(fields)
+    finish(writer)
+    return path
+
+  def value(key, new):
+    return lambda fields: setattr(fields[f'tokenizer.ggml.{key}'], 'value', new)
+
+  for change, words in (
+    (value('pre', 'tekken'), ('tokenizer.ggml.pre', "'tekken'", 'smollm')),
+    (value('model', 't5'), ('tokenizer.ggml.model', "'t5'")),
+    (value('bos_token_id', 4000), ('bos_token_id', '4000')),
+    (value('merges', ['h e', 'h q']), ('merges', "'q'")),
+    (value('token_type', [1, 1]), ('token_type',)),
+    (value('tokens', ['a', 'a']), ('tokens',)),
+    (value('tokens', [1, 2]), ('tokens', 'str')),
+    (lambda fields: fields.pop('tokenizer.ggml.pre'), ('tokenizer.ggml.pre',)),
+  ):
+    assert_refused(load(change), *words, call=gguf_tokenizer.load_tokenizer)
+
+
+PIECES = {'▁a': -1, 'b': -9, 'ab': -2, 'bc': -1.5, '▁': -8, 'a': -7, 'c': -6, '▁ab': -4, 'cc': -3, '你': -5}
+
+
+def sentence_piece(path: pathlib.Path, scores: dict[str, float] = PIECES, prefix: bool = True):
+  byte_tokens = [f'<0x{i:02X}>' for i in range(256)]
+  tokens = ['<unk>', '<s>', '</s>', *byte_tokens, *scores, '<think>']
+  writer = new_writer(path, tiny_config('llama'))
+  writer.add_tokenizer_model('llama')
+  writer.add_tokenizer_pre('default')
+  writer.add_token_list(tokens)
+  writer.add_token_scores([0.0] * 259 + [float(s) for s in scores.values()] + [-1000.0])
+  writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(scores) + [4])
+  writer.add_bos_token_id(1)
+  writer.add_eos_token_id(2)
+  writer.add_unk_token_id(0)
+  writer.add_add_space_prefix(prefix)
+  finish(writer)
+  return gguf_tokenizer.load_tokenizer(path)
+
+
+def sentence_piece_reference(text: str, scores: dict[str, float]) -> list[str]:
+  """SentencePiece's own loop: join the neighbours whose piece scores highest, the leftmost first."""
+  symbols = list('▁' + text.replace(' ', '▁'))
+  while True:
+    pairs = [a + b for a, b in zip(symbols, symbols[1:], strict=False)]
+    known = [(scores[pair], -i) for i, pair in enumerate(pairs) if pair in scores]
+    if not known:
+      break
+    at = -max(known)[1]
+    symbols[at : at + 2] = [pairs[at]]
+  byte_lists = ([s] if s in scores else [f'<0x{b:02X}>' for b in s.encode()] for s in symbols)
+  return [token for tokens in byte_lists for token in tokens]
+
+
+def test_sentence_piece_tokenizer_merges_by_score(tmp_path):
+  tokenizer = sentence_piece(tmp_path / 'tiny.gguf')
+  rng = np.random.default_rng(0)
+  texts = [''.join(rng.choice(list('abc '), 12)) for _ in range(200)]
+  for text in (*texts, '你 ab\n🙂', '  ab  '):
+    assert tokenizer.tokenize(text) == sentence_piece_reference(text, PIECES)
+    ids = tokenizer(text).input_ids
+    assert ids[0] == 1  # BOS by default, as llama.cpp
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_sentence_piece_without_scores_merges_by_id(tmp_path):
+  by_id = {piece: -i for i, piece in enumerate(PIECES)}
+  ranked = sentence_piece(tmp_path / 'ranked.gguf', by_id)
+  equal = sentence_piece(tmp_path / 'equal.gguf', dict.fromkeys(PIECES, -1000.0))
+  for text in ('abc abcc', 'aabbcc', 'a bcc ab'):
+    assert equal.tokenize(text) == ranked.tokenize(text)
+
+
+def test_sentence_piece_special_tokens_and_space_prefix(tmp_path):
+  tokenizer = sentence_piece(tmp_path / 'tiny.gguf')
+  assert tokenizer.tokenize('ab</s>a<think>') == ['▁ab', '</s>', '▁a', '<think>']
+  bare = sentence_piece(tmp_path / 'bare.gguf', prefix=False)
+  assert bare.tokenize('a a') == ['a', '▁a']
+  assert bare.decode(bare(' a').input_ids, skip_special_tokens=True) == ' a'
+
+
+@pytest.fixture(scope='module')
+def demo() -> pathlib.Path:
+  path = pathlib.Path(os.environ.get('ADAPT_JAX_DEMO_DATA', ROOT / 'data'))
+  path = path / DEMO_NAME if path.is_dir() else path
+  if not path.is_file():
+    pytest.skip(f'no {DEMO_NAME} in data/ or at $ADAPT_JAX_DEMO_DATA')
+  return path
+
+
+def test_demo_model_config_and_tensors(demo):
+  config = gguf_model.read_config(demo)
+  assert config == ModelConfig(
+    family='llama',
+    vocab_size=49152,
+    hidden_size=576,
+    head_dim=64,
+    layers=(LayerShape(9, 3, 1536),) * 30,
+    rope=RopeConfig(100000.0),
+    rms_norm_eps=1e-5,
+    tie_embeddings=True,
+    max_position=8192,
+  )
+  check_tensors(config, gguf_model.open_tensors(demo))
+
+
+def test_demo_token_ids(demo):
+  tokenizer = gguf_tokenizer.load_tokenizer(demo)
+  assert tokenizer('2024').input_ids == [34, 32, 34, 36]
+  assert tokenizer('Hello  world\n\n  x').input_ids == [19556, 216, 905, 8866, 1792]
+  assert tokenizer.tokenize('in  2024') == ['in', 'ĠĠ', '2', '0', '2', '4']
+  assert tokenizer('<|im_start|>user\n').input_ids == [1, 4093, 198]
+  assert tokenizer.pad_token == tokenizer.eos_token == '<|im_end|>'
+  for text in TEXTS:
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_demo_tokenizer_agrees_with_the_true_one(demo):
+  """Ids that the original tokenizer made of WikiText-2 decode to its text and encode to themselves."""
+  calibration, text_file = SHARED / 'golden/calib.npy', SHARED / 'data/wikitext-2/wiki.valid.tokens'
+  if not calibration.exists() or not text_file.exists():
+    pytest.skip('the shared golden values and WikiText-2 are not here')
+  tokenizer = gguf_tokenizer.load_tokenizer(demo)
+  text = text_file.read_text()
+  for row in np.load(calibration):
+    decoded = tokenizer.decode(row)
+    assert decoded.strip('\ufffd') in text
+    ids = tokenizer(decoded).input_ids
+    edge = 8  # a window may begin or end inside a word, or inside a character
+    interior = row[edge:-edge].tolist()
+    assert any(ids[i : i + len(interior)] == interior for i in range(2 * edge))
+
+
+@pytest.mark.parametrize('kind', [Type.F16, Type.Q8_0], ids=lambda kind: kind.name)
+def test_abstract_params_are_those_of_the_loaded(tmp_path, kind):
+  """Vectors are stored as F32 whatever the matrices are."""
+  path = tmp_path / 'tiny.gguf'
+  write_model(path, tiny_config('llama'), kind)
+  source = open_source(str(path))
+  assert source.generation == {} and source.dtype == PLAIN.get(kind, PLAIN[Type.F32]).name
+  loaded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), source.load_params())
+  assert source.abstract_params() == loaded

@@ -1,0 +1,146 @@
+"""Weights move in slices: what is read, what is held at once, and what a failure leaves behind."""
+
+import contextlib
+import os
+import pathlib
+import re
+import resource
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from adapt_jax.export.hf import write_hf
+from models.errors import InputError, disk_full
+from models.formats import gguf_model
+from models.formats.hf_weights import leaves, load_params, save_params, stored_params
+from models.formats.safetensors import SafetensorsReader
+from models.formats.source import open_source
+from tests.formats.test_gguf_model import PLAIN, QUANTISED, write_model
+from tests.support.helpers import random_params, tiny_config
+from tests.support.streaming import CountingReader, divisible_config, write_checkpoints
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope='module')
+def checkpoints(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('checkpoints')
+  write_checkpoints(directory)
+  return directory
+
+
+def free_port():
+  with socket.socket() as found:
+    found.bind(('localhost', 0))
+    return found.getsockname()[1]
+
+
+def test_two_processes_load_and_save_a_model_sharded_over_both(checkpoints, tmp_path):
+  command = [sys.executable, '-m', 'tests.support.streaming_child']
+  rest = [str(free_port()), str(checkpoints), str(tmp_path)]
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  processes = [
+    subprocess.Popen([*command, str(i), *rest], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    for i in range(2)
+  ]
+  try:
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert not any(process.returncode for process in processes), '\n'.join(e[-3000:] for e in errors)
+  for path in checkpoints.iterdir():
+    source = open_source(str(path))
+    write_hf(source.config, source.load_params(), tmp_path / 'plain')
+    sharded = tmp_path / f'{path.name}-0'
+    assert {p.name: p.read_bytes() for p in sharded.iterdir()} == {
+      p.name: p.read_bytes() for p in (tmp_path / 'plain').iterdir()
+    }
+    assert not (tmp_path / f'{path.name}-1').exists()
+
+
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+def test_loading_holds_one_tensor_of_the_file_at_a_time(dtype, checkpoints):
+  source = open_source(str(checkpoints / 'qwen2'))
+  reader = CountingReader(source.reader, source.config)
+  load_params(source.config, reader, dtype)
+  assert all((times == 1).all() for times in reader.times.values())
+  assert reader.peak == reader.largest() and reader.alive == 0
+
+
+@pytest.mark.parametrize('name', ['qwen2', 'llama.gguf'])
+def test_a_checkpoint_written_as_it_is_holds_one_tensor_at_a_time(name, checkpoints, tmp_path):
+  source = open_source(str(checkpoints / name))
+  reader = CountingReader(source.reader, source.config)
+  params = stored_params(source.config, reader)
+  assert reader.peak == 0
+  save_params(source.config, params, tmp_path)
+  assert all((times == 1).all() for times in reader.times.values())
+  assert reader.peak == reader.largest() and reader.alive == 0
+
+
+def check_parts(reader, config):
+  """Any part of a tensor is what the whole one has there."""
+  rng = np.random.default_rng(0)
+  for leaf in leaves(config):
+    whole = reader.read(leaf.name)
+    for _ in range(4):
+      starts = [int(rng.integers(n)) for n in leaf.hf_shape]
+      index = tuple(slice(k, int(rng.integers(k, n)) + 1) for k, n in zip(starts, leaf.hf_shape, strict=True))
+      part = reader.read(leaf.name, index)
+      assert part.dtype == whole.dtype
+      np.testing.assert_array_equal(part, whole[index], err_msg=f'{leaf.name} {index}')
+
+
+@pytest.mark.parametrize('name', ['qwen2', 'qwen2-shards'])
+def test_parts_of_safetensors(name, checkpoints):
+  check_parts(SafetensorsReader(checkpoints / name), divisible_config('qwen2'))
+
+
+@pytest.mark.parametrize('kind', [*PLAIN, *QUANTISED], ids=lambda kind: kind.name)
+@pytest.mark.parametrize('family', ['llama', 'qwen3'])
+def test_parts_of_gguf(family, kind, tmp_path):
+  """Blocks of 32 columns are cut, and so are heads, whose rows a llama file stores in another order."""
+  config = divisible_config(family)
+  write_model(tmp_path / 'tiny.gguf', config, kind)
+  check_parts(gguf_model.open_tensors(tmp_path / 'tiny.gguf'), config)
+
+
+def test_only_the_first_of_the_folded_axes_may_be_split(checkpoints):
+  config = divisible_config('llama')
+  query = next(leaf for leaf in leaves(config) if leaf.path[-1] == 'q')
+  K, G, H, D = query.shape
+  assert query.hf_index(((1, 2), (0, G), (0, H), (8, 16))) == (slice(G * H, 2 * G * H), slice(8, 16))
+  with pytest.raises(ValueError, match='q_proj.weight.* is no block of rows and columns'):
+    query.hf_index(((0, K), (0, G), (0, H // 2), (0, D)))
+
+
+@contextlib.contextmanager
+def largest_file(size):
+  """Writing beyond `size` bytes of a file fails, much as on a full disk."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+  config = tiny_config()
+  (tmp_path / 'hf').mkdir()
+  (tmp_path / 'hf/old').touch()
+  with pytest.raises(OSError, match='File too large') as failure, largest_file(100_000):
+    write_hf(config, random_params(config), tmp_path / 'hf')
+  assert disk_full(failure.value)
+  assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*')] == ['hf', 'hf/old']
+
+
+def test_an_export_that_has_no_place_is_one_line(tmp_path):
+  (tmp_path / 'file').touch()
+  with pytest.raises(InputError, match=re.escape(f'{tmp_path / "file" / "hf"}: cannot be written')):
+    write_hf(tiny_config(), random_params(tiny_config()), tmp_path / 'file/hf')
+  assert [p.name for p in tmp_path.iterdir()] == ['file']

@@ -1,0 +1,101 @@
+"""Small models shared by the tests."""
+
+import functools
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from adapt_jax.machine.compiler import Compiler
+from models.config import LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from models.formats.hf_config import config_to_hf
+from models.formats.hf_weights import save_params
+from models.network import llama
+
+# The first layer is narrow, the last one has most heads, the widest MLP is between: nothing that
+# takes all layers for the first, the last or the widest one passes.
+VARIED = (LayerShape(3, 1, 24), LayerShape(6, 2, 40), LayerShape(3, 1, 64), LayerShape(9, 3, 48))
+UNIFORM = (LayerShape(6, 2, 40),) * 2
+
+
+class KeepingCompiler(Compiler):
+  """Hands out the programs that it made."""
+
+  def __init__(self) -> None:
+    super().__init__()
+    self.made: dict[str, Any] = {}
+
+  def __call__(self, name: str, *args: Any, **options: Any) -> Any:
+    self.made[name] = super().__call__(name, *args, **options)
+    return self.made[name]
+
+
+def tiny_config(family: str = 'llama', layers: tuple[LayerShape, ...] = VARIED, **fields: Any) -> ModelConfig:
+  """Hidden size 48, 64 ids; head_dim is not D / N. LLaMA scales its frequencies, two families tie."""
+  scaling = Llama3Scaling(8.0, 1.0, 4.0, 32) if family == 'llama' else None
+  defaults = {
+    'vocab_size': 64,
+    'hidden_size': 48,
+    'head_dim': 12,
+    'rope': RopeConfig(50000.0, scaling),
+    'rms_norm_eps': 1e-5,
+    'tie_embeddings': family in ('llama', 'qwen3'),
+    'qkv_bias': family == 'qwen2',
+    'qk_norm': family == 'qwen3',
+    'max_position': 128,
+  }
+  return ModelConfig(family=family, layers=layers, **(defaults | fields))
+
+
+def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> llama.Params:
+  """Numpy parameters of a scale at which every one of them moves the logits, norms and biases too."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    centre = 1.0 if 'norm' in jax.tree_util.keystr(path) else 0.0
+    return (centre + 0.25 * rng.standard_normal(leaf.shape)).astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, llama.abstract_params(config))
+
+
+def random_tokens(config: ModelConfig, rows: int = 2, length: int = 40, seed: int = 0) -> np.ndarray:
+  return np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config: ModelConfig, params: llama.Params, tokens_BT: jax.Array) -> jax.Array:
+  """`models.network.llama.apply`, compiled: op by op it takes seconds."""
+  return llama.apply(config, params, tokens_BT)
+
+
+def save_checkpoint(
+  directory: pathlib.Path, config: ModelConfig, params: llama.Params, **save: Any
+) -> dict[str, Any]:
+  """Writes a stock Hugging Face directory, and returns its config.json."""
+  directory.mkdir(parents=True, exist_ok=True)
+  save_params(config, params, directory, **save)
+  raw = config_to_hf(config)
+  (directory / 'config.json').write_text(json.dumps(raw))
+  return raw
+
+
+def randomise(model: Any, seed: int = 0) -> Any:
+  """Draws a PyTorch model's parameters as `random_params` does."""
+  import torch
+
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for name, weight in model.named_parameters():
+      weight.normal_(1.0 if 'norm' in name else 0.0, 0.25, generator=generator)
+  return model.eval()
+
+
+def factors(lowered: Any) -> list[list[str]]:
+  """Of each product of a lowered program the dtypes of its two factors."""
+  names = {'bf16': 'bfloat16', 'f32': 'float32'}
+  lines = [line for line in lowered.as_text().splitlines() if 'stablehlo.dot_general' in line]
+  kinds = [re.findall(r'tensor<(?:\d+x)*(\w+)>', line.split(' : ')[-1])[:2] for line in lines]
+  return [[names[kind] for kind in two] for two in kinds]

@@ -1,0 +1,111 @@
+"""A tiny model, its text and its config, for tests that run the whole job."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from adapt_jax.export.hf import write_hf
+from configs import base
+from models.config import LayerShape, ModelConfig, RopeConfig
+from models.network import llama
+from tests.support.tokenizers_for_tests import tiny_tokenizer
+
+ROOT = pathlib.Path(__file__).parents[2]
+HIDDEN = 32
+TOKENS = 24 * 4 * 32
+_LINE = 'the union stands while its people hold fast to the law and to each other in every season of need'
+_WORDS = _LINE.split()
+
+
+def make_files(path: pathlib.Path) -> pathlib.Path:
+  """model/ and bfloat16/ (the same weights), train.txt, valid.txt under `path`; returns it."""
+  tokenizer = tiny_tokenizer()
+  shapes = (LayerShape(6, 3, 48),) * 4
+  config = ModelConfig('llama', len(tokenizer), HIDDEN, 8, shapes, RopeConfig(1e4), 1e-5, True)
+  params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0))))()
+  write_hf(config, params, path / 'model', tokenizer=tokenizer)
+  write_hf(config, params, path / 'bfloat16', tokenizer=tokenizer, dtype=jax.numpy.bfloat16)
+  rng = np.random.default_rng(0)
+  for name, sentences in (('train', 3000), ('valid', 60)):
+    starts = rng.integers(0, len(_WORDS), sentences)
+    text = '\n'.join(' '.join(np.roll(_WORDS, -s)[:9]) + '.' for s in starts)
+    (path / f'{name}.txt').write_text(text)
+  return path
+
+
+def make_overflowing_model(files: pathlib.Path) -> pathlib.Path:
+  """A model whose loss is finite and whose gradient norm overflows fp32."""
+  tokenizer = tiny_tokenizer()
+  shapes = (LayerShape(6, 3, 48),) * 4
+  config = ModelConfig('llama', len(tokenizer), HIDDEN, 8, shapes, RopeConfig(1e4), 1e-5, True)
+  params = llama.init_params(config, jax.random.key(0))
+  params['norm'] = params['norm'] * 1e19
+  write_hf(config, params, files / 'overflowing', tokenizer=tokenizer)
+  return files / 'overflowing'
+
+
+def make_config(files: pathlib.Path) -> ConfigDict:
+  """Two stages to 80 %, 24 training steps, checkpoints in between."""
+  config = base.get_config()
+  config.model.source = str(files / 'model')
+  config.prune.method = 'adapt'
+  config.prune.target = 0.8
+  config.prune.stages = 2
+  config.prune.steps = 100
+  config.prune.calibration.source = (str(files / 'train.txt'),)
+  config.prune.calibration.samples = 16
+  config.prune.calibration.length = 16
+  config.data.cache = str(files / 'cache')
+  config.train.source = (str(files / 'train.txt'),)
+  config.train.tokens = TOKENS
+  config.train.batch = 4
+  config.train.micro_batch = 4
+  config.train.length = 32
+  config.train.lr = 1e-2
+  config.train.min_lr = 1e-3
+  config.train.save_every = 3
+  config.evaluate.source = (str(files / 'valid.txt'),)
+  config.evaluate.length = 32
+  return config
+
+
+def command(files: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[str]:
+  """`python main.py` with the config of `make_config`."""
+  recipe = files / 'recipe.py'
+  if not recipe.exists():
+    recipe.write_text(f"""
+import pathlib
+from tests.support import runs
+def get_config():
+  return runs.make_config(pathlib.Path({str(files)!r}))
+""")
+  return [sys.executable, str(ROOT / 'main.py'), f'--config={recipe}', f'--workdir={workdir}', *flags]
+
+
+def main(files: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
+  """Runs `main.py` to its end."""
+  return subprocess.run(
+    command(files, workdir, *flags), capture_output=True, text=True, timeout=600, check=False
+  )
+
+
+def assert_same_end(path: pathlib.Path, reference: pathlib.Path) -> None:
+  """Two finished runs have the same weights, figures, log and plan; times aside."""
+  for name in ('hf/model.safetensors', 'hf/config.json', 'hf/tokenizer.json'):
+    assert (path / name).read_bytes() == (reference / name).read_bytes(), name
+  ours, theirs = (json.loads((p / 'report.json').read_text()) for p in (path, reference))
+  for report in (ours, theirs):
+    for stage in report['stages']:
+      del stage['seconds']
+  assert ours['stages'] == theirs['stages'] and ours['perplexity'] == theirs['perplexity']
+  logs = [[json.loads(x) for x in (p / 'metrics.jsonl').read_text().splitlines()] for p in (path, reference)]
+  for row in logs[0] + logs[1]:
+    assert row.pop('tokens_per_second', 1) > 0
+  assert logs[0] == logs[1]
+  plans = [json.loads((p / 'plan.json').read_text()) for p in (path, reference)]
+  assert plans[0] == plans[1]

@@ -1,0 +1,122 @@
+"""Checkpoints give back their very bits or one clear line, and the one before serves."""
+
+import pathlib
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from adapt_jax.pipeline.checkpoint import Checkpoints
+from models.errors import InputError, disk_full
+
+META = [{'step': 1, 'loss': 0.1}, {'step': 2, 'loss': 0.25}]
+SHAPES = {
+  'params': {
+    'a': jax.ShapeDtypeStruct((64, 48), jnp.float32),
+    'b': jax.ShapeDtypeStruct((64,), jnp.bfloat16),
+  },
+  'optimizer': (jax.ShapeDtypeStruct((), jnp.int32), {'mu': jax.ShapeDtypeStruct((64, 48), jnp.float32)}),
+}
+
+
+def numbers(seed):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: jnp.asarray(99 * rng.standard_normal(x.shape), x.dtype), SHAPES)
+
+
+def same(a, b):
+  return all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def read(path):
+  """Number, JSON and arrays of the newest checkpoint."""
+  checkpoints = Checkpoints(path)
+  try:
+    number = checkpoints.latest()
+    return number, checkpoints.meta(number), checkpoints.restore(number, SHAPES)
+  finally:
+    checkpoints.close()
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  path = tmp_path_factory.mktemp('saved') / 'checkpoints'
+  checkpoints = Checkpoints(path)
+  for seed, meta in enumerate(META):
+    checkpoints.save(numbers(seed), meta)
+  checkpoints.close()
+  return path
+
+
+def test_saving_does_not_ask_for_sigterm(tmp_path, monkeypatch):
+  """JAX has one counter for all who ask, and would stop the run's processes at a number long gone by."""
+  asked = []
+  monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', lambda n: asked.append(n))
+  checkpoints = Checkpoints(tmp_path / 'checkpoints')
+  checkpoints.save(numbers(0), META[0])
+  checkpoints.close()
+  assert read(tmp_path / 'checkpoints')[0] == 1 and not asked
+
+
+def damages(content: bytes, rng):
+  """Name -> a damaged file, None if it is gone."""
+  yield from (('half', content[: len(content) // 2]), ('empty', b''), ('gone', None))
+  for place in rng.integers(len(content), size=6):
+    flipped = bytearray(content)
+    flipped[place] ^= 1 << rng.integers(8)
+    yield f'bit in byte {place}', bytes(flipped)
+
+
+def test_a_damaged_file_never_gives_other_numbers(saved, tmp_path):
+  rng, refused, path = np.random.default_rng(0), set(), tmp_path / 'checkpoints'
+  names = [file.relative_to(saved) for file in sorted((saved / '2').rglob('*')) if file.is_file()]
+  for name in names:
+    for damage, content in damages((saved / name).read_bytes(), rng):
+      shutil.copytree(saved, path)
+      (path / name).unlink() if content is None else (path / name).write_bytes(content)
+      try:
+        number, meta, arrays = read(path)
+      except InputError as error:
+        assert str(path / '2') in str(error) and 'delete' in str(error), (name, damage)
+        refused.add((name, damage.split()[0]))
+        shutil.rmtree(path / '2')
+        number, meta, arrays = read(path)
+        assert number == 1, (name, damage)
+      assert meta == META[number - 1] and same(arrays, numbers(number - 1)), (name, damage)
+      shutil.rmtree(path)
+  largest = max(names, key=lambda name: (saved / name).stat().st_size)
+  for name in (largest, pathlib.Path('2/meta/metadata')):
+    assert {(name, damage) for damage in ('half', 'empty', 'gone', 'bit')} <= refused
+
+
+def test_a_save_that_meets_a_full_disk_leaves_the_one_before(tmp_path):
+  """In earnest, by a limit on the size of files."""
+  path, (soft, hard) = tmp_path / 'checkpoints', resource.getrlimit(resource.RLIMIT_FSIZE)
+  checkpoints = Checkpoints(path)
+  checkpoints.save(numbers(0), META[0])
+  resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+  try:
+    with pytest.raises(Exception) as error:  # noqa: B017, PT011  whatever orbax raises
+      checkpoints.save(numbers(1), META[1])
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert disk_full(error.value) == 'File too large'
+  assert read(path)[0] == 1 and same(read(path)[2], numbers(0))
+  assert [p.name for p in path.iterdir()] == ['1']
+  checkpoints.save(numbers(1), META[1])
+  assert read(path)[0] == 2 and same(read(path)[2], numbers(1))
+
+
+@pytest.mark.parametrize(
+  'found,words', [((63, 48), ('64, 48', '63, 48')), ((64, 48), ('bfloat16', 'float32'))]
+)
+def test_a_checkpoint_of_another_model_is_refused_by_name(saved, found, words):
+  dtype = jnp.float32 if found == (63, 48) else jnp.bfloat16
+  target = SHAPES | {'params': SHAPES['params'] | {'a': jax.ShapeDtypeStruct(found, dtype)}}
+  with pytest.raises(InputError, match='params/a.*another model') as error:
+    Checkpoints(saved).restore(2, target)
+  assert all(word in str(error.value) for word in words)

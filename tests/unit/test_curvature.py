@@ -1,0 +1,129 @@
+"""Costs of groups against the quadratic problem itself, solved in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_jax.pruning import curvature, surgery
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.scorer import Scorer
+from models.config import LayerShape, ModelConfig, RopeConfig
+from models.network import llama
+
+D, C = 6, 12
+
+
+def damped(matrix, damping):
+  return matrix + damping * np.diagonal(matrix).mean() * np.eye(len(matrix))
+
+
+def problem(seed=0):
+  """A weight, second moments of correlated inputs and of gradients."""
+  rng = np.random.default_rng(seed)
+  inputs = rng.normal(size=(200, C)) @ rng.normal(size=(C, C))
+  gradients = rng.normal(size=(200, D)) @ rng.normal(size=(D, D))
+  return rng.normal(size=(D, C)), inputs.T @ inputs / 200, gradients.T @ gradients / 200
+
+
+def removal_cost(weight, inputs, gradients, columns):
+  """min tr(G Δ H Δᵀ) with W + Δ zero at `columns`, by solving for the columns that stay."""
+  stay = np.setdiff1d(np.arange(C), columns)
+  delta = np.zeros_like(weight)
+  delta[:, columns] = -weight[:, columns]
+  delta[:, stay] = -(delta[:, columns] @ inputs[np.ix_(columns, stay)]) @ np.linalg.inv(
+    inputs[np.ix_(stay, stay)]
+  )
+  return np.trace(gradients @ delta @ inputs @ delta.T), weight + delta
+
+
+def greedy(weight, inputs, gradients, groups):
+  """Costs by removing the cheapest group again and again, each time from the corrected weight."""
+  costs, gone, floor = np.zeros(len(groups)), [], 0.0
+  while len(gone) < len(groups):
+    left = [i for i in range(len(groups)) if i not in gone]
+    before = np.concatenate([groups[i] for i in gone]).astype(int) if gone else np.zeros(0, int)
+    trials = {}
+    for i in left:
+      columns = np.concatenate([before, groups[i]])
+      trials[i] = removal_cost(weight, inputs, gradients, columns)[0]
+    spent = removal_cost(weight, inputs, gradients, before)[0] if gone else 0.0
+    best = min(left, key=lambda i: trials[i])
+    floor = max(floor, trials[best] - spent)
+    costs[best] = floor
+    gone.append(best)
+  return costs
+
+
+def test_channel_costs_are_those_of_the_quadratic_problem(monkeypatch):
+  monkeypatch.setattr(curvature, 'ROUNDS', C)  # one channel a round: no approximation left
+  weight, inputs, gradients = problem()
+  ours = curvature.channel_costs(*map(jnp.float32, (weight, inputs, gradients)))
+  matrices = damped(inputs, curvature.DAMPING_INPUTS), damped(gradients, curvature.DAMPING_GRADIENTS)
+  np.testing.assert_allclose(ours, greedy(weight, *matrices, [[c] for c in range(C)]), rtol=1e-3)
+
+
+def test_group_costs_are_those_of_the_quadratic_problem():
+  weight, inputs, gradients = problem(1)
+  ours = curvature.group_costs(
+    jnp.float32(weight.reshape(D, 3, 2, 2)), jnp.float32(inputs), jnp.float32(gradients)
+  )
+  matrices = damped(inputs, curvature.DAMPING_INPUTS), damped(gradients, curvature.DAMPING_GRADIENTS)
+  np.testing.assert_allclose(ours, greedy(weight, *matrices, np.arange(C).reshape(3, 4)), rtol=1e-3)
+
+
+@pytest.mark.parametrize('rounds', [1, 5, 32])
+def test_any_number_of_rounds_ranks_every_channel(monkeypatch, rounds):
+  """The first round is exact; what is gone already costs nothing and spoils nothing."""
+  monkeypatch.setattr(curvature, 'ROUNDS', rounds)
+  weight, inputs, gradients = problem(2)
+  weight[:, 3], inputs[3], inputs[:, 3] = 0, 0, 0
+  costs = np.asarray(curvature.channel_costs(*map(jnp.float32, (weight, inputs, gradients))))
+  assert costs[3] == 0 and (np.delete(costs, 3) > 0).all() and np.isfinite(costs).all()
+
+
+def test_of_two_channels_that_say_the_same_one_is_cheap(monkeypatch):
+  """Which no score of a channel by itself can tell."""
+  monkeypatch.setattr(curvature, 'ROUNDS', C)
+  rng = np.random.default_rng(3)
+  x = rng.normal(size=(500, C))
+  x[:, 7] = x[:, 2]
+  weight, inputs = rng.normal(size=(D, C)), x.T @ x / 500
+  costs = np.asarray(curvature.channel_costs(jnp.float32(weight), jnp.float32(inputs), jnp.eye(D)))
+  assert min(costs[2], costs[7]) < 0.3 * np.median(costs) < np.median(costs) <= max(costs[2], costs[7]) * 2
+
+
+def test_moments_are_those_of_the_whole_models_gradient():
+  """Inputs and output gradients of o_proj and down_proj, against autograd on the model as a whole."""
+  shapes = (LayerShape(4, 2, 16),) * 2
+  config = ModelConfig('llama', 61, 16, 4, shapes, RopeConfig(1e4), 1e-5, False)
+  params = jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0)))
+  tokens = jax.random.randint(jax.random.key(1), (4, 8), 0, 61)
+  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  scores = [jax.jit(Scorer(config, 'curvature', micro_batch=b))(stacked, tokens) for b in (1, 4)]
+  np.testing.assert_allclose(scores[0].ffn, scores[1].ffn, rtol=1e-3)
+  np.testing.assert_allclose(scores[0].kv, scores[1].kv, rtol=1e-3)
+
+  for layer in range(2):
+
+    def loss(noise, layer=layer):
+      """Mean loss with `noise` [2, B, T, D] added to both blocks' outputs, so its gradient is that there."""
+      x, tables, inputs = params['embed'][tokens], llama.rope(config, 8), None
+      for i, (shape, tree) in enumerate(zip(config.layers, params['layers'], strict=True)):
+        x, o_inputs = llama.attend(config, shape, tree, x, tables)
+        x += noise[0] * (i == layer)
+        x, down_inputs = llama.feed(config, shape, tree, x)
+        x += noise[1] * (i == layer)
+        inputs = (o_inputs, down_inputs) if i == layer else inputs
+      x = llama.rms_norm(x, params['norm'], config.rms_norm_eps)
+      logits = jax.nn.log_softmax(x @ params['lm_head'].T)[:, :-1]
+      return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean(), inputs
+
+    gradients, inputs = jax.grad(loss, has_aux=True)(jnp.zeros((2, 4, 8, 16)))
+    moments = [g.T @ g / 32 for g in 32 * gradients.reshape(2, -1, 16)]
+    o, down = params['layers'][layer]['attention']['o'], params['layers'][layer]['mlp']['down']
+    for found, costs, weight, x, g in (
+      (scores[0].kv, curvature.group_costs, o, inputs[0], moments[0]),
+      (scores[0].ffn, curvature.channel_costs, down, inputs[1], moments[1]),
+    ):
+      np.testing.assert_allclose(found[layer], costs(weight, x.T @ x / 32, g), rtol=1e-3)

@@ -1,0 +1,163 @@
+"""Mode plan: what the compiler says of memory at full size, and the arithmetic beside it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from adapt_jax.config.options import from_dict
+from adapt_jax.modes import estimate
+from adapt_jax.modes.estimate import Footprint, Memory
+from configs import adapt, base
+from models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from models.formats.source import open_config
+from models.network import llama
+from tests.support import runs
+
+LLAMA_8B = ModelConfig(
+  'llama', 128_256, 4096, 128, (LayerShape(32, 8, 14_336),) * 32, RopeConfig(5e5), 1e-5, False
+)
+
+
+def options(config=None, **train):
+  values = config or base.get_config()
+  values.train.update({'tokens': 10**8, 'remat': True, 'micro_batch': 1, **train})
+  return from_dict(values.to_dict())
+
+
+def mesh(fsdp, tensor):
+  axes = ('data', 'fsdp', 'tensor')
+  return jax.set_mesh(jax.make_mesh((1, fsdp, tensor), axes, axis_types=(AxisType.Auto,) * 3))
+
+
+def small(layers=8):
+  return ModelConfig('llama', 1000, 256, 32, (LayerShape(8, 4, 1024),) * layers, RopeConfig(1e4), 1e-5, True)
+
+
+def test_scoring_holds_no_gradient_tree_at_8b():
+  """512 x 64 tokens, bf16, one device: beside the weights' 16 GB less than as much; gradients are 32 GB.
+
+  A layer adds its input on all tokens, far less than its gradient.
+  """
+  plan = Footprint(options(adapt.get_config()), LLAMA_8B, jnp.bfloat16)
+  whole, half = plan.scoring(32), plan.scoring(16)
+  assert whole.arguments == pytest.approx(2 * count_params(LLAMA_8B), rel=1e-3)
+  assert whole.temporary < 2 * count_params(LLAMA_8B)
+  inputs, gradient = 512 * 64 * 4096 * 2, 4 * (count_params(LLAMA_8B) - 2 * 128_256 * 4096) / 32
+  added = (whole.temporary - half.temporary) / 16
+  assert inputs <= added < 1.2 * inputs < gradient / 2
+
+
+@pytest.mark.parametrize('fsdp,tensor,mu_dtype,size', [(4, 1, 'float32', 12), (2, 2, 'bfloat16', 10)])
+def test_every_device_holds_its_share_of_weights_and_moments(fsdp, tensor, mu_dtype, size):
+  config = small()
+  with mesh(fsdp, tensor):
+    plan = Footprint(options(batch=8, length=64, mu_dtype=mu_dtype), config, jnp.float32)
+    state = estimate.bytes_of(plan.state(config, True))
+    memory = plan.training(config, config.num_layers)
+  share = size * count_params(config) / 4  # fp32 weights and second moments, first moments in mu_dtype
+  assert share <= state < 1.02 * share  # norms are whole everywhere
+  assert state <= memory.arguments < 1.05 * state
+  assert memory.results < 0.01 * state  # the new state replaces the old
+
+
+def test_a_layer_adds_shares_and_nothing_whole():
+  """Over FSDP weights are gathered when their turn comes, and a gradient is split as soon as it is there."""
+  config = small(layers=8)
+  with mesh(4, 1):
+    plan = Footprint(options(batch=16, length=16), config, jnp.float32)
+    deep, shallow = plan.training(config, 8), plan.training(config, 4)
+  share = 4 * (count_params(config) - 1000 * 256) / 8 / 4
+  assert (deep.temporary - shallow.temporary) / 4 < 2 * share
+
+
+def test_two_depths_tell_the_whole():
+  """Deep enough that the layers decide the peak, not the head."""
+  config = small(layers=24)
+  with mesh(4, 1):
+    plan = Footprint(options(batch=4, length=64), config, jnp.float32)
+    whole = plan.training(config, 24)
+    guess = plan.training(config, 16).extrapolated(plan.training(config, 12), 16, 12, 24)
+  assert guess.arguments == pytest.approx(whole.arguments, rel=1e-3)
+  assert guess.total == pytest.approx(whole.total, rel=0.03)
+  assert Memory(30.0, 10.0, 2.0).extrapolated(Memory(20.0, 8.0, 2.0), 4, 2, 8) == Memory(50.0, 14.0, 2.0)
+
+
+def test_forward_flops_are_those_of_the_compiled_program():
+  config, length = small(layers=2), 64
+  tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
+  program = jax.jit(lambda p, t: llama.apply(config, p, t)).lower(llama.abstract_params(config), tokens)
+  counted = program.compile().cost_analysis()['flops'] / (2 * length)
+  # The compiled program computes masked scores too, which a better one would not, and norms.
+  masked = sum(2 * length * s.num_heads * config.head_dim for s in config.layers)
+  assert estimate.forward_flops(config, length) + masked == pytest.approx(counted, rel=0.03)
+
+
+def test_stages_end_at_their_targets():
+  values = base.get_config()
+  values.prune.target, values.prune.stages, values.prune.align_ffn = 0.5, 4, 128
+  found = [count_params(c) for c in estimate.stage_configs(options(values), LLAMA_8B)]
+  targets = np.linspace(1, 0.5, 5)[1:] * count_params(LLAMA_8B)
+  assert all(0 <= t - n < 128 * 3 * 4096 for t, n in zip(targets, found, strict=True))
+
+
+def test_every_program_of_a_run_with_a_teacher(tmp_path):
+  """No weights are read, and training's arguments are what a step is given, to the byte."""
+  config = runs.make_config(runs.make_files(tmp_path))
+  config.train.distill.alpha = 0.5
+  (tmp_path / 'model/model.safetensors').unlink()
+  options = from_dict(config.to_dict())
+  dense = open_config(options.model.source)
+  plan = estimate.Footprint(options, dense, jnp.dtype(jnp.float32))
+  stages = estimate.stage_configs(options, dense)
+  found = estimate.programs(plan, stages)
+  names = [name.split()[0].strip(',') for name in found]
+  assert names == ['stacking', 'scoring', 'scoring', 'compensation', 'correction', 'compaction', 'training']
+  assert all(
+    memory.temporary > 0 for name, (memory, _) in found.items() if name not in ('correction', 'compaction')
+  )
+  teacher, weights = (
+    estimate.bytes_of(x) for x in (llama.abstract_params(dense, jnp.float32), plan.state(dense, False))
+  )
+  stacking, beside = found['stacking, first stage']
+  assert (stacking.arguments, stacking.results) == (weights, estimate.bytes_of(plan.stacked(dense)))
+  assert beside == teacher and 0 < stacking.temporary < stacking.results
+  compaction = found['compaction'][0]
+  before, after = (estimate.bytes_of(plan.state(stage, True)) for stage in stages)
+  assert (compaction.arguments, compaction.results) == (before, after)
+  # The first stage is scored without the fp32 weights that are beside the stacked ones in the second.
+  (_, first), (_, second) = (found[name] for name in found if name.startswith('scoring'))
+  assert second - first == estimate.bytes_of(plan.state(stages[0], True))
+
+  memory, beside = list(found.values())[-1]
+  state = estimate.bytes_of(plan.state(stages[0], True))
+  batch = options.train.batch * options.train.length * (4 + 1 + 4)  # ids, targets, segments
+  assert (memory.arguments, beside) == (state + teacher + batch, 0)
+
+
+def test_mode_plan_needs_only_a_config(tmp_path):
+  """No weights, no texts, no workdir; simulated devices; nothing is written."""
+  files = runs.make_files(tmp_path / 'files')
+  shapes = tmp_path / 'shapes'
+  shapes.mkdir()
+  (shapes / 'config.json').write_text((files / 'model/config.json').read_text())
+  flags = (
+    f'--config.model.source={shapes}',
+    '--config.plan.devices=2',
+    '--config.plan.device_memory_gb=1e-3',
+  )
+  result = runs.main(files, tmp_path / 'out', '--mode=plan', *flags)
+  assert result.returncode == 0, result.stderr
+  lines = result.stdout.splitlines()
+  table = {cells[1].strip(): cells[2:-1] for cells in (line.split('|') for line in lines) if len(cells) == 8}
+  titles = ['stacking', 'scoring', 'scoring', 'compensation', 'correction', 'compaction', 'training']
+  assert [t.split(',')[0].split(' ')[0] for t in list(table)[2:9]] == titles
+  assert 'on 2 devices (data 1, fsdp 2, tensor 1), products in bfloat16' in result.stdout
+  assert any(line.startswith('peak 0.0 GB of 0.001 GB') for line in lines)
+  assert not (tmp_path / 'out').exists()
+  raw = json.loads((shapes / 'config.json').read_text())
+  result = runs.main(files, tmp_path / 'out', '--mode=plan', *flags, '--config.plan.depths=2,9')
+  assert result.returncode == 2 and f'has {raw["num_hidden_layers"]} layers' in result.stderr

@@ -1,0 +1,262 @@
+"""cuDNN's attention without a card: what is lowered for CUDA, and all but the kernels themselves, run on CPU.
+
+On CPU `jax.nn.dot_product_attention` in plain XLA stands in for the two kernels, at the very place where JAX
+calls them: batching, partitioning over a mesh and differentiation are JAX's own.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax._src.interpreters import mlir
+from test_sharding import SHAPES, assert_close, make_model, put, set_mesh, tokens_of
+
+from adapt_jax.config.options import from_dict
+from adapt_jax.machine import mesh
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.scorer import Scorer
+from adapt_jax.training.step import make_step
+from configs import base
+from models.network import flash, layers
+
+ROWS = 2
+
+
+def attend(q, k, v, scale, mask_type):
+  causal = mask_type == cudnn.MaskType.CAUSAL
+  return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation='xla')
+
+
+def forward(q, k, v, *_, scale, mask_type, is_training, **__):
+  out = attend(q, k, v, scale, mask_type)
+  statistics = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
+  return [out, statistics] if is_training else [out]
+
+
+def backward(q, k, v, *rest, scale, mask_type, **_):
+  return jax.vjp(lambda *qkv: attend(*qkv, scale, mask_type), q, k, v)[1](rest[-1])
+
+
+mlir.register_lowering(
+  cudnn._dot_product_attention_fwd_p, mlir.lower_fun(forward, multiple_results=True), platform='cpu'
+)
+mlir.register_lowering(
+  cudnn._dot_product_attention_bwd_p, mlir.lower_fun(backward, multiple_results=True), platform='cpu'
+)
+
+
+@pytest.fixture
+def card(monkeypatch):
+  """A Hopper with cuDNN, as far as JAX's Python can tell; the calls of cuDNN's attention."""
+  calls = []
+  whole = flash.flash_attention
+  monkeypatch.setattr(flash, 'flash_attention', lambda *args: calls.append(args) or whole(*args))
+  monkeypatch.setattr(flash, 'widest_head', lambda: 256)
+  monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91_800)
+  monkeypatch.setattr(cudnn, 'check_compute_capability', lambda version: True)
+  return calls
+
+
+def jit(fn):
+  """What is run once only: most of its time is the compiler's."""
+  return jax.jit(fn, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def for_cuda(fn, *args):
+  """The program that CUDA would compile, as text."""
+  return jax.jit(fn).trace(*args).lower(lowering_platforms=('cuda',)).as_text().replace('\\22', '"')
+
+
+def inputs(T, N, K, H, documents, scale=1.0):
+  """bf16 q, k, v, and segments of random lengths, the last of them padding."""
+  rng = np.random.default_rng(T + N)
+  q, k, v = (scale * rng.standard_normal((ROWS, T, heads, H)).astype(np.float32) for heads in (N, K, K))
+  segments = (
+    np.sort(rng.integers(1, documents + 1, (ROWS, T)), axis=1).astype(np.int32) if documents else None
+  )
+  if documents:
+    segments[:, -T // 5 :] = 0
+  return [jnp.bfloat16(x) for x in (q, k, v)], segments
+
+
+# -- where it is used --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'dtype,H,T,segmented,widest,expected',
+  [
+    (jnp.bfloat16, 64, 1024, False, 128, True),
+    (jnp.bfloat16, 64, 1024, True, 128, True),  # 64 + 16
+    (jnp.bfloat16, 128, 1024, False, 128, True),
+    (jnp.bfloat16, 128, 1024, True, 128, False),  # 144: only Hopper
+    (jnp.bfloat16, 128, 1024, True, 256, True),
+    (jnp.bfloat16, 60, 1024, False, 128, False),
+    (jnp.bfloat16, 64, 1023, False, 128, False),
+    (jnp.bfloat16, 264, 1024, False, 256, False),
+    (jnp.bfloat16, 64, 1 << 16, True, 128, True),
+    (jnp.bfloat16, 64, (1 << 16) + 2, True, 128, False),  # more segments than numbers
+    (jnp.bfloat16, 64, 1 << 17, False, 128, True),
+    (jnp.float32, 64, 1024, False, 128, False),
+    (jnp.bfloat16, 64, 1024, False, 0, False),  # no cuDNN
+  ],
+)
+def test_what_cudnn_takes(dtype, H, T, segmented, widest, expected, monkeypatch):
+  monkeypatch.setattr(flash, 'widest_head', lambda: widest)
+  assert flash.takes(jax.ShapeDtypeStruct((2, T, 9, H), dtype), segmented) is expected
+
+
+class Device:
+  """Of another platform."""
+
+  def __init__(self, version, capability):
+    self.client, self.compute_capability = self, capability
+    self.platform_version = version
+
+
+@pytest.mark.parametrize(
+  'version,capability,expected',
+  [
+    ('PJRT C API\ncuda 12080', '7.5', 0),
+    ('PJRT C API\ncuda 12080', '8.6', 128),
+    ('PJRT C API\ncuda 12080', '9.0', 256),
+    ('PJRT C API\ncuda 13000', '10.0', 128),
+    ('PJRT C API\nrocm 60300', 'gfx942', 0),
+  ],
+)
+def test_by_generation(version, capability, expected, monkeypatch):
+  monkeypatch.setattr(jax, 'local_devices', lambda: [Device(version, capability)])
+  assert flash.widest_head() == 0  # only where it is asked for
+  monkeypatch.setenv('ADAPT_JAX_CUDNN', '1')
+  assert flash.widest_head() == expected
+
+
+def test_not_on_cpu(monkeypatch):
+  monkeypatch.setenv('ADAPT_JAX_CUDNN', '1')
+  (q, k, v), segments = inputs(16, 6, 2, 64, 3)
+  assert flash.widest_head() == 0
+  text = jax.jit(layers.causal_attention).lower(q, k, v, segments).as_text()
+  assert text == jax.jit(plain_named()).lower(q, k, v, segments).as_text()
+
+
+def plain_named():
+  def causal_attention(q, k, v, segments):
+    return layers._attend(q, k, v, segments, segments, jnp.arange(q.shape[1]))
+
+  return causal_attention
+
+
+# -- what it computes --------------------------------------------------------------------------------------
+
+
+def outputs(attention, qkv, segments, dtype):
+  """Output and gradients, of tokens that are no padding, in fp32."""
+  counts = np.ones(qkv[0].shape[:2]) if segments is None else segments > 0
+
+  def run(q, k, v):
+    out = attention(q, k, v, segments).astype(jnp.float32)
+    pattern = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
+    return (out * pattern * counts[..., None, None]).sum(), out
+
+  qkv = [x.astype(dtype) for x in qkv]
+  (_, out), gradients = jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(*qkv)
+  return [np.asarray(x, np.float32) * counts[..., None, None] for x in (out, *gradients)]
+
+
+@pytest.mark.parametrize(
+  'N,K,H,documents',
+  [(9, 3, 64, 0), (9, 3, 64, 4), (5, 1, 64, 10**6), (1, 1, 64, 1), (6, 6, 8, 3), (4, 2, 128, 2)],
+)
+def test_agrees_with_the_plain_form(N, K, H, documents, card, monkeypatch):
+  """Odd head counts; nearly every token its own segment; as close to fp32 as the plain form in bf16 is."""
+  qkv, segments = inputs(22, N, K, H, documents)
+  found = outputs(layers.causal_attention, qkv, segments, jnp.bfloat16)
+  assert len(card) == 1
+  monkeypatch.setattr(flash, 'widest_head', lambda: 0)
+  exact = outputs(layers.causal_attention, qkv, segments, jnp.float32)
+  plain = outputs(layers.causal_attention, qkv, segments, jnp.bfloat16)
+  for a, b, c in zip(found, plain, exact, strict=True):
+    assert np.abs(a - c).max() <= 2.5 * np.abs(b - c).max()  # both round to bf16, at other places
+
+
+def test_large_logits_do_not_leak_into_other_segments(card):
+  """Logits of thousands; what another segment holds must not change a bit."""
+  qkv, segments = inputs(64, 2, 1, 64, 5, scale=10.0)
+  other = (segments == segments[0, 40]) & (np.arange(ROWS)[:, None] == 0)
+  run = jax.jit(layers.causal_attention)
+  first = run(*qkv, segments)
+  changed = [jnp.where(other[..., None, None], x, -3 * x[:, ::-1]) for x in qkv]
+  np.testing.assert_array_equal(np.asarray(first)[other], np.asarray(run(*changed, segments))[other])
+
+
+@pytest.mark.parametrize('segmented', [False, True])
+def test_lowered_for_cuda(segmented, card):
+  """Both of cuDNN's kernels, causal, and nothing of T²: no blocks of queries though the row is long."""
+  T = 3 * layers.WHOLE
+  qkv = [jax.ShapeDtypeStruct((1, T, heads, 64), jnp.bfloat16) for heads in (9, 3, 3)]
+  segments = jax.ShapeDtypeStruct((1, T), jnp.int32) if segmented else None
+
+  def run(q, k, v, segments):
+    return layers.causal_attention(q, k, v, segments).sum().astype(jnp.float32)
+
+  text = for_cuda(jax.grad(run, (0, 1, 2)), *qkv, segments)
+  assert sorted(re.findall(r'call @(__cudnn\$\w+)', text)) == [
+    '__cudnn$fmhaSoftmax',
+    '__cudnn$fmhaSoftmaxBackward',
+  ]
+  assert set(re.findall(r'"mask_type": "(\w+)"', text)) == {'CAUSAL'}
+  assert 'while' not in text and f'{T}x{T}' not in text
+  width = 80 if segmented else 64
+  assert f'1x{T}x9x{width}xbf16' in text
+
+
+# -- in the programs of a run ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fp32(card, monkeypatch):
+  """The kernels' stand-ins in fp32 too: differences are then no matter of rounding."""
+  monkeypatch.setattr(flash, 'takes', lambda q, segmented: True)
+  monkeypatch.setattr(cudnn, 'check_layout', lambda *args: None)
+  return card
+
+
+def train(config, params, batch, **fields):
+  """Loss and gradient of one step, the change that SGD with rate 1 makes."""
+  values = base.get_config()
+  values.train.update({'batch': 8, 'micro_batch': 8, 'length': 12} | fields)
+  tx = optax.sgd(1.0)
+  state = {'params': params, 'optimizer': tx.init(params)}
+  step = make_step(config, from_dict(values.to_dict()).train, tx, jnp.float32)
+  after, metrics = mesh.jit(step, state, *batch)(state, *batch)
+  return metrics['loss'], jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, after['params'])
+
+
+def test_training_on_a_mesh(fp32, monkeypatch):
+  """Rows and heads split, micro-batches, remat, segments: as the plain form on one device without."""
+  config, params = make_model(layers=SHAPES[:1])
+  tokens = tokens_of(config)
+  segments = np.sort(np.random.default_rng(0).integers(1, 4, tokens.shape), axis=1).astype(np.int32)
+  arrays = tokens, np.ones(tokens.shape, bool), segments
+  with set_mesh(1, 2, 2):
+    batch = mesh.put_rows(np.arange(8), lambda ids: tuple(x[ids] for x in arrays))
+    found = train(config, put(params), batch, remat=True, micro_batch=2)
+  assert fp32
+  monkeypatch.setattr(flash, 'takes', lambda q, segmented: False)
+  assert_close(found, train(config, params, arrays), rtol=2e-4)
+
+
+def test_scoring(fp32, monkeypatch):
+  """Under scans, and under vmap: Fisher information takes every row's own gradient."""
+  config, params = make_model(layers=SHAPES[:1])
+  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  scorer = Scorer(config, 'taylor_second', 'cosine', 4, jnp.float32)
+  tokens = tokens_of(config)
+  found = jit(lambda *args: scorer(*args))(stacked, tokens)
+  assert fp32
+  monkeypatch.setattr(flash, 'takes', lambda q, segmented: False)
+  assert_close(found, jit(scorer)(stacked, tokens), rtol=2e-4)

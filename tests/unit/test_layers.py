@@ -1,0 +1,84 @@
+"""Attention over long rows: blocks of queries give what all at once do, and need less memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.network import layers
+from models.network.backend import compiler_options
+
+B, N, K, H = 2, 6, 2, 8
+
+
+def inputs(length, segments):
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.standard_normal((B, length, heads, H)).astype(np.float32) for heads in (N, K, K))
+  ids = np.sort(rng.integers(0, 3, (B, length)), axis=1) if segments else None
+  return q, k, v, ids
+
+
+@pytest.mark.parametrize('segments', [False, True])
+@pytest.mark.parametrize('length', [17, 40, 64])
+@pytest.mark.parametrize(('limit', 'value'), [('WHOLE', 16), ('BLOCK', 8)])
+def test_blocks_of_queries_change_nothing(limit, value, length, segments, monkeypatch):
+  """Outputs and gradients; lengths that the blocks divide and that they do not."""
+  *qkv, ids = inputs(length, segments)
+
+  def run(q, k, v):
+    out = layers.causal_attention(q, k, v, ids)
+    return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
+
+  (_, expected), gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(*qkv)
+  monkeypatch.setattr(layers, limit, value)
+  (_, found), blocked = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(*qkv)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+  for a, b in zip(blocked, gradients, strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_queries_do_not_meet_most_later_keys(monkeypatch):
+  """On a CPU: 5/8 of all pairs at 1,024 tokens."""
+  shapes = [jax.ShapeDtypeStruct((1, 1024, heads, H), jnp.float32) for heads in (N, K, K)]
+
+  def flops():
+    program = jax.jit(lambda *qkv: layers.causal_attention(*qkv)).lower(*shapes).compile()
+    return program.cost_analysis()['flops']
+
+  found = flops()
+  monkeypatch.setattr(layers, 'BLOCKS', 1)
+  assert found == pytest.approx(5 / 8 * flops(), rel=0.01)
+
+
+def test_the_backward_pass_keeps_no_logits_of_layers():
+  """Planned for one layer more, of 1,024 tokens: less than its logits, of all or of the last block."""
+  length, width = 1024, N * H
+
+  def run(x, weights):
+    def layer(x, w):
+      q = (x @ w).reshape(1, length, N, H)
+      return x + layers.causal_attention(q, q, q).reshape(1, length, -1)
+
+    for w in weights:
+      x = jax.checkpoint(layer)(x, w)
+    return x.sum()
+
+  def planned(count):
+    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, length, width), (count, width, width)))
+    program = jax.jit(jax.grad(run, (0, 1))).lower(*shapes).compile(compiler_options())
+    return program.memory_analysis().temp_size_in_bytes
+
+  assert (planned(8) - planned(4)) / 4 < 4 * N * length**2 / 4
+
+
+@pytest.mark.parametrize('differentiate', [False, True])
+def test_memory_of_long_rows(differentiate):
+  """Of a row of 16,384 tokens: all logits at once would be 6.4 GB."""
+  length = 16_384
+  shapes = [jax.ShapeDtypeStruct((1, length, heads, H), jnp.float32) for heads in (N, K, K)]
+
+  def run(q, k, v):
+    return layers.causal_attention(q, k, v).sum()
+
+  program = jax.jit(jax.grad(run, (0, 1, 2)) if differentiate else run).lower(*shapes).compile()
+  assert program.memory_analysis().temp_size_in_bytes < 0.5e9

@@ -1,0 +1,171 @@
+"""The house rules of ARCHITECTURE that a program can check: imports go down only, files stay small."""
+
+import ast
+import graphlib
+import importlib.metadata
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+DATA_FOR_OTHERS = 'adapt_jax/export/hf_code/'  # copied into exports, run by transformers
+MAX_LINES = 400
+
+# Folders of adapt_jax from the top; a module may import its own folder and those below.
+FOLDERS = (
+  'modes', 'pipeline', 'pruning', 'evaluation', 'export', 'training', 'generation', 'data', 'reports',
+  'machine', 'config',
+)  # fmt: skip
+PICKLES = {'pickle', 'cloudpickle', 'dill', 'shelve', 'joblib'}  # loading one runs code
+NO_JAX = (
+  'adapt_jax/pruning/widths.py',
+  'adapt_jax/modes/compare_grid.py',
+  'adapt_jax/pruning/plan.py',
+  'adapt_jax/pruning/serving_widths.py',
+  'adapt_jax/pruning/methods/__init__.py',
+)
+TOKENIZER_FILES = ('models/formats/source.py', 'models/formats/gguf_tokenizer.py')
+
+SOURCES = {
+  path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding='utf-8'), str(path))
+  for top in ('main.py', 'configs', 'adapt_jax', 'models', 'scripts', 'tests')
+  for path in ([ROOT / top] if top.endswith('.py') else sorted((ROOT / top).rglob('*.py')))
+}
+OURS = [name for name in SOURCES if not name.startswith((DATA_FOR_OTHERS, 'tests/'))]
+
+
+def imports(tree: ast.AST) -> set[str]:
+  """Dotted names of all that a file imports, at any depth; `from a import b` counts as a and as a.b."""
+  found = set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+      found |= {node.module} | {f'{node.module}.{alias.name}' for alias in node.names}
+  return found
+
+
+def imported_files(name: str) -> set[str]:
+  """Our own files that a file imports directly."""
+  paths = [module.replace('.', '/') for module in imports(SOURCES[name])]
+  return {file for p in paths for file in (f'{p}.py', f'{p}/__init__.py') if file in SOURCES} - {name}
+
+
+def importers(package: str) -> set[str]:
+  """Our files, tests aside, that import a package."""
+  return {name for name in OURS if package in {i.split('.')[0] for i in imports(SOURCES[name])}}
+
+
+def within(names: set[str], *places: str) -> bool:
+  return all(name.startswith(places) for name in names)
+
+
+def test_the_scan_sees_the_project() -> None:
+  assert {'main.py', 'configs/base.py', 'adapt_jax/pruning/plan.py', 'models/network/llama.py'} <= set(
+    SOURCES
+  )
+  assert imports(ast.parse('def f():\n  from jax import numpy\n  import os.path')) == {
+    'jax',
+    'jax.numpy',
+    'os.path',
+  }
+  assert 'adapt_jax/pruning/plan.py' in imported_files('adapt_jax/pruning/surgery.py')
+
+
+def test_imports_go_down() -> None:
+  assert not importers('main')
+  assert within(importers('configs'), 'main.py', 'configs/')
+  assert within(importers('adapt_jax'), 'main.py', 'configs/', 'adapt_jax/', 'scripts/')
+  assert not importers('tests')
+  assert not [
+    f'{name}:{node.lineno} imports relatively, which hides the layer'
+    for name in OURS
+    for node in ast.walk(SOURCES[name])
+    if isinstance(node, ast.ImportFrom) and node.level
+  ]
+
+
+def test_folders_of_adapt_jax() -> None:
+  wrong = []
+  for name in OURS:
+    folder, *rest = pathlib.PurePosixPath(name).parts[1:] or ['']
+    if name.startswith('adapt_jax/') and rest:
+      used = {i.split('.')[1] for i in imports(SOURCES[name]) if i.startswith('adapt_jax.')}
+      wrong += [f'{name} imports {up}' for up in used if FOLDERS.index(up) < FOLDERS.index(folder)]
+  assert not wrong
+
+
+def test_no_import_cycle() -> None:
+  graphlib.TopologicalSorter({name: imported_files(name) for name in SOURCES}).prepare()
+
+
+def test_heavy_imports_have_one_place() -> None:
+  assert within(importers('transformers'), *TOKENIZER_FILES)
+  assert within(importers('ml_collections'), 'main.py', 'configs/')
+  assert not importers('torch')
+  assert within(importers('tensorboard'), 'adapt_jax/reports/tensorboard.py')
+  assert within(importers('lm_eval'), 'adapt_jax/evaluation/')
+
+
+@pytest.mark.parametrize('name', NO_JAX)
+def test_planning_never_reaches_jax(name: str) -> None:
+  seen, queue = set(), [name]
+  while queue:
+    file = queue.pop()
+    seen.add(file)
+    assert not {'jax', 'jaxlib', 'flax'} & {i.split('.')[0] for i in imports(SOURCES[file])}, (
+      f'{name} through {file}'
+    )
+    queue += imported_files(file) - seen
+
+
+def test_third_party_imports_are_declared() -> None:
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  extras = project['optional-dependencies']
+  lines = project['dependencies'] + extras['tensorboard'] + extras['eval']
+  declared = {re.split(r'[\[<>=~]', line)[0].replace('_', '-').lower() for line in lines}
+  ours = {name.split('/')[0].removesuffix('.py') for name in SOURCES}
+  used = {i.split('.')[0] for name in OURS for i in imports(SOURCES[name])} - sys.stdlib_module_names - ours
+  providers = importlib.metadata.packages_distributions()
+  missing = {i for i in used if not declared & {d.replace('_', '-').lower() for d in providers.get(i, ())}}
+  assert not missing
+
+
+def test_the_fetch_script_needs_only_python() -> None:
+  used = {i.split('.')[0] for i in imports(SOURCES['scripts/fetch_demo.py'])}
+  assert used <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize('name', OURS)
+def test_a_file_is_small_and_says_what_it_is(name: str) -> None:
+  lines = len((ROOT / name).read_text(encoding='utf-8').splitlines())
+  assert lines < MAX_LINES
+  assert lines == 0 or ast.get_docstring(SOURCES[name])
+
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_no_bare_except_and_no_pickle(name: str) -> None:
+  for node in ast.walk(SOURCES[name]):
+    if isinstance(node, ast.ExceptHandler):
+      assert node.type, f'line {node.lineno}: a bare except'
+    if isinstance(node, ast.keyword) and node.arg == 'allow_pickle':
+      assert ast.unparse(node.value) == 'False', f'line {node.value.lineno}: allow_pickle'
+  assert not PICKLES & {i.split('.')[0] for i in imports(SOURCES[name])}
+
+
+def test_no_file_names_a_machine() -> None:
+  if not (ROOT / '.git').exists():
+    pytest.skip('not a git checkout')
+  git = ['git', '-c', f'safe.directory={ROOT}', '-C', str(ROOT), 'ls-files', '-z']
+  names = subprocess.run(git, check=True, capture_output=True, text=True).stdout.split('\0')
+  machine = re.compile(r'(?<![\w.~/:*-])/(?:work|root|home|Users|tmp|opt|mnt|srv)/\w')
+  wrong = []
+  for name in filter(None, names):
+    path = ROOT / name
+    if path.is_file() and b'\0' not in (content := path.read_bytes()):
+      wrong += [f'{name}: {found}' for found in machine.findall(content.decode('utf-8', 'replace'))]
+  assert not wrong

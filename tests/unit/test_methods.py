@@ -1,0 +1,283 @@
+"""Every pruning method: its rule on random scores, and the whole job through main.py."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from adapt_jax.export.hf import write_hf
+from adapt_jax.pruning.methods import METHODS
+from adapt_jax.pruning.methods.flap import standardised
+from adapt_jax.pruning.plan import PrunePlan, PruneState
+from adapt_jax.pruning.scores import Scores
+from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
+from models.formats.source import open_source
+from models.network import llama
+from tests.support import runs
+from tests.support.helpers import logits, random_tokens
+from tests.support.tokenizers_for_tests import tiny_tokenizer
+
+PROGRESSIVE = ('adapt', 'uniform')
+ONE_SHOT = ('obs', 'llm_pruner', 'flap', 'wanda_sp', 'magnitude')
+KV, G, HEAD, FFN = 3, 2, 8, 52
+
+
+def make_config(layers=8, shapes=None, tie=True):
+  shapes = shapes or (LayerShape(KV * G, KV, FFN),) * layers
+  return ModelConfig('llama', 101, 32, HEAD, shapes, RopeConfig(1e4), 1e-5, tie)
+
+
+def make_method(name, config, **fields):
+  defaults = {'steps': 50, 'ratio': 1.0, 'amplitude': 0.02, 'align_kv': 1, 'align_ffn': 1, 'compat': ''}
+  return METHODS[name](config, types.SimpleNamespace(**(defaults | fields)))
+
+
+def random_scores(config, seed=0):
+  rng = np.random.default_rng(seed)
+  scale = np.exp(rng.normal(size=(config.num_layers, 1)))  # layers differ in scale, as real ones do
+  kv = config.layers[0].num_kv_heads
+  columns = rng.random((config.num_layers, kv, G, HEAD)) * scale[:, :, None, None]
+  ffn = rng.random((config.num_layers, FFN)) * scale
+  distance = rng.uniform(-1, -0.3, config.num_layers)
+  return Scores(columns.sum((2, 3)), ffn, distance, np.float32(1), columns)
+
+
+def run(method, config, state, target):
+  """Steps on random scores until the target is reached; returns the states."""
+  states = [state]
+  while states[-1].plan.params(config) > target:
+    states.append(method.step(random_scores(config, len(states)), states[-1], target))
+  return states
+
+
+@pytest.mark.parametrize('name', PROGRESSIVE + ONE_SHOT)
+def test_kv_heads_stay_multiples_too(name):
+  """So that a tensor axis divides them; a layer keeps one such block."""
+  config = make_config(shapes=(LayerShape(4 * G, 4, FFN),) * 14)
+  method = make_method(name, config, align_kv=2, align_ffn=4)
+  for target in (int(0.8 * count_params(config)), method.smallest()):
+    plan = run(method, config, PruneState.start(config), target)[-1].plan
+    assert set(plan.kv_widths) <= {2, 4} and not (plan.ffn_widths % 4).any()
+    assert plan.params(config) <= target
+  assert 2 in plan.kv_widths
+
+
+@pytest.mark.parametrize('align', [1, 8])
+@pytest.mark.parametrize('name', PROGRESSIVE + ONE_SHOT)
+def test_lands_on_every_stages_target(name, align):
+  """Never above, below by less than one MLP block; what a stage removed stays removed."""
+  config = make_config(layers=14)  # llm_pruner may touch eight of them
+  method, state = make_method(name, config, align_ffn=align), PruneState.start(config)
+  for share in (0.9, 0.8, 0.7):
+    target = int(share * count_params(config))
+    states = run(method, config, state, target)
+    assert len(states) == 2 or name in PROGRESSIVE
+    before, state = state, states[-1]
+    assert target - align * channel_params(config) < state.plan.params(config) <= target
+    state.plan.relative_to(before.plan)  # raises if something came back
+    assert (state.plan.kv_widths >= 1).all()
+    assert all(f >= 1 and (f % align == 0 or f == FFN) for f in state.plan.ffn_widths)
+
+
+@pytest.mark.parametrize('name', PROGRESSIVE + ONE_SHOT)
+def test_the_smallest_target_is_reached(name):
+  config = make_config()
+  method = make_method(name, config, align_ffn=8)
+  plan = run(method, config, PruneState.start(config), method.smallest())[-1].plan
+  assert plan.params(config) <= method.smallest() and (plan.kv_widths >= 1).all()
+
+
+@pytest.mark.parametrize('name', ['wanda_sp', 'magnitude', 'uniform'])
+def test_uniform_methods_cut_all_layers_alike_and_keep_the_best(name):
+  config, target = make_config(), int(0.75 * count_params(make_config()))
+  states = run(make_method(name, config), config, PruneState.start(config), target)
+  plan = states[-1].plan
+  assert np.ptp(plan.kv_widths) <= 1 and np.ptp(plan.ffn_widths) <= 1
+  scores = random_scores(config, len(states) - 1)
+  for kept, values in zip(plan.ffn, scores.ffn, strict=True):
+    if name != 'uniform':  # the best of its own step alone
+      assert values[kept].min() > values[~kept].max()
+
+
+@pytest.mark.parametrize('name', PROGRESSIVE)
+def test_the_reference_stops_at_the_first_step_below_the_target(name):
+  config, target = make_config(), int(0.85 * count_params(make_config()))
+  method = make_method(name, config, compat='reference')
+  states = run(method, config, PruneState.start(config), target)
+  assert states[-1].plan.params(config) < target - channel_params(config)
+  assert [n for n, m in METHODS.items() if m.in_reference] == list(PROGRESSIVE)
+
+
+def test_llm_pruner_leaves_the_first_four_and_last_two_layers_alone():
+  config = make_config(layers=9)
+  method = make_method('llm_pruner', config)
+  for target in (int(0.95 * count_params(config)), method.smallest()):
+    plan = run(method, config, PruneState.start(config), target)[-1].plan
+    untouched = (plan.kv_widths == KV) & (plan.ffn_widths == FFN)
+    assert untouched.tolist() == [True] * 4 + [False] * 3 + [True] * 2
+
+
+def test_obs_takes_what_costs_least_per_parameter():
+  """Of KV groups and channels alike, in whatever layer, but for each layer's last."""
+  config = make_config()
+  group, channel = (2 * G + 2) * HEAD * 32, 3 * 32  # parameters
+  rng = np.random.default_rng(0)
+  per_parameter = [rng.random((8, KV)), rng.random((8, FFN))]
+  kv, ffn = group * per_parameter[0], channel * per_parameter[1]
+  scores, start = Scores(kv, ffn, np.zeros(8), np.float32(1)), PruneState.start(config)
+  plan = make_method('obs', config).step(scores, start, int(0.7 * count_params(config))).plan
+  kept = [np.array(plan.kv), np.array(plan.ffn)]
+  assert all((~mask).any() for mask in kept)
+  highest = max(x[~mask].max() for x, mask in zip(per_parameter, kept, strict=True))
+  for x, mask in zip(per_parameter, kept, strict=True):
+    assert (x[mask & (mask.sum(1) > 1)[:, None]] >= highest).all()
+
+
+def test_flap_standardises_per_layer_and_module_over_what_is_left():
+  torch = pytest.importorskip('torch')
+  config = make_config(layers=2)
+  scores, plan = random_scores(config), PrunePlan.dense(config)
+  plan.kv[1][0] = False
+  plan.ffn[1][:7] = False
+  found = standardised(scores, plan)
+
+  def z(x):
+    return (x - torch.mean(x)) / torch.std(x)
+
+  for layer, (groups, channels) in enumerate([(slice(0, KV), slice(0, FFN)), (slice(1, KV), slice(7, FFN))]):
+    columns = torch.tensor(scores.o_columns[layer][groups]).reshape(-1) ** 2
+    expected = z(columns).reshape(-1, G * HEAD).mean(1)
+    np.testing.assert_allclose(found.kv[layer][groups], expected, rtol=1e-9)
+    expected = z(torch.tensor(scores.ffn[layer][channels]))
+    np.testing.assert_allclose(found.ffn[layer][channels], expected, rtol=1e-9)
+
+
+def test_flap_ranks_over_the_whole_model():
+  """What went scores lower than what stayed, in whatever layer, but for each layer's last channel."""
+  config = make_config()
+  method, target = make_method('flap', config), int(0.85 * count_params(make_config()))
+  start = PruneState.start(config)
+  plan = run(method, config, start, target)[-1].plan
+  z = standardised(random_scores(config, 1), start.plan).ffn
+  kept = np.array(plan.ffn)
+  threshold = z[~kept].max()
+  assert (z[kept & (plan.ffn_widths > 1)[:, None]] >= threshold).all()
+  assert len(set(plan.ffn_widths.tolist())) > 1  # so the layers' widths are the ranking's own
+
+
+def test_shortgpt_takes_whole_layers_of_lowest_influence_and_no_more_than_it_must():
+  config = make_config()
+  method, start = make_method('shortgpt', config), PruneState.start(config)
+  distance = np.array([-0.5, -0.99, -0.7, -0.9, -0.95, -0.6, -0.8, -0.4])
+  scores = random_scores(config)._replace(distance=distance)
+  target = int(0.65 * count_params(config))
+  state = method.step(scores, start, target)
+  gone = np.flatnonzero(~state.plan.present)
+  assert set(gone) == set(np.argsort(distance)[: len(gone)])
+  per_layer = (count_params(config) - state.plan.params(config)) // len(gone)
+  assert target - per_layer < state.plan.params(config) <= target
+  assert state.sparsity.tolist() == (~state.plan.present).astype(float).tolist()
+  # The next stage goes on with the layers that are left, and one always stays.
+  last = method.step(scores, state, method.smallest())
+  assert last.plan.present.sum() == 1 and not (last.plan.present & ~state.plan.present).any()
+
+
+def test_shortgpt_is_sure_of_its_smallest_target_where_layers_differ():
+  config = make_config(shapes=(LayerShape(6, 3, 52), LayerShape(2, 1, 20), LayerShape(4, 2, 40)))
+  method = make_method('shortgpt', config)
+  for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+    scores = Scores(None, None, np.array(order, float), None)
+    plan = method.step(scores, PruneState.start(config), method.smallest()).plan
+    assert plan.params(config) <= method.smallest()
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  """The files of runs.py with a model of eight layers, whose heads divide its hidden size."""
+  path, tokenizer = runs.make_files(tmp_path_factory.mktemp('files')), tiny_tokenizer()
+  shapes = (LayerShape(4, 2, 48),) * 8
+  config = ModelConfig('llama', len(tokenizer), 32, 8, shapes, RopeConfig(1e4), 1e-5, True)
+  params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0))))()
+  write_hf(config, params, path / 'eight', tokenizer=tokenizer)
+  return path
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_the_whole_job_with_every_method(files, tmp_path, name):
+  flags = ['--mode=prune', f'--config.model.source={files / "eight"}', f'--config.prune.method={name}']
+  flags += ['--config.prune.stages=1', '--config.prune.target=0.9', '--config.evaluate.source=']
+  result = runs.main(files, tmp_path / 'out', *flags)
+  assert result.returncode == 0, result.stderr
+  report = json.loads((tmp_path / 'out/report.json').read_text())
+  model, row = report['model'], report['stages'][-1]
+  block = channel_params(open_source(str(files / 'eight')).config)
+  slack = model['params_before'] // 8 if name == 'shortgpt' else block
+  assert model['params_target'] - slack < model['params_after'] <= model['params_target']
+  assert len(row['ffn']) == len(row['num_kv_heads']) == 8
+  steps = (tmp_path / 'out/metrics.jsonl').read_text().splitlines()
+  assert report['compiles']['scoring'] == 1 and (len(steps) == 1) == (name not in PROGRESSIVE)
+  assert report['compiles']['compensation'] == 1
+  saved = open_source(str(tmp_path / 'out/hf')).config
+  assert count_params(saved) == model['params_after']
+  assert [s.ffn for s in saved.layers] == [f for f in row['ffn'] if f]
+
+
+@pytest.fixture(scope='module')
+def shortened(files, tmp_path_factory):
+  """A finished run of shortgpt with recovery, two stages."""
+  path = tmp_path_factory.mktemp('shortened') / 'out'
+  result = runs.main(files, path, *_shortgpt(files))
+  assert result.returncode == 0, result.stderr
+  return path
+
+
+def _shortgpt(files):
+  return [f'--config.model.source={files / "eight"}', '--config.prune.method=shortgpt']
+
+
+def test_shortgpt_reports_gone_layers_where_they_were(shortened):
+  report = json.loads((shortened / 'report.json').read_text())
+  plan = json.loads((shortened / 'plan.json').read_text())
+  gone = [not layer['kv_groups'] and not layer['ffn_channels'] for layer in plan['layers']]
+  for field in ('num_heads', 'num_kv_heads', 'ffn'):
+    assert [w == 0 for w in report['stages'][-1][field]] == gone
+  first, second = (sum(w == 0 for w in row['ffn']) for row in report['stages'])
+  assert 0 < first < second  # so stage 2 started from a model that lacked layers
+  assert report['compiles']['scoring'] == 1
+  assert 'layer 7' in (shortened / 'report.html').read_text()
+
+
+def test_shortgpt_killed_in_its_second_stage_continues_to_the_same_bits(shortened, files, tmp_path):
+  path = tmp_path / 'out'
+  command = runs.command(files, path, *_shortgpt(files))
+  process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  metrics, deadline = path / 'metrics.jsonl', time.monotonic() + 300
+  while not (metrics.exists() and '"event": "prune", "stage": 2' in metrics.read_text()):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.002)
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  result = runs.main(files, path, *_shortgpt(files))
+  assert result.returncode == 0 and 'resuming' in result.stdout, result.stderr
+  runs.assert_same_end(path, shortened)
+
+
+def test_shortgpt_leaves_a_stock_model(shortened):
+  """Layers of equal width: no code of ours beside it, and transformers computes what we do."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  assert not list((shortened / 'hf').glob('*.py'))
+  model = transformers.AutoModelForCausalLM.from_pretrained(shortened / 'hf').eval()
+  assert type(model) is transformers.LlamaForCausalLM
+  source = open_source(str(shortened / 'hf'))
+  assert model.config.num_hidden_layers == source.config.num_layers < 8
+  tokens = random_tokens(source.config)
+  with torch.no_grad():
+    expected = model(torch.tensor(tokens)).logits.numpy()
+  np.testing.assert_allclose(logits(source.config, source.load_params(), tokens), expected, atol=1e-4, rtol=0)

@@ -1,0 +1,148 @@
+"""The decoder against PyTorch's transformers, from checkpoints that transformers wrote."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from models.config import Llama3Scaling, RopeConfig
+from models.formats.hf_config import config_from_hf
+from models.formats.hf_weights import load_params
+from models.formats.safetensors import SafetensorsReader
+from models.network import llama
+from models.network.rope import inverse_frequencies
+from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, randomise, tiny_config
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+torch.set_num_threads(1)
+
+LLAMA3 = {
+  'rope_type': 'llama3',
+  'rope_theta': 500000.0,
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 32,
+}
+SHAPE = {
+  'vocab_size': 64,
+  'hidden_size': 48,
+  'intermediate_size': 40,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 6,
+  'num_key_value_heads': 2,
+  'max_position_embeddings': 256,
+  'rms_norm_eps': 1e-5,
+}
+CASES = {
+  'llama-mha': ('Llama', {'num_key_value_heads': 6}),
+  'llama-gqa-tied': ('Llama', {'tie_word_embeddings': True}),
+  'llama-mqa': ('Llama', {'num_key_value_heads': 1}),
+  'llama-9-heads-3-groups': (
+    'Llama',
+    {'hidden_size': 54, 'num_attention_heads': 9, 'num_key_value_heads': 3},
+  ),
+  'llama-wide-heads': ('Llama', {'head_dim': 20}),
+  'llama-biases': ('Llama', {'attention_bias': True}),
+  'llama3-scaling': ('Llama', {'rope_parameters': LLAMA3, 'head_dim': 16}),
+  'mistral': ('Mistral', {'sliding_window': None, 'head_dim': 12}),
+  'mistral-window-not-reached': ('Mistral', {'sliding_window': 256}),
+  'qwen2': ('Qwen2', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e6}}),
+  'qwen2-tied': ('Qwen2', {'tie_word_embeddings': True, 'num_attention_heads': 12, 'num_key_value_heads': 4}),
+  'qwen3': ('Qwen3', {'head_dim': 16}),
+  'qwen3-biases': ('Qwen3', {'head_dim': 16, 'attention_bias': True}),
+  'qwen3-tied': ('Qwen3', {'head_dim': 6, 'tie_word_embeddings': True}),
+}
+
+
+def stock_model(name, fields):
+  config = getattr(transformers, f'{name}Config')(**(SHAPE | fields))
+  return randomise(getattr(transformers, f'{name}ForCausalLM')(config))
+
+
+def load(directory):
+  raw = json.loads((directory / 'config.json').read_text())
+  config = config_from_hf(raw, str(directory))
+  return config, load_params(config, SafetensorsReader(directory))
+
+
+def assert_same_function(model, config, params, seed=0):
+  tokens = random_tokens(config, length=60, seed=seed)
+  with torch.no_grad():
+    expected = model(torch.tensor(tokens)).logits.numpy()
+  ours = np.asarray(logits(config, params, tokens))
+  assert expected.std() > 1  # otherwise the tolerance below says little
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+  np.testing.assert_array_equal(ours.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_logits_are_those_of_transformers(case, tmp_path):
+  model = stock_model(*CASES[case])
+  model.save_pretrained(tmp_path)
+  assert_same_function(model, *load(tmp_path))
+
+
+def test_mobilellm_is_a_llama_that_shares_its_embedding(tmp_path):
+  model = stock_model('Llama', {'tie_word_embeddings': True, 'num_key_value_heads': 3})
+  model.save_pretrained(tmp_path)
+  raw = SHAPE | {
+    'model_type': 'mobilellm',
+    'architectures': ['MobileLLMForCausalLM'],
+    'auto_map': {'AutoModelForCausalLM': 'modeling_mobilellm.MobileLLMForCausalLM'},
+    'num_key_value_heads': 3,
+    'hidden_act': 'silu',
+    'attention_bias': False,
+    'rope_scaling': None,
+    'rope_theta': 10000.0,
+    'share_embedding': True,
+    'layer_sharing': False,
+    'tie_word_embeddings': False,
+  }
+  (tmp_path / 'config.json').write_text(json.dumps(raw))
+  config, params = load(tmp_path)
+  assert config.tie_embeddings and 'lm_head' not in params
+  assert_same_function(model, config, params)
+
+
+@pytest.mark.parametrize('factor, original, head_dim', [(8.0, 8192, 128), (32.0, 8192, 64), (2.0, 16, 10)])
+def test_llama3_frequencies_are_those_of_transformers(factor, original, head_dim):
+  fields = LLAMA3 | {'factor': factor, 'original_max_position_embeddings': original}
+  config = transformers.LlamaConfig(
+    hidden_size=2 * head_dim, num_attention_heads=2, max_position_embeddings=131072, rope_parameters=fields
+  )
+  module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+  ours = inverse_frequencies(RopeConfig(500000.0, Llama3Scaling(factor, 1.0, 4.0, original)), head_dim)
+  np.testing.assert_allclose(ours, module.inv_freq.numpy(), rtol=1e-6)
+
+
+def test_later_tokens_do_not_change_earlier_logits():
+  config = tiny_config('qwen3')
+  params, tokens = random_params(config), random_tokens(config)
+  before = np.asarray(logits(config, params, tokens))
+  tokens[:, 25] = (tokens[:, 25] + 1) % config.vocab_size
+  after = np.asarray(logits(config, params, tokens))
+  np.testing.assert_allclose(after[:, :25], before[:, :25], rtol=0, atol=1e-6)
+  assert (np.abs(after - before)[:, 25:].max(-1) > 1e-3).all()
+
+
+def test_remat_changes_no_gradient():
+  config = tiny_config('qwen2', layers=UNIFORM[:1])
+  params, tokens = random_params(config), random_tokens(config)
+
+  def loss(params, remat):
+    return jax.numpy.square(llama.hidden_states(config, params, tokens, remat=remat)).mean()
+
+  gradient = jax.jit(jax.grad(loss), static_argnums=1)
+  again, kept = (
+    str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, remat)).count('dot_general')
+    for remat in (True, False)
+  )
+  assert again > kept  # products with weights are computed again, or not
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    gradient(params, True),
+    gradient(params, False),
+  )

@@ -1,0 +1,82 @@
+"""Schedules and the split of the data over stages."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_jax.config.options import DistillOptions, TrainOptions
+from adapt_jax.training.optim import learning_rate, optimizer, reset_moments
+from adapt_jax.training.step import stage_steps
+from configs import base
+
+
+def options(**kw):
+  values = base.get_config().train.to_dict()
+  values |= {'tokens': 100 * 8, 'batch': 2, 'micro_batch': 2, 'length': 4, 'lr': 1e-2, 'min_lr': 1e-3}
+  distill = DistillOptions(**values.pop('distill'))
+  return TrainOptions(**values | {'distill': distill} | kw)
+
+
+def test_wsd_warms_up_holds_and_decays():
+  rate = learning_rate(options(), 100)
+  values = np.array([rate(s) for s in range(101)])
+  np.testing.assert_allclose(values[:5], 1e-2 * np.arange(1, 6) / 5, rtol=1e-5)
+  np.testing.assert_allclose(values[5:90], 1e-2, rtol=1e-6)
+  np.testing.assert_allclose(values[90:100], np.linspace(1e-2, 1e-3, 11)[1:], rtol=1e-4)
+
+
+def test_cosine_ends_at_min_lr():
+  rate = learning_rate(options(schedule='cosine'), 100)
+  np.testing.assert_allclose(rate(99), 1e-3, rtol=1e-4)
+  np.testing.assert_allclose(rate(5), 1e-2, rtol=1e-5)
+  half = 5 + 95 // 2
+  expected = 1e-3 + (1e-2 - 1e-3) * (1 + np.cos(np.pi * 47 / 94)) / 2
+  np.testing.assert_allclose(rate(half), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 10])
+def test_short_runs_have_positive_rates(steps):
+  rate = learning_rate(options(), steps)
+  assert all(1e-3 <= rate(s) <= 1.001e-2 for s in range(steps))
+
+
+def test_shares_of_the_stages():
+  assert stage_steps(options(), 4) == [10, 30, 60, 100]
+  assert stage_steps(options(split='constant'), 4) == [25, 50, 75, 100]
+  cosine = stage_steps(options(split='cosine'), 2)
+  assert cosine == [round(100 * (1 - np.cos(np.pi / 4))), 100]
+
+
+def test_reset_clears_moments_but_not_the_schedule():
+  tx = optimizer(options(), 100)
+  params = {'w': jnp.ones(3)}
+  state = tx.init(params)
+  for _ in range(7):
+    _, state = tx.update({'w': jnp.ones(3)}, state, params)
+  fresh = reset_moments(state)
+  assert int(fresh[1].count) == 0 and not fresh[1].mu['w'].any() and int(fresh[2].count) == 7
+  updates, _ = tx.update({'w': jnp.ones(3) * 0.1}, fresh, params)
+  np.testing.assert_allclose(updates['w'], -1e-2, rtol=1e-3)  # full rate, Adam's first step
+
+
+def test_a_bfloat16_first_moment_gives_nearly_the_same_updates():
+  """The second moment stays in fp32, or it would never change by a thousandth."""
+  gradients = np.random.default_rng(0).normal(size=(200, 50)).astype(np.float32)
+  params, found = {'w': jnp.zeros(50)}, {}
+  for dtype in ('float32', 'bfloat16'):
+    tx = optimizer(options(mu_dtype=dtype, clip=1e9), 1000)
+    state, w = tx.init(params), params['w']
+    for g in gradients:
+      updates, state = tx.update({'w': jnp.asarray(g)}, state, params)
+      w += updates['w']
+    assert (state[1].mu['w'].dtype, state[1].nu['w'].dtype) == (dtype, 'float32')
+    found[dtype] = np.asarray(w)
+  off = np.linalg.norm(found['bfloat16'] - found['float32']) / np.linalg.norm(found['float32'])
+  assert 0 < off < 10 * 2**-8  # the moment remembers ten steps, each rounded to 2⁻⁸
+
+
+def test_no_weight_decay():
+  tx = optimizer(options(), 100)
+  params = {'w': jnp.full(3, 100.0)}
+  updates, _ = tx.update({'w': jnp.zeros(3)}, tx.init(params), params)
+  np.testing.assert_array_equal(updates['w'], 0)

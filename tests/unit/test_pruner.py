@@ -1,0 +1,163 @@
+"""The progressive loop: landing, fresh draws, and the reference's way of doing it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_jax.config.options import CalibrationOptions, PruneOptions
+from adapt_jax.data.windows import Blocks
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.pipeline.shared import ScoreMemo
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.plan import PrunePlan, PruneState
+from adapt_jax.pruning.pruner import Pruner, target_params
+from adapt_jax.pruning.scorer import IMPORTANCES
+from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
+from models.network import llama
+from tests.support.helpers import KeepingCompiler
+
+OPTIONS = PruneOptions(
+  method='adapt', target=0.7, stages=1, stage_targets='linear', steps=40, ratio=1.0, amplitude=0.02,
+  importance='taylor', layer_distance='cosine', align_kv=1, align_ffn=1, serve='any', compat='',
+  compensate='none', calibration=CalibrationOptions((), 8, 12, 4),
+)  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def model():
+  config = ModelConfig('llama', 61, 32, 8, (LayerShape(6, 3, 64),) * 3, RopeConfig(1e4), 1e-5, True)
+  params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0))))()
+  return config, params
+
+
+def make_pruner(config, rows=32, seed=0, memo=None, compiler=None, dtype=jnp.float32, **kw):
+  tokens = np.random.default_rng(1).integers(0, 61, (rows, 12)).astype(np.int32)
+  blocks = Blocks(tokens, np.ones_like(tokens, bool), 0)
+  options = dataclasses.replace(OPTIONS, **kw)
+  return Pruner(config, options, blocks, seed=seed, compiler=compiler or Compiler(), dtype=dtype, memo=memo)
+
+
+def prune(pruner, params, target, state=None, compacted=None):
+  state = state or PruneState.start(pruner.config)
+  records = []
+  compacted = compacted or state.plan
+  stacked = pruner.stack(params, compacted)
+  state = pruner.prune(stacked, compacted, state, target, lambda s, r: records.append(r), 'prune')
+  return state, records
+
+
+def test_bfloat16_weights_are_gone_over_as_they_are():
+  """Neither scoring nor compensation holds all layers in fp32 beside, which takes twice their bytes."""
+  config = ModelConfig('llama', 61, 64, 16, (LayerShape(4, 2, 256),) * 16, RopeConfig(1e4), 1e-5, True)
+  params = llama.init_params(config, jax.random.key(0))
+  compiler = KeepingCompiler()
+  pruner = make_pruner(config, compensate='least_squares', compiler=compiler, dtype=jnp.bfloat16)
+  plan = PrunePlan.dense(config)
+  pruner.score(pruner.stack(params, plan), 0)
+  pruner.compensate(params, plan, dataclasses.replace(plan, ffn=(np.arange(256) > 9,) * 16), 0)
+  weights = 2 * count_params(config)
+  for name, program in compiler.made.items():
+    planned = program.memory_analysis()
+    assert planned.argument_size_in_bytes >= weights > planned.temp_size_in_bytes, name
+  assert compiler.made.keys() == {'scoring', 'compensation'}
+
+
+@pytest.mark.parametrize('importance', sorted(IMPORTANCES))
+def test_lands_on_the_target_with_one_compile(model, importance):
+  config, params = model
+  pruner = make_pruner(config, importance=importance)
+  target = target_params(config, 0.7)
+  state, records = prune(pruner, params, target)
+  assert target - channel_params(config) < records[-1].params <= target
+  assert state.plan.params(config) == records[-1].params
+  assert len(records) > 3 and pruner._compiler.counts == {'scoring': 1}
+
+
+def test_a_draw_depends_on_seed_and_step_alone(model):
+  """Stopping in between and going on from the saved state ends with the same plan."""
+  config, params = model
+  target = target_params(config, 0.7)
+  whole, records = prune(make_pruner(config), params, target)
+  half, _ = prune(make_pruner(config), params, records[1].params)
+  resumed = PruneState.from_json(half.to_json(), config)
+  rest, _ = prune(make_pruner(config), params, target, resumed, PruneState.start(config).plan)
+  assert half.sparsity.tolist() == records[1].sparsity  # it stopped on a whole step
+  assert rest.plan.equals(whole.plan)
+  other, _ = prune(make_pruner(config, seed=1), params, target)
+  assert not other.plan.equals(whole.plan)
+
+
+def test_reference_overshoots_and_starts_anew_at_every_stage(model):
+  config, params = model
+  target = target_params(config, 0.9)
+  pruner = make_pruner(config, compat='reference')
+  state, records = prune(pruner, params, target)
+  assert records[-1].params < target - channel_params(config)  # the whole last step is taken
+  small = surgery.compact(params, state.plan)
+  second_start = pruner.next_stage(state)
+  _, second = prune(pruner, small, target_params(config, 0.8), second_start, state.plan)
+  assert max(second[0].sparsity) < 2 * max(records[0].sparsity)  # one step's worth: s began at 0 again
+  _, carried = prune(make_pruner(config), small, target_params(config, 0.8), state, state.plan)
+  assert max(carried[0].sparsity) > max(records[-1].sparsity)
+
+
+def test_reference_negates_euclidean_distance_only(model):
+  config, params = model
+  signs = {}
+  for compat in ('', 'reference'):
+    for distance in ('cosine', 'euclidean'):
+      pruner = make_pruner(config, rows=8, compat=compat, layer_distance=distance)
+      _, records = prune(pruner, params, count_params(config) - 1)
+      signs[compat, distance] = np.array(records[0].layer_importance)
+  np.testing.assert_array_equal(signs['', 'cosine'], signs['reference', 'cosine'])
+  np.testing.assert_array_equal(signs['', 'euclidean'], -signs['reference', 'euclidean'])
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {},
+    {'importance': 'random'},  # drawn by the seed, whatever the memo remembers of the pass
+    {'importance': 'fluctuation'},
+    {'layer_distance': 'euclidean', 'compat': 'reference'},
+  ],
+  ids=str,
+)
+def test_a_memo_saves_passes_and_changes_nothing(model, options):
+  config, params = model
+  target, memo = target_params(config, 0.8), ScoreMemo()
+  whole, records = prune(make_pruner(config, **options), params, target)
+  for passes in (len(records), 0):
+    before = memo.computed
+    found, again = prune(make_pruner(config, memo=memo, **options), params, target)
+    assert found.plan.equals(whole.plan) and again == records
+    assert memo.computed - before == passes
+  other, _ = prune(make_pruner(config, seed=1, memo=memo, **options), params, target)
+  assert other.plan.equals(prune(make_pruner(config, seed=1, **options), params, target)[0].plan)
+
+
+def test_a_memo_tells_the_same_tokens_in_other_rows_apart(model):
+  config, params = model
+  memo, tokens = ScoreMemo(), np.random.default_rng(1).integers(0, 61, (8, 16)).astype(np.int32)
+  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  losses = []
+  for rows in (tokens, tokens.reshape(16, 8)):
+    samples = CalibrationOptions(source=(), samples=len(rows), length=rows.shape[1], batch=4)
+    options = dataclasses.replace(OPTIONS, calibration=samples)
+    blocks, common = Blocks(rows, np.ones_like(rows, bool), 0), {'compiler': Compiler(), 'dtype': jnp.float32}
+    pruner = Pruner(config, options, blocks, seed=0, memo=memo, **common)
+    losses.append(float(pruner.score(stacked, 0, PrunePlan.dense(config)).loss))
+  assert memo.computed == 2 and losses[0] != losses[1]
+
+
+def test_a_memo_is_only_for_the_models_own_weights(model):
+  """After the first compaction training may have changed them: equal plans no longer mean equal scores."""
+  config, params = model
+  memo, target = ScoreMemo(), target_params(config, 0.8)
+  state, _ = prune(make_pruner(config, memo=memo), params, target_params(config, 0.9))
+  small, known = surgery.compact(params, state.plan), (memo.computed, memo.remembered)
+  prune(make_pruner(config, memo=memo), small, target, state, state.plan)
+  assert (memo.computed, memo.remembered) == known

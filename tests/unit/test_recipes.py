@@ -1,0 +1,253 @@
+"""The recipes of configs/published.py and llama_8b_to_1b.py, walked through all stages by shape alone.
+
+No weights: configs are parsed as `open_source` does it, scores are drawn, parameters are abstract.
+"""
+
+import functools
+import itertools
+import math
+import subprocess
+import sys
+from typing import NamedTuple
+
+import datasets
+import jax
+import numpy as np
+import pytest
+
+from adapt_jax.config.options import from_dict
+from adapt_jax.pipeline import inputs
+from adapt_jax.pipeline.stages import stage_targets
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.methods import METHODS
+from adapt_jax.pruning.plan import PrunePlan, PruneState
+from adapt_jax.pruning.pruner import steps
+from adapt_jax.pruning.scores import Scores
+from adapt_jax.training.step import stage_steps
+from configs import llama_8b_to_1b, published
+from models.config import channel_params, count_params
+from models.formats.hf_config import config_from_hf
+from models.network import llama
+from tests.support import runs
+
+
+def mobilellm(hidden, layers, heads, kv_heads, ffn):
+  return {
+    'model_type': 'mobilellm', 'hidden_size': hidden, 'num_hidden_layers': layers,
+    'num_attention_heads': heads, 'num_key_value_heads': kv_heads, 'intermediate_size': ffn,
+    'head_dim': 64, 'vocab_size': 32000,
+    'hidden_act': 'silu', 'max_position_embeddings': 2048, 'rms_norm_eps': 1e-5, 'rope_theta': 10000.0,
+    'rope_scaling': None, 'attention_bias': False, 'mlp_bias': False, 'layer_sharing': False,
+    'share_embedding': True, 'tie_word_embeddings': False,
+  }  # fmt: skip
+
+
+def qwen2(hidden, layers, heads, ffn, position, theta, window, tie):
+  return {
+    'model_type': 'qwen2', 'hidden_size': hidden, 'num_hidden_layers': layers, 'num_attention_heads': heads,
+    'num_key_value_heads': 2, 'intermediate_size': ffn, 'vocab_size': 151936, 'hidden_act': 'silu',
+    'max_position_embeddings': position, 'rms_norm_eps': 1e-6, 'rope_theta': theta,
+    'sliding_window': window, 'use_sliding_window': False, 'tie_word_embeddings': tie,
+  }  # fmt: skip
+
+
+LLAMA_8B = {
+  'model_type': 'llama', 'hidden_size': 4096, 'num_hidden_layers': 32, 'num_attention_heads': 32,
+  'num_key_value_heads': 8, 'intermediate_size': 14336, 'vocab_size': 128256, 'hidden_act': 'silu',
+  'max_position_embeddings': 131072, 'rms_norm_eps': 1e-5, 'rope_theta': 500000.0,
+  'rope_scaling': {
+    'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 8192,
+  },
+  'attention_bias': False, 'mlp_bias': False, 'tie_word_embeddings': False,
+}  # fmt: skip
+
+# What their config.json say, and how many parameters their model cards say are stored.
+HF = {
+  'facebook/MobileLLM-350M': (mobilellm(960, 32, 15, 5, 2560), 345_355_200),
+  'facebook/MobileLLM-600M': (mobilellm(1152, 40, 18, 6, 3072), 603_188_352),
+  'facebook/MobileLLM-1B': (mobilellm(1280, 54, 20, 5, 3584), 1_005_461_760),
+  'Qwen/Qwen2.5-0.5B': (qwen2(896, 24, 14, 4864, 32768, 1e6, 32768, True), 494_032_768),
+  'deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B': (
+    qwen2(1536, 28, 12, 8960, 131072, 1e4, 4096, False),
+    1_777_088_000,
+  ),
+  'meta-llama/Llama-3.1-8B': (LLAMA_8B, 8_030_261_248),
+}
+
+
+class Row(NamedTuple):
+  """A row of the paper's table: millions of parameters before and after, stages, end of the learning rate."""
+
+  source: str
+  before: float
+  after: float
+  stages: int
+  min_lr: float | None = None
+
+
+# Of MobileLLM-350M the paper counts the tied embedding, 32,000 x 960 = 30.72 million, twice.
+PAPER = {
+  'mobilellm_350m_to_125m': Row('facebook/MobileLLM-350M', 376.1 - 30.72, 143.1 - 30.72, 20, 0.0),
+  'mobilellm_600m_to_350m': Row('facebook/MobileLLM-600M', 603.2, 376.0, 9, 2e-6),
+  'mobilellm_1b_to_600m': Row('facebook/MobileLLM-1B', 1005.5, 603.2, 10, 2e-6),
+  'qwen_0.5b_to_350m': Row('Qwen/Qwen2.5-0.5B', 494.0, 376.1, 5, 2e-6),
+  'deepseek_1.5b_to_1b': Row('deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B', 1777.1, 1005.5, 11, 2e-6),
+  'llama_8b_20_percent': Row('meta-llama/Llama-3.1-8B', 8030.3, 0.8 * 8030.3, 1),
+  'llama_8b_40_percent': Row('meta-llama/Llama-3.1-8B', 8030.3, 0.6 * 8030.3, 1),
+  'llama_8b_60_percent': Row('meta-llama/Llama-3.1-8B', 8030.3, 0.4 * 8030.3, 1),
+}
+ALL = (*published.RUNS, 'llama_8b_to_1b')
+
+
+def options_of(name):
+  config = llama_8b_to_1b.get_config() if name == 'llama_8b_to_1b' else published.get_config(name)
+  return from_dict(config.to_dict())
+
+
+def model_of(options):
+  raw, params = HF[options.model.source]
+  config = config_from_hf(raw, options.model.source)
+  assert count_params(config) == params
+  return config
+
+
+abstract_params = functools.cache(llama.abstract_params)
+
+
+def draw_scores(config, kind, step):
+  """Scores as one pass gives them. `ties`: all groups and layers alike. `skewed`: as measured on SmolLM2, the
+  first layer changes its input far more than all others; group scores span decades."""
+  layers, shape = config.num_layers, config.layers[0]
+  shapes = (layers, shape.num_kv_heads), (layers, shape.ffn)
+  if kind == 'ties':
+    return Scores(*map(np.ones, shapes), np.full(layers, -0.9), np.float32(3))
+  rng = np.random.default_rng(step)
+  kv, ffn = (np.exp(3 * rng.standard_normal(size)) for size in shapes)
+  distance = np.concatenate([[-0.02], rng.uniform(-0.98, -0.74, layers - 1)])
+  return Scores(kv, ffn, distance, np.float32(3))
+
+
+def walk(options, config, kind):
+  """The stages as `accel.Run` takes them: (target, plan, abstract parameters) at the end of each."""
+  prune = options.prune
+  method, state = METHODS[prune.method](config, prune), PruneState.start(config)
+  params = abstract_params(config)
+  for target in stage_targets(config, prune.target, prune.stages, prune.stage_targets):
+    compacted = state.plan
+    taken = steps(method, config, state, target, lambda now: draw_scores(config, kind, now.step))
+    for _, state in taken:
+      assert state.step < 10 * prune.steps * prune.stages, 'the walk does not end'
+    relative = state.plan.relative_to(compacted)  # raises if something came back
+    params = jax.eval_shape(lambda p, relative=relative: surgery.compact(p, relative), params)
+    yield target, state.plan, params
+
+
+def assert_stage(options, config, target, plan, params, before):
+  align, found = options.prune.align_ffn, plan.params(config)
+  assert target - align * channel_params(config) < found <= target
+  kv, ffn = plan.kv_widths, plan.ffn_widths
+  assert (kv >= 1).all() and (kv <= before.kv_widths).all()
+  assert (ffn >= 1).all() and (ffn <= before.ffn_widths).all()
+  assert ((ffn % align == 0) | (ffn == config.layers[0].ffn)).all()
+  pruned, group = plan.pruned_config(config), config.layers[0].group_size
+  for layer, shape in zip(params['layers'], pruned.layers, strict=True):
+    assert shape.num_heads == group * shape.num_kv_heads
+    heads = shape.num_kv_heads, group, config.head_dim, config.hidden_size
+    assert layer['attention']['q'].shape == heads
+    assert layer['mlp']['down'].shape == (config.hidden_size, shape.ffn)
+  assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == count_params(pruned) == found
+
+
+@pytest.mark.parametrize('kind', ['skewed', 'ties'])
+@pytest.mark.parametrize('name', ALL)
+def test_all_stages_by_shape_alone(name, kind):
+  options = options_of(name)
+  config, targets = model_of(options), []
+  before = PrunePlan.dense(config)
+  for target, plan, params in walk(options, config, kind):
+    assert_stage(options, config, target, plan, params, before)
+    before = plan
+    targets.append(target)
+  assert len(targets) == options.prune.stages and targets == sorted(set(targets), reverse=True)
+  whole = count_params(config) if options.prune.target <= 1 else 1
+  assert targets[-1] == int(options.prune.target * whole)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_the_plan_is_accepted_and_every_stage_trains_its_share(name):
+  options = options_of(name)
+  inputs.check_plan(options, model_of(options))
+  count, ends = options.prune.stages, stage_steps(options.train, options.prune.stages)
+  total = options.train.tokens // (options.train.batch * options.train.length)
+  assert ends[-1] == total and options.train.tokens == total * options.train.batch * options.train.length
+  if not total:
+    assert count == 1 and not options.train.source
+    return
+  shares = [stop - start for start, stop in itertools.pairwise([0, *ends])]
+  assert sum(shares) == total and min(shares) >= 1
+  for i, share in enumerate(shares, 1):
+    assert abs(share - total * 2 * i / (count * (count + 1))) <= 1
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_published_settings_are_the_papers(name):
+  row, options = PAPER[name], options_of(name)
+  config, prune, t = model_of(options), options.prune, options.train
+  targets = stage_targets(config, prune.target, prune.stages, prune.stage_targets)
+  assert options.model.source == row.source
+  assert count_params(config) / 1e6 == pytest.approx(row.before, abs=0.05)
+  assert targets[-1] / 1e6 == pytest.approx(row.after, abs=0.05)
+  linear = [row.before - (row.before - row.after) * k / row.stages for k in range(1, row.stages + 1)]
+  assert [target / 1e6 for target in targets] == pytest.approx(linear, abs=0.05)
+  assert (prune.method, prune.importance, prune.layer_distance) == ('adapt', 'taylor', 'cosine')
+  assert (prune.amplitude, prune.steps, prune.ratio, prune.align_ffn) == (0.02, 50, 1.0, 1)
+  assert (prune.compensate, prune.compat) == ('none', '')
+  assert (prune.calibration.samples, prune.calibration.length) == (512, 64)
+  assert 'SlimPajama' in prune.calibration.source[0]
+  if row.min_lr is None:
+    assert t.tokens == 0
+    return
+  assert (t.lr, t.min_lr, t.schedule, t.warmup, t.split) == (2e-5, row.min_lr, 'wsd', 0.05, 'linear')
+  assert (t.batch, t.length, t.clip, t.distill.alpha) == (128, 1024, 1.0, 0.0)
+  # 7.71 million samples, a row each.
+  assert t.tokens / t.length == pytest.approx(7.71e6, rel=1e-3) and t.tokens // (t.batch * t.length) == 60_269
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_the_hub_is_asked_for_the_data_sets(name, monkeypatch):
+  options, asked = options_of(name), set()
+
+  def load_dataset(*names, split, **_):
+    asked.add((*names, split))
+    return [{'text': 'a row'}]
+
+  monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+  inputs.check_sources(options)
+  web = {('DKYoon/SlimPajama-6B', 'train'), ('Salesforce/wikitext', 'wikitext-2-raw-v1', 'validation')}
+  paper = {
+    ('Open-Orca/OpenOrca', 'train'),
+    ('teknium/OpenHermes-2.5', 'train'),
+    ('databricks/databricks-dolly-15k', 'train'),
+    ('allenai/WildChat-1M', 'train'),
+    ('lmsys/lmsys-chat-1m', 'train'),
+    ('HuggingFaceH4/ultrachat_200k', 'train_sft'),
+    ('openbmb/UltraInteract_sft', 'train'),
+    ('yahma/alpaca-cleaned', 'train'),
+    ('O1-OPEN/OpenO1-SFT', 'train'),
+  }
+  assert asked == (web | paper if PAPER.get(name) and PAPER[name].min_lr is not None else web)
+
+
+def test_the_1b_class_suits_accelerators():
+  options = options_of('llama_8b_to_1b')
+  assert 1e9 <= options.prune.target <= 1.5e9
+  assert options.prune.align_ffn % 64 == 0 and options.model.dtype == 'bfloat16' and options.train.remat
+
+
+def test_an_unknown_variant_is_one_line_that_names_the_choices(tmp_path):
+  command = [sys.executable, 'main.py', f'--workdir={tmp_path / "out"}']
+  command += ['--config=configs/published.py:mobilellm_350m_to_125']
+  result = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, check=False)
+  assert result.returncode == 2 and result.stderr.count('\n') == 1, result.stderr
+  assert result.stderr.startswith('error: ') and all(name in result.stderr for name in published.RUNS)

@@ -1,0 +1,151 @@
+"""Rows of the published instruction sets as they are, and templates for tokenizers without one."""
+
+import json
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from adapt_jax.data import records
+from adapt_jax.data.chat_templates import read_template, with_template
+from adapt_jax.data.documents import Document, check_source, read_documents
+from adapt_jax.data.tokenise import encode, render
+from models.errors import InputError
+from tests.support.tokenizers_for_tests import tiny_tokenizer
+
+NAMES = {'text_field': 'text', 'messages_field': 'messages'}
+ASKED, ANSWER = {'role': 'user', 'content': 'Q'}, {'role': 'assistant', 'content': 'A'}
+SYSTEM = {'role': 'system', 'content': 'S'}
+# As the data sets' cards show them, other columns left out but for some that could mislead.
+SETS = {
+  'OpenOrca': ({'id': '1', 'system_prompt': 'S', 'question': 'Q', 'response': 'A'}, [SYSTEM, ASKED, ANSWER]),
+  'OpenOrca, no system': ({'system_prompt': '', 'question': 'Q', 'response': 'A'}, [ASKED, ANSWER]),
+  'OpenHermes-2.5': (
+    {
+      'system_prompt': None,
+      'model': None,
+      'conversations': [
+        {'from': 'system', 'value': 'S', 'weight': None},
+        {'from': 'human', 'value': 'Q', 'weight': None},
+        {'from': 'gpt', 'value': 'A', 'weight': None},
+      ],
+    },
+    [SYSTEM, ASKED, ANSWER],
+  ),
+  'dolly-15k': (
+    {'instruction': 'Q', 'context': 'C', 'response': 'A', 'category': 'qa'},
+    [{'role': 'user', 'content': 'Q\n\nC'}, ANSWER],
+  ),
+  'WildChat-1M': (
+    {'conversation': [ASKED | {'toxic': False}, ANSWER | {'toxic': True}], 'turn': 1, 'model': 'm'},
+    [ASKED | {'toxic': False}, ANSWER | {'toxic': True}],
+  ),
+  'lmsys-chat-1m': ({'conversation_id': '1', 'conversation': [ASKED, ANSWER]}, [ASKED, ANSWER]),
+  'ultrachat_200k': ({'prompt': 'Q', 'prompt_id': '1', 'messages': [ASKED, ANSWER]}, [ASKED, ANSWER]),
+  'UltraInteract_sft': ({'task': 't', 'instruction': 'Q', 'response': 'A', 'id': '1'}, [ASKED, ANSWER]),
+  'alpaca-cleaned': (
+    {'instruction': 'Q', 'input': 'I', 'output': 'A'},
+    [{'role': 'user', 'content': 'Q\n\nI'}, ANSWER],
+  ),
+  'OpenO1-SFT': ({'instruction': 'Q', 'output': 'A'}, [ASKED, ANSWER]),
+}
+
+
+@pytest.mark.parametrize('name', SETS)
+def test_rows_of_the_published_sets(tmp_path, name):
+  row, expected = SETS[name]
+  (tmp_path / 'a.jsonl').write_text(json.dumps(row) + '\n')
+  parquet.write_table(pa.Table.from_pylist([row]), tmp_path / 'a.parquet')
+  for file in ('a.jsonl', 'a.parquet'):
+    source = (str(tmp_path / file),)
+    check_source(source, 'train.source', **NAMES)
+    (document,) = read_documents(source, 'train.source', **NAMES)
+    assert document.content == expected
+
+
+def test_configured_fields_go_first():
+  row = SETS['dolly-15k'][0] | {'conversation': [ANSWER]}
+  assert records.content(row | {'text': 'T'}, '', **NAMES) == 'T'
+  assert records.content(row | {'text': 'T', 'messages': [ASKED]}, '', **NAMES) == [ASKED]
+  assert records.content(row, '', 'response', 'messages') == 'A'
+  assert records.content(row, '', 'text', 'conversation') == records.content(row, '', **NAMES) == [ANSWER]
+
+
+def test_rows_without_an_answer_are_left_out(tmp_path):
+  answers = [None, '', ' \n', 'A']
+  lines = [json.dumps({'instruction': 'Q', 'input': None, 'output': answer}) for answer in answers]
+  (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
+  assert [d.content for d in read_documents((str(tmp_path),), '', **NAMES)] == [[ASKED, ANSWER]]
+
+
+@pytest.mark.parametrize('content', ['[{"text": "x"},\n {"text": "y"}]', '{"text": "x"}\n\n{"text": "y"}\n'])
+def test_json_is_a_list_of_rows_or_a_row_a_line(tmp_path, content):
+  (tmp_path / 'a.json').write_text(content, encoding='utf-8-sig')
+  found = list(read_documents((str(tmp_path),), 'train.source', **NAMES))
+  assert [document.content for document in found] == ['x', 'y']
+
+
+@pytest.mark.parametrize(
+  ('content', 'says'),
+  [
+    (b'[{"text": "x"}', 'not valid JSON'),
+    (b'[{"text": "x"}, 1]', 'row 2: a JSON int'),
+    (b'[{"text": "\xff"}]', 'not UTF-8'),
+    (b'{"rows": []}', "nor 'text' among its fields ['rows']"),
+    (b'[{"instruction": 1, "output": "A"}]', "row 1: field 'instruction' holds int"),
+  ],
+)
+def test_broken_json_lists(tmp_path, content, says):
+  (tmp_path / 'a.json').write_bytes(content)
+  with pytest.raises(InputError) as error:
+    list(read_documents((str(tmp_path / 'a.json'),), 'train.source', **NAMES))
+  assert says in str(error.value) and 'a.json' in str(error.value)
+
+
+# Chat templates
+
+CHAT = [SYSTEM, ASKED, ANSWER, {'role': 'user', 'content': 'Q2'}, {'role': 'assistant', 'content': 'A2'}]
+
+
+def test_plain_gives_base_models_conversations():
+  base = tiny_tokenizer(None)
+  tokenizer = with_template(base, 'plain')
+  assert base.chat_template is None and with_template(base, '') is base
+  text = render(Document('', CHAT), tokenizer)
+  assert text.text == (
+    '<s>S\n\nUser: Q\n\nAssistant: A</s>\n\nUser: Q2\n\nAssistant: A2</s>'  # '<s>' as before plain text
+  )
+  encoded = encode([text], tokenizer)
+  kept = tokenizer.decode(encoded.tokens[encoded.targets])
+  assert kept == ' A</s> A2</s>' and tokenizer.decode(encoded.tokens) == text.text
+  prompt = tokenizer.apply_chat_template(CHAT[:2], add_generation_prompt=True, tokenize=False)
+  assert text.text.startswith(prompt) and prompt.endswith('Assistant:')
+
+
+def test_plain_without_special_tokens():
+  tokenizer = tiny_tokenizer(None)
+  tokenizer.bos_token = tokenizer.eos_token = None
+  text = render(Document('', CHAT[1:3]), with_template(tokenizer, 'plain'))
+  assert text.text == 'User: Q\n\nAssistant: A'
+
+
+def test_template_of_a_file(tmp_path):
+  path = tmp_path / 'mine.jinja'
+  path.write_text('{% for m in messages %}{{ m.content }};{% endfor %}')
+  tokenizer = with_template(tiny_tokenizer(), str(path))
+  assert render(Document('', [ASKED, ANSWER]), tokenizer).text == 'Q;A;'
+
+
+def test_templates_that_cannot_be_read(tmp_path):
+  (tmp_path / 'empty').write_text('\n')
+  (tmp_path / 'binary').write_bytes(b'\xff')
+  for name in ('plane', str(tmp_path), str(tmp_path / 'empty'), str(tmp_path / 'binary')):
+    with pytest.raises(InputError) as error:
+      read_template(name)
+    assert f'config.data.chat_template = {name!r}' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_roles_that_plain_does_not_know_are_refused():
+  tokenizer = with_template(tiny_tokenizer(), 'plain')
+  with pytest.raises(InputError, match='here: the chat template refuses .*no role tool'):
+    render(Document('here', [ASKED, {'role': 'tool', 'content': 'x'}]), tokenizer)

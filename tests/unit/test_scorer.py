@@ -1,0 +1,211 @@
+"""Layer-wise scoring against autograd on the whole model, and its memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.scorer import DISTANCES, IMPORTANCES, Scorer
+from models.config import LayerShape, ModelConfig, RopeConfig
+from models.network import llama
+from models.network.backend import loop_options
+from tests.support.helpers import random_params, save_checkpoint, tiny_config
+
+
+def make_model(group=3, kv=2, layers=3, hidden=32, ffn=24):
+  shapes = (LayerShape(kv * group, kv, ffn),) * layers
+  config = ModelConfig('llama', 97, hidden, 8, shapes, RopeConfig(1e4), 1e-5, False)
+  return config, jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0)))
+
+
+def mean_loss(config, params, tokens):
+  logits = jax.nn.log_softmax(llama.apply(config, params, tokens)[:, :-1])
+  return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean()
+
+
+@pytest.mark.parametrize('micro_batch', [1, 2, 8])
+def test_taylor_scores_are_those_of_the_whole_batchs_gradient(micro_batch):
+  """The absolute value comes after the sum over samples, whatever the micro-batch."""
+  config, params = make_model()
+  tokens = jax.random.randint(jax.random.key(1), (8, 16), 0, 97)
+  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  scores = jax.jit(Scorer(config, micro_batch=micro_batch))(stacked, tokens)
+  loss, gradient = jax.value_and_grad(lambda p: mean_loss(config, p, tokens))(params)
+  np.testing.assert_allclose(scores.loss, loss, rtol=1e-6)
+  for i, (layer, g) in enumerate(zip(params['layers'], gradient['layers'], strict=True)):
+    a = {n: np.abs(np.asarray(layer['attention'][n] * g['attention'][n])) for n in 'qkvo'}
+    # Query head h belongs to KV group h // G: rows [h*H, (h+1)*H) of Hugging Face's q_proj.
+    q_rows = a['q'].reshape(48, 32).sum(1)
+    kv = np.array([q_rows[k * 24 : (k + 1) * 24].sum() for k in range(2)])
+    kv += a['k'].sum((1, 2)) + a['v'].sum((1, 2)) + a['o'].sum((0, 2, 3))
+    np.testing.assert_allclose(scores.kv[i], kv, rtol=1e-5)
+    m = {n: np.abs(np.asarray(layer['mlp'][n] * g['mlp'][n])) for n in ('gate', 'up', 'down')}
+    ffn = m['gate'].sum(1) + m['up'].sum(1) + m['down'].sum(0)
+    np.testing.assert_allclose(scores.ffn[i], ffn, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', sorted(DISTANCES))
+def test_distances_are_means_over_all_tokens(name):
+  config, params = make_model()
+  tokens = jax.random.randint(jax.random.key(2), (4, 16), 0, 97)
+  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  scores = jax.jit(Scorer(config, distance=name, micro_batch=2))(stacked, tokens)
+  x = params['embed'][tokens]
+  for i, (shape, layer) in enumerate(zip(config.layers, params['layers'], strict=True)):
+    y = llama.apply_layer(config, shape, layer, x, llama.rope(config, 16))
+    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    expected = {
+      'cosine': -(a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1),
+      'euclidean': np.linalg.norm(a - b, axis=-1),
+      'manhattan': np.abs(a - b).sum(-1),
+    }[name].mean()
+    np.testing.assert_allclose(scores.distance[i], expected, rtol=1e-5)
+    x = y
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_scoring_holds_one_layers_gradient_not_all(dtype):
+  """Temporary bytes planned by the compiler grow with depth by the layers' inputs only."""
+
+  def temporary_bytes(layers):
+    config, _ = make_model(kv=4, layers=layers, hidden=128, ffn=2048)
+    params = llama.abstract_params(config)
+    stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), dtype), params)
+    tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
+    lowered = jax.jit(Scorer(config, micro_batch=2, dtype=jnp.dtype(dtype))).lower(stacked, tokens)
+    return lowered.compile(loop_options()).memory_analysis().temp_size_in_bytes
+
+  layer_gradient = 4 * 3 * 128 * 2048
+  layer_inputs = 4 * 4 * 8 * 128
+  growth = (temporary_bytes(12) - temporary_bytes(4)) / 8
+  assert growth < 2 * layer_inputs + 0.1 * layer_gradient
+
+
+def scores_and_gradients(importance, **kw):
+  """Scores of a tiny model, its layers, and each sample's own gradient of its own mean loss."""
+  config, params = make_model()
+  tokens = jax.random.randint(jax.random.key(1), (4, 16), 0, 97)
+  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  scores = jax.jit(Scorer(config, importance=importance, micro_batch=2, **kw))(stacked, tokens)
+  gradient = jax.jit(jax.grad(lambda p, t: mean_loss(config, p, t)))
+  samples = [jax.tree.map(np.asarray, gradient(params, t[None])['layers']) for t in tokens]
+  return scores, jax.tree.map(np.asarray, params['layers']), samples
+
+
+def member(layer, name):
+  """A member weight of the MLP with its channels first and the hidden axis second."""
+  return layer['mlp'][name].T if name == 'down' else layer['mlp'][name]
+
+
+INPUT_STATISTICS = {'fluctuation', 'wanda'}
+
+
+@pytest.mark.parametrize(
+  'importance', sorted(IMPORTANCES.keys() - {'random', 'curvature'} - INPUT_STATISTICS)
+)
+def test_every_importance_is_its_formula(importance):
+  scores, layers, samples = scores_and_gradients(importance)
+  for i, layer in enumerate(layers):
+    expected = 0.0
+    for name in ('gate', 'up', 'down'):
+      w = member(layer, name)
+      each = np.stack([member(s[i], name) for s in samples])
+      g, fisher = each.mean(0), np.square(each).mean(0)
+      weight = {
+        'taylor': w * g,
+        'taylor_vectorize': (w * g).sum(1, keepdims=True),
+        'taylor_second': w**2 * fisher,
+        'taylor_mix': w * g - 0.5 * w**2 * fisher,
+        'l1': w,
+        'l2': w**2,
+      }[importance]
+      expected = expected + np.abs(weight).sum(1)
+    np.testing.assert_allclose(scores.ffn[i], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize('importance', ['taylor', 'taylor_vectorize'])
+def test_query_heads_are_credited_to_their_group_or_as_the_reference_does(importance):
+  """h // G is right; the reference's view(G, K·H).sum(0) means h mod K."""
+  right, layers, samples = scores_and_gradients(importance)
+  wrong, _, _ = scores_and_gradients(importance, reference_fold=True)
+  K, G, H = 2, 3, 8
+
+  def rows(x):  # sums over the hidden axis of |·|, or |sum|
+    return np.abs(x.sum(-1)) if importance == 'taylor_vectorize' else np.abs(x).sum(-1)
+
+  for i, layer in enumerate(layers):
+
+    def signed(name, i=i, layer=layer):
+      return layer['attention'][name] * np.mean([s[i]['attention'][name] for s in samples], 0)
+
+    query = rows(signed('q')) + rows(np.moveaxis(signed('o'), 0, -1))  # [K, G, H]
+    kv = (rows(signed('k')) + rows(signed('v'))).sum(-1)  # [K]
+    np.testing.assert_allclose(right.kv[i], kv + query.sum((1, 2)), rtol=1e-4)
+    folded = query.reshape(-1).reshape(G, K * H).sum(0).reshape(K, H).sum(1)
+    np.testing.assert_allclose(wrong.kv[i], kv + folded, rtol=1e-4)
+
+
+def scoring_bytes(importance, layers):
+  """What the compiler plans beside arguments and results, and the bytes of all layers' gradients."""
+  config, _ = make_model(kv=4, layers=layers, hidden=128, ffn=2048)
+  params = llama.abstract_params(config)
+  stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), jnp.float32), params)
+  tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
+  program = jax.jit(Scorer(config, importance, micro_batch=2)).lower(stacked, tokens).compile()
+  gradients = sum(x.size * 4 for x in jax.tree.leaves(stacked['layers']))
+  return program.memory_analysis().temp_size_in_bytes, gradients
+
+
+@pytest.mark.parametrize('importance', sorted(set(IMPORTANCES) - {'curvature'}))
+def test_no_importance_holds_the_gradient_tree(importance):
+  held, gradients = scoring_bytes(importance, 8)
+  assert held < gradients
+
+
+def test_curvature_holds_the_moments_of_one_layer():
+  """A few [F, F] matrices, however many layers there are."""
+  (few, gradients_few), (many, gradients_many) = (scoring_bytes('curvature', layers) for layers in (2, 8))
+  assert many < 6 * 4 * 2048**2
+  assert many - few < 0.1 * (gradients_many - gradients_few)
+
+
+def module_inputs(directory, tokens):
+  """{module name: [tokens, columns]} of what enters o_proj and down_proj in transformers, in float64."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  model = transformers.AutoModelForCausalLM.from_pretrained(directory).double().eval()
+  found, weights = {}, {}
+  for name, module in model.named_modules():
+    if name.endswith(('o_proj', 'down_proj')):
+      weights[name] = module.weight.detach().numpy()
+      module.register_forward_hook(lambda m, args, out, n=name: found.update({n: args[0].detach().numpy()}))
+  with torch.no_grad():
+    model(torch.tensor(np.asarray(tokens)))
+  return {n: x.reshape(-1, x.shape[-1]) for n, x in found.items()}, weights
+
+
+@pytest.mark.parametrize('importance', sorted(INPUT_STATISTICS))
+def test_input_statistics_are_those_of_transformers_modules(importance, tmp_path):
+  """Over the whole calibration batch, whatever the micro-batch; sane where the mean dwarfs the variance."""
+  config = tiny_config('qwen2', (LayerShape(6, 2, 40),) * 3, tie_embeddings=True)
+  params = random_params(config)
+  params['layers'][1]['attention']['v_bias'] += 300  # the mixed values of layer 1 are 300 ± 2
+  save_checkpoint(tmp_path, config, params)
+  tokens = jax.random.randint(jax.random.key(1), (8, 16), 0, config.vocab_size)
+  inputs, weights = module_inputs(tmp_path, tokens)
+  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  scores = jax.jit(Scorer(config, importance, micro_batch=2))(stacked, tokens)
+  for i in range(config.num_layers):
+    metric = []
+    for name in (f'model.layers.{i}.self_attn.o_proj', f'model.layers.{i}.mlp.down_proj'):
+      x, w = inputs[name], weights[name]
+      if importance == 'fluctuation':
+        metric.append(x.var(0) * (w**2).sum(0))
+      else:
+        metric.append((np.abs(w) * np.linalg.norm(x, axis=0)).sum(0) / np.sqrt(len(x)))
+    columns = metric[0].reshape(2, 3, 12)
+    np.testing.assert_allclose(scores.o_columns[i], columns, rtol=1e-3)
+    np.testing.assert_allclose(scores.kv[i], columns.sum((1, 2)), rtol=1e-3)
+    np.testing.assert_allclose(scores.ffn[i], metric[1], rtol=1e-3)

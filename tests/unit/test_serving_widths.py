@@ -1,0 +1,101 @@
+"""`prune.serve`: plans keep to what a runtime asks of widths, and models that do not are refused."""
+
+import numpy as np
+import pytest
+
+from adapt_jax.config.options import from_dict
+from adapt_jax.machine import mesh
+from adapt_jax.pipeline.inputs import prepare
+from adapt_jax.pruning import serving_widths
+from adapt_jax.pruning.methods import METHODS
+from adapt_jax.pruning.plan import PruneState
+from adapt_jax.pruning.scores import Scores
+from configs import base
+from models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from models.errors import InputError
+from models.formats.source import open_source
+from tests.support import runs
+
+LAYERS = 10  # llm_pruner leaves six of them alone
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  return runs.make_files(tmp_path_factory.mktemp('files'))
+
+
+def make_config(kv=4, ffn=128):
+  return ModelConfig('llama', 61, 32, 8, (LayerShape(2 * kv, kv, ffn),) * LAYERS, RopeConfig(1e4), 1e-5, True)
+
+
+def make_options(**fields):
+  config = base.get_config()
+  config.prune.update(fields)
+  return from_dict(config.to_dict())
+
+
+def pruned(config, options):
+  """The plan on random scores, with the options as `main.py` hands them on."""
+  prune = mesh.aligned(options).prune
+  method, state = METHODS[prune.method](config, prune), PruneState.start(config)
+  rng = np.random.default_rng(0)
+  target = max(int(0.75 * count_params(config)), method.smallest())
+  while state.plan.params(config) > target:
+    assert state.step < 1000, 'the schedule does not end'
+    columns, ffn = rng.random((LAYERS, 4, 2, 8)), rng.random((LAYERS, 128))
+    scores = Scores(columns.sum((2, 3)), ffn, rng.uniform(-1, -0.3, LAYERS), np.float32(1), columns)
+    state = method.step(scores, state, target)
+  return state.plan
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+  'serve,align,kv,ffn', [('gguf', 1, 1, 32), ('gguf', 48, 1, 96), ('tensor_parallel=2', 3, 2, 6)]
+)
+def test_plans_keep_to_it(method, serve, align, kv, ffn):
+  """Together with the multiples of prune.align_ffn; a layer may also stay whole."""
+  config = make_config()
+  plan = pruned(config, make_options(method=method, serve=serve, align_ffn=align))
+  assert (plan.ffn_widths < 128).any()
+  assert not (plan.kv_widths % kv).any()
+  assert all(width % ffn == 0 or width == 128 for width in plan.ffn_widths)
+  serving_widths.check_model(serve, plan.pruned_config(config))
+
+
+@pytest.mark.parametrize('method', [m for m in METHODS if m != 'shortgpt'])
+def test_without_it_they_do_not(method):
+  config = make_config()
+  plan = pruned(config, make_options(method=method))
+  for serve in ('gguf', 'tensor_parallel=2'):
+    with pytest.raises(InputError):
+      serving_widths.check_model(serve, plan.pruned_config(config))
+
+
+@pytest.mark.parametrize('value', ['', 'vllm', 'tensor_parallel', 'tensor_parallel=', 'tensor_parallel=1.5',
+                                   'tensor_parallel=-2', 'tensor_parallel=0'])  # fmt: skip
+def test_other_values_are_refused(value):
+  with pytest.raises(InputError, match=r'config\.prune\.serve = .*: choose any, gguf, or tensor_parallel=n'):
+    make_options(serve=value)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_model_that_does_not_fit_is_refused_before_the_run(files, method):
+  config = runs.make_config(files)  # 3 KV heads, 48 channels
+  config.prune.method = method
+  for serve, found, remedy in (
+    ('gguf', 'layer 0 of model.source has 48 MLP channels', 'choose any$'),
+    ('tensor_parallel=2', 'layer 0 of model.source has 3 KV heads', 'an n that divides them$'),
+    ('tensor_parallel=9', 'layer 0 of model.source has 3 KV heads', 'an n that divides them$'),
+  ):
+    config.prune.serve = serve
+    with pytest.raises(InputError, match=f'config.prune.serve = {serve!r}.*{found}.*{remedy}'):
+      prepare(from_dict(config.to_dict()))
+
+
+def test_the_command_keeps_to_it(files, tmp_path):
+  flags = '--config.prune.serve=tensor_parallel=3', '--config.prune.method=obs', '--config.prune.stages=1'
+  result = runs.main(files, tmp_path / 'out', '--mode=prune', '--config.evaluate.source=', *flags)
+  assert result.returncode == 0, result.stderr
+  saved = open_source(str(tmp_path / 'out/hf')).config
+  serving_widths.check_model('tensor_parallel=3', saved)
+  assert min(s.ffn for s in saved.layers) < 48

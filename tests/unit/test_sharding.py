@@ -1,0 +1,278 @@
+"""Every program on meshes of four simulated devices: the same figures, and nothing gathered without need."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from adapt_jax.config.options import MeshOptions, from_dict
+from adapt_jax.data.windows import Blocks
+from adapt_jax.evaluation.perplexity import Evaluator
+from adapt_jax.machine import mesh
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.compensate import Compensator
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.scorer import IMPORTANCES, Scorer
+from adapt_jax.training.optim import optimizer
+from adapt_jax.training.step import make_step
+from configs import base
+from models.config import LayerShape, ModelConfig, RopeConfig
+from models.errors import InputError
+from models.network import llama
+from models.network.sharding import placed, shardings
+
+SHAPES = (LayerShape(8, 4, 24), LayerShape(4, 2, 32), LayerShape(8, 4, 16))
+
+
+def set_mesh(data, fsdp, tensor):
+  axes = ('data', 'fsdp', 'tensor')
+  return jax.set_mesh(jax.make_mesh((data, fsdp, tensor), axes, axis_types=(AxisType.Auto,) * 3))
+
+
+@functools.cache
+def make_model(family='llama', layers=SHAPES):
+  config = ModelConfig(
+    family, 50, 32, 8, layers, RopeConfig(1e4), 1e-5, family == 'llama', qkv_bias=family == 'qwen2'
+  )
+  init = jax.jit(lambda key: jax.tree.map(lambda x: 3 * x, llama.init_params(config, key)))
+  return config, init(jax.random.key(0))
+
+
+def tokens_of(config, rows=8, length=12, seed=1):
+  return np.asarray(jax.random.randint(jax.random.key(seed), (rows, length), 0, config.vocab_size), np.int32)
+
+
+def put(tree):
+  return jax.device_put(tree, shardings(tree))
+
+
+def put_tokens(tokens):
+  return mesh.put_rows(np.arange(len(tokens)), lambda ids: (tokens[ids],))[0]
+
+
+def assert_close(ours, expected, rtol=2e-5):
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=rtol * np.abs(b).max() + 1e-30)
+
+
+def share(x):
+  """Elements of one device's share."""
+  return x.addressable_shards[0].data.size
+
+
+def collectives(text):
+  """{operation: elements of its largest result} of a compiled program's text."""
+  found = {}
+  for shapes, name in re.findall(r'= (.*?) (all-gather|all-reduce|all-to-all|collective-permute)\(', text):
+    sizes = [
+      np.prod([int(n) for n in dims.split(',') if n]) for dims in re.findall(r'\w+\[([\d,]*)\]', shapes)
+    ]
+    found[name] = max(found.get(name, 0), *sizes)
+  return found
+
+
+# -- the mesh ---------------------------------------------------------------------------------------------
+
+
+def test_an_axis_of_minus_one_takes_what_is_left():
+  assert mesh.mesh_shape(MeshOptions(1, -1, 2), 8) == {'data': 1, 'fsdp': 4, 'tensor': 2}
+  assert mesh.mesh_shape(MeshOptions(2, 4, 1), 8) == {'data': 2, 'fsdp': 4, 'tensor': 1}
+
+
+@pytest.mark.parametrize('sizes,devices', [((1, -1, 3), 8), ((2, 2, 1), 8), ((4, 4, 1), 8)])
+def test_a_mesh_that_the_devices_do_not_make_is_refused(sizes, devices):
+  with pytest.raises(InputError, match=rf'config.mesh \(data = {sizes[0]}, .*{devices}'):
+    mesh.mesh_shape(MeshOptions(*sizes), devices)
+
+
+def test_what_cannot_be_split_is_reported():
+  config, _ = make_model()
+  with (
+    set_mesh(1, 1, 4),
+    pytest.raises(InputError, match='mesh.tensor = 4 does not divide the 2 KV heads of layer 1'),
+  ):
+    mesh.check_model(config)
+  with set_mesh(1, 4, 1), pytest.raises(InputError, match='fsdp = 4 does not divide the hidden size 30'):
+    mesh.check_model(ModelConfig('llama', 50, 30, 8, SHAPES, RopeConfig(1e4), 1e-5, True))
+  values = base.get_config()
+  values.prune.calibration.samples = 6
+  with (
+    set_mesh(2, 2, 1),
+    pytest.raises(InputError, match='calibration.samples = 6 must be a multiple of the 4'),
+  ):
+    mesh.check_batches(from_dict(values.to_dict()))
+
+
+def test_a_tensor_axis_keeps_widths_divisible():
+  values = base.get_config()
+  values.prune.align_ffn = 6
+  options = from_dict(values.to_dict())
+  assert mesh.aligned(options) == options
+  with set_mesh(1, 1, 4):
+    prune = mesh.aligned(options).prune
+  assert (prune.align_kv, prune.align_ffn) == (4, 12)
+
+
+def test_micro_batches_are_as_large_as_allowed_on_every_device():
+  assert mesh.rows_at_once(32, 5) == 4  # the largest divisor of 32
+  with set_mesh(1, 4, 1):
+    assert mesh.rows_at_once(32, 5) == 16 and mesh.rows_at_once(32, 100) == 32
+
+
+# -- the programs -----------------------------------------------------------------------------------------
+
+
+# Meshes are data, fsdp, tensor.
+@pytest.mark.parametrize(
+  'importance,mesh',
+  [('taylor', (1, 2, 2)), ('taylor_mix', (1, 4, 1)), ('fluctuation', (2, 1, 2)), ('curvature', (1, 2, 2))],
+)
+def test_scores_are_those_of_one_device(importance, mesh):
+  config, params = make_model()
+  tokens, plan = tokens_of(config), PrunePlan.dense(config)
+  stacked = jax.jit(lambda p: surgery.stack(p, plan, jnp.float32))(params)
+  expected = jax.jit(Scorer(config, importance, micro_batch=4))(stacked, tokens)
+  with set_mesh(*mesh):
+    stacked, tokens = put(stacked), put_tokens(tokens)
+    program = Compiler()('scoring', Scorer(config, importance, micro_batch=4), stacked, tokens)
+    scores = program(stacked, tokens)
+  assert_close(scores, expected, rtol=2e-4 if IMPORTANCES[importance].curvature else 2e-5)
+  assert all(x.is_fully_replicated for x in jax.tree.leaves(scores))  # every process reads them
+
+
+def train_options(**kw):
+  values = base.get_config()
+  values.train.update({'tokens': 8 * 12 * 20, 'batch': 8, 'micro_batch': 1, 'length': 12, 'lr': 1e-3, **kw})
+  return from_dict(values.to_dict()).train
+
+
+@pytest.mark.parametrize('family,mesh', [('llama', (1, 2, 2)), ('qwen2', (2, 2, 1))])
+def test_a_training_step_is_that_of_one_device(family, mesh, monkeypatch):
+  """Logits in chunks too; the optimizer's state is split as its parameters are, the new as the old."""
+  monkeypatch.setattr('adapt_jax.training.loss._CHUNK_ELEMENTS', 50 * 7)
+  config, params = make_model(family)
+  tokens = tokens_of(config)
+  targets = np.random.default_rng(0).random(tokens.shape) < 0.6
+  segments = 1 + (np.arange(12) > np.arange(8)[:, None]).astype(np.int32)  # two documents a row
+  options = train_options(remat=True)
+  tx = optax.sgd(1.0, momentum=0.9)  # Adam would make rounding of tiny gradients visible
+  state = {'params': params, 'optimizer': tx.init(params)}
+  expected, metrics = jax.jit(make_step(config, options, tx, jnp.float32))(state, tokens, targets, segments)
+  with set_mesh(*mesh):
+    placed_state = {'params': put(params)}
+    placed_state['optimizer'] = mesh.jit(tx.init, placed_state['params'])(placed_state['params'])
+    batch = put_tokens(tokens), put_tokens(targets), put_tokens(segments)
+    step = make_step(config, options, tx, jnp.float32)
+    program = Compiler()('training', step, placed_state, *batch, donate_argnums=(0,))
+    before = jax.tree.map(lambda x: x.sharding, placed_state)
+    ours, our_metrics = program(placed_state, *batch)
+  assert_close(our_metrics, metrics)
+  assert_close(ours['params'], expected['params'], rtol=1e-4)
+  after = jax.tree.map(lambda x: x.sharding, ours)
+  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.spec == b.spec, before, after)))
+  moments = ours['optimizer'][0].trace
+  for weight, moment in zip(jax.tree.leaves(ours['params']), jax.tree.leaves(moments), strict=True):
+    assert weight.sharding.spec == moment.sharding.spec
+  down = ours['params']['layers'][0]['mlp']['down']
+  assert share(down) * mesh[1] * mesh[2] == down.size  # split over fsdp and tensor, copied over data
+
+
+@pytest.mark.parametrize('kind,mesh', [('least_squares', (1, 2, 2)), ('bias', (1, 4, 1))])
+def test_compensation_is_that_of_one_device(kind, mesh):
+  config, params = make_model()
+  if kind == 'bias':
+    config, params = surgery.with_output_bias(config, params)
+  plan = PrunePlan.dense(config)
+  masks = tuple(m.copy() for m in surgery.padded_masks(plan))
+  masks[0][0, 1:3] = False
+  masks[1][:, ::4] = False
+  stacked, tokens = jax.jit(lambda p: surgery.stack(p, plan, jnp.float32))(params), tokens_of(config)
+  expected = jax.jit(Compensator(config, kind, 8))(stacked, masks, tokens)
+  with set_mesh(*mesh):
+    stacked, tokens = put(stacked), put_tokens(tokens)
+    changes = Compiler()('x', Compensator(config, kind, 8), stacked, masks, tokens)(stacked, masks, tokens)
+  assert_close(changes, expected, rtol=1e-3)
+  if kind == 'least_squares':
+    assert share(changes['down']) * mesh[1] * mesh[2] == changes['down'].size
+
+
+def test_perplexity_is_that_of_one_device():
+  """Seven windows on four devices: what fills up the last batch does not count."""
+  config, params = make_model()
+  tokens = tokens_of(config, rows=7)
+  targets = np.ones(tokens.shape, bool)
+  targets[:, 0] = False
+  blocks = Blocks(tokens, targets, 0)
+
+  def perplexity(params):
+    return Evaluator(blocks, 1, compiler=Compiler(), dtype=jnp.float32).perplexity(config, params, 'x')
+
+  expected = perplexity(params)
+  with set_mesh(1, 2, 2):
+    assert perplexity(put(params)) == pytest.approx(expected, rel=1e-6)
+
+
+# -- compaction -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('mesh', [(1, 4, 1), (1, 2, 2), (2, 1, 2)])
+def test_compaction_keeps_every_array_split(mesh):
+  """With fsdp no byte moves between devices; a tensor axis moves no parameter to one place."""
+  layers = (LayerShape(8, 4, 64),) * 2
+  config, params = make_model(layers=layers)
+  state = {'params': params, 'optimizer': optimizer(train_options(), 20).init(params)}
+  plan = PrunePlan.dense(config)
+  for kv, ffn in zip(plan.kv, plan.ffn, strict=True):
+    kv[1:3], ffn[5:37] = False, False
+
+  def cut(state):
+    return surgery.compact_optimizer(state, state['params'], plan)
+
+  expected = jax.jit(cut)(state)
+  with set_mesh(*mesh):
+    state = jax.device_put(state, shardings(state))
+    program = mesh.jit(cut, state).lower(state).compile()
+    compacted = program(state)
+    want = placed(jax.eval_shape(cut, state))
+  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), compacted, expected)))
+  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding.spec == b.sharding.spec, compacted, want)))
+  moved = collectives(program.as_text())
+  if mesh[2] == 1:
+    assert not moved
+  else:  # [F, D] has 64 * 32 elements
+    assert max(moved.values()) <= 64 * 32 // mesh[1]
+
+
+def test_stacking_moves_nothing_over_fsdp():
+  config, params = make_model()
+  plan = PrunePlan.dense(config)
+  with set_mesh(1, 4, 1):
+    params = put(params)
+    program = mesh.jit(lambda p: surgery.stack(p, plan, jnp.float32), params).lower(params).compile()
+  assert not collectives(program.as_text())
+
+
+# -- rows -------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_read_once():
+  read = []
+  data = np.arange(80).reshape(16, 5)
+
+  def rows(ids):
+    read.extend(ids.tolist())
+    return data[ids], data[ids] > 3
+
+  ids = np.array([3, 1, 4, 15, 9, 2, 6, 5])
+  with set_mesh(1, 2, 2):  # two devices share each half of the rows
+    first, second = mesh.put_rows(ids, rows)
+  assert sorted(read) == sorted(ids.tolist())
+  np.testing.assert_array_equal(first, data[ids])
+  np.testing.assert_array_equal(second, data[ids] > 3)
+  assert {s.data.shape for s in first.addressable_shards} == {(4, 5)}

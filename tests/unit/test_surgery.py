@@ -1,0 +1,281 @@
+"""Plans and surgery: zeroed and compacted models are the same function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.plan import PrunePlan, keep_best
+from adapt_jax.pruning.scorer import Scorer
+from models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from models.errors import InputError
+from models.network import llama
+
+
+def make_model(seed=0, **kw):
+  shapes = (LayerShape(6, 2, 24),) * 3
+  config = ModelConfig('qwen2', 97, 32, 8, shapes, RopeConfig(1e4), 1e-5, True, qkv_bias=True, **kw)
+  params = jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(seed)))
+  for i, layer in enumerate(params['layers']):
+    for block in ('attention', 'mlp'):
+      for name in layer[block]:
+        if name.endswith('_bias'):
+          layer[block][name] = jax.random.normal(jax.random.key(100 + i), layer[block][name].shape)
+  return config, params
+
+
+def some_plan(config, seed=0, keep=0.6):
+  rng = np.random.default_rng(seed)
+  plan = PrunePlan.dense(config)
+  for mask in plan.ffn:
+    mask[rng.random(mask.size) > keep] = False
+  plan.kv[1][0] = False
+  return plan
+
+
+def tokens(config, rows=4, length=12):
+  return jax.random.randint(jax.random.key(1), (rows, length), 0, config.vocab_size)
+
+
+@pytest.mark.parametrize('output_bias', [False, True])
+def test_zeroed_and_compacted_models_agree(output_bias):
+  config, params = make_model(output_bias=output_bias)
+  plan = some_plan(config)
+  zeroed = llama.apply(config, surgery.zero(params, plan), tokens(config))
+  small = surgery.compact(params, plan)
+  compacted = llama.apply(plan.pruned_config(config), small, tokens(config))
+  np.testing.assert_allclose(zeroed, compacted, atol=2e-6)
+  assert not np.allclose(zeroed, llama.apply(config, params, tokens(config)), atol=1e-2)
+
+
+@pytest.mark.parametrize('output_bias', [False, True])
+def test_parameter_count_is_that_of_the_compacted_arrays(output_bias):
+  config, params = make_model(output_bias=output_bias)
+  plan = some_plan(config)
+  stored = sum(x.size for x in jax.tree.leaves(surgery.compact(params, plan)))
+  assert plan.params(config) == stored == count_params(plan.pruned_config(config))
+
+
+def test_scores_of_survivors_are_equal_in_the_zeroed_and_the_compacted_model():
+  config, params = make_model()
+  plan = some_plan(config)
+  zeroed = surgery.stack(surgery.zero(params, plan), PrunePlan.dense(config), jnp.float32)
+  restored = surgery.stack(surgery.compact(params, plan), plan, jnp.float32)
+  jax.tree.map(np.testing.assert_array_equal, zeroed, restored)
+  scores = jax.jit(Scorer(config, micro_batch=2))(restored, tokens(config))
+  small = Scorer(plan.pruned_config(config), micro_batch=2)
+  with pytest.raises(InputError, match='query heads per KV head'):
+    _ = Scorer(config.with_layers((LayerShape(6, 2, 24), LayerShape(6, 3, 24)))).shape
+  compacted = surgery.compact(params, plan)
+  own = jax.jit(small)(
+    surgery.stack(compacted, PrunePlan.dense(plan.pruned_config(config)), jnp.float32), tokens(config)
+  )
+  for i in range(config.num_layers):
+    width = int(plan.ffn[i].sum())
+    np.testing.assert_allclose(scores.ffn[i][plan.ffn[i]], own.ffn[i][:width], rtol=2e-5, atol=1e-9)
+    np.testing.assert_array_equal(scores.ffn[i][~plan.ffn[i]], 0)
+    groups = int(plan.kv[i].sum())
+    np.testing.assert_allclose(scores.kv[i][plan.kv[i]], own.kv[i][:groups], rtol=2e-5, atol=1e-9)
+
+
+def test_zero_stacked_equals_zero():
+  config, params = make_model()
+  plan = some_plan(config)
+  dense = PrunePlan.dense(config)
+  a = surgery.zero_stacked(surgery.stack(params, dense, jnp.float32), *surgery.padded_masks(plan))
+  b = surgery.stack(surgery.zero(params, plan), dense, jnp.float32)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_layers_of_different_widths_stack_at_the_widest():
+  config, params = make_model()
+  plan = some_plan(config)
+  narrow, small = plan.pruned_config(config), surgery.compact(params, plan)
+  dense = PrunePlan.dense(narrow)
+  scorer = Scorer(narrow, micro_batch=4)
+  assert scorer.shape.ffn == max(s.ffn for s in narrow.layers)
+  scores = jax.jit(scorer)(surgery.stack(small, dense, jnp.float32), tokens(config))
+  expected = llama.apply(narrow, small, tokens(config))[:, :-1]
+  labels = tokens(config)[:, 1:, None]
+  loss = -jnp.take_along_axis(jax.nn.log_softmax(expected), labels, -1).mean()
+  np.testing.assert_allclose(scores.loss, loss, rtol=1e-6)
+
+
+def test_optimizer_moments_follow_the_survivors():
+  config, params = make_model()
+  plan = some_plan(config)
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+  state = tx.init(params)
+  gradients = jax.tree.map(lambda x: x + 1, params)
+  _, state = tx.update(gradients, state, params)
+  small = surgery.compact_optimizer(state, params, plan)
+  expected = surgery.compact(state[1].mu, plan)
+  jax.tree.map(np.testing.assert_array_equal, small[1].mu, expected)
+  assert small[1].count == state[1].count
+  # The compacted state goes on updating the compacted parameters.
+  compacted = surgery.compact(params, plan)
+  tx.update(surgery.compact(gradients, plan), small, compacted)
+
+
+def test_pruning_leaves_output_biases_alone():
+  config, params = make_model(output_bias=True)
+  plan = some_plan(config)
+  compacted = surgery.compact(params, plan)
+  stacked = surgery.stack(compacted, plan, jnp.float32)['layers']
+  zeroed = surgery.zero_stacked({'layers': stacked}, *surgery.padded_masks(plan))['layers']
+  for i, before in enumerate(params['layers']):
+    for block, name in (('attention', 'o_bias'), ('mlp', 'down_bias')):
+      assert before[block][name].any()
+      for after in (compacted['layers'][i], surgery.zero(params, plan)['layers'][i]):
+        np.testing.assert_array_equal(after[block][name], before[block][name])
+      for after in (stacked, zeroed):
+        np.testing.assert_array_equal(after[block][name][i], before[block][name])
+
+
+@pytest.mark.parametrize('importance', ['taylor', 'l2'])
+def test_output_biases_count_in_no_score(importance):
+  """Zero biases change no function, so all scores stay; as members of a group they would change l2's."""
+  config, params = make_model()
+  dense = PrunePlan.dense(config)
+  biased_config, biased = surgery.with_output_bias(config, params)
+  if importance == 'l2':
+    for layer in biased['layers']:
+      layer['attention']['o_bias'] += 1
+      layer['mlp']['down_bias'] += 1
+  before, after = (
+    jax.jit(Scorer(c, importance, micro_batch=2))(surgery.stack(p, dense, jnp.float32), tokens(config))
+    for c, p in ((config, params), (biased_config, biased))
+  )
+  np.testing.assert_allclose(after.kv, before.kv, rtol=1e-5)
+  np.testing.assert_allclose(after.ffn, before.ffn, rtol=1e-5)
+
+
+def test_added_output_biases_are_zeros_that_train():
+  config, params = make_model()
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  biased_config, biased = surgery.with_output_bias(config, params)
+  shapes = jax.tree.map(jnp.shape, biased)
+  assert shapes == jax.tree.map(jnp.shape, llama.abstract_params(biased_config))
+  assert {x.dtype for x in jax.tree.leaves(biased)} == {jnp.dtype(jnp.bfloat16)}
+  extra = sum(x.size for x in jax.tree.leaves(biased)) - sum(x.size for x in jax.tree.leaves(params))
+  assert extra == count_params(biased_config) - count_params(config) == 3 * 2 * 32
+  np.testing.assert_array_equal(
+    llama.apply(biased_config, biased, tokens(config)), llama.apply(config, params, tokens(config))
+  )
+  gradient = jax.grad(lambda p: jnp.square(llama.apply(biased_config, p, tokens(config))).mean())(biased)
+  for layer in gradient['layers']:
+    assert layer['attention']['o_bias'].any() and layer['mlp']['down_bias'].any()
+  # What is there stays.
+  assert surgery.with_output_bias(biased_config, gradient)[0] == biased_config
+  jax.tree.map(np.testing.assert_array_equal, surgery.with_output_bias(biased_config, gradient)[1], gradient)
+
+
+def test_a_model_with_attention_bias_keeps_its_own_when_biases_are_added():
+  config = ModelConfig(
+    'llama', 97, 32, 8, (LayerShape(6, 2, 24),) * 2, RopeConfig(1e4), 1e-5, True, qkv_bias=True
+  )
+  params = llama.init_params(config, jax.random.key(0))
+  own = params['layers'][0]['attention']['o_bias'] = jnp.arange(32.0)
+  layer = surgery.with_output_bias(config, params)[1]['layers'][0]
+  np.testing.assert_array_equal(layer['attention']['o_bias'], own)
+  np.testing.assert_array_equal(layer['mlp']['down_bias'], jnp.zeros(32))
+
+
+def gone_plan(config, *layers):
+  """`some_plan`, without these layers."""
+  plan = some_plan(config)
+  for layer in layers:
+    plan = plan.without_layer(layer)
+  return plan
+
+
+def test_a_layer_without_groups_is_gone_with_its_norms():
+  config, params = make_model()
+  plan = gone_plan(config, 1)
+  small = surgery.compact(params, plan)
+  assert len(small['layers']) == plan.pruned_config(config).num_layers == 2
+  np.testing.assert_array_equal(small['layers'][1]['mlp_norm'], params['layers'][2]['mlp_norm'])
+  assert plan.params(config) == sum(x.size for x in jax.tree.leaves(small))
+  zeroed = llama.apply(config, surgery.zero(params, plan), tokens(config))
+  compacted = llama.apply(plan.pruned_config(config), small, tokens(config))
+  np.testing.assert_allclose(zeroed, compacted, atol=2e-6)
+  assert [w == 0 for w in plan.widths(config)['num_heads']] == [False, True, False]
+
+
+def test_a_gone_layer_is_scored_as_one_that_does_nothing():
+  config, params = make_model()
+  plan = gone_plan(config, 0, 2)
+  stacked = surgery.stack(surgery.compact(params, plan), plan, jnp.float32)
+  scores = jax.jit(Scorer(config, micro_batch=2))(stacked, tokens(config))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(scores))
+  np.testing.assert_allclose(scores.distance[np.array([0, 2])], -1, rtol=1e-6)
+  np.testing.assert_array_equal(scores.ffn[0], 0)
+  narrow = plan.pruned_config(config)
+  own = surgery.stack(surgery.compact(params, plan), PrunePlan.dense(narrow), jnp.float32)
+  alone = jax.jit(Scorer(narrow, micro_batch=2))(own, tokens(config))
+  kept = plan.ffn[1]
+  np.testing.assert_allclose(scores.ffn[1][kept], alone.ffn[0][: kept.sum()], rtol=2e-5, atol=1e-9)
+
+
+def test_plans_compose_where_layers_go():
+  config, params = make_model()
+  first, second = gone_plan(config, 1), gone_plan(config, 1, 0)
+  once = surgery.compact(params, second)
+  twice = surgery.compact(surgery.compact(params, first), second.relative_to(first))
+  jax.tree.map(np.testing.assert_array_equal, once, twice)
+  assert len(once['layers']) == 1
+  with pytest.raises(ValueError, match='cannot keep'):
+    first.relative_to(second)
+  tx = optax.scale_by_adam()
+  moments = surgery.compact_optimizer(tx.init(params), params, second)
+  assert jax.tree.structure(moments.mu) == jax.tree.structure(once)
+
+
+def test_plans_with_gone_layers_in_json():
+  config, _ = make_model()
+  plan = gone_plan(config, 1)
+  assert PrunePlan.from_json(plan.to_json(), config).equals(plan)
+  half = plan.to_json()
+  half['layers'][0]['kv_groups'] = []
+  with pytest.raises(InputError, match='layer 0 of the plan keeps only one'):
+    PrunePlan.from_json(half, config)
+  with pytest.raises(InputError, match='no layer'):
+    PrunePlan.from_json(gone_plan(config, 0, 1, 2).to_json(), config)
+  with pytest.raises(InputError, match='at least one decoder layer'):
+    gone_plan(config, 0, 1, 2).pruned_config(config)
+
+
+def test_relative_plans_compose():
+  config, params = make_model()
+  first, second = some_plan(config, seed=0, keep=0.8), some_plan(config, seed=0, keep=0.4)
+  once = surgery.compact(params, second)
+  twice = surgery.compact(surgery.compact(params, first), second.relative_to(first))
+  jax.tree.map(np.testing.assert_array_equal, once, twice)
+  with pytest.raises(ValueError, match='cannot keep'):
+    first.relative_to(second)
+
+
+def test_plan_survives_json_and_refuses_another_model():
+  config, _ = make_model()
+  plan = some_plan(config)
+  assert PrunePlan.from_json(plan.to_json(), config).equals(plan)
+  other = config.with_layers((LayerShape(6, 2, 8),) * 3)
+  with pytest.raises(InputError, match='outside'):
+    PrunePlan.from_json(plan.to_json(), other)
+  with pytest.raises(InputError, match='layers'):
+    PrunePlan.from_json(plan.to_json(), config.with_layers(config.layers[:2]))
+
+
+def test_keep_best_keeps_the_highest_of_those_still_there():
+  config, _ = make_model()
+  plan = PrunePlan.dense(config)
+  plan.ffn[0][5] = False
+  kv, ffn = np.zeros((3, 2)), np.tile(np.arange(24.0), (3, 1))
+  kv[:, 0] = 1
+  ffn[0, 5] = 1e9  # removed before: its score does not bring it back
+  out = keep_best(plan, kv, ffn, np.array([1, 2, 1]), np.array([3, 24, 2]))
+  assert np.flatnonzero(out.ffn[0]).tolist() == [21, 22, 23]
+  assert out.ffn[1].all() and np.flatnonzero(out.ffn[2]).tolist() == [22, 23]
+  assert [m.tolist() for m in out.kv] == [[True, False], [True, True], [True, False]]

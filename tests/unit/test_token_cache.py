@@ -1,0 +1,303 @@
+"""Tokens on disk: made once, used by all, made again when anything they depend on changes."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+
+from adapt_jax.data import documents, token_cache, tokenise
+from adapt_jax.data.documents import Document, read_documents
+from adapt_jax.data.token_cache import FIRST, TARGET, Need, open_cache
+from adapt_jax.data.tokenise import Encoded, encode_all
+from models.errors import InputError
+from models.files import user_cache
+from tests.support.tokenizers_for_tests import CHATML, CHATML_DEFAULT_SYSTEM, tiny_tokenizer
+
+ALL = Need(2**62)
+CHAT = [{'role': 'user', 'content': 'What is two?'}, {'role': 'assistant', 'content': 'The sum is five.'}]
+ROWS = [{'text': 'The dog sleeps.'}, {'messages': CHAT}, {'text': 'It was 😀.'}] * 20
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return tiny_tokenizer()
+
+
+@pytest.fixture
+def source(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in ROWS))
+  return path
+
+
+@pytest.fixture
+def builds(monkeypatch):
+  """One entry for each time that something is tokenised."""
+  made, build = [], token_cache._build
+  monkeypatch.setattr(token_cache, '_build', lambda *a: made.append(a) or build(*a))
+  return made
+
+
+def load(source, tokenizer, need=ALL, **fields):
+  directory = (source.parent if isinstance(source, os.PathLike) else fields.pop('at')) / 'cache'
+  names = {'text_field': 'text', 'messages_field': 'messages', 'field': 'train.source'} | fields
+  return open_cache(directory, str(source), tokenizer, need, **names)
+
+
+def left(source):
+  """What is in the cache's directory."""
+  return sorted(path.name for path in (source.parent / 'cache').iterdir())
+
+
+def assert_same(a, b):
+  for name in ('tokens', 'flags', 'ends'):
+    np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_holds_the_documents_and_maps_them(source, tokenizer):
+  cache = load(source, tokenizer)
+  starts = np.concatenate([[0], cache.ends[:-1]])
+  text = tokenizer('The dog sleeps.')['input_ids'] + [tokenizer.eos_token_id]
+  assert len(cache.ends) == 60 and cache.ends[-1] == len(cache.tokens) and cache.complete
+  assert cache.tokens[: cache.ends[0]].tolist() == text and cache.tokens.dtype == np.uint16
+  assert np.flatnonzero(cache.flags & FIRST).tolist() == starts.tolist()
+  assert (cache.flags[: cache.ends[0]] & TARGET).all()
+  chat = slice(*cache.ends[:2])
+  marked = tokenizer.decode(cache.tokens[chat][(cache.flags[chat] & TARGET) > 0])
+  assert marked == 'The sum is five.<|im_end|>\n'
+  assert cache.targets == ((cache.flags & TARGET > 0) & ~(cache.flags & FIRST > 0)).sum()
+  assert cache.highest == cache.tokens.max()
+  assert all(isinstance(x.base, np.memmap) for x in (cache.tokens, cache.flags, cache.ends))
+
+
+def test_large_vocabularies_get_wider_tokens(tmp_path):
+  for highest, dtype in ((2**16 - 1, np.uint16), (2**16, np.uint32)):
+    ids = np.array([0, highest], np.uint32)
+    with token_cache._Writer(tmp_path, highest) as writer:
+      writer.append(Encoded(ids, np.array([True, True]), np.array([2])))
+      writer.finish(True)
+    cache = token_cache._open(tmp_path)
+    assert cache.tokens.dtype == dtype and cache.tokens.tolist() == ids.tolist()
+
+
+def test_tokenised_once(source, tokenizer, builds):
+  assert_same(load(source, tokenizer), load(source, tiny_tokenizer()))
+  load(source, tokenizer, Need(5))
+  load(source, tokenizer, Need(0, 2))
+  assert len(builds) == 1 and len(left(source)) == 1
+
+
+@pytest.mark.parametrize('change', ['size', 'time', 'template', 'eos', 'tokens', 'field'])
+def test_made_again_when_what_it_depends_on_changes(source, builds, change):
+  load(source, tiny_tokenizer(CHATML))
+  other, fields = tiny_tokenizer(CHATML_DEFAULT_SYSTEM if change == 'template' else CHATML), {}
+  status = source.stat()
+  if change == 'size':
+    source.write_text(source.read_text() + '{"text": "more"}\n')
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+  elif change == 'time':
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+  elif change == 'eos':
+    other.eos_token = '<|im_end|>'
+  elif change == 'tokens':
+    other.add_tokens(['sleeps'])
+  elif change == 'field':
+    fields = {'text_field': 'messages', 'messages_field': 'text'}
+    with pytest.raises(InputError, match='holds str, not a list'):
+      load(source, other, **fields)
+    assert len(builds) == 2
+    return
+  load(source, other)
+  load(source, other)
+  assert len(builds) == 2
+
+
+def test_reads_no_further_than_needed(source, tokenizer, builds, monkeypatch):
+  read, rows = [], documents._json_rows
+  monkeypatch.setattr(documents, '_json_rows', lambda path: (read.append(r) or r for r in rows(path)))
+  source.write_text(''.join(f'{{"text": "The dog sleeps {n}."}}\n' for n in range(100)))
+  needs, sizes = (Need(200), Need(0, 5), Need(100), Need(300), Need(0, 60)), []
+  for need in needs:
+    before, cache = len(builds), load(source, tokenizer, need)
+    sizes.append(len(cache.ends))
+    assert len(cache.tokens) >= need.tokens and len(cache.ends) >= need.documents and not cache.complete
+    if len(builds) > before:  # the last document was needed
+      assert cache.ends[-2] < need.tokens or len(cache.ends) == need.documents
+  whole = load(source, tokenizer)
+  np.testing.assert_array_equal(whole.tokens[: len(cache.tokens)], cache.tokens)
+  np.testing.assert_array_equal(whole.ends[:60], cache.ends)
+  # 200 tokens, of which the next two have their part, 300 tokens, 60 documents, all.
+  assert sizes[:3] == [sizes[0]] * 3 and len(builds) == 4
+  assert len(read) == sizes[0] + sizes[3] + 60 + 100
+
+
+def test_many_small_batches_give_the_same(source, tokenizer, monkeypatch):
+  whole = load(source, tokenizer)
+  monkeypatch.setattr(token_cache, 'BATCH_CHARS', 20)
+  monkeypatch.setattr(token_cache, '_VERSION', 0)
+  assert_same(load(source, tokenizer), whole)
+
+
+def test_worker_processes_give_the_same_and_their_errors(source, tokenizer, monkeypatch):
+  names = {'text_field': 'text', 'messages_field': 'messages'}
+  found = list(read_documents((str(source),), 'train.source', **names))
+  batches = [found[i : i + 7] for i in range(0, len(found), 7)]
+  alone = list(encode_all(iter(batches), tokenizer, 1))
+  monkeypatch.setattr(tokenise, '_ALONE_CHARS', 100)  # the first batch here, the others there
+  broken = [Document('here', CHAT[1:])]
+
+  def feed():
+    for batch in (*batches, broken):
+      # A scheduler may send it to every process, while they start or later: the run's own decides.
+      for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGTERM)
+      yield batch
+
+  *together, last = encode_all(feed(), tokenizer, 2)
+  assert last.refused[0].startswith('here: the conversation begins with the assistant') and not len(
+    last.tokens
+  )
+  assert len(together) == len(alone) > 2
+  for a, b in zip(alone, together, strict=True):
+    for name in ('tokens', 'targets', 'lengths'):
+      np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+@pytest.mark.parametrize('which', range(2))
+def test_a_worker_process_that_is_killed_ends_it(tokenizer, monkeypatch, which):
+  """As where memory runs out; the others, which ignore SIGTERM, end too."""
+  monkeypatch.setattr(tokenise, '_ALONE_CHARS', 1)
+
+  def feed():
+    for n in range(1000):
+      yield [Document('here', f'The dog sleeps {n}.')]
+      if n == 50:
+        time.sleep(0.5)  # they wait for work, one with a lock on the queue
+        os.kill(multiprocessing.active_children()[which].pid, signal.SIGKILL)
+
+  with pytest.raises(InputError, match='a process that tokenises was killed'):
+    list(encode_all(feed(), tokenizer, 2))
+  assert not multiprocessing.active_children()
+
+
+def test_conversations_beyond_the_template_are_left_out_if_they_are_few(source, tokenizer, capsys):
+  whole = load(source, tokenizer)
+  rows = [*ROWS, *ROWS, {'messages': CHAT[1:]}]
+  source.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  cache = load(source, tokenizer)
+  assert len(cache.ends) == len(rows) - 1
+  np.testing.assert_array_equal(cache.tokens, np.tile(whole.tokens, 2))
+  told = capsys.readouterr().out
+  assert '1 conversations are left out' in told and f'{source}:121: the conversation begins' in told
+  source.write_text(''.join(json.dumps(row) + '\n' for row in [*rows, *rows[-1:]]))
+  with pytest.raises(InputError, match='2 of the first 122 are refused'):
+    load(source, tokenizer)
+
+
+def test_one_that_is_known_to_be_all_takes_the_place_of_one_that_is_not(source, tokenizer, builds):
+  """A need that is met exactly by all that there is; then a larger one, twice."""
+  everything = len(load(source, tokenizer).tokens)
+  source.write_text(source.read_text() + '\n')  # another file, the same documents
+  builds.clear()
+  assert not load(source, tokenizer, Need(everything)).complete
+  for _ in range(2):
+    assert load(source, tokenizer, Need(everything + 5000)).complete
+  assert len(builds) == 2
+
+
+@pytest.mark.parametrize('damage', ['tokens', 'flags', 'ends', 'meta.json', 'no flags', 'empty meta'])
+def test_damaged_ones_are_made_again(source, tokenizer, builds, damage):
+  whole = load(source, tokenizer)
+  expected = [np.array(x) for x in (whole.tokens, whole.flags, whole.ends)]
+  (path,) = (source.parent / 'cache').iterdir()
+  if damage == 'no flags':
+    (path / 'flags').unlink()
+  elif damage == 'empty meta':
+    (path / 'meta.json').write_text('{}')
+  else:
+    (path / damage).write_bytes((path / damage).read_bytes()[:-3])
+  again = load(source, tokenizer)
+  for a, b in zip((again.tokens, again.flags, again.ends), expected, strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert len(builds) == 2 and left(source) == [path.name]
+
+
+def test_the_slower_of_two_processes_uses_what_the_faster_made(source, tokenizer, monkeypatch):
+  finish, entered = token_cache._Writer.finish, []
+
+  def slow_finish(self, complete):
+    entered.append(self)
+    if len(entered) == 1:  # while the first one is at its end, a second one starts and wins
+      entered.append(load(source, tokenizer))
+    finish(self, complete)
+
+  monkeypatch.setattr(token_cache._Writer, 'finish', slow_finish)
+  slower = load(source, tokenizer)
+  assert_same(slower, entered[2])
+  assert len(left(source)) == 1 and not left(source)[0].startswith('.')
+
+
+def test_nothing_half_written_is_left(source, tokenizer):
+  source.write_text(source.read_text() + 'not JSON\n')
+  with pytest.raises(InputError, match='a.jsonl:61: not valid JSON'):
+    load(source, tokenizer)
+  assert left(source) == []
+
+
+def test_what_a_killed_process_left_is_removed_once_it_is_old(source, tokenizer, monkeypatch):
+  load(source, tokenizer)
+  (name,) = left(source)
+  (source.parent / 'cache' / name).rename(source.parent / 'cache' / f'.{name}')
+  load(source, tokenizer)
+  assert left(source) == [f'.{name}', name]  # it may be at work
+  (source.parent / 'cache' / name / 'meta.json').unlink()  # to be made again
+  monkeypatch.setattr(token_cache, '_STALE_SECONDS', 0.0)
+  load(source, tokenizer)
+  assert left(source) == [name]
+
+
+def test_a_place_that_cannot_be_written(source, tokenizer):
+  (source.parent / 'cache').write_text('a file')
+  with pytest.raises(InputError, match=r'config\.data\.cache: .*cache cannot be written'):
+    load(source, tokenizer)
+
+
+def test_empty_sources_are_remembered_too(source, tokenizer, builds):
+  source.write_text('\n')
+  for _ in range(2):
+    cache = load(source, tokenizer)
+    assert cache.complete and not len(cache.tokens) and not len(cache.ends)
+  assert len(builds) == 1
+
+
+def test_hub_data_sets_by_their_revision(tmp_path, tokenizer, builds, monkeypatch):
+  revision = ['a']
+
+  def load_dataset(*names, **options):
+    return datasets.Dataset.from_list(ROWS[:1] * 5).to_iterable_dataset()
+
+  class Info:
+    sha = property(lambda self: revision[0])
+
+  monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+  monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda self, name, timeout: Info())
+  for found, count in (('a', 1), ('a', 1), ('b', 2), ('a', 2)):
+    revision[0] = found
+    assert len(load('org/name:test', tokenizer, at=tmp_path).ends) == 5
+    assert len(builds) == count
+  load('org/name:train', tokenizer, at=tmp_path)
+  assert len(builds) == 3
+
+
+def test_default_place(monkeypatch, tmp_path):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  assert user_cache('tokens') == tmp_path / 'adapt-jax' / 'tokens'
+  monkeypatch.delenv('XDG_CACHE_HOME')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert user_cache('tokens') == tmp_path / '.cache' / 'adapt-jax' / 'tokens'

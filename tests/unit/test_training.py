@@ -1,0 +1,194 @@
+"""The training step: what it weighs, and in which dtype it keeps its state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adapt_jax.config.options import DistillOptions, TrainOptions
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.training.step import make_step
+from configs import base
+from models.config import LayerShape, ModelConfig, RopeConfig
+from models.network import llama
+from tests.support.helpers import factors
+
+CONFIG = ModelConfig(
+  'llama', 61, 32, 8, (LayerShape(6, 3, 40), LayerShape(4, 2, 24)), RopeConfig(1e4), 1e-5, True
+)
+
+
+def options(**kw):
+  values = base.get_config().train.to_dict() | {'batch': 4, 'micro_batch': 4, 'length': 12} | kw
+  distill = values.pop('distill')
+  return TrainOptions(
+    **values, distill=distill if isinstance(distill, DistillOptions) else DistillOptions(**distill)
+  )
+
+
+@pytest.fixture(scope='module')
+def params():
+  return jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(CONFIG, jax.random.key(0))))()
+
+
+def batch():
+  """Four rows with very different numbers of targets, one with none."""
+  rng = np.random.default_rng(0)
+  targets = rng.random((4, 12)) < np.array([[0.1], [0.9], [0.5], [0.0]])
+  targets[:, 0] = False
+  return rng.integers(0, 61, (4, 12)).astype(np.int32), targets, np.ones((4, 12), np.int32)
+
+
+def gradient_of(params, opts, dtype=jnp.float32, teacher=None, rows=None):
+  """What one step of plain gradient descent at rate 1 takes away, and the loss."""
+  tx = optax.sgd(1.0)
+  state = {'params': params, 'optimizer': tx.init(params)}
+  step = jax.jit(make_step(CONFIG, opts, tx, dtype, CONFIG if teacher else None))
+  new, metrics = step(state, *(rows or batch()), *([teacher] if teacher else []))
+  return jax.tree.map(lambda a, b: np.asarray(a - b), params, new['params']), metrics, new
+
+
+def plain_loss(params):
+  tokens, targets, _ = batch()
+  logp = jax.nn.log_softmax(llama.apply(CONFIG, params, tokens)[:, :-1])
+  picked = jnp.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0]
+  return -(picked * targets[:, 1:]).sum() / targets[:, 1:].sum()
+
+
+@pytest.mark.parametrize('micro_batch,remat', [(4, False), (2, False), (1, True)])
+def test_the_gradient_is_that_of_the_mean_over_all_targets(params, micro_batch, remat):
+  """However the batch is cut, each target weighs the same; tied embeddings get both their gradients."""
+  loss, expected = jax.jit(jax.value_and_grad(plain_loss))(params)
+  ours, metrics, _ = gradient_of(params, options(micro_batch=micro_batch, remat=remat))
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
+  np.testing.assert_allclose(metrics['gradient_norm'], optax.tree.norm(expected), rtol=1e-4)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_on_fp32_masters(params):
+  exact, _, _ = gradient_of(params, options())
+  rough, _, new = gradient_of(params, options(), jnp.bfloat16)
+  assert {x.dtype for x in jax.tree.leaves(new['params'])} == {np.dtype(np.float32)}
+  a, b = exact['layers'][0]['mlp']['gate'], rough['layers'][0]['mlp']['gate']
+  error = np.linalg.norm(a - b) / np.linalg.norm(a)
+  assert 1e-4 < error < 0.1  # rounded products, not fp32 ones, and not noise
+  step = jax.jit(make_step(CONFIG, options(), optax.sgd(1.0), jnp.bfloat16))
+  state = {'params': params, 'optimizer': optax.sgd(1.0).init(params)}
+  found = factors(step.lower(state, *batch()))
+  assert len(found) > 40 and found == [['bfloat16'] * 2] * len(found)  # attention's and the head's too
+
+
+def test_a_loss_that_is_not_finite_is_told(params):
+  """So that the run ends there."""
+  bad = jax.tree.map(jnp.copy, params | {'norm': params['norm'].at[0].set(jnp.nan)})  # to be donated
+  tx = optax.adam(1.0)
+  state = {'params': bad, 'optimizer': tx.init(bad)}
+  step = jax.jit(make_step(CONFIG, options(), tx, jnp.float32), donate_argnums=0)
+  metrics = step(state, *batch())[1]
+  assert not np.isfinite(metrics['loss']) and not np.isfinite(metrics['gradient_norm'])
+
+
+@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_planned_memory_holds_no_attention_weights_of_all_layers(dtype, remat):
+  """Beside gradients and, in the backward pass, each layer's products: all else is of one layer at a time."""
+  layers, rows, length = 12, 2, 256
+  config = ModelConfig('llama', 64, 64, 16, (LayerShape(8, 4, 96),) * layers, RopeConfig(1e4), 1e-5, True)
+  opts, tx = options(batch=rows, micro_batch=rows, length=length, remat=remat), optax.adam(1e-3)
+  params = llama.abstract_params(config)
+  state = {'params': params, 'optimizer': jax.eval_shape(tx.init, params)}
+  shapes = [jax.ShapeDtypeStruct((rows, length), t) for t in (jnp.int32, jnp.bool_, jnp.int32)]
+  step = make_step(config, opts, tx, dtype)
+  planned = Compiler()('training', step, state, *shapes, donate_argnums=(0,)).memory_analysis()
+  attention = 4 * rows * 8 * length**2  # bytes of a layer's, in fp32
+  gradients = sum(4 * x.size for x in jax.tree.leaves(params))
+  products = rows * length * (128 + 64 + 64 + 64 + 96 + 96 + 64) * jnp.dtype(dtype).itemsize
+  kept = gradients + (64 * rows * length * 4 if remat else products) * layers
+  assert planned.temp_size_in_bytes < kept + 6 * attention  # of 12 layers' at least 12
+
+
+def test_rotary_tables_are_constants_of_the_program(params):
+  """Else XLA's CPU backend takes sines anew in every fusion that uses them, forward and backward."""
+  tx = optax.sgd(1.0)
+  step = make_step(CONFIG, options(), tx, jnp.float32)
+  text = jax.jit(step).lower({'params': params, 'optimizer': tx.init(params)}, *batch()).as_text()
+  assert 'dot_general' in text and 'sine' not in text
+
+
+def test_distillation_pulls_towards_the_teacher(params):
+  teacher = jax.tree.map(lambda x: x * 1.1, params)
+  only = options(distill=DistillOptions(1.0, 2.0))
+  same, metrics, _ = gradient_of(params, only, teacher=params)
+  np.testing.assert_allclose(metrics['loss'], 0, atol=1e-5)
+  assert max(np.abs(x).max() for x in jax.tree.leaves(same)) < 1e-4
+  _, far, _ = gradient_of(params, only, teacher=teacher)
+  _, half, _ = gradient_of(params, options(distill=DistillOptions(0.5, 2.0)), teacher=teacher)
+  _, plain, _ = gradient_of(params, options())
+  assert far['loss'] > 1e-3
+  np.testing.assert_allclose(half['loss'], (far['loss'] + plain['loss']) / 2, rtol=1e-4)
+
+
+# Documents in one row
+
+DOCUMENTS = (5, 4, 3), (12,), (1, 9), (7,)  # lengths by row; what is missing to 12 is padding
+
+
+def packed():
+  """(tokens, targets, segments) of packed rows; the places of their documents; the same, each in a row alone.
+
+  What follows a document in its own row is out of its sight, as attention is causal.
+  """
+  rng = np.random.default_rng(1)
+  tokens, targets, segments = (np.zeros((4, 12), dtype) for dtype in (np.int32, bool, np.int32))
+  alone_tokens, alone_targets, places = np.zeros((7, 12), np.int32), np.zeros((7, 12), bool), []
+  for row, lengths in enumerate(DOCUMENTS):
+    for number, length in enumerate(lengths):
+      place = row, slice(sum(lengths[:number]), sum(lengths[: number + 1]))
+      own = len(places), slice(0, length)
+      alone_tokens[own], alone_targets[own] = rng.integers(0, 61, length), rng.random(length) < 0.7
+      alone_targets[:, 0] = False
+      tokens[place], targets[place] = alone_tokens[own], alone_targets[own]
+      segments[place] = number + 1
+      places.append((place, own))
+  return (tokens, targets, segments), places, (alone_tokens, alone_targets)
+
+
+def mean_loss_alone(params, teacher=None, alpha=0.0):
+  """Of all targets, each document by itself and without segments; alpha of KL(teacher, student) at T = 1."""
+  tokens, targets = packed()[2]
+  logp = jax.nn.log_softmax(llama.apply(CONFIG, params, tokens)[:, :-1])
+  loss = -jnp.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0]
+  if teacher is not None:
+    taught = jax.nn.log_softmax(llama.apply(CONFIG, teacher, tokens)[:, :-1])
+    loss = alpha * (jnp.exp(taught) * (taught - logp)).sum(-1) + (1 - alpha) * loss
+  return (loss * targets[:, 1:]).sum() / targets.sum()
+
+
+def test_states_of_packed_documents_are_those_of_each_alone(params):
+  (tokens, _, segments), places, (alone_tokens, _) = packed()
+  run = jax.jit(lambda p, t, s: llama.hidden_states(CONFIG, p, t, segments=s))
+  together, alone = run(params, tokens, segments), states_without_segments(params, alone_tokens)
+  assert np.isfinite(together).all()
+  for place, own in places:
+    np.testing.assert_allclose(together[place], alone[own], atol=5e-5)
+  leaking = run(params, tokens, np.ones_like(segments))
+  np.testing.assert_allclose(leaking, states_without_segments(params, tokens), atol=5e-5)
+  assert np.abs(leaking[0, 5:9] - together[0, 5:9]).max() > 0.1  # that they stand apart is what is tested
+
+
+def states_without_segments(params, tokens):
+  return jax.jit(lambda p, t: llama.hidden_states(CONFIG, p, t))(params, tokens)
+
+
+@pytest.mark.parametrize('micro_batch,remat,alpha', [(4, False, 0.0), (2, True, 0.5)])
+def test_gradients_of_packed_documents_are_those_of_each_alone(params, micro_batch, remat, alpha):
+  """Of the distilled loss too: the teacher sees the same borders."""
+  teacher = jax.tree.map(lambda x: x * 1.2, params) if alpha else None
+  loss, expected = jax.jit(jax.value_and_grad(mean_loss_alone))(params, teacher, alpha)
+  opts = options(micro_batch=micro_batch, remat=remat, distill=DistillOptions(alpha, 1.0))
+  ours, metrics, _ = gradient_of(params, opts, teacher=teacher, rows=packed()[0])
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)

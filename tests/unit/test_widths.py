@@ -1,0 +1,143 @@
+"""Sparsity schedule and exact landing."""
+
+import numpy as np
+import pytest
+
+from adapt_jax.pruning.widths import MAX_SPARSITY, Allocator, Widths, advance, normalise
+from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
+
+
+def make_config(layers=6, kv=4, group=2, ffn=96, **kw):
+  shapes = (LayerShape(kv * group, kv, ffn),) * layers
+  return ModelConfig('llama', 101, 32, 8, shapes, RopeConfig(1e4), 1e-5, True, **kw)
+
+
+def test_normalise_is_the_papers_formula():
+  values = np.array([-0.02, -0.7, -0.9, -0.98])
+  centred = values - values.mean()
+  np.testing.assert_allclose(normalise(values), centred / np.abs(centred).max())
+  assert np.abs(normalise(values)).max() == 1
+
+
+def test_equal_importance_normalises_to_zero_not_nan():
+  np.testing.assert_array_equal(normalise(np.full(5, 0.1)), np.zeros(5))
+
+
+def test_advance_clips_and_gives_credit():
+  s = advance(np.array([0.0, 0.98, 0.5]), np.array([-0.01, 0.02, -0.02]))
+  np.testing.assert_allclose(s, [0.0, MAX_SPARSITY, 0.48])
+
+
+def test_widths_floor_and_whole_kv_groups():
+  a = Allocator(make_config(layers=2, kv=3, ffn=100))
+  # 3 groups of 8 rows: s = 0.33 leaves floor(24 * 0.67) = 16 rows, so floor(8 / 8) = 1 group goes.
+  w = a.widths(np.array([0.33, 0.005]))
+  assert w.kv.tolist() == [2, 3] and w.ffn.tolist() == [67, 99]
+  # A layer keeps its last group and channel whatever s is.
+  w = a.widths(np.array([0.99, 0.99]))
+  assert w.kv.min() >= 1 and w.ffn.min() >= 1
+
+
+@pytest.mark.parametrize('output_bias', [False, True])
+def test_params_agree_with_the_config(output_bias):
+  config = make_config(qkv_bias=True, qk_norm=True, output_bias=output_bias)
+  a = Allocator(config)
+  assert a.params(a.full) == count_params(config)
+  w = a.widths(np.linspace(0, 0.9, 6))
+  shapes = tuple(LayerShape(2 * int(k), int(k), int(f)) for k, f in zip(w.kv, w.ffn, strict=True))
+  assert a.params(w) == count_params(config.with_layers(shapes))
+
+
+@pytest.mark.parametrize('align', [1, 7, 32])
+@pytest.mark.parametrize('seed', range(8))
+def test_every_target_is_landed_on(align, seed):
+  """Never above the target; below by less than one aligned MLP block; widths fall monotonically."""
+  rng = np.random.default_rng(seed)
+  config = make_config(layers=5, kv=int(rng.integers(1, 5)), ffn=int(rng.integers(80, 140)))
+  a = Allocator(config, align)
+  low, high = a.smallest() + 3 * align * channel_params(config), a.params(a.full)
+  target = int(rng.integers(low, high))
+  widths, s = a.full, np.zeros(5)
+  for _ in range(500):
+    rate = 1 / 50 - 0.02 * normalise(rng.normal(size=5))
+    new, s = a.step(widths, s, rate, target)
+    assert (new.kv <= widths.kv).all() and (new.ffn <= widths.ffn).all()
+    assert all(f % align == 0 or f == full for f, full in zip(new.ffn, a.full.ffn, strict=True))
+    widths = new
+    if a.params(widths) <= target:
+      break
+  assert target - align * channel_params(config) < a.params(widths) <= target
+
+
+def test_smallest_target_is_reached_and_never_passes_it():
+  config = make_config()
+  a = Allocator(config, 8)
+  widths, s = a.full, np.zeros(6)
+  for _ in range(200):
+    widths, s = a.step(widths, s, np.full(6, 0.02), a.smallest())
+  assert a.params(widths) == a.smallest()
+
+
+def test_layers_that_the_rate_spares_give_way_when_nothing_else_is_left():
+  """A large amplitude spares half of the layers for ever; the target is still reached."""
+  config = make_config(layers=2)
+  a = Allocator(config)
+  target = a.smallest() + 5 * channel_params(config)
+  widths, s = a.full, np.zeros(2)
+  for _ in range(200):
+    widths, s = a.step(widths, s, np.array([-0.08, 0.12]), target)
+    if a.params(widths) <= target:
+      break
+  assert target - channel_params(config) < a.params(widths) <= target
+
+
+def test_a_stall_takes_ordinary_steps_and_keeps_its_books():
+  """Where A exceeds ρ/T and all layers are equally important but one, nothing may go in one great cut."""
+  config = make_config(layers=4, kv=1)
+  a = Allocator(config)
+  widths, s = a.full, np.zeros(4)
+  target = a.params(a.full) // 2
+  removed = []
+  for _ in range(400):
+    before = a.params(widths)
+    widths, s = a.step(widths, s, np.array([-0.015, -0.015, -0.015, -0.001]), target)
+    removed.append((before - a.params(widths)) / a.params(a.full))
+    np.testing.assert_array_less(1 - widths.ffn / a.full.ffn - 2 / a.full.ffn, s)
+    if a.params(widths) <= target:
+      break
+  assert target - channel_params(config) < a.params(widths) <= target
+  assert max(removed) < 0.03
+
+
+def test_kv_group_that_would_overshoot_is_passed_over():
+  config = make_config(layers=1, kv=2, ffn=64)
+  a = Allocator(config)
+  # Both a KV group and channels are due; the room is for two channels only.
+  target = a.params(a.full) - 2 * channel_params(config)
+  widths, _ = a.land(a.full, np.array([0.49]), np.array([0.2]), target)
+  assert widths.kv.tolist() == [2] and widths.ffn.tolist() == [62]
+
+
+def test_what_a_passed_over_kv_group_leaves_goes_in_ordinary_steps():
+  """A KV group is worth 16 channels here, 15 must go: two steps' worth, then the rest on fresh scores."""
+  config = make_config(layers=1, kv=2, ffn=200)
+  a = Allocator(config)
+  s = np.array([0.42])  # the group falls at 0.4375
+  widths = a.widths(s)
+  target = a.params(widths) - 15 * channel_params(config)
+  cuts = []
+  while a.params(widths) > target:
+    before = widths
+    widths, s = a.step(widths, s, np.array([0.02]), target)
+    cuts.append(int(before.ffn[0] - widths.ffn[0]))
+  assert widths.kv.tolist() == [2] and a.params(widths) == target
+  # 8 channels are two steps' worth; the ninth lies on the border, to rounding.
+  assert sum(cuts) == 15 and len(cuts) == 2 and max(cuts) <= 2 * 0.02 * 200 + 1
+
+
+def test_widths_do_not_regrow_on_credit():
+  a = Allocator(make_config(layers=2))
+  narrow = Widths(np.array([2, 4]), np.array([40, 96]))
+  widths, s = a.step(narrow, np.array([0.6, 0.0]), np.array([-0.1, 0.02]), 0)
+  assert widths.ffn.tolist() == [40, 94] and widths.kv.tolist() == [2, 4]
+  np.testing.assert_allclose(s, [0.5, 0.02])

@@ -1,0 +1,383 @@
+"""Sources of every kind, windows, the assistant's tokens, and draws of rows."""
+
+import json
+import pathlib
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from adapt_jax.data import documents, windows
+from adapt_jax.data.documents import check_source
+from adapt_jax.data.windows import Blocks, check_vocab, draw_rows, load_blocks
+from models.errors import InputError
+from tests.support.tokenizers_for_tests import CHATML, CHATML_DEFAULT_SYSTEM, tiny_tokenizer
+
+FIELD = 'train.source'
+NAMES = {'text_field': 'text', 'messages_field': 'messages'}
+DOCUMENTS = ['The dog sleeps.', 'It was the worst of times.', 'Two and three: 5 café 😀']
+CHAT = [
+  {'role': 'user', 'content': 'What is two and three?'},
+  {'role': 'assistant', 'content': 'The sum is five 😀.'},
+  {'role': 'user', 'content': 'assistant: and the dog?'},
+  {'role': 'assistant', 'content': 'It sleeps.\n'},
+]
+
+
+@pytest.fixture(scope='module')
+def tokenizer() -> Any:
+  return tiny_tokenizer()
+
+
+def load(source: Any, tokenizer: Any, length: int = 8, **options: Any) -> Blocks:
+  source = tuple(map(str, source)) if isinstance(source, (tuple, list)) else (str(source),)
+  return load_blocks(source, tokenizer, length, field=FIELD, **(NAMES | options))
+
+
+def write_jsonl(path: pathlib.Path, rows: list[Any]) -> pathlib.Path:
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return path
+
+
+def write_texts(path: pathlib.Path, texts: list[str]) -> pathlib.Path:
+  return write_jsonl(path, [{'text': text} for text in texts])
+
+
+def stream(tokenizer: Any, texts: list[str]) -> list[int]:
+  """The tokens that `texts` should become: BOS, text, EOS, one after another."""
+  encode = tokenizer.backend_tokenizer.encode
+  ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+  return [i for text in texts for i in (ends[0], *encode(text, add_special_tokens=False).ids, ends[1])]
+
+
+def assert_windows(blocks: Blocks, expected: list[int], length: int = 8) -> None:
+  rows = len(expected) // length
+  assert rows and blocks.tokens.dtype == np.int32 and blocks.targets.dtype == np.bool_
+  np.testing.assert_array_equal(blocks.tokens, np.reshape(expected[: rows * length], (rows, length)))
+  assert blocks.targets.shape == blocks.tokens.shape
+
+
+def message_of(call: Any, *arguments: Any, **options: Any) -> str:
+  with pytest.raises(InputError) as caught:
+    call(*arguments, **options)
+  assert '\n' not in str(caught.value)
+  return str(caught.value)
+
+
+# Sources
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'wiki.train.tokens'])
+def test_text_file_is_one_document_with_bos_and_eos(tmp_path, tokenizer, name):
+  path = tmp_path / name
+  path.write_text('The dog.\n\nIt sleeps.\n')
+  blocks = load(path, tokenizer)
+  assert_windows(blocks, stream(tokenizer, ['The dog.\n\nIt sleeps.\n']))
+  assert blocks.documents == 1 and blocks.targets[:, 1:].all() and not blocks.targets[:, 0].any()
+
+
+def test_jsonl(tmp_path, tokenizer):
+  blocks = load(write_texts(tmp_path / 'a.jsonl', DOCUMENTS), tokenizer)
+  assert_windows(blocks, stream(tokenizer, DOCUMENTS))
+  assert blocks.documents == 3
+
+
+def test_jsonl_with_other_field_bom_and_blank_and_empty_rows(tmp_path, tokenizer):
+  path = tmp_path / 'a.jsonl'
+  rows = [{'body': text} for text in ('', *DOCUMENTS)]
+  path.write_text('\n\n'.join(json.dumps(row, ensure_ascii=False) for row in rows), encoding='utf-8-sig')
+  blocks = load(path, tokenizer, text_field='body')
+  assert_windows(blocks, stream(tokenizer, DOCUMENTS))
+  assert blocks.documents == 3
+
+
+def test_parquet_of_text_and_of_messages(tmp_path, tokenizer):
+  parquet.write_table(pa.table({'id': [1, 2, 3], 'text': DOCUMENTS}), tmp_path / 'a.parquet')
+  assert_windows(load(tmp_path / 'a.parquet', tokenizer), stream(tokenizer, DOCUMENTS))
+  write_jsonl(tmp_path / 'b.jsonl', [{'messages': CHAT}])
+  parquet.write_table(pa.table({'text': [None], 'messages': [CHAT]}), tmp_path / 'b.parquet')
+  expected, found = load(tmp_path / 'b.jsonl', tokenizer), load(tmp_path / 'b.parquet', tokenizer)
+  np.testing.assert_array_equal(found.tokens, expected.tokens)
+  np.testing.assert_array_equal(found.targets, expected.targets)
+
+
+def test_directory_is_read_sorted_and_recursively(tmp_path, tokenizer):
+  (tmp_path / 'b').mkdir()
+  (tmp_path / 'b' / 'inner.txt').write_text(DOCUMENTS[1])
+  (tmp_path / 'a.txt').write_text(DOCUMENTS[0])
+  write_texts(tmp_path / 'c.jsonl', DOCUMENTS[2:])
+  (tmp_path / 'README.md').write_text('not data')
+  check_source((str(tmp_path),), FIELD, **NAMES)
+  assert_windows(load(tmp_path, tokenizer), stream(tokenizer, DOCUMENTS))
+
+
+def test_glob_and_several_entries_keep_their_order(tmp_path, tokenizer):
+  for name, text in zip(('y.txt', 'x.txt', 'z.txt'), DOCUMENTS, strict=True):
+    (tmp_path / name).write_text(text)
+  blocks = load([tmp_path / 'z.txt', tmp_path / '[xy].txt'], tokenizer)
+  assert_windows(blocks, stream(tokenizer, [DOCUMENTS[2], DOCUMENTS[1], DOCUMENTS[0]]))
+
+
+@pytest.mark.parametrize(
+  ('entry', 'arguments', 'split'),
+  [
+    ('org/name', ('org/name',), 'train'),
+    ('org/name:test', ('org/name',), 'test'),
+    ('org/na.me:en-1.0:test', ('org/na.me', 'en-1.0'), 'test'),
+  ],
+)
+def test_hub(monkeypatch, tokenizer, entry, arguments, split):
+  def load_dataset(*args: str, **options: Any) -> Any:
+    assert (args, options) == (arguments, {'split': split, 'streaming': True})
+    return datasets.Dataset.from_dict({'text': DOCUMENTS}).to_iterable_dataset()
+
+  monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+  check_source((entry,), FIELD, **NAMES)
+  assert_windows(load(entry, tokenizer), stream(tokenizer, DOCUMENTS))
+
+
+def test_hub_failure_is_an_input_error(monkeypatch, tokenizer):
+  def load_dataset(*_: str, **__: Any) -> Any:
+    raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist\nmore")
+
+  monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+  message = message_of(check_source, ('org/name',), FIELD, **NAMES)
+  assert 'org/name' in message and "doesn't exist" in message and 'check the name' in message
+
+
+def test_npy_is_taken_as_it_is(tmp_path):
+  rows = np.arange(24, dtype=np.int64).reshape(3, 8)
+  np.save(tmp_path / 'a.npy', rows)
+  check_source((str(tmp_path / 'a.npy'),), FIELD, **NAMES)
+  blocks = load(tmp_path / 'a.npy', None)
+  assert_windows(blocks, list(range(24)))
+  assert not blocks.targets[:, 0].any() and blocks.targets[:, 1:].all()
+  assert len(load(tmp_path / 'a.npy', None, max_tokens=17).tokens) == 2
+  check_vocab(23, 24, FIELD)
+  assert 'larger than the embedding' in message_of(check_vocab, 23, 23, FIELD)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'says'),
+  [
+    (np.zeros((2, 7), np.int32), 'rows of 7 tokens'),
+    (np.zeros(16, np.int32), 'int32 [16]'),
+    (np.zeros((2, 8), np.float32), 'float32 [2, 8]'),
+    (np.full((2, 8), -1), '-1'),
+    (np.full((2, 8), 2**31), str(2**31)),
+    (np.array([[None] * 8]), 'not a readable .npy'),
+    (np.zeros((0, 8), np.int32), 'longer than the data'),
+  ],
+)
+def test_npy_of_another_kind(tmp_path, rows, says):
+  np.save(tmp_path / 'a.npy', rows)
+  message = message_of(load, tmp_path / 'a.npy', None)
+  assert says in message and FIELD in message
+
+
+# Windows
+
+
+def test_no_eos_twice_and_none_without_one(tmp_path, tokenizer):
+  path = write_texts(tmp_path / 'a.jsonl', ['The dog.</s>'] * 4)
+  assert_windows(load(path, tokenizer), stream(tokenizer, ['The dog.'] * 4))
+  bare = tiny_tokenizer()
+  bare.eos_token = None
+  expected = [i for i in stream(tokenizer, DOCUMENTS) if i != tokenizer.eos_token_id]
+  assert_windows(load(write_texts(tmp_path / 'b.jsonl', DOCUMENTS), bare), expected)
+
+
+def test_max_tokens_reads_no_further_than_needed(tmp_path, tokenizer, monkeypatch):
+  read = []
+  rows = documents._json_rows
+  monkeypatch.setattr(documents, '_json_rows', lambda path: (read.append(r) or r for r in rows(path)))
+  path = write_texts(tmp_path / 'a.jsonl', DOCUMENTS * 100)
+  expected = stream(tokenizer, DOCUMENTS * 100)
+  needed = next(n for n in range(300) if len(stream(tokenizer, (DOCUMENTS * 100)[:n])) >= 203)
+  blocks = load(path, tokenizer, max_tokens=203)
+  assert_windows(blocks, expected[:203])
+  assert len(read) == blocks.documents == needed
+
+
+def test_many_small_batches_give_the_same_windows(tmp_path, tokenizer, monkeypatch):
+  path = write_jsonl(tmp_path / 'a.jsonl', [{'text': DOCUMENTS[0]}, {'messages': CHAT}] * 5)
+  whole = load(path, tokenizer)
+  monkeypatch.setattr(windows, 'BATCH_CHARS', 20)
+  parts = load(path, tokenizer)
+  np.testing.assert_array_equal(parts.tokens, whole.tokens)
+  np.testing.assert_array_equal(parts.targets, whole.targets)
+
+
+def test_progress_is_silent_off_a_terminal(tmp_path, tokenizer, capfd):
+  load(write_texts(tmp_path / 'a.jsonl', DOCUMENTS), tokenizer)
+  assert capfd.readouterr() == ('', '')
+
+
+# Conversations
+
+
+def marked(blocks: Blocks, tokenizer: Any) -> list[str]:
+  """The text of each run of consecutive targets."""
+  tokens, targets = blocks.tokens.ravel(), blocks.targets.ravel()
+  edges = np.flatnonzero(np.diff(np.concatenate([[False], targets, [False]])))
+  return [tokenizer.decode(tokens[a:b]) for a, b in edges.reshape(-1, 2)]
+
+
+def one_window(path: pathlib.Path, messages: list[Any], tokenizer: Any) -> Blocks:
+  """The conversation in exactly one window, up to its EOS."""
+  text = tokenizer.apply_chat_template(messages, tokenize=False)
+  length = len(tokenizer(text, add_special_tokens=False)['input_ids']) + 1
+  return load(write_jsonl(path, [{'messages': messages}]), tokenizer, length)
+
+
+@pytest.mark.parametrize('system', [[], [{'role': 'system', 'content': 'Be kind.'}]])
+@pytest.mark.parametrize('template', [CHATML, CHATML_DEFAULT_SYSTEM])
+def test_only_the_assistants_tokens_are_targets(tmp_path, template, system):
+  tokenizer = tiny_tokenizer(template)
+  blocks = one_window(tmp_path / 'a.jsonl', system + CHAT, tokenizer)
+  text = tokenizer.apply_chat_template(system + CHAT, tokenize=False)
+  assert tokenizer.decode(blocks.tokens[0]) == text + '</s>'
+  assert ('You are terse.' in text) == (template != CHATML and not system)
+  assert marked(blocks, tokenizer) == ['The sum is five 😀.<|im_end|>\n', 'It sleeps.\n<|im_end|>\n']
+  assert tokenizer.bos_token_id not in blocks.tokens and not blocks.targets[0, -1]
+
+
+def test_template_that_strips_and_tokens_across_the_border(tmp_path):
+  # ' Yes' is one token whose space belongs to the prompt 'A: '; the stray space ' ' alone is the prompt's.
+  tokenizer = tiny_tokenizer(
+    "{% for m in messages %}{{ ('A: ' if m.role == 'assistant' else 'Q: ') + m.content.strip() + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+  )
+  chat = [{'role': 'user', 'content': ' The dog '}, {'role': 'assistant', 'content': '  the dog sleeps '}]
+  assert marked(one_window(tmp_path / 'a.jsonl', chat, tokenizer), tokenizer) == [' the dog sleeps\n']
+  chat[1] = {'role': 'assistant', 'content': '<|im_start|>  it'}
+  assert marked(one_window(tmp_path / 'b.jsonl', chat, tokenizer), tokenizer) == ['<|im_start|>  it\n']
+
+
+def test_the_day_does_not_change_the_tokens(tmp_path):
+  tokenizer = tiny_tokenizer(
+    "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + CHATML
+  )
+  blocks = load(write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT}]), tokenizer)
+  assert tokenizer.decode(blocks.tokens.ravel()).startswith('26 Jul 2024<|im_start|>')
+
+
+def test_a_prompt_that_begins_the_answer(tmp_path):
+  """As DeepSeek-R1's, which ends with <think>: targets are what stands after the header all the same."""
+  path = write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT}])
+  begun = CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
+  assert begun != CHATML
+  plain, thinking = (load(path, tiny_tokenizer(template)) for template in (CHATML, begun))
+  np.testing.assert_array_equal(thinking.tokens, plain.tokens)
+  np.testing.assert_array_equal(thinking.targets, plain.targets)
+
+
+def test_conversation_without_assistant_has_no_targets(tmp_path, tokenizer):
+  assert not load(write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT[:1]}]), tokenizer).targets.any()
+
+
+@pytest.mark.parametrize(
+  ('template', 'messages', 'says'),
+  [
+    (None, CHAT, "set config.data.chat_template to 'plain' or to a file"),
+    (CHATML, CHAT[1:], 'begins with the assistant'),
+    ("{{ messages[-1]['content'] }}" + CHATML, CHAT, 'assistant message 2'),
+    (
+      CHATML.replace("message['content']", "(message['content'] if loop.last or loop.index is odd else '')"),
+      CHAT,
+      'assistant message 2',
+    ),
+    ("{{ raise_exception('no such role') }}", CHAT, 'no such role'),
+    (CHATML, 'a string', 'not a list'),
+    (CHATML, [{'from': 'human', 'text': 'x'}], "['from', 'text']"),
+    (CHATML, [{'role': 'user', 'content': [{'type': 'text'}]}], 'holds list'),
+    (CHATML, ['x'], 'str'),
+  ],
+)
+def test_conversations_that_cannot_be_rendered(tmp_path, template, messages, says):
+  path = write_jsonl(tmp_path / 'a.jsonl', [{'text': 'The dog.'}, {'messages': messages}])
+  message = message_of(load, path, tiny_tokenizer(template))
+  assert says in message and f'{path}:2' in message
+
+
+# Input that a user can correct
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'says'),
+  [
+    ('a.jsonl', b'{"text": "x"}\n\n{"text": \n', ':3: not valid JSON'),
+    ('a.jsonl', b'{"text": "x"}\n{"text": "\xff"}\n', ':2: not UTF-8'),
+    ('a.jsonl', b'[1]\n', ':1: a JSON list'),
+    ('a.jsonl', b'{"body": "x", "id": 1}\n', "'messages' nor 'text' among its fields ['body', 'id']"),
+    ('a.jsonl', b'{"text": null}\n', 'NoneType, not text'),
+    ('a.jsonl', b'{"text": "\\ud83d"}\n', 'surrogate'),
+    ('a.txt', b'abc\xff', 'not UTF-8 text (byte 3)'),
+    ('a.parquet', b'PAR1', 'not a readable Parquet'),
+    ('a.csv', b'x', 'unknown kind of file'),
+  ],
+)
+def test_broken_files(tmp_path, tokenizer, name, content, says):
+  (tmp_path / name).write_bytes(content)
+  message = message_of(load, tmp_path / name, tokenizer)
+  assert says in message and str(tmp_path / name) in message
+
+
+def test_parquet_without_the_fields(tmp_path, tokenizer):
+  parquet.write_table(pa.table({'id': [1], 'body': ['x']}), tmp_path / 'a.parquet')
+  message = message_of(check_source, (str(tmp_path / 'a.parquet'),), FIELD, **NAMES)
+  assert "['id', 'body']" in message and 'data.text_field' in message and 'a.parquet: row 1' in message
+
+
+@pytest.mark.parametrize(
+  'entry',
+  ['', 'nothing', './no/thing', '~/no-such-file', '/no/thing', 'no/thing.jsonl', 'no/thing.npy', 'a/b/c'],
+)
+def test_missing_paths_never_reach_the_hub(monkeypatch, entry):
+  monkeypatch.setattr(datasets, 'load_dataset', lambda *_, **__: pytest.fail('asked the hub'))
+  assert f'{FIELD} {entry!r}: no such file' in message_of(check_source, (entry,), FIELD, **NAMES)
+
+
+def test_sources_that_hold_nothing(tmp_path, tokenizer):
+  assert f'{FIELD} is empty' in message_of(load, (), tokenizer)
+  assert '.jsonl' in message_of(check_source, (str(tmp_path),), FIELD, **NAMES)
+  path = write_texts(tmp_path / 'a.jsonl', ['The dog.'])
+  found = len(stream(tokenizer, ['The dog.']))
+  message = message_of(load, path, tokenizer, length=found + 1)
+  assert (
+    FIELD in message and f'longer than the data: {found} tokens' in message and f' {found + 1}:' in message
+  )
+
+
+def test_npy_beside_other_entries(tmp_path, tokenizer):
+  np.save(tmp_path / 'a.npy', np.zeros((1, 8), np.int32))
+  (tmp_path / 'a.txt').write_text('x')
+  message = message_of(load, [tmp_path / 'a.txt', tmp_path / 'a.npy'], tokenizer)
+  assert 'only entry' in message
+
+
+def test_check_source_reads_the_first_row_only(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"text": "x"}\nnot JSON\n')
+  (tmp_path / 'empty.jsonl').write_text('')
+  check_source((str(path), str(tmp_path / 'empty.jsonl')), FIELD, **NAMES)
+  assert 'among its fields' in message_of(
+    check_source, (str(path),), FIELD, **(NAMES | {'text_field': 'body'})
+  )
+
+
+# Draws for calibration
+
+
+def test_rows_drawn_are_distinct_and_fresh_at_each_step():
+  draws = [draw_rows(100, 30, 1, step) for step in range(20)]
+  assert all(len(set(rows)) == 30 and rows.dtype == np.int64 for rows in draws)
+  assert len({tuple(sorted(rows)) for rows in draws}) == 20
+  np.testing.assert_array_equal(draw_rows(100, 30, 1, 5), draws[5])
+  assert set(draw_rows(100, 30, 2, 5)) != set(draws[5])
+  assert set(np.concatenate(draws)) == set(range(100))
+  np.testing.assert_array_equal(draw_rows(100, 100, 1, 5), np.arange(100))
+  assert 'samples = 101, but the data have 100' in message_of(draw_rows, 100, 101, 1, 0)
