@@ -22,12 +22,15 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from adapt_jax.config.options import RunOptions, from_dict
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.identity import identity
+from adapt_jax.config.options import RunOptions
 from adapt_jax.machine import mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
 from adapt_jax.modes import bench, compare, estimate, evaluate, export, generate, sensitivity
 from adapt_jax.pipeline import stages
 from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning.serving_widths import aligned
 from models.errors import InputError, disk_full
 
 
@@ -86,18 +89,6 @@ def _options(mode: str) -> RunOptions:
   return options
 
 
-def _identity(mode: str, options: RunOptions) -> dict[str, Any]:
-  """What makes two runs the same. A grid may grow, and its plots change: each cell has its own identity."""
-  config = options.identity()
-  if mode == 'compare':
-    config['compare'] = {'recover': options.compare.recover}
-  if mode == 'export':
-    config['export'] = dataclasses.asdict(options.export)
-  if mode == 'bench':
-    config['bench'] = dataclasses.asdict(options.bench)
-  return {'mode': mode, 'config': config}
-
-
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise InputError(f'{argv[1]!r} is not understood: flags are written --name=value')
@@ -115,14 +106,14 @@ def main(argv: list[str]) -> None:
     if mode not in _ONE_DEVICE and (devices := mesh.make_mesh(options.mesh)):
       stack.enter_context(jax.set_mesh(devices))
     if mode != 'compare':  # which does it for each cell
-      options = mesh.aligned(options)
+      options = aligned(options)
     if mode == 'plan':
       estimate.run(options)
       return
     if mode == 'generate':
       generate.run(options, _PROMPT.value)
       return
-    workdir = Workdir(_WORKDIR.value, _identity(mode, options))
+    workdir = Workdir(_WORKDIR.value, identity(mode, options))
     processes.decide(workdir.check)
     if processes.decide(workdir.report.exists) and mode != 'compare':  # its cells tell what is finished
       more = f'; --mode=export --config.model.source={workdir.path} writes its model in other forms'

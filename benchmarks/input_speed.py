@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.config.options import RunOptions, from_dict
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.options import RunOptions
 from adapt_jax.data.train_set import TrainSet, open_train_set
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.training.optim import optimizer as make_optimizer

@@ -1,111 +1,245 @@
-"""The run's options as frozen dataclasses, checked field by field.
+"""Every option of a run, declared once: type, default, meaning, range and choices.
 
-`configs/base.py` has the defaults and says what each field means; `main.py` turns its ConfigDict
-into a `RunOptions` by `from_dict`. Nothing below sees a ConfigDict.
+`config.prune.target` on the command line is the field `target` of `PruneOptions` here; options that only one
+mode reads are in `mode_options.py`. `configs/base.py` and the recipes are views of these declarations,
+`build.py` makes and checks the dataclasses, and `rules.py` holds the rules between fields. Below `main.py`
+nobody sees a ConfigDict.
+
+A source is a tuple of .txt, .jsonl, .json or .parquet files, directories or globs of them, or a hub data set
+`org/name`, `org/name:split` or `org/name:config:split`; on the command line, names separated by commas.
 """
 
 import dataclasses
-import math
-import types
-import typing
-from typing import Any
 
-from adapt_jax.config.values import grid, integers, numbers, strings
-from adapt_jax.pruning.compensate import COMPENSATIONS
-from adapt_jax.pruning.methods import METHODS
-from adapt_jax.pruning.scorer import DISTANCES, IMPORTANCES
-from adapt_jax.pruning.serving_widths import multiples
-from adapt_jax.pruning.widths import MAX_SPARSITY
-from models.errors import InputError
+from adapt_jax.config.declare import COUNT, LENGTH, TOKENS, group, option
+from adapt_jax.config.mode_options import (
+  BenchOptions,
+  CompareOptions,
+  GenerateOptions,
+  PlanOptions,
+  SensitivityOptions,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-  source: str
-  dtype: str
+  """The pretrained model."""
+
+  source: str = option('', 'Hub id, Hugging Face directory, .gguf file, or the workdir of a run.')
+  dtype: str = option(
+    'auto',
+    'Of activations and matrix products; training keeps fp32 master weights. auto is float32 on a CPU, so '
+    "that figures do not depend on the CPU's kind (bfloat16 is faster by two fifths where it has AVX-512 "
+    'BF16: benchmarks/RESULTS.md), and bfloat16 on accelerators.',
+    choices=('auto', 'float32', 'bfloat16'),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshOptions:
-  data: int
-  fsdp: int
-  tensor: int
+  """How the devices of all processes share the work (docs/cluster.md); -1 takes the devices that are left."""
+
+  data: int = option(1, 'Devices that share the rows of a batch, each with all weights.', result=False)
+  fsdp: int = option(
+    -1, 'Devices that share the weights, the optimizer state and the rows of a batch.', result=False
+  )
+  tensor: int = option(
+    1,
+    'Devices that share KV groups, MLP channels and vocabulary; pruning then keeps widths that this divides.',
+    result=False,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-  text_field: str
-  messages_field: str
-  chat_template: str
-  cache: str
+  """How texts are read."""
+
+  text_field: str = option('text', 'Field of .jsonl, .json, .parquet and hub rows that holds a text.')
+  messages_field: str = option(
+    'messages', "Field that holds a chat; training then predicts the assistant's tokens only."
+  )
+  chat_template: str = option(
+    '', "Empty: the tokenizer's own. plain (User: ... Assistant: ...) or a Jinja file for models without one."
+  )
+  cache: str = option(
+    '',
+    'Directory of tokenised training data, which may be deleted at any time. Empty: adapt-jax/tokens in '
+    '$XDG_CACHE_HOME or ~/.cache.',
+    result=False,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationOptions:
-  source: tuple[str, ...]
-  samples: int
-  length: int
-  batch: int
+  """The rows that scores and least squares are computed on."""
+
+  source: tuple[str, ...] = option(
+    (), 'Text of the kind that the model shall stay good at; rows come from its first 4 million tokens.'
+  )
+  samples: int = option(32, 'Rows, drawn afresh at every pruning step (the paper: 512).', within=COUNT)
+  length: int = option(
+    1024, 'Tokens of a row, best as long as the texts to come (the paper: 64).', within=LENGTH
+  )
+  batch: int = option(4, 'Rows that pass a layer at once on a device, at most.', within=COUNT, result=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class PruneOptions:
-  method: str
-  target: float
-  stages: int
-  stage_targets: str
-  steps: int
-  ratio: float
-  amplitude: float
-  importance: str
-  layer_distance: str
-  align_kv: int
-  align_ffn: int
-  serve: str
-  compat: str
-  compensate: str
-  calibration: CalibrationOptions
+  """What is removed, and how the remaining weights are adjusted (docs/methods.md)."""
+
+  method: str = option(
+    'obs',
+    'obs removes, in one shot a stage, the groups whose removal costs the loss least per parameter. adapt is '
+    "Adapt-Pruner, the paper's: layers lose by their importance, step by step. uniform is the same schedule "
+    'with all layers alike. The others are rivals, in one shot a stage.',
+    choices=('obs', 'adapt', 'uniform', 'llm_pruner', 'flap', 'wanda_sp', 'magnitude', 'shortgpt'),
+  )
+  compensate: str = option(
+    'least_squares',
+    'How the remaining weights make up for what is removed, without training. least_squares solves o_proj '
+    "and down_proj anew on the calibration rows; bias adds biases to them (FLAP's way).",
+    choices=('none', 'least_squares', 'bias'),
+  )
+  target: float = option(0.8, 'Fraction of the parameters to keep (up to 1), or their number (above 1).')
+  stages: int = option(1, "Rounds of pruning and recovery (the paper's N).", within=(1, 10_000))
+  stage_targets: str = option(
+    'linear', 'How parameters fall from stage to stage.', choices=('linear', 'geometric')
+  )
+  steps: int = option(
+    50,
+    'T of adapt and uniform: steps that would remove everything at ratio 1.',
+    within=(1, 1_000_000),
+  )
+  ratio: float = option(
+    1.0,
+    'rho of adapt and uniform: overall sparsity at step T; pruning stops at the target before.',
+    within=(1e-6, 1),
+  )
+  amplitude: float = option(
+    0.02, "A of adapt: how far a layer's importance bends its sparsity at each step.", within=(0, 1)
+  )
+  importance: str = option(
+    'taylor',
+    'Score of a group, for adapt and uniform; the other methods have their own.',
+    choices=(
+      'taylor', 'taylor_vectorize', 'taylor_second', 'taylor_mix', 'l1', 'l2', 'fluctuation', 'wanda',
+      'curvature', 'random',
+    ),
+  )  # fmt: skip
+  layer_distance: str = option(
+    'cosine',
+    "Between a layer's input and output: its importance for adapt. Other methods only report it (shortgpt: "
+    'always cosine).',
+    choices=('cosine', 'euclidean', 'manhattan'),
+  )
+  align_kv: int = option(
+    1, 'A layer keeps a multiple of so many KV heads, or all that it has.', within=(1, 65_536)
+  )
+  align_ffn: int = option(
+    1,
+    'A layer keeps a multiple of so many MLP channels, or all; 64 to 256 suit tensor cores and quantisation.',
+    within=(1, 65_536),
+  )
+  serve: str = option(
+    'any',
+    'The program that will run the result (docs/serving.md). gguf keeps multiples of 32 MLP channels for the '
+    'quantised types of llama.cpp (set align_ffn = 256 for K-quants). tensor_parallel=n keeps KV heads and '
+    'MLP channels that n devices can share.',
+  )
+  compat: str = option(
+    '',
+    "reference repeats the errors of the authors' program, to compare with it: for adapt and uniform, with "
+    'compensate = none.',
+    choices=('', 'reference'),
+  )
+  calibration: CalibrationOptions = group(CalibrationOptions)
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillOptions:
-  alpha: float
-  temperature: float
+  """Distillation from the dense model: the loss is alpha * KL + (1 - alpha) * cross-entropy."""
+
+  alpha: float = option(0.0, 'Weight of the distillation; 0 leaves the teacher out.', within=(0, 1))
+  temperature: float = option(2.0, 'Divides the logits of teacher and student.', within=(1e-3, 1e3))
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-  source: tuple[str, ...]
-  weights: tuple[float, ...]
-  layout: str
-  tokens: int
-  batch: int
-  micro_batch: int
-  length: int
-  lr: float
-  min_lr: float
-  schedule: str
-  warmup: float
-  clip: float
-  split: str
-  optimizer_state: str
-  mu_dtype: str
-  remat: bool
-  save_every: int
-  distill: DistillOptions
+  """Recovery training."""
+
+  source: tuple[str, ...] = option((), 'Texts or chats.')
+  weights: tuple[float, ...] = option(
+    (),
+    'For each entry of source its share of the rows; small sources repeat. Empty: the entries one after '
+    'another, of which the first max(tokens, 4 million) tokens are shuffled.',
+  )
+  layout: str = option(
+    'packed',
+    'packed: documents end to end in rows; they do not attend to each other. padded: one document a row, '
+    'truncated or filled up, as the paper did.',
+    choices=('packed', 'padded'),
+  )
+  tokens: int = option(
+    0, 'Over all stages, padding included; 0 only where nothing is trained (--mode=prune).', within=TOKENS
+  )
+  batch: int = option(128, 'Rows of an optimizer step.', within=COUNT)
+  micro_batch: int = option(
+    8, 'Rows at once on a device, at most; gradients accumulate.', within=COUNT, result=False
+  )
+  length: int = option(1024, 'Tokens of a row.', within=LENGTH)
+  lr: float = option(2e-5, 'Highest learning rate.', within=(0, 1))
+  min_lr: float = option(2e-6, 'Learning rate at the end of the schedule.', within=(0, 1))
+  schedule: str = option(
+    'wsd', 'Of the learning rate: warmup-stable-decay, or cosine.', choices=('wsd', 'cosine')
+  )
+  warmup: float = option(0.05, 'Fraction of all steps in which the learning rate rises.', within=(0, 1))
+  clip: float = option(1.0, 'Largest global norm of the gradient.', within=(1e-12, 1e12))
+  split: str = option(
+    'linear',
+    'Tokens by stage; linear gives later stages more.',
+    choices=('linear', 'constant', 'cosine'),
+  )
+  optimizer_state: str = option(
+    'carry',
+    'Whether pruning keeps the moments of the weights that remain.',
+    choices=('carry', 'reset'),
+  )
+  mu_dtype: str = option(
+    'float32',
+    "Of Adam's first moment; bfloat16 saves two bytes a weight.",
+    choices=('float32', 'bfloat16'),
+  )
+  remat: bool = option(
+    False,
+    'Whether the backward pass computes each layer again: less memory, slower by a tenth (CPU) to a third. '
+    'Otherwise it computes all but the products with weights again.',
+    result=False,
+  )
+  save_every: int = option(
+    500, 'Steps between checkpoints; the end of a stage is always saved.', within=COUNT, result=False
+  )
+  distill: DistillOptions = group(DistillOptions)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-  source: tuple[str, ...]
-  length: int
-  batch: int
-  max_tokens: int
-  tasks: tuple[str, ...]
-  suite: str
-  tasks_path: str
-  fewshot: int
-  limit: int
+  """What is measured of the dense, the pruned and the recovered model (docs/evaluation.md)."""
+
+  source: tuple[str, ...] = option((), 'Held-out text for perplexity.')
+  length: int = option(1024, 'Tokens of a window; windows do not overlap.', within=LENGTH)
+  batch: int = option(4, 'Windows at once on a device.', within=COUNT, result=False)
+  max_tokens: int = option(
+    0, 'Tokens at most, in windows spread evenly over the text; 0: all.', within=TOKENS
+  )
+  tasks: tuple[str, ...] = option(
+    (), 'Tasks, groups and tags of lm-evaluation-harness, which the extra eval installs.'
+  )
+  suite: str = option('', "paper: the paper's whole protocol, besides tasks.", choices=('', 'paper'))
+  tasks_path: str = option('', 'Directory with task files (YAML) of your own.')
+  fewshot: int = option(
+    -1, 'Examples before each question of tasks; -1: as the task says.', within=(-1, 1000)
+  )
+  limit: int = option(0, 'Questions of each task, the first ones; 0: all.', within=(0, 10**9))
 
   @property
   def has_tasks(self) -> bool:
@@ -114,262 +248,45 @@ class EvaluateOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class SensitivityOptions:
-  sparsity: float
-  bases: tuple[float, ...]
-  blocks: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class CompareOptions:
-  grid: tuple[dict[str, Any], ...] = ()
-  recover: bool = False
-  x: str = 'prune.target'
-  over: str = 'seed'
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanOptions:
-  devices: int
-  device_memory_gb: float
-  peak_tflops: float
-  depths: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateOptions:
-  max_new_tokens: int
-  temperature: float
-  top_k: int
-  top_p: float
-  batch: int
-  chat: bool
-  dense: str
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchOptions:
-  dense: str
-  prompt_length: int
-  new_tokens: int
-  batch: int
-  repeats: int
-
-
-@dataclasses.dataclass(frozen=True)
 class ExportOptions:
-  formats: tuple[str, ...]
-  dtype: str
-  gguf_types: tuple[str, ...]
+  """The forms of the result, a directory of the workdir each (docs/serving.md)."""
+
+  formats: tuple[str, ...] = option(
+    ('hf',),
+    'hf: transformers, vLLM, MLX-LM. hf_padded: zeros up to the widest layer, for programs that know stock '
+    'classes only. gguf: llama.cpp.',
+    choices=('hf', 'hf_padded', 'gguf'),
+    result=False,
+  )
+  dtype: str = option(
+    'auto',
+    'Of the weights; auto: as in the source.',
+    choices=('auto', 'float32', 'bfloat16', 'float16'),
+  )
+  gguf_types: tuple[str, ...] = option(
+    ('auto',),
+    'A GGUF file each; auto: as dtype.',
+    choices=('auto', 'F32', 'F16', 'BF16', 'Q8_0', 'Q4_0'),
+    result=False,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
   """Everything that a run depends on; equal options and equal files give equal bits."""
 
-  model: ModelOptions
-  mesh: MeshOptions
-  data: DataOptions
-  prune: PruneOptions
-  train: TrainOptions
-  evaluate: EvaluateOptions
-  sensitivity: SensitivityOptions
-  compare: CompareOptions
-  plan: PlanOptions
-  generate: GenerateOptions
-  bench: BenchOptions
-  export: ExportOptions
-  seed: int
-
-  def identity(self) -> dict[str, Any]:
-    """What makes two runs the same: not what changes memory and speed alone, for other devices to go on.
-
-    Nor the forms of the result: a run that cannot write one may go on with others.
-    """
-    values = dataclasses.asdict(self)
-    del values['export']['formats'], values['export']['gguf_types']
-    del (
-      values['mesh'],
-      values['plan'],
-      values['generate'],
-      values['bench'],
-      values['data']['cache'],
-      values['evaluate']['batch'],
-    )
-    del values['prune']['calibration']['batch'], values['train']['micro_batch']
-    del values['train']['remat'], values['train']['save_every']
-    return values
-
-
-def from_dict(values: dict[str, Any]) -> RunOptions:
-  """Builds and checks the options; raises InputError naming field, value and remedy."""
-  options = _build(RunOptions, values, 'config')
-  _check(options)
-  return options
-
-
-def _build(cls: Any, values: Any, where: str) -> Any:
-  if not isinstance(values, dict):
-    raise InputError(f'{where} = {values!r} must be a group of fields')
-  kinds = typing.get_type_hints(cls)
-  if unknown := sorted(values.keys() - kinds.keys()):
-    raise InputError(f'{where}.{unknown[0]} is unknown; fields here: {", ".join(kinds)}')
-  if absent := sorted(kinds.keys() - values.keys()):
-    raise InputError(f'{where}.{absent[0]} is missing: start from configs/base.py')
-  return cls(**{k: _convert(kind, values[k], f'{where}.{k}') for k, kind in kinds.items()})
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-  if dataclasses.is_dataclass(kind):
-    return _build(kind, value, where)
-  if isinstance(kind, types.GenericAlias):  # one string or number is a tuple of one
-    convert = {float: numbers, int: integers, str: strings}.get(typing.get_args(kind)[0], grid)
-    return convert(value, where)
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    raise InputError(f'{where} = {value!r} must be of type {kind.__name__}')
-  return value
-
-
-_CHOICES = {
-  'model.dtype': ('auto', 'float32', 'bfloat16'),
-  'export.dtype': ('auto', 'float32', 'bfloat16', 'float16'),
-  'prune.method': tuple(METHODS),
-  'prune.stage_targets': ('linear', 'geometric'),
-  'prune.importance': tuple(IMPORTANCES),
-  'prune.compat': ('', 'reference'),
-  'prune.compensate': COMPENSATIONS,
-  'prune.layer_distance': tuple(DISTANCES),
-  'evaluate.suite': ('', 'paper'),
-  'train.layout': ('packed', 'padded'),
-  'train.schedule': ('wsd', 'cosine'),
-  'train.split': ('linear', 'constant', 'cosine'),
-  'train.optimizer_state': ('carry', 'reset'),
-  'train.mu_dtype': ('float32', 'bfloat16'),
-}
-# Field -> (lowest, highest) allowed, both included.
-_RANGES: dict[str, tuple[float, float]] = {
-  'prune.stages': (1, 10_000),
-  'prune.steps': (1, 1_000_000),
-  'prune.ratio': (1e-6, 1),
-  'prune.amplitude': (0, 1),
-  'prune.align_kv': (1, 65_536),
-  'prune.align_ffn': (1, 65_536),
-  'prune.calibration.samples': (1, 10**9),
-  'prune.calibration.length': (2, 10**7),
-  'prune.calibration.batch': (1, 10**9),
-  'train.tokens': (0, 10**15),
-  'train.batch': (1, 10**9),
-  'train.micro_batch': (1, 10**9),
-  'train.length': (2, 10**7),
-  'train.lr': (0, 1),
-  'train.min_lr': (0, 1),
-  'train.warmup': (0, 1),
-  'train.clip': (1e-12, 1e12),
-  'train.save_every': (1, 10**9),
-  'train.distill.alpha': (0, 1),
-  'train.distill.temperature': (1e-3, 1e3),
-  'evaluate.length': (2, 10**7),
-  'evaluate.batch': (1, 10**9),
-  'evaluate.max_tokens': (0, 10**15),
-  'evaluate.fewshot': (-1, 1000),
-  'evaluate.limit': (0, 10**9),
-  'sensitivity.sparsity': (1e-6, MAX_SPARSITY),
-  'generate.max_new_tokens': (1, 10**7),
-  'generate.temperature': (0, 1e3),
-  'generate.top_k': (0, 10**9),
-  'generate.top_p': (1e-6, 1),
-  'generate.batch': (1, 10**9),
-  'bench.prompt_length': (1, 10**7),
-  'bench.new_tokens': (2, 10**7),
-  'bench.batch': (1, 10**9),
-  'bench.repeats': (1, 10**6),
-  'plan.devices': (0, 65_536),
-  'plan.device_memory_gb': (1e-3, 1e6),
-  'plan.peak_tflops': (1e-6, 1e9),
-  'seed': (0, 2**31 - 1),
-}
-EXPORTS = ('hf', 'hf_padded', 'gguf')  # forms of the result
-GGUF_TYPES = ('auto', 'F32', 'F16', 'BF16', 'Q8_0', 'Q4_0')
-BLOCKS = ('both', 'attention', 'mlp')  # what mode sensitivity prunes of a layer
-
-
-def _get(options: RunOptions, field: str) -> Any:
-  value: Any = options
-  for name in field.split('.'):
-    value = getattr(value, name)
-  return value
-
-
-def _check(options: RunOptions) -> None:
-  for field, choices in _CHOICES.items():
-    if (value := _get(options, field)) not in choices:
-      raise InputError(f'config.{field} = {value!r}: choose one of {", ".join(choices)}')
-  for field, (low, high) in _RANGES.items():
-    if not low <= (value := _get(options, field)) <= high:
-      raise InputError(f'config.{field} = {value!r} must lie between {low:g} and {high:g}')
-  multiples(options.prune.serve)
-  if options.prune.compat and not METHODS[options.prune.method].in_reference:
-    raise InputError(
-      f'config.prune.compat = {options.prune.compat!r} is of the methods '
-      f'{" and ".join(n for n, m in METHODS.items() if m.in_reference)}, not of config.prune.method = '
-      f'{options.prune.method!r}: leave compat empty'
-    )
-  if options.prune.compat and options.prune.compensate != 'none':
-    raise InputError(
-      f'config.prune.compensate = {options.prune.compensate!r} is not what config.prune.compat = '
-      f"{options.prune.compat!r} does: set it to 'none'"
-    )
-  if not 0 < options.prune.target < math.inf:
-    raise InputError(
-      f'config.prune.target = {options.prune.target!r} must be positive: a fraction kept (≤ 1) or a '
-      f'number of parameters (> 1)'
-    )
-  if options.train.min_lr > options.train.lr:
-    raise InputError(
-      f'config.train.min_lr = {options.train.min_lr} is above config.train.lr = {options.train.lr}: lower it'
-    )
-  _check_weights(options.train)
-  _check_mesh(options.mesh)
-  depths = options.plan.depths
-  if depths and (len(depths) != 2 or not 0 < depths[0] < depths[1]):
-    raise InputError(f'config.plan.depths = {depths}: give two growing numbers of layers, or none')
-  _check_sensitivity(options.sensitivity)
-  _check_each('export.formats', options.export.formats, EXPORTS)
-  _check_each('export.gguf_types', options.export.gguf_types, GGUF_TYPES)
-
-
-def _check_mesh(options: MeshOptions) -> None:
-  sizes = dataclasses.asdict(options)
-  for axis, size in sizes.items():
-    if size < 1 and size != -1:
-      raise InputError(f'config.mesh.{axis} = {size}: give a number of devices, or -1 for all that are left')
-  if len(filling := [axis for axis, size in sizes.items() if size == -1]) > 1:
-    raise InputError(
-      f'config.mesh.{filling[0]} = -1, and config.mesh.{filling[1]} too: only one can take all that are left'
-    )
-
-
-def _check_weights(train: TrainOptions) -> None:
-  weights, count = train.weights, len(train.source)
-  if weights and (len(weights) != count or not all(0 <= x < math.inf for x in weights) or not any(weights)):
-    raise InputError(
-      f'config.train.weights = {weights!r} must be one number from 0 up for each of the {count} entries of '
-      'config.train.source, not all 0; or none, for all their documents alike'
-    )
-
-
-def _check_sensitivity(options: SensitivityOptions) -> None:
-  bases = options.bases
-  if not bases or not all(0 <= x <= MAX_SPARSITY for x in bases) or len(set(bases)) < len(bases):
-    raise InputError(
-      f'config.sensitivity.bases = {bases!r}: name one or more numbers between 0 and {MAX_SPARSITY}, each '
-      f'once'
-    )
-  _check_each('sensitivity.blocks', options.blocks, BLOCKS)
-
-
-def _check_each(field: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
-  if not values or not set(values) <= set(allowed) or len(set(values)) < len(values):
-    raise InputError(f'config.{field} = {values!r}: name one or more of {", ".join(allowed)}, each once')
+  model: ModelOptions = group(ModelOptions)
+  mesh: MeshOptions = group(MeshOptions)
+  data: DataOptions = group(DataOptions)
+  prune: PruneOptions = group(PruneOptions)
+  train: TrainOptions = group(TrainOptions)
+  evaluate: EvaluateOptions = group(EvaluateOptions)
+  sensitivity: SensitivityOptions = group(SensitivityOptions)
+  compare: CompareOptions = group(CompareOptions)
+  plan: PlanOptions = group(PlanOptions)
+  generate: GenerateOptions = group(GenerateOptions)
+  bench: BenchOptions = group(BenchOptions)
+  export: ExportOptions = group(ExportOptions)
+  seed: int = option(
+    0, 'Of calibration draws, data order and everything else that is random.', within=(0, 2**31 - 1)
+  )

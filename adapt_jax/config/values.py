@@ -1,8 +1,13 @@
-"""Values of fields that hold several: a recipe gives them as Python has them, the command line as strings."""
+"""Values with a form of their own: several in one field, and `prune.serve`.
 
-from typing import Any
+A recipe gives them as Python has them, the command line as strings.
+"""
+
+from typing import Any, NamedTuple
 
 from models.errors import InputError
+
+TENSOR_PARALLEL = 'tensor_parallel='
 
 
 def strings(value: Any, where: str) -> tuple[str, ...]:
@@ -42,3 +47,28 @@ def grid(value: Any, where: str) -> tuple[dict[str, Any], ...]:
       raise InputError(f'{where} has {part!r}: name fields, and one value or more for each')
     found.append(values)
   return tuple(found)
+
+
+class Multiples(NamedTuple):
+  """What the widths of every layer are to be multiples of; query heads follow their KV heads."""
+
+  kv: int
+  ffn: int
+
+
+def serving_multiples(serve: str) -> Multiples:
+  """Of a value of `prune.serve`; InputError for another.
+
+  gguf: llama.cpp's 4- and 8-bit types store rows in blocks of 32 numbers, and fall back to larger types
+  for rows that 32 does not divide. tensor_parallel=n: n devices share every layer alike.
+  """
+  if serve == 'any':
+    return Multiples(1, 1)
+  if serve == 'gguf':
+    return Multiples(1, 32)
+  count = serve.removeprefix(TENSOR_PARALLEL)
+  if count != serve and count.isdecimal() and 1 <= int(count) <= 65_536:
+    return Multiples(int(count), int(count))
+  raise InputError(
+    f'config.prune.serve = {serve!r}: choose any, gguf, or {TENSOR_PARALLEL}n for a number n of devices'
+  )

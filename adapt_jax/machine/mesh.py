@@ -3,7 +3,6 @@
 What lies where is said in `models.network.sharding`. A mesh of one device is no mesh: nothing is placed then.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from adapt_jax.config.options import MeshOptions, RunOptions
-from adapt_jax.pruning.serving_widths import multiples
 from models.config import ModelConfig
 from models.errors import InputError
 from models.network import sharding
@@ -46,19 +44,6 @@ def make_mesh(options: MeshOptions) -> Mesh | None:
   if jax.device_count() == 1:
     return None
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def aligned(options: RunOptions) -> RunOptions:
-  """The options with prune.align_kv and align_ffn for prune.serve and the mesh's `tensor` axis."""
-  mesh = sharding.mesh()
-  tensor = mesh.shape['tensor'] if mesh is not None else 1
-  asked = multiples(options.prune.serve)
-  prune = dataclasses.replace(
-    options.prune,
-    align_kv=math.lcm(options.prune.align_kv, asked.kv, tensor),
-    align_ffn=math.lcm(options.prune.align_ffn, asked.ffn, tensor),
-  )
-  return dataclasses.replace(options, prune=prune)
 
 
 def check_model(config: ModelConfig) -> None:

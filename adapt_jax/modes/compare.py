@@ -14,10 +14,12 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from adapt_jax.config.options import CompareOptions, RunOptions, from_dict
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.identity import identity
+from adapt_jax.config.mode_options import CompareOptions
+from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.machine import preemption
-from adapt_jax.machine.mesh import aligned
 from adapt_jax.machine.progress import Progress
 from adapt_jax.modes import compare_grid, compare_page
 from adapt_jax.pipeline.inputs import Inputs, Loader, check_plan, check_sources, load
@@ -25,6 +27,7 @@ from adapt_jax.pipeline.quality import dense_key
 from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.stages import Run
 from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.reports.summary import versions
 from models.config import count_params
 from models.errors import InputError, disk_full, first_line
@@ -71,8 +74,8 @@ def plan(options: RunOptions, workdir: Workdir) -> list[CellRun]:
       if not found.evaluate.source:
         raise InputError('config.evaluate.source is empty, but mode compare measures perplexity: name a text')
     mode = 'accel' if found.train.tokens else 'prune'
-    identity = {'mode': mode, 'config': found.identity()}
-    runs.append(CellRun(cell, found, Workdir(str(workdir.path / CELLS / cell.name), identity)))
+    place = str(workdir.path / CELLS / cell.name)
+    runs.append(CellRun(cell, found, Workdir(place, identity(mode, found))))
   return runs
 
 

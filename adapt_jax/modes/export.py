@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adapt_jax.config.options import RunOptions, from_dict
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.options import RunOptions
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, lineage, written_dtype
 from adapt_jax.machine.mesh import check_model
@@ -36,7 +37,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """
   path = pathlib.Path(options.model.source).expanduser()
   unfinished = exists(path / 'run.json') and not exists(path / 'hf') and exists(path / 'checkpoints')
-  model = _from_checkpoint(path, options) if unfinished else _from_source(options)
+  model = _from_checkpoint(path) if unfinished else _from_source(options)
   tokenizer = with_template(model.source.load_tokenizer(), model.chat_template)
   check_formats(options.export, model.config)
   check_tokenizer(options.export, tokenizer)
@@ -83,12 +84,12 @@ def _from_source(options: RunOptions) -> _Model:
   return _Model(source.config, source, False, options.data.chat_template, lineage(source) or named)
 
 
-def _from_checkpoint(path: pathlib.Path, options: RunOptions) -> _Model:
+def _from_checkpoint(path: pathlib.Path) -> _Model:
   """The model at the widths and weights that the run in `path` saved last."""
   saved = read_json(path / 'run.json')
   if saved.get('mode') not in ('accel', 'prune'):
     raise InputError(f'model.source = {str(path)!r} is the workdir of another mode than accel or prune')
-  ran = from_dict(_merged(dataclasses.asdict(options), saved['config']))
+  ran = from_dict(saved['config'])
   source = open_source(ran.model.source)
   checkpoints = Checkpoints(path / 'checkpoints', read_only=True)
   if (number := checkpoints.latest()) is None:
@@ -121,13 +122,3 @@ def _from_checkpoint(path: pathlib.Path, options: RunOptions) -> _Model:
   }
   shapes = placed(jax.eval_shape(arrays, dense))
   return _Model(pruned, source, trained, ran.data.chat_template, report, (checkpoints, number, shapes))
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-  """`base` with the values that `over` has, group by group."""
-  out = dict(base)
-  for key, value in over.items():
-    out[key] = (
-      _merged(out[key], value) if isinstance(out.get(key), dict) and isinstance(value, dict) else value
-    )
-  return out

@@ -5,6 +5,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+from adapt_jax.config.build import defaults, flatten
 from adapt_jax.machine.processes import is_first
 from models.errors import InputError
 from models.files import write_text
@@ -15,7 +16,7 @@ class Workdir:
 
   Args:
     path: of the directory; created by `claim`.
-    identity: what makes two runs the same, as JSON: mode and config.
+    identity: what makes two runs the same (`adapt_jax.config.identity`).
   """
 
   def __init__(self, path: str, identity: dict[str, Any]):
@@ -64,22 +65,24 @@ class Workdir:
 
   def _check_same(self) -> None:
     try:
-      before = _flatten(json.loads(self.run.read_text()))
-    except ValueError:
+      saved = json.loads(self.run.read_text())
+      mode, before = saved['mode'], flatten(saved['config'])
+    except (ValueError, KeyError, TypeError, AttributeError):
       raise InputError(f'{self.run} is damaged: use another workdir') from None
-    now = _flatten(json.loads(json.dumps(self._identity)))
-    for field in sorted(before.keys() | now.keys()):
-      if before.get(field) != now.get(field):
+    known = flatten(defaults())
+    if unknown := sorted(before.keys() - known.keys()):
+      raise InputError(
+        f'--workdir={self.path} belongs to a run of another version, which has config.{unknown[0]}: use '
+        f'another workdir, or that version to resume'
+      )
+    # An option that is younger than the run had its default there. Options that the mode does not read say
+    # nothing of it, though runs of earlier versions have them in run.json too.
+    now = {'mode': self._identity['mode']} | flatten(self._identity['config'])
+    for field, value in now.items():
+      was = mode if field == 'mode' else before.get(field, known[field])
+      if was != value:
+        name = field if field == 'mode' else f'config.{field}'
         raise InputError(
-          f'--workdir={self.path} belongs to a run with {field} = {before.get(field)!r}, not '
-          f'{now.get(field)!r}: use another workdir, or the same config to resume'
+          f'--workdir={self.path} belongs to a run with {name} = {was!r}, not {value!r}: use another '
+          f'workdir, or the same config to resume'
         )
-
-
-def _flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
-  if not isinstance(tree, dict):
-    return {prefix: tree}
-  out: dict[str, Any] = {}
-  for key, value in tree.items():
-    out |= _flatten(value, f'{prefix}.{key}' if prefix else key)
-  return out

@@ -29,7 +29,6 @@ from models.network import llama
 from models.network.llama import Params
 from models.network.sharding import constrain, constrain_params
 
-COMPENSATIONS = ('none', 'least_squares', 'bias')
 # λ as a share of the mean of Σ c², and m above.
 RIDGE, PULL = 0.2, 0.5
 

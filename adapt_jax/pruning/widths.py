@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from adapt_jax.config.mode_options import MAX_SPARSITY
 from models.config import ModelConfig, channel_params, count_params, kv_group_params, layer_params
 
-MAX_SPARSITY = 0.99
 # Steps' worth that the landing may take on one set of scores, where a KV group had to be passed over.
 MAX_LANDING = 2.0
 # Position, among removals, of those in layers that a step spares: after all the others.

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.config.options import TrainOptions, from_dict
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.options import TrainOptions
 from adapt_jax.evaluation.perplexity import _Loss
 from adapt_jax.machine import mesh
 from adapt_jax.pruning import surgery

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.config.options import from_dict
+from adapt_jax.config.build import from_dict
 from adapt_jax.generation.generator import Generator, Timings, bucket
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.modes.estimate import forward_flops

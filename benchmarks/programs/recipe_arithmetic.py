@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from adapt_jax.config.options import from_dict
+from adapt_jax.config.build import from_dict
 from adapt_jax.modes.estimate import Footprint, stage_configs
 from adapt_jax.training.step import stage_steps
 from benchmarks.programs.compile_stage import dense_config

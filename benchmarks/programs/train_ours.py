@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.config.options import from_dict
+from adapt_jax.config.build import from_dict
 from adapt_jax.machine.compiler import Compiler, forget_traces
 from adapt_jax.training.optim import optimizer as make_optimizer
 from adapt_jax.training.step import make_step

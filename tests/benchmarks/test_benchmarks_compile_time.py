@@ -2,7 +2,7 @@
 
 import pytest
 
-from adapt_jax.config.options import from_dict
+from adapt_jax.config.build import from_dict
 from benchmarks import compile_time, side_by_side
 from benchmarks.programs import compile_stage, recipe_arithmetic
 from configs import published

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import main
-from adapt_jax.config.options import from_dict
+from adapt_jax.config.build import from_dict
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.writer import LINEAGE
 from adapt_jax.modes import bench

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 
 import main
-from adapt_jax.config.options import from_dict
+from adapt_jax.config.build import from_dict
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.preemption import Preempted
 from adapt_jax.modes import compare, compare_page

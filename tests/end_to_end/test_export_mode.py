@@ -6,7 +6,8 @@ import shutil
 import pytest
 from safetensors.numpy import load_file
 
-from adapt_jax.config.options import from_dict
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.identity import identity
 from adapt_jax.export.writer import LINEAGE
 from adapt_jax.modes import export as export_mode
 from adapt_jax.pipeline import stages
@@ -31,9 +32,7 @@ def finished(files, tmp_path_factory):
   config.prune.stages, config.prune.steps, config.prune.compensate = 1, 10, 'bias'
   config.train.batch, config.train.tokens, config.data.chat_template = 2, 2 * 32 * 4, 'plain'
   options = from_dict(config.to_dict())
-  workdir = Workdir(
-    str(tmp_path_factory.mktemp('finished') / 'out'), {'mode': 'accel', 'config': options.identity()}
-  )
+  workdir = Workdir(str(tmp_path_factory.mktemp('finished') / 'out'), identity('accel', options))
   stages.run(options, workdir, 'python main.py')
   return workdir.path
 

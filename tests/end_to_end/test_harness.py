@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_jax.config.options import MeshOptions, from_dict
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.identity import identity
+from adapt_jax.config.options import MeshOptions
 from adapt_jax.evaluation import harness, harness_lm
 from adapt_jax.export.hf import write_hf
 from adapt_jax.machine import mesh
@@ -254,7 +256,7 @@ def test_a_run_scores_dense_pruned_and_recovered_once(files, tasks_path, tmp_pat
 
   monkeypatch.setattr(quality, 'evaluate_tasks', evaluate_tasks)
   options = from_dict(make_config(files, tasks_path, tasks=('toy_text',), limit=1).to_dict())
-  workdir = Workdir(str(tmp_path / 'out'), {'mode': 'accel', 'config': options.identity()})
+  workdir = Workdir(str(tmp_path / 'out'), identity('accel', options))
   with pytest.raises(KeyboardInterrupt):
     stages.run(options, workdir, '')
   stages.run(options, workdir, '')

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_jax.config import options as config_module
+from adapt_jax.config.build import choices
 from adapt_jax.config.options import ExportOptions
 from adapt_jax.export import hf, verify
 from adapt_jax.export import writer as writer_module
@@ -43,8 +43,8 @@ def writer(path, names, tokenizer=None, **options):
 
 
 def test_every_form_can_be_asked_for():
-  assert tuple(writer_module._WRITERS) == config_module.EXPORTS
-  assert ('auto', *KINDS) == config_module.GGUF_TYPES
+  assert tuple(writer_module._WRITERS) == choices('export.formats')
+  assert ('auto', *KINDS) == choices('export.gguf_types')
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from adapt_jax.config.options import from_dict
+from adapt_jax.config.build import from_dict
 from adapt_jax.modes import estimate
 from adapt_jax.modes.estimate import Footprint, Memory
 from configs import adapt, base

@@ -15,7 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax._src.interpreters import mlir
 from test_sharding import SHAPES, assert_close, make_model, put, set_mesh, tokens_of
 
-from adapt_jax.config.options import from_dict
+from adapt_jax.config.build import from_dict
 from adapt_jax.machine import mesh
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from adapt_jax.config.options import from_dict
+from adapt_jax.config.build import from_dict
 from adapt_jax.export.hf import write_hf
 from adapt_jax.generation.generator import Generator, bucket
 from adapt_jax.generation.sampling import Sampling

@@ -25,7 +25,6 @@ NO_JAX = (
   'adapt_jax/pruning/widths.py',
   'adapt_jax/modes/compare_grid.py',
   'adapt_jax/pruning/plan.py',
-  'adapt_jax/pruning/serving_widths.py',
   'adapt_jax/pruning/methods/__init__.py',
 )
 TOKENIZER_FILES = ('models/formats/source.py', 'models/formats/gguf_tokenizer.py')

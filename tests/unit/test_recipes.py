@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from adapt_jax.config.options import from_dict
+from adapt_jax.config.build import from_dict
 from adapt_jax.pipeline import inputs
 from adapt_jax.pipeline.stages import stage_targets
 from adapt_jax.pruning import surgery

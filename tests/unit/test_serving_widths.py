@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from adapt_jax.config.options import from_dict
-from adapt_jax.machine import mesh
+from adapt_jax.config.build import from_dict
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pruning import serving_widths
 from adapt_jax.pruning.methods import METHODS
@@ -36,7 +35,7 @@ def make_options(**fields):
 
 def pruned(config, options):
   """The plan on random scores, with the options as `main.py` hands them on."""
-  prune = mesh.aligned(options).prune
+  prune = serving_widths.aligned(options).prune
   method, state = METHODS[prune.method](config, prune), PruneState.start(config)
   rng = np.random.default_rng(0)
   target = max(int(0.75 * count_params(config)), method.smallest())

@@ -10,7 +10,8 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from adapt_jax.config.options import MeshOptions, from_dict
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.options import MeshOptions
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine import mesh
@@ -19,6 +20,7 @@ from adapt_jax.pruning import surgery
 from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import IMPORTANCES, Scorer
+from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import make_step
 from configs import base
@@ -113,9 +115,9 @@ def test_a_tensor_axis_keeps_widths_divisible():
   values = base.get_config()
   values.prune.align_ffn = 6
   options = from_dict(values.to_dict())
-  assert mesh.aligned(options) == options
+  assert aligned(options) == options
   with set_mesh(1, 1, 4):
-    prune = mesh.aligned(options).prune
+    prune = aligned(options).prune
   assert (prune.align_kv, prune.align_ffn) == (4, 12)
 
 

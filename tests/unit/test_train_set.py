@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from adapt_jax.config.options import from_dict
+from adapt_jax.config.build import from_dict
 from adapt_jax.data import train_set
 from adapt_jax.data.order import Order
 from adapt_jax.data.token_cache import TARGET, TokenCache

@@ -15,8 +15,6 @@ class Adapt(Method):
   all stages, and others (see `Pruner`). With prune.compat = 'reference' it does as they do.
   """
 
-  in_reference = True
-
   def rate(self, scores: Scores) -> np.ndarray:
     """What one step adds to each layer's sparsity, [L]."""
     return self.options.ratio / self.options.steps - self.options.amplitude * normalise(scores.distance)

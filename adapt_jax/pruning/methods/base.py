@@ -44,8 +44,6 @@ class Method(abc.ABC):
   # Of groups and layers, names of importance.IMPORTANCES and DISTANCES; '': as config.prune says.
   importance: ClassVar[str] = ''
   distance: ClassVar[str] = ''
-  # Whether the authors' program of Adapt-Pruner has it too, so that prune.compat applies.
-  in_reference: ClassVar[bool] = False
 
   def __init__(self, config: ModelConfig, options: Options):
     self.config, self.options = config, options

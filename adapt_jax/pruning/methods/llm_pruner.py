@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from adapt_jax.config.mode_options import MAX_SPARSITY
 from adapt_jax.pruning.methods.base import Options, UniformOneShot
-from adapt_jax.pruning.widths import MAX_SPARSITY
 from models.config import ModelConfig
 from models.errors import InputError
 

@@ -1,0 +1,106 @@
+"""Options from and to plain dicts, such as recipes give; checked field by field."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from adapt_jax.config import rules
+from adapt_jax.config.declare import Declaration, declaration
+from adapt_jax.config.options import RunOptions
+from adapt_jax.config.values import grid, integers, numbers, strings
+from models.errors import InputError
+
+
+def defaults() -> dict[str, Any]:
+  """Every option with its default, in groups: what `configs/base.py` shows."""
+  return dataclasses.asdict(RunOptions())
+
+
+def from_dict(values: dict[str, Any]) -> RunOptions:
+  """Builds and checks the options; a field that is absent has its default.
+
+  Raises InputError naming field, value and remedy.
+  """
+  options: RunOptions = _build(RunOptions, values, 'config')
+  for field, declared in declarations():
+    _check(f'config.{field}', declared, get(options, field))
+  rules.check(options)
+  return options
+
+
+def _build(cls: Any, values: Any, where: str) -> Any:
+  if not isinstance(values, dict):
+    raise InputError(f'{where} = {values!r} must be a group of fields')
+  kinds = typing.get_type_hints(cls)
+  if unknown := sorted(values.keys() - kinds.keys()):
+    raise InputError(f'{where}.{unknown[0]} is unknown; fields here: {", ".join(kinds)}')
+  return cls(**{k: _convert(kinds[k], value, f'{where}.{k}') for k, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+  if dataclasses.is_dataclass(kind):
+    return _build(kind, value, where)
+  if isinstance(kind, types.GenericAlias):  # one string or number is a tuple of one
+    convert = {float: numbers, int: integers, str: strings}.get(typing.get_args(kind)[0], grid)
+    return convert(value, where)
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    raise InputError(f'{where} = {value!r} must be of type {kind.__name__}')
+  return value
+
+
+def _check(where: str, declared: Declaration, value: Any) -> None:
+  """Range and choices of one field; InputError if the value is outside."""
+  several = isinstance(value, tuple)
+  items = value if several else (value,)
+  if declared.within:
+    low, high = declared.within
+    if not all(low <= item <= high for item in items):
+      raise InputError(f'{where} = {value!r} must lie between {low:g} and {high:g}')
+  if not declared.choices:
+    return
+  if several and (not items or len(set(items)) < len(items) or not set(items) <= set(declared.choices)):
+    raise InputError(f'{where} = {value!r}: name one or more of {", ".join(declared.choices)}, each once')
+  if not several and value not in declared.choices:
+    raise InputError(f'{where} = {value!r}: choose one of {", ".join(declared.choices)}')
+
+
+def get(options: RunOptions, field: str) -> Any:
+  """The value of a field such as 'prune.target'."""
+  value: Any = options
+  for name in field.split('.'):
+    value = getattr(value, name)
+  return value
+
+
+def declarations() -> Iterator[tuple[str, Declaration]]:
+  """Name, such as 'prune.target', and declaration of every option, in order."""
+
+  def walk(cls: Any, prefix: str) -> Iterator[tuple[str, Declaration]]:
+    kinds = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+      if declared := declaration(field):
+        yield prefix + field.name, declared
+      else:
+        yield from walk(kinds[field.name], f'{prefix}{field.name}.')
+
+  yield from walk(RunOptions, '')
+
+
+def choices(field: str) -> tuple[str, ...]:
+  """The values that a field may have."""
+  return dict(declarations())[field].choices
+
+
+def flatten(groups: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """{'prune': {'target': 0.8}} as {'prune.target': 0.8}; tuples as the lists that JSON makes of them."""
+  found: dict[str, Any] = {}
+  for name, value in groups.items():
+    if isinstance(value, dict):
+      found |= flatten(value, f'{prefix}{name}.')
+    else:
+      found[prefix + name] = list(value) if isinstance(value, tuple) else value
+  return found

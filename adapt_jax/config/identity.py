@@ -1,0 +1,44 @@
+"""What makes two runs the same: the mode, and those options that the mode reads and its result depends on."""
+
+from typing import Any
+
+from adapt_jax.config.build import declarations, get
+from adapt_jax.config.options import RunOptions
+
+_PRUNE = ('seed', 'model', 'data', 'prune', 'evaluate', 'export')
+# Groups and fields that each mode with a workdir reads. Of a group only the options count that the result
+# depends on (`Declaration.result`); a field that is named itself always counts. A grid may grow, and its
+# plots may change: each of its cells is a run with an identity of its own.
+_READS = {
+  'accel': (*_PRUNE, 'train'),
+  'prune': _PRUNE,
+  'compare': (*_PRUNE, 'train', 'compare.recover'),
+  'evaluate': ('model', 'data', 'evaluate'),
+  'export': (
+    'model.source', 'data.chat_template', 'export.dtype', 'export.formats', 'export.gguf_types'
+  ),
+  'sensitivity': (
+    'seed', 'model', 'data', 'prune.method', 'prune.importance', 'prune.layer_distance', 'prune.align_ffn',
+    'prune.compat', 'prune.calibration', 'evaluate.source', 'evaluate.length', 'evaluate.max_tokens',
+    'sensitivity',
+  ),
+  'bench': ('seed', 'model', 'bench'),
+}  # fmt: skip
+
+
+def identity(mode: str, options: RunOptions) -> dict[str, Any]:
+  """{'mode': …, 'config': groups of options}, as `run.json` has it."""
+  reads = _READS[mode]
+  if mode == 'compare' and not options.compare.recover:  # its cells are only pruned
+    reads = tuple(name for name in reads if name != 'train')
+  groups = tuple(f'{name}.' for name in reads)
+  config: dict[str, Any] = {}
+  for field, declared in declarations():
+    if field in reads or (declared.result and field.startswith(groups)):
+      *parents, last = field.split('.')
+      node = config
+      for name in parents:
+        node = node.setdefault(name, {})
+      value = get(options, field)
+      node[last] = list(value) if isinstance(value, tuple) else value
+  return {'mode': mode, 'config': config}

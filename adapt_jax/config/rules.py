@@ -1,0 +1,70 @@
+"""Rules that tie several options together, or that a range does not say."""
+
+import dataclasses
+import math
+
+from adapt_jax.config.mode_options import SensitivityOptions
+from adapt_jax.config.options import MeshOptions, PruneOptions, RunOptions, TrainOptions
+from adapt_jax.config.values import serving_multiples
+from models.errors import InputError
+
+# What the authors' program of Adapt-Pruner has too: only there does prune.compat say something.
+_IN_REFERENCE = ('adapt', 'uniform')
+
+
+def check(options: RunOptions) -> None:
+  """Raises InputError naming field, value and remedy."""
+  _check_prune(options.prune)
+  _check_train(options.train)
+  _check_mesh(options.mesh)
+  _check_sensitivity(options.sensitivity)
+  depths = options.plan.depths
+  if depths and (len(depths) != 2 or not 0 < depths[0] < depths[1]):
+    raise InputError(f'config.plan.depths = {depths}: give two growing numbers of layers, or none')
+
+
+def _check_prune(prune: PruneOptions) -> None:
+  serving_multiples(prune.serve)
+  if prune.compat and prune.method not in _IN_REFERENCE:
+    raise InputError(
+      f'config.prune.compat = {prune.compat!r} is of the methods {" and ".join(_IN_REFERENCE)}, not of '
+      f'config.prune.method = {prune.method!r}: leave compat empty'
+    )
+  if prune.compat and prune.compensate != 'none':
+    raise InputError(
+      f'config.prune.compensate = {prune.compensate!r} is not what config.prune.compat = {prune.compat!r} '
+      f"does: set it to 'none'"
+    )
+  if not 0 < prune.target < math.inf:
+    raise InputError(
+      f'config.prune.target = {prune.target!r} must be positive: a fraction kept (≤ 1) or a number of '
+      f'parameters (> 1)'
+    )
+
+
+def _check_train(train: TrainOptions) -> None:
+  if train.min_lr > train.lr:
+    raise InputError(f'config.train.min_lr = {train.min_lr} is above config.train.lr = {train.lr}: lower it')
+  weights, count = train.weights, len(train.source)
+  if weights and (len(weights) != count or not all(0 <= x < math.inf for x in weights) or not any(weights)):
+    raise InputError(
+      f'config.train.weights = {weights!r} must be one number from 0 up for each of the {count} entries of '
+      'config.train.source, not all 0; or none, for all their documents alike'
+    )
+
+
+def _check_mesh(options: MeshOptions) -> None:
+  sizes = dataclasses.asdict(options)
+  for axis, size in sizes.items():
+    if size < 1 and size != -1:
+      raise InputError(f'config.mesh.{axis} = {size}: give a number of devices, or -1 for all that are left')
+  if len(filling := [axis for axis, size in sizes.items() if size == -1]) > 1:
+    raise InputError(
+      f'config.mesh.{filling[0]} = -1, and config.mesh.{filling[1]} too: only one can take all that are left'
+    )
+
+
+def _check_sensitivity(options: SensitivityOptions) -> None:
+  bases = options.bases
+  if not bases or len(set(bases)) < len(bases):
+    raise InputError(f'config.sensitivity.bases = {bases!r}: name one or more numbers, each once')
