@@ -27,8 +27,7 @@ from adapt_jax.config.identity import identity
 from adapt_jax.config.options import RunOptions
 from adapt_jax.machine import mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
-from adapt_jax.modes import bench, compare, estimate, evaluate, export, generate, sensitivity
-from adapt_jax.pipeline import stages
+from adapt_jax.modes import accel, bench, compare, estimate, evaluate, export, generate, sensitivity
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
 from models.errors import InputError, disk_full
@@ -52,8 +51,8 @@ config_flags.register_flag_parser_for_type(tuple, _Strings())
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe: a file of configs/.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where all results of this run go.')
 _RUN = {
-  'accel': stages.run,
-  'prune': stages.run,
+  'accel': accel.run,
+  'prune': accel.run,
   'evaluate': evaluate.run,
   'export': export.run,
   'sensitivity': sensitivity.run,

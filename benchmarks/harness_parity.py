@@ -26,7 +26,7 @@ from adapt_jax.config.options import EvaluateOptions
 from adapt_jax.evaluation.harness import check_tasks, evaluate_lm
 from adapt_jax.evaluation.harness_lm import FlaxLM
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.pipeline.inputs import load_source
+from adapt_jax.machine.mesh import load_source
 from models.formats.source import open_source
 
 ROOT = pathlib.Path(__file__).parent.parent

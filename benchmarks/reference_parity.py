@@ -82,7 +82,7 @@ def main() -> None:
   )
   print('|---|---|---|---|---|---|---|---|', flush=True)
 
-  def on_step(state: PruneState, record: StepRecord) -> None:
+  def show(state: PruneState, record: StepRecord) -> None:
     theirs = steps[record.step - 1]
     kv = np.array_equal(record.kv_groups, theirs['num_kv_heads'])
     differing = int(np.sum(np.array(record.ffn) != theirs['ffn']))
@@ -105,7 +105,8 @@ def main() -> None:
   dense = PruneState.start(pruner.config)
   state = reference_state(args.golden, args.start) if args.start else dense
   target = steps[-1]['params'] + SLACK
-  pruner.prune(pruner.stack(params, dense.plan), dense.plan, state, target, on_step, 'prune')
+  for step in pruner.prune(pruner.stack(params, dense.plan), dense.plan, state, target, 'prune'):
+    show(*step)
 
 
 if __name__ == '__main__':

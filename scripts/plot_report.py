@@ -9,11 +9,11 @@ KV heads of every layer after the last stage, against the dense model. Read is W
 import json
 import pathlib
 import sys
-from typing import Any
 
 # A checkout works without being installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from adapt_jax.reports import charts  # noqa: E402
+from adapt_jax.reports.report import RunReport  # noqa: E402
 from adapt_jax.reports.run_page import perplexity_chart, width_charts  # noqa: E402
 from models.files import write_text  # noqa: E402
 
@@ -21,7 +21,7 @@ _GAP = 16
 _HEIGHTS = 360, 180  # of the left chart, and of each on the right
 
 
-def draw(report: dict[str, Any]) -> str:
+def draw(report: RunReport) -> str:
   """The picture as SVG, on white. Raises ValueError, saying so, if the report lacks what it shows."""
   model, last = report['model'], report['stages'][-1]
   if 'ffn' not in model:

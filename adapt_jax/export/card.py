@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from adapt_jax.reports.report import RunReport, known_perplexities
 from models.config import ModelConfig, count_params
 
 # Settings that all other methods than these ignore.
@@ -14,7 +15,7 @@ _SCHEDULE = 'steps', 'ratio', 'amplitude', 'importance', 'layer_distance'
 _HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+')
 
 
-def model_card(report: dict[str, Any], config: ModelConfig, files: Sequence[str]) -> str:
+def model_card(report: RunReport, config: ModelConfig, files: Sequence[str]) -> str:
   """Markdown with YAML front matter, as the Hugging Face hub reads it.
 
   Args:
@@ -30,7 +31,7 @@ def model_card(report: dict[str, Any], config: ModelConfig, files: Sequence[str]
     _title(report, config),
     _lineage(report),
     _widths(report, config),
-    _perplexity(report.get('perplexity') or {}),
+    _perplexity(report),
     _tasks(report.get('tasks') or {}),
     _loading(files),
     _made(report),
@@ -38,14 +39,14 @@ def model_card(report: dict[str, Any], config: ModelConfig, files: Sequence[str]
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
-def _source(report: dict[str, Any]) -> str:
+def _source(report: RunReport) -> str:
   """The base model's hub id, or the name alone of a local one: a path tells nobody else anything."""
   name = report['model']['source']
   path = pathlib.Path(name).expanduser()
   return name if _HUB_ID.fullmatch(name) and not path.exists() and path.suffix != '.gguf' else path.name
 
 
-def _front_matter(report: dict[str, Any], files: Sequence[str]) -> str:
+def _front_matter(report: RunReport, files: Sequence[str]) -> str:
   source = _source(report)
   fields: dict[str, Any] = {'base_model': source} if '/' in source else {}
   if any(name.endswith('.safetensors') for name in files):
@@ -63,7 +64,7 @@ def _front_matter(report: dict[str, Any], files: Sequence[str]) -> str:
   return '\n'.join(['---', *lines, '---'])
 
 
-def _title(report: dict[str, Any], config: ModelConfig) -> str:
+def _title(report: RunReport, config: ModelConfig) -> str:
   source, params = _source(report), count_params(config)
   before = report['model'].get('params_before', params)
   if before == params:
@@ -75,15 +76,14 @@ def _title(report: dict[str, Any], config: ModelConfig) -> str:
   )
 
 
-def _tokens(report: dict[str, Any]) -> int:
+def _tokens(report: RunReport) -> int:
   return sum(stage.get('tokens') or 0 for stage in report.get('stages', []))
 
 
-def _lineage(report: dict[str, Any]) -> str:
+def _lineage(report: RunReport) -> str:
   rows = [f'- Base model: {_code(report["model"]["source"] if "/" in _source(report) else _source(report))}']
-  for name, title in (('prune', 'Pruning'), ('train', 'Training')):
-    given = report.get(name) or {}
-    ignored = _SCHEDULE if name == 'prune' and given.get('method') not in _SCHEDULED else ()
+  for given, title in ((report.get('prune') or {}, 'Pruning'), (report.get('train') or {}, 'Training')):
+    ignored = _SCHEDULE if title == 'Pruning' and given.get('method') not in _SCHEDULED else ()
     fields = [(k, v) for k, v in given.items() if k not in ignored]
     if settings := [f'{k} {_code(v)}' for k, v in fields if isinstance(v, (str, int, float)) and v != '']:
       rows.append(f'- {title}: ' + ', '.join(settings))
@@ -100,11 +100,14 @@ def _lineage(report: dict[str, Any]) -> str:
   return '## Lineage\n\n' + '\n'.join(rows) + table
 
 
-def _widths(report: dict[str, Any], config: ModelConfig) -> str:
+def _widths(report: RunReport, config: ModelConfig) -> str:
   """What every layer keeps of the base model's; from `config` alone where the report does not tell."""
   if stages := report.get('stages'):
-    names = ('num_kv_heads', 'ffn')
-    columns = [zip(stages[-1][name], report['model'][name], strict=True) for name in names]
+    last, dense = stages[-1], report['model']
+    columns = [
+      zip(last['num_kv_heads'], dense['num_kv_heads'], strict=True),
+      zip(last['ffn'], dense['ffn'], strict=True),
+    ]
     rows = [[i, f'{k} of {dense_k}', f'{f} of {dense_f}']
             for i, ((k, dense_k), (f, dense_f)) in enumerate(zip(*columns, strict=True))]  # fmt: skip
   elif config.uniform:
@@ -114,11 +117,12 @@ def _widths(report: dict[str, Any], config: ModelConfig) -> str:
   return '## Widths\n\n' + _table(['layer', 'KV heads', 'MLP channels'], rows)
 
 
-def _perplexity(perplexity: dict[str, Any]) -> str:
-  found = [[k, perplexity[k]] for k in ('dense', 'pruned', 'recovered') if perplexity.get(k) is not None]
+def _perplexity(report: RunReport) -> str:
+  found = [[of, value] for of, value in known_perplexities(report).items()]
   if not found:
     return ''
-  definition = f'\n\n{perplexity["definition"]}.' if perplexity.get('definition') else ''
+  words = report['perplexity'].get('definition')
+  definition = f'\n\n{words}.' if words else ''
   return '## Perplexity\n\n' + _table(['model', 'perplexity'], found) + definition
 
 
@@ -154,7 +158,7 @@ def _loading(files: Sequence[str]) -> str:
   return '## Load it\n\n' + '\n\n'.join(blocks) if blocks else ''
 
 
-def _made(report: dict[str, Any]) -> str:
+def _made(report: RunReport) -> str:
   parts = []
   if command := report.get('command'):
     parts.append(f'```sh\n{command}\n```')

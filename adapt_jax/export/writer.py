@@ -19,7 +19,7 @@ from adapt_jax.export.padded import pad, padded_config
 from adapt_jax.export.verify import check
 from adapt_jax.machine import mesh
 from adapt_jax.machine.processes import decide, is_first, say
-from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.reports.report import RunReport
 from models.config import ModelConfig, count_params
 from models.files import beside, exists, new_directory, write_text
 from models.formats.gguf_model import STORED_DTYPES
@@ -52,12 +52,12 @@ def check_tokenizer(options: ExportOptions, tokenizer: Any) -> None:
     check_gguf_tokenizer(tokenizer)
 
 
-def lineage(source: Source) -> dict[str, Any]:
-  """The report of the run that made a model, which our exports have beside the weights; empty for others."""
+def lineage(source: Source) -> RunReport | None:
+  """The report of the run that made a model, which our exports have beside the weights; None for others."""
   path = (source.path if source.path.is_dir() else source.path.parent) / LINEAGE
-  found = read_json(path) if exists(path) else {}
+  found: Any = read_json(path) if exists(path) else {}
   model = found.get('model')
-  return found if isinstance(model, dict) and isinstance(model.get('source'), str) else {}
+  return found if isinstance(model, dict) and isinstance(model.get('source'), str) else None
 
 
 def written_dtype(options: ExportOptions, source_dtype: str, trained: bool) -> Any:
@@ -68,7 +68,7 @@ def written_dtype(options: ExportOptions, source_dtype: str, trained: bool) -> A
 
 
 class Writer:
-  """Writes a model into WORKDIR/<format>, for each format asked for.
+  """Writes a model into DIRECTORY/<format>, for each format asked for.
 
   Each directory is whole or absent, and appears when the model read back from it agrees.
 
@@ -83,14 +83,14 @@ class Writer:
   def __init__(
     self,
     options: ExportOptions,
-    workdir: Workdir,
+    directory: pathlib.Path,
     *,
     tokenizer: Any,
     dtype: Any,
     generation: dict[str, Any],
-    report: dict[str, Any],
+    report: RunReport,
   ):
-    self._options, self._workdir = options, workdir
+    self._options, self._directory = options, directory
     self._tokenizer, self._dtype, self._generation = tokenizer, dtype, generation
     self._report = report
 
@@ -101,7 +101,7 @@ class Writer:
     """
     found: Written = {}
     for name in self._options.formats:
-      path = self._workdir.path / name
+      path = self._directory / name
       with new_directory(path) if is_first() else contextlib.nullcontext(beside(path)) as new:
         written = _WRITERS[name](self, config, params, new)
         if is_first():

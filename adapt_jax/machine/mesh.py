@@ -15,8 +15,10 @@ from jax.sharding import AxisType, Mesh
 from adapt_jax.config.options import MeshOptions, RunOptions
 from models.config import ModelConfig
 from models.errors import InputError
+from models.formats.source import Source
 from models.network import sharding
 from models.network.backend import compiler_options
+from models.network.llama import Params
 from models.network.sharding import AXES, row_sharding, row_shards, shardings
 
 
@@ -116,3 +118,8 @@ def jit(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
   if sharding.mesh() is not None:
     settings['out_shardings'] = shardings(jax.eval_shape(fn, *args))
   return jax.jit(fn, **settings)
+
+
+def load_source(source: Source, dtype: Any) -> Params:
+  """The parameters on the mesh, in `dtype` or, with None, each in its own; a process reads its own slices."""
+  return source.load_params(dtype, shardings(source.abstract_params(dtype)))

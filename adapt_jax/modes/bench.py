@@ -6,7 +6,6 @@ memory.
 """
 
 import dataclasses
-import json
 import statistics
 from typing import Any
 
@@ -18,15 +17,16 @@ from adapt_jax.export.writer import lineage
 from adapt_jax.generation.generator import Generator, Timings
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.machine.mesh import check_model
+from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.machine.progress import Progress
-from adapt_jax.pipeline.inputs import compute_dtype, load_source
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.reports.summary import versions
+from adapt_jax.reports import report as reports
+from adapt_jax.reports.report import BenchReport
 from models.config import ModelConfig, count_params
 from models.errors import InputError
 from models.files import write_text
 from models.formats.source import Source, open_source
+from models.network.backend import compute_dtype
 
 _FASTER = 1.05  # below, a ratio of speeds is no gain
 _ALIGNED = {'gpu': 64, 'tpu': 128}  # widths that fill the tiles of their matrix units
@@ -54,7 +54,8 @@ def _memory_stats() -> dict[str, int]:
 
 def _open(options: RunOptions) -> dict[str, Source]:
   b, pruned = options.bench, open_source(options.model.source)
-  dense = b.dense or lineage(pruned).get('model', {}).get('source')
+  made_by = lineage(pruned)
+  dense = b.dense or (made_by and made_by['model']['source'])
   if not dense:
     raise InputError(
       f'config.bench.dense is empty, and {pruned.name} does not tell where it comes from: name the model '
@@ -110,7 +111,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   models = {name: _load(sources[name], options, prompts) for name in reversed(_MODELS)}
   models = {name: models[name] for name in _MODELS}
   _measure(models, options, prompts)
-  report: dict[str, Any] = {
+  report: BenchReport = {
     'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     'backend': jax.default_backend(),
     'dtype': compute_dtype(options.model.dtype).name,
@@ -119,12 +120,12 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     'models': {name: _figures(model) for name, model in models.items()},
     'ratio': {kind: _ratio(models, kind) for kind in ('prefill', 'decode')},
     'command': command,
-    'versions': versions(),
+    'versions': reports.versions(),
   }
   report['warning'] = _warning(report, sources)
   table = _table(report)
   write_text(workdir.path / 'bench.md', table)
-  write_text(workdir.report, json.dumps(report, indent=2) + '\n')
+  reports.write(workdir.report, report)
   print(f'\n{table}', end='')
 
 
@@ -153,7 +154,7 @@ def _figures(model: _Model) -> dict[str, Any]:
   }
 
 
-def _warning(report: dict[str, Any], sources: dict[str, Source]) -> str:
+def _warning(report: BenchReport, sources: dict[str, Source]) -> str:
   """One line where the pruned model is not faster, with the reason where the widths tell it; else ''."""
   slow = {kind: r for kind, r in report['ratio'].items() if round(r['median'], 2) < _FASTER}
   if not slow:
@@ -182,7 +183,7 @@ def unaligned(config: ModelConfig, backend: str) -> str:
   )
 
 
-def _table(report: dict[str, Any]) -> str:
+def _table(report: BenchReport) -> str:
   dense, pruned = (report['models'][name] for name in _MODELS)
 
   def rates(kind: str) -> str:

@@ -7,7 +7,6 @@ finished are left alone, so a grid that was killed, or has grown, goes on with t
 import contextlib
 import dataclasses
 import gc
-import json
 import shlex
 import shutil
 import traceback
@@ -22,13 +21,16 @@ from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.machine import preemption
 from adapt_jax.machine.progress import Progress
 from adapt_jax.modes import compare_grid, compare_page
-from adapt_jax.pipeline.inputs import Inputs, Loader, check_plan, check_sources, load
+from adapt_jax.pipeline.checks import check_plan, check_sources
+from adapt_jax.pipeline.inputs import Inputs, load
+from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.quality import dense_key
+from adapt_jax.pipeline.run import Run
 from adapt_jax.pipeline.shared import Shared
-from adapt_jax.pipeline.stages import Run
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
-from adapt_jax.reports.summary import versions
+from adapt_jax.reports import report as reports
+from adapt_jax.reports.report import CellReport, ComparisonReport
 from models.config import count_params
 from models.errors import InputError, disk_full, first_line
 from models.files import write_text
@@ -159,15 +161,16 @@ class Compare:
     self._workdir, self._command = workdir, command
     self._shared = Shared()
 
-  def execute(self, todo: list[CellRun], inputs: list[Inputs]) -> dict[str, Any]:
+  def execute(self, todo: list[CellRun], inputs: list[Inputs]) -> ComparisonReport:
     """Runs the cells `todo` on their `inputs`, with the report anew after each; returns the report."""
     for run in self._runs:
       if run.finished:
         _clean(run)
-        report, key = json.loads(run.workdir.report.read_text()), dense_key(run.options)
-        self._shared.dense[key] = report['perplexity']['dense']
-        if 'dense' in report['tasks']:
-          self._shared.tasks[key] = report['tasks']['dense']
+        found, key = reports.read(run.workdir.report), dense_key(run.options)
+        if (dense := found['perplexity']['dense']) is not None:
+          self._shared.dense[key] = dense
+        if 'dense' in found['tasks']:
+          self._shared.tasks[key] = found['tasks']['dense']
     if len(todo) < len(self._runs):
       print(f'{len(self._runs) - len(todo)} of {len(self._runs)} cells are finished', flush=True)
     if todo:
@@ -176,7 +179,7 @@ class Compare:
     report = self._report()
     compare_page.write(self._workdir, report, running=False)
     if all(cell['state'] == 'finished' for cell in report['cells']):
-      write_text(self._workdir.report, json.dumps(report, indent=2) + '\n')
+      reports.write(self._workdir.report, report)
     return report
 
   def _execute_all(self, todo: list[CellRun], inputs: list[Inputs]) -> None:
@@ -223,14 +226,14 @@ class Compare:
     flags = {'mode': mode, 'workdir': f'out/{run.cell.name}'} | values
     return f'{self._command} {shlex.join(f"--{name}={value}" for name, value in flags.items())}'
 
-  def _report(self, now: CellRun | None = None) -> dict[str, Any]:
+  def _report(self, now: CellRun | None = None) -> ComparisonReport:
     """What report.json says at the end; before it, as far as the cells have got. now: the cell that runs."""
     cells, definitions, compiles = [], dict[str, None](), dict[str, int]()
     for run in self._runs:
       cells.append(_entry(run, running=run is now))
       if run.finished:
-        report = json.loads(run.workdir.report.read_text())
-        definitions[report['perplexity']['definition']] = None
+        report = reports.read(run.workdir.report)
+        definitions[str(report['perplexity']['definition'])] = None
         for name, count in report['compiles'].items():
           compiles[name] = compiles.get(name, 0) + count
     o, scores = self._options.compare, self._shared.scores
@@ -248,7 +251,7 @@ class Compare:
         'compiles': compiles,
         'seconds': sum(cell.get('seconds', 0.0) for cell in cells),
         'command': self._command,
-        'versions': versions(),
+        'versions': reports.versions(),
       }
     )
 
@@ -258,17 +261,23 @@ def _clean(run: CellRun) -> None:
   shutil.rmtree(run.workdir.checkpoints, ignore_errors=True)
 
 
-def _entry(run: CellRun, *, running: bool) -> dict[str, Any]:
+def _entry(run: CellRun, *, running: bool) -> CellReport:
   """A cell as the report has it."""
-  entry: dict[str, Any] = {'name': run.cell.name, 'values': run.cell.values}
+  entry: CellReport = {'name': run.cell.name, 'values': run.cell.values, 'state': 'waiting'}
   error_file = run.workdir.path / ERROR
   if run.finished:
-    report = json.loads(run.workdir.report.read_text())
-    entry |= {f'perplexity_{k}': report['perplexity'][k] for k in ('dense', 'pruned', 'recovered')}
-    entry |= {'params': report['model']['params_after'], 'seconds': report['seconds']}
-    return entry | {'state': 'finished'}
-  if running:
-    return entry | {'state': 'running'}
-  if error_file.exists():
-    return entry | {'state': 'failed', 'error': first_line(InputError(error_file.read_text()))}
-  return entry | {'state': 'waiting'}
+    report = reports.read(run.workdir.report)
+    perplexity: Any = report['perplexity']
+    entry |= {
+      'state': 'finished',
+      'perplexity_dense': perplexity['dense'],
+      'perplexity_pruned': perplexity['pruned'],
+      'perplexity_recovered': perplexity['recovered'],
+      'params': report['model']['params_after'],
+      'seconds': report['seconds'],
+    }
+  elif running:
+    entry |= {'state': 'running'}
+  elif error_file.exists():
+    entry |= {'state': 'failed', 'error': first_line(InputError(error_file.read_text()))}
+  return entry

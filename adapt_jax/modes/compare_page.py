@@ -17,6 +17,7 @@ from adapt_jax.modes.compare_grid import short, show
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
+from adapt_jax.reports.report import CellReport, ComparisonReport
 from adapt_jax.reports.run_page import cards, page
 from models.files import write_text
 
@@ -34,18 +35,18 @@ _SAME_SIZE = 0.01  # of the dense parameters: models that differ by less are not
 # -- figures -----------------------------------------------------------------------------------------
 
 
-def final(cell: Json) -> float:
+def final(cell: CellReport) -> float:
   """The perplexity of a finished cell's model: recovered if it was trained, else pruned."""
-  recovered: float | None = cell['perplexity_recovered']
+  recovered = cell['perplexity_recovered']
   return cell['perplexity_pruned'] if recovered is None else recovered
 
 
-def excess(cell: Json) -> float:
+def excess(cell: CellReport) -> float:
   """ln(perplexity over the dense model's), nats per token."""
   return math.log(final(cell) / cell['perplexity_dense'])
 
 
-_FIGURES: dict[str, Callable[[Json], float | None]] = {
+_FIGURES: dict[str, Callable[[CellReport], float | None]] = {
   'params': lambda cell: cell['params'],
   'perplexity_pruned': lambda cell: cell['perplexity_pruned'],
   'perplexity_recovered': lambda cell: cell['perplexity_recovered'],
@@ -55,24 +56,24 @@ _FIGURES: dict[str, Callable[[Json], float | None]] = {
 }
 
 
-def with_groups(report: Json) -> Json:
+def with_groups(report: ComparisonReport) -> ComparisonReport:
   """The report with 'groups': per group its values, how many cells, how many finished, and of every figure
   [median, lowest, highest] over the finished ones, None where there is none."""
-  found: dict[str, list[Json]] = {}
+  found: dict[str, list[CellReport]] = {}
   for cell in report['cells']:
     values = {k: v for k, v in cell['values'].items() if k != report['over']}
     found.setdefault(json.dumps(values), []).append(cell)
-  groups = []
+  groups: list[Json] = []
   for members in found.values():
     done = [cell for cell in members if cell['state'] == 'finished']
-    group = {
+    group: Json = {
       'values': {k: v for k, v in members[0]['values'].items() if k != report['over']},
       'cells': len(members),
       'finished': len(done),
       'failed': sum(cell['state'] == 'failed' for cell in members),
     }
     groups.append(group | {name: _spread([of(cell) for cell in done]) for name, of in _FIGURES.items()})
-  return report | {'groups': _sorted(groups)}
+  return {**report, 'groups': _sorted(groups)}
 
 
 def _sorted(groups: list[Json]) -> list[Json]:
@@ -99,11 +100,11 @@ def _shown(spread: list[float] | None, form: str) -> str:
 # -- tables ------------------------------------------------------------------------------------------
 
 
-def _fields(report: Json) -> list[str]:
+def _fields(report: ComparisonReport) -> list[str]:
   return [field for field in report['fields'] if field != report['over']]
 
 
-def _table(report: Json) -> Rows:
+def _table(report: ComparisonReport) -> Rows:
   """A row a group, the heading first."""
   names, dense = short(report['fields']), report['model']['params_before']
   fields, recover = _fields(report), report['recover']
@@ -126,7 +127,7 @@ def _state(group: Json) -> str:
   return f'{group["finished"]} of {group["cells"]}{failed}'
 
 
-def _lines(report: Json, without: str) -> dict[str, list[Json]]:
+def _lines(report: ComparisonReport, without: str) -> dict[str, list[Json]]:
   """Groups that agree in all fields but `without`, by the name of what they share."""
   fields = [field for field in _fields(report) if field != without]
   names, found = short(report['fields']), dict[str, list[Json]]()
@@ -139,7 +140,7 @@ def _lines(report: Json, without: str) -> dict[str, list[Json]]:
   return found
 
 
-def _xs(report: Json) -> list[Any]:
+def _xs(report: ComparisonReport) -> list[Any]:
   """The values of x; numbers ascending, others in the grid's order."""
   found = list({show(g['values'][report['x']]): g['values'][report['x']] for g in report['groups']}.values())
   return sorted(found) if _numbers(found) else found
@@ -149,7 +150,7 @@ def _numbers(values: list[Any]) -> bool:
   return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
-def _pivot(report: Json) -> Rows:
+def _pivot(report: ComparisonReport) -> Rows:
   """Perplexity with a line a row and a value of x a column, the heading first; [] where it tells nothing."""
   xs, lines = [show(x) for x in _xs(report)], _lines(report, report['x'])
   if len(_fields(report)) < 2 or not 1 < len(xs) <= _MOST_COLUMNS:
@@ -163,7 +164,7 @@ def _pivot(report: Json) -> Rows:
   return rows
 
 
-def _notes(report: Json) -> Iterator[str]:
+def _notes(report: ComparisonReport) -> Iterator[str]:
   kind = 'recovered' if report['recover'] else 'pruned'
   dense = ', '.join(f'{value:.2f}' for value in _dense(report)) or 'not measured yet'
   yield f'The dense model has {report["model"]["params_before"]:,} parameters and perplexity {dense}.'
@@ -180,11 +181,11 @@ def _notes(report: Json) -> Iterator[str]:
   )
 
 
-def _failures(report: Json) -> list[str]:
+def _failures(report: ComparisonReport) -> list[str]:
   return [f'{cell["name"]}: {cell["error"]}' for cell in report['cells'] if cell['state'] == 'failed']
 
 
-def _dense(report: Json) -> list[float]:
+def _dense(report: ComparisonReport) -> list[float]:
   """The dense model's perplexities: one, unless the grid varies what is evaluated."""
   found = [c['perplexity_dense'] for c in report['cells'] if c['state'] == 'finished']
   return list(dict.fromkeys(found))
@@ -197,7 +198,7 @@ def _markdown(rows: Rows) -> list[str]:
   return ['', lines[0], '|---' * len(rows[0]) + '|', *lines[1:]]
 
 
-def table(report: Json) -> str:
+def table(report: ComparisonReport) -> str:
   """Markdown: perplexity by x, then a row a group, what failed, and how it was made."""
   failures = _failures(report)
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items() if count)
@@ -213,7 +214,7 @@ def table(report: Json) -> str:
   )
 
 
-def csv_text(report: Json) -> str:
+def csv_text(report: ComparisonReport) -> str:
   """A line for every cell, figures unrounded, empty where there is none."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator='\n')
@@ -222,7 +223,8 @@ def csv_text(report: Json) -> str:
   for cell in report['cells']:
     values = [show(cell['values'][field]) for field in report['fields']]
     ratio = excess(cell) if cell['state'] == 'finished' else ''
-    found = ['' if cell.get(name) is None else cell[name] for name in figures]
+    known: dict[str, Any] = dict(cell)
+    found = ['' if known.get(name) is None else known[name] for name in figures]
     row = [cell['name'], cell['state'], *values, *found, ratio]
     writer.writerow([*row, cell.get('seconds', ''), cell.get('error', '')])
   return out.getvalue()
@@ -231,13 +233,16 @@ def csv_text(report: Json) -> str:
 # -- plots -------------------------------------------------------------------------------------------
 
 
-def _top(report: Json) -> float:
+def _top(report: ComparisonReport) -> float:
   """The highest perplexity that plots show."""
   return _WORST * max(_dense(report), default=math.inf)
 
 
 def _series(
-  report: Json, lines: dict[str, list[Json]], figure: str, x_of: Callable[[Json], float | None]
+  report: ComparisonReport,
+  lines: dict[str, list[Json]],
+  figure: str,
+  x_of: Callable[[Json], float | None],
 ) -> list[Series]:
   """A series a line over what `x_of` says of a group; groups without figures are left out.
 
@@ -259,7 +264,7 @@ def _series(
   return series
 
 
-def _chart(report: Json, title: str, x_name: str, series: list[Series], **more: Any) -> str:
+def _chart(report: ComparisonReport, title: str, x_name: str, series: list[Series], **more: Any) -> str:
   levels = [(value, f'dense {value:.2f}') for value in _dense(report)]
   most = _top(report)
   tops = [top for s in series for top in (*(y for _, y, _ in s.points), *(high for *_, high in s.ranges))]
@@ -268,7 +273,7 @@ def _chart(report: Json, title: str, x_name: str, series: list[Series], **more: 
   return charts.line_chart(title, (x_name, y_name), series, levels=levels, log=True, height=height, **more)
 
 
-def _over_x(report: Json, figure: str, title: str) -> str:
+def _over_x(report: ComparisonReport, figure: str, title: str) -> str:
   xs, x = _xs(report), report['x']
   even = not _numbers(xs) or (min(xs) > 0 and max(xs) / min(xs) > _WIDE)
   places = {show(value): i for i, value in enumerate(xs)}
@@ -283,7 +288,7 @@ def _over_x(report: Json, figure: str, title: str) -> str:
   return _chart(report, title, x, series, categories=labels, integer=integer)
 
 
-def plots(report: Json) -> dict[str, str]:
+def plots(report: ComparisonReport) -> dict[str, str]:
   """File name -> chart, of those that have anything to show."""
   dense, kind = report['model']['params_before'], 'recovered' if report['recover'] else 'pruned'
   found = {'perplexity.svg': _over_x(report, 'perplexity', f'Perplexity {kind}')}
@@ -320,7 +325,7 @@ def _html(rows: Rows) -> str:
   return '<div class="card scroll"><table>' + '\n'.join(f'<tr>{x}</tr>' for x in lines) + '</table></div>'
 
 
-def _body(report: Json, figures: list[str]) -> str:
+def _body(report: ComparisonReport, figures: list[str]) -> str:
   e, cells = html.escape, report['cells']
   states = {state: [c for c in cells if c['state'] == state] for state in ('finished', 'failed', 'running')}
   counts = [f'{len(states["finished"])} of {len(cells)} cells finished', f'{report["seconds"]:,.0f} s']
@@ -344,7 +349,7 @@ def _body(report: Json, figures: list[str]) -> str:
   )
 
 
-def write(workdir: Workdir, report: Json, *, running: bool) -> None:
+def write(workdir: Workdir, report: ComparisonReport, *, running: bool) -> None:
   """All forms of the report, but report.json, which a finished grid has."""
   figures = plots(report)
   for name, chart in figures.items():

@@ -21,22 +21,21 @@ import numpy as np
 from adapt_jax.config.options import RunOptions
 from adapt_jax.machine import mesh
 from adapt_jax.machine.progress import Progress
-from adapt_jax.pipeline.inputs import check_plan, compute_dtype
-from adapt_jax.pipeline.stages import stage_targets
+from adapt_jax.pipeline.checks import check_plan
+from adapt_jax.pipeline.schedule import stage_steps, stage_targets
+from adapt_jax.pruning import programs as pruning_programs
 from adapt_jax.pruning import surgery
-from adapt_jax.pruning.compensate import Compensator
-from adapt_jax.pruning.methods import METHODS
+from adapt_jax.pruning.criteria import IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.pruning.scorer import IMPORTANCES, Scorer
 from adapt_jax.pruning.widths import Allocator, Widths
 from adapt_jax.training.optim import optimizer
-from adapt_jax.training.step import make_step, stage_steps
+from adapt_jax.training.step import batch_shapes, make_step
 from models.config import LayerShape, ModelConfig, count_params
 from models.errors import InputError
 from models.formats.source import open_config
 from models.network import llama
-from models.network.backend import made_for
-from models.network.sharding import placed, row_sharding
+from models.network.backend import compute_dtype, made_for
+from models.network.sharding import placed
 
 # Passes of the CPU backend that are left out, see above.
 _NOT_ON_CPU = 'while-loop-invariant-code-motion,cpu-all-reduce-combiner,cse_barrier_expander'
@@ -132,8 +131,6 @@ class Footprint:
 
   def __init__(self, options: RunOptions, config: ModelConfig, dtype: Any):
     self.options, self.config, self.dtype = options, config, dtype
-    method = METHODS[options.prune.method]
-    self.importance = method.importance or options.prune.importance
 
   def state(self, config: ModelConfig, moments: bool) -> Any:
     """The arrays that stay on the devices while a stage lasts: fp32 weights, and moments from stage 1 on."""
@@ -150,43 +147,32 @@ class Footprint:
     plan = PrunePlan.dense(config)
     return placed(jax.eval_shape(lambda p: surgery.stack(p, plan, self.dtype), params))
 
-  def _micro_batch(self) -> int:
-    calibration = self.options.prune.calibration
-    return mesh.rows_at_once(calibration.samples, calibration.batch)
-
-  def _tokens(self) -> Any:
-    calibration = self.options.prune.calibration
-    return jax.ShapeDtypeStruct((calibration.samples, calibration.length), jnp.int32, sharding=row_sharding())
-
   def scoring(self, layers: int) -> Memory:
     """Of one scoring pass, at that depth."""
-    config = self.config.with_layers(self.config.layers[:layers])
-    scorer = Scorer(
-      config, self.importance, self.options.prune.layer_distance, self._micro_batch(), self.dtype
-    )
-    return compiled_memory(scorer, self.stacked(config), self._tokens())
+    config, prune = self.config.with_layers(self.config.layers[:layers]), self.options.prune
+    scorer = pruning_programs.scoring(config, prune, self.dtype)
+    tokens = pruning_programs.calibration_tokens(prune.calibration)
+    return compiled_memory(scorer, self.stacked(config), tokens)
 
   def compensation(self, layers: int) -> Memory:
     """Of the least squares or biases after the last step of a stage."""
-    config = self.config.with_layers(self.config.layers[:layers])
-    program = Compensator(config, self.options.prune.compensate, self._micro_batch(), self.dtype)
+    config, prune = self.config.with_layers(self.config.layers[:layers]), self.options.prune
+    program = pruning_programs.compensation(config, prune, self.dtype)
     masks = tuple(
       jax.ShapeDtypeStruct(m.shape, m.dtype) for m in surgery.padded_masks(PrunePlan.dense(config))
     )
-    return compiled_memory(program, self.stacked(config), masks, self._tokens())
+    tokens = pruning_programs.calibration_tokens(prune.calibration)
+    return compiled_memory(program, self.stacked(config), masks, tokens)
 
   def training(self, config: ModelConfig, layers: int) -> Memory:
     """Of one optimizer step of a stage with this model, the teacher with it."""
     t = self.options.train
     config = config.with_layers(config.layers[:layers])
     tx = optimizer(t, stage_steps(t, self.options.prune.stages)[-1])
-    shape, split = (t.batch, t.length), row_sharding()
-    dtypes = (jnp.int32, jnp.bool_, jnp.int32)  # tokens, targets, segments
-    batch = [jax.ShapeDtypeStruct(shape, dtype, sharding=split) for dtype in dtypes]
     dense = self.config.with_layers(self.config.layers[:layers]) if t.distill.alpha > 0 else None
     teacher = [placed(llama.abstract_params(dense, self.dtype))] if dense else []
     step = make_step(config, t, tx, self.dtype, dense)
-    return compiled_memory(step, self.state(config, True), *batch, *teacher, donate_argnums=(0,))
+    return compiled_memory(step, self.state(config, True), *batch_shapes(t), *teacher, donate_argnums=(0,))
 
   def scoring_flops(self) -> float:
     """A calibration token's, of one pass: forward twice and, where gradients are taken, backward.
@@ -195,7 +181,7 @@ class Footprint:
     and its second moments and solves, which are not counted here.
     """
     forward = forward_flops(self.config, self.options.prune.calibration.length)
-    kind = IMPORTANCES[self.importance]
+    kind = IMPORTANCES[pruning_programs.scoring(self.config, self.options.prune, self.dtype).importance]
     return forward * (3 if kind.curvature else 4 if kind.gradient else 1)
 
   def training_flops(self, config: ModelConfig) -> float:

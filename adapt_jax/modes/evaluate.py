@@ -1,6 +1,5 @@
 """Mode evaluate: perplexity and scores of tasks of one model."""
 
-import json
 import time
 from typing import Any
 
@@ -8,14 +7,16 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks, evaluate_tasks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.machine.mesh import check_model
-from adapt_jax.machine.processes import is_first, say
-from adapt_jax.pipeline.inputs import Loader, compute_dtype, load_source
+from adapt_jax.machine.mesh import check_model, load_source
+from adapt_jax.machine.processes import say
+from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.reports.summary import tasks_table, versions
+from adapt_jax.reports import report as reports
+from adapt_jax.reports.report import EvaluationReport
+from adapt_jax.reports.summary import tasks_table
 from models.config import count_params
-from models.files import write_text
 from models.formats.source import open_source
+from models.network.backend import compute_dtype
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
@@ -30,7 +31,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   dtype, compiler, start = compute_dtype(options.model.dtype), Compiler(), time.monotonic()
   common: dict[str, Any] = {'compiler': compiler, 'dtype': dtype}
   params = load_source(source, dtype)
-  report: dict[str, Any] = {'model': {'source': source.name, 'params_before': count_params(source.config)}}
+  report: EvaluationReport = {'model': {'source': source.name, 'params_before': count_params(source.config)}}
   said = [f'{count_params(source.config):,} parameters']
   if blocks is not None:
     evaluator = Evaluator(blocks, wanted.batch, **common)
@@ -45,8 +46,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     'command': command,
     'compiles': compiler.counts,
     'seconds': time.monotonic() - start,
-    'versions': versions(*(('lm_eval',) if tasks else ())),
+    'versions': reports.versions(*(('lm_eval',) if tasks else ())),
   }
-  if is_first():
-    write_text(workdir.report, json.dumps(report, indent=2) + '\n')
+  reports.write(workdir.report, report)
   say('\n'.join(said))

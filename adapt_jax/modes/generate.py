@@ -10,11 +10,11 @@ from adapt_jax.data.tokenise import encode_prompt
 from adapt_jax.generation.generator import Generator, check_prompts
 from adapt_jax.generation.sampling import Sampling
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.machine.mesh import check_model
-from adapt_jax.pipeline.inputs import compute_dtype, load_source
+from adapt_jax.machine.mesh import check_model, load_source
 from models.config import count_params
 from models.errors import InputError
 from models.formats.source import Source, open_source
+from models.network.backend import compute_dtype
 
 
 def stop_ids(source: Source, tokenizer: Any) -> frozenset[int]:

@@ -6,7 +6,6 @@ carried along, so of a base's L passes over L layers (L + 1)/2 layers each are l
 """
 
 import dataclasses
-import json
 import math
 import time
 from typing import Any
@@ -30,11 +29,11 @@ from adapt_jax.pruning.plan import PrunePlan, keep_best
 from adapt_jax.pruning.pruner import Pruner
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.widths import Allocator
-from adapt_jax.reports.summary import versions
+from adapt_jax.reports import report as reports
+from adapt_jax.reports.report import SensitivityReport
 from adapt_jax.training.loss import next_token_loss
 from models.config import ModelConfig, count_params
 from models.errors import InputError
-from models.files import write_text
 from models.network import llama
 from models.network.backend import loop_options
 from models.network.layers import rms_norm
@@ -204,7 +203,7 @@ class Sensitivity:
     self._metrics = MetricsLog(workdir.metrics)
     self._zero = jax.jit(lambda layers, kv, ffn: surgery.zero_stacked({'layers': layers}, kv, ffn)['layers'])
 
-  def execute(self) -> dict[str, Any]:
+  def execute(self) -> SensitivityReport:
     """Measures what metrics.jsonl lacks, writes all forms of the report and returns it."""
     self._since = time.monotonic()
     bases, layers = self.options.sensitivity.bases, self.inputs.config.num_layers
@@ -218,7 +217,7 @@ class Sensitivity:
         self._measure_all(todo, done, progress)
     report = self._report()
     sensitivity_page.write(self.workdir, report, running=False)
-    write_text(self.workdir.report, json.dumps(report, indent=2) + '\n')
+    reports.write(self.workdir.report, report)
     return report
 
   def _measure_all(self, bases: list[float], done: dict[float, int], progress: Progress) -> None:
@@ -278,10 +277,10 @@ class Sensitivity:
     self._since = now
     sensitivity_page.write(self.workdir, self._report(), running=True)
 
-  def _report(self) -> dict[str, Any]:
+  def _report(self) -> SensitivityReport:
     """What report.json says at the end; before it, as far as metrics.jsonl goes."""
     config, rows = self.inputs.config, self._metrics.read()
-    bases = []
+    bases: list[Any] = []
     for row in (r for r in rows if r['event'] == 'base'):
       mine = [r for r in rows if r['event'] == 'layer' and r['base'] == row['sparsity']]
       kept = {k: v for k, v in row.items() if k not in ('event', 'seconds')}
@@ -302,5 +301,5 @@ class Sensitivity:
       'command': self._command,
       'compiles': self._compiler.counts,
       'seconds': sum(r['seconds'] for r in rows),
-      'versions': versions(),
+      'versions': reports.versions(),
     }

@@ -4,15 +4,13 @@ import csv
 import html
 import io
 from collections.abc import Iterator
-from typing import Any
 
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
+from adapt_jax.reports.report import SensitivityReport
 from adapt_jax.reports.run_page import cards, page
 from models.files import write_text
-
-Json = dict[str, Any]
 
 MARKDOWN, CSV = 'sensitivity.md', 'sensitivity.csv'
 _WHAT = {
@@ -22,7 +20,7 @@ _WHAT = {
 }
 
 
-def write(workdir: Workdir, report: Json, *, running: bool) -> None:
+def write(workdir: Workdir, report: SensitivityReport, *, running: bool) -> None:
   """report.html as far as the report goes; at the end the table and the CSV file too."""
   write_text(workdir.page, page(f'{report["model"]["source"]} sensitivity', _body(report), running=running))
   if not running:
@@ -34,7 +32,7 @@ def _row(cells: list[str]) -> str:
   return f'| {" | ".join(cells)} |'
 
 
-def _columns(report: Json) -> Iterator[tuple[str, list[str]]]:
+def _columns(report: SensitivityReport) -> Iterator[tuple[str, list[str]]]:
   """(name, a cell a layer): perplexities by base and block, then each base's layer importance."""
   layers, blocks = len(report['model']['ffn']), report['blocks']
   for base in report['bases']:
@@ -51,7 +49,7 @@ def _widths(before: list[int], after: list[int]) -> str:
   return ', '.join(f'{a:,} → {b:,}' for a, b in dict.fromkeys(zip(before, after, strict=True)))
 
 
-def _bases(report: Json) -> list[list[str]]:
+def _bases(report: SensitivityReport) -> list[list[str]]:
   """Rows of the table of bases, its heading first."""
   rows = [['base sparsity', 'parameters', 'of dense', 'perplexity', "a layer's KV groups", 'MLP channels']]
   for base in report['bases']:
@@ -69,7 +67,7 @@ def _bases(report: Json) -> list[list[str]]:
   return rows
 
 
-def _note(report: Json) -> str:
+def _note(report: SensitivityReport) -> str:
   return (
     f'One decoder layer alone loses {100 * report["sparsity"]:g} % of what it has left (whole KV groups, '
     f'rounded down; importance: {report["importance"]}). A base has lost its sparsity in every layer, '
@@ -78,7 +76,7 @@ def _note(report: Json) -> str:
   )
 
 
-def table(report: Json) -> str:
+def table(report: SensitivityReport) -> str:
   """Markdown: the bases, then a row a layer with its perplexity by base and its importance."""
   columns = list(_columns(report))
   layers = zip(*(cells for _, cells in columns), strict=True)
@@ -95,7 +93,7 @@ def table(report: Json) -> str:
   )
 
 
-def csv_text(report: Json) -> str:
+def csv_text(report: SensitivityReport) -> str:
   """A line for every base, layer and block, with the layer's widths before and after."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator='\n')
@@ -117,7 +115,7 @@ def csv_text(report: Json) -> str:
   return out.getvalue()
 
 
-def _perplexity_chart(report: Json, block: str) -> str:
+def _perplexity_chart(report: SensitivityReport, block: str) -> str:
   series, levels = [], []
   for i, base in enumerate(report['bases']):
     name = f'base {base["sparsity"]:g}'
@@ -131,7 +129,7 @@ def _perplexity_chart(report: Json, block: str) -> str:
   return charts.line_chart(title, ('layer', 'perplexity'), series, levels=levels, log=True, integer=True)
 
 
-def _importance_chart(report: Json) -> str:
+def _importance_chart(report: SensitivityReport) -> str:
   series = []
   for i, base in enumerate(report['bases']):
     name = f'base {base["sparsity"]:g}'
@@ -142,7 +140,7 @@ def _importance_chart(report: Json) -> str:
   return charts.line_chart('Importance of the layers', names, series, integer=True)
 
 
-def _body(report: Json) -> str:
+def _body(report: SensitivityReport) -> str:
   e = html.escape
   bases = _bases(report)
   lines = [''.join(f'<th>{e(cell)}</th>' for cell in bases[0])]

@@ -41,7 +41,7 @@ class MetricsLog:
     """All lines so far."""
     if not self._path.exists():
       return []
-    return [json.loads(line) for line in self._path.read_text().splitlines()]
+    return _as_now([json.loads(line) for line in self._path.read_text().splitlines()])
 
   def cut(self, lines: int) -> None:
     """Keeps the first `lines` lines; before the first write."""
@@ -49,3 +49,13 @@ class MetricsLog:
       kept = self._path.read_text().splitlines(keepends=True)[:lines]
       write_text(self._path, ''.join(kept))
       self.lines = lines
+
+
+def _as_now(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Version 0.1 wrote the stage of an evaluation into its name: {'of': 'stage 1 pruned'}."""
+  stages = {row['stage'] for row in rows if 'stage' in row}
+  names = {f'stage {stage} {of}': (of, stage) for stage in stages for of in ('pruned', 'recovered')}
+  for row in rows:
+    if row['event'] == 'evaluate' and 'stage' not in row:
+      row['of'], row['stage'] = names.get(row['of'], (row['of'], 0))
+  return rows

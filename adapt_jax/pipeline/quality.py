@@ -9,6 +9,7 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.shared import Shared
+from adapt_jax.reports.report import Of
 from models.config import ModelConfig
 from models.network.llama import Params
 
@@ -43,29 +44,30 @@ class Quality:
     """What perplexity is, in words; None if none is measured."""
     return self._evaluator.definition if self._evaluator else None
 
-  def perplexity(self, config: ModelConfig, params: Params, title: str, step: int) -> float | None:
-    """Of 'dense' or, say, 'stage 1 pruned' (title) after `step` training steps; None without a text."""
+  def perplexity(self, config: ModelConfig, params: Params, of: Of, stage: int, step: int) -> float | None:
+    """Of the dense model (stage 0), or of a stage's, after `step` training steps; None without a text."""
     if self._evaluator is None:
       return None
     known, key = self._shared.dense, dense_key(self._options)
-    if title == 'dense' and key in known:
+    if of == 'dense' and key in known:
       value = known[key]
     else:
+      title = of if of == 'dense' else f'stage {stage} {of}'
       value = self._evaluator.perplexity(config, params, f'{title}: evaluate')
-    if title == 'dense':
+    if of == 'dense':
       known[key] = value
-    self._metrics.write('evaluate', of=title, step=step, perplexity=value)
+    self._metrics.write('evaluate', of=of, stage=stage, step=step, perplexity=value)
     return value
 
-  def tasks(self, config: ModelConfig, params: Params, title: str, step: int) -> TaskScores:
-    """Scores of 'dense', 'pruned' or 'recovered' (title) after `step` training steps."""
+  def tasks(self, config: ModelConfig, params: Params, of: Of, step: int) -> TaskScores:
+    """Scores of the dense model, or of the last stage's, after `step` training steps."""
     known, key = self._shared.tasks, dense_key(self._options)
-    if title == 'dense' and key in known:
+    if of == 'dense' and key in known:
       scores = known[key]
     else:
       options, tokenizer = self._options.evaluate, self._inputs.tokenizer
-      scores = evaluate_tasks(options, config, params, tokenizer, title=f'{title}: tasks', **self._common)
-    if title == 'dense':
+      scores = evaluate_tasks(options, config, params, tokenizer, title=f'{of}: tasks', **self._common)
+    if of == 'dense':
       known[key] = scores
-    self._metrics.write('tasks', of=title, step=step, scores=scores)
+    self._metrics.write('tasks', of=of, step=step, scores=scores)
     return scores

@@ -9,19 +9,29 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import optax
+
 from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.pipeline.checkpoint import Checkpoints
+from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan, PruneState
+from adapt_jax.reports.report import Of, StageReport, Tasks
+from adapt_jax.training.step import TrainState
 from models.config import ModelConfig
 from models.errors import InputError
 from models.files import write_text
+from models.network.llama import Params
+from models.network.sharding import placed
 
 
 @dataclasses.dataclass
 class RunState:
-  """Where a run stands.
+  """Where a run stands. It changes by its methods alone, a step of the run each.
 
   arrays: {'params', 'optimizer'}, at the widths that `compacted` keeps; empty while stage 1 is scored.
   pruning: the schedule; ahead of `compacted` while a stage is being pruned.
@@ -32,23 +42,92 @@ class RunState:
   seconds, compiles: spent up to the last save.
   """
 
-  arrays: dict[str, Any]
+  arrays: TrainState
   compacted: PrunePlan
   pruning: PruneState
   stage: int = 0
   train_step: int = 0
   complete: bool = True
   dense_perplexity: float | None = None
-  tasks: dict[str, Any] = dataclasses.field(default_factory=dict)
-  rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-  row: dict[str, Any] = dataclasses.field(default_factory=dict)
+  tasks: Tasks = dataclasses.field(default_factory=dict)
+  rows: list[StageReport] = dataclasses.field(default_factory=list)
+  row: StageReport | None = None
   seconds: float = 0.0
   compiles: dict[str, int] = dataclasses.field(default_factory=dict)
 
+  @property
+  def params(self) -> Params:
+    return self.arrays['params']
+
+  def measure_dense(self, perplexity: float | None) -> None:
+    self.dense_perplexity = perplexity
+
+  def measure_tasks(self, of: Of, scores: dict[str, dict[str, Any]]) -> None:
+    self.tasks = self.tasks | {of: scores}
+
+  def take_step(self, pruning: PruneState) -> None:
+    """A pruning step: the arrays stay as they are until the stage is compacted."""
+    self.pruning = pruning
+
+  def release_params(self) -> Params:
+    """Hands the parameters over; `hold` gives the state others."""
+    return self.arrays.pop('params')
+
+  def hold(self, arrays: TrainState) -> None:
+    """Other values of arrays of the same shapes."""
+    self.arrays = arrays
+
+  def compact(self, arrays: TrainState) -> None:
+    """The arrays at the widths of the plan that pruning has reached."""
+    self.arrays, self.compacted = arrays, self.pruning.plan
+
+  def open_stage(self, row: StageReport, pruning: PruneState) -> None:
+    """The stage is pruned; its training comes next. pruning: the schedule that the next stage takes up."""
+    self.stage, self.complete = row['stage'], False
+    self.row, self.pruning = row, pruning
+
+  def train(self, step: int, arrays: TrainState) -> None:
+    """Training has got as far as global step `step`."""
+    self.arrays, self.train_step = arrays, step
+
+  def spend(self, seconds: float) -> None:
+    """The open stage has taken so long so far."""
+    if self.row is not None:
+      self.row = self.row | {'seconds': seconds}
+
+  def close_stage(self, row: StageReport) -> None:
+    """The stage is trained and measured."""
+    self.rows, self.row, self.complete = [*self.rows, row], None, True
+
+  def count(self, seconds: float, compiles: dict[str, int]) -> None:
+    """What the whole run has taken so far."""
+    self.seconds, self.compiles = seconds, compiles
+
 
 _IN_JSON = (
-  'stage', 'train_step', 'complete', 'dense_perplexity', 'tasks', 'rows', 'row', 'seconds', 'compiles',
+  'stage', 'train_step', 'complete', 'dense_perplexity', 'tasks', 'rows', 'seconds', 'compiles',
 )  # fmt: skip
+
+
+def array_shapes(model: DenseModel, plan: PrunePlan, optimizer: optax.GradientTransformation | None) -> Any:
+  """Shapes, dtypes and places of a run's arrays at the plan's widths; `optimizer` where it trains.
+
+  Training has fp32 master weights; pruning alone keeps each tensor's own dtype.
+  """
+
+  def arrays(params: Params) -> TrainState:
+    cut = surgery.compact(params, plan)
+    return {'params': cut} | ({'optimizer': optimizer.init(cut)} if optimizer else {})
+
+  dense = model.abstract_params(jnp.float32 if optimizer else None)
+  return placed(jax.eval_shape(arrays, dense))
+
+
+def from_meta(meta: dict[str, Any], config: ModelConfig) -> RunState:
+  """The state that a checkpoint's JSON describes, its arrays left out; `config` is of the dense model."""
+  pruning = PruneState.from_json(meta['pruning'], config)
+  fields = {name: meta[name] for name in _IN_JSON} | {'row': meta['row'] or None}
+  return RunState({}, pruning.plan, pruning, **fields)
 
 
 class StateStore:
@@ -66,7 +145,7 @@ class StateStore:
 
   def save(self, state: RunState) -> None:
     """A checkpoint; only between prunings, when the arrays have the plan's widths."""
-    meta = {name: getattr(state, name) for name in _IN_JSON}
+    meta = {name: getattr(state, name) for name in _IN_JSON} | {'row': state.row or {}}
     meta |= {'pruning': state.pruning.to_json(), 'metrics_lines': self._metrics.lines}
     self._checkpoints.save(state.arrays, meta)
 
@@ -82,7 +161,7 @@ class StateStore:
     if is_first():
       write_text(self._plan, json.dumps(plan | state.pruning.to_json()) + '\n')
 
-  def resume(self, shapes: Callable[[PrunePlan], Any], start: Callable[[], dict[str, Any]]) -> RunState:
+  def resume(self, shapes: Callable[[PrunePlan], Any], start: Callable[[], TrainState]) -> RunState:
     """The state that was saved last.
 
     Args:
@@ -95,9 +174,8 @@ class StateStore:
       state = RunState(start(), dense.plan, dense)
     else:
       meta = self._checkpoints.meta(number)
-      pruning, lines = PruneState.from_json(meta['pruning'], self._config), meta['metrics_lines']
-      arrays = self._checkpoints.restore(number, shapes(pruning.plan))
-      state = RunState(arrays, pruning.plan, pruning, **{name: meta[name] for name in _IN_JSON})
+      state, lines = from_meta(meta, self._config), meta['metrics_lines']
+      state.hold(self._checkpoints.restore(number, shapes(state.compacted)))
       say(f'resuming at stage {state.stage}, training step {state.train_step}')
     if state.complete and decide(self._plan.exists):
       lines = self._resume_pruning(state, lines)
@@ -111,14 +189,17 @@ class StateStore:
       if saved['stage'] != state.stage + 1:
         return lines
       pruning, lines = PruneState.from_json(saved, self._config), int(saved['metrics_lines'])
-      state.pruning, state.dense_perplexity = pruning, saved['dense_perplexity']
-      state.tasks = saved['tasks']
+      dense_perplexity, tasks = saved['dense_perplexity'], saved['tasks']
     except InputError:
       raise
     except (ValueError, KeyError, TypeError) as error:
       raise InputError(
         f'{self._plan} is damaged ({type(error).__name__}): delete it to take this stage up from its start'
       ) from None
+    state.take_step(pruning)
+    state.measure_dense(dense_perplexity)
+    for of, scores in tasks.items():
+      state.measure_tasks(of, scores)
     say(f'resuming in the pruning of stage {saved["stage"]}, after step {saved["step"]}')
     return lines
 

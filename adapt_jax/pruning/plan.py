@@ -4,12 +4,20 @@ Numpy only.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from models.config import LayerShape, ModelConfig, count_params
 from models.errors import InputError
+
+
+class LayerWidths(TypedDict):
+  """Query heads, KV heads and MLP channels by layer."""
+
+  num_heads: list[int]
+  num_kv_heads: list[int]
+  ffn: list[int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +68,7 @@ class PrunePlan:
       )
     )
 
-  def widths(self, config: ModelConfig) -> dict[str, list[int]]:
+  def widths(self, config: ModelConfig) -> LayerWidths:
     """num_heads, num_kv_heads and ffn of every layer of `config`, which the plan numbers; 0 where gone."""
     kv = self.kv_widths.tolist()
     heads = [k * s.group_size for k, s in zip(kv, config.layers, strict=True)]

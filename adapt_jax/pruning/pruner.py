@@ -19,15 +19,15 @@ from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.processes import decide, say
 from adapt_jax.machine.progress import Progress
-from adapt_jax.pipeline.shared import ScoreMemo
-from adapt_jax.pruning import surgery
-from adapt_jax.pruning.compensate import Compensator, add
+from adapt_jax.pruning import programs, surgery
+from adapt_jax.pruning.compensate import add
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.methods.base import Method
 from adapt_jax.pruning.plan import PrunePlan, PruneState
+from adapt_jax.pruning.score_memo import ScoreMemo
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.scores import Scores
-from models.config import ModelConfig, count_params
+from models.config import ModelConfig
 from models.errors import InputError
 from models.network.backend import loop_options
 from models.network.llama import Params
@@ -48,17 +48,6 @@ class StepRecord:
   sparsity: list[float]
   kv_groups: list[int]
   ffn: list[int]
-
-
-def target_params(config: ModelConfig, target: float) -> int:
-  """`prune.target` as a number of stored parameters: a fraction kept (≤ 1) or the number itself."""
-  total = count_params(config)
-  params = int(total * target) if target <= 1 else int(target)
-  if params > total:
-    raise InputError(
-      f'config.prune.target = {target:,.0f} is above the {total:,} parameters of the model: lower it'
-    )
-  return params
 
 
 def steps(
@@ -122,18 +111,9 @@ class Pruner:
     self.config, self.options, self.blocks = config, options, blocks
     self._as_reference = options.compat == 'reference'
     self._method = METHODS[options.method](config, options)
-    self.importance = self._method.importance or options.importance
-    self.distance = self._method.distance or options.layer_distance
     self._seed, self._compiler, self._dtype = seed, compiler, dtype
-    self._micro_batch = mesh.rows_at_once(options.calibration.samples, options.calibration.batch)
-    self._scorer = Scorer(
-      config,
-      self.importance,
-      self.distance,
-      self._micro_batch,
-      dtype,
-      reference_fold=self._as_reference,
-    )
+    self._scorer = programs.scoring(config, options, dtype)
+    self.importance, self.distance = self._scorer.importance, self._scorer.distance
     self._program: Any = None
     self._compensation: Any = None
     self._memo = memo
@@ -221,16 +201,14 @@ class Pruner:
     compacted: PrunePlan,
     state: PruneState,
     target: int,
-    on_step: Callable[[PruneState, StepRecord], None],
     title: str,
-  ) -> PruneState:
-    """Steps until the model has at most `target` parameters.
+  ) -> Iterator[tuple[PruneState, StepRecord]]:
+    """Steps until the model has at most `target` parameters: the state after each, and its record.
 
     Args:
       stacked: from `stack`; used up.
       compacted: the plan of it; `state.plan` may already keep less (after a resume).
       target: stored parameters; how closely it is landed on is the method's matter.
-      on_step: called after every step, to save and to log.
       title: of the progress bar.
     """
     before = state.plan.params(self.config)
@@ -250,10 +228,9 @@ class Pruner:
     with Progress(title, before - target, 'parameters removed') as progress:
       for scores, state in taken:
         record = self._record(scores, state)
-        on_step(state, record)
         progress.update(before - max(record.params, target), step=str(record.step), loss=f'{record.loss:.3f}')
         before = record.params
-    return state
+        yield state, record
 
   def compensate(self, params: Params, compacted: PrunePlan, plan: PrunePlan, step: int) -> Params:
     """`params`, which `compacted` left, made up for what `plan` takes from them, as prune.compensate says.
@@ -267,7 +244,7 @@ class Pruner:
     stacked, masks = self.stack(params, compacted), surgery.padded_masks(plan)
     tokens = self._tokens(self._draw(step))
     if self._compensation is None:
-      program = Compensator(self.config, kind, self._micro_batch, self._dtype)
+      program = programs.compensation(self.config, self.options, self._dtype)
       self._compensation = self._compiler(
         'compensation', program, stacked, masks, tokens, xla_options=loop_options()
       )

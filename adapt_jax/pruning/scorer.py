@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from adapt_jax.pruning import curvature
+from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES, fold_heads, group_scores
 from adapt_jax.pruning.scores import Scores
-from adapt_jax.pruning.surgery import GROUP_AXES
 from adapt_jax.training.loss import next_token_loss
 from models.config import LayerShape, ModelConfig
 from models.errors import InputError
@@ -26,110 +26,6 @@ from models.network.sharding import constrain, constrain_params
 
 # Mean and variance over tokens of what enters o_proj and down_proj, by column: {'o': …, 'down': …}.
 Moments = dict[str, tuple[jax.Array, jax.Array]]
-
-
-def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
-  """−cos(x, y) over the last axis: −1 where a layer keeps its input's direction."""
-  norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
-  return -jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-8)
-
-
-def euclidean(x: jax.Array, y: jax.Array) -> jax.Array:
-  """‖x − y‖₂ over the last axis."""
-  return jnp.linalg.norm(x - y, axis=-1)
-
-
-def manhattan(x: jax.Array, y: jax.Array) -> jax.Array:
-  """‖x − y‖₁ over the last axis."""
-  return jnp.abs(x - y).sum(axis=-1)
-
-
-DISTANCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-  'cosine': cosine,
-  'euclidean': euclidean,
-  'manhattan': manhattan,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Importance:
-  """How a weight w with gradient g and Fisher estimate F is scored; a group's score is Σ |score|.
-
-  Or, with `columns`, how a column of o_proj or down_proj is; a group's score is the sum over its columns.
-
-  score: (w, g, F) -> the weight's score, signed, elementwise in fp32.
-  gradient: whether it asks for g at all; without, scoring is a forward pass.
-  fisher: whether it asks for F = mean over samples of the squared gradient of the sample's loss.
-  per_row: add the weights of a row (a column of o and down) before the absolute value is taken.
-  columns: (weight [D, …], mean and variance […] of its inputs over the calibration tokens) -> […].
-  curvature: none of these, but the cost of losing a group, from the loss's curvature (`pruning.curvature`).
-  """
-
-  score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = lambda w, g, f: w
-  gradient: bool = True
-  fisher: bool = False
-  per_row: bool = False
-  columns: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
-  curvature: bool = False
-
-
-def _fluctuation(w: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
-  return variance * jnp.square(w).sum(0)
-
-
-def _wanda(w: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
-  return jnp.abs(w).sum(0) * jnp.sqrt(variance + jnp.square(mean))
-
-
-# Paper section 3.2, and the first-order form of Molchanov et al., arXiv 1906.10771; names as in LLM-Pruner.
-# `random` is drawn by the pruner: its entry here only serves the layers' distances.
-# `fluctuation`: variance of the column's input · squared norm of the column (WIFV of An et al., arXiv
-# 2312.11983). `wanda`: Σ |w| · root mean square of the input (Sun et al., arXiv 2306.11695, summed as there).
-# `curvature`: see `adapt_jax.pruning.curvature`.
-IMPORTANCES: dict[str, Importance] = {
-  'taylor': Importance(lambda w, g, f: w * g),
-  'taylor_vectorize': Importance(lambda w, g, f: w * g, per_row=True),
-  'taylor_second': Importance(lambda w, g, f: w * w * f, fisher=True),
-  'taylor_mix': Importance(lambda w, g, f: w * g - 0.5 * w * w * f, fisher=True),
-  'l1': Importance(lambda w, g, f: w, gradient=False),
-  'l2': Importance(lambda w, g, f: w * w, gradient=False),
-  'fluctuation': Importance(gradient=False, columns=_fluctuation),
-  'wanda': Importance(gradient=False, columns=_wanda),
-  'curvature': Importance(curvature=True),
-  'random': Importance(lambda w, g, f: w, gradient=False),
-}
-
-
-def _fold(heads_KG: jax.Array, reference: bool) -> jax.Array:
-  """Scores of query heads added up by KV group, [K]; `reference` takes head h for one of group h mod K."""
-  return (heads_KG.reshape(heads_KG.shape[::-1]).T if reference else heads_KG).sum(1)
-
-
-def group_scores(
-  layer: Params, gradient: Params, fisher: Params, importance: Importance, *, reference_fold: bool = False
-) -> list[jax.Array]:
-  """[scores [K] of the KV groups, scores [F] of the channels]: sums over all member weights, in fp32.
-
-  `reference_fold` credits query head h to group h mod K, as the authors' program does, not to h // G.
-  """
-  totals = []
-  for block, axes in GROUP_AXES.items():
-    total = jnp.zeros(())
-    for name, axis in axes.items():
-      if name not in layer[block]:
-        continue
-      weight = layer[block][name].astype(jnp.float32)
-      score = importance.score(weight, gradient[block][name], fisher[block][name])
-      if importance.per_row and not name.endswith('bias'):
-        hidden = 0 if name in ('o', 'down') else score.ndim - 1
-        score = score.sum(hidden, keepdims=True)
-      score = jnp.abs(score)
-      if reference_fold and name in ('q', 'q_bias', 'o'):
-        total += _fold(score.sum([a for a in range(score.ndim) if a not in (axis, axis + 1)]), True)
-      else:
-        total += score.sum([a for a in range(score.ndim) if a != axis])
-    totals.append(total)
-  return totals
 
 
 def _moments(x_TC: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -240,7 +136,7 @@ class Scorer:
       layer, moments = xs
       o_DKGH, down_DF = (x.astype(jnp.float32) for x in (layer['attention']['o'], layer['mlp']['down']))
       o_KGH = columns(o_DKGH, *(m.reshape(o_DKGH.shape[1:]) for m in moments['o']))
-      return None, [_fold(o_KGH.sum(2), self.reference_fold), columns(down_DF, *moments['down']), o_KGH]
+      return None, [fold_heads(o_KGH.sum(2), self.reference_fold), columns(down_DF, *moments['down']), o_KGH]
 
     return jax.lax.scan(score, None, (layers, moments_L))[1]
 

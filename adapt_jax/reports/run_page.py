@@ -13,6 +13,7 @@ from typing import Any
 
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
+from adapt_jax.reports.report import ModelReport, RunReport, StageReport, known_perplexities
 from adapt_jax.reports.summary import tasks_rows
 from models.files import write_text
 
@@ -54,31 +55,31 @@ def _decimal(value: float | None) -> str:
   return '–' if value is None else f'{value:,.2f}'
 
 
+def _whole(value: float | None) -> str:
+  return '–' if value is None else f'{value:,.0f}'
+
+
 @dataclasses.dataclass(frozen=True)
 class _Data:
   """A report and the events of its run, with what the charts ask for."""
 
-  report: Json
+  report: RunReport
   events: list[Json]
 
   def of(self, event: str) -> list[Json]:
     return [e for e in self.events if e['event'] == event]
 
   @property
-  def model(self) -> Json:
+  def model(self) -> ModelReport:
     return self.report['model']
 
   @property
-  def perplexity(self) -> Json:
-    return self.report.get('perplexity', {})
-
-  @property
-  def stages(self) -> list[Json]:
+  def stages(self) -> list[StageReport]:
     """The report's rows; the last may lack what comes after its pruning."""
     return self.report.get('stages', [])
 
   @property
-  def schedule(self) -> Json:
+  def schedule(self) -> Any:
     return self.report.get('schedule', {})
 
   @property
@@ -154,12 +155,12 @@ def _perplexity_over_tokens(data: _Data) -> str:
   levels = []
   for step, event in data.at_steps():
     if event['event'] == 'evaluate':
-      kind, value = event['of'].split()[-1], event['perplexity']
+      of, value = event['of'], event['perplexity']
       points[''].append((data.x_of(step), value, ''))
-      if kind in points:
-        points[kind].append((data.x_of(step), value, f'{event["of"]}: {value:.3f}'))
+      if of in points:
+        points[of].append((data.x_of(step), value, f'stage {event["stage"]} {of}: {value:.3f}'))
       else:
-        levels.append((value, f'{kind} {value:.2f}'))
+        levels.append((value, f'{of} {value:.2f}'))
   return charts.line_chart(
     'Perplexity on held-out text',
     (data.x_name, 'perplexity'),
@@ -170,14 +171,16 @@ def _perplexity_over_tokens(data: _Data) -> str:
   )
 
 
-def perplexity_chart(report: Json, height: int = 250) -> str:
+def perplexity_chart(report: RunReport, height: int = 250) -> str:
   """Perplexity pruned and recovered by stage, with a line for the dense model; '' if there is none."""
   series = []
-  for colour, name in ((1, 'pruned'), (2, 'recovered')):
-    rows = [(s['stage'], s.get(f'perplexity_{name}')) for s in report.get('stages', [])]
+  stages = report.get('stages', [])
+  pruned = [(s['stage'], s.get('perplexity_pruned')) for s in stages]
+  recovered = [(s['stage'], s.get('perplexity_recovered')) for s in stages]
+  for colour, (name, rows) in enumerate((('pruned', pruned), ('recovered', recovered)), 1):
     points = [(k, value, f'stage {k} {name}: {value:.3f}') for k, value in rows if value is not None]
     series.append(Series(name, points, colour))
-  dense = report.get('perplexity', {}).get('dense')
+  dense = known_perplexities(report).get('dense')
   return charts.line_chart(
     'Perplexity on held-out text',
     ('stage', 'perplexity'),
@@ -245,7 +248,7 @@ def _state(data: _Data, running: bool) -> str:
   doing = {
     'prune': f'pruning, step {last.get("step")} done',
     'train': f'recovering, training step {last.get("step")}{total} done',
-    'evaluate': f'evaluated {last.get("of")}',
+    'evaluate': f'evaluated the {last.get("of")} model',
     'tasks': f'evaluated tasks, {last.get("of")}',
   }
   return f'running, stage {max(seen, default=1)} of {count}: {doing.get(last["event"], "starting")}'
@@ -254,8 +257,8 @@ def _state(data: _Data, running: bool) -> str:
 def _facts(data: _Data) -> Iterator[tuple[str, str]]:
   """(figure, what it is) of the header."""
   model, report = data.model, data.report
-  if known := [k for k in ('dense', 'pruned', 'recovered') if data.perplexity.get(k) is not None]:
-    yield ' → '.join(_decimal(data.perplexity[k]) for k in known), f'perplexity {" → ".join(known)}'
+  if known := known_perplexities(report):
+    yield ' → '.join(map(_decimal, known.values())), f'perplexity {" → ".join(known)}'
   before = model['params_before']
   after = min([before, *(row['params'] for row in (*data.stages, *data.of('prune')))])
   target = f', target {model["params_target"]:,}' if 'params_target' in model else ''
@@ -269,11 +272,14 @@ def _facts(data: _Data) -> Iterator[tuple[str, str]]:
 def _table(data: _Data) -> str:
   dense = data.model['params_before']
   names = ('stage', 'parameters', 'of dense', 'perplexity pruned', 'recovered', 'tokens', 'seconds')
-  rows = [['dense', f'{dense:,}', '100.0 %', '', _decimal(data.perplexity.get('dense')), '', '']]
+  rows = [
+    ['dense', f'{dense:,}', '100.0 %', '', _decimal(known_perplexities(data.report).get('dense')), '', '']
+  ]
   for s in data.stages:
     row = [str(s['stage']), f'{s["params"]:,}', f'{100 * s["params"] / dense:.1f} %']
-    row += [_decimal(s.get(f'perplexity_{k}')) for k in ('pruned', 'recovered')]
-    rows.append(row + [f'{s[k]:,.0f}' if k in s else '–' for k in ('tokens', 'seconds')])
+    row += [_decimal(s.get('perplexity_pruned')), _decimal(s.get('perplexity_recovered'))]
+    row += [_whole(s.get('tokens')), _whole(s.get('seconds'))]
+    rows.append(row)
   return _html_table([list(names), *rows])
 
 
@@ -290,15 +296,15 @@ def cards(kind: str, contents: Sequence[str]) -> str:
   return f'<div class="{kind}">{inside}</div>' if inside else ''
 
 
-def _body(data: _Data, command: str, running: bool) -> Iterator[str]:
+def _body(data: _Data, command: str, running: bool, written: str) -> Iterator[str]:
   report, trained, e = data.report, bool(data.of('train')), html.escape
   yield f'<h1>{e(data.model["source"])}</h1>'
-  written = f' (page written {report["written"]})' if 'written' in report else ''
-  yield f'<p class="state">{e(_state(data, running) + written)}</p>'
+  when = f' (page written {written})' if written else ''
+  yield f'<p class="state">{e(_state(data, running) + when)}</p>'
   yield cards('facts', [f'<b>{e(figure)}</b><span>{e(what)}</span>' for figure, what in _facts(data)])
   yield f'<h2>Stages</h2><div class="card scroll">{_table(data)}</div>'
-  if data.perplexity.get('definition'):
-    yield f'<p>Perplexity is {e(data.perplexity["definition"])}.</p>'
+  if definition := report.get('perplexity', {}).get('definition'):
+    yield f'<p>Perplexity is {e(definition)}.</p>'
   if report.get('tasks'):
     yield f'<h2>Tasks</h2><div class="card scroll">{_html_table(tasks_rows(report["tasks"]))}</div>'
   figures = [_perplexity_over_tokens(data)] if trained else [perplexity_chart(report)]
@@ -320,7 +326,7 @@ def _body(data: _Data, command: str, running: bool) -> Iterator[str]:
     yield f'<p>{e(", ".join(f"{k} {v}" for k, v in versions.items()))}</p>'
 
 
-def render(report: Json, events: list[Json], *, command: str, running: bool) -> str:
+def render(report: RunReport, events: list[Json], *, command: str, running: bool, written: str = '') -> str:
   """The page.
 
   Args:
@@ -329,10 +335,11 @@ def render(report: Json, events: list[Json], *, command: str, running: bool) -> 
     events: the lines of metrics.jsonl.
     command: that reproduces the run.
     running: whether the run goes on; the page then reloads by itself.
+    written: when, for the reader.
   """
   data = _Data(report, events)
   title = f'{data.model["source"]} {_state(data, running)}'
-  return page(title, '\n'.join(filter(None, _body(data, command, running))), running=running)
+  return page(title, '\n'.join(filter(None, _body(data, command, running, written))), running=running)
 
 
 def page(title: str, body: str, *, running: bool) -> str:
@@ -357,7 +364,9 @@ def page(title: str, body: str, *, running: bool) -> str:
 """
 
 
-def write(path: str | pathlib.Path, report: Json, events: list[Json], *, command: str, running: bool) -> None:
+def write(
+  path: str | pathlib.Path, report: RunReport, events: list[Json], *, command: str, running: bool
+) -> None:
   """Writes `render(…)` with the time of writing; a reader sees the old page or the new."""
-  stamp = {'written': time.strftime('%Y-%m-%d %H:%M:%S')}
-  write_text(path, render(report | stamp, events, command=command, running=running))
+  now = time.strftime('%Y-%m-%d %H:%M:%S')
+  write_text(path, render(report, events, command=command, running=running, written=now))

@@ -1,33 +1,6 @@
-"""`report.json` and the table that a run prints at its end."""
+"""The table that a run prints at its end, and the rows of its tasks."""
 
-import dataclasses
-import importlib.metadata
-import platform
-from typing import Any
-
-from adapt_jax.config.options import RunOptions
-
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'numpy')
-
-
-def versions(*more: str) -> dict[str, str]:
-  """Versions of Python and of the libraries that decide a run's figures, and of `more`."""
-  found = {name: importlib.metadata.version(name) for name in (*_PACKAGES, *more)}
-  return {'python': platform.python_version()} | found
-
-
-def settings(options: RunOptions) -> dict[str, Any]:
-  """How a run prunes and trains, and on what: {'prune': fields, 'train': fields or None, 'data': sources}."""
-  trains = options.train.tokens > 0
-  return {
-    'prune': dataclasses.asdict(options.prune),
-    'train': dataclasses.asdict(options.train) if trains else None,
-    'data': {
-      'calibration': options.prune.calibration.source,
-      'train': options.train.source if trains else (),
-      'evaluate': options.evaluate.source,
-    },
-  }
+from adapt_jax.reports.report import RunReport, Tasks
 
 
 def _number(value: float | None) -> str:
@@ -45,7 +18,7 @@ def _widths(values: list[int]) -> str:
   return ' '.join(f'{v}×{n}' if n > 1 else str(v) for v, n in runs)
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: RunReport) -> str:
   """The report for a reader: a row a stage, then widths, seconds and compiles."""
   model, perplexity = report['model'], report['perplexity']
   lines = [
@@ -74,7 +47,7 @@ def table(report: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def tasks_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
+def tasks_rows(tasks: Tasks) -> list[list[str]]:
   """Names of columns, then a row a task, from {'dense': scores of the harness, 'pruned': …}.
 
   Of a task's metrics acc_norm is shown, else acc, else what it names first; accuracies in percent.
@@ -92,7 +65,7 @@ def tasks_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
   return rows
 
 
-def tasks_table(tasks: dict[str, dict[str, Any]]) -> str:
+def tasks_table(tasks: Tasks) -> str:
   """`tasks_rows` as Markdown."""
   head, *rows = tasks_rows(tasks)
   return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (head, ['---'] * len(head), *rows))

@@ -26,7 +26,7 @@ def installed() -> bool:
 def scalars(row: dict[str, Any]) -> dict[str, float]:
   """Tag -> value of one line of the log; perplexities are parted into dense, pruned and recovered."""
   if row['event'] == 'evaluate':
-    return {f'perplexity/{row["of"].split()[-1]}': row['perplexity']}
+    return {f'perplexity/{row["of"]}': row['perplexity']}
   return {f'{row["event"]}/{field}': row[field] for field in _CURVES.get(row['event'], ())}
 
 

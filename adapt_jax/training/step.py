@@ -1,8 +1,6 @@
-"""Recovery training: the jitted step and its loop."""
+"""Recovery training: the step that is compiled."""
 
 import dataclasses
-import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,18 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from adapt_jax.config.options import TrainOptions
-from adapt_jax.data.train_set import TrainSet
-from adapt_jax.machine import preemption
-from adapt_jax.machine.mesh import put_rows, rows_at_once
-from adapt_jax.machine.progress import Progress
+from adapt_jax.machine.mesh import rows_at_once
 from adapt_jax.training.loss import cross_entropy, distillation, shift, sum_over_chunks
-from adapt_jax.training.optim import learning_rate
 from models.config import ModelConfig
-from models.errors import InputError
 from models.network import llama
 from models.network.backend import on_cpu
 from models.network.llama import Params
-from models.network.sharding import constrain, constrain_params
+from models.network.sharding import constrain, constrain_params, row_sharding
 
 # {'params': fp32 master weights, 'optimizer': optax state}
 TrainState = dict[str, Any]
@@ -125,81 +118,8 @@ def make_step(
   return step
 
 
-def stage_steps(options: TrainOptions, stages: int) -> list[int]:
-  """Global step at which each stage ends; the last is the number of all steps.
-
-  Shares of paper section 4 for stage i of N: linear 2i/(N(N+1)), constant 1/N, cosine
-  cos((i−1)π/2N) − cos(iπ/2N).
-  """
-  total = options.tokens // (options.batch * options.length)
-  done = {
-    'linear': lambda i: i * (i + 1) / (stages * (stages + 1)),
-    'constant': lambda i: i / stages,
-    'cosine': lambda i: 1 - math.cos(i * math.pi / (2 * stages)),
-  }[options.split]
-  return [round(total * done(i)) for i in range(1, stages)] + [total]
-
-
-def run_steps(
-  state: TrainState,
-  program: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-  data: TrainSet,
-  options: TrainOptions,
-  *,
-  start: int,
-  stop: int,
-  total: int,
-  teacher: Teacher | None,
-  on_metrics: Callable[[int, dict[str, float]], None],
-  on_save: Callable[[int, TrainState], None],
-  title: str,
-) -> TrainState:
-  """Global steps start … stop-1; returns the state after them.
-
-  Metrics are read one step late, so the device does not wait for the host; a step is saved only
-  after its loss was found finite. Raises InputError, naming the step, where it is not, and after SIGTERM
-  `Preempted`, once the step is saved.
-  """
-  rate_at = learning_rate(options, total)
-  tokens_per_step = options.batch * options.length
-  pending: tuple[int, dict[str, jax.Array]] | None = None
-  since = time.monotonic()  # when the step before `pending` was seen to end
-
-  def batch_arrays(step: int) -> tuple[jax.Array, ...]:
-    return put_rows(data.rows(step), data.read)
-
-  def report(progress: Progress) -> None:
-    nonlocal since
-    if pending is None:
-      return
-    step, device_metrics = pending
-    metrics = {k: float(v) for k, v in device_metrics.items()}
-    if not math.isfinite(metrics['loss']) or not math.isfinite(metrics['gradient_norm']):
-      raise InputError(
-        f'training step {step + 1}: loss {metrics["loss"]}, gradient norm {metrics["gradient_norm"]}; '
-        f'the last checkpoint is good: lower config.train.lr = {options.lr} and start a new workdir'
-      )
-    seconds, since = time.monotonic() - since, time.monotonic()
-    metrics |= {
-      'learning_rate': float(rate_at(step)),
-      'tokens_per_second': tokens_per_step / max(seconds, 1e-9),
-    }
-    on_metrics(step, metrics)
-    progress.update(tokens_per_step, loss=f'{metrics["loss"]:.3f}')
-
-  with Progress(title, (stop - start) * tokens_per_step, 'tokens') as progress:
-    for step in range(start, stop):
-      teachers = (teacher.params,) if teacher else ()
-      state, metrics = program(state, *batch_arrays(step), *teachers)
-      report(progress)
-      pending = step, metrics
-      stopping = preemption.requested()
-      if stopping or ((step + 1) % options.save_every == 0 and step + 1 < stop):
-        report(progress)
-        pending = None
-        on_save(step + 1, state)
-        since = time.monotonic()
-      if stopping:
-        raise preemption.Preempted
-    report(progress)
-  return state
+def batch_shapes(options: TrainOptions) -> list[jax.ShapeDtypeStruct]:
+  """Shapes and places of what a step takes beside the state: tokens, targets and segments [batch, length]."""
+  shape, split = (options.batch, options.length), row_sharding()
+  dtypes = (jnp.int32, jnp.bool_, jnp.int32)
+  return [jax.ShapeDtypeStruct(shape, dtype, sharding=split) for dtype in dtypes]

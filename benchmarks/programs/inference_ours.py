@@ -15,7 +15,7 @@ from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.generation.generator import Generator, Timings
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.pipeline.inputs import load_source
+from adapt_jax.machine.mesh import load_source
 from models.config import ModelConfig, count_params
 from models.formats.source import open_source
 

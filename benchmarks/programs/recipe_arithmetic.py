@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.modes.estimate import Footprint, stage_configs
-from adapt_jax.training.step import stage_steps
+from adapt_jax.pipeline.schedule import stage_steps
 from benchmarks.programs.compile_stage import dense_config
 from configs import published
 

@@ -19,8 +19,7 @@ from jax.experimental import multihost_utils
 from models.config import ModelConfig
 from models.errors import InputError, first_line
 from models.files import write_text
-from models.formats.safetensors import INDEX_NAME
-from models.formats.safetensors_writer import write_tensors
+from models.formats.safetensors import INDEX_NAME, write_tensors
 from models.network.llama import Params, abstract_params
 
 _TAKEN_OVER = 64  # memory at such addresses JAX uses as a CPU device's own

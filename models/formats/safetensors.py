@@ -1,8 +1,13 @@
-"""The safetensors files of a Hugging Face directory, read tensor by tensor and part by part."""
+"""The safetensors files of a Hugging Face directory, read and written tensor by tensor and part by part.
+
+`safetensors.numpy.save_file` would take all tensors of a file at once.
+"""
 
 import json
+import math
 import mmap
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +17,8 @@ from models.errors import InputError, first_line
 from models.files import exists
 
 DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # of safetensors -> of numpy
+_CODES = {name: code for code, name in DTYPES.items()}
+_CHUNK = 1 << 17  # elements that are converted and written at once; in bf16 256 KiB, as cp takes them
 INDEX_NAME = 'model.safetensors.index.json'
 
 
@@ -116,3 +123,29 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(found, dict):
     raise InputError(f'{path}: holds {type(found).__name__}, not an object: download it again')
   return found
+
+
+def write_tensors(
+  path: pathlib.Path,
+  shapes: Mapping[str, tuple[tuple[int, ...], Any]],
+  read: Callable[[str], np.ndarray],
+) -> None:
+  """Writes a tensor for each name of `shapes`, which has its shape and dtype, in that order.
+
+  `read(name)` gives it when its turn comes; one of another dtype is converted. Raises OSError.
+  Format: https://huggingface.co/docs/safetensors.
+  """
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  end = 0
+  for name, (shape, dtype) in shapes.items():
+    start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+    header[name] = {'dtype': _CODES[np.dtype(dtype).name], 'shape': shape, 'data_offsets': (start, end)}
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)  # as the library does, so that readers find numbers at even addresses
+  with open(path, 'wb') as file:
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for name, (shape, dtype) in shapes.items():
+      flat = read(name).reshape(math.prod(shape))
+      for i in range(0, flat.size, _CHUNK):
+        file.write(np.ascontiguousarray(flat[i : i + _CHUNK], dtype).view(np.uint8).data)
+      del flat  # before the next one is read

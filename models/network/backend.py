@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _planned_for: list[str] = []
 
@@ -38,3 +39,10 @@ def loop_options() -> dict[str, Any]:
   if jax.default_backend() != 'cpu':
     return {}
   return {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
+
+
+def compute_dtype(name: str) -> Any:
+  """`model.dtype` as a dtype; auto is float32 on CPU, for the same figures on any, else bfloat16."""
+  if name == 'auto':
+    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  return jnp.dtype(name)

@@ -67,7 +67,7 @@ def test_killed_run_continues_to_the_same_bits(starter, finished):
   for after in (
     {'event': 'prune', 'step': 2},
     {'event': 'prune', 'step': 17},  # the last of its stage: what comes next is compensation
-    {'event': 'evaluate', 'of': 'stage 1 recovered'},
+    {'event': 'evaluate', 'of': 'recovered', 'stage': 1},
     {'event': 'prune', 'step': 20},
     {'event': 'train', 'step': 10},
   ):

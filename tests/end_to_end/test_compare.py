@@ -19,8 +19,8 @@ import main
 from adapt_jax.config.build import from_dict
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.preemption import Preempted
-from adapt_jax.modes import compare, compare_page
-from adapt_jax.pipeline import stages
+from adapt_jax.modes import accel, compare, compare_page
+from adapt_jax.pipeline import run as run_module
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
 from configs import ablations, methods_table
@@ -98,7 +98,7 @@ def test_a_cell_is_what_the_run_alone_gives(finished, files, tmp_path):
   options = from_dict(config.to_dict())
   options = dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
   alone = Workdir(str(tmp_path / 'alone'), {})
-  stages.run(options, alone, '')
+  accel.run(options, alone, '')
   cell = path / 'cells' / 'prune.target-0.8_seed-1'
   lone, mine = json.loads(alone.report.read_text()), json.loads((cell / 'report.json').read_text())
   assert mine['perplexity'] == lone['perplexity'] and mine['model'] == lone['model']
@@ -191,14 +191,14 @@ def test_a_finished_grid_runs_nothing_again_and_a_grown_one_only_what_is_new(fin
 
 def break_cells(patch, error):
   """All cells of target 0.8 fail."""
-  whole = stages.Run._prune_stage
+  whole = run_module.Run._prune_stage
 
   def fail(self, stage, state):
     if self.options.prune.target == 0.8:
       raise error
     whole(self, stage, state)
 
-  patch.setattr(stages.Run, '_prune_stage', fail)
+  patch.setattr(run_module.Run, '_prune_stage', fail)
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_one_of_two_killed_at_a_random_moment(starters, together):
   rng = random.Random(seed)
   log = [json.loads(x) for x in (together / 'metrics.jsonl').read_text().splitlines()]
   row = rng.choice(log[:-1])
-  after, victim = {k: row[k] for k in ('event', 'of', 'step') if k in row}, rng.randrange(2)
+  after, victim = {k: row[k] for k in ('event', 'of', 'stage', 'step') if k in row}, rng.randrange(2)
   ends = pair(starters, path, victim, kill='SIGKILL', after=after)
   moment = f'seed {seed}: process {victim} after {after}'
   assert ends[victim][0] == -signal.SIGKILL and ends[1 - victim][0] not in (0, 2), moment

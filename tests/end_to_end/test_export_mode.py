@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
 from adapt_jax.export.writer import LINEAGE
+from adapt_jax.modes import accel
 from adapt_jax.modes import export as export_mode
-from adapt_jax.pipeline import stages
 from adapt_jax.pipeline.workdir import Workdir
 from models.config import count_params
 from models.errors import InputError
@@ -33,7 +33,7 @@ def finished(files, tmp_path_factory):
   config.train.batch, config.train.tokens, config.data.chat_template = 2, 2 * 32 * 4, 'plain'
   options = from_dict(config.to_dict())
   workdir = Workdir(str(tmp_path_factory.mktemp('finished') / 'out'), identity('accel', options))
-  stages.run(options, workdir, 'python main.py')
+  accel.run(options, workdir, 'python main.py')
   return workdir.path
 
 

@@ -17,9 +17,9 @@ from adapt_jax.evaluation import harness, harness_lm
 from adapt_jax.export.hf import write_hf
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler, Programs
-from adapt_jax.modes import evaluate
-from adapt_jax.pipeline import quality, stages
-from adapt_jax.pipeline.inputs import load_source
+from adapt_jax.machine.mesh import load_source
+from adapt_jax.modes import accel, evaluate
+from adapt_jax.pipeline import quality
 from adapt_jax.pipeline.workdir import Workdir
 from models.errors import InputError
 from models.formats.source import open_source
@@ -258,8 +258,8 @@ def test_a_run_scores_dense_pruned_and_recovered_once(files, tasks_path, tmp_pat
   options = from_dict(make_config(files, tasks_path, tasks=('toy_text',), limit=1).to_dict())
   workdir = Workdir(str(tmp_path / 'out'), identity('accel', options))
   with pytest.raises(KeyboardInterrupt):
-    stages.run(options, workdir, '')
-  stages.run(options, workdir, '')
+    accel.run(options, workdir, '')
+  accel.run(options, workdir, '')
   assert asked == ['dense: tasks', 'pruned: tasks', 'pruned: tasks', 'recovered: tasks']
   report = json.loads(workdir.report.read_text())
   assert list(report['tasks']) == ['dense', 'pruned', 'recovered']

@@ -12,8 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
-from adapt_jax.modes import evaluate
-from adapt_jax.pipeline import stages
+from adapt_jax.modes import accel, evaluate
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
@@ -34,7 +33,7 @@ def start(config, path, mode='accel'):
     options = dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
   workdir = Workdir(str(path), identity(mode, options))
   workdir.check()
-  stages.run(options, workdir, 'python main.py')
+  accel.run(options, workdir, 'python main.py')
   return json.loads(workdir.report.read_text())
 
 

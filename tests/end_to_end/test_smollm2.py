@@ -105,9 +105,9 @@ def check_parity(start, stop):
 
   dense = PruneState.start(pruner.config)
   state = reference_state(GOLDEN, start) if start else dense
-  pruner.prune(
-    pruner.stack(params, dense.plan), dense.plan, state, steps[-1]['params'] + SLACK, on_step, 'prune'
-  )
+  target = steps[-1]['params'] + SLACK
+  for step in pruner.prune(pruner.stack(params, dense.plan), dense.plan, state, target, 'prune'):
+    on_step(*step)
   assert seen == list(range(start + 1, stop + 1))
 
 

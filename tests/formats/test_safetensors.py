@@ -9,8 +9,7 @@ from safetensors.numpy import load_file
 
 from models.formats import safetensors_writer
 from models.formats.hf_weights import load_params, save_params, stored_params
-from models.formats.safetensors import SafetensorsReader
-from models.formats.safetensors_writer import write_tensors
+from models.formats.safetensors import SafetensorsReader, write_tensors
 from tests.support.helpers import UNIFORM, random_params, save_checkpoint, tiny_config
 
 CONFIG = tiny_config(layers=UNIFORM)

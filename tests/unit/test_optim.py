@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.options import DistillOptions, TrainOptions
+from adapt_jax.pipeline.schedule import stage_steps
 from adapt_jax.training.optim import learning_rate, optimizer, reset_moments
-from adapt_jax.training.step import stage_steps
 from configs import base
 
 

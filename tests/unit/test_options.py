@@ -9,8 +9,8 @@ from adapt_jax.config.build import choices, declarations, defaults, flatten, fro
 from adapt_jax.config.identity import identity
 from adapt_jax.config.options import RunOptions
 from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES
 from adapt_jax.pruning.methods import METHODS
-from adapt_jax.pruning.scorer import DISTANCES, IMPORTANCES
 from configs import base
 from models.errors import InputError
 

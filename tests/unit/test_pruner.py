@@ -10,11 +10,12 @@ import pytest
 from adapt_jax.config.options import CalibrationOptions, PruneOptions
 from adapt_jax.data.windows import Blocks
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.pipeline.shared import ScoreMemo
+from adapt_jax.pipeline.schedule import target_params
 from adapt_jax.pruning import surgery
+from adapt_jax.pruning.criteria import IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan, PruneState
-from adapt_jax.pruning.pruner import Pruner, target_params
-from adapt_jax.pruning.scorer import IMPORTANCES
+from adapt_jax.pruning.pruner import Pruner
+from adapt_jax.pruning.score_memo import ScoreMemo
 from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
 from models.network import llama
 from tests.support.helpers import KeepingCompiler
@@ -42,11 +43,10 @@ def make_pruner(config, rows=32, seed=0, memo=None, compiler=None, dtype=jnp.flo
 
 def prune(pruner, params, target, state=None, compacted=None):
   state = state or PruneState.start(pruner.config)
-  records = []
   compacted = compacted or state.plan
   stacked = pruner.stack(params, compacted)
-  state = pruner.prune(stacked, compacted, state, target, lambda s, r: records.append(r), 'prune')
-  return state, records
+  steps = list(pruner.prune(stacked, compacted, state, target, 'prune'))
+  return (steps[-1][0] if steps else state), [record for _, record in steps]
 
 
 def test_bfloat16_weights_are_gone_over_as_they_are():

@@ -17,13 +17,12 @@ import pytest
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.pipeline import inputs
-from adapt_jax.pipeline.stages import stage_targets
+from adapt_jax.pipeline.schedule import stage_steps, stage_targets
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import steps
 from adapt_jax.pruning.scores import Scores
-from adapt_jax.training.step import stage_steps
 from configs import llama_8b_to_1b, published
 from models.config import channel_params, count_params
 from models.formats.hf_config import config_from_hf

@@ -75,21 +75,21 @@ def pruning(stage: int, step: int) -> dict[str, Any]:
   }
 
 
-def evaluation(of: str, value: float) -> dict[str, Any]:
-  return {'event': 'evaluate', 'of': of, 'step': 0, 'perplexity': value}
+def evaluation(of: str, value: float, stage: int = 0) -> dict[str, Any]:
+  return {'event': 'evaluate', 'of': of, 'stage': stage, 'step': 0, 'perplexity': value}
 
 
 def make_events(train: bool = True) -> list[dict[str, Any]]:
   events, step = [evaluation('dense', 28.75)], 0
   for stage, end in enumerate(ENDS, 1):
     events += [pruning(stage, 2 * stage - 1), pruning(stage, 2 * stage)]
-    events.append(evaluation(f'stage {stage} pruned', stage_row(stage)['perplexity_pruned']))
+    events.append(evaluation('pruned', stage_row(stage)['perplexity_pruned'], stage))
     while train and step < end:
       step += 1
       loss = {'loss': 3.0 + 1 / step, 'gradient_norm': 2.0, 'learning_rate': 1e-4 * step}
       events.append({'event': 'train', 'stage': stage, 'step': step} | loss)
     if train:
-      events.append(evaluation(f'stage {stage} recovered', stage_row(stage)['perplexity_recovered']))
+      events.append(evaluation('recovered', stage_row(stage)['perplexity_recovered'], stage))
   return events
 
 
@@ -132,7 +132,8 @@ def overflowing_page() -> str:
   """Figures that are not finite, as a pruning that goes too far gives them."""
   report, events = make_report(), make_events()
   report['perplexity']['pruned'] = report['stages'][1]['perplexity_pruned'] = math.inf
-  next(e for e in events if e.get('of') == 'stage 2 pruned')['perplexity'] = math.inf
+  (last,) = [e for e in events if e.get('of') == 'pruned' and e['stage'] == 2]
+  last['perplexity'] = math.inf
   events[1]['layer_importance'][1] = math.nan
   return render(report, events, command=COMMAND, running=False)
 
@@ -145,9 +146,7 @@ def long_page() -> str:
     for i in range(1, 999)
   ]
   report['schedule']['train_steps'] = ENDS[1] + 998
-  return render(
-    report, [*events, *last, evaluation('stage 2 recovered', 4e4)], command=COMMAND, running=False
-  )
+  return render(report, [*events, *last, evaluation('recovered', 4e4, 2)], command=COMMAND, running=False)
 
 
 PAGES = (complete_page, partial_page, barest_page, pruned_page, unmeasured_page, overflowing_page, long_page)
@@ -318,7 +317,7 @@ def test_a_partial_page_shows_what_is_known() -> None:
   page = partial_page()
   reader = Reader(page)
   assert reader.rows[2:] == [['1', '899,679', '90.0 %', '41.25', '–', '–', '100']]
-  assert 'running, stage 1 of 2: evaluated stage 1 pruned' in reader.text
+  assert 'running, stage 1 of 2: evaluated the pruned model' in reader.text
   assert 'target 2: 800k' in reader.text  # of a stage that is yet to come
   assert '1,000,000 → 899,679' in reader.text
   assert 'http-equiv="refresh"' in page

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from adapt_jax.machine.compiler import Compiler, Programs
-from adapt_jax.pipeline.shared import ScoreMemo
+from adapt_jax.pruning.score_memo import ScoreMemo
 from adapt_jax.pruning.scores import Scores
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from adapt_jax.pruning import surgery
+from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.pruning.scorer import DISTANCES, IMPORTANCES, Scorer
+from adapt_jax.pruning.scorer import Scorer
 from models.config import LayerShape, ModelConfig, RopeConfig
 from models.network import llama
 from models.network.backend import loop_options

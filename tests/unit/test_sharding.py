@@ -18,8 +18,9 @@ from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.compensate import Compensator
+from adapt_jax.pruning.criteria import IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.pruning.scorer import IMPORTANCES, Scorer
+from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import make_step

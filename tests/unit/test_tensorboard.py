@@ -28,13 +28,13 @@ def curves(path: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_every_scalar_is_a_curve(tmp_path):
   log = MetricsLog(tmp_path / 'metrics.jsonl')
-  log.write('evaluate', of='dense', step=0, perplexity=20.0)
+  log.write('evaluate', of='dense', stage=0, step=0, perplexity=20.0)
   log.write('prune', stage=1, step=1, params=900, loss=3.0, ffn=[1, 2])
   log.write('prune', stage=1, step=2, params=800, loss=3.25, ffn=[1, 1])
-  log.write('evaluate', of='stage 1 pruned', step=0, perplexity=30.0)
+  log.write('evaluate', of='pruned', stage=1, step=0, perplexity=30.0)
   train(log, 1, 2.5)
   train(log, 2, 2.25)
-  log.write('evaluate', of='stage 1 recovered', step=2, perplexity=25.0)
+  log.write('evaluate', of='recovered', stage=1, step=2, perplexity=25.0)
   log.write('sensitivity', base=0.0, layer=1, perplexity=3.0)  # no curve over steps
   assert curves(tmp_path) == {
     'perplexity/dense': [(0, 20.0)],
@@ -71,5 +71,5 @@ def test_without_the_extra_there_is_only_the_log(tmp_path, monkeypatch):
 
 
 def test_the_package_is_loaded_where_it_writes_only():
-  code = "import sys; from adapt_jax import metrics; sys.exit('tensorboard' in sys.modules)"
+  code = "import sys; from adapt_jax.pipeline import metrics; sys.exit('tensorboard' in sys.modules)"
   subprocess.run([sys.executable, '-c', code], check=True, cwd=pathlib.Path(__file__).parents[2])

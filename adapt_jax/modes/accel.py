@@ -1,0 +1,18 @@
+"""Modes accel and prune: prunes a model in stages and, in mode accel, recovers it after each."""
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.evaluation.harness import check_tasks
+from adapt_jax.machine.processes import say
+from adapt_jax.pipeline.inputs import prepare
+from adapt_jax.pipeline.run import Run
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.reports.summary import table
+
+
+def run(options: RunOptions, workdir: Workdir, command: str) -> None:
+  """Runs or resumes, then prints the table. Raises InputError before any work."""
+  check_tasks(options.evaluate)
+  inputs = prepare(options)
+  workdir.claim()
+  report = Run(options, inputs, workdir, command).execute()
+  say(table(report))

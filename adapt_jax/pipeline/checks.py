@@ -1,0 +1,67 @@
+"""Checks of a run before any heavy work, cheap ones first: texts, target, steps, exports, mesh."""
+
+import itertools
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.data.chat_templates import read_template
+from adapt_jax.data.documents import check_source
+from adapt_jax.export.writer import check_result
+from adapt_jax.machine import mesh
+from adapt_jax.pipeline.dense_model import with_output_bias
+from adapt_jax.pipeline.schedule import stage_steps, target_params
+from adapt_jax.pruning import serving_widths
+from adapt_jax.pruning.methods import METHODS
+from models.config import ModelConfig
+from models.errors import InputError
+
+
+def check_sources(options: RunOptions) -> None:
+  """Checks that every source of the run can be read; tokenises nothing. Raises InputError."""
+  read_template(options.data.chat_template)
+  fields = {'prune.calibration.source': options.prune.calibration.source}
+  if options.train.tokens:
+    fields['train.source'] = options.train.source
+  if options.evaluate.source:
+    fields['evaluate.source'] = options.evaluate.source
+  for field, source in fields.items():
+    check_source(
+      source,
+      f'config.{field}',
+      text_field=options.data.text_field,
+      messages_field=options.data.messages_field,
+    )
+
+
+def check_plan(options: RunOptions, config: ModelConfig) -> None:
+  """Checks widths for prune.serve, the target, the batches of each stage, the forms. Raises InputError.
+
+  config: of the source.
+  """
+  serving_widths.check_model(options.prune.serve, config)
+  _check_target(options, config)
+  _check_steps(options)
+  check_result(options.export, with_output_bias(config, options.prune.compensate == 'bias'))
+  mesh.check_model(config)
+  mesh.check_batches(options)
+
+
+def _check_target(options: RunOptions, config: ModelConfig) -> None:
+  target = target_params(config, options.prune.target)
+  pruned = with_output_bias(config, options.prune.compensate == 'bias')
+  smallest = METHODS[options.prune.method](pruned, options.prune).smallest()
+  if target < smallest:
+    raise InputError(
+      f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but what '
+      f'config.prune.method = {options.prune.method!r} always keeps already has {smallest:,}: raise it'
+    )
+
+
+def _check_steps(options: RunOptions) -> None:
+  t = options.train
+  ends = [0, *stage_steps(t, options.prune.stages)]
+  if t.tokens and any(stop <= start for start, stop in itertools.pairwise(ends)):
+    raise InputError(
+      f'config.train.tokens = {t.tokens:,} leaves a stage without a batch of {t.batch} x {t.length} tokens; '
+      f'it is split over {options.prune.stages} stages ({t.split}): raise it, or lower '
+      f'train.batch or prune.stages'
+    )

@@ -1,0 +1,46 @@
+"""The model that a run starts from: a source, and the biases that the run adds to it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from adapt_jax.machine import mesh
+from adapt_jax.machine.mesh import load_source
+from adapt_jax.pruning import surgery
+from models.config import ModelConfig
+from models.formats.source import Source
+from models.network.llama import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseModel:
+  """The dense model, opened but not loaded.
+
+  output_bias: the run needs biases at the output projections: they are added, as zeros, where there are none.
+  """
+
+  source: Source
+  output_bias: bool = False
+
+  @property
+  def config(self) -> ModelConfig:
+    return with_output_bias(self.source.config, self.output_bias)
+
+  def load_params(self, dtype: Any) -> Params:
+    """The source's parameters, the run's biases added, in `dtype` or, with None, each in its own."""
+    params = load_source(self.source, dtype)
+    return mesh.jit(self._with_biases, params)(params) if self.output_bias else params
+
+  def abstract_params(self, dtype: Any) -> Params:
+    """Their shapes and dtypes as `jax.ShapeDtypeStruct`."""
+    shapes = self.source.abstract_params(dtype)
+    return jax.eval_shape(self._with_biases, shapes) if self.output_bias else shapes
+
+  def _with_biases(self, params: Params) -> Params:
+    return surgery.with_output_bias(self.source.config, params)[1]
+
+
+def with_output_bias(config: ModelConfig, biased: bool) -> ModelConfig:
+  """The config of the model with its biases at the output projections, if `biased`."""
+  return dataclasses.replace(config, output_bias=True) if biased else config

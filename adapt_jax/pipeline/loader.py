@@ -1,0 +1,93 @@
+"""Token blocks of a run's texts."""
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.data.chat_templates import with_template
+from adapt_jax.data.documents import is_blocks
+from adapt_jax.data.train_set import TrainSet, open_train_set
+from adapt_jax.data.windows import Blocks, check_vocab, load_blocks, load_stream
+from adapt_jax.machine.processes import decide
+from models.config import ModelConfig
+from models.errors import InputError
+
+# A source is read this far at least, so that draws cover more than its first documents; a stream of a
+# hub data set has to end somewhere.
+_POOL_TOKENS = 2**22
+
+
+class Loader:
+  """Token blocks of a run's sources; one that serves twice, cut to two lengths, is tokenised once.
+
+  cache: of loaders of other options with the same tokenizer, to tokenise nothing twice for them all.
+  """
+
+  def __init__(
+    self, options: RunOptions, tokenizer: Any, config: ModelConfig, cache: dict[Any, Any] | None = None
+  ):
+    self.tokenizer = with_template(tokenizer, options.data.chat_template)
+    self._options, self._config = options, config
+    self._cache: dict[Any, Any] = {} if cache is None else cache
+
+  def load(self, field: str, source: tuple[str, ...], length: int, tokens: int = 0) -> Blocks:
+    """Windows of `length` tokens from the first `tokens` of the source, at least from a pool to draw from."""
+    name, limit = f'config.{field}', max(tokens, _POOL_TOKENS)
+    data = self._options.data
+    fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
+    fields |= {'field': name, 'max_tokens': limit}
+    key = (data, source, limit)
+    if is_blocks(source):
+      blocks = self._once((*key, length), lambda: load_blocks(source, self.tokenizer, length, **fields))
+    else:
+      stream = self._once(key, lambda: load_stream(source, self.tokenizer, **fields))
+      blocks = self._once((*key, length), lambda: stream.blocks(length, name))
+    check_vocab(int(blocks.tokens.max()), self._config.vocab_size, name)
+    _check_same(blocks, name)
+    if not blocks.targets.any():
+      raise InputError(
+        f'{name}: no token to predict in {len(blocks.tokens)} rows of {length} tokens: chats need '
+        f"the assistant's messages"
+      )
+    return blocks
+
+  def train_set(self) -> TrainSet:
+    """The rows of training, from the cache on disk."""
+    o = self._options
+    return open_train_set(o.train, o.data, self.tokenizer, self._config.vocab_size, o.seed)
+
+  def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    if key not in self._cache:
+      self._cache[key] = make()
+    return self._cache[key]
+
+  def evaluation(self) -> Blocks:
+    """The evaluation windows: at most `evaluate.max_tokens` tokens, evenly spaced over the source."""
+    e = self._options.evaluate
+    blocks = self.load('evaluate.source', e.source, e.length, e.max_tokens or sys.maxsize)
+    count = len(blocks.tokens)
+    wanted = max(1, e.max_tokens // e.length) if e.max_tokens else count
+    if wanted >= count:
+      return blocks
+    rows = np.linspace(0, count - 1, wanted).round().astype(int)
+    return dataclasses.replace(blocks, tokens=blocks.tokens[rows], targets=blocks.targets[rows])
+
+
+def _check_same(blocks: Blocks, field: str) -> None:
+  """Raises InputError if this process has read other windows than the first."""
+  if jax.process_count() == 1:
+    return
+
+  def digest() -> str:
+    return hashlib.sha256(blocks.tokens.tobytes() + blocks.targets.tobytes()).hexdigest()
+
+  if decide(digest) != digest():
+    raise InputError(
+      f'{field}: process {jax.process_index()} does not read what the first reads: give all the same files'
+    )

@@ -1,0 +1,222 @@
+"""One run of Adapt-Accel in its workdir: stages, measurements, checkpoints, resume, exports and report."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.export.writer import Writer, written_dtype
+from adapt_jax.machine import preemption
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.preemption import Preempted
+from adapt_jax.machine.processes import is_first
+from adapt_jax.pipeline.inputs import Inputs
+from adapt_jax.pipeline.metrics import MetricsLog
+from adapt_jax.pipeline.quality import Quality
+from adapt_jax.pipeline.run_report import run_report
+from adapt_jax.pipeline.schedule import Schedule
+from adapt_jax.pipeline.shared import Shared
+from adapt_jax.pipeline.stages import Pruning, Recovery
+from adapt_jax.pipeline.state import RunState, StateStore
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.reports import report as reports
+from adapt_jax.reports import run_page
+from adapt_jax.reports.report import Of, RunReport, StageReport
+from adapt_jax.training.optim import optimizer
+from models.config import ModelConfig, count_params
+
+
+class Run:
+  """One run of mode accel or prune in its workdir.
+
+  Args:
+    options: checked options.
+    inputs: model, tokenizer and token blocks, opened and checked.
+    workdir: claimed.
+    command: that reproduces the run, for its report.
+    shared: with other runs of this process on the same model.
+    export: whether to write the model.
+  """
+
+  def __init__(
+    self,
+    options: RunOptions,
+    inputs: Inputs,
+    workdir: Workdir,
+    command: str,
+    *,
+    shared: Shared | None = None,
+    export: bool = True,
+  ):
+    self._options, self._inputs, self._workdir, self._command = options, inputs, workdir, command
+    self._export, self._started = export, time.monotonic()
+    self._compiler = Compiler(shared.programs if shared else None)
+    self._metrics = MetricsLog(workdir.metrics)
+    self._store = StateStore(workdir, inputs.config, self._metrics)
+    self._schedule = Schedule.of(options, inputs.source.config)
+    self._trains = inputs.train is not None
+    tx = optimizer(options.train, self._schedule.train_steps) if self._trains else None
+    args = options, inputs, self._schedule
+    memo = shared.scores if shared else None
+    self._pruning = Pruning(*args, tx, compiler=self._compiler, memo=memo)
+    self._quality = Quality(options, inputs, self._metrics, shared or Shared(), compiler=self._compiler)
+    self._recovery = Recovery(*args, tx, compiler=self._compiler) if tx else None
+
+  def execute(self) -> RunReport:
+    """Runs or resumes all stages, writes the exports and report.json; returns the report.
+
+    Raises `Preempted` after SIGTERM, with all training saved.
+    """
+    state = self._store.resume(self._pruning.shapes, self._pruning.start)
+    self._before, self._saved_step = (state.seconds, dict(state.compiles)), state.train_step
+    with preemption.deferred():
+      try:
+        self._run_stages(state)
+      except Preempted:
+        if state.train_step > self._saved_step:  # a stage's training was over, its evaluation not
+          self._save(state)
+        raise Preempted(self._position(state)) from None
+      self.close()
+      return self._finish(state)
+
+  def close(self) -> None:
+    """Ends writing checkpoints; `execute` does it, so only after it has failed."""
+    self._store.close()
+
+  def _run_stages(self, state: RunState) -> None:
+    if state.dense_perplexity is None:
+      state.measure_dense(self._perplexity(state, 'dense'))
+    if self._measure_tasks(state, 'dense'):
+      self._store.save_plan(state, 1)
+    for stage in range(max(state.stage, 1), self._schedule.stages + 1):
+      if state.stage < stage:
+        self._prune_stage(stage, state)
+      preemption.check()
+      if not state.complete:
+        self._recover_stage(stage, state)
+      preemption.check()
+
+  def _position(self, state: RunState) -> str:
+    stage = min(state.stage + state.complete, self._schedule.stages)
+    return f'at stage {stage}, pruning step {state.pruning.step}, training step {state.train_step}'
+
+  # -- one stage ------------------------------------------------------------------------------------
+
+  def _prune_stage(self, stage: int, state: RunState) -> None:
+    """Prunes to the stage's target, compacts, measures and saves."""
+    start, last = time.monotonic(), stage == self._schedule.stages
+    for record in self._pruning.steps(stage, state):
+      self._metrics.write('prune', stage=stage, **dataclasses.asdict(record))
+      self._store.save_plan(state, stage)
+      self._write_page(state)
+      preemption.check()
+    self._pruning.finish(stage, state)
+    if last and not self._trains:
+      self._round_to_export(state)
+    perplexity = self._perplexity(state, 'pruned', stage)
+    if last:
+      self._measure_tasks(state, 'pruned')
+    row: StageReport = {
+      'stage': stage,
+      'target': self._schedule.target(stage),
+      'params': count_params(self._config(state)),
+      'perplexity_pruned': perplexity,
+      'seconds': time.monotonic() - start,
+    }
+    self._pruning.open_stage(row, state)
+    self._save(state)
+
+  def _recover_stage(self, stage: int, state: RunState) -> None:
+    """Trains on the rest of the stage's share, measures and saves."""
+    assert state.row is not None
+    start, last = time.monotonic() - state.row['seconds'], stage == self._schedule.stages
+    recovered = None
+    if self._recovery is not None:
+      self._train(stage, state, self._recovery, start)
+      if last:
+        self._round_to_export(state)
+      recovered = self._perplexity(state, 'recovered', stage)
+      if last:
+        self._measure_tasks(state, 'recovered')
+    steps = state.train_step - self._schedule.start(stage)
+    row: StageReport = {
+      **state.row,
+      **state.compacted.widths(self._inputs.config),
+      'perplexity_recovered': recovered,
+      'tokens': steps * self._options.train.batch * self._options.train.length,
+      'seconds': time.monotonic() - start,
+    }
+    state.close_stage(row)
+    self._save(state)
+
+  def _train(self, stage: int, state: RunState, recovery: Recovery, start: float) -> None:
+    """The stage's training, saved now and then; `start`: when the stage began, its earlier work counted."""
+    for done in recovery.steps(stage, state):
+      self._metrics.write('train', stage=stage, step=done.step, **done.metrics)
+      if done.state is not None:
+        state.spend(time.monotonic() - start)
+        if done.step < self._schedule.end(stage):
+          self._save(state)
+
+  def _perplexity(self, state: RunState, of: Of, stage: int = 0) -> float | None:
+    return self._quality.perplexity(self._config(state), state.params, of, stage, state.train_step)
+
+  def _measure_tasks(self, state: RunState, of: Of) -> bool:
+    """Scores the model on tasks, into the state; False if it is scored already, or no task is asked for."""
+    if not self._options.evaluate.has_tasks or of in state.tasks:
+      return False
+    scores = self._quality.tasks(self._config(state), state.params, of, state.train_step)
+    state.measure_tasks(of, scores)
+    return True
+
+  def _config(self, state: RunState) -> ModelConfig:
+    return state.compacted.pruned_config(self._inputs.config)
+
+  # -- files ----------------------------------------------------------------------------------------
+
+  def _save(self, state: RunState) -> None:
+    seconds, compiles = self._before
+    names = ['scoring', 'compensation', 'training', 'evaluation']
+    names += ['harness', 'prefill', 'decode'] if self._options.evaluate.has_tasks else []
+    counts = {n: compiles.get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
+    state.count(seconds + time.monotonic() - self._started, counts)
+    self._store.save(state)
+    self._saved_step = state.train_step
+    self._write_page(state)
+
+  def _report(self, state: RunState) -> RunReport:
+    definition, model = self._quality.definition, self._inputs.model
+    return run_report(self._options, model, state, command=self._command, definition=definition)
+
+  def _write_page(self, state: RunState, running: bool = True) -> None:
+    if is_first():
+      events = self._metrics.read()
+      run_page.write(self._workdir.page, self._report(state), events, command=self._command, running=running)
+
+  def _export_dtype(self) -> Any:
+    return written_dtype(self._options.export, self._inputs.source.dtype, self._trains)
+
+  def _round_to_export(self, state: RunState) -> None:
+    """So that the last perplexity is that of the weights as they are saved."""
+    if (dtype := self._export_dtype()) is not None:
+      rounded = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), state.params)
+      state.hold(state.arrays | {'params': rounded})
+
+  def _finish(self, state: RunState) -> RunReport:
+    self._store.save_plan(state, self._schedule.stages)
+    report = self._report(state)
+    if self._export:
+      writer = Writer(
+        self._options.export,
+        self._workdir.path,
+        tokenizer=self._inputs.tokenizer,
+        dtype=self._export_dtype(),
+        generation=self._inputs.source.generation,
+        report=report,
+      )
+      report['exports'] = writer.write(self._config(state), state.params)
+    self._write_page(state, running=False)
+    reports.write(self._workdir.report, report)
+    return report

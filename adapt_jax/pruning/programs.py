@@ -1,0 +1,43 @@
+"""The programs of pruning and their arguments, as a run's options ask for them: for runs and estimates."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adapt_jax.config.options import CalibrationOptions, PruneOptions
+from adapt_jax.machine.mesh import rows_at_once
+from adapt_jax.pruning.compensate import Compensator
+from adapt_jax.pruning.methods import METHODS
+from adapt_jax.pruning.scorer import Scorer
+from models.config import ModelConfig
+from models.network.sharding import row_sharding
+
+
+def scoring(config: ModelConfig, options: PruneOptions, dtype: Any) -> Scorer:
+  """The program that scores groups and layers by what the method asks for."""
+  method = METHODS[options.method]
+  return Scorer(
+    config,
+    method.importance or options.importance,
+    method.distance or options.layer_distance,
+    micro_batch(options.calibration),
+    dtype,
+    reference_fold=options.compat == 'reference',
+  )
+
+
+def compensation(config: ModelConfig, options: PruneOptions, dtype: Any) -> Compensator:
+  """The program that adjusts the remaining weights; for prune.compensate other than none."""
+  return Compensator(config, options.compensate, micro_batch(options.calibration), dtype)
+
+
+def calibration_tokens(options: CalibrationOptions) -> jax.ShapeDtypeStruct:
+  """Shape and place of the tokens [samples, length] that both programs take."""
+  shape = (options.samples, options.length)
+  return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding())
+
+
+def micro_batch(options: CalibrationOptions) -> int:
+  """Rows that go through a layer at once, over all devices."""
+  return rows_at_once(options.samples, options.batch)

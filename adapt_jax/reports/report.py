@@ -1,0 +1,224 @@
+"""`report.json`: what it holds in each mode, and its reading and writing.
+
+Everything else about a run is shown from these: tables, pages, model cards, grids.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+from collections.abc import Mapping
+from typing import Any, Literal, Required, TypedDict
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.machine.processes import is_first
+from models.files import write_text
+
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'numpy')
+
+# What a perplexity or a score is of: the dense model, one just pruned, or one recovered from that.
+Of = Literal['dense', 'pruned', 'recovered']
+Tasks = dict[str, dict[str, dict[str, Any]]]  # {'dense': {task: {metric: value}}, 'pruned': …}
+
+
+class ModelReport(TypedDict, total=False):
+  """A model and its widths by layer, before pruning; parameters are stored ones."""
+
+  source: Required[str]
+  params_before: int
+  params_after: int
+  params_target: int
+  num_heads: list[int]
+  num_kv_heads: list[int]
+  ffn: list[int]
+
+
+class PerplexityReport(TypedDict, total=False):
+  """Perplexity of the dense model and of the last stage; `definition` says what it is, in words."""
+
+  dense: float | None
+  pruned: float | None
+  recovered: float | None
+  definition: str | None
+
+
+class StageReport(TypedDict, total=False):
+  """A stage, as far as it has got; widths at its end are by layer of the dense model, 0 where it is gone."""
+
+  stage: Required[int]
+  target: int
+  params: Required[int]
+  perplexity_pruned: float | None
+  perplexity_recovered: float | None
+  num_heads: list[int]
+  num_kv_heads: list[int]
+  ffn: list[int]
+  tokens: int
+  seconds: float
+
+
+class ScheduleReport(TypedDict):
+  """targets: parameters at the end of each stage. train_steps: of the whole run."""
+
+  targets: list[int]
+  train_steps: int
+  tokens_per_step: int
+
+
+class EvaluationReport(TypedDict, total=False):
+  """Of mode evaluate; tasks: {task: {metric: value}}."""
+
+  model: Required[ModelReport]
+  perplexity: PerplexityReport
+  tasks: dict[str, dict[str, Any]]
+  command: str
+  compiles: dict[str, int]
+  seconds: float
+  versions: dict[str, str]
+
+
+class RunReport(TypedDict, total=False):
+  """Of modes accel, prune and export, and beside every export as its lineage.
+
+  prune, train: the settings. data: sources by use. exports: {'hf': bytes, logit difference, …}.
+  """
+
+  model: Required[ModelReport]
+  perplexity: PerplexityReport
+  tasks: Tasks
+  schedule: ScheduleReport
+  stages: list[StageReport]
+  prune: dict[str, Any]
+  train: dict[str, Any] | None
+  data: dict[str, tuple[str, ...]]
+  exports: dict[str, dict[str, Any]]
+  command: str
+  compiles: dict[str, int]
+  seconds: float
+  versions: dict[str, str]
+
+
+class BaseReport(TypedDict):
+  """A model that mode sensitivity starts from, all layers at one sparsity, and what pruning one more costs.
+
+  kv_groups, ffn: its widths by layer; …_pruned: a layer's widths once it is pruned alone. layers: perplexity
+  by layer and block, as far as they are measured.
+  """
+
+  sparsity: float
+  params: int
+  perplexity: float
+  calibration_loss: float
+  layer_importance: list[float]
+  kv_groups: list[int]
+  ffn: list[int]
+  kv_groups_pruned: list[int]
+  ffn_pruned: list[int]
+  layers: list[dict[str, float]]
+
+
+class SensitivityReport(TypedDict):
+  """Of mode sensitivity."""
+
+  model: ModelReport
+  sparsity: float
+  blocks: list[str]
+  bases: list[BaseReport]
+  importance: str
+  layer_distance: str
+  perplexity: PerplexityReport
+  command: str
+  compiles: dict[str, int]
+  seconds: float
+  versions: dict[str, str]
+
+
+class CellReport(TypedDict, total=False):
+  """A cell of a grid. values: of every field that varies. state: finished, running, failed or waiting."""
+
+  name: Required[str]
+  values: Required[dict[str, Any]]
+  state: Required[str]
+  perplexity_dense: float
+  perplexity_pruned: float
+  perplexity_recovered: float | None
+  params: int
+  seconds: float
+  error: str
+
+
+class ComparisonReport(TypedDict, total=False):
+  """Of mode compare; groups: cells that differ in `over` alone, put together."""
+
+  model: Required[ModelReport]
+  fields: Required[list[str]]
+  x: Required[str]
+  over: Required[str]
+  recover: Required[bool]
+  cells: Required[list[CellReport]]
+  groups: list[dict[str, Any]]
+  perplexity: dict[str, list[str]]
+  scoring_passes: dict[str, int]
+  compiles: dict[str, int]
+  seconds: float
+  command: str
+  versions: dict[str, str]
+
+
+class BenchReport(TypedDict, total=False):
+  """Of mode bench; models and ratio: figures of 'dense' and 'pruned', and pruned over dense."""
+
+  device: str
+  backend: str
+  dtype: str
+  prompts: str
+  repeats: int
+  models: Required[dict[str, dict[str, Any]]]
+  ratio: Required[dict[str, dict[str, float]]]
+  warning: str
+  command: str
+  versions: dict[str, str]
+
+
+def write(path: pathlib.Path, report: Mapping[str, Any]) -> None:
+  """Writes a report as JSON, once for all processes; a reader sees the old file or the new."""
+  if is_first():
+    write_text(path, json.dumps(report, indent=2) + '\n')
+
+
+def read(path: pathlib.Path) -> RunReport:
+  """The report of a run that has finished, as `write` left it."""
+  report: RunReport = json.loads(path.read_text())
+  return report
+
+
+def known_perplexities(report: RunReport) -> dict[Of, float]:
+  """Perplexities of a run as far as they are measured, in the order dense, pruned, recovered."""
+  found = report.get('perplexity', {})
+  values: list[tuple[Of, float | None]] = [
+    ('dense', found.get('dense')),
+    ('pruned', found.get('pruned')),
+    ('recovered', found.get('recovered')),
+  ]
+  return {of: value for of, value in values if value is not None}
+
+
+def versions(*more: str) -> dict[str, str]:
+  """Versions of Python and of the libraries that decide a run's figures, and of `more`."""
+  found = {name: importlib.metadata.version(name) for name in (*_PACKAGES, *more)}
+  return {'python': platform.python_version()} | found
+
+
+def settings(options: RunOptions) -> RunReport:
+  """How a run prunes and trains, and on what: the parts `prune`, `train` and `data` of its report."""
+  trains = options.train.tokens > 0
+  return {  # type: ignore[typeddict-item]
+    'prune': dataclasses.asdict(options.prune),
+    'train': dataclasses.asdict(options.train) if trains else None,
+    'data': {
+      'calibration': options.prune.calibration.source,
+      'train': options.train.source if trains else (),
+      'evaluate': options.evaluate.source,
+    },
+  }

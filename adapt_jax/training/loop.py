@@ -1,0 +1,84 @@
+"""The loop of recovery training."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+
+from adapt_jax.config.options import TrainOptions
+from adapt_jax.data.train_set import TrainSet
+from adapt_jax.machine import preemption
+from adapt_jax.machine.mesh import put_rows
+from adapt_jax.machine.progress import Progress
+from adapt_jax.training.optim import learning_rate
+from adapt_jax.training.step import Teacher, TrainState
+from models.errors import InputError
+
+Metrics = dict[str, float]
+
+
+class Trained(NamedTuple):
+  """A training step that has ended.
+
+  step: how many steps have ended, over the whole run. metrics: of this one.
+  state: the state after it, where it is to be saved; None where the next step has already taken it.
+  """
+
+  step: int
+  metrics: Metrics
+  state: TrainState | None
+
+
+def run_steps(
+  state: TrainState,
+  program: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+  data: TrainSet,
+  options: TrainOptions,
+  *,
+  start: int,
+  stop: int,
+  total: int,
+  teacher: Teacher | None,
+  title: str,
+) -> Iterator[Trained]:
+  """Global steps start … stop-1, each told when it has ended; `state` is used up.
+
+  Metrics are read one step late, so the device does not wait for the host. The state is handed out every
+  `options.save_every` steps, at the end and after SIGTERM, once its loss was found finite. Raises `Preempted`
+  after SIGTERM, and InputError, naming the step, where loss or gradient norm are not finite.
+  """
+  rate_at = learning_rate(options, total)
+  tokens_per_step = options.batch * options.length
+  teachers = (teacher.params,) if teacher else ()
+  pending: tuple[int, dict[str, jax.Array]] | None = None
+  since = time.monotonic()  # when the step before `pending` was seen to end
+
+  def read(step: int, device_metrics: dict[str, jax.Array]) -> Metrics:
+    nonlocal since
+    metrics = {k: float(v) for k, v in device_metrics.items()}
+    if not math.isfinite(metrics['loss']) or not math.isfinite(metrics['gradient_norm']):
+      raise InputError(
+        f'training step {step + 1}: loss {metrics["loss"]}, gradient norm {metrics["gradient_norm"]}; '
+        f'the last checkpoint is good: lower config.train.lr = {options.lr} and start a new workdir'
+      )
+    seconds, since = time.monotonic() - since, time.monotonic()
+    progress.update(tokens_per_step, loss=f'{metrics["loss"]:.3f}')
+    return metrics | {
+      'learning_rate': float(rate_at(step)),
+      'tokens_per_second': tokens_per_step / max(seconds, 1e-9),
+    }
+
+  with Progress(title, (stop - start) * tokens_per_step, 'tokens') as progress:
+    for step in range(start, stop):
+      state, device_metrics = program(state, *put_rows(data.rows(step), data.read), *teachers)
+      if pending is not None:
+        yield Trained(pending[0] + 1, read(*pending), None)
+      pending = step, device_metrics
+      stopping = preemption.requested()
+      if stopping or step + 1 == stop or (step + 1) % options.save_every == 0:
+        yield Trained(step + 1, read(*pending), state)
+        pending, since = None, time.monotonic()
+      if stopping:
+        raise preemption.Preempted

@@ -1,0 +1,22 @@
+"""The run's log."""
+
+import json
+
+from adapt_jax.pipeline.metrics import MetricsLog
+
+
+def test_lines_of_version_0_1_are_read_as_those_of_today(tmp_path):
+  """A run that began there and goes on here has one kind of line for its page."""
+  path = tmp_path / 'metrics.jsonl'
+  earlier = [
+    {'event': 'evaluate', 'of': 'dense', 'step': 0, 'perplexity': 20.0},
+    {'event': 'prune', 'stage': 1, 'step': 1},
+    {'event': 'evaluate', 'of': 'stage 1 pruned', 'step': 0, 'perplexity': 30.0},
+    {'event': 'train', 'stage': 1, 'step': 1},
+    {'event': 'evaluate', 'of': 'stage 1 recovered', 'step': 1, 'perplexity': 25.0},
+  ]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in earlier))
+  log = MetricsLog(path)
+  log.write('evaluate', of='pruned', stage=2, step=1, perplexity=40.0)
+  found = [(row['of'], row['stage']) for row in log.read() if row['event'] == 'evaluate']
+  assert found == [('dense', 0), ('pruned', 1), ('recovered', 1), ('pruned', 2)]
