@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-import main
 from adapt_jax.config.build import from_dict
+from adapt_jax.config.identity import identity
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.writer import LINEAGE
 from adapt_jax.modes import bench
@@ -38,7 +38,7 @@ def make_options(models, dense='wide', pruned='narrow', **fields):
 
 
 def run(options, path):
-  bench.run(options, Workdir(str(path), main._identity('bench', options)), 'the command')
+  bench.run(options, Workdir(str(path), identity('bench', options)), 'the command')
   return json.loads((path / 'report.json').read_text())
 
 
@@ -143,6 +143,6 @@ def test_bad_input_is_refused_before_weights_are_read(models, tmp_path, monkeypa
 
 def test_what_was_measured_is_part_of_a_workdirs_identity(models):
   identities = [
-    main._identity(mode, make_options(models, repeats=n)) for n in (1, 2) for mode in ('bench', 'accel')
+    identity(mode, make_options(models, repeats=n)) for n in (1, 2) for mode in ('bench', 'accel')
   ]
   assert identities[0] != identities[2] and identities[1] == identities[3]

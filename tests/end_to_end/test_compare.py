@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-import main
 from adapt_jax.config.build import from_dict
+from adapt_jax.config.identity import identity
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.preemption import Preempted
 from adapt_jax.modes import accel, compare, compare_page
@@ -51,7 +51,7 @@ def make_config(files, grid=GRID, compensate='none', **compare_fields):
 
 def start(config, path):
   options = from_dict(config.to_dict())
-  workdir = Workdir(str(path), main._identity('compare', options))
+  workdir = Workdir(str(path), identity('compare', options))
   workdir.check()
   compare.run(options, workdir, 'python main.py <x>')
   return json.loads((path / 'report.json').read_text())
