@@ -25,7 +25,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 MODEL = ROOT / 'data' / 'SmolLM2-135M-Instruct.Q4_1.gguf'
 GOLDEN = ROOT.parent / 'shared' / 'golden'
 pytestmark = [
-  pytest.mark.slow,
   pytest.mark.skipif(not MODEL.exists(), reason='the demo model is not there: python scripts/fetch_demo.py'),
 ]
 
