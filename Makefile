@@ -12,7 +12,7 @@ help:
 	@echo 'make demo    prune and retrain a small model here, and print what it cost'
 	@echo 'make test    all tests'
 	@echo 'make test-fast  unit tests: about three minutes on two cores'
-	@echo 'make test-parity  eleven steps of the reference, where its figures are at hand: about eight minutes'
+	@echo 'make test-parity  eleven steps beside those of the authors'\'' program: about eight minutes'
 	@echo 'make test-serving  exports in the real vLLM and MLX-LM: 4 GB of packages, then one to five minutes'
 	@echo 'make bench   ours beside PyTorch, into benchmarks/RESULTS.md: one to two hours on two cores, nothing else running'
 	@echo 'make bench-gpu  one NVIDIA GPU, beside PyTorch: some GB of packages, then eight minutes'
@@ -28,7 +28,7 @@ test: .venv/installed-test .venv/transformers-4.57/installed fetch
 test-fast: .venv/installed-test
 	$(PY) -m pytest -q -m unit tests/unit --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-# Where the reference's figures lie beside the checkout; else it skips.
+# Its figures are those of tests/data.
 test-parity: .venv/installed-test fetch
 	$(PY) -m pytest -q -m parity
 
