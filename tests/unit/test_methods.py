@@ -127,6 +127,23 @@ def test_obs_takes_what_costs_least_per_parameter():
     assert (x[mask & (mask.sum(1) > 1)[:, None]] >= highest).all()
 
 
+@pytest.mark.parametrize('align', [4, 8, 16])
+def test_a_global_ranking_of_equal_scores_gives_no_layer_back_what_went(align):
+  """A layer's blocks go from its full width down, though rounding makes a later block's mean smaller."""
+  config = make_config(layers=3)
+  method, dense = make_method('obs', config, align_ffn=align), PrunePlan.dense(config)
+  channel = np.full((3, FFN), 0.1)
+  scores = Scores(channel[:, :KV] + 1, channel, np.zeros(3), np.float32(1))  # no KV group is the cheapest
+  for share in np.linspace(0.95, 0.6, 30):
+    target = int(share * count_params(config))
+    plan = method.step(scores, PruneState.start(config), target).plan
+    assert target - align * channel_params(config) < plan.params(config) <= target
+  removals = list(method._removals(scores, dense))
+  for layer in range(3):
+    at = [(at, -width) for at, of, is_kv, width in removals if of == layer and not is_kv]
+    assert len(at) > 2 and at == sorted(at)
+
+
 def test_flap_standardises_per_layer_and_module_over_what_is_left():
   torch = pytest.importorskip('torch')
   config = make_config(layers=2)
