@@ -6,12 +6,13 @@ PY := .venv/bin/python
 PIP := set -o pipefail; $(PY) -m pip --disable-pip-version-check install
 SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) collected packages.*/  \1/p'
 
-.PHONY: help demo test test-parity test-serving bench bench-gpu check clean fetch .venv
+.PHONY: help demo test test-fast test-parity test-serving bench bench-gpu check clean fetch .venv
 
 help:
 	@echo 'make demo    prune and retrain a small model here, and print what it cost'
 	@echo 'make test    all tests'
-	@echo 'make test-parity  eleven steps of the reference, where its figures are at hand: about eight minutes'
+	@echo 'make test-fast  unit tests: about three minutes on two cores'
+	@echo 'make test-parity  eleven steps beside those of the authors'\'' program: about eight minutes'
 	@echo 'make test-serving  exports in the real vLLM and MLX-LM: 4 GB of packages, then one to five minutes'
 	@echo 'make bench   ours beside PyTorch, into benchmarks/RESULTS.md: one to two hours on two cores, nothing else running'
 	@echo 'make bench-gpu  one NVIDIA GPU, beside PyTorch: some GB of packages, then eight minutes'
@@ -24,7 +25,10 @@ demo: .venv/installed fetch
 test: .venv/installed-test .venv/transformers-4.57/installed fetch
 	$(PY) -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-# Where the reference's figures lie beside the checkout; else it skips.
+test-fast: .venv/installed-test
+	$(PY) -m pytest -q -m unit tests/unit --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
+# Its figures are those of tests/data.
 test-parity: .venv/installed-test fetch
 	$(PY) -m pytest -q -m parity
 

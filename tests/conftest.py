@@ -1,25 +1,44 @@
 """Four simulated devices for tests of sharding; without a mesh all else runs on the first, as on a laptop.
 
-And one place for the code of exports, one for compiled programs. These are compiled with less of LLVM's
-work on them, here and in the runs that tests start: for tiny models it is a good part of the time.
+And one place for the code of exports, one for the compiled programs of all processes. These are compiled
+with less of LLVM's work on them, here and in the runs that tests start: for tiny models it is a good part of
+the time.
 """
 
 import os
+import pathlib
+import shutil
 import sys
+import tempfile
 
 import jax
 import pytest
+
+from tests.support import programs
+
+TESTS = pathlib.Path(__file__).parent
+CACHE = 'JAX_COMPILATION_CACHE_DIR'
 
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
 jax.config.update('jax_num_cpu_devices', 4)
 
 
-@pytest.fixture(scope='session', autouse=True)
-def compiled_programs(tmp_path_factory):
-  """Runs that tests start keep their programs here, not in the user's cache."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('programs')))
-    yield
+def pytest_configure(config):
+  """The process that starts the others makes the place for programs; those have it from their environment."""
+  if not hasattr(config, 'workerinput'):
+    os.environ[CACHE] = tempfile.mkdtemp(prefix='adapt-jax-programs-')
+  programs.keep()
+
+
+def pytest_unconfigure(config):
+  if not hasattr(config, 'workerinput'):
+    shutil.rmtree(os.environ[CACHE], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+  """A test's kind is its folder."""
+  for item in items:
+    item.add_marker(item.path.relative_to(TESTS).parts[0])
 
 
 @pytest.fixture(scope='session')

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import statistics
-import subprocess
 import time
 from xml.etree import ElementTree
 
@@ -26,6 +25,7 @@ from adapt_jax.pruning.pruner import Pruner
 from configs import ablations, methods_table
 from models.errors import InputError
 from tests.support import runs
+from tests.support.starter import Starter
 
 GRID = (
   {'prune.method': ('adapt',), 'prune.target': (0.8, 0.9), 'seed': (0, 1)},
@@ -177,7 +177,6 @@ def test_a_finished_cell_keeps_its_reports_only(finished):
     assert kept == {'report.json', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json', 'tensorboard'}
 
 
-@pytest.mark.slow
 def test_a_finished_grid_runs_nothing_again_and_a_grown_one_only_what_is_new(finished, files, tmp_path):
   path = tmp_path / 'out'
   start(make_config(files, SMALL), path)
@@ -201,7 +200,6 @@ def break_cells(patch, error):
   patch.setattr(run_module.Run, '_prune_stage', fail)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('error', [FloatingPointError('overflow\nof all'), InputError('config.x is bad')])
 def test_a_failed_cell_is_told_and_tried_again_and_does_not_stop_the_rest(
   files, tmp_path, monkeypatch, error, capsys
@@ -244,23 +242,21 @@ def test_a_full_disk_stops_the_grid(files, tmp_path, monkeypatch):
   assert not list(tmp_path.rglob('error.txt'))
 
 
-@pytest.mark.slow
 def test_a_killed_grid_goes_on_with_what_is_not_finished(files, tmp_path):
   path = tmp_path / 'out'
   grid = "({'prune.method': ('adapt', 'magnitude'), 'prune.target': (0.9, 0.8)},)"
   flags = ['--mode=compare', f'--config.compare.grid={grid}', '--config.prune.stages=1']
   flags += ['--config.prune.calibration.samples=8', '--config.prune.compensate=none']  # for all cells
-  command = runs.command(files, path, *flags)
-  process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  deadline = time.monotonic() + 300
+  starter = Starter(tmp_path, files)
+  pid, deadline = starter.start(path, *flags), time.monotonic() + 300
   while not list(path.glob('cells/*/report.json')):
-    assert process.poll() is None and time.monotonic() < deadline
+    assert os.path.exists(f'/proc/{pid}') and time.monotonic() < deadline
     time.sleep(0.002)
-  os.kill(process.pid, signal.SIGKILL)
-  process.wait()
+  os.kill(pid, signal.SIGKILL)
+  assert starter.wait()[0] == -signal.SIGKILL
   before = {p: p.stat().st_mtime_ns for p in path.glob('cells/*/report.json')}
   assert len(before) < 4 and not (path / 'report.json').exists()
-  result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+  result = runs.main(files, path, *flags)
   assert result.returncode == 0 and f'{len(before)} of 4 cells are finished' in result.stdout, result.stderr
   assert {p: p.stat().st_mtime_ns for p in before} == before
   assert '| adapt | 0.8 |' in result.stdout and 'compare: 4/' not in result.stdout
@@ -268,7 +264,6 @@ def test_a_killed_grid_goes_on_with_what_is_not_finished(files, tmp_path):
     assert json.loads(run.read_text())['config']['prune']['calibration']['samples'] == 8
 
 
-@pytest.mark.slow
 def test_with_recovery_over_stages(files, tmp_path):
   """Fig. 4 of the paper: the same training in one interleave or two."""
   config = make_config(files, ({'prune.stages': (1, 2)},), recover=True, x='prune.stages')

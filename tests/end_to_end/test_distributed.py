@@ -1,6 +1,7 @@
 """Runs on several processes and devices end as on one; killed, preempted or on other devices they go on."""
 
 import json
+import os
 import random
 import signal
 import socket
@@ -12,8 +13,10 @@ from safetensors.numpy import load_file
 from adapt_jax.machine import processes
 from models.errors import InputError
 from tests.support import runs
+from tests.support.forks import shared
 from tests.support.starter import Starter
 
+SEED = int(os.environ.get('ADAPT_JAX_TEST_SEED', '0'))  # another one kills at another moment
 # Adam blows rounding, which differs with the devices, up to the rate: here five times the paper's.
 FLAGS = ('--config.train.lr=1e-4', '--config.train.min_lr=1e-5')
 
@@ -25,10 +28,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def starters(files, tmp_path_factory):
-  found = [Starter(tmp_path_factory.mktemp('starter'), files) for _ in range(2)]
-  yield found
-  for starter in found:
-    starter.close()
+  return [Starter(tmp_path_factory.mktemp('starter'), files, shared(i)) for i in range(2)]
 
 
 @pytest.fixture(scope='module')
@@ -93,13 +93,12 @@ def test_two_processes_give_the_report_of_one(alone, together):
 
 def test_one_of_two_killed_at_a_random_moment(starters, together):
   """The other one ends by itself and says what to do; started again, both end with the same bits."""
-  path, seed = starters[0].path / 'killed', random.randrange(10**6)
-  rng = random.Random(seed)
+  path, rng = starters[0].path / 'killed', random.Random(SEED)
   log = [json.loads(x) for x in (together / 'metrics.jsonl').read_text().splitlines()]
   row = rng.choice(log[:-1])
   after, victim = {k: row[k] for k in ('event', 'of', 'stage', 'step') if k in row}, rng.randrange(2)
   ends = pair(starters, path, victim, kill='SIGKILL', after=after)
-  moment = f'seed {seed}: process {victim} after {after}'
+  moment = f'seed {SEED}: process {victim} after {after}'
   assert ends[victim][0] == -signal.SIGKILL and ends[1 - victim][0] not in (0, 2), moment
   if victim == 1:  # the first process has nobody above it that would end it with less to say
     assert 'start them all again' in ends[0][1], moment

@@ -17,8 +17,6 @@ from models.errors import InputError
 from models.formats.source import open_config, open_source
 from tests.support import runs
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):

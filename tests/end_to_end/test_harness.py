@@ -13,7 +13,7 @@ import pytest
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
 from adapt_jax.config.options import MeshOptions
-from adapt_jax.evaluation import harness, harness_lm
+from adapt_jax.evaluation import harness
 from adapt_jax.export.hf import write_hf
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler, Programs
@@ -27,6 +27,8 @@ from tests.support import harness_tasks, runs
 from tests.support.helpers import VARIED, random_params, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
+pytest.importorskip('lm_eval')
+harness_lm = pytest.importorskip('adapt_jax.evaluation.harness_lm')
 pytestmark = pytest.mark.usefixtures('code_cache')
 LONGEST = 64  # tokens that the tiny model sees at once: some questions and texts are longer
 

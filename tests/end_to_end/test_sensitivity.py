@@ -7,7 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import time
 
 import jax
@@ -30,6 +29,7 @@ from models.errors import InputError
 from models.formats.source import open_source
 from models.network.llama import init_params
 from tests.support import runs
+from tests.support.starter import Starter
 
 BASES, BLOCKS, LAYERS = (0.0, 0.4), ('both', 'attention', 'mlp'), 4
 
@@ -161,19 +161,18 @@ def test_killed_run_goes_on_where_it_stopped(finished, files, tmp_path):
     '--config.sensitivity.bases=0,0.4',
     '--config.sensitivity.blocks=both,attention,mlp',
   ]
-  command = runs.command(files, path, *flags)
-  process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  metrics, deadline = path / 'metrics.jsonl', time.monotonic() + 300
+  starter, metrics = Starter(tmp_path, files), path / 'metrics.jsonl'
+  pid, deadline = starter.start(path, *flags), time.monotonic() + 300
   while not metrics.exists() or metrics.read_text().count('"layer"') < 2:
-    assert process.poll() is None and time.monotonic() < deadline
+    assert os.path.exists(f'/proc/{pid}') and time.monotonic() < deadline
     time.sleep(0.002)
-  os.kill(process.pid, signal.SIGKILL)
-  process.wait()
+  os.kill(pid, signal.SIGKILL)
+  assert starter.wait()[0] == -signal.SIGKILL
   before = metrics.read_text()
   assert not (path / 'report.json').exists() and before.count('\n') < 1 + 2 * LAYERS
   with open(metrics, 'a') as file:
     file.write('{"event": "lay')
-  result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+  result = runs.main(files, path, *flags)
   assert result.returncode == 0 and 'resuming' in result.stdout, result.stderr
   assert metrics.read_text().startswith(before)
   assert json.loads((path / 'report.json').read_text())['bases'] == finished[1]['bases']

@@ -1,9 +1,8 @@
-"""The real model: SmolLM2-135M-Instruct from its GGUF file, against transformers and the reference.
+"""The real model: SmolLM2-135M-Instruct from its GGUF file, against transformers and the authors' program.
 
 Skipped where `scripts/fetch_demo.py` has not been run; `make test` runs it.
 """
 
-import json
 import pathlib
 
 import jax
@@ -13,19 +12,17 @@ import pytest
 
 from adapt_jax.export.hf import write_hf
 from adapt_jax.pruning import surgery
-from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.pruning.pruner import PruneState
+from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.widths import normalise
-from benchmarks.reference_parity import SLACK, overlap, reference_pruner, reference_state
+from benchmarks.reference_parity import SLACK, overlap
 from models.formats.source import open_source
 from models.network import llama
+from tests.support.reference import ROWS, Reference, reference_pruner, windows
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = ROOT / 'data' / 'SmolLM2-135M-Instruct.Q4_1.gguf'
-GOLDEN = ROOT.parent / 'shared' / 'golden'
 pytestmark = [
-  pytest.mark.slow,
   pytest.mark.skipif(not MODEL.exists(), reason='the demo model is not there: python scripts/fetch_demo.py'),
 ]
 
@@ -55,11 +52,9 @@ def test_logits_equal_those_of_transformers(source, params, tmp_path):
   np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason='the measured figures of the reference are not there')
 def test_first_step_reproduces_the_references_scores(source, params):
   """Cosines to 1e-4 and Taylor sums to 1e-3 (median), with query heads credited to their own KV group."""
-  golden = np.load(GOLDEN / 'step1_n128.npz')
-  tokens = np.load(GOLDEN / 'calib.npy')[:128]
+  golden, tokens = Reference().figures, windows()[0][:ROWS]
   # The reference ran on weights rounded to bfloat16 and kept in fp32.
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
   stacked = surgery.stack(rounded, PrunePlan.dense(source.config), jnp.float32)
@@ -72,29 +67,25 @@ def test_first_step_reproduces_the_references_scores(source, params):
   def difference(ours, theirs):
     return np.median(np.abs(ours * batches - theirs) / theirs)
 
-  assert difference(scores.ffn, golden['mlp_channel_importance']) < 1e-3
-  rows = sum(golden[f'taylor_{n}_proj'].reshape(30, 3, -1).sum(-1) for n in 'qkvo')
-  assert difference(scores.kv, rows) < 1e-3
+  assert difference(scores.ffn, golden['ffn_scores']) < 1e-3
+  assert difference(scores.kv, golden['kv_scores']) < 1e-3
 
 
 def check_parity(start, stop):
   """compat='reference' from the reference's tokens, and its state after `start`: widths, and given masks."""
-  pruner, params = reference_pruner(GOLDEN, rows=128)
-  steps = json.loads((GOLDEN / 'reference_n128/steps.json').read_text())[:stop]
-  seen = []
+  pruner, params = reference_pruner()
+  reference, seen = Reference(), []
 
   def on_step(state, record):
-    theirs = steps[record.step - 1]
-    assert record.kv_groups == theirs['num_kv_heads']
+    kv, ffn, sparsity = (reference.figures[name][record.step - 1] for name in ('kv', 'ffn', 'sparsity'))
+    np.testing.assert_array_equal(record.kv_groups, kv)
     # Widths are rounded down: where the reference stands within 1e-5 of a border in s, ours may be beyond it.
-    exact = 1536 * (1 - np.array(theirs['sparsity']))
+    exact = 1536 * (1 - sparsity)
     on_border = np.abs(exact - exact.round()) < 1536e-5
-    differing = np.abs(np.array(record.ffn) - theirs['ffn'])
+    differing = np.abs(np.array(record.ffn) - ffn)
     assert not differing[~on_border].any() and differing.max() <= 1
-    np.testing.assert_allclose(record.sparsity, theirs['sparsity'], atol=1e-5)
-    masks = GOLDEN / f'reference_n128/kept_step{record.step:02d}.npz'
-    if masks.exists():
-      kept = np.load(masks)
+    np.testing.assert_allclose(record.sparsity, sparsity, atol=1e-5)
+    if kept := reference.kept(record.step):
       if record.step == start + 1:
         np.testing.assert_array_equal(np.array(state.plan.kv), kept['kv'])
         # One pair of near-equal channels, or the width that differs.
@@ -104,21 +95,19 @@ def check_parity(start, stop):
     seen.append(record.step)
 
   dense = PruneState.start(pruner.config)
-  state = reference_state(GOLDEN, start) if start else dense
-  target = steps[-1]['params'] + SLACK
+  state = reference.state(start) if start else dense
+  target = int(reference.figures['params'][stop - 1]) + SLACK
   for step in pruner.prune(pruner.stack(params, dense.plan), dense.plan, state, target, 'prune'):
     on_step(*step)
   assert seen == list(range(start + 1, stop + 1))
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason='the measured figures of the reference are not there')
 def test_compat_reproduces_a_step_of_the_reference_where_kv_groups_go():
   """From its own masks after step 15: in step 16 a KV group goes in 26 of 30 layers."""
   check_parity(15, 16)
 
 
 @pytest.mark.parity
-@pytest.mark.skipif(not GOLDEN.exists(), reason='the measured figures of the reference are not there')
 def test_compat_reproduces_the_references_first_eleven_steps_by_itself():
   """Later the paths part, as those of two chaotic runs do: docs/results.md."""
   check_parity(0, 11)

@@ -265,7 +265,6 @@ def test_other_processes_only_take_part_in_gathering(tmp_path, monkeypatch):
   assert gathered == [leaf.name for leaf in leaves(config)] and not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.skipif(not DEMO.exists(), reason='the demo model is not there: python scripts/fetch_demo.py')
 def test_pruned_smollm2_in_llama_cpp(tmp_path):

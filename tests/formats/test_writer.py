@@ -58,7 +58,6 @@ def test_padded_model_is_the_same_function(name):
   np.testing.assert_allclose(found, logits(config, params, tokens), rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_padded_directory_loads_in_a_stock_class(name, tmp_path):
   torch = pytest.importorskip('torch')

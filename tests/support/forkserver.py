@@ -22,24 +22,34 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import main  # noqa: E402
 from adapt_jax.pipeline.metrics import MetricsLog  # noqa: E402
+from tests.support import programs  # noqa: E402
 
 
 def run(
-  argv: list[str], output: str, devices: int, limit: int | None, kill: str, after: dict[str, Any]
+  argv: list[str],
+  output: str,
+  errors: str,
+  devices: int,
+  limit: int | None,
+  kill: str,
+  after: dict[str, Any],
 ) -> None:
-  """main.py with `argv`; what it prints goes to the file `output`.
+  """main.py with `argv`; what it prints goes to the file `output`, and with `errors` its stderr to that one.
 
   limit: bytes that a file may have. kill: a signal, or '': it comes after the log's line with the fields
   `after`, or as soon as the log is opened.
   """
-  file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-  os.dup2(file, 1)
-  os.dup2(file, 2)
+  for number, name in ((1, output), (2, errors)):
+    if name:
+      os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+  if not errors:
+    os.dup2(1, 2)
   if limit is not None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
   if kill:
     _send(signal.Signals[kill], after)
   jax.config.update('jax_num_cpu_devices', devices)
+  programs.write_whole()
   compiler._cache_write = functools.partial(_write_as_first, compiler._cache_write)
   sys.argv = argv
   main._run()

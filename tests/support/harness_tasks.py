@@ -3,8 +3,6 @@
 import json
 import pathlib
 
-import yaml
-
 QUESTIONS = [
   ('How do foxes jump?', ['over the lazy dog', 'under it, slowly and with many words besides'], 0),
   ('It was the best of', ['times', 'ends', 'two'], 0),
@@ -23,7 +21,7 @@ TEXTS = [
 
 def write_tasks(path: pathlib.Path) -> pathlib.Path:
   """Tasks toy_choice, toy_answer, toy_text, toy_write, and group toy of the first two; returns the path."""
-  path.mkdir(parents=True, exist_ok=True)
+  path.mkdir(parents=True, exist_ok=True)  # JSON is YAML
   rows = {
     'choice': [{'question': q, 'choices': c, 'label': label} for q, c, label in QUESTIONS],
     'answer': [{'context': q, 'answer': ' ' + c[label]} for q, c, label in QUESTIONS],
@@ -63,11 +61,11 @@ def write_tasks(path: pathlib.Path) -> pathlib.Path:
     file = 'answer' if name == 'write' else name
     data = {'dataset_path': 'json', 'dataset_kwargs': {'data_files': {'test': str(path / f'{file}.jsonl')}}}
     common = {'task': f'toy_{name}', 'test_split': 'test', 'metadata': {'version': 1.0}}
-    (path / f'{name}.yaml').write_text(yaml.safe_dump(common | data | task))
+    (path / f'{name}.yaml').write_text(json.dumps(common | data | task))
   group = {
     'group': 'toy',
     'task': ['toy_choice', 'toy_answer'],
     'aggregate_metric_list': [{'metric': 'acc', 'weight_by_size': True}],
   }
-  (path / 'toy.yaml').write_text(yaml.safe_dump(group))
+  (path / 'toy.yaml').write_text(json.dumps(group))
   return path

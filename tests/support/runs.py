@@ -13,6 +13,7 @@ from adapt_jax.export.hf import write_hf
 from configs import base
 from models.config import LayerShape, ModelConfig, RopeConfig
 from models.network import llama
+from tests.support import forks
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -88,10 +89,8 @@ def get_config():
 
 
 def main(files: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
-  """Runs `main.py` to its end."""
-  return subprocess.run(
-    command(files, workdir, *flags), capture_output=True, text=True, timeout=600, check=False
-  )
+  """Runs `main.py` to its end, in a process forked from one that has imported it."""
+  return forks.main(command(files, workdir, *flags)[1:])
 
 
 def assert_same_end(path: pathlib.Path, reference: pathlib.Path) -> None:

@@ -1,7 +1,5 @@
 """Mode plan: what the compiler says of memory at full size, and the arithmetic beside it."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,28 +134,3 @@ def test_every_program_of_a_run_with_a_teacher(tmp_path):
   state = estimate.bytes_of(plan.state(stages[0], True))
   batch = options.train.batch * options.train.length * (4 + 1 + 4)  # ids, targets, segments
   assert (memory.arguments, beside) == (state + teacher + batch, 0)
-
-
-def test_mode_plan_needs_only_a_config(tmp_path):
-  """No weights, no texts, no workdir; simulated devices; nothing is written."""
-  files = runs.make_files(tmp_path / 'files')
-  shapes = tmp_path / 'shapes'
-  shapes.mkdir()
-  (shapes / 'config.json').write_text((files / 'model/config.json').read_text())
-  flags = (
-    f'--config.model.source={shapes}',
-    '--config.plan.devices=2',
-    '--config.plan.device_memory_gb=1e-3',
-  )
-  result = runs.main(files, tmp_path / 'out', '--mode=plan', *flags)
-  assert result.returncode == 0, result.stderr
-  lines = result.stdout.splitlines()
-  table = {cells[1].strip(): cells[2:-1] for cells in (line.split('|') for line in lines) if len(cells) == 8}
-  titles = ['stacking', 'scoring', 'scoring', 'compensation', 'correction', 'compaction', 'training']
-  assert [t.split(',')[0].split(' ')[0] for t in list(table)[2:9]] == titles
-  assert 'on 2 devices (data 1, fsdp 2, tensor 1), products in bfloat16' in result.stdout
-  assert any(line.startswith('peak 0.0 GB of 0.001 GB') for line in lines)
-  assert not (tmp_path / 'out').exists()
-  raw = json.loads((shapes / 'config.json').read_text())
-  result = runs.main(files, tmp_path / 'out', '--mode=plan', *flags, '--config.plan.depths=2,9')
-  assert result.returncode == 2 and f'has {raw["num_hidden_layers"]} layers' in result.stderr

@@ -214,17 +214,3 @@ def test_an_empty_prompt_of_ids_is_refused():
   with pytest.raises(InputError, match='prompt 2 has no tokens'):
     shared().generate([[1], []], 4)
   assert shared().generate([], 4) == []
-
-
-def test_from_the_command_line_without_a_workdir(files):
-  flags = [
-    '--mode=generate',
-    '--prompt=the union',
-    '--prompt=of, "need"',
-    '--config.generate.max_new_tokens=4',
-  ]
-  done = runs.main(files, '', *flags)
-  assert done.returncode == 0, done.stderr
-  assert '== the union' in done.stdout and '== of, "need"' in done.stdout
-  refused = runs.main(files, '', '--mode=generate')
-  assert refused.returncode == 2 and refused.stderr.startswith('error: --prompt is empty')

@@ -5,8 +5,6 @@ import json
 import math
 import pathlib
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
@@ -441,26 +439,6 @@ def test_write_says_when(tmp_path: pathlib.Path) -> None:
   write(tmp_path / 'report.html', make_report(), make_events(), command=COMMAND, running=False)
   text = Reader((tmp_path / 'report.html').read_text(encoding='utf-8')).text
   assert re.search(r'finished, 2 stages \(page written \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\)', text)
-
-
-def test_the_picture_for_the_readme(tmp_path: pathlib.Path) -> None:
-  (tmp_path / 'report.json').write_text(json.dumps(make_report()))
-  script = [sys.executable, str(ROOT / 'scripts/plot_report.py'), str(tmp_path), str(tmp_path / 'out.svg')]
-  subprocess.run(script, check=True, cwd=tmp_path)
-  root = ElementTree.parse(tmp_path / 'out.svg').getroot()
-  name = '{http://www.w3.org/2000/svg}'
-  assert root.tag == f'{name}svg'
-  assert root.findall(f'{name}rect')[0].attrib['fill'] == '#ffffff'
-  pictures = root.findall(f'{name}svg')
-  assert [picture.attrib['aria-label'] for picture in pictures] == [
-    'Perplexity on held-out text',
-    'MLP channels, after stage 2',
-    'KV heads, after stage 2',
-  ]
-  for i, picture in enumerate(pictures):
-    assert_inside(picture)
-    place = [float(picture.attrib[k]) for k in ('x', 'y', 'width', 'height')]
-    assert place == [16 if i == 0 else 472, 196 if i == 2 else 16, 440, 360 if i == 0 else 180]
 
 
 def test_the_picture_names_what_is_missing(

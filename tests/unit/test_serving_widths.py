@@ -12,7 +12,6 @@ from adapt_jax.pruning.scores import Scores
 from configs import base
 from models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from models.errors import InputError
-from models.formats.source import open_source
 from tests.support import runs
 
 LAYERS = 10  # llm_pruner leaves six of them alone
@@ -89,12 +88,3 @@ def test_a_model_that_does_not_fit_is_refused_before_the_run(files, method):
     config.prune.serve = serve
     with pytest.raises(InputError, match=f'config.prune.serve = {serve!r}.*{found}.*{remedy}'):
       prepare(from_dict(config.to_dict()))
-
-
-def test_the_command_keeps_to_it(files, tmp_path):
-  flags = '--config.prune.serve=tensor_parallel=3', '--config.prune.method=obs', '--config.prune.stages=1'
-  result = runs.main(files, tmp_path / 'out', '--mode=prune', '--config.evaluate.source=', *flags)
-  assert result.returncode == 0, result.stderr
-  saved = open_source(str(tmp_path / 'out/hf')).config
-  serving_widths.check_model('tensor_parallel=3', saved)
-  assert min(s.ffn for s in saved.layers) < 48

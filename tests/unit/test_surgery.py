@@ -279,3 +279,17 @@ def test_keep_best_keeps_the_highest_of_those_still_there():
   assert np.flatnonzero(out.ffn[0]).tolist() == [21, 22, 23]
   assert out.ffn[1].all() and np.flatnonzero(out.ffn[2]).tolist() == [22, 23]
   assert [m.tolist() for m in out.kv] == [[True, False], [True, True], [True, False]]
+
+
+def test_of_equally_scored_groups_the_first_ones_stay():
+  """Whatever the sort: else the same scores would give another model elsewhere, or after a resume."""
+  config = ModelConfig('llama', 64, 32, 8, (LayerShape(32, 32, 200),) * 2, RopeConfig(1e4), 1e-5, True)
+  plan = PrunePlan.dense(config)
+  plan.ffn[1][:3] = False
+  kv, ffn = np.ones((2, 32), np.float32), np.ones((2, 200), np.float32)
+  ffn[1, 1::2] = 2.0  # the better half of the second layer, of which index 1 has gone
+  out = keep_best(plan, kv, ffn, np.array([20, 7]), np.array([90, 120]))
+  assert [np.flatnonzero(m).tolist() for m in out.kv] == [list(range(20)), list(range(7))]
+  assert np.flatnonzero(out.ffn[0]).tolist() == list(range(90))
+  better, equal = set(range(3, 200, 2)), sorted(range(4, 200, 2))
+  assert set(np.flatnonzero(out.ffn[1])) == better | set(equal[: 120 - len(better)])

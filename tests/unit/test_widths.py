@@ -23,6 +23,17 @@ def test_equal_importance_normalises_to_zero_not_nan():
   np.testing.assert_array_equal(normalise(np.full(5, 0.1)), np.zeros(5))
 
 
+def test_rounding_makes_no_layer_more_important_than_another():
+  """Else some of equal layers would be cut at the full amplitude, and others spared, by chance."""
+  for value in (0.7, -0.98, 1e6):
+    values = np.full(5, value)
+    values[2] = np.nextafter(value, np.inf)
+    assert np.ptp(values) > 0
+    np.testing.assert_array_equal(normalise(values), np.zeros(5))
+  # What is small and no rounding counts.
+  np.testing.assert_allclose(normalise(np.array([0.0, 0.0, 1e-9])), [-0.5, -0.5, 1])
+
+
 def test_advance_clips_and_gives_credit():
   s = advance(np.array([0.0, 0.98, 0.5]), np.array([-0.01, 0.02, -0.02]))
   np.testing.assert_allclose(s, [0.0, MAX_SPARSITY, 0.48])
@@ -36,6 +47,15 @@ def test_widths_floor_and_whole_kv_groups():
   # A layer keeps its last group and channel whatever s is.
   w = a.widths(np.array([0.99, 0.99]))
   assert w.kv.min() >= 1 and w.ffn.min() >= 1
+
+
+def test_rounding_of_the_sparsity_costs_no_kv_group():
+  """Summed over eighteen steps s leaves 17 of 24 rows, but for rounding: 7 rows are no whole group of 8."""
+  sparsity = np.zeros(2)
+  for _ in range(18):
+    sparsity = advance(sparsity, np.full(2, 7 / 24 / 18))
+  assert (24 * (1 - sparsity) < 17).all()
+  assert Allocator(make_config(layers=2, kv=3)).widths(sparsity).kv.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize('output_bias', [False, True])
@@ -116,6 +136,17 @@ def test_kv_group_that_would_overshoot_is_passed_over():
   target = a.params(a.full) - 2 * channel_params(config)
   widths, _ = a.land(a.full, np.array([0.49]), np.array([0.2]), target)
   assert widths.kv.tolist() == [2] and widths.ffn.tolist() == [62]
+
+
+def test_kv_group_that_lands_exactly_on_the_target_goes():
+  """Else MLP channels, which matter more by the order given, go in its place."""
+  a = Allocator(make_config(layers=1, kv=2, ffn=100))
+  s = np.array([0.435])  # the group falls at 0.4375, the next channel at 0.44
+  widths = a.widths(s)
+  target = a.params(Widths(np.array([1]), widths.ffn))
+  landed, _ = a.land(widths, s, np.array([0.2]), target)
+  assert landed.kv.tolist() == [1] and landed.ffn.tolist() == widths.ffn.tolist() == [56]
+  assert a.params(landed) == target
 
 
 def test_what_a_passed_over_kv_group_leaves_goes_in_ordinary_steps():

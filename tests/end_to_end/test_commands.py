@@ -1,0 +1,156 @@
+"""main.py from the command line: exit codes, what it prints where, and the modes that need no workdir."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from adapt_jax.pruning import serving_widths
+from configs import published
+from models.formats.source import open_source
+from tests.support import runs
+from tests.unit.test_run_page import assert_inside, make_report
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  return runs.make_files(tmp_path_factory.mktemp('files'))
+
+
+COMMANDS = [
+  (['--config.prune.targt=0.5'], 'targt'),
+  (['--config.prune.stages=many'], 'many'),
+  (['--config.train.micro_batch=0'], 'config.train.micro_batch = 0'),
+  (['--config.mesh.fsdp=3'], 'config.mesh (data = 1, fsdp = 3, tensor = 1) asks for 3 devices'),
+  (['--num_processes=2'], '--coordinator_address'),
+  (['--config=configs/absent.py'], 'absent.py'),
+  (['--mode=walk'], 'walk'),
+  (['--workdri=x'], 'workdri'),
+  (['stray'], 'stray'),
+]
+
+
+@pytest.mark.parametrize('flags,word', COMMANDS, ids=lambda x: str(x))
+def test_command_line_exits_with_2_and_one_line(files, tmp_path, flags, word):
+  result = runs.main(files, tmp_path / 'out', *flags)
+  assert result.returncode == 2, result.stderr
+  assert word in result.stderr and result.stderr.startswith('error: ')
+  assert len(result.stderr.splitlines()) == 1 and not result.stdout
+  assert not os.path.exists(tmp_path / 'out')
+
+
+def test_files_are_named_without_a_tuple(files, tmp_path):
+  flag = f'--config.train.source={files / "train.txt"},{files / "absent file.txt"}'
+  result = runs.main(files, tmp_path / 'out', flag)
+  assert result.returncode == 2 and 'config.train.source' in result.stderr
+  assert 'absent file.txt' in result.stderr and 'no such file' in result.stderr
+
+
+@pytest.mark.parametrize(
+  'body', ['def get_config(:', 'import nothing_here', 'def get_config(): return {}[1]']
+)
+def test_a_broken_recipe_is_one_line(files, tmp_path, body):
+  recipe = tmp_path / 'recipe.py'
+  recipe.write_text(body)
+  result = runs.main(files, tmp_path / 'out', f'--config={recipe}')
+  assert result.returncode == 2 and 'recipe.py' in result.stderr
+  assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_damaged_model_is_one_line_through_the_command(files, tmp_path):
+  path = tmp_path / 'damaged'
+  shutil.copytree(files / 'model', path)
+  (path / 'config.json').write_text('{')
+  result = runs.main(files, tmp_path / 'out', f'--config.model.source={path}')
+  assert result.returncode == 2 and 'config.json' in result.stderr
+  assert len(result.stderr.splitlines()) == 1 and not (tmp_path / 'out').exists()
+
+
+def test_an_unknown_variant_is_one_line_that_names_the_choices(tmp_path):
+  command = [sys.executable, 'main.py', f'--workdir={tmp_path / "out"}']
+  command += ['--config=configs/published.py:mobilellm_350m_to_125']
+  result = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, check=False)
+  assert result.returncode == 2 and result.stderr.count('\n') == 1, result.stderr
+  assert result.stderr.startswith('error: ') and all(name in result.stderr for name in published.RUNS)
+
+
+def test_mode_plan_needs_only_a_config(files, tmp_path):
+  """No weights, no texts, no workdir; simulated devices; nothing is written."""
+  shapes = tmp_path / 'shapes'
+  shapes.mkdir()
+  (shapes / 'config.json').write_text((files / 'model/config.json').read_text())
+  flags = (
+    f'--config.model.source={shapes}',
+    '--config.plan.devices=2',
+    '--config.plan.device_memory_gb=1e-3',
+  )
+  result = runs.main(files, tmp_path / 'out', '--mode=plan', *flags)
+  assert result.returncode == 0, result.stderr
+  lines = result.stdout.splitlines()
+  table = {cells[1].strip(): cells[2:-1] for cells in (line.split('|') for line in lines) if len(cells) == 8}
+  titles = ['stacking', 'scoring', 'scoring', 'compensation', 'correction', 'compaction', 'training']
+  assert [t.split(',')[0].split(' ')[0] for t in list(table)[2:9]] == titles
+  assert 'on 2 devices (data 1, fsdp 2, tensor 1), products in bfloat16' in result.stdout
+  assert any(line.startswith('peak 0.0 GB of 0.001 GB') for line in lines)
+  assert not (tmp_path / 'out').exists()
+  raw = json.loads((shapes / 'config.json').read_text())
+  result = runs.main(files, tmp_path / 'out', '--mode=plan', *flags, '--config.plan.depths=2,9')
+  assert result.returncode == 2 and f'has {raw["num_hidden_layers"]} layers' in result.stderr
+
+
+def test_from_the_command_line_without_a_workdir(files):
+  flags = [
+    '--mode=generate',
+    '--prompt=the union',
+    '--prompt=of, "need"',
+    '--config.generate.max_new_tokens=4',
+  ]
+  done = runs.main(files, '', *flags)
+  assert done.returncode == 0, done.stderr
+  assert '== the union' in done.stdout and '== of, "need"' in done.stdout
+  refused = runs.main(files, '', '--mode=generate')
+  assert refused.returncode == 2 and refused.stderr.startswith('error: --prompt is empty')
+
+
+def test_mode_prune_keeps_to_widths_for_serving(files, tmp_path):
+  flags = '--config.prune.serve=tensor_parallel=3', '--config.prune.method=obs', '--config.prune.stages=1'
+  result = runs.main(files, tmp_path / 'out', '--mode=prune', '--config.evaluate.source=', *flags)
+  assert result.returncode == 0, result.stderr
+  saved = open_source(str(tmp_path / 'out/hf')).config
+  serving_widths.check_model('tensor_parallel=3', saved)
+  assert min(s.ffn for s in saved.layers) < 48
+
+
+def test_tensorboard_is_loaded_where_it_writes_only():
+  code = "import sys; from adapt_jax.pipeline import metrics; sys.exit('tensorboard' in sys.modules)"
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=runs.ROOT)
+
+
+def test_the_picture_for_the_readme(tmp_path: pathlib.Path) -> None:
+  (tmp_path / 'report.json').write_text(json.dumps(make_report()))
+  script = [
+    sys.executable,
+    str(runs.ROOT / 'scripts/plot_report.py'),
+    str(tmp_path),
+    str(tmp_path / 'out.svg'),
+  ]
+  subprocess.run(script, check=True, cwd=tmp_path)
+  root = ElementTree.parse(tmp_path / 'out.svg').getroot()
+  name = '{http://www.w3.org/2000/svg}'
+  assert root.tag == f'{name}svg'
+  assert root.findall(f'{name}rect')[0].attrib['fill'] == '#ffffff'
+  pictures = root.findall(f'{name}svg')
+  assert [picture.attrib['aria-label'] for picture in pictures] == [
+    'Perplexity on held-out text',
+    'MLP channels, after stage 2',
+    'KV heads, after stage 2',
+  ]
+  for i, picture in enumerate(pictures):
+    assert_inside(picture)
+    place = [float(picture.attrib[k]) for k in ('x', 'y', 'width', 'height')]
+    assert place == [16 if i == 0 else 472, 196 if i == 2 else 16, 440, 360 if i == 0 else 180]
