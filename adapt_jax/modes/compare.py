@@ -21,7 +21,7 @@ from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.machine import preemption
 from adapt_jax.machine.progress import Progress
 from adapt_jax.modes import compare_grid, compare_page
-from adapt_jax.pipeline.checks import check_plan, check_sources
+from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.inputs import Inputs, load
 from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.quality import dense_key
@@ -63,7 +63,7 @@ def _named(cell: compare_grid.Cell) -> Iterator[None]:
     raise InputError(f'cell {cell.label}: {error}') from None
 
 
-def plan(options: RunOptions, workdir: Workdir) -> list[CellRun]:
+def list_cells(options: RunOptions, workdir: Workdir) -> list[CellRun]:
   """All cells in the order to run them, options built and checked; opens nothing. Raises InputError."""
   base = dataclasses.asdict(dataclasses.replace(options, compare=CompareOptions()))
   _check(options, base)
@@ -114,7 +114,7 @@ def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
       run.workdir.check()
       check_sources(run.options)
       check_tasks(run.options.evaluate)
-      check_plan(run.options, source.config)
+      check_run(run.options, source.config)
   tokenizer, cache, found = source.load_tokenizer(), dict[Any, Any](), []
   for run in runs:
     with _named(run.cell):
@@ -127,7 +127,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
 
   Exits with code 1 if any cell failed.
   """
-  runs = plan(options, workdir)
+  runs = list_cells(options, workdir)
   source = open_source(options.model.source)
   todo = [run for run in runs if not run.finished]
   inputs = open_inputs(todo, source)
@@ -148,7 +148,7 @@ class Compare:
 
   Args:
     options: checked options of the whole.
-    runs: from `plan`.
+    runs: from `list_cells`.
     source: the model of all cells.
     workdir: claimed.
     command: that reproduces the grid, for its report.

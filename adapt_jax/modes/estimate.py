@@ -21,7 +21,7 @@ import numpy as np
 from adapt_jax.config.options import RunOptions
 from adapt_jax.machine import mesh
 from adapt_jax.machine.progress import Progress
-from adapt_jax.pipeline.checks import check_plan
+from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.schedule import stage_steps, stage_targets
 from adapt_jax.pruning import programs as pruning_programs
 from adapt_jax.pruning import surgery
@@ -241,7 +241,7 @@ def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, tuple
 def run(options: RunOptions) -> None:
   """Mode plan: prints bytes a device, FLOPs a token, parameters and time by stage; writes nothing."""
   config = open_config(options.model.source)
-  check_plan(options, config)
+  check_run(options, config)
   dtype = compute_dtype(options.model.dtype)
   if options.model.dtype == 'auto' and options.plan.devices:
     dtype = jnp.dtype(jnp.bfloat16)  # what auto is on the devices that are planned for

@@ -32,7 +32,7 @@ def check_sources(options: RunOptions) -> None:
     )
 
 
-def check_plan(options: RunOptions, config: ModelConfig) -> None:
+def check_run(options: RunOptions, config: ModelConfig) -> None:
   """Checks widths for prune.serve, the target, the batches of each stage, the forms. Raises InputError.
 
   config: of the source.

@@ -7,7 +7,7 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.data.train_set import TrainSet
 from adapt_jax.data.windows import Blocks
 from adapt_jax.export.writer import check_tokenizer
-from adapt_jax.pipeline.checks import check_plan, check_sources
+from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.loader import Loader
 from models.config import ModelConfig
@@ -43,12 +43,12 @@ def prepare(options: RunOptions) -> Inputs:
   """Inputs of modes accel and prune. Raises InputError for anything a user must correct."""
   check_sources(options)
   source = open_source(options.model.source)
-  check_plan(options, source.config)
+  check_run(options, source.config)
   return load(options, source, Loader(options, source.load_tokenizer(), source.config))
 
 
 def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
-  """Tokenises what `check_sources` and `check_plan` have found well."""
+  """Tokenises what `check_sources` and `check_run` have found well."""
   check_tokenizer(options.export, loader.tokenizer)
   calibration = options.prune.calibration
   blocks = loader.load('prune.calibration.source', calibration.source, calibration.length)

@@ -50,7 +50,7 @@ class Run:
     shared: Shared | None = None,
     export: bool = True,
   ):
-    self._options, self._inputs, self._workdir, self._command = options, inputs, workdir, command
+    self.options, self._inputs, self._workdir, self._command = options, inputs, workdir, command
     self._export, self._started = export, time.monotonic()
     self._compiler = Compiler(shared.programs if shared else None)
     self._metrics = MetricsLog(workdir.metrics)
@@ -145,7 +145,7 @@ class Run:
       **state.row,
       **state.compacted.widths(self._inputs.config),
       'perplexity_recovered': recovered,
-      'tokens': steps * self._options.train.batch * self._options.train.length,
+      'tokens': steps * self.options.train.batch * self.options.train.length,
       'seconds': time.monotonic() - start,
     }
     state.close_stage(row)
@@ -165,7 +165,7 @@ class Run:
 
   def _measure_tasks(self, state: RunState, of: Of) -> bool:
     """Scores the model on tasks, into the state; False if it is scored already, or no task is asked for."""
-    if not self._options.evaluate.has_tasks or of in state.tasks:
+    if not self.options.evaluate.has_tasks or of in state.tasks:
       return False
     scores = self._quality.tasks(self._config(state), state.params, of, state.train_step)
     state.measure_tasks(of, scores)
@@ -179,7 +179,7 @@ class Run:
   def _save(self, state: RunState) -> None:
     seconds, compiles = self._before
     names = ['scoring', 'compensation', 'training', 'evaluation']
-    names += ['harness', 'prefill', 'decode'] if self._options.evaluate.has_tasks else []
+    names += ['harness', 'prefill', 'decode'] if self.options.evaluate.has_tasks else []
     counts = {n: compiles.get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
     state.count(seconds + time.monotonic() - self._started, counts)
     self._store.save(state)
@@ -188,7 +188,7 @@ class Run:
 
   def _report(self, state: RunState) -> RunReport:
     definition, model = self._quality.definition, self._inputs.model
-    return run_report(self._options, model, state, command=self._command, definition=definition)
+    return run_report(self.options, model, state, command=self._command, definition=definition)
 
   def _write_page(self, state: RunState, running: bool = True) -> None:
     if is_first():
@@ -196,7 +196,7 @@ class Run:
       run_page.write(self._workdir.page, self._report(state), events, command=self._command, running=running)
 
   def _export_dtype(self) -> Any:
-    return written_dtype(self._options.export, self._inputs.source.dtype, self._trains)
+    return written_dtype(self.options.export, self._inputs.source.dtype, self._trains)
 
   def _round_to_export(self, state: RunState) -> None:
     """So that the last perplexity is that of the weights as they are saved."""
@@ -209,7 +209,7 @@ class Run:
     report = self._report(state)
     if self._export:
       writer = Writer(
-        self._options.export,
+        self.options.export,
         self._workdir.path,
         tokenizer=self._inputs.tokenizer,
         dtype=self._export_dtype(),

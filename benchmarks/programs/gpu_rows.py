@@ -33,7 +33,8 @@ from benchmarks.gpu import ROWS, TOY, Row
 from configs import base
 from models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from models.formats.hf_config import config_to_hf
-from models.network import flash, layers, llama
+from models.network import attention as attention_forms
+from models.network import flash, llama
 
 BF16 = jnp.dtype(jnp.bfloat16)
 
@@ -151,7 +152,7 @@ def attention(row: Row, toy: bool) -> dict[str, Any]:
 
   def plain(*args: Any) -> Any:
     with mock.patch.object(flash, 'takes', return_value=False):
-      return layers.causal_attention(*args)
+      return attention_forms.causal_attention(*args)
 
   def library(q: Any, k: Any, v: Any, ids: Any) -> Any:
     mask = None if ids is None else (ids[:, :, None] == ids[:, None])[:, None]
@@ -165,7 +166,7 @@ def attention(row: Row, toy: bool) -> dict[str, Any]:
   with jax.default_matmul_precision('highest'):
     exact = jax.jit(lambda *x: both(plain, *x))(*first, None if ids is None else ids[:1])
   found: dict[str, Any] = {'form': 'cuDNN' if taken else "jax.nn's XLA form"}
-  for name, form in (('plain', plain), ('other', layers.causal_attention if taken else library)):
+  for name, form in (('plain', plain), ('other', attention_forms.causal_attention if taken else library)):
     program = jax.jit(lambda *x, form=form: both(form, *x)).lower(q, k, v, g, ids).compile()
     out = program(q, k, v, g, ids)
     found[f'{name} errors'] = [

@@ -43,7 +43,7 @@ def takes(q_BTNH: jax.Array, segmented: bool) -> bool:
 def flash_attention(
   q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
 ) -> jax.Array:
-  """As `models.network.layers.causal_attention`. Tokens of one segment must be neighbours."""
+  """As `models.network.attention.causal_attention`. Tokens of one segment must be neighbours."""
   H = q_BTNH.shape[-1]
   if segments_BT is not None:
     changes_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0

@@ -18,7 +18,7 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.preemption import Preempted
-from adapt_jax.modes import accel, compare, compare_page
+from adapt_jax.modes import accel, compare, compare_grid, compare_page
 from adapt_jax.pipeline import run as run_module
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
@@ -347,10 +347,10 @@ def test_a_bad_grid_on_the_command_line_is_one_line_and_exit_code_2(files, tmp_p
 @pytest.mark.parametrize('name', ['amplitude', 'distance', 'calibration', 'interleave', 'methods_table'])
 def test_recipes(tmp_path, name):
   config = methods_table.get_config() if name == 'methods_table' else ablations.get_config(name)
-  cells = compare.plan(from_dict(config.to_dict()), Workdir(str(tmp_path), {}))
+  cells = compare.list_cells(from_dict(config.to_dict()), Workdir(str(tmp_path), {}))
   assert {cell.options.train.tokens > 0 for cell in cells} == {name == 'interleave'}
   for field in {field for part in config.compare.grid for field in part}:
-    found = {str(compare.grid.get(dataclasses.asdict(cell.options), field)) for cell in cells}
+    found = {str(compare_grid.get(dataclasses.asdict(cell.options), field)) for cell in cells}
     assert len(found) > 1
   with pytest.raises(ValueError, match='amplitude, distance'):
     ablations.get_config('amplitud')

@@ -169,9 +169,9 @@ def test_a_bit_that_differs_shows_in_the_logits(stored, tmp_path, monkeypatch):
 def test_a_lineage_of_another_program_is_none(content, tmp_path):
   config = MODELS['llama']
   writer(tmp_path, ('hf',)).write(config, random_params(config))
-  assert writer_module.lineage(open_source(str(tmp_path))) == REPORT
+  assert writer_module.lineage(open_source(str(tmp_path / 'hf'))) == REPORT
   (tmp_path / 'hf' / LINEAGE).write_text(content)
-  assert writer_module.lineage(open_source(str(tmp_path))) is None
+  assert writer_module.lineage(open_source(str(tmp_path / 'hf'))) is None
 
 
 def changed(name):

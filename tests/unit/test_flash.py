@@ -22,7 +22,7 @@ from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.training.step import make_step
 from configs import base
-from models.network import flash, layers
+from models.network import attention, flash
 
 ROWS = 2
 
@@ -139,13 +139,13 @@ def test_not_on_cpu(monkeypatch):
   monkeypatch.setenv('ADAPT_JAX_CUDNN', '1')
   (q, k, v), segments = inputs(16, 6, 2, 64, 3)
   assert flash.widest_head() == 0
-  text = jax.jit(layers.causal_attention).lower(q, k, v, segments).as_text()
+  text = jax.jit(attention.causal_attention).lower(q, k, v, segments).as_text()
   assert text == jax.jit(plain_named()).lower(q, k, v, segments).as_text()
 
 
 def plain_named():
   def causal_attention(q, k, v, segments):
-    return layers._attend(q, k, v, segments, segments, jnp.arange(q.shape[1]))
+    return attention._attend(q, k, v, segments, segments, jnp.arange(q.shape[1]))
 
   return causal_attention
 
@@ -174,11 +174,11 @@ def outputs(attention, qkv, segments, dtype):
 def test_agrees_with_the_plain_form(N, K, H, documents, card, monkeypatch):
   """Odd head counts; nearly every token its own segment; as close to fp32 as the plain form in bf16 is."""
   qkv, segments = inputs(22, N, K, H, documents)
-  found = outputs(layers.causal_attention, qkv, segments, jnp.bfloat16)
+  found = outputs(attention.causal_attention, qkv, segments, jnp.bfloat16)
   assert len(card) == 1
   monkeypatch.setattr(flash, 'widest_head', lambda: 0)
-  exact = outputs(layers.causal_attention, qkv, segments, jnp.float32)
-  plain = outputs(layers.causal_attention, qkv, segments, jnp.bfloat16)
+  exact = outputs(attention.causal_attention, qkv, segments, jnp.float32)
+  plain = outputs(attention.causal_attention, qkv, segments, jnp.bfloat16)
   for a, b, c in zip(found, plain, exact, strict=True):
     assert np.abs(a - c).max() <= 2.5 * np.abs(b - c).max()  # both round to bf16, at other places
 
@@ -187,7 +187,7 @@ def test_large_logits_do_not_leak_into_other_segments(card):
   """Logits of thousands; what another segment holds must not change a bit."""
   qkv, segments = inputs(64, 2, 1, 64, 5, scale=10.0)
   other = (segments == segments[0, 40]) & (np.arange(ROWS)[:, None] == 0)
-  run = jax.jit(layers.causal_attention)
+  run = jax.jit(attention.causal_attention)
   first = run(*qkv, segments)
   changed = [jnp.where(other[..., None, None], x, -3 * x[:, ::-1]) for x in qkv]
   np.testing.assert_array_equal(np.asarray(first)[other], np.asarray(run(*changed, segments))[other])
@@ -196,12 +196,12 @@ def test_large_logits_do_not_leak_into_other_segments(card):
 @pytest.mark.parametrize('segmented', [False, True])
 def test_lowered_for_cuda(segmented, card):
   """Both of cuDNN's kernels, causal, and nothing of T²: no blocks of queries though the row is long."""
-  T = 3 * layers.WHOLE
+  T = 3 * attention.WHOLE
   qkv = [jax.ShapeDtypeStruct((1, T, heads, 64), jnp.bfloat16) for heads in (9, 3, 3)]
   segments = jax.ShapeDtypeStruct((1, T), jnp.int32) if segmented else None
 
   def run(q, k, v, segments):
-    return layers.causal_attention(q, k, v, segments).sum().astype(jnp.float32)
+    return attention.causal_attention(q, k, v, segments).sum().astype(jnp.float32)
 
   text = for_cuda(jax.grad(run, (0, 1, 2)), *qkv, segments)
   assert sorted(re.findall(r'call @(__cudnn\$\w+)', text)) == [

@@ -15,11 +15,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 DATA_FOR_OTHERS = 'adapt_jax/export/hf_code/'  # copied into exports, run by transformers
 MAX_LINES = 400
 
-# Folders of adapt_jax from the top; a module may import its own folder and those below.
-FOLDERS = (
-  'modes', 'pipeline', 'pruning', 'evaluation', 'export', 'training', 'generation', 'data', 'reports',
-  'machine', 'config',
-)  # fmt: skip
+# Folders of adapt_jax and models from the top; a module may import its own folder and those below.
+FOLDERS = {
+  'adapt_jax': (
+    'modes', 'pipeline', 'pruning', 'evaluation', 'export', 'training', 'generation', 'data', 'reports',
+    'machine', 'config',
+  ),
+  'models': ('formats', 'network'),
+}  # fmt: skip
 PICKLES = {'pickle', 'cloudpickle', 'dill', 'shelve', 'joblib'}  # loading one runs code
 NO_JAX = (
   'adapt_jax/pruning/widths.py',
@@ -88,14 +91,35 @@ def test_imports_go_down() -> None:
   ]
 
 
-def test_folders_of_adapt_jax() -> None:
-  wrong = []
+def folder(module: str) -> str:
+  """'pruning' of adapt_jax.pruning.plan; '' of a module that lies flat."""
+  package, *parts = module.split('.')
+  return parts[0] if parts and parts[0] in FOLDERS.get(package, ()) else ''
+
+
+@pytest.mark.parametrize('package', FOLDERS)
+def test_imports_go_down_by_folder(package: str) -> None:
+  wrong, ranks = [], FOLDERS[package]
   for name in OURS:
-    folder, *rest = pathlib.PurePosixPath(name).parts[1:] or ['']
-    if name.startswith('adapt_jax/') and rest:
-      used = {i.split('.')[1] for i in imports(SOURCES[name]) if i.startswith('adapt_jax.')}
-      wrong += [f'{name} imports {up}' for up in used if FOLDERS.index(up) < FOLDERS.index(folder)]
+    here = folder(name.removesuffix('.py').replace('/', '.')) if name.startswith(f'{package}/') else ''
+    used = {folder(i) for i in imports(SOURCES[name]) if i.startswith(f'{package}.')} - {''}
+    wrong += [f'{name} imports {up}' for up in used if here and ranks.index(up) < ranks.index(here)]
   assert not wrong
+
+
+@pytest.mark.parametrize('package', FOLDERS)
+def test_every_module_has_a_folder(package: str) -> None:
+  """What lies flat is what all folders share: the package itself and, in models, config, errors and files."""
+  flat = {name for name in OURS if name.startswith(f'{package}/') and name.count('/') == 1}
+  shared = {'models': {'models/config.py', 'models/errors.py', 'models/files.py'}}
+  assert flat == shared.get(package, {'adapt_jax/__init__.py'})
+  folders = {name.split('/')[1] for name in OURS if name.startswith(f'{package}/') and name.count('/') > 1}
+  assert folders == set(FOLDERS[package])
+
+
+def test_flat_modules_of_models_import_no_folder() -> None:
+  for name in ('models/config.py', 'models/errors.py', 'models/files.py'):
+    assert not {folder(i) for i in imports(SOURCES[name])} - {''}
 
 
 def test_no_import_cycle() -> None:

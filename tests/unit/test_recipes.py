@@ -173,7 +173,7 @@ def test_all_stages_by_shape_alone(name, kind):
 @pytest.mark.parametrize('name', ALL)
 def test_the_plan_is_accepted_and_every_stage_trains_its_share(name):
   options = options_of(name)
-  inputs.check_plan(options, model_of(options))
+  inputs.check_run(options, model_of(options))
   count, ends = options.prune.stages, stage_steps(options.train, options.prune.stages)
   total = options.train.tokens // (options.train.batch * options.train.length)
   assert ends[-1] == total and options.train.tokens == total * options.train.batch * options.train.length

@@ -6,31 +6,15 @@ until the target is reached. Numpy only.
 
 import abc
 from collections.abc import Iterator
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 
+from adapt_jax.config.options import PruneOptions
 from adapt_jax.pruning.plan import PrunePlan, PruneState, keep_best
 from adapt_jax.pruning.scores import Scores
 from adapt_jax.pruning.widths import Allocator, Removal, Widths
 from models.config import ModelConfig
-
-
-class Options(Protocol):
-  """The fields of `config.prune` that methods read."""
-
-  @property
-  def steps(self) -> int: ...
-  @property
-  def ratio(self) -> float: ...
-  @property
-  def amplitude(self) -> float: ...
-  @property
-  def align_kv(self) -> int: ...
-  @property
-  def align_ffn(self) -> int: ...
-  @property
-  def compat(self) -> str: ...
 
 
 class Method(abc.ABC):
@@ -45,7 +29,7 @@ class Method(abc.ABC):
   importance: ClassVar[str] = ''
   distance: ClassVar[str] = ''
 
-  def __init__(self, config: ModelConfig, options: Options):
+  def __init__(self, config: ModelConfig, options: PruneOptions):
     self.config, self.options = config, options
     self.allocator = Allocator(config, options.align_ffn, options.align_kv, exact=not options.compat)
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from adapt_jax.config.mode_options import MAX_SPARSITY
-from adapt_jax.pruning.methods.base import Options, UniformOneShot
+from adapt_jax.config.options import PruneOptions
+from adapt_jax.pruning.methods.base import UniformOneShot
 from models.config import ModelConfig
 from models.errors import InputError
 
@@ -23,7 +24,7 @@ class LlmPruner(UniformOneShot):
 
   importance = 'taylor'
 
-  def __init__(self, config: ModelConfig, options: Options):
+  def __init__(self, config: ModelConfig, options: PruneOptions):
     super().__init__(config, options)
     if config.num_layers <= FIRST + LAST:
       raise InputError(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.network import layers
+from models.network import attention
 from models.network.backend import compiler_options
 
 B, N, K, H = 2, 6, 2, 8
@@ -26,11 +26,11 @@ def test_blocks_of_queries_change_nothing(limit, value, length, segments, monkey
   *qkv, ids = inputs(length, segments)
 
   def run(q, k, v):
-    out = layers.causal_attention(q, k, v, ids)
+    out = attention.causal_attention(q, k, v, ids)
     return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
 
   (_, expected), gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(*qkv)
-  monkeypatch.setattr(layers, limit, value)
+  monkeypatch.setattr(attention, limit, value)
   (_, found), blocked = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(*qkv)
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
   for a, b in zip(blocked, gradients, strict=True):
@@ -42,11 +42,11 @@ def test_queries_do_not_meet_most_later_keys(monkeypatch):
   shapes = [jax.ShapeDtypeStruct((1, 1024, heads, H), jnp.float32) for heads in (N, K, K)]
 
   def flops():
-    program = jax.jit(lambda *qkv: layers.causal_attention(*qkv)).lower(*shapes).compile()
+    program = jax.jit(lambda *qkv: attention.causal_attention(*qkv)).lower(*shapes).compile()
     return program.cost_analysis()['flops']
 
   found = flops()
-  monkeypatch.setattr(layers, 'BLOCKS', 1)
+  monkeypatch.setattr(attention, 'BLOCKS', 1)
   assert found == pytest.approx(5 / 8 * flops(), rel=0.01)
 
 
@@ -57,7 +57,7 @@ def test_the_backward_pass_keeps_no_logits_of_layers():
   def run(x, weights):
     def layer(x, w):
       q = (x @ w).reshape(1, length, N, H)
-      return x + layers.causal_attention(q, q, q).reshape(1, length, -1)
+      return x + attention.causal_attention(q, q, q).reshape(1, length, -1)
 
     for w in weights:
       x = jax.checkpoint(layer)(x, w)
@@ -78,7 +78,7 @@ def test_memory_of_long_rows(differentiate):
   shapes = [jax.ShapeDtypeStruct((1, length, heads, H), jnp.float32) for heads in (N, K, K)]
 
   def run(q, k, v):
-    return layers.causal_attention(q, k, v).sum()
+    return attention.causal_attention(q, k, v).sum()
 
   program = jax.jit(jax.grad(run, (0, 1, 2)) if differentiate else run).lower(*shapes).compile()
   assert program.memory_analysis().temp_size_in_bytes < 0.5e9

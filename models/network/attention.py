@@ -1,0 +1,146 @@
+"""Grouped-query attention: of whole rows, in blocks of queries, and to a KV cache."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.network import flash
+from models.network.backend import on_cpu
+from models.network.matmul import batch_product
+
+WHOLE = 2048  # tokens of a row, above which its attention is computed in a loop over blocks of queries
+BLOCK, BLOCKS = 256, 4  # below, on a CPU: the fewest queries of a block, the most blocks
+
+
+def causal_attention(
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None = None
+) -> jax.Array:
+  """Softmax(q kᵀ / √H, causal) v with query head n on KV head n // G: [B, T, N, H], softmax in fp32.
+
+  With `segments_BT` a token attends within its own segment only. Long rows attend in blocks of queries, each
+  again in the backward pass: memory then grows with T, not T². On NVIDIA GPUs cuDNN does it where asked to
+  (`models.network.flash`). On a CPU shorter rows attend in blocks too, each of them to no later key than its
+  last query: softmax passes over all logits several times there.
+
+  The same as `jax.nn.dot_product_attention(..., is_causal=True)`, but as plain batches of products over
+  B and K, which XLA's CPU backend runs twice as fast, gradient included. B and K stay two axes: each may be
+  split over devices.
+  """
+  T = q_BTNH.shape[1]
+  if flash.takes(q_BTNH, segments_BT is not None):
+    return flash.flash_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+  if T <= WHOLE:
+    attend_row = _in_blocks if on_cpu() and T >= 2 * BLOCK else _whole
+    return attend_row(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+  size = max(1, WHOLE * WHOLE // (1 << (T - 1).bit_length()))
+  padded = -(-T // size) * size
+
+  def blocks(x: jax.Array) -> jax.Array:
+    x = jnp.pad(x, ((0, 0), (0, padded - T)) + ((0, 0),) * (x.ndim - 2), mode='edge')
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+  @jax.checkpoint
+  def attend(block: Any) -> jax.Array:
+    return _attend(block['q'], k_BSKH, v_BSKH, block.get('segments'), segments_BT, block['positions'])
+
+  queries = {'q': blocks(q_BTNH), 'positions': jnp.minimum(jnp.arange(padded), T - 1).reshape(-1, size)}
+  if segments_BT is not None:
+    queries['segments'] = blocks(segments_BT)
+  out = jnp.moveaxis(jax.lax.map(attend, queries), 0, 1)
+  return out.reshape(out.shape[0], padded, *out.shape[3:])[:, :T]
+
+
+def _whole(
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+  return _attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT, jnp.arange(q_BTNH.shape[1]))
+
+
+def _blocks(
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+  T = q_BTNH.shape[1]
+  count = min(BLOCKS, T // BLOCK)
+  parts = []
+  for i in range(count):
+    start, end = T * i // count, T * (i + 1) // count
+    of_queries, of_keys = None, None
+    if segments_BT is not None:
+      of_queries, of_keys = segments_BT[:, start:end], segments_BT[:, :end]
+    q, k, v = q_BTNH[:, start:end], k_BSKH[:, :end], v_BSKH[:, :end]
+    parts.append(_attend(q, k, v, of_queries, of_keys, jnp.arange(start, end)))
+  return jnp.concatenate(parts, axis=1)
+
+
+@jax.custom_vjp
+def _in_blocks(
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+  """On a CPU: each block of queries sees the keys up to its own end; the backward pass computes it again."""
+  return _blocks(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+
+
+def _forward(*args: Any) -> tuple[jax.Array, Any]:
+  return _blocks(*args), args
+
+
+def _backward(args: Any, g_BTNH: jax.Array) -> tuple[Any, ...]:
+  q_BTNH, k_BSKH, v_BSKH, segments_BT = args
+  # XLA's CPU backend takes `jax.checkpoint` for a common subexpression, and keeps the logits of all layers.
+  # Queries that wait for the gradient, plus nothing of it, are not the same.
+  q_BTNH += 0 * g_BTNH
+  _, gradient = jax.vjp(lambda q, k, v: _blocks(q, k, v, segments_BT), q_BTNH, k_BSKH, v_BSKH)
+  return *gradient(g_BTNH), None
+
+
+_in_blocks.defvjp(_forward, _backward)
+
+
+def _attend(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  segments_BT: jax.Array | None,
+  segments_BS: jax.Array | None,
+  positions_T: jax.Array,
+) -> jax.Array:
+  """The same for queries at some positions of the row."""
+  B, T, N, H = q_BTNH.shape
+  S, K = k_BSKH.shape[1:3]
+  q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+  k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
+  logits_BKRS = batch_product(q_BKRH, k_BKSH, -1) * H**-0.5
+  visible = positions_T[:, None] >= jnp.arange(S)
+  if segments_BT is not None and segments_BS is not None:
+    visible &= segments_BT[:, :, None] == segments_BS[:, None, :]
+    visible = visible[:, None, None]  # [B, 1, 1, T, S]
+  logits_BKGTS = jnp.where(visible, logits_BKRS.reshape(B, K, -1, T, S), -jnp.inf)
+  weights_BKRS = jax.nn.softmax(logits_BKGTS, axis=-1).reshape(logits_BKRS.shape).astype(v_BKSH.dtype)
+  out_BKRH = batch_product(weights_BKRS, v_BKSH, -2, v_BKSH.dtype)
+  return out_BKRH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def cached_attention(
+  q_BTNH: jax.Array,
+  k_BKTH: jax.Array,
+  v_BKTH: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSH: jax.Array,
+  before_BS: jax.Array,
+) -> jax.Array:
+  """Attention of one token a row (T = 1) to itself and to a cache's slots where `before_BS`: [B, T, N, H].
+
+  The token is not in the cache yet: what is read and then written is written in place.
+  """
+  K, H = k_BKSH.shape[1], k_BKSH.shape[3]
+  q_BKGH = q_BTNH.reshape(q_BTNH.shape[0], K, -1, H)
+
+  def logits(k: jax.Array) -> jax.Array:
+    return jnp.einsum('bkgh,bksh->bkgs', q_BKGH, k, preferred_element_type=jnp.float32) * H**-0.5
+
+  before_BKGS = jnp.where(before_BS[:, None, None], logits(k_BKSH), -jnp.inf)
+  weights = jax.nn.softmax(jnp.concatenate([before_BKGS, logits(k_BKTH)], axis=-1), axis=-1)
+  before, own = jnp.split(weights.astype(v_BKSH.dtype), [k_BKSH.shape[2]], axis=-1)
+  mixed_BKGH = jnp.einsum('bkgs,bksh->bkgh', before, v_BKSH, preferred_element_type=jnp.float32)
+  return (mixed_BKGH + own * v_BKTH).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
