@@ -1,0 +1,1 @@
+"""Texts to tokens: for calibration, evaluation and training."""

@@ -1,0 +1,1 @@
+"""The forms of a result: written, read back and compared."""

@@ -1,0 +1,1 @@
+"""What a run tells: report.json, and what people see of it."""
