@@ -4,7 +4,7 @@
                                    [--dtypes=float32,bfloat16] [--peers=eager,compiled] [--write]
 
 Perplexity over windows of 1,024 tokens, prefill of prompts of 128 tokens, and greedy decoding of 64 after
-them, one row and eight. The models are those of `benchmarks/subjects.py`, unless named. The peer is the
+them, one row and eight. The models are those of `benchmarks/demo_models.py`, unless named. The peer is the
 exported directory in transformers, as it is and through torch.compile, with the KV cache that is faster for
 it; what is compiled, and the first calls, are not in the rates. The limit of evaluation and prefill is their
 FLOPs at the speed of one big product, that of decoding the bytes of weights and cache at the speed of
@@ -17,7 +17,7 @@ import statistics
 import sys
 from typing import Any
 
-from benchmarks import subjects
+from benchmarks import demo_models
 from benchmarks.side_by_side import Run, in_turn, parser, ratio, report, spread
 
 SETTINGS: dict[str, Any] = {
@@ -120,7 +120,10 @@ def main() -> None:
   made.add_argument('--dtypes', default='float32,bfloat16')
   made.add_argument('--peers', default='eager,compiled')
   args = made.parse_args()
-  models = {'dense': args.dense or str(subjects.dense()), 'pruned': args.pruned or str(subjects.pruned())}
+  models = {
+    'dense': args.dense or str(demo_models.dense()),
+    'pruned': args.pruned or str(demo_models.pruned()),
+  }
   text = measure(models, args.dtypes.split(','), args.peers.split(','), args.rounds, SETTINGS)
   report(TITLE, text, args.write)
 

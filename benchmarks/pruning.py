@@ -15,7 +15,7 @@ import shutil
 import statistics
 import sys
 
-from benchmarks import side_by_side, subjects
+from benchmarks import demo_models, side_by_side
 from benchmarks.side_by_side import Run, ratio, spread
 
 TOKENS = 128 * 64
@@ -31,7 +31,7 @@ def ours(workdir: pathlib.Path, dtype: str, steps: int) -> list[str]:
   """Our program, to what the paper's schedule leaves after so many steps."""
   target = DENSE - round(steps * (DENSE - LEFT) / 15) + SLACK
   fields = {
-    'model.source': subjects.GGUF,
+    'model.source': demo_models.GGUF,
     'model.dtype': dtype,
     'prune.target': target,
     'prune.calibration.source': 'data/sotu/train',
@@ -87,7 +87,7 @@ def main() -> None:
   parser = side_by_side.parser(__doc__, rounds=1)
   parser.add_argument('--steps', type=int, default=15)
   args = parser.parse_args()
-  dense, out = subjects.dense(), subjects.OUT / 'pruning'
+  dense, out = demo_models.dense(), demo_models.OUT / 'pruning'
   limits = side_by_side.run([sys.executable, 'benchmarks/programs/limits.py']).answer
   runs: dict[str, list[Run]] = {'ours float32': [], 'torch float32': [], 'ours bfloat16': []}
   for _ in range(args.rounds):
@@ -103,7 +103,7 @@ def main() -> None:
       workdir = out / name.split()[1]
       if name.startswith('ours'):
         check_steps(workdir, args.steps)
-        found[0].answer['parameters'] = subjects.parameters(workdir / 'hf')
+        found[0].answer['parameters'] = demo_models.parameters(workdir / 'hf')
       runs[name] += found
     check_sizes({name: found[-1].answer['parameters'] for name, found in runs.items()})
   shutil.rmtree(out, ignore_errors=True)
@@ -115,7 +115,7 @@ def main() -> None:
     f'{args.steps} steps of 128 x 64 tokens, median (range) of {args.rounds} rounds; ratios to PyTorch in '
     f'fp32. Limits: {flops / 1e12:,.0f} TFLOP (layers forward twice and backward, so that not more than one '
     "layer's gradient is held; the head without its weight's gradient), "
-    f'{floors} on all cores; the weights are {4 * subjects.parameters(dense) / 1e9:.2f} GB, held once '
+    f'{floors} on all cores; the weights are {4 * demo_models.parameters(dense) / 1e9:.2f} GB, held once '
     f'while scoring.\n\n{table(runs)}\n\n'
     f"The authors' program took {AUTHORS[0] / 15:.0f} CPU seconds a step (one thread, another machine, Xeon "
     f'with AMX) and {AUTHORS[1]} GB: ours {cpu / args.steps / (AUTHORS[0] / 15):.2f} of its time, across '
@@ -126,8 +126,8 @@ def main() -> None:
 
 def scoring_flops(directory: pathlib.Path) -> float:
   """A token's, of one scoring pass: layers forward twice and backward, the head forward and half backward."""
-  head = 2.0 * subjects.head_weights(directory)
-  return 4 * (subjects.forward_flops(directory, 64) - head) + 2 * head
+  head = 2.0 * demo_models.head_weights(directory)
+  return 4 * (demo_models.forward_flops(directory, 64) - head) + 2 * head
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ import pathlib
 import statistics
 import sys
 
-from benchmarks import side_by_side, subjects
+from benchmarks import demo_models, side_by_side
 from benchmarks.side_by_side import Run, ratio, spread
 
 HERE = pathlib.Path(__file__).parent / 'programs'
@@ -63,7 +63,7 @@ def main() -> None:
   )
   parser.add_argument('--steps', type=int, default=5, help='timed in each process, after one more')
   args = parser.parse_args()
-  model = args.model or subjects.pruned()
+  model = args.model or demo_models.pruned()
   limits = side_by_side.run([sys.executable, str(HERE / 'limits.py')]).answer
   commands = {}
   for own, peer in PAIRS:
@@ -76,7 +76,7 @@ def main() -> None:
       str(args.steps),
     ]
   runs = side_by_side.in_turn(commands, args.rounds)
-  weights, flops = subjects.parameters(model), subjects.training_flops(model, 256)
+  weights, flops = demo_models.parameters(model), demo_models.training_flops(model, 256)
   moved, speed = 28 * weights / 1e9, limits['gigabytes_per_second']
   text = (
     f'{weights:,} parameters, 4 x 256 tokens a step; rounds: {args.rounds}, median (range) of {args.steps} '

@@ -83,6 +83,10 @@ class CalibrationOptions:
   batch: int = option(4, 'Rows that pass a layer at once on a device, at most.', within=COUNT, result=False)
 
 
+# Methods that follow the paper's schedule step by step; the authors' program has these two.
+PROGRESSIVE = ('adapt', 'uniform')
+
+
 @dataclasses.dataclass(frozen=True)
 class PruneOptions:
   """What is removed, and how the remaining weights are adjusted (docs/methods.md)."""

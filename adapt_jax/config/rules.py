@@ -4,12 +4,9 @@ import dataclasses
 import math
 
 from adapt_jax.config.mode_options import SensitivityOptions
-from adapt_jax.config.options import MeshOptions, PruneOptions, RunOptions, TrainOptions
+from adapt_jax.config.options import PROGRESSIVE, MeshOptions, PruneOptions, RunOptions, TrainOptions
 from adapt_jax.config.values import serving_multiples
 from models.errors import InputError
-
-# What the authors' program of Adapt-Pruner has too: only there does prune.compat say something.
-_IN_REFERENCE = ('adapt', 'uniform')
 
 
 def check(options: RunOptions) -> None:
@@ -25,9 +22,9 @@ def check(options: RunOptions) -> None:
 
 def _check_prune(prune: PruneOptions) -> None:
   serving_multiples(prune.serve)
-  if prune.compat and prune.method not in _IN_REFERENCE:
+  if prune.compat and prune.method not in PROGRESSIVE:
     raise InputError(
-      f'config.prune.compat = {prune.compat!r} is of the methods {" and ".join(_IN_REFERENCE)}, not of '
+      f'config.prune.compat = {prune.compat!r} is of the methods {" and ".join(PROGRESSIVE)}, not of '
       f'config.prune.method = {prune.method!r}: leave compat empty'
     )
   if prune.compat and prune.compensate != 'none':

@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from adapt_jax.config.options import PROGRESSIVE
 from adapt_jax.reports.report import RunReport, known_perplexities
 from models.config import ModelConfig, count_params
 
-# Settings that all other methods than these ignore.
-_SCHEDULED = 'adapt', 'uniform'
+# Settings that only progressive methods read.
 _SCHEDULE = 'steps', 'ratio', 'amplitude', 'importance', 'layer_distance'
 _HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+')
 
@@ -83,7 +83,7 @@ def _tokens(report: RunReport) -> int:
 def _lineage(report: RunReport) -> str:
   rows = [f'- Base model: {_code(report["model"]["source"] if "/" in _source(report) else _source(report))}']
   for given, title in ((report.get('prune') or {}, 'Pruning'), (report.get('train') or {}, 'Training')):
-    ignored = _SCHEDULE if title == 'Pruning' and given.get('method') not in _SCHEDULED else ()
+    ignored = _SCHEDULE if title == 'Pruning' and given.get('method') not in PROGRESSIVE else ()
     fields = [(k, v) for k, v in given.items() if k not in ignored]
     if settings := [f'{k} {_code(v)}' for k, v in fields if isinstance(v, (str, int, float)) and v != '']:
       rows.append(f'- {title}: ' + ', '.join(settings))

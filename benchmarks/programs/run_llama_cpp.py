@@ -1,4 +1,4 @@
-"""One .gguf file in llama.cpp: FILE PROMPTS.json OUT.json speed. For benchmarks/exports.py."""
+"""One .gguf file in llama.cpp: FILE PROMPTS.json OUT.json speed. For benchmarks/serving.py."""
 
 import json
 import pathlib

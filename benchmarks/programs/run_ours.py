@@ -1,4 +1,4 @@
-"""One export in adapt-jax: DIRECTORY PROMPTS.json OUT.json speed. For benchmarks/exports.py."""
+"""One export in adapt-jax: DIRECTORY PROMPTS.json OUT.json speed. For benchmarks/serving.py."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from adapt_jax.generation.generator import Generator, Timings
 from adapt_jax.machine.compiler import Compiler
-from benchmarks.exports import logprobs
+from benchmarks.serving import logprobs
 from models.formats.source import open_source
 
 

@@ -1,4 +1,4 @@
-"""One export in transformers: DIRECTORY PROMPTS.json OUT.json speed. For benchmarks/exports.py."""
+"""One export in transformers: DIRECTORY PROMPTS.json OUT.json speed. For benchmarks/serving.py."""
 
 import json
 import pathlib

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from adapt_jax.modes.estimate import forward_flops
-from benchmarks import pruning, subjects, training
+from benchmarks import demo_models, pruning, training
 from benchmarks.side_by_side import ROOT, Run, replace_section
 from models.config import LayerShape, count_params
 from models.formats.hf_weights import save_params
@@ -25,11 +25,11 @@ def export(tmp_path_factory):
 
 def test_limits_are_those_of_the_model(export):
   config, path = export
-  assert subjects.parameters(path) == count_params(config)
-  assert subjects.head_weights(path) == config.vocab_size * config.hidden_size
-  assert subjects.forward_flops(path, 64) == pytest.approx(forward_flops(config, 64), rel=0.02)
-  head = 2 * subjects.head_weights(path)
-  layers = subjects.forward_flops(path, 64) - head
+  assert demo_models.parameters(path) == count_params(config)
+  assert demo_models.head_weights(path) == config.vocab_size * config.hidden_size
+  assert demo_models.forward_flops(path, 64) == pytest.approx(forward_flops(config, 64), rel=0.02)
+  head = 2 * demo_models.head_weights(path)
+  layers = demo_models.forward_flops(path, 64) - head
   assert pruning.scoring_flops(path) == 4 * layers + 2 * head
 
 

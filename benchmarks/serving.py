@@ -1,7 +1,7 @@
 """A pruned model in the programs it is exported for: agreement with ours, size, tokens/s beside the dense.
 
     make demo test-serving
-    python -m benchmarks.exports [--pruned=out/demo] [--dense=data/SmolLM2-135M-Instruct.Q4_1.gguf]
+    python -m benchmarks.serving [--pruned=out/demo] [--dense=data/SmolLM2-135M-Instruct.Q4_1.gguf]
 
 Both models are exported in every form (fp32), and each program runs both in turn, dense and pruned, --rounds
 times, each time in a new process: greedy decoding of 32 tokens after a prompt of 16, on two threads. The
