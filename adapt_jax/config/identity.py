@@ -1,5 +1,6 @@
 """What makes two runs the same: the mode, and those options that the mode reads and its result depends on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from adapt_jax.config.build import declarations, get
@@ -31,14 +32,19 @@ def identity(mode: str, options: RunOptions) -> dict[str, Any]:
   reads = _READS[mode]
   if mode == 'compare' and not options.compare.recover:  # its cells are only pruned
     reads = tuple(name for name in reads if name != 'train')
+  return {'mode': mode, 'config': settings(options, reads)}
+
+
+def settings(options: RunOptions, reads: Sequence[str]) -> dict[str, Any]:
+  """Of these groups the options that a result depends on, and these fields: {'prune': {'target': 0.8}}."""
   groups = tuple(f'{name}.' for name in reads)
-  config: dict[str, Any] = {}
+  found: dict[str, Any] = {}
   for field, declared in declarations():
     if field in reads or (declared.result and field.startswith(groups)):
       *parents, last = field.split('.')
-      node = config
+      node = found
       for name in parents:
         node = node.setdefault(name, {})
       value = get(options, field)
       node[last] = list(value) if isinstance(value, tuple) else value
-  return {'mode': mode, 'config': config}
+  return found

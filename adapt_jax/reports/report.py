@@ -3,7 +3,6 @@
 Everything else about a run is shown from these: tables, pages, model cards, grids.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -11,6 +10,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any, Literal, Required, TypedDict
 
+from adapt_jax.config import identity
 from adapt_jax.config.options import RunOptions
 from adapt_jax.machine.processes import is_first
 from models.files import write_text
@@ -81,7 +81,8 @@ class EvaluationReport(TypedDict, total=False):
 class RunReport(TypedDict, total=False):
   """Of modes accel, prune and export, and beside every export as its lineage.
 
-  prune, train: the settings. data: sources by use. exports: {'hf': bytes, logit difference, …}.
+  prune, train: the settings that the result depends on. data: sources by use. exports: what is known of each
+  form, {'hf': {'bytes': …}}.
   """
 
   model: Required[ModelReport]
@@ -212,10 +213,10 @@ def versions(*more: str) -> dict[str, str]:
 
 def settings(options: RunOptions) -> RunReport:
   """How a run prunes and trains, and on what: the parts `prune`, `train` and `data` of its report."""
-  trains = options.train.tokens > 0
+  trains, found = options.train.tokens > 0, identity.settings(options, ('prune', 'train'))
   return {  # type: ignore[typeddict-item]
-    'prune': dataclasses.asdict(options.prune),
-    'train': dataclasses.asdict(options.train) if trains else None,
+    'prune': found['prune'],
+    'train': found['train'] if trains else None,
     'data': {
       'calibration': options.prune.calibration.source,
       'train': options.train.source if trains else (),
