@@ -6,14 +6,13 @@ Left: perplexity pruned and recovered by stage, with a line for the dense model.
 KV heads of every layer after the last stage, against the dense model. Read is WORKDIR/report.json.
 """
 
-import json
 import pathlib
 import sys
 
 # A checkout works without being installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from adapt_jax.reports import charts  # noqa: E402
-from adapt_jax.reports.report import RunReport  # noqa: E402
+from adapt_jax.reports.report import RunReport, read_report  # noqa: E402
 from adapt_jax.reports.run_page import perplexity_chart, width_charts  # noqa: E402
 from models.files import write_text  # noqa: E402
 
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
     print('usage: python scripts/plot_report.py WORKDIR out.svg', file=sys.stderr)
     return 2
   try:
-    report = json.loads((pathlib.Path(argv[1]) / 'report.json').read_text(encoding='utf-8'))
+    report = read_report(pathlib.Path(argv[1]) / 'report.json')
     write_text(argv[2], draw(report))
   except (OSError, ValueError) as error:
     print(f'error: {error}', file=sys.stderr)

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+MAX_SPARSITY = 0.99  # of a layer (paper section 3)
+ALIGNMENT = (1, 65_536)
 COUNT, LENGTH, TOKENS = (1, 10**9), (2, 10**7), (0, 10**15)  # ranges that several options share
 
 

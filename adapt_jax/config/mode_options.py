@@ -3,9 +3,7 @@
 import dataclasses
 from typing import Any
 
-from adapt_jax.config.declare import COUNT, LENGTH, option
-
-MAX_SPARSITY = 0.99  # of a layer (paper section 3)
+from adapt_jax.config.declare import COUNT, LENGTH, MAX_SPARSITY, option
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ A source is a tuple of .txt, .jsonl, .json or .parquet files, directories or glo
 
 import dataclasses
 
-from adapt_jax.config.declare import COUNT, LENGTH, TOKENS, group, option
+from adapt_jax.config.declare import ALIGNMENT, COUNT, LENGTH, TOKENS, group, option
 from adapt_jax.config.mode_options import (
   BenchOptions,
   CompareOptions,
@@ -137,12 +137,12 @@ class PruneOptions:
     choices=('cosine', 'euclidean', 'manhattan'),
   )
   align_kv: int = option(
-    1, 'A layer keeps a multiple of so many KV heads, or all that it has.', within=(1, 65_536)
+    1, 'A layer keeps a multiple of so many KV heads, or all that it has.', within=ALIGNMENT
   )
   align_ffn: int = option(
     1,
     'A layer keeps a multiple of so many MLP channels, or all; 64 to 256 suit tensor cores and quantisation.',
-    within=(1, 65_536),
+    within=ALIGNMENT,
   )
   serve: str = option(
     'any',

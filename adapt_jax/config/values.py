@@ -5,6 +5,7 @@ A recipe gives them as Python has them, the command line as strings.
 
 from typing import Any, NamedTuple
 
+from adapt_jax.config.declare import ALIGNMENT
 from models.errors import InputError
 
 TENSOR_PARALLEL = 'tensor_parallel='
@@ -67,7 +68,7 @@ def serving_multiples(serve: str) -> Multiples:
   if serve == 'gguf':
     return Multiples(1, 32)
   count = serve.removeprefix(TENSOR_PARALLEL)
-  if count != serve and count.isdecimal() and 1 <= int(count) <= 65_536:
+  if count != serve and count.isdecimal() and ALIGNMENT[0] <= int(count) <= ALIGNMENT[1]:
     return Multiples(int(count), int(count))
   raise InputError(
     f'config.prune.serve = {serve!r}: choose any, gguf, or {TENSOR_PARALLEL}n for a number n of devices'

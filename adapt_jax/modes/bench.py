@@ -20,8 +20,7 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.machine.progress import Progress
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.reports import report as reports
-from adapt_jax.reports.report import BenchReport
+from adapt_jax.reports.report import BenchReport, versions, write_report
 from models.config import ModelConfig, count_params
 from models.errors import InputError
 from models.files import write_text
@@ -120,12 +119,12 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     'models': {name: _figures(model) for name, model in models.items()},
     'ratio': {kind: _ratio(models, kind) for kind in ('prefill', 'decode')},
     'command': command,
-    'versions': reports.versions(),
+    'versions': versions(),
   }
   report['warning'] = _warning(report, sources)
   table = _table(report)
   write_text(workdir.path / 'bench.md', table)
-  reports.write(workdir.report, report)
+  write_report(workdir.report, report)
   print(f'\n{table}', end='')
 
 

@@ -29,8 +29,7 @@ from adapt_jax.pipeline.run import Run
 from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
-from adapt_jax.reports import report as reports
-from adapt_jax.reports.report import CellReport, ComparisonReport
+from adapt_jax.reports.report import CellReport, ComparisonReport, read_report, versions, write_report
 from models.config import count_params
 from models.errors import InputError, disk_full, first_line
 from models.files import write_text
@@ -166,7 +165,7 @@ class Compare:
     for run in self._runs:
       if run.finished:
         _clean(run)
-        found, key = reports.read(run.workdir.report), dense_key(run.options)
+        found, key = read_report(run.workdir.report), dense_key(run.options)
         if (dense := found['perplexity']['dense']) is not None:
           self._shared.dense[key] = dense
         if 'dense' in found['tasks']:
@@ -179,7 +178,7 @@ class Compare:
     report = self._report()
     compare_page.write(self._workdir, report, running=False)
     if all(cell['state'] == 'finished' for cell in report['cells']):
-      reports.write(self._workdir.report, report)
+      write_report(self._workdir.report, report)
     return report
 
   def _execute_all(self, todo: list[CellRun], inputs: list[Inputs]) -> None:
@@ -191,7 +190,7 @@ class Compare:
         reason = self._try(run, inputs[number - 1])
         if reason:
           print(f'failed: {reason}', flush=True)
-        gc.collect()  # a run and its callbacks hold each other, and the model with them
+        gc.collect()  # what of a run is in cycles holds its model
         progress.update(1, **({'failed': reason} if reason else {'cell': run.cell.name}))
 
   def _try(self, run: CellRun, inputs: Inputs) -> str:
@@ -232,7 +231,7 @@ class Compare:
     for run in self._runs:
       cells.append(_entry(run, running=run is now))
       if run.finished:
-        report = reports.read(run.workdir.report)
+        report = read_report(run.workdir.report)
         definitions[str(report['perplexity']['definition'])] = None
         for name, count in report['compiles'].items():
           compiles[name] = compiles.get(name, 0) + count
@@ -251,7 +250,7 @@ class Compare:
         'compiles': compiles,
         'seconds': sum(cell.get('seconds', 0.0) for cell in cells),
         'command': self._command,
-        'versions': reports.versions(),
+        'versions': versions(),
       }
     )
 
@@ -266,7 +265,7 @@ def _entry(run: CellRun, *, running: bool) -> CellReport:
   entry: CellReport = {'name': run.cell.name, 'values': run.cell.values, 'state': 'waiting'}
   error_file = run.workdir.path / ERROR
   if run.finished:
-    report = reports.read(run.workdir.report)
+    report = read_report(run.workdir.report)
     perplexity: Any = report['perplexity']
     entry |= {
       'state': 'finished',

@@ -22,7 +22,7 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.machine import mesh
 from adapt_jax.machine.progress import Progress
 from adapt_jax.pipeline.checks import check_run
-from adapt_jax.pipeline.schedule import stage_steps, stage_targets
+from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import programs as pruning_programs
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.criteria import IMPORTANCES
@@ -107,7 +107,7 @@ def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]
   prune = options.prune
   allocator = Allocator(config, prune.align_ffn, prune.align_kv)
   widths, found = allocator.full, []
-  for target in stage_targets(config, prune.target, prune.stages, prune.stage_targets):
+  for target in Schedule.of(options, config).targets:
     widths = allocator.one_shot(widths, np.ones(config.num_layers), target)
     found.append(config.with_layers(_shapes(config, widths)))
   return found
@@ -131,6 +131,7 @@ class Footprint:
 
   def __init__(self, options: RunOptions, config: ModelConfig, dtype: Any):
     self.options, self.config, self.dtype = options, config, dtype
+    self._optimizer = optimizer(options.train, Schedule.of(options, config).train_steps)
 
   def state(self, config: ModelConfig, moments: bool) -> Any:
     """The arrays that stay on the devices while a stage lasts: fp32 weights, and moments from stage 1 on."""
@@ -138,8 +139,7 @@ class Footprint:
     params = llama.abstract_params(config, dtype)
     if not self.options.train.tokens or not moments:
       return placed({'params': params})
-    tx = optimizer(self.options.train, stage_steps(self.options.train, self.options.prune.stages)[-1])
-    return placed({'params': params, 'optimizer': jax.eval_shape(tx.init, params)})
+    return placed({'params': params, 'optimizer': jax.eval_shape(self._optimizer.init, params)})
 
   def stacked(self, config: ModelConfig) -> Any:
     """What scoring and compensation take: all layers' weights at their original widths."""
@@ -168,10 +168,9 @@ class Footprint:
     """Of one optimizer step of a stage with this model, the teacher with it."""
     t = self.options.train
     config = config.with_layers(config.layers[:layers])
-    tx = optimizer(t, stage_steps(t, self.options.prune.stages)[-1])
     dense = self.config.with_layers(self.config.layers[:layers]) if t.distill.alpha > 0 else None
     teacher = [placed(llama.abstract_params(dense, self.dtype))] if dense else []
-    step = make_step(config, t, tx, self.dtype, dense)
+    step = make_step(config, t, self._optimizer, self.dtype, dense)
     return compiled_memory(step, self.state(config, True), *batch_shapes(t), *teacher, donate_argnums=(0,))
 
   def scoring_flops(self) -> float:
@@ -181,7 +180,7 @@ class Footprint:
     and its second moments and solves, which are not counted here.
     """
     forward = forward_flops(self.config, self.options.prune.calibration.length)
-    kind = IMPORTANCES[pruning_programs.scoring(self.config, self.options.prune, self.dtype).importance]
+    kind = IMPORTANCES[pruning_programs.importance(self.options.prune)]
     return forward * (3 if kind.curvature else 4 if kind.gradient else 1)
 
   def training_flops(self, config: ModelConfig) -> float:
@@ -299,9 +298,9 @@ def _stage_table(footprint: Footprint, stages: list[ModelConfig]) -> list[str]:
     '| stage | parameters | of dense | GFLOP a token | tokens | hours at peak |',
     '|---|---|---|---|---|---|',
   ]
-  ends = [0, *(stage_steps(t, len(stages)) if t.tokens else [0] * len(stages))]
+  schedule = Schedule.of(options, footprint.config)
   for k, config in enumerate(stages):
-    tokens = (ends[k + 1] - ends[k]) * t.batch * t.length
+    tokens = (schedule.end(k + 1) - schedule.start(k + 1)) * t.batch * t.length
     flops = footprint.training_flops(config)
     share = count_params(config) / count_params(footprint.config)
     lines.append(

@@ -11,8 +11,7 @@ from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.machine.processes import say
 from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.reports import report as reports
-from adapt_jax.reports.report import EvaluationReport
+from adapt_jax.reports.report import EvaluationReport, versions, write_report
 from adapt_jax.reports.summary import tasks_table
 from models.config import count_params
 from models.formats.source import open_source
@@ -46,7 +45,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     'command': command,
     'compiles': compiler.counts,
     'seconds': time.monotonic() - start,
-    'versions': reports.versions(*(('lm_eval',) if tasks else ())),
+    'versions': versions(*(('lm_eval',) if tasks else ())),
   }
-  reports.write(workdir.report, report)
+  write_report(workdir.report, report)
   say('\n'.join(said))

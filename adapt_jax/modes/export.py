@@ -12,10 +12,10 @@ from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.pipeline.checkpoint import Checkpoints
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.run_report import run_report
+from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import array_shapes, from_meta
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.reports import report as reports
-from adapt_jax.reports.report import RunReport
+from adapt_jax.reports.report import RunReport, versions, write_report
 from adapt_jax.training.optim import optimizer
 from models.config import ModelConfig, count_params
 from models.errors import InputError
@@ -53,9 +53,9 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     **model.report,
     'command': command,
     'exports': writer.write(model.config, model.load(as_is)),
-    'versions': reports.versions(),
+    'versions': versions(),
   }
-  reports.write(workdir.report, report)
+  write_report(workdir.report, report)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,5 +99,7 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   trained = ran.train.tokens > 0
   shapes = array_shapes(model, state.compacted, optimizer(ran.train, 1) if trained else None)
   config = state.compacted.pruned_config(model.config)
-  report, template = run_report(ran, model, state, command=''), ran.data.chat_template
+  report, template = run_report(ran, model, state), ran.data.chat_template
+  if state.row is not None and state.train_step > Schedule.of(ran, model.source.config).start(state.stage):
+    report['perplexity']['pruned'] = None  # of weights that have been trained since
   return _Model(config, model.source, trained, template, report, (checkpoints, number, shapes))

@@ -29,8 +29,7 @@ from adapt_jax.pruning.plan import PrunePlan, keep_best
 from adapt_jax.pruning.pruner import Pruner
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.widths import Allocator
-from adapt_jax.reports import report as reports
-from adapt_jax.reports.report import SensitivityReport
+from adapt_jax.reports.report import SensitivityReport, versions, write_report
 from adapt_jax.training.loss import next_token_loss
 from models.config import ModelConfig, count_params
 from models.errors import InputError
@@ -217,7 +216,7 @@ class Sensitivity:
         self._measure_all(todo, done, progress)
     report = self._report()
     sensitivity_page.write(self.workdir, report, running=False)
-    reports.write(self.workdir.report, report)
+    write_report(self.workdir.report, report)
     return report
 
   def _measure_all(self, bases: list[float], done: dict[float, int], progress: Progress) -> None:
@@ -301,5 +300,5 @@ class Sensitivity:
       'command': self._command,
       'compiles': self._compiler.counts,
       'seconds': sum(r['seconds'] for r in rows),
-      'versions': reports.versions(),
+      'versions': versions(),
     }

@@ -53,7 +53,7 @@ class MetricsLog:
 
 def _as_now(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """Version 0.1 wrote the stage of an evaluation into its name: {'of': 'stage 1 pruned'}."""
-  stages = {row['stage'] for row in rows if 'stage' in row}
+  stages = range(1, 1 + sum(row['event'] == 'evaluate' for row in rows))  # each has one at least
   names = {f'stage {stage} {of}': (of, stage) for stage in stages for of in ('pruned', 'recovered')}
   for row in rows:
     if row['event'] == 'evaluate' and 'stage' not in row:

@@ -1,4 +1,4 @@
-"""What a run's model is worth at its stations: perplexity, and scores of tasks, as far as the config asks."""
+"""Perplexity and task scores of a run's models, as far as the config asks for them."""
 
 from typing import Any
 

@@ -21,9 +21,8 @@ from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.stages import Pruning, Recovery
 from adapt_jax.pipeline.state import RunState, StateStore
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.reports import report as reports
 from adapt_jax.reports import run_page
-from adapt_jax.reports.report import Of, RunReport, StageReport
+from adapt_jax.reports.report import Of, RunReport, StageReport, versions, write_report
 from adapt_jax.training.optim import optimizer
 from models.config import ModelConfig, count_params
 
@@ -87,7 +86,7 @@ class Run:
 
   def _run_stages(self, state: RunState) -> None:
     if state.dense_perplexity is None:
-      state.measure_dense(self._perplexity(state, 'dense'))
+      state.record_dense(self._perplexity(state, 'dense'))
     if self._measure_tasks(state, 'dense'):
       self._store.save_plan(state, 1)
     for stage in range(max(state.stage, 1), self._schedule.stages + 1):
@@ -125,7 +124,7 @@ class Run:
       'perplexity_pruned': perplexity,
       'seconds': time.monotonic() - start,
     }
-    self._pruning.open_stage(row, state)
+    state.open_stage(row, self._pruning.next_schedule(state))
     self._save(state)
 
   def _recover_stage(self, stage: int, state: RunState) -> None:
@@ -156,7 +155,7 @@ class Run:
     for done in recovery.steps(stage, state):
       self._metrics.write('train', stage=stage, step=done.step, **done.metrics)
       if done.state is not None:
-        state.spend(time.monotonic() - start)
+        state.record_seconds(time.monotonic() - start)
         if done.step < self._schedule.end(stage):
           self._save(state)
 
@@ -168,7 +167,7 @@ class Run:
     if not self.options.evaluate.has_tasks or of in state.tasks:
       return False
     scores = self._quality.tasks(self._config(state), state.params, of, state.train_step)
-    state.measure_tasks(of, scores)
+    state.record_tasks(of, scores)
     return True
 
   def _config(self, state: RunState) -> ModelConfig:
@@ -179,16 +178,22 @@ class Run:
   def _save(self, state: RunState) -> None:
     seconds, compiles = self._before
     names = ['scoring', 'compensation', 'training', 'evaluation']
-    names += ['harness', 'prefill', 'decode'] if self.options.evaluate.has_tasks else []
+    names += self._harness('harness', 'prefill', 'decode')
     counts = {n: compiles.get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
-    state.count(seconds + time.monotonic() - self._started, counts)
+    state.record_cost(seconds + time.monotonic() - self._started, counts)
     self._store.save(state)
     self._saved_step = state.train_step
     self._write_page(state)
 
+  def _harness(self, *names: str) -> tuple[str, ...]:
+    """These names where lm-evaluation-harness has work."""
+    return names if self.options.evaluate.has_tasks else ()
+
   def _report(self, state: RunState) -> RunReport:
     definition, model = self._quality.definition, self._inputs.model
-    return run_report(self.options, model, state, command=self._command, definition=definition)
+    report = run_report(self.options, model, state, definition)
+    report |= {'command': self._command, 'versions': versions(*self._harness('lm_eval'))}
+    return report
 
   def _write_page(self, state: RunState, running: bool = True) -> None:
     if is_first():
@@ -218,5 +223,5 @@ class Run:
       )
       report['exports'] = writer.write(self._config(state), state.params)
     self._write_page(state, running=False)
-    reports.write(self._workdir.report, report)
+    write_report(self._workdir.report, report)
     return report

@@ -5,24 +5,28 @@ from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState
 from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.reports.report import RunReport, StageReport, settings, versions
+from adapt_jax.reports.report import PerplexityReport, RunReport, StageReport, settings
 from models.config import count_params
 
 
 def run_report(
-  options: RunOptions, model: DenseModel, state: RunState, *, command: str, definition: str | None = None
+  options: RunOptions, model: DenseModel, state: RunState, definition: str | None = None
 ) -> RunReport:
-  """What report.json says, with the open stage as far as it is known.
+  """What a state tells: the report without command and versions, with the open stage as far as it is known.
 
-  Args:
-    command: that reproduces the run.
-    definition: what perplexity is, in words.
+  definition: what perplexity is, in words.
   """
   dense, rows = count_params(model.source.config), [*state.rows]
+  schedule = Schedule.of(options, model.source.config)
   if state.row is not None:
     rows.append({**state.row, **state.compacted.widths(model.config)})
   last: StageReport = rows[-1] if rows else {'stage': 0, 'params': dense}
-  schedule = Schedule.of(options, model.source.config)
+  perplexity: PerplexityReport = {
+    'dense': state.dense_perplexity,
+    'pruned': last.get('perplexity_pruned'),
+    'recovered': last.get('perplexity_recovered'),
+    'definition': definition,
+  }
   return {
     'model': {
       'source': model.source.name,
@@ -31,12 +35,7 @@ def run_report(
       'params_target': schedule.targets[-1],
       **PrunePlan.dense(model.config).widths(model.config),
     },
-    'perplexity': {
-      'dense': state.dense_perplexity,
-      'pruned': last.get('perplexity_pruned'),
-      'recovered': last.get('perplexity_recovered'),
-      'definition': definition,
-    },
+    'perplexity': perplexity,
     'tasks': state.tasks,
     'schedule': {
       'targets': list(schedule.targets),
@@ -45,8 +44,6 @@ def run_report(
     },
     'stages': rows,
     **settings(options),
-    'command': command,
     'compiles': state.compiles,
     'seconds': state.seconds,
-    'versions': versions(*(('lm_eval',) if options.evaluate.has_tasks else ())),
   }

@@ -1,7 +1,6 @@
 """The two halves of a stage of Adapt-Accel: pruning and recovery (paper section 4).
 
-Each moves a `RunState` on and tells what it has done, step by step; `pipeline/run.py` measures, logs and
-saves in between.
+Each moves a `RunState` on and yields after each step; `pipeline/run.py` measures, logs and saves in between.
 """
 
 from collections.abc import Iterator
@@ -20,10 +19,9 @@ from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState, array_shapes
 from adapt_jax.pruning import surgery
-from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner, StepRecord
 from adapt_jax.pruning.score_memo import ScoreMemo
-from adapt_jax.reports.report import StageReport
 from adapt_jax.training.loop import Trained, run_steps
 from adapt_jax.training.optim import reset_moments
 from adapt_jax.training.step import Teacher, TrainState, batch_shapes, make_step
@@ -70,7 +68,7 @@ class Pruning:
     return array_shapes(self._inputs.model, plan, self._optimizer)
 
   def steps(self, stage: int, state: RunState) -> Iterator[StepRecord]:
-    """Steps to the stage's target, each told when the state has taken it; none if it is reached already."""
+    """Prunes to the stage's target; yields each step after recording it in the state."""
     target = self._schedule.target(stage)
     if state.pruning.plan.params(self._inputs.config) <= target:
       return
@@ -87,7 +85,7 @@ class Pruning:
       state.hold(self.start())
 
   def finish(self, stage: int, state: RunState) -> None:
-    """Adjusts the remaining weights to what is gone, and compacts the arrays.
+    """Adjusts the remaining weights for what was removed, and compacts the arrays.
 
     On the rows of the last step; done again, to the same bits, if killed before the stage is saved.
     """
@@ -105,7 +103,7 @@ class Pruning:
     def cut(arrays: TrainState) -> TrainState:
       return surgery.compact_optimizer(arrays, arrays['params'], relative)
 
-    state.compact(jax.block_until_ready(mesh.jit(cut, state.arrays, once=True)(state.arrays)))
+    state.compacted_to_plan(jax.block_until_ready(mesh.jit(cut, state.arrays, once=True)(state.arrays)))
     if 'optimizer' not in state.arrays and self._optimizer:
       moments = mesh.jit(self._optimizer.init, state.params, once=True)(state.params)
       state.hold(state.arrays | {'optimizer': moments})
@@ -113,9 +111,9 @@ class Pruning:
     chex.assert_trees_all_equal_shapes(state.arrays, self.shapes(state.compacted))
     forget_traces()  # programs of the old shapes would stay in memory
 
-  def open_stage(self, row: StageReport, state: RunState) -> None:
-    """Closes the pruning of a stage: its row, and the schedule as the next stage takes it up."""
-    state.open_stage(row, self._pruner.next_stage(state.pruning))
+  def next_schedule(self, state: RunState) -> PruneState:
+    """The schedule from which the next stage goes on."""
+    return self._pruner.next_stage(state.pruning)
 
 
 class Recovery:
@@ -143,7 +141,7 @@ class Recovery:
       self._teacher = Teacher(inputs.source.config, load_source(inputs.source, inputs.dtype))
 
   def steps(self, stage: int, state: RunState) -> Iterator[Trained]:
-    """The steps that are left of the stage; where one hands its arrays out, the state holds them."""
+    """Trains to the end of the stage; yields each step, and holds the arrays of those that hand them out."""
     train, stop = self._inputs.train, self._schedule.end(stage)
     if train is None or state.train_step >= stop:
       return
@@ -160,7 +158,7 @@ class Recovery:
     )
     for done in taken:
       if done.state is not None:
-        state.train(done.step, done.state)
+        state.trained_to(done.step, done.state)
       yield done
 
   def _compile(self, state: RunState) -> Any:

@@ -31,7 +31,7 @@ from models.network.sharding import placed
 
 @dataclasses.dataclass
 class RunState:
-  """Where a run stands. It changes by its methods alone, a step of the run each.
+  """Where a run stands. Only its methods change it, one for each event of a run.
 
   arrays: {'params', 'optimizer'}, at the widths that `compacted` keeps; empty while stage 1 is scored.
   pruning: the schedule; ahead of `compacted` while a stage is being pruned.
@@ -59,10 +59,10 @@ class RunState:
   def params(self) -> Params:
     return self.arrays['params']
 
-  def measure_dense(self, perplexity: float | None) -> None:
+  def record_dense(self, perplexity: float | None) -> None:
     self.dense_perplexity = perplexity
 
-  def measure_tasks(self, of: Of, scores: dict[str, dict[str, Any]]) -> None:
+  def record_tasks(self, of: Of, scores: dict[str, dict[str, Any]]) -> None:
     self.tasks = self.tasks | {of: scores}
 
   def take_step(self, pruning: PruneState) -> None:
@@ -74,23 +74,23 @@ class RunState:
     return self.arrays.pop('params')
 
   def hold(self, arrays: TrainState) -> None:
-    """Other values of arrays of the same shapes."""
+    """The arrays of the state: as they are loaded, restored or changed between two events."""
     self.arrays = arrays
 
-  def compact(self, arrays: TrainState) -> None:
+  def compacted_to_plan(self, arrays: TrainState) -> None:
     """The arrays at the widths of the plan that pruning has reached."""
     self.arrays, self.compacted = arrays, self.pruning.plan
 
   def open_stage(self, row: StageReport, pruning: PruneState) -> None:
-    """The stage is pruned; its training comes next. pruning: the schedule that the next stage takes up."""
+    """A stage is pruned; its training comes next. pruning: the schedule from which the next stage goes on."""
     self.stage, self.complete = row['stage'], False
     self.row, self.pruning = row, pruning
 
-  def train(self, step: int, arrays: TrainState) -> None:
+  def trained_to(self, step: int, arrays: TrainState) -> None:
     """Training has got as far as global step `step`."""
     self.arrays, self.train_step = arrays, step
 
-  def spend(self, seconds: float) -> None:
+  def record_seconds(self, seconds: float) -> None:
     """The open stage has taken so long so far."""
     if self.row is not None:
       self.row = self.row | {'seconds': seconds}
@@ -99,7 +99,7 @@ class RunState:
     """The stage is trained and measured."""
     self.rows, self.row, self.complete = [*self.rows, row], None, True
 
-  def count(self, seconds: float, compiles: dict[str, int]) -> None:
+  def record_cost(self, seconds: float, compiles: dict[str, int]) -> None:
     """What the whole run has taken so far."""
     self.seconds, self.compiles = seconds, compiles
 
@@ -197,9 +197,9 @@ class StateStore:
         f'{self._plan} is damaged ({type(error).__name__}): delete it to take this stage up from its start'
       ) from None
     state.take_step(pruning)
-    state.measure_dense(dense_perplexity)
+    state.record_dense(dense_perplexity)
     for of, scores in tasks.items():
-      state.measure_tasks(of, scores)
+      state.record_tasks(of, scores)
     say(f'resuming in the pruning of stage {saved["stage"]}, after step {saved["step"]}')
     return lines
 

@@ -75,13 +75,14 @@ class Workdir:
         f'--workdir={self.path} belongs to a run of another version, which has config.{unknown[0]}: use '
         f'another workdir, or that version to resume'
       )
-    # An option that is younger than the run had its default there. Options that the mode does not read say
-    # nothing of it, though runs of earlier versions have them in run.json too.
-    now = {'mode': self._identity['mode']} | flatten(self._identity['config'])
-    for field, value in now.items():
-      was = mode if field == 'mode' else before.get(field, known[field])
-      if was != value:
-        name = field if field == 'mode' else f'config.{field}'
+    # Options added after the run was started count as their defaults, and are looked at last. Options that
+    # the mode does not read are ignored; version 0.1 wrote them too.
+    now = {'mode': self._identity['mode']}
+    now |= {f'config.{field}': value for field, value in flatten(self._identity['config']).items()}
+    then = {'mode': mode} | {f'config.{field}': value for field, value in before.items()}
+    youngest = {f'config.{field}': value for field, value in known.items()}
+    for name in sorted(now, key=lambda name: name not in then):
+      if (was := then.get(name, youngest.get(name))) != (value := now[name]):
         raise InputError(
           f'--workdir={self.path} belongs to a run with {name} = {was!r}, not {value!r}: use another '
           f'workdir, or the same config to resume'

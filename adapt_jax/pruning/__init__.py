@@ -1,1 +1,1 @@
-"""Which groups go from which layer, and how the others are adjusted."""
+"""Which groups are removed from each layer, and how the remaining weights are adjusted."""

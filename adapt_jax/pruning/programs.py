@@ -16,15 +16,19 @@ from models.network.sharding import row_sharding
 
 def scoring(config: ModelConfig, options: PruneOptions, dtype: Any) -> Scorer:
   """The program that scores groups and layers by what the method asks for."""
-  method = METHODS[options.method]
   return Scorer(
     config,
-    method.importance or options.importance,
-    method.distance or options.layer_distance,
+    importance(options),
+    METHODS[options.method].distance or options.layer_distance,
     micro_batch(options.calibration),
     dtype,
     reference_fold=options.compat == 'reference',
   )
+
+
+def importance(options: PruneOptions) -> str:
+  """The name of the score that decides: the method's own, or the one that options name."""
+  return METHODS[options.method].importance or options.importance
 
 
 def compensation(config: ModelConfig, options: PruneOptions, dtype: Any) -> Compensator:

@@ -1,1 +1,1 @@
-"""What a run tells: report.json, and what people see of it."""
+"""Reports of a run: report.json, pages, charts and tables."""

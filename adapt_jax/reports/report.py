@@ -182,13 +182,13 @@ class BenchReport(TypedDict, total=False):
   versions: dict[str, str]
 
 
-def write(path: pathlib.Path, report: Mapping[str, Any]) -> None:
+def write_report(path: pathlib.Path, report: Mapping[str, Any]) -> None:
   """Writes a report as JSON, once for all processes; a reader sees the old file or the new."""
   if is_first():
     write_text(path, json.dumps(report, indent=2) + '\n')
 
 
-def read(path: pathlib.Path) -> RunReport:
+def read_report(path: pathlib.Path) -> RunReport:
   """The report of a run that has finished, as `write` left it."""
   report: RunReport = json.loads(path.read_text())
   return report
@@ -196,7 +196,7 @@ def read(path: pathlib.Path) -> RunReport:
 
 def known_perplexities(report: RunReport) -> dict[Of, float]:
   """Perplexities of a run as far as they are measured, in the order dense, pruned, recovered."""
-  found = report.get('perplexity', {})
+  found = report.get('perplexity') or {}
   values: list[tuple[Of, float | None]] = [
     ('dense', found.get('dense')),
     ('pruned', found.get('pruned')),

@@ -240,7 +240,7 @@ def _heat_maps(data: _Data) -> list[str]:
 
 def _state(data: _Data, running: bool) -> str:
   seen = [s['stage'] for s in (*data.stages, *data.events) if 'stage' in s]
-  count = max([len(data.schedule.get('targets', [])), *seen], default=1)
+  count = max([1, len(data.schedule.get('targets', [])), *seen])
   if not running:
     return f'finished, {count} stage{"s" if count > 1 else ""}'
   last = data.events[-1] if data.events else {'event': ''}
@@ -251,7 +251,7 @@ def _state(data: _Data, running: bool) -> str:
     'evaluate': f'evaluated the {last.get("of")} model',
     'tasks': f'evaluated tasks, {last.get("of")}',
   }
-  return f'running, stage {max(seen, default=1)} of {count}: {doing.get(last["event"], "starting")}'
+  return f'running, stage {max([1, *seen])} of {count}: {doing.get(last["event"], "starting")}'
 
 
 def _facts(data: _Data) -> Iterator[tuple[str, str]]:

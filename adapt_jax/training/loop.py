@@ -43,7 +43,7 @@ def run_steps(
   teacher: Teacher | None,
   title: str,
 ) -> Iterator[Trained]:
-  """Global steps start … stop-1, each told when it has ended; `state` is used up.
+  """Runs the global steps start … stop-1; yields each once it has ended. Donates `state`.
 
   Metrics are read one step late, so the device does not wait for the host. The state is handed out every
   `options.save_every` steps, at the end and after SIGTERM, once its loss was found finite. Raises `Preempted`

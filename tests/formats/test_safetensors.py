@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from models.formats import safetensors_writer
+from models.formats import safetensors
 from models.formats.hf_weights import load_params, save_params, stored_params
 from models.formats.safetensors import SafetensorsReader, write_tensors
 from tests.support.helpers import UNIFORM, random_params, save_checkpoint, tiny_config
@@ -22,7 +22,7 @@ def bits(tree):
 @pytest.mark.parametrize('chunk', [5, 1 << 17])
 def test_the_library_reads_what_is_written(chunk, tmp_path, monkeypatch):
   """Tensors that are contiguous, that are not, that are converted, and an empty one."""
-  monkeypatch.setattr(safetensors_writer, '_CHUNK', chunk)
+  monkeypatch.setattr(safetensors, '_CHUNK', chunk)
   rng = np.random.default_rng(0)
   draw = {
     'a': rng.standard_normal((3, 7)).astype(np.float32),

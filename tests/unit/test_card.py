@@ -96,6 +96,12 @@ def test_pruning_alone_is_not_called_training():
   assert '## Perplexity' not in parsed(report)[1]
 
 
+def test_parts_that_are_none_are_left_out():
+  report = copy.deepcopy(REPORT) | dict.fromkeys(('perplexity', 'tasks', 'prune', 'train', 'data'))
+  text = model_card(report, CONFIG, FILES)
+  assert '## Perplexity' not in text and '## Tasks' not in text and '## Widths' in text
+
+
 def test_layers_that_are_gone_stay_where_they_were():
   report = copy.deepcopy(REPORT)
   report['stages'][0] |= {'num_kv_heads': [0, 3], 'ffn': [0, 48]}

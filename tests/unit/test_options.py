@@ -126,6 +126,16 @@ def test_a_workdir_from_before_an_option_existed_resumes_with_its_default(tmp_pa
     other.check()
 
 
+def test_the_field_that_differs_is_named_before_those_that_follow_from_it(tmp_path):
+  """A grid that only pruned has no training in its run.json."""
+  trained = {'train__source': ('x.txt',), 'train__tokens': 4096}
+  before = Workdir(str(tmp_path / 'out'), identity('compare', with_values(**trained)))
+  before.claim()
+  now = Workdir(str(before.path), identity('compare', with_values(compare__recover=True, **trained)))
+  with pytest.raises(InputError, match='config.compare.recover = False, not True'):
+    now.check()
+
+
 def test_a_workdir_that_tells_more_than_its_mode_reads_resumes(tmp_path):
   """Earlier versions wrote every option into run.json."""
   claimed(tmp_path / 'out', RunOptions(), lambda config: config.update(train={'lr': 0.5})).check()

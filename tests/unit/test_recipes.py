@@ -125,7 +125,7 @@ def draw_scores(config, kind, step):
 
 
 def walk(options, config, kind):
-  """The stages as `accel.Run` takes them: (target, plan, abstract parameters) at the end of each."""
+  """The stages as `pipeline.stages` takes them: (target, plan, abstract parameters) at the end of each."""
   prune = options.prune
   method, state = METHODS[prune.method](config, prune), PruneState.start(config)
   params = abstract_params(config)

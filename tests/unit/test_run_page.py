@@ -451,3 +451,10 @@ def test_the_picture_names_what_is_missing(
   assert plot_report.main(['', str(tmp_path / 'absent'), str(tmp_path / 'out.svg')]) == 2
   assert capsys.readouterr().err.count('error: ') == 2
   assert not (tmp_path / 'out.svg').exists()
+
+
+def test_the_dense_model_belongs_to_no_stage() -> None:
+  """Its evaluation comes before the first stage, which is the one that goes on."""
+  report = {k: v for k, v in make_report().items() if k not in ('stages', 'schedule')}
+  text = render(report, [evaluation('dense', 20.0)], command=COMMAND, running=True)
+  assert 'running, stage 1 of 1: evaluated the dense model' in text

@@ -25,7 +25,7 @@ class Method(abc.ABC):
     options: `config.prune`.
   """
 
-  # Of groups and layers, names of importance.IMPORTANCES and DISTANCES; '': as config.prune says.
+  # Of groups and layers, names of criteria.IMPORTANCES and DISTANCES; '': as config.prune says.
   importance: ClassVar[str] = ''
   distance: ClassVar[str] = ''
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from adapt_jax.config.mode_options import MAX_SPARSITY
+from adapt_jax.config.declare import MAX_SPARSITY
 from adapt_jax.config.options import PruneOptions
 from adapt_jax.pruning.methods.base import UniformOneShot
 from models.config import ModelConfig
