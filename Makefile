@@ -23,7 +23,7 @@ demo: .venv/installed fetch
 	$(PY) main.py --config=configs/demo.py --workdir=out/demo
 
 test: .venv/installed-test .venv/transformers-4.57/installed fetch
-	$(PY) -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(PY) -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 test-fast: .venv/installed-test
 	$(PY) -m pytest -q -m unit tests/unit --numprocesses=auto --maxprocesses=4 --dist=worksteal

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.plan import PrunePlan
 from models.config import LayerShape, Llama3Scaling, ModelConfig, RopeConfig
 from models.formats.hf_config import config_to_hf
 from models.formats.hf_weights import save_params
@@ -59,6 +61,17 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -
     return (centre + 0.25 * rng.standard_normal(leaf.shape)).astype(dtype)
 
   return jax.tree_util.tree_map_with_path(draw, llama.abstract_params(config))
+
+
+def new_params(config: ModelConfig, seed: int = 0, scale: float = 3.0) -> llama.Params:
+  """A new model's parameters, larger by `scale`; compiled: op by op it takes seconds."""
+  init = jax.jit(lambda key: jax.tree.map(lambda x: scale * x, llama.init_params(config, key)))
+  return init(jax.random.key(seed))
+
+
+def stacked_params(params: llama.Params, plan: PrunePlan) -> llama.Params:
+  """`surgery.stack` in float32, compiled."""
+  return jax.jit(lambda p: surgery.stack(p, plan, np.float32))(params)
 
 
 def random_tokens(config: ModelConfig, rows: int = 2, length: int = 40, seed: int = 0) -> np.ndarray:

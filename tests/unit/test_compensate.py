@@ -12,14 +12,16 @@ from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.plan import PrunePlan
 from models.config import LayerShape, ModelConfig, RopeConfig
 from models.network import llama
+from tests.support.helpers import new_params, stacked_params
 
 VOCAB = 61
+attend, feed = (jax.jit(f, static_argnums=(0, 1)) for f in (llama.attend, llama.feed))
 
 
 def make_model(output_bias=False):
   shapes = (LayerShape(6, 3, 32),) * 3
   config = ModelConfig('llama', VOCAB, 24, 8, shapes, RopeConfig(1e4), 1e-5, False)
-  params = jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0)))
+  params = new_params(config)
   return surgery.with_output_bias(config, params) if output_bias else (config, params)
 
 
@@ -42,7 +44,7 @@ def make_plan(config, seed=0):
 def compensated(config, params, plan, kind, tokens, micro_batch=4):
   """The parameters before compaction, and the changes."""
   dense = PrunePlan.dense(config)
-  stacked = surgery.stack(params, dense, jnp.float32)
+  stacked = stacked_params(params, dense)
   masks = tuple(map(jnp.asarray, surgery.padded_masks(plan)))
   changes = jax.jit(Compensator(config, kind, micro_batch))(stacked, masks, tokens)
   return compensate.add(params, dense, changes), changes
@@ -52,8 +54,8 @@ def streams(config, params, tokens):
   """Of every layer: before, what enters o_proj, between, what enters down_proj, after."""
   x, tables, out = params['embed'][tokens], llama.rope(config, tokens.shape[1]), []
   for shape, layer in zip(config.layers, params['layers'], strict=True):
-    middle, o_inputs = llama.attend(config, shape, layer, x, tables)
-    y, down_inputs = llama.feed(config, shape, layer, middle)
+    middle, o_inputs = attend(config, shape, layer, x, tables)
+    y, down_inputs = feed(config, shape, layer, middle)
     out.append([np.asarray(v, np.float64) for v in (x, o_inputs, middle, down_inputs, y)])
     x = y
   return out
@@ -76,9 +78,9 @@ def test_least_squares_solve_the_stated_problem_layer_by_layer():
       # The layer's own inputs, nothing pruned in it, on the stream it sees.
       run = jnp.float32(after[i][x])
       tables = llama.rope(config, tokens.shape[1])
-      half = llama.attend(config, config.layers[i], layer, run, tables)
+      half = attend(config, config.layers[i], layer, run, tables)
       if name == 'down':
-        half = llama.feed(config, config.layers[i], layer, run)
+        half = feed(config, config.layers[i], layer, run)
       c0 = np.asarray(half[1], np.float64)
       w = np.asarray(layer[block][name], np.float64).reshape(D, -1)
       c = np.where(mask, c0, 0)
@@ -118,7 +120,7 @@ def test_a_bias_restores_the_mean_of_what_each_layer_adds():
   new, _ = compensated(config, params, plan, 'bias', tokens)
   ours = streams(config, surgery.zero(new, plan), tokens)
   for i, layer in enumerate(params['layers']):
-    own, _ = llama.feed(config, config.layers[i], layer, jnp.float32(ours[i][2]))
+    own, _ = feed(config, config.layers[i], layer, jnp.float32(ours[i][2]))
     np.testing.assert_allclose(ours[i][4].mean((0, 1)), np.asarray(own).mean((0, 1)), atol=1e-4)
 
 
@@ -136,7 +138,7 @@ def test_a_second_stage_adds_to_what_the_first_left():
   first = make_plan(config).without_layer(1)
   second = PrunePlan(first.kv, tuple(m & (np.arange(32) > 4) for m in first.ffn))
   compact = surgery.compact(params, first)
-  stacked = surgery.stack(compact, first, jnp.float32)
+  stacked = stacked_params(compact, first)
   masks = tuple(map(jnp.asarray, surgery.padded_masks(second)))
   changes = jax.jit(Compensator(config, 'least_squares', 4))(stacked, masks, make_tokens())
   new = surgery.compact(compensate.add(compact, first, changes), second.relative_to(first))
@@ -157,5 +159,5 @@ def test_a_layer_that_is_gone_passes_the_stream_on():
   new, _ = compensated(config, params, plan, 'bias', tokens)
   pruned = dataclasses.replace(config, layers=(config.layers[0], config.layers[2]))
   ours = streams(pruned, surgery.compact(new, plan), tokens)
-  own, _ = llama.feed(config, config.layers[2], params['layers'][2], jnp.float32(ours[1][2]))
+  own, _ = feed(config, config.layers[2], params['layers'][2], jnp.float32(ours[1][2]))
   np.testing.assert_allclose(ours[1][4].mean((0, 1)), np.asarray(own).mean((0, 1)), atol=1e-4)

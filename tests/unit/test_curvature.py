@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_jax.pruning import curvature, surgery
+from adapt_jax.pruning import curvature
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from models.config import LayerShape, ModelConfig, RopeConfig
 from models.network import llama
+from tests.support.helpers import new_params, stacked_params
 
 D, C = 6, 12
 
@@ -97,9 +98,9 @@ def test_moments_are_those_of_the_whole_models_gradient():
   """Inputs and output gradients of o_proj and down_proj, against autograd on the model as a whole."""
   shapes = (LayerShape(4, 2, 16),) * 2
   config = ModelConfig('llama', 61, 16, 4, shapes, RopeConfig(1e4), 1e-5, False)
-  params = jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0)))
+  params = new_params(config)
   tokens = jax.random.randint(jax.random.key(1), (4, 8), 0, 61)
-  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  stacked = stacked_params(params, PrunePlan.dense(config))
   scores = [jax.jit(Scorer(config, 'curvature', micro_batch=b))(stacked, tokens) for b in (1, 4)]
   np.testing.assert_allclose(scores[0].ffn, scores[1].ffn, rtol=1e-3)
   np.testing.assert_allclose(scores[0].kv, scores[1].kv, rtol=1e-3)
@@ -119,11 +120,11 @@ def test_moments_are_those_of_the_whole_models_gradient():
       logits = jax.nn.log_softmax(x @ params['lm_head'].T)[:, :-1]
       return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean(), inputs
 
-    gradients, inputs = jax.grad(loss, has_aux=True)(jnp.zeros((2, 4, 8, 16)))
+    gradients, inputs = jax.jit(jax.grad(loss, has_aux=True))(jnp.zeros((2, 4, 8, 16)))
     moments = [g.T @ g / 32 for g in 32 * gradients.reshape(2, -1, 16)]
     o, down = params['layers'][layer]['attention']['o'], params['layers'][layer]['mlp']['down']
     for found, costs, weight, x, g in (
       (scores[0].kv, curvature.group_costs, o, inputs[0], moments[0]),
       (scores[0].ffn, curvature.channel_costs, down, inputs[1], moments[1]),
     ):
-      np.testing.assert_allclose(found[layer], costs(weight, x.T @ x / 32, g), rtol=1e-3)
+      np.testing.assert_allclose(found[layer], jax.jit(costs)(weight, x.T @ x / 32, g), rtol=1e-3)

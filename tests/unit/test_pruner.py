@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,8 +16,7 @@ from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner
 from adapt_jax.pruning.score_memo import ScoreMemo
 from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
-from models.network import llama
-from tests.support.helpers import KeepingCompiler
+from tests.support.helpers import KeepingCompiler, new_params, stacked_params
 
 OPTIONS = PruneOptions(
   method='adapt', target=0.7, stages=1, stage_targets='linear', steps=40, ratio=1.0, amplitude=0.02,
@@ -30,7 +28,7 @@ OPTIONS = PruneOptions(
 @pytest.fixture(scope='module')
 def model():
   config = ModelConfig('llama', 61, 32, 8, (LayerShape(6, 3, 64),) * 3, RopeConfig(1e4), 1e-5, True)
-  params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0))))()
+  params = new_params(config)
   return config, params
 
 
@@ -52,7 +50,7 @@ def prune(pruner, params, target, state=None, compacted=None):
 def test_bfloat16_weights_are_gone_over_as_they_are():
   """Neither scoring nor compensation holds all layers in fp32 beside, which takes twice their bytes."""
   config = ModelConfig('llama', 61, 64, 16, (LayerShape(4, 2, 256),) * 16, RopeConfig(1e4), 1e-5, True)
-  params = llama.init_params(config, jax.random.key(0))
+  params = new_params(config)
   compiler = KeepingCompiler()
   pruner = make_pruner(config, compensate='least_squares', compiler=compiler, dtype=jnp.bfloat16)
   plan = PrunePlan.dense(config)
@@ -142,7 +140,7 @@ def test_a_memo_saves_passes_and_changes_nothing(model, options):
 def test_a_memo_tells_the_same_tokens_in_other_rows_apart(model):
   config, params = model
   memo, tokens = ScoreMemo(), np.random.default_rng(1).integers(0, 61, (8, 16)).astype(np.int32)
-  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  stacked = stacked_params(params, PrunePlan.dense(config))
   losses = []
   for rows in (tokens, tokens.reshape(16, 8)):
     samples = CalibrationOptions(source=(), samples=len(rows), length=rows.shape[1], batch=4)

@@ -12,13 +12,13 @@ from adapt_jax.pruning.scorer import Scorer
 from models.config import LayerShape, ModelConfig, RopeConfig
 from models.network import llama
 from models.network.backend import loop_options
-from tests.support.helpers import random_params, save_checkpoint, tiny_config
+from tests.support.helpers import new_params, random_params, save_checkpoint, stacked_params, tiny_config
 
 
 def make_model(group=3, kv=2, layers=3, hidden=32, ffn=24):
   shapes = (LayerShape(kv * group, kv, ffn),) * layers
   config = ModelConfig('llama', 97, hidden, 8, shapes, RopeConfig(1e4), 1e-5, False)
-  return config, jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0)))
+  return config, new_params(config)
 
 
 def mean_loss(config, params, tokens):
@@ -31,9 +31,9 @@ def test_taylor_scores_are_those_of_the_whole_batchs_gradient(micro_batch):
   """The absolute value comes after the sum over samples, whatever the micro-batch."""
   config, params = make_model()
   tokens = jax.random.randint(jax.random.key(1), (8, 16), 0, 97)
-  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  stacked = stacked_params(params, PrunePlan.dense(config))
   scores = jax.jit(Scorer(config, micro_batch=micro_batch))(stacked, tokens)
-  loss, gradient = jax.value_and_grad(lambda p: mean_loss(config, p, tokens))(params)
+  loss, gradient = jax.jit(jax.value_and_grad(lambda p: mean_loss(config, p, tokens)))(params)
   np.testing.assert_allclose(scores.loss, loss, rtol=1e-6)
   for i, (layer, g) in enumerate(zip(params['layers'], gradient['layers'], strict=True)):
     a = {n: np.abs(np.asarray(layer['attention'][n] * g['attention'][n])) for n in 'qkvo'}
@@ -51,11 +51,11 @@ def test_taylor_scores_are_those_of_the_whole_batchs_gradient(micro_batch):
 def test_distances_are_means_over_all_tokens(name):
   config, params = make_model()
   tokens = jax.random.randint(jax.random.key(2), (4, 16), 0, 97)
-  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  stacked = stacked_params(params, PrunePlan.dense(config))
   scores = jax.jit(Scorer(config, distance=name, micro_batch=2))(stacked, tokens)
   x = params['embed'][tokens]
   for i, (shape, layer) in enumerate(zip(config.layers, params['layers'], strict=True)):
-    y = llama.apply_layer(config, shape, layer, x, llama.rope(config, 16))
+    y = jax.jit(llama.apply_layer, static_argnums=(0, 1))(config, shape, layer, x, llama.rope(config, 16))
     a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
     expected = {
       'cosine': -(a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1),
@@ -88,7 +88,7 @@ def scores_and_gradients(importance, **kw):
   """Scores of a tiny model, its layers, and each sample's own gradient of its own mean loss."""
   config, params = make_model()
   tokens = jax.random.randint(jax.random.key(1), (4, 16), 0, 97)
-  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  stacked = stacked_params(params, PrunePlan.dense(config))
   scores = jax.jit(Scorer(config, importance=importance, micro_batch=2, **kw))(stacked, tokens)
   gradient = jax.jit(jax.grad(lambda p, t: mean_loss(config, p, t)))
   samples = [jax.tree.map(np.asarray, gradient(params, t[None])['layers']) for t in tokens]
@@ -196,7 +196,7 @@ def test_input_statistics_are_those_of_transformers_modules(importance, tmp_path
   save_checkpoint(tmp_path, config, params)
   tokens = jax.random.randint(jax.random.key(1), (8, 16), 0, config.vocab_size)
   inputs, weights = module_inputs(tmp_path, tokens)
-  stacked = surgery.stack(params, PrunePlan.dense(config), jnp.float32)
+  stacked = stacked_params(params, PrunePlan.dense(config))
   scores = jax.jit(Scorer(config, importance, micro_batch=2))(stacked, tokens)
   for i in range(config.num_layers):
     metric = []

@@ -12,12 +12,13 @@ from adapt_jax.pruning.scorer import Scorer
 from models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from models.errors import InputError
 from models.network import llama
+from tests.support.helpers import logits, new_params, stacked_params
 
 
 def make_model(seed=0, **kw):
   shapes = (LayerShape(6, 2, 24),) * 3
   config = ModelConfig('qwen2', 97, 32, 8, shapes, RopeConfig(1e4), 1e-5, True, qkv_bias=True, **kw)
-  params = jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(seed)))
+  params = new_params(config, seed)
   for i, layer in enumerate(params['layers']):
     for block in ('attention', 'mlp'):
       for name in layer[block]:
@@ -43,11 +44,11 @@ def tokens(config, rows=4, length=12):
 def test_zeroed_and_compacted_models_agree(output_bias):
   config, params = make_model(output_bias=output_bias)
   plan = some_plan(config)
-  zeroed = llama.apply(config, surgery.zero(params, plan), tokens(config))
+  zeroed = logits(config, surgery.zero(params, plan), tokens(config))
   small = surgery.compact(params, plan)
-  compacted = llama.apply(plan.pruned_config(config), small, tokens(config))
+  compacted = logits(plan.pruned_config(config), small, tokens(config))
   np.testing.assert_allclose(zeroed, compacted, atol=2e-6)
-  assert not np.allclose(zeroed, llama.apply(config, params, tokens(config)), atol=1e-2)
+  assert not np.allclose(zeroed, logits(config, params, tokens(config)), atol=1e-2)
 
 
 @pytest.mark.parametrize('output_bias', [False, True])
@@ -69,9 +70,7 @@ def test_scores_of_survivors_are_equal_in_the_zeroed_and_the_compacted_model():
   with pytest.raises(InputError, match='query heads per KV head'):
     _ = Scorer(config.with_layers((LayerShape(6, 2, 24), LayerShape(6, 3, 24)))).shape
   compacted = surgery.compact(params, plan)
-  own = jax.jit(small)(
-    surgery.stack(compacted, PrunePlan.dense(plan.pruned_config(config)), jnp.float32), tokens(config)
-  )
+  own = jax.jit(small)(stacked_params(compacted, PrunePlan.dense(plan.pruned_config(config))), tokens(config))
   for i in range(config.num_layers):
     width = int(plan.ffn[i].sum())
     np.testing.assert_allclose(scores.ffn[i][plan.ffn[i]], own.ffn[i][:width], rtol=2e-5, atol=1e-9)
@@ -96,8 +95,8 @@ def test_layers_of_different_widths_stack_at_the_widest():
   dense = PrunePlan.dense(narrow)
   scorer = Scorer(narrow, micro_batch=4)
   assert scorer.shape.ffn == max(s.ffn for s in narrow.layers)
-  scores = jax.jit(scorer)(surgery.stack(small, dense, jnp.float32), tokens(config))
-  expected = llama.apply(narrow, small, tokens(config))[:, :-1]
+  scores = jax.jit(scorer)(stacked_params(small, dense), tokens(config))
+  expected = logits(narrow, small, tokens(config))[:, :-1]
   labels = tokens(config)[:, 1:, None]
   loss = -jnp.take_along_axis(jax.nn.log_softmax(expected), labels, -1).mean()
   np.testing.assert_allclose(scores.loss, loss, rtol=1e-6)
@@ -145,7 +144,7 @@ def test_output_biases_count_in_no_score(importance):
       layer['attention']['o_bias'] += 1
       layer['mlp']['down_bias'] += 1
   before, after = (
-    jax.jit(Scorer(c, importance, micro_batch=2))(surgery.stack(p, dense, jnp.float32), tokens(config))
+    jax.jit(Scorer(c, importance, micro_batch=2))(stacked_params(p, dense), tokens(config))
     for c, p in ((config, params), (biased_config, biased))
   )
   np.testing.assert_allclose(after.kv, before.kv, rtol=1e-5)
@@ -162,9 +161,11 @@ def test_added_output_biases_are_zeros_that_train():
   extra = sum(x.size for x in jax.tree.leaves(biased)) - sum(x.size for x in jax.tree.leaves(params))
   assert extra == count_params(biased_config) - count_params(config) == 3 * 2 * 32
   np.testing.assert_array_equal(
-    llama.apply(biased_config, biased, tokens(config)), llama.apply(config, params, tokens(config))
+    logits(biased_config, biased, tokens(config)), logits(config, params, tokens(config))
   )
-  gradient = jax.grad(lambda p: jnp.square(llama.apply(biased_config, p, tokens(config))).mean())(biased)
+  gradient = jax.jit(jax.grad(lambda p: jnp.square(llama.apply(biased_config, p, tokens(config))).mean()))(
+    biased
+  )
   for layer in gradient['layers']:
     assert layer['attention']['o_bias'].any() and layer['mlp']['down_bias'].any()
   # What is there stays.
@@ -198,8 +199,8 @@ def test_a_layer_without_groups_is_gone_with_its_norms():
   assert len(small['layers']) == plan.pruned_config(config).num_layers == 2
   np.testing.assert_array_equal(small['layers'][1]['mlp_norm'], params['layers'][2]['mlp_norm'])
   assert plan.params(config) == sum(x.size for x in jax.tree.leaves(small))
-  zeroed = llama.apply(config, surgery.zero(params, plan), tokens(config))
-  compacted = llama.apply(plan.pruned_config(config), small, tokens(config))
+  zeroed = logits(config, surgery.zero(params, plan), tokens(config))
+  compacted = logits(plan.pruned_config(config), small, tokens(config))
   np.testing.assert_allclose(zeroed, compacted, atol=2e-6)
   assert [w == 0 for w in plan.widths(config)['num_heads']] == [False, True, False]
 
