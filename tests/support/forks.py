@@ -1,6 +1,5 @@
 """A process that has imported main.py and forks the runs that tests start: they import nothing again."""
 
-import functools
 import json
 import os
 import pathlib
@@ -50,10 +49,15 @@ class Forks:
     self._process.wait()
 
 
-@functools.cache
+_SHARED: list[Forks] = []
+
+
 def shared(number: int = 0) -> Forks:
-  """The first, second, … of such processes; they live as long as this one, and every test may ask them."""
-  return Forks()
+  """The first or second of such processes; they live as long as this one, and every test may ask them."""
+  assert number < 2, 'two processes of one run are the most that a test starts'
+  while len(_SHARED) <= number:
+    _SHARED.append(Forks())
+  return _SHARED[number]
 
 
 def main(argv: list[str]) -> subprocess.CompletedProcess[str]:
