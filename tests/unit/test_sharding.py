@@ -133,15 +133,15 @@ def test_micro_batches_are_as_large_as_allowed_on_every_device():
 
 # Meshes are data, fsdp, tensor.
 @pytest.mark.parametrize(
-  'importance,mesh',
+  'importance,sizes',
   [('taylor', (1, 2, 2)), ('taylor_mix', (1, 4, 1)), ('fluctuation', (2, 1, 2)), ('curvature', (1, 2, 2))],
 )
-def test_scores_are_those_of_one_device(importance, mesh):
+def test_scores_are_those_of_one_device(importance, sizes):
   config, params = make_model()
   tokens, plan = tokens_of(config), PrunePlan.dense(config)
   stacked = jax.jit(lambda p: surgery.stack(p, plan, jnp.float32))(params)
   expected = jax.jit(Scorer(config, importance, micro_batch=4))(stacked, tokens)
-  with set_mesh(*mesh):
+  with set_mesh(*sizes):
     stacked, tokens = put(stacked), put_tokens(tokens)
     program = Compiler()('scoring', Scorer(config, importance, micro_batch=4), stacked, tokens)
     scores = program(stacked, tokens)
@@ -155,8 +155,8 @@ def train_options(**kw):
   return from_dict(values.to_dict()).train
 
 
-@pytest.mark.parametrize('family,mesh', [('llama', (1, 2, 2)), ('qwen2', (2, 2, 1))])
-def test_a_training_step_is_that_of_one_device(family, mesh, monkeypatch):
+@pytest.mark.parametrize('family,sizes', [('llama', (1, 2, 2)), ('qwen2', (2, 2, 1))])
+def test_a_training_step_is_that_of_one_device(family, sizes, monkeypatch):
   """Logits in chunks too; the optimizer's state is split as its parameters are, the new as the old."""
   monkeypatch.setattr('adapt_jax.training.loss._CHUNK_ELEMENTS', 50 * 7)
   config, params = make_model(family)
@@ -167,7 +167,7 @@ def test_a_training_step_is_that_of_one_device(family, mesh, monkeypatch):
   tx = optax.sgd(1.0, momentum=0.9)  # Adam would make rounding of tiny gradients visible
   state = {'params': params, 'optimizer': tx.init(params)}
   expected, metrics = jax.jit(make_step(config, options, tx, jnp.float32))(state, tokens, targets, segments)
-  with set_mesh(*mesh):
+  with set_mesh(*sizes):
     placed_state = {'params': put(params)}
     placed_state['optimizer'] = mesh.jit(tx.init, placed_state['params'])(placed_state['params'])
     batch = put_tokens(tokens), put_tokens(targets), put_tokens(segments)
@@ -183,11 +183,11 @@ def test_a_training_step_is_that_of_one_device(family, mesh, monkeypatch):
   for weight, moment in zip(jax.tree.leaves(ours['params']), jax.tree.leaves(moments), strict=True):
     assert weight.sharding.spec == moment.sharding.spec
   down = ours['params']['layers'][0]['mlp']['down']
-  assert share(down) * mesh[1] * mesh[2] == down.size  # split over fsdp and tensor, copied over data
+  assert share(down) * sizes[1] * sizes[2] == down.size  # split over fsdp and tensor, copied over data
 
 
-@pytest.mark.parametrize('kind,mesh', [('least_squares', (1, 2, 2)), ('bias', (1, 4, 1))])
-def test_compensation_is_that_of_one_device(kind, mesh):
+@pytest.mark.parametrize('kind,sizes', [('least_squares', (1, 2, 2)), ('bias', (1, 4, 1))])
+def test_compensation_is_that_of_one_device(kind, sizes):
   config, params = make_model()
   if kind == 'bias':
     config, params = surgery.with_output_bias(config, params)
@@ -197,12 +197,12 @@ def test_compensation_is_that_of_one_device(kind, mesh):
   masks[1][:, ::4] = False
   stacked, tokens = jax.jit(lambda p: surgery.stack(p, plan, jnp.float32))(params), tokens_of(config)
   expected = jax.jit(Compensator(config, kind, 8))(stacked, masks, tokens)
-  with set_mesh(*mesh):
+  with set_mesh(*sizes):
     stacked, tokens = put(stacked), put_tokens(tokens)
     changes = Compiler()('x', Compensator(config, kind, 8), stacked, masks, tokens)(stacked, masks, tokens)
   assert_close(changes, expected, rtol=1e-3)
   if kind == 'least_squares':
-    assert share(changes['down']) * mesh[1] * mesh[2] == changes['down'].size
+    assert share(changes['down']) * sizes[1] * sizes[2] == changes['down'].size
 
 
 def test_perplexity_is_that_of_one_device():
@@ -224,8 +224,8 @@ def test_perplexity_is_that_of_one_device():
 # -- compaction -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('mesh', [(1, 4, 1), (1, 2, 2), (2, 1, 2)])
-def test_compaction_keeps_every_array_split(mesh):
+@pytest.mark.parametrize('sizes', [(1, 4, 1), (1, 2, 2), (2, 1, 2)])
+def test_compaction_keeps_every_array_split(sizes):
   """With fsdp no byte moves between devices; a tensor axis moves no parameter to one place."""
   layers = (LayerShape(8, 4, 64),) * 2
   config, params = make_model(layers=layers)
@@ -238,7 +238,7 @@ def test_compaction_keeps_every_array_split(mesh):
     return surgery.compact_optimizer(state, state['params'], plan)
 
   expected = jax.jit(cut)(state)
-  with set_mesh(*mesh):
+  with set_mesh(*sizes):
     state = jax.device_put(state, shardings(state))
     program = mesh.jit(cut, state).lower(state).compile()
     compacted = program(state)
@@ -246,10 +246,10 @@ def test_compaction_keeps_every_array_split(mesh):
   assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), compacted, expected)))
   assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding.spec == b.sharding.spec, compacted, want)))
   moved = collectives(program.as_text())
-  if mesh[2] == 1:
+  if sizes[2] == 1:
     assert not moved
   else:  # [F, D] has 64 * 32 elements
-    assert max(moved.values()) <= 64 * 32 // mesh[1]
+    assert max(moved.values()) <= 64 * 32 // sizes[1]
 
 
 def test_stacking_moves_nothing_over_fsdp():
