@@ -22,8 +22,9 @@ help:
 demo: .venv/installed fetch
 	$(PY) main.py --config=configs/demo.py --workdir=out/demo
 
+# Three at once on two cores: runs of several processes mostly wait for each other.
 test: .venv/installed-test .venv/transformers-4.57/installed fetch
-	$(PY) -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+	$(PY) -m pytest -q --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 test-fast: .venv/installed-test
 	$(PY) -m pytest -q -m unit tests/unit --numprocesses=auto --maxprocesses=4 --dist=worksteal

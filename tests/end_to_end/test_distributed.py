@@ -18,7 +18,10 @@ from tests.support.starter import Starter
 
 SEED = int(os.environ.get('ADAPT_JAX_TEST_SEED', '0'))  # another one kills at another moment
 # Adam blows rounding, which differs with the devices, up to the rate: here five times the paper's.
-FLAGS = ('--config.train.lr=1e-4', '--config.train.min_lr=1e-5')
+RATES = ('--config.train.lr=1e-4', '--config.train.min_lr=1e-5')
+# Ten pruning steps, four training steps, two and eight; each waits for the other process many times.
+SHORT = ('--config.prune.steps=40', '--config.train.tokens=1536', '--config.evaluate.max_tokens=512')
+FLAGS = (*RATES, *SHORT)
 
 
 @pytest.fixture(scope='module')
@@ -117,7 +120,7 @@ def test_bad_input_ends_all_with_code_2(starters):
 
 def test_sigterm_to_one_of_two_stops_both(starters, together):
   path = starters[0].path / 'preempted'
-  ends = pair(starters, path, 1, kill='SIGTERM', after={'event': 'train', 'step': 4})
+  ends = pair(starters, path, 1, kill='SIGTERM', after={'event': 'train', 'step': 2})
   assert [code for code, _ in ends] == [0, 0], ends
   assert 'stopped by SIGTERM at stage' in ends[0][1] and not (path / 'report.json').exists()
   ends = pair(starters, path)
@@ -129,8 +132,8 @@ def test_a_run_goes_on_with_other_devices(starters, alone):
   """Four, then one, then two of them."""
   path, starter = starters[0].path / 'moved', starters[0]
   for devices, after in (
-    (4, {'event': 'train', 'step': 5}),
-    (1, {'event': 'prune', 'step': 20}),
+    (4, {'event': 'train', 'step': 4}),
+    (1, {'event': 'prune', 'step': 12}),
   ):
     code, output = starter.run(path, *FLAGS, devices=devices, kill='SIGKILL', after=after)
     assert code == -signal.SIGKILL, output

@@ -17,7 +17,7 @@ from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.widths import normalise
 from benchmarks.reference_parity import SLACK, overlap
 from models.formats.source import open_source
-from models.network import llama
+from models.network import backend, llama
 from tests.support.reference import ROWS, Reference, reference_pruner, windows
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -25,6 +25,15 @@ MODEL = ROOT / 'data' / 'SmolLM2-135M-Instruct.Q4_1.gguf'
 pytestmark = [
   pytest.mark.skipif(not MODEL.exists(), reason='the demo model is not there: python scripts/fetch_demo.py'),
 ]
+
+
+# Tests are compiled in a hurry (tests/conftest.py); these compute for minutes, and are worth LLVM's work.
+WITH_CARE = {'xla_backend_optimization_level': 3, 'xla_llvm_disable_expensive_passes': False}
+
+
+@pytest.fixture(autouse=True)
+def compiled_with_care(monkeypatch):
+  monkeypatch.setattr(backend, '_CPU_OPTIONS', backend._CPU_OPTIONS | WITH_CARE)
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +67,9 @@ def test_first_step_reproduces_the_references_scores(source, params):
   # The reference ran on weights rounded to bfloat16 and kept in fp32.
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
   stacked = surgery.stack(rounded, PrunePlan.dense(source.config), jnp.float32)
-  scores = jax.device_get(jax.jit(Scorer(source.config, micro_batch=16))(stacked, tokens))
+  scores = jax.device_get(
+    jax.jit(Scorer(source.config, micro_batch=16), compiler_options=WITH_CARE)(stacked, tokens)
+  )
   np.testing.assert_allclose(-scores.distance, golden['cosine_mean'], atol=1e-4)
   np.testing.assert_allclose(normalise(scores.distance), golden['normalized_importance'], atol=1e-4)
   np.testing.assert_allclose(scores.loss, golden['batch_losses'].mean(), rtol=1e-5)
