@@ -19,6 +19,7 @@ from adapt_jax.config.mode_options import (
   PlanOptions,
   SensitivityOptions,
 )
+from adapt_jax.config.values import named_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,11 +230,15 @@ class TrainOptions:
 class EvaluateOptions:
   """What is measured of the dense, the pruned and the recovered model (docs/evaluation.md)."""
 
-  source: tuple[str, ...] = option((), 'Held-out text for perplexity.')
+  source: tuple[str, ...] = option(
+    (),
+    'Held-out texts for perplexity. NAME=SOURCE names one, such as web=pages.jsonl,wiki=articles.txt: each '
+    'name is measured apart. Entries without a name are one text together.',
+  )
   length: int = option(1024, 'Tokens of a window; windows do not overlap.', within=LENGTH)
   batch: int = option(4, 'Windows at once on a device.', within=COUNT, result=False)
   max_tokens: int = option(
-    0, 'Tokens at most, in windows spread evenly over the text; 0: all.', within=TOKENS
+    0, 'Tokens of each text at most, in windows spread evenly over it; 0: all.', within=TOKENS
   )
   tasks: tuple[str, ...] = option(
     (), 'Tasks, groups and tags of lm-evaluation-harness, which the extra eval installs.'
@@ -244,6 +249,11 @@ class EvaluateOptions:
     -1, 'Examples before each question of tasks; -1: as the task says.', within=(-1, 1000)
   )
   limit: int = option(0, 'Questions of each task, the first ones; 0: all.', within=(0, 10**9))
+
+  @property
+  def texts(self) -> dict[str, tuple[str, ...]]:
+    """The sources of each text by its name."""
+    return named_texts(self.source)
 
   @property
   def has_tasks(self) -> bool:

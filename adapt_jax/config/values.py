@@ -1,14 +1,17 @@
-"""Values with a form of their own: several in one field, and `prune.serve`.
+"""Values with a form of their own: several in one field, named texts, and `prune.serve`.
 
 A recipe gives them as Python has them, the command line as strings.
 """
 
+import re
 from typing import Any, NamedTuple
 
 from adapt_jax.config.declare import ALIGNMENT
 from models.errors import InputError
 
 TENSOR_PARALLEL = 'tensor_parallel='
+TEXT = 'text'  # the name of a text that has none
+_NAMED = re.compile(r'([A-Za-z][\w-]*)=(.+)')
 
 
 def strings(value: Any, where: str) -> tuple[str, ...]:
@@ -73,3 +76,13 @@ def serving_multiples(serve: str) -> Multiples:
   raise InputError(
     f'config.prune.serve = {serve!r}: choose any, gguf, or {TENSOR_PARALLEL}n for a number n of devices'
   )
+
+
+def named_texts(source: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+  """Entries such as 'web=pages.jsonl' by their names, in order; those without one are `TEXT` together."""
+  found: dict[str, list[str]] = {}
+  for entry in source:
+    named = _NAMED.fullmatch(entry)
+    name, place = named.groups() if named else (TEXT, entry)
+    found.setdefault(name, []).append(place)
+  return {name: tuple(places) for name, places in found.items()}

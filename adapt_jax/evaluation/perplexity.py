@@ -1,9 +1,9 @@
-"""Token perplexity over non-overlapping windows."""
+"""Token perplexity, and divergence from the dense model, over non-overlapping windows."""
 
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import put_rows
 from adapt_jax.machine.progress import Progress
-from adapt_jax.training.loss import next_token_loss, shift
+from adapt_jax.training.loss import distillation, next_token_loss, shift, sum_over_chunks
 from models.config import ModelConfig
 from models.errors import InputError
 from models.network import llama
@@ -65,21 +65,76 @@ class _Loss:
     return total, shift(tokens_BT, targets_BT)[1].sum()
 
 
+class Reference(NamedTuple):
+  """What divergences are from: a model's head [V, D] and, a batch each, its final hidden states [B, T, D]."""
+
+  head_VD: jax.Array
+  hidden: list[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hidden:
+  """Final hidden states of a batch."""
+
+  config: ModelConfig
+  dtype: Any
+
+  def __call__(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    return llama.hidden_states(self.config, params, tokens_BT, dtype=self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Divergence:
+  """Σ KL(reference ‖ model) over the tokens counted of a batch, and how many they are."""
+
+  config: ModelConfig
+  dtype: Any
+
+  def __call__(
+    self,
+    params: Params,
+    head_VD: jax.Array,
+    reference_BTD: jax.Array,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    x_BTD = llama.hidden_states(self.config, params, tokens_BT, dtype=self.dtype)
+    x_TD, reference_TD = (x.reshape(-1, self.config.hidden_size) for x in (x_BTD, reference_BTD))
+    labels, weights = shift(tokens_BT, targets_BT)
+    kl = distillation(1.0, 1.0, head_VD)
+    return sum_over_chunks(kl, x_TD, llama.head(params), (labels, weights, reference_TD)), weights.sum()
+
+
 class Evaluator:
   """Perplexity of a model on fixed windows; compiles once per shape of the model.
 
   Args:
     blocks: the windows [N, T] and which of their tokens count.
     batch: windows at once on a device.
-    compiler: counts compiles as `evaluation`.
+    compiler: counts compiles as `evaluation` and `divergence`.
     dtype: of weights in products and of activations.
+    programs: of evaluators of other texts, for batches of the same shape.
   """
 
-  def __init__(self, blocks: Blocks, batch: int, *, compiler: Compiler, dtype: Any):
+  def __init__(
+    self,
+    blocks: Blocks,
+    batch: int,
+    *,
+    compiler: Compiler,
+    dtype: Any,
+    programs: dict[type, tuple[Any, Any]] | None = None,
+  ):
     self.blocks, self.batch = blocks, batch_size(blocks, batch)
     self._compiler, self._dtype = compiler, dtype
-    self._compiled_for: ModelConfig | None = None
-    self._program: Any = None
+    self._programs = {} if programs is None else programs  # by what they compute, the one used last
+
+  def _program(self, name: str, fn: Any, tokens: jax.Array, *args: Any) -> Any:
+    """`fn` compiled for `args`, if it is not the one of its kind that was used last."""
+    key = fn, tokens.shape
+    if self._programs.get(type(fn), (None,))[0] != key:
+      self._programs[type(fn)] = key, self._compiler(name, fn, *args)
+    return self._programs[type(fn)][1]
 
   @property
   def definition(self) -> str:
@@ -93,13 +148,36 @@ class Evaluator:
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
       for tokens, targets, windows in batches(self.blocks, size):
         preemption.check()
-        if self._compiled_for != config:
-          loss = _Loss(config, self._dtype)
-          self._program = self._compiler('evaluation', loss, params, tokens, targets)
-          self._compiled_for = config
-        batch_total, batch_count = self._program(params, tokens, targets)
+        args = params, tokens, targets
+        program = self._program('evaluation', _Loss(config, self._dtype), tokens, *args)
+        batch_total, batch_count = program(*args)
         total, count = total + float(batch_total), count + float(batch_count)
         progress.update(windows, perplexity=f'{math.exp(min(total / max(count, 1), 700)):.2f}')
     if not math.isfinite(total):
       raise InputError(f'{title}: the loss is {total}: check the weights and config.export.dtype')
     return math.exp(min(total / count, 700))
+
+  def reference(self, config: ModelConfig, params: Params, title: str) -> Reference:
+    """What `divergence` compares with: N · T · D activations. Raises `Preempted` between batches."""
+    hidden: list[jax.Array] = []
+    with Progress(title, len(self.blocks.tokens), 'windows') as progress:
+      for tokens, _, windows in batches(self.blocks, self.batch):
+        preemption.check()
+        program = self._program('divergence', _Hidden(config, self._dtype), tokens, params, tokens)
+        hidden.append(program(params, tokens))
+        progress.update(windows)
+    return Reference(llama.head(params), hidden)
+
+  def divergence(self, config: ModelConfig, params: Params, reference: Reference, title: str) -> float:
+    """Mean over all targets of KL(reference ‖ model), nats per token. Raises `Preempted` between batches."""
+    total = count = 0.0
+    with Progress(title, len(self.blocks.tokens), 'windows') as progress:
+      found = zip(batches(self.blocks, self.batch), reference.hidden, strict=True)
+      for (tokens, targets, windows), hidden in found:
+        preemption.check()
+        args = params, reference.head_VD, hidden, tokens, targets
+        program = self._program('divergence', _Divergence(config, self._dtype), tokens, *args)
+        batch_total, batch_count = program(*args)
+        total, count = total + float(batch_total), count + float(batch_count)
+        progress.update(windows, kl=f'{total / max(count, 1):.4f}')
+    return total / count

@@ -8,6 +8,7 @@ from typing import Any
 
 from adapt_jax.config.options import PROGRESSIVE
 from adapt_jax.reports.report import RunReport, known_perplexities
+from adapt_jax.reports.summary import texts_rows
 from models.config import ModelConfig, count_params
 
 # Settings that only progressive methods read.
@@ -121,6 +122,11 @@ def _perplexity(report: RunReport) -> str:
   found = [[of, value] for of, value in known_perplexities(report).items()]
   if not found:
     return ''
+  texts = report.get('texts', {})
+  if len(texts) > 1:
+    head, *rows = texts_rows(texts)
+    words = next(iter(texts.values())).get('definition')
+    return '## Perplexity\n\n' + _table(head, rows) + (f'\n\nOn the first text: {words}.' if words else '')
   words = report['perplexity'].get('definition')
   definition = f'\n\n{words}.' if words else ''
   return '## Perplexity\n\n' + _table(['model', 'perplexity'], found) + definition

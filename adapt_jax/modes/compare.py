@@ -166,8 +166,8 @@ class Compare:
       if run.finished:
         _clean(run)
         found, key = read_report(run.workdir.report), dense_key(run.options)
-        if (dense := found['perplexity']['dense']) is not None:
-          self._shared.dense[key] = dense
+        if texts := found.get('texts'):  # reports of version 0.1 have none
+          self._shared.dense[key] = {name: text['dense'] for name, text in texts.items()}
         if 'dense' in found['tasks']:
           self._shared.tasks[key] = found['tasks']['dense']
     if len(todo) < len(self._runs):
@@ -272,6 +272,7 @@ def _entry(run: CellRun, *, running: bool) -> CellReport:
       'perplexity_dense': perplexity['dense'],
       'perplexity_pruned': perplexity['pruned'],
       'perplexity_recovered': perplexity['recovered'],
+      'texts': report.get('texts', {}),
       'params': report['model']['params_after'],
       'seconds': report['seconds'],
     }

@@ -17,8 +17,9 @@ from adapt_jax.modes.compare_grid import short, show
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
-from adapt_jax.reports.report import CellReport, ComparisonReport
-from adapt_jax.reports.run_page import cards, page
+from adapt_jax.reports.page import cards, page
+from adapt_jax.reports.report import CellReport, ComparisonReport, TextReport
+from adapt_jax.reports.summary import excess as text_excess
 from models.files import write_text
 
 Json = dict[str, Any]
@@ -56,6 +57,25 @@ _FIGURES: dict[str, Callable[[CellReport], float | None]] = {
 }
 
 
+def texts(report: ComparisonReport) -> list[str]:
+  """Names of the texts where cells measure several; [] otherwise."""
+  found = dict.fromkeys(name for cell in report['cells'] for name in cell.get('texts', {}))
+  return list(found) if len(found) > 1 else []
+
+
+def _on_text(name: str) -> dict[str, Callable[[CellReport], float | None]]:
+  """Figures of a cell on one text."""
+
+  def of(cell: CellReport) -> TextReport:
+    return cell.get('texts', {}).get(name, {})
+
+  return {
+    f'perplexity {name}': lambda cell: of(cell).get('recovered', of(cell).get('pruned')),
+    f'excess {name}': lambda cell: text_excess(of(cell)),
+    f'kl {name}': lambda cell: of(cell).get('kl'),
+  }
+
+
 def with_groups(report: ComparisonReport) -> ComparisonReport:
   """The report with 'groups': per group its values, how many cells, how many finished, and of every figure
   [median, lowest, highest] over the finished ones, None where there is none."""
@@ -64,6 +84,9 @@ def with_groups(report: ComparisonReport) -> ComparisonReport:
     values = {k: v for k, v in cell['values'].items() if k != report['over']}
     found.setdefault(json.dumps(values), []).append(cell)
   groups: list[Json] = []
+  figures = dict(_FIGURES)
+  for name in texts(report):
+    figures |= _on_text(name)
   for members in found.values():
     done = [cell for cell in members if cell['state'] == 'finished']
     group: Json = {
@@ -72,7 +95,7 @@ def with_groups(report: ComparisonReport) -> ComparisonReport:
       'finished': len(done),
       'failed': sum(cell['state'] == 'failed' for cell in members),
     }
-    groups.append(group | {name: _spread([of(cell) for cell in done]) for name, of in _FIGURES.items()})
+    groups.append(group | {name: _spread([of(cell) for cell in done]) for name, of in figures.items()})
   return {**report, 'groups': _sorted(groups)}
 
 
@@ -109,7 +132,9 @@ def _table(report: ComparisonReport) -> Rows:
   names, dense = short(report['fields']), report['model']['params_before']
   fields, recover = _fields(report), report['recover']
   head = [*(names[f] for f in fields), 'parameters', 'of dense', 'perplexity pruned']
-  rows = [head + (['recovered'] if recover else []) + ['excess', 'seconds', 'cells']]
+  named = texts(report)
+  more = [f'{kind} {name}' for name in named for kind in ('excess', 'KL')] or ['excess']
+  rows = [head + (['recovered'] if recover else []) + [*more, 'seconds', 'cells']]
   for group in report['groups']:
     share = group['params'] and [100 * value / dense for value in group['params']]
     row = [show(group['values'][field]) for field in fields]
@@ -117,7 +142,9 @@ def _table(report: ComparisonReport) -> Rows:
     row.append(_shown(group['perplexity_pruned'], ',.2f'))
     if recover:
       row.append(_shown(group['perplexity_recovered'], ',.2f'))
-    row += [_shown(group['excess'], '.3f'), _shown(group['seconds'], ',.0f'), _state(group)]
+    lost = [f'{kind} {name}' for name in named for kind in ('excess', 'kl')] or ['excess']
+    row += [_shown(group[figure], '.3f') for figure in lost]
+    row += [_shown(group['seconds'], ',.0f'), _state(group)]
     rows.append(row)
   return rows
 
@@ -185,10 +212,12 @@ def _failures(report: ComparisonReport) -> list[str]:
   return [f'{cell["name"]}: {cell["error"]}' for cell in report['cells'] if cell['state'] == 'failed']
 
 
-def _dense(report: ComparisonReport) -> list[float]:
-  """The dense model's perplexities: one, unless the grid varies what is evaluated."""
-  found = [c['perplexity_dense'] for c in report['cells'] if c['state'] == 'finished']
-  return list(dict.fromkeys(found))
+def _dense(report: ComparisonReport, text: str = '') -> list[float]:
+  """The dense model's perplexities on a text ('': the first): one, unless the grid varies the texts."""
+  done = [cell for cell in report['cells'] if cell['state'] == 'finished']
+  if text:
+    return list(dict.fromkeys(cell['texts'][text]['dense'] for cell in done if text in cell['texts']))
+  return list(dict.fromkeys(cell['perplexity_dense'] for cell in done))
 
 
 def _markdown(rows: Rows) -> list[str]:
@@ -219,13 +248,15 @@ def csv_text(report: ComparisonReport) -> str:
   out = io.StringIO()
   writer = csv.writer(out, lineterminator='\n')
   figures = ['params', 'perplexity_dense', 'perplexity_pruned', 'perplexity_recovered']
-  writer.writerow(['cell', 'state', *report['fields'], *figures, 'excess', 'seconds', 'error'])
+  on_texts = {k: of for name in texts(report) for k, of in _on_text(name).items()}
+  writer.writerow(['cell', 'state', *report['fields'], *figures, 'excess', *on_texts, 'seconds', 'error'])
   for cell in report['cells']:
     values = [show(cell['values'][field]) for field in report['fields']]
     ratio = excess(cell) if cell['state'] == 'finished' else ''
     known: dict[str, Any] = dict(cell)
     found = ['' if known.get(name) is None else known[name] for name in figures]
-    row = [cell['name'], cell['state'], *values, *found, ratio]
+    more = ['' if (value := of(cell)) is None else value for of in on_texts.values()]
+    row = [cell['name'], cell['state'], *values, *found, ratio, *more]
     writer.writerow([*row, cell.get('seconds', ''), cell.get('error', '')])
   return out.getvalue()
 
@@ -233,9 +264,9 @@ def csv_text(report: ComparisonReport) -> str:
 # -- plots -------------------------------------------------------------------------------------------
 
 
-def _top(report: ComparisonReport) -> float:
+def _top(report: ComparisonReport, text: str = '') -> float:
   """The highest perplexity that plots show."""
-  return _WORST * max(_dense(report), default=math.inf)
+  return _WORST * max(_dense(report, text), default=math.inf)
 
 
 def _series(
@@ -243,12 +274,13 @@ def _series(
   lines: dict[str, list[Json]],
   figure: str,
   x_of: Callable[[Json], float | None],
+  text: str = '',
 ) -> list[Series]:
   """A series a line over what `x_of` says of a group; groups without figures are left out.
 
   Above _WORST times the dense model's perplexity points stay at that height.
   """
-  series, most = list[Series](), _top(report)
+  series, most = list[Series](), _top(report, text)
   for name, groups in lines.items():
     at = [(x, group) for group in groups if (x := group[figure] and x_of(group)) is not None]
     at.sort(key=lambda pair: pair[0])
@@ -264,16 +296,18 @@ def _series(
   return series
 
 
-def _chart(report: ComparisonReport, title: str, x_name: str, series: list[Series], **more: Any) -> str:
-  levels = [(value, f'dense {value:.2f}') for value in _dense(report)]
-  most = _top(report)
+def _chart(
+  report: ComparisonReport, title: str, x_name: str, series: list[Series], text: str = '', **more: Any
+) -> str:
+  levels = [(value, f'dense {value:.2f}') for value in _dense(report, text)]
+  most = _top(report, text)
   tops = [top for s in series for top in (*(y for _, y, _ in s.points), *(high for *_, high in s.ranges))]
   y_name = f'perplexity (up to {most:,.0f})' if max(tops, default=0) >= most else 'perplexity'
   height = 360 if len(series) > _FEW else 250
   return charts.line_chart(title, (x_name, y_name), series, levels=levels, log=True, height=height, **more)
 
 
-def _over_x(report: ComparisonReport, figure: str, title: str) -> str:
+def _over_x(report: ComparisonReport, figure: str, title: str, text: str = '') -> str:
   xs, x = _xs(report), report['x']
   even = not _numbers(xs) or (min(xs) > 0 and max(xs) / min(xs) > _WIDE)
   places = {show(value): i for i, value in enumerate(xs)}
@@ -282,16 +316,19 @@ def _over_x(report: ComparisonReport, figure: str, title: str) -> str:
     value = group['values'][x]
     return float(places[show(value)] if even else value)
 
-  series = _series(report, _lines(report, x), figure, x_of)
+  series = _series(report, _lines(report, x), figure, x_of, text)
   labels = [show(value) for value in xs] if even else []
   integer = not even and all(isinstance(value, int) for value in xs)
-  return _chart(report, title, x, series, categories=labels, integer=integer)
+  return _chart(report, title, x, series, text, categories=labels, integer=integer)
 
 
 def plots(report: ComparisonReport) -> dict[str, str]:
   """File name -> chart, of those that have anything to show."""
   dense, kind = report['model']['params_before'], 'recovered' if report['recover'] else 'pruned'
   found = {'perplexity.svg': _over_x(report, 'perplexity', f'Perplexity {kind}')}
+  for name in texts(report)[1:]:
+    figure, title = f'perplexity {name}', f'Perplexity {kind}: {name}'
+    found[f'perplexity-{name}.svg'] = _over_x(report, figure, title, name)
   if report['recover']:
     found['perplexity-pruned.svg'] = _over_x(report, 'perplexity_pruned', 'Perplexity as pruned last')
   sizes = [value for group in report['groups'] for value in group['params'] or ()]

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from adapt_jax.config.options import RunOptions
+from adapt_jax.config.values import TEXT
 from adapt_jax.evaluation.harness import check_tasks, evaluate_tasks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
@@ -11,9 +12,10 @@ from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.machine.processes import say
 from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.reports.report import EvaluationReport, versions, write_report
+from adapt_jax.reports.report import EvaluationReport, TextReport, versions, write_report
 from adapt_jax.reports.summary import tasks_table
 from models.config import count_params
+from models.errors import InputError
 from models.formats.source import open_source
 from models.network.backend import compute_dtype
 
@@ -25,18 +27,27 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   source = open_source(options.model.source)
   check_model(source.config)
   loader = Loader(options, source.load_tokenizer(), source.config)
-  blocks = loader.evaluation() if wanted.source or not tasks else None
+  if not wanted.source and not tasks:
+    raise InputError('config.evaluate.source is empty, and no task is named: mode evaluate measures nothing')
+  texts = loader.evaluation()
   workdir.claim()
   dtype, compiler, start = compute_dtype(options.model.dtype), Compiler(), time.monotonic()
   common: dict[str, Any] = {'compiler': compiler, 'dtype': dtype}
   params = load_source(source, dtype)
   report: EvaluationReport = {'model': {'source': source.name, 'params_before': count_params(source.config)}}
   said = [f'{count_params(source.config):,} parameters']
-  if blocks is not None:
-    evaluator = Evaluator(blocks, wanted.batch, **common)
-    value = evaluator.perplexity(source.config, params, 'evaluate')
-    report['perplexity'] = {'dense': value, 'definition': evaluator.definition}
-    said[0] += f', perplexity {value:.3f}: {evaluator.definition}'
+  found: dict[str, TextReport] = {}
+  for name, blocks in texts.items():
+    evaluator, named = (
+      Evaluator(blocks, wanted.batch, **common),
+      '' if list(texts) == [TEXT] else f' on {name}',
+    )
+    value = evaluator.perplexity(source.config, params, f'evaluate{named}')
+    found[name] = {'dense': value, 'definition': evaluator.definition}
+    said.append(f'perplexity{named} {value:.3f}: {evaluator.definition}')
+  if first := next(iter(found.values()), None):
+    report['perplexity'] = {'dense': first['dense'], 'definition': first['definition']}
+    report['texts'] = found
   if tasks:
     scores = evaluate_tasks(wanted, source.config, params, loader.tokenizer, title='tasks', **common)
     report['tasks'] = scores

@@ -102,4 +102,6 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   report, template = run_report(ran, model, state), ran.data.chat_template
   if state.row is not None and state.train_step > Schedule.of(ran, model.source.config).start(state.stage):
     report['perplexity']['pruned'] = None  # of weights that have been trained since
+    for text in report['texts'].values():
+      text.pop('pruned', None)
   return _Model(config, model.source, trained, template, report, (checkpoints, number, shapes))

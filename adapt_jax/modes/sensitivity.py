@@ -149,6 +149,11 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Mode sensitivity: measures or resumes, writes the report in its forms, prints the table."""
   if not options.evaluate.source:
     raise InputError('config.evaluate.source is empty, but mode sensitivity measures perplexity: name a text')
+  if len(names := list(options.evaluate.texts)) > 1:
+    raise InputError(
+      f'config.evaluate.source names the texts {", ".join(names)}, but mode sensitivity measures on one: '
+      f'leave the others out'
+    )
   # Nothing is removed for good, so nothing makes up for it; `bias` would count in the sizes.
   options = dataclasses.replace(options, prune=dataclasses.replace(options.prune, compensate='none'))
   inputs = prepare(options)
@@ -191,13 +196,11 @@ class Sensitivity:
   """
 
   def __init__(self, options: RunOptions, inputs: Inputs, workdir: Workdir, command: str):
-    if inputs.evaluate is None:
-      raise InputError('config.evaluate.source is empty: name a text')
     self.options, self.inputs, self.workdir, self._command = options, inputs, workdir, command
     self._compiler = Compiler()
     common: dict[str, Any] = {'compiler': self._compiler, 'dtype': inputs.dtype}
     self._pruner = Pruner(inputs.config, options.prune, inputs.calibration, seed=options.seed, **common)
-    self._blocks = inputs.evaluate
+    (self._blocks,) = inputs.evaluate.values()
     self._evaluator = LayerEvaluator(inputs.config, self._blocks, options.evaluate.batch, **common)
     self._metrics = MetricsLog(workdir.metrics)
     self._zero = jax.jit(lambda layers, kv, ffn: surgery.zero_stacked({'layers': layers}, kv, ffn)['layers'])

@@ -8,6 +8,7 @@ from adapt_jax.data.documents import check_source
 from adapt_jax.export.writer import check_result
 from adapt_jax.machine import mesh
 from adapt_jax.pipeline.dense_model import with_output_bias
+from adapt_jax.pipeline.loader import evaluation_field
 from adapt_jax.pipeline.schedule import stage_steps, target_params
 from adapt_jax.pruning import serving_widths
 from adapt_jax.pruning.methods import METHODS
@@ -21,8 +22,7 @@ def check_sources(options: RunOptions) -> None:
   fields = {'prune.calibration.source': options.prune.calibration.source}
   if options.train.tokens:
     fields['train.source'] = options.train.source
-  if options.evaluate.source:
-    fields['evaluate.source'] = options.evaluate.source
+  fields |= {evaluation_field(name): source for name, source in options.evaluate.texts.items()}
   for field, source in fields.items():
     check_source(
       source,

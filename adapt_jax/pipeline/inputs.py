@@ -18,8 +18,9 @@ from models.network.backend import compute_dtype
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """The dense model and the data of a run; `train` and `evaluate` may be absent.
+  """The dense model and the data of a run; `train` may be absent.
 
+  evaluate: windows of each text by its name; none where nothing is measured.
   dtype: of activations and matrix products.
   """
 
@@ -27,7 +28,7 @@ class Inputs:
   tokenizer: Any
   calibration: Blocks
   train: TrainSet | None
-  evaluate: Blocks | None
+  evaluate: dict[str, Blocks]
   dtype: Any
 
   @property
@@ -58,7 +59,6 @@ def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
       f'{len(blocks.tokens)} rows of {calibration.length} tokens: lower it or give more text'
     )
   train = loader.train_set() if options.train.tokens else None
-  evaluate = loader.evaluation() if options.evaluate.source else None
   dtype = compute_dtype(options.model.dtype)
   model = DenseModel(source, options.prune.compensate == 'bias')
-  return Inputs(model, loader.tokenizer, blocks, train, evaluate, dtype)
+  return Inputs(model, loader.tokenizer, blocks, train, loader.evaluation(), dtype)

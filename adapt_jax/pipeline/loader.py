@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from adapt_jax.config.options import RunOptions
+from adapt_jax.config.values import TEXT
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.documents import is_blocks
 from adapt_jax.data.train_set import TrainSet, open_train_set
@@ -67,16 +68,24 @@ class Loader:
       self._cache[key] = make()
     return self._cache[key]
 
-  def evaluation(self) -> Blocks:
-    """The evaluation windows: at most `evaluate.max_tokens` tokens, evenly spaced over the source."""
+  def evaluation(self) -> dict[str, Blocks]:
+    """The windows of each text: at most `evaluate.max_tokens` tokens, evenly spaced over it."""
+    return {name: self._windows(name, source) for name, source in self._options.evaluate.texts.items()}
+
+  def _windows(self, name: str, source: tuple[str, ...]) -> Blocks:
     e = self._options.evaluate
-    blocks = self.load('evaluate.source', e.source, e.length, e.max_tokens or sys.maxsize)
+    blocks = self.load(evaluation_field(name), source, e.length, e.max_tokens or sys.maxsize)
     count = len(blocks.tokens)
     wanted = max(1, e.max_tokens // e.length) if e.max_tokens else count
     if wanted >= count:
       return blocks
     rows = np.linspace(0, count - 1, wanted).round().astype(int)
     return dataclasses.replace(blocks, tokens=blocks.tokens[rows], targets=blocks.targets[rows])
+
+
+def evaluation_field(name: str) -> str:
+  """What messages call a text of `evaluate.source`."""
+  return 'evaluate.source' if name == TEXT else f'evaluate.source ({name})'
 
 
 def _check_same(blocks: Blocks, field: str) -> None:

@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from adapt_jax.config.values import TEXT
 from adapt_jax.machine.processes import is_first
 from adapt_jax.reports import tensorboard
 from models.files import write_text
@@ -58,4 +59,5 @@ def _as_now(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   for row in rows:
     if row['event'] == 'evaluate' and 'stage' not in row:
       row['of'], row['stage'] = names.get(row['of'], (row['of'], 0))
+      row['text'] = TEXT
   return rows

@@ -3,8 +3,9 @@
 from typing import Any
 
 from adapt_jax.config.options import RunOptions
+from adapt_jax.config.values import TEXT
 from adapt_jax.evaluation.harness import TaskScores, evaluate_tasks
-from adapt_jax.evaluation.perplexity import Evaluator
+from adapt_jax.evaluation.perplexity import Evaluator, Reference
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
@@ -27,7 +28,7 @@ class Quality:
     options, inputs: of the run.
     metrics: its log.
     shared: with other runs on the same dense model, which is measured once.
-    compiler: counts compiles as `evaluation` and `harness`.
+    compiler: counts compiles as `evaluation`, `divergence` and `harness`.
   """
 
   def __init__(
@@ -35,29 +36,59 @@ class Quality:
   ):
     self._options, self._inputs, self._metrics, self._shared = options, inputs, metrics, shared
     self._common: dict[str, Any] = {'compiler': compiler, 'dtype': inputs.dtype}
-    self._evaluator = None
-    if inputs.evaluate is not None:
-      self._evaluator = Evaluator(inputs.evaluate, options.evaluate.batch, **self._common)
+    programs: dict[type, tuple[Any, Any]] = {}
+    self._evaluators = {
+      name: Evaluator(blocks, options.evaluate.batch, **self._common, programs=programs)
+      for name, blocks in inputs.evaluate.items()
+    }
 
   @property
-  def definition(self) -> str | None:
-    """What perplexity is, in words; None if none is measured."""
-    return self._evaluator.definition if self._evaluator else None
+  def definitions(self) -> dict[str, str]:
+    """What perplexity on each text is, in words."""
+    return {name: evaluator.definition for name, evaluator in self._evaluators.items()}
 
-  def perplexity(self, config: ModelConfig, params: Params, of: Of, stage: int, step: int) -> float | None:
-    """Of the dense model (stage 0), or of a stage's, after `step` training steps; None without a text."""
-    if self._evaluator is None:
-      return None
+  def perplexity(
+    self, config: ModelConfig, params: Params, of: Of, stage: int, step: int
+  ) -> dict[str, float]:
+    """On each text, of the dense model (stage 0) or of a stage's, after `step` training steps."""
     known, key = self._shared.dense, dense_key(self._options)
     if of == 'dense' and key in known:
-      value = known[key]
+      found = known[key]
     else:
       title = of if of == 'dense' else f'stage {stage} {of}'
-      value = self._evaluator.perplexity(config, params, f'{title}: evaluate')
+      found = {
+        name: evaluator.perplexity(config, params, self._title(f'{title}: evaluate', name))
+        for name, evaluator in self._evaluators.items()
+      }
     if of == 'dense':
-      known[key] = value
-    self._metrics.write('evaluate', of=of, stage=stage, step=step, perplexity=value)
-    return value
+      known[key] = found
+    for name, value in found.items():
+      self._metrics.write('evaluate', of=of, stage=stage, step=step, text=name, perplexity=value)
+    return found
+
+  def divergence(self, config: ModelConfig, params: Params) -> dict[str, float]:
+    """KL(dense ‖ model) on each text, nats per token."""
+    known, key = self._shared.references, dense_key(self._options)
+    if key not in known:
+      known.clear()  # of another model or text: they would fill the memory
+      known[key] = self._references()
+    return {
+      name: self._evaluators[name].divergence(config, params, reference, self._title('divergence', name))
+      for name, reference in known[key].items()
+    }
+
+  def _references(self) -> dict[str, Reference]:
+    """The dense model, read again, on each text."""
+    if not self._evaluators:
+      return {}
+    dense, config = self._inputs.model.load_params(self._inputs.dtype), self._inputs.config
+    return {
+      name: evaluator.reference(config, dense, self._title('divergence: dense', name))
+      for name, evaluator in self._evaluators.items()
+    }
+
+  def _title(self, title: str, name: str) -> str:
+    return title if list(self._evaluators) == [TEXT] else f'{title} {name}'
 
   def tasks(self, config: ModelConfig, params: Params, of: Of, step: int) -> TaskScores:
     """Scores of the dense model, or of the last stage's, after `step` training steps."""

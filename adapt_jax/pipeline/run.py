@@ -15,7 +15,7 @@ from adapt_jax.machine.processes import is_first
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
-from adapt_jax.pipeline.run_report import run_report
+from adapt_jax.pipeline.run_report import first, run_report, with_recovered
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.stages import Pruning, Recovery
@@ -85,7 +85,7 @@ class Run:
     self._store.close()
 
   def _run_stages(self, state: RunState) -> None:
-    if state.dense_perplexity is None:
+    if not state.dense:
       state.record_dense(self._perplexity(state, 'dense'))
     if self._measure_tasks(state, 'dense'):
       self._store.save_plan(state, 1)
@@ -121,7 +121,8 @@ class Run:
       'stage': stage,
       'target': self._schedule.target(stage),
       'params': count_params(self._config(state)),
-      'perplexity_pruned': perplexity,
+      'perplexity_pruned': first(perplexity),
+      'texts': {name: {'pruned': value} for name, value in perplexity.items()},
       'seconds': time.monotonic() - start,
     }
     state.open_stage(row, self._pruning.next_schedule(state))
@@ -131,7 +132,7 @@ class Run:
     """Trains on the rest of the stage's share, measures and saves."""
     assert state.row is not None
     start, last = time.monotonic() - state.row['seconds'], stage == self._schedule.stages
-    recovered = None
+    recovered: dict[str, float] = {}
     if self._recovery is not None:
       self._train(stage, state, self._recovery, start)
       if last:
@@ -143,7 +144,8 @@ class Run:
     row: StageReport = {
       **state.row,
       **state.compacted.widths(self._inputs.config),
-      'perplexity_recovered': recovered,
+      'perplexity_recovered': first(recovered),
+      'texts': with_recovered(state.row, recovered),
       'tokens': steps * self.options.train.batch * self.options.train.length,
       'seconds': time.monotonic() - start,
     }
@@ -159,7 +161,7 @@ class Run:
         if done.step < self._schedule.end(stage):
           self._save(state)
 
-  def _perplexity(self, state: RunState, of: Of, stage: int = 0) -> float | None:
+  def _perplexity(self, state: RunState, of: Of, stage: int = 0) -> dict[str, float]:
     return self._quality.perplexity(self._config(state), state.params, of, stage, state.train_step)
 
   def _measure_tasks(self, state: RunState, of: Of) -> bool:
@@ -176,29 +178,35 @@ class Run:
   # -- files ----------------------------------------------------------------------------------------
 
   def _save(self, state: RunState) -> None:
-    seconds, compiles = self._before
-    names = ['scoring', 'compensation', 'training', 'evaluation']
-    names += self._harness('harness', 'prefill', 'decode')
-    counts = {n: compiles.get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
-    state.record_cost(seconds + time.monotonic() - self._started, counts)
+    self._record_cost(state)
     self._store.save(state)
     self._saved_step = state.train_step
     self._write_page(state)
+
+  def _record_cost(self, state: RunState) -> None:
+    seconds, compiles = self._before
+    names = ['scoring', 'compensation', 'training', 'evaluation']
+    names += ['divergence'] if self._inputs.evaluate else []
+    names += self._harness('harness', 'prefill', 'decode')
+    counts = {n: compiles.get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
+    state.record_cost(seconds + time.monotonic() - self._started, counts)
 
   def _harness(self, *names: str) -> tuple[str, ...]:
     """These names where lm-evaluation-harness has work."""
     return names if self.options.evaluate.has_tasks else ()
 
   def _report(self, state: RunState) -> RunReport:
-    definition, model = self._quality.definition, self._inputs.model
-    report = run_report(self.options, model, state, definition)
+    report = run_report(self.options, self._inputs.model, state, self._quality.definitions)
     report |= {'command': self._command, 'versions': versions(*self._harness('lm_eval'))}
     return report
 
-  def _write_page(self, state: RunState, running: bool = True) -> None:
+  def _write_page(self, state: RunState) -> None:
     if is_first():
-      events = self._metrics.read()
-      run_page.write(self._workdir.page, self._report(state), events, command=self._command, running=running)
+      self._page(self._report(state), running=True)
+
+  def _page(self, report: RunReport, running: bool) -> None:
+    events = self._metrics.read()
+    run_page.write(self._workdir.page, report, events, command=self._command, running=running)
 
   def _export_dtype(self) -> Any:
     return written_dtype(self.options.export, self._inputs.source.dtype, self._trains)
@@ -211,7 +219,11 @@ class Run:
 
   def _finish(self, state: RunState) -> RunReport:
     self._store.save_plan(state, self._schedule.stages)
+    divergence = self._quality.divergence(self._config(state), state.params)
+    self._record_cost(state)
     report = self._report(state)
+    for name, value in divergence.items():
+      report['texts'][name]['kl'] = value
     if self._export:
       writer = Writer(
         self.options.export,
@@ -222,6 +234,7 @@ class Run:
         report=report,
       )
       report['exports'] = writer.write(self._config(state), state.params)
-    self._write_page(state, running=False)
+    if is_first():
+      self._page(report, running=False)
     write_report(self._workdir.report, report)
     return report

@@ -1,20 +1,29 @@
 """The report of a run, from its options and its state: at the end, before it, and for an export."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TypeVar
+
 from adapt_jax.config.options import RunOptions
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState
 from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.reports.report import PerplexityReport, RunReport, StageReport, settings
+from adapt_jax.reports.report import PerplexityReport, RunReport, StageReport, TextReport, settings
 from models.config import count_params
+
+_T = TypeVar('_T')
 
 
 def run_report(
-  options: RunOptions, model: DenseModel, state: RunState, definition: str | None = None
+  options: RunOptions,
+  model: DenseModel,
+  state: RunState,
+  definitions: Mapping[str, str] = MappingProxyType({}),
 ) -> RunReport:
   """What a state tells: the report without command and versions, with the open stage as far as it is known.
 
-  definition: what perplexity is, in words.
+  definitions: what perplexity on each text is, in words.
   """
   dense, rows = count_params(model.source.config), [*state.rows]
   schedule = Schedule.of(options, model.source.config)
@@ -22,10 +31,10 @@ def run_report(
     rows.append({**state.row, **state.compacted.widths(model.config)})
   last: StageReport = rows[-1] if rows else {'stage': 0, 'params': dense}
   perplexity: PerplexityReport = {
-    'dense': state.dense_perplexity,
+    'dense': first(state.dense),
     'pruned': last.get('perplexity_pruned'),
     'recovered': last.get('perplexity_recovered'),
-    'definition': definition,
+    'definition': first(definitions),
   }
   return {
     'model': {
@@ -36,6 +45,7 @@ def run_report(
       **PrunePlan.dense(model.config).widths(model.config),
     },
     'perplexity': perplexity,
+    'texts': _texts(state, last, definitions),
     'tasks': state.tasks,
     'schedule': {
       'targets': list(schedule.targets),
@@ -47,3 +57,24 @@ def run_report(
     'compiles': state.compiles,
     'seconds': state.seconds,
   }
+
+
+def first(of_texts: Mapping[str, _T]) -> _T | None:
+  """What is known of the first text; None without a text."""
+  return next(iter(of_texts.values()), None)
+
+
+def with_recovered(row: StageReport, recovered: Mapping[str, float]) -> dict[str, TextReport]:
+  """The texts of a stage with their perplexities after its training."""
+  texts = row.get('texts', {})
+  return {name: {**texts.get(name, {}), 'recovered': value} for name, value in recovered.items()} or texts
+
+
+def _texts(state: RunState, last: StageReport, definitions: Mapping[str, str]) -> dict[str, TextReport]:
+  """All that is known of each text: of the dense model, and of the last stage."""
+  found: dict[str, TextReport] = {}
+  for name, dense in state.dense.items():
+    found[name] = {'dense': dense, **last.get('texts', {}).get(name, {})}
+    if name in definitions:
+      found[name]['definition'] = definitions[name]
+  return found

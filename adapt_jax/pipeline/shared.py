@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from adapt_jax.evaluation.perplexity import Reference
 from adapt_jax.machine.compiler import Programs
 from adapt_jax.pruning.score_memo import ScoreMemo
 
@@ -11,10 +12,12 @@ from adapt_jax.pruning.score_memo import ScoreMemo
 class Shared:
   """Programs, scores, and what the dense model measures, by the options that it depends on.
 
-  dense: perplexities. tasks: scores of the harness.
+  dense: perplexities by text. references: what divergences on each text are from. tasks: scores of the
+    harness.
   """
 
   programs: Programs = dataclasses.field(default_factory=Programs)
   scores: ScoreMemo = dataclasses.field(default_factory=ScoreMemo)
-  dense: dict[Any, float] = dataclasses.field(default_factory=dict)
+  dense: dict[Any, dict[str, float]] = dataclasses.field(default_factory=dict)
+  references: dict[Any, dict[str, Reference]] = dataclasses.field(default_factory=dict)
   tasks: dict[Any, Any] = dataclasses.field(default_factory=dict)

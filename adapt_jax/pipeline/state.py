@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adapt_jax.config.values import TEXT
 from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.pipeline.checkpoint import Checkpoints
 from adapt_jax.pipeline.dense_model import DenseModel
@@ -37,7 +38,8 @@ class RunState:
   pruning: the schedule; ahead of `compacted` while a stage is being pruned.
   stage: 1-based, 0 before the first one is pruned. train_step: global steps done.
   complete: the stage's training is over.
-  dense_perplexity: of the source. tasks: scores 'dense', 'pruned' and 'recovered', as far as they are known.
+  dense: perplexity of the source by text. tasks: scores 'dense', 'pruned' and 'recovered', as far as they are
+    known.
   rows: finished stages, as in report.json. row: the open stage's.
   seconds, compiles: spent up to the last save.
   """
@@ -48,7 +50,7 @@ class RunState:
   stage: int = 0
   train_step: int = 0
   complete: bool = True
-  dense_perplexity: float | None = None
+  dense: dict[str, float] = dataclasses.field(default_factory=dict)
   tasks: Tasks = dataclasses.field(default_factory=dict)
   rows: list[StageReport] = dataclasses.field(default_factory=list)
   row: StageReport | None = None
@@ -59,8 +61,8 @@ class RunState:
   def params(self) -> Params:
     return self.arrays['params']
 
-  def record_dense(self, perplexity: float | None) -> None:
-    self.dense_perplexity = perplexity
+  def record_dense(self, perplexity: dict[str, float]) -> None:
+    self.dense = perplexity
 
   def record_tasks(self, of: Of, scores: dict[str, dict[str, Any]]) -> None:
     self.tasks = self.tasks | {of: scores}
@@ -105,7 +107,7 @@ class RunState:
 
 
 _IN_JSON = (
-  'stage', 'train_step', 'complete', 'dense_perplexity', 'tasks', 'rows', 'seconds', 'compiles',
+  'stage', 'train_step', 'complete', 'dense', 'tasks', 'rows', 'seconds', 'compiles',
 )  # fmt: skip
 
 
@@ -126,8 +128,16 @@ def array_shapes(model: DenseModel, plan: PrunePlan, optimizer: optax.GradientTr
 def from_meta(meta: dict[str, Any], config: ModelConfig) -> RunState:
   """The state that a checkpoint's JSON describes, its arrays left out; `config` is of the dense model."""
   pruning = PruneState.from_json(meta['pruning'], config)
-  fields = {name: meta[name] for name in _IN_JSON} | {'row': meta['row'] or None}
+  known = {'dense': _dense(meta)} | meta
+  fields = {name: known[name] for name in _IN_JSON} | {'row': meta['row'] or None}
   return RunState({}, pruning.plan, pruning, **fields)
+
+
+def _dense(saved: dict[str, Any]) -> dict[str, float]:
+  """Version 0.1 had one text, without a name."""
+  if 'dense' not in saved and saved['dense_perplexity'] is not None:
+    return {TEXT: saved['dense_perplexity']}
+  return saved.get('dense', {})
 
 
 class StateStore:
@@ -154,7 +164,7 @@ class StateStore:
     plan = {
       'stage': stage,
       'params': state.pruning.plan.params(self._config),
-      'dense_perplexity': state.dense_perplexity,
+      'dense': state.dense,
       'tasks': state.tasks,
       'metrics_lines': self._metrics.lines,
     }
@@ -189,7 +199,7 @@ class StateStore:
       if saved['stage'] != state.stage + 1:
         return lines
       pruning, lines = PruneState.from_json(saved, self._config), int(saved['metrics_lines'])
-      dense_perplexity, tasks = saved['dense_perplexity'], saved['tasks']
+      dense, tasks = _dense(saved), saved['tasks']
     except InputError:
       raise
     except (ValueError, KeyError, TypeError) as error:
@@ -197,7 +207,7 @@ class StateStore:
         f'{self._plan} is damaged ({type(error).__name__}): delete it to take this stage up from its start'
       ) from None
     state.take_step(pruning)
-    state.record_dense(dense_perplexity)
+    state.record_dense(dense)
     for of, scores in tasks.items():
       state.record_tasks(of, scores)
     say(f'resuming in the pruning of stage {saved["stage"]}, after step {saved["step"]}')

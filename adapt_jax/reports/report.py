@@ -35,7 +35,7 @@ class ModelReport(TypedDict, total=False):
 
 
 class PerplexityReport(TypedDict, total=False):
-  """Perplexity of the dense model and of the last stage; `definition` says what it is, in words."""
+  """Of the dense model and of the last stage on the first text; `definition` says what it is, in words."""
 
   dense: float | None
   pruned: float | None
@@ -43,14 +43,31 @@ class PerplexityReport(TypedDict, total=False):
   definition: str | None
 
 
+class TextReport(TypedDict, total=False):
+  """What is measured on one text: perplexities, and kl, the mean KL(dense ‖ final model) in nats per token.
+
+  definition: what perplexity is, in words.
+  """
+
+  dense: float
+  pruned: float
+  recovered: float
+  kl: float
+  definition: str
+
+
 class StageReport(TypedDict, total=False):
-  """A stage, as far as it has got; widths at its end are by layer of the dense model, 0 where it is gone."""
+  """A stage, as far as it has got; widths at its end are by layer of the dense model, 0 where it is gone.
+
+  perplexity_pruned, perplexity_recovered: on the first text; texts: on all, {'web': {'pruned': …}, …}.
+  """
 
   stage: Required[int]
   target: int
   params: Required[int]
   perplexity_pruned: float | None
   perplexity_recovered: float | None
+  texts: dict[str, TextReport]
   num_heads: list[int]
   num_kv_heads: list[int]
   ffn: list[int]
@@ -71,6 +88,7 @@ class EvaluationReport(TypedDict, total=False):
 
   model: Required[ModelReport]
   perplexity: PerplexityReport
+  texts: dict[str, TextReport]
   tasks: dict[str, dict[str, Any]]
   command: str
   compiles: dict[str, int]
@@ -87,6 +105,7 @@ class RunReport(TypedDict, total=False):
 
   model: Required[ModelReport]
   perplexity: PerplexityReport
+  texts: dict[str, TextReport]
   tasks: Tasks
   schedule: ScheduleReport
   stages: list[StageReport]
@@ -144,6 +163,7 @@ class CellReport(TypedDict, total=False):
   perplexity_dense: float
   perplexity_pruned: float
   perplexity_recovered: float | None
+  texts: dict[str, TextReport]
   params: int
   seconds: float
   error: str

@@ -11,10 +11,18 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from adapt_jax.config.values import TEXT
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
-from adapt_jax.reports.report import ModelReport, RunReport, StageReport, known_perplexities
-from adapt_jax.reports.summary import tasks_rows
+from adapt_jax.reports.page import cards, html_table, page
+from adapt_jax.reports.report import (
+  ModelReport,
+  RunReport,
+  StageReport,
+  TextReport,
+  known_perplexities,
+)
+from adapt_jax.reports.summary import excess, tasks_rows, texts_rows, warning
 from models.files import write_text
 
 Json = dict[str, Any]
@@ -22,33 +30,6 @@ Json = dict[str, Any]
 _MOST_POINTS = 240  # of a curve; beyond that they are means of neighbouring steps
 _MOST_COLUMNS = 64  # of a heat map
 _MOST_STAGES = 9  # with charts of their widths
-_REFRESH_SECONDS = 20
-
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1b2330;--muted:#586374;--line:#dce1e8;--paper:#fff;--ground:#f3f5f8}
-@media (prefers-color-scheme:dark){
-:root{--ink:#e6eaf0;--muted:#9aa7b8;--line:#333c49;--paper:#1a2029;--ground:#11151b}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--ground);color:var(--ink);font:15px/1.45 system-ui,sans-serif}
-main{max-width:1400px;margin:auto;padding:16px}
-h1{font-size:22px;margin:0;overflow-wrap:anywhere} h2{font-size:17px;margin:28px 0 8px}
-p{margin:6px 0;color:var(--muted);font-size:13px;overflow-wrap:anywhere}
-.state{color:var(--ink);font-size:15px}
-.grid,.facts{display:grid;gap:12px;margin:12px 0}
-.grid{grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}
-.facts{grid-template-columns:repeat(auto-fit,minmax(min(100%,280px),1fr))}
-.card{background:var(--paper);border:1px solid var(--line);border-radius:8px;padding:10px;min-width:0}
-.card b{display:block;font-size:18px;font-weight:600;font-variant-numeric:tabular-nums}
-.card span{color:var(--muted);font-size:13px}
-.chart{display:block;width:100%;height:auto}
-.scroll{overflow-x:auto;padding:0}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:6px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-th{color:var(--muted);font-weight:500;font-size:13px} th:first-child,td:first-child{text-align:left}
-th{white-space:normal} @media(max-width:600px){table,th{font-size:12px} th,td{padding:6px 5px}}
-tr:last-child td{border-bottom:0}
-pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.5 ui-monospace,monospace}
-"""
 
 
 def _decimal(value: float | None) -> str:
@@ -149,12 +130,21 @@ def _training_chart(data: _Data, field: str, title: str, unit: str, colour: int)
   return charts.line_chart(title, (data.x_name, unit), [Series('', points, colour)], **data.over_tokens())
 
 
-def _perplexity_over_tokens(data: _Data) -> str:
-  """The sawtooth of prunings and recoveries."""
+def _texts(data: _Data) -> list[str]:
+  """Names of the texts that perplexity is measured on, in order."""
+  return list(dict.fromkeys(e.get('text', TEXT) for e in data.of('evaluate')))
+
+
+def _perplexity_title(text: str) -> str:
+  return 'Perplexity on held-out text' + ('' if text == TEXT else f': {text}')
+
+
+def _perplexity_over_tokens(data: _Data, text: str) -> str:
+  """The sawtooth of prunings and recoveries on one text."""
   points: dict[str, list[tuple[float, float, str]]] = {'': [], 'pruned': [], 'recovered': []}
   levels = []
   for step, event in data.at_steps():
-    if event['event'] == 'evaluate':
+    if event['event'] == 'evaluate' and event.get('text', TEXT) == text:
       of, value = event['of'], event['perplexity']
       points[''].append((data.x_of(step), value, ''))
       if of in points:
@@ -162,7 +152,7 @@ def _perplexity_over_tokens(data: _Data) -> str:
       else:
         levels.append((value, f'{of} {value:.2f}'))
   return charts.line_chart(
-    'Perplexity on held-out text',
+    _perplexity_title(text),
     (data.x_name, 'perplexity'),
     [Series(n, points[n], i, 'dots' if n else 'line') for i, n in enumerate(points)],
     levels=levels,
@@ -190,6 +180,25 @@ def perplexity_chart(report: RunReport, height: int = 250) -> str:
     integer=True,
     height=height,
   )
+
+
+def _excess_chart(report: RunReport) -> str:
+  """What each text has lost after each stage; '' where there is one text only."""
+  texts = report.get('texts', {})
+  if len(texts) < 2:
+    return ''
+  series = []
+  for colour, (name, text) in enumerate(texts.items()):
+    points = []
+    for stage in report.get('stages', []):
+      after: TextReport = {**text, **stage.get('texts', {}).get(name, {})}
+      if 'recovered' not in stage.get('texts', {}).get(name, {}):
+        after.pop('recovered', None)
+      if (lost := excess(after)) is not None:
+        points.append((stage['stage'], lost, f'{name}, stage {stage["stage"]}: {lost:.3f}'))
+    series.append(Series(name, points, colour % charts.COLOURS))
+  title = 'Excess over the dense model by text'
+  return charts.line_chart(title, ('stage', 'nats per token'), series, integer=True)
 
 
 def _budget_chart(data: _Data) -> str:
@@ -280,20 +289,7 @@ def _table(data: _Data) -> str:
     row += [_decimal(s.get('perplexity_pruned')), _decimal(s.get('perplexity_recovered'))]
     row += [_whole(s.get('tokens')), _whole(s.get('seconds'))]
     rows.append(row)
-  return _html_table([list(names), *rows])
-
-
-def _html_table(rows: list[list[str]]) -> str:
-  """A table of plain text, its head first."""
-  lines = [''.join(f'<th>{html.escape(name)}</th>' for name in rows[0])]
-  lines += [''.join(f'<td>{html.escape(cell)}</td>' for cell in row) for row in rows[1:]]
-  return '<table>' + '\n'.join(f'<tr>{line}</tr>' for line in lines) + '</table>'
-
-
-def cards(kind: str, contents: Sequence[str]) -> str:
-  """A row of boxes of HTML, '' if none has anything in it; kind: grid (of charts) or facts."""
-  inside = ''.join(f'<div class="card">{c}</div>' for c in contents if c)
-  return f'<div class="{kind}">{inside}</div>' if inside else ''
+  return html_table([list(names), *rows])
 
 
 def _body(data: _Data, command: str, running: bool, written: str) -> Iterator[str]:
@@ -305,9 +301,14 @@ def _body(data: _Data, command: str, running: bool, written: str) -> Iterator[st
   yield f'<h2>Stages</h2><div class="card scroll">{_table(data)}</div>'
   if definition := report.get('perplexity', {}).get('definition'):
     yield f'<p>Perplexity is {e(definition)}.</p>'
+  if len(texts := report.get('texts', {})) > 1:
+    warned = f'<p>{e(text)}</p>' if (text := warning(texts)) else ''
+    yield f'<h2>Texts</h2><div class="card scroll">{html_table(texts_rows(texts))}</div>{warned}'
   if report.get('tasks'):
-    yield f'<h2>Tasks</h2><div class="card scroll">{_html_table(tasks_rows(report["tasks"]))}</div>'
-  figures = [_perplexity_over_tokens(data)] if trained else [perplexity_chart(report)]
+    yield f'<h2>Tasks</h2><div class="card scroll">{html_table(tasks_rows(report["tasks"]))}</div>'
+  figures = [_perplexity_over_tokens(data, text) for text in _texts(data)] if trained else []
+  figures += [] if figures else [perplexity_chart(report)]
+  figures += [_excess_chart(report)]
   if trained:
     figures.append(_training_chart(data, 'loss', 'Training loss', 'nats per token', 0))
     figures.append(_training_chart(data, 'learning_rate', 'Learning rate', 'learning rate', 3))
@@ -340,28 +341,6 @@ def render(report: RunReport, events: list[Json], *, command: str, running: bool
   data = _Data(report, events)
   title = f'{data.model["source"]} {_state(data, running)}'
   return page(title, '\n'.join(filter(None, _body(data, command, running, written))), running=running)
-
-
-def page(title: str, body: str, *, running: bool) -> str:
-  """A page in the look of all our reports around `body`; reloads by itself if `running`."""
-  refresh = f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS}">\n' if running else ''
-  dark = f'@media (prefers-color-scheme:dark){{\n{charts.DARK}}}'
-  return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-{refresh}<title>{html.escape(title)}</title>
-<style>{_STYLE}{charts.LIGHT}
-{dark}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
 
 
 def write(

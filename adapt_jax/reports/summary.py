@@ -1,6 +1,10 @@
 """The table that a run prints at its end, and the rows of its tasks."""
 
-from adapt_jax.reports.report import RunReport, Tasks
+import math
+
+from adapt_jax.reports.report import RunReport, Tasks, TextReport
+
+_LITTLE = 0.05  # nats per token: a difference that is not worth a warning
 
 
 def _number(value: float | None) -> str:
@@ -33,6 +37,8 @@ def table(report: RunReport) -> str:
       f'| {stage["stage"]} | {stage["params"]:,} | {share:.1f} % | {_number(stage["perplexity_pruned"])} '
       f'| {_number(stage["perplexity_recovered"])} | {stage["tokens"]:,} | {stage["seconds"]:.0f} |'
     )
+  if len(report['texts']) > 1:
+    lines += ['', _markdown(texts_rows(report['texts']))]
   if report.get('tasks'):
     lines += ['', tasks_table(report['tasks'])]
   lines.append('')
@@ -44,6 +50,8 @@ def table(report: RunReport) -> str:
     f'target {model["params_target"]:,} parameters, reached {model["params_after"]:,}',
     f'compiles: {compiles}; {report["seconds"]:.0f} s in all',
   ]
+  if warned := warning(report['texts']):
+    lines.append(warned)
   return '\n'.join(lines)
 
 
@@ -67,5 +75,42 @@ def tasks_rows(tasks: Tasks) -> list[list[str]]:
 
 def tasks_table(tasks: Tasks) -> str:
   """`tasks_rows` as Markdown."""
-  head, *rows = tasks_rows(tasks)
-  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (head, ['---'] * len(head), *rows))
+  return _markdown(tasks_rows(tasks))
+
+
+def texts_rows(texts: dict[str, TextReport]) -> list[list[str]]:
+  """Names of columns, then a row a text: perplexities, what the last cost, and the divergence from dense."""
+  rows = [['text', 'perplexity dense', 'pruned', 'recovered', 'excess', 'KL from dense']]
+  for name, text in texts.items():
+    values = [text.get('dense'), text.get('pruned'), text.get('recovered')]
+    more = [excess(text), text.get('kl')]
+    rows.append([name, *map(_number, values), *('–' if x is None else f'{x:.3f}' for x in more)])
+  return rows
+
+
+def excess(text: TextReport) -> float | None:
+  """ln(perplexity of the final model / dense), nats per token."""
+  final = text.get('recovered', text.get('pruned'))
+  return None if final is None or 'dense' not in text else math.log(final / text['dense'])
+
+
+def warning(texts: dict[str, TextReport]) -> str:
+  """One line where some text lost more than twice as much as the best; '' otherwise.
+
+  The text that lost least is taken for the kind that the run was calibrated or trained on.
+  """
+  lost = {name: x for name, text in texts.items() if (x := excess(text)) is not None}
+  if not lost:
+    return ''
+  best, worst = min(lost, key=lost.__getitem__), max(lost, key=lost.__getitem__)
+  if lost[worst] < 2 * max(lost[best], 0.0) + _LITTLE:
+    return ''
+  return (
+    f'warning: on {worst} the model lost {lost[worst]:.3f} nats per token, on {best} {lost[best]:.3f}: for '
+    f'text such as {worst} add some to config.prune.calibration.source and config.train.source'
+  )
+
+
+def _markdown(rows: list[list[str]]) -> str:
+  head, *rest = rows
+  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (head, ['---'] * len(head), *rest))

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from adapt_jax.config.values import TEXT
+
 # Event -> the fields that become curves over its `step`: training steps or pruning steps.
 _CURVES = {
   'train': ('loss', 'learning_rate', 'gradient_norm', 'tokens_per_second'),
@@ -26,7 +28,8 @@ def installed() -> bool:
 def scalars(row: dict[str, Any]) -> dict[str, float]:
   """Tag -> value of one line of the log; perplexities are parted into dense, pruned and recovered."""
   if row['event'] == 'evaluate':
-    return {f'perplexity/{row["of"]}': row['perplexity']}
+    text = row.get('text', TEXT)
+    return {'/'.join(['perplexity', *([] if text == TEXT else [text]), row['of']]): row['perplexity']}
   return {f'{row["event"]}/{field}': row[field] for field in _CURVES.get(row['event'], ())}
 
 

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -186,6 +187,21 @@ def test_a_finished_grid_runs_nothing_again_and_a_grown_one_only_what_is_new(fin
   report = start(make_config(files, more), path)
   assert [cell['state'] for cell in report['cells']] == 6 * ['finished']
   assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_cells_that_measure_several_texts(files, tmp_path):
+  config = make_config(files, SMALL[:1])
+  config.evaluate.source = (f'valid={files / "valid.txt"}', f'train={files / "train.txt"}')
+  report = start(config, tmp_path / 'out')
+  for group, cell in zip(report['groups'], report['cells'], strict=True):
+    train = cell['texts']['train']
+    assert group['perplexity train'] == 3 * [train['pruned']] and group['kl train'] == 3 * [train['kl']]
+    assert group['excess train'][0] == pytest.approx(math.log(train['pruned'] / train['dense']))
+  head = (tmp_path / 'out/compare.md').read_text()
+  assert '| excess valid | KL valid | excess train | KL train |' in head
+  rows = list(csv.DictReader((tmp_path / 'out/compare.csv').open()))
+  assert float(rows[0]['kl train']) == report['cells'][0]['texts']['train']['kl']
+  assert (tmp_path / 'out/perplexity-train.svg').exists()
 
 
 def break_cells(patch, error):

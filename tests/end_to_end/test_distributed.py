@@ -74,6 +74,7 @@ def assert_same_report(path, reference):
   for stage, expected in zip(ours['stages'], theirs['stages'], strict=True):
     for name in figures:
       assert stage.pop(name) == pytest.approx(expected.pop(name), rel=1e-5)
+    assert stage.pop('texts')['text'] == pytest.approx(expected.pop('texts')['text'], rel=1e-5)
     assert stage == expected
   assert ours['perplexity']['dense'] == pytest.approx(theirs['perplexity']['dense'], rel=1e-5)
   assert ours['model'] == theirs['model'] and ours['schedule'] == theirs['schedule']

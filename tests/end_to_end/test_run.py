@@ -51,7 +51,7 @@ def test_report_keeps_the_output_contract(finished):
   for stage in report['stages']:
     assert set(stage) == {
       'stage', 'target', 'params', 'perplexity_pruned', 'perplexity_recovered', 'tokens', 'seconds',
-      'num_heads', 'num_kv_heads', 'ffn',
+      'num_heads', 'num_kv_heads', 'ffn', 'texts',
     }  # fmt: skip
     assert 0 <= stage['target'] - stage['params'] < 3 * runs.HIDDEN
     assert all(n == 2 * k for n, k in zip(stage['num_heads'], stage['num_kv_heads'], strict=True))
@@ -89,6 +89,33 @@ def test_saved_weights_have_the_reported_size_and_perplexity(finished, files, tm
   evaluate.run(options, workdir, '')
   again = json.loads(workdir.report.read_text())['perplexity']['dense']
   assert again == pytest.approx(report['perplexity']['recovered'], rel=1e-5)
+
+
+def test_each_text_is_measured_apart(files, tmp_path, capsys):
+  """The first one is what the report's old keys tell; all are in the table, on the page and in the card."""
+  config = runs.make_config(files)
+  config.evaluate.source = (f'valid={files / "valid.txt"}', f'train={files / "train.txt"}')
+  config.evaluate.max_tokens = 640
+  report = start(config, tmp_path / 'out')
+  assert list(report['texts']) == ['valid', 'train']
+  for text in report['texts'].values():
+    assert set(text) == {'dense', 'pruned', 'recovered', 'kl', 'definition'} and 0 < text['kl'] < 10
+    assert text['recovered'] < text['pruned'] and ' 20 ' in text['definition']
+  valid = report['texts']['valid']
+  assert all(report['perplexity'][key] == valid[key] for key in report['perplexity'])
+  assert report['texts']['train']['pruned'] != valid['pruned']
+  assert report['compiles']['divergence'] == 2 and report['compiles']['evaluation'] == 3
+  for stage in report['stages']:
+    assert stage['perplexity_pruned'] == stage['texts']['valid']['pruned']
+    assert set(stage['texts']['train']) == {'pruned', 'recovered'}
+  log = [json.loads(x) for x in (tmp_path / 'out/metrics.jsonl').read_text().splitlines()]
+  seen = [(row['of'], row['stage'], row['text']) for row in log if row['event'] == 'evaluate']
+  stations = [('dense', 0)] + [(of, stage) for stage in (1, 2) for of in ('pruned', 'recovered')]
+  assert seen == [(*station, name) for station in stations for name in ('valid', 'train')]
+  row = f'| train | {report["texts"]["train"]["dense"]:.2f} |'
+  assert row in capsys.readouterr().out and row in (tmp_path / 'out/hf/README.md').read_text()
+  page = (tmp_path / 'out/report.html').read_text()
+  assert 'Perplexity on held-out text: train' in page and 'Excess over the dense model by text' in page
 
 
 def test_first_stage_is_scored_with_the_weights_held_once(files, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.config.values import TEXT
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
@@ -66,7 +67,7 @@ def test_values_are_those_of_the_compacted_model(finished, files):
   inputs = prepare(from_dict(make_config(files).to_dict()))
   options, config = from_dict(make_config(files).to_dict()), inputs.config
   common = {'compiler': Compiler(), 'dtype': inputs.dtype}
-  evaluator = Evaluator(inputs.evaluate, 4, **common)
+  evaluator = Evaluator(inputs.evaluate[TEXT], 4, **common)
   pruner = Pruner(config, options.prune, inputs.calibration, seed=0, **common)
   params, dense = inputs.source.load_params(jnp.float32), PrunePlan.dense(config)
 
@@ -104,7 +105,7 @@ def test_windows_that_fill_no_whole_batch(finished, files, tmp_path):
   config = make_config(files)
   config.evaluate.batch, config.sensitivity.bases = 5, (0.4,)
   report = start(config, tmp_path / 'out')
-  assert prepare(from_dict(config.to_dict())).evaluate.tokens.shape[0] % 5
+  assert prepare(from_dict(config.to_dict())).evaluate[TEXT].tokens.shape[0] % 5
   for layer, found in zip(report['bases'][0]['layers'], finished[1]['bases'][1]['layers'], strict=True):
     assert layer == pytest.approx(found, rel=1e-5)
 
@@ -226,6 +227,10 @@ def test_refusals_come_before_the_work(files, tmp_path):
   config = make_config(files)
   config.evaluate.source = ()
   with pytest.raises(InputError, match=r'config\.evaluate\.source is empty'):
+    start(config, tmp_path / 'out')
+  config = make_config(files)
+  config.evaluate.source = (f'a={files / "valid.txt"}', f'b={files / "train.txt"}')
+  with pytest.raises(InputError, match=r'config\.evaluate\.source names the texts a, b'):
     start(config, tmp_path / 'out')
   config = make_config(files)
   config.sensitivity.sparsity, config.sensitivity.bases = 0.25, (0.2,)

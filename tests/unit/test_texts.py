@@ -1,0 +1,72 @@
+"""Several texts in evaluate.source: their names, and what is said of each."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.values import named_texts
+from adapt_jax.data.windows import Blocks
+from adapt_jax.evaluation.perplexity import Evaluator
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.reports.summary import texts_rows, warning
+from tests.support.helpers import UNIFORM, VARIED, logits, random_params, random_tokens, tiny_config
+
+
+@pytest.mark.parametrize(
+  'source,texts',
+  [
+    ((), {}),
+    (('a.txt', 'b.txt'), {'text': ('a.txt', 'b.txt')}),
+    (('web=a.jsonl', 'wiki=b.txt', 'web=c.txt'), {'web': ('a.jsonl', 'c.txt'), 'wiki': ('b.txt',)}),
+    (('org/name:split', 'chat-1=x=y.txt'), {'text': ('org/name:split',), 'chat-1': ('x=y.txt',)}),
+    (('./a=b.txt', '=c.txt', '1=d.txt'), {'text': ('./a=b.txt', '=c.txt', '1=d.txt')}),
+  ],
+)
+def test_entries_are_parted_by_name(source, texts):
+  assert named_texts(source) == texts
+  assert from_dict({'evaluate': {'source': source}}).evaluate.texts == texts
+
+
+def test_divergence_is_the_mean_kl_over_the_counted_tokens():
+  """Against float64 arithmetic on all logits; of a model from itself it is zero."""
+  dense, model = tiny_config(layers=UNIFORM), tiny_config(layers=VARIED)
+  params = {config: random_params(config, seed) for seed, config in enumerate((dense, model))}
+  tokens = random_tokens(dense, rows=3, length=20).astype(np.int32)
+  targets = np.random.default_rng(1).random(tokens.shape) < 0.7
+  evaluator = Evaluator(Blocks(tokens, targets, 0), 2, compiler=Compiler(), dtype=jnp.float32)
+  reference = evaluator.reference(dense, params[dense], 'dense')
+  log_p, log_q = (
+    np.log(
+      np.exp(x := np.asarray(logits(c, params[c], tokens), np.float64)) / np.exp(x).sum(-1, keepdims=True)
+    )
+    for c in (dense, model)
+  )
+  kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)[:, :-1][targets[:, 1:]].mean()
+  assert kl > 0.1
+  assert evaluator.divergence(model, params[model], reference, 'kl') == pytest.approx(kl, rel=1e-4)
+  assert evaluator.divergence(dense, params[dense], reference, 'kl') == pytest.approx(0, abs=1e-6)
+
+
+TEXTS = {
+  'wiki': {'dense': 20.0, 'pruned': 40.0, 'recovered': 22.0, 'kl': 0.12345},
+  'web': {'dense': 30.0, 'pruned': 90.0, 'recovered': 45.0, 'kl': 0.5},
+}
+
+
+def test_a_row_a_text():
+  assert texts_rows(TEXTS)[1:] == [
+    ['wiki', '20.00', '40.00', '22.00', '0.095', '0.123'],
+    ['web', '30.00', '90.00', '45.00', '0.405', '0.500'],
+  ]
+  assert texts_rows({'wiki': {'dense': 20.0}})[1] == ['wiki', '20.00', '–', '–', '–', '–']
+
+
+def test_a_text_that_lost_more_than_twice_as_much_is_told():
+  line = warning(TEXTS)
+  assert line.startswith('warning: on web the model lost 0.405 nats per token, on wiki 0.095')
+  assert 'config.prune.calibration.source' in line and '\n' not in line
+  even = TEXTS | {'web': TEXTS['web'] | {'recovered': 34.0}}
+  assert warning(even) == warning({'wiki': TEXTS['wiki']}) == warning({}) == ''
+  gained = {'wiki': {'dense': 20.0, 'pruned': 18.0}, 'web': {'dense': 30.0, 'pruned': 30.5}}
+  assert warning(gained) == ''  # within what is no loss to speak of
