@@ -35,7 +35,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   common: dict[str, Any] = {'compiler': compiler, 'dtype': dtype}
   params = load_source(source, dtype)
   report: EvaluationReport = {'model': {'source': source.name, 'params_before': count_params(source.config)}}
-  said = [f'{count_params(source.config):,} parameters']
+  size, said = f'{count_params(source.config):,} parameters', list[str]()
   found: dict[str, TextReport] = {}
   for name, blocks in texts.items():
     evaluator, named = (
@@ -44,14 +44,14 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     )
     value = evaluator.perplexity(source.config, params, f'evaluate{named}')
     found[name] = {'dense': value, 'definition': evaluator.definition}
-    said.append(f'perplexity{named} {value:.3f}: {evaluator.definition}')
+    said.append(f'{size}, perplexity{named} {value:.3f}: {evaluator.definition}')
   if first := next(iter(found.values()), None):
     report['perplexity'] = {'dense': first['dense'], 'definition': first['definition']}
     report['texts'] = found
   if tasks:
     scores = evaluate_tasks(wanted, source.config, params, loader.tokenizer, title='tasks', **common)
     report['tasks'] = scores
-    said += ['', tasks_table({'score': scores})]
+    said += [*([] if said else [size]), '', tasks_table({'score': scores})]
   report |= {
     'command': command,
     'compiles': compiler.counts,
