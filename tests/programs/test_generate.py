@@ -17,10 +17,10 @@ from adapt_jax.modes.generate import stop_ids
 from models.errors import InputError
 from models.formats.source import open_source
 from tests.formats.test_export_hf import EXPORTS, load
+from tests.programs.test_sharding import SHAPES, make_model, put, set_mesh
 from tests.support import runs
 from tests.support.helpers import VARIED, KeepingCompiler, random_params, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
-from tests.unit.test_sharding import SHAPES, make_model, put, set_mesh
 
 torch = pytest.importorskip('torch')
 pytestmark = pytest.mark.usefixtures('code_cache')
