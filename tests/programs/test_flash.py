@@ -13,7 +13,6 @@ import optax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax._src.interpreters import mlir
-from test_sharding import SHAPES, assert_close, make_model, put, set_mesh, tokens_of
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.machine import mesh
@@ -23,6 +22,7 @@ from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.training.step import make_step
 from configs import base
 from models.network import attention, flash
+from tests.programs.test_sharding import SHAPES, assert_close, make_model, put, set_mesh, tokens_of
 
 ROWS = 2
 
