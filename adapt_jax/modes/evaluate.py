@@ -37,11 +37,10 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   report: EvaluationReport = {'model': {'source': source.name, 'params_before': count_params(source.config)}}
   size, said = f'{count_params(source.config):,} parameters', list[str]()
   found: dict[str, TextReport] = {}
+  programs: dict[type, tuple[Any, Any]] = {}  # one for all texts whose batches have its shape
   for name, blocks in texts.items():
-    evaluator, named = (
-      Evaluator(blocks, wanted.batch, **common),
-      '' if list(texts) == [TEXT] else f' on {name}',
-    )
+    evaluator = Evaluator(blocks, wanted.batch, **common, programs=programs)
+    named = '' if list(texts) == [TEXT] else f' on {name}'
     value = evaluator.perplexity(source.config, params, f'evaluate{named}')
     found[name] = {'dense': value, 'definition': evaluator.definition}
     said.append(f'{size}, perplexity{named} {value:.3f}: {evaluator.definition}')
