@@ -96,11 +96,11 @@ def training(source: Source, repeats: int) -> list[float]:
   step = make_step(source.config, o.train, optimizer, jnp.float32)
   tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (4, 256)).astype(np.int32)
   batch = tokens, np.ones_like(tokens, bool), np.ones_like(tokens)
-  step = Compiler()('training', step, state, *batch, donate_argnums=(0,))
+  step = Compiler()('training', step, state, batch, donate_argnums=(0,))
 
   def work(_: int) -> None:
     nonlocal state
-    state, metrics = step(state, *batch)
+    state, metrics = step(state, batch)
     jax.block_until_ready((state, metrics))
 
   work(0)

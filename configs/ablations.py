@@ -50,4 +50,5 @@ def get_config(variant: str = '') -> ConfigDict:
     config.prune.target = 0.7
     config.prune.stage_targets = 'geometric'  # the same fraction is kept at every interleave
     config.compare.recover = True
+    config.train.distill.alpha = 0.0  # cross-entropy, as the paper trains
   return config

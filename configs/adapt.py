@@ -1,4 +1,4 @@
-"""Adapt-Pruner with the settings of its paper: Taylor scores, layer importance, 512 x 64 calibration tokens.
+"""Adapt-Pruner with the settings of its paper: Taylor scores, 512 x 64 calibration tokens, cross-entropy.
 
     python main.py --config=configs/adapt.py --workdir=out/adapt --config.model.source=...
 
@@ -18,4 +18,5 @@ def get_config() -> ConfigDict:
   config.prune.calibration.samples = 512
   config.prune.calibration.length = 64
   config.prune.calibration.batch = 8
+  config.train.distill.alpha = 0.0  # recovers by cross-entropy
   return config

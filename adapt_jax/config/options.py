@@ -164,8 +164,26 @@ class PruneOptions:
 class DistillOptions:
   """Distillation from the dense model: the loss is alpha * KL + (1 - alpha) * cross-entropy."""
 
-  alpha: float = option(0.0, 'Weight of the distillation; 0 leaves the teacher out.', within=(0, 1))
-  temperature: float = option(2.0, 'Divides the logits of teacher and student.', within=(1e-3, 1e3))
+  alpha: float = option(
+    1.0, 'Weight of the distillation; 0 is cross-entropy alone, without a teacher.', within=(0, 1)
+  )
+  temperature: float = option(1.0, 'Divides the logits of teacher and student.', within=(1e-3, 1e3))
+  cache: int = option(
+    0,
+    "Keeps so many of the teacher's likeliest ids for each token in the workdir, computed before anything "
+    'else, for a teacher that does not fit beside the student. 0: the teacher computes as it is needed.',
+    within=(0, 4096),
+  )
+
+  @property
+  def teacher_beside(self) -> bool:
+    """Whether the teacher computes beside the student."""
+    return self.alpha > 0 and not self.cache
+
+  @property
+  def kept_ids(self) -> int:
+    """How many of the teacher's ids are kept for each token; 0 where none are."""
+    return self.cache if self.alpha > 0 else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from models.errors import InputError
 
 TENSOR_PARALLEL = 'tensor_parallel='
 TEXT = 'text'  # the name of a text that has none
+SELF = 'self'  # as a source: the dense model itself, which writes the text
 _NAMED = re.compile(r'([A-Za-z][\w-]*)=(.+)')
 
 

@@ -29,10 +29,12 @@ import jax
 import numpy as np
 import tqdm
 
+from adapt_jax.config.options import DataOptions
 from adapt_jax.data.documents import Document, fingerprint, read_documents
 from adapt_jax.data.tokenise import BATCH_CHARS, Encoded, encode_all, take
 from adapt_jax.machine.processes import decide
 from models.errors import InputError, first_line
+from models.files import user_cache
 
 TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its document
 
@@ -40,6 +42,11 @@ _VERSION = 1  # of the format, and of how documents become tokens
 _MOST_REFUSED = 0.01  # share of a source's conversations that may be left out
 _WAITS = (0, 1, 10, 60)  # seconds in which a shared file system shows what another machine has written
 _STALE_SECONDS = 86_400.0  # what a killed process left is removed, once it is surely not being written
+
+
+def token_directory(data: DataOptions) -> pathlib.Path:
+  """Where tokens are kept: data.cache, or a directory of the user's."""
+  return pathlib.Path(data.cache).expanduser() if data.cache else user_cache('tokens')
 
 
 @dataclasses.dataclass(frozen=True)

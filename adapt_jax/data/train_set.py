@@ -4,7 +4,6 @@ Rows have segment ids, int32: equal ones belong to the same document, 0 is paddi
 their segment only, and the first of a document is nobody's target.
 """
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,10 +12,9 @@ import numpy as np
 from adapt_jax.config.options import DataOptions, TrainOptions
 from adapt_jax.data.documents import is_blocks
 from adapt_jax.data.order import Order
-from adapt_jax.data.token_cache import FIRST, TARGET, Need, TokenCache, open_cache
+from adapt_jax.data.token_cache import FIRST, TARGET, Need, TokenCache, open_cache, token_directory
 from adapt_jax.data.windows import check_vocab, map_blocks, token_ids
 from models.errors import InputError
-from models.files import user_cache
 
 _FIELD = 'config.train.source'
 # Read at least: a short run shall draw from more than the first documents.
@@ -160,7 +158,7 @@ class _Opener:
 
   def __init__(self, train: TrainOptions, data: DataOptions, tokenizer: Any, vocab_size: int):
     self._train, self._data, self._tokenizer, self._vocab_size = train, data, tokenizer, vocab_size
-    self._directory = pathlib.Path(data.cache).expanduser() if data.cache else user_cache('tokens')
+    self._directory = token_directory(data)
 
   def open(self, entries: tuple[str, ...], share: float) -> Rows:
     """Rows enough for `share` of train.tokens, if the entries have so many."""

@@ -12,6 +12,7 @@ import numpy as np
 from adapt_jax.generation.sampling import GREEDY, Sampling, sample
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import put_rows
+from adapt_jax.machine.progress import Progress
 from models.config import ModelConfig
 from models.errors import InputError
 from models.network import kv_cache
@@ -20,6 +21,8 @@ from models.network.llama import Params
 from models.network.sharding import row_shards
 
 State = dict[str, Any]
+
+_PART = 32  # new tokens between two signs of life
 
 
 @dataclasses.dataclass
@@ -163,8 +166,11 @@ class Generator:
     sampling: Sampling = GREEDY,
     stop_ids: frozenset[int] = frozenset(),
     seed: int = 0,
+    progress: Progress | None = None,
   ) -> list[list[int]]:
     """New tokens of each prompt, in order, at most `max_new_tokens` and without the stop id that ended it.
+
+    `progress` counts new tokens.
 
     What is drawn for a prompt depends on the seed and on its place in `prompts`, not on the others.
     Raises InputError for an empty prompt and for one that is too long.
@@ -189,7 +195,7 @@ class Generator:
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), B):
       rows = order[start : start + B]
-      for row, new in zip(rows, self._batch(B, rows, prompts, settings), strict=True):
+      for row, new in zip(rows, self._batch(B, rows, prompts, settings, progress), strict=True):
         found[row] = new
     return found
 
@@ -206,7 +212,12 @@ class Generator:
     return found
 
   def _batch(
-    self, B: int, rows: list[int], prompts: Sequence[Sequence[int]], settings: dict[str, Any]
+    self,
+    B: int,
+    rows: list[int],
+    prompts: Sequence[Sequence[int]],
+    settings: dict[str, Any],
+    progress: Progress | None,
   ) -> list[list[int]]:
     P = bucket(max(len(prompts[row]) for row in rows))
     tokens_BP, lengths_B, rows_B = np.zeros((B, P), np.int32), np.ones(B, np.int32), np.full(B, -1, np.int32)
@@ -219,7 +230,13 @@ class Generator:
     start = time.perf_counter()
     state = jax.block_until_ready(prefill(self._params, *batch, settings))
     middle = time.perf_counter()
-    state = jax.block_until_ready(decode(self._params, state, settings))
+    for limit in range(1, int(settings['limit']) + 1, _PART):
+      part = settings | {'limit': np.int32(min(limit + _PART - 1, settings['limit']))}
+      state = jax.block_until_ready(decode(self._params, state, part))
+      if progress is not None:
+        progress.update(len(rows) * int(part['limit'] - limit + 1))
+      if np.asarray(state['ended']).all():
+        break
     self.timings.prefill_seconds += middle - start
     self.timings.decode_seconds += time.perf_counter() - middle
     new_BN, counts_B = (np.asarray(state[name])[: len(rows)] for name in ('new', 'counts'))

@@ -117,7 +117,7 @@ def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
   tokenizer, cache, found = source.load_tokenizer(), dict[Any, Any](), []
   for run in runs:
     with _named(run.cell):
-      found.append(load(run.options, source, Loader(run.options, tokenizer, source.config, cache)))
+      found.append(load(run.options, source, Loader(run.options, source, tokenizer, cache)))
   return found
 
 

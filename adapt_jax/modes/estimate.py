@@ -168,10 +168,10 @@ class Footprint:
     """Of one optimizer step of a stage with this model, the teacher with it."""
     t = self.options.train
     config = config.with_layers(config.layers[:layers])
-    dense = self.config.with_layers(self.config.layers[:layers]) if t.distill.alpha > 0 else None
+    dense = self.config.with_layers(self.config.layers[:layers]) if t.distill.teacher_beside else None
     teacher = [placed(llama.abstract_params(dense, self.dtype))] if dense else []
     step = make_step(config, t, self._optimizer, self.dtype, dense)
-    return compiled_memory(step, self.state(config, True), *batch_shapes(t), *teacher, donate_argnums=(0,))
+    return compiled_memory(step, self.state(config, True), batch_shapes(t), *teacher, donate_argnums=(0,))
 
   def scoring_flops(self) -> float:
     """A calibration token's, of one pass: forward twice and, where gradients are taken, backward.
@@ -186,7 +186,7 @@ class Footprint:
   def training_flops(self, config: ModelConfig) -> float:
     """A token's: forward, backward of twice that, with remat forward again; the teacher's forward."""
     t = self.options.train
-    teacher = forward_flops(self.config, t.length) if t.distill.alpha > 0 else 0.0
+    teacher = forward_flops(self.config, t.length) if t.distill.teacher_beside else 0.0
     return forward_flops(config, t.length) * (4 if t.remat else 3) + teacher
 
 
@@ -203,7 +203,7 @@ def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, tuple
   options, config = footprint.options, footprint.config
   layers, calibration, t = config.num_layers, options.prune.calibration, options.train
   teacher = 0
-  if t.tokens and t.distill.alpha > 0:
+  if t.tokens and t.distill.teacher_beside:
     teacher = bytes_of(placed(llama.abstract_params(config, footprint.dtype)))
   beside = bytes_of(footprint.state(config, False)) + teacher
   later = bytes_of(footprint.state(stages[0], True)) + teacher

@@ -26,7 +26,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   check_tasks(wanted)
   source = open_source(options.model.source)
   check_model(source.config)
-  loader = Loader(options, source.load_tokenizer(), source.config)
+  loader = Loader(options, source, source.load_tokenizer())
   if not wanted.source and not tasks:
     raise InputError('config.evaluate.source is empty, and no task is named: mode evaluate measures nothing')
   texts = loader.evaluation()

@@ -6,6 +6,7 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.data.chat_templates import read_template
 from adapt_jax.data.documents import check_source
 from adapt_jax.export.writer import check_result
+from adapt_jax.generation import self_text
 from adapt_jax.machine import mesh
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pipeline.loader import evaluation_field
@@ -14,6 +15,8 @@ from adapt_jax.pruning import serving_widths
 from adapt_jax.pruning.methods import METHODS
 from models.config import ModelConfig
 from models.errors import InputError
+
+_MAY_BE_OWN = ('prune.calibration.source', 'train.source')  # text that the model has written
 
 
 def check_sources(options: RunOptions) -> None:
@@ -24,6 +27,10 @@ def check_sources(options: RunOptions) -> None:
     fields['train.source'] = options.train.source
   fields |= {evaluation_field(name): source for name, source in options.evaluate.texts.items()}
   for field, source in fields.items():
+    if field in _MAY_BE_OWN:
+      self_text.check(source, f'config.{field}')
+      if self_text.is_self(source):
+        continue
     check_source(
       source,
       f'config.{field}',
@@ -40,6 +47,7 @@ def check_run(options: RunOptions, config: ModelConfig) -> None:
   serving_widths.check_model(options.prune.serve, config)
   _check_target(options, config)
   _check_steps(options)
+  _check_teacher(options, config)
   check_result(options.export, with_output_bias(config, options.prune.compensate == 'bias'))
   mesh.check_model(config)
   mesh.check_batches(options)
@@ -53,6 +61,14 @@ def _check_target(options: RunOptions, config: ModelConfig) -> None:
     raise InputError(
       f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but what '
       f'config.prune.method = {options.prune.method!r} always keeps already has {smallest:,}: raise it'
+    )
+
+
+def _check_teacher(options: RunOptions, config: ModelConfig) -> None:
+  kept = options.train.distill.kept_ids
+  if options.train.tokens and kept >= config.vocab_size:
+    raise InputError(
+      f'config.train.distill.cache = {kept} must be below the {config.vocab_size} ids of the model: lower it'
     )
 
 

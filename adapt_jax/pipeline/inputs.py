@@ -45,14 +45,14 @@ def prepare(options: RunOptions) -> Inputs:
   check_sources(options)
   source = open_source(options.model.source)
   check_run(options, source.config)
-  return load(options, source, Loader(options, source.load_tokenizer(), source.config))
+  return load(options, source, Loader(options, source, source.load_tokenizer()))
 
 
 def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
   """Tokenises what `check_sources` and `check_run` have found well."""
   check_tokenizer(options.export, loader.tokenizer)
   calibration = options.prune.calibration
-  blocks = loader.load('prune.calibration.source', calibration.source, calibration.length)
+  blocks = loader.calibration()
   if len(blocks.tokens) < calibration.samples:
     raise InputError(
       f'config.prune.calibration.samples = {calibration.samples}, but the source has only '

@@ -13,28 +13,34 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import TEXT
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.documents import is_blocks
+from adapt_jax.data.token_cache import token_directory
 from adapt_jax.data.train_set import TrainSet, open_train_set
 from adapt_jax.data.windows import Blocks, check_vocab, load_blocks, load_stream
+from adapt_jax.generation import self_text
 from adapt_jax.machine.processes import decide
-from models.config import ModelConfig
 from models.errors import InputError
+from models.formats.source import Source
+from models.network.backend import compute_dtype
 
 # A source is read this far at least, so that draws cover more than its first documents; a stream of a
 # hub data set has to end somewhere.
 _POOL_TOKENS = 2**22
+# What keeps the rows that a model writes for one use apart from those for another.
+_CALIBRATION, _TRAINING = 0, 1
 
 
 class Loader:
   """Token blocks of a run's sources; one that serves twice, cut to two lengths, is tokenised once.
 
+  source: the dense model. tokenizer: its own.
   cache: of loaders of other options with the same tokenizer, to tokenise nothing twice for them all.
   """
 
   def __init__(
-    self, options: RunOptions, tokenizer: Any, config: ModelConfig, cache: dict[Any, Any] | None = None
+    self, options: RunOptions, source: Source, tokenizer: Any, cache: dict[Any, Any] | None = None
   ):
     self.tokenizer = with_template(tokenizer, options.data.chat_template)
-    self._options, self._config = options, config
+    self._options, self._source, self._config = options, source, source.config
     self._cache: dict[Any, Any] = {} if cache is None else cache
 
   def load(self, field: str, source: tuple[str, ...], length: int, tokens: int = 0) -> Blocks:
@@ -58,10 +64,32 @@ class Loader:
       )
     return blocks
 
+  def calibration(self) -> Blocks:
+    """The rows that calibration draws from."""
+    c = self._options.prune.calibration
+    source = c.source
+    if self_text.is_self(source):
+      source = self._own_text(c.samples, c.length, _CALIBRATION)
+    return self.load('prune.calibration.source', source, c.length)
+
   def train_set(self) -> TrainSet:
     """The rows of training, from the cache on disk."""
+    o, train = self._options, self._options.train
+    if self_text.is_self(train.source):
+      rows = -(-train.tokens // train.length)
+      train = dataclasses.replace(train, source=self._own_text(rows, train.length, _TRAINING))
+    return open_train_set(train, o.data, self.tokenizer, self._config.vocab_size, o.seed)
+
+  def _own_text(self, rows: int, length: int, use: int) -> tuple[str, ...]:
+    """The source of rows that the model has written; other ones for each use."""
     o = self._options
-    return open_train_set(o.train, o.data, self.tokenizer, self._config.vocab_size, o.seed)
+    directory = token_directory(o.data)
+    dtype = compute_dtype(o.model.dtype)
+    seed = [o.seed, use]
+    path = self_text.draw(
+      self._source, self.tokenizer, rows, length, seed=seed, dtype=dtype, directory=directory
+    )
+    return (str(path),)
 
   def _once(self, key: Any, make: Callable[[], Any]) -> Any:
     if key not in self._cache:

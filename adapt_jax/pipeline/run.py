@@ -68,6 +68,9 @@ class Run:
 
     Raises `Preempted` after SIGTERM, with all training saved.
     """
+    if self._recovery is not None:
+      with preemption.deferred():
+        self._recovery.prepare(self._workdir.teacher)
     state = self._store.resume(self._pruning.shapes, self._pruning.start)
     self._before, self._saved_step = (state.seconds, dict(state.compiles)), state.train_step
     with preemption.deferred():
@@ -187,6 +190,7 @@ class Run:
     seconds, compiles = self._before
     names = ['scoring', 'compensation', 'training', 'evaluation']
     names += ['divergence'] if self._inputs.evaluate else []
+    names += ['teacher'] if self._trains and self.options.train.distill.kept_ids else []
     names += self._harness('harness', 'prefill', 'decode')
     counts = {n: compiles.get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
     state.record_cost(seconds + time.monotonic() - self._started, counts)

@@ -3,6 +3,7 @@
 Each moves a `RunState` on and yields after each step; `pipeline/run.py` measures, logs and saves in between.
 """
 
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from adapt_jax.config.options import RunOptions
+from adapt_jax.data.train_set import TrainSet
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler, forget_traces
 from adapt_jax.machine.mesh import load_source
@@ -25,6 +27,7 @@ from adapt_jax.pruning.score_memo import ScoreMemo
 from adapt_jax.training.loop import Trained, run_steps
 from adapt_jax.training.optim import reset_moments
 from adapt_jax.training.step import Teacher, TrainState, batch_shapes, make_step
+from adapt_jax.training.teacher_cache import TaughtSet, open_taught
 
 
 class Pruning:
@@ -136,13 +139,37 @@ class Recovery:
   ):
     self._options, self._inputs, self._schedule = options, inputs, schedule
     self._optimizer, self._compiler = optimizer, compiler
-    self._teacher = None
-    if options.train.distill.alpha > 0:
-      self._teacher = Teacher(inputs.source.config, load_source(inputs.source, inputs.dtype))
+    self._data: TrainSet | TaughtSet | None = inputs.train
+    self._teacher: Teacher | None = None
+
+  def prepare(self, directory: pathlib.Path) -> None:
+    """Loads the teacher, if there is one; or writes to `directory` what it says, with distill.cache.
+
+    Nothing else needs to be on the devices yet. Raises `Preempted` after SIGTERM.
+    """
+    distill, inputs = self._options.train.distill, self._inputs
+    if not distill.alpha:
+      return
+
+    def load_teacher() -> Teacher:
+      return Teacher(inputs.source.config, load_source(inputs.source, inputs.dtype))
+
+    if distill.teacher_beside:
+      self._teacher = load_teacher()
+    elif inputs.train is not None:
+      self._data = open_taught(
+        directory,
+        inputs.train,
+        self._options.train,
+        self._schedule.train_steps,
+        load_teacher,
+        dtype=inputs.dtype,
+        compiler=self._compiler,
+      )
 
   def steps(self, stage: int, state: RunState) -> Iterator[Trained]:
     """Trains to the end of the stage; yields each step, and holds the arrays of those that hand them out."""
-    train, stop = self._inputs.train, self._schedule.end(stage)
+    train, stop = self._data, self._schedule.end(stage)
     if train is None or state.train_step >= stop:
       return
     taken = run_steps(
@@ -167,7 +194,7 @@ class Recovery:
     step = make_step(
       config, options, self._optimizer, self._inputs.dtype, teacher.config if teacher else None
     )
-    args = (state.arrays, *batch_shapes(options), *((teacher.params,) if teacher else ()))
+    args = (state.arrays, batch_shapes(options), *((teacher.params,) if teacher else ()))
     program = self._compiler('training', step, *args, donate_argnums=(0,))
     forget_traces()
     return program

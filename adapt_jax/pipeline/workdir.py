@@ -30,6 +30,7 @@ class Workdir:
     self.metrics = self.path / 'metrics.jsonl'
     self.checkpoints = self.path / 'checkpoints'
     self.hf = self.path / 'hf'
+    self.teacher = self.path / 'teacher'
     self._claiming = self.path / '.run.json.tmp'  # left by a kill while claiming
 
   def check(self) -> None:

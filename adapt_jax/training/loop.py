@@ -14,6 +14,7 @@ from adapt_jax.machine.mesh import put_rows
 from adapt_jax.machine.progress import Progress
 from adapt_jax.training.optim import learning_rate
 from adapt_jax.training.step import Teacher, TrainState
+from adapt_jax.training.teacher_cache import TaughtSet
 from models.errors import InputError
 
 Metrics = dict[str, float]
@@ -34,7 +35,7 @@ class Trained(NamedTuple):
 def run_steps(
   state: TrainState,
   program: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-  data: TrainSet,
+  data: TrainSet | TaughtSet,
   options: TrainOptions,
   *,
   start: int,
@@ -72,7 +73,7 @@ def run_steps(
 
   with Progress(title, (stop - start) * tokens_per_step, 'tokens') as progress:
     for step in range(start, stop):
-      state, device_metrics = program(state, *put_rows(data.rows(step), data.read), *teachers)
+      state, device_metrics = program(state, put_rows(data.rows(step), data.read), *teachers)
       if pending is not None:
         yield Trained(pending[0] + 1, read(*pending), None)
       pending = step, device_metrics

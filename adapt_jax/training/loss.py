@@ -113,7 +113,8 @@ def cross_entropy(logits_TV: jax.Array, extras: Any) -> jax.Array:
 def distillation(alpha: float, temperature: float, teacher_head_VD: jax.Array) -> ChunkLoss:
   """Σ of α·T²·KL(teacher‖student) at temperature T + (1−α)·CE; extras = (labels, weights, teacher x [T, D]).
 
-  Hinton et al., arXiv 1503.02531; paper section 4.
+  Hinton et al., arXiv 1503.02531; paper section 4. KL alone at T = 1, the default, as in Minitron
+  (Muralidharan et al., arXiv 2407.14679), where any mixture with CE did worse.
   """
 
   def loss(logits_TV: jax.Array, extras: Any) -> jax.Array:
@@ -121,10 +122,57 @@ def distillation(alpha: float, temperature: float, teacher_head_VD: jax.Array) -
     teacher = jax.nn.log_softmax(head_logits(teacher_head_VD, teacher_TD) / temperature)
     student = jax.nn.log_softmax(logits_TV / temperature)
     kl_T = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-    mixed_T = alpha * temperature**2 * kl_T + (1 - alpha) * _cross_entropy(logits_TV, labels_T)
-    return jnp.sum(mixed_T * weights_T)
+    loss_T = alpha * temperature**2 * kl_T
+    if alpha < 1:
+      loss_T += (1 - alpha) * _cross_entropy(logits_TV, labels_T)
+    return jnp.sum(loss_T * weights_T)
 
   return loss
+
+
+def cached_distillation(alpha: float, temperature: float) -> ChunkLoss:
+  """As `distillation`, of what `teacher_top` found; extras = (labels, weights, ids [T, k], log p [T, k+1]).
+
+  All other ids count as one, so this is a lower bound of the KL divergence over all ids.
+  """
+
+  def loss(logits_TV: jax.Array, extras: Any) -> jax.Array:
+    labels_T, weights_T, ids_Tk, log_p_TK = extras
+    log_q_TK = _top_and_rest(logits_TV / temperature, ids_Tk)
+    kl_T = jnp.sum(jnp.exp(log_p_TK) * (log_p_TK - log_q_TK), axis=-1)
+    loss_T = alpha * temperature**2 * kl_T
+    if alpha < 1:
+      loss_T += (1 - alpha) * _cross_entropy(logits_TV, labels_T)
+    return jnp.sum(loss_T * weights_T)
+
+  return loss
+
+
+def _top_and_rest(logits_TV: jax.Array, ids_Tk: jax.Array) -> jax.Array:
+  """Log-probabilities of these ids, and of all others together, [T, k+1]."""
+  total_T1 = jax.nn.logsumexp(logits_TV, axis=-1, keepdims=True)
+  top_Tk = jnp.take_along_axis(logits_TV, ids_Tk, axis=-1)
+  rows_T1 = jnp.arange(len(ids_Tk))[:, None]
+  rest_T1 = jax.nn.logsumexp(logits_TV.at[rows_T1, ids_Tk].set(-jnp.inf), axis=-1, keepdims=True)
+  return jnp.concatenate([top_Tk, rest_T1], axis=-1) - total_T1
+
+
+def teacher_top(
+  x_TD: jax.Array, head_VD: jax.Array, k: int, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+  """Of each token the k likeliest ids [T, k], the likeliest first, and log p in fp32 [T, k+1].
+
+  The last log p is that of all other ids together. From final normed hidden states; of tokens as many as
+  `row_shards` divides.
+  """
+
+  def step(_: None, chunk_TD: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    logits_TV = head_logits(head_VD, chunk_TD) / temperature
+    ids_Tk = jax.lax.top_k(logits_TV, k)[1]
+    return None, (ids_Tk, _top_and_rest(logits_TV, ids_Tk))
+
+  found = jax.lax.scan(step, None, _split(x_TD, len(x_TD), head_VD.shape[0]))[1]
+  return jax.tree.map(lambda x: _join(x, len(x_TD)), found)
 
 
 def shift(tokens_BT: jax.Array, targets_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,14 @@ import optax
 
 from adapt_jax.config.options import TrainOptions
 from adapt_jax.machine.mesh import rows_at_once
-from adapt_jax.training.loss import cross_entropy, distillation, shift, sum_over_chunks
+from adapt_jax.training.loss import (
+  ChunkLoss,
+  cached_distillation,
+  cross_entropy,
+  distillation,
+  shift,
+  sum_over_chunks,
+)
 from models.config import ModelConfig
 from models.network import llama
 from models.network.backend import on_cpu
@@ -19,6 +26,8 @@ from models.network.sharding import constrain, constrain_params, row_sharding
 
 # {'params': fp32 master weights, 'optimizer': optax state}
 TrainState = dict[str, Any]
+# What a step sees of its rows; see `batch_shapes`.
+Rows = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,68 +45,57 @@ def make_step(
   dtype: Any,
   teacher_config: ModelConfig | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """step(state, tokens, targets, segments [B, T], teacher_params) -> (state, {'loss', 'gradient_norm'}).
+  """step(state, rows, teacher_params) -> (state, {'loss', 'gradient_norm'}).
 
-  The loss is a mean over the batch's targets, in nats, summed over micro-batches of at most
-  `options.micro_batch` rows a device. `dtype` is that of activations and products; weights, gradients
-  and the second moment are fp32, the first is in `options.mu_dtype`.
+  `rows` are those of `batch_shapes`: with `distill.cache` what the teacher said of them is among them; else
+  the step takes the parameters of the teacher, if there is a `teacher_config`. The loss is a mean over the
+  batch's targets, in nats, summed over micro-batches of at most `options.micro_batch` rows a device. `dtype`
+  is that of activations and products; weights, gradients and the second moment are fp32, the first is in
+  `options.mu_dtype`.
   """
   alpha, temperature = options.distill.alpha, options.distill.temperature
   micro_batch = rows_at_once(options.batch, options.micro_batch)
 
-  def micro_loss(
-    params: Params,
-    tokens_BT: jax.Array,
-    targets_BT: jax.Array,
-    segments_BT: jax.Array,
-    scale: jax.Array,
-    teacher: Params | None,
-  ) -> jax.Array:
+  def micro_loss(params: Params, rows: Rows, scale: jax.Array, teacher: Params | None) -> jax.Array:
+    tokens_BT, targets_BT, segments_BT, *taught = rows
     x_BTD = llama.hidden_states(
       config, params, tokens_BT, segments=segments_BT, dtype=dtype, remat=options.remat
     )
     x_TD = x_BTD.reshape(-1, config.hidden_size)
     labels, weights = shift(tokens_BT, targets_BT)
-    if teacher is None or teacher_config is None:
-      return sum_over_chunks(cross_entropy, x_TD, llama.head(params), (labels, weights * scale))
-    teacher_BTD = llama.hidden_states(teacher_config, teacher, tokens_BT, segments=segments_BT, dtype=dtype)
-    teacher_TD = teacher_BTD.reshape(x_TD.shape)
-    chunk_loss = distillation(alpha, temperature, llama.head(teacher))
-    extras = (labels, weights * scale, jax.lax.stop_gradient(teacher_TD))
-    return sum_over_chunks(chunk_loss, x_TD, llama.head(params), extras)
+    loss: ChunkLoss = cross_entropy
+    extras: tuple[jax.Array, ...] = (labels, weights * scale)
+    if taught:
+      loss = cached_distillation(alpha, temperature)
+      extras += tuple(x.reshape(len(x_TD), -1) for x in taught)
+    elif teacher is not None and teacher_config is not None:
+      loss = distillation(alpha, temperature, llama.head(teacher))
+      y_BTD = llama.hidden_states(teacher_config, teacher, tokens_BT, segments=segments_BT, dtype=dtype)
+      extras += (jax.lax.stop_gradient(y_BTD.reshape(x_TD.shape)),)
+    return sum_over_chunks(loss, x_TD, llama.head(params), extras)
 
-  def gradients(
-    params: Params,
-    tokens_BT: jax.Array,
-    targets_BT: jax.Array,
-    segments_BT: jax.Array,
-    teacher: Params | None,
-  ) -> tuple[jax.Array, Params]:
-    scale = 1 / jnp.maximum(shift(tokens_BT, targets_BT)[1].sum(), 1)
+  def gradients(params: Params, rows: Rows, teacher: Params | None) -> tuple[jax.Array, Params]:
+    scale = 1 / jnp.maximum(shift(*rows[:2])[1].sum(), 1)
     value_and_grad = jax.value_and_grad(micro_loss)
-    count = tokens_BT.shape[0] // micro_batch
+    count = len(rows[0]) // micro_batch
     if count == 1:
-      loss, gradient = value_and_grad(params, tokens_BT, targets_BT, segments_BT, scale, teacher)
+      loss, gradient = value_and_grad(params, rows, scale, teacher)
       return loss, constrain_params(gradient)
 
-    def accumulate(total: Any, batch: Any) -> tuple[Any, None]:
-      loss, gradient = value_and_grad(params, *batch, scale, teacher)
+    def accumulate(total: Any, micro_rows: Rows) -> tuple[Any, None]:
+      loss, gradient = value_and_grad(params, micro_rows, scale, teacher)
       return (total[0] + loss, constrain_params(jax.tree.map(jnp.add, total[1], gradient))), None
 
-    micro = [
-      constrain(x.reshape(count, micro_batch, -1), '.B.') for x in (tokens_BT, targets_BT, segments_BT)
-    ]
+    micro = tuple(
+      constrain(x.reshape(count, micro_batch, *x.shape[1:]), '.B' + '.' * (x.ndim - 1)) for x in rows
+    )
     zeros = (jnp.zeros(()), constrain_params(jax.tree.map(jnp.zeros_like, params)))
-    return jax.lax.scan(accumulate, zeros, tuple(micro))[0]
+    return jax.lax.scan(accumulate, zeros, micro)[0]
 
   def step(
-    state: TrainState,
-    tokens_BT: jax.Array,
-    targets_BT: jax.Array,
-    segments_BT: jax.Array,
-    teacher: Params | None = None,
+    state: TrainState, rows: Rows, teacher: Params | None = None
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    loss, gradient = gradients(state['params'], tokens_BT, targets_BT, segments_BT, teacher)
+    loss, gradient = gradients(state['params'], rows, teacher)
 
     def update(state: TrainState, gradient: Params) -> tuple[TrainState, jax.Array]:
       updates, optimizer_state = optimizer.update(gradient, state['optimizer'], state['params'])
@@ -118,8 +116,13 @@ def make_step(
   return step
 
 
-def batch_shapes(options: TrainOptions) -> list[jax.ShapeDtypeStruct]:
-  """Shapes and places of what a step takes beside the state: tokens, targets and segments [batch, length]."""
-  shape, split = (options.batch, options.length), row_sharding()
-  dtypes = (jnp.int32, jnp.bool_, jnp.int32)
-  return [jax.ShapeDtypeStruct(shape, dtype, sharding=split) for dtype in dtypes]
+def batch_shapes(options: TrainOptions) -> Rows:
+  """Shapes and places of a step's rows: tokens, targets and segments [batch, length].
+
+  With distill.cache also ids [batch, length, k] and log p [batch, length, k+1] of the teacher.
+  """
+  shape, split, k = (options.batch, options.length), row_sharding(), options.distill.kept_ids
+  shapes: list[tuple[tuple[int, ...], Any]] = [(shape, jnp.int32), (shape, jnp.bool_), (shape, jnp.int32)]
+  if k:
+    shapes += [((*shape, k), jnp.int32), ((*shape, k + 1), jnp.float32)]
+  return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=split) for shape, dtype in shapes)

@@ -71,7 +71,7 @@ def programs(shape: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple
     return {'params': params, 'optimizer': jax.eval_shape(tx.init, params)}
 
   before, after, rows = state(dense), state(config), (shape['rows'], shape['length'])
-  batch = [jax.ShapeDtypeStruct(rows, dtype) for dtype in (jnp.int32, jnp.bool_, jnp.int32)]
+  batch = tuple(jax.ShapeDtypeStruct(rows, dtype) for dtype in (jnp.int32, jnp.bool_, jnp.int32))
   windows = [jax.ShapeDtypeStruct((4, shape['length']), dtype) for dtype in (jnp.int32, jnp.bool_)]
 
   def compaction(arrays: Any) -> Any:
@@ -84,7 +84,7 @@ def programs(shape: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple
   scorer = Scorer(dense, 'taylor', 'cosine', 8, jnp.float32)
   calibration = jax.ShapeDtypeStruct((64, 64), jnp.int32)
   return {
-    'training': (make_step(config, options, tx, jnp.float32), (after, *batch), {'donate_argnums': (0,)}),
+    'training': (make_step(config, options, tx, jnp.float32), (after, batch), {'donate_argnums': (0,)}),
     'evaluation': (_Loss(config, jnp.float32), (after['params'], *windows), {}),
     'compaction': (compaction, (before,), once),
     'stacking': (stacking, (after['params'],), once),

@@ -211,10 +211,10 @@ def _training(row: Row, micro: int, remat: bool, toy: bool) -> dict[str, Any]:
   state = {'params': params, 'optimizer': jax.jit(tx.init)(params)}
   del params
   counted = np.ones((row.rows, row.length), bool)
-  batch = [jnp.asarray(x) for x in (tokens(row, config), counted, segments(row))]
+  batch = tuple(jnp.asarray(x) for x in (tokens(row, config), counted, segments(row)))
   start = time.perf_counter()
   step = make_step(config, options, tx, BF16)
-  program = Compiler()('training', step, state, *batch, donate_argnums=(0,))
+  program = Compiler()('training', step, state, batch, donate_argnums=(0,))
   compiled = time.perf_counter() - start
   plan = program.memory_analysis()
   planned = plan.argument_size_in_bytes + plan.temp_size_in_bytes
@@ -223,7 +223,7 @@ def _training(row: Row, micro: int, remat: bool, toy: bool) -> dict[str, Any]:
 
   def run() -> None:
     nonlocal state
-    state, metrics = program(state, *batch)
+    state, metrics = program(state, batch)
     losses.append(float(metrics['loss']))
 
   losses: list[float] = []

@@ -47,15 +47,16 @@ def scoring(config: ModelConfig, tokens: jax.Array) -> tuple[Any, tuple[Any, ...
 
 def training(config: ModelConfig, tokens: jax.Array) -> tuple[Any, tuple[Any, ...]]:
   """That of a training step, all its rows in one micro-batch, and its arguments."""
-  rows, length = tokens.shape
-  options = train_options({'rows': rows, 'micro': rows, 'length': length})
+  count, length = tokens.shape
+  options = train_options({'rows': count, 'micro': count, 'length': length})
   tx = optimizer(options, 100)
 
   def state() -> Any:
     params = llama.init_params(config, jax.random.key(0))
     return {'params': params, 'optimizer': tx.init(params)}
 
-  args = jax.jit(state)(), tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape, jnp.int32)
+  rows = tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape, jnp.int32)
+  args = jax.jit(state)(), rows
   step = make_step(config, options, tx, jnp.float32)
   return jax.jit(step, donate_argnums=(0,)).lower(*args).compile(compiler_options()), args
 

@@ -29,10 +29,10 @@ def main(directory: str, form: str, steps: str) -> None:
   params = source.load_params('float32')
   state = {'params': params, 'optimizer': optimizer.init(params)}
   tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (BATCH, LENGTH)).astype(np.int32)
-  batch = [jnp.asarray(x) for x in (tokens, np.ones_like(tokens, bool), np.ones_like(tokens))]
+  batch = tuple(jnp.asarray(x) for x in (tokens, np.ones_like(tokens, bool), np.ones_like(tokens)))
   start = time.perf_counter()
   step = make_step(source.config, options, optimizer, jnp.dtype(dtype))
-  program = Compiler()('training', step, state, *batch, donate_argnums=(0,))
+  program = Compiler()('training', step, state, batch, donate_argnums=(0,))
   forget_traces()
   result = {'compile_seconds': time.perf_counter() - start, 'tokens_per_second': []}
   del params
@@ -40,7 +40,7 @@ def main(directory: str, form: str, steps: str) -> None:
   result['planned_bytes'] = planned.argument_size_in_bytes + planned.temp_size_in_bytes
   for _ in range(int(steps) + 1):
     start = time.perf_counter()
-    state, metrics = program(state, *batch)
+    state, metrics = program(state, batch)
     result['loss'] = float(jax.block_until_ready((state, metrics))[1]['loss'])
     result['tokens_per_second'].append(tokens.size / (time.perf_counter() - start))
   del result['tokens_per_second'][0]  # the first touches all memory anew

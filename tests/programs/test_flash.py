@@ -232,7 +232,7 @@ def train(config, params, batch, **fields):
   tx = optax.sgd(1.0)
   state = {'params': params, 'optimizer': tx.init(params)}
   step = make_step(config, from_dict(values.to_dict()).train, tx, jnp.float32)
-  after, metrics = mesh.jit(step, state, *batch)(state, *batch)
+  after, metrics = mesh.jit(step, state, batch)(state, batch)
   return metrics['loss'], jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, after['params'])
 
 

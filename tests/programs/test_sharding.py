@@ -166,15 +166,15 @@ def test_a_training_step_is_that_of_one_device(family, sizes, monkeypatch):
   options = train_options(remat=True)
   tx = optax.sgd(1.0, momentum=0.9)  # Adam would make rounding of tiny gradients visible
   state = {'params': params, 'optimizer': tx.init(params)}
-  expected, metrics = jax.jit(make_step(config, options, tx, jnp.float32))(state, tokens, targets, segments)
+  expected, metrics = jax.jit(make_step(config, options, tx, jnp.float32))(state, (tokens, targets, segments))
   with set_mesh(*sizes):
     placed_state = {'params': put(params)}
     placed_state['optimizer'] = mesh.jit(tx.init, placed_state['params'])(placed_state['params'])
     batch = put_tokens(tokens), put_tokens(targets), put_tokens(segments)
     step = make_step(config, options, tx, jnp.float32)
-    program = Compiler()('training', step, placed_state, *batch, donate_argnums=(0,))
+    program = Compiler()('training', step, placed_state, batch, donate_argnums=(0,))
     before = jax.tree.map(lambda x: x.sharding, placed_state)
-    ours, our_metrics = program(placed_state, *batch)
+    ours, our_metrics = program(placed_state, batch)
   assert_close(our_metrics, metrics)
   assert_close(ours['params'], expected['params'], rtol=1e-4)
   after = jax.tree.map(lambda x: x.sharding, ours)

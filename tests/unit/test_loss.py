@@ -63,6 +63,45 @@ def test_distillation(chunk):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize('alpha', [0.3, 1.0])
+def test_distillation_from_the_likeliest_ids(chunk, alpha):
+  """The ids that are not kept count as one, for teacher and student alike."""
+  x, head, labels, weights = arrays()
+  teacher, teacher_head = (
+    jax.random.normal(jax.random.key(9), (23, 6)),
+    jax.random.normal(jax.random.key(8), (37, 6)),
+  )
+  ids, log_p = jax.jit(lambda: loss.teacher_top(teacher, teacher_head, 5, 2.0))()
+  p = jax.nn.softmax(teacher @ teacher_head.T / 2)
+  kept = jnp.argsort(-p, axis=-1)[:, :5]
+  np.testing.assert_array_equal(ids, kept)
+
+  def merged(p):
+    top = jnp.take_along_axis(p, kept, axis=-1)
+    return jnp.concatenate([top, 1 - top.sum(-1, keepdims=True)], axis=-1)
+
+  np.testing.assert_allclose(jnp.exp(log_p), merged(p), rtol=1e-4)
+
+  @jax.jit
+  def ours(x, head):
+    def f(x, head):
+      extras = (labels, weights, ids, log_p)
+      return loss.sum_over_chunks(loss.cached_distillation(alpha, 2.0), x, head, extras)
+
+    return f(x, head), jax.grad(f, (0, 1))(x, head)
+
+  def plain(x, head):
+    q = merged(jax.nn.softmax(x @ head.T / 2))
+    kl = (merged(p) * (jnp.log(merged(p)) - jnp.log(q))).sum(-1)
+    ce = -jax.nn.log_softmax(x @ head.T)[jnp.arange(23), labels]
+    return ((alpha * 4 * kl + (1 - alpha) * ce) * weights).sum()
+
+  value, gradients = ours(x, head)
+  np.testing.assert_allclose(value, plain(x, head), rtol=1e-4)
+  for a, b in zip(gradients, jax.grad(plain, (0, 1))(x, head), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_equal_teacher_costs_nothing_at_alpha_one():
   x, head, labels, weights = arrays()
   value = loss.sum_over_chunks(loss.distillation(1.0, 2.0, head), x, head, (labels, weights, x))

@@ -45,7 +45,7 @@ def gradient_of(params, opts, dtype=jnp.float32, teacher=None, rows=None):
   tx = optax.sgd(1.0)
   state = {'params': params, 'optimizer': tx.init(params)}
   step = jax.jit(make_step(CONFIG, opts, tx, dtype, CONFIG if teacher else None))
-  new, metrics = step(state, *(rows or batch()), *([teacher] if teacher else []))
+  new, metrics = step(state, (rows or batch()), *([teacher] if teacher else []))
   return jax.tree.map(lambda a, b: np.asarray(a - b), params, new['params']), metrics, new
 
 
@@ -76,7 +76,7 @@ def test_bfloat16_computes_in_bfloat16_on_fp32_masters(params):
   assert 1e-4 < error < 0.1  # rounded products, not fp32 ones, and not noise
   step = jax.jit(make_step(CONFIG, options(), optax.sgd(1.0), jnp.bfloat16))
   state = {'params': params, 'optimizer': optax.sgd(1.0).init(params)}
-  found = factors(step.lower(state, *batch()))
+  found = factors(step.lower(state, batch()))
   assert len(found) > 40 and found == [['bfloat16'] * 2] * len(found)  # attention's and the head's too
 
 
@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_is_told(params):
   tx = optax.adam(1.0)
   state = {'params': bad, 'optimizer': tx.init(bad)}
   step = jax.jit(make_step(CONFIG, options(), tx, jnp.float32), donate_argnums=0)
-  metrics = step(state, *batch())[1]
+  metrics = step(state, batch())[1]
   assert not np.isfinite(metrics['loss']) and not np.isfinite(metrics['gradient_norm'])
 
 
@@ -99,9 +99,9 @@ def test_planned_memory_holds_no_attention_weights_of_all_layers(dtype, remat):
   opts, tx = options(batch=rows, micro_batch=rows, length=length, remat=remat), optax.adam(1e-3)
   params = llama.abstract_params(config)
   state = {'params': params, 'optimizer': jax.eval_shape(tx.init, params)}
-  shapes = [jax.ShapeDtypeStruct((rows, length), t) for t in (jnp.int32, jnp.bool_, jnp.int32)]
+  shapes = tuple(jax.ShapeDtypeStruct((rows, length), t) for t in (jnp.int32, jnp.bool_, jnp.int32))
   step = make_step(config, opts, tx, dtype)
-  planned = Compiler()('training', step, state, *shapes, donate_argnums=(0,)).memory_analysis()
+  planned = Compiler()('training', step, state, shapes, donate_argnums=(0,)).memory_analysis()
   attention = 4 * rows * 8 * length**2  # bytes of a layer's, in fp32
   gradients = sum(4 * x.size for x in jax.tree.leaves(params))
   products = rows * length * (128 + 64 + 64 + 64 + 96 + 96 + 64) * jnp.dtype(dtype).itemsize
@@ -113,7 +113,7 @@ def test_rotary_tables_are_constants_of_the_program(params):
   """Else XLA's CPU backend takes sines anew in every fusion that uses them, forward and backward."""
   tx = optax.sgd(1.0)
   step = make_step(CONFIG, options(), tx, jnp.float32)
-  text = jax.jit(step).lower({'params': params, 'optimizer': tx.init(params)}, *batch()).as_text()
+  text = jax.jit(step).lower({'params': params, 'optimizer': tx.init(params)}, batch()).as_text()
   assert 'dot_general' in text and 'sine' not in text
 
 

@@ -24,6 +24,8 @@ def get_config() -> ConfigDict:
   config.train.lr = 1e-2
   config.train.min_lr = 1e-3
   config.train.save_every = 3
+  config.train.distill.alpha = 0.0  # the defaults of then
+  config.train.distill.temperature = 2.0
   config.evaluate.source = ('valid.txt',)
   config.evaluate.length = 32
   return config

@@ -1,0 +1,80 @@
+"""Rows that a model has written itself: drawn from its distribution, the same for the same seed, kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_jax.config.build import from_dict
+from adapt_jax.generation import self_text
+from adapt_jax.pipeline.inputs import prepare
+from models.errors import InputError
+from models.formats.source import open_source
+from models.network import llama
+from tests.support import runs
+from tests.support.tokenizers_for_tests import tiny_tokenizer
+
+ROWS, LENGTH = 24, 48
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  return runs.make_files(tmp_path_factory.mktemp('files'))
+
+
+def draw(files, directory, seed=(0, 0), tokenizer=None):
+  source = open_source(str(files / 'model'))
+  tokenizer = tokenizer or source.load_tokenizer()
+  path = self_text.draw(
+    source, tokenizer, ROWS, LENGTH, seed=list(seed), dtype=jnp.float32, directory=directory
+  )
+  return np.load(path, allow_pickle=False)
+
+
+def test_rows_follow_the_models_own_distribution(files, tmp_path):
+  tokens = draw(files, tmp_path, tokenizer=tiny_tokenizer(chat_template=None))
+  assert tokens.shape == (ROWS, LENGTH) and tokens.dtype == np.int32
+  source = open_source(str(files / 'model'))
+  logits = llama.apply(source.config, source.load_params(jnp.float32), jnp.asarray(tokens))[:, :-1]
+  log_p = np.asarray(jax.nn.log_softmax(logits))
+  entropy = -(np.exp(log_p) * log_p).sum(-1)
+  surprise = -np.take_along_axis(log_p, tokens[:, 1:, None], -1)[..., 0]
+  # A drawn token surprises by the entropy on average; the likeliest ones by less, uniform ones by more.
+  difference = surprise - entropy
+  assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(difference.size)
+  assert difference.std() > 0.1 and entropy.mean() < 0.97 * np.log(source.config.vocab_size)
+
+
+def test_equal_seeds_give_equal_rows_and_others_give_others(files, tmp_path, monkeypatch):
+  first = draw(files, tmp_path / 'a')
+  assert np.array_equal(draw(files, tmp_path / 'b'), first)
+  assert not np.array_equal(draw(files, tmp_path / 'a', seed=(0, 1)), first)
+  monkeypatch.setattr(self_text, 'load_source', None)  # kept: nothing is loaded
+  assert np.array_equal(draw(files, tmp_path / 'a'), first)
+
+
+def test_every_other_row_begins_as_a_users_turn(files, tmp_path):
+  tokenizer = open_source(str(files / 'model')).load_tokenizer()
+  prefix = tokenizer('<|im_start|>user\n', add_special_tokens=False)['input_ids']
+  tokens = draw(files, tmp_path)
+  assert (tokens[1::2, : len(prefix)] == prefix).all()
+  assert len(set(tokens[::2, 0].tolist())) > ROWS // 4 and len(np.unique(tokens[1::2], axis=0)) == ROWS // 2
+
+
+def test_calibration_and_training_read_rows_of_their_own(files):
+  config = runs.make_config(files)
+  config.prune.calibration.source = config.train.source = ('self',)
+  config.prune.calibration.length = config.train.length
+  inputs = prepare(from_dict(config.to_dict()))
+  assert inputs.calibration.tokens.shape == (16, 32) and len(inputs.train) == runs.TOKENS // 32
+  trained = inputs.train.read(np.arange(16))[0]
+  assert not (trained == inputs.calibration.tokens).all(1).any()
+
+
+@pytest.mark.parametrize('field', ['prune.calibration', 'train'])
+def test_own_text_is_not_mixed_with_others(files, field):
+  config = runs.make_config(files).to_dict()
+  block = config['prune']['calibration'] if 'prune' in field else config['train']
+  block['source'] = ('self', str(files / 'train.txt'))
+  with pytest.raises(InputError, match=rf"config\.{field}\.source .*'self'.*only entry"):
+    prepare(from_dict(config))

@@ -1,0 +1,128 @@
+"""The teacher's likeliest ids on disk: what it says itself, computed once, and after a kill the rest."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.identity import identity
+from adapt_jax.machine import preemption
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.modes import accel
+from adapt_jax.pipeline.inputs import prepare
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.training import teacher_cache
+from adapt_jax.training.step import Teacher
+from adapt_jax.training.teacher_cache import open_taught
+from models.errors import InputError
+from models.network import llama
+from tests.support import runs
+
+K, STEPS = 6, 10
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  return runs.make_files(tmp_path_factory.mktemp('files'))
+
+
+def make_config(files, **distill):
+  config = runs.make_config(files)
+  config.train.distill.update({'alpha': 1.0, 'cache': K, **distill})
+  return config
+
+
+def execute(config, path):
+  options = from_dict(config.to_dict())
+  workdir = Workdir(str(path), identity('accel', options))
+  accel.run(options, workdir, 'python main.py')
+  return json.loads(workdir.report.read_text())
+
+
+class Asked:
+  """Opens caches of one run in turn, and counts how often the teacher is loaded."""
+
+  def __init__(self, files, directory):
+    self.options = from_dict(make_config(files).to_dict())
+    self.inputs, self.directory, self.loads = prepare(self.options), directory, 0
+    self.params = self.inputs.model.load_params(jnp.float32)
+
+  def load(self):
+    self.loads += 1
+    return Teacher(self.inputs.source.config, self.params)
+
+  def open(self):
+    t, compiler = self.options.train, Compiler()
+    args = self.directory, self.inputs.train, t, STEPS, self.load
+    return open_taught(*args, dtype=jnp.float32, compiler=compiler), compiler.counts
+
+
+def test_rows_come_with_what_the_teacher_says_of_them(files, tmp_path):
+  asked = Asked(files, tmp_path / 'teacher')
+  taught, counts = asked.open()
+  assert counts == {'teacher': 1}
+  rows = taught.rows(STEPS - 1)
+  tokens, targets, segments, ids, log_p = taught.read(rows)
+  for ours, plain in zip((tokens, targets, segments), asked.inputs.train.read(rows), strict=True):
+    np.testing.assert_array_equal(ours, plain)
+  assert ids.shape == (4, 32, K) and log_p.shape == (4, 32, K + 1)
+  config = asked.inputs.source.config
+  x = llama.hidden_states(config, asked.params, jnp.asarray(tokens), segments=jnp.asarray(segments))
+  p = np.asarray(jax.nn.softmax(x @ llama.head(asked.params).T))
+  np.testing.assert_array_equal(ids, np.argsort(-p, axis=-1, kind='stable')[..., :K])
+  np.testing.assert_allclose(np.exp(log_p[..., :K]), -np.sort(-p)[..., :K], rtol=5e-3)
+  np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=5e-3)
+
+
+def test_a_killed_cache_goes_on_where_it_was_and_the_teacher_is_not_asked_again(files, tmp_path, monkeypatch):
+  whole = Asked(files, tmp_path / 'whole')
+  whole.open()
+  assert whole.loads == 1
+  whole.open()
+  assert whole.loads == 1  # nothing is missing
+
+  cut, points = Asked(files, tmp_path / 'cut'), iter([False, False, True])
+  with monkeypatch.context() as patch:
+    patch.setattr(preemption, 'requested', lambda: next(points))
+    with pytest.raises(preemption.Preempted):
+      cut.open()
+  done = int((tmp_path / 'cut/done').read_text())
+  assert 0 < done < int((tmp_path / 'whole/done').read_text())
+  written = []
+  monkeypatch.setattr(teacher_cache, '_write_done', written_into(written, teacher_cache._write_done))
+  cut.open()
+  assert written[0] > done
+  for name in ('ids.npy', 'log_p.npy', 'done'):
+    assert (tmp_path / 'cut' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+
+def written_into(found, write):
+  def note(directory, count, files):
+    found.append(count)
+    write(directory, count, files)
+
+  return note
+
+
+def test_a_run_from_the_cache_learns_as_beside_the_teacher(files, tmp_path):
+  """With nearly all ids kept the two differ by half precision alone."""
+  vocab = prepare(from_dict(runs.make_config(files).to_dict())).config.vocab_size
+  reports = {}
+  for name, cache in (('beside', 0), ('cached', vocab - 2)):
+    config = make_config(files, cache=cache)
+    config.prune.stages, config.train.tokens = 1, 12 * 4 * 32
+    reports[name] = execute(config, tmp_path / name)
+  ours, beside = reports['cached'], reports['beside']
+  assert ours['compiles']['teacher'] == 1 and 'teacher' not in beside['compiles']
+  assert ours['texts']['text']['kl'] == pytest.approx(beside['texts']['text']['kl'], rel=0.02)
+  pruned, recovered = (ours['perplexity'][name] for name in ('pruned', 'recovered'))
+  assert abs(recovered - pruned) > 0.01 * pruned  # it has learned something
+  assert (tmp_path / 'cached/teacher/ids.npy').exists() and not (tmp_path / 'beside/teacher').exists()
+
+
+def test_more_ids_than_the_model_has_are_refused(files):
+  with pytest.raises(InputError, match=r'config\.train\.distill\.cache = 4096 must be below .* lower it'):
+    prepare(from_dict(make_config(files, cache=4096).to_dict()))
