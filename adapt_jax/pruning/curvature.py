@@ -3,9 +3,10 @@
 Optimal Brain Surgeon (Hassibi and Stork, NIPS 1992) on o_proj and down_proj, with the loss's curvature taken
 as a Kronecker product: covariance of the layer's inputs ⊗ covariance of the gradients at its outputs (K-FAC,
 Martens and Grosse, arXiv 1503.05671; for structured pruning of language models van der Ouderaa et al., arXiv
-2312.17244). With inputs H = mean c cᵀ [C, C] and gradients G = mean g gᵀ [D, D], taking columns B of a weight
-W [D, C] to zero and correcting the others costs tr(G · W_B · ([H⁻¹]_BB)⁻¹ · W_Bᵀ) / 2: here without the half.
-All in fp32.
+2312.17244). The loss is the cross-entropy to ids that are drawn from the model itself: its curvature is that
+of the KL divergence from the dense model, whatever ids the data have. With inputs H = mean c cᵀ [C, C] and
+gradients G = mean g gᵀ [D, D], taking columns B of a weight W [D, C] to zero and correcting the others costs
+tr(G · W_B · ([H⁻¹]_BB)⁻¹ · W_Bᵀ) / 2: here without the half. All in fp32.
 """
 
 from typing import Any

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from adapt_jax.pruning import curvature
 from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES, fold_heads, group_scores
 from adapt_jax.pruning.scores import Scores
-from adapt_jax.training.loss import next_token_loss
+from adapt_jax.training.loss import cross_entropy, fisher_cross_entropy, shift, sum_over_chunks
 from models.config import LayerShape, ModelConfig
 from models.errors import InputError
 from models.network import llama
@@ -77,21 +77,30 @@ class Scorer:
     tables = llama.rope(self.config, T)
     x_MBTD, (inputs_LMBTD, distance_L, moments_L) = self._forward(stacked, tokens_MBT, tables)
 
-    def head_loss(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-      x_BTD, tokens_BT = xs
+    of_fisher = IMPORTANCES[self.importance].curvature
+    # Always the same draws: equal rows have equal scores.
+    uniform_MBT = jax.random.uniform(jax.random.key(0), tokens_MBT.shape) if of_fisher else None
+
+    def head_loss(xs: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+      x_BTD, tokens_BT, uniform_BT = xs
+      labels, weights = shift(tokens_BT)
 
       def loss(x: jax.Array) -> jax.Array:
-        x = rms_norm(x, stacked['norm'], self.config.rms_norm_eps)
-        return next_token_loss(x, llama.head(stacked), tokens_BT) / (S * (T - 1))
+        x = rms_norm(x, stacked['norm'], self.config.rms_norm_eps).reshape(-1, self.config.hidden_size)
+        extras = (labels, weights / (S * (T - 1)))
+        if uniform_BT is None:
+          return sum_over_chunks(cross_entropy, x, llama.head(stacked), extras)
+        extras += (uniform_BT.reshape(-1),)
+        return sum_over_chunks(fisher_cross_entropy, x, llama.head(stacked), extras)
 
       return jax.value_and_grad(loss)(x_BTD)
 
-    losses_M, gradient_MBTD = jax.lax.map(head_loss, (x_MBTD, tokens_MBT))
+    losses_M, gradient_MBTD = jax.lax.map(head_loss, (x_MBTD, tokens_MBT, uniform_MBT))
     if moments_L:
       kv, ffn, o_columns = self._column_scores(stacked['layers'], moments_L)
       return Scores(kv, ffn, distance_L, losses_M.sum(), o_columns)
 
-    if IMPORTANCES[self.importance].curvature:
+    if of_fisher:
       kv, ffn = self._curvature_scores(stacked['layers'], inputs_LMBTD, gradient_MBTD, tables)
       return Scores(kv, ffn, distance_L, losses_M.sum())
 

@@ -110,6 +110,22 @@ def cross_entropy(logits_TV: jax.Array, extras: Any) -> jax.Array:
   return jnp.sum(_cross_entropy(logits_TV, labels_T) * weights_T)
 
 
+def fisher_cross_entropy(logits_TV: jax.Array, extras: Any) -> jax.Array:
+  """The value of `cross_entropy`, with the gradient of cross-entropy to ids drawn from the model itself.
+
+  The mean square of such gradients is the Fisher information, the curvature of the KL divergence from this
+  model; that of the gradients to the data's labels is not (Kunstner et al., arXiv 1905.12558).
+  extras = (labels [T], weights [T], numbers drawn evenly from [0, 1) [T]).
+  """
+  labels_T, weights_T, uniform_T = extras
+  fixed_TV = jax.lax.stop_gradient(logits_TV)
+  below_TV = jnp.cumsum(jax.nn.softmax(fixed_TV), axis=-1)
+  drawn_T = jnp.argmax(below_TV > uniform_T[:, None] * below_TV[:, -1:], axis=-1)
+  gradient = jnp.sum(_cross_entropy(logits_TV, drawn_T) * weights_T)
+  value = jnp.sum(_cross_entropy(fixed_TV, labels_T) * weights_T)
+  return value + gradient - jax.lax.stop_gradient(gradient)
+
+
 def distillation(alpha: float, temperature: float, teacher_head_VD: jax.Array) -> ChunkLoss:
   """Σ of α·T²·KL(teacher‖student) at temperature T + (1−α)·CE; extras = (labels, weights, teacher x [T, D]).
 

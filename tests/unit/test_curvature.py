@@ -95,7 +95,10 @@ def test_of_two_channels_that_say_the_same_one_is_cheap(monkeypatch):
 
 
 def test_moments_are_those_of_the_whole_models_gradient():
-  """Inputs and output gradients of o_proj and down_proj, against autograd on the model as a whole."""
+  """Inputs and output gradients of o_proj and down_proj, against autograd on the model as a whole.
+
+  The gradients are to ids drawn from the model, the loss that is told is that of the tokens.
+  """
   shapes = (LayerShape(4, 2, 16),) * 2
   config = ModelConfig('llama', 61, 16, 4, shapes, RopeConfig(1e4), 1e-5, False)
   params = new_params(config)
@@ -104,6 +107,13 @@ def test_moments_are_those_of_the_whole_models_gradient():
   scores = [jax.jit(Scorer(config, 'curvature', micro_batch=b))(stacked, tokens) for b in (1, 4)]
   np.testing.assert_allclose(scores[0].ffn, scores[1].ffn, rtol=1e-3)
   np.testing.assert_allclose(scores[0].kv, scores[1].kv, rtol=1e-3)
+
+  log_p = jax.nn.log_softmax(jax.jit(lambda p: llama.apply(config, p, tokens))(params))
+  below = jnp.cumsum(jnp.exp(log_p), -1)
+  drawn = jnp.argmax(below > jax.random.uniform(jax.random.key(0), (4, 8, 1)), -1)
+  assert 0 < (drawn[:, :-1] == tokens[:, 1:]).mean() + 0.01 < 0.5
+  told = -jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], -1).mean()
+  np.testing.assert_allclose([scores[0].loss, scores[1].loss], told, rtol=1e-5)
 
   for layer in range(2):
 
@@ -118,7 +128,7 @@ def test_moments_are_those_of_the_whole_models_gradient():
         inputs = (o_inputs, down_inputs) if i == layer else inputs
       x = llama.rms_norm(x, params['norm'], config.rms_norm_eps)
       logits = jax.nn.log_softmax(x @ params['lm_head'].T)[:, :-1]
-      return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean(), inputs
+      return -jnp.take_along_axis(logits, drawn[:, :-1, None], -1).mean(), inputs
 
     gradients, inputs = jax.jit(jax.grad(loss, has_aux=True))(jnp.zeros((2, 4, 8, 16)))
     moments = [g.T @ g / 32 for g in 32 * gradients.reshape(2, -1, 16)]

@@ -63,6 +63,33 @@ def test_distillation(chunk):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_gradients_to_drawn_ids_have_the_second_moment_of_the_fisher_information(chunk):
+  """And the value is the cross-entropy of the labels."""
+  x, head, labels, _ = arrays()
+  draws = 4000
+
+  @jax.jit
+  def second_moment(x, head, key):
+    def one(uniform):
+      def f(x):
+        return loss.sum_over_chunks(loss.fisher_cross_entropy, x, head, (labels, jnp.ones(23), uniform))
+
+      value, gradient = jax.value_and_grad(f)(x)
+      return value, jnp.einsum('td,te->de', gradient, gradient)
+
+    values, moments = jax.lax.map(one, jax.random.uniform(key, (draws, 23)))
+    return values, moments.mean(0), moments.std(0) / draws**0.5
+
+  values, found, error = second_moment(x, head, jax.random.key(1))
+  logp = jax.nn.log_softmax(x @ head.T)
+  np.testing.assert_allclose(values, -logp[jnp.arange(23), labels].sum(), rtol=1e-5)
+  # Of softmax the Fisher information is the Hessian of the logits' normaliser: headᵀ (diag p − p pᵀ) head.
+  p = jnp.exp(logp)
+  mean = p @ head
+  exact = jnp.einsum('tv,vd,ve->de', p, head, head) - mean.T @ mean
+  assert (abs(found - exact) < 4.5 * error).all() and (error < 0.1 * jnp.abs(exact).max()).all()
+
+
 @pytest.mark.parametrize('alpha', [0.3, 1.0])
 def test_distillation_from_the_likeliest_ids(chunk, alpha):
   """The ids that are not kept count as one, for teacher and student alike."""
