@@ -22,7 +22,7 @@ PARAGRAPH = (
   'The city was founded in 1819 and lies on a river; most of its people work in mills and on the railways. '
 )
 MARKUP = (
-  "{{Infobox {{nested}} | a = b}}\n'''Town''' is a [[county seat|seat]] of a [[county]].<ref name=x>note</ref> "
+  "{{Infobox {{nested}} | a = b}}'''Town''' is a [[county seat|seat]] of a [[county]].<ref name=x>note</ref> "
   + 'It is <!-- not --> old. '
   + PARAGRAPH
   + '\n[[File:a.jpg|thumb|A [[river]] of the town, seen from the [[bridge|old bridge]]]]\n* a list of things '
