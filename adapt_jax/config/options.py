@@ -77,6 +77,11 @@ class CalibrationOptions:
   source: tuple[str, ...] = option(
     (), 'Text of the kind that the model shall stay good at; rows come from its first 4 million tokens.'
   )
+  weights: tuple[float, ...] = option(
+    (),
+    'For each entry of source its share of the rows. Empty: the entries one after another, and rows from '
+    'anywhere in them.',
+  )
   samples: int = option(32, 'Rows, drawn afresh at every pruning step (the paper: 512).', within=COUNT)
   length: int = option(
     1024, 'Tokens of a row, best as long as the texts to come (the paper: 64).', within=LENGTH

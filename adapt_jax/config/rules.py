@@ -22,6 +22,7 @@ def check(options: RunOptions) -> None:
 
 def _check_prune(prune: PruneOptions) -> None:
   serving_multiples(prune.serve)
+  _check_weights('prune.calibration', prune.calibration.weights, prune.calibration.source)
   if prune.compat and prune.method not in PROGRESSIVE:
     raise InputError(
       f'config.prune.compat = {prune.compat!r} is of the methods {" and ".join(PROGRESSIVE)}, not of '
@@ -42,11 +43,15 @@ def _check_prune(prune: PruneOptions) -> None:
 def _check_train(train: TrainOptions) -> None:
   if train.min_lr > train.lr:
     raise InputError(f'config.train.min_lr = {train.min_lr} is above config.train.lr = {train.lr}: lower it')
-  weights, count = train.weights, len(train.source)
-  if weights and (len(weights) != count or not all(0 <= x < math.inf for x in weights) or not any(weights)):
+  _check_weights('train', train.weights, train.source)
+
+
+def _check_weights(group: str, weights: tuple[float, ...], source: tuple[str, ...]) -> None:
+  good = len(weights) == len(source) and all(0 <= x < math.inf for x in weights) and any(weights)
+  if weights and not good:
     raise InputError(
-      f'config.train.weights = {weights!r} must be one number from 0 up for each of the {count} entries of '
-      'config.train.source, not all 0; or none, for all their documents alike'
+      f'config.{group}.weights = {weights!r} must be one number from 0 up for each of the {len(source)} '
+      f'entries of config.{group}.source, not all 0; or none, for all their documents alike'
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,47 @@ class Blocks:
   tokens: np.ndarray
   targets: np.ndarray
   documents: int
+
+  def draw(self, count: int, seed: int, step: int) -> np.ndarray:
+    """`count` distinct rows, drawn afresh for each step: int64 [count]; InputError if there are too few."""
+    return draw_rows(len(self.tokens), count, seed, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedBlocks(Blocks):
+  """Windows of several sources, one after another; of every draw each source has its share.
+
+  counts: rows of each source. shares: of a draw's rows, as weights, none of them negative.
+  """
+
+  counts: tuple[int, ...]
+  shares: tuple[float, ...]
+
+  def draw(self, count: int, seed: int, step: int) -> np.ndarray:
+    """`count` distinct rows, each source's quota drawn from its own; those of the first source first."""
+    starts = np.cumsum((0, *self.counts))
+    drawn = [
+      start + draw_rows(rows, quota, seed, step, part=part)
+      for part, (start, rows, quota) in enumerate(
+        zip(starts, self.counts, quotas(self.shares, count), strict=False)
+      )
+    ]
+    return np.concatenate(drawn)
+
+
+def quotas(shares: Sequence[float], count: int) -> list[int]:
+  """`count` things shared out by weight, in whole numbers: the largest remainders are rounded up."""
+  exact = np.array(shares, float) * count / sum(shares)
+  whole = np.floor(exact).astype(int)
+  whole[np.argsort(whole - exact, kind='stable')[: count - whole.sum()]] += 1
+  return whole.tolist()
+
+
+def mixed(blocks: Sequence[Blocks], shares: Sequence[float]) -> MixedBlocks:
+  """Sources to draw from by weight."""
+  tokens, targets = (np.concatenate([getattr(b, name) for b in blocks]) for name in ('tokens', 'targets'))
+  counts = tuple(len(b.tokens) for b in blocks)
+  return MixedBlocks(tokens, targets, sum(b.documents for b in blocks), counts, tuple(shares))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +141,20 @@ def check_vocab(highest: int, vocab_size: int, field: str) -> None:
     )
 
 
-def draw_rows(
-  num_rows: int, count: int, seed: int, step: int, field: str = 'config.prune.calibration.samples'
-) -> np.ndarray:
+def draw_rows(num_rows: int, count: int, seed: int, step: int, part: int = 0) -> np.ndarray:
   """`count` distinct rows out of `num_rows`, drawn afresh for each step: int64 [count].
 
-  All rows come in their given order. Raises InputError naming `field` if there are too few.
+  All rows come in their given order. Each `part` has draws of its own. Raises InputError for too few rows.
   """
   if count > num_rows:
-    raise InputError(f'{field} = {count}, but the data have {num_rows} rows: lower it or give more data')
+    raise InputError(
+      f'config.prune.calibration.samples = {count}, but the data have {num_rows} rows: lower it or give '
+      f'more data'
+    )
   if count == num_rows:
     return np.arange(num_rows)
   # The counter's last word keeps these draws apart from others of the same key.
-  key, counter = np.array([seed, step], np.uint64), np.array([0, 0, 0, 1], np.uint64)
+  key, counter = np.array([seed, step], np.uint64), np.array([0, 0, part, 1], np.uint64)
   return np.random.Generator(np.random.Philox(key=key, counter=counter)).choice(
     num_rows, count, replace=False
   )

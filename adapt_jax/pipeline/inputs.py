@@ -11,7 +11,6 @@ from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.loader import Loader
 from models.config import ModelConfig
-from models.errors import InputError
 from models.formats.source import Source, open_source
 from models.network.backend import compute_dtype
 
@@ -53,11 +52,7 @@ def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
   check_tokenizer(options.export, loader.tokenizer)
   calibration = options.prune.calibration
   blocks = loader.calibration()
-  if len(blocks.tokens) < calibration.samples:
-    raise InputError(
-      f'config.prune.calibration.samples = {calibration.samples}, but the source has only '
-      f'{len(blocks.tokens)} rows of {calibration.length} tokens: lower it or give more text'
-    )
+  blocks.draw(calibration.samples, options.seed, 0)  # raises where there are too few rows
   train = loader.train_set() if options.train.tokens else None
   dtype = compute_dtype(options.model.dtype)
   model = DenseModel(source, options.prune.compensate == 'bias')

@@ -15,7 +15,7 @@ from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.documents import is_blocks
 from adapt_jax.data.token_cache import token_directory
 from adapt_jax.data.train_set import TrainSet, open_train_set
-from adapt_jax.data.windows import Blocks, check_vocab, load_blocks, load_stream
+from adapt_jax.data.windows import Blocks, check_vocab, load_blocks, load_stream, mixed
 from adapt_jax.generation import self_text
 from adapt_jax.machine.processes import decide
 from models.errors import InputError
@@ -70,7 +70,11 @@ class Loader:
     source = c.source
     if self_text.is_self(source):
       source = self._own_text(c.samples, c.length, _CALIBRATION)
-    return self.load('prune.calibration.source', source, c.length)
+    field = 'prune.calibration.source'
+    if not c.weights:
+      return self.load(field, source, c.length)
+    used = [(entry, share) for entry, share in zip(source, c.weights, strict=True) if share]
+    return mixed([self.load(field, (entry,), c.length) for entry, _ in used], [share for _, share in used])
 
   def train_set(self) -> TrainSet:
     """The rows of training, from the cache on disk."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax.config.options import PruneOptions
-from adapt_jax.data.windows import Blocks, draw_rows
+from adapt_jax.data.windows import Blocks
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.processes import decide, say
@@ -157,7 +157,7 @@ class Pruner:
 
   def _draw(self, step: int) -> np.ndarray:
     """Which calibration rows one step takes, [S]."""
-    return draw_rows(len(self.blocks.tokens), self.options.calibration.samples, self._seed, step)
+    return self.blocks.draw(self.options.calibration.samples, self._seed, step)
 
   def _tokens(self, rows: np.ndarray) -> jax.Array:
     """These rows, [S, T]."""

@@ -51,6 +51,8 @@ FIELDS = [
   ('prune.serve', 'tensor_parallel=0'),
   ('data.chat_template', 'plane'),
   ('train.weights', (1.0, 2.0)),
+  ('prune.calibration.weights', (1.0, 2.0)),
+  ('prune.calibration.weights', (-1.0,)),
   ('train.weights', (-1.0,)),
   ('train.weights', (0.0,)),
   ('train.weights', (float('nan'),)),

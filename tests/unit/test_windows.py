@@ -372,6 +372,20 @@ def test_check_source_reads_the_first_row_only(tmp_path):
 # Draws for calibration
 
 
+def test_of_every_draw_each_source_has_its_share():
+  sizes = 30, 50, 8
+  parts = [Blocks(np.full((n, 4), i), np.ones((n, 4), bool), 1) for i, n in enumerate(sizes)]
+  blocks = windows.mixed(parts, (2, 1, 1))
+  draws = [blocks.draw(10, 1, step) for step in range(12)]
+  for rows in draws:
+    assert len(set(rows.tolist())) == 10
+    assert np.bincount(blocks.tokens[rows, 0]).tolist() == [5, 3, 2]
+  assert len({tuple(sorted(rows)) for rows in draws}) == 12
+  np.testing.assert_array_equal(blocks.draw(10, 1, 5), draws[5])
+  assert 'samples = 10, but the data have 8 rows' in message_of(blocks.draw, 40, 1, 0)  # a quarter of 40
+  assert windows.quotas((1, 1, 1), 8) == [3, 3, 2] and windows.quotas((0.5, 0.5), 3) == [2, 1]
+
+
 def test_rows_drawn_are_distinct_and_fresh_at_each_step():
   draws = [draw_rows(100, 30, 1, step) for step in range(20)]
   assert all(len(set(rows)) == 30 and rows.dtype == np.int64 for rows in draws)

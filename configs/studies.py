@@ -1,0 +1,68 @@
+"""What recovery is worth on SmolLM2-135M-Instruct: each study one grid, with a table, plots and a page.
+
+    python main.py --mode=compare --config=configs/studies.py:loss --workdir=out/loss
+
+rates: highest learning rates, 2e-5 to 5e-4, at 80 % kept.
+loss: cross-entropy, KL divergence from the dense model, and KL from 64 ids kept on disk; with and without
+  least squares.
+control: 80 % kept beside the dense model, trained alike: what is recovered, and what is learned of the text.
+interleave: the same training in 1, 2, 4, 8 and 16 rounds of prune and recover, at 80 and 60 % kept (Fig. 4).
+methods: adapt as published, recovered by cross-entropy, beside the defaults.
+tokens: what 100 thousand, 300 thousand and a million tokens of recovery buy.
+
+All calibrate and train on three kinds of text alike, and measure each kind apart on documents of its own; the
+files are those of scripts/mixed_texts.py. The model is that of configs/demo.py. On two cores 100,000 tokens
+take ten minutes or more; a grid that was killed goes on with the same command.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import demo
+
+KINDS = {'wiki': 'wiki.txt', 'web': 'web.jsonl', 'chat': 'chat.jsonl'}
+_FEW = 100 * 1024
+
+_GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
+  'rates': ({'train.lr': (2e-5, 5e-5, 1e-4, 2e-4, 5e-4)},),
+  'loss': (
+    {'prune.compensate': ('least_squares', 'none'), 'train.distill.alpha': (0.0, 1.0)},
+    {'prune.compensate': ('least_squares',), 'train.distill.alpha': (1.0,), 'train.distill.cache': (64,)},
+  ),
+  'control': ({'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},),
+  'interleave': ({'prune.target': (0.8, 0.6), 'prune.stages': (1, 2, 4, 8, 16)},),
+  'methods': (
+    {'prune.method': ('obs',), 'prune.compensate': ('least_squares',), 'train.distill.alpha': (1.0,)},
+    {'prune.method': ('adapt',), 'prune.compensate': ('none',), 'train.distill.alpha': (0.0,)},
+  ),
+  'tokens': ({'train.tokens': (_FEW, 3 * _FEW, 10 * _FEW)},),
+}
+_X = {
+  'rates': 'train.lr',
+  'loss': 'train.distill.alpha',
+  'control': 'prune.target',
+  'interleave': 'prune.stages',
+  'methods': 'prune.target',
+  'tokens': 'train.tokens',
+}
+
+
+def get_config(variant: str = '') -> ConfigDict:
+  """The recipe of one of the variants. Raises ValueError for any other."""
+  if variant not in _GRIDS:
+    raise ValueError(f'variant {variant!r}: write configs/studies.py:NAME, a NAME of {", ".join(_GRIDS)}')
+  config = demo.get_config()
+  train, alike = tuple(f'data/mixed/train/{name}' for name in KINDS.values()), (1.0,) * len(KINDS)
+  config.prune.stages, config.prune.align_ffn = 1, 1
+  calibration = config.prune.calibration
+  calibration.source, calibration.weights, calibration.samples = train, alike, 24
+  calibration.length = 1024
+
+  config.train.source, config.train.weights = train, alike
+  config.train.tokens, config.train.batch, config.train.micro_batch = _FEW, 4, 4
+  config.train.length = 512
+  config.train.lr, config.train.min_lr = 1e-4, 1e-5
+
+  config.evaluate.source = tuple(f'{kind}=data/mixed/valid/{name}' for kind, name in KINDS.items())
+  config.evaluate.length, config.evaluate.max_tokens = 1024, 8 * 1024
+  config.compare.grid, config.compare.x, config.compare.recover = _GRIDS[variant], _X[variant], True
+  return config

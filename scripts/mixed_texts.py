@@ -1,0 +1,70 @@
+"""Training and held-out text of three kinds for configs/studies.py, from data sets that lie in one directory.
+
+    python scripts/mixed_texts.py DATASETS [directory, by default data/mixed/]
+
+    train/web.jsonl  valid/web.jsonl     c4/c4_train_1200.jsonl, every fourth document held out
+    train/wiki.txt   valid/wiki.txt      wikitext-2/wiki.train.tokens and wiki.valid.tokens
+    train/chat.jsonl valid/chat.jsonl    instruct/gpteacher_roleplay.json, every fourth conversation held out
+
+Documents are whole, and in one part only. Conversations with the same instruction go to the same part.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+HELD_OUT = 4
+
+
+def main(arguments: list[str]) -> int:
+  """Exit code 0, or 2 after one line on stderr."""
+  if not 1 <= len(arguments) <= 2:
+    print('mixed_texts: name the directory of the data sets, and maybe one to write to', file=sys.stderr)
+    return 2
+  source = pathlib.Path(arguments[0])
+  root = pathlib.Path(__file__).resolve().parent.parent
+  target = pathlib.Path(arguments[1]) if arguments[1:] else root / 'data/mixed'
+  try:
+    write(source, target)
+  except (OSError, ValueError, KeyError) as error:
+    print(f'mixed_texts: {" ".join(str(error).split())}', file=sys.stderr)
+    return 2
+  return 0
+
+
+def write(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Raises OSError where a data set is missing, ValueError or KeyError where one has another form."""
+  lines = (source / 'c4/c4_train_1200.jsonl').read_text(encoding='utf-8').splitlines()
+  web = [{'text': json.loads(line)['text']} for line in lines]
+  chats = json.loads((source / 'instruct/gpteacher_roleplay.json').read_text(encoding='utf-8'))
+  new = target.with_name(f'.{target.name}.tmp')
+  shutil.rmtree(new, ignore_errors=True)
+  for part in ('train', 'valid'):
+    (new / part).mkdir(parents=True)
+    shutil.copyfile(source / f'wikitext-2/wiki.{part}.tokens', new / part / 'wiki.txt')
+  _split(new, 'web.jsonl', web, 'text')
+  _split(
+    new,
+    'chat.jsonl',
+    [{k: chat[k] for k in ('instruction', 'input', 'output')} for chat in chats],
+    'instruction',
+  )
+  shutil.rmtree(target, ignore_errors=True)
+  new.rename(target)
+
+
+def _split(directory: pathlib.Path, name: str, rows: list[dict[str, Any]], key: str) -> None:
+  """Every `HELD_OUT`-th row goes to valid, as the hash of its `key` says."""
+  parts: dict[str, list[str]] = {'train': [], 'valid': []}
+  for row in rows:
+    digest = hashlib.sha256(row[key].encode()).digest()
+    parts['train' if digest[0] % HELD_OUT else 'valid'].append(json.dumps(row))
+  for part, found in parts.items():
+    (directory / part / name).write_text('\n'.join(found) + '\n', encoding='utf-8')
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
