@@ -16,5 +16,6 @@ def get_config() -> ConfigDict:
   config = demo.get_config()
   config.prune.method = 'adapt'  # Taylor scores say what goes of a layer, as in the paper
   config.prune.align_ffn = 1  # exactly the sparsities asked for
+  config.evaluate.source = ('data/sotu/valid',)
   config.evaluate.max_tokens = 4 * 1024
   return config
