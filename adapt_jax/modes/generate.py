@@ -11,6 +11,7 @@ from adapt_jax.generation.generator import Generator, check_prompts
 from adapt_jax.generation.sampling import Sampling
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import check_model, load_source
+from adapt_jax.machine.progress import Progress
 from models.config import count_params
 from models.errors import InputError
 from models.formats.source import Source, open_source
@@ -51,7 +52,8 @@ def _continue(options: RunOptions, model: _Opened) -> list[str]:
   generator = Generator(config, params, compiler=Compiler(), dtype=dtype, max_batch=g.batch)
   sampling = Sampling(g.temperature, g.top_k, g.top_p)
   stop = stop_ids(model.source, model.tokenizer)
-  new = generator.generate(model.prompts, g.max_new_tokens, sampling, stop, options.seed)
+  with Progress('generate', len(model.prompts) * g.max_new_tokens, 'tokens') as progress:
+    new = generator.generate(model.prompts, g.max_new_tokens, sampling, stop, options.seed, progress=progress)
   t = generator.timings
   print(
     f'{model.source.name}: {count_params(config):,} parameters, {dtype.name}: prefill {t.prefill_rate:,.1f} '
