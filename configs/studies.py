@@ -41,7 +41,7 @@ _X = {
   'loss': 'train.distill.alpha',
   'control': 'prune.target',
   'interleave': 'prune.stages',
-  'methods': 'prune.target',
+  'methods': 'prune.method',
   'tokens': 'train.tokens',
 }
 

@@ -29,31 +29,36 @@ def main(arguments: list[str]) -> int:
   target = pathlib.Path(arguments[1]) if arguments[1:] else root / 'data/mixed'
   try:
     write(source, target)
-  except (OSError, ValueError, KeyError) as error:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     print(f'mixed_texts: {" ".join(str(error).split())}', file=sys.stderr)
     return 2
   return 0
 
 
 def write(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Raises OSError where a data set is missing, ValueError or KeyError where one has another form."""
-  lines = (source / 'c4/c4_train_1200.jsonl').read_text(encoding='utf-8').splitlines()
+  """Writes both parts, whole or not at all.
+
+  Raises OSError where a data set is missing or `target` holds something else, and ValueError, KeyError,
+  TypeError or AttributeError where a data set has another form.
+  """
+  if target.exists() and {path.name for path in target.iterdir()} - {'train', 'valid'}:
+    raise OSError(f'{target} holds other files: name a new directory')
+  lines = (source / 'c4/c4_train_1200.jsonl').read_text(encoding='utf-8').strip().split('\n')
   web = [{'text': json.loads(line)['text']} for line in lines]
   chats = json.loads((source / 'instruct/gpteacher_roleplay.json').read_text(encoding='utf-8'))
   new = target.with_name(f'.{target.name}.tmp')
   shutil.rmtree(new, ignore_errors=True)
-  for part in ('train', 'valid'):
-    (new / part).mkdir(parents=True)
-    shutil.copyfile(source / f'wikitext-2/wiki.{part}.tokens', new / part / 'wiki.txt')
-  _split(new, 'web.jsonl', web, 'text')
-  _split(
-    new,
-    'chat.jsonl',
-    [{k: chat[k] for k in ('instruction', 'input', 'output')} for chat in chats],
-    'instruction',
-  )
-  shutil.rmtree(target, ignore_errors=True)
-  new.rename(target)
+  try:
+    for part in ('train', 'valid'):
+      (new / part).mkdir(parents=True)
+      shutil.copyfile(source / f'wikitext-2/wiki.{part}.tokens', new / part / 'wiki.txt')
+    _split(new, 'web.jsonl', web, 'text')
+    kept = [{k: chat[k] for k in ('instruction', 'input', 'output')} for chat in chats]
+    _split(new, 'chat.jsonl', kept, 'instruction')
+    shutil.rmtree(target, ignore_errors=True)
+    new.rename(target)
+  finally:
+    shutil.rmtree(new, ignore_errors=True)
 
 
 def _split(directory: pathlib.Path, name: str, rows: list[dict[str, Any]], key: str) -> None:

@@ -75,12 +75,14 @@ class CalibrationOptions:
   """The rows that scores and least squares are computed on."""
 
   source: tuple[str, ...] = option(
-    (), 'Text of the kind that the model shall stay good at; rows come from its first 4 million tokens.'
+    (),
+    'Text of the kinds that the model shall stay good at; rows come from the first 4 million tokens. self: '
+    'rows that the dense model writes, samples of them in all.',
   )
   weights: tuple[float, ...] = option(
     (),
-    'For each entry of source its share of the rows. Empty: the entries one after another, and rows from '
-    'anywhere in them.',
+    'For each entry of source its share of the rows. Empty: the entries one after another, of which the '
+    'first 4 million tokens count.',
   )
   samples: int = option(32, 'Rows, drawn afresh at every pruning step (the paper: 512).', within=COUNT)
   length: int = option(
@@ -195,7 +197,7 @@ class DistillOptions:
 class TrainOptions:
   """Recovery training."""
 
-  source: tuple[str, ...] = option((), 'Texts or chats.')
+  source: tuple[str, ...] = option((), 'Texts or chats. self: rows that the dense model writes.')
   weights: tuple[float, ...] = option(
     (),
     'For each entry of source its share of the rows; small sources repeat. Empty: the entries one after '

@@ -32,7 +32,7 @@ import tqdm
 from adapt_jax.config.options import DataOptions
 from adapt_jax.data.documents import Document, fingerprint, read_documents
 from adapt_jax.data.tokenise import BATCH_CHARS, Encoded, encode_all, take
-from adapt_jax.machine.processes import decide
+from adapt_jax.machine.processes import WAITS, decide
 from models.errors import InputError, first_line
 from models.files import user_cache
 
@@ -40,7 +40,6 @@ TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its doc
 
 _VERSION = 1  # of the format, and of how documents become tokens
 _MOST_REFUSED = 0.01  # share of a source's conversations that may be left out
-_WAITS = (0, 1, 10, 60)  # seconds in which a shared file system shows what another machine has written
 _STALE_SECONDS = 86_400.0  # what a killed process left is removed, once it is surely not being written
 
 
@@ -108,7 +107,7 @@ def open_cache(
       ) from None
 
   path = pathlib.Path(decide(prepare))
-  for seconds in _WAITS:
+  for seconds in WAITS:
     time.sleep(seconds)
     if (cache := _open(path)) is not None:
       return cache

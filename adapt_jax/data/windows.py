@@ -34,22 +34,26 @@ class Blocks:
 class MixedBlocks(Blocks):
   """Windows of several sources, one after another; of every draw each source has its share.
 
-  counts: rows of each source. shares: of a draw's rows, as weights, none of them negative.
+  names: of the sources. counts: rows of each. shares: of a draw's rows, as weights, none of them negative.
   """
 
+  names: tuple[str, ...]
   counts: tuple[int, ...]
   shares: tuple[float, ...]
 
   def draw(self, count: int, seed: int, step: int) -> np.ndarray:
     """`count` distinct rows, each source's quota drawn from its own; those of the first source first."""
-    starts = np.cumsum((0, *self.counts))
-    drawn = [
-      start + draw_rows(rows, quota, seed, step, part=part)
-      for part, (start, rows, quota) in enumerate(
-        zip(starts, self.counts, quotas(self.shares, count), strict=False)
-      )
-    ]
-    return np.concatenate(drawn)
+    found, start = [], 0
+    shared = zip(self.names, self.counts, quotas(self.shares, count), strict=True)
+    for part, (name, rows, quota) in enumerate(shared):
+      if quota > rows:
+        raise InputError(
+          f'config.prune.calibration.samples = {count} takes {quota} rows from {name!r}, which has {rows} of '
+          f'{self.tokens.shape[1]} tokens: lower it or the weight, or give more text'
+        )
+      found.append(start + draw_rows(rows, quota, seed, step, part=part))
+      start += rows
+    return np.concatenate(found)
 
 
 def quotas(shares: Sequence[float], count: int) -> list[int]:
@@ -60,11 +64,11 @@ def quotas(shares: Sequence[float], count: int) -> list[int]:
   return whole.tolist()
 
 
-def mixed(blocks: Sequence[Blocks], shares: Sequence[float]) -> MixedBlocks:
-  """Sources to draw from by weight."""
-  tokens, targets = (np.concatenate([getattr(b, name) for b in blocks]) for name in ('tokens', 'targets'))
-  counts = tuple(len(b.tokens) for b in blocks)
-  return MixedBlocks(tokens, targets, sum(b.documents for b in blocks), counts, tuple(shares))
+def mixed(names: Sequence[str], parts: Sequence[Blocks], shares: Sequence[float]) -> MixedBlocks:
+  """Sources, with their names, to draw from by weight."""
+  tokens, targets = (np.concatenate([getattr(b, name) for b in parts]) for name in ('tokens', 'targets'))
+  counts = tuple(len(b.tokens) for b in parts)
+  return MixedBlocks(tokens, targets, sum(b.documents for b in parts), tuple(names), counts, tuple(shares))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +152,8 @@ def draw_rows(num_rows: int, count: int, seed: int, step: int, part: int = 0) ->
   """
   if count > num_rows:
     raise InputError(
-      f'config.prune.calibration.samples = {count}, but the data have {num_rows} rows: lower it or give '
-      f'more data'
+      f'config.prune.calibration.samples = {count}, but the data have {num_rows} rows: lower it or give more '
+      f'data'
     )
   if count == num_rows:
     return np.arange(num_rows)

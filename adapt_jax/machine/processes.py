@@ -23,6 +23,7 @@ from models.errors import InputError, first_line
 MODES = ('auto', 'on', 'off')
 _PATIENCE_MS = 7 * 24 * 3_600_000  # in which another process is given up sooner, where it has died
 _LEAVING_MS = 10_000
+WAITS = (0, 1, 10, 60)  # seconds in which a shared file system shows what another machine has written
 _decisions = 0
 
 

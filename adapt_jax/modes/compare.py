@@ -256,8 +256,9 @@ class Compare:
 
 
 def _clean(run: CellRun) -> None:
-  """A finished cell keeps its reports; its checkpoints would fill the disk."""
-  shutil.rmtree(run.workdir.checkpoints, ignore_errors=True)
+  """A finished cell keeps its reports; its checkpoints, and what its teacher said, would fill the disk."""
+  for directory in (run.workdir.checkpoints, run.workdir.teacher):
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _entry(run: CellRun, *, running: bool) -> CellReport:

@@ -20,6 +20,7 @@ import numpy as np
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.machine import mesh
+from adapt_jax.machine.mesh import rows_at_once
 from adapt_jax.machine.progress import Progress
 from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.schedule import Schedule
@@ -30,12 +31,13 @@ from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.widths import Allocator, Widths
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import batch_shapes, make_step
+from adapt_jax.training.teacher_cache import likeliest
 from models.config import LayerShape, ModelConfig, count_params
 from models.errors import InputError
 from models.formats.source import open_config
 from models.network import llama
 from models.network.backend import compute_dtype, made_for
-from models.network.sharding import placed
+from models.network.sharding import placed, row_sharding
 
 # Passes of the CPU backend that are left out, see above.
 _NOT_ON_CPU = 'while-loop-invariant-code-motion,cpu-all-reduce-combiner,cse_barrier_expander'
@@ -173,6 +175,14 @@ class Footprint:
     step = make_step(config, t, self._optimizer, self.dtype, dense)
     return compiled_memory(step, self.state(config, True), batch_shapes(t), *teacher, donate_argnums=(0,))
 
+  def teacher(self, layers: int) -> Memory:
+    """Of what is asked of the teacher once, with distill.cache."""
+    t, config = self.options.train, self.config.with_layers(self.config.layers[:layers])
+    params = placed(llama.abstract_params(config, self.dtype))
+    shape = (rows_at_once(t.batch, t.micro_batch), t.length)
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding())
+    return compiled_memory(likeliest(config, t, self.dtype), params, rows, rows)
+
   def scoring_flops(self) -> float:
     """A calibration token's, of one pass: forward twice and, where gradients are taken, backward.
 
@@ -184,9 +194,12 @@ class Footprint:
     return forward * (3 if kind.curvature else 4 if kind.gradient else 1)
 
   def training_flops(self, config: ModelConfig) -> float:
-    """A token's: forward, backward of twice that, with remat forward again; the teacher's forward."""
+    """A token's: forward, backward of twice that, with remat forward again; the teacher's forward.
+
+    With distill.cache the teacher sees each row once, however often training does; all count here.
+    """
     t = self.options.train
-    teacher = forward_flops(self.config, t.length) if t.distill.teacher_beside else 0.0
+    teacher = forward_flops(self.config, t.length) if t.distill.alpha else 0.0
     return forward_flops(config, t.length) * (4 if t.remat else 3) + teacher
 
 
@@ -230,6 +243,8 @@ def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, tuple
     before, after = max(cut, key=sum)
     found['compaction'] = Memory(before - teacher, 0.0, after), teacher
     progress.update(1)
+    if t.tokens and t.distill.kept_ids:
+      found['teacher, before anything else'] = _measure(options, layers, footprint.teacher), 0
     if t.tokens:
       name = f'training, {t.batch} x {t.length} tokens, first stage'
       found[name] = _measure(options, layers, lambda depth: footprint.training(stages[0], depth)), 0

@@ -3,6 +3,7 @@
 import itertools
 
 from adapt_jax.config.options import RunOptions
+from adapt_jax.config.values import SELF
 from adapt_jax.data.chat_templates import read_template
 from adapt_jax.data.documents import check_source
 from adapt_jax.export.writer import check_result
@@ -27,10 +28,8 @@ def check_sources(options: RunOptions) -> None:
     fields['train.source'] = options.train.source
   fields |= {evaluation_field(name): source for name, source in options.evaluate.texts.items()}
   for field, source in fields.items():
-    if field in _MAY_BE_OWN:
-      self_text.check(source, f'config.{field}')
-      if self_text.is_self(source):
-        continue
+    if field in _MAY_BE_OWN and SELF in source:
+      continue  # the model will tell
     check_source(
       source,
       f'config.{field}',
@@ -44,6 +43,8 @@ def check_run(options: RunOptions, config: ModelConfig) -> None:
 
   config: of the source.
   """
+  for group, of in (('prune.calibration', options.prune.calibration), ('train', options.train)):
+    self_text.check(of.source, of.length, config.max_position, group)
   serving_widths.check_model(options.prune.serve, config)
   _check_target(options, config)
   _check_steps(options)

@@ -74,7 +74,8 @@ class Loader:
     if not c.weights:
       return self.load(field, source, c.length)
     used = [(entry, share) for entry, share in zip(source, c.weights, strict=True) if share]
-    return mixed([self.load(field, (entry,), c.length) for entry, _ in used], [share for _, share in used])
+    names, shares = zip(*used, strict=True)
+    return mixed(names, [self.load(field, (name,), c.length) for name in names], shares)
 
   def train_set(self) -> TrainSet:
     """The rows of training, from the cache on disk."""

@@ -28,7 +28,7 @@ from models.errors import InputError
 from models.network import llama
 from models.network.layers import rms_norm
 from models.network.llama import Params
-from models.network.sharding import constrain, constrain_params
+from models.network.sharding import constrain, constrain_params, row_shards
 
 # Mean and variance over tokens of what enters o_proj and down_proj, by column: {'o': …, 'down': …}.
 Moments = dict[str, tuple[jax.Array, jax.Array]]
@@ -246,13 +246,15 @@ class Scorer:
       def backward(carry: Any, xs: Any) -> tuple[Any, None]:
         (g_MBTD, sums_L), (index, layer, x_MBTD) = carry, xs
         g_MBTD, sums = moments(layer, x_MBTD, g_MBTD)
-        return (g_MBTD, [total.at[index].add(x) for total, x in zip(sums_L, sums, strict=True)]), None
+        added = [constrain(total.at[index].add(x), '.D.') for total, x in zip(sums_L, sums, strict=True)]
+        return (g_MBTD, added), None
 
       over = (jnp.arange(L), layers, inputs_LMBTD)
       (_, sums_L), _ = jax.lax.scan(backward, (gradient_MBTD, sums_L), over, reverse=True)
       return (sums_L, distance_L + own_L, loss + own), None
 
-    start: Any = [jnp.zeros((L, n, n)) for n in self._moment_sizes()], jnp.zeros(L), jnp.zeros(())
+    zeros = [constrain(jnp.zeros((L, n, n)), '.D.') for n in self._moment_sizes()]
+    start: Any = zeros, jnp.zeros(L), jnp.zeros(())
     return jax.lax.scan(part, start, parts)[0]
 
   def _moment_sizes(self) -> tuple[int, int, int, int]:
@@ -267,7 +269,7 @@ class Scorer:
     """
     L, D = self.config.num_layers, self.config.hidden_size
     moments = L * 4 * sum(n * n for n in self._moment_sizes())
-    inputs = L * M * B * T * D * jnp.dtype(self.dtype).itemsize
+    inputs = L * M * B * T * D * jnp.dtype(self.dtype).itemsize / row_shards()  # on each device
     if inputs <= 2 * moments:
       return 1
     return next(n for n in range(1, M + 1) if M % n == 0 and (inputs / n <= moments or n == M))

@@ -4,12 +4,16 @@ A directory of the workdir with an entry for every row that training sees, each 
 
     ids.npy     uint16 or uint32 [rows, T, k]: of each token the teacher's k likeliest next ones
     log_p.npy   float16 [rows, T, k+1]: their log-probabilities, and that of all other ids together
+    check.npy   uint32 [rows]: a checksum of the row that the teacher saw
     done        how many rows are written
 
-A run that was killed goes on after the last row that `done` counts.
+A run that was killed goes on after the last row that `done` counts. A row that has other tokens when it is
+trained on than it had then is refused.
 """
 
+import os
 import pathlib
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,11 +30,14 @@ from adapt_jax.machine.processes import decide, is_first
 from adapt_jax.machine.progress import Progress
 from adapt_jax.training.loss import teacher_top
 from adapt_jax.training.step import Teacher
+from models.config import ModelConfig
+from models.errors import InputError
 from models.files import write_text
 from models.network import llama
 from models.network.llama import Params
 
 _LOWEST = -1e4  # log p that float16 holds, and whose p is 0
+_FILES = ('ids', 'log_p', 'check')
 
 
 class TaughtSet:
@@ -38,8 +45,9 @@ class TaughtSet:
 
   def __init__(self, data: TrainSet, rows: np.ndarray, directory: pathlib.Path):
     self._data, self._rows = data, rows
-    self._ids, self._log_p = (
-      np.load(directory / f'{name}.npy', mmap_mode='r', allow_pickle=False) for name in ('ids', 'log_p')
+    self._directory = directory
+    self._ids, self._log_p, self._check = (
+      np.load(directory / f'{name}.npy', mmap_mode='r', allow_pickle=False) for name in _FILES
     )
 
   def rows(self, step: int) -> np.ndarray:
@@ -47,10 +55,25 @@ class TaughtSet:
     return self._data.rows(step)
 
   def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Tokens, targets and segments [n, T], ids int32 [n, T, k] and log p fp32 [n, T, k+1] of these rows."""
-    places = np.searchsorted(self._rows, rows)
-    taught = self._ids[places].astype(np.int32), self._log_p[places].astype(np.float32)
-    return (*self._data.read(rows), *taught)
+    """Tokens, targets and segments [n, T], ids int32 [n, T, k] and log p fp32 [n, T, k+1] of these rows.
+
+    Raises InputError for rows that are not those that the teacher saw.
+    """
+    places, seen = np.searchsorted(self._rows, rows), self._data.read(rows)
+    if not np.array_equal(_checksums(*seen), self._check[places]):
+      raise InputError(
+        f'{self._directory} is of other rows than config.train.source has now: bring its text back, or start '
+        f'a new workdir'
+      )
+    return (*seen, self._ids[places].astype(np.int32), self._log_p[places].astype(np.float32))
+
+
+def _checksums(tokens: np.ndarray, targets: np.ndarray, segments: np.ndarray) -> np.ndarray:
+  """Of each row, uint32."""
+  rows = zip(tokens, segments, strict=True)
+  return np.array(
+    [zlib.crc32(segment.tobytes(), zlib.crc32(token.tobytes())) for token, segment in rows], np.uint32
+  )
 
 
 def open_taught(
@@ -96,19 +119,9 @@ def _ask(
   dtype: Any,
   compiler: Compiler,
 ) -> None:
-  k, count = options.distill.cache, mesh.rows_at_once(options.batch, options.micro_batch)
-  files: tuple[np.ndarray, ...] = ()
-  if is_first():
-    files = _files(directory, len(rows), options.length, k, teacher.config.vocab_size, new=not done)
-
-  def top(params: Params, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_BTD = llama.hidden_states(teacher.config, params, tokens_BT, segments=segments_BT, dtype=dtype)
-    x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    found = teacher_top(x_TD, llama.head(params), k, options.distill.temperature)
-    ids, log_p = (x.reshape(*tokens_BT.shape, -1) for x in found)
-    return ids, jnp.maximum(log_p, _LOWEST)
-
-  program = None
+  count = mesh.rows_at_once(options.batch, options.micro_batch)
+  files = _files(directory, len(rows), options, teacher.config.vocab_size, new=not done) if is_first() else {}
+  top, program = likeliest(teacher.config, options, dtype), None
   with Progress('teacher', (len(rows) - done) * options.length, 'tokens') as progress:
     for start in range(done, len(rows), count):
       some = rows[start : start + count]
@@ -117,34 +130,52 @@ def _ask(
       if program is None:
         program = compiler('teacher', top, teacher.params, tokens, segments)
       found = multihost_utils.process_allgather(program(teacher.params, tokens, segments), tiled=True)
-      for file, values in zip(files, found, strict=False):
-        file[start : start + len(some)] = values[: len(some)]
       if is_first():
-        _write_done(directory, start + len(some), files)
+        stop = start + len(some)
+        for name, values in zip(_FILES, (*found, _checksums(*data.read(some))), strict=True):
+          files[name][start:stop] = values[: len(some)]
+        _write_done(directory, stop, files)
       progress.update(len(some) * options.length)
       preemption.check()
   decide(lambda: 0)  # all wait until the last is written
 
 
+def likeliest(
+  config: ModelConfig, options: TrainOptions, dtype: Any
+) -> Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+  """The program `(parameters of the dense model, tokens, segments [B, T])` -> ids and log p, as on disk."""
+  k, temperature = options.distill.cache, options.distill.temperature
+
+  def top(params: Params, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BTD = llama.hidden_states(config, params, tokens_BT, segments=segments_BT, dtype=dtype)
+    found = teacher_top(x_BTD.reshape(-1, x_BTD.shape[-1]), llama.head(params), k, temperature)
+    ids, log_p = (x.reshape(*tokens_BT.shape, -1) for x in found)
+    return ids, jnp.maximum(log_p, _LOWEST)
+
+  return top
+
+
 def _files(
-  directory: pathlib.Path, rows: int, length: int, k: int, vocab_size: int, *, new: bool
-) -> tuple[np.ndarray, ...]:
+  directory: pathlib.Path, rows: int, options: TrainOptions, vocab_size: int, *, new: bool
+) -> dict[str, np.memmap]:
+  """The files to write to. A new one has all its bytes at once: a full disk is an OSError now, not later."""
   directory.mkdir(parents=True, exist_ok=True)
-  ids = np.uint16 if vocab_size <= 2**16 else np.uint32
-  wanted: dict[str, tuple[int, Any]] = {'ids': (k, ids), 'log_p': (k + 1, np.float16)}
-  return tuple(
-    np.lib.format.open_memmap(
-      directory / f'{name}.npy',
-      mode='w+' if new else 'r+',
-      dtype=dtype if new else None,
-      shape=(rows, length, width) if new else None,
-    )
-    for name, (width, dtype) in wanted.items()
-  )
+  k, ids = options.distill.cache, np.uint16 if vocab_size <= 2**16 else np.uint32
+  shapes = (rows, options.length, k), (rows, options.length, k + 1), (rows,)
+  found = {}
+  for name, dtype, shape in zip(_FILES, (ids, np.float16, np.uint32), shapes, strict=True):
+    path = directory / f'{name}.npy'
+    if not new:
+      found[name] = np.lib.format.open_memmap(path, mode='r+')
+      continue
+    found[name] = np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=shape)
+    if hasattr(os, 'posix_fallocate'):  # not on macOS
+      with open(path, 'r+b') as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+  return found
 
 
-def _write_done(directory: pathlib.Path, count: int, files: tuple[np.ndarray, ...]) -> None:
-  for file in files:
-    assert isinstance(file, np.memmap)
+def _write_done(directory: pathlib.Path, count: int, files: dict[str, np.memmap]) -> None:
+  for file in files.values():
     file.flush()
   write_text(directory / 'done', str(count))

@@ -102,6 +102,29 @@ def test_stages_end_at_their_targets():
   assert all(0 <= t - n < 128 * 3 * 4096 for t, n in zip(targets, found, strict=True))
 
 
+def test_a_teacher_that_is_asked_before_lies_beside_nothing(tmp_path):
+  config = runs.make_config(runs.make_files(tmp_path))
+  config.train.distill.update({'alpha': 1.0, 'cache': 8})
+  options = from_dict(config.to_dict())
+  dense = open_config(options.model.source)
+  plan = estimate.Footprint(options, dense, jnp.dtype(jnp.float32))
+  stages = estimate.stage_configs(options, dense)
+  found = estimate.programs(plan, stages)
+  asked, beside = found['teacher, before anything else']
+  tokens = options.train.batch * options.train.length
+  weights = estimate.bytes_of(llama.abstract_params(dense, jnp.float32))
+  assert (asked.arguments, beside) == (weights + tokens * (4 + 4), 0)
+  assert asked.results == tokens * (4 * 8 + 4 * 9)
+  training = list(found.values())[-1][0]
+  state = estimate.bytes_of(plan.state(stages[0], True))
+  assert training.arguments == state + tokens * (4 + 1 + 4 + 4 * 8 + 4 * 9)
+  # The arithmetic of the dense model is done all the same.
+  plain = runs.make_config(tmp_path)
+  beside_options = from_dict(plain.to_dict() | {'train': plain.train.to_dict() | {'distill': {'alpha': 1.0}}})
+  beside_plan = estimate.Footprint(beside_options, dense, jnp.dtype(jnp.float32))
+  assert plan.training_flops(stages[0]) == beside_plan.training_flops(stages[0])
+
+
 def test_every_program_of_a_run_with_a_teacher(tmp_path):
   """No weights are read, and training's arguments are what a step is given, to the byte."""
   config = runs.make_config(runs.make_files(tmp_path))

@@ -7,6 +7,7 @@ import pytest
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.generation import self_text
+from adapt_jax.machine import preemption
 from adapt_jax.pipeline.inputs import prepare
 from models.errors import InputError
 from models.formats.source import open_source
@@ -51,6 +52,52 @@ def test_equal_seeds_give_equal_rows_and_others_give_others(files, tmp_path, mon
   assert not np.array_equal(draw(files, tmp_path / 'a', seed=(0, 1)), first)
   monkeypatch.setattr(self_text, 'load_source', None)  # kept: nothing is loaded
   assert np.array_equal(draw(files, tmp_path / 'a'), first)
+
+
+def test_a_killed_draw_goes_on_where_it_was(files, tmp_path, monkeypatch):
+  whole, points = draw(files, tmp_path / 'whole'), iter([False, True])
+  loads = []
+  monkeypatch.setattr(self_text, '_BATCH', 8)  # two batches of each kind
+  expected = draw(files, tmp_path / 'batches')
+  with monkeypatch.context() as patch:
+    patch.setattr(preemption, 'requested', lambda: next(points))
+    with pytest.raises(preemption.Preempted):
+      draw(files, tmp_path / 'cut')
+  kept = list(tmp_path.glob('cut/*-parts/*.npy'))
+  assert len(kept) == 2
+  monkeypatch.setattr(self_text, '_write', noting(loads, self_text._write))
+  assert (
+    np.array_equal(draw(files, tmp_path / 'cut'), expected) and len(loads) == 3
+  )  # two parts and the whole
+  assert not list(tmp_path.glob('cut/*-parts')) and whole.shape == expected.shape
+
+
+def noting(found, write):
+  def note(path, tokens):
+    found.append(path)
+    write(path, tokens)
+
+  return note
+
+
+def test_a_directory_that_cannot_be_written_is_one_line_before_the_model_is_read(
+  files, tmp_path, monkeypatch
+):
+  (tmp_path / 'file').write_text('in the way')
+  monkeypatch.setattr(self_text, 'load_source', None)
+  with pytest.raises(InputError, match=r'config\.data\.cache: .* cannot be written .*: name a directory'):
+    draw(files, tmp_path / 'file')
+
+
+def test_rows_may_be_as_long_as_the_models_context_and_no_longer(files):
+  config = runs.make_config(files)
+  config.prune.calibration.update({'source': ('self',), 'samples': 2, 'length': 2048})
+  assert prepare(from_dict(config.to_dict())).calibration.tokens.shape == (2, 2048)
+  config.prune.calibration.length = 2049
+  with pytest.raises(
+    InputError, match=r'config\.prune\.calibration\.length = 2049 is more than the 2048 tokens'
+  ):
+    prepare(from_dict(config.to_dict()))
 
 
 def test_every_other_row_begins_as_a_users_turn(files, tmp_path):

@@ -95,7 +95,7 @@ def test_a_killed_cache_goes_on_where_it_was_and_the_teacher_is_not_asked_again(
   monkeypatch.setattr(teacher_cache, '_write_done', written_into(written, teacher_cache._write_done))
   cut.open()
   assert written[0] > done
-  for name in ('ids.npy', 'log_p.npy', 'done'):
+  for name in ('ids.npy', 'log_p.npy', 'check.npy', 'done'):
     assert (tmp_path / 'cut' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
 
 
@@ -105,6 +105,19 @@ def written_into(found, write):
     write(directory, count, files)
 
   return note
+
+
+def test_rows_other_than_the_teacher_saw_are_refused(files, tmp_path):
+  asked = Asked(files, tmp_path / 'teacher')
+  asked.open()
+  other = runs.make_config(files)
+  other.train.source = (str(files / 'valid.txt'), str(files / 'train.txt'))
+  data = prepare(from_dict(other.to_dict())).train
+  taught = open_taught(
+    asked.directory, data, asked.options.train, STEPS, asked.load, dtype=jnp.float32, compiler=Compiler()
+  )
+  with pytest.raises(InputError, match='is of other rows than config.train.source has now'):
+    taught.read(taught.rows(0))
 
 
 def test_a_run_from_the_cache_learns_as_beside_the_teacher(files, tmp_path):

@@ -111,7 +111,7 @@ def test_moments_are_those_of_the_whole_models_gradient():
   log_p = jax.nn.log_softmax(jax.jit(lambda p: llama.apply(config, p, tokens))(params))
   below = jnp.cumsum(jnp.exp(log_p), -1)
   drawn = jnp.argmax(below > jax.random.uniform(jax.random.key(0), (4, 8, 1)), -1)
-  assert 0 < (drawn[:, :-1] == tokens[:, 1:]).mean() + 0.01 < 0.5
+  assert (drawn[:, :-1] == tokens[:, 1:]).mean() < 0.5
   told = -jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], -1).mean()
   np.testing.assert_allclose([scores[0].loss, scores[1].loss], told, rtol=1e-5)
 

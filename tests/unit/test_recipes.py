@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.modes.compare import list_cells
 from adapt_jax.pipeline import inputs
 from adapt_jax.pipeline.schedule import stage_steps, stage_targets
+from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import steps
 from adapt_jax.pruning.scores import Scores
-from configs import llama_8b_to_1b, published
+from configs import llama_8b_to_1b, published, studies
 from models.config import channel_params, count_params
 from models.formats.hf_config import config_from_hf
 from models.network import llama
@@ -239,3 +241,13 @@ def test_the_1b_class_suits_accelerators():
   options = options_of('llama_8b_to_1b')
   assert 1e9 <= options.prune.target <= 1.5e9
   assert options.prune.align_ffn % 64 == 0 and options.model.dtype == 'bfloat16' and options.train.remat
+
+
+@pytest.mark.parametrize('name', studies._GRIDS)
+def test_every_study_is_a_grid_over_the_three_kinds_of_text(name, tmp_path):
+  options = from_dict(studies.get_config(name).to_dict())
+  cells = list_cells(options, Workdir(str(tmp_path / 'out'), {}))
+  assert len({run.cell.name for run in cells}) == len(cells) > 1
+  assert set(options.evaluate.texts) == {'wiki', 'web', 'chat'} and options.compare.recover
+  held_out = {path for source in options.evaluate.texts.values() for path in source}
+  assert not held_out & {*options.train.source, *options.prune.calibration.source}

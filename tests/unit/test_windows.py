@@ -375,14 +375,16 @@ def test_check_source_reads_the_first_row_only(tmp_path):
 def test_of_every_draw_each_source_has_its_share():
   sizes = 30, 50, 8
   parts = [Blocks(np.full((n, 4), i), np.ones((n, 4), bool), 1) for i, n in enumerate(sizes)]
-  blocks = windows.mixed(parts, (2, 1, 1))
+  blocks = windows.mixed('abc', parts, (2, 1, 1))
   draws = [blocks.draw(10, 1, step) for step in range(12)]
   for rows in draws:
     assert len(set(rows.tolist())) == 10
     assert np.bincount(blocks.tokens[rows, 0]).tolist() == [5, 3, 2]
   assert len({tuple(sorted(rows)) for rows in draws}) == 12
   np.testing.assert_array_equal(blocks.draw(10, 1, 5), draws[5])
-  assert 'samples = 10, but the data have 8 rows' in message_of(blocks.draw, 40, 1, 0)  # a quarter of 40
+  assert "samples = 40 takes 10 rows from 'c', which has 8 of 4 tokens: lower it" in message_of(
+    blocks.draw, 40, 1, 0
+  )
   assert windows.quotas((1, 1, 1), 8) == [3, 3, 2] and windows.quotas((0.5, 0.5), 3) == [2, 1]
 
 
