@@ -21,7 +21,7 @@ from tests.support.helpers import KeepingCompiler, new_params, stacked_params
 OPTIONS = PruneOptions(
   method='adapt', target=0.7, stages=1, stage_targets='linear', steps=40, ratio=1.0, amplitude=0.02,
   importance='taylor', layer_distance='cosine', align_kv=1, align_ffn=1, serve='any', compat='',
-  compensate='none', calibration=CalibrationOptions((), 8, 12, 4),
+  compensate='none', calibration=CalibrationOptions(source=(), samples=8, length=12, batch=4),
 )  # fmt: skip
 
 
