@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
   config.train.batch = 4
   config.train.micro_batch = 4
   config.train.length = 256
-  config.train.lr = 1.5e-4  # a short run bears a higher rate than the paper's
+  config.train.lr = 1.5e-4  # higher than the paper's, which is for long runs
   config.train.min_lr = 1e-5
   config.train.save_every = 20
 

@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 HELD_OUT = 4
+PARTS, NAMES = ('train', 'valid'), ('wiki.txt', 'web.jsonl', 'chat.jsonl')
 
 
 def main(arguments: list[str]) -> int:
@@ -41,7 +42,8 @@ def write(source: pathlib.Path, target: pathlib.Path) -> None:
   Raises OSError where a data set is missing or `target` holds something else, and ValueError, KeyError,
   TypeError or AttributeError where a data set has another form.
   """
-  if target.exists() and {path.name for path in target.iterdir()} - {'train', 'valid'}:
+  ours = {f'{part}/{name}' for part in PARTS for name in NAMES} | set(PARTS)
+  if target.exists() and {path.relative_to(target).as_posix() for path in target.rglob('*')} - ours:
     raise OSError(f'{target} holds other files: name a new directory')
   lines = (source / 'c4/c4_train_1200.jsonl').read_text(encoding='utf-8').strip().split('\n')
   web = [{'text': json.loads(line)['text']} for line in lines]
@@ -49,7 +51,7 @@ def write(source: pathlib.Path, target: pathlib.Path) -> None:
   new = target.with_name(f'.{target.name}.tmp')
   shutil.rmtree(new, ignore_errors=True)
   try:
-    for part in ('train', 'valid'):
+    for part in PARTS:
       (new / part).mkdir(parents=True)
       shutil.copyfile(source / f'wikitext-2/wiki.{part}.tokens', new / part / 'wiki.txt')
     _split(new, 'web.jsonl', web, 'text')
