@@ -51,6 +51,7 @@ def get_config(variant: str = '') -> ConfigDict:
   if variant not in _GRIDS:
     raise ValueError(f'variant {variant!r}: write configs/studies.py:NAME, a NAME of {", ".join(_GRIDS)}')
   config = demo.get_config()
+  config.model.dtype = 'bfloat16'  # as recovery is run on accelerators; a CPU with AVX-512 BF16 gains too
   train, alike = tuple(f'data/mixed/train/{name}' for name in KINDS.values()), (1.0,) * len(KINDS)
   config.prune.stages, config.prune.align_ffn = 1, 1
   calibration = config.prune.calibration

@@ -73,6 +73,9 @@ class ModelConfig:
   output_bias: bool = False  # of o_proj and down_proj both: what pruning compensation fills
   qk_norm: bool = False
   max_position: int = 2048
+  # SliceGPT: the width of the residual stream before it was sliced to `hidden_size`; 0: it is not sliced. A
+  # sliced model has no gains of norms, which divide by this width, and a matrix in every residual connection.
+  sliced_from: int = 0
 
   def __post_init__(self) -> None:
     if self.family not in FAMILIES:
@@ -114,8 +117,9 @@ def channel_params(config: ModelConfig) -> int:
 
 
 def layer_params(config: ModelConfig, shape: LayerShape) -> int:
-  """Stored parameters of one decoder layer, norms and output biases included."""
-  norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+  """Stored parameters of one decoder layer; norms, or the matrices in their place, and biases included."""
+  D = config.hidden_size
+  norms = (2 * D * D if config.sliced_from else 2 * D) + (2 * config.head_dim if config.qk_norm else 0)
   attention = shape.num_kv_heads * kv_group_params(config, shape.group_size)
   biases = (config.o_bias + config.output_bias) * config.hidden_size
   return attention + shape.ffn * channel_params(config) + norms + biases
@@ -123,5 +127,7 @@ def layer_params(config: ModelConfig, shape: LayerShape) -> int:
 
 def count_params(config: ModelConfig) -> int:
   """Stored parameters; a tied embedding counts once."""
-  tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-  return tables + config.hidden_size + sum(layer_params(config, s) for s in config.layers)
+  D = config.hidden_size
+  tables = config.vocab_size * D * (1 if config.tie_embeddings else 2)
+  norm = D if not config.sliced_from else D * D if config.tie_embeddings else 0
+  return tables + norm + sum(layer_params(config, s) for s in config.layers)

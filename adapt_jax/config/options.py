@@ -103,9 +103,12 @@ class PruneOptions:
     'obs',
     'obs removes, in one shot a stage, the groups whose removal costs the loss least per parameter. adapt is '
     "Adapt-Pruner, the paper's: layers lose by their importance, step by step. uniform is the same schedule "
-    'with all layers alike. The others are rivals, in one shot a stage.',
-    choices=('obs', 'adapt', 'uniform', 'llm_pruner', 'flap', 'wanda_sp', 'magnitude', 'shortgpt'),
-  )
+    'with all layers alike. The others are rivals, in one shot a stage; slicegpt narrows the residual stream '
+    'in place of the layers, and cannot be trained or adjusted after.',
+    choices=(
+      'obs', 'adapt', 'uniform', 'llm_pruner', 'flap', 'wanda_sp', 'magnitude', 'shortgpt', 'slicegpt',
+    ),
+  )  # fmt: skip
   compensate: str = option(
     'least_squares',
     'How the remaining weights make up for what is removed, without training. least_squares solves o_proj '

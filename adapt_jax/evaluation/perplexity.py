@@ -99,7 +99,7 @@ class _Divergence:
     targets_BT: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     x_BTD = llama.hidden_states(self.config, params, tokens_BT, dtype=self.dtype)
-    x_TD, reference_TD = (x.reshape(-1, self.config.hidden_size) for x in (x_BTD, reference_BTD))
+    x_TD, reference_TD = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, reference_BTD))
     labels, weights = shift(tokens_BT, targets_BT)
     kl = distillation(1.0, 1.0, head_VD)
     return sum_over_chunks(kl, x_TD, llama.head(params), (labels, weights, reference_TD)), weights.sum()

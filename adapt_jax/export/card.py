@@ -70,6 +70,12 @@ def _title(report: RunReport, config: ModelConfig) -> str:
   before = report['model'].get('params_before', params)
   if before == params:
     return f'# {source}\n\n{params:,} parameters, written by adapt-jax.'
+  if config.sliced_from:
+    return (
+      f'# {source}, sliced to {params / before:.1%}\n\n'
+      f'{params:,} of {before:,} parameters: of the {config.sliced_from} numbers of the residual stream '
+      f'{config.hidden_size} principal components are left (SliceGPT, arXiv 2401.15024), by adapt-jax.'
+    )
   return (
     f'# {source}, pruned to {params / before:.1%}\n\n'
     f'{params:,} of {before:,} parameters: whole KV-head groups and MLP channels are gone, from '
@@ -103,6 +109,8 @@ def _lineage(report: RunReport) -> str:
 
 def _widths(report: RunReport, config: ModelConfig) -> str:
   """What every layer keeps of the base model's; from `config` alone where the report does not tell."""
+  if config.sliced_from:
+    return ''
   if stages := report.get('stages'):
     last, dense = stages[-1], report['model']
     columns = [
@@ -154,10 +162,11 @@ def _loading(files: Sequence[str]) -> str:
       f"tokenizer = AutoTokenizer.from_pretrained('DIRECTORY'{trust})\n"
       f"model = AutoModelForCausalLM.from_pretrained('DIRECTORY'{trust}, device_map='auto')\n```",
       f'With vLLM: `vllm serve DIRECTORY{flag}`',
-      f"With MLX-LM: `mlx_lm.generate --model DIRECTORY{mlx} --prompt 'Hello'`",
     ]
+    if mlx or not remote:
+      blocks.append(f"With MLX-LM: `mlx_lm.generate --model DIRECTORY{mlx} --prompt 'Hello'`")
     if remote:
-      blocks.append('The Python files beside the weights build layers of different widths.')
+      blocks.append('The Python files beside the weights build what no stock class has.')
   for name in files:
     if name.endswith('.gguf'):
       blocks.append(f"With llama.cpp: `llama-cli -m {name} -p 'Hello'`")

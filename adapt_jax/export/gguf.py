@@ -95,6 +95,8 @@ def write_gguf(
 
 def _architecture(config: ModelConfig) -> str:
   """The architecture of llama.cpp that computes this model."""
+  if config.sliced_from:
+    raise InputError("config.export.formats has 'gguf', but llama.cpp has no sliced stream: leave it out")
   if config.qk_norm:
     refused = {
       'widths that differ by layer': not config.uniform,

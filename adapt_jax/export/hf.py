@@ -64,7 +64,7 @@ def write_hf(
         fields.pop('rope_scaling', None)
         for file in ('configuration_adapt.py', 'modeling_adapt.py'):
           shutil.copy(_CODE / file, new)
-      if code and not _stock_in_mlx(config):
+      if code and not _stock_in_mlx(config) and not config.sliced_from:  # of which it has no code
         fields['model_file'] = _MLX_FILE
         shutil.copy(_CODE / _MLX_FILE, new)
       _write_json(new / 'config.json', fields)
@@ -82,10 +82,11 @@ def write_hf(
 def _stock(config: ModelConfig) -> bool:
   """Whether a stock class of transformers computes this model.
 
-  None has a bias on down_proj alone, and Llama's refuses heads that do not divide hidden_size.
+  None has a bias on down_proj alone or a sliced stream, and Llama's refuses heads that do not divide
+  hidden_size.
   """
   refused = config.family == 'llama' and config.hidden_size % config.layers[0].num_heads
-  return config.uniform and not config.output_bias and not refused
+  return config.uniform and not config.output_bias and not config.sliced_from and not refused
 
 
 def _stock_in_mlx(config: ModelConfig) -> bool:
@@ -116,7 +117,7 @@ def _own_architecture(config: ModelConfig) -> dict[str, Any]:
     },
     'per_layer_config': {i: widths for i, widths in narrower.items() if widths},
     'output_bias': config.output_bias,
-  }
+  } | ({'sliced_from': config.sliced_from} if config.sliced_from else {})
 
 
 def _use_old_names(path: pathlib.Path) -> None:

@@ -18,6 +18,10 @@ def padded_config(config: ModelConfig) -> ModelConfig:
 
   Raises InputError where no stock class has the model's biases.
   """
+  if config.sliced_from:
+    raise InputError(
+      "config.export.formats has 'hf_padded', but no stock class has a sliced stream: leave it out"
+    )
   if config.output_bias:
     raise InputError(
       "config.export.formats has 'hf_padded', but no stock class has the biases of o_proj and down_proj that "

@@ -25,7 +25,7 @@ from adapt_jax.machine.progress import Progress
 from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import programs as pruning_programs
-from adapt_jax.pruning import surgery
+from adapt_jax.pruning import slicegpt, surgery
 from adapt_jax.pruning.criteria import IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.widths import Allocator, Widths
@@ -255,6 +255,10 @@ def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, tuple
 def run(options: RunOptions) -> None:
   """Mode plan: prints bytes a device, FLOPs a token, parameters and time by stage; writes nothing."""
   config = open_config(options.model.source)
+  if options.prune.method == slicegpt.METHOD:
+    raise InputError(
+      f'config.prune.method = {slicegpt.METHOD!r}: mode plan knows the methods that remove groups'
+    )
   check_run(options, config)
   dtype = compute_dtype(options.model.dtype)
   if options.model.dtype == 'auto' and options.plan.devices:

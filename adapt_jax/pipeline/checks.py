@@ -12,12 +12,15 @@ from adapt_jax.machine import mesh
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pipeline.loader import evaluation_field
 from adapt_jax.pipeline.schedule import stage_steps, target_params
-from adapt_jax.pruning import serving_widths
+from adapt_jax.pruning import serving_widths, slicegpt
 from adapt_jax.pruning.methods import METHODS
 from models.config import ModelConfig
 from models.errors import InputError
+from models.network import sharding
 
 _MAY_BE_OWN = ('prune.calibration.source', 'train.source')  # text that the model has written
+# Fields of prune that a run of SliceGPT cannot have otherwise.
+_SLICING = {'compensate': 'none', 'stages': 1, 'align_kv': 1, 'align_ffn': 1, 'serve': 'any'}
 
 
 def check_sources(options: RunOptions) -> None:
@@ -45,6 +48,14 @@ def check_run(options: RunOptions, config: ModelConfig) -> None:
   """
   for group, of in (('prune.calibration', options.prune.calibration), ('train', options.train)):
     self_text.check(of.source, of.length, config.max_position, group)
+  if config.sliced_from:
+    raise InputError(
+      f'{options.model.source} is sliced by SliceGPT, and no method prunes or trains such a model: name the '
+      f'one that it was made from'
+    )
+  if options.prune.method == slicegpt.METHOD:
+    _check_slicing(options, config)
+    return
   serving_widths.check_model(options.prune.serve, config)
   _check_target(options, config)
   _check_steps(options)
@@ -62,6 +73,30 @@ def _check_target(options: RunOptions, config: ModelConfig) -> None:
     raise InputError(
       f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but what '
       f'config.prune.method = {options.prune.method!r} always keeps already has {smallest:,}: raise it'
+    )
+
+
+def _check_slicing(options: RunOptions, config: ModelConfig) -> None:
+  """What `SliceRun` cannot do is refused by name."""
+  method = f'config.prune.method = {slicegpt.METHOD!r}'
+  for field, value in _SLICING.items():
+    if (given := getattr(options.prune, field)) != value:
+      raise InputError(f'config.prune.{field} = {given!r} is not for {method}: set it to {value!r}')
+  if options.train.tokens:
+    raise InputError(
+      f'config.train.tokens = {options.train.tokens:,}, but {method} is a rival without recovery: use '
+      f'--mode=prune or, in mode compare, config.compare.recover = False'
+    )
+  if others := [name for name in options.export.formats if name != 'hf']:
+    raise InputError(
+      f"config.export.formats has {others[0]!r}, which cannot hold the model of {method}: set it to 'hf'"
+    )
+  if (found := sharding.mesh()) is not None:
+    raise InputError(f'{method} runs on one device, and there are {found.size}: show it only one')
+  if not slicegpt.width_for(config, target_params(config, options.prune.target)):
+    raise InputError(
+      f'config.prune.target = {options.prune.target:g} is below what a residual stream of one number needs: '
+      f'raise it'
     )
 
 

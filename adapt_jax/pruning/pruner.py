@@ -232,6 +232,21 @@ class Pruner:
         before = record.params
         yield state, record
 
+  def _changes(
+    self, params: Params, compacted: PrunePlan, plan: PrunePlan, rows: np.ndarray
+  ) -> dict[str, jax.Array]:
+    """Of a `Compensator` on these calibration rows."""
+    stacked, masks = self.stack(params, compacted), surgery.padded_masks(plan)
+    tokens = self._tokens(rows)
+    if self._compensation is None:
+      program = programs.compensation(self.config, self.options, self._dtype)
+      self._compensation = self._compiler(
+        'compensation', program, stacked, masks, tokens, xla_options=loop_options()
+      )
+    say(f'compensating for what was pruned ({self.options.compensate}), on {tokens.size:,} tokens')
+    changes: dict[str, jax.Array] = self._compensation(stacked, masks, tokens)
+    return changes
+
   def compensate(self, params: Params, compacted: PrunePlan, plan: PrunePlan, step: int) -> Params:
     """`params`, which `compacted` left, made up for what `plan` takes from them, as prune.compensate says.
 
@@ -241,21 +256,22 @@ class Pruner:
     kind = self.options.compensate
     if kind == 'none' or plan.equals(compacted):
       return params
-    stacked, masks = self.stack(params, compacted), surgery.padded_masks(plan)
-    tokens = self._tokens(self._draw(step))
-    if self._compensation is None:
-      program = programs.compensation(self.config, self.options, self._dtype)
-      self._compensation = self._compiler(
-        'compensation', program, stacked, masks, tokens, xla_options=loop_options()
-      )
-    say(f'compensating for what was pruned ({kind}), on {tokens.size:,} tokens')
-    changes = self._compensation(stacked, masks, tokens)
+    rows = self._draw(step)
+
+    def compute() -> dict[str, jax.Array]:
+      return self._changes(params, compacted, plan, rows)
+
+    # As with scores: until the first compaction the weights are the model's own.
+    if self._memo is None or not compacted.equals(PrunePlan.dense(self.config)):
+      changes: Any = compute()
+    else:
+      key = programs.compensation(self.config, self.options, self._dtype), self._key(plan, rows)
+      changes = self._memo.changes(key, lambda: jax.device_get(compute()))
     if not all(bool(jnp.isfinite(change).all()) for change in changes.values()):
       raise InputError(
         f'config.prune.compensate = {kind!r} gives weights that are not finite: check the model, the '
         f'calibration text and config.model.dtype'
       )
-    del stacked, masks  # not needed beside the weights and the new ones
 
     def added(params: Params, changes: dict[str, jax.Array]) -> Params:
       return add(params, compacted, changes)

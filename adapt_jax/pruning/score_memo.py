@@ -1,12 +1,16 @@
-"""Scores that pruners of the same weights share: a scoring pass is not made twice."""
+"""Scores and corrections that pruners of the same weights share: neither is computed twice."""
 
 import collections
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from adapt_jax.pruning.scores import Scores
 
 _MOST_BYTES = 2**28  # of remembered scores: about 1,400 passes over a model of 135M parameters
+_MOST_CHANGES = 2**30  # bytes of a remembered correction: one of a model of 135M parameters has 150 MB
+Changes = dict[str, np.ndarray]  # of weights, from a `compensate.Compensator`
 
 
 class ScoreMemo:
@@ -18,6 +22,7 @@ class ScoreMemo:
   def __init__(self, most_bytes: int = _MOST_BYTES):
     self._most, self._bytes = most_bytes, 0
     self._found: collections.OrderedDict[Any, Scores] = collections.OrderedDict()
+    self._last: tuple[Any, Changes] | None = None
     self.computed = self.remembered = 0
 
   def get(self, key: Any, compute: Callable[[], Scores]) -> Scores:
@@ -32,6 +37,16 @@ class ScoreMemo:
     while self._bytes > self._most:
       self._bytes -= _size(self._found.popitem(last=False)[1])
     return scores
+
+  def changes(self, key: Any, compute: Callable[[], Changes]) -> Changes:
+    """The correction of `key`, computed if it is not the one that was asked for last."""
+    if self._last is None or self._last[0] != key:
+      self._last = None  # before the next one is there
+      found = compute()
+      if sum(x.nbytes for x in found.values()) > _MOST_CHANGES:
+        return found
+      self._last = key, found
+    return self._last[1]
 
 
 def _size(scores: Scores) -> int:

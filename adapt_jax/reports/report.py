@@ -60,10 +60,12 @@ class StageReport(TypedDict, total=False):
   """A stage, as far as it has got; widths at its end are by layer of the dense model, 0 where it is gone.
 
   perplexity_pruned, perplexity_recovered: on the first text; texts: on all, {'web': {'pruned': …}, …}.
+  hidden_size: of the residual stream, where that was sliced.
   """
 
   stage: Required[int]
   target: int
+  hidden_size: int
   params: Required[int]
   perplexity_pruned: float | None
   perplexity_recovered: float | None

@@ -45,6 +45,8 @@ def table(report: RunReport) -> str:
   for stage in report['stages']:
     lines.append(f'stage {stage["stage"]} KV heads by layer: {_widths(stage["num_kv_heads"])}')
     lines.append(f'stage {stage["stage"]} MLP widths by layer: {_widths(stage["ffn"])}')
+    if 'hidden_size' in stage:
+      lines.append(f'stage {stage["stage"]} residual stream: {stage["hidden_size"]} numbers')
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
   lines += [
     f'target {model["params_target"]:,} parameters, reached {model["params_after"]:,}',

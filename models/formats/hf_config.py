@@ -33,7 +33,7 @@ def config_from_hf(raw: Any, where: str) -> ModelConfig:
 
   Reads files of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`), and the
   `per_layer_config` of pruned models: {"5": {"num_key_value_heads": 2, "num_attention_heads": 6}},
-  with their `output_bias`.
+  with their `output_bias`, and `sliced_from` of those that SliceGPT has sliced.
   `where` is named in errors. Raises InputError for odd values and for anything this decoder would
   compute wrongly.
   """
@@ -65,6 +65,7 @@ def _parse(raw: Any) -> ModelConfig:
     output_bias=bool(raw.get('output_bias')),
     qk_norm=family == 'qwen3',
     max_position=_max_position(raw),
+    sliced_from=_count(raw, 'sliced_from') if raw.get('sliced_from') else 0,
   )
 
 

@@ -53,10 +53,13 @@ _LAYER_RULES = (
   Rule('mlp.up_proj.weight', ('mlp', 'up'), 1),
   Rule('mlp.down_proj.weight', ('mlp', 'down'), 1),
   Rule('mlp.down_proj.bias', ('mlp', 'down_bias'), None),
+  Rule('attention_shortcut.weight', ('attention_shortcut',), 1),
+  Rule('mlp_shortcut.weight', ('mlp_shortcut',), 1),
 )
 _TOP_RULES = (
   Rule('model.embed_tokens.weight', ('embed',), 1),
   Rule('model.norm.weight', ('norm',), None),
+  Rule('model.norm.rotation.weight', ('head_rotation',), 1),
   Rule('lm_head.weight', ('lm_head',), 1),
 )
 

@@ -26,6 +26,13 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
   return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
+def sliced_norm(x: jax.Array, width: int, eps: float) -> jax.Array:
+  """The same without gains for what is left of a vector of `width` numbers: the others count as zeros."""
+  x32 = x.astype(jnp.float32)
+  scale = jax.lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) / width + eps)
+  return (x32 * scale).astype(x.dtype)
+
+
 def project(x_TD: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
   """x [T, inputs] times a weight stored out x in, its axes flattened to two."""
   return product(x_TD, weight.reshape(-1, inputs))
@@ -115,16 +122,21 @@ class DecoderLayer(nn.Module):
   Applied functionally: `DecoderLayer(config, shape).apply({'params': p}, x_BTD, rope)`
   gives the layer's output [B, T, D], residual included; `method='attend'` and then `method='feed'`
   give its two halves. Flax raises `ScopeParamShapeError` where a parameter does not have the shape
-  that `shape` says.
+  that `shape` says. In a sliced model x passes through a matrix where it goes past attention and MLP, and the
+  norms have no gains.
   """
 
   config: ModelConfig
   shape: LayerShape
 
   def setup(self) -> None:
-    ones, width = nn.initializers.ones, (self.config.hidden_size,)
-    self.attention_norm = self.param('attention_norm', ones, width)
-    self.mlp_norm = self.param('mlp_norm', ones, width)
+    D, ones = self.config.hidden_size, nn.initializers.ones
+    if self.config.sliced_from:
+      self.attention_shortcut = self.param('attention_shortcut', _init, (D, D))
+      self.mlp_shortcut = self.param('mlp_shortcut', _init, (D, D))
+    else:
+      self.attention_norm = self.param('attention_norm', ones, (D,))
+      self.mlp_norm = self.param('mlp_norm', ones, (D,))
     self.attention = Attention(self.config, self.shape)
     self.mlp = Mlp(self.config, self.shape)
 
@@ -135,12 +147,20 @@ class DecoderLayer(nn.Module):
     segments_BT: jax.Array | None = None,
     before_BS: jax.Array | None = None,
   ) -> jax.Array:
-    normed_BTD = rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
-    return constrain(x_BTD + self.attention(normed_BTD, rope, segments_BT, before_BS), 'B..')
+    past_BTD, normed_BTD = self._split(x_BTD, 'attention')
+    return constrain(past_BTD + self.attention(normed_BTD, rope, segments_BT, before_BS), 'B..')
 
   def feed(self, x_BTD: jax.Array) -> jax.Array:
-    change_BTD = self.mlp(rms_norm(x_BTD, self.mlp_norm, self.config.rms_norm_eps))
-    return constrain(x_BTD + change_BTD, 'B..')
+    past_BTD, normed_BTD = self._split(x_BTD, 'mlp')
+    return constrain(past_BTD + self.mlp(normed_BTD), 'B..')
+
+  def _split(self, x_BTD: jax.Array, block: str) -> tuple[jax.Array, jax.Array]:
+    """What goes past a block, and what enters it."""
+    D, eps, width = self.config.hidden_size, self.config.rms_norm_eps, self.config.sliced_from
+    if not width:
+      return x_BTD, rms_norm(x_BTD, getattr(self, f'{block}_norm'), eps)
+    past_TD = project(x_BTD.reshape(-1, D), getattr(self, f'{block}_shortcut'), D)
+    return past_TD.reshape(x_BTD.shape), sliced_norm(x_BTD, width, eps)
 
   def __call__(
     self,

@@ -11,6 +11,9 @@ with each layer as `models.network.layers.DecoderLayer` defines it:
 
 and, with `ModelConfig.output_bias`, 'o_bias' [D] in attention and 'down_bias' [D] in mlp. Llama and
 Qwen3 checkpoints with `attention_bias` have 'q_bias', 'k_bias', 'v_bias' and 'o_bias'.
+
+A model that SliceGPT has sliced (`ModelConfig.sliced_from`) has no norms' weights. In their place a layer has
+'attention_shortcut' and 'mlp_shortcut' [D, D], and a model with tied tables 'head_rotation' [D, D].
 """
 
 from collections.abc import Callable
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import LayerShape, ModelConfig
-from models.network.layers import DecoderLayer, rms_norm
+from models.network.layers import DecoderLayer, project, rms_norm, sliced_norm
 from models.network.matmul import PRODUCT, dot
 from models.network.rope import rope_tables
 from models.network.sharding import constrain, gather_no_earlier
@@ -42,8 +45,11 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
   params: Params = {
     'embed': 0.02 * jax.random.normal(keys[0], table),
     'layers': [_init_layer(config, s, k) for s, k in zip(config.layers, keys[2:], strict=True)],
-    'norm': jnp.ones(config.hidden_size),
   }
+  if not config.sliced_from:
+    params['norm'] = jnp.ones(config.hidden_size)
+  elif config.tie_embeddings:
+    params['head_rotation'] = jnp.eye(config.hidden_size)
   if not config.tie_embeddings:
     params['lm_head'] = 0.02 * jax.random.normal(keys[1], table)
   return params
@@ -111,7 +117,17 @@ def through_layers(
     if i + 1 < len(layers):  # one layer ahead, while this one computes
       layers[i + 1], x_BTD = gather_no_earlier(layers[i + 1], x_BTD)
     x_BTD = run(i, layers[i], x_BTD)
-  return rms_norm(x_BTD, params['norm'], config.rms_norm_eps)
+  return _final_norm(config, params, x_BTD)
+
+
+def _final_norm(config: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+  if not config.sliced_from:
+    return rms_norm(x_BTD, params['norm'], config.rms_norm_eps)
+  normed_BTD = sliced_norm(x_BTD, config.sliced_from, config.rms_norm_eps)
+  if 'head_rotation' not in params:
+    return normed_BTD
+  D = config.hidden_size
+  return project(normed_BTD.reshape(-1, D), params['head_rotation'], D).reshape(x_BTD.shape)
 
 
 def apply_layer(

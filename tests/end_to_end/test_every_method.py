@@ -98,3 +98,25 @@ def test_shortgpt_leaves_a_stock_model(shortened):
   with torch.no_grad():
     expected = model(torch.tensor(tokens)).logits.numpy()
   np.testing.assert_allclose(logits(source.config, source.load_params(), tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_slicegpt_lands_below_the_target_and_its_export_is_evaluated_but_not_pruned(files, tmp_path):
+  flags = ['--mode=prune', f'--config.model.source={files / "eight"}', '--config.prune.method=slicegpt']
+  flags += ['--config.prune.compensate=none', '--config.prune.stages=1', '--config.prune.target=0.9']
+  result = runs.main(files, tmp_path / 'out', *flags)
+  assert result.returncode == 0, result.stderr
+  report = json.loads((tmp_path / 'out/report.json').read_text())
+  row, model, saved = report['stages'][-1], report['model'], open_source(str(tmp_path / 'out/hf'))
+  assert row['hidden_size'] == saved.config.hidden_size < saved.config.sliced_from == 32
+  assert count_params(saved.config) == model['params_after'] <= model['params_target']
+  assert model['params_after'] > 0.8 * model['params_before']
+  assert report['texts']['text']['kl'] > 0 and report['compiles']['slicing'] == 2
+  assert f'{row["hidden_size"]} numbers' in result.stdout
+
+  source = f'--config.model.source={tmp_path / "out/hf"}'
+  again = runs.main(files, tmp_path / 'measured', '--mode=evaluate', source)
+  assert again.returncode == 0, again.stderr
+  measured = json.loads((tmp_path / 'measured/report.json').read_text())['perplexity']['dense']
+  assert abs(measured / row['perplexity_pruned'] - 1) < 1e-5
+  refused = runs.main(files, tmp_path / 'pruned', '--mode=prune', source)
+  assert refused.returncode == 2 and 'sliced by SliceGPT' in refused.stderr

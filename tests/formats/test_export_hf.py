@@ -29,6 +29,8 @@ EXPORTS = {
   'llama-output-bias': tiny_config('llama', UNIFORM, vocab_size=320, output_bias=True),
   'llama-all-biases': tiny_config('llama', vocab_size=320, qkv_bias=True, output_bias=True),
   'qwen2-output-bias': tiny_config('qwen2', vocab_size=320, output_bias=True),
+  'llama-sliced': tiny_config('llama', vocab_size=320, hidden_size=30, sliced_from=48),
+  'qwen2-sliced': tiny_config('qwen2', vocab_size=320, hidden_size=30, sliced_from=48),
 }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -159,3 +160,24 @@ def test_a_memo_is_only_for_the_models_own_weights(model):
   small, known = surgery.compact(params, state.plan), (memo.computed, memo.remembered)
   prune(make_pruner(config, memo=memo), small, target, state, state.plan)
   assert (memo.computed, memo.remembered) == known
+
+
+def test_a_memo_computes_a_correction_once(model):
+  config, params = model
+  dense, memo = PrunePlan.dense(config), ScoreMemo()
+  narrower = dataclasses.replace(dense, ffn=(np.arange(64) > 9,) * 3)
+  other = dataclasses.replace(dense, ffn=(np.arange(64) > 19,) * 3)
+
+  def compensate(plan, compacted=dense, params=params, memo=memo):
+    compiler = Compiler()
+    pruner = make_pruner(config, compensate='least_squares', memo=memo, compiler=compiler)
+    return pruner.compensate(params, compacted, plan, 0), compiler.counts.get('compensation', 0)
+
+  alone, _ = compensate(narrower, memo=None)
+  for computed in (1, 0):
+    found, counted = compensate(narrower)
+    assert counted == computed
+    chex.assert_trees_all_equal(found, alone)
+  assert compensate(other)[1] == 1 and compensate(other)[1] == 0
+  small = surgery.compact(params, narrower)  # which training may have changed
+  assert compensate(other, narrower, small)[1] == 1

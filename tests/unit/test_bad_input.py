@@ -122,6 +122,19 @@ def test_methods_that_do_not_go_with_the_rest(files):
   refuse(config, 'config.prune.compat', 'adapt and uniform', 'flap')
 
 
+def test_what_slicegpt_cannot_do(files):
+  config = runs.make_config(files)
+  config.prune.method, config.prune.compensate = 'slicegpt', 'none'
+  refuse(config, 'config.prune.stages = 2', 'slicegpt', 'set it to 1')
+  config.prune.stages = 1
+  refuse(config, 'config.train.tokens', 'slicegpt', '--mode=prune')
+  config.train.tokens = 0
+  config.export.formats = ('hf', 'gguf')
+  refuse(config, 'config.export.formats', 'gguf', 'slicegpt')
+  config.export.formats, config.prune.target = ('hf',), 2
+  refuse(config, 'config.prune.target = 2', 'raise it')
+
+
 @pytest.mark.parametrize('field', ['prune.calibration.source', 'train.source', 'evaluate.source'])
 def test_missing_files_and_directories(files, field):
   config = runs.make_config(files)

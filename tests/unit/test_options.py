@@ -9,6 +9,7 @@ from adapt_jax.config.build import choices, declarations, defaults, flatten, fro
 from adapt_jax.config.identity import identity
 from adapt_jax.config.options import RunOptions
 from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning import slicegpt
 from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES
 from adapt_jax.pruning.methods import METHODS
 from configs import base
@@ -40,7 +41,7 @@ def test_every_option_says_what_it_means():
 
 
 def test_choices_are_what_the_program_has():
-  assert choices('prune.method') == tuple(METHODS)
+  assert choices('prune.method') == (*METHODS, slicegpt.METHOD)
   assert choices('prune.importance') == tuple(IMPORTANCES)
   assert choices('prune.layer_distance') == tuple(DISTANCES)
 

@@ -3,7 +3,8 @@
 The ordinary fields hold the widest layer's values; `per_layer_config` holds what differs:
 {"5": {"num_attention_heads": 6, "num_key_value_heads": 2}, "7": {"intermediate_size": 1024}}.
 Late releases of transformers 5 define that field themselves; before, it is a plain dict. With
-`output_bias`, o_proj and down_proj have biases, whatever the other fields say.
+`output_bias`, o_proj and down_proj have biases, whatever the other fields say. With `sliced_from` the
+residual stream is what SliceGPT left of one of that width.
 """
 
 import copy
@@ -17,6 +18,7 @@ class PerLayerWidths:
   # transformers code reads `config.num_attention_heads` and the like; it gets the widest layer's.
   allow_global_per_layer_attribute_access = True
   output_bias = False
+  sliced_from = 0
 
   def __init__(self, rope_parameters=None, **fields):
     """For transformers 4, which knows only the older names; 5 generates an initialiser of its own."""

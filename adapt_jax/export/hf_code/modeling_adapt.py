@@ -2,8 +2,10 @@
 
 The stock classes with other shapes and, with `output_bias`, two biases more: no `forward` is
 overridden, so whatever the installed version does (caches, attention kernels, generation) is done here too.
+Only a model that SliceGPT has sliced has layers of its own, around the stock attention and MLP.
 """
 
+import torch
 from torch import nn
 from transformers import (
   LlamaForCausalLM,
@@ -28,7 +30,10 @@ def build_layers(model, config):
   """Replaces the decoder's layers, which the stock class built alike, by layers of their own widths."""
   layers = []
   for index, stock in enumerate(model.layers):
-    layer = type(stock)(config.layer_config(index), index)
+    kind = type(stock)
+    if config.sliced_from:
+      kind = type(f'Sliced{kind.__name__}', (SlicedLayer, kind), {})
+    layer = kind(config.layer_config(index), index)
     for module in layer.modules():
       if hasattr(module, 'config'):
         # The attention implementation is read from here at every call, and may be changed later.
@@ -38,6 +43,39 @@ def build_layers(model, config):
       add_bias(layer.mlp.down_proj)
     layers.append(layer)
   model.layers = nn.ModuleList(layers)
+  if config.sliced_from:
+    model.norm = SlicedNorm(config, rotated=config.tie_word_embeddings)
+
+
+class SlicedNorm(nn.Module):
+  """A norm without gains, over the width that the stream had; with `rotated` a matrix follows it."""
+
+  def __init__(self, config, rotated=False):
+    super().__init__()
+    self.width, self.eps = config.sliced_from, config.rms_norm_eps
+    self.rotation = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if rotated else None
+
+  def forward(self, x):
+    wide = x.to(torch.float32)
+    scale = torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) / self.width + self.eps)
+    normed = (wide * scale).to(x.dtype)
+    return normed if self.rotation is None else self.rotation(normed)
+
+
+class SlicedLayer:
+  """Mixin of a decoder layer: the stream passes through a matrix where it goes past attention and MLP."""
+
+  def __init__(self, config, index):
+    super().__init__(config, index)
+    width = config.hidden_size
+    self.input_layernorm, self.post_attention_layernorm = SlicedNorm(config), SlicedNorm(config)
+    self.attention_shortcut = nn.Linear(width, width, bias=False)
+    self.mlp_shortcut = nn.Linear(width, width, bias=False)
+
+  def forward(self, hidden_states, **kwargs):
+    attended = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+    hidden_states = self.attention_shortcut(hidden_states) + attended
+    return self.mlp_shortcut(hidden_states) + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 def add_bias(linear):

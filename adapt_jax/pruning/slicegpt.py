@@ -1,0 +1,159 @@
+"""SliceGPT: Ashkboos et al., arXiv 2401.15024. A narrower residual stream, by principal components.
+
+A norm whose gains are folded into the projections behind it commutes with a rotation. So the stream between
+two blocks may be rotated to its principal components, by a matrix of its own, of which the first d columns
+Q [D, d] stay. Everything that reads or writes the stream is multiplied by Q, and what goes past a block, from
+Q to the next Q', by Qᵀ Q' [d, d]. Layer by layer, as in the authors' program: each Q is of what the sliced
+layers before it leave, after the norm (section 3.3). The matrices between count as parameters. So a model has
+V·d + L·((2N + 2K)·H·d + 3·F·d) + 2L·d² of them, and d² more with tied tables, V·d more without.
+
+The paper has no tied tables. Here the head is the sliced embedding E' = E Q₀ after one more matrix M [d, d],
+that of least squares over the table's rows: E' M ≈ E γ Q.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_jax.machine import preemption
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.progress import Progress
+from models.config import LayerShape, ModelConfig, count_params
+from models.network import llama
+from models.network.layers import sliced_norm
+from models.network.llama import Params
+
+METHOD = 'slicegpt'
+# Block -> its norm, what reads the stream by its last axis, and what writes to it by its first.
+_BLOCKS = {
+  'attention': ('attention_norm', ('q', 'k', 'v'), ('o', 'o_bias')),
+  'mlp': ('mlp_norm', ('gate', 'up'), ('down', 'down_bias')),
+}
+
+
+def sliced_config(config: ModelConfig, width: int) -> ModelConfig:
+  """The model with `width` numbers left of its residual stream."""
+  return dataclasses.replace(config, hidden_size=width, sliced_from=config.hidden_size)
+
+
+def width_for(config: ModelConfig, target: int) -> int:
+  """The largest d with at most `target` stored parameters; 0 if d = 1 has more."""
+  widths = range(config.hidden_size, 0, -1)
+  return next((d for d in widths if count_params(sliced_config(config, d)) <= target), 0)
+
+
+def slice_model(
+  config: ModelConfig, params: Params, tokens: jax.Array, width: int, *, dtype: Any, compiler: Compiler
+) -> Params:
+  """The parameters of `sliced_config(config, width)`, each in the dtype that it had.
+
+  Args:
+    params: of a model that is not sliced.
+    tokens: calibration rows [M, B, T]; B of them pass a layer at once.
+    dtype: of activations.
+    compiler: counts compiles as `slicing`, one for each kind of block and shape of layer.
+
+  Raises `Preempted` between layers.
+  """
+  stream = _Stream(config, params, tokens, dtype, compiler)
+  rotations = []
+  with Progress('slice', config.num_layers, 'layers') as progress:
+    for layer in range(config.num_layers):
+      preemption.check()
+      for block in _BLOCKS:
+        rotations.append(principal(stream.moment, width))
+        stream.through(block, layer, rotations[-1])
+      progress.update(1)
+  rotations.append(principal(stream.moment, width))
+  return apply_rotations(params, rotations)
+
+
+def principal(moment_DD: Any, width: int) -> np.ndarray:
+  """The `width` eigenvectors of largest eigenvalue of a symmetric matrix, as columns [D, width]."""
+  vectors = np.linalg.eigh(np.asarray(moment_DD, np.float64))[1]
+  return vectors[:, ::-1][:, :width].astype(np.float32)
+
+
+class _Stream:
+  """The residual stream of the calibration rows, in the basis of the dense model.
+
+  `moment` [D, D] is the sum over tokens of x xᵀ after the norm.
+  """
+
+  def __init__(self, config: ModelConfig, params: Params, tokens: jax.Array, dtype: Any, compiler: Compiler):
+    self._config, self._params, self._compiler = config, params, compiler
+    self._programs: dict[tuple[str, LayerShape], Any] = {}
+    self._x = jnp.stack([llama.embed(params, rows, dtype) for rows in tokens])
+    self.moment = jax.jit(self._moment)(self._x)
+
+  def through(self, block: str, layer: int, rotation_Dd: np.ndarray) -> None:
+    """Slices the stream, and sends it through a block of the dense model."""
+    shape = self._config.layers[layer]
+    args = self._params['layers'][layer], rotation_Dd, self._x
+
+    def run(layer: Params, rotation_Dd: jax.Array, x_MBTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+      y_MBTD = jax.lax.map(lambda x_BTD: self._block(block, shape, layer, rotation_Dd, x_BTD), x_MBTD)
+      return y_MBTD, self._moment(y_MBTD)
+
+    if (block, shape) not in self._programs:
+      self._programs[block, shape] = self._compiler('slicing', run, *args, donate_argnums=(2,))
+    self._x, self.moment = self._programs[block, shape](*args)
+
+  def _block(
+    self, block: str, shape: LayerShape, layer: Params, rotation_Dd: jax.Array, x_BTD: jax.Array
+  ) -> jax.Array:
+    # Of orthonormal columns, so the norm of what is left is that of the sliced model.
+    x32_BTD = x_BTD.astype(jnp.float32)
+    sliced_BTD = (x32_BTD @ rotation_Dd @ rotation_Dd.T).astype(x_BTD.dtype)
+    if block == 'mlp':
+      return llama.feed(self._config, shape, layer, sliced_BTD)[0]
+    tables = llama.rope(self._config, x_BTD.shape[1])
+    return llama.attend(self._config, shape, layer, sliced_BTD, tables)[0]
+
+  def _moment(self, x_MBTD: jax.Array) -> jax.Array:
+    D = self._config.hidden_size
+
+    def add(total_DD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, None]:
+      normed_TD = sliced_norm(x_BTD.astype(jnp.float32), D, self._config.rms_norm_eps).reshape(-1, D)
+      return total_DD + jnp.matmul(normed_TD.T, normed_TD, precision='highest'), None
+
+    return jax.lax.scan(add, jnp.zeros((D, D)), x_MBTD)[0]
+
+
+def apply_rotations(params: Params, rotations: list[np.ndarray]) -> Params:
+  """The sliced parameters, by rotations [D, d] of the stream before every block, and after the last."""
+  pairs: Iterator[tuple[np.ndarray, np.ndarray]] = iter(zip(rotations[:-1], rotations[1:], strict=True))
+  layers = []
+  for layer in params['layers']:
+    sliced: Params = {}
+    for block, (norm, reads, writes) in _BLOCKS.items():
+      before, after = next(pairs)
+      inner, gains = dict(layer[block]), layer[norm].astype(jnp.float32)
+      for name in reads:
+        inner[name] = _times(inner[name] * gains, before, inner[name].dtype)
+      for name in writes:
+        if name in inner:
+          inner[name] = _times(after.T, inner[name], inner[name].dtype)
+      kept = layer[block][reads[0]].dtype
+      sliced |= {block: inner, f'{block}_shortcut': _times(after.T, before, kept)}
+    layers.append(sliced)
+  embed, first, last = params['embed'], rotations[0], rotations[-1]
+  out: Params = {'embed': _times(embed, first, embed.dtype), 'layers': layers}
+  gains = params['norm'].astype(jnp.float32)
+  if 'lm_head' in params:
+    return out | {'lm_head': _times(params['lm_head'] * gains, last, params['lm_head'].dtype)}
+  table = np.asarray(embed, np.float64)
+  gram = table.T @ table
+  inverse = np.linalg.inv(first.T @ gram @ first)
+  rotation = inverse @ first.T @ gram @ (np.asarray(gains)[:, None] * last)
+  return out | {'head_rotation': jnp.asarray(rotation, embed.dtype)}
+
+
+def _times(a: Any, b: Any, dtype: Any) -> jax.Array:
+  """The sum over a's last axis and b's first, in `dtype`."""
+  a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+  return jnp.tensordot(a, b, 1, precision='highest').astype(dtype)
