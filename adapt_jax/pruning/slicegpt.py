@@ -3,12 +3,14 @@
 A norm whose gains are folded into the projections behind it commutes with a rotation. So the stream between
 two blocks may be rotated to its principal components, by a matrix of its own, of which the first d columns
 Q [D, d] stay. Everything that reads or writes the stream is multiplied by Q, and what goes past a block, from
-Q to the next Q', by Qᵀ Q' [d, d]. Layer by layer, as in the authors' program: each Q is of what the sliced
-layers before it leave, after the norm (section 3.3). The matrices between count as parameters. So a model has
-V·d + L·((2N + 2K)·H·d + 3·F·d) + 2L·d² of them, and d² more with tied tables, V·d more without.
+Q to the next Q', by Qᵀ Q' [d, d]. Layer by layer and before the norm, as in the authors' program: each Q is
+of the stream that the sliced layers before it leave. (Section 3.3 has it after the norm: worse on SmolLM2.)
+The matrices between count as parameters. So a model has V·d + L·((2N + 2K)·H·d + 3·F·d) + 2L·d² of them, and
+d² more with tied tables, V·d more without.
 
 The paper has no tied tables. Here the head is the sliced embedding E' = E Q₀ after one more matrix M [d, d],
-that of least squares over the table's rows: E' M ≈ E γ Q.
+that of least squares over the table's rows: E' M ≈ E γ Q. And Q₀ is of the sum of two second moments, each
+over its trace: of the embeddings, and of the dense model's final hidden states, which meet the same table.
 """
 
 import dataclasses
@@ -24,7 +26,7 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.progress import Progress
 from models.config import LayerShape, ModelConfig, count_params
 from models.network import llama
-from models.network.layers import sliced_norm
+from models.network.layers import rms_norm
 from models.network.llama import Params
 
 METHOD = 'slicegpt'
@@ -60,16 +62,31 @@ def slice_model(
   Raises `Preempted` between layers.
   """
   stream = _Stream(config, params, tokens, dtype, compiler)
-  rotations = []
+  rotations = [principal(stream.moment, width)]
+  if config.tie_embeddings:
+    rotations = [principal(_of_both(stream), width)]
+    stream.start()
   with Progress('slice', config.num_layers, 'layers') as progress:
     for layer in range(config.num_layers):
       preemption.check()
       for block in _BLOCKS:
-        rotations.append(principal(stream.moment, width))
         stream.through(block, layer, rotations[-1])
+        rotations.append(principal(stream.moment, width))
       progress.update(1)
-  rotations.append(principal(stream.moment, width))
   return apply_rotations(params, rotations)
+
+
+def _of_both(stream: '_Stream') -> np.ndarray:
+  """The second moment of what enters the dense model and of what leaves it, alike. Uses up the stream."""
+  entering, layers = stream.moment, stream.config.num_layers
+  with Progress('slice: dense', layers, 'layers') as progress:
+    for layer in range(layers):
+      preemption.check()
+      for block in _BLOCKS:
+        stream.through(block, layer)
+      progress.update(1)
+  moments = (np.asarray(moment, np.float64) for moment in (entering, stream.final_moment()))
+  return sum(moment / np.trace(moment) for moment in moments)
 
 
 def principal(moment_DD: Any, width: int) -> np.ndarray:
@@ -81,47 +98,61 @@ def principal(moment_DD: Any, width: int) -> np.ndarray:
 class _Stream:
   """The residual stream of the calibration rows, in the basis of the dense model.
 
-  `moment` [D, D] is the sum over tokens of x xᵀ after the norm.
+  `moment` [D, D] is the sum over tokens of x xᵀ.
   """
 
+  moment: jax.Array
+
   def __init__(self, config: ModelConfig, params: Params, tokens: jax.Array, dtype: Any, compiler: Compiler):
-    self._config, self._params, self._compiler = config, params, compiler
+    self.config, self._params, self._tokens, self._dtype = config, params, tokens, dtype
+    self._compiler = compiler
     self._programs: dict[tuple[str, LayerShape], Any] = {}
-    self._x = jnp.stack([llama.embed(params, rows, dtype) for rows in tokens])
-    self.moment = jax.jit(self._moment)(self._x)
+    self.start()
 
-  def through(self, block: str, layer: int, rotation_Dd: np.ndarray) -> None:
-    """Slices the stream, and sends it through a block of the dense model."""
-    shape = self._config.layers[layer]
-    args = self._params['layers'][layer], rotation_Dd, self._x
+  def start(self) -> None:
+    """The embeddings, before the first block."""
+    self._x = jnp.stack([llama.embed(self._params, rows, self._dtype) for rows in self._tokens])
+    self.moment = jax.jit(_moment)(self._x)
 
-    def run(layer: Params, rotation_Dd: jax.Array, x_MBTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-      y_MBTD = jax.lax.map(lambda x_BTD: self._block(block, shape, layer, rotation_Dd, x_BTD), x_MBTD)
-      return y_MBTD, self._moment(y_MBTD)
+  def through(self, block: str, layer: int, rotation_Dd: np.ndarray | None = None) -> None:
+    """Slices the stream, if there is a rotation, and sends it through a block of the dense model."""
+    shape, whole = self.config.layers[layer], np.eye(self.config.hidden_size, dtype=np.float32)
+    # Of orthonormal columns, so the norm of what is left is that of the sliced model.
+    left_DD = whole if rotation_Dd is None else rotation_Dd @ rotation_Dd.T
+    args = self._params['layers'][layer], left_DD, self._x
+
+    def run(layer: Params, left_DD: jax.Array, x_MBTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+      def one(x_BTD: jax.Array) -> jax.Array:
+        x_BTD = (x_BTD.astype(jnp.float32) @ left_DD).astype(x_BTD.dtype)
+        if block == 'mlp':
+          return llama.feed(self.config, shape, layer, x_BTD)[0]
+        return llama.attend(self.config, shape, layer, x_BTD, llama.rope(self.config, x_BTD.shape[1]))[0]
+
+      y_MBTD = jax.lax.map(one, x_MBTD)
+      return y_MBTD, _moment(y_MBTD)
 
     if (block, shape) not in self._programs:
       self._programs[block, shape] = self._compiler('slicing', run, *args, donate_argnums=(2,))
     self._x, self.moment = self._programs[block, shape](*args)
 
-  def _block(
-    self, block: str, shape: LayerShape, layer: Params, rotation_Dd: jax.Array, x_BTD: jax.Array
-  ) -> jax.Array:
-    # Of orthonormal columns, so the norm of what is left is that of the sliced model.
-    x32_BTD = x_BTD.astype(jnp.float32)
-    sliced_BTD = (x32_BTD @ rotation_Dd @ rotation_Dd.T).astype(x_BTD.dtype)
-    if block == 'mlp':
-      return llama.feed(self._config, shape, layer, sliced_BTD)[0]
-    tables = llama.rope(self._config, x_BTD.shape[1])
-    return llama.attend(self._config, shape, layer, sliced_BTD, tables)[0]
+  def final_moment(self) -> jax.Array:
+    """As `moment`, after the final norm."""
 
-  def _moment(self, x_MBTD: jax.Array) -> jax.Array:
-    D = self._config.hidden_size
+    def of_normed(x_MBTD: jax.Array, weight_D: jax.Array) -> jax.Array:
+      return _moment(rms_norm(x_MBTD, weight_D, self.config.rms_norm_eps))
 
-    def add(total_DD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, None]:
-      normed_TD = sliced_norm(x_BTD.astype(jnp.float32), D, self._config.rms_norm_eps).reshape(-1, D)
-      return total_DD + jnp.matmul(normed_TD.T, normed_TD, precision='highest'), None
+    return jax.jit(of_normed)(self._x, self._params['norm'])
 
-    return jax.lax.scan(add, jnp.zeros((D, D)), x_MBTD)[0]
+
+def _moment(x_MBTD: jax.Array) -> jax.Array:
+  """The sum over tokens of x xᵀ in fp32, [D, D]."""
+  D = x_MBTD.shape[-1]
+
+  def add(total_DD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, None]:
+    x_TD = x_BTD.astype(jnp.float32).reshape(-1, D)
+    return total_DD + jnp.matmul(x_TD.T, x_TD, precision='highest'), None
+
+  return jax.lax.scan(add, jnp.zeros((D, D)), x_MBTD)[0]
 
 
 def apply_rotations(params: Params, rotations: list[np.ndarray]) -> Params:
