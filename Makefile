@@ -56,7 +56,7 @@ clean:
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 fetch: .venv/created
-	@$(PY) scripts/fetch_demo.py
+	@$(PY) -m adapt_jax.data.demo_files
 
 .venv: .venv/installed
 

@@ -27,7 +27,7 @@ from adapt_jax.evaluation.harness import check_tasks, evaluate_lm
 from adapt_jax.evaluation.harness_lm import FlaxLM
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import load_source
-from models.formats.source import open_source
+from adapt_jax.models.formats.source import open_source
 
 ROOT = pathlib.Path(__file__).parent.parent
 _CHOICE = {'output_type': 'multiple_choice', 'metric_list': [{'metric': 'acc'}, {'metric': 'acc_norm'}]}

@@ -21,13 +21,13 @@ import numpy as np
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import RunOptions
+from adapt_jax.configs import base
 from adapt_jax.data.train_set import TrainSet, open_train_set
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.training.optim import optimizer as make_optimizer
 from adapt_jax.training.step import make_step
 from benchmarks import side_by_side
-from configs import base
-from models.formats.source import Source, open_source
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = ROOT / 'data/SmolLM2-135M-Instruct.Q4_1.gguf'

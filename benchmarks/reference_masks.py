@@ -20,13 +20,13 @@ import numpy as np
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.formats.source import Source
+from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner
 from benchmarks.reference_parity import ROOT, reference_options, reference_params
-from models.formats.source import Source
-from models.network.llama import Params
 
 # Pruning steps of the reference whose masks are given.
 STEPS = (15, 16, 29)

@@ -19,10 +19,10 @@ import numpy as np
 from adapt_jax.config.options import CalibrationOptions, PruneOptions
 from adapt_jax.data.windows import Blocks
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.formats.source import Source, open_source
+from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner, StepRecord
-from models.formats.source import Source, open_source
-from models.network.llama import Params
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Parameters by which ours may be above the reference's after its last step: a fraction of what a step takes.

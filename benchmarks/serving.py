@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from models.formats.source import open_source
-from models.network import llama
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.network import llama
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SERVING = ROOT / '.venv-serving'

@@ -8,14 +8,14 @@ calibration: the text that is scored on, and how many rows of it, three draws ea
 interleave: the same model and training in 1 to 8 rounds of prune and recover (Fig. 4: perplexity-kept.svg).
 
 The method is the paper's, adapt; model, text and training are those of configs/demo.py (`make demo`, or
-scripts/fetch_demo.py, fetches them). All but interleave prune only. A grid that was killed goes on with the
+the recipe itself, fetches them). All but interleave prune only. A grid that was killed goes on with the
 same command; give other values as in
 --config.compare.grid="({'prune.amplitude': (0.0, 0.02)},)" --config.compare.x=prune.amplitude.
 """
 
 from ml_collections import ConfigDict
 
-from configs import demo
+from adapt_jax.configs import demo
 
 _GRIDS = {
   'amplitude': {'prune.target': (0.9, 0.8, 0.7), 'prune.amplitude': (0.0, 0.005, 0.01, 0.02, 0.04)},

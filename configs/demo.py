@@ -1,15 +1,14 @@
 """SmolLM2-135M-Instruct to 80 % of its parameters in three stages, on a laptop's CPU.
 
-    make demo
+    adapt-jax --config=demo --workdir=out/demo
 
-or, with the files of `scripts/fetch_demo.py` in place,
-
-    python main.py --config=configs/demo.py --workdir=out/demo
+In a checkout `make demo` does that. The model (98 MB) and the texts are fetched into data/ if they are
+not there.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from adapt_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ pruning leaves, are 1.05 B of the 1.5 B; what is left of the layers is 6 % of th
 
 from ml_collections import ConfigDict
 
-from configs import base
+from adapt_jax.configs import base
 
 STEPS = 5_000  # of 1,048,576 tokens each
 

@@ -7,7 +7,7 @@ data/wikitext-2/ or are named:
 
     --config.prune.calibration.source=wiki.train.tokens --config.evaluate.source=wiki.valid.tokens
 
-The model is that of configs/demo.py (`make demo`, or scripts/fetch_demo.py, fetches it). A method scores
+The model is that of configs/demo.py (`make demo`, or the first run, fetches it). A method scores
 16 x 256 tokens, drawn three times (median and range), the same ones for all that score once; adapt and
 uniform draw anew at every step, compensation reads the rows of the last one, magnitude sees none. Rivals are
 as their papers have them; rows with compensation show what that adds. About an hour and a quarter on two
@@ -16,7 +16,7 @@ cores.
 
 from ml_collections import ConfigDict
 
-from configs import demo
+from adapt_jax.configs import demo
 
 
 def get_config() -> ConfigDict:

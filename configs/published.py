@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import adapt
+from adapt_jax.configs import adapt
 
 SAMPLES = 7_714_363  # rows of all training sets together, as the authors counted them: one epoch
 TRAIN_SOURCES = (

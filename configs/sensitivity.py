@@ -2,14 +2,14 @@
 
     python main.py --mode=sensitivity --config=configs/sensitivity.py --workdir=out/sensitivity
 
-Model and text are those of configs/demo.py (`make demo`, or scripts/fetch_demo.py, fetches them). 30 layers
+Model and text are those of configs/demo.py (`make demo`, or the first run, fetches them). 30 layers
 on three bases are 90 evaluations: so few tokens each (4,096) that all take twenty minutes or so on two
 cores; the curves are as rough as that. Raise evaluate.max_tokens for finer ones.
 """
 
 from ml_collections import ConfigDict
 
-from configs import demo
+from adapt_jax.configs import demo
 
 
 def get_config() -> ConfigDict:

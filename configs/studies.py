@@ -17,7 +17,7 @@ take ten minutes or more; a grid that was killed goes on with the same command.
 
 from ml_collections import ConfigDict
 
-from configs import demo
+from adapt_jax.configs import demo
 
 KINDS = {'wiki': 'wiki.txt', 'web': 'web.jsonl', 'chat': 'chat.jsonl'}
 _FEW = 100 * 1024

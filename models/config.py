@@ -8,7 +8,7 @@ group, H head_dim, F MLP width, V vocabulary, L layers.
 
 import dataclasses
 
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
 # Hugging Face's `attention_bias` puts biases on their q, k, v and o; Qwen2 always has those of q, k, v.

@@ -6,7 +6,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-from models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, first_line
 
 
 def exists(path: pathlib.Path) -> bool:

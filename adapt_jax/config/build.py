@@ -10,7 +10,7 @@ from adapt_jax.config import rules
 from adapt_jax.config.declare import Declaration, declaration
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import grid, integers, numbers, strings
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 
 
 def defaults() -> dict[str, Any]:

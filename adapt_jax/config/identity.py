@@ -26,6 +26,14 @@ _READS = {
   'bench': ('seed', 'model', 'bench'),
 }  # fmt: skip
 
+# What a mode reads besides, or all of it where it has no workdir.
+_BESIDE = {
+  **dict.fromkeys(('accel', 'prune', 'evaluate'), ('mesh',)),
+  'compare': ('compare', 'mesh'),
+  'generate': ('seed', 'model', 'data.chat_template', 'generate', 'mesh'),
+  'plan': ('model', 'prune', 'train', 'evaluate.batch', 'evaluate.length', 'plan', 'mesh'),
+}
+
 
 def identity(mode: str, options: RunOptions) -> dict[str, Any]:
   """{'mode': …, 'config': groups of options}, as `run.json` has it."""
@@ -33,6 +41,12 @@ def identity(mode: str, options: RunOptions) -> dict[str, Any]:
   if mode == 'compare' and not options.compare.recover:  # its cells are only pruned
     reads = tuple(name for name in reads if name != 'train')
   return {'mode': mode, 'config': settings(options, reads)}
+
+
+def reads(mode: str, field: str) -> bool:
+  """Whether a mode reads an option such as 'prune.target', whatever its result depends on."""
+  named = (*_READS.get(mode, ()), *_BESIDE.get(mode, ()))
+  return any(field == name or field.startswith(f'{name}.') for name in named)
 
 
 def settings(options: RunOptions, reads: Sequence[str]) -> dict[str, Any]:

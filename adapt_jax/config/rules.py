@@ -6,7 +6,7 @@ import math
 from adapt_jax.config.mode_options import SensitivityOptions
 from adapt_jax.config.options import PROGRESSIVE, MeshOptions, PruneOptions, RunOptions, TrainOptions
 from adapt_jax.config.values import serving_multiples
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 
 
 def check(options: RunOptions) -> None:

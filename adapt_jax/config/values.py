@@ -7,7 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 from adapt_jax.config.declare import ALIGNMENT
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 
 TENSOR_PARALLEL = 'tensor_parallel='
 TEXT = 'text'  # the name of a text that has none

@@ -7,7 +7,7 @@ import copy
 import pathlib
 from typing import Any
 
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 
 # The prompt ends before the space, so that a word that begins the answer is the token that it is elsewhere.
 _PLAIN = (

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from adapt_jax.data import records
-from models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, first_line
 
 Source = tuple[str, ...]
 

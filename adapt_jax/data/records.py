@@ -13,7 +13,7 @@ A message is {role, content} or ShareGPT's {from, value}.
 import dataclasses
 from typing import Any
 
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 
 Message = dict[str, Any]  # 'role' and 'content' are strings; other keys go to the chat template
 Content = str | list[Message]

@@ -33,8 +33,8 @@ from adapt_jax.config.options import DataOptions
 from adapt_jax.data.documents import Document, fingerprint, read_documents
 from adapt_jax.data.tokenise import BATCH_CHARS, Encoded, encode_all, take
 from adapt_jax.machine.processes import WAITS, decide
-from models.errors import InputError, first_line
-from models.files import user_cache
+from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.files import user_cache
 
 TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its document
 

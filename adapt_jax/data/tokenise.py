@@ -16,7 +16,7 @@ import numpy as np
 
 from adapt_jax.data.documents import Document
 from adapt_jax.data.records import Message
-from models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, first_line
 
 BATCH_CHARS = 1 << 20  # tokenised in one call: enough to keep every core busy
 _ALONE_CHARS = 1 << 25  # before worker processes start, which takes seconds

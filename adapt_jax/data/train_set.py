@@ -14,7 +14,7 @@ from adapt_jax.data.documents import is_blocks
 from adapt_jax.data.order import Order
 from adapt_jax.data.token_cache import FIRST, TARGET, Need, TokenCache, open_cache, token_directory
 from adapt_jax.data.windows import check_vocab, map_blocks, token_ids
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 
 _FIELD = 'config.train.source'
 # Read at least: a short run shall draw from more than the first documents.

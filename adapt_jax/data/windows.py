@@ -10,7 +10,7 @@ import tqdm
 
 from adapt_jax.data.documents import Source, is_blocks, open_blocks, read_documents
 from adapt_jax.data.tokenise import BATCH_CHARS, encode, render, take
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,9 @@ import numpy as np
 
 from adapt_jax.config.options import EvaluateOptions
 from adapt_jax.machine.compiler import Compiler
-from models.config import ModelConfig
-from models.errors import InputError, first_line
-from models.network.llama import Params
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.network.llama import Params
 
 # The paper's protocol: task -> examples before each question.
 PAPER = {

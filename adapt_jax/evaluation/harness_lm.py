@@ -21,12 +21,12 @@ from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import put_rows
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.training import loss
-from models.config import ModelConfig
-from models.errors import InputError
-from models.network import llama
-from models.network.llama import Params
-from models.network.sharding import row_shards
 
 _SHORTEST = 32  # tokens of the shortest rows
 _FEW = 32  # tokens that are scored of a row with a short answer

@@ -13,12 +13,12 @@ from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import put_rows
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.training.loss import distillation, next_token_loss, shift, sum_over_chunks
-from models.config import ModelConfig
-from models.errors import InputError
-from models.network import llama
-from models.network.llama import Params
-from models.network.sharding import row_shards
 
 
 def definition(blocks: Blocks) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from adapt_jax.config.options import PROGRESSIVE
+from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.reports.report import RunReport, known_perplexities
 from adapt_jax.reports.summary import texts_rows
-from models.config import ModelConfig, count_params
 
 # Settings that only progressive methods read.
 _SCHEDULE = 'steps', 'ratio', 'amplitude', 'importance', 'layer_distance'

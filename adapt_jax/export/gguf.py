@@ -14,10 +14,10 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quant_shape_to
 
 from adapt_jax.export.gguf_vocab import add_tokenizer, check_gguf_tokenizer
 from adapt_jax.machine.progress import Progress
-from models.config import ModelConfig
-from models.errors import InputError, disk_full, first_line
-from models.files import new_file
-from models.formats.gguf_model import (
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError, disk_full, first_line
+from adapt_jax.models.files import new_file
+from adapt_jax.models.formats.gguf_model import (
   FAMILY_KEY,
   PERMUTED,
   PERMUTED_ARCHITECTURES,
@@ -27,8 +27,8 @@ from models.formats.gguf_model import (
   gguf_name,
   rope_divisors,
 )
-from models.formats.hf_weights import Leaf, host_tensors, leaves, lookup
-from models.network.llama import Params
+from adapt_jax.models.formats.hf_weights import Leaf, host_tensors, leaves, lookup
+from adapt_jax.models.network.llama import Params
 
 _FILE_TYPES = {
   'F32': LlamaFileType.ALL_F32,

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from gguf import GGUFWriter
 
-from models.errors import InputError
-from models.formats.gguf_tokenizer import (
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.gguf_tokenizer import (
   BYTE,
   CONTROL,
   NORMAL,

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from models.config import ModelConfig
-from models.errors import InputError, disk_full, first_line
-from models.files import new_directory, write_text
-from models.formats.hf_config import config_to_hf
-from models.formats.hf_weights import save_params
-from models.network.llama import Params
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError, disk_full, first_line
+from adapt_jax.models.files import new_directory, write_text
+from adapt_jax.models.formats.hf_config import config_to_hf
+from adapt_jax.models.formats.hf_weights import save_params
+from adapt_jax.models.network.llama import Params
 
 _CODE = pathlib.Path(__file__).parent / 'hf_code'
 _MLX_FILE = 'mlx_adapt.py'

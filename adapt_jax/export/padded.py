@@ -5,9 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from models.config import LayerShape, ModelConfig
-from models.errors import InputError
-from models.network.llama import Params
+from adapt_jax.models.config import LayerShape, ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network.llama import Params
 
 
 def padded_config(config: ModelConfig) -> ModelConfig:

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax.machine.mesh import put_rows
-from models.config import ModelConfig
-from models.errors import InputError
-from models.formats.gguf_model import STORED_DTYPES
-from models.formats.hf_weights import TensorReader, host_tensors
-from models.formats.source import open_source
-from models.network import llama
-from models.network.llama import Params
-from models.network.sharding import row_shards, shardings
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.gguf_model import STORED_DTYPES
+from adapt_jax.models.formats.hf_weights import TensorReader, host_tensors
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.sharding import row_shards, shardings
 
 _TEXTS = (
   'The quick brown fox jumps over the lazy dog.',

@@ -19,13 +19,13 @@ from adapt_jax.export.padded import pad, padded_config
 from adapt_jax.export.verify import check
 from adapt_jax.machine import mesh
 from adapt_jax.machine.processes import decide, is_first, say
+from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.models.files import beside, exists, new_directory, write_text
+from adapt_jax.models.formats.gguf_model import STORED_DTYPES
+from adapt_jax.models.formats.safetensors import read_json
+from adapt_jax.models.formats.source import Source, open_source
+from adapt_jax.models.network.llama import Params
 from adapt_jax.reports.report import RunReport
-from models.config import ModelConfig, count_params
-from models.files import beside, exists, new_directory, write_text
-from models.formats.gguf_model import STORED_DTYPES
-from models.formats.safetensors import read_json
-from models.formats.source import Source, open_source
-from models.network.llama import Params
 
 _GGUF_TYPES = {dtype.name: kind.name for kind, dtype in STORED_DTYPES.items()}
 Written = dict[str, dict[str, Any]]  # file, or '' for the directory -> what is known of it

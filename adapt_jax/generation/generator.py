@@ -13,12 +13,12 @@ from adapt_jax.generation.sampling import GREEDY, Sampling, sample
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import put_rows
 from adapt_jax.machine.progress import Progress
-from models.config import ModelConfig
-from models.errors import InputError
-from models.network import kv_cache
-from models.network.backend import loop_options
-from models.network.llama import Params
-from models.network.sharding import row_shards
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import kv_cache
+from adapt_jax.models.network.backend import loop_options
+from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.sharding import row_shards
 
 State = dict[str, Any]
 

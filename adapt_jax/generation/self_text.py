@@ -27,8 +27,8 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import load_source
 from adapt_jax.machine.processes import WAITS, decide, say
 from adapt_jax.machine.progress import Progress
-from models.errors import InputError, first_line
-from models.formats.source import Source
+from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.formats.source import Source
 
 _VERSION = 1  # of how rows are drawn
 _BATCH = 16  # rows at once

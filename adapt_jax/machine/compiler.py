@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from adapt_jax.machine import mesh
-from models.files import user_cache
-from models.network.backend import compiler_options
+from adapt_jax.models.files import user_cache
+from adapt_jax.models.network.backend import compiler_options
 
 # JAX keeps what took a second to compile; of the small there are hundreds. Nothing is deleted: with a limit
 # of size, a kill between two files of an entry ends JAX's keeping for good (jax-ml/jax#39880).

@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from adapt_jax.config.options import MeshOptions, RunOptions
-from models.config import ModelConfig
-from models.errors import InputError
-from models.formats.source import Source
-from models.network import sharding
-from models.network.backend import compiler_options
-from models.network.llama import Params
-from models.network.sharding import AXES, row_sharding, row_shards, shardings
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import Source
+from adapt_jax.models.network import sharding
+from adapt_jax.models.network.backend import compiler_options
+from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.sharding import AXES, row_sharding, row_shards, shardings
 
 
 def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:

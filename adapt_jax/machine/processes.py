@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint
 from jax.experimental import multihost_utils
 
-from models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, first_line
 
 MODES = ('auto', 'on', 'off')
 _PATIENCE_MS = 7 * 24 * 3_600_000  # in which another process is given up sooner, where it has died

@@ -19,13 +19,13 @@ from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import write_text
+from adapt_jax.models.formats.source import Source, open_source
+from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.report import BenchReport, versions, write_report
-from models.config import ModelConfig, count_params
-from models.errors import InputError
-from models.files import write_text
-from models.formats.source import Source, open_source
-from models.network.backend import compute_dtype
 
 _FASTER = 1.05  # below, a ratio of speeds is no gain
 _ALIGNED = {'gpu': 64, 'tpu': 128}  # widths that fill the tiles of their matrix units

@@ -20,6 +20,10 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.machine import preemption
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.config import count_params
+from adapt_jax.models.errors import InputError, disk_full, first_line
+from adapt_jax.models.files import write_text
+from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.modes import compare_grid, compare_page
 from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.inputs import Inputs, load
@@ -32,10 +36,6 @@ from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import slicegpt
 from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.reports.report import CellReport, ComparisonReport, read_report, versions, write_report
-from models.config import count_params
-from models.errors import InputError, disk_full, first_line
-from models.files import write_text
-from models.formats.source import Source, open_source
 
 CELLS, ERROR = 'cells', 'error.txt'
 # What a grid cannot vary: its cells share model and devices, and the last three say nothing to a cell.

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 
 Grid = Sequence[dict[str, tuple[Any, ...]]]
 Tree = dict[str, Any]

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from adapt_jax.models.files import write_text
 from adapt_jax.modes.compare_grid import short, show
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports import charts
@@ -20,7 +21,6 @@ from adapt_jax.reports.charts import Series
 from adapt_jax.reports.page import cards, page
 from adapt_jax.reports.report import CellReport, ComparisonReport, TextReport
 from adapt_jax.reports.summary import excess as text_excess
-from models.files import write_text
 
 Json = dict[str, Any]
 Rows = list[list[str]]

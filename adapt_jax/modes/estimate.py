@@ -22,6 +22,12 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.machine import mesh
 from adapt_jax.machine.mesh import rows_at_once
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.config import LayerShape, ModelConfig, count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_config
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.backend import compute_dtype, made_for
+from adapt_jax.models.network.sharding import placed, row_sharding
 from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import programs as pruning_programs
@@ -32,12 +38,6 @@ from adapt_jax.pruning.widths import Allocator, Widths
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import batch_shapes, make_step
 from adapt_jax.training.teacher_cache import likeliest
-from models.config import LayerShape, ModelConfig, count_params
-from models.errors import InputError
-from models.formats.source import open_config
-from models.network import llama
-from models.network.backend import compute_dtype, made_for
-from models.network.sharding import placed, row_sharding
 
 # Passes of the CPU backend that are left out, see above.
 _NOT_ON_CPU = 'while-loop-invariant-code-motion,cpu-all-reduce-combiner,cse_barrier_expander'

@@ -10,14 +10,14 @@ from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.machine.processes import say
+from adapt_jax.models.config import count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.report import EvaluationReport, TextReport, versions, write_report
 from adapt_jax.reports.summary import tasks_table
-from models.config import count_params
-from models.errors import InputError
-from models.formats.source import open_source
-from models.network.backend import compute_dtype
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:

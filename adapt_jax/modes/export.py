@@ -9,6 +9,12 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, lineage, written_dtype
 from adapt_jax.machine.mesh import check_model, load_source
+from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import exists
+from adapt_jax.models.formats.safetensors import read_json
+from adapt_jax.models.formats.source import Source, open_source
+from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.checkpoint import Checkpoints
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.run_report import run_report
@@ -17,12 +23,6 @@ from adapt_jax.pipeline.state import array_shapes, from_meta
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.report import RunReport, versions, write_report
 from adapt_jax.training.optim import optimizer
-from models.config import ModelConfig, count_params
-from models.errors import InputError
-from models.files import exists
-from models.formats.safetensors import read_json
-from models.formats.source import Source, open_source
-from models.network.llama import Params
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:

@@ -12,10 +12,10 @@ from adapt_jax.generation.sampling import Sampling
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.machine.progress import Progress
-from models.config import count_params
-from models.errors import InputError
-from models.formats.source import Source, open_source
-from models.network.backend import compute_dtype
+from adapt_jax.models.config import count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import Source, open_source
+from adapt_jax.models.network.backend import compute_dtype
 
 
 def stop_ids(source: Source, tokenizer: Any) -> frozenset[int]:

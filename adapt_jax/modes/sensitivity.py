@@ -20,6 +20,12 @@ from adapt_jax.evaluation.perplexity import batch_size, batches, definition
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.backend import loop_options
+from adapt_jax.models.network.layers import rms_norm
+from adapt_jax.models.network.llama import Params
 from adapt_jax.modes import sensitivity_page
 from adapt_jax.pipeline.inputs import Inputs, prepare
 from adapt_jax.pipeline.metrics import MetricsLog
@@ -31,12 +37,6 @@ from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.widths import Allocator
 from adapt_jax.reports.report import SensitivityReport, versions, write_report
 from adapt_jax.training.loss import next_token_loss
-from models.config import ModelConfig, count_params
-from models.errors import InputError
-from models.network import llama
-from models.network.backend import loop_options
-from models.network.layers import rms_norm
-from models.network.llama import Params
 
 
 def narrow(

@@ -5,12 +5,12 @@ import html
 import io
 from collections.abc import Iterator
 
+from adapt_jax.models.files import write_text
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
 from adapt_jax.reports.page import cards, page
 from adapt_jax.reports.report import SensitivityReport
-from models.files import write_text
 
 MARKDOWN, CSV = 'sensitivity.md', 'sensitivity.csv'
 _WHAT = {

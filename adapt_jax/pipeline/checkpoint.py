@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from adapt_jax.machine.processes import decide
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 
 
 class _Manager(ocp.CheckpointManager):

@@ -9,14 +9,14 @@ from adapt_jax.data.documents import check_source
 from adapt_jax.export.writer import check_result
 from adapt_jax.generation import self_text
 from adapt_jax.machine import mesh
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import sharding
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pipeline.loader import evaluation_field
 from adapt_jax.pipeline.schedule import stage_steps, target_params
 from adapt_jax.pruning import serving_widths, slicegpt
 from adapt_jax.pruning.methods import METHODS
-from models.config import ModelConfig
-from models.errors import InputError
-from models.network import sharding
 
 _MAY_BE_OWN = ('prune.calibration.source', 'train.source')  # text that the model has written
 # Fields of prune that a run of SliceGPT cannot have otherwise.

@@ -7,10 +7,10 @@ import jax
 
 from adapt_jax.machine import mesh
 from adapt_jax.machine.mesh import load_source
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.formats.source import Source
+from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning import surgery
-from models.config import ModelConfig
-from models.formats.source import Source
-from models.network.llama import Params
 
 
 @dataclasses.dataclass(frozen=True)

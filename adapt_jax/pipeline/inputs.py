@@ -7,12 +7,12 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.data.train_set import TrainSet
 from adapt_jax.data.windows import Blocks
 from adapt_jax.export.writer import check_tokenizer
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.formats.source import Source, open_source
+from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.loader import Loader
-from models.config import ModelConfig
-from models.formats.source import Source, open_source
-from models.network.backend import compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)

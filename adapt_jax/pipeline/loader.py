@@ -18,9 +18,9 @@ from adapt_jax.data.train_set import TrainSet, open_train_set
 from adapt_jax.data.windows import Blocks, check_vocab, load_blocks, load_stream, mixed
 from adapt_jax.generation import self_text
 from adapt_jax.machine.processes import decide
-from models.errors import InputError
-from models.formats.source import Source
-from models.network.backend import compute_dtype
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import Source
+from adapt_jax.models.network.backend import compute_dtype
 
 # A source is read this far at least, so that draws cover more than its first documents; a stream of a
 # hub data set has to end somewhere.

@@ -6,8 +6,8 @@ from typing import Any
 
 from adapt_jax.config.values import TEXT
 from adapt_jax.machine.processes import is_first
+from adapt_jax.models.files import write_text
 from adapt_jax.reports import tensorboard
-from models.files import write_text
 
 
 class MetricsLog:

@@ -7,12 +7,12 @@ from adapt_jax.config.values import TEXT
 from adapt_jax.evaluation.harness import TaskScores, evaluate_tasks
 from adapt_jax.evaluation.perplexity import Evaluator, Reference
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.shared import Shared
 from adapt_jax.reports.report import Of
-from models.config import ModelConfig
-from models.network.llama import Params
 
 
 def dense_key(options: RunOptions) -> Any:

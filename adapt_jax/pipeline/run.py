@@ -12,6 +12,7 @@ from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.preemption import Preempted
 from adapt_jax.machine.processes import is_first
+from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
@@ -24,7 +25,6 @@ from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports import run_page
 from adapt_jax.reports.report import Of, RunReport, StageReport, versions, write_report
 from adapt_jax.training.optim import optimizer
-from models.config import ModelConfig, count_params
 
 
 class Run:

@@ -5,12 +5,12 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from adapt_jax.config.options import RunOptions
+from adapt_jax.models.config import count_params
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.reports.report import PerplexityReport, RunReport, StageReport, TextReport, settings
-from models.config import count_params
 
 _T = TypeVar('_T')
 

@@ -4,8 +4,8 @@ import dataclasses
 import math
 
 from adapt_jax.config.options import RunOptions, TrainOptions
-from models.config import ModelConfig, count_params
-from models.errors import InputError
+from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.models.errors import InputError
 
 
 def target_params(config: ModelConfig, target: float) -> int:

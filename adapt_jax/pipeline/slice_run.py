@@ -14,6 +14,7 @@ from adapt_jax.export.writer import Writer, written_dtype
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.preemption import Preempted
+from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
@@ -26,7 +27,6 @@ from adapt_jax.pruning import programs, slicegpt
 from adapt_jax.pruning.plan import PruneState
 from adapt_jax.reports import run_page
 from adapt_jax.reports.report import RunReport, StageReport, versions, write_report
-from models.config import ModelConfig, count_params
 
 
 class SliceRun:

@@ -15,6 +15,11 @@ import optax
 
 from adapt_jax.config.values import TEXT
 from adapt_jax.machine.processes import decide, is_first, say
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import write_text
+from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.sharding import placed
 from adapt_jax.pipeline.checkpoint import Checkpoints
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.metrics import MetricsLog
@@ -23,11 +28,6 @@ from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.reports.report import Of, StageReport, Tasks
 from adapt_jax.training.step import TrainState
-from models.config import ModelConfig
-from models.errors import InputError
-from models.files import write_text
-from models.network.llama import Params
-from models.network.sharding import placed
 
 
 @dataclasses.dataclass

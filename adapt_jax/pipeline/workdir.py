@@ -7,8 +7,8 @@ from typing import Any
 
 from adapt_jax.config.build import defaults, flatten
 from adapt_jax.machine.processes import is_first
-from models.errors import InputError
-from models.files import write_text
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import write_text
 
 
 class Workdir:

@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.sharding import constrain, constrain_params
 from adapt_jax.pruning import curvature
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
-from models.config import ModelConfig
-from models.network import llama
-from models.network.llama import Params
-from models.network.sharding import constrain, constrain_params
 
 # λ as a share of the mean of Σ c², and m above.
 RIDGE, PULL = 0.2, 0.5

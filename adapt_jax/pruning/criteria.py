@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning.surgery import GROUP_AXES
-from models.network.llama import Params
 
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:

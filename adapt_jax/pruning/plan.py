@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from models.config import LayerShape, ModelConfig, count_params
-from models.errors import InputError
+from adapt_jax.models.config import LayerShape, ModelConfig, count_params
+from adapt_jax.models.errors import InputError
 
 
 class LayerWidths(TypedDict):

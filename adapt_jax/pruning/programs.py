@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from adapt_jax.config.options import CalibrationOptions, PruneOptions
 from adapt_jax.machine.mesh import rows_at_once
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.network.sharding import row_sharding
 from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.scorer import Scorer
-from models.config import ModelConfig
-from models.network.sharding import row_sharding
 
 
 def scoring(config: ModelConfig, options: PruneOptions, dtype: Any) -> Scorer:

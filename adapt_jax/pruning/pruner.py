@@ -19,6 +19,10 @@ from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.processes import decide, say
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network.backend import loop_options
+from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning import programs, surgery
 from adapt_jax.pruning.compensate import add
 from adapt_jax.pruning.methods import METHODS
@@ -27,10 +31,6 @@ from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.score_memo import ScoreMemo
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.scores import Scores
-from models.config import ModelConfig
-from models.errors import InputError
-from models.network.backend import loop_options
-from models.network.llama import Params
 
 
 @dataclasses.dataclass(frozen=True)

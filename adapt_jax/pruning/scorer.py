@@ -13,6 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adapt_jax.models.config import LayerShape, ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.layers import rms_norm
+from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.sharding import constrain, constrain_params, row_shards
 from adapt_jax.pruning import curvature
 from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES, fold_heads, group_scores
 from adapt_jax.pruning.scores import Scores
@@ -23,12 +29,6 @@ from adapt_jax.training.loss import (
   shift,
   sum_over_chunks,
 )
-from models.config import LayerShape, ModelConfig
-from models.errors import InputError
-from models.network import llama
-from models.network.layers import rms_norm
-from models.network.llama import Params
-from models.network.sharding import constrain, constrain_params, row_shards
 
 # Mean and variance over tokens of what enters o_proj and down_proj, by column: {'o': …, 'down': …}.
 Moments = dict[str, tuple[jax.Array, jax.Array]]

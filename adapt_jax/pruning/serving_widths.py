@@ -5,9 +5,9 @@ import math
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import TENSOR_PARALLEL, serving_multiples
-from models.config import ModelConfig
-from models.errors import InputError
-from models.network import sharding
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import sharding
 
 
 def aligned(options: RunOptions) -> RunOptions:

@@ -24,10 +24,10 @@ import numpy as np
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.progress import Progress
-from models.config import LayerShape, ModelConfig, count_params
-from models.network import llama
-from models.network.layers import rms_norm
-from models.network.llama import Params
+from adapt_jax.models.config import LayerShape, ModelConfig, count_params
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.layers import rms_norm
+from adapt_jax.models.network.llama import Params
 
 METHOD = 'slicegpt'
 # Block -> its norm, what reads the stream by its last axis, and what writes to it by its first.

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning.plan import PrunePlan
-from models.config import ModelConfig
-from models.network.llama import Params
 
 # Leaf -> the axis that counts its groups. Leaves not named here are never pruned.
 GROUP_AXES = {

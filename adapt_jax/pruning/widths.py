@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from adapt_jax.config.declare import MAX_SPARSITY
-from models.config import ModelConfig, channel_params, count_params, kv_group_params, layer_params
+from adapt_jax.models.config import ModelConfig, channel_params, count_params, kv_group_params, layer_params
 
 # Steps' worth that the landing may take on one set of scores, where a KV group had to be passed over.
 MAX_LANDING = 2.0

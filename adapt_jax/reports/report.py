@@ -13,7 +13,7 @@ from typing import Any, Literal, Required, TypedDict
 from adapt_jax.config import identity
 from adapt_jax.config.options import RunOptions
 from adapt_jax.machine.processes import is_first
-from models.files import write_text
+from adapt_jax.models.files import write_text
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'numpy')
 

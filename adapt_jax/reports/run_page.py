@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from adapt_jax.config.values import TEXT
+from adapt_jax.models.files import write_text
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
 from adapt_jax.reports.page import cards, html_table, page
@@ -23,7 +24,6 @@ from adapt_jax.reports.report import (
   known_perplexities,
 )
 from adapt_jax.reports.summary import excess, tasks_rows, texts_rows, warning
-from models.files import write_text
 
 Json = dict[str, Any]
 

@@ -12,10 +12,10 @@ from adapt_jax.data.train_set import TrainSet
 from adapt_jax.machine import preemption
 from adapt_jax.machine.mesh import put_rows
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.errors import InputError
 from adapt_jax.training.optim import learning_rate
 from adapt_jax.training.step import Teacher, TrainState
 from adapt_jax.training.teacher_cache import TaughtSet
-from models.errors import InputError
 
 Metrics = dict[str, float]
 

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.network.backend import on_cpu
-from models.network.llama import head_logits
-from models.network.matmul import dot
-from models.network.sharding import constrain, row_shards
+from adapt_jax.models.network.backend import on_cpu
+from adapt_jax.models.network.llama import head_logits
+from adapt_jax.models.network.matmul import dot
+from adapt_jax.models.network.sharding import constrain, row_shards
 
 # Logits held at once on a device, in fp32: 32 MiB on a CPU; elsewhere 16 times that, since each chunk
 # reads and writes the gradient of the whole head.

@@ -10,6 +10,11 @@ import optax
 
 from adapt_jax.config.options import TrainOptions
 from adapt_jax.machine.mesh import rows_at_once
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.backend import on_cpu
+from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.sharding import constrain, constrain_params, row_sharding
 from adapt_jax.training.loss import (
   ChunkLoss,
   cached_distillation,
@@ -18,11 +23,6 @@ from adapt_jax.training.loss import (
   shift,
   sum_over_chunks,
 )
-from models.config import ModelConfig
-from models.network import llama
-from models.network.backend import on_cpu
-from models.network.llama import Params
-from models.network.sharding import constrain, constrain_params, row_sharding
 
 # {'params': fp32 master weights, 'optimizer': optax state}
 TrainState = dict[str, Any]

@@ -28,13 +28,13 @@ from adapt_jax.machine import mesh, preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.processes import decide, is_first
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import write_text
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.llama import Params
 from adapt_jax.training.loss import teacher_top
 from adapt_jax.training.step import Teacher
-from models.config import ModelConfig
-from models.errors import InputError
-from models.files import write_text
-from models.network import llama
-from models.network.llama import Params
 
 _LOWEST = -1e4  # log p that float16 holds, and whose p is 0
 _FILES = ('ids', 'log_p', 'check')

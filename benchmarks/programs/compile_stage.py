@@ -15,17 +15,17 @@ import numpy as np
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import TrainOptions
+from adapt_jax.configs import base
 from adapt_jax.evaluation.perplexity import _Loss
 from adapt_jax.machine import mesh
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.backend import compiler_options, loop_options
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import make_step
-from configs import base
-from models.config import LayerShape, ModelConfig, RopeConfig
-from models.network import llama
-from models.network.backend import compiler_options, loop_options
 
 
 def dense_config(shape: dict[str, Any]) -> ModelConfig:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import main
+from adapt_jax import cli
 from adapt_jax.export import writer
 from adapt_jax.modes import export
 from benchmarks.programs.export_usage import Peak, now, since
@@ -36,7 +36,7 @@ def run(source: str, out: str) -> None:
   sys.argv = ['main.py', '--config=configs/base.py', '--mode=export', f'--workdir={out}']
   sys.argv += [f'--config.model.source={source}', '--config.export.formats=hf']
   try:
-    main._run()
+    cli.run()
   except SystemExit as end:
     if end.code:
       raise

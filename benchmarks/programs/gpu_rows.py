@@ -21,8 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.configs import base
 from adapt_jax.generation.generator import Generator, Timings, bucket
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.formats.hf_config import config_to_hf
+from adapt_jax.models.network import attention as attention_forms
+from adapt_jax.models.network import flash, llama
 from adapt_jax.modes.estimate import forward_flops
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
@@ -30,11 +35,6 @@ from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import make_step
 from benchmarks.gpu import ROWS, TOY, Row
-from configs import base
-from models.config import LayerShape, ModelConfig, RopeConfig, count_params
-from models.formats.hf_config import config_to_hf
-from models.network import attention as attention_forms
-from models.network import flash, llama
 
 BF16 = jnp.dtype(jnp.bfloat16)
 

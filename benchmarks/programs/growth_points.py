@@ -12,6 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.backend import compiler_options, loop_options
 from adapt_jax.modes.estimate import forward_flops
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
@@ -19,9 +22,6 @@ from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import make_step
 from benchmarks.programs.compile_stage import train_options
-from models.config import LayerShape, ModelConfig, RopeConfig
-from models.network import llama
-from models.network.backend import compiler_options, loop_options
 
 LENGTH, HEAD_DIM, VOCAB, MICRO = 128, 32, 512, 8
 

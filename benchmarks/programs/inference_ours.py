@@ -16,8 +16,8 @@ from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.generation.generator import Generator, Timings
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import load_source
-from models.config import ModelConfig, count_params
-from models.formats.source import open_source
+from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.models.formats.source import open_source
 
 
 def random_ids(vocab: int, rows: int, length: int) -> np.ndarray:

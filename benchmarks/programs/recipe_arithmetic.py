@@ -10,10 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.configs import published
 from adapt_jax.modes.estimate import Footprint, stage_configs
 from adapt_jax.pipeline.schedule import stage_steps
 from benchmarks.programs.compile_stage import dense_config
-from configs import published
 
 
 def arithmetic(recipe: str, shape: dict[str, Any]) -> dict[str, float]:

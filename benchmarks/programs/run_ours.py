@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from adapt_jax.generation.generator import Generator, Timings
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.formats.source import open_source
 from benchmarks.serving import logprobs
-from models.formats.source import open_source
 
 
 def main(directory: str, prompts: str, out: str, _: str) -> None:

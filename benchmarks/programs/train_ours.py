@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.configs import base
 from adapt_jax.machine.compiler import Compiler, forget_traces
+from adapt_jax.models.formats.source import open_source
 from adapt_jax.training.optim import optimizer as make_optimizer
 from adapt_jax.training.step import make_step
-from configs import base
-from models.formats.source import open_source
 
 BATCH, LENGTH = 4, 256
 

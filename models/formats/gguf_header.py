@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 
 # The tensor types that are read: three stored as they are, three dequantised to float32.
 TENSOR_TYPES = {

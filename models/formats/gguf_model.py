@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-from models.config import FAMILIES, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
-from models.errors import InputError
-from models.formats.gguf_header import TENSOR_TYPES, GgufFile, open_file
-from models.network.rope import inverse_frequencies
+from adapt_jax.models.config import FAMILIES, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.gguf_header import TENSOR_TYPES, GgufFile, open_file
+from adapt_jax.models.network.rope import inverse_frequencies
 
 # Architectures whose function this decoder computes; Mistral models say llama, and deci is a llama
 # whose widths differ by layer.

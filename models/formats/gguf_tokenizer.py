@@ -6,8 +6,8 @@ transformers' own conversion needs torch and ignores SmolLM's splitting of digit
 import os
 from typing import Any
 
-from models.errors import InputError
-from models.formats.gguf_header import GgufFile, open_file
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.gguf_header import GgufFile, open_file
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of tokenizer.ggml.token_type
 SPACE = '▁'  # how SentencePiece writes a space

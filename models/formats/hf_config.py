@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from models.config import (
+from adapt_jax.models.config import (
   ATTENTION_BIAS_FAMILIES,
   FAMILIES,
   LayerShape,
@@ -11,7 +11,7 @@ from models.config import (
   ModelConfig,
   RopeConfig,
 )
-from models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, first_line
 
 # model_type in config.json -> the family that computes the same function. `adapt_*` are our own
 # exports: the stock architecture with per-layer widths or output biases.

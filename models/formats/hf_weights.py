@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from models.config import ModelConfig
-from models.errors import InputError, first_line
-from models.files import write_text
-from models.formats.safetensors import INDEX_NAME, write_tensors
-from models.network.llama import Params, abstract_params
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.files import write_text
+from adapt_jax.models.formats.safetensors import INDEX_NAME, write_tensors
+from adapt_jax.models.network.llama import Params, abstract_params
 
 _TAKEN_OVER = 64  # memory at such addresses JAX uses as a CPU device's own
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from models.errors import InputError, first_line
-from models.files import exists
+from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.files import exists
 
 DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # of safetensors -> of numpy
 _CODES = {name: code for code, name in DTYPES.items()}

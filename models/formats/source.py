@@ -7,12 +7,12 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from models.config import ModelConfig
-from models.errors import InputError, first_line
-from models.files import exists
-from models.formats import gguf_model, gguf_tokenizer
-from models.formats.hf_config import config_from_hf
-from models.formats.hf_weights import (
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.files import exists
+from adapt_jax.models.formats import gguf_model, gguf_tokenizer
+from adapt_jax.models.formats.hf_config import config_from_hf
+from adapt_jax.models.formats.hf_weights import (
   TensorReader,
   abstract_stored_params,
   check_tensors,
@@ -20,8 +20,8 @@ from models.formats.hf_weights import (
   load_params,
   stored_params,
 )
-from models.formats.safetensors import SafetensorsReader, read_json
-from models.network.llama import Params
+from adapt_jax.models.formats.safetensors import SafetensorsReader, read_json
+from adapt_jax.models.network.llama import Params
 
 _HUB_FILES = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 # Subfolders hold other formats, and Mistral's and Meta's own files the same weights once more.

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.network import flash
-from models.network.backend import on_cpu
-from models.network.matmul import batch_product
+from adapt_jax.models.network import flash
+from adapt_jax.models.network.backend import on_cpu
+from adapt_jax.models.network.matmul import batch_product
 
 WHOLE = 2048  # tokens of a row, above which its attention is computed in a loop over blocks of queries
 BLOCK, BLOCKS = 256, 4  # below, on a CPU: the fewest queries of a block, the most blocks

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.config import ModelConfig
-from models.network import llama
-from models.network.layers import DecoderLayer
-from models.network.llama import Params
-from models.network.rope import rope_tables
-from models.network.sharding import constrain
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.layers import DecoderLayer
+from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.rope import rope_tables
+from adapt_jax.models.network.sharding import constrain
 
 Cache = list[dict[str, jax.Array]]
 

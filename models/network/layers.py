@@ -10,11 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.config import LayerShape, ModelConfig
-from models.network.attention import cached_attention, causal_attention
-from models.network.matmul import is_single_row, product
-from models.network.rope import apply_rope
-from models.network.sharding import constrain
+from adapt_jax.models.config import LayerShape, ModelConfig
+from adapt_jax.models.network.attention import cached_attention, causal_attention
+from adapt_jax.models.network.matmul import is_single_row, product
+from adapt_jax.models.network.rope import apply_rope
+from adapt_jax.models.network.sharding import constrain
 
 _init = nn.initializers.normal(0.02)
 

@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.config import LayerShape, ModelConfig
-from models.network.layers import DecoderLayer, project, rms_norm, sliced_norm
-from models.network.matmul import PRODUCT, dot
-from models.network.rope import rope_tables
-from models.network.sharding import constrain, gather_no_earlier
+from adapt_jax.models.config import LayerShape, ModelConfig
+from adapt_jax.models.network.layers import DecoderLayer, project, rms_norm, sliced_norm
+from adapt_jax.models.network.matmul import PRODUCT, dot
+from adapt_jax.models.network.rope import rope_tables
+from adapt_jax.models.network.sharding import constrain, gather_no_earlier
 
 Params = dict[str, Any]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from models.network.backend import on_cpu
+from adapt_jax.models.network.backend import on_cpu
 
 # Name of every product's result, for policies of rematerialisation.
 PRODUCT = 'product'

@@ -3,10 +3,10 @@
 import pytest
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.configs import published
+from adapt_jax.models.config import count_params
 from benchmarks import compile_time, side_by_side
 from benchmarks.programs import compile_stage, recipe_arithmetic
-from configs import published
-from models.config import count_params
 
 TOY = dict(
   layers=3, hidden=32, head_dim=8, heads=4, kv=2, ffn=64, vocab=128, rows=4, micro=2, length=16

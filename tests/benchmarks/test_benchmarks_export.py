@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from adapt_jax.models.config import count_params
+from adapt_jax.models.formats.source import open_source
 from benchmarks import export
-from models.config import count_params
-from models.formats.source import open_source
 
 
 @pytest.fixture(scope='module')

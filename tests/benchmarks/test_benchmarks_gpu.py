@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.formats.hf_config import config_to_hf
+from adapt_jax.models.formats.hf_weights import host_tensors
+from adapt_jax.models.network import llama
 from adapt_jax.modes.estimate import forward_flops
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from benchmarks import gpu, side_by_side
 from benchmarks.programs import gpu_rows
-from models.config import LayerShape, ModelConfig, RopeConfig, count_params
-from models.formats.hf_config import config_to_hf
-from models.formats.hf_weights import host_tensors
-from models.network import llama
 from tests.support.helpers import random_params
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from adapt_jax.export.hf import write_hf
+from adapt_jax.models.config import count_params
 from benchmarks import inference
 from benchmarks.side_by_side import Run
-from models.config import count_params
 from tests.support.helpers import VARIED, random_params, tiny_config
 
 pytest.importorskip('torch')

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
+from adapt_jax.models.config import LayerShape, count_params
+from adapt_jax.models.formats.hf_weights import save_params
 from adapt_jax.modes.estimate import forward_flops
 from benchmarks import demo_models, pruning, training
 from benchmarks.side_by_side import ROOT, Run, replace_section
-from models.config import LayerShape, count_params
-from models.formats.hf_weights import save_params
 from tests.support.helpers import random_params, tiny_config
 
 

@@ -9,10 +9,10 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.writer import LINEAGE
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.models.errors import InputError
 from adapt_jax.modes import bench
 from adapt_jax.pipeline.workdir import Workdir
-from models.config import LayerShape, ModelConfig, RopeConfig
-from models.errors import InputError
 from tests.support import runs
 from tests.support.helpers import random_params, tiny_config
 

@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from adapt_jax.configs import published
+from adapt_jax.models.formats.source import open_source
 from adapt_jax.pruning import serving_widths
-from configs import published
-from models.formats.source import open_source
 from tests.support import runs
 from tests.unit.test_run_page import assert_inside, make_report
 

@@ -17,14 +17,14 @@ import pytest
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
+from adapt_jax.configs import ablations, methods_table
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.preemption import Preempted
+from adapt_jax.models.errors import InputError
 from adapt_jax.modes import accel, compare, compare_grid, compare_page
 from adapt_jax.pipeline import run as run_module
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
-from configs import ablations, methods_table
-from models.errors import InputError
 from tests.support import runs
 from tests.support.starter import Starter
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from adapt_jax.machine import processes
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 from tests.support import runs
 from tests.support.forks import shared
 from tests.support.starter import Starter

@@ -7,12 +7,12 @@ import pytest
 from jax.sharding import AxisType
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.configs import adapt, base
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.formats.source import open_config
+from adapt_jax.models.network import llama
 from adapt_jax.modes import estimate
 from adapt_jax.modes.estimate import Footprint, Memory
-from configs import adapt, base
-from models.config import LayerShape, ModelConfig, RopeConfig, count_params
-from models.formats.source import open_config
-from models.network import llama
 from tests.support import runs
 
 LLAMA_8B = ModelConfig(

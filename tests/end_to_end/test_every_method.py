@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from adapt_jax.export.hf import write_hf
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.network import llama
 from adapt_jax.pruning.methods import METHODS
-from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
-from models.formats.source import open_source
-from models.network import llama
 from tests.support import runs
 from tests.support.helpers import logits, random_tokens
 from tests.support.starter import Starter

@@ -9,12 +9,12 @@ from safetensors.numpy import load_file
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
 from adapt_jax.export.writer import LINEAGE
+from adapt_jax.models.config import count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_config, open_source
 from adapt_jax.modes import accel
 from adapt_jax.modes import export as export_mode
 from adapt_jax.pipeline.workdir import Workdir
-from models.config import count_params
-from models.errors import InputError
-from models.formats.source import open_config, open_source
 from tests.support import runs
 
 

@@ -18,11 +18,11 @@ from adapt_jax.export.hf import write_hf
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler, Programs
 from adapt_jax.machine.mesh import load_source
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import accel, evaluate
 from adapt_jax.pipeline import quality
 from adapt_jax.pipeline.workdir import Workdir
-from models.errors import InputError
-from models.formats.source import open_source
 from tests.support import harness_tasks, runs
 from tests.support.helpers import VARIED, random_params, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer

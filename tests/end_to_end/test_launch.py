@@ -13,7 +13,7 @@ import sys
 import pytest
 from absl import flags
 
-import main  # noqa: F401  defines the flags
+import adapt_jax.cli  # noqa: F401  defines the flags
 from adapt_jax.machine import processes
 from tests.support import runs
 

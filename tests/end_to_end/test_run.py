@@ -12,13 +12,13 @@ from safetensors.numpy import load_file, save_file
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
+from adapt_jax.models.config import count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import accel, evaluate
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
-from models.config import count_params
-from models.errors import InputError
-from models.formats.source import open_source
 from tests.support import runs
 
 

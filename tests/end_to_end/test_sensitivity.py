@@ -19,16 +19,16 @@ from adapt_jax.config.values import TEXT
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.network.llama import init_params
 from adapt_jax.modes import sensitivity
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan, keep_best
 from adapt_jax.pruning.pruner import Pruner
-from models.config import LayerShape, ModelConfig, RopeConfig, count_params
-from models.errors import InputError
-from models.formats.source import open_source
-from models.network.llama import init_params
 from tests.support import runs
 from tests.support.starter import Starter
 

@@ -1,6 +1,6 @@
 """The real model: SmolLM2-135M-Instruct from its GGUF file, against transformers and the authors' program.
 
-Skipped where `scripts/fetch_demo.py` has not been run; `make test` runs it.
+Skipped where the demo has not been fetched; `make test` does it.
 """
 
 import pathlib
@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 from adapt_jax.export.hf import write_hf
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.network import backend, llama
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.widths import normalise
 from benchmarks.reference_parity import SLACK, overlap
-from models.formats.source import open_source
-from models.network import backend, llama
 from tests.support.reference import ROWS, Reference, reference_pruner, windows
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = ROOT / 'data' / 'SmolLM2-135M-Instruct.Q4_1.gguf'
 pytestmark = [
-  pytest.mark.skipif(not MODEL.exists(), reason='the demo model is not there: python scripts/fetch_demo.py'),
+  pytest.mark.skipif(not MODEL.exists(), reason='the demo model is not there: make fetch'),
 ]
 
 

@@ -13,13 +13,13 @@ from gguf import GGMLQuantizationType, dequantize, quantize
 
 from adapt_jax.export import gguf as export
 from adapt_jax.export.gguf import KINDS, check_gguf, write_gguf
+from adapt_jax.models.config import LayerShape, Llama3Scaling, RopeConfig
+from adapt_jax.models.errors import InputError, disk_full
+from adapt_jax.models.formats.gguf_header import open_file
+from adapt_jax.models.formats.hf_weights import leaves
+from adapt_jax.models.formats.source import open_source
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
-from models.config import LayerShape, Llama3Scaling, RopeConfig
-from models.errors import InputError, disk_full
-from models.formats.gguf_header import open_file
-from models.formats.hf_weights import leaves
-from models.formats.source import open_source
 from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, tiny_config
 from tests.support.llama_cpp import Job, ask, needs_llama_cpp
 from tests.support.tokenizers_for_tests import tiny_tokenizer
@@ -266,7 +266,7 @@ def test_other_processes_only_take_part_in_gathering(tmp_path, monkeypatch):
 
 
 @needs_llama_cpp
-@pytest.mark.skipif(not DEMO.exists(), reason='the demo model is not there: python scripts/fetch_demo.py')
+@pytest.mark.skipif(not DEMO.exists(), reason='the demo model is not there: make fetch')
 def test_pruned_smollm2_in_llama_cpp(tmp_path):
   source = open_source(str(DEMO))
   tokenizer, plan = source.load_tokenizer(), PrunePlan.dense(source.config)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from adapt_jax.export.hf import write_hf
-from models.config import LayerShape
-from models.formats.hf_weights import leaves
-from models.formats.source import open_source
+from adapt_jax.models.config import LayerShape
+from adapt_jax.models.formats.hf_weights import leaves
+from adapt_jax.models.formats.source import open_source
 from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 

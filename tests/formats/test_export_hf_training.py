@@ -9,9 +9,9 @@ import unittest.mock
 import numpy as np
 import pytest
 
-from models.formats.hf_weights import save_params
-from models.formats.safetensors import INDEX_NAME
-from models.formats.source import open_source
+from adapt_jax.models.formats.hf_weights import save_params
+from adapt_jax.models.formats.safetensors import INDEX_NAME
+from adapt_jax.models.formats.source import open_source
 from tests.formats.test_export_hf import EXPORTS, check_logits, export, load
 from tests.support.helpers import random_tokens
 from tests.support.tokenizers_for_tests import tiny_tokenizer

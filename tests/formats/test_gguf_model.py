@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from models.config import LayerShape, Llama3Scaling, ModelConfig, RopeConfig
-from models.errors import InputError
-from models.formats import gguf_model, gguf_tokenizer
-from models.formats.hf_weights import check_tensors, leaves
-from models.formats.source import open_source
+from adapt_jax.models.config import LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats import gguf_model, gguf_tokenizer
+from adapt_jax.models.formats.hf_weights import check_tensors, leaves
+from adapt_jax.models.formats.source import open_source
 from tests.support import reference
 
 ROOT = pathlib.Path(__file__).parents[2]

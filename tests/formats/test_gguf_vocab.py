@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from adapt_jax.export.gguf import write_gguf
 from adapt_jax.export.gguf_vocab import check_gguf_tokenizer
-from models.errors import InputError
-from models.formats.gguf_header import open_file
-from models.formats.gguf_tokenizer import load_tokenizer
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.gguf_header import open_file
+from adapt_jax.models.formats.gguf_tokenizer import load_tokenizer
 from tests.formats.test_gguf_model import MERGES, PIECES, SPECIALS, TEXTS, byte_level, sentence_piece
 from tests.support.helpers import UNIFORM, random_params, tiny_config
 from tests.support.llama_cpp import Job, ask, needs_llama_cpp

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from models.config import LayerShape, Llama3Scaling, RopeConfig, count_params
-from models.errors import InputError
-from models.formats.hf_config import config_from_hf, config_to_hf
-from models.formats.hf_weights import save_params
-from models.formats.safetensors import INDEX_NAME
-from models.formats.source import open_source
+from adapt_jax.models.config import LayerShape, Llama3Scaling, RopeConfig, count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.hf_config import config_from_hf, config_to_hf
+from adapt_jax.models.formats.hf_weights import save_params
+from adapt_jax.models.formats.safetensors import INDEX_NAME
+from adapt_jax.models.formats.source import open_source
 from tests.support.helpers import UNIFORM, random_params, randomise, save_checkpoint, tiny_config
 
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')

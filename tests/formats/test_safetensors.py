@@ -7,9 +7,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from models.formats import safetensors
-from models.formats.hf_weights import load_params, save_params, stored_params
-from models.formats.safetensors import SafetensorsReader, write_tensors
+from adapt_jax.models.formats import safetensors
+from adapt_jax.models.formats.hf_weights import load_params, save_params, stored_params
+from adapt_jax.models.formats.safetensors import SafetensorsReader, write_tensors
 from tests.support.helpers import UNIFORM, random_params, save_checkpoint, tiny_config
 
 CONFIG = tiny_config(layers=UNIFORM)

@@ -6,8 +6,8 @@ import shutil
 import huggingface_hub
 import pytest
 
-from models.errors import InputError
-from models.formats.source import open_source
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_source
 from tests.support import runs
 
 

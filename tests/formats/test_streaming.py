@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from adapt_jax.export.hf import write_hf
-from models.errors import InputError, disk_full
-from models.formats import gguf_model
-from models.formats.hf_weights import leaves, load_params, save_params, stored_params
-from models.formats.safetensors import SafetensorsReader
-from models.formats.source import open_source
+from adapt_jax.models.errors import InputError, disk_full
+from adapt_jax.models.formats import gguf_model
+from adapt_jax.models.formats.hf_weights import leaves, load_params, save_params, stored_params
+from adapt_jax.models.formats.safetensors import SafetensorsReader
+from adapt_jax.models.formats.source import open_source
 from tests.formats.test_gguf_model import PLAIN, QUANTISED, write_model
 from tests.support.helpers import random_params, tiny_config
 from tests.support.streaming import CountingReader, divisible_config, write_checkpoints

@@ -14,10 +14,10 @@ from adapt_jax.export import writer as writer_module
 from adapt_jax.export.gguf import KINDS
 from adapt_jax.export.padded import pad, padded_config
 from adapt_jax.export.writer import LINEAGE, Writer, check_formats, check_result
-from models.config import LayerShape, count_params
-from models.errors import InputError
-from models.formats.hf_weights import save_params
-from models.formats.source import open_source
+from adapt_jax.models.config import LayerShape, count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.hf_weights import save_params
+from adapt_jax.models.formats.source import open_source
 from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 

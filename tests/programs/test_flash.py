@@ -15,13 +15,13 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax._src.interpreters import mlir
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.configs import base
 from adapt_jax.machine import mesh
+from adapt_jax.models.network import attention, flash
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.training.step import make_step
-from configs import base
-from models.network import attention, flash
 from tests.programs.test_sharding import SHAPES, assert_close, make_model, put, set_mesh, tokens_of
 
 ROWS = 2

@@ -12,10 +12,10 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.export.hf import write_hf
 from adapt_jax.generation.generator import Generator, bucket
 from adapt_jax.generation.sampling import Sampling
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import generate
 from adapt_jax.modes.generate import stop_ids
-from models.errors import InputError
-from models.formats.source import open_source
 from tests.formats.test_export_hf import EXPORTS, load
 from tests.programs.test_sharding import SHAPES, make_model, put, set_mesh
 from tests.support import runs

@@ -10,13 +10,13 @@ import pytest
 from adapt_jax.config.options import CalibrationOptions, PruneOptions
 from adapt_jax.data.windows import Blocks
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
 from adapt_jax.pipeline.schedule import target_params
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.criteria import IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner
 from adapt_jax.pruning.score_memo import ScoreMemo
-from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
 from tests.support.helpers import KeepingCompiler, new_params, stacked_params
 
 OPTIONS = PruneOptions(

@@ -8,10 +8,10 @@ import pytest
 from adapt_jax.config.build import from_dict
 from adapt_jax.generation import self_text
 from adapt_jax.machine import preemption
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.network import llama
 from adapt_jax.pipeline.inputs import prepare
-from models.errors import InputError
-from models.formats.source import open_source
-from models.network import llama
 from tests.support import runs
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 

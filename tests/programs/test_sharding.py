@@ -12,10 +12,15 @@ from jax.sharding import AxisType
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import MeshOptions
+from adapt_jax.configs import base
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.sharding import placed, shardings
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.criteria import IMPORTANCES
@@ -24,11 +29,6 @@ from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import make_step
-from configs import base
-from models.config import LayerShape, ModelConfig, RopeConfig
-from models.errors import InputError
-from models.network import llama
-from models.network.sharding import placed, shardings
 
 SHAPES = (LayerShape(8, 4, 24), LayerShape(4, 2, 32), LayerShape(8, 4, 16))
 

@@ -11,14 +11,14 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import llama
 from adapt_jax.modes import accel
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.training import teacher_cache
 from adapt_jax.training.step import Teacher
 from adapt_jax.training.teacher_cache import open_taught
-from models.errors import InputError
-from models.network import llama
 from tests.support import runs
 
 K, STEPS = 6, 10

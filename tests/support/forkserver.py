@@ -20,7 +20,7 @@ from transformers import AutoTokenizer  # noqa: F401  with torch, where it is: m
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-import main  # noqa: E402
+from adapt_jax import cli  # noqa: E402
 from adapt_jax.pipeline.metrics import MetricsLog  # noqa: E402
 from tests.support import programs  # noqa: E402
 
@@ -52,7 +52,7 @@ def run(
   programs.write_whole()
   compiler._cache_write = functools.partial(_write_as_first, compiler._cache_write)
   sys.argv = argv
-  main._run()
+  cli.run()
 
 
 def _write_as_first(write: Callable[..., None], *arguments: Any) -> None:

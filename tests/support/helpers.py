@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.config import LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from adapt_jax.models.formats.hf_config import config_to_hf
+from adapt_jax.models.formats.hf_weights import save_params
+from adapt_jax.models.network import llama
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
-from models.config import LayerShape, Llama3Scaling, ModelConfig, RopeConfig
-from models.formats.hf_config import config_to_hf
-from models.formats.hf_weights import save_params
-from models.network import llama
 
 # The first layer is narrow, the last one has most heads, the widest MLP is between: nothing that
 # takes all layers for the first, the last or the widest one passes.

@@ -11,8 +11,8 @@ import sys
 
 import numpy as np
 
+from adapt_jax.models.formats.source import open_source
 from benchmarks.reference_parity import MODEL
-from models.formats.source import open_source
 from tests.support.reference import FIGURES, STEPS, WINDOWS
 
 AROUND = 16  # characters of the text before and after a window

@@ -7,10 +7,10 @@ import numpy as np
 
 from adapt_jax.data.windows import Blocks
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner
 from benchmarks.reference_parity import reference_options, reference_params
-from models.network.llama import Params
 
 DATA = pathlib.Path(__file__).resolve().parents[1] / 'data'
 WINDOWS, FIGURES = DATA / 'wikitext_windows.npz', DATA / 'reference_figures.npz'

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from adapt_jax.configs import base
 from adapt_jax.export.hf import write_hf
-from configs import base
-from models.config import LayerShape, ModelConfig, RopeConfig
-from models.network import llama
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.models.network import llama
 from tests.support import forks
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 

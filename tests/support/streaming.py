@@ -6,8 +6,8 @@ import weakref
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from models.config import LayerShape, ModelConfig
-from models.formats.hf_weights import TensorReader, leaves
+from adapt_jax.models.config import LayerShape, ModelConfig
+from adapt_jax.models.formats.hf_weights import TensorReader, leaves
 from tests.formats.test_gguf_model import write_model
 from tests.support.helpers import random_params, save_checkpoint, tiny_config
 

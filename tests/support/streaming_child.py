@@ -12,12 +12,12 @@ from jax.sharding import AxisType, Mesh
 from adapt_jax.export.hf import write_hf
 from adapt_jax.machine.mesh import put_rows
 from adapt_jax.machine.processes import decide
-from models.config import ModelConfig
-from models.errors import InputError
-from models.formats.hf_weights import load_params, save_params
-from models.formats.source import Source, open_source
-from models.network.llama import Params, abstract_params
-from models.network.sharding import AXES, shardings
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.hf_weights import load_params, save_params
+from adapt_jax.models.formats.source import Source, open_source
+from adapt_jax.models.network.llama import Params, abstract_params
+from adapt_jax.models.network.sharding import AXES, shardings
 from tests.support.helpers import random_params
 from tests.support.streaming import CountingReader, divisible_config
 

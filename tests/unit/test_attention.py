@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.network import attention
-from models.network.backend import compiler_options
+from adapt_jax.models.network import attention
+from adapt_jax.models.network.backend import compiler_options
 
 B, N, K, H = 2, 6, 2, 8
 

@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.models.errors import InputError
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
-from models.errors import InputError
 from tests.support import runs
 
 

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 
 from adapt_jax.export.card import model_card
-from models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
 
 SHAPES = LayerShape(4, 2, 32), LayerShape(2, 1, 40)
 CONFIG = ModelConfig('llama', 61, 32, 8, SHAPES, RopeConfig(1e4), 1e-5, True)

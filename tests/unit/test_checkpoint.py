@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+from adapt_jax.models.errors import InputError, disk_full
 from adapt_jax.pipeline.checkpoint import Checkpoints
-from models.errors import InputError, disk_full
 
 META = [{'step': 1, 'loss': 0.1}, {'step': 2, 'loss': 0.25}]
 SHAPES = {

@@ -2,8 +2,8 @@
 
 import pytest
 
+from adapt_jax.models.errors import InputError
 from adapt_jax.modes import compare_grid
-from models.errors import InputError
 
 BASE = {
   'seed': 0,

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.models.network import llama
 from adapt_jax.pruning import compensate, surgery
 from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.plan import PrunePlan
-from models.config import LayerShape, ModelConfig, RopeConfig
-from models.network import llama
 from tests.support.helpers import new_params, stacked_params
 
 VOCAB = 61

@@ -5,10 +5,10 @@ import numpy as np
 
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler, forget_traces
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.models.network import llama
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
-from models.config import LayerShape, ModelConfig, RopeConfig
-from models.network import llama
 
 
 def test_a_program_that_runs_once_gives_the_same_bits():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.network import kv_cache
+from adapt_jax.models.network import kv_cache
 from tests.support.helpers import VARIED, logits, random_params, random_tokens, tiny_config
 
 CONFIGS = {

@@ -30,6 +30,7 @@ NO_JAX = (
   'adapt_jax/pruning/plan.py',
   'adapt_jax/pruning/methods/__init__.py',
 )
+CLI = ('adapt_jax/cli.py', 'adapt_jax/cli_help.py')
 TOKENIZER_FILES = ('models/formats/source.py', 'models/formats/gguf_tokenizer.py')
 
 SOURCES = {
@@ -41,14 +42,17 @@ OURS = [name for name in SOURCES if not name.startswith((DATA_FOR_OTHERS, 'tests
 
 
 def imports(tree: ast.AST) -> set[str]:
-  """Dotted names of all that a file imports, at any depth; `from a import b` counts as a and as a.b."""
+  """Dotted names of all that a file imports, at any depth; `from a import b` counts as a and as a.b.
+
+  adapt_jax.models and adapt_jax.configs have the names of their folders here: models and configs.
+  """
   found = set()
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
       found |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
       found |= {node.module} | {f'{node.module}.{alias.name}' for alias in node.names}
-  return found
+  return {re.sub(r'^adapt_jax\.(models|configs)\b', r'\1', name) for name in found}
 
 
 def imported_files(name: str) -> set[str]:
@@ -80,8 +84,10 @@ def test_the_scan_sees_the_project() -> None:
 
 def test_imports_go_down() -> None:
   assert not importers('main')
-  assert within(importers('configs'), 'main.py', 'configs/')
+  assert within(importers('configs'), 'configs/')
   assert within(importers('adapt_jax'), 'main.py', 'configs/', 'adapt_jax/', 'scripts/')
+  below = set(OURS) - {*CLI, 'main.py'}
+  assert not [name for name in below if {'adapt_jax.cli', 'adapt_jax.cli_help'} & imports(SOURCES[name])]
   assert not importers('tests')
   assert not [
     f'{name}:{node.lineno} imports relatively, which hides the layer'
@@ -112,7 +118,7 @@ def test_every_module_has_a_folder(package: str) -> None:
   """What lies flat is what all folders share: the package itself and, in models, config, errors and files."""
   flat = {name for name in OURS if name.startswith(f'{package}/') and name.count('/') == 1}
   shared = {'models': {'models/config.py', 'models/errors.py', 'models/files.py'}}
-  assert flat == shared.get(package, {'adapt_jax/__init__.py'})
+  assert flat == shared.get(package, {'adapt_jax/__init__.py', *CLI})
   folders = {name.split('/')[1] for name in OURS if name.startswith(f'{package}/') and name.count('/') > 1}
   assert folders == set(FOLDERS[package])
 
@@ -128,7 +134,7 @@ def test_no_import_cycle() -> None:
 
 def test_heavy_imports_have_one_place() -> None:
   assert within(importers('transformers'), *TOKENIZER_FILES)
-  assert within(importers('ml_collections'), 'main.py', 'configs/')
+  assert within(importers('ml_collections'), 'adapt_jax/cli.py', 'configs/')
   assert not importers('torch')
   assert within(importers('tensorboard'), 'adapt_jax/reports/tensorboard.py')
   assert within(importers('lm_eval'), 'adapt_jax/evaluation/')
@@ -158,9 +164,21 @@ def test_third_party_imports_are_declared() -> None:
   assert not missing
 
 
-def test_the_fetch_script_needs_only_python() -> None:
-  used = {i.split('.')[0] for i in imports(SOURCES['scripts/fetch_demo.py'])}
-  assert used <= sys.stdlib_module_names
+def test_fetching_the_demo_needs_only_python() -> None:
+  """`make fetch` runs before anything is installed."""
+  seen, queue = set(), ['adapt_jax/data/demo_files.py', 'adapt_jax/__init__.py']
+  while queue:
+    file = queue.pop()
+    seen.add(file)
+    used = {i.split('.')[0] for i in imports(SOURCES[file])}
+    assert used <= sys.stdlib_module_names | {'adapt_jax', 'models'}
+    queue += imported_files(file) - seen
+
+
+def test_models_and_configs_are_imported_inside_the_package() -> None:
+  """An installed package has one name at the top: a user's own models/ and configs/ are others."""
+  wrong = re.compile(r'^\s*(?:from|import) (?:models|configs)\b', re.M)
+  assert not [name for name in SOURCES if wrong.search((ROOT / name).read_text(encoding='utf-8'))]
 
 
 @pytest.mark.parametrize('name', OURS)

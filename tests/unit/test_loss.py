@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adapt_jax.models.network.backend import compiler_options, made_for
 from adapt_jax.training import loss
-from models.network.backend import compiler_options, made_for
 
 
 @pytest.fixture(params=[64, 512, 2**25])

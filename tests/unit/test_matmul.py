@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.network.backend import made_for
-from models.network.matmul import batch_product, dot, product
+from adapt_jax.models.network.backend import made_for
+from adapt_jax.models.network.matmul import batch_product, dot, product
 from tests.support.helpers import factors
 
 TOLERANCE = {'float32': 1e-5, 'bfloat16': 2e-2}

@@ -5,11 +5,11 @@ import types
 import numpy as np
 import pytest
 
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.methods.flap import standardised
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.scores import Scores
-from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
 
 PROGRESSIVE = ('adapt', 'uniform')
 ONE_SHOT = ('obs', 'llm_pruner', 'flap', 'wanda_sp', 'magnitude')

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from models.config import Llama3Scaling, RopeConfig
-from models.formats.hf_config import config_from_hf
-from models.formats.hf_weights import load_params
-from models.formats.safetensors import SafetensorsReader
-from models.network import llama
-from models.network.rope import inverse_frequencies
+from adapt_jax.models.config import Llama3Scaling, RopeConfig
+from adapt_jax.models.formats.hf_config import config_from_hf
+from adapt_jax.models.formats.hf_weights import load_params
+from adapt_jax.models.formats.safetensors import SafetensorsReader
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.rope import inverse_frequencies
 from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, randomise, tiny_config
 
 torch = pytest.importorskip('torch')

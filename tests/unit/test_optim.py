@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.options import DistillOptions, TrainOptions
+from adapt_jax.configs import base
 from adapt_jax.pipeline.schedule import stage_steps
 from adapt_jax.training.optim import learning_rate, optimizer, reset_moments
-from configs import base
 
 
 def options(**kw):

@@ -8,12 +8,12 @@ import pytest
 from adapt_jax.config.build import choices, declarations, defaults, flatten, from_dict, get
 from adapt_jax.config.identity import identity
 from adapt_jax.config.options import RunOptions
+from adapt_jax.configs import base
+from adapt_jax.models.errors import InputError
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import slicegpt
 from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES
 from adapt_jax.pruning.methods import METHODS
-from configs import base
-from models.errors import InputError
 
 
 def with_values(**fields):

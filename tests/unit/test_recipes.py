@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.configs import llama_8b_to_1b, published, studies
+from adapt_jax.models.config import channel_params, count_params
+from adapt_jax.models.formats.hf_config import config_from_hf
+from adapt_jax.models.network import llama
 from adapt_jax.modes.compare import list_cells
 from adapt_jax.pipeline import inputs
 from adapt_jax.pipeline.schedule import stage_steps, stage_targets
@@ -23,10 +27,6 @@ from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import steps
 from adapt_jax.pruning.scores import Scores
-from configs import llama_8b_to_1b, published, studies
-from models.config import channel_params, count_params
-from models.formats.hf_config import config_from_hf
-from models.network import llama
 
 
 def mobilellm(hidden, layers, heads, kv_heads, ffn):

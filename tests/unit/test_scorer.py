@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.backend import loop_options
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
-from models.config import LayerShape, ModelConfig, RopeConfig
-from models.network import llama
-from models.network.backend import loop_options
 from tests.support.helpers import new_params, random_params, save_checkpoint, stacked_params, tiny_config
 
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.configs import base
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.errors import InputError
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pruning import serving_widths
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PruneState
 from adapt_jax.pruning.scores import Scores
-from configs import base
-from models.config import LayerShape, ModelConfig, RopeConfig, count_params
-from models.errors import InputError
 from tests.support import runs
 
 LAYERS = 10  # llm_pruner leaves six of them alone

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.config import count_params
+from adapt_jax.models.network import llama
 from adapt_jax.pruning import slicegpt
-from models.config import count_params
-from models.network import llama
 from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, tiny_config
 
 CONFIGS = {

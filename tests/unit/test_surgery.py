@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import llama
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan, keep_best
 from adapt_jax.pruning.scorer import Scorer
-from models.config import LayerShape, ModelConfig, RopeConfig, count_params
-from models.errors import InputError
-from models.network import llama
 from tests.support.helpers import logits, new_params, stacked_params
 
 

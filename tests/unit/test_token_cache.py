@@ -15,8 +15,8 @@ from adapt_jax.data import documents, token_cache, tokenise
 from adapt_jax.data.documents import Document, read_documents
 from adapt_jax.data.token_cache import FIRST, TARGET, Need, open_cache
 from adapt_jax.data.tokenise import Encoded, encode_all
-from models.errors import InputError
-from models.files import user_cache
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import user_cache
 from tests.support.tokenizers_for_tests import CHATML, CHATML_DEFAULT_SYSTEM, tiny_tokenizer
 
 ALL = Need(2**62)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.configs import base
 from adapt_jax.data import train_set
 from adapt_jax.data.order import Order
 from adapt_jax.data.token_cache import TARGET, TokenCache
 from adapt_jax.data.train_set import PackedRows, TrainSet, open_train_set
-from configs import base
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 T = 8

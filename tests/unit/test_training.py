@@ -7,11 +7,11 @@ import optax
 import pytest
 
 from adapt_jax.config.options import DistillOptions, TrainOptions
+from adapt_jax.configs import base
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.models.network import llama
 from adapt_jax.training.step import make_step
-from configs import base
-from models.config import LayerShape, ModelConfig, RopeConfig
-from models.network import llama
 from tests.support.helpers import factors
 
 CONFIG = ModelConfig(

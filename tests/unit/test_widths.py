@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
 from adapt_jax.pruning.widths import MAX_SPARSITY, Allocator, Widths, advance, normalise
-from models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
 
 
 def make_config(layers=6, kv=4, group=2, ffn=96, **kw):

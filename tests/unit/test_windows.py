@@ -13,7 +13,7 @@ from pyarrow import parquet
 from adapt_jax.data import documents, windows
 from adapt_jax.data.documents import check_source
 from adapt_jax.data.windows import Blocks, check_vocab, draw_rows, load_blocks
-from models.errors import InputError
+from adapt_jax.models.errors import InputError
 from tests.support.tokenizers_for_tests import CHATML, CHATML_DEFAULT_SYSTEM, tiny_tokenizer
 
 FIELD = 'train.source'

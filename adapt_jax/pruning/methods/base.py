@@ -11,10 +11,10 @@ from typing import ClassVar
 import numpy as np
 
 from adapt_jax.config.options import PruneOptions
+from adapt_jax.models.config import ModelConfig
 from adapt_jax.pruning.plan import PrunePlan, PruneState, keep_best
 from adapt_jax.pruning.scores import Scores
 from adapt_jax.pruning.widths import Allocator, Removal, Widths
-from models.config import ModelConfig
 
 
 class Method(abc.ABC):

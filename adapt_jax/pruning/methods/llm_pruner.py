@@ -4,9 +4,9 @@ import numpy as np
 
 from adapt_jax.config.declare import MAX_SPARSITY
 from adapt_jax.config.options import PruneOptions
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
 from adapt_jax.pruning.methods.base import UniformOneShot
-from models.config import ModelConfig
-from models.errors import InputError
 
 # Decoder layers at either end that are never touched, as in the paper's runs on LLaMA-7B.
 FIRST, LAST = 4, 2

@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from adapt_jax.models.config import count_params, layer_params
 from adapt_jax.pruning.methods.base import Method
 from adapt_jax.pruning.plan import PruneState
 from adapt_jax.pruning.scores import Scores
-from models.config import count_params, layer_params
 
 
 class ShortGpt(Method):

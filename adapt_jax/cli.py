@@ -1,0 +1,175 @@
+"""The command line: flags, devices, and which mode runs.
+
+`adapt-jax`, where the package is installed, and `python main.py` in a checkout are the same.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import pathlib
+import shlex
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from adapt_jax import cli_help
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.identity import identity
+from adapt_jax.config.options import RunOptions
+from adapt_jax.data import demo_files
+from adapt_jax.machine import mesh, preemption, processes
+from adapt_jax.machine.compiler import keep_programs
+from adapt_jax.models.errors import InputError, disk_full
+from adapt_jax.modes import accel, bench, compare, estimate, evaluate, export, generate, sensitivity
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning.serving_widths import aligned
+
+
+class _Strings(flags.ArgumentParser):
+  """A list on the command line: a.txt,b.txt or, as Python has it, "('a,b.txt',)" or "({'seed': (0, 1)},)"."""
+
+  def parse(self, argument: Any) -> tuple[str, ...]:
+    if not isinstance(argument, str):
+      return tuple(argument)
+    if argument.startswith(('(', '[')):
+      return tuple(ast.literal_eval(argument))
+    return tuple(argument.split(','))
+
+  def flag_type(self) -> str:
+    return 'names separated by commas'
+
+
+config_flags.register_flag_parser_for_type(tuple, _Strings())
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe: its name, such as demo, or its file.')
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Where all results of this run go.')
+_RUN = {
+  'accel': accel.run,
+  'prune': accel.run,
+  'evaluate': evaluate.run,
+  'export': export.run,
+  'sensitivity': sensitivity.run,
+  'compare': compare.run,
+  'bench': bench.run,
+}
+_MODE = flags.DEFINE_enum('mode', 'accel', [*_RUN, 'plan', 'generate'], 'What to do.')
+_PROMPT = flags.DEFINE_multi_string('prompt', [], 'What --mode=generate continues; may be repeated.')
+_ONE_DEVICE = ('sensitivity',)  # the others use all, compare and export those of one process
+_DISTRIBUTED = flags.DEFINE_enum(
+  'distributed', 'auto', processes.MODES, 'Whether the scheduler starts several processes.'
+)
+_ADDRESS = flags.DEFINE_string('coordinator_address', '', 'host:port of process 0, without a scheduler.')
+_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'How many processes, without a scheduler.')
+_PROCESS = flags.DEFINE_integer('process_id', -1, 'Which of them this is, from 0.')
+
+
+def _options(mode: str) -> RunOptions:
+  if _CONFIG.value is None:
+    raise InputError('--config is missing: name a recipe such as demo; adapt-jax --help lists them')
+  name = config_flags.get_config_filename(flags.FLAGS['config'])
+  try:
+    values = _CONFIG.value.to_dict()
+  except OSError:  # config_flags loads the recipe at its first use
+    raise InputError(f'--config={name}: no such file, and no recipe that adapt-jax --help lists') from None
+  except Exception as error:  # a recipe is a program of the user's: it may fail in any way
+    raise InputError(f'--config={name}: the recipe fails: {type(error).__name__}: {error}') from error
+  options = from_dict(values)
+  if mode in ('prune', 'sensitivity'):
+    return dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
+  if mode == 'accel' and options.train.tokens == 0:
+    raise InputError('config.train.tokens = 0, but mode accel trains: set it, or use --mode=prune')
+  return options
+
+
+def main(argv: list[str]) -> None:
+  if argv[1:]:
+    raise InputError(f'{argv[1]!r} is not understood: flags are written --name=value')
+  logging.set_verbosity(logging.WARNING)  # orbax tells a page a checkpoint
+  mode = _MODE.value
+  options = _options(mode)
+  if mode == 'plan':
+    estimate.simulate(options.plan.devices)
+  processes.start(_DISTRIBUTED.value, _ADDRESS.value, _PROCESSES.value, _PROCESS.value)
+  if mode != 'plan':  # it asks the compiler for more than a kept program may tell
+    keep_programs()
+  if jax.process_count() > 1 and mode not in ('accel', 'prune', 'evaluate'):
+    raise InputError(f'--mode={mode} runs in one process, not in {jax.process_count()}: start it alone')
+  processes.decide(lambda: demo_files.fetch_if_named(options.model.source))
+  with contextlib.ExitStack() as stack:
+    if mode not in _ONE_DEVICE and (devices := mesh.make_mesh(options.mesh)):
+      stack.enter_context(jax.set_mesh(devices))
+    if mode != 'compare':  # which does it for each cell
+      options = aligned(options)
+    if mode == 'plan':
+      estimate.run(options)
+      return
+    if mode == 'generate':
+      generate.run(options, _PROMPT.value)
+      return
+    workdir = Workdir(_WORKDIR.value, identity(mode, options))
+    processes.decide(workdir.check)
+    if processes.decide(workdir.report.exists) and mode != 'compare':  # its cells tell what is finished
+      more = f'; --mode=export --config.model.source={workdir.path} writes its model in other forms'
+      processes.say(f'this run is finished: see {workdir.report}{more * (mode in ("accel", "prune"))}')
+      return
+    stack.enter_context(preemption.watched())
+    _RUN[mode](options, workdir, _command())
+
+
+def _command() -> str:
+  """What was typed, as a shell reads it."""
+  program = pathlib.Path(sys.argv[0])
+  return shlex.join([program.name] if program.suffix != '.py' else ['python', sys.argv[0]]) + ''.join(
+    f' {shlex.quote(argument)}' for argument in sys.argv[1:]
+  )
+
+
+def _parse(argv: list[str]) -> list[str]:
+  if shown := cli_help.asked_for(argv[1:]):
+    print(shown)
+    sys.exit(0)
+  try:
+    return flags.FLAGS(cli_help.with_recipes(argv))
+  except flags.Error as error:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith('Traceback') for line in lines):  # of a recipe that fails: its last line tells why
+      lines = [lines[0], lines[-1]]
+    raise InputError(' '.join(' '.join(lines).split())) from error
+  except Exception as error:  # the recipe is loaded here: a program of the user's, it may fail in any way
+    recipes = [a for a in argv if a.startswith('--config')]
+    reason = ' '.join(str(error).split())
+    raise InputError(f'{" ".join(recipes)}: {type(error).__name__}: {reason}') from error
+
+
+def run() -> None:
+  """Runs the command line that was given; exit code 2 where a user must correct something."""
+  try:
+    app.run(main, flags_parser=_parse)
+  except InputError as error:
+    _fail(str(error))
+  except preemption.Preempted as stop:
+    processes.say(' '.join(('stopped by SIGTERM', *stop.args)) + ': the same command goes on from here')
+  except Exception as error:
+    if reason := disk_full(error):
+      _fail(
+        f'--workdir={_WORKDIR.value}: {reason}: free space and start the same command again, it goes on from '
+        f'what is saved'
+      )
+    if not jax.distributed.is_initialized():
+      raise
+    traceback.print_exc()
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      print(
+        'error: this process cannot go on, most likely since another one of the run has ended: start them '
+        'all again, the run goes on from its last checkpoint',
+        file=sys.stderr,
+      )
+    processes.leave(1)
+
+
+def _fail(message: str) -> NoReturn:
+  print(f'error: {message}', file=sys.stderr)
+  processes.leave(2)

@@ -1,0 +1,108 @@
+"""What `--help` and `--version` print, and the recipes that come with the package."""
+
+import ast
+import importlib.metadata
+import pathlib
+import textwrap
+
+from adapt_jax.config.build import declarations, get
+from adapt_jax.config.identity import reads
+from adapt_jax.config.options import RunOptions
+
+# Recipes lie beside this file: in the wheel as a folder, in a checkout as a link to configs/.
+RECIPES = pathlib.Path(__file__).parent / 'configs'
+MODES = {
+  'accel': 'prune and recover in stages (the default)',
+  'prune': 'prune without training',
+  'evaluate': 'perplexity of model.source, and its scores on tasks',
+  'export': 'model.source in the forms of export.formats',
+  'generate': 'what model.source makes of --prompt=TEXT, which may be repeated',
+  'bench': 'speed and memory of model.source beside a dense model',
+  'compare': 'a grid over config fields, each cell a run',
+  'sensitivity': 'perplexity when one layer alone is pruned, for every layer',
+  'plan': 'memory and time of a run, from shapes alone',
+}
+_USAGE = """\
+Prunes a LLaMA-family model and recovers it by interleaved training.
+
+    adapt-jax --config=RECIPE --workdir=DIRECTORY [--mode=MODE] [--config.FIELD=VALUE ...]
+
+`python main.py` does the same in a checkout.
+
+Modes:
+{modes}
+
+Recipes, by name, or a file of your own; RECIPE:VARIANT where one has variants:
+{recipes}
+
+Fields: --mode=MODE --help lists what that mode reads, with default and meaning.
+Several processes: --distributed, --coordinator_address, --num_processes, --process_id (docs/cluster.md).
+Guides: the folder docs/ of the repository, README.md first.
+"""
+
+
+def asked_for(arguments: list[str]) -> str:
+  """The text that these arguments ask for; '' if they ask for a run."""
+  if '--version' in arguments:
+    return f'adapt-jax {importlib.metadata.version("adapt-jax")}'
+  if not {'--help', '-h', '-help', '--helpfull'} & set(arguments):
+    return ''
+  given = [value for value in map(_mode, arguments) if value in MODES]
+  return _fields(given[-1]) if given else _usage()
+
+
+def _mode(argument: str) -> str:
+  return argument.partition('=')[2] if argument.lstrip('-').startswith('mode=') else ''
+
+
+def _usage() -> str:
+  recipes = {path.stem: _first_line(path) for path in sorted(RECIPES.glob('*.py'))}
+  return _USAGE.format(modes=_table(MODES), recipes=_table(recipes)).rstrip()
+
+
+def _first_line(path: pathlib.Path) -> str:
+  text = ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or ''
+  return text.partition('\n\n')[0].replace('\n', ' ')
+
+
+def _table(rows: dict[str, str]) -> str:
+  width = max(map(len, rows)) + 2
+  return '\n'.join(
+    textwrap.fill(text, 100, initial_indent=f'  {name:{width}}', subsequent_indent=' ' * (width + 2))
+    for name, text in rows.items()
+  )
+
+
+def _fields(mode: str) -> str:
+  """The options that a mode reads: name, default, range or choices, meaning."""
+  options, lines = RunOptions(), [f'--mode={mode}: {MODES[mode]}. It reads:', '']
+  for field, declared in declarations():
+    if not reads(mode, field):
+      continue
+    default = get(options, field)
+    limits = f', from {declared.within[0]:g} to {declared.within[1]:g}' if declared.within else ''
+    limits += f', one of {", ".join(c or repr(c) for c in declared.choices)}' if declared.choices else ''
+    lines.append(f'--config.{field}={default if default != "" else repr(default)}{limits}')
+    lines.append(textwrap.indent(textwrap.fill(declared.meaning, 96), '    '))
+  return '\n'.join(lines)
+
+
+def with_recipes(argv: list[str]) -> list[str]:
+  """The arguments, a recipe's name in them replaced by its file: --config=demo, --config=studies:loss."""
+  found, after_flag = [], False
+  for argument in argv:
+    flag, equals, value = argument.partition('=')
+    if flag in ('--config', '-config') and equals:
+      argument = f'{flag}={_recipe(value)}'
+    elif after_flag:
+      argument = _recipe(argument)
+    after_flag = argument in ('--config', '-config')
+    found.append(argument)
+  return found
+
+
+def _recipe(value: str) -> str:
+  name, colon, variant = value.partition(':')
+  file = RECIPES / f'{name}.py'
+  known = name.isidentifier() and file.exists() and not pathlib.Path(name).exists()
+  return f'{file}{colon}{variant}' if known else value
