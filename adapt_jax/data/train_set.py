@@ -99,6 +99,21 @@ class BlockRows:
     return found
 
 
+class ArrayRows:
+  """Rows of token ids [N, T] in memory, each one document, all of it targets."""
+
+  def __init__(self, tokens: np.ndarray):
+    self._tokens = tokens
+
+  def __len__(self) -> int:
+    return len(self._tokens)
+
+  def fill(self, row: int, tokens: np.ndarray, flags: np.ndarray) -> int:
+    tokens[:], flags[:] = self._tokens[row], TARGET
+    flags[0] |= FIRST
+    return len(tokens)
+
+
 class TrainSet:
   """Rows of `length` tokens from groups that are mixed by weight; `len()` is how many there are in all."""
 

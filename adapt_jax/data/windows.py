@@ -12,6 +12,10 @@ from adapt_jax.data.documents import Source, is_blocks, open_blocks, read_docume
 from adapt_jax.data.tokenise import BATCH_CHARS, encode, render, take
 from adapt_jax.models.errors import InputError
 
+# A source is read this far at least, so that draws cover more than its first documents; a stream of a
+# hub data set has to end somewhere.
+POOL_TOKENS = 2**22
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
@@ -134,6 +138,16 @@ def load_stream(
   tokens = np.concatenate([x.tokens for x in found]).view(np.int32)[:limit]
   targets = np.concatenate([x.targets for x in found])[:limit]
   return TokenStream(tokens, targets, sum(len(x.lengths) for x in found))
+
+
+def spread(blocks: Blocks, max_tokens: int) -> Blocks:
+  """Windows of at most `max_tokens` tokens in all, evenly spaced over the text; one at least. 0: all."""
+  count, length = blocks.tokens.shape
+  wanted = max(1, max_tokens // length) if max_tokens else count
+  if wanted >= count:
+    return blocks
+  rows = np.linspace(0, count - 1, wanted).round().astype(int)
+  return dataclasses.replace(blocks, tokens=blocks.tokens[rows], targets=blocks.targets[rows])
 
 
 def check_vocab(highest: int, vocab_size: int, field: str) -> None:

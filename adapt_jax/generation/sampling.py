@@ -1,11 +1,20 @@
 """The next token from logits: greedy, or drawn with temperature, top-k and top-p."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 _HIGHEST_BITS = 0x3F800000  # of 1.0, the largest probability
+
+
+def stop_ids(generation: dict[str, Any], tokenizer: Any) -> frozenset[int]:
+  """Ids that end a text: eos_token_id of generation_config.json, one or several, else the tokenizer's."""
+  found = generation.get('eos_token_id')
+  if found is None:
+    found = tokenizer.eos_token_id
+  return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
 
 @dataclasses.dataclass(frozen=True)

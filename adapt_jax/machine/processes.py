@@ -6,11 +6,12 @@ another way would leave the others waiting. The first process writes the texts.
 """
 
 import contextlib
+import contextvars
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -25,6 +26,7 @@ _PATIENCE_MS = 7 * 24 * 3_600_000  # in which another process is given up sooner
 _LEAVING_MS = 10_000
 WAITS = (0, 1, 10, 60)  # seconds in which a shared file system shows what another machine has written
 _decisions = 0
+_silent = contextvars.ContextVar('silent', default=False)
 
 
 def start(mode: str, address: str, processes: int, process: int) -> None:
@@ -86,8 +88,23 @@ def is_first() -> bool:
 
 def say(text: str) -> None:
   """Prints a line, once for all processes."""
-  if is_first():
+  if shows():
     print(text, flush=True)
+
+
+def shows() -> bool:
+  """Whether this process says what it does: the first, but where it is `silent`."""
+  return is_first() and not _silent.get()
+
+
+@contextlib.contextmanager
+def silent(asked: bool = True) -> Iterator[None]:
+  """Inside, nothing is said and no progress shown, if so asked: as a library."""
+  token = _silent.set(asked)
+  try:
+    yield
+  finally:
+    _silent.reset(token)
 
 
 def leave(code: int) -> NoReturn:

@@ -4,8 +4,9 @@ import sys
 import time
 from typing import Any
 
-import jax
 from tqdm import tqdm
+
+from adapt_jax.machine.processes import shows
 
 _LINE_SECONDS = 10.0
 
@@ -21,7 +22,7 @@ class Progress:
     self._title, self._total, self._unit, self._done = title, total, unit, 0
     self._start, self._shown = time.monotonic(), -_LINE_SECONDS
     self._bar: Any = None
-    self._silent = jax.process_index() > 0
+    self._silent = not shows()
     if sys.stderr.isatty() and not self._silent:
       self._bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True)
 

@@ -32,7 +32,6 @@ from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import programs as pruning_programs
 from adapt_jax.pruning import slicegpt, surgery
-from adapt_jax.pruning.criteria import IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.widths import Allocator, Widths
 from adapt_jax.training.optim import optimizer
@@ -190,7 +189,7 @@ class Footprint:
     and its second moments and solves, which are not counted here.
     """
     forward = forward_flops(self.config, self.options.prune.calibration.length)
-    kind = IMPORTANCES[pruning_programs.importance(self.options.prune)]
+    kind = pruning_programs.importance(self.options.prune)
     return forward * (3 if kind.curvature else 4 if kind.gradient else 1)
 
   def training_flops(self, config: ModelConfig) -> float:

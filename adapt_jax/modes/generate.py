@@ -8,7 +8,7 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.tokenise import encode_prompt
 from adapt_jax.generation.generator import Generator, check_prompts
-from adapt_jax.generation.sampling import Sampling
+from adapt_jax.generation.sampling import Sampling, stop_ids
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.machine.progress import Progress
@@ -16,14 +16,6 @@ from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
-
-
-def stop_ids(source: Source, tokenizer: Any) -> frozenset[int]:
-  """Ids that end a text: eos_token_id of generation_config.json, one or several, else the tokenizer's."""
-  found = source.generation.get('eos_token_id')
-  if found is None:
-    found = tokenizer.eos_token_id
-  return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +43,7 @@ def _continue(options: RunOptions, model: _Opened) -> list[str]:
   params = load_source(model.source, dtype)
   generator = Generator(config, params, compiler=Compiler(), dtype=dtype, max_batch=g.batch)
   sampling = Sampling(g.temperature, g.top_k, g.top_p)
-  stop = stop_ids(model.source, model.tokenizer)
+  stop = stop_ids(model.source.generation, model.tokenizer)
   with Progress('generate', len(model.prompts) * g.max_new_tokens, 'tokens') as progress:
     new = generator.generate(model.prompts, g.max_new_tokens, sampling, stop, options.seed, progress=progress)
   t = generator.timings

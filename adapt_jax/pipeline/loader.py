@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import TEXT
@@ -15,16 +14,13 @@ from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.documents import is_blocks
 from adapt_jax.data.token_cache import token_directory
 from adapt_jax.data.train_set import TrainSet, open_train_set
-from adapt_jax.data.windows import Blocks, check_vocab, load_blocks, load_stream, mixed
+from adapt_jax.data.windows import POOL_TOKENS, Blocks, check_vocab, load_blocks, load_stream, mixed, spread
 from adapt_jax.generation import self_text
 from adapt_jax.machine.processes import decide
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network.backend import compute_dtype
 
-# A source is read this far at least, so that draws cover more than its first documents; a stream of a
-# hub data set has to end somewhere.
-_POOL_TOKENS = 2**22
 # What keeps the rows that a model writes for one use apart from those for another.
 _CALIBRATION, _TRAINING = 0, 1
 
@@ -45,7 +41,7 @@ class Loader:
 
   def load(self, field: str, source: tuple[str, ...], length: int, tokens: int = 0) -> Blocks:
     """Windows of `length` tokens from the first `tokens` of the source, at least from a pool to draw from."""
-    name, limit = f'config.{field}', max(tokens, _POOL_TOKENS)
+    name, limit = f'config.{field}', max(tokens, POOL_TOKENS)
     data = self._options.data
     fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
     fields |= {'field': name, 'max_tokens': limit}
@@ -108,12 +104,7 @@ class Loader:
   def _windows(self, name: str, source: tuple[str, ...]) -> Blocks:
     e = self._options.evaluate
     blocks = self.load(evaluation_field(name), source, e.length, e.max_tokens or sys.maxsize)
-    count = len(blocks.tokens)
-    wanted = max(1, e.max_tokens // e.length) if e.max_tokens else count
-    if wanted >= count:
-      return blocks
-    rows = np.linspace(0, count - 1, wanted).round().astype(int)
-    return dataclasses.replace(blocks, tokens=blocks.tokens[rows], targets=blocks.targets[rows])
+    return spread(blocks, e.max_tokens)
 
 
 def evaluation_field(name: str) -> str:

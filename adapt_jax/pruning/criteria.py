@@ -82,6 +82,11 @@ IMPORTANCES: dict[str, Importance] = {
 }
 
 
+def find_importance(importance: str | Importance) -> Importance:
+  """By name, or itself."""
+  return IMPORTANCES[importance] if isinstance(importance, str) else importance
+
+
 def fold_heads(heads_KG: jax.Array, reference: bool) -> jax.Array:
   """Scores of query heads added up by KV group, [K]; `reference` takes head h for one of group h mod K."""
   return (heads_KG.reshape(heads_KG.shape[::-1]).T if reference else heads_KG).sum(1)

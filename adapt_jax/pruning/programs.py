@@ -10,25 +10,30 @@ from adapt_jax.machine.mesh import rows_at_once
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network.sharding import row_sharding
 from adapt_jax.pruning.compensate import Compensator
+from adapt_jax.pruning.criteria import Importance, find_importance
 from adapt_jax.pruning.methods import METHODS
+from adapt_jax.pruning.methods.base import Method
 from adapt_jax.pruning.scorer import Scorer
 
 
-def scoring(config: ModelConfig, options: PruneOptions, dtype: Any) -> Scorer:
-  """The program that scores groups and layers by what the method asks for."""
+def scoring(
+  config: ModelConfig, options: PruneOptions, dtype: Any, method: type[Method] | None = None
+) -> Scorer:
+  """The program that scores groups and layers by what the method asks for; `method`: not the one named."""
+  found = method or METHODS[options.method]
   return Scorer(
     config,
-    importance(options),
-    METHODS[options.method].distance or options.layer_distance,
+    found.importance or options.importance,
+    found.distance or options.layer_distance,
     micro_batch(options.calibration),
     dtype,
     reference_fold=options.compat == 'reference',
   )
 
 
-def importance(options: PruneOptions) -> str:
-  """The name of the score that decides: the method's own, or the one that options name."""
-  return METHODS[options.method].importance or options.importance
+def importance(options: PruneOptions) -> Importance:
+  """The score that decides: the method's own, or the one that options name."""
+  return find_importance(METHODS[options.method].importance or options.importance)
 
 
 def compensation(config: ModelConfig, options: PruneOptions, dtype: Any) -> Compensator:

@@ -93,6 +93,7 @@ class Pruner:
     compiler: counts the one scoring compile.
     dtype: of weights and activations while scoring.
     memo: of scores, shared with pruners of the same weights.
+    method: in place of the one that options name.
 
   `importance` and `distance` are the names of the groups' and layers' scores.
   """
@@ -107,17 +108,25 @@ class Pruner:
     compiler: Compiler,
     dtype: Any,
     memo: ScoreMemo | None = None,
+    method: type[Method] | None = None,
   ):
     self.config, self.options, self.blocks = config, options, blocks
     self._as_reference = options.compat == 'reference'
-    self._method = METHODS[options.method](config, options)
+    self._kind = method or METHODS[options.method]
+    self._method = self._kind(config, options)
     self._seed, self._compiler, self._dtype = seed, compiler, dtype
-    self._scorer = programs.scoring(config, options, dtype)
-    self.importance, self.distance = self._scorer.importance, self._scorer.distance
+    self._scorer = programs.scoring(config, options, dtype, method)
+    importance, self.distance = self._scorer.importance, self._scorer.distance
+    self.importance = importance if isinstance(importance, str) else 'custom'
     self._program: Any = None
     self._compensation: Any = None
     self._memo = memo
     self._zero: Any = None
+
+  @property
+  def smallest(self) -> int:
+    """The lowest target, in parameters, that is sure to be reached."""
+    return self._method.smallest()
 
   def score(self, stacked: Params, step: int, plan: PrunePlan | None = None) -> Scores:
     """`Scores` as numpy arrays on the rows that `step` draws; InputError if any is not finite.
@@ -215,7 +224,7 @@ class Pruner:
     method = self._method
     if self._as_reference:
       # Its schedule starts anew, from the present widths, at every stage.
-      method = METHODS[self.options.method](compacted.pruned_config(self.config), self.options)
+      method = self._kind(compacted.pruned_config(self.config), self.options)
     # Until the first compaction the weights are the model's own: no training has touched them.
     own = compacted.equals(PrunePlan.dense(self.config))
 

@@ -20,7 +20,7 @@ from adapt_jax.models.network.layers import rms_norm
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import constrain, constrain_params, row_shards
 from adapt_jax.pruning import curvature
-from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES, fold_heads, group_scores
+from adapt_jax.pruning.criteria import DISTANCES, Importance, find_importance, fold_heads, group_scores
 from adapt_jax.pruning.scores import Scores
 from adapt_jax.training.loss import (
   ChunkLoss,
@@ -53,12 +53,13 @@ class Scorer:
   Args:
     config: the model at its original widths; all layers need the same number of query heads per KV head.
     micro_batch: rows that go through a layer at once; divides the number of calibration rows.
+    importance: a name of `criteria.IMPORTANCES`, or one of your own.
     dtype: of weights and activations; gradients are summed and scored in fp32.
     reference_fold: see `group_scores`.
   """
 
   config: ModelConfig
-  importance: str = 'taylor'
+  importance: str | Importance = 'taylor'
   distance: str = 'cosine'
   micro_batch: int = 8
   dtype: Any = jnp.float32
@@ -81,7 +82,7 @@ class Scorer:
     S, T = tokens_ST.shape
     tokens_MBT = constrain(tokens_ST.reshape(-1, self.micro_batch, T), '.B.')
     tables = llama.rope(self.config, T)
-    if IMPORTANCES[self.importance].curvature:
+    if find_importance(self.importance).curvature:
       return self._curvature_scores(stacked, tokens_MBT, tables)
     x_MBTD, (inputs_LMBTD, distance_L, moments_L) = self._forward(stacked, tokens_MBT, tables)
     loss, gradient_MBTD = self._head(stacked, x_MBTD, tokens_MBT, cross_entropy, 1 / (S * (T - 1)))
@@ -125,7 +126,7 @@ class Scorer:
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
     """The last layer's output, and of every layer the input, the distance and what `columns` need."""
     config, shape, measure = self.config, self.shape, DISTANCES[self.distance]
-    collect = IMPORTANCES[self.importance].columns is not None
+    collect = find_importance(self.importance).columns is not None
 
     def run(layer: Params, x_BTD: jax.Array) -> tuple[jax.Array, Moments]:
       if not collect:
@@ -148,7 +149,7 @@ class Scorer:
 
   def _column_scores(self, layers: Params, moments_L: Moments) -> list[jax.Array]:
     """[kv [L, K], ffn [L, F], o_proj's columns [L, K, G, H]]."""
-    columns = IMPORTANCES[self.importance].columns
+    columns = find_importance(self.importance).columns
     assert columns is not None
 
     def score(_: None, xs: tuple[Params, Moments]) -> tuple[None, list[jax.Array]]:
@@ -163,7 +164,7 @@ class Scorer:
     self, run: Callable[..., jax.Array], layers: Params, inputs_LMBTD: jax.Array, gradient_MBTD: jax.Array
   ) -> list[jax.Array]:
     """[kv [L, K], ffn [L, F]]; `gradient_MBTD` is ∂L/∂x of the last layer's output."""
-    importance, samples = IMPORTANCES[self.importance], gradient_MBTD.shape[0] * self.micro_batch
+    importance, samples = find_importance(self.importance), gradient_MBTD.shape[0] * self.micro_batch
 
     def score(layer: Params, gradient: Params, fisher: Params) -> list[jax.Array]:
       return group_scores(layer, gradient, fisher, importance, reference_fold=self.reference_fold)

@@ -165,5 +165,9 @@ def _tokenizer_from_directory(directory: pathlib.Path) -> Any:
   # Slow to import, and only tokenizers are used of it; the model types it does not know are ours.
   from transformers import AutoTokenizer, logging
 
+  before = logging.get_verbosity()
   logging.set_verbosity_error()
-  return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+  try:
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+  finally:
+    logging.set_verbosity(before)

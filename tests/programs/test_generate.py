@@ -11,11 +11,10 @@ from jax.sharding import PartitionSpec
 from adapt_jax.config.build import from_dict
 from adapt_jax.export.hf import write_hf
 from adapt_jax.generation.generator import Generator, bucket
-from adapt_jax.generation.sampling import Sampling
+from adapt_jax.generation.sampling import Sampling, stop_ids
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import generate
-from adapt_jax.modes.generate import stop_ids
 from tests.formats.test_export_hf import EXPORTS, load
 from tests.programs.test_sharding import SHAPES, make_model, put, set_mesh
 from tests.support import runs
@@ -187,11 +186,11 @@ def test_a_prompt_is_a_chat_or_plain_text_and_ends_at_the_models_eos(files, caps
   assert tokenizer.decode(ids[True]) == '<|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\n'
   assert ids[False] == tokenizer('the dog').input_ids and ids[False][0] == tokenizer.bos_token_id
   source = open_source(str(files / 'model'))
-  assert stop_ids(source, tokenizer) == {tokenizer.eos_token_id}
+  assert stop_ids(source.generation, tokenizer) == {tokenizer.eos_token_id}
   source.generation['eos_token_id'] = [1, 3]
-  assert stop_ids(source, tokenizer) == {1, 3}
+  assert stop_ids(source.generation, tokenizer) == {1, 3}
   del source.generation['eos_token_id']
-  assert stop_ids(source, tokenizer) == {tokenizer.eos_token_id}
+  assert stop_ids(source.generation, tokenizer) == {tokenizer.eos_token_id}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ until the target is reached. Numpy only.
 
 import abc
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,8 +25,9 @@ class Method(abc.ABC):
     options: `config.prune`.
   """
 
-  # Of groups and layers, names of criteria.IMPORTANCES and DISTANCES; '': as config.prune says.
-  importance: ClassVar[str] = ''
+  # Of groups and layers: an importance or a name of criteria.IMPORTANCES, a name of DISTANCES; '': as
+  # config.prune says.
+  importance: ClassVar[Any] = ''
   distance: ClassVar[str] = ''
 
   def __init__(self, config: ModelConfig, options: PruneOptions):

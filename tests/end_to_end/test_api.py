@@ -1,0 +1,165 @@
+"""The library: the whole job in memory, the same as the command's, and nothing left behind in the process."""
+
+import logging
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adapt_jax as aj
+from adapt_jax.config.build import from_dict
+from adapt_jax.models.config import count_params
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.network import llama
+from adapt_jax.modes import accel
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning.criteria import Importance
+from adapt_jax.pruning.methods.base import UniformOneShot
+from tests.support import runs
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  return runs.make_files(tmp_path_factory.mktemp('files'))
+
+
+@pytest.fixture(scope='module')
+def model(files):
+  return aj.load(files / 'model')
+
+
+@pytest.fixture(scope='module')
+def rows(files, model):
+  return aj.rows(model, files / 'train.txt', samples=16, length=16)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.getbasetemp() / 'user-cache'))
+
+
+def test_prune_gives_the_weights_that_the_command_writes(files, model, rows, tmp_path):
+  config = runs.make_config(files)
+  config.prune.method, config.prune.stages, config.train.tokens = 'obs', 1, 0
+  accel.run(from_dict(config.to_dict()), Workdir(str(tmp_path / 'out'), {}), 'the command')
+  small, plan = aj.prune(model, rows, target=0.8)
+  written = open_source(str(tmp_path / 'out/hf'))
+  assert small.config == written.config
+  chex.assert_trees_all_equal(jax.device_get(small.params), jax.device_get(written.load_params(None)))
+  assert plan.params(model.config) == small.num_params <= 0.8 * model.num_params
+
+
+def test_the_whole_job_in_memory(files, model, rows, tmp_path, capfd):
+  before = jax.tree.map(np.array, model.params)
+  small, plan = aj.prune(model, rows, target=0.7)
+  pruned = aj.perplexity(small, files / 'valid.txt', length=32)
+  options = {'length': 32, 'batch': 4, 'lr': 1e-2, 'min_lr': 1e-3}
+  better = aj.recover(small, str(files / 'train.txt'), tokens=runs.TOKENS, teacher=model, **options)
+  recovered = aj.perplexity(better, files / 'valid.txt', length=32)
+  assert recovered < pruned
+  assert plan.kv_widths.tolist() == [shape.num_kv_heads for shape in small.config.layers]
+  assert plan.ffn_widths.tolist() == [shape.ffn for shape in small.config.layers]
+  found = aj.save(better, tmp_path / 'out', formats=('hf', 'gguf'))
+  assert set(found) == {'hf', 'gguf/model-F32.gguf'}
+  assert 'pruned to 6' in (tmp_path / 'out/hf/README.md').read_text()
+  again = aj.load(tmp_path / 'out/hf')
+  assert again.config == better.config and 'parameters' in repr(again)
+  texts = aj.generate(again, ['the union', 'the law'], max_new_tokens=4)
+  assert len(texts) == 2 and aj.generate(again, 'the union', max_new_tokens=4) == texts[0]
+  twice, _ = aj.prune(better, rows, target=0.8)
+  assert twice.num_params <= 0.8 * better.num_params and twice.dense == model.num_params
+  chex.assert_trees_all_equal(
+    before, jax.tree.map(np.array, model.params)
+  )  # nothing donated, nothing changed
+  assert capfd.readouterr() == ('', '')
+
+
+def test_parameters_are_the_users_own(model):
+  @jax.jit
+  def loss(params, tokens):
+    return jnp.square(llama.apply(model.config, params, tokens)).mean()
+
+  gradient = jax.grad(loss)(model.params, jnp.arange(12).reshape(2, 6))
+  assert jax.tree.structure(gradient) == jax.tree.structure(model.params)
+  assert count_params(model.config) == model.num_params == sum(x.size for x in jax.tree.leaves(model.params))
+
+
+def test_the_process_stays_as_it_was(files, model, rows):
+  hook, disabled = sys.unraisablehook, logging.root.manager.disable
+  compiled = jax.jit(lambda x: x + 1)
+  compiled(jnp.ones(3))
+  aj.perplexity(aj.prune(model, rows, target=0.8)[0], files / 'valid.txt', length=32)
+  assert compiled._cache_size() == 1  # the caller's programs are still there
+  assert sys.unraisablehook is hook and logging.root.manager.disable == disabled
+
+
+class First(UniformOneShot):
+  """Keeps what lies in front."""
+
+  importance = Importance(lambda w, g, f: w, gradient=False)
+  distance = 'cosine'
+
+
+def test_methods_and_importances_come_from_outside(model, rows):
+  small, _ = aj.prune(model, rows, target=0.8, method=First)
+  assert small.num_params <= 0.8 * model.num_params
+  large = Importance(lambda w, g, f: -w * w, gradient=False)
+  by_name, _ = aj.prune(model, rows, target=0.8, method='uniform', importance='l2')
+  mine, plan = aj.prune(model, rows, target=0.8, method='uniform', importance=large)
+  chex.assert_trees_all_equal(by_name.params, mine.params)  # of the score only the size counts
+  assert min(plan.ffn_widths) < 48
+
+
+def test_token_ids_stand_for_a_text(model, rows):
+  value = aj.perplexity(model, rows)
+  assert value == pytest.approx(aj.perplexity(model, jnp.asarray(rows)))
+  better = aj.recover(model, rows, tokens=4 * 16 * 4, batch=4, lr=1e-2)
+  assert aj.perplexity(better, rows) < value
+
+
+def test_it_runs_on_the_callers_mesh(model, rows):
+  automatic = (jax.sharding.AxisType.Auto,) * 3
+  devices = jax.make_mesh((1, 2, 1), ('data', 'fsdp', 'tensor'), axis_types=automatic)
+  alone, plan = aj.prune(model, rows, target=0.8)
+  with jax.set_mesh(devices):
+    sharded, same = aj.prune(model, rows, target=0.8)
+    assert len(sharded.params['embed'].sharding.device_set) == 2
+  assert same.equals(plan)
+  chex.assert_trees_all_close(jax.device_get(alone.params), jax.device_get(sharded.params), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('call', 'words'),
+  [
+    (lambda m, r, f: aj.load('no/such/model/here'), ('source', 'no such')),
+    (lambda m, r, f: aj.rows(m, 'missing.txt'), ('text', 'missing.txt')),
+    (
+      lambda m, r, f: aj.rows(m, f / 'valid.txt', samples=10**6, length=16),
+      ('samples = 1000000', 'lower it'),
+    ),
+    (lambda m, r, f: aj.prune(m, r, target=0.01), ('target = 0.01', 'raise it')),
+    (lambda m, r, f: aj.prune(m, r, method='best'), ("method = 'best'", 'choose one of')),
+    (lambda m, r, f: aj.prune(m, r, stages=3), ('stages = 3', 'loop')),
+    (lambda m, r, f: aj.prune(m, r, widht=3), ('widht', 'unknown')),
+    (lambda m, r, f: aj.prune(m, r[0]), ('rows', 'token ids')),
+    (lambda m, r, f: aj.prune(m, r + 10**6), ('rows', 'embedding')),
+    (lambda m, r, f: aj.recover(m, f / 'train.txt', tokens=5), ('tokens = 5', 'at least 131,072')),
+    (lambda m, r, f: aj.generate(m, 'a ' * 3000), ('prompt 1', 'shorten')),
+    (lambda m, r, f: aj.save(m, 'out', formats=('onnx',)), ('formats', 'onnx')),
+  ],
+)
+def test_a_wrong_argument_is_named_as_it_was_given(files, model, rows, call, words):
+  with pytest.raises(aj.InputError) as error:
+    call(model, rows, files)
+  assert 'config.' not in str(error.value) and '\n' not in str(error.value)
+  for word in words:
+    assert word in str(error.value)
+
+
+def test_the_package_says_what_it_has():
+  assert set(aj.__all__) <= set(dir(aj)) and aj.__version__.startswith('0.')
+  with pytest.raises(AttributeError, match='nothing'):
+    aj.nothing  # noqa: B018
