@@ -1,6 +1,7 @@
 """The library: the whole job in memory, the same as the command's, and nothing left behind in the process."""
 
 import logging
+import re
 import sys
 
 import chex
@@ -163,3 +164,25 @@ def test_the_package_says_what_it_has():
   assert set(aj.__all__) <= set(dir(aj)) and aj.__version__.startswith('0.')
   with pytest.raises(AttributeError, match='nothing'):
     aj.nothing  # noqa: B018
+
+
+def test_the_code_that_the_pages_show_runs(files, tmp_path, monkeypatch):
+  """README's and the library page's, one after another, with a tiny model and short texts in their place."""
+  monkeypatch.chdir(tmp_path)
+  places = {
+    'HuggingFaceTB/SmolLM2-135M': str(files / 'model'),
+    'calibration.txt': str(files / 'train.txt'),
+    'corpus.jsonl': str(files / 'train.txt'),
+    'heldout.txt': str(files / 'train.txt'),
+    'tokens=2_000_000': 'tokens=2_048, batch=2, length=32',
+  }
+  names: dict[str, object] = {}
+  for page in ('README.md', 'docs/library.md'):
+    blocks = re.findall(r'^```python\n(.*?)^```', (runs.ROOT / page).read_text(), re.M | re.S)
+    assert blocks, page
+    for code in blocks:
+      for shown, place in places.items():
+        code = code.replace(shown, place)
+      exec(compile(code, page, 'exec'), names)
+  assert (tmp_path / 'out/gguf').is_dir() and names['logits'].shape[:2] == (2, 1024)
+  assert names['plan'].ffn_widths[:2].tolist() == [48, 48]  # the last one shown spares the first layers
