@@ -151,7 +151,11 @@ def run() -> None:
   except InputError as error:
     _fail(str(error))
   except preemption.Preempted as stop:
-    processes.say(' '.join(('stopped by SIGTERM', *stop.args)) + ': the same command goes on from here')
+    stopped = f'stopped by {preemption.cause()}'
+    processes.say(' '.join((stopped, *stop.args)) + ': the same command goes on from here')
+  except KeyboardInterrupt:
+    print('stopped by Ctrl-C: the same command goes on from what is saved', file=sys.stderr)
+    processes.leave(130)
   except Exception as error:
     if reason := disk_full(error):
       _fail(

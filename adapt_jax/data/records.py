@@ -62,7 +62,7 @@ def content(row: dict[str, Any], where: str, text_field: str, messages_field: st
       return _conversation(row, turn, where)
   raise InputError(
     f'{where}: neither {messages_field!r} nor {text_field!r} among its fields {list(row)}, nor a known form '
-    '(docs/running.md): set config.data.text_field or config.data.messages_field to the one that holds the data'
+    '(docs/running.md): set config.data.text_field or config.data.messages_field to the one with the data'
   )
 
 

@@ -27,12 +27,12 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
-import tqdm
 
 from adapt_jax.config.options import DataOptions
 from adapt_jax.data.documents import Document, fingerprint, read_documents
 from adapt_jax.data.tokenise import BATCH_CHARS, Encoded, encode_all, take
-from adapt_jax.machine.processes import WAITS, decide
+from adapt_jax.machine.processes import WAITS, decide, say
+from adapt_jax.machine.progress import Progress
 from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.files import user_cache
 
@@ -174,7 +174,7 @@ def _build(
   beside.mkdir()
   try:
     writer = _Writer(beside, max(tokenizer.get_vocab().values(), default=0))
-    with writer, tqdm.tqdm(desc=title, unit=' tokens', unit_scale=True, disable=None) as bar:
+    with writer, Progress(f'tokenising {title}', None, 'tokens') as bar:
       complete, refused = False, tuple[str, ...]()
       while not complete and not writer.holds(need):
         feed = _Feed(documents, writer, need)
@@ -187,7 +187,7 @@ def _build(
         complete = feed.complete
       writer.finish(complete)
     if refused:
-      print(f'{title}: {len(refused)} conversations are left out, such as {refused[0]}', flush=True)
+      say(f'{title}: {len(refused)} conversations are left out, such as {refused[0]}')
     path = directory / f'{key}-{writer.tokens}'
     if (other := _open(path)) and not other.holds(need):  # as many tokens, but not known to be all
       shutil.rmtree(path)

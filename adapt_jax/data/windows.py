@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from adapt_jax.data.documents import Source, is_blocks, open_blocks, read_documents
 from adapt_jax.data.tokenise import BATCH_CHARS, encode, render, take
+from adapt_jax.machine.progress import Progress
 from adapt_jax.models.errors import InputError
 
 # A source is read this far at least, so that draws cover more than its first documents; a stream of a
@@ -128,7 +128,7 @@ def load_stream(
   documents = read_documents(source, field, text_field=text_field, messages_field=messages_field)
   texts = (render(document, tokenizer) for document in documents)
   found, size = [encode((), tokenizer)], 0
-  with tqdm.tqdm(total=max_tokens, desc=field, unit=' tokens', unit_scale=True, disable=None) as bar:
+  with Progress(f'reading {field}', None, 'tokens') as bar:
     # A token is seldom less than a character, so as many characters as tokens are missing are never
     # too many, and a few rounds get there without reading far beyond.
     while batch := take(texts, BATCH_CHARS, limit - size):

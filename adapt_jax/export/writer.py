@@ -19,6 +19,7 @@ from adapt_jax.export.padded import pad, padded_config
 from adapt_jax.export.verify import check
 from adapt_jax.machine import mesh
 from adapt_jax.machine.processes import decide, is_first, say
+from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.files import beside, exists, new_directory, write_text
 from adapt_jax.models.formats.gguf_model import STORED_DTYPES
@@ -103,7 +104,8 @@ class Writer:
     for name in self._options.formats:
       path = self._directory / name
       with new_directory(path) if is_first() else contextlib.nullcontext(beside(path)) as new:
-        written = _WRITERS[name](self, config, params, new)
+        with phase(f'writing {name}'):
+          written = _WRITERS[name](self, config, params, new)
         if is_first():
           write_text(new / LINEAGE, json.dumps(self._report, indent=2) + '\n')
           files = sorted(file.name for file in new.iterdir())

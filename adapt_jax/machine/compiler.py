@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from adapt_jax.machine import mesh
+from adapt_jax.machine.progress import phase
 from adapt_jax.models.files import user_cache
 from adapt_jax.models.network.backend import compiler_options
 
@@ -105,8 +106,9 @@ class Compiler:
     """
 
     def compile() -> Any:
-      lowered = mesh.jit(fn, *args, donate_argnums=donate_argnums).lower(*args)
-      program = lowered.compile(compiler_options() | (xla_options or {}))
+      with phase(f'compiling {name}'):
+        lowered = mesh.jit(fn, *args, donate_argnums=donate_argnums).lower(*args)
+        program = lowered.compile(compiler_options() | (xla_options or {}))
       _give_back_memory()
       self.counts[name] = self.counts.get(name, 0) + 1
       return program

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from adapt_jax.config.options import MeshOptions, RunOptions
+from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import Source
@@ -122,4 +123,5 @@ def jit(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
 
 def load_source(source: Source, dtype: Any) -> Params:
   """The parameters on the mesh, in `dtype` or, with None, each in its own; a process reads its own slices."""
-  return source.load_params(dtype, shardings(source.abstract_params(dtype)))
+  with phase(f'reading {source.name}'):
+    return source.load_params(dtype, shardings(source.abstract_params(dtype)))

@@ -1,8 +1,9 @@
-"""SIGTERM: a machine that is taken away warns so. The run ends where it can be taken up again.
+"""SIGTERM and Ctrl-C end a run where it can be taken up again.
 
-SIGTERM raises `Preempted` at once, for no kill does harm; but where work would be lost (`deferred`) it is
-noted, and the next check point raises. Of several processes JAX's own preemption service takes the signal, of
-whichever process, and all stop at the same check point.
+Ctrl-C (SIGINT) does what SIGTERM does; pressed again, it ends the run at once. SIGTERM raises `Preempted` at
+once, for no kill does harm; but where work would be lost (`deferred`) it is noted, and the next check point
+raises. Of several processes JAX's own preemption service takes SIGTERM, of whichever process, and all stop at
+the same check point.
 """
 
 import contextlib
@@ -13,19 +14,19 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-_noted = False
+_noted = ''  # the signal that has come
 _points = 0  # check points so far
 _deferring = False
 
 
 class Preempted(BaseException):
-  """SIGTERM ends the run; the message may tell where. Like KeyboardInterrupt not for `except Exception`."""
+  """A signal ends the run; the message may tell where. Like KeyboardInterrupt not for `except Exception`."""
 
 
 def requested() -> bool:
   """Whether SIGTERM has come. Of several processes all must call it as often, in the same order."""
   if jax.process_count() == 1:
-    return _noted
+    return bool(_noted)
   global _points
   _points += 1
   return multihost_utils.reached_preemption_sync_point(_points)
@@ -37,26 +38,37 @@ def check() -> None:
     raise Preempted
 
 
-def _on_signal(*_: Any) -> None:
+def cause() -> str:
+  """The signal that ended the run, as a user knows it."""
+  return _noted or 'SIGTERM'
+
+
+def _on_signal(number: int, _: Any) -> None:
   global _noted
-  again, _noted = _noted, True
+  again, _noted = _noted, 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
+  if again and number == signal.SIGINT:
+    raise KeyboardInterrupt
   if not _deferring and not again:
     raise Preempted
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-  """Handles SIGTERM inside; in the main thread."""
+  """Handles SIGTERM and Ctrl-C inside; in the main thread."""
   global _noted
-  _noted = False
+  _noted = ''
   if jax.process_count() > 1:
     yield
     return
-  before = signal.signal(signal.SIGTERM, _on_signal)
+  numbers = [signal.SIGTERM]
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+    numbers.append(signal.SIGINT)
+  before = {number: signal.signal(number, _on_signal) for number in numbers}
   try:
     yield
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from adapt_jax.config.mode_options import CompareOptions
 from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.machine import preemption
-from adapt_jax.machine.progress import Progress
+from adapt_jax.machine.progress import prefixed
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError, disk_full, first_line
 from adapt_jax.models.files import write_text
@@ -184,16 +184,15 @@ class Compare:
     return report
 
   def _execute_all(self, todo: list[CellRun], inputs: list[Inputs]) -> None:
-    with Progress('compare', len(todo), 'cells') as progress:
-      for number, run in enumerate(todo, 1):
-        preemption.check()
-        compare_page.write(self._workdir, self._report(run), running=True)
-        print(f'cell {number} of {len(todo)}: {run.cell.label}', flush=True)
+    for number, run in enumerate(todo, 1):
+      preemption.check()
+      compare_page.write(self._workdir, self._report(run), running=True)
+      print(f'cell {number} of {len(todo)}: {run.cell.label}', flush=True)
+      with prefixed(f'{number}/{len(todo)}'):
         reason = self._try(run, inputs[number - 1])
-        if reason:
-          print(f'failed: {reason}', flush=True)
-        gc.collect()  # what of a run is in cycles holds its model
-        progress.update(1, **({'failed': reason} if reason else {'cell': run.cell.name}))
+      if reason:
+        print(f'failed: {reason}', flush=True)
+      gc.collect()  # what of a run is in cycles holds its model
 
   def _try(self, run: CellRun, inputs: Inputs) -> str:
     """Runs one cell; the reason if it failed, which its error file has too, else ''."""

@@ -1,5 +1,6 @@
 """Checks of a run before any heavy work, cheap ones first: texts, target, steps, exports, mesh."""
 
+import dataclasses
 import itertools
 
 from adapt_jax.config.options import RunOptions
@@ -110,10 +111,16 @@ def _check_teacher(options: RunOptions, config: ModelConfig) -> None:
 
 def _check_steps(options: RunOptions) -> None:
   t = options.train
-  ends = [0, *stage_steps(t, options.prune.stages)]
-  if t.tokens and any(stop <= start for start, stop in itertools.pairwise(ends)):
+  stages, batch = options.prune.stages, t.batch * t.length
+
+  def enough(steps: int) -> bool:
+    ends = [0, *stage_steps(dataclasses.replace(t, tokens=steps * batch), stages)]
+    return all(start < stop for start, stop in itertools.pairwise(ends))
+
+  if t.tokens and not enough(t.tokens // batch):
+    least = next(steps for steps in itertools.count(stages) if enough(steps)) * batch
     raise InputError(
       f'config.train.tokens = {t.tokens:,} leaves a stage without a batch of {t.batch} x {t.length} tokens; '
-      f'it is split over {options.prune.stages} stages ({t.split}): raise it, or lower '
-      f'train.batch or prune.stages'
+      f'it is split over {stages} stages ({t.split}): give at least {least:,}, or lower train.batch or '
+      f'prune.stages'
     )

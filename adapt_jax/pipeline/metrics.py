@@ -1,5 +1,6 @@
 """The run's log, one JSON object a line: every pruning step, training step and evaluation."""
 
+import datetime
 import json
 import pathlib
 from typing import Any
@@ -26,10 +27,11 @@ class MetricsLog:
       self.cut(self.lines - 1)
 
   def write(self, event: str, **values: Any) -> None:
-    """One line: {"event": event, ...}."""
+    """One line: {"event": event, "time": "2026-01-31T12:00:00+00:00", ...}."""
     if not is_first():
       return
-    row = {'event': event} | values
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    row = {'event': event, 'time': now} | values
     with open(self._path, 'a', encoding='utf-8') as file:
       file.write(json.dumps(row) + '\n')
     self.lines += 1

@@ -11,7 +11,7 @@ from adapt_jax.export.writer import Writer, written_dtype
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.preemption import Preempted
-from adapt_jax.machine.processes import is_first
+from adapt_jax.machine.processes import is_first, say
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
@@ -24,6 +24,7 @@ from adapt_jax.pipeline.state import RunState, StateStore
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports import run_page
 from adapt_jax.reports.report import Of, RunReport, StageReport, versions, write_report
+from adapt_jax.training.loop import Trained
 from adapt_jax.training.optim import optimizer
 
 
@@ -50,7 +51,7 @@ class Run:
     export: bool = True,
   ):
     self.options, self._inputs, self._workdir, self._command = options, inputs, workdir, command
-    self._export, self._started = export, time.monotonic()
+    self._export, self._started, self._estimated = export, time.monotonic(), False
     self._compiler = Compiler(shared.programs if shared else None)
     self._metrics = MetricsLog(workdir.metrics)
     self._store = StateStore(workdir, inputs.config, self._metrics)
@@ -158,11 +159,24 @@ class Run:
   def _train(self, stage: int, state: RunState, recovery: Recovery, start: float) -> None:
     """The stage's training, saved now and then; `start`: when the stage began, its earlier work counted."""
     for done in recovery.steps(stage, state):
+      if not self._estimated:
+        self._estimate(stage, done, time.monotonic() - start)
       self._metrics.write('train', stage=stage, step=done.step, **done.metrics)
       if done.state is not None:
         state.record_seconds(time.monotonic() - start)
         if done.step < self._schedule.end(stage):
           self._save(state)
+
+  def _estimate(self, stage: int, done: Trained, seconds: float) -> None:
+    """Says how long the run will take, after its first training step; `seconds`: of the open stage so far."""
+    self._estimated = True
+    step = self.options.train.batch * self.options.train.length / done.metrics['tokens_per_second']
+    steps, stages = self._schedule.train_steps - done.step, self._schedule.stages - stage
+    more = f', {seconds:.0f} s for each of {stages} prunings' if stages else ''
+    say(
+      f'the run will take about {_duration(steps * step + stages * seconds)} more: {step:.1f} s for each of '
+      f'{steps:,} training steps{more}'
+    )
 
   def _perplexity(self, state: RunState, of: Of, stage: int = 0) -> dict[str, float]:
     return self._quality.perplexity(self._config(state), state.params, of, stage, state.train_step)
@@ -242,3 +256,10 @@ class Run:
       self._page(report, running=False)
     write_report(self._workdir.report, report)
     return report
+
+
+def _duration(seconds: float) -> str:
+  """For a reader: 40 s, 12 min, 3.5 h."""
+  if seconds < 90:
+    return f'{seconds:.0f} s'
+  return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'

@@ -17,6 +17,7 @@ from adapt_jax.data.train_set import TrainSet
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler, forget_traces
 from adapt_jax.machine.mesh import load_source
+from adapt_jax.machine.progress import phase
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState, array_shapes
@@ -101,6 +102,10 @@ class Pruning:
       state.hold(state.arrays | {'optimizer': reset_moments(state.arrays['optimizer'])})
 
   def _compact(self, state: RunState) -> None:
+    with phase('compacting'):
+      self._compact_arrays(state)
+
+  def _compact_arrays(self, state: RunState) -> None:
     relative = state.pruning.plan.relative_to(state.compacted)
 
     def cut(arrays: TrainState) -> TrainState:

@@ -15,6 +15,7 @@ import optax
 
 from adapt_jax.config.values import TEXT
 from adapt_jax.machine.processes import decide, is_first, say
+from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import write_text
@@ -157,7 +158,8 @@ class StateStore:
     """A checkpoint; only between prunings, when the arrays have the plan's widths."""
     meta = {name: getattr(state, name) for name in _IN_JSON} | {'row': state.row or {}}
     meta |= {'pruning': state.pruning.to_json(), 'metrics_lines': self._metrics.lines}
-    self._checkpoints.save(state.arrays, meta)
+    with phase('saving'):
+      self._checkpoints.save(state.arrays, meta)
 
   def save_plan(self, state: RunState, stage: int) -> None:
     """`plan.json`: what is kept now, and what resuming in the middle of a stage's pruning needs."""

@@ -18,7 +18,7 @@ from adapt_jax.data.windows import Blocks
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.processes import decide, say
-from adapt_jax.machine.progress import Progress
+from adapt_jax.machine.progress import Progress, phase
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.backend import loop_options
@@ -154,7 +154,8 @@ class Pruner:
     tokens = self._tokens(rows)
     if self._program is None:
       self._program = self._compiler('scoring', self._scorer, stacked, tokens, xla_options=loop_options())
-    scores: Scores = jax.device_get(self._program(stacked, tokens))
+    with phase('scoring', counts=True):
+      scores: Scores = jax.device_get(self._program(stacked, tokens))
     return scores
 
   def _key(self, plan: PrunePlan, rows: np.ndarray) -> tuple[Scorer, bytes]:
@@ -253,7 +254,8 @@ class Pruner:
         'compensation', program, stacked, masks, tokens, xla_options=loop_options()
       )
     say(f'compensating for what was pruned ({self.options.compensate}), on {tokens.size:,} tokens')
-    changes: dict[str, jax.Array] = self._compensation(stacked, masks, tokens)
+    with phase('compensating'):
+      changes: dict[str, jax.Array] = jax.block_until_ready(self._compensation(stacked, masks, tokens))
     return changes
 
   def compensate(self, params: Params, compacted: PrunePlan, plan: PrunePlan, step: int) -> Params:

@@ -43,18 +43,21 @@ def left_over(path: pathlib.Path) -> list[pathlib.Path]:
   return [p for p in path.rglob('*') if 'tmp' in p.name.removeprefix('tmp_')]
 
 
-def test_sigterm_ends_where_the_same_command_goes_on(starter, finished):
+def test_sigterm_and_ctrl_c_end_where_the_same_command_goes_on(starter, finished):
   """While loading, pruning, training, and between a stage's training and its evaluation."""
   path = starter.path / 'sigterm'
-  for after, place in (
-    ({}, ''),
-    ({'event': 'prune', 'step': 5}, ' at stage 1, pruning step 5, training step 0'),
-    ({'event': 'train', 'step': 4}, ' at stage 1, pruning step 17, training step 5'),  # one was running
-    ({'event': 'train', 'step': 8}, ' at stage 1, pruning step 17, training step 8'),
+  for kill, after, place in (
+    ('SIGTERM', {}, ''),
+    ('SIGINT', {'event': 'prune', 'step': 5}, ' at stage 1, pruning step 5, training step 0'),
+    ('SIGINT', {'event': 'train', 'step': 4}, ' at stage 1, pruning step 17, training step 5'),  # one ran
+    ('SIGTERM', {'event': 'train', 'step': 8}, ' at stage 1, pruning step 17, training step 8'),
   ):
-    code, output = starter.run(path, kill='SIGTERM', after=after)
+    code, output = starter.run(path, kill=kill, after=after)
     assert code == 0 and not (path / 'report.json').exists(), output
-    assert f'stopped by SIGTERM{place}: the same command goes on from here' in output
+    assert (
+      f'stopped by {"Ctrl-C" if kill == "SIGINT" else kill}{place}: the same command goes on from here'
+      in output
+    )
     assert 'Traceback' not in output and not left_over(path)
   code, output = starter.run(path)
   assert code == 0 and 'resuming at stage 1, training step 8' in output and 'stage 1 recover:' not in output

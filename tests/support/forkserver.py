@@ -48,6 +48,7 @@ def run(
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
   if kill:
     _send(signal.Signals[kill], after)
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background would ignore
   jax.config.update('jax_num_cpu_devices', devices)
   programs.write_whole()
   compiler._cache_write = functools.partial(_write_as_first, compiler._cache_write)

@@ -105,7 +105,7 @@ def assert_same_end(path: pathlib.Path, reference: pathlib.Path) -> None:
   assert ours['stages'] == theirs['stages'] and ours['perplexity'] == theirs['perplexity']
   logs = [[json.loads(x) for x in (p / 'metrics.jsonl').read_text().splitlines()] for p in (path, reference)]
   for row in logs[0] + logs[1]:
-    assert row.pop('tokens_per_second', 1) > 0
+    assert row.pop('tokens_per_second', 1) > 0 and row.pop('time')
   assert logs[0] == logs[1]
   plans = [json.loads((p / 'plan.json').read_text()) for p in (path, reference)]
   assert plans[0] == plans[1]

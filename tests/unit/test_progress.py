@@ -1,0 +1,106 @@
+"""What a person sees of long work, on a terminal and in a log."""
+
+import io
+import re
+import time
+import types
+
+import pytest
+
+from adapt_jax.machine import processes, progress
+from adapt_jax.machine.progress import Progress, phase, prefixed
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+  found = Terminal()
+  monkeypatch.setattr(progress, 'sys', types.SimpleNamespace(stderr=found))
+  return found
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """A hundredth of the times between two signs of life."""
+  monkeypatch.setattr(progress, '_TICK_SECONDS', 0.01)
+  monkeypatch.setattr(progress, '_LINE_SECONDS', 0.1)
+
+
+def test_silent_work_moves_on_a_terminal(terminal, quick):
+  """One long call without an update, such as a scoring pass: the line is drawn again and again."""
+  with Progress('prune', 100, 'parameters removed'), phase('scoring', counts=True):
+    time.sleep(0.3)
+  drawn = re.findall(r'prune:[^\r]*scoring', terminal.getvalue())
+  assert len(drawn) > 5
+
+
+def test_silent_work_moves_in_a_log(capfd, quick):
+  with Progress('prune', 100, 'parameters removed'), phase('scoring', counts=True):
+    time.sleep(0.5)
+  lines = capfd.readouterr().out.splitlines()
+  assert 3 <= len(lines) <= 5 and all(line.startswith('prune: 0/100') and 'scoring' in line for line in lines)
+
+
+def test_short_work_without_a_count_leaves_no_line(capfd, terminal):
+  with phase('compacting'):
+    pass
+  assert capfd.readouterr().out == ''
+
+
+def test_whole_things_are_counted_whole_and_tokens_by_size(terminal):
+  with Progress('evaluate', 48, 'windows') as bar:
+    bar.update(48)
+  with Progress('recover', 40_000, 'tokens') as bar:
+    bar.update(40_000)
+  assert ' 48/48 ' in terminal.getvalue() and ' 40.0k/40.0k ' in terminal.getvalue()
+
+
+def test_a_bar_that_had_less_to_do_ends_full(terminal):
+  with Progress('prune', 1000, 'steps') as bar:
+    bar.update(60)
+  assert '100%' in terminal.getvalue().split('\r')[-1]
+
+
+def test_a_bar_that_fails_stays_where_it_was(terminal):
+  with pytest.raises(ValueError, match='stop'), Progress('prune', 1000, 'steps') as bar:
+    bar.update(60)
+    raise ValueError('stop')
+  assert '6%' in terminal.getvalue().split('\r')[-1]
+
+
+def test_compiling_is_named_and_kept_out_of_the_rate(capfd, monkeypatch):
+  monkeypatch.setattr(progress, '_LINE_SECONDS', 0.0)
+  with Progress('evaluate', 2, 'windows') as bar:
+    with phase('compiling evaluation'):
+      time.sleep(0.5)
+    time.sleep(0.05)
+    bar.update(2)
+  last = capfd.readouterr().out.splitlines()[-1]
+  assert float(re.search(r'([\d.]+)/s', last)[1]) > 10  # 2 windows in 0.05 s, not in 0.55
+
+
+def test_lines_of_a_log_are_the_first_the_last_and_those_after_ten_seconds(capfd):
+  with Progress('recover', 300, 'tokens') as bar:
+    for _ in range(3):
+      bar.update(100, loss='2.5')
+  lines = capfd.readouterr().out.splitlines()
+  assert [line.split()[1] for line in lines] == ['100/300', '300/300'] and lines[0].endswith('loss 2.5')
+
+
+def test_a_cell_of_a_grid_is_in_the_title(capfd):
+  with prefixed('2/5'), Progress('stage 1 recover', 10, 'tokens') as bar:
+    bar.update(10)
+  assert capfd.readouterr().out.startswith('2/5: stage 1 recover: 10/10')
+
+
+def test_a_library_is_silent(capfd, terminal, quick):
+  with processes.silent(), Progress('prune', 10, 'steps') as bar:
+    bar.update(10)
+    processes.say('a line')
+    with phase('scoring'):
+      time.sleep(0.2)
+  assert capfd.readouterr().out == '' and terminal.getvalue() == ''
