@@ -6,7 +6,7 @@ PY := .venv/bin/python
 PIP := set -o pipefail; $(PY) -m pip --disable-pip-version-check install
 SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) collected packages.*/  \1/p'
 
-.PHONY: help demo test test-fast test-parity test-serving bench bench-gpu check clean fetch .venv
+.PHONY: help demo test test-fast test-parity test-serving docs bench bench-gpu check clean fetch .venv
 
 help:
 	@echo 'make demo    prune and retrain a small model here, and print what it cost'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test-fast  unit tests: about three minutes on two cores'
 	@echo 'make test-parity  eleven steps beside those of the authors'\'' program: about eight minutes'
 	@echo 'make test-serving  exports in the real vLLM and MLX-LM: 4 GB of packages, then one to five minutes'
+	@echo 'make docs    the documentation as a site, into out/docs'
 	@echo 'make bench   ours beside PyTorch, into benchmarks/RESULTS.md: one to two hours on two cores, nothing else running'
 	@echo 'make bench-gpu  one NVIDIA GPU, beside PyTorch: some GB of packages, then eight minutes'
 	@echo 'make check   lint, format and types'
@@ -36,6 +37,9 @@ test-parity: .venv/installed-test fetch
 # With the demo's model too, where make demo has left it.
 test-serving: .venv/installed-test .venv-serving/mlx/installed .venv-serving/vllm/installed
 	$(PY) -m pytest -q -rP -m serving tests/formats/test_serving.py
+
+docs: .venv/installed-test
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict
 
 # Each writes its own section as it ends; one alone: .venv/bin/python -m benchmarks.training --write
 BENCHMARKS := training pruning inference compile_time export growth input_speed

@@ -1,4 +1,7 @@
-"""What `--help` and `--version` print, and the recipes that come with the package."""
+"""What `--help` and `--version` print, the recipes that come with the package, and the page of options.
+
+python -m adapt_jax.cli_help > docs/options.md
+"""
 
 import ast
 import importlib.metadata
@@ -6,6 +9,7 @@ import pathlib
 import textwrap
 
 from adapt_jax.config.build import declarations, get
+from adapt_jax.config.declare import Declaration
 from adapt_jax.config.identity import reads
 from adapt_jax.config.options import RunOptions
 
@@ -39,6 +43,9 @@ Fields: --mode=MODE --help lists what that mode reads, with default and meaning.
 Several processes: --distributed, --coordinator_address, --num_processes, --process_id (docs/cluster.md).
 Guides: the folder docs/ of the repository, README.md first.
 """
+_PAGE = """
+On the command line an option is written `--config.prune.target=0.75`, in a recipe `config.prune.target = 0.75`.
+Several values are separated by commas. This page is generated from the declarations (`python -m adapt_jax.cli_help`)."""
 
 
 def asked_for(arguments: list[str]) -> str:
@@ -79,12 +86,33 @@ def _fields(mode: str) -> str:
   for field, declared in declarations():
     if not reads(mode, field):
       continue
-    default = get(options, field)
-    limits = f', from {declared.within[0]:g} to {declared.within[1]:g}' if declared.within else ''
-    limits += f', one of {", ".join(c or repr(c) for c in declared.choices)}' if declared.choices else ''
-    lines.append(f'--config.{field}={default if default != "" else repr(default)}{limits}')
+    limits = ''.join(f', {text}' for text in _limits(declared))
+    lines.append(f'--config.{field}={_default(options, field)}{limits}')
     lines.append(textwrap.indent(textwrap.fill(declared.meaning, 96), '    '))
   return '\n'.join(lines)
+
+
+def _default(options: RunOptions, field: str) -> str:
+  value = get(options, field)
+  return ','.join(map(str, value)) if value and isinstance(value, tuple) else str(value) or "''"
+
+
+def _limits(declared: Declaration) -> list[str]:
+  found = [f'from {declared.within[0]:g} to {declared.within[1]:g}'] if declared.within else []
+  return found + ([f'one of {", ".join(c or repr(c) for c in declared.choices)}'] if declared.choices else [])
+
+
+def options_page() -> str:
+  """Every option as Markdown, a table for each group."""
+  options, parts, last = RunOptions(), ['# Options', _PAGE], ''
+  for field, declared in declarations():
+    group = field.rpartition('.')[0] or 'The run'
+    if group != last:
+      parts.append(f'\n## {group}\n\n| option | default | values | meaning |\n|---|---|---|---|')
+    last = group
+    row = (f'`{field}`', f'`{_default(options, field)}`', '; '.join(_limits(declared)), declared.meaning)
+    parts.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in row) + ' |')
+  return '\n'.join(parts) + '\n'
 
 
 def with_recipes(argv: list[str]) -> list[str]:
@@ -106,3 +134,7 @@ def _recipe(value: str) -> str:
   file = RECIPES / f'{name}.py'
   known = name.isidentifier() and file.exists() and not pathlib.Path(name).exists()
   return f'{file}{colon}{variant}' if known else value
+
+
+if __name__ == '__main__':
+  print(options_page(), end='')

@@ -1,0 +1,44 @@
+"""The documentation: what is generated is up to date, every page is in the menu, and the site builds."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from adapt_jax import cli_help
+from tests.support import runs
+
+DOCS = runs.ROOT / 'docs'
+
+
+def test_the_page_of_options_is_what_the_declarations_say():
+  page = (DOCS / 'options.md').read_text(encoding='utf-8')
+  assert page == cli_help.options_page(), 'python -m adapt_jax.cli_help > docs/options.md'
+
+
+def test_every_page_is_in_the_menu():
+  menu = set(re.findall(r'[\w-]+\.md', (runs.ROOT / 'mkdocs.yml').read_text()))
+  assert menu == {path.name for path in DOCS.glob('*.md')}
+
+
+@pytest.mark.parametrize('path', [runs.ROOT / 'README.md', runs.ROOT / 'CONTRIBUTING.md', *DOCS.glob('*.md')])
+def test_links_lead_to_files(path):
+  for link in re.findall(r'\]\(([^)#]+)', path.read_text(encoding='utf-8')):
+    assert link.startswith('http') or (path.parent / link).exists(), link
+
+
+def test_readme_is_short():
+  assert len((runs.ROOT / 'README.md').read_text().split()) <= 900
+
+
+@pytest.mark.skipif(importlib.util.find_spec('mkdocs') is None, reason="pip install '.[docs]'")
+def test_the_site_builds_without_a_warning(tmp_path):
+  command = [sys.executable, '-m', 'mkdocs', 'build', '-q', '--strict', '--site-dir', str(tmp_path / 'site')]
+  environment = os.environ | {'NO_MKDOCS_2_WARNING': '1'}
+  built = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True)
+  assert built.returncode == 0, built.stderr
+  page = (tmp_path / 'site/api/index.html').read_text()
+  assert 'Calibration rows' in page and 'recover' in page  # docstrings of the library
