@@ -1,5 +1,6 @@
 """The library: the whole job in memory, the same as the command's, and nothing left behind in the process."""
 
+import json
 import logging
 import re
 import sys
@@ -186,3 +187,30 @@ def test_the_code_that_the_pages_show_runs(files, tmp_path, monkeypatch):
       exec(compile(code, page, 'exec'), names)
   assert (tmp_path / 'out/gguf').is_dir() and names['logits'].shape[:2] == (2, 1024)
   assert names['plan'].ffn_widths[:2].tolist() == [48, 48]  # the last one shown spares the first layers
+
+
+def test_the_notebook_runs(files, tmp_path, monkeypatch):
+  """Every cell, with a tiny model and short texts in the places of the demo's."""
+  matplotlib = pytest.importorskip('matplotlib')
+  matplotlib.use('agg')
+  monkeypatch.chdir(tmp_path)
+  for kind in ('sotu', 'encyclopedia'):
+    for part in ('train', 'valid'):
+      place = tmp_path / 'data' / kind / part
+      place.mkdir(parents=True)
+      (place / 'text.txt').write_text((files / 'train.txt').read_text())
+  places = {
+    'data/SmolLM2-135M-Instruct.Q4_1.gguf': str(files / 'model'),
+    "demo_files.fetch(Path('data'))": 'None',
+    'tokens=40_960': 'tokens=4_096',
+  }
+  notebook = json.loads((runs.ROOT / 'examples/prune_and_recover.ipynb').read_text())
+  names: dict[str, object] = {}
+  for cell in notebook['cells']:
+    code = ''.join(cell['source'])
+    for shown, place in places.items():
+      code = code.replace(shown, place)
+    if cell['cell_type'] == 'code':
+      exec(compile(code, cell['id'], 'exec'), names)
+  assert names['measured'].keys() == {'dense', 'pruned', 'recovered'}
+  assert names['better'].num_params <= 0.8 * names['model'].num_params and (tmp_path / 'out/gguf').is_dir()
