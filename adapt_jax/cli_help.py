@@ -44,8 +44,8 @@ Several processes: --distributed, --coordinator_address, --num_processes, --proc
 Guides: the folder docs/ of the repository, README.md first.
 """
 _PAGE = """
-On the command line an option is written `--config.prune.target=0.75`, in a recipe `config.prune.target = 0.75`.
-Several values are separated by commas. This page is generated from the declarations (`python -m adapt_jax.cli_help`)."""
+On the command line write `--config.prune.target=0.75`, in a recipe `config.prune.target = 0.75`. Separate
+several values with commas. This page is generated from the declarations (`python -m adapt_jax.cli_help`)."""
 
 
 def asked_for(arguments: list[str]) -> str:

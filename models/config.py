@@ -1,6 +1,6 @@
 """Frozen description of a decoder whose layers may differ in width.
 
-Everything that decides an array's shape is here, hashable, and free of JAX.
+It determines the shape of every array, is hashable, and does not import JAX.
 Dimension letters used throughout the project: B batch, T query positions, S key
 positions, D hidden, N query heads, K KV heads, G = N/K query heads of a KV
 group, H head_dim, F MLP width, V vocabulary, L layers.
@@ -11,13 +11,13 @@ import dataclasses
 from adapt_jax.models.errors import InputError
 
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
-# Hugging Face's `attention_bias` puts biases on their q, k, v and o; Qwen2 always has those of q, k, v.
+# Hugging Face's `attention_bias` adds biases to q, k, v and o in these; Qwen2 always has them on q, k and v.
 ATTENTION_BIAS_FAMILIES = ('llama', 'qwen3')
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-  """Widths of one decoder layer: what pruning changes."""
+  """Widths of one decoder layer, which pruning changes."""
 
   num_heads: int  # N, query heads
   num_kv_heads: int  # K, key/value heads; divides num_heads
@@ -70,11 +70,11 @@ class ModelConfig:
   rms_norm_eps: float
   tie_embeddings: bool
   qkv_bias: bool = False
-  output_bias: bool = False  # of o_proj and down_proj both: what pruning compensation fills
+  output_bias: bool = False  # on both o_proj and down_proj; set by pruning compensation
   qk_norm: bool = False
   max_position: int = 2048
-  # SliceGPT: the width of the residual stream before it was sliced to `hidden_size`; 0: it is not sliced. A
-  # sliced model has no gains of norms, which divide by this width, and a matrix in every residual connection.
+  # SliceGPT: the width of the residual stream before it was sliced to `hidden_size`; 0 if not sliced. The norms
+  # of a sliced model have no gains and divide by this width; every residual connection has a matrix.
   sliced_from: int = 0
 
   def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class ModelConfig:
 
   @property
   def o_bias(self) -> bool:
-    """Whether o_proj has a bias: with `output_bias`, and in Llama and Qwen3 wherever q, k and v do."""
+    """Whether o_proj has a bias: with `output_bias`, or in Llama and Qwen3 if q, k and v have biases."""
     return self.output_bias or (self.qkv_bias and self.family in ATTENTION_BIAS_FAMILIES)
 
   def with_layers(self, layers: tuple[LayerShape, ...]) -> 'ModelConfig':
@@ -105,19 +105,19 @@ class ModelConfig:
 
 
 def kv_group_params(config: ModelConfig, group_size: int) -> int:
-  """Stored parameters that leave with one KV group: its K, V, G query heads and output columns."""
+  """Stored parameters removed with one KV group: its K, V, G query heads and output columns."""
   weights = (2 + 2 * group_size) * config.head_dim * config.hidden_size
   biases = (2 + group_size) * config.head_dim if config.qkv_bias else 0
   return weights + biases
 
 
 def channel_params(config: ModelConfig) -> int:
-  """Stored parameters that leave with one MLP channel: a row of gate and up, a column of down."""
+  """Stored parameters removed with one MLP channel: a row of gate and up, a column of down."""
   return 3 * config.hidden_size
 
 
 def layer_params(config: ModelConfig, shape: LayerShape) -> int:
-  """Stored parameters of one decoder layer; norms, or the matrices in their place, and biases included."""
+  """Stored parameters of one decoder layer, with biases and norms (or the matrices that replace norms)."""
   D = config.hidden_size
   norms = (2 * D * D if config.sliced_from else 2 * D) + (2 * config.head_dim if config.qk_norm else 0)
   attention = shape.num_kv_heads * kv_group_params(config, shape.group_size)

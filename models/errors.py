@@ -1,4 +1,4 @@
-"""Errors that a user can correct: the one exception for bad input, and a full disk."""
+"""Errors that a user can correct: an exception for bad input, and detection of a full disk."""
 
 import errno
 import os
@@ -20,9 +20,9 @@ def first_line(error: BaseException) -> str:
 
 
 def disk_full(error: BaseException | None) -> str:
-  """What the system says of the full disk, quota or file size limit behind `error`; '' for other errors.
+  """The system's message if a full disk, quota or file size limit caused `error`; '' for other errors.
 
-  Told by the text: tensorstore and safetensors raise errors of their own around the system's.
+  Detected by the text, because tensorstore and safetensors wrap the system's errors in their own.
   """
   while error is not None:
     for reason in _FULL:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write beside, then rename; and whether there is one."""
+"""Atomic writes (to a temporary path, then a rename), existence checks and the cache directory."""
 
 import contextlib
 import os
@@ -10,9 +10,9 @@ from adapt_jax.models.errors import InputError, first_line
 
 
 def exists(path: pathlib.Path) -> bool:
-  """Whether something is at `path`; InputError where the system will not say.
+  """Whether `path` exists; raises InputError if the system cannot tell.
 
-  `Path.exists` raises for a directory that may not be read and for a name that is too long.
+  `Path.exists` itself raises for an unreadable directory and for a name that is too long.
   """
   try:
     path.stat()
@@ -25,13 +25,13 @@ def exists(path: pathlib.Path) -> bool:
 
 
 def user_cache(name: str) -> pathlib.Path:
-  """A directory of the user's, in $XDG_CACHE_HOME or ~/.cache, that may be deleted at any time."""
+  """A cache directory of the user, in $XDG_CACHE_HOME or ~/.cache; it may be deleted at any time."""
   base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   return pathlib.Path(base).expanduser() / 'adapt-jax' / name
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
-  """Writes `text` so that a reader, or a kill at any moment, sees the old file or the new."""
+  """Writes `text` atomically: readers see the old file or the new one, even if the process is killed."""
   path, new = pathlib.Path(path), beside(path)
   try:
     with open(new, 'w', encoding='utf-8') as file:
@@ -40,20 +40,20 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
       os.fsync(file.fileno())
     new.replace(path)
   finally:
-    new.unlink(missing_ok=True)  # of a full disk
+    new.unlink(missing_ok=True)  # left after an error such as a full disk
 
 
 def beside(path: str | pathlib.Path) -> pathlib.Path:
-  """Where what is to be at `path` is written first."""
+  """The temporary path, in the same directory, to which the content of `path` is written first."""
   path = pathlib.Path(path)
   return path.with_name(f'.{path.name}.tmp')
 
 
 @contextlib.contextmanager
 def new_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a path beside `path` to write to; that file takes its place if the block succeeds.
+  """Yields a temporary path to write to; the file is renamed to `path` if the block succeeds.
 
-  An older file at `path` is replaced; after an exception nothing is left behind.
+  An existing file at `path` is replaced; after an exception the temporary file is removed.
   """
   path, new = pathlib.Path(path), beside(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,9 +67,9 @@ def new_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a temporary directory beside `path` that takes its place if the block succeeds.
+  """Yields a temporary directory, which is renamed to `path` if the block succeeds.
 
-  An existing directory at `path` is replaced; after an exception nothing is left behind.
+  An existing directory at `path` is replaced; after an exception the temporary directory is removed.
   """
   path, new = pathlib.Path(path), beside(path)
   shutil.rmtree(new, ignore_errors=True)
@@ -87,6 +87,6 @@ def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _sync(path: pathlib.Path) -> None:
-  """Waits until a file is on disk: the name that it takes over may be there earlier than its content."""
+  """Waits until a file is on disk: otherwise the rename may reach the disk before the content."""
   with open(path, 'rb') as file:
     os.fsync(file.fileno())

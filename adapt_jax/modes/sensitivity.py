@@ -154,8 +154,10 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       f'config.evaluate.source names the texts {", ".join(names)}, but mode sensitivity measures on one: '
       f'leave the others out'
     )
-  # Nothing is removed for good, so nothing makes up for it; `bias` would count in the sizes.
-  options = dataclasses.replace(options, prune=dataclasses.replace(options.prune, compensate='none'))
+  # Nothing is removed for good, so nothing compensates for it; `bias` would count in the sizes. A recipe's
+  # target and stages are for other modes.
+  prune = dataclasses.replace(options.prune, compensate='none', target=1.0, stages=1)
+  options = dataclasses.replace(options, prune=prune)
   inputs = prepare(options)
   _check_cuts(options, inputs.config)
   measure = Sensitivity(options, inputs, workdir, command)

@@ -80,6 +80,11 @@ class Workdir:
     # the mode does not read are ignored; version 0.1 wrote them too.
     now = {'mode': self._identity['mode']}
     now |= {f'config.{field}': value for field, value in flatten(self._identity['config']).items()}
+    if mode in ('accel', 'prune') and self._identity['mode'] == 'export':
+      raise InputError(
+        f'--workdir={self.path} is the workdir of the run: write the export into another one, with '
+        f'--workdir={self.path}-export and --config.model.source={self.path}'
+      )
     then = {'mode': mode} | {f'config.{field}': value for field, value in before.items()}
     youngest = {f'config.{field}': value for field, value in known.items()}
     for name in sorted(now, key=lambda name: name not in then):

@@ -1,7 +1,7 @@
-"""The header of a .gguf file: metadata as plain values, and where each tensor lies.
+"""The header of a .gguf file: metadata as plain values, and the location of each tensor.
 
-Parsed here, not by gguf.GGUFReader: that keeps a numpy view of every metadata string (2 s and 160 MB
-for a vocabulary of 49k) and loops without bound over a corrupt array's length.
+It is parsed here because gguf.GGUFReader keeps a numpy view of every metadata string (2 s and 160 MB
+for a vocabulary of 49k) and loops without limit if an array's length is corrupt.
 """
 
 import math
@@ -16,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from adapt_jax.models.errors import InputError
 
-# The tensor types that are read: three stored as they are, three dequantised to float32.
+# The supported tensor types: three are read as stored, three are dequantised to float32.
 TENSOR_TYPES = {
   int(kind): kind
   for kind in (
@@ -36,10 +36,10 @@ _REQUIRED = object()
 
 
 class GgufTensor(NamedTuple):
-  """Where one tensor lies in the file."""
+  """Location of one tensor in the file."""
 
   type: int  # a GGMLQuantizationType, or a number that this version of gguf does not know
-  shape: tuple[int, ...]  # as numpy and Hugging Face have it: rows first
+  shape: tuple[int, ...]  # in the order of numpy and Hugging Face: rows first
   offset: int  # bytes from the start of the file
   nbytes: int  # 0 for unsupported types
 
@@ -52,7 +52,7 @@ class GgufFile(NamedTuple):
   tensors: dict[str, GgufTensor]
 
   def field(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
-    """A metadata value of the given type; InputError if it has another, or is absent without default."""
+    """A metadata value of the given type; InputError if it has another type, or is absent without a default."""
     value = self.metadata.get(key, default)
     if value is _REQUIRED:
       raise InputError(f'{self.path}: no metadata field {key}: convert the model again')

@@ -1,4 +1,4 @@
-"""GGUF input: the config and, by Hugging Face name and layout, the weights of a .gguf file."""
+"""GGUF input: the config and the weights of a .gguf file, in Hugging Face's names and layout."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.gguf_header import TENSOR_TYPES, GgufFile, open_file
 from adapt_jax.models.network.rope import inverse_frequencies
 
-# Architectures whose function this decoder computes; Mistral models say llama, and deci is a llama
+# Architectures that this decoder implements; Mistral models are stored as llama, and deci is a llama
 # whose widths differ by layer.
 _ARCHITECTURES = ('llama', 'deci', 'qwen2', 'qwen3')
 # llama.cpp rotates neighbouring pairs in these graphs, so q and k have each head's halves interleaved;
@@ -22,7 +22,7 @@ _ARCHITECTURES = ('llama', 'deci', 'qwen2', 'qwen3')
 PERMUTED_ARCHITECTURES = ('llama', 'deci')
 PERMUTED = ('q_proj.weight', 'k_proj.weight', 'q_proj.bias', 'k_proj.bias')
 ROPE_FREQS = 'rope_freqs.weight'
-# What llama.cpp does not ask for, but an equal ModelConfig needs: written by our own export.
+# Fields that llama.cpp does not need, but that restore an equal ModelConfig; written by our own export.
 FAMILY_KEY = 'adapt_jax.family'
 SCALING_KEY = 'adapt_jax.llama3_scaling'
 _TOP_NAMES = {
@@ -58,7 +58,7 @@ STORED_DTYPES = {
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
   """The ModelConfig that the metadata and tensor names describe.
 
-  Raises InputError for a missing, corrupt or truncated file, and by name for whatever this decoder
+  Raises InputError for a missing, corrupt or truncated file, and names a feature that this decoder
   would compute wrongly: other architectures, experts, other rotary scalings, sliding windows.
   """
   file = open_file(path)
@@ -111,7 +111,7 @@ def _family(file: GgufFile, arch: str) -> str:
 
 
 def _decimal(value: float) -> float:
-  """The shortest decimal of a number that the file keeps as float32: 1e-05, not 9.999999747378752e-06."""
+  """The shortest decimal of a number that the file stores as float32: 1e-05, not 9.999999747378752e-06."""
   return float(str(np.float32(value)))
 
 
@@ -174,7 +174,7 @@ def _head_dim(file: GgufFile, arch: str) -> int:
 
 
 def _rope(file: GgufFile, arch: str) -> RopeConfig:
-  """Base frequency, and the llama3 scaling that the divisors in rope_freqs.weight come from."""
+  """Base frequency, and the llama3 scaling that matches the divisors in rope_freqs.weight."""
   rope = RopeConfig(_decimal(file.field(f'{arch}.rope.freq_base', float, 10000.0)))
   if ROPE_FREQS not in file.tensors:
     return rope
@@ -195,7 +195,7 @@ def _rope(file: GgufFile, arch: str) -> RopeConfig:
 
 
 def rope_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:
-  """What rope_freqs.weight holds: by how much the scaling divides each frequency, float32 [H/2]."""
+  """The values of rope_freqs.weight: the scaling's divisor of each frequency, float32 [H/2]."""
   return inverse_frequencies(RopeConfig(rope.theta), head_dim) / inverse_frequencies(rope, head_dim)
 
 
@@ -220,7 +220,7 @@ def _read_array(file: GgufFile, name: str, index: tuple[slice, ...] = ()) -> np.
   index = (*index, *[slice(None)] * (len(tensor.shape) - len(index)))
   *outer, width = tensor.shape
   start, stop, _ = index[-1].indices(width)
-  block, nbytes = GGML_QUANT_SIZES[kind]  # elements and bytes of a block; blocks lie along the last axis
+  block, nbytes = GGML_QUANT_SIZES[kind]  # elements and bytes of a block; blocks run along the last axis
   first, end = start // block, -(-stop // block)
   # Mapped only for this copy: pages of a file that stays mapped count as this process's memory.
   mapped = np.memmap(file.path, np.uint8, 'r', tensor.offset, (*outer, width // block * nbytes))
@@ -231,7 +231,7 @@ def _read_array(file: GgufFile, name: str, index: tuple[slice, ...] = ()) -> np.
 
 
 class GgufReader:
-  """The weights of a .gguf file by Hugging Face name, each read from disk when asked for."""
+  """The weights of a .gguf file by Hugging Face name, each read from disk on request."""
 
   def __init__(self, path: str | os.PathLike[str]):
     self.where, self.files = str(path), [pathlib.Path(path)]
@@ -240,7 +240,7 @@ class GgufReader:
     self._permuted_head = _head_dim(self._file, arch) if arch in PERMUTED_ARCHITECTURES else None
     self._gguf_name = {}
     for name in self._file.tensors:
-      _type(self._file, name)  # refuses before anything is read
+      _type(self._file, name)  # raises before anything is read
       if name != ROPE_FREQS:
         self._gguf_name[_hf_name(self._file, name)] = name
 
@@ -266,7 +266,7 @@ class GgufReader:
       return _read_array(self._file, stored, index)
     rows, *columns = index or (slice(None),)
     start, stop, _ = rows.indices(self.shape(name)[0])
-    first = start // head * head  # rows change their places within a head: read whole ones
+    first = start // head * head  # rows are permuted within a head: read whole heads
     array = _read_array(self._file, stored, (slice(first, -(-stop // head) * head), *columns))
     pairs = array.reshape(-1, head // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)[start - first : stop - first]
@@ -282,7 +282,7 @@ def _hf_name(file: GgufFile, name: str) -> str:
 
 
 def gguf_name(name: str) -> str:
-  """The name that llama.cpp gives a tensor of a Hugging Face name."""
+  """llama.cpp's name of the tensor with this Hugging Face name."""
   found = {hf: stored for stored, hf in _TOP_NAMES.items()}.get(name)
   if found is None:
     _, _, layer, part = name.split('.', 3)
@@ -293,7 +293,7 @@ def gguf_name(name: str) -> str:
 def open_tensors(path: str | os.PathLike[str]) -> GgufReader:
   """Opens the weights without reading any.
 
-  Raises InputError for a missing, corrupt or truncated file, an unsupported architecture, and by
-  name for a tensor that is unknown or has an unsupported type.
+  Raises InputError for a missing, corrupt or truncated file, an unsupported architecture, and
+  a tensor that is unknown or has an unsupported type, which it names.
   """
   return GgufReader(path)

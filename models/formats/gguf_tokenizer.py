@@ -1,4 +1,4 @@
-"""The tokenizer that a .gguf file describes, as one that Hugging Face can save.
+"""Converts the tokenizer of a .gguf file to one that Hugging Face can save.
 
 transformers' own conversion needs torch and ignores SmolLM's splitting of digits.
 """
@@ -12,7 +12,7 @@ from adapt_jax.models.formats.gguf_header import GgufFile, open_file
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of tokenizer.ggml.token_type
 SPACE = '▁'  # how SentencePiece writes a space
 
-# How text is cut before merging, from the models' own tokenizer.json.
+# How text is split before merging, from the models' own tokenizer.json.
 _LLAMA3 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
@@ -25,8 +25,8 @@ _GPT2_STYLE = ('gpt-2', 'default', 'smollm')  # ByteLevel has GPT-2's expression
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
   """The file's tokenizer as a `transformers.PreTrainedTokenizerFast`.
 
-  Encoding adds BOS and EOS as the file says, by default as llama.cpp does. Raises InputError for a
-  missing or corrupt file, and by name for tokenizer models and pre-tokenizers not supported.
+  Encoding adds BOS and EOS as the file specifies, by default as llama.cpp does. Raises InputError for a
+  missing or corrupt file, and for an unsupported tokenizer model or pre-tokenizer, which it names.
   """
   import transformers  # slow to import, and needed for tokenizers only
 
@@ -71,7 +71,7 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> Any:
   for merge in merges:
     if len(merge) != 2 or not vocab.keys() >= {*merge, ''.join(merge)}:
       raise InputError(f'{file.path}: tokenizer.ggml.merges has {merge}, which gives no token')
-  # Llama 3 has words in its vocabulary that its merges do not reach.
+  # Llama 3 has words in its vocabulary that its merges do not produce.
   backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == 'llama-bpe'))
   to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name in _GPT2_STYLE)
   cuts: list[Any] = [to_bytes]
@@ -114,14 +114,14 @@ def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> 
 
 
 def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
-  """The merges that make SentencePiece's choice: the pair whose joint token scores highest.
+  """Merges in SentencePiece's order: the pair whose joint token scores highest comes first.
 
-  Equal scores go by id, which is the order of training: some converters write one score for all.
+  Equal scores are ordered by id, the order of training: some converters write one score for all.
   """
   normal = {token: i for token, i in vocab.items() if types[i] == NORMAL}
   ranked = []
   for token, i in normal.items():
-    for cut in range(len(token) - 1, 0, -1):  # of one token's pairs the longest left part first, as HF
+    for cut in range(len(token) - 1, 0, -1):  # a token's longest left part first, as in HF
       if token[:cut] in normal and token[cut:] in normal:
         ranked.append((-scores[i], i, token[:cut], token[cut:]))
   ranked.sort(key=lambda merge: merge[:2])
@@ -141,7 +141,7 @@ def _special_tokens(file: GgufFile, tokens: list[str]) -> dict[str, str]:
 
 
 def _add_whole_tokens(backend: Any, tokens: list[str], types: list[int], special: dict[str, str]) -> None:
-  """Marks the tokens that are found in the text as they stand, before it is cut."""
+  """Registers the tokens that are matched whole in the text, before it is split."""
   from tokenizers import AddedToken
 
   controls, plain = [], []
@@ -155,7 +155,7 @@ def _add_whole_tokens(backend: Any, tokens: list[str], types: list[int], special
 
 
 def _add_bos_eos(file: GgufFile, backend: Any, special: dict[str, str]) -> dict[str, bool]:
-  """Makes encoding add BOS and EOS where the file asks; returns what transformers should record."""
+  """Makes encoding add BOS and EOS as the file specifies; returns the settings for transformers."""
   from tokenizers import processors
 
   model, pre = file.metadata['tokenizer.ggml.model'], file.metadata.get('tokenizer.ggml.pre')

@@ -1,4 +1,4 @@
-"""Hugging Face `config.json` in and out, and by name what is refused."""
+"""Reads and writes Hugging Face's `config.json`; errors name each unsupported field."""
 
 import math
 from typing import Any
@@ -31,11 +31,10 @@ _ARCHITECTURES = {
 def config_from_hf(raw: Any, where: str) -> ModelConfig:
   """The ModelConfig of a parsed `config.json`.
 
-  Reads files of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`), and the
-  `per_layer_config` of pruned models: {"5": {"num_key_value_heads": 2, "num_attention_heads": 6}},
-  with their `output_bias`, and `sliced_from` of those that SliceGPT has sliced.
-  `where` is named in errors. Raises InputError for odd values and for anything this decoder would
-  compute wrongly.
+  Reads files of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`). Pruned models
+  have `per_layer_config`: {"5": {"num_key_value_heads": 2, "num_attention_heads": 6}}, and may have
+  `output_bias`, or `sliced_from` if SliceGPT has sliced them. Error messages name `where`. Raises
+  InputError for invalid values and for anything that this decoder would compute wrongly.
   """
   try:
     return _parse(raw)
@@ -78,7 +77,7 @@ def _value(fields: dict[str, Any], name: str, default: Any) -> Any:
 def _count(fields: dict[str, Any], name: str, default: int | None = None) -> int:
   """A whole number of at least 1; `default` where the field is absent or null."""
   value = _value(fields, name, default)
-  if type(value) is not int or not 1 <= value < 2**31:  # a bool is no number here
+  if type(value) is not int or not 1 <= value < 2**31:  # a bool is not accepted as a number
     raise InputError(f'{name} = {value!r} should be a whole number of at least 1')
   return value
 
@@ -162,7 +161,7 @@ def _sliding_window_in_use(raw: dict[str, Any], family: str) -> bool:
 
 
 def _rope(raw: dict[str, Any]) -> RopeConfig:
-  # Where both are present, transformers 5 takes the old one.
+  # If both are present, transformers 5 uses the old one.
   parameters = _object(raw, 'rope_parameters') | _object(raw, 'rope_scaling')
   theta = _number(raw, 'rope_theta', _number(parameters, 'rope_theta', 10000.0))
   kind = parameters.get('rope_type', parameters.get('type', 'default'))
@@ -182,8 +181,8 @@ def _rope(raw: dict[str, Any]) -> RopeConfig:
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
   """`config.json` fields of the stock architecture with the widest layer's values.
 
-  Both spellings of the rotary fields are written: transformers 4.57 and MLX-LM read a file with
-  only `rope_parameters` as theta 10000, silently. For a uniform config without output biases this
+  Both spellings of the rotary fields are written: transformers 4.57 and MLX-LM silently read a file
+  with only `rope_parameters` as theta 10000. For a uniform config without output biases this
   is a complete stock config.json; `adapt_jax/export/hf.py` adds what other models need.
   """
   rope: dict[str, Any] = {'rope_type': 'default'}
@@ -212,7 +211,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     'rope_parameters': rope | {'rope_theta': config.rope.theta},
     'tie_word_embeddings': config.tie_embeddings,
   }
-  if config.rope.scaling:  # a null here only brings a deprecation warning
+  if config.rope.scaling:  # a null here would only cause a deprecation warning
     fields['rope_scaling'] = rope
   if config.family == 'mistral':
     fields['sliding_window'] = None

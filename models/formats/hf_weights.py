@@ -1,6 +1,6 @@
-"""Hugging Face weights in and out, tensor by tensor.
+"""Reads and writes Hugging Face weights, tensor by tensor.
 
-One table of rules serves both directions. Our arrays keep Hugging Face's element order, so every
+One table of rules is used in both directions. Our arrays keep Hugging Face's element order, so every
 transform is a reshape and a dense round trip gives the same bits.
 """
 
@@ -22,13 +22,13 @@ from adapt_jax.models.files import write_text
 from adapt_jax.models.formats.safetensors import INDEX_NAME, write_tensors
 from adapt_jax.models.network.llama import Params, abstract_params
 
-_TAKEN_OVER = 64  # memory at such addresses JAX uses as a CPU device's own
+_TAKEN_OVER = 64  # JAX uses memory aligned to this on a CPU device without a copy
 
 
 class Rule(NamedTuple):
-  """One tensor: its Hugging Face name, its path in our pytree, and how its axes fold to HF's.
+  """One tensor: its Hugging Face name, its path in our pytree, and how its axes fold into HF's.
 
-  The first `rows` axes fold into HF's first axis, the others into its second; None is a vector.
+  The first `rows` axes fold into HF's first axis, the others into its second; None for a vector.
   """
 
   name: str
@@ -77,9 +77,9 @@ class Leaf(NamedTuple):
   folds: tuple[tuple[int, int], ...]
 
   def hf_index(self, bounds: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
-    """Where the HF tensor has the part of ours from start to stop on each axis.
+    """The index in the HF tensor of our part `bounds`, with start and stop on each axis.
 
-    Of the axes that fold together only the first may be split: ValueError for another.
+    Only the first of the axes that fold together may be split: ValueError for another.
     """
     index = []
     for first, end in self.folds:
@@ -124,8 +124,8 @@ def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
 class TensorReader(Protocol):
   """Tensors by Hugging Face name, read one at a time, whole or the part at an index of slices.
 
-  `shape` and `dtype` need the headers only. `files` are those that hold them. What `read` gives may be pages
-  of a file, not to be written to.
+  `shape` and `dtype` need the headers only. `files` hold the tensors. `read` may return mapped pages of a
+  file, which must not be written to.
   """
 
   where: str
@@ -187,7 +187,7 @@ def load_params(
       array = jax.device_put(part((slice(None),) * len(leaf.shape)))
     else:
       array = jax.make_array_from_callback(leaf.shape, lookup(shardings, leaf.path), part)
-    # JAX holds what a device has copied until Python next collects garbage: let go before the next read.
+    # JAX keeps the host array until Python's next garbage collection: free it before the next read.
     array.block_until_ready()
     gc.collect(0)
     return array
@@ -196,7 +196,7 @@ def load_params(
 
 
 class StoredTensor:
-  """A parameter that stays in its file: read whenever numpy asks for it, as by `np.asarray`."""
+  """A parameter that is read from its file each time it is converted to numpy, as by `np.asarray`."""
 
   def __init__(self, reader: TensorReader, leaf: Leaf):
     self._reader, self._leaf = reader, leaf
@@ -208,7 +208,7 @@ class StoredTensor:
 
 
 def stored_params(config: ModelConfig, reader: TensorReader) -> Params:
-  """All parameters as `StoredTensor`, for what takes one at a time: `save_params` and `host_tensors`.
+  """All parameters as `StoredTensor`, for functions that use one at a time: `save_params` and `host_tensors`.
 
   Raises InputError as `load_params` does.
   """
@@ -226,7 +226,7 @@ def _read(reader: TensorReader, leaf: Leaf, bounds: tuple[tuple[int, int], ...])
 
 
 def _for_device(tensor: np.ndarray, dtype: Any) -> np.ndarray:
-  """In `dtype`, and nothing that JAX would use in place of a copy and that may change: pages of a file."""
+  """Casts to `dtype`, and copies pages of a file, which may change, if JAX would use them without a copy."""
   tensor = tensor if dtype is None else tensor.astype(dtype, copy=False)
   pages = not tensor.flags.writeable and tensor.ctypes.data % _TAKEN_OVER == 0
   return tensor.copy() if pages else tensor
@@ -273,9 +273,9 @@ def save_params(
 ) -> None:
   """Writes safetensors into an existing directory; the host holds one tensor at a time.
 
-  `dtype` None keeps each array's own. One file up to `shard_bytes`, else shards and an index.
-  Parameters that are sharded over processes are gathered tensor by tensor: every process calls this,
-  those that do not write with `directory` None. Raises OSError.
+  `dtype` None keeps each array's own. Writes one file up to `shard_bytes`, else shards and an index.
+  Parameters that are sharded over processes are gathered tensor by tensor: every process calls this;
+  those that do not write pass `directory` None. Raises OSError.
   """
   by_name = {leaf.name: leaf for leaf in leaves(config)}
   dtypes = {n: np.dtype(dtype or lookup(params, leaf.path).dtype) for n, leaf in by_name.items()}
@@ -291,7 +291,7 @@ def save_params(
     if len(shards) > 1:
       file = f'model-{k + 1:05d}-of-{len(shards):05d}.safetensors'
     weight_map |= dict.fromkeys(names, file)
-    # Wide numbers first: all then lie at multiples of their size, which other programs ask for.
+    # Wide dtypes first: all tensors are then aligned to their item size, as other programs require.
     names = sorted(names, key=lambda name: -dtypes[name].itemsize)
     if directory is not None:
       write_tensors(directory / file, {n: (by_name[n].hf_shape, dtypes[n]) for n in names}, read)
@@ -304,20 +304,20 @@ def save_params(
 
 
 def host_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[Leaf, np.ndarray]]:
-  """Every stored tensor in file order and Hugging Face's layout, each on the host when its turn comes.
+  """Yields every stored tensor in file order and Hugging Face's layout, one at a time on the host.
 
-  Every process iterates to the end: parameters may be sharded over processes.
+  Every process must iterate to the end: parameters may be sharded over processes.
   """
   for leaf in leaves(config):
     yield leaf, _on_host(lookup(params, leaf.path)).reshape(leaf.hf_shape)
 
 
 def _on_host(array: Any) -> np.ndarray:
-  """The whole array; every process takes part where it is sharded over processes."""
+  """The whole array; if it is sharded over processes, every process must call this."""
   if not isinstance(array, jax.Array):
     return np.asarray(array)
   if not array.is_fully_addressable:
     return multihost_utils.process_allgather(array, tiled=True)
-  # A jax.Array keeps the host's copy of it for as long as it lives: ask a short-lived one.
+  # A jax.Array caches its host copy until it is deleted: convert a temporary one instead.
   parts = [shard.data for shard in array.addressable_shards]
   return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts))

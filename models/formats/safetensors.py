@@ -1,6 +1,6 @@
-"""The safetensors files of a Hugging Face directory, read and written tensor by tensor and part by part.
+"""Reads and writes the safetensors files of a Hugging Face directory, by tensor and by part of a tensor.
 
-`safetensors.numpy.save_file` would take all tensors of a file at once.
+`safetensors.numpy.save_file` would need all tensors of a file at once.
 """
 
 import json
@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.files import exists
 
-DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # of safetensors -> of numpy
+DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # safetensors name -> numpy name
 _CODES = {name: code for code, name in DTYPES.items()}
-_CHUNK = 1 << 17  # elements that are converted and written at once; in bf16 256 KiB, as cp takes them
+_CHUNK = 1 << 17  # elements that are converted and written at once; 256 KiB in bf16, as cp does
 INDEX_NAME = 'model.safetensors.index.json'
 
 
 class _Stored(NamedTuple):
-  """A tensor of a mapped file: its dtype as safetensors names it, and where its bytes start and end."""
+  """A tensor of a mapped file: its safetensors dtype, its shape, and the start and end of its bytes."""
 
   file: mmap.mmap
   dtype: str
@@ -84,20 +84,20 @@ class SafetensorsReader:
     return DTYPES[code]
 
   def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """A tensor, or the part of it at `index`: pages of the file, read when they are used, no copy.
+    """A tensor, or the part of it at `index`, as pages of the file, which are read on use, not copied.
 
-    It may lie at any address, and is read-only. What writes to the file changes it.
+    It may be unaligned, and is read-only. Writing to the file changes it.
     """
     file, _, shape, start, end = self._tensors[name]
-    file.madvise(mmap.MADV_DONTNEED)  # pages read before would go on to count as this process's memory
+    file.madvise(mmap.MADV_DONTNEED)  # pages read before would still count as this process's memory
     data = np.frombuffer(file, np.uint8)[start:end]
     return data.view(self.dtype(name)).reshape(shape)[index or ...]
 
 
 def _map(path: pathlib.Path) -> dict[str, _Stored]:
-  """The tensors of a file: the length of its header in 8 bytes, the header in JSON, their bytes.
+  """The tensors of a file, which holds the header's length in 8 bytes, the header in JSON, and the data.
 
-  The library checks all of it, but its numpy functions give nothing but copies.
+  The library validates the file, but its numpy functions return only copies.
   Format: https://huggingface.co/docs/safetensors.
   """
   safe_open(path, framework='np')
@@ -130,9 +130,9 @@ def write_tensors(
   shapes: Mapping[str, tuple[tuple[int, ...], Any]],
   read: Callable[[str], np.ndarray],
 ) -> None:
-  """Writes a tensor for each name of `shapes`, which has its shape and dtype, in that order.
+  """Writes a tensor for each name in `shapes`, in that order, with the shape and dtype given there.
 
-  `read(name)` gives it when its turn comes; one of another dtype is converted. Raises OSError.
+  `read(name)` is called for one tensor at a time; another dtype is converted. Raises OSError.
   Format: https://huggingface.co/docs/safetensors.
   """
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
@@ -141,11 +141,11 @@ def write_tensors(
     start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
     header[name] = {'dtype': _CODES[np.dtype(dtype).name], 'shape': shape, 'data_offsets': (start, end)}
   text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)  # as the library does, so that readers find numbers at even addresses
+  text += b' ' * (-len(text) % 8)  # as the library does, so that the data is aligned to 8 bytes
   with open(path, 'wb') as file:
     file.write(len(text).to_bytes(8, 'little') + text)
     for name, (shape, dtype) in shapes.items():
       flat = read(name).reshape(math.prod(shape))
       for i in range(0, flat.size, _CHUNK):
         file.write(np.ascontiguousarray(flat[i : i + _CHUNK], dtype).view(np.uint8).data)
-      del flat  # before the next one is read
+      del flat  # free it before the next one is read

@@ -1,4 +1,4 @@
-"""Where a model comes from: a hub id, a Hugging Face directory, or a .gguf file."""
+"""Opens a model from a hub id, a Hugging Face directory, or a .gguf file."""
 
 import dataclasses
 import math
@@ -24,13 +24,13 @@ from adapt_jax.models.formats.safetensors import SafetensorsReader, read_json
 from adapt_jax.models.network.llama import Params
 
 _HUB_FILES = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
-# Subfolders hold other formats, and Mistral's and Meta's own files the same weights once more.
+# Subfolders hold other formats; Mistral's and Meta's own files hold the same weights again.
 _NOT_FROM_HUB = ['*/*', 'consolidated*']
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """An opened checkpoint, headers checked, weights not read yet."""
+  """An opened checkpoint, with its headers checked and its weights not yet read."""
 
   name: str
   config: ModelConfig
@@ -41,7 +41,7 @@ class Source:
   generation: dict[str, Any]
 
   def abstract_params(self, dtype: Any = None, shardings: Any = None) -> Params:
-    """The tree of jax.ShapeDtypeStruct that `load_params` gives, from the headers."""
+    """The tree of `load_params` as jax.ShapeDtypeStruct, read from the headers."""
     return abstract_stored_params(self.config, self.reader, dtype, shardings)
 
   def load_params(self, dtype: Any = None, shardings: Any = None) -> Params:
@@ -53,7 +53,7 @@ class Source:
     return load_params(self.config, self.reader, dtype, shardings)
 
   def stored_params(self) -> Params:
-    """All parameters as `StoredTensor`, which stay in their files until numpy asks for one."""
+    """All parameters as `StoredTensor`, each read from its file when it is converted to numpy."""
     return stored_params(self.config, self.reader)
 
   def stored_bytes(self) -> int:
@@ -62,7 +62,7 @@ class Source:
 
   def load_tokenizer(self) -> Any:
     """The tokenizer; its own code is never run. Raises InputError if it cannot be read."""
-    os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # it misses PyTorch; we do not
+    os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # it warns that PyTorch is absent
     load = gguf_tokenizer.load_tokenizer if self.path.suffix == '.gguf' else _tokenizer_from_directory
     try:
       tokenizer = load(self.path)
@@ -109,9 +109,9 @@ def open_source(name: str) -> Source:
 
 
 def open_config(name: str) -> ModelConfig:
-  """Of a checkpoint by name, the shapes alone: a hub id's config.json, a directory with one, or a .gguf file.
+  """Reads only the config of a checkpoint: from a hub id, a directory with config.json, or a .gguf file.
 
-  Raises InputError as `open_source` does, but looks at no weights.
+  Raises InputError as `open_source` does, but does not check the weights.
   """
   path = pathlib.Path(name).expanduser()
   if path.suffix == '.gguf':
@@ -123,7 +123,7 @@ def open_config(name: str) -> ModelConfig:
 
 
 def _of_run(path: pathlib.Path) -> pathlib.Path:
-  """The model of a run's workdir, which lies in hf/; other paths as they are."""
+  """The model in a run's workdir, which is in hf/; other paths are returned unchanged."""
   return path / 'hf' if exists(path / 'run.json') and exists(path / 'hf/config.json') else path
 
 
@@ -135,8 +135,8 @@ def _read_config(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _download(name: str) -> pathlib.Path:
-  _hub_config(name)  # an unsupported model is refused for the price of its config.json
-  import huggingface_hub  # only here: local sources need no hub
+  _hub_config(name)  # refuses an unsupported model after downloading only its config.json
+  import huggingface_hub  # imported here: local sources do not need it
 
   return _fetch(
     name, huggingface_hub.snapshot_download, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB
@@ -146,6 +146,9 @@ def _download(name: str) -> pathlib.Path:
 def _hub_config(name: str) -> ModelConfig:
   if not name or name.count('/') > 1 or name.startswith(('.', '/', '~')):
     raise InputError(f'model.source {name!r}: no such file or directory')
+  parent = name.rpartition('/')[0]
+  if parent and exists(pathlib.Path(parent)):  # a hub that cannot be reached is asked for half a minute
+    raise InputError(f'model.source {name!r}: the directory {parent!r} has nothing of that name')
   import huggingface_hub
 
   config = _fetch(name, huggingface_hub.hf_hub_download, filename='config.json')
@@ -162,7 +165,7 @@ def _fetch(name: str, download: Callable[..., Any], **options: Any) -> pathlib.P
 
 
 def _tokenizer_from_directory(directory: pathlib.Path) -> Any:
-  # Slow to import, and only tokenizers are used of it; the model types it does not know are ours.
+  # Slow to import, and used only for tokenizers; it warns about model types of ours that it does not know.
   from transformers import AutoTokenizer, logging
 
   before = logging.get_verbosity()

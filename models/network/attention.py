@@ -1,4 +1,4 @@
-"""Grouped-query attention: of whole rows, in blocks of queries, and to a KV cache."""
+"""Grouped-query attention: over whole rows, in blocks of queries, and with a KV cache."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from adapt_jax.models.network import flash
 from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.models.network.matmul import batch_product
 
-WHOLE = 2048  # tokens of a row, above which its attention is computed in a loop over blocks of queries
-BLOCK, BLOCKS = 256, 4  # below, on a CPU: the fewest queries of a block, the most blocks
+WHOLE = 2048  # the attention of rows with more tokens is computed in a loop over blocks of queries
+BLOCK, BLOCKS = 256, 4  # for shorter rows on a CPU: minimum queries per block, maximum number of blocks
 
 
 def causal_attention(
@@ -18,14 +18,14 @@ def causal_attention(
 ) -> jax.Array:
   """Softmax(q kᵀ / √H, causal) v with query head n on KV head n // G: [B, T, N, H], softmax in fp32.
 
-  With `segments_BT` a token attends within its own segment only. Long rows attend in blocks of queries, each
-  again in the backward pass: memory then grows with T, not T². On NVIDIA GPUs cuDNN does it where asked to
-  (`models.network.flash`). On a CPU shorter rows attend in blocks too, each of them to no later key than its
-  last query: softmax passes over all logits several times there.
+  With `segments_BT`, a token attends only to its own segment. Long rows are computed in blocks of queries,
+  which the backward pass recomputes, so that memory grows with T, not T². On NVIDIA GPUs cuDNN is used if
+  enabled (`models.network.flash`). On a CPU, shorter rows are also computed in blocks, each with the keys up
+  to its last query, because softmax passes over all logits several times there.
 
-  The same as `jax.nn.dot_product_attention(..., is_causal=True)`, but as plain batches of products over
-  B and K, which XLA's CPU backend runs twice as fast, gradient included. B and K stay two axes: each may be
-  split over devices.
+  Equivalent to `jax.nn.dot_product_attention(..., is_causal=True)`, but written as batched products over
+  B and K, which XLA's CPU backend runs twice as fast, including the gradient. B and K remain two axes, so
+  that each can be split over devices.
   """
   T = q_BTNH.shape[1]
   if flash.takes(q_BTNH, segments_BT is not None):
@@ -77,7 +77,7 @@ def _blocks(
 def _in_blocks(
   q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
 ) -> jax.Array:
-  """On a CPU: each block of queries sees the keys up to its own end; the backward pass computes it again."""
+  """On a CPU: each block of queries uses the keys up to its own end; the backward pass recomputes it."""
   return _blocks(q_BTNH, k_BSKH, v_BSKH, segments_BT)
 
 
@@ -87,8 +87,8 @@ def _forward(*args: Any) -> tuple[jax.Array, Any]:
 
 def _backward(args: Any, g_BTNH: jax.Array) -> tuple[Any, ...]:
   q_BTNH, k_BSKH, v_BSKH, segments_BT = args
-  # XLA's CPU backend takes `jax.checkpoint` for a common subexpression, and keeps the logits of all layers.
-  # Queries that wait for the gradient, plus nothing of it, are not the same.
+  # XLA's CPU backend would merge what `jax.checkpoint` recomputes with the forward pass, as a common
+  # subexpression, and keep the logits of all layers. Adding 0 times the gradient to the queries prevents that.
   q_BTNH += 0 * g_BTNH
   _, gradient = jax.vjp(lambda q, k, v: _blocks(q, k, v, segments_BT), q_BTNH, k_BSKH, v_BSKH)
   return *gradient(g_BTNH), None
@@ -105,7 +105,7 @@ def _attend(
   segments_BS: jax.Array | None,
   positions_T: jax.Array,
 ) -> jax.Array:
-  """The same for queries at some positions of the row."""
+  """Causal attention of queries at the given positions of the row."""
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
   q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
@@ -129,9 +129,9 @@ def cached_attention(
   v_BKSH: jax.Array,
   before_BS: jax.Array,
 ) -> jax.Array:
-  """Attention of one token a row (T = 1) to itself and to a cache's slots where `before_BS`: [B, T, N, H].
+  """Attention of one token per row (T = 1) to itself and to the cache slots in `before_BS`: [B, T, N, H].
 
-  The token is not in the cache yet: what is read and then written is written in place.
+  The token is written to the cache after it is read, so that the write can happen in place.
   """
   K, H = k_BKSH.shape[1], k_BKSH.shape[3]
   q_BKGH = q_BTNH.reshape(q_BTNH.shape[0], K, -1, H)

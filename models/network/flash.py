@@ -1,10 +1,10 @@
 """Causal attention by cuDNN's flash attention, on NVIDIA GPUs: memory grows with T, not T².
 
-cuDNN knows no segments (JAX's way to its packed form mistakes the offsets of grouped heads, jax-ml/jax#39521;
-a mask would be a bias of T² numbers whose gradient it takes too). So heads get `_BITS` more numbers. A query
-has the bits of its segment's number i there, a key −`_FAR` for every bit that is not set in its own, j. Their
-product is exactly 0 where the bits of i are among those of j: for j = i, and for no j below i. Segments are
-counted along the row, and no later key is seen.
+cuDNN does not support segments here: JAX computes wrong offsets of grouped heads for its packed format
+(jax-ml/jax#39521), and a mask would be a bias of T² numbers with a gradient. So `_BITS` numbers are appended
+to each head: for a query, the bits of its segment number i; for a key, −`_FAR` for every bit that is not set
+in its segment number j. Their product is exactly 0 if j has all bits of i: for j = i, and for no j below i.
+Segments are numbered along the row, and causal attention excludes later keys.
 """
 
 import os
@@ -17,10 +17,10 @@ _FAR = 2.0**16
 
 
 def widest_head() -> int:
-  """The largest head_dim that cuDNN takes here, forward and backward; 0 where there is no cuDNN.
+  """The largest head_dim that cuDNN supports here, forward and backward; 0 without cuDNN.
 
-  As of cuDNN 9.18 (docs.nvidia.com/cudnn/operations/Attention). Only with ADAPT_JAX_CUDNN=1 in the
-  environment: it has been compiled for such cards, not run on one yet.
+  As of cuDNN 9.18 (docs.nvidia.com/cudnn/operations/Attention). Enabled only by ADAPT_JAX_CUDNN=1 in
+  the environment: it has been compiled for such GPUs, but not yet run on one.
   """
   if os.environ.get('ADAPT_JAX_CUDNN') != '1':
     return 0
@@ -32,9 +32,9 @@ def widest_head() -> int:
 
 
 def takes(q_BTNH: jax.Array, segmented: bool) -> bool:
-  """Whether `flash_attention` can do it here for such queries; else it raises, or takes segments for one."""
+  """Whether `flash_attention` supports these queries here; otherwise it raises or mixes up segments."""
   T, _, H = q_BTNH.shape[1:]
-  # Of an odd T JAX refuses the gradient.
+  # JAX does not support the gradient for an odd T.
   if q_BTNH.dtype != jnp.bfloat16 or H % 8 or T % 2 or (segmented and T > 1 << _BITS):
     return False
   return H + segmented * _BITS <= widest_head()
@@ -43,14 +43,14 @@ def takes(q_BTNH: jax.Array, segmented: bool) -> bool:
 def flash_attention(
   q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
 ) -> jax.Array:
-  """As `models.network.attention.causal_attention`. Tokens of one segment must be neighbours."""
+  """Same as `models.network.attention.causal_attention`; tokens of one segment must be contiguous."""
   H = q_BTNH.shape[-1]
   if segments_BT is not None:
     changes_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
     number_BT1 = jnp.cumsum(changes_BT, axis=1)[..., None]
     bits_BTC = number_BT1 >> jnp.arange(_BITS) & 1
     q_BTNH, k_BSKH = _append(q_BTNH, bits_BTC), _append(k_BSKH, _FAR * (bits_BTC - 1))
-    v_BSKH = jnp.pad(v_BSKH, ((0, 0), (0, 0), (0, 0), (0, _BITS)))  # it must be as wide
+    v_BSKH = jnp.pad(v_BSKH, ((0, 0), (0, 0), (0, 0), (0, _BITS)))  # must have the same width
   out = jax.nn.dot_product_attention(
     q_BTNH, k_BSKH, v_BSKH, scale=H**-0.5, is_causal=True, implementation='cudnn'
   )
@@ -58,6 +58,6 @@ def flash_attention(
 
 
 def _append(x_BTNH: jax.Array, extra_BTC: jax.Array) -> jax.Array:
-  """The same numbers to every head of a token."""
+  """Appends the same numbers to every head of a token."""
   extra_BTNC = jnp.broadcast_to(extra_BTC[:, :, None], (*x_BTNH.shape[:3], extra_BTC.shape[-1]))
   return jnp.concatenate([x_BTNH, extra_BTNC.astype(x_BTNH.dtype)], axis=-1)

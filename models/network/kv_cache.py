@@ -1,11 +1,11 @@
-"""Decoding with a KV cache: the same layers as `models.network.llama`, each token through them once.
+"""Decoding with a KV cache: the layers of `models.network.llama`, applied to each token once.
 
-A cache is, a layer, {'k_cache': [B, K, S, H], 'v_cache': [B, K, S, H]} in the dtype of the activations, with
-that layer's own K. KV heads come before slots, so that the products of a head read memory in order.
+A cache has for each layer {'k_cache': [B, K, S, H], 'v_cache': [B, K, S, H]} in the dtype of the activations,
+with the K of that layer. KV heads come before slots, so that the products of a head read memory in order.
 
-Prompts of different lengths are padded on the right: causal attention never sees what comes after, so
-that a prefill is the forward pass of training, without masks. Decoded tokens go to the slots from P on, P
-the padded length, the same slot for all rows; between a row's prompt and slot P nothing is visible.
+Prompts of different lengths are padded on the right. Causal attention does not see the padding, so that
+a prefill is the forward pass of training, without masks. Decoded tokens are written to the slots from P on,
+the padded length, at the same slot in all rows; the slots between a row's prompt and slot P are masked.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def prefill(
   *,
   dtype: Any = jnp.float32,
 ) -> tuple[jax.Array, Cache]:
-  """Logits [B, V] in fp32 after each row's prompt, and its cache with room for `slots` tokens, P or more.
+  """Logits [B, V] in fp32 after each row's prompt, and a cache with room for `slots` tokens (P or more).
 
   Args:
     tokens_BP: prompts, padded on the right with any ids.
@@ -64,13 +64,13 @@ def decode_step(
   *,
   dtype: Any = jnp.float32,
 ) -> tuple[jax.Array, Cache]:
-  """Logits [B, V] in fp32 after one more token of every row, and the cache with it.
+  """Logits [B, V] in fp32 after one more token in every row, and the updated cache.
 
   Args:
-    tokens_B: the tokens to go on from.
+    tokens_B: the tokens to continue from.
     lengths_B: tokens of each prompt.
-    padded_length: P, as the prompts were prefilled.
-    step: how many tokens were decoded before these.
+    padded_length: P, the padded length of the prompts in `prefill`.
+    step: the number of tokens decoded before these.
   """
   index = padded_length + step
   slots_S = jnp.arange(cache[0]['k_cache'].shape[2])
@@ -91,10 +91,10 @@ def decode_step(
 
 
 def _write(cache: Cache, new: Cache, index: jax.Array, after: jax.Array) -> Cache:
-  """The cache with the keys and values of one token a row at slot `index`.
+  """Returns the cache with the keys and values of one token per row written to slot `index`.
 
-  XLA's CPU backend writes in place only where all reads come before by what depends on what; else it copies
-  the whole cache several times a step. So the index is made to depend on `after`, which is never above ∞.
+  XLA's CPU backend writes in place only if data dependencies put all reads first; otherwise it copies the
+  whole cache several times per step. So the index is made to depend on `after`, which is never above ∞.
   """
   index = jnp.where(after > jnp.inf, 0, index)
 

@@ -1,8 +1,8 @@
 """Flax modules of one decoder layer.
 
-Weights keep Hugging Face's element order, with the head axes spelled out: a KV
-group is an index along K, an MLP channel an index along F, and a load or a
-save is a reshape. Matrix products run on flattened tokens: XLA's CPU backend takes
+Weights keep Hugging Face's element order, with separate head axes: a KV group
+is an index along K, an MLP channel is an index along F, and loading or saving
+is a reshape. Matrix products run on flattened tokens: XLA's CPU backend takes
 twice as long for the gradient of a product with a three-dimensional activation.
 """
 
@@ -27,22 +27,22 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def sliced_norm(x: jax.Array, width: int, eps: float) -> jax.Array:
-  """The same without gains for what is left of a vector of `width` numbers: the others count as zeros."""
+  """RMS norm without gains of a vector sliced from `width` numbers; the removed numbers count as zeros."""
   x32 = x.astype(jnp.float32)
   scale = jax.lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) / width + eps)
   return (x32 * scale).astype(x.dtype)
 
 
 def project(x_TD: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
-  """x [T, inputs] times a weight stored out x in, its axes flattened to two."""
+  """x [T, inputs] times a weight stored as [out, in], with its axes flattened to two."""
   return product(x_TD, weight.reshape(-1, inputs))
 
 
 class Attention(nn.Module):
   """Causal grouped-query attention with rotary positions; optional biases and QK norm.
 
-  With `before_BS` x is one token a row, which attends to itself and to those slots of `k_cache` and `v_cache`
-  [B, K, S, H] in the collection `cache`. Where that is mutable, it has the keys and values of x alone after.
+  With `before_BS`, x has one token per row, which attends to itself and to these slots of `k_cache` and
+  `v_cache` [B, K, S, H] in the collection `cache`. If it is mutable, only x's keys and values are stored in it.
   """
 
   config: ModelConfig
@@ -85,9 +85,9 @@ class Attention(nn.Module):
       self.put_variable('cache', 'k_cache', k_BKTH)
       self.put_variable('cache', 'v_cache', v_BKTH)
     mixed_TC = mixed_BTNH.reshape(B * T, -1)
-    self.sow('intermediates', 'inputs', mixed_TC)  # nothing, unless collected
+    self.sow('intermediates', 'inputs', mixed_TC)  # does nothing unless collected
     if is_single_row(mixed_TC):
-      # As two rows: into the product of one XLA draws the axes of heads, and takes five times as long.
+      # Padded to two rows: for one row XLA fuses the head axes into the product and takes five times as long.
       mixed_TC = jnp.pad(mixed_TC, ((0, 1), (0, 0)))
     out_TD = product(mixed_TC, o_DKGH.reshape(D, -1))[: B * T]
     if c.o_bias:
@@ -121,9 +121,9 @@ class DecoderLayer(nn.Module):
 
   Applied functionally: `DecoderLayer(config, shape).apply({'params': p}, x_BTD, rope)`
   gives the layer's output [B, T, D], residual included; `method='attend'` and then `method='feed'`
-  give its two halves. Flax raises `ScopeParamShapeError` where a parameter does not have the shape
-  that `shape` says. In a sliced model x passes through a matrix where it goes past attention and MLP, and the
-  norms have no gains.
+  give its two halves. Flax raises `ScopeParamShapeError` if a parameter does not have the shape
+  given by `shape`. In a sliced model, x is multiplied by a matrix in both residual connections, and the norms
+  have no gains.
   """
 
   config: ModelConfig
@@ -155,7 +155,7 @@ class DecoderLayer(nn.Module):
     return constrain(past_BTD + self.mlp(normed_BTD), 'B..')
 
   def _split(self, x_BTD: jax.Array, block: str) -> tuple[jax.Array, jax.Array]:
-    """What goes past a block, and what enters it."""
+    """The residual that bypasses a block, and the input of the block."""
     D, eps, width = self.config.hidden_size, self.config.rms_norm_eps, self.config.sliced_from
     if not width:
       return x_BTD, rms_norm(x_BTD, getattr(self, f'{block}_norm'), eps)

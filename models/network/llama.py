@@ -12,8 +12,8 @@ with each layer as `models.network.layers.DecoderLayer` defines it:
 and, with `ModelConfig.output_bias`, 'o_bias' [D] in attention and 'down_bias' [D] in mlp. Llama and
 Qwen3 checkpoints with `attention_bias` have 'q_bias', 'k_bias', 'v_bias' and 'o_bias'.
 
-A model that SliceGPT has sliced (`ModelConfig.sliced_from`) has no norms' weights. In their place a layer has
-'attention_shortcut' and 'mlp_shortcut' [D, D], and a model with tied tables 'head_rotation' [D, D].
+A model sliced by SliceGPT (`ModelConfig.sliced_from`) has no norm weights. Instead, each layer has
+'attention_shortcut' and 'mlp_shortcut' [D, D], and a model with tied tables has 'head_rotation' [D, D].
 """
 
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def rope(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
 
 
 def head(params: Params) -> jax.Array:
-  """Output projection [V, D]: its own, or the tied embedding."""
+  """Output projection [V, D]: `lm_head`, or the tied embedding."""
   return params['lm_head'] if 'lm_head' in params else params['embed']
 
 
@@ -87,11 +87,11 @@ def hidden_states(
 ) -> jax.Array:
   """Final normed hidden states [B, T, D] in `dtype`, the dtype of all activations.
 
-  With `segments` [B, T] tokens attend only to those of the same id.
-  The backward pass keeps the results of the products with weights and computes the rest of a layer again;
-  with `remat` the whole layer.
+  With `segments` [B, T], tokens attend only to tokens with the same id.
+  The backward pass keeps the results of products with weights and recomputes the rest of a layer; with
+  `remat`, it recomputes the whole layer.
   """
-  # Positions count on across segments: rotary attention sees only their differences.
+  # Positions continue across segments: rotary attention depends only on their differences.
   tables = rope(config, tokens_BT.shape[1])
 
   policy = None if remat else jax.checkpoint_policies.save_only_these_names(PRODUCT)
@@ -114,7 +114,7 @@ def through_layers(
   """Final normed hidden states of embeddings x [B, T, D]; `run(i, layer, x)` applies layer i."""
   layers = list(params['layers'])
   for i in range(config.num_layers):
-    if i + 1 < len(layers):  # one layer ahead, while this one computes
+    if i + 1 < len(layers):  # gather one layer ahead, while this one computes
       layers[i + 1], x_BTD = gather_no_earlier(layers[i + 1], x_BTD)
     x_BTD = run(i, layers[i], x_BTD)
   return _final_norm(config, params, x_BTD)
@@ -151,14 +151,14 @@ def attend(
   x_BTD: jax.Array,
   tables: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-  """The first half of a layer, x + attention(norm x), and what enters o_proj, [B·T, K·G·H]."""
+  """The first half of a layer, x + attention(norm x), and the input of o_proj, [B·T, K·G·H]."""
   return _half('attention', config, shape, layer, x_BTD, tables)
 
 
 def feed(
   config: ModelConfig, shape: LayerShape, layer: Params, x_BTD: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The second half of a layer, x + mlp(norm x), and what enters down_proj, [B·T, F]."""
+  """The second half of a layer, x + mlp(norm x), and the input of down_proj, [B·T, F]."""
   return _half('mlp', config, shape, layer, x_BTD)
 
 
@@ -182,5 +182,5 @@ def logits(params: Params, x: jax.Array) -> jax.Array:
 
 
 def head_logits(head_VD: jax.Array, x_TD: jax.Array) -> jax.Array:
-  """Logits [T, V] in fp32 of final hidden states, the head cast to their dtype."""
+  """Logits [T, V] in fp32 of final hidden states; the head is cast to their dtype."""
   return dot(x_TD, head_VD.astype(x_TD.dtype), 1)

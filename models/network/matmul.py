@@ -1,8 +1,8 @@
-"""Products of flattened tokens with weights, and batches of products, forward and backward, as each platform
-runs them fastest.
+"""Products of flattened tokens with weights, and batched products, forward and backward, in the form that
+each platform runs fastest.
 
-Sums are taken in fp32 whatever the dtype of the factors, and the gradient of a weight has the weight's own
-dtype at once.
+Sums are computed in fp32 for any dtype of the factors, and the gradient of a weight is returned directly in
+the weight's dtype.
 """
 
 import functools
@@ -15,20 +15,20 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from adapt_jax.models.network.backend import on_cpu
 
-# Name of every product's result, for policies of rematerialisation.
+# Checkpoint name of every product's result, for rematerialisation policies.
 PRODUCT = 'product'
 
 
 def dot(a_RC: jax.Array, b: jax.Array, axis: int, dtype: Any = jnp.float32) -> jax.Array:
-  """The sum over a's columns and over `axis` of b, in `dtype`.
+  """Product that sums over a's columns and `axis` of b, in `dtype`.
 
-  XLA's CPU backend has fast kernels for bfloat16 (AVX-512 BF16, AMX) only where the result is fp32, and none,
-  a slow one for fp32, for a transposed left factor: so the result is rounded after, and transposes before and
-  after are copies of their own.
+  XLA's CPU backend has fast bfloat16 kernels (AVX-512 BF16, AMX) only for an fp32 result. For a transposed
+  left factor it has none, and only a slow one for fp32. So the result is rounded afterwards, and transposes
+  before and after are separate copies.
   """
   if is_single_row(a_RC):
-    # XLA fuses the conversion of b into this form, by its transpose, and reads b once, as it lies in memory;
-    # the kernels for bfloat16, fast for more rows, are twenty times as slow for one.
+    # XLA fuses the conversion of b into this form, with b transposed, and reads b once, in memory order; the
+    # bfloat16 kernels, which are fast for more rows, are twenty times slower for one.
     b32 = b.astype(jnp.float32)
     return (a_RC.astype(jnp.float32) @ (b32.T if axis else b32)).astype(dtype)
   return _dot_general(a_RC, b, (((1,), (axis,)), ((), ())), dtype)
@@ -42,7 +42,7 @@ def _dot_general(a: jax.Array, b: jax.Array, axes: Any, dtype: Any) -> jax.Array
 
 
 def is_single_row(x_RC: jax.Array) -> bool:
-  """One row below fp32 on a CPU, such as in decoding one prompt: `dot` has a way of its own."""
+  """Whether x is one row of lower precision than fp32 on a CPU, which `dot` computes in a special way."""
   return len(x_RC) == 1 and x_RC.dtype != jnp.float32 and on_cpu()
 
 
@@ -71,10 +71,10 @@ product.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def batch_product(a_BKRC: jax.Array, b: jax.Array, axis: int, dtype: Any = jnp.float32) -> jax.Array:
-  """[B, K, R, S] in `dtype`: for every B and K the sum over C.
+  """Batched product over B and K that sums over C: [B, K, R, S] in `dtype`.
 
   b is [B, K, S, C] with axis = -1, [B, K, C, S] with axis = -2. Gradients are rounded to a's dtype before
-  they are multiplied on.
+  they are multiplied.
   """
   return _batch_dot(a_BKRC, b, axis, dtype)
 
@@ -92,8 +92,8 @@ def _batch_backward(axis: int, _: Any, residuals: Any, g_BKRS: jax.Array) -> tup
   g = g_BKRS.astype(a.dtype)
   other = -1 if axis == -2 else -2
   a_gradient = _batch_dot(g, b, other, a.dtype)
-  # Of attention one of a and g is logits, a column for each key, the other as narrow as a head: that one is
-  # transposed for the product, and then the result.
+  # In attention, one of a and g holds logits, with a column for each key; the other is as narrow as a head.
+  # The narrow one is transposed for the product, and then the result.
   narrow, wide = (a, g) if axis == -1 else (g, a)
   return a_gradient, _batch_dot(narrow.swapaxes(2, 3), wide, -2, b.dtype).swapaxes(2, 3)
 

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al., arXiv 2104.09864), in fp32, halves convention of Hugging Face."""
+"""Rotary position embeddings (Su et al., arXiv 2104.09864), in fp32, with Hugging Face's rotate-half convention."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ from adapt_jax.models.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-  """Angular frequencies [H/2] in radians per position, with the llama3 scaling if asked.
+  """Angular frequencies [H/2] in radians per position, with the llama3 scaling if configured.
 
   The scaling of LLaMA 3.1 (`transformers` rope type `llama3`) divides the
   frequencies of wavelengths beyond `original_max_position / low_freq_factor` by
   `factor`, keeps those below `original_max_position / high_freq_factor`, and
-  blends linearly between.
+  interpolates linearly in between.
   """
   exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
   freqs = (1.0 / (np.float32(rope.theta) ** exponents)).astype(np.float32)
@@ -33,8 +33,8 @@ def rope_tables(
 ) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine tables [..., T, H/2] in fp32 for integer positions [..., T].
 
-  Of a numpy array they are constants of the program, 4·T·H bytes: else XLA computes them anew wherever they
-  are used.
+  For numpy positions the tables are constants of the program, 4·T·H bytes; otherwise XLA recomputes them
+  wherever they are used.
   """
   angles = positions[..., None].astype(np.float32) * inverse_frequencies(rope, head_dim)
   if isinstance(angles, np.ndarray):
@@ -43,7 +43,7 @@ def rope_tables(
 
 
 def apply_rope(x_BTNH: jax.Array, cos_TC: jax.Array, sin_TC: jax.Array) -> jax.Array:
-  """Rotates x [B, T, N, H] by the tables [T, H/2] or [B, T, H/2]; same dtype out."""
+  """Rotates x [B, T, N, H] by the tables [T, H/2] or [B, T, H/2]; keeps the dtype."""
   cos, sin = cos_TC[..., None, :], sin_TC[..., None, :]
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

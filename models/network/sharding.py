@@ -1,10 +1,10 @@
-"""Which axis of an array lies on which axis of the device mesh: one table for all, by dimension letter.
+"""Sharding: one table maps the axes of arrays, by dimension letter, to the axes of the device mesh.
 
-The mesh has the axes `data`, `fsdp` and `tensor` and is the one that `jax.set_mesh` has set; without one
-(a single device) nothing here does anything. FSDP (Zhao et al., arXiv 2304.11277) splits the hidden size D
-of every weight, which no pruning touches; tensor parallelism (Shoeybi et al., arXiv 1909.08053) splits KV
-groups with their query heads, MLP channels and the vocabulary. Rows of a batch are split over `data` and
-`fsdp` together.
+The mesh has the axes `data`, `fsdp` and `tensor` and is set by `jax.set_mesh`; without a mesh (on a single
+device) these functions do nothing. FSDP (Zhao et al., arXiv 2304.11277) splits the hidden size D of every
+weight, which pruning heads and channels does not change; tensor parallelism (Shoeybi et al., arXiv 1909.08053)
+splits KV groups with their query heads, MLP channels and the vocabulary. Rows of a batch are split over
+`data` and `fsdp` together.
 """
 
 import math
@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'tensor')
 _ROWS = ('data', 'fsdp')
-# B: rows of a batch, or all their tokens, rows first. Other letters of activations, '.', are not split.
+# B: rows of a batch, or all their tokens, rows first. Other axes of activations, '.', are not split.
 _AXIS_OF: dict[str, Any] = {
   'B': _ROWS,
   'D': 'fsdp',
@@ -25,8 +25,8 @@ _AXIS_OF: dict[str, Any] = {
   'V': 'tensor',
 }
 
-# Leaf -> its letters, without the layers' axis that stacked parameters have in front. What is not here, and
-# vectors [D], lie whole on every device.
+# Leaf -> its letters, without the leading layer axis of stacked parameters. Leaves that are not listed, and
+# vectors [D], are replicated on every device.
 _LEAVES = {
   'embed': 'VD', 'lm_head': 'VD', 'q': 'KGHD', 'k': 'KHD', 'v': 'KHD', 'o': 'DKGH', 'q_bias': 'KGH',
   'k_bias': 'KH', 'v_bias': 'KH', 'gate': 'FD', 'up': 'FD', 'down': 'DF',
@@ -35,41 +35,41 @@ _LEAVES = {
 
 
 def mesh() -> Any:
-  """The mesh that is set, or None; outside jitted functions."""
+  """The current mesh, or None; for use outside jitted functions."""
   found = jax.sharding.get_mesh()
   return None if found.empty else found
 
 
 def row_shards() -> int:
-  """Among how many shares of the mesh the rows of a batch are split."""
+  """The number of shards into which the rows of a batch are split."""
   return _size(_ROWS)
 
 
 def row_sharding() -> NamedSharding | None:
-  """Of arrays whose first axis is the rows of a batch."""
+  """Sharding of arrays whose first axis is the rows of a batch; None without a mesh."""
   found = mesh()
   return found and NamedSharding(found, PartitionSpec(_ROWS))
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-  """`x` split as `letters` says, inside a jitted function; an axis that cannot be split stays whole."""
+  """Splits `x` as `letters` specify, inside a jitted function; an axis that cannot be split is replicated."""
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, _spec(letters, x.shape))
 
 
 def constrain_params(tree: Any) -> Any:
-  """A tree of parameters or gradients split as `shardings` says, inside a jitted function."""
+  """Splits a tree of parameters or gradients as `shardings` specifies, inside a jitted function."""
   if jax.sharding.get_abstract_mesh().empty:
     return tree
   return jax.lax.with_sharding_constraint(tree, jax.tree_util.tree_map_with_path(_leaf_spec, tree))
 
 
 def gather_no_earlier(layer: Any, x: jax.Array) -> tuple[Any, jax.Array]:
-  """Both as they are, but the layer's weights are not gathered from the devices before `x` is there.
+  """Returns both unchanged, but the layer's weights are not gathered before `x` has been computed.
 
-  Nor, going back, does x's gradient go on before the layer's gradient is split. A compiler may otherwise
-  gather all layers at the start, or keep all their gradients whole until the end.
+  In the backward pass, x's gradient is not passed on before the layer's gradient is split. Otherwise the
+  compiler may gather all layers at the start, or keep all their gradients unsplit until the end.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return layer, x
@@ -80,8 +80,8 @@ def gather_no_earlier(layer: Any, x: jax.Array) -> tuple[Any, jax.Array]:
 def shardings(tree: Any) -> Any:
   """A NamedSharding for every leaf of a pytree, by its name; None if no mesh is set.
 
-  The tree may hold parameters, stacked or not, optimizer moments, gradients, or anything that has the leaves'
-  names; all else is whole on every device. So is a vocabulary that the `tensor` axis does not divide.
+  The tree may hold parameters, stacked or not, optimizer moments, gradients, or anything with the same leaf
+  names; other leaves are replicated. So is a vocabulary that the `tensor` axis does not divide.
   """
   if (found := mesh()) is None:
     return None
@@ -90,7 +90,7 @@ def shardings(tree: Any) -> Any:
 
 
 def placed(tree: Any) -> Any:
-  """The same tree of `jax.ShapeDtypeStruct` with the leaves' shardings, where a mesh is set."""
+  """Adds the leaves' shardings to a tree of `jax.ShapeDtypeStruct`, if a mesh is set."""
   if mesh() is None:
     return tree
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree))

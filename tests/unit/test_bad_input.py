@@ -9,7 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.config.identity import identity
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_source
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
 from tests.support import runs
@@ -265,3 +267,31 @@ def test_damaged_run_json(tmp_path, content):
   (tmp_path / 'run.json').write_text(content)
   with pytest.raises(InputError, match='run.json|belongs to a run'):
     Workdir(str(tmp_path), {'mode': 'accel'}).check()
+
+
+def test_a_path_in_a_directory_that_is_there_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'models').mkdir()
+  monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *_, **__: pytest.fail('asked the hub'))
+  with pytest.raises(InputError, match="'models/mine': the directory 'models' has nothing of that name"):
+    open_source('models/mine')
+
+
+def test_an_export_into_the_runs_own_workdir_names_the_command(files, tmp_path):
+  config = runs.make_config(files)
+  options = from_dict(config.to_dict())
+  Workdir(str(tmp_path / 'out'), identity('prune', options)).claim()
+  with pytest.raises(InputError, match='--workdir=.*out-export and --config.model.source='):
+    Workdir(str(tmp_path / 'out'), identity('export', options)).check()
+
+
+def test_too_few_tokens_says_how_many_are_enough(files):
+  config = runs.make_config(files)
+  config.prune.stages, config.train.tokens = 5, 4 * 32 * 5
+  with pytest.raises(InputError, match='give at least 1,024') as error:
+    prepare(from_dict(config.to_dict()))
+  least = int(str(error.value).split('at least ')[1].split(',  ')[0].split(', or')[0].replace(',', ''))
+  config.train.tokens = least
+  prepare(from_dict(config.to_dict()))
+  config.train.tokens = least - 4 * 32
+  refuse(config, 'config.train.tokens')
