@@ -287,7 +287,7 @@ class Sensitivity:
     bases: list[Any] = []
     for row in (r for r in rows if r['event'] == 'base'):
       mine = [r for r in rows if r['event'] == 'layer' and r['base'] == row['sparsity']]
-      kept = {k: v for k, v in row.items() if k not in ('event', 'seconds')}
+      kept = {k: v for k, v in row.items() if k not in ('event', 'time', 'seconds')}
       bases.append(kept | {'layers': [r['perplexity'] for r in mine]})
     return {
       'model': {
