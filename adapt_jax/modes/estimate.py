@@ -289,7 +289,7 @@ def _mesh_text() -> str:
 def _memory_table(options: RunOptions, found: dict[str, tuple[Memory, int]]) -> list[str]:
   lines = [
     '',
-    '| GB a device | arguments | temporary | results | beside it | together |',
+    '| GB a device | arguments | temporary | results | other | together |',
     '|---|---|---|---|---|---|',
   ]
   for title, (memory, beside) in found.items():

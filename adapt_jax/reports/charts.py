@@ -4,7 +4,6 @@ The functions return one `<svg>` each, for a page or picture that has LIGHT or D
 shows when the pointer rests on its mark (`<title>`); values that are not finite are left out.
 """
 
-import bisect
 import html
 import math
 from collections.abc import Iterable, Sequence
@@ -281,23 +280,24 @@ def _fill(share: float) -> str:
 def heat_map(title: str, columns: Sequence[Sequence[float]], steps: Ints, height: int = 250) -> str:
   """Layers (rows, 0 on top) × steps (columns) and the scale; '' if nothing is finite.
 
-  Colours go by rank: as many cells to one as to another, lest a few outliers flatten all the rest.
+  Colours are linear from the lowest to the highest value.
   """
-  finite = sorted(v for column in columns for v in column if math.isfinite(v))
+  finite = [v for column in columns for v in column if math.isfinite(v)]
   if not finite:
     return ''
-  layers, right, last = len(columns[0]), _RIGHT - 74, len(finite) - 1
+  low, size = min(finite), max(finite) - min(finite)
+  layers, right = len(columns[0]), _RIGHT - 74
   x, y = _Scale(0, len(steps), _LEFT, right), _Scale(layers, 0, height - _BOTTOM, 24)
   parts = ['<g shape-rendering="crispEdges">']
   for i, column in enumerate(columns):
     for layer, value in enumerate(column):
       if math.isfinite(value):
-        look = _fill(bisect.bisect_left(finite, value) / (last or 1))
+        look = _fill((value - low) / (size or 1))
         hover = f'step {steps[i]}, layer {layer}: {value:.4g}'
         parts.append(_rect(look, x(i), y(layer), x(i + 1) - x(i), y(layer + 1) - y(layer), hover))
   bar = _Scale(0, 24, y.start, y.stop)
   parts += [_rect(_fill((i + 0.5) / 24), right + 14, bar(i + 1), 11, bar(i) - bar(i + 1)) for i in range(24)]
-  parts += ['</g>', *(_text(right + 29, bar(6 * i) + 4, f'{finite[last * i // 4]:.3g}') for i in range(5))]
+  parts += ['</g>', *(_text(right + 29, bar(6 * i) + 4, f'{low + size * i / 4:.3g}') for i in range(5))]
   x_ticks = [(i + 0.5, str(steps[i])) for i in range(0, len(steps), -(-len(steps) // 8))]
   y_ticks = [(t + 0.5, f'{t:g}') for t in ticks(0, max(layers - 1, 1), 6, integer=True) if t < layers]
   return _svg(title, height, parts + _frame(x, y, x_ticks, y_ticks, ('pruning step', 'layer')))

@@ -7,10 +7,12 @@ import dataclasses
 import html
 import math
 import pathlib
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from adapt_jax.config.build import flatten
 from adapt_jax.config.values import TEXT
 from adapt_jax.models.files import write_text
 from adapt_jax.reports import charts
@@ -58,6 +60,11 @@ class _Data:
   def stages(self) -> list[StageReport]:
     """The report's rows; the last may lack what comes after its pruning."""
     return self.report.get('stages', [])
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """Those of pruning."""
+    return self.report.get('prune') or {}
 
   @property
   def schedule(self) -> Any:
@@ -239,9 +246,17 @@ def _stage_widths(data: _Data) -> list[tuple[str, str]]:
 
 def _heat_maps(data: _Data) -> list[str]:
   events = _spread(data.of('prune'), _MOST_COLUMNS)
-  fields = {'layer_importance': 'Importance of the layers', 'sparsity': 'Sparsity of the layers'}
-  steps = [e['step'] for e in events]
-  return [charts.heat_map(title, [e[field] for e in events], steps) for field, title in fields.items()]
+  steps, distance = [e['step'] for e in events], data.settings.get('layer_distance')
+  importance, name = [e['layer_importance'] for e in events], 'Importance of the layers'
+  if data.settings.get('method') == 'shortgpt' or distance == 'cosine':  # stored as -cos
+    importance, name = [[1 + x for x in row] for row in importance], f'{name}: 1 - cos(input, output)'
+  elif distance:
+    name = f'{name}: {distance} distance of input and output'
+  sparsity = [e['sparsity'] for e in events]
+  return [
+    charts.heat_map(name, importance, steps),
+    charts.heat_map('Sparsity of the layers', sparsity, steps),
+  ]
 
 
 # -- text --------------------------------------------------------------------------------------------
@@ -263,6 +278,33 @@ def _state(data: _Data, running: bool) -> str:
   return f'running, stage {max([1, *seen])} of {count}: {doing.get(last["event"], "starting")}'
 
 
+def _title(data: _Data) -> str:
+  """What was done to which model."""
+  before, rows = data.model['params_before'], (*data.stages, *data.of('prune'))
+  if not rows:
+    return data.model['source']
+  done = ' and recovered' if data.of('train') else ''
+  return f'{data.model["source"]}, pruned to {min(row["params"] for row in rows) / before:.1%}{done}'
+
+
+def _export_rows(exports: dict[str, Json]) -> list[list[str]]:
+  rows = [['export', 'type', 'MB', 'largest logit difference when read back', 'same token']]
+  for name, found in exports.items():
+    same = f'{found["same_token"]:.1%}' if 'same_token' in found else ''
+    difference = f'{found["logit_difference"]:.2g}' if 'logit_difference' in found else ''
+    rows.append([name, str(found.get('type', '')), f'{found["bytes"] / 1e6:,.1f}', difference, same])
+  return rows
+
+
+def _settings_rows(report: RunReport) -> list[list[str]]:
+  """Every setting that the result depends on; empty before the report has any."""
+  rows = []
+  for group, values in (('prune', report.get('prune')), ('train', report.get('train'))):
+    for name, value in flatten(values or {}).items():
+      rows.append([f'{group}.{name}', ', '.join(map(str, value)) if isinstance(value, list) else str(value)])
+  return [['setting', 'value'], *rows] if rows else []
+
+
 def _facts(data: _Data) -> Iterator[tuple[str, str]]:
   """(figure, what it is) of the header."""
   model, report = data.model, data.report
@@ -272,6 +314,8 @@ def _facts(data: _Data) -> Iterator[tuple[str, str]]:
   after = min([before, *(row['params'] for row in (*data.stages, *data.of('prune')))])
   target = f', target {model["params_target"]:,}' if 'params_target' in model else ''
   yield f'{before:,} → {after:,}', f'parameters, {100 * after / before:.1f} % left{target}'
+  if rates := [e['tokens_per_second'] for e in data.of('train') if 'tokens_per_second' in e]:
+    yield f'{statistics.median(rates):,.0f}', 'training tokens per second, median of the steps'
   if 'seconds' in report:
     yield f'{report["seconds"]:,.0f} s', f'of computing, {report["seconds"] / 60:,.0f} min'
   if compiles := report.get('compiles'):
@@ -294,7 +338,7 @@ def _table(data: _Data) -> str:
 
 def _body(data: _Data, command: str, running: bool, written: str) -> Iterator[str]:
   report, trained, e = data.report, bool(data.of('train')), html.escape
-  yield f'<h1>{e(data.model["source"])}</h1>'
+  yield f'<h1>{e(_title(data))}</h1>'
   when = f' (page written {written})' if written else ''
   yield f'<p class="state">{e(_state(data, running) + when)}</p>'
   yield cards('facts', [f'<b>{e(figure)}</b><span>{e(what)}</span>' for figure, what in _facts(data)])
@@ -316,12 +360,15 @@ def _body(data: _Data, command: str, running: bool, written: str) -> Iterator[st
     yield f'<h2>{"Recovery" if trained else "Perplexity"}</h2>' + cards('grid', figures)
   if data.of('prune'):
     yield '<h2>Pruning</h2>' + cards('grid', [_budget_chart(data), *_heat_maps(data)])
-    yield '<p>The colours of the maps go by rank.</p>'
   if pairs := _stage_widths(data):
     some = f' ({_MOST_STAGES} of the stages)' if len(pairs) == _MOST_STAGES < len(data.stages) else ''
     yield f'<h2>Widths of the layers{some}</h2>' + ''.join(
       cards('grid', row) for row in zip(*pairs, strict=True)
     )
+  if exports := report.get('exports'):
+    yield f'<h2>Exports</h2><div class="card scroll">{html_table(_export_rows(exports))}</div>'
+  if rows := _settings_rows(report):
+    yield f'<h2>Settings</h2><div class="card scroll">{html_table(rows)}</div>'
   yield f'<h2>Command</h2><div class="card"><pre>{e(command)}</pre></div>'
   if versions := report.get('versions'):
     yield f'<p>{e(", ".join(f"{k} {v}" for k, v in versions.items()))}</p>'

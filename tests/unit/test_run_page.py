@@ -458,3 +458,23 @@ def test_the_dense_model_belongs_to_no_stage() -> None:
   report = {k: v for k, v in make_report().items() if k not in ('stages', 'schedule')}
   text = render(report, [evaluation('dense', 20.0)], command=COMMAND, running=True)
   assert 'running, stage 1 of 1: evaluated the dense model' in text
+
+
+def test_the_page_says_what_was_done_with_which_settings_and_exports() -> None:
+  report = make_report() | {
+    'prune': {'method': 'adapt', 'layer_distance': 'cosine', 'calibration': {'source': ['a.txt', 'b.txt']}},
+    'exports': {'hf': {'bytes': 12_345_678, 'type': 'bfloat16', 'logit_difference': 0.25, 'same_token': 1.0}},
+  }
+  events = [e | ({'tokens_per_second': 64.0} if e['event'] == 'train' else {}) for e in make_events()]
+  text = render(report, events, command=COMMAND, running=False)
+  assert 'pruned to 80.0% and recovered</h1>' in text
+  for words in ('prune.calibration.source', 'a.txt, b.txt', '12.3', 'bfloat16', 'tokens per second'):
+    assert words in text
+  assert '1 - cos(input, output)' in text
+
+
+def test_colours_of_a_map_are_linear() -> None:
+  """One far value: those near each other look alike."""
+  drawn = charts.heat_map('map', [[0.0, 0.1, 100.0]], [1])
+  cells = re.findall(r'<rect[^>]*?(?:fill|class|style)="([^"]+)"[^>]*><title>step', drawn)
+  assert len(cells) == 3 and cells[0] == cells[1] != cells[2]
