@@ -73,7 +73,7 @@ class ModelConfig:
   output_bias: bool = False  # on both o_proj and down_proj; set by pruning compensation
   qk_norm: bool = False
   max_position: int = 2048
-  # SliceGPT: the width of the residual stream before it was sliced to `hidden_size`; 0 if not sliced. The norms
+  # SliceGPT: width of the residual stream before it was sliced to `hidden_size`; 0 if not sliced. The norms
   # of a sliced model have no gains and divide by this width; every residual connection has a matrix.
   sliced_from: int = 0
 

@@ -1,1 +1,1 @@
-"""Texts to tokens: for calibration, evaluation and training."""
+"""Converts texts to tokens for calibration, evaluation and training."""

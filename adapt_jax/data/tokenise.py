@@ -1,4 +1,4 @@
-"""Documents to token ids and targets: special tokens, chat templates, and many processes at once."""
+"""Converts documents to token ids and targets, with special tokens, chat templates and parallel processes."""
 
 import collections
 import concurrent.futures
@@ -19,16 +19,16 @@ from adapt_jax.data.records import Message
 from adapt_jax.models.errors import InputError, first_line
 
 BATCH_CHARS = 1 << 20  # tokenised in one call: enough to keep every core busy
-_ALONE_CHARS = 1 << 25  # before worker processes start, which takes seconds
-# A tokenizer uses all cores by itself, but rendering chats and making arrays is one core's work: of chats one
-# process does at most 1.3 M tokens/s, of which a core does 0.5 M. On two cores processes measure slower.
+_ALONE_CHARS = 1 << 25  # tokenised before worker processes are started, which takes seconds
+# A tokenizer uses all cores by itself, but rendering chats and making arrays use one core: on chats one
+# process reaches at most 1.3 M tokens/s, one core 0.5 M. On two cores, worker processes measure slower.
 _FEW_CORES = 4
 _DATE = '26 Jul 2024'  # Llama's own fallback: the tokens must not depend on the day of the run
-_PROBE = 'Eyjafjallajökull'  # an answer that no template has in it
+_PROBE = 'Eyjafjallajökull'  # an answer that occurs in no template
 
 
 class Refused(InputError):
-  """A conversation that the chat template does not render; others of the source may be well."""
+  """Raised for a conversation that the chat template does not render; others of the source may be fine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Text:
 class Encoded:
   """Documents one after another: `tokens` uint32 [n], `targets` bool [n], and their `lengths` int64 [d].
 
-  refused: why each of those was left out that the chat template does not render.
+  refused: for each conversation that the chat template does not render, the reason.
   """
 
   tokens: np.ndarray
@@ -65,7 +65,7 @@ _Item = TypeVar('_Item', bound=_Sized)
 
 
 def take(items: Iterator[_Item], most: int, chars: int, count: int = 0) -> list[_Item]:
-  """The next items, until they have `chars` characters and are `count`, or have `most` characters."""
+  """Takes items until there are `count` with `chars` characters in all, or they have `most` characters."""
   batch: list[_Item] = []
   size = 0
   while size < most and (size < chars or len(batch) < count) and (item := next(items, None)) is not None:
@@ -75,7 +75,7 @@ def take(items: Iterator[_Item], most: int, chars: int, count: int = 0) -> list[
 
 
 def render(document: Document, tokenizer: Any) -> Text:
-  """The document's text, a conversation by the tokenizer's chat template. Raises InputError."""
+  """The document's text; the tokenizer's chat template renders a conversation. Raises InputError."""
   if isinstance(document.content, str):
     return Text(document.content)
   if not tokenizer.is_fast:
@@ -92,9 +92,9 @@ def render(document: Document, tokenizer: Any) -> Text:
 
 
 def encode(texts: Sequence[Text], tokenizer: Any) -> Encoded:
-  """Token ids with special tokens around plain text, and an EOS at the end, as far as the tokenizer has them.
+  """Token ids, with special tokens around plain text and an EOS at the end, if the tokenizer has them.
 
-  Of a conversation only the assistant's tokens are targets.
+  In a conversation only the assistant's tokens are targets.
   """
   ids, targets, lengths = [], [], []
   for found, counts in _tokenise(texts, tokenizer):
@@ -108,11 +108,11 @@ def encode(texts: Sequence[Text], tokenizer: Any) -> Encoded:
 def encode_all(
   batches: Iterator[list[Document]], tokenizer: Any, workers: int | None = None
 ) -> Iterator[Encoded]:
-  """Each batch encoded, in order; what is beyond `_ALONE_CHARS` by `workers` processes. Raises InputError.
+  """Encodes each batch, in order; after `_ALONE_CHARS` characters in `workers` processes. Raises InputError.
 
   Conversations that the chat template refuses are left out.
 
-  workers: by default one a core, but none on few cores.
+  workers: by default one per core, but none on few cores.
   """
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
   workers = workers or (cores if cores > _FEW_CORES else 1)
@@ -126,7 +126,7 @@ def encode_all(
 
 
 class _Worker(multiprocessing.context.SpawnProcess):
-  """One that SIGTERM does not end; the pool ends all so, and waits for them, when one of them was killed."""
+  """A worker with SIGTERM blocked: `terminate`, which the pool calls after a worker was killed, kills it."""
 
   def terminate(self) -> None:
     self.kill()
@@ -137,7 +137,7 @@ class _Context(multiprocessing.context.SpawnContext):
 
 
 def _encode_parallel(batches: Iterator[list[Document]], tokenizer: Any, workers: int) -> Iterator[Encoded]:
-  # JAX has threads: a forked child may hang. The workers only get what is sent to them.
+  # Spawned, since JAX has threads and a forked child may hang. Workers have only what is sent to them.
   pool = concurrent.futures.ProcessPoolExecutor(workers, _Context(), _start_worker, (tokenizer,))
   pending: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
   try:
@@ -159,7 +159,7 @@ def _encode_parallel(batches: Iterator[list[Document]], tokenizer: Any, workers:
 
 @contextlib.contextmanager
 def _sigterm_blocked() -> Iterator[None]:
-  """For processes started inside: a scheduler may send SIGTERM to all, but the run ends its workers."""
+  """Processes started inside block SIGTERM: a scheduler may send it to all, but the run ends its workers."""
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
   try:
     yield
@@ -172,7 +172,7 @@ _worker_tokenizer: Any = None
 
 def _start_worker(tokenizer: Any) -> None:
   global _worker_tokenizer
-  os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # there is a process a core already
+  os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # there is already one process per core
   _worker_tokenizer = tokenizer
 
 
@@ -191,12 +191,12 @@ def _encode_documents(batch: list[Document], tokenizer: Any) -> Encoded:
 
 
 def _tokenise(batch: Sequence[Text], tokenizer: Any) -> Iterator[tuple[list[int], bytes]]:
-  """Yields each text's token ids and, a byte a token, whether it is a target."""
+  """Yields each text's token ids and, one byte per token, whether it is a target."""
   for plain, group in itertools.groupby(batch, lambda text: text.spans is None):
     texts = list(group)
     encoded = tokenizer(
       [text.text for text in texts],
-      add_special_tokens=plain,  # a chat template writes its own
+      add_special_tokens=plain,  # a chat template adds its own
       return_offsets_mapping=not plain,
       return_attention_mask=False,
       return_token_type_ids=False,
@@ -209,7 +209,7 @@ def _tokenise(batch: Sequence[Text], tokenizer: Any) -> Iterator[tuple[list[int]
       else:
         counts = _inside(encoded['offset_mapping'][index], text.spans)
       eos = tokenizer.eos_token_id
-      if eos is not None and ids[-1:] != [eos]:  # some tokenizers and templates end with it by themselves
+      if eos is not None and ids[-1:] != [eos]:  # some tokenizers and templates already add it
         ids, counts = [*ids, eos], counts + bytes([plain])
       yield ids, counts
 
@@ -217,8 +217,8 @@ def _tokenise(batch: Sequence[Text], tokenizer: Any) -> Iterator[tuple[list[int]
 def encode_prompt(text: str, tokenizer: Any, chat: bool) -> list[int]:
   """Ids of a text to be continued, without an EOS at its end; may be empty.
 
-  With `chat` it is the user's message, rendered up to where the assistant answers, if the tokenizer has a
-  chat template. Raises InputError if the template refuses it.
+  With `chat` and a chat template, the text is rendered as the user's message, up to the start of the answer.
+  Raises InputError if the template refuses it.
   """
   if chat and tokenizer.chat_template:
     from jinja2 import TemplateError
@@ -236,8 +236,8 @@ def encode_prompt(text: str, tokenizer: Any, chat: bool) -> list[int]:
 
 
 def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> bytes:
-  # A token belongs to the span that holds its last character: unlike the start, the end is exact for
-  # byte-level tokenizers that leave the space before a word out of its offsets.
+  # A token belongs to the span that contains its last character: unlike the start, the end is exact for
+  # byte-level tokenizers that exclude the space before a word from its offsets.
   ends = np.array([end for _, end in offsets], np.int64)
   counts = np.zeros(ends.shape, np.bool_)
   for first, last in spans:
@@ -262,7 +262,8 @@ def _render_chat(messages: list[Message], tokenizer: Any, where: str) -> Text:
     for index in (i for i, message in enumerate(messages) if message['role'] == 'assistant'):
       prompt, answered = render(messages[:index], True), render(messages[: index + 1])
       if not answered.startswith(prompt):
-        # Some prompts begin the answer, as DeepSeek-R1's with <think>: then it starts where another would.
+        # Some prompts already begin the answer, such as DeepSeek-R1's with <think>: use the place where
+        # another answer would start.
         other = render([*messages[:index], messages[index] | {'content': _PROBE}])
         prompt = other.partition(_PROBE)[0]
       if not answered.startswith(prompt) or not whole.startswith(answered):

@@ -1,7 +1,7 @@
-"""The rows that training sees: cut from memory-mapped tokens, mixed and shuffled; nothing is held in memory.
+"""The rows of training: cut from memory-mapped tokens, mixed and shuffled; nothing is held in memory.
 
-Rows have segment ids, int32: equal ones belong to the same document, 0 is padding. Tokens attend within
-their segment only, and the first of a document is nobody's target.
+Rows have segment ids, int32: equal ids belong to the same document, 0 is padding. Tokens attend only within
+their segment, and the first token of a document is never a target.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from adapt_jax.data.windows import check_vocab, map_blocks, token_ids
 from adapt_jax.models.errors import InputError
 
 _FIELD = 'config.train.source'
-# Read at least: a short run shall draw from more than the first documents.
+# Tokens read at least, so that a short run draws from more than the first documents.
 _LEAST_TOKENS = 2**22
 
 
@@ -27,11 +27,11 @@ class Rows(Protocol):
   def __len__(self) -> int: ...
 
   def fill(self, row: int, tokens: np.ndarray, flags: np.ndarray) -> int:
-    """Writes a row into `tokens` int32 [T] and `flags` uint8 [T], zeros before; returns how many tokens."""
+    """Writes a row into `tokens` int32 [T] and `flags` uint8 [T], both zero; returns the number of tokens."""
 
 
 class PackedRows:
-  """Documents end to end, cut into windows of `length`; the tail is dropped. At most `most` rows."""
+  """Concatenated documents, cut into windows of `length`; the tail is dropped. At most `most` rows."""
 
   def __init__(self, parts: Sequence[TokenCache], length: int, most: int):
     self._parts, self._length = parts, length
@@ -43,7 +43,7 @@ class PackedRows:
 
   def fill(self, row: int, tokens: np.ndarray, flags: np.ndarray) -> int:
     done = 0
-    while done < self._length:  # over the border from one part into the next
+    while done < self._length:  # a row may continue in the next part
       start = row * self._length + done
       index = int(np.searchsorted(self._starts, start, 'right')) - 1
       part, offset = self._parts[index], start - self._starts[index]
@@ -55,7 +55,7 @@ class PackedRows:
 
 
 class PaddedRows:
-  """A document a row, truncated to `length`. At most `most` rows."""
+  """One document per row, truncated to `length`. At most `most` rows."""
 
   def __init__(self, parts: Sequence[TokenCache], length: int, most: int):
     self._parts, self._length = parts, length
@@ -75,9 +75,10 @@ class PaddedRows:
 
 
 class BlockRows:
-  """Rows of a .npy file, each one document, all of it targets. Raises InputError for what is no token id.
+  """Rows of a .npy file; each is one document, with all tokens flagged as targets.
 
-  Ids are checked as rows are read, not all at the start, which would read the whole file.
+  Raises InputError for invalid token ids; they are checked when rows are read, not all at the start, which
+  would read the whole file.
   """
 
   def __init__(self, source: tuple[str, ...], length: int, vocab_size: int):
@@ -100,7 +101,7 @@ class BlockRows:
 
 
 class ArrayRows:
-  """Rows of token ids [N, T] in memory, each one document, all of it targets."""
+  """Rows of token ids [N, T] in memory; each is one document, with all tokens flagged as targets."""
 
   def __init__(self, tokens: np.ndarray):
     self._tokens = tokens
@@ -115,7 +116,7 @@ class ArrayRows:
 
 
 class TrainSet:
-  """Rows of `length` tokens from groups that are mixed by weight; `len()` is how many there are in all."""
+  """Rows of `length` tokens from groups that are mixed by weight; `len()` is the total number of rows."""
 
   def __init__(self, groups: Sequence[Rows], weights: Sequence[float], *, length: int, batch: int, seed: int):
     self._groups, self._length = groups, length
@@ -126,7 +127,7 @@ class TrainSet:
     return int(self._starts[-1])
 
   def rows(self, step: int) -> np.ndarray:
-    """The rows of batch number `step`: int64 [batch], a function of (seed, step) at the same cost for all."""
+    """The rows of batch number `step`: int64 [batch]; depends only on (seed, step), at equal cost for all."""
     return self._order.rows(step)
 
   def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -153,8 +154,8 @@ def open_train_set(
 ) -> TrainSet:
   """The train set of the config; tokenises what is not on disk yet. Raises InputError.
 
-  Without weights the entries of train.source stand one after another. No entry is read much further than
-  `train.tokens` need.
+  Without weights, the entries of train.source are concatenated. No entry is read much further than
+  `train.tokens` requires.
   """
   order: dict[str, int] = {'length': train.length, 'batch': train.batch, 'seed': seed}
   if is_blocks(train.source):
@@ -176,7 +177,7 @@ class _Opener:
     self._directory = token_directory(data)
 
   def open(self, entries: tuple[str, ...], share: float) -> Rows:
-    """Rows enough for `share` of train.tokens, if the entries have so many."""
+    """Enough rows for `share` of train.tokens, if the entries have that many."""
     length, padded = self._train.length, self._train.layout == 'padded'
     most = -(-max(int(self._train.tokens * share), _LEAST_TOKENS) // length)
     parts: list[TokenCache] = []

@@ -1,4 +1,4 @@
-"""Text to windows of tokens in memory, for calibration and evaluation; see `train_set` for training."""
+"""Cuts text into windows of tokens in memory, for calibration and evaluation; `train_set` is for training."""
 
 import dataclasses
 import sys
@@ -12,8 +12,8 @@ from adapt_jax.data.tokenise import BATCH_CHARS, encode, render, take
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.errors import InputError
 
-# A source is read this far at least, so that draws cover more than its first documents; a stream of a
-# hub data set has to end somewhere.
+# At least this many tokens of a source are read, so that draws cover more than its first documents. It is
+# also a limit, for streams of hub data sets.
 POOL_TOKENS = 2**22
 
 
@@ -21,7 +21,7 @@ POOL_TOKENS = 2**22
 class Blocks:
   """Windows of tokens: `tokens` int32 [N, T], `targets` bool [N, T].
 
-  `targets` is True where the prediction of this very token counts in the loss; the first column is
+  `targets` is True where the prediction of this token itself counts in the loss; the first column is
   False, since nothing in its window predicts it. `documents` is how many were read (0 for a .npy file).
   """
 
@@ -30,15 +30,15 @@ class Blocks:
   documents: int
 
   def draw(self, count: int, seed: int, step: int) -> np.ndarray:
-    """`count` distinct rows, drawn afresh for each step: int64 [count]; InputError if there are too few."""
+    """Draws `count` distinct rows, anew for each step: int64 [count]. Raises InputError for too few rows."""
     return draw_rows(len(self.tokens), count, seed, step)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixedBlocks(Blocks):
-  """Windows of several sources, one after another; of every draw each source has its share.
+  """Windows of several sources, one after another; each source has a fixed share of every draw.
 
-  names: of the sources. counts: rows of each. shares: of a draw's rows, as weights, none of them negative.
+  names: names of the sources. counts: rows of each. shares: weights of the sources in a draw, none negative.
   """
 
   names: tuple[str, ...]
@@ -46,7 +46,7 @@ class MixedBlocks(Blocks):
   shares: tuple[float, ...]
 
   def draw(self, count: int, seed: int, step: int) -> np.ndarray:
-    """`count` distinct rows, each source's quota drawn from its own; those of the first source first."""
+    """Draws `count` distinct rows, each source's quota from its own rows; the first source's rows first."""
     found, start = [], 0
     shared = zip(self.names, self.counts, quotas(self.shares, count), strict=True)
     for part, (name, rows, quota) in enumerate(shared):
@@ -61,7 +61,7 @@ class MixedBlocks(Blocks):
 
 
 def quotas(shares: Sequence[float], count: int) -> list[int]:
-  """`count` things shared out by weight, in whole numbers: the largest remainders are rounded up."""
+  """Divides `count` by weight into whole numbers; the largest remainders are rounded up."""
   exact = np.array(shares, float) * count / sum(shares)
   whole = np.floor(exact).astype(int)
   whole[np.argsort(whole - exact, kind='stable')[: count - whole.sum()]] += 1
@@ -69,7 +69,7 @@ def quotas(shares: Sequence[float], count: int) -> list[int]:
 
 
 def mixed(names: Sequence[str], parts: Sequence[Blocks], shares: Sequence[float]) -> MixedBlocks:
-  """Sources, with their names, to draw from by weight."""
+  """Combines sources, with their names, to draw from them by weight."""
   tokens, targets = (np.concatenate([getattr(b, name) for b in parts]) for name in ('tokens', 'targets'))
   counts = tuple(len(b.tokens) for b in parts)
   return MixedBlocks(tokens, targets, sum(b.documents for b in parts), tuple(names), counts, tuple(shares))
@@ -77,14 +77,14 @@ def mixed(names: Sequence[str], parts: Sequence[Blocks], shares: Sequence[float]
 
 @dataclasses.dataclass(frozen=True)
 class TokenStream:
-  """A source's documents one after another: `tokens` int32 [n], `targets` bool [n], how many documents."""
+  """A source's documents one after another: `tokens` int32 [n], `targets` bool [n], number of documents."""
 
   tokens: np.ndarray
   targets: np.ndarray
   documents: int
 
   def blocks(self, length: int, field: str) -> Blocks:
-    """Non-overlapping windows of `length` tokens, the tail dropped; InputError if there is not one."""
+    """Non-overlapping windows of `length` tokens, without the tail. Raises InputError if there are none."""
     return _cut(self.tokens, self.targets, length, sys.maxsize, self.documents, field)
 
 
@@ -100,10 +100,10 @@ def load_blocks(
 ) -> Blocks:
   """Reads and tokenises `source` and cuts it into non-overlapping windows of `length` tokens.
 
-  Documents stand one after another, each with the tokenizer's special tokens (BOS) in front and an EOS
-  behind, as far as it has them; a conversation has those of its chat template, and only the assistant's
-  tokens as targets. The tail shorter than a window is dropped. At most `max_tokens` tokens are kept, and
-  no document beyond them is tokenised. A .npy source is taken as it is, `tokenizer` unused.
+  Documents are concatenated, each with the tokenizer's special tokens (BOS) before it and an EOS after it,
+  if the tokenizer has them; a conversation has those of its chat template, and only the assistant's tokens
+  are targets. A tail shorter than a window is dropped. At most `max_tokens` tokens are kept, and no document
+  beyond them is tokenised. A .npy source is used unchanged, without `tokenizer`.
 
   Raises InputError, naming `field` or the file, for a source that cannot be read or is shorter than one
   window, and for conversations that the tokenizer's chat template cannot render.
@@ -123,14 +123,14 @@ def load_stream(
   field: str,
   max_tokens: int | None = None,
 ) -> TokenStream:
-  """What `load_blocks` cuts into windows: to be cut to several lengths without tokenising again."""
+  """The tokens that `load_blocks` cuts into windows; several lengths need no second tokenisation."""
   limit = sys.maxsize if max_tokens is None else max_tokens
   documents = read_documents(source, field, text_field=text_field, messages_field=messages_field)
   texts = (render(document, tokenizer) for document in documents)
   found, size = [encode((), tokenizer)], 0
   with Progress(f'reading {field}', None, 'tokens') as bar:
-    # A token is seldom less than a character, so as many characters as tokens are missing are never
-    # too many, and a few rounds get there without reading far beyond.
+    # A token is rarely shorter than a character, so reading n characters for n missing tokens is never
+    # too much; a few rounds suffice, without reading far beyond the limit.
     while batch := take(texts, BATCH_CHARS, limit - size):
       found.append(encode(batch, tokenizer))
       size += len(found[-1].tokens)
@@ -141,7 +141,7 @@ def load_stream(
 
 
 def spread(blocks: Blocks, max_tokens: int) -> Blocks:
-  """Windows of at most `max_tokens` tokens in all, evenly spaced over the text; one at least. 0: all."""
+  """Windows of at most `max_tokens` tokens in all, evenly spaced over the text; at least one. 0: all."""
   count, length = blocks.tokens.shape
   wanted = max(1, max_tokens // length) if max_tokens else count
   if wanted >= count:
@@ -160,9 +160,10 @@ def check_vocab(highest: int, vocab_size: int, field: str) -> None:
 
 
 def draw_rows(num_rows: int, count: int, seed: int, step: int, part: int = 0) -> np.ndarray:
-  """`count` distinct rows out of `num_rows`, drawn afresh for each step: int64 [count].
+  """Draws `count` distinct rows out of `num_rows`, anew for each step: int64 [count].
 
-  All rows come in their given order. Each `part` has draws of its own. Raises InputError for too few rows.
+  If all rows are drawn, they keep their order. Each `part` has its own draws. Raises InputError for too few
+  rows.
   """
   if count > num_rows:
     raise InputError(
@@ -185,7 +186,7 @@ def _load_npy(source: Source, length: int, limit: int, field: str) -> Blocks:
 
 
 def map_blocks(source: Source, length: int, field: str) -> np.ndarray:
-  """The rows of a .npy source, mapped and not read: integers [N, length]. Raises InputError."""
+  """The rows of a .npy source, memory-mapped but not read: integers [N, length]. Raises InputError."""
   blocks = open_blocks(source, field)
   if blocks.shape[1] != length:
     raise InputError(
@@ -196,7 +197,7 @@ def map_blocks(source: Source, length: int, field: str) -> np.ndarray:
 
 
 def token_ids(values: np.ndarray, where: str) -> np.ndarray:
-  """Integers as int32. Raises InputError, saying `where`, if they cannot be token ids."""
+  """Converts integers to int32. Raises InputError, naming `where`, if they cannot be token ids."""
   if values.size and (values.min() < 0 or values.max() > np.iinfo(np.int32).max):
     raise InputError(f'{where} holds {values.min()} to {values.max()}: not token ids')
   return values.astype(np.int32)

@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, and tasks of lm-evaluation-harness."""
+"""Measures models: perplexity, and tasks of lm-evaluation-harness."""

@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness, the field's own measure, on our models (docs/evaluation.md).
+"""Runs tasks of lm-evaluation-harness, the usual benchmark suite, on our models (docs/evaluation.md).
 
-The package is optional, heavy to import and slow to look up its 14,000 tasks: nothing of it is touched
-unless a config names tasks.
+The package is optional, slow to import and slow to look up its 14,000 tasks, so it is only used if a config
+names tasks.
 """
 
 import contextlib
@@ -35,26 +35,26 @@ PAPER = {
   'social_iqa': 0,
   'wikitext': 0,
   'mmlu': 5,
-  'truthfulqa_mc1': 1,  # besides the six examples that its prompt always has
+  'truthfulqa_mc1': 1,  # in addition to the six examples that its prompt always has
   'truthfulqa_mc2': 1,
   'agieval': 0,
 }
-_SEED = 1234  # of few-shot examples, and below of NumPy: the harness's own
-_RESAMPLES = 1000  # for a standard error where there is no formula
+_SEED = 1234  # of few-shot examples and of NumPy, as in the harness
+_RESAMPLES = 1000  # bootstrap samples, for standard errors without a formula
 
 TaskScores = dict[str, dict[str, Any]]
 
 
 def wanted(options: EvaluateOptions) -> dict[str, int]:
-  """Task -> examples before each question, -1 = as the task says. A named one overrides the suite's."""
+  """Task -> examples before each question, -1 = the task's own number. Named tasks override the suite's."""
   suite = PAPER if options.suite == 'paper' else {}
   return suite | dict.fromkeys(options.tasks, options.fewshot)
 
 
 def check_tasks(options: EvaluateOptions) -> None:
-  """Opens all tasks, their data included. Raises InputError for what a user must correct.
+  """Opens all tasks, including their data. Raises InputError for errors that a user must correct.
 
-  That is lm_eval missing, an unknown name, a bad directory of task files, data that cannot be had.
+  These are: lm_eval is not installed, an unknown name, a bad directory of task files, unavailable data.
   """
   if options.has_tasks:
     _open(tuple(wanted(options).items()), options.tasks_path)
@@ -72,15 +72,16 @@ def evaluate_tasks(
 ) -> TaskScores:
   """Scores of a model on the tasks of the config, by task or group.
 
-  Each has its metrics, such as acc and acc_norm (fractions), their standard errors, such as acc_stderr, where
-  there are any, `version` of the task and `n`, the questions counted. A metric of filtered answers is named
-  metric,filter. Raises InputError as `check_tasks`, `Preempted` between batches.
+  Each has its metrics, such as acc and acc_norm (fractions), their standard errors, such as acc_stderr, if
+  there are any, the task's `version` and `n`, the number of questions. A metric of filtered answers is named
+  metric,filter. Raises InputError as `check_tasks` does, and `Preempted` between batches. Every process gets
+  the same result.
 
   Args:
-    params: on the mesh that is set, if one is. Every process gets the same result.
+    params: parameters, on the mesh if one is set.
     compiler: counts compiles as `harness`.
-    dtype: of weights in products and of activations.
-    title: before the progress.
+    dtype: dtype of weights in products and of activations.
+    title: title of the progress bar.
   """
   names = _open(tuple(wanted(options).items()), options.tasks_path)[0]
   from adapt_jax.evaluation.harness_lm import FlaxLM
@@ -91,13 +92,13 @@ def evaluate_tasks(
 
 
 def evaluate_lm(options: EvaluateOptions, lm: Any, log_samples: bool = False) -> dict[str, Any]:
-  """What the harness reports on any `LM` of its own kind, on the tasks of the config."""
+  """The harness's report on any of its `LM` objects, on the tasks of the config."""
   from lm_eval import evaluator
 
   loaded = _open(tuple(wanted(options).items()), options.tasks_path)[1]
-  # For standard errors without a formula the harness forks this process, which JAX's threads do not survive.
+  # For standard errors without a formula the harness forks this process, which is unsafe with JAX's threads.
   os.environ['DISABLE_MULTIPROC'] = '1'
-  random.seed(0)  # as simple_evaluate does, which would ask for PyTorch's seed too
+  random.seed(0)  # as simple_evaluate does, which would also need PyTorch, to set its seed
   np.random.seed(_SEED)
   for task in loaded['tasks'].values():
     task.set_fewshot_seed(_SEED)
@@ -113,7 +114,7 @@ def evaluate_lm(options: EvaluateOptions, lm: Any, log_samples: bool = False) ->
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Holds back what the harness and the packages under it say of their own ways."""
+  """Suppresses log messages and warnings of the harness and its dependencies."""
   logger = logging.getLogger('lm_eval')
   level = logger.level
   logger.setLevel(logging.ERROR)
@@ -127,7 +128,7 @@ def _quiet() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)  # runs of one process, and a run's three evaluations, open tasks once
 def _open(names: tuple[tuple[str, int], ...], tasks_path: str) -> tuple[list[str], dict[str, Any]]:
-  """(names in the harness's results, what `evaluate` takes) of tasks with their numbers of examples."""
+  """(names in the harness's results, argument of `evaluate`) for tasks with their numbers of examples."""
   manager = _manager(tasks_path)
   known = set(manager.all_tasks)
   for name, _ in names:
@@ -152,18 +153,18 @@ def _open(names: tuple[tuple[str, int], ...], tasks_path: str) -> tuple[list[str
           task.set_config('num_fewshot', max(shots, 0))
       group = loaded['groups'].get(name)
       found += [group] if group else loaded['tasks'].values()
-      # A tag, and a group without a mean, has no score of its own: its tasks have.
+      # A tag or a group without a mean has no score of its own; its tasks have scores.
       scored += [name] if group and group.aggregate_metric_list else loaded['tasks']
     try:
       return list(dict.fromkeys(scored)), manager.load(found)
-    except ValueError as error:  # a task by itself and in a group
+    except ValueError as error:  # a task named by itself and in a group
       raise InputError(f'config.evaluate.tasks: {first_line(error)}: name it once') from None
 
 
 def _load(manager: Any, name: str) -> Any:
   try:
     return manager.load(name)
-  except Exception as error:  # of the hub, of datasets, of the task's own code: they share no other class
+  except Exception as error:  # errors of the hub, of datasets and of the task's code share no other class
     raise InputError(
       f'config.evaluate.tasks: {name!r} cannot be opened ({type(error).__name__}: {first_line(error)}): its '
       f'data come from the hub; without one write a task file on local data, as docs/evaluation.md shows, '
@@ -186,7 +187,7 @@ def _manager(tasks_path: str) -> Any:
   with _quiet():
     try:
       return TaskManager(include_path=str(path) if tasks_path else None)
-    except Exception as error:  # whatever a file of the user's raises while it is read
+    except Exception as error:  # anything that a user's file raises while it is read
       raise InputError(
         f'config.evaluate.tasks_path = {tasks_path!r}: a task file cannot be read ({first_line(error)})'
       ) from None
@@ -198,7 +199,7 @@ def _scores(results: dict[str, Any], names: list[str]) -> TaskScores:
     entry: dict[str, Any] = {}
     for key, value in results['results'][name].items():
       metric, _, kind = key.partition(',')
-      if kind and isinstance(value, (int, float, np.number)):  # 'N/A' where there is no standard error
+      if kind and isinstance(value, (int, float, np.number)):  # 'N/A' if there is no standard error
         entry[metric if kind == 'none' else key] = float(value)
     versions = results['versions']
     scores[name] = entry | {'version': versions.get(name), 'n': results['results'][name]['sample_len']}

@@ -1,6 +1,6 @@
-"""Our models as an `LM` of lm-evaluation-harness, which answers as its own `hf` model does.
+"""Our models as an `LM` of lm-evaluation-harness, with the same results as its own `hf` model.
 
-Only `harness.py` imports this, and only where tasks are asked for: lm_eval is an optional package.
+Only `harness.py` imports this, and only if tasks are requested: lm_eval is an optional package.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.training import loss
 
 _SHORTEST = 32  # tokens of the shortest rows
-_FEW = 32  # tokens that are scored of a row with a short answer
-_PIECE = 32  # new tokens, after which stop strings are looked for
-_NEW_TOKENS = 256  # where a task names no number
+_FEW = 32  # scored tokens of a row with short answers
+_PIECE = 32  # new tokens between two searches for stop strings
+_NEW_TOKENS = 256  # if a task sets no number
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-  """What goes through the model once: its tokens, and the answers that are scored at their end.
+  """One input row of the model: its tokens, and the answers that are scored at their end.
 
-  answers: (number of the request, its continuation), whose last token comes after the row's last.
+  answers: (number of the request, its continuation); the continuation's last token follows the row's last.
   """
 
   tokens: tuple[int, ...]
@@ -56,7 +56,7 @@ class _Row:
 
 
 def _rows(requests: list[tuple[Any, list[int], list[int]]], longest: int) -> list[_Row]:
-  """The rows that answer all requests. Those with the same input, as choices of one token have, share one."""
+  """The rows for all requests. Requests with the same input, such as one-token choices, share a row."""
   found: dict[tuple[int, ...], list[_Row]] = {}
   for number, (_, context, answer) in enumerate(requests):
     if len(answer) > longest:
@@ -64,7 +64,7 @@ def _rows(requests: list[tuple[Any, list[int], list[int]]], longest: int) -> lis
         f'config.evaluate: an answer of {len(answer)} tokens is longer than the {longest} that model.source '
         f'sees at once: leave its task out'
       )
-    tokens = tuple((context + answer)[-longest - 1 : -1])  # what is too long loses its beginning
+    tokens = tuple((context + answer)[-longest - 1 : -1])  # truncated from the left
     rows = found.setdefault(tokens, [])
     if not rows or rows[-1].scored + len(answer) > _FEW:
       rows.append(_Row(tokens, []))
@@ -73,9 +73,10 @@ def _rows(requests: list[tuple[Any, list[int], list[int]]], longest: int) -> lis
 
 
 def _batches(rows: list[_Row], tokens: int) -> Iterator[tuple[list[_Row], int]]:
-  """(rows of one shape, rows that its batches have), the longest first.
+  """Yields (rows of one shape, batch size of this shape), the longest first.
 
-  tokens: at once on a device, at most, but one row. All batches of a shape have one size, so one program.
+  tokens: the most at once on a device, but at least one row. All batches of a shape have the same size and so
+  share a program.
   """
   groups: dict[tuple[int, int], list[_Row]] = {}
   for row in rows:
@@ -91,7 +92,7 @@ def _batches(rows: list[_Row], tokens: int) -> Iterator[tuple[list[_Row], int]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Score:
-  """(log-probabilities, whether likeliest) [B, P] of labels [B, P] that follow positions [B, P] of tokens."""
+  """(log-probabilities, whether most likely) [B, P] of labels [B, P] after positions [B, P] of tokens."""
 
   config: ModelConfig
   dtype: Any
@@ -107,16 +108,16 @@ class _Score:
 
 
 class FlaxLM(TemplateLM):
-  """The model as the harness sees it.
+  """The model as an `LM` of the harness.
 
   Args:
-    config, params: on the mesh that is set, if one is.
-    tokenizer: of transformers.
-    tokens: at once on a device.
-    compiler: counts compiles as `harness`: one for each length of padded rows, two if short and long answers
-      stand in such rows.
-    dtype: of weights in products and of activations.
-    title: before the progress.
+    config, params: the model, on the mesh if one is set.
+    tokenizer: a tokenizer of transformers.
+    tokens: tokens at once on a device.
+    compiler: counts compiles as `harness`: one for each length of padded rows, two if rows of that length
+      have short and long answers.
+    dtype: dtype of weights in products and of activations.
+    title: title of the progress bar.
   """
 
   def __init__(
@@ -148,24 +149,24 @@ class FlaxLM(TemplateLM):
 
   @property
   def prefix_token_id(self) -> int:
-    """Before a text that has no context: BOS, where there is one."""
+    """The token before a text without context: BOS if there is one, else the end token."""
     bos = self.tokenizer.bos_token_id
     return self.eot_token_id if bos is None else bos
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-    """With the special tokens that the tokenizer adds by itself, but no second BOS."""
+    """Token ids, with the special tokens that the tokenizer adds by itself, but without a second BOS."""
     if add_special_tokens is None:
       add_special_tokens = not string.startswith(self._prefix)
     return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-  # -- what is asked --------------------------------------------------------------------------------
+  # -- requests -------------------------------------------------------------------------------------
 
   def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
     """(log-probability in nats, whether greedy decoding gives it) of each continuation after its context."""
     return super().loglikelihood(requests, disable_tqdm=True)  # we show our own progress
 
   def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-    """Log-probability in nats of each text; longer ones go in windows, as many tokens as the model sees."""
+    """Log-probability in nats of each text; long texts are split into windows of the model's length."""
     windows, counts = [], []
     for request in requests:
       found = get_rolling_token_windows(
@@ -193,7 +194,7 @@ class FlaxLM(TemplateLM):
     return found
 
   def _score(self, rows: list[_Row], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """What `_Score` gives for rows of one shape, their answers end to end; `size` rows go in."""
+    """The result of `_Score` for rows of one shape, with concatenated answers; the batch has `size` rows."""
     length, most = rows[0].shape
     tokens = np.zeros((size, length), np.int32)
     positions, labels = np.zeros((2, size, most), np.int32)
@@ -214,7 +215,7 @@ class FlaxLM(TemplateLM):
   # -- texts ----------------------------------------------------------------------------------------
 
   def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-    """What the model writes after each context, up to the first of its stop strings."""
+    """The text that the model generates after each context, up to the first stop string."""
     groups: dict[str, list[int]] = {}
     for number, request in enumerate(requests):
       groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
@@ -228,7 +229,7 @@ class FlaxLM(TemplateLM):
     return found
 
   def _write(self, contexts: list[list[int]], settings: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """(which context, its text), batch by batch; settings: the generation_kwargs of their task."""
+    """Yields (index of the context, its text), batch by batch; settings: their task's generation_kwargs."""
     kwargs: Any = normalize_gen_kwargs(settings, _NEW_TOKENS)
     until, new_tokens = handle_stop_sequences(kwargs['until'], eos=None), kwargs['max_gen_toks']
     if new_tokens >= self.max_length:
@@ -239,7 +240,7 @@ class FlaxLM(TemplateLM):
     sampling = Sampling()
     if kwargs['do_sample']:
       sampling = Sampling(kwargs['temperature'], kwargs.get('top_k', 0), kwargs.get('top_p', 1.0))
-    prompts = [context[new_tokens - self.max_length :] for context in contexts]  # too long: from the left
+    prompts = [context[new_tokens - self.max_length :] for context in contexts]  # truncated from the left
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     room = bucket(len(prompts[order[0]]) + new_tokens, _SHORTEST)
     rows = row_shards() * max(1, self._tokens // room)
@@ -249,7 +250,7 @@ class FlaxLM(TemplateLM):
     for start in range(0, len(order), rows):
       preemption.check()
       batch = order[start : start + rows]
-      seed = start * new_tokens  # other numbers in every batch, for questions that are asked several times
+      seed = start * new_tokens  # different in every batch, for questions that are asked several times
       texts = self._write_batch(generator, [prompts[i] for i in batch], until, new_tokens, sampling, seed)
       yield from zip(batch, texts, strict=True)
 
@@ -262,16 +263,16 @@ class FlaxLM(TemplateLM):
     sampling: Sampling,
     seed: int,
   ) -> list[str]:
-    """Texts, a piece at a time: a stop string may be of several tokens, or part of one."""
+    """Generates texts piece by piece, since a stop string may be several tokens, or part of one."""
     encoded = [self.tokenizer.encode(stop, add_special_tokens=False) for stop in until]
-    # Stop strings that decoding leaves out, such as <|im_end|>, end a text as the end token does.
+    # Stop strings that decoding omits, such as <|im_end|>, end a text as the end token does.
     hidden = [ids[0] for ids in encoded if len(ids) == 1 and not self._decode(ids)]
     stop_ids = frozenset([self.eot_token_id, *hidden])
     written: list[list[int]] = [[] for _ in prompts]
     ended: set[int] = set()
     size = -(-new_tokens // -(-new_tokens // _PIECE))
     for done in range(0, new_tokens, size):
-      # Those that have ended go on with one token in, unread: another number of rows would compile anew.
+      # Finished texts are passed as one token and their results ignored: fewer rows would need a new compile.
       texts = [p[:1] if i in ended else p + written[i] for i, p in enumerate(prompts)]
       pieces = generator.generate(texts, min(size, new_tokens - done), sampling, stop_ids, seed + done)
       for i in set(range(len(prompts))) - ended:

@@ -22,7 +22,7 @@ from adapt_jax.training.loss import distillation, next_token_loss, shift, sum_ov
 
 
 def definition(blocks: Blocks) -> str:
-  """What a perplexity on these windows is, in words, for reports."""
+  """Describes the perplexity on these windows in words, for reports."""
   windows, length = blocks.tokens.shape
   return (
     f'exp of the mean next-token cross-entropy over {windows} non-overlapping windows of {length} tokens, '
@@ -31,13 +31,13 @@ def definition(blocks: Blocks) -> str:
 
 
 def batch_size(blocks: Blocks, most: int) -> int:
-  """Windows at once: at most `most` on a device, as many on each."""
+  """Windows per batch: at most `most` on a device, the same number on each."""
   shards = row_shards()
   return shards * min(most, -(-len(blocks.tokens) // shards))
 
 
 def batches(blocks: Blocks, size: int) -> Iterator[tuple[jax.Array, jax.Array, int]]:
-  """(tokens [size, T], targets [size, T], windows in it); what fills up the last batch does not count."""
+  """Yields (tokens [size, T], targets [size, T], windows); rows that pad the last batch have no targets."""
   count = len(blocks.tokens)
 
   def read(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +66,7 @@ class _Loss:
 
 
 class Reference(NamedTuple):
-  """What divergences are from: a model's head [V, D] and, a batch each, its final hidden states [B, T, D]."""
+  """The reference of divergences: a model's head [V, D] and, per batch, its final hidden states [B, T, D]."""
 
   head_VD: jax.Array
   hidden: list[jax.Array]
@@ -85,7 +85,7 @@ class _Hidden:
 
 @dataclasses.dataclass(frozen=True)
 class _Divergence:
-  """Σ KL(reference ‖ model) over the tokens counted of a batch, and how many they are."""
+  """Σ KL(reference ‖ model) over the counted tokens of a batch, and their number."""
 
   config: ModelConfig
   dtype: Any
@@ -109,11 +109,11 @@ class Evaluator:
   """Perplexity of a model on fixed windows; compiles once per shape of the model.
 
   Args:
-    blocks: the windows [N, T] and which of their tokens count.
+    blocks: the windows [N, T], and which of their tokens count.
     batch: windows at once on a device.
     compiler: counts compiles as `evaluation` and `divergence`.
-    dtype: of weights in products and of activations.
-    programs: of evaluators of other texts, for batches of the same shape.
+    dtype: dtype of weights in products and of activations.
+    programs: shared with evaluators of other texts, whose batches may have the same shape.
   """
 
   def __init__(
@@ -127,10 +127,10 @@ class Evaluator:
   ):
     self.blocks, self.batch = blocks, batch_size(blocks, batch)
     self._compiler, self._dtype = compiler, dtype
-    self._programs = {} if programs is None else programs  # by what they compute, the one used last
+    self._programs = {} if programs is None else programs  # the last one used of each kind
 
   def _program(self, name: str, fn: Any, tokens: jax.Array, *args: Any) -> Any:
-    """`fn` compiled for `args`, if it is not the one of its kind that was used last."""
+    """`fn` compiled for `args`, or the last program of its kind if that is the same."""
     key = fn, tokens.shape
     if self._programs.get(type(fn), (None,))[0] != key:
       self._programs[type(fn)] = key, self._compiler(name, fn, *args)
@@ -138,7 +138,7 @@ class Evaluator:
 
   @property
   def definition(self) -> str:
-    """What the figure is, in words, for reports."""
+    """Describes the perplexity in words, for reports."""
     return definition(self.blocks)
 
   def perplexity(self, config: ModelConfig, params: Params, title: str) -> float:
@@ -158,7 +158,7 @@ class Evaluator:
     return math.exp(min(total / count, 700))
 
   def reference(self, config: ModelConfig, params: Params, title: str) -> Reference:
-    """What `divergence` compares with: N · T · D activations. Raises `Preempted` between batches."""
+    """The reference for `divergence`, N · T · D activations. Raises `Preempted` between batches."""
     hidden: list[jax.Array] = []
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
       for tokens, _, windows in batches(self.blocks, self.batch):

@@ -1,1 +1,1 @@
-"""The forms of a result: written, read back and compared."""
+"""Writes models in the export formats, reads them back and compares them."""

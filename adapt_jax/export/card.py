@@ -1,4 +1,4 @@
-"""The README.md of an export: what the model is, what it came from, what it cost, how to load it."""
+"""The README.md of an export: the model, its origin, its loss of quality, and how to load it."""
 
 import json
 import pathlib
@@ -20,12 +20,12 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str]) -> 
   """Markdown with YAML front matter, as the Hugging Face hub reads it.
 
   Args:
-    report: as report.json has it, `model.source` at least; what is absent or None is left out of the card.
-      Besides what a run writes: `prune` and `train`, the settings ({name: value}; groups in them are not
+    report: as in report.json, with `model.source` at least; absent or None fields are left out of the card.
+      In addition to a run's fields: `prune` and `train`, the settings ({name: value}; groups in them are not
       shown); `data`, {'calibration': [source, …], 'train': …, 'evaluate': …}; and `tasks`,
       {'dense': {task: {metric: value}}, 'pruned': …, 'recovered': …}.
     config: of the exported model.
-    files: names in the export's directory: they say how it is loaded.
+    files: names in the export's directory, which determine how it is loaded.
   """
   parts = [
     _front_matter(report, files),
@@ -41,7 +41,7 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str]) -> 
 
 
 def _source(report: RunReport) -> str:
-  """The base model's hub id, or the name alone of a local one: a path tells nobody else anything."""
+  """The base model's hub id, or only the name of a local one: its path is of no use to others."""
   name = report['model']['source']
   path = pathlib.Path(name).expanduser()
   return name if _HUB_ID.fullmatch(name) and not path.exists() and path.suffix != '.gguf' else path.name
@@ -60,7 +60,7 @@ def _front_matter(report: RunReport, files: Sequence[str]) -> str:
   if any(name.endswith('.gguf') for name in files):
     tags.append('gguf')
   fields |= {'pipeline_tag': 'text-generation', 'tags': tags}
-  # Every JSON value is a YAML value, quoted where it must be.
+  # Every JSON value is valid YAML, with quotes where necessary.
   lines = [f'{name}: {json.dumps(value, ensure_ascii=False)}' for name, value in fields.items()]
   return '\n'.join(['---', *lines, '---'])
 
@@ -108,7 +108,7 @@ def _lineage(report: RunReport) -> str:
 
 
 def _widths(report: RunReport, config: ModelConfig) -> str:
-  """What every layer keeps of the base model's; from `config` alone where the report does not tell."""
+  """Remaining and original widths by layer; only the remaining ones, if the report has no stages."""
   if config.sliced_from:
     return ''
   if stages := report.get('stages'):

@@ -1,7 +1,7 @@
-"""A model as a .gguf file for llama.cpp and the programs built on it.
+"""Writes a model as a .gguf file for llama.cpp and programs built on it.
 
-llama.cpp's `llama` and qwen architectures take every layer to be as wide as the first; its `deci`, made for
-Nemotron-51B, computes a llama with the widths of each layer, biases included.
+llama.cpp's `llama` and qwen architectures assume that all layers have the widths of the first; its `deci`,
+made for Nemotron-51B, supports a llama with per-layer widths, including biases.
 """
 
 import pathlib
@@ -39,7 +39,7 @@ _FILE_TYPES = {
 }
 KINDS = tuple(_FILE_TYPES)
 _QUANTISED = ('Q8_0', 'Q4_0')
-_BLOCK = 32  # weights of a row that share a scale, in both
+_BLOCK = 32  # weights of a row that share a scale, in both types
 
 
 def check_gguf(config: ModelConfig) -> None:
@@ -58,15 +58,15 @@ def write_gguf(
 ) -> None:
   """Writes weights, config and tokenizer as one .gguf file, a tensor at a time.
 
-  `kind`, one of `KINDS`, is the type of the matrices; vectors are F32. Rows that are not whole blocks of 32
-  weights are F16 in Q8_0 and Q4_0 files. As llama.cpp's own quantiser does, Q4_0 keeps the output projection,
-  and with it a tied embedding, in eight bits. `name` is what programs show as the model's name.
+  `kind`, one of `KINDS`, is the type of the matrices; vectors are F32. In Q8_0 and Q4_0 files,
+  matrices whose rows are not whole blocks of 32 weights are F16. As in llama.cpp's own quantiser, Q4_0 files
+  store the output projection, or the tied embedding, in eight bits. Programs show `name` as the model's name.
 
-  `path` is whole or absent: an older file is replaced at the end, an error leaves it as it was. Every process
-  calls this and the first one writes: parameters may be sharded over processes.
+  The write is atomic: an existing file is replaced at the end; an error leaves it unchanged. Every process
+  must call this, since parameters may be sharded over processes; the first one writes.
 
   Raises InputError for a model (`check_gguf`) or tokenizer (`check_gguf_tokenizer`) that llama.cpp would
-  compute otherwise, a weight beyond the range of F16, and a file that cannot be written.
+  compute differently, a weight beyond the range of F16, and a file that cannot be written.
   """
   if kind not in KINDS:
     raise InputError(f'GGUF type {kind!r} is unknown: one of {", ".join(KINDS)}')
@@ -89,7 +89,7 @@ def write_gguf(
         writer.close()
   except OSError as error:
     if disk_full(error):
-      raise  # which `main.py` tells of, whatever was being written
+      raise  # `main.py` reports it, whatever was being written
     raise InputError(f'{path}: cannot be written ({first_line(error)}): choose another place') from None
 
 
@@ -112,8 +112,8 @@ def _architecture(config: ModelConfig) -> str:
     return 'qwen3'
   if not config.uniform:
     return 'deci'
-  # llama.cpp's qwen2 has no bias of down_proj and no scaling, and its older versions no heads that do not
-  # make up the hidden size; its llama computes the same with them, q and k permuted.
+  # llama.cpp's qwen2 has no bias on down_proj and no scaling, and in older versions its heads must add up to
+  # the hidden size; its llama computes the same function with all of these, with q and k permuted.
   shape = config.layers[0]
   square = shape.num_heads * config.head_dim == config.hidden_size
   plain = config.qkv_bias and not config.output_bias and not config.rope.scaling
@@ -169,7 +169,7 @@ def _write(
   types: dict[str, GGMLQuantizationType],
   title: str,
 ) -> None:
-  """Header, fields and tensors; the writer's own way holds all tensors, or a copy of them on disk."""
+  """Writes header, fields and tensors; GGUFWriter's own method holds all tensors, or a copy on disk."""
   for leaf in leaves(config):
     stored = types[leaf.name]
     nbytes = int(np.prod(quant_shape_to_byte_shape(leaf.hf_shape, stored)))
@@ -185,7 +185,7 @@ def _write(
       if writer.arch in PERMUTED_ARCHITECTURES and leaf.name.endswith(PERMUTED):
         tensor = _interleaved(tensor, config.head_dim)
       _append(writer, _encoded(tensor, types[leaf.name]))
-      del tensor  # before the next one comes to the host
+      del tensor  # free it before the next one is copied to the host
       progress.update(1)
   if divisors is not None:
     _append(writer, divisors)
@@ -212,8 +212,8 @@ def _encoded(tensor: np.ndarray, stored: GGMLQuantizationType) -> np.ndarray:
 
 
 def _append(writer: GGUFWriter, data: np.ndarray) -> None:
-  """The next tensor's bytes; not by the writer, whose `tofile` loses the system's word of a full disk."""
-  assert writer.fout is not None  # the header is there
+  """Appends a tensor's bytes; GGUFWriter's own `tofile` loses the system's message for a full disk."""
+  assert writer.fout is not None  # the header has been written
   file = writer.fout[0]
   writer.write_padding(file, file.tell())
   file.write(np.ascontiguousarray(data).view(np.uint8).data)

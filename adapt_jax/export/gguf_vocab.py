@@ -1,7 +1,7 @@
-"""A Hugging Face tokenizer as the metadata from which llama.cpp builds its own.
+"""Converts a Hugging Face tokenizer to the metadata from which llama.cpp builds its own.
 
-llama.cpp knows pre-tokenizers by name only, so the name is told from what the tokenizer does to text. What
-it has no name for is refused: it would load, and give other tokens.
+llama.cpp knows pre-tokenizers only by name, so the name is inferred from how the tokenizer splits text. A
+tokenizer that it has no name for is refused: it would load, but give different tokens.
 """
 
 import json
@@ -25,14 +25,14 @@ _SPECIAL = ('bos', 'eos', 'unk', 'pad')
 
 
 class _Vocabulary(NamedTuple):
-  """What llama.cpp needs to know of a tokenizer: gpt2 goes by `merges`, llama by `scores`."""
+  """What llama.cpp needs to know about a tokenizer: gpt2 uses `merges`, llama uses `scores`."""
 
   model: str  # gpt2: byte-level BPE; llama: SentencePiece BPE
   pre: str
   tokens: dict[str, int]
   types: dict[str, int]  # of tokens that are not NORMAL
   merges: list[str]
-  scores: dict[str, float]  # of tokens that merges make
+  scores: dict[str, float]  # of tokens that merges produce
   space_prefix: bool
   special: dict[str, int]
   add_bos: bool
@@ -41,7 +41,7 @@ class _Vocabulary(NamedTuple):
 
 
 def check_gguf_tokenizer(tokenizer: Any) -> None:
-  """Raises InputError for a tokenizer that llama.cpp has no equal of."""
+  """Raises InputError for a tokenizer that has no equivalent in llama.cpp."""
   _describe(tokenizer)
 
 
@@ -112,7 +112,7 @@ def _describe(tokenizer: Any) -> _Vocabulary:
 
 
 def _bpe(tokenizer: Any) -> dict[str, Any]:
-  """What tokenizer.json says of a BPE tokenizer."""
+  """The content of tokenizer.json for a BPE tokenizer."""
   backend = getattr(tokenizer, 'backend_tokenizer', None)
   if backend is None:
     raise _refusal('it is not one of the tokenizers library')
@@ -126,7 +126,7 @@ def _bpe(tokenizer: Any) -> dict[str, Any]:
 
 
 def _added(tokenizer: Any, special: dict[str, int]) -> tuple[bool, bool]:
-  """Whether encoding puts BOS before and EOS after a text."""
+  """Whether encoding adds BOS before and EOS after a text."""
   plain, full = (tokenizer('a', add_special_tokens=add).input_ids for add in (False, True))
   for bos in (False, True):
     for eos in (False, True):
@@ -146,7 +146,7 @@ def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _pre_tokenizer(data: dict[str, Any]) -> str:
-  """llama.cpp's name of how a byte-level tokenizer cuts text before merging."""
+  """llama.cpp's name for the pre-tokenizer of a byte-level tokenizer."""
   *cuts, last = _steps(data['pre_tokenizer'], 'pretokenizers') or [{'type': 'missing'}]
   if last['type'] != 'ByteLevel' or last['add_prefix_space']:
     raise _refusal('neither byte-level nor SentencePiece BPE')
@@ -163,7 +163,7 @@ def _pre_tokenizer(data: dict[str, Any]) -> str:
   if found is None:
     raise _refusal(f'its pre-tokenizer is {json.dumps(cuts)[:200]}')
   normalizer = [step['type'] for step in _steps(data['normalizer'], 'normalizers')]
-  # llama.cpp normalises nothing; text that is not in Qwen's NFC form is rare.
+  # llama.cpp does not normalise; text that is not in Qwen's NFC form is rare.
   if normalizer and (normalizer, found) != (['NFC'], 'qwen2'):
     raise _refusal(f'its normalizer is {", ".join(normalizer)}')
   if bool(data['model'].get('ignore_merges')) != (found == 'llama-bpe'):
@@ -172,14 +172,14 @@ def _pre_tokenizer(data: dict[str, Any]) -> str:
 
 
 def _space_prefix(data: dict[str, Any]) -> bool:
-  """Whether a SentencePiece tokenizer puts a space before a text."""
+  """Whether a SentencePiece tokenizer adds a space before a text."""
   replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
   prepend = {'type': 'Prepend', 'prepend': SPACE}
   normalizer = _steps(data['normalizer'], 'normalizers')
   cuts = _steps(data['pre_tokenizer'], 'pretokenizers')
   if not cuts and normalizer in ([replace], [prepend, replace]):
     return prepend in normalizer
-  # What newer conversions write. Unlike llama.cpp it adds no space where the text begins with one.
+  # Newer conversions write this. Unlike llama.cpp, it adds no space if the text begins with one.
   if normalizer in ([], [replace]) and [cut['type'] for cut in cuts] == ['Metaspace']:
     metaspace = cuts[0]
     if metaspace['replacement'] == SPACE and not metaspace.get('split', True):
@@ -195,10 +195,10 @@ def _byte_types(tokens: dict[str, int]) -> dict[str, int]:
 
 
 def _scores(merges: list[tuple[str, ...]], normal: set[str]) -> dict[str, float]:
-  """A score for each token that merges make, such that llama.cpp merges in the same order.
+  """A score for each token that merges produce, such that llama.cpp merges in the same order.
 
-  llama.cpp joins whatever two neighbours make a token, best score first. Merges that came from a
-  SentencePiece model say the same: all pairs of a token are there, one after the other.
+  llama.cpp merges any two neighbours that form a token, best score first. Merges converted from a
+  SentencePiece model are equivalent: they have all pairs of a token, one after the other.
   """
   scores: dict[str, float] = {}
   last = ''

@@ -1,4 +1,4 @@
-"""A model as a Hugging Face directory that transformers, and what is built on it, loads."""
+"""Writes a model as a Hugging Face directory for transformers and programs built on it."""
 
 import json
 import pathlib
@@ -34,16 +34,16 @@ def write_hf(
   generation: dict[str, Any] | None = None,
   code: bool = True,
 ) -> None:
-  """Writes weights, config, tokenizer and, where no stock class builds the layers, the code that does.
+  """Writes weights, config, tokenizer and, if no stock class can build the layers, the code that does.
 
-  `directory` is whole or absent: an older one is replaced at the end, an error leaves it as it was.
+  The write is atomic: an existing `directory` is replaced at the end; an error leaves it unchanged.
   A stock architecture loads without `trust_remote_code`; other models need it, also in vLLM and MLX-LM,
   which load the same directory. `dtype` None keeps
-  each array's own. `generation` holds fields of generation_config.json that go before the
-  tokenizer's, such as a chat model's list of `eos_token_id`. Without `code` no file of code is written for
-  MLX-LM, where its stock model differs from the stock class of transformers.
+  each array's own. `generation` holds fields of generation_config.json that override the
+  tokenizer's, such as a chat model's list of `eos_token_id`. Without `code`, no code file is written for
+  MLX-LM if its stock model differs from the stock class of transformers.
 
-  Every process calls this and the first one writes: parameters may be sharded over processes.
+  Every process must call this, since parameters may be sharded over processes; the first one writes.
   Raises InputError if the directory cannot be written, as when the disk is full.
   """
   dtype = None if dtype is None else np.dtype(dtype)
@@ -59,12 +59,12 @@ def write_hf(
       save_params(config, params, new, dtype)
       if not _stock(config):
         fields |= _own_architecture(config)
-        # Beside a model_type that it does not know, transformers 5 stumbles over this old name when it
-        # opens the tokenizer; the code beside reads the new one in transformers 4 too.
+        # If it does not know the model_type, transformers 5 fails on this old name when it opens the
+        # tokenizer; the exported code reads the new one in transformers 4 too.
         fields.pop('rope_scaling', None)
         for file in ('configuration_adapt.py', 'modeling_adapt.py'):
           shutil.copy(_CODE / file, new)
-      if code and not _stock_in_mlx(config) and not config.sliced_from:  # of which it has no code
+      if code and not _stock_in_mlx(config) and not config.sliced_from:  # no MLX code for sliced models
         fields['model_file'] = _MLX_FILE
         shutil.copy(_CODE / _MLX_FILE, new)
       _write_json(new / 'config.json', fields)
@@ -75,14 +75,14 @@ def write_hf(
         _use_old_names(new / 'tokenizer_config.json')
   except OSError as error:
     if disk_full(error):
-      raise  # which `main.py` tells of, whatever was being written
+      raise  # `main.py` reports it, whatever was being written
     raise InputError(f'{directory}: cannot be written ({first_line(error)}): choose another place') from None
 
 
 def _stock(config: ModelConfig) -> bool:
   """Whether a stock class of transformers computes this model.
 
-  None has a bias on down_proj alone or a sliced stream, and Llama's refuses heads that do not divide
+  None has a bias only on down_proj, or a sliced stream, and Llama's refuses heads that do not divide
   hidden_size.
   """
   refused = config.family == 'llama' and config.hidden_size % config.layers[0].num_heads
@@ -90,9 +90,9 @@ def _stock(config: ModelConfig) -> bool:
 
 
 def _stock_in_mlx(config: ModelConfig) -> bool:
-  """Whether a stock model of MLX-LM does too.
+  """Whether a stock model of MLX-LM also computes this model.
 
-  Its Qwen2 takes hidden_size / heads for head_dim, and its Qwen3 has no biases.
+  Its Qwen2 assumes head_dim = hidden_size / heads, and its Qwen3 has no biases.
   """
   odd_head_dim = config.hidden_size != config.layers[0].num_heads * config.head_dim
   refused = (config.family == 'qwen2' and odd_head_dim) or (config.family == 'qwen3' and config.qkv_bias)
@@ -100,7 +100,7 @@ def _stock_in_mlx(config: ModelConfig) -> bool:
 
 
 def _own_architecture(config: ModelConfig) -> dict[str, Any]:
-  """Fields of config.json that name the code beside it, and what it builds other than the stock class."""
+  """Fields of config.json that name the exported code and describe how it differs from the stock class."""
   widest = config_to_hf(config)
   prefix = widest['architectures'][0].removesuffix('ForCausalLM')
   narrower = {
@@ -121,7 +121,7 @@ def _own_architecture(config: ModelConfig) -> dict[str, Any]:
 
 
 def _use_old_names(path: pathlib.Path) -> None:
-  """Writes a tokenizer's config with names that transformers 4 knows too; 5 reads both."""
+  """Rewrites a tokenizer's config with names that transformers 4 also knows; 5 reads both."""
   fields = json.loads(path.read_text(encoding='utf-8'))
   if fields.get('tokenizer_class') == 'TokenizersBackend':
     fields['tokenizer_class'] = 'PreTrainedTokenizerFast'

@@ -1,4 +1,4 @@
-"""The same function in stock classes: every layer widened to the widest with zeros."""
+"""Pads every layer with zeros to the widest one, so that stock classes compute the same function."""
 
 import dataclasses
 from typing import Any
@@ -11,12 +11,12 @@ from adapt_jax.models.network.llama import Params
 
 
 def padded_config(config: ModelConfig) -> ModelConfig:
-  """The uniform config that holds all layers, and that a stock class computes.
+  """The uniform config that fits all layers and that a stock class supports.
 
   Stock Llama refuses heads that do not divide the hidden size: KV groups are added up to a number that
-  does, and where there is none Mistral's class, the same function, takes the model.
+  does, and if there is none, Mistral's class is used, which computes the same function.
 
-  Raises InputError where no stock class has the model's biases.
+  Raises InputError if no stock class has the model's biases or its sliced residual stream.
   """
   if config.sliced_from:
     raise InputError(
@@ -46,7 +46,7 @@ def padded_config(config: ModelConfig) -> ModelConfig:
 
 
 def pad(config: ModelConfig, params: Params) -> Params:
-  """The parameters of `padded_config`: zeros in all that is added, o_proj's columns too."""
+  """The parameters of `padded_config`: all added entries are zeros, including o_proj's columns."""
   shape = padded_config(config).layers[0]
   widths = {'K': shape.num_kv_heads, 'G': shape.group_size, 'F': shape.ffn}
 
@@ -59,7 +59,7 @@ def pad(config: ModelConfig, params: Params) -> Params:
   return params | {'layers': [widen(layer) for layer in params['layers']]}
 
 
-# Leaf -> its axes in order, those that may grow by their letter.
+# Leaf -> its axes in order; axes that may grow have a letter.
 _AXES = {
   'attention': {'q': 'KG', 'k': 'K', 'v': 'K', 'o': '.KG', 'q_bias': 'KG', 'k_bias': 'K', 'v_bias': 'K'},
   'mlp': {'gate': 'F', 'up': 'F', 'down': '.F'},

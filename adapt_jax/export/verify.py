@@ -1,4 +1,4 @@
-"""Whether a written model is the one it was written from: the same bits, or a few texts predicted alike."""
+"""Checks an exported model against the one in memory: equal bits, or equal predictions on a few texts."""
 
 import dataclasses
 import pathlib
@@ -25,8 +25,8 @@ _TEXTS = (
   'Naïve façades of Köln, 東京 and Москва cost €1,250.75 – or more 😀.',
 )
 _LENGTH = 64  # tokens of a text, at most
-# RMS of the logits' differences over that of the logits. What no dtype explains is an error of the export;
-# blocks of 8 and 4 bits lose more, in small models most.
+# RMS of the logit differences over RMS of the logits. A larger difference than rounding explains is an export
+# error; blocks of 8 and 4 bits lose more, especially in small models.
 _LIMIT, _LIMITS = 1e-3, {'Q8_0': 0.1, 'Q4_0': 0.7}
 _CHUNK = 1 << 22  # elements that are compared at once
 # GGUF types of matrices; vectors are F32 in every such file.
@@ -35,10 +35,10 @@ _DTYPES = {kind.name: dtype for kind, dtype in STORED_DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-  """Of the written model with the one that it was written from, over all tokens of the texts.
+  """Agreement of the written model with the original, over all tokens of the texts.
 
-  logit_difference: the largest of all logits, rounding to the written dtype included.
-  same_token: share of positions at which both find the same token most likely.
+  logit_difference: the largest over all logits, including rounding to the written dtype.
+  same_token: share of positions at which both predict the same most likely token.
   """
 
   logit_difference: float
@@ -48,11 +48,11 @@ class Agreement:
 def check(
   config: ModelConfig, params: Params, path: pathlib.Path, tokenizer: Any, kind: str | None
 ) -> Agreement:
-  """Reads `path` back, a directory or .gguf file, and compares its bits and, if others, its logits in fp32.
+  """Reads back `path`, a directory or .gguf file, and compares its bits or, if they differ, its fp32 logits.
 
   kind: the dtype, or the GGUF type, that the weights were written in; None for each tensor's own.
 
-  Raises InputError if the tokenizer or the function is another one. Of several processes all call it.
+  Raises InputError if the tokenizer or the function differs. With several processes, all must call it.
   """
   source = open_source(str(path))
   tokens, counted = _rows(tokenizer)
@@ -64,7 +64,7 @@ def check(
   reloaded = source.load_params(None, shardings(source.abstract_params()))
   batch = put_rows(np.arange(len(tokens)), lambda ids: (tokens[ids], counted[ids]))
   with jax.default_matmul_precision('highest'):
-    # One after another: together they would hold the activations and converted weights of all.
+    # One at a time: one program would hold the activations and converted weights of all.
     predict, as_is = jax.jit(_logits, static_argnums=(0, 1)), _Rounding(None)
     given_BTV = predict(config, as_is, params, batch[0])
     rounded_BTV = given_BTV if kind is None else predict(config, _Rounding(kind), params, batch[0])
@@ -80,7 +80,7 @@ def check(
 
 
 def _same_bits(config: ModelConfig, params: Params, reader: TensorReader) -> bool:
-  """Whether every tensor, read back, has the dtype and the bits that it was written from."""
+  """Whether every tensor, read back, has the dtype and the bits of the original."""
   return all(
     reader.dtype(leaf.name) == tensor.dtype.name and _equal(tensor, reader.read(leaf.name))
     for leaf, tensor in host_tensors(config, params)
@@ -88,7 +88,7 @@ def _same_bits(config: ModelConfig, params: Params, reader: TensorReader) -> boo
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-  """Of finite numbers: others are left to the logits, which are then refused."""
+  """Whether a and b have equal bits and are finite; others are compared by logits, which then fail."""
   a, b = a.reshape(-1), b.reshape(-1)
   bits = {2: np.uint16, 4: np.uint32}[a.itemsize]
   parts = [slice(i, i + _CHUNK) for i in range(0, a.size, _CHUNK)]
@@ -97,7 +97,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Rounding:
-  """What writing as `kind` does to parameters; nothing for quantised types, which have wider limits."""
+  """Rounds parameters as writing in `kind` does; not for quantised types, which have wider limits."""
 
   kind: str | None
 
@@ -118,7 +118,7 @@ def _encode(tokenizer: Any) -> list[list[int]]:
 
 
 def _rows(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-  """The texts' tokens [N, T] and which of them count, N a multiple of the devices that share rows."""
+  """The texts' tokens [N, T] and a mask of those that count; N is a multiple of `row_shards()`."""
   ids = _encode(tokenizer) if tokenizer is not None else [list(range(16))]
   count = row_shards() * -(-len(ids) // row_shards())
   tokens = np.zeros((count, max(map(len, ids))), np.int32)

@@ -1,4 +1,4 @@
-"""The forms of a result, their writing one after another, and what is known of them for the report."""
+"""Writes a model in the export formats, one after another, and collects facts on them for the report."""
 
 import contextlib
 import dataclasses
@@ -29,12 +29,12 @@ from adapt_jax.models.network.llama import Params
 from adapt_jax.reports.report import RunReport
 
 _GGUF_TYPES = {dtype.name: kind.name for kind, dtype in STORED_DTYPES.items()}
-Written = dict[str, dict[str, Any]]  # file, or '' for the directory -> what is known of it
+Written = dict[str, dict[str, Any]]  # file, or '' for the directory -> facts about it
 LINEAGE = 'lineage.json'  # in each directory: the report of the run that made the model
 
 
 def check_formats(options: ExportOptions, config: ModelConfig) -> None:
-  """Checks that this model can have the forms asked for. Raises InputError."""
+  """Checks that this model can be written in the requested formats. Raises InputError."""
   if 'hf_padded' in options.formats:
     padded_config(config)
   if 'gguf' in options.formats:
@@ -42,19 +42,19 @@ def check_formats(options: ExportOptions, config: ModelConfig) -> None:
 
 
 def check_result(options: ExportOptions, config: ModelConfig) -> None:
-  """The same before a run, whose result has the biases of `config`, but layers of different widths."""
+  """Checks a run's result in advance: it has the biases of `config`, but layers of different widths."""
   first, *others = config.layers
   check_formats(options, config.with_layers((dataclasses.replace(first, ffn=first.ffn + 1), *others)))
 
 
 def check_tokenizer(options: ExportOptions, tokenizer: Any) -> None:
-  """Checks that the forms asked for can hold the tokenizer. Raises InputError."""
+  """Checks that the requested formats can hold the tokenizer. Raises InputError."""
   if 'gguf' in options.formats:
     check_gguf_tokenizer(tokenizer)
 
 
 def lineage(source: Source) -> RunReport | None:
-  """The report of the run that made a model, which our exports have beside the weights; None for others."""
+  """The report of the run that made a model, which our exports store with the weights; None for others."""
   path = (source.path if source.path.is_dir() else source.path.parent) / LINEAGE
   found: Any = read_json(path) if exists(path) else {}
   model = found.get('model')
@@ -62,22 +62,22 @@ def lineage(source: Source) -> RunReport | None:
 
 
 def written_dtype(options: ExportOptions, source_dtype: str, trained: bool) -> Any:
-  """dtype of the written weights; None keeps each tensor's own, where no training has made them fp32."""
+  """dtype of the written weights; None keeps each tensor's own, if training has not made them fp32."""
   if options.dtype == 'auto' and not trained:
     return None
   return jnp.dtype(source_dtype if options.dtype == 'auto' else options.dtype)
 
 
 class Writer:
-  """Writes a model into DIRECTORY/<format>, for each format asked for.
+  """Writes a model into DIRECTORY/<format>, for each requested format.
 
-  Each directory is whole or absent, and appears when the model read back from it agrees.
+  Each directory is written atomically; it appears only if the model read back from it agrees.
 
   Args:
-    tokenizer: or None.
+    tokenizer: the tokenizer, or None.
     dtype: of the weights; None keeps each tensor's own.
     generation: fields of generation_config.json.
-    report: of the run, or what is known of a model's origin; written beside as `LINEAGE` and, for readers, as
+    report: of the run, or what is known of a model's origin; also written as `LINEAGE` and, for readers, as
       a model card.
   """
 
@@ -96,9 +96,9 @@ class Writer:
     self._report = report
 
   def write(self, config: ModelConfig, params: Params) -> Written:
-    """{what was written: bytes, largest logit difference ...}. Raises InputError where it does not agree.
+    """{what was written: {bytes, largest logit difference ...}}. Raises InputError if it does not agree.
 
-    Of several processes all call it; the parameters may be sharded over them.
+    Every process must call it; the parameters may be sharded over processes.
     """
     found: Written = {}
     for name in self._options.formats:
@@ -148,7 +148,7 @@ class Writer:
   def _compare(
     self, config: ModelConfig, params: Params, path: pathlib.Path, kind: str | None
   ) -> dict[str, Any]:
-    decide(lambda: None)  # until the first process has written
+    decide(lambda: None)  # waits until the first process has written
     agreement = check(config, params, path, self._tokenizer, kind)
     size = decide(lambda: open_source(str(path)).stored_bytes())
     return {'bytes': size, **dataclasses.asdict(agreement)}

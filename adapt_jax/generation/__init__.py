@@ -1,1 +1,1 @@
-"""New tokens from a model."""
+"""Generates text with a model."""

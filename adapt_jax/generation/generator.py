@@ -1,4 +1,4 @@
-"""New tokens from a model, by a KV cache."""
+"""Generates tokens with a model, using a KV cache."""
 
 import dataclasses
 import time
@@ -22,14 +22,14 @@ from adapt_jax.models.network.sharding import row_shards
 
 State = dict[str, Any]
 
-_PART = 32  # new tokens between two signs of life
+_PART = 32  # new tokens between two progress updates
 
 
 @dataclasses.dataclass
 class Timings:
-  """Seconds and tokens of all calls so far, padding and fill-up rows not counted.
+  """Seconds and tokens of all calls so far, without padding and fill-up rows.
 
-  A prompt's first new token comes out of the prefill; decoding makes those after it.
+  The prefill produces a prompt's first new token; decoding produces those after it.
   """
 
   compile_seconds: float = 0.0
@@ -51,11 +51,11 @@ class Timings:
 
 @dataclasses.dataclass(frozen=True)
 class _Prefill:
-  """Prompts to the state of decoding, each row's first new token in it."""
+  """Maps prompts to the decoding state, including each row's first new token."""
 
   config: ModelConfig
   dtype: Any
-  new_tokens: int  # N, for which there is room
+  new_tokens: int  # N, the capacity
 
   def __call__(
     self,
@@ -75,7 +75,7 @@ class _Prefill:
       'lengths': lengths_B,
       'new': jnp.zeros((B, self.new_tokens), jnp.int32),
       'counts': jnp.zeros(B, jnp.int32),  # new tokens, the stop id not counted
-      'ended': rows_B < 0,  # what fills up the batch
+      'ended': rows_B < 0,  # rows that fill up the batch
       'step': jnp.int32(0),  # new tokens of the longest row, a stop id counted
     }
     return _append(state, logits_BV, settings)
@@ -83,7 +83,7 @@ class _Prefill:
 
 @dataclasses.dataclass(frozen=True)
 class _Decode:
-  """The state of decoding when all rows have ended or have `settings['limit']` new tokens."""
+  """Decodes until all rows have ended or have `settings['limit']` new tokens; returns the decoding state."""
 
   config: ModelConfig
   dtype: Any
@@ -121,14 +121,14 @@ def _append(state: State, logits_BV: jax.Array, settings: dict[str, jax.Array]) 
 
 
 def bucket(size: int, smallest: int = 16) -> int:
-  """The smallest of 16, 24, 32, 48, 64, 96 … that is not below `size`: few lengths, few programs."""
+  """The smallest of 16, 24, 32, 48, 64, 96 … that is not below `size`: few lengths need few programs."""
   power = max(smallest, 1 << (size - 1).bit_length())
   between = power * 3 // 4
   return between if power > smallest and size <= between else power
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-  """Checks that prompts have tokens, and leave room for the new ones. Raises InputError."""
+  """Checks that prompts have tokens and leave room for the new ones. Raises InputError."""
   for i, prompt in enumerate(prompts):
     if not prompt:
       raise InputError(f'prompt {i + 1} has no tokens, and the tokenizer puts none before it: give some text')
@@ -140,14 +140,14 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
 
 
 class Generator:
-  """Continues prompts, in batches; compiles a `prefill` and a `decode` once per batch size and bucket.
+  """Continues prompts in batches; compiles a `prefill` and a `decode` once per batch size and buckets.
 
   Args:
-    config: of the model.
-    params: its parameters, on the mesh if one is set.
+    config: config of the model.
+    params: parameters of the model, on the mesh if one is set.
     compiler: counts the programs.
-    dtype: of activations, products and the cache.
-    max_batch: rows at once, over all devices; at least one a share of the mesh.
+    dtype: dtype of activations, products and the cache.
+    max_batch: rows at once, over all devices; at least one per row shard of the mesh.
   """
 
   def __init__(
@@ -172,7 +172,7 @@ class Generator:
 
     `progress` counts new tokens.
 
-    What is drawn for a prompt depends on the seed and on its place in `prompts`, not on the others.
+    The tokens drawn for a prompt depend on the seed and its index in `prompts`, not on the other prompts.
     Raises InputError for an empty prompt and for one that is too long.
     """
     check_prompts(self._config, prompts, max_new_tokens)
@@ -191,7 +191,7 @@ class Generator:
     }
     shards, count = row_shards(), min(len(prompts), self._max_batch)
     B = min(shards << (-(-count // shards) - 1).bit_length(), self._max_batch)
-    # Of like lengths together; the longest first: a model that lacks memory for them fails at once.
+    # Similar lengths together, and the longest first, so that a lack of memory shows at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), B):
       rows = order[start : start + B]
@@ -200,9 +200,9 @@ class Generator:
     return found
 
   def planned_bytes(self) -> int:
-    """Bytes on a device while the larger of the programs so far runs, by the compiler's account.
+    """Bytes on a device while the largest program so far runs, as the compiler reports them.
 
-    They are its arguments, the weights among them, what it holds beside, and results that replace none.
+    The sum of its arguments (with the weights), its temporary memory, and results that replace no argument.
     """
     found = 0
     for program in (p for pair in self._programs.values() for p in pair):
@@ -240,7 +240,7 @@ class Generator:
     self.timings.prefill_seconds += middle - start
     self.timings.decode_seconds += time.perf_counter() - middle
     new_BN, counts_B = (np.asarray(state[name])[: len(rows)] for name in ('new', 'counts'))
-    made_B = np.minimum(counts_B + 1, int(state['step']))  # the stop id too
+    made_B = np.minimum(counts_B + 1, int(state['step']))  # including the stop id
     self.timings.prefill_tokens += int(lengths_B[: len(rows)].sum())
     self.timings.decode_tokens += int(made_B.sum()) - len(rows)
     return [new_N[:count].tolist() for new_N, count in zip(new_BN, counts_B, strict=True)]
@@ -254,7 +254,7 @@ class Generator:
       prefill = self._compiler('prefill', make, self._params, *batch, settings)
       shapes, shardings = jax.eval_shape(make, self._params, *batch, settings), prefill.output_shardings
       state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-      # The cache is decoded in place: donated, and handed back.
+      # The cache is updated in place: donated and returned.
       decode = self._compiler(
         'decode', _Decode(self._config, self._dtype, P), self._params, state, settings, donate_argnums=(1,),
         xla_options=loop_options(),

@@ -22,12 +22,12 @@ class Sampling:
   """How tokens are drawn.
 
   Args:
-    temperature: divides the logits; 0 = always the likeliest token, and the others do not matter.
-    top_k: only among so many likeliest tokens; 0 = all.
-    top_p: only among the likeliest tokens that have this share of the probability together, after top_k
-      (nucleus sampling, Holtzman et al., arXiv 1904.09751).
+    temperature: divides the logits; 0 = always the most likely token, ignoring the other settings.
+    top_k: draw only from this number of most likely tokens; 0 = all.
+    top_p: draw only from the most likely tokens that together have this share of the probability, after
+      top_k (nucleus sampling, Holtzman et al., arXiv 1904.09751).
 
-  Tokens as likely as the last one that is kept are kept too.
+  Tokens that are as likely as the last one kept are also kept.
   """
 
   temperature: float = 0.0
@@ -39,9 +39,9 @@ GREEDY = Sampling()
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, settings: dict[str, jax.Array]) -> jax.Array:
-  """Token ids [B] from fp32 logits; `settings` are the fields of `Sampling`, and no reason to compile anew.
+  """Token ids [B] from fp32 logits; `settings` are the fields of `Sampling`; new values need no new compile.
 
-  A row's token depends on its own logits and key alone.
+  A row's token depends only on its own logits and key.
   """
   return jax.lax.cond(settings['temperature'] > 0, _draw, _greedy, logits_BV, keys_B, settings)
 
@@ -60,9 +60,9 @@ def _draw(logits_BV: jax.Array, keys_B: jax.Array, settings: dict[str, jax.Array
 
 
 def _likeliest(p_BV: jax.Array, weights_BV: jax.Array, need: jax.Array) -> jax.Array:
-  """p, 0 where it is below the highest threshold above which the weights sum to `need` or more.
+  """p, set to 0 below the highest threshold from which on the weights sum to `need` or more.
 
-  The threshold is found by bisection over the bits of a float, which order as the floats do: thirty sums
+  The threshold is found by bisection over the bits of floats, which sort in the same order: thirty sums
   instead of a sort, which takes XLA's CPU backend 8 ms for 49,152 tokens, a third of a small model's step.
   """
 

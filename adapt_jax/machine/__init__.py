@@ -1,1 +1,1 @@
-"""The machine a run is on: devices, processes, the compiler, signals, progress."""
+"""The machine of a run: devices, processes, compilation, signals and progress."""

@@ -1,6 +1,6 @@
-"""Programs compiled ahead of time, so that each compile is counted and no call can recompile.
+"""Compiles programs ahead of time, so that each compile is counted and no call can recompile.
 
-And kept on disk: XLA finds a program there that any run on such a machine has compiled before.
+Compiled programs are cached on disk, for later runs on the same kind of machine.
 """
 
 import collections
@@ -17,18 +17,18 @@ from adapt_jax.machine.progress import phase
 from adapt_jax.models.files import user_cache
 from adapt_jax.models.network.backend import compiler_options
 
-# JAX keeps what took a second to compile; of the small there are hundreds. Nothing is deleted: with a limit
-# of size, a kill between two files of an entry ends JAX's keeping for good (jax-ml/jax#39880).
+# By default, JAX caches only programs that took a second to compile; there are hundreds of small ones. There
+# is no size limit: with one, a kill between two files of an entry disables the cache (jax-ml/jax#39880).
 _CACHE = {'jax_persistent_cache_min_compile_time_secs': 0, 'jax_persistent_cache_min_entry_size_bytes': -1}
 
 
 def keep_programs() -> None:
-  """Compiled programs are kept in the user's cache directory, which may be deleted at any time.
+  """Caches compiled programs in the user's cache directory, which may be deleted at any time.
 
-  Before anything is compiled. JAX's own variables (JAX_COMPILATION_CACHE_DIR, which a cluster shares, and the
-  like) come first; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Nor is anything kept where the directory
-  cannot be written, or by several processes without a directory of that name: of each node's own only the
-  first process's is written, so after a restart some would compile and others not.
+  Call it before anything is compiled. JAX's own variables (such as JAX_COMPILATION_CACHE_DIR, for a directory
+  shared by a cluster) take precedence; JAX_ENABLE_COMPILATION_CACHE=false disables the cache. So does a
+  directory that cannot be written. Several processes need JAX_COMPILATION_CACHE_DIR: only the first process
+  writes its node's directory, so after a restart some would compile and others not.
   """
   settings: dict[str, Any] = dict(_CACHE)
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
@@ -46,29 +46,29 @@ def keep_programs() -> None:
 
 
 def _give_back_memory() -> None:
-  """To the system, what compiling has freed: glibc keeps it, 0.7 GB after a training step of 30 layers."""
+  """Returns what compiling freed to the system: glibc keeps 0.7 GB after a training step of 30 layers."""
   if trim := getattr(ctypes.CDLL(None), 'malloc_trim', None):
     trim(0)
 
 
 def forget_traces() -> None:
-  """Frees what JAX keeps of tracing: programs of `jax.jit`, and 0.1 GB after a training step of 30 layers.
+  """Frees JAX's tracing caches: programs of `jax.jit`, and 0.1 GB after a training step of 30 layers.
 
-  What `Compiler` has made stays; a function under `jax.jit` is traced again when it is next called.
+  Programs of `Compiler` remain; a function under `jax.jit` is traced again at its next call.
   """
   jax.clear_caches()
   _give_back_memory()
 
 
 class Programs:
-  """Compiled programs that runs of one process share; of each name the `most` used last are kept."""
+  """Compiled programs shared by the runs of a process; an LRU cache of `most` programs for each name."""
 
   def __init__(self, most: int = 8):
     self._most = most
     self._found: dict[str, collections.OrderedDict[Any, Any]] = {}
 
   def get(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
-    """The program of `key`, made if there is none."""
+    """The program for `key`, made if there is none."""
     found = self._found.setdefault(name, collections.OrderedDict())
     if key not in found:
       found[key] = make()
@@ -81,7 +81,7 @@ class Programs:
 class Compiler:
   """Compiles and counts by name.
 
-  `counts` is per name, without what `programs` already had. A compiled program called with other shapes or
+  `counts` is per name, without programs found in `programs`. A compiled program called with other shapes or
   dtypes raises TypeError instead of compiling again.
   """
 
@@ -97,12 +97,12 @@ class Compiler:
     donate_argnums: tuple[int, ...] = (),
     xla_options: dict[str, Any] | None = None,
   ) -> Any:
-    """`fn` compiled for the shapes, dtypes and places of `args` (arrays or `jax.ShapeDtypeStruct`).
+    """`fn` compiled for the shapes, dtypes and placements of `args` (arrays or `jax.ShapeDtypeStruct`).
 
-    On a mesh its results are placed by their leaves' names (`models.network.sharding`). `xla_options` are the
-    compiler's, and must follow from `fn` and the platform.
+    On a mesh its results are placed by their leaves' names (`models.network.sharding`). `xla_options` are
+    compiler options and must depend only on `fn` and the platform.
 
-    Shared are programs whose `fn` is a dataclass: only these tell by their values that they are the same.
+    A program is shared only if its `fn` is a dataclass: only dataclasses can be compared by their values.
     """
 
     def compile() -> Any:

@@ -1,6 +1,6 @@
-"""The device mesh of a run, what it asks of the run, and arrays placed on it.
+"""The device mesh of a run, its requirements on the run, and the placement of arrays on it.
 
-What lies where is said in `models.network.sharding`. A mesh of one device is no mesh: nothing is placed then.
+`models.network.sharding` defines how arrays are split. For one device there is no mesh: nothing is placed.
 """
 
 import math
@@ -24,7 +24,7 @@ from adapt_jax.models.network.sharding import AXES, row_sharding, row_shards, sh
 
 
 def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
-  """Size of every axis, −1 filled; InputError if `devices` do not make such a mesh."""
+  """Size of every axis, with −1 filled in; InputError if `devices` cannot form such a mesh."""
   sizes = {axis: getattr(options, axis) for axis in AXES}
   given = math.prod(size for size in sizes.values() if size > 0)
   text = ', '.join(f'{axis} = {size}' for axis, size in sizes.items())
@@ -50,7 +50,7 @@ def make_mesh(options: MeshOptions) -> Mesh | None:
 
 
 def check_model(config: ModelConfig) -> None:
-  """Checks that the mesh that is set can split this model. Raises InputError."""
+  """Checks that the current mesh can split this model. Raises InputError."""
   mesh = sharding.mesh()
   if mesh is None:
     return
@@ -69,7 +69,7 @@ def check_model(config: ModelConfig) -> None:
 
 
 def check_batches(options: RunOptions) -> None:
-  """Checks that the mesh that is set can split the run's batches by rows. Raises InputError."""
+  """Checks that the current mesh can split the run's batches by rows. Raises InputError."""
   shards = row_shards()
   batches = {'prune.calibration.samples': options.prune.calibration.samples}
   if options.train.tokens:
@@ -83,7 +83,7 @@ def check_batches(options: RunOptions) -> None:
 
 
 def rows_at_once(count: int, most: int) -> int:
-  """Rows of a micro-batch, over all devices: at most `most` on each, and a divisor of `count`.
+  """Rows of a micro-batch over all devices: at most `most` per device, and a divisor of `count`.
 
   `count` must be a multiple of `row_shards()`.
   """
@@ -92,7 +92,7 @@ def rows_at_once(count: int, most: int) -> int:
 
 
 def put_rows(ids: np.ndarray, read: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> tuple[jax.Array, ...]:
-  """The arrays [len(ids), ...] that `read(ids)` gives, split by rows; a process reads its own rows only."""
+  """The arrays [len(ids), ...] that `read(ids)` returns, split by rows; a process reads only its own rows."""
   split = row_sharding()
   if split is None:
     return tuple(jnp.asarray(x) for x in read(ids))
@@ -108,10 +108,10 @@ def put_rows(ids: np.ndarray, read: Callable[[np.ndarray], tuple[np.ndarray, ...
 
 
 def jit(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = (), once: bool = False) -> Any:
-  """`jax.jit(fn)` for such `args`, its results placed by their leaves' names.
+  """`jax.jit(fn)` for arguments like `args`, with results placed by their leaf names.
 
-  once: `fn` moves data more than it computes, and runs only once: on CPU it is compiled without optimisation,
-  in a third of the time, and runs as fast, for memory is its limit; in the order that holds least of that.
+  once: `fn` mainly moves data and runs only once. On CPU it is then compiled without optimisation, in a third
+  of the time, and runs as fast, since it is limited by memory; its schedule uses the least memory.
   """
   settings: dict[str, Any] = {'donate_argnums': donate_argnums}
   if once and jax.default_backend() == 'cpu':
@@ -122,6 +122,6 @@ def jit(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
 
 
 def load_source(source: Source, dtype: Any) -> Params:
-  """The parameters on the mesh, in `dtype` or, with None, each in its own; a process reads its own slices."""
+  """Loads parameters onto the mesh in `dtype`, or if None as stored; a process reads only its own slices."""
   with phase(f'reading {source.name}'):
     return source.load_params(dtype, shardings(source.abstract_params(dtype)))

@@ -1,9 +1,9 @@
-"""SIGTERM and Ctrl-C end a run where it can be taken up again.
+"""SIGTERM and Ctrl-C end a run at a point from which it can be resumed.
 
-Ctrl-C (SIGINT) does what SIGTERM does; pressed again, it ends the run at once. SIGTERM raises `Preempted` at
-once, for no kill does harm; but where work would be lost (`deferred`) it is noted, and the next check point
-raises. Of several processes JAX's own preemption service takes SIGTERM, of whichever process, and all stop at
-the same check point.
+Ctrl-C (SIGINT) acts like SIGTERM; a second Ctrl-C ends the run at once. SIGTERM raises `Preempted` at once,
+since a run can be killed safely; where work would be lost (`deferred`), it is recorded, and the next check
+point raises. With several processes, JAX's own preemption service handles SIGTERM sent to any process, and
+all stop at the same check point.
 """
 
 import contextlib
@@ -14,17 +14,17 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-_noted = ''  # the signal that has come
+_noted = ''  # the signal received
 _points = 0  # check points so far
 _deferring = False
 
 
 class Preempted(BaseException):
-  """A signal ends the run; the message may tell where. Like KeyboardInterrupt not for `except Exception`."""
+  """A signal ends the run; the message may say where. Like KeyboardInterrupt, it is not an Exception."""
 
 
 def requested() -> bool:
-  """Whether SIGTERM has come. Of several processes all must call it as often, in the same order."""
+  """Whether SIGTERM was received. With several processes, all must call it as often, in the same order."""
   if jax.process_count() == 1:
     return bool(_noted)
   global _points
@@ -33,13 +33,13 @@ def requested() -> bool:
 
 
 def check() -> None:
-  """A check point: raises `Preempted` if SIGTERM has come."""
+  """A check point: raises `Preempted` if SIGTERM was received."""
   if requested():
     raise Preempted
 
 
 def cause() -> str:
-  """The signal that ended the run, as a user knows it."""
+  """The name of the signal that ended the run, for the user."""
   return _noted or 'SIGTERM'
 
 
@@ -54,14 +54,14 @@ def _on_signal(number: int, _: Any) -> None:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-  """Handles SIGTERM and Ctrl-C inside; in the main thread."""
+  """Handles SIGTERM and Ctrl-C inside the block; for the main thread."""
   global _noted
   _noted = ''
   if jax.process_count() > 1:
     yield
     return
   numbers = [signal.SIGTERM]
-  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs ignore it
     numbers.append(signal.SIGINT)
   before = {number: signal.signal(number, _on_signal) for number in numbers}
   try:
@@ -73,7 +73,7 @@ def watched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-  """Inside, SIGTERM waits for the next check point."""
+  """Inside the block, SIGTERM takes effect at the next check point."""
   global _deferring
   before, _deferring = _deferring, True
   try:

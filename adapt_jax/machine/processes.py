@@ -1,8 +1,8 @@
-"""Several processes as one run: their start, and what they decide in common.
+"""Several processes as one run: how they start and make common decisions.
 
-Every process runs the same program on its own devices and its own rows. What a process finds on its own, on
-disk or by arithmetic on the host, is found by the first one and told to all (`decide`), since one that went
-another way would leave the others waiting. The first process writes the texts.
+Every process runs the same program on its own devices and its own rows. Values that depend on one process,
+from disk or host arithmetic, are found by the first process and broadcast to all (`decide`), since a process
+that took another branch would leave the others waiting. The first process writes the text output.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ from jax.experimental import multihost_utils
 from adapt_jax.models.errors import InputError, first_line
 
 MODES = ('auto', 'on', 'off')
-_PATIENCE_MS = 7 * 24 * 3_600_000  # in which another process is given up sooner, where it has died
+_PATIENCE_MS = 7 * 24 * 3_600_000  # upper limit; a process that has died is detected sooner
 _LEAVING_MS = 10_000
-WAITS = (0, 1, 10, 60)  # seconds in which a shared file system shows what another machine has written
+WAITS = (0, 1, 10, 60)  # seconds to wait until a shared file system shows what another machine wrote
 _decisions = 0
 _silent = contextvars.ContextVar('silent', default=False)
 
 
 def start(mode: str, address: str, processes: int, process: int) -> None:
-  """Joins the run's other processes, before anything else of JAX is used; nothing for a process alone.
+  """Joins the run's other processes, before any other use of JAX; does nothing for a single process.
 
   Args:
-    mode: auto (as the environment of SLURM, Open MPI, Kubernetes or a TPU slice tells), on (JAX finds out by
-      itself, or fails), off.
-    address, processes, process: host:port of process 0, how many there are, and which this is; all, or '', 0
-      and -1.
+    mode: auto (detected from the environment of SLURM, Open MPI, Kubernetes or a TPU slice), on (JAX detects
+      the processes, or fails), off.
+    address, processes, process: host:port of process 0, the number of processes, and the index of this one;
+      all three, or '', 0 and -1.
 
   Raises InputError if only some of the three are given, or the others cannot be reached.
   """
@@ -82,7 +82,7 @@ def _managed(environment: Any) -> bool:
 
 
 def is_first() -> bool:
-  """Whether this process writes what is written once."""
+  """Whether this is the first process, which writes what is written once."""
   return jax.process_index() == 0
 
 
@@ -93,13 +93,13 @@ def say(text: str) -> None:
 
 
 def shows() -> bool:
-  """Whether this process says what it does: the first, but where it is `silent`."""
+  """Whether this process prints: only the first does, and not inside `silent`."""
   return is_first() and not _silent.get()
 
 
 @contextlib.contextmanager
 def silent(asked: bool = True) -> Iterator[None]:
-  """Inside, nothing is said and no progress shown, if so asked: as a library."""
+  """Prints nothing and shows no progress inside the block, if `asked`; for use as a library."""
   token = _silent.set(asked)
   try:
     yield
@@ -108,16 +108,16 @@ def silent(asked: bool = True) -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-  """Ends this process; of several without waiting long for the others, which notice at their next step.
+  """Ends this process without waiting long for other processes, which notice at their next step.
 
-  Where all end with the same code, as after bad input, each does so by itself: the first is the last to go,
-  for JAX ends those that it leaves behind.
+  If all end with the same code, as after bad input, each ends by itself; the first one ends last, because
+  JAX ends the remaining ones after it.
   """
   if not jax.distributed.is_initialized():
     sys.exit(code)
   sys.stdout.flush()
   sys.stderr.flush()
-  with contextlib.suppress(Exception):  # the others do not come: whatever JAX raises then
+  with contextlib.suppress(Exception):  # whatever JAX raises if the others do not come
     _barrier(f'leave {code}', _LEAVING_MS)
     time.sleep(1.0 if is_first() else 0.0)
   os._exit(code)  # JAX would first wait for all processes, some of which wait for this one
@@ -128,7 +128,7 @@ def _barrier(name: str, timeout_ms: int) -> None:
 
 
 def decide(find: Callable[[], Any]) -> Any:
-  """What `find` gives in the first process, in all: a value that JSON keeps, or an InputError."""
+  """Returns in all processes what `find` returns in the first: a JSON value; or raises its InputError."""
   if jax.process_count() == 1:
     return find()
   global _decisions
@@ -139,7 +139,7 @@ def decide(find: Callable[[], Any]) -> Any:
       told = {'found': find()}
     except InputError as error:
       told = {'error': str(error)}
-  # A collective would not wait as long as a first process may tokenise.
+  # A collective could time out while the first process tokenises.
   _barrier(f'decision {_decisions}', _PATIENCE_MS)
   told = json.loads(_broadcast(json.dumps(told).encode()))
   if 'error' in told:

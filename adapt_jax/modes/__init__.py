@@ -1,1 +1,1 @@
-"""What `--mode` names: one file a mode."""
+"""The modes of `--mode`, one file for each."""

@@ -1,8 +1,8 @@
-"""Mode bench: speed, memory and size of model.source beside those of a dense model, on the machine at hand.
+"""Mode bench: compares speed, memory and size of model.source with those of a dense model on this machine.
 
-Prompts are random ids: the time of a step depends on shapes, not on what the tokens are. The models take
-turns, so that what else the machine does hits both, and a ratio is of two runs side by side. Both lie in
-memory.
+Prompts are random ids: the time of a step depends on shapes, not on the tokens. The models run in turn, so
+that other load on the machine affects both, and each ratio is of two consecutive runs. Both models are kept
+in memory.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.report import BenchReport, versions, write_report
 
-_FASTER = 1.05  # below, a ratio of speeds is no gain
+_FASTER = 1.05  # a lower ratio of speeds is not a gain
 _ALIGNED = {'gpu': 64, 'tpu': 128}  # widths that fill the tiles of their matrix units
 _MODELS = ('dense', 'pruned')
 MEASURED, PLANNED = 'peak measured on a device', "compiler's plan of the larger program, weights included"
@@ -35,7 +35,7 @@ MEASURED, PLANNED = 'peak measured on a device', "compiler's plan of the larger 
 
 @dataclasses.dataclass
 class _Model:
-  """A model under measurement; the rates are one a repeat, in tokens per second."""
+  """A model being measured; the rates have one value per repeat, in tokens per second."""
 
   source: Source
   generator: Generator
@@ -47,7 +47,7 @@ class _Model:
 
 
 def _memory_stats() -> dict[str, int]:
-  """Of one device; empty where the backend keeps none, as on CPU."""
+  """Memory statistics of one device; empty if the backend keeps none, as on CPU."""
   return jax.local_devices()[0].memory_stats() or {}
 
 
@@ -73,7 +73,7 @@ def _open(options: RunOptions) -> dict[str, Source]:
 
 
 def _load(source: Source, options: RunOptions, prompts: list[list[int]]) -> _Model:
-  """The model loaded, compiled and run once; its peak memory."""
+  """Loads, compiles and runs the model once, and measures its peak memory."""
   before = _memory_stats()
   dtype, compiler = compute_dtype(options.model.dtype), Compiler()
   params = load_source(source, dtype)
@@ -81,7 +81,7 @@ def _load(source: Source, options: RunOptions, prompts: list[list[int]]) -> _Mod
   generator.generate(prompts, options.bench.new_tokens)
   model = _Model(source, generator, compiler.counts, generator.planned_bytes())
   peak = _memory_stats().get('peak_bytes_in_use', 0)
-  if peak > before.get('peak_bytes_in_use', 0):  # it is of the process: else an earlier model's
+  if peak > before.get('peak_bytes_in_use', 0):  # the peak is of the process: else an earlier model's
     model.peak_bytes, model.peak_how = peak - before.get('bytes_in_use', 0), MEASURED
   return model
 
@@ -100,13 +100,13 @@ def _measure(models: dict[str, _Model], options: RunOptions, prompts: list[list[
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
-  """Measures both models into report.json and bench.md, and prints the table."""
+  """Measures both models, writes report.json and bench.md, and prints the table."""
   sources = _open(options)
   workdir.claim()
   b, rng = options.bench, np.random.default_rng(options.seed)
   ids = min(source.config.vocab_size for source in sources.values())
   prompts = rng.integers(0, ids, (b.batch, b.prompt_length)).tolist()
-  # The pruned one first: the peak of the second, larger one is then above the first's.
+  # The pruned model first: the peak of the second, larger one is then above that of the first.
   models = {name: _load(sources[name], options, prompts) for name in reversed(_MODELS)}
   models = {name: models[name] for name in _MODELS}
   _measure(models, options, prompts)
@@ -133,7 +133,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _ratio(models: dict[str, _Model], kind: str) -> dict[str, float]:
-  """Pruned over dense, of runs side by side."""
+  """Pruned over dense, of consecutive runs."""
   dense, pruned = (getattr(models[name], kind) for name in _MODELS)
   return _spread([p / d for p, d in zip(pruned, dense, strict=True)])
 
@@ -154,7 +154,7 @@ def _figures(model: _Model) -> dict[str, Any]:
 
 
 def _warning(report: BenchReport, sources: dict[str, Source]) -> str:
-  """One line where the pruned model is not faster, with the reason where the widths tell it; else ''."""
+  """A warning if the pruned model is not faster, with the reason if it is known; else ''."""
   slow = {kind: r for kind, r in report['ratio'].items() if round(r['median'], 2) < _FASTER}
   if not slow:
     return ''
@@ -171,7 +171,7 @@ def _warning(report: BenchReport, sources: dict[str, Source]) -> str:
 
 
 def unaligned(config: ModelConfig, backend: str) -> str:
-  """What in the widths keeps a GPU or TPU from being faster, and the remedy; '' if nothing."""
+  """The widths that slow down a GPU or TPU, and the remedy; '' if there are none."""
   tile = _ALIGNED.get(backend, 1)
   odd = [s.ffn for s in config.layers if s.ffn % tile]
   if not odd:

@@ -1,7 +1,7 @@
 """Mode compare: a grid over config fields on one model; every cell is a run of its own, in one process.
 
-A cell lies in WORKDIR/cells/NAME as a run of mode prune or accel would, without weights. Cells that are
-finished are left alone, so a grid that was killed, or has grown, goes on with the rest.
+A cell's directory WORKDIR/cells/NAME is that of a run of mode prune or accel, without weights. Finished cells
+are skipped, so a grid that was killed, or extended, continues with the rest.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.reports.report import CellReport, ComparisonReport, read_report, versions, write_report
 
 CELLS, ERROR = 'cells', 'error.txt'
-# What a grid cannot vary: its cells share model and devices, and the last three say nothing to a cell.
+# Fields that a grid cannot vary: cells share model and devices, and do not read the last three groups.
 _FIXED = ('model.source', 'mesh.', 'compare.', 'plan.', 'sensitivity.')
 
 
@@ -57,7 +57,7 @@ class CellRun:
 
 @contextlib.contextmanager
 def _named(cell: compare_grid.Cell) -> Iterator[None]:
-  """Puts the cell's name before an InputError."""
+  """Prefixes an InputError with the cell's name."""
   try:
     yield
   except InputError as error:
@@ -65,7 +65,7 @@ def _named(cell: compare_grid.Cell) -> Iterator[None]:
 
 
 def list_cells(options: RunOptions, workdir: Workdir) -> list[CellRun]:
-  """All cells in the order to run them, options built and checked; opens nothing. Raises InputError."""
+  """All cells in the order to run them, with checked options; opens nothing. Raises InputError."""
   base = dataclasses.asdict(dataclasses.replace(options, compare=CompareOptions()))
   _check(options, base)
   if not options.compare.recover:
@@ -109,7 +109,7 @@ def _check(options: RunOptions, base: dict[str, Any]) -> None:
 
 
 def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
-  """Opens and checks what the cells read; a text that serves several is tokenised once. Raises InputError."""
+  """Opens and checks the cells' inputs; a text that several use is tokenised once. Raises InputError."""
   for run in runs:
     with _named(run.cell):
       run.workdir.check()
@@ -124,7 +124,7 @@ def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
-  """Mode compare: runs what is not finished, writes the report in its forms, prints the table.
+  """Mode compare: runs the unfinished cells, writes the report in all formats, prints the table.
 
   Exits with code 1 if any cell failed.
   """
@@ -148,11 +148,11 @@ class Compare:
   """A grid in its workdir.
 
   Args:
-    options: checked options of the whole.
+    options: checked options of the grid.
     runs: from `list_cells`.
     source: the model of all cells.
-    workdir: claimed.
-    command: that reproduces the grid, for its report.
+    workdir: its workdir, claimed.
+    command: the command that reproduces the grid, for its report.
   """
 
   def __init__(
@@ -163,7 +163,7 @@ class Compare:
     self._shared = Shared()
 
   def execute(self, todo: list[CellRun], inputs: list[Inputs]) -> ComparisonReport:
-    """Runs the cells `todo` on their `inputs`, with the report anew after each; returns the report."""
+    """Runs the cells `todo` on their `inputs`, rewrites the report after each, and returns it."""
     for run in self._runs:
       if run.finished:
         _clean(run)
@@ -175,7 +175,7 @@ class Compare:
     if len(todo) < len(self._runs):
       print(f'{len(self._runs) - len(todo)} of {len(self._runs)} cells are finished', flush=True)
     if todo:
-      self._workdir.report.unlink(missing_ok=True)  # of a grid that has grown since
+      self._workdir.report.unlink(missing_ok=True)  # the report of a smaller grid
       self._execute_all(todo, inputs)
     report = self._report()
     compare_page.write(self._workdir, report, running=False)
@@ -192,15 +192,15 @@ class Compare:
         reason = self._try(run, inputs[number - 1])
       if reason:
         print(f'failed: {reason}', flush=True)
-      gc.collect()  # what of a run is in cycles holds its model
+      gc.collect()  # reference cycles of a run keep its model in memory
 
   def _try(self, run: CellRun, inputs: Inputs) -> str:
-    """Runs one cell; the reason if it failed, which its error file has too, else ''."""
+    """Runs one cell; returns the reason if it failed, also written to its error file, else ''."""
     error_file = run.workdir.path / ERROR
     run.workdir.claim()
     try:
       self._execute(run, inputs)
-    except Exception as error:  # whatever befalls one cell must not stop the others; a full disk befalls all
+    except Exception as error:  # a failed cell must not stop the others; a full disk affects all
       if disk_full(error):
         raise
       known = isinstance(error, InputError)
@@ -221,14 +221,14 @@ class Compare:
       one.close()
 
   def _alone(self, run: CellRun) -> str:
-    """The command that runs this cell by itself; of a flag given twice the last counts."""
+    """The command that runs only this cell; the last of repeated flags takes effect."""
     values = {f'config.{field}': compare_grid.show(value) for field, value in run.cell.values.items()}
     mode = 'accel' if run.options.train.tokens else 'prune'
     flags = {'mode': mode, 'workdir': f'out/{run.cell.name}'} | values
     return f'{self._command} {shlex.join(f"--{name}={value}" for name, value in flags.items())}'
 
   def _report(self, now: CellRun | None = None) -> ComparisonReport:
-    """What report.json says at the end; before it, as far as the cells have got. now: the cell that runs."""
+    """The contents of report.json, during the grid as far as the cells have run. now: the running cell."""
     cells, definitions, compiles = [], dict[str, None](), dict[str, int]()
     for run in self._runs:
       cells.append(_entry(run, running=run is now))
@@ -247,7 +247,7 @@ class Compare:
         'recover': o.recover,
         'cells': cells,
         'perplexity': {'definitions': list(definitions)},
-        # Since this process began: a remembered pass is one that another cell had made.
+        # Since this process started; a remembered pass was computed by another cell.
         'scoring_passes': {'computed': scores.computed, 'remembered': scores.remembered},
         'compiles': compiles,
         'seconds': sum(cell.get('seconds', 0.0) for cell in cells),
@@ -258,13 +258,13 @@ class Compare:
 
 
 def _clean(run: CellRun) -> None:
-  """A finished cell keeps its reports; its checkpoints, and what its teacher said, would fill the disk."""
+  """Deletes a finished cell's checkpoints and teacher cache, which would fill the disk; keeps reports."""
   for directory in (run.workdir.checkpoints, run.workdir.teacher):
     shutil.rmtree(directory, ignore_errors=True)
 
 
 def _entry(run: CellRun, *, running: bool) -> CellReport:
-  """A cell as the report has it."""
+  """A cell's entry in the report."""
   entry: CellReport = {'name': run.cell.name, 'values': run.cell.values, 'state': 'waiting'}
   error_file = run.workdir.path / ERROR
   if run.finished:

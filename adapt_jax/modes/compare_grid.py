@@ -1,6 +1,6 @@
-"""The cells of a grid over config fields: what they are, in which order, and what they are called.
+"""The cells of a grid over config fields: their values, order and names.
 
-Numpy and JAX are not needed here.
+This module does not need numpy or JAX.
 """
 
 import copy
@@ -19,12 +19,12 @@ Grid = Sequence[dict[str, tuple[Any, ...]]]
 Tree = dict[str, Any]
 
 _LONGEST_NAME = 80
-_SPENT_LAST = 'prune.target'  # cells that differ in it alone share pruning steps
+_SPENT_LAST = 'prune.target'  # cells that differ only in it share pruning steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One cell. values: of every field that varies in the grid. name: of its directory, unlike all others."""
+  """One cell. values: of every field that varies in the grid. name: of its directory, unique."""
 
   values: dict[str, Any]
   name: str
@@ -36,12 +36,12 @@ class Cell:
 
 
 def show(value: Any) -> str:
-  """A value for readers: sources joined by commas, strings without quotes."""
+  """A value as readers see it: sources joined by commas, strings without quotes."""
   return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def short(fields: Sequence[str]) -> dict[str, str]:
-  """Field -> its shortest end that no other of `fields` has: 'method', or 'calibration.source'."""
+  """Field -> its shortest suffix that is unique among `fields`: 'method', or 'calibration.source'."""
 
   def end(field: str, parts: int) -> str:
     return '.'.join(field.split('.')[-parts:])
@@ -57,7 +57,7 @@ def short(fields: Sequence[str]) -> dict[str, str]:
 
 
 def get(tree: Tree, field: str, why: str = 'config.compare.grid varies') -> Any:
-  """The value of a dotted field; InputError that begins with `why` where there is none or a group."""
+  """The value of a dotted field; an InputError that begins with `why` if it is absent or a group."""
   node: Any = tree
   for depth, part in enumerate(parts := field.split('.')):
     if not isinstance(node, dict) or part not in node:
@@ -91,8 +91,8 @@ def fields(grid: Grid) -> list[str]:
 def expand(grid: Grid, base: Tree) -> list[Cell]:
   """The union of the products of the grid's parts, each cell once, in the order in which to run them.
 
-  A field that a part does not name has the value of `base` there. Cells that differ in prune.target alone
-  follow each other, larger targets first. Raises InputError for an unknown field.
+  Fields that a part does not name have the value of `base`. Cells that differ only in prune.target follow
+  each other, larger targets first. Raises InputError for an unknown field.
   """
   names = fields(grid)
   defaults = {field: _frozen(get(base, field)) for field in names}
@@ -120,7 +120,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _like(default: Any, value: Any) -> Any:
-  """`value` as options would have it, so that 1 and 1.0, or 'a.txt' and ('a.txt',), are one cell."""
+  """`value` converted as in options, so that 1 and 1.0, or 'a.txt' and ('a.txt',), are one cell."""
   if isinstance(default, tuple) and isinstance(value, str):
     return (value,)
   if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -129,9 +129,9 @@ def _like(default: Any, value: Any) -> Any:
 
 
 def _names(cells: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> Iterator[str]:
-  """A directory name a cell; a hash of the values where they do not show in full.
+  """A directory name for each cell, with a hash of the values if the name does not show them in full.
 
-  From what differs from `defaults` alone, so that it stays when the grid grows by a field.
+  Only values that differ from `defaults` are used, so that adding a field to the grid keeps the names.
   """
   for cell in cells:
     values = {field: value for field, value in cell.items() if value != defaults[field]}

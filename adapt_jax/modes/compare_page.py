@@ -1,7 +1,7 @@
-"""What mode compare found, for readers: tables in Markdown, CSV, JSON and a page, and plots as SVG files.
+"""Reports of mode compare: tables in Markdown, CSV, JSON and a page, and plots as SVG files.
 
-A group is the cells that differ in the field `over` alone (seeds, as a rule): a row of the table, a point
-of a plot. What varies within it is given as median (lowest–highest).
+A group consists of the cells that differ only in the field `over` (usually the seed): a row of the table, a
+point of a plot. Figures that vary within it are given as median (lowest–highest).
 """
 
 import csv
@@ -26,10 +26,10 @@ Json = dict[str, Any]
 Rows = list[list[str]]
 
 MARKDOWN, CSV, JSON = 'compare.md', 'compare.csv', 'compare.json'
-_MOST_COLUMNS = 12  # of the table of x
-_WIDE = 8  # largest over smallest x from which on the plots space their values evenly
-_WORST = 20  # times the dense perplexity: the plots' top, lest a broken model flatten all others
-_FEW = 6  # lines; more need a higher plot
+_MOST_COLUMNS = 12  # in the table of x
+_WIDE = 8  # largest over smallest x, above which plots space the values evenly
+_WORST = 20  # times the dense perplexity: upper limit of plots, so that a broken model does not flatten others
+_FEW = 6  # lines; more lines need a higher plot
 _SAME_SIZE = 0.01  # of the dense parameters: models that differ by less are not plotted by their size
 
 
@@ -43,7 +43,7 @@ def final(cell: CellReport) -> float:
 
 
 def excess(cell: CellReport) -> float:
-  """ln(perplexity over the dense model's), nats per token."""
+  """ln(perplexity / dense perplexity), nats per token."""
   return math.log(final(cell) / cell['perplexity_dense'])
 
 
@@ -58,7 +58,7 @@ _FIGURES: dict[str, Callable[[CellReport], float | None]] = {
 
 
 def texts(report: ComparisonReport) -> list[str]:
-  """Names of the texts where cells measure several; [] otherwise."""
+  """Names of the texts if cells measure several; [] otherwise."""
   found = dict.fromkeys(name for cell in report['cells'] for name in cell.get('texts', {}))
   return list(found) if len(found) > 1 else []
 
@@ -77,8 +77,8 @@ def _on_text(name: str) -> dict[str, Callable[[CellReport], float | None]]:
 
 
 def with_groups(report: ComparisonReport) -> ComparisonReport:
-  """The report with 'groups': per group its values, how many cells, how many finished, and of every figure
-  [median, lowest, highest] over the finished ones, None where there is none."""
+  """The report with 'groups': for each group its values, the numbers of cells, finished and failed, and for
+  every figure [median, lowest, highest] over the finished cells, or None."""
   found: dict[str, list[CellReport]] = {}
   for cell in report['cells']:
     values = {k: v for k, v in cell['values'].items() if k != report['over']}
@@ -100,7 +100,7 @@ def with_groups(report: ComparisonReport) -> ComparisonReport:
 
 
 def _sorted(groups: list[Json]) -> list[Json]:
-  """By the fields from left to right, values in the order in which cells first have them."""
+  """Sorts by the fields from left to right, with values in the order of their first cell."""
   rows = [[show(value) for value in group['values'].values()] for group in groups]
   seen = [list(dict.fromkeys(column)) for column in zip(*rows, strict=True)]
   places = [[order.index(x) for order, x in zip(seen, row, strict=True)] for row in rows]
@@ -113,7 +113,7 @@ def _spread(values: list[float | None]) -> list[float] | None:
 
 
 def _shown(spread: list[float] | None, form: str) -> str:
-  """'12.34 (12.01–12.90)', or '12.34' where nothing varies."""
+  """'12.34 (12.01–12.90)', or '12.34' if nothing varies."""
   if spread is None:
     return '–'
   middle, low, high = (format(value, form) for value in spread)
@@ -128,7 +128,7 @@ def _fields(report: ComparisonReport) -> list[str]:
 
 
 def _table(report: ComparisonReport) -> Rows:
-  """A row a group, the heading first."""
+  """A heading, then a row for each group."""
   names, dense = short(report['fields']), report['model']['params_before']
   fields, recover = _fields(report), report['recover']
   head = [*(names[f] for f in fields), 'parameters', 'of dense', 'perplexity pruned']
@@ -155,13 +155,13 @@ def _state(group: Json) -> str:
 
 
 def _lines(report: ComparisonReport, without: str) -> dict[str, list[Json]]:
-  """Groups that agree in all fields but `without`, by the name of what they share."""
+  """Groups with equal values in all fields but `without`, by the name of these values."""
   fields = [field for field in _fields(report) if field != without]
   names, found = short(report['fields']), dict[str, list[Json]]()
   for group in report['groups']:
     shown = [(f, names[f], show(group['values'][f])) for f in fields]
     alone = len(shown) == 1
-    known = {f: alone or (v and isinstance(group['values'][f], str)) for f, _, v in shown}  # numbers are not
+    known = {f: alone or (v and isinstance(group['values'][f], str)) for f, _, v in shown}  # not numbers
     name = ', '.join(v if known[f] else f'{n} {v}' for f, n, v in shown)
     found.setdefault(name, []).append(group)
   return found
@@ -178,7 +178,7 @@ def _numbers(values: list[Any]) -> bool:
 
 
 def _pivot(report: ComparisonReport) -> Rows:
-  """Perplexity with a line a row and a value of x a column, the heading first; [] where it tells nothing."""
+  """Perplexity by line (row) and value of x (column), after a heading; [] if it would be trivial."""
   xs, lines = [show(x) for x in _xs(report)], _lines(report, report['x'])
   if len(_fields(report)) < 2 or not 1 < len(xs) <= _MOST_COLUMNS:
     return []
@@ -228,7 +228,7 @@ def _markdown(rows: Rows) -> list[str]:
 
 
 def table(report: ComparisonReport) -> str:
-  """Markdown: perplexity by x, then a row a group, what failed, and how it was made."""
+  """Markdown: perplexity by x, a row for each group, failures, and how the report was made."""
   failures = _failures(report)
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items() if count)
   return '\n'.join(
@@ -244,7 +244,7 @@ def table(report: ComparisonReport) -> str:
 
 
 def csv_text(report: ComparisonReport) -> str:
-  """A line for every cell, figures unrounded, empty where there is none."""
+  """CSV with a line for every cell; figures are unrounded, or empty if absent."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator='\n')
   figures = ['params', 'perplexity_dense', 'perplexity_pruned', 'perplexity_recovered']
@@ -276,9 +276,9 @@ def _series(
   x_of: Callable[[Json], float | None],
   text: str = '',
 ) -> list[Series]:
-  """A series a line over what `x_of` says of a group; groups without figures are left out.
+  """A series for each line, at the x that `x_of` gives a group; groups without figures are left out.
 
-  Above _WORST times the dense model's perplexity points stay at that height.
+  Points above _WORST times the dense model's perplexity are drawn at that height.
   """
   series, most = list[Series](), _top(report, text)
   for name, groups in lines.items():
@@ -323,7 +323,7 @@ def _over_x(report: ComparisonReport, figure: str, title: str, text: str = '') -
 
 
 def plots(report: ComparisonReport) -> dict[str, str]:
-  """File name -> chart, of those that have anything to show."""
+  """File name -> chart, without empty charts."""
   dense, kind = report['model']['params_before'], 'recovered' if report['recover'] else 'pruned'
   found = {'perplexity.svg': _over_x(report, 'perplexity', f'Perplexity {kind}')}
   for name in texts(report)[1:]:
@@ -387,7 +387,7 @@ def _body(report: ComparisonReport, figures: list[str]) -> str:
 
 
 def write(workdir: Workdir, report: ComparisonReport, *, running: bool) -> None:
-  """All forms of the report, but report.json, which a finished grid has."""
+  """Writes all formats of the report but report.json, which only a finished grid has."""
   figures = plots(report)
   for name, chart in figures.items():
     write_text(workdir.path / name, charts.picture(chart))

@@ -1,12 +1,12 @@
-"""Mode plan: what a run would take on a mesh, compiled from shapes alone: no weights, texts or accelerators.
+"""Mode plan: memory and time of a run on a mesh, from shapes alone: no weights, texts or accelerators.
 
-The scoring, compensation and training programs are compiled by XLA for as many simulated CPU devices as the
-mesh has, in the dtypes of the run, and XLA's own account of their memory is printed. Of the CPU backend three
-passes are left out that tell of the CPU rather than of an accelerator. It computes in fp32, and converts the
-bf16 weights of all layers before the loop over layers; it joins the sums of all gradients over devices into
-one, for which all must be there at once; it takes out the barriers for which a layer is recomputed and not
-kept. Copies in fp32 of what is in use remain. With plan.devices = 0 the devices at hand are compiled for; if
-those are accelerators, with nothing left out. Everywhere operations take the form that accelerators get.
+XLA compiles the scoring, compensation and training programs for as many simulated CPU devices as the mesh
+has, in the dtypes of the run, and its own memory analysis is printed. Three passes of the CPU backend are
+disabled, since accelerators do not have them: the CPU computes in fp32 and converts the bf16 weights of all
+layers before the loop over layers; it combines the all-reduces of all gradients into one, which needs all
+gradients at once; and it removes the barriers that make it recompute a layer instead of keeping it. fp32
+copies of arrays in use remain. With plan.devices = 0, programs are compiled for the available devices; if
+these are accelerators, no pass is disabled. Operations always have the form for accelerators.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import batch_shapes, make_step
 from adapt_jax.training.teacher_cache import likeliest
 
-# Passes of the CPU backend that are left out, see above.
+# Disabled passes of the CPU backend, see above.
 _NOT_ON_CPU = 'while-loop-invariant-code-motion,cpu-all-reduce-combiner,cse_barrier_expander'
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes on one device: a program's arguments, what it holds beside, results that do not replace them."""
+  """Bytes on one device: a program's arguments, temporary buffers, results that do not replace arguments."""
 
   arguments: float
   temporary: float
@@ -55,24 +55,24 @@ class Memory:
     return self.arguments + self.temporary + self.results
 
   def extrapolated(self, shallow: 'Memory', depth: int, shallow_depth: int, layers: int) -> 'Memory':
-    """At `layers`, from this one at `depth` and a shallower one: all of it is linear in the depth."""
+    """Extrapolates to `layers` from this one at `depth` and a shallower one: all is linear in the depth."""
     steps = (layers - depth) / (depth - shallow_depth)
     pairs = zip(dataclasses.astuple(self), dataclasses.astuple(shallow), strict=True)
     return Memory(*(deep + steps * (deep - less) for deep, less in pairs))
 
 
 def simulate(devices: int) -> None:
-  """Makes JAX see so many CPU devices and no other (0: what there is), before anything of JAX is used."""
+  """Makes JAX see only so many CPU devices (0: the actual devices); call it before any other use of JAX."""
   if devices:
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', devices)
 
 
 def compiled_memory(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()) -> Memory:
-  """What the compiler plans for `fn` on such `args` (of `jax.ShapeDtypeStruct`)."""
+  """Memory that the compiler plans for `fn` on `args` (of `jax.ShapeDtypeStruct`)."""
   options = {'xla_disable_hlo_passes': _NOT_ON_CPU} if jax.default_backend() == 'cpu' else {}
 
-  def traced_anew(*args: Any) -> Any:  # what JAX may have traced for a CPU is not taken
+  def traced_anew(*args: Any) -> Any:  # not a trace that JAX may have made for a CPU
     return fn(*args)
 
   with made_for('gpu'):
@@ -93,9 +93,9 @@ def bytes_of(tree: Any) -> int:
 
 
 def forward_flops(config: ModelConfig, length: int) -> float:
-  """Floating-point operations of one forward pass a token: two a weight of every product, and attention.
+  """Floating-point operations of a forward pass per token: two per weight of every product, and attention.
 
-  Attention over `length` positions costs 4 · T · N · H a layer, half of it for causal masks.
+  Attention over `length` positions costs 4 · T · N · H per layer, and half of it with causal masks.
   """
   table = config.vocab_size * config.hidden_size
   weights = count_params(config) - (0 if config.tie_embeddings else table)
@@ -104,7 +104,7 @@ def forward_flops(config: ModelConfig, length: int) -> float:
 
 
 def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]:
-  """The model after each stage if all layers lost alike: scores move widths between layers."""
+  """The model after each stage if all layers were pruned equally; in a run, scores make them differ."""
   prune = options.prune
   allocator = Allocator(config, prune.align_ffn, prune.align_kv)
   widths, found = allocator.full, []
@@ -122,7 +122,7 @@ def _shapes(config: ModelConfig, widths: Widths) -> tuple[LayerShape, ...]:
 
 
 class Footprint:
-  """The programs of a run at one shape.
+  """Memory and FLOPs of the programs of a run.
 
   Args:
     options: checked options.
@@ -135,7 +135,7 @@ class Footprint:
     self._optimizer = optimizer(options.train, Schedule.of(options, config).train_steps)
 
   def state(self, config: ModelConfig, moments: bool) -> Any:
-    """The arrays that stay on the devices while a stage lasts: fp32 weights, and moments from stage 1 on."""
+    """Arrays on the devices throughout a stage: weights (fp32 if trained) and, with `moments`, the optimizer's."""
     dtype = jnp.float32 if self.options.train.tokens else self.dtype
     params = llama.abstract_params(config, dtype)
     if not self.options.train.tokens or not moments:
@@ -143,20 +143,20 @@ class Footprint:
     return placed({'params': params, 'optimizer': jax.eval_shape(self._optimizer.init, params)})
 
   def stacked(self, config: ModelConfig) -> Any:
-    """What scoring and compensation take: all layers' weights at their original widths."""
+    """The input of scoring and compensation: all layers' weights at their original widths."""
     params = llama.abstract_params(config)
     plan = PrunePlan.dense(config)
     return placed(jax.eval_shape(lambda p: surgery.stack(p, plan, self.dtype), params))
 
   def scoring(self, layers: int) -> Memory:
-    """Of one scoring pass, at that depth."""
+    """Memory of one scoring pass with this many layers."""
     config, prune = self.config.with_layers(self.config.layers[:layers]), self.options.prune
     scorer = pruning_programs.scoring(config, prune, self.dtype)
     tokens = pruning_programs.calibration_tokens(prune.calibration)
     return compiled_memory(scorer, self.stacked(config), tokens)
 
   def compensation(self, layers: int) -> Memory:
-    """Of the least squares or biases after the last step of a stage."""
+    """Memory of the least squares or biases after the last step of a stage."""
     config, prune = self.config.with_layers(self.config.layers[:layers]), self.options.prune
     program = pruning_programs.compensation(config, prune, self.dtype)
     masks = tuple(
@@ -166,7 +166,7 @@ class Footprint:
     return compiled_memory(program, self.stacked(config), masks, tokens)
 
   def training(self, config: ModelConfig, layers: int) -> Memory:
-    """Of one optimizer step of a stage with this model, the teacher with it."""
+    """Memory of one optimizer step of a stage with this model, including the teacher."""
     t = self.options.train
     config = config.with_layers(config.layers[:layers])
     dense = self.config.with_layers(self.config.layers[:layers]) if t.distill.teacher_beside else None
@@ -175,7 +175,7 @@ class Footprint:
     return compiled_memory(step, self.state(config, True), batch_shapes(t), *teacher, donate_argnums=(0,))
 
   def teacher(self, layers: int) -> Memory:
-    """Of what is asked of the teacher once, with distill.cache."""
+    """Memory of computing the teacher's cached predictions, with distill.cache."""
     t, config = self.options.train, self.config.with_layers(self.config.layers[:layers])
     params = placed(llama.abstract_params(config, self.dtype))
     shape = (rows_at_once(t.batch, t.micro_batch), t.length)
@@ -183,19 +183,19 @@ class Footprint:
     return compiled_memory(likeliest(config, t, self.dtype), params, rows, rows)
 
   def scoring_flops(self) -> float:
-    """A calibration token's, of one pass: forward twice and, where gradients are taken, backward.
+    """FLOPs per calibration token of one pass: one forward; with gradients two, and the backward.
 
-    A weight's gradient costs as much as a forward pass, an activation's too; curvature takes the latter only,
-    and its second moments and solves, which are not counted here.
+    The gradient of weights costs as much as a forward pass, that of activations too; curvature needs only the
+    latter, and second moments and solves, which are not counted here.
     """
     forward = forward_flops(self.config, self.options.prune.calibration.length)
     kind = pruning_programs.importance(self.options.prune)
     return forward * (3 if kind.curvature else 4 if kind.gradient else 1)
 
   def training_flops(self, config: ModelConfig) -> float:
-    """A token's: forward, backward of twice that, with remat forward again; the teacher's forward.
+    """FLOPs per token: forward, backward of twice that, with remat another forward; the teacher's forward.
 
-    With distill.cache the teacher sees each row once, however often training does; all count here.
+    With distill.cache, the teacher processes each row only once, but every use of a row is counted here.
     """
     t = self.options.train
     teacher = forward_flops(self.config, t.length) if t.distill.alpha else 0.0
@@ -203,7 +203,7 @@ class Footprint:
 
 
 def _measure(options: RunOptions, layers: int, measure: Callable[[int], Memory]) -> Memory:
-  """`measure` at the whole depth, or from two depths (plan.depths) at the whole."""
+  """`measure` at the full depth, or extrapolated to it from two depths (plan.depths)."""
   if not options.plan.depths:
     return measure(layers)
   shallow, deep = options.plan.depths
@@ -211,7 +211,7 @@ def _measure(options: RunOptions, layers: int, measure: Callable[[int], Memory])
 
 
 def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, tuple[Memory, int]]:
-  """By title what the compiler plans for each program, and bytes that stay on the device beside it."""
+  """By title, the memory that the compiler plans for each program, and bytes of other arrays on the device."""
   options, config = footprint.options, footprint.config
   layers, calibration, t = config.num_layers, options.prune.calibration, options.train
   teacher = 0
@@ -219,17 +219,17 @@ def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, tuple
     teacher = bytes_of(placed(llama.abstract_params(config, footprint.dtype)))
   beside = bytes_of(footprint.state(config, False)) + teacher
   later = bytes_of(footprint.state(stages[0], True)) + teacher
-  # The pruned state is made beside the one before: weights alone in the first stage, then moments too.
+  # The pruned state and the one before are both held: only weights in the first stage, then moments too.
   cut = [(beside, bytes_of(footprint.state(stages[0], False)))]
   cut += [(later, bytes_of(footprint.state(stages[1], True)))] if len(stages) > 1 else []
   found = {}
   size = f'{calibration.samples} x {calibration.length}'
   with Progress('plan', 2 + bool(t.tokens), 'programs') as progress:
     stacked = footprint.stacked(config)
-    largest = max(map(bytes_of, jax.tree.leaves(stacked)))  # leaf by leaf: all layers of one, then stacked
+    largest = max(map(bytes_of, jax.tree.leaves(stacked)))  # leaf by leaf: that of all layers, then stacked
     found['stacking, first stage'] = Memory(beside - teacher, largest, bytes_of(stacked)), teacher
     scoring = _measure(options, layers, footprint.scoring)
-    # The weights themselves are read again when the first stage has been pruned.
+    # The unstacked weights are read again after the first stage has been pruned.
     found[f'scoring, {size} tokens, first stage'] = scoring, teacher
     if len(stages) > 1:
       found['scoring, second stage'] = scoring, later
@@ -252,7 +252,7 @@ def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, tuple
 
 
 def run(options: RunOptions) -> None:
-  """Mode plan: prints bytes a device, FLOPs a token, parameters and time by stage; writes nothing."""
+  """Mode plan: prints bytes per device, FLOPs per token, parameters and time by stage; writes nothing."""
   config = open_config(options.model.source)
   if options.prune.method == slicegpt.METHOD:
     raise InputError(
@@ -261,7 +261,7 @@ def run(options: RunOptions) -> None:
   check_run(options, config)
   dtype = compute_dtype(options.model.dtype)
   if options.model.dtype == 'auto' and options.plan.devices:
-    dtype = jnp.dtype(jnp.bfloat16)  # what auto is on the devices that are planned for
+    dtype = jnp.dtype(jnp.bfloat16)  # the value of auto on the planned devices
   if any(depth > config.num_layers for depth in options.plan.depths):
     raise InputError(
       f'config.plan.depths = {options.plan.depths}, but model.source has {config.num_layers} layers: '

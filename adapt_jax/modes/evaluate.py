@@ -1,4 +1,4 @@
-"""Mode evaluate: perplexity and scores of tasks of one model."""
+"""Mode evaluate: perplexity and task scores of one model."""
 
 import time
 from typing import Any
@@ -21,7 +21,7 @@ from adapt_jax.reports.summary import tasks_table
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
-  """Perplexity of model.source on evaluate.source, and its scores on tasks, into report.json."""
+  """Writes the perplexity of model.source on evaluate.source, and its task scores, to report.json."""
   tasks, wanted = options.evaluate.has_tasks, options.evaluate
   check_tasks(wanted)
   source = open_source(options.model.source)
@@ -37,7 +37,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   report: EvaluationReport = {'model': {'source': source.name, 'params_before': count_params(source.config)}}
   size, said = f'{count_params(source.config):,} parameters', list[str]()
   found: dict[str, TextReport] = {}
-  programs: dict[type, tuple[Any, Any]] = {}  # one for all texts whose batches have its shape
+  programs: dict[type, tuple[Any, Any]] = {}  # shared by texts with batches of the same shape
   for name, blocks in texts.items():
     evaluator = Evaluator(blocks, wanted.batch, **common, programs=programs)
     named = '' if list(texts) == [TEXT] else f' on {name}'

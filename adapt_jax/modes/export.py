@@ -1,4 +1,4 @@
-"""Mode export: a checkpoint of any supported form, or what a run has reached, in the forms asked for."""
+"""Mode export: writes any supported checkpoint, or the state of a run, in the requested formats."""
 
 import dataclasses
 import pathlib
@@ -28,8 +28,8 @@ from adapt_jax.training.optim import optimizer
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Writes WORKDIR/<format>; with export.dtype = auto every tensor keeps its bits.
 
-  model.source may also be the workdir of a run of mode accel or prune: of one that is not finished its newest
-  checkpoint is taken.
+  model.source may also be the workdir of a run of mode accel or prune; if it is unfinished, its newest
+  checkpoint is used.
   """
   path = pathlib.Path(options.model.source).expanduser()
   unfinished = exists(path / 'run.json') and not exists(path / 'hf') and exists(path / 'checkpoints')
@@ -60,7 +60,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-  """What is exported; `source` has its tokenizer, and its dtype where training has made the weights fp32."""
+  """The model to export; `source` has its tokenizer, and its dtype if training has made the weights fp32."""
 
   config: ModelConfig
   source: Source
@@ -70,7 +70,7 @@ class _Model:
   checkpoint: tuple[Checkpoints, int, Any] | None = None
 
   def load(self, as_is: bool) -> Params:
-    """The parameters; `as_is`: a checkpoint is to be written as it is, and stays in its files until then."""
+    """The parameters; with `as_is`, a checkpoint is written unchanged, and its tensors are read only then."""
     if self.checkpoint is None:
       return self.source.stored_params() if as_is else load_source(self.source, None)
     checkpoints, number, shapes = self.checkpoint
@@ -86,7 +86,7 @@ def _from_source(options: RunOptions) -> _Model:
 
 
 def _from_checkpoint(path: pathlib.Path) -> _Model:
-  """The model at the widths and weights that the run in `path` saved last."""
+  """The model with the widths and weights that the run in `path` saved last."""
   saved = read_json(path / 'run.json')
   if saved.get('mode') not in ('accel', 'prune'):
     raise InputError(f'model.source = {str(path)!r} is the workdir of another mode than accel or prune')
@@ -101,7 +101,7 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   config = state.compacted.pruned_config(model.config)
   report, template = run_report(ran, model, state), ran.data.chat_template
   if state.row is not None and state.train_step > Schedule.of(ran, model.source.config).start(state.stage):
-    report['perplexity']['pruned'] = None  # of weights that have been trained since
+    report['perplexity']['pruned'] = None  # the weights have been trained since
     for text in report['texts'].values():
       text.pop('pruned', None)
   return _Model(config, model.source, trained, template, report, (checkpoints, number, shapes))

@@ -1,4 +1,4 @@
-"""Mode generate: what a model, and a second one beside it, makes of prompts."""
+"""Mode generate: the output of a model, and of a second one for comparison, for prompts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from adapt_jax.models.network.backend import compute_dtype
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-  """A model whose prompts are checked, its weights not loaded yet."""
+  """A model with checked prompts, whose weights are not loaded yet."""
 
   source: Source
   tokenizer: Any
@@ -38,7 +38,7 @@ def _open(options: RunOptions, name: str, prompts: Sequence[str]) -> _Opened:
 
 
 def _continue(options: RunOptions, model: _Opened) -> list[str]:
-  """The model's texts; prints what it is and how fast it was."""
+  """Returns the model's texts; prints its name, size and speed."""
   g, config, dtype = options.generate, model.source.config, compute_dtype(options.model.dtype)
   params = load_source(model.source, dtype)
   generator = Generator(config, params, compiler=Compiler(), dtype=dtype, max_batch=g.batch)
@@ -56,7 +56,7 @@ def _continue(options: RunOptions, model: _Opened) -> list[str]:
 
 
 def run(options: RunOptions, prompts: Sequence[str]) -> None:
-  """Prints what model.source, and generate.dense beside it, make of each prompt."""
+  """Prints the output of model.source, and of generate.dense if given, for each prompt."""
   g = options.generate
   if not prompts or not all(prompts):
     raise InputError("--prompt is empty: --mode=generate needs --prompt='some text', once or several times")

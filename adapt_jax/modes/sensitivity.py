@@ -1,8 +1,8 @@
-"""Mode sensitivity: perplexity when one decoder layer alone is pruned, for every layer (paper Fig. 1).
+"""Mode sensitivity: perplexity when only one decoder layer is pruned, for every layer (paper Fig. 1).
 
-Pruned groups are zeros, the same function as removal, so one program, with layer and masks as arguments,
-measures every layer of every base. Layers before the pruned one are the base model's: their output is
-carried along, so of a base's L passes over L layers (L + 1)/2 layers each are left, and the head.
+Pruned groups are set to zero, which is the same function as removal, so one program, with layer and masks as
+arguments, measures every layer of every base. The output of the layers before the pruned one is reused, so
+each of a base's L passes computes on average (L + 1)/2 of the L layers, and the head.
 """
 
 import dataclasses
@@ -42,9 +42,9 @@ from adapt_jax.training.loss import next_token_loss
 def narrow(
   config: ModelConfig, plan: PrunePlan, sparsity: float, align_ffn: int, kv: np.ndarray, ffn: np.ndarray
 ) -> PrunePlan:
-  """`plan` with every layer pruned by `sparsity` of what it has left; the lowest of kv [L, K], ffn [L, F] go.
+  """`plan` with every layer pruned by `sparsity` of its remaining groups, lowest of kv [L, K], ffn [L, F] first.
 
-  Rounded as in pruning (`Allocator.widths`): whole KV groups go, rounded down.
+  Rounded as in pruning (`Allocator.widths`): whole KV groups are removed, rounded down.
   """
   allocator = Allocator(plan.pruned_config(config), align_ffn)
   widths = allocator.widths(np.full(config.num_layers, sparsity))
@@ -52,7 +52,7 @@ def narrow(
 
 
 def cut_masks(cut: PrunePlan, layer: int, block: str) -> tuple[np.ndarray, np.ndarray]:
-  """Masks [K] and [F], padded to the widest layer, of what `layer` keeps where `block` of it is pruned."""
+  """Masks [K] and [F], padded to the widest layer, of the groups that `layer` keeps if `block` is pruned."""
   kv, ffn = (masks[layer] for masks in surgery.padded_masks(cut))
   return (np.ones_like(kv) if block == 'mlp' else kv), (np.ones_like(ffn) if block == 'attention' else ffn)
 
@@ -60,11 +60,11 @@ def cut_masks(cut: PrunePlan, layer: int, block: str) -> tuple[np.ndarray, np.nd
 class LayerEvaluator:
   """Perplexity of stacked parameters with one layer pruned; one program for all layers and models.
 
-  It stands at one layer and holds that layer's inputs on all windows: N · T · D activations.
+  It has a current layer and holds that layer's inputs on all windows: N · T · D activations.
 
   Args:
     config: the model at its original widths.
-    blocks: the windows [N, T] and which of their tokens count.
+    blocks: the windows [N, T] and a mask of the tokens that count.
     batch: windows at once.
     compiler: counts the one compile as `evaluation`.
     dtype: of weights and activations.
@@ -79,7 +79,7 @@ class LayerEvaluator:
     self._everything = np.ones(self._shape.num_kv_heads, bool), np.ones(self._shape.ffn, bool)
 
   def start(self, stacked: Params, layer: int = 0) -> None:
-    """Goes to `layer` of the model `stacked`, from `surgery.stack`."""
+    """Moves to `layer` of the model `stacked`, from `surgery.stack`."""
     shape = (*self._batches[0][0].shape, self._config.hidden_size)
     self._stacked, self._layer = stacked, 0
     self._inputs = [jnp.zeros(shape, self._dtype)] * len(self._batches)
@@ -87,11 +87,11 @@ class LayerEvaluator:
       self._move(layer)
 
   def advance(self) -> None:
-    """Goes to the next layer."""
+    """Moves to the next layer."""
     self._move(self._layer + 1)
 
   def perplexity(self, masks: tuple[np.ndarray, np.ndarray] | None = None) -> float:
-    """Of the model with the present layer narrowed to `masks` of its KV groups [K] and channels [F]."""
+    """Perplexity with the current layer pruned to `masks` of its KV groups [K] and channels [F]."""
     total = self._run(self._config.num_layers, masks or self._everything)[1]
     if not math.isfinite(total):
       where = 'base model' if masks is None else f'layer {self._layer} pruned'
@@ -124,7 +124,7 @@ class LayerEvaluator:
     kv_K: jax.Array,
     ffn_F: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
-    """Layers start … stop-1, the first of them masked; Σ of the loss, 0 before the last layer."""
+    """Applies layers start … stop-1, the first one masked; also the summed loss, 0 before the last layer."""
     config, layers, tables = self._config, stacked['layers'], llama.rope(self._config, tokens_BT.shape[1])
 
     def apply(layer: Params, x_BTD: jax.Array) -> jax.Array:
@@ -146,7 +146,7 @@ class LayerEvaluator:
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
-  """Mode sensitivity: measures or resumes, writes the report in its forms, prints the table."""
+  """Mode sensitivity: measures or resumes, writes the report in all formats, prints the table."""
   if not options.evaluate.source:
     raise InputError('config.evaluate.source is empty, but mode sensitivity measures perplexity: name a text')
   if len(names := list(options.evaluate.texts)) > 1:
@@ -154,7 +154,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       f'config.evaluate.source names the texts {", ".join(names)}, but mode sensitivity measures on one: '
       f'leave the others out'
     )
-  # Nothing is removed for good, so nothing compensates for it; `bias` would count in the sizes. A recipe's
+  # Nothing is removed permanently, so nothing compensates for it; `bias` would count in the sizes. A recipe's
   # target and stages are for other modes.
   prune = dataclasses.replace(options.prune, compensate='none', target=1.0, stages=1)
   options = dataclasses.replace(options, prune=prune)
@@ -168,9 +168,9 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
 
 
 def _check_cuts(options: RunOptions, config: ModelConfig) -> None:
-  """Raises InputError where rounding leaves nothing to prune of some block in any layer."""
+  """Raises InputError if rounding leaves nothing to prune of some block in any layer."""
   o, dense = options.sensitivity, PrunePlan.dense(config)
-  scores = [mask.astype(float) for mask in surgery.padded_masks(dense)]  # any will do for widths
+  scores = [mask.astype(float) for mask in surgery.padded_masks(dense)]  # widths do not depend on them
   for sparsity in o.bases:
     base = narrow(config, dense, sparsity, options.prune.align_ffn, *scores)
     cut = narrow(config, base, o.sparsity, options.prune.align_ffn, *scores)
@@ -188,13 +188,13 @@ def _check_cuts(options: RunOptions, config: ModelConfig) -> None:
 
 
 class Sensitivity:
-  """One measurement in its workdir; metrics.jsonl holds what is done: a base's own line, then one a layer.
+  """One measurement in its workdir; metrics.jsonl has the results so far: a line per base, then one per layer.
 
   Args:
     options: checked options.
     inputs: model, calibration and evaluation blocks, opened and checked.
-    workdir: claimed before `execute`.
-    command: that reproduces the run, for its report.
+    workdir: must be claimed before `execute`.
+    command: the command that reproduces the run, for its report.
   """
 
   def __init__(self, options: RunOptions, inputs: Inputs, workdir: Workdir, command: str):
@@ -208,7 +208,7 @@ class Sensitivity:
     self._zero = jax.jit(lambda layers, kv, ffn: surgery.zero_stacked({'layers': layers}, kv, ffn)['layers'])
 
   def execute(self) -> SensitivityReport:
-    """Measures what metrics.jsonl lacks, writes all forms of the report and returns it."""
+    """Measures what metrics.jsonl lacks, writes the report in all formats and returns it."""
     self._since = time.monotonic()
     bases, layers = self.options.sensitivity.bases, self.inputs.config.num_layers
     done = {base['sparsity']: len(base['layers']) for base in self._report()['bases']}
@@ -230,7 +230,7 @@ class Sensitivity:
     params = self.inputs.source.load_params(self.inputs.dtype)
     dense = self._pruner.stack(params, plan)
     del params
-    # The same calibration rows for all: what tells the bases apart is what they have lost.
+    # The same calibration rows for all bases, so that they differ only by what has been pruned.
     dense_scores = self._pruner.score(dense, 0)
     for sparsity in bases:
       base = narrow(config, plan, sparsity, align, dense_scores.kv, dense_scores.ffn)
@@ -275,14 +275,14 @@ class Sensitivity:
         self._evaluator.advance()
 
   def _write(self, event: str, **values: Any) -> None:
-    """One line of the log, with the seconds since the one before, and the page anew."""
+    """Writes one line of the log, with the seconds since the previous one, and rewrites the page."""
     now = time.monotonic()
     self._metrics.write(event, **values, seconds=now - self._since)
     self._since = now
     sensitivity_page.write(self.workdir, self._report(), running=True)
 
   def _report(self) -> SensitivityReport:
-    """What report.json says at the end; before it, as far as metrics.jsonl goes."""
+    """The contents of report.json, as far as metrics.jsonl goes."""
     config, rows = self.inputs.config, self._metrics.read()
     bases: list[Any] = []
     for row in (r for r in rows if r['event'] == 'base'):

@@ -1,4 +1,4 @@
-"""What mode sensitivity found, for readers: a Markdown table, a CSV file and a page with a line a base."""
+"""Reports of mode sensitivity: a Markdown table, a CSV file and a page with one line per base."""
 
 import csv
 import html
@@ -21,7 +21,7 @@ _WHAT = {
 
 
 def write(workdir: Workdir, report: SensitivityReport, *, running: bool) -> None:
-  """report.html as far as the report goes; at the end the table and the CSV file too."""
+  """Writes report.html from the report so far; at the end also the table and the CSV file."""
   write_text(workdir.page, page(f'{report["model"]["source"]} sensitivity', _body(report), running=running))
   if not running:
     write_text(workdir.path / MARKDOWN, table(report) + '\n')
@@ -33,7 +33,7 @@ def _row(cells: list[str]) -> str:
 
 
 def _columns(report: SensitivityReport) -> Iterator[tuple[str, list[str]]]:
-  """(name, a cell a layer): perplexities by base and block, then each base's layer importance."""
+  """(name, one cell per layer): perplexities by base and block, then each base's layer importance."""
   layers, blocks = len(report['model']['ffn']), report['blocks']
   for base in report['bases']:
     for block in blocks:
@@ -45,12 +45,12 @@ def _columns(report: SensitivityReport) -> Iterator[tuple[str, list[str]]]:
 
 
 def _widths(before: list[int], after: list[int]) -> str:
-  """'3 → 2', or the distinct changes where layers differ."""
+  """'3 → 2', or the distinct changes if layers differ."""
   return ', '.join(f'{a:,} → {b:,}' for a, b in dict.fromkeys(zip(before, after, strict=True)))
 
 
 def _bases(report: SensitivityReport) -> list[list[str]]:
-  """Rows of the table of bases, its heading first."""
+  """Rows of the table of bases, with the heading first."""
   rows = [['base sparsity', 'parameters', 'of dense', 'perplexity', "a layer's KV groups", 'MLP channels']]
   for base in report['bases']:
     share = 100 * base['params'] / report['model']['params_before']
@@ -77,7 +77,7 @@ def _note(report: SensitivityReport) -> str:
 
 
 def table(report: SensitivityReport) -> str:
-  """Markdown: the bases, then a row a layer with its perplexity by base and its importance."""
+  """Markdown: the bases, then a row per layer with its perplexity by base and its importance."""
   columns = list(_columns(report))
   layers = zip(*(cells for _, cells in columns), strict=True)
   bases, rows = _bases(report), [[str(i), *cells] for i, cells in enumerate(layers)]

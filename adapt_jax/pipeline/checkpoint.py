@@ -1,4 +1,4 @@
-"""Checkpoints of a run through orbax: arrays and the JSON that describes them, saved together."""
+"""Checkpoints of a run, using orbax: arrays and the JSON that describes them, saved together."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from adapt_jax.models.errors import InputError
 
 
 class _Manager(ocp.CheckpointManager):
-  """Does not look for SIGTERM: JAX counts the calls that ask for it, and machine/preemption.py makes them."""
+  """Does not check for SIGTERM: JAX counts these checks, and machine/preemption.py makes them."""
 
   def reached_preemption(self, step: int) -> bool:
     return False
@@ -30,15 +30,15 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
   """The numbered checkpoints of a workdir; the newest two are kept.
 
-  A checkpoint appears under its final name only when it is complete, so a kill or a full disk while saving
-  leaves the one before. Its JSON holds checksums of itself and of the arrays: orbax has none, and hands out
-  other numbers where a byte of a data file has changed. With `read_only` nothing is saved or tidied up.
+  A checkpoint gets its final name only when it is complete, so a kill or a full disk while saving leaves the
+  previous one. Its JSON contains checksums of itself and of the arrays: orbax has none, and returns wrong
+  numbers if a byte of a data file has changed. With `read_only` nothing is saved or cleaned up.
   """
 
   def __init__(self, directory: pathlib.Path, *, read_only: bool = False):
     self._directory = directory.absolute()
     keep: dict[str, Any] = {'max_to_keep': 2, 'create': True, 'cleanup_tmp_directories': True}
-    if read_only:  # the run may go on meanwhile, and save
+    if read_only:  # the run may be active and save meanwhile
       keep = {'read_only': True}
     self._manager = _Manager(
       self._directory,
@@ -60,13 +60,13 @@ class Checkpoints:
       with _one_error():
         self._manager.save(number, args=items)
         self._manager.wait_until_finished()
-    except Exception:  # raised on, whatever it is: orbax and tensorstore share no class
+    except Exception:  # any error, raised again: those of orbax and tensorstore share no class
       self._remove_unfinished()
       raise
 
   def _remove_unfinished(self) -> None:
-    """Orbax does it only when it starts again, and the disk may be full."""
-    for _ in range(20):  # writes that are still on their way make the directory anew
+    """Removes unfinished checkpoints; orbax does so only at its next start, and the disk may be full."""
+    for _ in range(20):  # writes still in progress create the directory again
       for unfinished in self._directory.glob('*.orbax-checkpoint-tmp*'):
         shutil.rmtree(unfinished, ignore_errors=True)
       time.sleep(0.05)
@@ -88,13 +88,13 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _readable(self, number: int) -> Iterator[None]:
-    """Any failure to read checkpoint `number` as an InputError that tells what to do."""
+    """Turns any failure to read checkpoint `number` into an InputError that says what to do."""
     try:
       with _one_error():
         yield
     except InputError:
       raise
-    except Exception as error:  # orbax raises even bare Exceptions for a file that is damaged
+    except Exception as error:  # orbax raises even bare Exceptions for a damaged file
       raise InputError(
         f'{self._directory / str(number)}: the checkpoint cannot be read ({type(error).__name__}): delete '
         f'this directory to go on from the one before'
@@ -103,7 +103,7 @@ class Checkpoints:
   def restore(self, number: int, target: Any) -> Any:
     """The arrays of a checkpoint, checked against `target`, a pytree of `jax.ShapeDtypeStruct`.
 
-    Raises InputError where a shape or dtype differs: orbax casts dtypes silently.
+    Raises InputError if a shape or dtype differs, since orbax casts dtypes silently.
     """
     wanted = self._read_meta(number)['arrays']
     with self._readable(number):
@@ -123,7 +123,7 @@ class Checkpoints:
           f'{(tuple(leaf.shape), str(leaf.dtype))}: the checkpoint is of another model, or damaged: use '
           f'another workdir, or delete this directory to go on from the one before'
         )
-    # Without a place orbax puts an array where it was saved, on devices that there may not be any more.
+    # Without a sharding, orbax puts an array on the devices it was saved from, which may no longer exist.
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), target
@@ -137,9 +137,9 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
-  """Of reads or writes that fail together no traceback is logged or printed; one error is raised."""
+  """Raises one error if reads or writes fail together, without logging or printing other tracebacks."""
 
-  def hook(unraisable: Any) -> None:  # what ends after orbax gave up
+  def hook(unraisable: Any) -> None:  # errors that arrive after orbax has given up
     if not str(unraisable.exc_value).startswith(('Event loop is closed', 'Encountered error while reading')):
       sys.__unraisablehook__(unraisable)
 
@@ -153,9 +153,9 @@ def _one_error() -> Iterator[None]:
 
 
 def _checksum(tree: Any) -> int:
-  """Σ of all numbers' bits modulo 2^32, leaf k times 31^k: any one that changes, changes it.
+  """Σ of all numbers' bits modulo 2^32, leaf k times 31^k: changing any one number changes it.
 
-  The same however the arrays are sharded. On the host: on a device each of the many shapes would be compiled.
+  Independent of the sharding. Computed on the host: a device would need a compile for each of many shapes.
   """
   total = 0
   for leaf in reversed(jax.tree.leaves(tree)):
@@ -164,7 +164,7 @@ def _checksum(tree: Any) -> int:
       if shard.replica_id == 0:
         data = shard.data
         if shard.device.platform != 'cpu':
-          # A copy, for JAX keeps with an array what it has fetched of it: all would stay in host memory.
+          # A copy, since JAX keeps an array's host values with the array: all would stay in host memory.
           data = jax.device_put(data, may_alias=False)
         array = np.asarray(data)
         total += int(array.view(f'uint{8 * array.itemsize}').sum(dtype=np.uint32))

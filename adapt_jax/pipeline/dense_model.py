@@ -17,7 +17,7 @@ from adapt_jax.pruning import surgery
 class DenseModel:
   """The dense model, opened but not loaded.
 
-  output_bias: the run needs biases at the output projections: they are added, as zeros, where there are none.
+  output_bias: whether the run needs biases on the output projections; missing ones are added as zeros.
   """
 
   source: Source
@@ -28,12 +28,12 @@ class DenseModel:
     return with_output_bias(self.source.config, self.output_bias)
 
   def load_params(self, dtype: Any) -> Params:
-    """The source's parameters, the run's biases added, in `dtype` or, with None, each in its own."""
+    """The source's parameters with the run's biases, in `dtype`; None keeps each tensor's own dtype."""
     params = load_source(self.source, dtype)
     return mesh.jit(self._with_biases, params)(params) if self.output_bias else params
 
   def abstract_params(self, dtype: Any) -> Params:
-    """Their shapes and dtypes as `jax.ShapeDtypeStruct`."""
+    """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`."""
     shapes = self.source.abstract_params(dtype)
     return jax.eval_shape(self._with_biases, shapes) if self.output_bias else shapes
 
@@ -42,5 +42,5 @@ class DenseModel:
 
 
 def with_output_bias(config: ModelConfig, biased: bool) -> ModelConfig:
-  """The config of the model with its biases at the output projections, if `biased`."""
+  """The config of the model, with biases on the output projections if `biased`."""
   return dataclasses.replace(config, output_bias=True) if biased else config

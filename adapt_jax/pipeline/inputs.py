@@ -1,4 +1,4 @@
-"""What a run reads, opened and checked."""
+"""The inputs of a run, opened and checked."""
 
 import dataclasses
 from typing import Any
@@ -17,10 +17,10 @@ from adapt_jax.pipeline.loader import Loader
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """The dense model and the data of a run; `train` may be absent.
+  """The dense model and the data of a run; `train` may be None.
 
-  evaluate: windows of each text by its name; none where nothing is measured.
-  dtype: of activations and matrix products.
+  evaluate: windows of each text by its name; empty if nothing is measured.
+  dtype: dtype of activations and matrix products.
   """
 
   model: DenseModel
@@ -40,7 +40,7 @@ class Inputs:
 
 
 def prepare(options: RunOptions) -> Inputs:
-  """Inputs of modes accel and prune. Raises InputError for anything a user must correct."""
+  """The inputs of modes accel and prune. Raises InputError for anything that a user must correct."""
   check_sources(options)
   source = open_source(options.model.source)
   check_run(options, source.config)
@@ -48,11 +48,11 @@ def prepare(options: RunOptions) -> Inputs:
 
 
 def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
-  """Tokenises what `check_sources` and `check_run` have found well."""
+  """Loads and tokenises inputs that have passed `check_sources` and `check_run`."""
   check_tokenizer(options.export, loader.tokenizer)
   calibration = options.prune.calibration
   blocks = loader.calibration()
-  blocks.draw(calibration.samples, options.seed, 0)  # raises where there are too few rows
+  blocks.draw(calibration.samples, options.seed, 0)  # raises if there are too few rows
   train = loader.train_set() if options.train.tokens else None
   dtype = compute_dtype(options.model.dtype)
   model = DenseModel(source, options.prune.compensate == 'bias')

@@ -1,4 +1,4 @@
-"""Token blocks of a run's texts."""
+"""Loads the token blocks of a run's texts."""
 
 import dataclasses
 import hashlib
@@ -21,15 +21,15 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network.backend import compute_dtype
 
-# What keeps the rows that a model writes for one use apart from those for another.
+# Part of the seed, so that the rows that a model generates differ from use to use.
 _CALIBRATION, _TRAINING = 0, 1
 
 
 class Loader:
-  """Token blocks of a run's sources; one that serves twice, cut to two lengths, is tokenised once.
+  """Loads token blocks of a run's sources; a source that is used at two lengths is tokenised once.
 
-  source: the dense model. tokenizer: its own.
-  cache: of loaders of other options with the same tokenizer, to tokenise nothing twice for them all.
+  source: the dense model. tokenizer: its tokenizer.
+  cache: shared with loaders of other options and the same tokenizer, so that nothing is tokenised twice.
   """
 
   def __init__(
@@ -40,7 +40,7 @@ class Loader:
     self._cache: dict[Any, Any] = {} if cache is None else cache
 
   def load(self, field: str, source: tuple[str, ...], length: int, tokens: int = 0) -> Blocks:
-    """Windows of `length` tokens from the first `tokens` of the source, at least from a pool to draw from."""
+    """Windows of `length` tokens from the first `tokens` (at least `POOL_TOKENS`) tokens of the source."""
     name, limit = f'config.{field}', max(tokens, POOL_TOKENS)
     data = self._options.data
     fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
@@ -82,7 +82,7 @@ class Loader:
     return open_train_set(train, o.data, self.tokenizer, self._config.vocab_size, o.seed)
 
   def _own_text(self, rows: int, length: int, use: int) -> tuple[str, ...]:
-    """The source of rows that the model has written; other ones for each use."""
+    """The source of rows that the model generates; each `use` has different rows."""
     o = self._options
     directory = token_directory(o.data)
     dtype = compute_dtype(o.model.dtype)
@@ -108,12 +108,12 @@ class Loader:
 
 
 def evaluation_field(name: str) -> str:
-  """What messages call a text of `evaluate.source`."""
+  """The name of a text of `evaluate.source` in messages."""
   return 'evaluate.source' if name == TEXT else f'evaluate.source ({name})'
 
 
 def _check_same(blocks: Blocks, field: str) -> None:
-  """Raises InputError if this process has read other windows than the first."""
+  """Raises InputError if this process has read different windows from the first process."""
   if jax.process_count() == 1:
     return
 

@@ -1,4 +1,4 @@
-"""The run's log, one JSON object a line: every pruning step, training step and evaluation."""
+"""The run's log, one JSON object per line: every pruning step, training step and evaluation."""
 
 import datetime
 import json
@@ -12,10 +12,10 @@ from adapt_jax.reports import tensorboard
 
 
 class MetricsLog:
-  """Appends to `metrics.jsonl`; a resumed run first cuts what came after its checkpoint.
+  """Appends to `metrics.jsonl`; a resumed run first removes the lines after its checkpoint.
 
-  Of several processes the first writes. Where TensorBoard is installed its event files, in `tensorboard/`
-  beside, follow from the first write on.
+  Only the first process writes. If TensorBoard is installed, its event files are also written, to
+  `tensorboard/` in the same directory, from the first write on.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -23,7 +23,7 @@ class MetricsLog:
     self._events: tensorboard.EventFiles | None = None
     text = path.read_text() if path.exists() else ''
     self.lines = len(text.splitlines())
-    if text and not text.endswith('\n'):  # the machine died while a line was being written
+    if text and not text.endswith('\n'):  # the machine crashed while a line was being written
       self.cut(self.lines - 1)
 
   def write(self, event: str, **values: Any) -> None:
@@ -47,7 +47,7 @@ class MetricsLog:
     return _as_now([json.loads(line) for line in self._path.read_text().splitlines()])
 
   def cut(self, lines: int) -> None:
-    """Keeps the first `lines` lines; before the first write."""
+    """Keeps only the first `lines` lines; must be called before the first write."""
     if lines < self.lines and is_first():
       kept = self._path.read_text().splitlines(keepends=True)[:lines]
       write_text(self._path, ''.join(kept))
@@ -55,7 +55,7 @@ class MetricsLog:
 
 
 def _as_now(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Version 0.1 wrote the stage of an evaluation into its name: {'of': 'stage 1 pruned'}."""
+  """Converts rows of version 0.1, with an evaluation's stage in its name: {'of': 'stage 1 pruned'}."""
   stages = range(1, 1 + sum(row['event'] == 'evaluate' for row in rows))  # each has one at least
   names = {f'stage {stage} {of}': (of, stage) for stage in stages for of in ('pruned', 'recovered')}
   for row in rows:

@@ -1,4 +1,4 @@
-"""Perplexity and task scores of a run's models, as far as the config asks for them."""
+"""Perplexity and task scores of a run's models, as requested by the config."""
 
 from typing import Any
 
@@ -16,18 +16,18 @@ from adapt_jax.reports.report import Of
 
 
 def dense_key(options: RunOptions) -> Any:
-  """All that the dense model's figures depend on, for `Shared`."""
-  # Biases that a run adds are zeros, but its program may round otherwise.
+  """Everything that the dense model's figures depend on, for `Shared`."""
+  # Biases that a run adds are zeros, but its program may round differently.
   return options.model, options.data, options.evaluate, options.prune.compensate == 'bias'
 
 
 class Quality:
-  """Measures models of one run, and logs what it finds.
+  """Measures the models of one run and logs the results.
 
   Args:
-    options, inputs: of the run.
-    metrics: its log.
-    shared: with other runs on the same dense model, which is measured once.
+    options, inputs: those of the run.
+    metrics: the run's log.
+    shared: caches shared with other runs on the same dense model, which is measured once.
     compiler: counts compiles as `evaluation`, `divergence` and `harness`.
   """
 
@@ -44,13 +44,13 @@ class Quality:
 
   @property
   def definitions(self) -> dict[str, str]:
-    """What perplexity on each text is, in words."""
+    """The definition of perplexity on each text, in words."""
     return {name: evaluator.definition for name, evaluator in self._evaluators.items()}
 
   def perplexity(
     self, config: ModelConfig, params: Params, of: Of, stage: int, step: int
   ) -> dict[str, float]:
-    """On each text, of the dense model (stage 0) or of a stage's, after `step` training steps."""
+    """Perplexity on each text, of the dense model (stage 0) or a stage's, after `step` training steps."""
     known, key = self._shared.dense, dense_key(self._options)
     if of == 'dense' and key in known:
       found = known[key]
@@ -70,7 +70,7 @@ class Quality:
     """KL(dense ‖ model) on each text, nats per token."""
     known, key = self._shared.references, dense_key(self._options)
     if key not in known:
-      known.clear()  # of another model or text: they would fill the memory
+      known.clear()  # those of another model or text: they would fill the memory
       known[key] = self._references()
     return {
       name: self._evaluators[name].divergence(config, params, reference, self._title('divergence', name))
@@ -78,7 +78,7 @@ class Quality:
     }
 
   def _references(self) -> dict[str, Reference]:
-    """The dense model, read again, on each text."""
+    """References of the dense model, which is read again, on each text."""
     if not self._evaluators:
       return {}
     dense, config = self._inputs.model.load_params(self._inputs.dtype), self._inputs.config
@@ -91,7 +91,7 @@ class Quality:
     return title if list(self._evaluators) == [TEXT] else f'{title} {name}'
 
   def tasks(self, config: ModelConfig, params: Params, of: Of, step: int) -> TaskScores:
-    """Scores of the dense model, or of the last stage's, after `step` training steps."""
+    """Task scores of the dense model, or of the last stage's, after `step` training steps."""
     known, key = self._shared.tasks, dense_key(self._options)
     if of == 'dense' and key in known:
       scores = known[key]

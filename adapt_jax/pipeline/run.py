@@ -34,9 +34,9 @@ class Run:
   Args:
     options: checked options.
     inputs: model, tokenizer and token blocks, opened and checked.
-    workdir: claimed.
-    command: that reproduces the run, for its report.
-    shared: with other runs of this process on the same model.
+    workdir: a claimed workdir.
+    command: the command that reproduces the run, for its report.
+    shared: caches shared with other runs of this process on the same model.
     export: whether to write the model.
   """
 
@@ -78,14 +78,14 @@ class Run:
       try:
         self._run_stages(state)
       except Preempted:
-        if state.train_step > self._saved_step:  # a stage's training was over, its evaluation not
+        if state.train_step > self._saved_step:  # a stage was trained but not evaluated
           self._save(state)
         raise Preempted(self._position(state)) from None
       self.close()
       return self._finish(state)
 
   def close(self) -> None:
-    """Ends writing checkpoints; `execute` does it, so only after it has failed."""
+    """Closes the checkpoint writer; only needed if `execute`, which does it itself, has failed."""
     self._store.close()
 
   def _run_stages(self, state: RunState) -> None:
@@ -133,7 +133,7 @@ class Run:
     self._save(state)
 
   def _recover_stage(self, stage: int, state: RunState) -> None:
-    """Trains on the rest of the stage's share, measures and saves."""
+    """Trains on the rest of the stage's share of the data, measures and saves."""
     assert state.row is not None
     start, last = time.monotonic() - state.row['seconds'], stage == self._schedule.stages
     recovered: dict[str, float] = {}
@@ -157,7 +157,7 @@ class Run:
     self._save(state)
 
   def _train(self, stage: int, state: RunState, recovery: Recovery, start: float) -> None:
-    """The stage's training, saved now and then; `start`: when the stage began, its earlier work counted."""
+    """Trains the stage, with saves in between; `start`: when the stage began, counting its earlier work."""
     for done in recovery.steps(stage, state):
       if not self._estimated:
         self._estimate(stage, done, time.monotonic() - start)
@@ -168,7 +168,7 @@ class Run:
           self._save(state)
 
   def _estimate(self, stage: int, done: Trained, seconds: float) -> None:
-    """Says how long the run will take, after its first training step; `seconds`: of the open stage so far."""
+    """Reports the run's expected time, after its first training step; `seconds`: open stage's time so far."""
     self._estimated = True
     step = self.options.train.batch * self.options.train.length / done.metrics['tokens_per_second']
     steps, stages = self._schedule.train_steps - done.step, self._schedule.stages - stage
@@ -182,7 +182,7 @@ class Run:
     return self._quality.perplexity(self._config(state), state.params, of, stage, state.train_step)
 
   def _measure_tasks(self, state: RunState, of: Of) -> bool:
-    """Scores the model on tasks, into the state; False if it is scored already, or no task is asked for."""
+    """Records the model's scores on tasks in the state; False if already done, or if there are no tasks."""
     if not self.options.evaluate.has_tasks or of in state.tasks:
       return False
     scores = self._quality.tasks(self._config(state), state.params, of, state.train_step)
@@ -210,7 +210,7 @@ class Run:
     state.record_cost(seconds + time.monotonic() - self._started, counts)
 
   def _harness(self, *names: str) -> tuple[str, ...]:
-    """These names where lm-evaluation-harness has work."""
+    """These names if lm-evaluation-harness is used, else none."""
     return names if self.options.evaluate.has_tasks else ()
 
   def _report(self, state: RunState) -> RunReport:
@@ -230,7 +230,7 @@ class Run:
     return written_dtype(self.options.export, self._inputs.source.dtype, self._trains)
 
   def _round_to_export(self, state: RunState) -> None:
-    """So that the last perplexity is that of the weights as they are saved."""
+    """Rounds the weights as the export does, so that the last perplexity is that of the exported weights."""
     if (dtype := self._export_dtype()) is not None:
       rounded = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), state.params)
       state.hold(state.arrays | {'params': rounded})
@@ -259,7 +259,7 @@ class Run:
 
 
 def _duration(seconds: float) -> str:
-  """For a reader: 40 s, 12 min, 3.5 h."""
+  """The duration as text: 40 s, 12 min, 3.5 h."""
   if seconds < 90:
     return f'{seconds:.0f} s'
   return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'

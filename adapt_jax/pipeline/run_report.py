@@ -1,4 +1,4 @@
-"""The report of a run, from its options and its state: at the end, before it, and for an export."""
+"""Builds the report of a run from its options and its state: during the run, at its end, and for exports."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -21,9 +21,9 @@ def run_report(
   state: RunState,
   definitions: Mapping[str, str] = MappingProxyType({}),
 ) -> RunReport:
-  """What a state tells: the report without command and versions, with the open stage as far as it is known.
+  """The report of a state, without command and versions; the open stage is included as far as it is known.
 
-  definitions: what perplexity on each text is, in words.
+  definitions: the definition of perplexity on each text, in words.
   """
   dense, rows = count_params(model.source.config), [*state.rows]
   schedule = Schedule.of(options, model.source.config)
@@ -60,7 +60,7 @@ def run_report(
 
 
 def first(of_texts: Mapping[str, _T]) -> _T | None:
-  """What is known of the first text; None without a text."""
+  """The value of the first text; None if there are no texts."""
   return next(iter(of_texts.values()), None)
 
 
@@ -71,7 +71,7 @@ def with_recovered(row: StageReport, recovered: Mapping[str, float]) -> dict[str
 
 
 def _texts(state: RunState, last: StageReport, definitions: Mapping[str, str]) -> dict[str, TextReport]:
-  """All that is known of each text: of the dense model, and of the last stage."""
+  """All known values of each text, for the dense model and the last stage."""
   found: dict[str, TextReport] = {}
   for name, dense in state.dense.items():
     found[name] = {'dense': dense, **last.get('texts', {}).get(name, {})}

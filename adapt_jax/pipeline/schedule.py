@@ -29,7 +29,7 @@ def stage_targets(config: ModelConfig, target: float, stages: int, rule: str) ->
 
 
 def stage_steps(options: TrainOptions, stages: int) -> list[int]:
-  """Global step at which each stage ends; the last is the number of all steps.
+  """Global step at which each stage ends; the last is the total number of steps.
 
   Shares of paper section 4 for stage i of N: linear 2i/(N(N+1)), constant 1/N, cosine
   cos((i−1)π/2N) − cos(iπ/2N).
@@ -55,7 +55,7 @@ class Schedule:
 
   @classmethod
   def of(cls, options: RunOptions, config: ModelConfig) -> 'Schedule':
-    """The schedule that options ask for; `config` is of the dense model."""
+    """The schedule of the options; `config` is the dense model's."""
     prune = options.prune
     targets = stage_targets(config, prune.target, prune.stages, prune.stage_targets)
     return cls(tuple(targets), tuple(stage_steps(options.train, prune.stages)))
@@ -66,7 +66,7 @@ class Schedule:
 
   @property
   def train_steps(self) -> int:
-    """Of the whole run."""
+    """Training steps of the whole run."""
     return self.ends[-1]
 
   def target(self, stage: int) -> int:

@@ -1,4 +1,4 @@
-"""What runs in one process on the same model share: programs, scores, and measurements of the dense model."""
+"""Caches shared by runs in one process on the same model: programs, scores, figures of the dense model."""
 
 import dataclasses
 from typing import Any
@@ -10,9 +10,9 @@ from adapt_jax.pruning.score_memo import ScoreMemo
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-  """Programs, scores, and what the dense model measures, by the options that it depends on.
+  """Programs, scores, and measurements of the dense model by the options that they depend on.
 
-  dense: perplexities by text. references: what divergences on each text are from. tasks: scores of the
+  dense: perplexities by text. references: the reference of divergences on each text. tasks: scores of the
     harness.
   """
 

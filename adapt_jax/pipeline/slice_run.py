@@ -1,7 +1,7 @@
-"""A run of prune.method = slicegpt: slices the dense model, measures, writes.
+"""A run of prune.method = slicegpt: slices the dense model, measures it and writes it.
 
-It has no plan, no stages and no training, since no group goes: the residual stream gets narrower. It takes
-minutes and saves nothing in between: a run that was killed begins again.
+It has no plan, no stages and no training, since no groups are removed: the residual stream becomes narrower.
+It takes minutes and saves nothing in between: a run that was killed starts again.
 """
 
 import time
@@ -58,7 +58,7 @@ class SliceRun:
         raise Preempted('and nothing was saved: a run of this method begins again') from None
 
   def close(self) -> None:
-    """Has nothing to end."""
+    """Does nothing: there is nothing to close."""
 
   def _run(self) -> RunReport:
     options, config = self._options, self._inputs.config

@@ -1,6 +1,6 @@
 """The two halves of a stage of Adapt-Accel: pruning and recovery (paper section 4).
 
-Each moves a `RunState` on and yields after each step; `pipeline/run.py` measures, logs and saves in between.
+Each updates a `RunState` and yields after each step; `pipeline/run.py` measures, logs and saves in between.
 """
 
 import pathlib
@@ -32,13 +32,13 @@ from adapt_jax.training.teacher_cache import TaughtSet, open_taught
 
 
 class Pruning:
-  """Prunes the model of a stage, adjusts the remaining weights and compacts.
+  """Prunes the model of a stage, adjusts the remaining weights and compacts the arrays.
 
   Args:
-    options, inputs, schedule: of the run.
-    optimizer: of its training; None where it only prunes.
+    options, inputs, schedule: those of the run.
+    optimizer: the optimizer of training; None if the run only prunes.
     compiler: counts compiles as `scoring` and `compensation`.
-    memo: of scores, shared with other runs on the same model.
+    memo: cache of scores, shared with other runs on the same model.
   """
 
   def __init__(
@@ -63,12 +63,12 @@ class Pruning:
     )
 
   def start(self) -> TrainState:
-    """The dense parameters, fp32 where they are trained; moments come with the first, smaller model."""
+    """The dense parameters, fp32 if they are trained; moments are created for the first, smaller model."""
     dtype = jnp.float32 if self._optimizer else None  # None: each tensor's own
     return {'params': self._inputs.model.load_params(dtype)}
 
   def shapes(self, plan: PrunePlan) -> Any:
-    """Shapes, dtypes and places of the run's arrays at the plan's widths."""
+    """Shapes, dtypes and shardings of the run's arrays at the plan's widths."""
     return array_shapes(self._inputs.model, plan, self._optimizer)
 
   def steps(self, stage: int, state: RunState) -> Iterator[StepRecord]:
@@ -77,7 +77,7 @@ class Pruning:
     if state.pruning.plan.params(self._inputs.config) <= target:
       return
     stacked = self._pruner.stack(state.params, state.compacted)
-    if stage == 1:  # nothing has trained them: read again below, so that scoring holds them but once
+    if stage == 1:  # not trained yet: read again below, so that scoring holds only one copy
       state.release_params()
     title = f'stage {stage} prune'
     taken = self._pruner.prune(stacked, state.compacted, state.pruning, target, title)
@@ -91,7 +91,7 @@ class Pruning:
   def finish(self, stage: int, state: RunState) -> None:
     """Adjusts the remaining weights for what was removed, and compacts the arrays.
 
-    On the rows of the last step; done again, to the same bits, if killed before the stage is saved.
+    Uses the rows of the last step. It is repeated, with the same bits, if killed before the stage is saved.
     """
     step = state.pruning.step - 1
     params = self._pruner.compensate(state.release_params(), state.compacted, state.pruning.plan, step)
@@ -115,12 +115,12 @@ class Pruning:
     if 'optimizer' not in state.arrays and self._optimizer:
       moments = mesh.jit(self._optimizer.init, state.params, once=True)(state.params)
       state.hold(state.arrays | {'optimizer': moments})
-    # Flax checks shapes too, but only while tracing; a wrong plan must not get as far as that.
+    # Flax also checks shapes, but only while tracing; a wrong plan must be found before that.
     chex.assert_trees_all_equal_shapes(state.arrays, self.shapes(state.compacted))
     forget_traces()  # programs of the old shapes would stay in memory
 
   def next_schedule(self, state: RunState) -> PruneState:
-    """The schedule from which the next stage goes on."""
+    """The schedule's state at the start of the next stage."""
     return self._pruner.next_stage(state.pruning)
 
 
@@ -128,9 +128,9 @@ class Recovery:
   """Trains the model of a stage on its share of the data.
 
   Args:
-    options, inputs, schedule: of the run, which trains.
-    optimizer: whose state is carried over the stages.
-    compiler: counts compiles as `training`, one a stage.
+    options, inputs, schedule: those of the run.
+    optimizer: the optimizer; its state is kept from stage to stage.
+    compiler: counts compiles as `training`, one per stage, and as `teacher`.
   """
 
   def __init__(
@@ -148,7 +148,7 @@ class Recovery:
     self._teacher: Teacher | None = None
 
   def prepare(self, directory: pathlib.Path) -> None:
-    """Loads the teacher, if there is one; or writes to `directory` what it says, with distill.cache.
+    """Loads the teacher, if there is one; with distill.cache, writes its predictions to `directory` instead.
 
     Nothing else needs to be on the devices yet. Raises `Preempted` after SIGTERM.
     """
@@ -173,7 +173,7 @@ class Recovery:
       )
 
   def steps(self, stage: int, state: RunState) -> Iterator[Trained]:
-    """Trains to the end of the stage; yields each step, and holds the arrays of those that hand them out."""
+    """Trains to the end of the stage; yields each step, and updates the arrays if the step includes them."""
     train, stop = self._data, self._schedule.end(stage)
     if train is None or state.train_step >= stop:
       return

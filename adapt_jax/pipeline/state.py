@@ -1,7 +1,7 @@
-"""The one state of a run, saved together and resumed to the same bits.
+"""The state of a run, saved together and resumed to the same bits.
 
-On disk it is the newest checkpoint (arrays, position, plan, history) and `plan.json`, written after every
-pruning step: the steps taken since that checkpoint. Everything else is a function of the config.
+On disk it is the newest checkpoint (arrays, position, plan, history) and `plan.json`, which is written after
+every pruning step and holds the steps since that checkpoint. Everything else is a function of the config.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ from adapt_jax.training.step import TrainState
 
 @dataclasses.dataclass
 class RunState:
-  """Where a run stands. Only its methods change it, one for each event of a run.
+  """The state of a run. Only its methods change it; there is one for each event of a run.
 
   arrays: {'params', 'optimizer'}, at the widths that `compacted` keeps; empty while stage 1 is scored.
   pruning: the schedule; ahead of `compacted` while a stage is being pruned.
   stage: 1-based, 0 before the first one is pruned. train_step: global steps done.
-  complete: the stage's training is over.
+  complete: the stage's training is finished.
   dense: perplexity of the source by text. tasks: scores 'dense', 'pruned' and 'recovered', as far as they are
     known.
-  rows: finished stages, as in report.json. row: the open stage's.
+  rows: finished stages, as in report.json. row: the row of the open stage.
   seconds, compiles: spent up to the last save.
   """
 
@@ -69,41 +69,41 @@ class RunState:
     self.tasks = self.tasks | {of: scores}
 
   def take_step(self, pruning: PruneState) -> None:
-    """A pruning step: the arrays stay as they are until the stage is compacted."""
+    """Records a pruning step; the arrays do not change until the stage is compacted."""
     self.pruning = pruning
 
   def release_params(self) -> Params:
-    """Hands the parameters over; `hold` gives the state others."""
+    """Removes and returns the parameters; `hold` sets new ones."""
     return self.arrays.pop('params')
 
   def hold(self, arrays: TrainState) -> None:
-    """The arrays of the state: as they are loaded, restored or changed between two events."""
+    """Sets the arrays, as loaded, restored or changed between two events."""
     self.arrays = arrays
 
   def compacted_to_plan(self, arrays: TrainState) -> None:
-    """The arrays at the widths of the plan that pruning has reached."""
+    """Sets the arrays, which now have the widths of the current plan."""
     self.arrays, self.compacted = arrays, self.pruning.plan
 
   def open_stage(self, row: StageReport, pruning: PruneState) -> None:
-    """A stage is pruned; its training comes next. pruning: the schedule from which the next stage goes on."""
+    """Records that a stage is pruned; its training is next. pruning: the schedule for the next stage."""
     self.stage, self.complete = row['stage'], False
     self.row, self.pruning = row, pruning
 
   def trained_to(self, step: int, arrays: TrainState) -> None:
-    """Training has got as far as global step `step`."""
+    """Records that training has reached global step `step`."""
     self.arrays, self.train_step = arrays, step
 
   def record_seconds(self, seconds: float) -> None:
-    """The open stage has taken so long so far."""
+    """Records the time that the open stage has taken so far."""
     if self.row is not None:
       self.row = self.row | {'seconds': seconds}
 
   def close_stage(self, row: StageReport) -> None:
-    """The stage is trained and measured."""
+    """Records that the stage is trained and measured."""
     self.rows, self.row, self.complete = [*self.rows, row], None, True
 
   def record_cost(self, seconds: float, compiles: dict[str, int]) -> None:
-    """What the whole run has taken so far."""
+    """Records the time and the compiles of the whole run so far."""
     self.seconds, self.compiles = seconds, compiles
 
 
@@ -113,9 +113,9 @@ _IN_JSON = (
 
 
 def array_shapes(model: DenseModel, plan: PrunePlan, optimizer: optax.GradientTransformation | None) -> Any:
-  """Shapes, dtypes and places of a run's arrays at the plan's widths; `optimizer` where it trains.
+  """Shapes, dtypes and shardings of a run's arrays at the plan's widths; `optimizer` if it trains.
 
-  Training has fp32 master weights; pruning alone keeps each tensor's own dtype.
+  Training uses fp32 master weights; pruning alone keeps each tensor's own dtype.
   """
 
   def arrays(params: Params) -> TrainState:
@@ -127,7 +127,7 @@ def array_shapes(model: DenseModel, plan: PrunePlan, optimizer: optax.GradientTr
 
 
 def from_meta(meta: dict[str, Any], config: ModelConfig) -> RunState:
-  """The state that a checkpoint's JSON describes, its arrays left out; `config` is of the dense model."""
+  """The state that a checkpoint's JSON describes, without its arrays; `config` is the dense model's."""
   pruning = PruneState.from_json(meta['pruning'], config)
   known = {'dense': _dense(meta)} | meta
   fields = {name: known[name] for name in _IN_JSON} | {'row': meta['row'] or None}
@@ -135,7 +135,7 @@ def from_meta(meta: dict[str, Any], config: ModelConfig) -> RunState:
 
 
 def _dense(saved: dict[str, Any]) -> dict[str, float]:
-  """Version 0.1 had one text, without a name."""
+  """The dense model's perplexity by text; version 0.1 had one text, without a name."""
   if 'dense' not in saved and saved['dense_perplexity'] is not None:
     return {TEXT: saved['dense_perplexity']}
   return saved.get('dense', {})
@@ -145,9 +145,9 @@ class StateStore:
   """Saves and resumes a `RunState` in its workdir.
 
   Args:
-    workdir: of the run.
-    config: of the dense model, which plans number.
-    metrics: cut, on resume, to what the saved state has seen.
+    workdir: directory of the run.
+    config: config of the dense model, whose numbering plans use.
+    metrics: the log; when resuming, it is cut to the lines that the saved state includes.
   """
 
   def __init__(self, workdir: Workdir, config: ModelConfig, metrics: MetricsLog):
@@ -155,14 +155,14 @@ class StateStore:
     self._checkpoints = Checkpoints(workdir.checkpoints)
 
   def save(self, state: RunState) -> None:
-    """A checkpoint; only between prunings, when the arrays have the plan's widths."""
+    """Saves a checkpoint; only between prunings, when the arrays have the plan's widths."""
     meta = {name: getattr(state, name) for name in _IN_JSON} | {'row': state.row or {}}
     meta |= {'pruning': state.pruning.to_json(), 'metrics_lines': self._metrics.lines}
     with phase('saving'):
       self._checkpoints.save(state.arrays, meta)
 
   def save_plan(self, state: RunState, stage: int) -> None:
-    """`plan.json`: what is kept now, and what resuming in the middle of a stage's pruning needs."""
+    """Writes `plan.json`: the groups kept now, and the data to resume in the middle of a stage's pruning."""
     plan = {
       'stage': stage,
       'params': state.pruning.plan.params(self._config),
@@ -178,7 +178,7 @@ class StateStore:
 
     Args:
       shapes: plan -> the arrays' tree of `jax.ShapeDtypeStruct` at its widths.
-      start: the arrays of a run without a checkpoint.
+      start: returns the arrays of a run without a checkpoint.
     """
     number, lines = decide(self._checkpoints.latest), 0
     if number is None:
@@ -195,7 +195,7 @@ class StateStore:
     return state
 
   def _resume_pruning(self, state: RunState, lines: int) -> int:
-    """Takes up the steps that plan.json tells, if they are of the next stage; returns the log's length."""
+    """Applies the steps in plan.json if they belong to the next stage; returns the log's length."""
     try:
       saved = decide(lambda: json.loads(self._plan.read_text()))
       if saved['stage'] != state.stage + 1:

@@ -1,4 +1,4 @@
-"""The directory of one run: what lies where, and whose it is."""
+"""The directory of one run: the paths of its files, and the run that owns it."""
 
 import json
 import pathlib
@@ -15,8 +15,8 @@ class Workdir:
   """Paths of a run's files, and the run that they belong to.
 
   Args:
-    path: of the directory; created by `claim`.
-    identity: what makes two runs the same (`adapt_jax.config.identity`).
+    path: path of the directory; created by `claim`.
+    identity: equal for equal runs (`adapt_jax.config.identity`).
   """
 
   def __init__(self, path: str, identity: dict[str, Any]):
@@ -76,7 +76,7 @@ class Workdir:
         f'--workdir={self.path} belongs to a run of another version, which has config.{unknown[0]}: use '
         f'another workdir, or that version to resume'
       )
-    # Options added after the run was started count as their defaults, and are looked at last. Options that
+    # Options added after the run was started have their default values, and are compared last. Options that
     # the mode does not read are ignored; version 0.1 wrote them too.
     now = {'mode': self._identity['mode']}
     now |= {f'config.{field}': value for field, value in flatten(self._identity['config']).items()}

@@ -1,17 +1,16 @@
-"""What stays takes over from what is pruned, as far as the outputs of o_proj and down_proj go: no training.
+"""Adjusts the remaining weights of o_proj and down_proj to compensate for the removed ones, without training.
 
-One pass over the layers from the first to the last, on the calibration rows. The pruned model's own
-activations go along, so a layer is corrected for what the layers before it have lost, and beside them those
-of the model before this pruning. `least_squares` solves each output projection W [D, C] anew on the columns
-that stay:
+One pass over the layers, from first to last, on the calibration rows. It computes the activations of the
+pruned model, so that a layer is also corrected for errors of earlier layers, and those of the model before
+this pruning. `least_squares` solves for each output projection W [D, C] on its remaining columns:
 
     minimise Σ over tokens ‖ t − W' c ‖² + λ ‖ W' − W ‖²,    c its input, pruned columns zero,
     t = (1 − m) · W c₀ + m · (r₀ − x)
 
-with c₀ the input with nothing pruned in this layer, x the residual stream that the projection adds to and
-r₀ what the stream was after it before pruning: t holds on to what the layer does, and pulls the stream back
-to where it was. `bias` adds the mean of W (c₀ − c) to a bias instead, as FLAP does (An et al., arXiv
-2312.11983, section 3.3; there from the means of the unpruned model). Solved in fp32.
+where c₀ is the input with nothing pruned in this layer, x the residual stream that the projection adds to,
+and r₀ the stream after the projection in the model before this pruning. The target t preserves the layer's
+output and pulls the stream back to r₀. `bias` instead adds the mean of W (c₀ − c) to a bias, as FLAP does (An
+et al., arXiv 2312.11983, section 3.3, with the means of the unpruned model). Solved in fp32.
 """
 
 import dataclasses
@@ -40,13 +39,13 @@ _OUTPUTS = {'o': ('attention', 'o_bias'), 'down': ('mlp', 'down_bias')}
 
 @dataclasses.dataclass(frozen=True)
 class Compensator:
-  """The program `compensator(stacked, masks, tokens)`: changes of the output projections, all layers.
+  """The program `compensator(stacked, masks, tokens)`: the changes of all layers' output projections.
 
   Args:
     config: the model at its original widths.
     kind: least_squares or bias; the latter needs `config.output_bias`.
-    micro_batch: rows that go through a layer at once; divides the number of rows.
-    dtype: of weights and activations.
+    micro_batch: rows that a layer processes at once; must divide the number of rows.
+    dtype: dtype of weights and activations.
   """
 
   config: ModelConfig
@@ -57,11 +56,11 @@ class Compensator:
   def __call__(
     self, stacked: Params, masks: tuple[jax.Array, jax.Array], tokens_ST: jax.Array
   ) -> dict[str, jax.Array]:
-    """What to add, in fp32: {'o': [L, D, K, G, H], 'down': [L, D, F]}, or {'o_bias', 'down_bias': [L, D]}.
+    """Changes to add, in fp32: {'o': [L, D, K, G, H], 'down': [L, D, F]}, or {'o_bias', 'down_bias': [L, D]}.
 
     Args:
       stacked: the model before this pruning, from `surgery.stack`.
-      masks: what stays of it, [L, K] and [L, F], from `surgery.padded_masks`.
+      masks: the groups to keep, [L, K] and [L, F], from `surgery.padded_masks`.
       tokens_ST: the calibration rows.
     """
     tokens_MBT = constrain(tokens_ST.reshape(-1, self.micro_batch, tokens_ST.shape[1]), '.B.')
@@ -82,11 +81,11 @@ class Compensator:
   def _half(
     self, name: str, layer: Params, mask_C: jax.Array, streams: Streams, *tables: Any
   ) -> tuple[Streams, dict[str, jax.Array]]:
-    """One projection: both streams after it, and its change.
+    """Both streams after one projection, and the change of its weight or bias.
 
     Args:
-      layer: unpruned. mask_C: which of its inputs stay.
-      streams: before it, each [M, B, T, D].
+      layer: the unpruned layer. mask_C: which inputs of the projection are kept.
+      streams: both streams before it, each [M, B, T, D].
     """
     block, bias = _OUTPUTS[name]
     weight = layer[block][name].astype(jnp.float32)
@@ -120,7 +119,7 @@ class Compensator:
       kept_TC = jnp.where(mask_C, inputs_TC, 0)
       difference_TD = (kept_TC - inputs_TC) @ weight_DC.T + kept_TC @ change_DC.T + change_D
       after_BTD = own_BTD + difference_TD.astype(own_BTD.dtype).reshape(own_BTD.shape)
-      return jnp.where(mask_C.any(), after_BTD, x_BTD)  # a layer that is gone has no bias either
+      return jnp.where(mask_C.any(), after_BTD, x_BTD)  # a removed layer has no bias either
 
     after_MBTD = jax.lax.map(corrected, streams[1])
     change = {bias: change_D} if self.kind == 'bias' else {name: change_DC.reshape(weight.shape)}
@@ -128,7 +127,7 @@ class Compensator:
 
 
 def add(params: Params, compacted: PrunePlan, changes: dict[str, jax.Array]) -> Params:
-  """`params`, which `compacted` left, with the changes of a `Compensator` added to them."""
+  """Adds the changes of a `Compensator` to `params`, which are compacted to `compacted`."""
   layers = []
   for i, tree in zip(np.flatnonzero(compacted.present).tolist(), params['layers'], strict=True):
     kept = {'o': np.flatnonzero(compacted.kv[i]), 'down': np.flatnonzero(compacted.ffn[i])}

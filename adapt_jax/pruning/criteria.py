@@ -1,4 +1,4 @@
-"""How a group of weights and a layer are scored: the importances and distances that `config.prune` names."""
+"""Scores of weight groups and layers: the importances and distances that `config.prune` names."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from adapt_jax.pruning.surgery import GROUP_AXES
 
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
-  """−cos(x, y) over the last axis: −1 where a layer keeps its input's direction."""
+  """−cos(x, y) over the last axis: −1 if a layer keeps its input's direction."""
   norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
   return -jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-8)
 
@@ -35,16 +35,16 @@ DISTANCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Importance:
-  """How a weight w with gradient g and Fisher estimate F is scored; a group's score is Σ |score|.
+  """Defines the score of a weight w with gradient g and Fisher estimate F; a group's score is Σ |score|.
 
-  Or, with `columns`, how a column of o_proj or down_proj is; a group's score is the sum over its columns.
+  With `columns`, it scores columns of o_proj and down_proj; a group's score is the sum over its columns.
 
-  score: (w, g, F) -> the weight's score, signed, elementwise in fp32.
-  gradient: whether it asks for g at all; without, scoring is a forward pass.
-  fisher: whether it asks for F = mean over samples of the squared gradient of the sample's loss.
-  per_row: add the weights of a row (a column of o and down) before the absolute value is taken.
+  score: (w, g, F) -> the weight's signed score, elementwise in fp32.
+  gradient: whether g is needed; if not, scoring is a forward pass.
+  fisher: whether F is needed, the mean over samples of the squared gradient of the sample's loss.
+  per_row: sum the scores of a row (a column of o and down) before taking the absolute value.
   columns: (weight [D, …], mean and variance […] of its inputs over the calibration tokens) -> […].
-  curvature: none of these, but the cost of losing a group, from the loss's curvature (`pruning.curvature`).
+  curvature: score a group instead by its removal cost, from the loss's curvature (`pruning.curvature`).
   """
 
   score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = lambda w, g, f: w
@@ -64,7 +64,7 @@ def _wanda(w: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
 
 
 # Paper section 3.2, and the first-order form of Molchanov et al., arXiv 1906.10771; names as in LLM-Pruner.
-# `random` is drawn by the pruner: its entry here only serves the layers' distances.
+# `random`: the pruner draws these scores; the entry here is only used for the layers' distances.
 # `fluctuation`: variance of the column's input · squared norm of the column (WIFV of An et al., arXiv
 # 2312.11983). `wanda`: Σ |w| · root mean square of the input (Sun et al., arXiv 2306.11695, summed as there).
 # `curvature`: see `adapt_jax.pruning.curvature`.
@@ -83,12 +83,12 @@ IMPORTANCES: dict[str, Importance] = {
 
 
 def find_importance(importance: str | Importance) -> Importance:
-  """By name, or itself."""
+  """Looks up an importance by name; returns an `Importance` unchanged."""
   return IMPORTANCES[importance] if isinstance(importance, str) else importance
 
 
 def fold_heads(heads_KG: jax.Array, reference: bool) -> jax.Array:
-  """Scores of query heads added up by KV group, [K]; `reference` takes head h for one of group h mod K."""
+  """Sums scores of query heads by KV group, [K]; `reference` assigns head h to group h mod K."""
   return (heads_KG.reshape(heads_KG.shape[::-1]).T if reference else heads_KG).sum(1)
 
 

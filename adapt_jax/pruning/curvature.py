@@ -1,12 +1,12 @@
-"""What losing a KV group or an MLP channel costs the loss, if the columns that stay make up for it.
+"""The increase in loss from removing a KV group or MLP channel if the remaining columns compensate for it.
 
-Optimal Brain Surgeon (Hassibi and Stork, NIPS 1992) on o_proj and down_proj, with the loss's curvature taken
-as a Kronecker product: covariance of the layer's inputs ⊗ covariance of the gradients at its outputs (K-FAC,
-Martens and Grosse, arXiv 1503.05671; for structured pruning of language models van der Ouderaa et al., arXiv
-2312.17244). The loss is the cross-entropy to ids that are drawn from the model itself: its curvature is that
-of the KL divergence from the dense model, whatever ids the data have. With inputs H = mean c cᵀ [C, C] and
-gradients G = mean g gᵀ [D, D], taking columns B of a weight W [D, C] to zero and correcting the others costs
-tr(G · W_B · ([H⁻¹]_BB)⁻¹ · W_Bᵀ) / 2: here without the half. All in fp32.
+Optimal Brain Surgeon (Hassibi and Stork, NIPS 1992) on o_proj and down_proj. The loss's curvature is
+approximated by a Kronecker product: covariance of the layer's inputs ⊗ covariance of the gradients at its
+outputs (K-FAC, Martens and Grosse, arXiv 1503.05671; for structured pruning of language models van der
+Ouderaa et al., arXiv 2312.17244). The loss is the cross-entropy to ids drawn from the model itself; its
+curvature is that of the KL divergence from the dense model, for any ids of the data. With inputs
+H = mean c cᵀ [C, C] and gradients G = mean g gᵀ [D, D], setting columns B of a weight W [D, C] to zero and
+correcting the others costs tr(G · W_B · ([H⁻¹]_BB)⁻¹ · W_Bᵀ) / 2, here without the half. All in fp32.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Share of its mean diagonal that is added to the diagonal: of H so that it can be inverted, and since it is
-# known from few tokens only; of G since single outputs with a large gradient on those tokens would decide.
+# Share of the mean diagonal that is added to the diagonal. H needs it to be invertible, and because it is
+# estimated from few tokens; without it in G, single outputs with large gradients would dominate the costs.
 DAMPING_INPUTS, DAMPING_GRADIENTS = 0.1, 3.0
-# Channels go in so many rounds; within one they are taken as independent.
+# Number of rounds in which channels are removed; those of one round are treated as independent.
 ROUNDS = 32
 
 
@@ -28,33 +28,33 @@ def second_moment(x_TC: jax.Array) -> jax.Array:
 
 
 def damped(matrix_CC: jax.Array, damping: float) -> jax.Array:
-  """The matrix + damping · the mean of its diagonal's entries above 0, on the diagonal."""
+  """Adds damping · (mean of the positive diagonal entries) to the diagonal of the matrix."""
   diagonal_C = jnp.diagonal(matrix_CC)
   mean = diagonal_C.sum() / jnp.maximum((diagonal_C > 0).sum(), 1)
   return matrix_CC + jnp.maximum(damping * mean, 1e-30) * jnp.eye(len(diagonal_C))
 
 
 def inverse(matrix_CC: jax.Array) -> jax.Array:
-  """Of a symmetric positive definite matrix."""
+  """The inverse of a symmetric positive definite matrix."""
   factor = jax.scipy.linalg.cho_factor(matrix_CC)
   return jax.scipy.linalg.cho_solve(factor, jnp.eye(matrix_CC.shape[0]))
 
 
 def _remove(weight_DC: jax.Array, inverse_CC: jax.Array, columns_B: jax.Array, present_B: Any) -> Any:
-  """Weight and inverse after the columns have gone and the others have been corrected.
+  """Weight and inverse after removing the columns and correcting the others.
 
-  A column that is not `present` any more stays as it is; its row and column of the inverse are zero.
+  A column that is no longer `present` is not changed; its row and column of the inverse are zero.
   """
   block_BB = inverse_CC[columns_B][:, columns_B] + jnp.where(present_B, 0.0, 1.0) * jnp.eye(len(columns_B))
   solved_BC = jnp.linalg.solve(block_BB, inverse_CC[columns_B])
   weight_DC -= weight_DC[:, columns_B] @ solved_BC
   inverse_CC -= inverse_CC[:, columns_B] @ solved_BC
-  # Zero but for rounding, which would grow.
+  # These are zero up to rounding errors, which would grow.
   return weight_DC.at[:, columns_B].set(0.0), inverse_CC.at[columns_B].set(0.0).at[:, columns_B].set(0.0)
 
 
 def channel_costs(weight_DF: jax.Array, inputs_FF: jax.Array, gradients_DD: jax.Array) -> jax.Array:
-  """Cost of every channel [F] when those with lower cost have gone before it: never falls in that order."""
+  """Cost of each channel [F] after removing those of lower cost; it never decreases in that order."""
   F = weight_DF.shape[1]
   size = -(-F // ROUNDS)
   gradients_DD = damped(gradients_DD, DAMPING_GRADIENTS)
@@ -87,7 +87,7 @@ def channel_costs(weight_DF: jax.Array, inputs_FF: jax.Array, gradients_DD: jax.
 
 
 def group_costs(weight_DKGH: jax.Array, inputs_CC: jax.Array, gradients_DD: jax.Array) -> jax.Array:
-  """Cost of every KV group [K], C = K·G·H its columns; in the order of removal as in `channel_costs`."""
+  """Cost of each KV group [K] in the order of removal, as in `channel_costs`; C = K·G·H columns in all."""
   D, K = weight_DKGH.shape[:2]
   columns_KB = jnp.arange(weight_DKGH[0].size).reshape(K, -1)
   gradients_DD = damped(gradients_DD, DAMPING_GRADIENTS)

@@ -1,6 +1,6 @@
-"""What a pruning keeps, layer by layer, in the numbering of the model it started from.
+"""The groups that a pruning keeps, layer by layer, in the numbering of the original model.
 
-Numpy only.
+NumPy only.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ class LayerWidths(TypedDict):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrunePlan:
-  """Masks of what is kept: `kv[l]` over the KV groups [K_l] of layer l, `ffn[l]` over its channels [F_l].
+  """Masks of kept groups: `kv[l]` over the KV groups [K_l] of layer l, `ffn[l]` over its channels [F_l].
 
-  A layer of which neither a group nor a channel is kept is gone, its norms too.
+  A layer that keeps no groups and no channels is removed, including its norms.
   """
 
   kv: tuple[np.ndarray, ...]
@@ -50,14 +50,14 @@ class PrunePlan:
 
   @property
   def present(self) -> np.ndarray:
-    """The layers that are not gone, bool [L]."""
+    """The layers that are not removed, bool [L]."""
     return (self.kv_widths > 0) | (self.ffn_widths > 0)
 
   def pruned_config(self, config: ModelConfig) -> ModelConfig:
-    """The config of the compacted model, without the layers that are gone.
+    """The config of the compacted model, without the removed layers.
 
-    `config` is the one that the plan numbers. Raises InputError if no layer is left, or a layer is left
-    without KV groups or without channels.
+    `config` is the original model's, whose numbering the plan uses. Raises InputError if no layer remains,
+    or if a remaining layer has no KV groups or no channels.
     """
     widths = list(zip(config.layers, self.kv_widths, self.ffn_widths, strict=True))
     return config.with_layers(
@@ -69,13 +69,13 @@ class PrunePlan:
     )
 
   def widths(self, config: ModelConfig) -> LayerWidths:
-    """num_heads, num_kv_heads and ffn of every layer of `config`, which the plan numbers; 0 where gone."""
+    """num_heads, num_kv_heads and ffn of every layer of the original model `config`; 0 if removed."""
     kv = self.kv_widths.tolist()
     heads = [k * s.group_size for k, s in zip(kv, config.layers, strict=True)]
     return {'num_heads': heads, 'num_kv_heads': kv, 'ffn': self.ffn_widths.tolist()}
 
   def without_layer(self, layer: int) -> 'PrunePlan':
-    """This plan with one more layer gone."""
+    """This plan with one more layer removed."""
 
     def emptied(masks: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
       return tuple(np.zeros_like(m) if i == layer else m for i, m in enumerate(masks))
@@ -87,7 +87,7 @@ class PrunePlan:
     return count_params(self.pruned_config(config))
 
   def relative_to(self, earlier: 'PrunePlan') -> 'PrunePlan':
-    """This plan in the numbering of the model that `earlier` compacted, which lacks the layers gone there."""
+    """This plan in the numbering of the model compacted to `earlier`, without the layers removed there."""
 
     def renumber(now: tuple[np.ndarray, ...], then: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
       if any(np.any(n & ~t) for n, t in zip(now, then, strict=True)):
@@ -101,7 +101,7 @@ class PrunePlan:
     return all(map(np.array_equal, self.kv + self.ffn, other.kv + other.ffn))
 
   def to_json(self) -> dict[str, Any]:
-    """{'layers': [{'kv_groups': kept indices, 'ffn_channels': kept indices}, ...]}; both empty if gone."""
+    """{'layers': [{'kv_groups': kept indices, 'ffn_channels': kept indices}, ...]}; both empty if removed."""
     return {
       'layers': [
         {'kv_groups': np.flatnonzero(k).tolist(), 'ffn_channels': np.flatnonzero(f).tolist()}
@@ -111,7 +111,7 @@ class PrunePlan:
 
   @classmethod
   def from_json(cls, data: dict[str, Any], config: ModelConfig) -> 'PrunePlan':
-    """Reads `to_json`; raises InputError where it does not fit `config`."""
+    """Reads the result of `to_json`; raises InputError if it does not fit `config`."""
     layers = data['layers']
     if len(layers) != config.num_layers:
       raise InputError(f'the plan has {len(layers)} layers, the model {config.num_layers}')
@@ -137,9 +137,9 @@ class PrunePlan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PruneState:
-  """Where the schedule stands: one schedule over all stages.
+  """The state of the schedule; one schedule covers all stages.
 
-  plan: what is kept. sparsity: s_l [L], float64. step: pruning steps taken since the run began.
+  plan: the groups kept. sparsity: s_l [L], float64. step: pruning steps since the start of the run.
   """
 
   plan: PrunePlan
@@ -168,8 +168,8 @@ def keep_best(
 ) -> PrunePlan:
   """Narrows `plan` to the given widths [L], keeping each layer's highest-scored groups.
 
-  Scores are [L, K] and [L, F], padded to the widest layer; what the plan has removed stays
-  removed whatever its score; among equals the lower index stays.
+  Scores are [L, K] and [L, F], padded to the widest layer. Removed groups stay removed, whatever their
+  score. Of equal scores the lower index is kept.
   """
 
   def best(mask: np.ndarray, scores: np.ndarray, width: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The programs of pruning and their arguments, as a run's options ask for them: for runs and estimates."""
+"""Builds the programs of pruning and their arguments from a run's options, for runs and estimates."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from adapt_jax.pruning.scorer import Scorer
 def scoring(
   config: ModelConfig, options: PruneOptions, dtype: Any, method: type[Method] | None = None
 ) -> Scorer:
-  """The program that scores groups and layers by what the method asks for; `method`: not the one named."""
+  """The program that scores groups and layers for the method; `method` overrides the one in `options`."""
   found = method or METHODS[options.method]
   return Scorer(
     config,
@@ -32,7 +32,7 @@ def scoring(
 
 
 def importance(options: PruneOptions) -> Importance:
-  """The score that decides: the method's own, or the one that options name."""
+  """The importance that is used: the method's own, or the one in `options`."""
   return find_importance(METHODS[options.method].importance or options.importance)
 
 
@@ -42,11 +42,11 @@ def compensation(config: ModelConfig, options: PruneOptions, dtype: Any) -> Comp
 
 
 def calibration_tokens(options: CalibrationOptions) -> jax.ShapeDtypeStruct:
-  """Shape and place of the tokens [samples, length] that both programs take."""
+  """Shape, dtype and sharding of the tokens [samples, length] that both programs take."""
   shape = (options.samples, options.length)
   return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding())
 
 
 def micro_batch(options: CalibrationOptions) -> int:
-  """Rows that go through a layer at once, over all devices."""
+  """Rows that a layer processes at once, over all devices."""
   return rows_at_once(options.samples, options.batch)

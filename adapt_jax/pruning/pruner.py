@@ -1,7 +1,7 @@
-"""The pruning loop, whatever the method.
+"""The pruning loop, shared by all methods.
 
-Each step scores all groups and layers on freshly drawn calibration rows, lets the method of
-`config.prune.method` decide what goes, and zeroes that. Shapes never change inside the loop.
+Each step scores all groups and layers on newly drawn calibration rows, lets the method of
+`config.prune.method` choose what to remove, and sets it to zero. Shapes never change inside the loop.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ from adapt_jax.pruning.scores import Scores
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-  """What one pruning step saw and did.
+  """The scores and the result of one pruning step.
 
-  `layer_importance` is I of section 3, larger = more important; `sparsity` what the schedule has reached,
-  or the share of a layer's groups that is gone; widths are of every layer of the dense model.
+  `layer_importance` is I of section 3, larger = more important. `sparsity` is that of the schedule, or the
+  removed share of a layer's prunable parameters. Widths are given for every layer of the dense model.
   """
 
   step: int
@@ -57,12 +57,12 @@ def steps(
   target: int,
   score: Callable[[PruneState], Scores],
 ) -> Iterator[tuple[Scores, PruneState]]:
-  """Steps of `method` until at most `target` parameters are left: what each saw, and the state after it.
+  """Runs steps of `method` until at most `target` parameters remain; yields each step's scores and new state.
 
   Args:
-    config: the dense model, which `state.plan` numbers.
-    target: stored parameters; how closely it is landed on is the method's matter.
-    score: the scores of the model as a state's plan leaves it, on the host.
+    config: the dense model, whose numbering `state.plan` uses.
+    target: stored parameters; the method determines how closely it is reached.
+    score: returns the scores of the model at a state's plan, on the host.
   """
   while state.plan.params(config) > target:
     scores = score(state)
@@ -71,7 +71,7 @@ def steps(
 
 
 def _agreed(state: PruneState, config: ModelConfig) -> PruneState:
-  """The first process's: arithmetic on another host may round otherwise."""
+  """The first process's state, used by all: arithmetic on another host may round differently."""
   if jax.process_count() == 1:
     return state
   return PruneState.from_json(decide(state.to_json), config)
@@ -80,22 +80,22 @@ def _agreed(state: PruneState, config: ModelConfig) -> PruneState:
 class Pruner:
   """Prunes one model, stage by stage.
 
-  With `options.compat = 'reference'` it does what the authors' program does wrong: query heads credited
-  to KV group h mod K, Euclidean and Manhattan distances negated, sparsities and starting widths anew at
-  every stage, and the first step at or below the target kept as it is. Not reproduced: its double
-  count of tied embeddings (MobileLLM only) and fp16 scoring.
+  `options.compat = 'reference'` reproduces errors of the authors' program: query heads are credited to KV
+  group h mod K, Euclidean and Manhattan distances are negated, sparsities and starting widths are reset at
+  every stage, and the first step at or below the target is kept unchanged. Not reproduced are its double
+  count of tied embeddings (MobileLLM only) and its fp16 scoring.
 
   Args:
-    config: the model at its original widths, which the plan numbers.
+    config: the model at its original widths, whose numbering the plan uses.
     options: `config.prune`.
     blocks: the calibration rows to draw from.
-    seed: of the draws; a draw depends on (seed, step) alone.
-    compiler: counts the one scoring compile.
-    dtype: of weights and activations while scoring.
-    memo: of scores, shared with pruners of the same weights.
-    method: in place of the one that options name.
+    seed: seed of the draws; a draw depends only on (seed, step).
+    compiler: counts compiles as `scoring` and `compensation`.
+    dtype: dtype of weights and activations during scoring.
+    memo: cache of scores, shared with pruners of the same weights.
+    method: overrides the method in `options`.
 
-  `importance` and `distance` are the names of the groups' and layers' scores.
+  The attributes `importance` and `distance` are the names of the groups' and layers' scores.
   """
 
   def __init__(
@@ -125,13 +125,13 @@ class Pruner:
 
   @property
   def smallest(self) -> int:
-    """The lowest target, in parameters, that is sure to be reached."""
+    """The lowest target, in parameters, that can always be reached."""
     return self._method.smallest()
 
   def score(self, stacked: Params, step: int, plan: PrunePlan | None = None) -> Scores:
-    """`Scores` as numpy arrays on the rows that `step` draws; InputError if any is not finite.
+    """Returns `Scores` as NumPy arrays on the rows of `step`; raises InputError if any is not finite.
 
-    `plan`: what `stacked` keeps of the model's own weights, where the memo may answer.
+    `plan`: the groups that `stacked` keeps of the original weights, if the memo may be used.
     """
     rows = self._draw(step)
     if self._memo is None or plan is None:
@@ -159,22 +159,22 @@ class Pruner:
     return scores
 
   def _key(self, plan: PrunePlan, rows: np.ndarray) -> tuple[Scorer, bytes]:
-    """All that a pass over the model's own weights depends on: seed and step only by the rows they draw."""
+    """All that a pass over the original weights depends on; seed and step matter only through the rows."""
     digest = hashlib.sha256()
     for array in (*surgery.padded_masks(plan), self.blocks.tokens[rows]):
       digest.update(repr(array.shape).encode() + array.tobytes())
     return self._scorer, digest.digest()
 
   def _draw(self, step: int) -> np.ndarray:
-    """Which calibration rows one step takes, [S]."""
+    """Indices of the calibration rows of one step, [S]."""
     return self.blocks.draw(self.options.calibration.samples, self._seed, step)
 
   def _tokens(self, rows: np.ndarray) -> jax.Array:
-    """These rows, [S, T]."""
+    """The tokens of these rows, [S, T]."""
     return mesh.put_rows(rows, lambda ids: (self.blocks.tokens[ids],))[0]
 
   def stack(self, params: Params, compacted: PrunePlan) -> Params:
-    """What `prune` takes, of the parameters that `compacted` left (`surgery.stack`)."""
+    """The input of `prune`, from parameters compacted to `compacted` (see `surgery.stack`)."""
 
     def stack(params: Params) -> Params:
       return surgery.stack(params, compacted, self._dtype)
@@ -182,7 +182,7 @@ class Pruner:
     return mesh.jit(stack, params, once=True)(params)
 
   def _without(self, stacked: Params, plan: PrunePlan) -> Params:
-    """`stacked`, which is used up, with what the plan removes set to zero."""
+    """`stacked`, which is donated, with the groups that the plan removes set to zero."""
     masks = surgery.padded_masks(plan)
     if self._zero is None:
       self._zero = mesh.jit(surgery.zero_stacked, stacked, *masks, donate_argnums=(0,))
@@ -200,7 +200,7 @@ class Pruner:
     )
 
   def next_stage(self, state: PruneState) -> PruneState:
-    """The schedule as the next stage takes it up: as it is, or from zero as the reference does."""
+    """The schedule's state for the next stage: unchanged, or with zero sparsities as in the reference."""
     if not self._as_reference:
       return state
     return dataclasses.replace(state, sparsity=np.zeros_like(state.sparsity))
@@ -213,20 +213,20 @@ class Pruner:
     target: int,
     title: str,
   ) -> Iterator[tuple[PruneState, StepRecord]]:
-    """Steps until the model has at most `target` parameters: the state after each, and its record.
+    """Runs steps until the model has at most `target` parameters; yields each state and its record.
 
     Args:
-      stacked: from `stack`; used up.
-      compacted: the plan of it; `state.plan` may already keep less (after a resume).
-      target: stored parameters; how closely it is landed on is the method's matter.
-      title: of the progress bar.
+      stacked: from `stack`; donated.
+      compacted: the plan of `stacked`; `state.plan` may already keep less (after a resume).
+      target: stored parameters; the method determines how closely it is reached.
+      title: title of the progress bar.
     """
     before = state.plan.params(self.config)
     method = self._method
     if self._as_reference:
-      # Its schedule starts anew, from the present widths, at every stage.
+      # The reference restarts its schedule at every stage, from the current widths.
       method = self._kind(compacted.pruned_config(self.config), self.options)
-    # Until the first compaction the weights are the model's own: no training has touched them.
+    # Until the first compaction the weights are the original ones: nothing has trained them.
     own = compacted.equals(PrunePlan.dense(self.config))
 
     def score(state: PruneState) -> Scores:
@@ -245,7 +245,7 @@ class Pruner:
   def _changes(
     self, params: Params, compacted: PrunePlan, plan: PrunePlan, rows: np.ndarray
   ) -> dict[str, jax.Array]:
-    """Of a `Compensator` on these calibration rows."""
+    """The changes that a `Compensator` computes on these calibration rows."""
     stacked, masks = self.stack(params, compacted), surgery.padded_masks(plan)
     tokens = self._tokens(rows)
     if self._compensation is None:
@@ -259,10 +259,10 @@ class Pruner:
     return changes
 
   def compensate(self, params: Params, compacted: PrunePlan, plan: PrunePlan, step: int) -> Params:
-    """`params`, which `compacted` left, made up for what `plan` takes from them, as prune.compensate says.
+    """Adjusts `params`, compacted to `compacted`, for what `plan` removes from them, by prune.compensate.
 
-    The rows are those that `step` draws. What `plan` removes is still there. Raises InputError if the
-    result is not finite.
+    Uses the rows of `step`. The result still contains the groups that `plan` removes. Raises InputError if
+    it is not finite.
     """
     kind = self.options.compensate
     if kind == 'none' or plan.equals(compacted):
@@ -272,7 +272,7 @@ class Pruner:
     def compute() -> dict[str, jax.Array]:
       return self._changes(params, compacted, plan, rows)
 
-    # As with scores: until the first compaction the weights are the model's own.
+    # As for scores: until the first compaction the weights are the original ones.
     if self._memo is None or not compacted.equals(PrunePlan.dense(self.config)):
       changes: Any = compute()
     else:

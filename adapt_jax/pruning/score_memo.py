@@ -1,4 +1,4 @@
-"""Scores and corrections that pruners of the same weights share: neither is computed twice."""
+"""A cache of scores and corrections, shared by pruners of the same weights."""
 
 import collections
 from collections.abc import Callable
@@ -8,15 +8,15 @@ import numpy as np
 
 from adapt_jax.pruning.scores import Scores
 
-_MOST_BYTES = 2**28  # of remembered scores: about 1,400 passes over a model of 135M parameters
-_MOST_CHANGES = 2**30  # bytes of a remembered correction: one of a model of 135M parameters has 150 MB
+_MOST_BYTES = 2**28  # of cached scores: about 1,400 passes over a model of 135M parameters
+_MOST_CHANGES = 2**30  # bytes of a cached correction: that of a model of 135M parameters has 150 MB
 Changes = dict[str, np.ndarray]  # of weights, from a `compensate.Compensator`
 
 
 class ScoreMemo:
-  """Scores by all that they depend on, on the host; those used last are forgotten last.
+  """A least-recently-used cache of scores on the host; the key is everything that scores depend on.
 
-  computed, remembered: how many scoring passes ran, and how many were answered from here.
+  computed, remembered: how many scoring passes ran, and how many were answered from the cache.
   """
 
   def __init__(self, most_bytes: int = _MOST_BYTES):
@@ -26,7 +26,7 @@ class ScoreMemo:
     self.computed = self.remembered = 0
 
   def get(self, key: Any, compute: Callable[[], Scores]) -> Scores:
-    """The scores of `key`, computed if they are not known."""
+    """The scores of `key`, computed if they are not cached."""
     if key in self._found:
       self._found.move_to_end(key)
       self.remembered += 1
@@ -39,9 +39,9 @@ class ScoreMemo:
     return scores
 
   def changes(self, key: Any, compute: Callable[[], Changes]) -> Changes:
-    """The correction of `key`, computed if it is not the one that was asked for last."""
+    """The correction of `key`, computed unless it was the last one requested."""
     if self._last is None or self._last[0] != key:
-      self._last = None  # before the next one is there
+      self._last = None  # freed before the next one is computed
       found = compute()
       if sum(x.nbytes for x in found.values()) > _MOST_CHANGES:
         return found

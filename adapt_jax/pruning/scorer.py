@@ -1,9 +1,9 @@
 """Scores of all groups and distances of all layers in one forward and one backward pass.
 
-Scoring runs on parameters stacked over layers at their original widths (`surgery.stack`), pruned
-groups being zeros, so one program serves every step and stage of a run. The backward pass is a
-reverse scan over layers: each layer's gradient is reduced to group scores and dropped, so that the
-peak is the weights, the layers' inputs on the calibration batch and one layer's gradient.
+Scoring uses parameters stacked over layers at their original widths (`surgery.stack`), with pruned
+groups set to zero, so all steps and stages of a run share one program. The backward pass is a reverse
+scan over layers: each layer's gradient is reduced to group scores and discarded, so peak memory is the
+weights, the layers' inputs on the calibration batch and one layer's gradient.
 """
 
 import dataclasses
@@ -30,19 +30,19 @@ from adapt_jax.training.loss import (
   sum_over_chunks,
 )
 
-# Mean and variance over tokens of what enters o_proj and down_proj, by column: {'o': …, 'down': …}.
+# Mean and variance over tokens of the inputs of o_proj and down_proj, by column: {'o': …, 'down': …}.
 Moments = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def _moments(x_TC: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Mean and variance of every column, in fp32; in two passes: E[x²] − E[x]² would cancel."""
+  """Mean and variance of every column, in fp32; in two passes, since E[x²] − E[x]² loses precision."""
   x_TC = x_TC.astype(jnp.float32)
   mean_C = x_TC.mean(0)
   return mean_C, jnp.square(x_TC - mean_C).mean(0)
 
 
 def _merge(mean_MC: jax.Array, variance_MC: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Moments of all tokens from those of equally large parts."""
+  """Combines the moments of equally large parts into those of all tokens."""
   return mean_MC.mean(0), variance_MC.mean(0) + mean_MC.var(0)
 
 
@@ -52,9 +52,9 @@ class Scorer:
 
   Args:
     config: the model at its original widths; all layers need the same number of query heads per KV head.
-    micro_batch: rows that go through a layer at once; divides the number of calibration rows.
-    importance: a name of `criteria.IMPORTANCES`, or one of your own.
-    dtype: of weights and activations; gradients are summed and scored in fp32.
+    micro_batch: rows that a layer processes at once; must divide the number of calibration rows.
+    importance: a name in `criteria.IMPORTANCES`, or an `Importance`.
+    dtype: dtype of weights and activations; gradients are summed and scored in fp32.
     reference_fold: see `group_scores`.
   """
 
@@ -67,7 +67,7 @@ class Scorer:
 
   @property
   def shape(self) -> LayerShape:
-    """The widest layer's shape, to which all are padded."""
+    """The shape to which all layers are padded: the largest widths of any layer."""
     sizes = {s.group_size for s in self.config.layers}
     if len(sizes) > 1:
       raise InputError(
@@ -105,7 +105,7 @@ class Scorer:
     scale: float,
     *extras_MBT: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
-    """`scale` times the sum of a loss over all next tokens, and its gradient for x; extras go to the loss."""
+    """`scale` times the sum of a loss over all next tokens, and its gradient in x; the loss gets `extras`."""
 
     def micro(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
       x_BTD, tokens_BT, *extras = xs
@@ -124,7 +124,7 @@ class Scorer:
   def _forward(
     self, stacked: Params, tokens_MBT: jax.Array, tables: tuple[jax.Array, jax.Array]
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
-    """The last layer's output, and of every layer the input, the distance and what `columns` need."""
+    """The last layer's output and, for every layer, the input, the distance and the moments for `columns`."""
     config, shape, measure = self.config, self.shape, DISTANCES[self.distance]
     collect = find_importance(self.importance).columns is not None
 
@@ -204,13 +204,13 @@ class Scorer:
   def _curvature_scores(
     self, stacked: Params, tokens_MBT: jax.Array, tables: tuple[jax.Array, jax.Array]
   ) -> Scores:
-    """No gradient of any weight is taken; where rows are many they pass in parts, to hold less of them."""
+    """Scores without any weight gradients; processes many rows in parts, to hold fewer of them at once."""
     layers, (M, B, T) = stacked['layers'], tokens_MBT.shape
-    # Always the same draws: equal rows have equal scores.
+    # The draws are always the same, so that equal rows have equal scores.
     uniform_MBT = jax.random.uniform(jax.random.key(0), tokens_MBT.shape)
 
     def forward(tokens_MBT: jax.Array, uniform_MBT: jax.Array) -> tuple[jax.Array, ...]:
-      """The inputs of all layers, the gradient at the end, and shares of the distances and the loss."""
+      """The inputs of all layers, the last output's gradient, and shares of the distances and the loss."""
       x_MBTD, (inputs_LMBTD, distance_L, _) = self._forward(stacked, tokens_MBT, tables)
       scale = 1 / (M * B * (T - 1))
       loss, gradient_MBTD = self._head(stacked, x_MBTD, tokens_MBT, fisher_cross_entropy, scale, uniform_MBT)
@@ -259,14 +259,14 @@ class Scorer:
     return jax.lax.scan(part, start, parts)[0]
 
   def _moment_sizes(self) -> tuple[int, int, int, int]:
-    """Rows of the second moments of a layer: inputs of o_proj and down_proj, gradients at their outputs."""
+    """Sizes of a layer's second moments: inputs of o_proj and down_proj, gradients at their outputs."""
     D = self.config.hidden_size
     return self.shape.num_heads * self.config.head_dim, self.shape.ffn, D, D
 
   def _parts(self, M: int, B: int, T: int) -> int:
-    """In how many parts M micro-batches pass the layers, with the moments of all layers held between them.
+    """The number of parts in which M micro-batches are processed, keeping all layers' moments between parts.
 
-    One where that would hold no less than the inputs of all layers, of all rows, do.
+    It is 1 if more parts would need no less memory than the inputs of all layers for all rows.
     """
     L, D = self.config.num_layers, self.config.hidden_size
     moments = L * 4 * sum(n * n for n in self._moment_sizes())
@@ -293,7 +293,7 @@ class Scorer:
       )
       _, pull_feed, down_TF = jax.vjp(lambda x: llama.feed(config, shape, layer, x), middle, has_aux=True)
       middle_g_BTD = pull_feed(g_BTD)[0]
-      # Gradients of the sum over tokens, not the mean: their squares would leave the range of fp32.
+      # Gradients of the sum over tokens: squared gradients of the mean would leave the range of fp32.
       outputs = [tokens * g.reshape(-1, D) for g in (middle_g_BTD, g_BTD)]
       moments = [curvature.second_moment(x) for x in (o_TC, down_TF, *outputs)]
       return jax.tree.map(jnp.add, sums, moments), pull_attend(middle_g_BTD)[0]

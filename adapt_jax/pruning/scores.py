@@ -1,4 +1,4 @@
-"""What one scoring pass tells, on the host or on the device."""
+"""The results of one scoring pass, on the host or on the device."""
 
 from typing import Any, NamedTuple
 
@@ -8,8 +8,8 @@ class Scores(NamedTuple):
 
   kv [L, K] and ffn [L, F]: importance of every group. distance [L]: mean over tokens of the layer's
   distance between input and output, larger = more change. loss: mean next-token cross-entropy, nats.
-  o_columns [L, K, G, H]: what `kv` sums over o_proj's columns, of importances that are made of them; else
-  None.
+  o_columns [L, K, G, H]: scores of o_proj's columns, which `kv` sums, for importances that score columns;
+  else None.
   """
 
   kv: Any

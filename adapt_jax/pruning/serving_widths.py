@@ -1,4 +1,4 @@
-"""Widths that the program which will run the model, and the mesh, can work with (`prune.serve`)."""
+"""Widths that the serving program and the mesh support (`prune.serve`)."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ def aligned(options: RunOptions) -> RunOptions:
 
 
 def check_model(serve: str, config: ModelConfig) -> None:
-  """Raises InputError where a layer, which pruning may leave whole, is not what `serve` asks for."""
+  """Raises InputError if `serve` does not allow a layer's widths, which pruning may leave unchanged."""
   asked = serving_multiples(serve)
   for i, shape in enumerate(config.layers):
     for name, width, of in (

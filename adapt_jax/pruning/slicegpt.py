@@ -1,16 +1,17 @@
-"""SliceGPT: Ashkboos et al., arXiv 2401.15024. A narrower residual stream, by principal components.
+"""SliceGPT: Ashkboos et al., arXiv 2401.15024. Narrows the residual stream to its principal components.
 
-A norm whose gains are folded into the projections behind it commutes with a rotation. So the stream between
-two blocks may be rotated to its principal components, by a matrix of its own, of which the first d columns
-Q [D, d] stay. Everything that reads or writes the stream is multiplied by Q, and what goes past a block, from
-Q to the next Q', by Qᵀ Q' [d, d]. Layer by layer and before the norm, as in the authors' program: each Q is
-of the stream that the sliced layers before it leave. (Section 3.3 has it after the norm: worse on SmolLM2.)
-The matrices between count as parameters. So a model has V·d + L·((2N + 2K)·H·d + 3·F·d) + 2L·d² of them, and
-d² more with tied tables, V·d more without.
+A norm whose gains are folded into the following projections commutes with a rotation. So the stream between
+two blocks can be rotated to its principal components, and only the first d columns Q [D, d] of that rotation
+are kept. Weights that read or write the stream are multiplied by Q, and the shortcut around a block, from Q
+to the next Q', by Qᵀ Q' [d, d]. As in the authors' program, Q is computed layer by layer and before the norm,
+on the output of the sliced layers before it. (Section 3.3 computes it after the norm: worse on SmolLM2.) The
+shortcut matrices count as parameters, so a model has V·d + L·((2N + 2K)·H·d + 3·F·d) + 2L·d² parameters, and
+d² more with tied embeddings or V·d more without.
 
-The paper has no tied tables. Here the head is the sliced embedding E' = E Q₀ after one more matrix M [d, d],
-that of least squares over the table's rows: E' M ≈ E γ Q. And Q₀ is of the sum of two second moments, each
-over its trace: of the embeddings, and of the dense model's final hidden states, which meet the same table.
+The paper does not treat tied embeddings. Here the head is the sliced embedding E' = E Q₀ times one more
+matrix M [d, d], the least-squares solution of E' M ≈ E γ Q over the table's rows. Q₀ is computed from the sum
+of two second moments, each divided by its trace: that of the embeddings and that of the dense model's final
+hidden states, which are multiplied by the same table.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from adapt_jax.models.network.layers import rms_norm
 from adapt_jax.models.network.llama import Params
 
 METHOD = 'slicegpt'
-# Block -> its norm, what reads the stream by its last axis, and what writes to it by its first.
+# Block -> its norm, the weights that read the stream (last axis) and those that write to it (first axis).
 _BLOCKS = {
   'attention': ('attention_norm', ('q', 'k', 'v'), ('o', 'o_bias')),
   'mlp': ('mlp_norm', ('gate', 'up'), ('down', 'down_bias')),
@@ -38,7 +39,7 @@ _BLOCKS = {
 
 
 def sliced_config(config: ModelConfig, width: int) -> ModelConfig:
-  """The model with `width` numbers left of its residual stream."""
+  """The config of the model with a residual stream of `width` numbers."""
   return dataclasses.replace(config, hidden_size=width, sliced_from=config.hidden_size)
 
 
@@ -51,12 +52,12 @@ def width_for(config: ModelConfig, target: int) -> int:
 def slice_model(
   config: ModelConfig, params: Params, tokens: jax.Array, width: int, *, dtype: Any, compiler: Compiler
 ) -> Params:
-  """The parameters of `sliced_config(config, width)`, each in the dtype that it had.
+  """The parameters of `sliced_config(config, width)`, each in its original dtype.
 
   Args:
-    params: of a model that is not sliced.
-    tokens: calibration rows [M, B, T]; B of them pass a layer at once.
-    dtype: of activations.
+    params: parameters of a model that is not sliced.
+    tokens: calibration rows [M, B, T]; a layer processes B of them at once.
+    dtype: dtype of activations.
     compiler: counts compiles as `slicing`, one for each kind of block and shape of layer.
 
   Raises `Preempted` between layers.
@@ -77,7 +78,7 @@ def slice_model(
 
 
 def _of_both(stream: '_Stream') -> np.ndarray:
-  """The second moment of what enters the dense model and of what leaves it, alike. Uses up the stream."""
+  """The sum of the second moments of embeddings and final states, each over its trace. Uses up the stream."""
   entering, layers = stream.moment, stream.config.num_layers
   with Progress('slice: dense', layers, 'layers') as progress:
     for layer in range(layers):
@@ -90,7 +91,7 @@ def _of_both(stream: '_Stream') -> np.ndarray:
 
 
 def principal(moment_DD: Any, width: int) -> np.ndarray:
-  """The `width` eigenvectors of largest eigenvalue of a symmetric matrix, as columns [D, width]."""
+  """The eigenvectors of the `width` largest eigenvalues of a symmetric matrix, as columns [D, width]."""
   vectors = np.linalg.eigh(np.asarray(moment_DD, np.float64))[1]
   return vectors[:, ::-1][:, :width].astype(np.float32)
 
@@ -110,14 +111,14 @@ class _Stream:
     self.start()
 
   def start(self) -> None:
-    """The embeddings, before the first block."""
+    """Resets the stream to the embeddings, before the first block."""
     self._x = jnp.stack([llama.embed(self._params, rows, self._dtype) for rows in self._tokens])
     self.moment = jax.jit(_moment)(self._x)
 
   def through(self, block: str, layer: int, rotation_Dd: np.ndarray | None = None) -> None:
-    """Slices the stream, if there is a rotation, and sends it through a block of the dense model."""
+    """Slices the stream, if a rotation is given, and applies a block of the dense model to it."""
     shape, whole = self.config.layers[layer], np.eye(self.config.hidden_size, dtype=np.float32)
-    # Of orthonormal columns, so the norm of what is left is that of the sliced model.
+    # The columns are orthonormal, so the projected stream has the norm of the sliced model's stream.
     left_DD = whole if rotation_Dd is None else rotation_Dd @ rotation_Dd.T
     args = self._params['layers'][layer], left_DD, self._x
 
@@ -136,7 +137,7 @@ class _Stream:
     self._x, self.moment = self._programs[block, shape](*args)
 
   def final_moment(self) -> jax.Array:
-    """As `moment`, after the final norm."""
+    """Like `moment`, but after the final norm."""
 
     def of_normed(x_MBTD: jax.Array, weight_D: jax.Array) -> jax.Array:
       return _moment(rms_norm(x_MBTD, weight_D, self.config.rms_norm_eps))
@@ -156,7 +157,7 @@ def _moment(x_MBTD: jax.Array) -> jax.Array:
 
 
 def apply_rotations(params: Params, rotations: list[np.ndarray]) -> Params:
-  """The sliced parameters, by rotations [D, d] of the stream before every block, and after the last."""
+  """The sliced parameters, from the rotations [D, d] of the stream before every block and after the last."""
   pairs: Iterator[tuple[np.ndarray, np.ndarray]] = iter(zip(rotations[:-1], rotations[1:], strict=True))
   layers = []
   for layer in params['layers']:
@@ -185,6 +186,6 @@ def apply_rotations(params: Params, rotations: list[np.ndarray]) -> Params:
 
 
 def _times(a: Any, b: Any, dtype: Any) -> jax.Array:
-  """The sum over a's last axis and b's first, in `dtype`."""
+  """The product over a's last axis and b's first, in `dtype`."""
   a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
   return jnp.tensordot(a, b, 1, precision='highest').astype(dtype)

@@ -1,8 +1,8 @@
 """Removing, zeroing and restoring groups: pure functions on parameter pytrees.
 
-They work alike on parameters, gradients and optimizer moments, since all have the parameters' tree.
-A group's members (paper section 3.1): KV group k owns index k of the K axis of q, k, v, o and their
-biases; MLP channel c owns index c of the F axis of gate, up, down.
+They work on parameters, gradients and optimizer moments alike, since all have the same tree structure.
+A group's members (paper section 3.1): KV group k is index k of the K axis of q, k, v, o and the biases of
+q, k, v; MLP channel c is index c of the F axis of gate, up, down.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning.plan import PrunePlan
 
-# Leaf -> the axis that counts its groups. Leaves not named here are never pruned.
+# Leaf -> its group axis. Leaves not named here are never pruned.
 GROUP_AXES = {
   'attention': {'q': 0, 'k': 0, 'v': 0, 'o': 1, 'q_bias': 0, 'k_bias': 0, 'v_bias': 0},
   'mlp': {'gate': 0, 'up': 0, 'down': 1},
@@ -25,7 +25,7 @@ GROUP_AXES = {
 
 
 def map_groups(fn: Callable[[jax.Array, int, str], Any], layer: Params) -> Params:
-  """fn(leaf, group axis, 'attention' or 'mlp') over one layer's prunable leaves; the rest stay."""
+  """Applies fn(leaf, group axis, 'attention' or 'mlp') to a layer's prunable leaves; keeps the others."""
   out = dict(layer)
   for block, axes in GROUP_AXES.items():
     out[block] = {n: fn(x, axes[n], block) if n in axes else x for n, x in layer[block].items()}
@@ -37,9 +37,9 @@ def _masks(plan: PrunePlan, layer: int) -> dict[str, np.ndarray]:
 
 
 def compact(params: Params, plan: PrunePlan) -> Params:
-  """The parameters without what `plan` removes; `plan` is in these parameters' own numbering.
+  """The parameters without the groups that `plan` removes; `plan` uses the numbering of these parameters.
 
-  `layers` comes out shorter where whole layers are gone.
+  `layers` becomes shorter if whole layers are removed.
   """
 
   def layer(tree: Params, i: int) -> Params:
@@ -50,9 +50,9 @@ def compact(params: Params, plan: PrunePlan) -> Params:
 
 
 def zero(params: Params, plan: PrunePlan) -> Params:
-  """The parameters with what `plan` removes set to zero: the same function as `compact`.
+  """The parameters with the groups that `plan` removes set to zero: the same function as `compact`.
 
-  A layer without groups passes its input on; its norms stay.
+  A layer without groups returns its input unchanged; its norms are kept.
   """
 
   def layer(tree: Params, i: int) -> Params:
@@ -69,11 +69,11 @@ def _mask_axis(x: jax.Array, mask: Any, axis: int) -> jax.Array:
 
 
 def stack(params: Params, plan: PrunePlan, dtype: Any) -> Params:
-  """Compacted parameters back at their original places, zeros between, all layers stacked.
+  """Puts compacted parameters back at their original indices, with zeros between, and stacks all layers.
 
-  Layer leaves become [L, ...] at the widest layer's width: the fixed shape that scoring compiles for.
-  A layer that is gone is all zeros, which passes its input on. `params` are those that `plan` left;
-  other leaves are cast to `dtype` too.
+  Layer leaves become [L, ...] at the widest layer's width: the fixed shape that scoring is compiled for.
+  A removed layer is all zeros and returns its input unchanged. `params` are compacted to `plan`; other
+  leaves are also cast to `dtype`.
   """
   widest = {'attention': max(map(len, plan.kv)), 'mlp': max(map(len, plan.ffn))}
 
@@ -110,7 +110,7 @@ def zero_stacked(stacked: Params, kv_LK: jax.Array, ffn_LF: jax.Array) -> Params
 
 
 def padded_masks(plan: PrunePlan) -> tuple[np.ndarray, np.ndarray]:
-  """The plan's masks as two rectangles [L, K] and [L, F], False beyond a narrower layer's width."""
+  """The plan's masks as two arrays [L, K] and [L, F], False beyond a narrower layer's width."""
 
   def pad(masks: tuple[np.ndarray, ...]) -> np.ndarray:
     out = np.zeros((len(masks), max(map(len, masks))), bool)
@@ -122,7 +122,7 @@ def padded_masks(plan: PrunePlan) -> tuple[np.ndarray, np.ndarray]:
 
 
 def with_output_bias(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-  """The same function with biases [D] on o_proj and down_proj: zeros of the weight's dtype where it has none.
+  """Adds missing biases [D] to o_proj and down_proj, zeros of the weight's dtype: the same function.
 
   A bias belongs to no group, so no pruning removes it; training treats it as any other weight.
   """
@@ -139,7 +139,7 @@ def with_output_bias(config: ModelConfig, params: Params) -> tuple[ModelConfig, 
 
 
 def compact_optimizer(state: Any, params: Params, plan: PrunePlan) -> Any:
-  """The optimizer state of the surviving weights: every subtree shaped like `params` is compacted."""
+  """The optimizer state of the remaining weights: compacts every subtree with the structure of `params`."""
   treedef: Any = jax.tree.structure(params)
 
   def like_params(x: Any) -> bool:

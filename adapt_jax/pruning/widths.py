@@ -1,6 +1,6 @@
 """From layer importance to widths: the progressive schedule and the exact landing on a budget.
 
-Paper section 3 (Adapt-Pruner); formulas in the docstrings. Numpy only.
+Paper section 3 (Adapt-Pruner); the docstrings give the formulas. NumPy only.
 """
 
 import dataclasses
@@ -12,20 +12,20 @@ import numpy as np
 from adapt_jax.config.declare import MAX_SPARSITY
 from adapt_jax.models.config import ModelConfig, channel_params, count_params, kv_group_params, layer_params
 
-# Steps' worth that the landing may take on one set of scores, where a KV group had to be passed over.
+# The most steps that the landing may take on one set of scores, if a KV group had to be skipped.
 MAX_LANDING = 2.0
-# Position, among removals, of those in layers that a step spares: after all the others.
+# Position of removals in layers that a step does not prune: after all other removals.
 _SPARED = 1e18
 
-# (position in the order, layer, is_kv, width that is left)
+# (position in the order, layer, is_kv, remaining width)
 Removal = tuple[float, int, bool, int]
 
 
 def normalise(importance: np.ndarray) -> np.ndarray:
-  """Î = (I − mean I) / max|I − mean I|, in [−1, 1]; all zero where all layers are equal."""
+  """Î = (I − mean I) / max|I − mean I|, in [−1, 1]; all zeros if all layers are equal."""
   centred = importance.astype(np.float64) - importance.mean(dtype=np.float64)
   largest = np.abs(centred).max()
-  # Differences at the level of rounding are no information about the layers.
+  # Differences the size of rounding errors say nothing about the layers.
   if largest <= 1e-12 * max(1.0, float(np.abs(importance).max())):
     return np.zeros_like(centred)
   return centred / largest
@@ -56,9 +56,9 @@ class Allocator:
 
   Args:
     config: the model that sparsities refer to (the start of the whole schedule).
-    align_ffn: MLP widths are kept at multiples of this (a layer's full width is also allowed).
-    align_kv: KV heads likewise.
-    exact: land on the budget; without, stop at the first step at or below it, as the reference does.
+    align_ffn: MLP widths are multiples of this (a layer's full width is also allowed).
+    align_kv: the same for KV heads.
+    exact: land on the budget; if False, stop at the first step at or below it, as the reference does.
   """
 
   def __init__(self, config: ModelConfig, align_ffn: int = 1, align_kv: int = 1, *, exact: bool = True):
@@ -81,9 +81,9 @@ class Allocator:
     return int(self._fixed + widths.kv @ self.kv_cost + widths.ffn.sum() * self.ffn_cost)
 
   def widths(self, sparsity: np.ndarray) -> Widths:
-    """keep = floor(width · (1 − s)); only whole KV groups go; at least one block of each stays."""
+    """keep = floor(width · (1 − s)); removes only whole KV groups; keeps at least one block of each."""
     head_dim = self.config.head_dim
-    # Rounding noise of the accumulated s must not cost a channel that the exact sum keeps.
+    # Rounding errors of the accumulated s must not remove a channel that the exact sum keeps.
     kept_rows = np.floor(self.full.kv * head_dim * (1 - sparsity) + 1e-9).astype(int)
     kv = self.full.kv - (self.full.kv * head_dim - kept_rows) // head_dim
     ffn = np.floor(self.full.ffn * (1 - sparsity) + 1e-9).astype(int)
@@ -95,7 +95,7 @@ class Allocator:
     return self.params(self.widths(np.full(self.config.num_layers, MAX_SPARSITY)))
 
   def narrower(self, is_kv: bool, width: int) -> int:
-    """The width after one more block of KV groups or MLP channels has gone; 0 after the last."""
+    """The width after removing one more block of KV groups or MLP channels; 0 after the last."""
     align = self.align_kv if is_kv else self.align
     return int(_align_up(width, align)) - align if width > align else 0
 
@@ -107,7 +107,7 @@ class Allocator:
     return 1 - (width + 1) / self.full.ffn[layer]
 
   def _events(self, widths: Widths, sparsity: np.ndarray, rate: np.ndarray) -> Iterator[Removal]:
-    """The removals that a growing sparsity causes, in order; positions are fractions of a step."""
+    """The removals that an increasing sparsity causes, in order; positions are fractions of a step."""
     heap: list[Removal] = []
 
     def push(layer: int, is_kv: bool, width: int) -> None:
@@ -132,14 +132,14 @@ class Allocator:
   def take(
     self, widths: Widths, removals: Iterable[Removal], target: int, limit: float = np.inf
   ) -> tuple[Widths, float]:
-    """Lets groups go, in the order given, until the model has at most `target` parameters.
+    """Removes groups in the given order until the model has at most `target` parameters.
 
-    A KV group that would overshoot is passed over, so the result is below the target by less than one
-    MLP block; only where every MLP is at its last block do those groups go too.
+    A KV group that would overshoot is skipped, so the result is below the target by less than one MLP
+    block. Skipped groups are removed only if every MLP is at its last block.
 
     Args:
-      removals: by ascending position; within a layer and module one group or block a removal.
-      limit: removals at this position or beyond do not happen.
+      removals: in ascending order of position; each removes one group or block of a layer and module.
+      limit: removals at or beyond this position are not made.
 
     Returns:
       The widths, and the position reached.
@@ -164,7 +164,7 @@ class Allocator:
         continue
       if at < _SPARED:
         reached = at
-    else:  # every MLP is at its last block: only KV groups are left to go
+    else:  # every MLP is at its last block: only KV groups can be removed
       for layer in passed_over:
         if params > target and (width := self.narrower(True, kv[layer])):
           params -= self._lost(kv, layer, width)
@@ -172,7 +172,7 @@ class Allocator:
     return Widths(kv, ffn), reached
 
   def _lost(self, kv: np.ndarray, layer: int, width: int) -> int:
-    """Parameters that go with a layer's KV groups beyond `width`."""
+    """Parameters of a layer's KV groups beyond `width`."""
     return int((kv[layer] - width) * self.kv_cost[layer])
 
   def land(
@@ -183,27 +183,27 @@ class Allocator:
     target: int,
     limit: float = MAX_LANDING,
   ) -> tuple[Widths, np.ndarray]:
-    """The last step, solved: the widths at which the model is at most `target` parameters.
+    """Solves the last step: the widths at which the model has at most `target` parameters.
 
-    Groups go in the order in which the step would take them (see `take`). Where that leaves the model
-    above the target after `limit` steps' worth, it stays there: the next step has fresh scores.
+    Groups are removed in the order of the step (see `take`). If the model is still above the target after
+    `limit` steps, the landing stops there, and the next step uses new scores.
     Returns the widths and the sparsities reached.
     """
     landed, fraction = self.take(widths, self._events(widths, sparsity, rate), target, limit)
-    # A layer that the rate spares may have had to give way: its s must not fall behind its width.
+    # Layers that the rate does not prune may have been narrowed: their s must not fall behind their width.
     return landed, np.maximum(advance(sparsity, rate, fraction), self._reached(landed.ffn))
 
   def one_shot(self, widths: Widths, shares: np.ndarray, target: int) -> Widths:
-    """Widths that land on `target` in one cut, from `widths`, with sparsities in proportion to `shares` [L].
+    """Widths that land on `target` in one step from `widths`, with sparsities in proportion to `shares` [L].
 
-    All alike for a uniform cut; a layer whose share is 0 is never touched. Proportion holds up to one
-    group or block, and never fills up a layer that is narrower already.
+    Equal shares prune uniformly; a layer with share 0 is not pruned. Proportions hold to within one group
+    or block; a layer that is already narrower is never widened.
     """
     events = self._events(widths, np.zeros_like(shares, np.float64), shares)
     return self.take(widths, (e for e in events if shares[e[1]] > 0), target)[0]
 
   def removed(self, widths: Widths) -> np.ndarray:
-    """Share of every layer's prunable parameters that is gone at these widths, float64 [L]."""
+    """Share of every layer's prunable parameters that is removed at these widths, float64 [L]."""
 
     def prunable(w: Widths) -> np.ndarray:
       return w.kv * self.kv_cost + w.ffn * self.ffn_cost
@@ -219,7 +219,7 @@ class Allocator:
   ) -> tuple[Widths, np.ndarray]:
     """One pruning step from `widths` and `sparsity`, landing on `target` if it would pass it."""
     if not np.any((rate > 0) & (sparsity < MAX_SPARSITY)):
-      # Every layer that the rate would prune is at its limit: the others give way, all alike.
+      # Every layer that the rate would prune is at its limit: prune the others, all at the same rate.
       rate = np.full_like(rate, np.abs(rate).max())
       sparsity = np.maximum(sparsity, self._reached(widths.ffn))
     moved = advance(sparsity, rate)

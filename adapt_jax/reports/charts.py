@@ -1,7 +1,7 @@
 """Charts as SVG text: lines, bars over layers, heat maps of layers × steps.
 
-The functions return one `<svg>` each, for a page or picture that has LIGHT or DARK as its CSS. A value
-shows when the pointer rests on its mark (`<title>`); values that are not finite are left out.
+Each function returns one `<svg>`, for a page or picture that has LIGHT or DARK as its CSS. Hovering over a
+mark shows its value (`<title>`); values that are not finite are left out.
 """
 
 import html
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 WIDTH = 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, WIDTH - 12, 50, 38
-_LETTER = 6.3  # about the width of a letter of the labels
+_LETTER = 6.3  # approximate width of a letter in labels
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 Labelled = Sequence[tuple[float, str]]
@@ -27,7 +27,7 @@ def _style(ink: str, muted: str, grid: str, paper: str, *series: str) -> str:
     f'.chart .grid{{stroke:{grid}}} .chart .was{{fill:{grid}}}',
     f'.chart .mark{{stroke:{muted};stroke-dasharray:2 3}} .chart .level{{stroke:{ink};stroke-dasharray:7 3}}',
     '.chart .range{stroke-opacity:.5}',
-    # A wide unseen rim makes a small dot easy to point at.
+    # A wide invisible border makes a small dot easy to hover over.
     '.chart .dot{stroke-width:9;stroke-opacity:0;pointer-events:all} .chart .dot:hover{stroke-opacity:.35}',
   ]
   for i, colour in enumerate(series):
@@ -36,20 +36,20 @@ def _style(ink: str, muted: str, grid: str, paper: str, *series: str) -> str:
   return '\n'.join(rules)
 
 
-# Of series 0, 1, …: blue, orange, green, violet, pink, teal, ochre, grey; on light and on dark paper.
+# Series 0, 1, …: blue, orange, green, violet, pink, teal, ochre, grey; on light and dark backgrounds.
 ON_LIGHT = ('#1c64d8', '#c2410c', '#15803d', '#7c3aed', '#db2777', '#0891b2', '#946b00', '#3f3f46')
 ON_DARK = ('#6ea8fe', '#fb8c4b', '#4ecb7d', '#b794f6', '#f77fbe', '#35d0e6', '#e9c83f', '#e4e4e7')
-COLOURS = len(ON_LIGHT)  # that can be told apart; further series take them again, dashed
+COLOURS = len(ON_LIGHT)  # distinct colours; further series reuse them, dashed
 # CSS of the charts' classes.
 LIGHT = _style('#1b2330', '#586374', '#dce1e8', '#ffffff', *ON_LIGHT)
 DARK = _style('#e6eaf0', '#9aa7b8', '#333c49', '#1a2029', *ON_DARK)
 
 
 class Series(NamedTuple):
-  """One line. points: x, y and what the pointer shows, '' to draw no dot; kind: line, step or dots.
+  """One line. points: x, y and the hover text, '' to draw no dot; kind: line, step or dots.
 
-  ranges: x, lowest and highest y of thin upright bars, for what repetitions spread over.
-  dashed: which the legend says too.
+  ranges: x, lowest and highest y of thin vertical bars, for the range over repetitions.
+  dashed: whether the line is dashed; the legend notes it.
   """
 
   name: str
@@ -61,12 +61,12 @@ class Series(NamedTuple):
 
   @property
   def legend(self) -> Pair:
-    """Class and name."""
+    """CSS class and name."""
     return f'fill{self.colour}', self.name + (' (dashed)' if self.dashed else '')
 
 
 class _Scale(NamedTuple):
-  """Values low … high on pixels start … stop."""
+  """Maps values low … high to pixels start … stop."""
 
   low: float
   high: float
@@ -132,7 +132,7 @@ def _legend(legend: Sequence[Pair]) -> tuple[list[str], int]:
 
 
 def _svg(title: str, height: int, parts: Iterable[str], legend: Sequence[Pair] = ()) -> str:
-  """The element with its title and a legend of (class, name), which makes it higher if it is long."""
+  """The `<svg>` with its title and a legend of (class, name); a long legend makes it higher."""
   names, down = _legend(legend)
   head = [_text(2, 14, title, more=' class="name"'), *names]
   moved = [f'<g transform="translate(0 {down})">', *parts, '</g>'] if down else parts
@@ -142,7 +142,7 @@ def _svg(title: str, height: int, parts: Iterable[str], legend: Sequence[Pair] =
 
 
 def picture(chart: str) -> str:
-  """A chart as a file of its own, on white."""
+  """A chart as a separate SVG file, on white."""
   size = chart.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()
   start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" '
   head, rest = chart.replace('<svg ', start, 1).split('>', 1)
@@ -162,7 +162,7 @@ def _frame(x: _Scale, y: _Scale, x_ticks: Labelled, y_ticks: Labelled, names: Pa
 
 
 def _categories(names: Sequence[str], x: _Scale) -> list[tuple[float, str]]:
-  """A tick each, their labels cut to the room there is."""
+  """One tick per name, with labels cut to the available width."""
   most = max(3, int((x.stop - x.start) / max(len(names), 1) / _LETTER))
   return [(float(i), name if len(name) <= most else name[: most - 1] + '…') for i, name in enumerate(names)]
 
@@ -177,7 +177,7 @@ def _axes(
 
 
 def _marks(marks: Labelled, x: _Scale, y: _Scale) -> list[str]:
-  """Vertical lines; a label is dropped where it would run into the one before."""
+  """Vertical lines; a label that would overlap the previous one is omitted."""
   parts, free = [], -math.inf
   for value, label in marks:
     parts.append(_line('mark', x(value), y.start, x(value), y.stop - 2))
@@ -189,7 +189,7 @@ def _marks(marks: Labelled, x: _Scale, y: _Scale) -> list[str]:
 
 
 def _levels(levels: Labelled, line: Series, x: _Scale, y: _Scale) -> list[str]:
-  """Horizontal lines, labelled at the end from which the line chart is further away."""
+  """Horizontal lines, each labelled at the end that is further from the line chart."""
   parts, taken = [], list[float]()
   for value, label in levels:
     at = y(value)
@@ -234,8 +234,8 @@ def line_chart(
 ) -> str:
   """Lines over x with vertical `marks` and horizontal `levels`; '' if there is no finite point.
 
-  names: of x and y. x_range: values that x must reach. log: of y, if all is positive. integer: ticks of x.
-  categories: names of x = 0, 1, …, in place of numbers.
+  names: of x and y. x_range: values that the x axis includes. log: log y axis, for positive values only.
+  integer: whole-number ticks of x. categories: names of x = 0, 1, …, instead of numbers.
   """
   drawn = [[p for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])] for s in series]
   series = [s._replace(points=points) for s, points in zip(series, drawn, strict=True) if points]
@@ -259,7 +259,7 @@ def line_chart(
 
 
 def bar_chart(title: str, unit: str, before: Ints, after: Ints, names: Pair, colour: int, height: int) -> str:
-  """Widths of the layers from zero, `after` in front of `before`; `names` of the two for the legend."""
+  """Bars of the layers' widths, `after` drawn over `before`; `names` label both in the legend."""
   x = _Scale(-0.5, len(after) - 0.5, _LEFT, _RIGHT)
   y = _Scale(0, max(*after, *before, 1) * 1.04, height - _BOTTOM, _TOP)
   wide = 0.84 * (x.stop - x.start) / len(after)

@@ -1,4 +1,4 @@
-"""What all pages have in common: their look, boxes and tables; they need nothing but a browser."""
+"""Shared parts of all report pages: style, boxes and tables. The pages need only a browser."""
 
 import html
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.5 ui-monosp
 
 
 def page(title: str, body: str, *, running: bool) -> str:
-  """A page in the look of all our reports around `body`; reloads by itself if `running`."""
+  """A page with `body` in the common style; it reloads automatically if `running`."""
   refresh = f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS}">\n' if running else ''
   dark = f'@media (prefers-color-scheme:dark){{\n{charts.DARK}}}'
   return f"""<!DOCTYPE html>
@@ -57,13 +57,13 @@ def page(title: str, body: str, *, running: bool) -> str:
 
 
 def cards(kind: str, contents: Sequence[str]) -> str:
-  """A row of boxes of HTML, '' if none has anything in it; kind: grid (of charts) or facts."""
+  """A row of boxes with HTML contents, '' if all are empty; kind: grid (of charts) or facts."""
   inside = ''.join(f'<div class="card">{c}</div>' for c in contents if c)
   return f'<div class="{kind}">{inside}</div>' if inside else ''
 
 
 def html_table(rows: list[list[str]]) -> str:
-  """A table of plain text, its head first."""
+  """An HTML table of plain text; the first row is the header."""
   lines = [''.join(f'<th>{html.escape(name)}</th>' for name in rows[0])]
   lines += [''.join(f'<td>{html.escape(cell)}</td>' for cell in row) for row in rows[1:]]
   return '<table>' + '\n'.join(f'<tr>{line}</tr>' for line in lines) + '</table>'

@@ -1,6 +1,6 @@
-"""`report.json`: what it holds in each mode, and its reading and writing.
+"""`report.json`: its contents in each mode, and functions to read and write it.
 
-Everything else about a run is shown from these: tables, pages, model cards, grids.
+Tables, pages, model cards and grids are made from these reports.
 """
 
 import importlib.metadata
@@ -17,13 +17,13 @@ from adapt_jax.models.files import write_text
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'numpy')
 
-# What a perplexity or a score is of: the dense model, one just pruned, or one recovered from that.
+# The model that was measured: the dense one, one just pruned, or one recovered from it.
 Of = Literal['dense', 'pruned', 'recovered']
 Tasks = dict[str, dict[str, dict[str, Any]]]  # {'dense': {task: {metric: value}}, 'pruned': …}
 
 
 class ModelReport(TypedDict, total=False):
-  """A model and its widths by layer, before pruning; parameters are stored ones."""
+  """A model and its widths by layer, before pruning; parameter counts are of stored parameters."""
 
   source: Required[str]
   params_before: int
@@ -35,7 +35,7 @@ class ModelReport(TypedDict, total=False):
 
 
 class PerplexityReport(TypedDict, total=False):
-  """Of the dense model and of the last stage on the first text; `definition` says what it is, in words."""
+  """Of the dense model and of the last stage, on the first text; `definition` describes the measure."""
 
   dense: float | None
   pruned: float | None
@@ -44,9 +44,9 @@ class PerplexityReport(TypedDict, total=False):
 
 
 class TextReport(TypedDict, total=False):
-  """What is measured on one text: perplexities, and kl, the mean KL(dense ‖ final model) in nats per token.
+  """Measurements on one text: perplexities, and kl, the mean KL(dense ‖ final model) in nats per token.
 
-  definition: what perplexity is, in words.
+  definition: describes how perplexity is measured.
   """
 
   dense: float
@@ -57,10 +57,10 @@ class TextReport(TypedDict, total=False):
 
 
 class StageReport(TypedDict, total=False):
-  """A stage, as far as it has got; widths at its end are by layer of the dense model, 0 where it is gone.
+  """A stage so far; the widths at its end are by layer of the dense model, 0 for a removed layer.
 
   perplexity_pruned, perplexity_recovered: on the first text; texts: on all, {'web': {'pruned': …}, …}.
-  hidden_size: of the residual stream, where that was sliced.
+  hidden_size: of the residual stream, if it was sliced.
   """
 
   stage: Required[int]
@@ -86,7 +86,7 @@ class ScheduleReport(TypedDict):
 
 
 class EvaluationReport(TypedDict, total=False):
-  """Of mode evaluate; tasks: {task: {metric: value}}."""
+  """Report of mode evaluate; tasks: {task: {metric: value}}."""
 
   model: Required[ModelReport]
   perplexity: PerplexityReport
@@ -99,10 +99,10 @@ class EvaluationReport(TypedDict, total=False):
 
 
 class RunReport(TypedDict, total=False):
-  """Of modes accel, prune and export, and beside every export as its lineage.
+  """Report of modes accel, prune and export; also stored with every export as its lineage.
 
-  prune, train: the settings that the result depends on. data: sources by use. exports: what is known of each
-  form, {'hf': {'bytes': …}}.
+  prune, train: the settings that the result depends on. data: sources by use. exports: facts about each
+  format, {'hf': {'bytes': …}}.
   """
 
   model: Required[ModelReport]
@@ -122,10 +122,10 @@ class RunReport(TypedDict, total=False):
 
 
 class BaseReport(TypedDict):
-  """A model that mode sensitivity starts from, all layers at one sparsity, and what pruning one more costs.
+  """A base model of mode sensitivity, with all layers at one sparsity, and the cost of pruning each further.
 
-  kv_groups, ffn: its widths by layer; …_pruned: a layer's widths once it is pruned alone. layers: perplexity
-  by layer and block, as far as they are measured.
+  kv_groups, ffn: its widths by layer; …_pruned: a layer's widths if only it is pruned. layers: perplexity
+  by layer and block, as far as measured.
   """
 
   sparsity: float
@@ -141,7 +141,7 @@ class BaseReport(TypedDict):
 
 
 class SensitivityReport(TypedDict):
-  """Of mode sensitivity."""
+  """Report of mode sensitivity."""
 
   model: ModelReport
   sparsity: float
@@ -157,7 +157,7 @@ class SensitivityReport(TypedDict):
 
 
 class CellReport(TypedDict, total=False):
-  """A cell of a grid. values: of every field that varies. state: finished, running, failed or waiting."""
+  """A cell of a grid. values: of all fields that vary. state: finished, running, failed or waiting."""
 
   name: Required[str]
   values: Required[dict[str, Any]]
@@ -172,7 +172,7 @@ class CellReport(TypedDict, total=False):
 
 
 class ComparisonReport(TypedDict, total=False):
-  """Of mode compare; groups: cells that differ in `over` alone, put together."""
+  """Report of mode compare; groups: cells that differ only in `over`, aggregated."""
 
   model: Required[ModelReport]
   fields: Required[list[str]]
@@ -190,7 +190,7 @@ class ComparisonReport(TypedDict, total=False):
 
 
 class BenchReport(TypedDict, total=False):
-  """Of mode bench; models and ratio: figures of 'dense' and 'pruned', and pruned over dense."""
+  """Report of mode bench; models: figures of 'dense' and 'pruned'; ratio: pruned over dense."""
 
   device: str
   backend: str
@@ -205,19 +205,19 @@ class BenchReport(TypedDict, total=False):
 
 
 def write_report(path: pathlib.Path, report: Mapping[str, Any]) -> None:
-  """Writes a report as JSON, once for all processes; a reader sees the old file or the new."""
+  """Writes a report as JSON atomically, in the first process only."""
   if is_first():
     write_text(path, json.dumps(report, indent=2) + '\n')
 
 
 def read_report(path: pathlib.Path) -> RunReport:
-  """The report of a run that has finished, as `write` left it."""
+  """Reads the report of a finished run."""
   report: RunReport = json.loads(path.read_text())
   return report
 
 
 def known_perplexities(report: RunReport) -> dict[Of, float]:
-  """Perplexities of a run as far as they are measured, in the order dense, pruned, recovered."""
+  """Perplexities of a run measured so far, in the order dense, pruned, recovered."""
   found = report.get('perplexity') or {}
   values: list[tuple[Of, float | None]] = [
     ('dense', found.get('dense')),
@@ -228,13 +228,13 @@ def known_perplexities(report: RunReport) -> dict[Of, float]:
 
 
 def versions(*more: str) -> dict[str, str]:
-  """Versions of Python and of the libraries that decide a run's figures, and of `more`."""
+  """Versions of Python and of the libraries that affect a run's results, and of `more`."""
   found = {name: importlib.metadata.version(name) for name in (*_PACKAGES, *more)}
   return {'python': platform.python_version()} | found
 
 
 def settings(options: RunOptions) -> RunReport:
-  """How a run prunes and trains, and on what: the parts `prune`, `train` and `data` of its report."""
+  """The parts `prune`, `train` and `data` of a run's report: how it prunes and trains, and on which data."""
   trains, found = options.train.tokens > 0, identity.settings(options, ('prune', 'train'))
   return {  # type: ignore[typeddict-item]
     'prune': found['prune'],

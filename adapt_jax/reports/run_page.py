@@ -1,6 +1,6 @@
-"""`report.html`: one page about a run, rewritten while it goes on; needs nothing but a browser.
+"""`report.html`: one page about a run, rewritten during the run; it needs only a browser.
 
-Shown is what `report.json` and `metrics.jsonl` say; what they do not say yet is absent.
+It shows the contents of `report.json` and `metrics.jsonl`; what they do not have yet is absent.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ from adapt_jax.reports.summary import excess, tasks_rows, texts_rows, warning
 
 Json = dict[str, Any]
 
-_MOST_POINTS = 240  # of a curve; beyond that they are means of neighbouring steps
+_MOST_POINTS = 240  # of a curve; with more steps, points are means of neighbours
 _MOST_COLUMNS = 64  # of a heat map
-_MOST_STAGES = 9  # with charts of their widths
+_MOST_STAGES = 9  # with charts of widths
 
 
 def _decimal(value: float | None) -> str:
@@ -44,7 +44,7 @@ def _whole(value: float | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
-  """A report and the events of its run, with what the charts ask for."""
+  """A report and the events of its run, with helpers for the charts."""
 
   report: RunReport
   events: list[Json]
@@ -58,7 +58,7 @@ class _Data:
 
   @property
   def stages(self) -> list[StageReport]:
-    """The report's rows; the last may lack what comes after its pruning."""
+    """The report's stages; the last may lack fields that are set after its pruning."""
     return self.report.get('stages', [])
 
   @property
@@ -75,18 +75,18 @@ class _Data:
     return 'tokens' if 'tokens_per_step' in self.schedule else 'training step'
 
   def x_of(self, step: int) -> int:
-    """Tokens trained on after a step; the step itself where the report does not say."""
+    """Tokens trained on after a step; the step itself if the report has no tokens per step."""
     return step * self.schedule.get('tokens_per_step', 1)
 
   def at_steps(self) -> Iterator[tuple[int, Json]]:
-    """Every event with the training steps done before it, by the order of the log."""
+    """Every event with the training steps done by then, in the order of the log."""
     step = 0
     for event in self.events:
       step = event['step'] if event['event'] == 'train' else step
       yield step, event
 
   def over_tokens(self) -> Json:
-    """What the charts over tokens share: the axis up to the end of the run, and where it was pruned."""
+    """Options shared by charts over tokens: the axis up to the end of the run, and marks at prunings."""
     first: dict[int, int] = {}
     for step, event in self.at_steps():
       if event['event'] == 'prune':
@@ -106,14 +106,14 @@ class _Data:
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:
-  """At most `most` of the items, evenly, the first and the last among them."""
+  """At most `most` of the items, evenly spaced, including the first and the last."""
   if len(items) <= most:
     return list(items)
   return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
 
 
 def _wide(points: Sequence[tuple[float, float, str]]) -> bool:
-  """Whether a log axis shows them better."""
+  """Whether a log axis suits the points better."""
   values = [p[1] for p in points if math.isfinite(p[1])]
   return 0 < 8 * min(values, default=0) < max(values, default=0)
 
@@ -147,7 +147,7 @@ def _perplexity_title(text: str) -> str:
 
 
 def _perplexity_over_tokens(data: _Data, text: str) -> str:
-  """The sawtooth of prunings and recoveries on one text."""
+  """Perplexity on one text over tokens, after each pruning and recovery."""
   points: dict[str, list[tuple[float, float, str]]] = {'': [], 'pruned': [], 'recovered': []}
   levels = []
   for step, event in data.at_steps():
@@ -169,7 +169,7 @@ def _perplexity_over_tokens(data: _Data, text: str) -> str:
 
 
 def perplexity_chart(report: RunReport, height: int = 250) -> str:
-  """Perplexity pruned and recovered by stage, with a line for the dense model; '' if there is none."""
+  """Pruned and recovered perplexity by stage, with a line for the dense model; '' if there is none."""
   series = []
   stages = report.get('stages', [])
   pruned = [(s['stage'], s.get('perplexity_pruned')) for s in stages]
@@ -190,7 +190,7 @@ def perplexity_chart(report: RunReport, height: int = 250) -> str:
 
 
 def _excess_chart(report: RunReport) -> str:
-  """What each text has lost after each stage; '' where there is one text only."""
+  """Excess loss on each text after each stage; '' if there is only one text."""
   texts = report.get('texts', {})
   if len(texts) < 2:
     return ''
@@ -231,7 +231,7 @@ def _budget_chart(data: _Data) -> str:
 def width_charts(
   before: Sequence[list[int]], after: Sequence[list[int]], names: tuple[str, str], height: int = 180
 ) -> tuple[str, str]:
-  """(MLP channels, KV heads) of every layer as charts; before, after: (KV heads, MLP channels)."""
+  """Charts of (MLP channels, KV heads) by layer; before, after: (KV heads, MLP channels)."""
   mlp = charts.bar_chart(f'MLP channels, {names[1]}', 'channels', before[1], after[1], names, 0, height)
   return mlp, charts.bar_chart(f'KV heads, {names[1]}', 'KV heads', before[0], after[0], names, 3, height)
 
@@ -306,7 +306,7 @@ def _settings_rows(report: RunReport) -> list[list[str]]:
 
 
 def _facts(data: _Data) -> Iterator[tuple[str, str]]:
-  """(figure, what it is) of the header."""
+  """(figure, description) pairs of the header."""
   model, report = data.model, data.report
   if known := known_perplexities(report):
     yield ' → '.join(map(_decimal, known.values())), f'perplexity {" → ".join(known)}'
@@ -375,15 +375,15 @@ def _body(data: _Data, command: str, running: bool, written: str) -> Iterator[st
 
 
 def render(report: RunReport, events: list[Json], *, command: str, running: bool, written: str = '') -> str:
-  """The page.
+  """Returns the page as HTML.
 
   Args:
-    report: as in report.json. While the run goes on all but `model.source` and `model.params_before` may
-      be absent, and the last of `stages` may lack what follows its pruning.
+    report: as in report.json. During the run, all but `model.source` and `model.params_before` may be
+      absent, and the last of `stages` may lack fields that are set after its pruning.
     events: the lines of metrics.jsonl.
-    command: that reproduces the run.
-    running: whether the run goes on; the page then reloads by itself.
-    written: when, for the reader.
+    command: the command that reproduces the run.
+    running: whether the run is in progress; the page then reloads automatically.
+    written: the time of writing, shown to the reader.
   """
   data = _Data(report, events)
   title = f'{data.model["source"]} {_state(data, running)}'
@@ -393,6 +393,6 @@ def render(report: RunReport, events: list[Json], *, command: str, running: bool
 def write(
   path: str | pathlib.Path, report: RunReport, events: list[Json], *, command: str, running: bool
 ) -> None:
-  """Writes `render(…)` with the time of writing; a reader sees the old page or the new."""
+  """Writes `render(…)` atomically, with the time of writing."""
   now = time.strftime('%Y-%m-%d %H:%M:%S')
   write_text(path, render(report, events, command=command, running=running, written=now))

@@ -1,10 +1,10 @@
-"""The table that a run prints at its end, and the rows of its tasks."""
+"""The table that a run prints at its end, and tables of its tasks and texts."""
 
 import math
 
 from adapt_jax.reports.report import RunReport, Tasks, TextReport
 
-_LITTLE = 0.05  # nats per token: a difference that is not worth a warning
+_LITTLE = 0.05  # nats per token: a difference too small for a warning
 
 
 def _number(value: float | None) -> str:
@@ -23,7 +23,7 @@ def _widths(values: list[int]) -> str:
 
 
 def table(report: RunReport) -> str:
-  """The report for a reader: a row a stage, then widths, seconds and compiles."""
+  """The report as text: a table with a row per stage, then widths, compiles and seconds."""
   model, perplexity = report['model'], report['perplexity']
   lines = [
     '',
@@ -58,9 +58,9 @@ def table(report: RunReport) -> str:
 
 
 def tasks_rows(tasks: Tasks) -> list[list[str]]:
-  """Names of columns, then a row a task, from {'dense': scores of the harness, 'pruned': …}.
+  """Column names, then a row per task, from {'dense': scores of the harness, 'pruned': …}.
 
-  Of a task's metrics acc_norm is shown, else acc, else what it names first; accuracies in percent.
+  A task is shown by acc_norm, else acc, else its first metric; accuracies are in percent.
   """
   first = next(iter(tasks.values()))
   rows = [['task', 'metric', 'questions', *tasks]]
@@ -81,7 +81,7 @@ def tasks_table(tasks: Tasks) -> str:
 
 
 def texts_rows(texts: dict[str, TextReport]) -> list[list[str]]:
-  """Names of columns, then a row a text: perplexities, what the last cost, and the divergence from dense."""
+  """Column names, then a row per text: perplexities, the final excess loss, and the KL from dense."""
   rows = [['text', 'perplexity dense', 'pruned', 'recovered', 'excess', 'KL from dense']]
   for name, text in texts.items():
     values = [text.get('dense'), text.get('pruned'), text.get('recovered')]
@@ -97,9 +97,9 @@ def excess(text: TextReport) -> float | None:
 
 
 def warning(texts: dict[str, TextReport]) -> str:
-  """One line where some text lost more than twice as much as the best; '' otherwise.
+  """A warning line if some text lost more than twice as much as the best one; '' otherwise.
 
-  The text that lost least is taken for the kind that the run was calibrated or trained on.
+  The text that lost least is assumed to be of the kind used for calibration or training.
   """
   lost = {name: x for name, text in texts.items() if (x := excess(text)) is not None}
   if not lost:

@@ -1,6 +1,6 @@
-"""The log's scalars as TensorBoard event files, where the extra `tensorboard` is installed.
+"""Writes the log's scalars as TensorBoard event files, if the extra `tensorboard` is installed.
 
-`tensorboard` writes them by itself, without TensorFlow or PyTorch.
+`tensorboard` writes them without TensorFlow or PyTorch.
 """
 
 import importlib.util
@@ -21,12 +21,12 @@ _CURVES = {
 
 
 def installed() -> bool:
-  """Whether the extra is there."""
+  """Whether the extra is installed."""
   return importlib.util.find_spec('tensorboard') is not None
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
-  """Tag -> value of one line of the log; perplexities are parted into dense, pruned and recovered."""
+  """Tag -> value of one line of the log; perplexities are split into dense, pruned and recovered."""
   if row['event'] == 'evaluate':
     text = row.get('text', TEXT)
     return {'/'.join(['perplexity', *([] if text == TEXT else [text]), row['of']]): row['perplexity']}
@@ -34,9 +34,9 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
 
 
 class EventFiles:
-  """Event files in `directory`, made anew from the log so far: after a resume no point is there twice.
+  """Event files in `directory`, rewritten from the log so far, so that a resume duplicates no point.
 
-  Points that were logged before carry the time of the resume; their steps are what they were.
+  Points that were logged before have the time of the resume; their steps are unchanged.
   """
 
   def __init__(self, directory: pathlib.Path, rows: Iterable[dict[str, Any]]):
@@ -49,11 +49,11 @@ class EventFiles:
     self._writer.flush()
 
   def write(self, row: dict[str, Any]) -> None:
-    """Adds one line of the log; it is on disk afterwards."""
+    """Adds one line of the log and flushes it to disk."""
     self._add(row)
     self._writer.flush()
 
   def _add(self, row: dict[str, Any]) -> None:
-    with np.errstate(over='ignore'):  # a perplexity beyond fp32 is infinity there
+    with np.errstate(over='ignore'):  # a perplexity beyond fp32 becomes infinity
       for tag, value in scalars(row).items():
         self._writer.add_scalar(tag, value, row['step'])

@@ -21,10 +21,10 @@ Metrics = dict[str, float]
 
 
 class Trained(NamedTuple):
-  """A training step that has ended.
+  """A finished training step.
 
-  step: how many steps have ended, over the whole run. metrics: of this one.
-  state: the state after it, where it is to be saved; None where the next step has already taken it.
+  step: number of finished steps of the whole run. metrics: those of this step.
+  state: the state after it, if it is to be saved; None if it was already donated to the next step.
   """
 
   step: int
@@ -44,17 +44,17 @@ def run_steps(
   teacher: Teacher | None,
   title: str,
 ) -> Iterator[Trained]:
-  """Runs the global steps start … stop-1; yields each once it has ended. Donates `state`.
+  """Runs the global steps start … stop-1; yields each when it has finished. Donates `state`.
 
-  Metrics are read one step late, so the device does not wait for the host. The state is handed out every
-  `options.save_every` steps, at the end and after SIGTERM, once its loss was found finite. Raises `Preempted`
-  after SIGTERM, and InputError, naming the step, where loss or gradient norm are not finite.
+  Metrics are read one step late, so the device does not wait for the host. The state is included every
+  `options.save_every` steps, at the end and after SIGTERM, once its loss is known to be finite. Raises
+  `Preempted` after SIGTERM, and InputError, naming the step, if loss or gradient norm is not finite.
   """
   rate_at = learning_rate(options, total)
   tokens_per_step = options.batch * options.length
   teachers = (teacher.params,) if teacher else ()
   pending: tuple[int, dict[str, jax.Array]] | None = None
-  since = time.monotonic()  # when the step before `pending` was seen to end
+  since = time.monotonic()  # when the step before `pending` finished, as seen by the host
 
   def read(step: int, device_metrics: dict[str, jax.Array]) -> Metrics:
     nonlocal since

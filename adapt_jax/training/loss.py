@@ -1,7 +1,7 @@
 """Cross-entropy and distillation over large vocabularies, in chunks of tokens.
 
-A chunk's logits live only inside one scan step. Under differentiation the same step also yields the
-chunk's gradients, so the logits are computed once, not again in the backward pass.
+A chunk's logits exist only inside one scan step. Under differentiation the same step also computes the
+chunk's gradients, so the logits are not computed again in the backward pass.
 """
 
 import functools
@@ -25,9 +25,9 @@ ChunkLoss = Callable[[jax.Array, Any], jax.Array]
 
 
 def _split(tree: Any, tokens: int, vocab: int) -> Any:
-  """Leading axes of `tokens` to [chunks, tokens of a chunk], padded with zeros: their weight is zero too.
+  """Reshapes leading axes of `tokens` to [chunks, tokens of a chunk]; zeros pad all arrays, weights included.
 
-  Where rows are split over devices every chunk takes the same share from each.
+  If rows are split over devices, every chunk takes the same share from each device.
   """
   shards = _shards(tokens)
   own = tokens // shards
@@ -46,7 +46,7 @@ def _split(tree: Any, tokens: int, vocab: int) -> Any:
 
 
 def _join(chunks: jax.Array, tokens: int) -> jax.Array:
-  """What `_split` has split, [tokens, ...]."""
+  """Reverses `_split`: [tokens, ...]."""
   shards = _shards(tokens)
   x = chunks.reshape(len(chunks), shards, -1, *chunks.shape[2:]).swapaxes(0, 1)
   x = x.reshape(shards, -1, *x.shape[3:])[:, : tokens // shards]
@@ -61,8 +61,8 @@ def _shards(tokens: int) -> int:
 def sum_over_chunks(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras: Any) -> jax.Array:
   """Σ of loss(x headᵀ, extras) over chunks of tokens, a scalar in fp32.
 
-  `extras` is a pytree of arrays whose leading axis is tokens, weights among them: a loss must be zero
-  for tokens of weight zero, which fill the last chunk. No gradient flows into it.
+  `extras` is a pytree of arrays whose leading axis is tokens, including weights: a loss must be zero for
+  tokens of weight zero, which pad the last chunk. No gradient flows into `extras`.
   """
 
   def step(total: jax.Array, xs: Any) -> tuple[jax.Array, None]:
@@ -80,7 +80,7 @@ def _forward(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras: Any) 
     value, gradient_TV = jax.value_and_grad(loss)(head_logits(cast_VD, chunk_TD), chunk_extras)
     gradient_TV = gradient_TV.astype(x_TD.dtype)
     dx_TD = dot(gradient_TV, cast_VD, 0, x_TD.dtype)
-    # As [D, V]: the small factor is the one to be transposed.
+    # As [D, V], so that the smaller factor is transposed.
     head_gradient_DV += dot(chunk_TD.T, gradient_TV, 0, head_VD.dtype)
     return (total + value, constrain(head_gradient_DV, 'DV')), dx_TD
 
@@ -115,7 +115,7 @@ def fisher_cross_entropy(logits_TV: jax.Array, extras: Any) -> jax.Array:
 
   The mean square of such gradients is the Fisher information, the curvature of the KL divergence from this
   model; that of the gradients to the data's labels is not (Kunstner et al., arXiv 1905.12558).
-  extras = (labels [T], weights [T], numbers drawn evenly from [0, 1) [T]).
+  extras = (labels [T], weights [T], uniform random numbers in [0, 1) [T]).
   """
   labels_T, weights_T, uniform_T = extras
   fixed_TV = jax.lax.stop_gradient(logits_TV)
@@ -130,7 +130,7 @@ def distillation(alpha: float, temperature: float, teacher_head_VD: jax.Array) -
   """Σ of α·T²·KL(teacher‖student) at temperature T + (1−α)·CE; extras = (labels, weights, teacher x [T, D]).
 
   Hinton et al., arXiv 1503.02531; paper section 4. KL alone at T = 1, the default, as in Minitron
-  (Muralidharan et al., arXiv 2407.14679), where any mixture with CE did worse.
+  (Muralidharan et al., arXiv 2407.14679), where every mixture with CE was worse.
   """
 
   def loss(logits_TV: jax.Array, extras: Any) -> jax.Array:
@@ -147,9 +147,9 @@ def distillation(alpha: float, temperature: float, teacher_head_VD: jax.Array) -
 
 
 def cached_distillation(alpha: float, temperature: float) -> ChunkLoss:
-  """As `distillation`, of what `teacher_top` found; extras = (labels, weights, ids [T, k], log p [T, k+1]).
+  """Like `distillation`, on results of `teacher_top`; extras = (labels, weights, ids [T, k], log p [T, k+1]).
 
-  All other ids count as one, so this is a lower bound of the KL divergence over all ids.
+  All other ids are treated as one, so this is a lower bound of the KL divergence over all ids.
   """
 
   def loss(logits_TV: jax.Array, extras: Any) -> jax.Array:
@@ -165,7 +165,7 @@ def cached_distillation(alpha: float, temperature: float) -> ChunkLoss:
 
 
 def _top_and_rest(logits_TV: jax.Array, ids_Tk: jax.Array) -> jax.Array:
-  """Log-probabilities of these ids, and of all others together, [T, k+1]."""
+  """Log-probabilities of these ids and of all other ids together, [T, k+1]."""
   total_T1 = jax.nn.logsumexp(logits_TV, axis=-1, keepdims=True)
   top_Tk = jnp.take_along_axis(logits_TV, ids_Tk, axis=-1)
   rows_T1 = jnp.arange(len(ids_Tk))[:, None]
@@ -176,10 +176,10 @@ def _top_and_rest(logits_TV: jax.Array, ids_Tk: jax.Array) -> jax.Array:
 def teacher_top(
   x_TD: jax.Array, head_VD: jax.Array, k: int, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Of each token the k likeliest ids [T, k], the likeliest first, and log p in fp32 [T, k+1].
+  """The k most likely ids of each token [T, k], in descending order, and their log p in fp32 [T, k+1].
 
-  The last log p is that of all other ids together. From final normed hidden states; of tokens as many as
-  `row_shards` divides.
+  The last log p is that of all other ids together. Takes final normed hidden states; `row_shards` must
+  divide the number of tokens.
   """
 
   def step(_: None, chunk_TD: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -212,9 +212,9 @@ def next_token_loss(
 
 
 def label_log_probs(x_TD: jax.Array, head_VD: jax.Array, labels_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Log-probability of each label, nats in fp32 [T], and whether it is the likeliest of all ids [T].
+  """Log-probability of each label, nats in fp32 [T], and whether it is the most likely id [T].
 
-  From final normed hidden states; of tokens as many as `row_shards` divides.
+  Takes final normed hidden states; `row_shards` must divide the number of tokens.
   """
   tokens = len(labels_T)
 

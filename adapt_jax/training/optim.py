@@ -24,7 +24,7 @@ def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
     falling = optax.cosine_decay_schedule(lr, steps, alpha=low / lr if lr else 0.0)
     return optax.join_schedules([rising, falling], [warmup])
   decay = int(round(DECAY * total_steps))
-  # One step on, as in the warm-up: the last step runs at `min_lr`.
+  # Shifted by one step, as in the warm-up, so that the last step runs at `min_lr`.
   falling = optax.linear_schedule(lr + (low - lr) / max(decay, 1), low, max(decay - 1, 1))
   return optax.join_schedules(
     [rising, optax.constant_schedule(lr), falling], [warmup, max(total_steps - decay, warmup)]
@@ -32,7 +32,7 @@ def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
 
 
 def optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransformation:
-  """Clip by global norm, Adam (0.9, 0.999), then the schedule; the step count lives in its state.
+  """Clips by global norm, then applies Adam (0.9, 0.999) and the schedule; its state has the step count.
 
   The first moment is kept in `options.mu_dtype`. The second is fp32: a step changes it by a thousandth, which
   bfloat16 would round away.
@@ -45,7 +45,7 @@ def optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransfor
 
 
 def reset_moments(state: optax.OptState) -> optax.OptState:
-  """Adam's moments back to zero, its bias correction too; the schedule's step goes on."""
+  """Resets Adam's moments and bias correction; the schedule's step count is kept."""
 
   def reset(part: optax.OptState) -> optax.OptState:
     if isinstance(part, optax.ScaleByAdamState):

@@ -1,4 +1,4 @@
-"""Recovery training: the step that is compiled."""
+"""The compiled step of recovery training."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,13 +26,13 @@ from adapt_jax.training.loss import (
 
 # {'params': fp32 master weights, 'optimizer': optax state}
 TrainState = dict[str, Any]
-# What a step sees of its rows; see `batch_shapes`.
+# The arrays of a step's rows; see `batch_shapes`.
 Rows = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-  """The dense model that is distilled from."""
+  """The teacher of distillation: the dense model."""
 
   config: ModelConfig
   params: Params
@@ -47,11 +47,11 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """step(state, rows, teacher_params) -> (state, {'loss', 'gradient_norm'}).
 
-  `rows` are those of `batch_shapes`: with `distill.cache` what the teacher said of them is among them; else
-  the step takes the parameters of the teacher, if there is a `teacher_config`. The loss is a mean over the
-  batch's targets, in nats, summed over micro-batches of at most `options.micro_batch` rows a device. `dtype`
-  is that of activations and products; weights, gradients and the second moment are fp32, the first is in
-  `options.mu_dtype`.
+  `rows` are those of `batch_shapes`, with `distill.cache` including the teacher's predictions; otherwise the
+  step takes the teacher's parameters, if there is a `teacher_config`. The loss is the mean over the batch's
+  targets, in nats, summed over micro-batches of at most `options.micro_batch` rows per device. `dtype` is
+  that of activations and matrix products; weights, gradients and the second moment are fp32, the first moment
+  is in `options.mu_dtype`.
   """
   alpha, temperature = options.distill.alpha, options.distill.temperature
   micro_batch = rows_at_once(options.batch, options.micro_batch)
@@ -106,8 +106,8 @@ def make_step(
       return state, jnp.full((), jnp.nan)
 
     if on_cpu():
-      # A branch is scheduled by itself. In one with the backward pass, updates, which wait for the norm of
-      # all gradients, make XLA keep what it has recomputed: twice the temporary memory.
+      # XLA schedules a branch separately. Scheduled with the backward pass, the updates, which wait for the
+      # norm of all gradients, make XLA keep recomputed values: twice the temporary memory.
       state, norm = jax.lax.cond(jnp.isfinite(loss), update, keep, state, gradient)
     else:
       state, norm = update(state, gradient)
@@ -117,9 +117,9 @@ def make_step(
 
 
 def batch_shapes(options: TrainOptions) -> Rows:
-  """Shapes and places of a step's rows: tokens, targets and segments [batch, length].
+  """Shapes, dtypes and shardings of a step's rows: tokens, targets and segments [batch, length].
 
-  With distill.cache also ids [batch, length, k] and log p [batch, length, k+1] of the teacher.
+  With distill.cache, also the teacher's ids [batch, length, k] and log p [batch, length, k+1].
   """
   shape, split, k = (options.batch, options.length), row_sharding(), options.distill.kept_ids
   shapes: list[tuple[tuple[int, ...], Any]] = [(shape, jnp.int32), (shape, jnp.bool_), (shape, jnp.int32)]

@@ -1,14 +1,14 @@
-"""What the teacher says of the training rows, on disk: for teachers that do not fit beside the student.
+"""The teacher's predictions on the training rows, on disk: for teachers that do not fit next to the student.
 
-A directory of the workdir with an entry for every row that training sees, each once however often it comes:
+A directory of the workdir with one entry for each row that training uses, even if it is used several times:
 
-    ids.npy     uint16 or uint32 [rows, T, k]: of each token the teacher's k likeliest next ones
+    ids.npy     uint16 or uint32 [rows, T, k]: the teacher's k most likely next ids for each token
     log_p.npy   float16 [rows, T, k+1]: their log-probabilities, and that of all other ids together
     check.npy   uint32 [rows]: a checksum of the row that the teacher saw
-    done        how many rows are written
+    done        number of rows written
 
-A run that was killed goes on after the last row that `done` counts. A row that has other tokens when it is
-trained on than it had then is refused.
+A run that was killed continues after the last row counted by `done`. Training refuses a row whose tokens
+have changed since the teacher saw it.
 """
 
 import os
@@ -36,12 +36,12 @@ from adapt_jax.models.network.llama import Params
 from adapt_jax.training.loss import teacher_top
 from adapt_jax.training.step import Teacher
 
-_LOWEST = -1e4  # log p that float16 holds, and whose p is 0
+_LOWEST = -1e4  # a log p that fits in float16 and whose p is 0
 _FILES = ('ids', 'log_p', 'check')
 
 
 class TaughtSet:
-  """A train set whose rows come with what the teacher said of them."""
+  """A train set whose rows include the teacher's predictions."""
 
   def __init__(self, data: TrainSet, rows: np.ndarray, directory: pathlib.Path):
     self._data, self._rows = data, rows
@@ -51,13 +51,13 @@ class TaughtSet:
     )
 
   def rows(self, step: int) -> np.ndarray:
-    """The rows of batch number `step`, as `TrainSet.rows` has them."""
+    """The rows of batch number `step`, as in `TrainSet.rows`."""
     return self._data.rows(step)
 
   def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
     """Tokens, targets and segments [n, T], ids int32 [n, T, k] and log p fp32 [n, T, k+1] of these rows.
 
-    Raises InputError for rows that are not those that the teacher saw.
+    Raises InputError for rows that differ from those that the teacher saw.
     """
     places, seen = np.searchsorted(self._rows, rows), self._data.read(rows)
     if not np.array_equal(_checksums(*seen), self._check[places]):
@@ -69,7 +69,7 @@ class TaughtSet:
 
 
 def _checksums(tokens: np.ndarray, targets: np.ndarray, segments: np.ndarray) -> np.ndarray:
-  """Of each row, uint32."""
+  """A checksum of each row, uint32."""
   rows = zip(tokens, segments, strict=True)
   return np.array(
     [zlib.crc32(segment.tobytes(), zlib.crc32(token.tobytes())) for token, segment in rows], np.uint32
@@ -86,15 +86,15 @@ def open_taught(
   dtype: Any,
   compiler: Compiler,
 ) -> TaughtSet:
-  """The rows of all `steps` with what the teacher says of them; asks it what is not on disk yet.
+  """The rows of all `steps` with the teacher's predictions; computes those that are not on disk yet.
 
   Args:
-    directory: of the files; all processes see it.
-    load_teacher: called only where something is missing.
-    dtype: of the teacher's activations.
+    directory: directory of the files; all processes must see it.
+    load_teacher: called only if predictions are missing.
+    dtype: dtype of the teacher's activations.
     compiler: counts the program as `teacher`.
 
-  Raises `Preempted` after SIGTERM; what is done by then is kept.
+  Raises `Preempted` after SIGTERM; predictions computed by then are kept.
   """
   rows = np.unique(np.concatenate([data.rows(step) for step in range(steps)]))
   done = decide(lambda: _done(directory))
@@ -125,7 +125,7 @@ def _ask(
   with Progress('teacher', (len(rows) - done) * options.length, 'tokens') as progress:
     for start in range(done, len(rows), count):
       some = rows[start : start + count]
-      padded = np.pad(some, (0, count - len(some)), mode='edge')  # the last ones: one shape, one program
+      padded = np.pad(some, (0, count - len(some)), mode='edge')  # all batches have one shape, so one program
       tokens, _, segments = mesh.put_rows(padded, data.read)
       if program is None:
         program = compiler('teacher', top, teacher.params, tokens, segments)
@@ -137,7 +137,7 @@ def _ask(
         _write_done(directory, stop, files)
       progress.update(len(some) * options.length)
       preemption.check()
-  decide(lambda: 0)  # all wait until the last is written
+  decide(lambda: 0)  # all processes wait until the last row is written
 
 
 def likeliest(
@@ -158,7 +158,7 @@ def likeliest(
 def _files(
   directory: pathlib.Path, rows: int, options: TrainOptions, vocab_size: int, *, new: bool
 ) -> dict[str, np.memmap]:
-  """The files to write to. A new one has all its bytes at once: a full disk is an OSError now, not later."""
+  """The files to write. New ones are allocated in full, so that a full disk raises OSError now, not later."""
   directory.mkdir(parents=True, exist_ok=True)
   k, ids = options.distill.cache, np.uint16 if vocab_size <= 2**16 else np.uint32
   shapes = (rows, options.length, k), (rows, options.length, k + 1), (rows,)

@@ -52,7 +52,7 @@ class GgufFile(NamedTuple):
   tensors: dict[str, GgufTensor]
 
   def field(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
-    """A metadata value of the given type; InputError if it has another type, or is absent without a default."""
+    """A metadata value of the given type; InputError for another type, or if it is absent without default."""
     value = self.metadata.get(key, default)
     if value is _REQUIRED:
       raise InputError(f'{self.path}: no metadata field {key}: convert the model again')

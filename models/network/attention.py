@@ -88,7 +88,7 @@ def _forward(*args: Any) -> tuple[jax.Array, Any]:
 def _backward(args: Any, g_BTNH: jax.Array) -> tuple[Any, ...]:
   q_BTNH, k_BSKH, v_BSKH, segments_BT = args
   # XLA's CPU backend would merge what `jax.checkpoint` recomputes with the forward pass, as a common
-  # subexpression, and keep the logits of all layers. Adding 0 times the gradient to the queries prevents that.
+  # subexpression, and keep the logits of all layers. Adding 0 times the gradient to the queries prevents it.
   q_BTNH += 0 * g_BTNH
   _, gradient = jax.vjp(lambda q, k, v: _blocks(q, k, v, segments_BT), q_BTNH, k_BSKH, v_BSKH)
   return *gradient(g_BTNH), None

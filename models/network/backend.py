@@ -35,7 +35,7 @@ def compiler_options() -> dict[str, Any]:
 
 
 def loop_options() -> dict[str, Any]:
-  """Options for loops over layers or tokens: on a CPU, XLA would otherwise first convert all weights to fp32."""
+  """Options for loops over layers or tokens: on a CPU, XLA would convert all weights to fp32 beforehand."""
   if jax.default_backend() != 'cpu':
     return {}
   return {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}

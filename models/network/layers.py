@@ -42,7 +42,7 @@ class Attention(nn.Module):
   """Causal grouped-query attention with rotary positions; optional biases and QK norm.
 
   With `before_BS`, x has one token per row, which attends to itself and to these slots of `k_cache` and
-  `v_cache` [B, K, S, H] in the collection `cache`. If it is mutable, only x's keys and values are stored in it.
+  `v_cache` [B, K, S, H] in the collection `cache`. If it is mutable, it then holds only x's keys and values.
   """
 
   config: ModelConfig

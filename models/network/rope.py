@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al., arXiv 2104.09864), in fp32, with Hugging Face's rotate-half convention."""
+"""Rotary position embeddings (Su et al., arXiv 2104.09864), in fp32, as Hugging Face's `rotate_half`."""
 
 import jax
 import jax.numpy as jnp

@@ -2,9 +2,9 @@
 
 The mesh has the axes `data`, `fsdp` and `tensor` and is set by `jax.set_mesh`; without a mesh (on a single
 device) these functions do nothing. FSDP (Zhao et al., arXiv 2304.11277) splits the hidden size D of every
-weight, which pruning heads and channels does not change; tensor parallelism (Shoeybi et al., arXiv 1909.08053)
-splits KV groups with their query heads, MLP channels and the vocabulary. Rows of a batch are split over
-`data` and `fsdp` together.
+weight, which pruning of heads and channels leaves unchanged; tensor parallelism (Shoeybi et al., arXiv
+1909.08053) splits KV groups with their query heads, MLP channels and the vocabulary. Rows of a batch are
+split over `data` and `fsdp` together.
 """
 
 import math

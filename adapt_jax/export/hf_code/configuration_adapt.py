@@ -2,9 +2,9 @@
 
 The ordinary fields hold the widest layer's values; `per_layer_config` holds what differs:
 {"5": {"num_attention_heads": 6, "num_key_value_heads": 2}, "7": {"intermediate_size": 1024}}.
-Late releases of transformers 5 define that field themselves; before, it is a plain dict. With
-`output_bias`, o_proj and down_proj have biases, whatever the other fields say. With `sliced_from` the
-residual stream is what SliceGPT left of one of that width.
+Late releases of transformers 5 define that field themselves; in earlier ones it is a plain dict. With
+`output_bias`, o_proj and down_proj have biases regardless of the other fields. With `sliced_from`,
+SliceGPT has sliced the residual stream from that width to `hidden_size`.
 """
 
 import copy
@@ -15,13 +15,13 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 class PerLayerWidths:
   """Mixin: a configuration whose attention heads and MLP width may differ from layer to layer."""
 
-  # transformers code reads `config.num_attention_heads` and the like; it gets the widest layer's.
+  # transformers reads fields such as `config.num_attention_heads`; it gets the widest layer's values.
   allow_global_per_layer_attribute_access = True
   output_bias = False
   sliced_from = 0
 
   def __init__(self, rope_parameters=None, **fields):
-    """For transformers 4, which knows only the older names; 5 generates an initialiser of its own."""
+    """For transformers 4, which knows only the older names; 5 generates its own initialiser."""
     if rope_parameters:
       scaling = dict(rope_parameters)
       fields['rope_theta'] = scaling.pop('rope_theta')
@@ -29,7 +29,7 @@ class PerLayerWidths:
     super().__init__(**fields)
 
   def validate(self):
-    """Checks nothing: stock Llama asks that heads divide hidden_size, pruned heads need not."""
+    """Checks nothing: stock Llama requires that heads divide hidden_size; pruned heads need not."""
 
   def layer_config(self, index):
     """The configuration of layer `index`: a shallow copy with that layer's widths."""

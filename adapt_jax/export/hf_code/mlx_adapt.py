@@ -1,6 +1,6 @@
 """LLaMA-like models whose layers differ in width, for MLX-LM: stock layers, each with its own widths.
 
-Tested with MLX-LM 0.32, which loads the file that `model_file` in config.json names, if told to trust it.
+Tested with MLX-LM 0.32, which loads the file named by `model_file` in config.json if remote code is trusted.
 """
 
 import mlx.core as mx
@@ -16,9 +16,9 @@ class ModelArgs(dict):
 
 
 def Model(config):
-  """The stock model with layers of their own widths and biases."""
-  stock = qwen3 if config['model_type'].endswith('qwen3') else llama  # Mistral and Qwen2 are Llamas here
-  rope = {'rope_theta': config.get('rope_theta')}  # as transformers 4 saves it; 5 knows the new name alone
+  """The stock model with per-layer widths and biases."""
+  stock = qwen3 if config['model_type'].endswith('qwen3') else llama  # Mistral and Qwen2 use Llama's code
+  rope = {'rope_theta': config.get('rope_theta')}  # saved by transformers 4; 5 uses only the new name
   rope |= config.get('rope_parameters') or config.get('rope_scaling') or {}
   fields = {
     **config,

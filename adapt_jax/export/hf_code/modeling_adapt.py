@@ -1,8 +1,8 @@
 """LLaMA-like models whose layers differ in width, for transformers 4.57 and 5.
 
-The stock classes with other shapes and, with `output_bias`, two biases more: no `forward` is
-overridden, so whatever the installed version does (caches, attention kernels, generation) is done here too.
-Only a model that SliceGPT has sliced has layers of its own, around the stock attention and MLP.
+These are the stock classes with other shapes and, with `output_bias`, two additional biases. No `forward`
+is overridden, so the features of the installed version (caches, attention kernels, generation) are available.
+Only a model sliced by SliceGPT has its own layers, around the stock attention and MLP.
 """
 
 import torch
@@ -27,7 +27,7 @@ from .configuration_adapt import (
 
 
 def build_layers(model, config):
-  """Replaces the decoder's layers, which the stock class built alike, by layers of their own widths."""
+  """Replaces the decoder's layers, which the stock class built uniformly, by layers with their own widths."""
   layers = []
   for index, stock in enumerate(model.layers):
     kind = type(stock)
@@ -48,7 +48,7 @@ def build_layers(model, config):
 
 
 class SlicedNorm(nn.Module):
-  """A norm without gains, over the width that the stream had; with `rotated` a matrix follows it."""
+  """RMS norm without gains, over the stream's width before slicing; with `rotated`, a matrix follows."""
 
   def __init__(self, config, rotated=False):
     super().__init__()
@@ -63,7 +63,7 @@ class SlicedNorm(nn.Module):
 
 
 class SlicedLayer:
-  """Mixin of a decoder layer: the stream passes through a matrix where it goes past attention and MLP."""
+  """Mixin of a decoder layer: both residual connections multiply the stream by a matrix."""
 
   def __init__(self, config, index):
     super().__init__(config, index)
@@ -79,7 +79,7 @@ class SlicedLayer:
 
 
 def add_bias(linear):
-  """Gives a linear layer the bias that its stock class has no option for."""
+  """Adds a bias to a linear layer for which the stock class has no option."""
   if linear.bias is None:
     linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
 

@@ -9,14 +9,14 @@ from adapt_jax.pruning.widths import Widths, normalise
 
 
 class Adapt(Method):
-  """Progressive: every step adds ρ/T − A·Î to a layer's sparsity: less where it changes its input more.
+  """Progressive: every step adds ρ/T − A·Î to a layer's sparsity, less if the layer changes its input more.
 
-  Differs from the authors' program where that errs: the last step lands on the target, one schedule spans
-  all stages, and others (see `Pruner`). With prune.compat = 'reference' it does as they do.
+  Corrects errors of the authors' program: the last step lands on the target, one schedule spans all stages,
+  and others (see `Pruner`). prune.compat = 'reference' reproduces the errors.
   """
 
   def rate(self, scores: Scores) -> np.ndarray:
-    """What one step adds to each layer's sparsity, [L]."""
+    """The change of each layer's sparsity in one step, [L]."""
     return self.options.ratio / self.options.steps - self.options.amplitude * normalise(scores.distance)
 
   def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:

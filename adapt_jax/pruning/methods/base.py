@@ -1,7 +1,7 @@
-"""What a pruning method is: from the scores of one pass to what is kept.
+"""The interface of pruning methods: from the scores of one pass to the groups that are kept.
 
-The pruner draws calibration rows, scores them, asks the method for a step, zeroes what went, and repeats
-until the target is reached. Numpy only.
+The pruner draws calibration rows, computes scores, asks the method for a step, sets the removed groups to
+zero, and repeats until the target is reached. NumPy only.
 """
 
 import abc
@@ -21,12 +21,12 @@ class Method(abc.ABC):
   """Decides what each pruning step removes.
 
   Args:
-    config: the model that widths and sparsities refer to: the dense one, or what a stage starts from.
+    config: the model that widths and sparsities refer to: the dense one, or the one a stage starts from.
     options: `config.prune`.
   """
 
-  # Of groups and layers: an importance or a name of criteria.IMPORTANCES, a name of DISTANCES; '': as
-  # config.prune says.
+  # The scores of groups (an Importance or a name in criteria.IMPORTANCES) and of layers (a name in
+  # DISTANCES); '': those of config.prune.
   importance: ClassVar[Any] = ''
   distance: ClassVar[str] = ''
 
@@ -35,26 +35,26 @@ class Method(abc.ABC):
     self.allocator = Allocator(config, options.align_ffn, options.align_kv, exact=not options.compat)
 
   def smallest(self) -> int:
-    """The lowest target, in parameters, that is sure to be reached."""
+    """The lowest target, in parameters, that can always be reached."""
     return self.allocator.smallest()
 
   @abc.abstractmethod
   def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
-    """The state after one more step, with at most `target` parameters or on the way there.
+    """The state after one more step; it may still have more than `target` parameters.
 
     Args:
-      scores: of the model as `state.plan` leaves it, on the host; padded to the widest layer.
-      state: what is kept so far, in the numbering of the dense model.
+      scores: scores of the model at `state.plan`, on the host; padded to the widest layer.
+      state: the groups kept so far, in the numbering of the dense model.
       target: stored parameters.
     """
 
 
 class OneShot(Method):
-  """A method that reaches the target in one step: `widths` decides them, the best-scored groups stay."""
+  """Reaches the target in one step: keeps the groups with the highest scores, as many as `widths` says."""
 
   @abc.abstractmethod
   def widths(self, scores: Scores, plan: PrunePlan, target: int) -> Widths:
-    """The widths that land on `target`, as `Allocator.take` promises it."""
+    """The widths that land on `target`, as closely as `Allocator.take` does."""
 
   def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
     widths = self.widths(scores, state.plan, target)
@@ -63,10 +63,10 @@ class OneShot(Method):
 
 
 class UniformOneShot(OneShot):
-  """One-shot with the same sparsity in every layer that `touched` names, up to one group or block."""
+  """One-shot, with equal sparsity in all layers that `touched` selects, to within one group or block."""
 
   def touched(self) -> np.ndarray:
-    """The layers that may lose something, bool [L]."""
+    """The layers that may be pruned, bool [L]."""
     return np.ones(self.config.num_layers, bool)
 
   def widths(self, scores: Scores, plan: PrunePlan, target: int) -> Widths:
@@ -75,14 +75,14 @@ class UniformOneShot(OneShot):
 
 
 class GlobalOneShot(OneShot):
-  """One-shot with one ranking of all groups and channels of all layers: the lowest go.
+  """One-shot, with one ranking of all groups and channels of all layers: removes the lowest.
 
-  With prune.align_ffn > 1 blocks of a layer's lowest channels rank by their mean.
+  With prune.align_ffn > 1, blocks of a layer's lowest channels are ranked by their mean.
   """
 
   @abc.abstractmethod
   def comparable(self, scores: Scores, plan: PrunePlan) -> Scores:
-    """`scores` with kv [L, K] and ffn [L, F] on one scale over layers and modules."""
+    """`scores` with kv [L, K] and ffn [L, F] on a common scale for all layers and modules."""
 
   def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
     return super().step(self.comparable(scores, state.plan), state, target)
@@ -92,7 +92,7 @@ class GlobalOneShot(OneShot):
     return self.allocator.take(Widths(plan.kv_widths, plan.ffn_widths), removals, target)[0]
 
   def _removals(self, scores: Scores, plan: PrunePlan) -> Iterator[Removal]:
-    """All that may go, lowest first within a layer and module; the position is the score."""
+    """All possible removals, lowest first within a layer and module; the position is the score."""
     for is_kv, masks, values in ((True, plan.kv, scores.kv), (False, plan.ffn, scores.ffn)):
       for layer, mask in enumerate(masks):
         ascending = np.sort(values[layer][np.flatnonzero(mask)])
@@ -101,6 +101,6 @@ class GlobalOneShot(OneShot):
           widths.append(width)
         gone = len(ascending) - np.array(widths)
         means = np.add.reduceat(ascending, gone)[:-1] / np.diff(gone)
-        # Means of equal scores may differ by rounding: the order within the layer has to stand.
+        # Means of equal scores may differ by rounding: the order within the layer must not change.
         positions = np.maximum.accumulate(means).tolist()
         yield from ((at, layer, is_kv, width) for at, width in zip(positions, widths[1:], strict=True))

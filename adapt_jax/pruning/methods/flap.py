@@ -8,17 +8,17 @@ from adapt_jax.pruning.scores import Scores
 
 
 def standardise(values: np.ndarray) -> np.ndarray:
-  """(x − mean) / standard deviation (of a sample, n − 1); zeros where all are equal."""
+  """(x − mean) / standard deviation (of a sample, n − 1); zeros if all are equal."""
   values = values.astype(np.float64)
   deviation = values.std(ddof=1) if values.size > 1 else 0.0
   return (values - values.mean()) / deviation if deviation > 0 else np.zeros_like(values)
 
 
 def standardised(scores: Scores, plan: PrunePlan) -> Scores:
-  """Scores that can be compared over layers and modules; 0 for what the plan has removed.
+  """Scores that are comparable over layers and modules; 0 for groups that the plan has removed.
 
-  Per layer and module over the columns that are left: of o_proj the squared metric, averaged over a KV
-  group's columns after it is standardised; of down_proj the metric itself. So does the authors' program.
+  Standardised per layer and module over the remaining columns, as in the authors' program: the squared
+  metric of o_proj, then averaged over a KV group's columns; the metric itself of down_proj.
   """
   kv, ffn = np.zeros(scores.kv.shape), np.zeros(scores.ffn.shape)
   for layer, (groups, channels) in enumerate(zip(plan.kv, plan.ffn, strict=True)):
@@ -34,9 +34,9 @@ class Flap(GlobalOneShot):
   """WIFV of o_proj and down_proj, standardised and ranked over the whole model, one shot.
 
   The metric of a column is the variance of its input over the calibration tokens times its squared norm.
-  Differs from the authors' program: a plain variance, where theirs weighs deviations from a running mean; a
-  KV group with all its query heads where theirs takes heads; every layer keeps a group and an MLP block. Its
-  biases in place of what went are prune.compensate = 'bias', of any method.
+  Differs from the authors' program: a plain variance instead of weighted deviations from a running mean; KV
+  groups with all their query heads instead of single heads; every layer keeps a group and an MLP block. The
+  biases that replace removed columns are prune.compensate = 'bias', available for any method.
   """
 
   importance = 'fluctuation'

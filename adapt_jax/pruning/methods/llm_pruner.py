@@ -8,18 +8,18 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.pruning.methods.base import UniformOneShot
 
-# Decoder layers at either end that are never touched, as in the paper's runs on LLaMA-7B.
+# Decoder layers at either end that are never pruned, as in the paper's runs on LLaMA-7B.
 FIRST, LAST = 4, 2
 
 
 class LlmPruner(UniformOneShot):
   """Taylor scores, one shot, uniform over the layers between the first four and the last two.
 
-  Differs from the authors' program: KV groups and channels always (its `block` mode), Σ |w·g| over all
-  members of a group (its `param_first` with `sum`), and the ratio of the middle layers follows from the
-  target of the whole model. Without its LoRA recovery.
+  Of the authors' program it has the `block` mode (KV groups and channels) with Σ |w·g| over all members of
+  a group (`param_first` with `sum`), without LoRA recovery. Unlike there, the ratio of the middle layers
+  follows from the target of the whole model.
 
-  Raises InputError if the model has no layer between.
+  Raises InputError if the model has no layers in between.
   """
 
   importance = 'taylor'

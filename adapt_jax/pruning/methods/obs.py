@@ -6,12 +6,12 @@ from adapt_jax.pruning.scores import Scores
 
 
 class Obs(GlobalOneShot):
-  """What costs the loss least per parameter goes, over all layers and modules, one shot.
+  """Removes what increases the loss least per parameter, over all layers and modules, in one shot.
 
-  The cost of a KV group or channel is that of `adapt_jax.pruning.curvature`: second order, with what stays
-  corrected for what goes, as in the LLM Surgeon (van der Ouderaa et al., arXiv 2312.17244). It differs:
-  whole KV groups and channels where it takes rows and columns of every matrix, one shot where it takes many,
-  and the correction itself is left to prune.compensate, whose least squares see the pruned layers before.
+  The cost of a KV group or channel is that of `adapt_jax.pruning.curvature`: second order, with the remaining
+  weights corrected for the removed ones, as in the LLM Surgeon (van der Ouderaa et al., arXiv 2312.17244).
+  Differences: whole KV groups and channels instead of rows and columns of every matrix, one shot instead of
+  many, and prune.compensate does the correction; its least squares account for the pruned earlier layers.
   """
 
   importance = 'curvature'

@@ -9,11 +9,11 @@ from adapt_jax.pruning.scores import Scores
 
 
 class ShortGpt(Method):
-  """Removes whole decoder layers, those of lowest block influence, one shot.
+  """Removes the decoder layers with the lowest block influence, in one shot.
 
-  Block influence is 1 − cos(input, output) of a layer, mean over the calibration tokens. Layers go, lowest
-  first, while the model is above the target: since they are whole it ends below the target by up to a
-  layer, never above it. The paper names a number of layers, here the target does; one layer always stays.
+  Block influence is 1 − cos(input, output) of a layer, averaged over the calibration tokens. Layers are
+  removed, lowest first, while the model is above the target, so it ends below the target by up to a layer,
+  never above it. The paper sets the number of layers; here the target does. One layer is always kept.
   """
 
   importance = 'l2'  # not used; needs no gradient

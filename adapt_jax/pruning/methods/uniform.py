@@ -1,4 +1,4 @@
-"""Adapt-Pruner without layer importance: its ablation, and the reference's mode of that name."""
+"""Adapt-Pruner without layer importance: its ablation, and the reference's mode of the same name."""
 
 import numpy as np
 
