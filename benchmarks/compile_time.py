@@ -1,10 +1,10 @@
-"""Compile time of a stage against layers and distinct widths, with a cold and a warm cache of programs.
+"""Compile time of a stage by layers and distinct widths, with a cold and a warm program cache.
 
     python -m benchmarks.compile_time [--rounds=1] [--write] [--peer=4]
 
-From shapes alone, no weights. Each case is a new process with an empty directory of programs (cold), then
-another with what that left there (warm). --peer=LAYERS: torch.compile of so many layers of SmolLM2-135M, all
-different, in turn with ours; 0: without. About seven minutes on two cores.
+It compiles from shapes alone, without weights. Each case is a new process with an empty cache directory
+(cold), then another process with the filled one (warm). --peer=LAYERS: torch.compile of this many layers of
+SmolLM2-135M, all different, in turn with ours; 0: none. About seven minutes on two cores.
 """
 
 import json
@@ -31,14 +31,14 @@ SHAPES: dict[str, Shape] = {
 # Recipes of configs/published.py that train these.
 RECIPES = {'mobilellm_350m_to_125m': 'MobileLLM-350M', 'mobilellm_1b_to_600m': 'MobileLLM-1B'}
 WIDTHS = {'all alike': 1, 'four': 4, 'all different': 1000}
-STAGE = ('training', 'evaluation', 'compaction', 'stacking')  # each compiled once a stage
-ONCE = ('scoring',)  # and once a run
-PEAK, USED = 989e12, 0.4  # bf16 FLOP/s of an H100, and the part of it that training reaches
+STAGE = ('training', 'evaluation', 'compaction', 'stacking')  # each compiled once per stage
+ONCE = ('scoring',)  # and once per run
+PEAK, USED = 989e12, 0.4  # bf16 FLOP/s of an H100, and the fraction that training reaches
 DEVICES = (1, 8)
 
 
 def pruned(shape: Shape, distinct: int) -> Shape:
-  """The shape with `widths`, [KV heads, channels] of each layer: about 80 %, so many distinct at most."""
+  """The shape with `widths`, [KV heads, channels] by layer: about 80 %, at most `distinct` kinds."""
   kinds = min(distinct, shape['layers'])
 
   def width(i: int) -> list[int]:
@@ -49,7 +49,7 @@ def pruned(shape: Shape, distinct: int) -> Shape:
 
 
 def child(module: str, *arguments: str, cache: str = '') -> Run:
-  """A program of benchmarks/programs; `cache`: its directory of compiled programs."""
+  """Runs a program of benchmarks/programs; `cache`: its directory of compiled programs."""
   kept = {
     'JAX_ENABLE_COMPILATION_CACHE': 'true',
     'JAX_COMPILATION_CACHE_DIR': cache,
@@ -64,7 +64,7 @@ def child(module: str, *arguments: str, cache: str = '') -> Run:
 
 
 def cold_and_warm(shape: Shape, names: tuple[str, ...]) -> dict[str, Any]:
-  """Seconds of each program both ways, hits of the warm process, and bytes left on disk."""
+  """Seconds of each program cold and warm, cache hits of the warm process, and bytes left on disk."""
   with tempfile.TemporaryDirectory() as cache:
     cold, warm = (
       child('compile_stage', json.dumps(shape), ','.join(names), cache=cache).answer for _ in range(2)
@@ -74,12 +74,12 @@ def cold_and_warm(shape: Shape, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def seconds(programs: dict[str, dict[str, float]], names: tuple[str, ...]) -> float:
-  """Wall seconds of these programs together."""
+  """Total wall seconds of these programs."""
   return sum(programs[name]['trace'] + programs[name]['xla'] for name in names)
 
 
 def measure(shapes: dict[str, Shape], rounds: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
-  """By shape and widths the rounds; all programs where all layers differ, else training alone."""
+  """The rounds by shape and widths; all programs if all layers differ, else only training."""
   found: dict[tuple[str, str], list[dict[str, Any]]] = {}
   for _ in range(rounds):
     for name, shape in shapes.items():
@@ -103,7 +103,7 @@ def training_table(found: dict[tuple[str, str], list[dict[str, Any]]], shapes: d
 
 
 def stage_table(found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
-  """All programs of a stage, where all layers differ."""
+  """All programs of a stage, if all layers differ."""
   lines = [
     f'| all different | {" | ".join(f"{name}, s" for name in STAGE)} | a stage, s | warm, s | '
     f'once a run: scoring, s | MB on disk |',
@@ -121,7 +121,7 @@ def stage_table(found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
 
 
 def share(stages: float, stage: float, once: float, flops: float, devices: int) -> float:
-  """Of compiling in compiling and training together."""
+  """The share of compiling in the total time of compiling and training."""
   compiling = stages * stage + once
   return compiling / (compiling + flops / (devices * PEAK * USED))
 
@@ -149,7 +149,7 @@ def recipe_table(found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
 
 
 def peer_text(shape: Shape, layers: int, rounds: int) -> str:
-  """torch.compile beside ours, in turn, at fewer layers."""
+  """Compares torch.compile with ours, in turn, at fewer layers."""
   shape = pruned(shape | {'layers': layers}, layers)
   text, ours, theirs = json.dumps(shape), list[float](), list[float]()
   for _ in range(rounds):
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
   options = parser(__doc__, 1)
   options.add_argument('--peer', type=int, default=4, help='layers of torch.compile beside ours; 0 = none')
   args = options.parse_args(arguments)
-  # First, for it may lack PyTorch.
+  # First, because PyTorch may be missing.
   peer = [peer_text(SHAPES['SmolLM2-135M'], args.peer, args.rounds)] if args.peer else []
   found = measure(SHAPES, args.rounds)
   parts = [

@@ -1,4 +1,4 @@
-"""The models that benchmarks run on: SmolLM2-135M-Instruct, dense and pruned to 80 %, as fp32 exports."""
+"""The models of the benchmarks: SmolLM2-135M-Instruct, dense and pruned to 80 %, as fp32 exports."""
 
 import json
 import math
@@ -18,7 +18,7 @@ def dense() -> pathlib.Path:
 
 
 def pruned() -> pathlib.Path:
-  """Of the model pruned as the demo does it, at once and without training: about two minutes, once."""
+  """Same for the model pruned as in the demo, in one stage without training; takes about two minutes."""
   return _made('pruned', '--config=configs/demo.py', '--mode=prune', '--config.prune.stages=1')
 
 
@@ -32,7 +32,7 @@ def _made(name: str, *arguments: str) -> pathlib.Path:
 
 
 def _shapes(directory: pathlib.Path) -> dict[str, list[int]]:
-  """Of every tensor of a single safetensors file, from its header."""
+  """The shape of every tensor in a single safetensors file, from its header."""
   with open(directory / 'model.safetensors', 'rb') as file:
     header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
   return {name: entry['shape'] for name, entry in header.items() if name != '__metadata__'}
@@ -44,13 +44,13 @@ def parameters(directory: pathlib.Path) -> int:
 
 
 def head_weights(directory: pathlib.Path) -> int:
-  """Of the output projection, tied or not."""
+  """Weights of the output projection, tied or not."""
   shapes = _shapes(directory)
   return math.prod(shapes.get('lm_head.weight') or shapes['model.embed_tokens.weight'])
 
 
 def forward_flops(directory: pathlib.Path, length: int) -> float:
-  """A token's: two for each weight of a product, the head's too, and attention over half of the row."""
+  """FLOPs per token: two per weight of a product, including the head, and attention over half the row."""
   shapes = _shapes(directory)
   weights = sum(math.prod(s) for n, s in shapes.items() if n.endswith('_proj.weight')) + head_weights(
     directory
@@ -60,5 +60,5 @@ def forward_flops(directory: pathlib.Path, length: int) -> float:
 
 
 def training_flops(directory: pathlib.Path, length: int) -> float:
-  """A token's: forward, and backward of twice that."""
+  """FLOPs per token: forward, and backward of twice that."""
   return 3 * forward_flops(directory, length)

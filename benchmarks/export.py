@@ -1,22 +1,22 @@
-"""Mode export beside a plain copy: a checkpoint of LLaMA-3.1-8B's shapes in and out, as it is.
+"""Compares mode export with a plain copy, for an unchanged checkpoint with LLaMA-3.1-8B's shapes.
 
     python -m benchmarks.export [--layers=4] [--rounds=3] [--write]
 
-The checkpoint is made up: random bf16 weights in shards of up to 5 GB and a tokenizer of a few words.
---layers says how many decoder layers (3.9 GB with 4, 16 GB with 32). In turn, each in a new process:
+The checkpoint is synthetic: random bf16 weights in shards of up to 5 GB and a tokenizer of a few words.
+--layers sets the number of decoder layers (3.9 GB with 4, 16 GB with 32). In turn, each in a new process:
 
 - copy: `cp -r`, then `sync` of the files.
 - ours: `main.py --mode=export` with export.formats=hf, which reads, writes, syncs, reads back and compares.
-  Its parts are timed, and its anonymous memory is sampled. Files mapped into memory are the system's page
-  cache, which it takes back when it needs to: they count in the peak resident memory (in brackets) alone.
+  Its parts are timed, and its anonymous memory is sampled. Mapped files are part of the system's
+  page cache, which it frees when needed: they count only in the peak resident memory (in brackets).
 - transformers: from_pretrained in the stored dtype, save_pretrained, the same sync.
 
-A whole command starts Python too, and imports JAX, transformers and, where it is installed, PyTorch.
+A whole command also starts Python and imports JAX, transformers and, if it is installed, PyTorch.
 
-Before each, the checkpoint's files are read (a warm page cache, as far as the memory goes); what was written
-is deleted after it. Beside them, as limits: a copy in memory by one thread, and a write of as many bytes with
-a sync. Needs twice the checkpoint's bytes of disk. A round of 4 layers takes half a minute on two cores.
-With 32 layers source and copy exceed 24 GB of memory: then the disk's speed counts, for all.
+Before each, the checkpoint's files are read (a warm page cache, as far as memory allows); the output is
+deleted afterwards. Limits are also measured: a copy in memory by one thread, and a write of as many bytes
+with a sync. The disk needs twice the checkpoint's size. A round of 4 layers takes half a minute on two cores.
+With 32 layers, source and copy exceed 24 GB of memory: then the disk limits the speed of all.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ from benchmarks.side_by_side import ROOT, Run, parser, ratio, report, run, sprea
 
 PARTS = ('read', 'write', 'check')
 PROGRAMS = ROOT / 'benchmarks/programs'
-_BLOCK = 1 << 22  # random bytes; tensors repeat them, each from another place on
+_BLOCK = 1 << 22  # random bytes, which tensors repeat, each from another offset
 WORDS = ('<unk>', '</s>', *['the', 'quick', 'brown', 'fox', 'jumps', 'over', 'a', 'lazy', 'dog', '.', ','])
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """Of a Llama without tied embeddings; `shard_bytes` is the most that a file has."""
+  """Shape of a Llama without tied embeddings; `shard_bytes` is the largest size of a file."""
 
   hidden: int = 4096
   heads: int = 32
@@ -71,7 +71,7 @@ class Shape:
     return {f'{name}.weight': shape for name, shape in found.items()}
 
   def config(self, layers: int) -> dict[str, object]:
-    """config.json."""
+    """The contents of config.json."""
     scaling = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'rope_type': 'llama3'}
     return {
       'architectures': ['LlamaForCausalLM'],
@@ -96,7 +96,7 @@ SHAPES = {'llama-3.1-8b': Shape(), 'toy': Shape(64, 4, 2, 96, 256, 100_000)}
 
 
 def write_checkpoint(directory: pathlib.Path, shape: Shape, layers: int) -> dict[str, int]:
-  """A Hugging Face directory, written piece by piece; returns the bytes of each tensor."""
+  """Writes a Hugging Face directory piece by piece; returns the bytes of each tensor."""
   directory.mkdir(parents=True)
   tensors = shape.tensors(layers)
   sizes = {name: 2 * math.prod(found) for name, found in tensors.items()}
@@ -132,7 +132,7 @@ def write_checkpoint(directory: pathlib.Path, shape: Shape, layers: int) -> dict
 
 
 def _random_block() -> bytes:
-  """bf16 numbers of about 0.01, either sign: their upper bytes are 0x3C or 0xBC."""
+  """bf16 numbers of about 0.01 with either sign: their upper bytes are 0x3C or 0xBC."""
   block = bytearray(random.Random(0).randbytes(_BLOCK))
   block[1::2] = block[1::2].translate(bytes(0xBC if byte % 2 else 0x3C for byte in range(256)))
   return bytes(block)
@@ -174,10 +174,10 @@ def commands(source: pathlib.Path, out: pathlib.Path) -> dict[str, list[str]]:
 
 
 def measure(source: pathlib.Path, out: pathlib.Path, rounds: int) -> dict[str, list[Run]]:
-  """Each program once a round, on the same state of the page cache, its output deleted after it.
+  """Runs each program once per round, with the same state of the page cache, and deletes its output.
 
-  A virtual machine gives freed memory back to its host bit by bit, and to get it again takes longer than a
-  copy: so `cp` starts as long after the deletion as ours starts to write.
+  A virtual machine gradually returns freed memory to its host, and getting it back takes longer than a copy.
+  So the delay between the deletion and the start of `cp` is that before ours starts to write.
   """
   runs: dict[str, list[Run]] = {name: [] for name in commands(source, out)}
   for i in range(rounds):

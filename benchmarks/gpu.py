@@ -1,16 +1,16 @@
-"""On one GPU: training, scoring beside PyTorch, generation, and cuDNN's attention beside the plain form.
+"""On one GPU: training, scoring compared with PyTorch, generation, and cuDNN's attention vs. the plain form.
 
     python -m benchmarks.gpu [--minutes=8] [--toy] [--write]
 
-Weights are random, made on the device: SmolLM2-135M, Llama-3.2-1B and -3B, and eight of the 32 layers of
-Llama-3.1-8B. A row is a process of its own, alone on the card, one after another (those of attention share
-one); what breaks it is said in the row. What matters most comes first: a row for which the minutes do not
-suffice is left out, and says so. The tables are printed at the end, and with --write they are, as far as they
-go, in benchmarks/RESULTS.md after each row.
+Random weights are made on the device, for SmolLM2-135M, Llama-3.2-1B and -3B, and eight of the 32 layers of
+Llama-3.1-8B. Each row runs in a separate process, alone on the card, one after another (attention rows share
+one); a row that fails has the reason in the table. The most important rows come first; a row for which the
+minutes do not suffice is left out and marked. The tables are printed at the end; with --write, the tables so
+far are also written to benchmarks/RESULTS.md after each row.
 
 The peer of scoring is a transformers model in bf16 on CUDA: autograd, hooks for the cosine distances, Taylor
-scores; it needs a PyTorch that sees the card. --toy is the same on the CPU with tiny models, in seconds: its
-figures mean nothing.
+scores; it needs a PyTorch that supports the card. --toy runs the same on the CPU with tiny models, in
+seconds: its figures are meaningless.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks import side_by_side
 
 TITLE = 'On one GPU'
-# Of dense bf16 products, TFLOP/s, by NVIDIA's data sheets; the first that the card's name holds.
+# TFLOP/s of dense bf16 products in NVIDIA's data sheets; the first key in the card's name is used.
 NOMINAL = {
   'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'H200': 989, 'GH200': 989, 'B200': 2250, 'A100': 312,
   'L40S': 362, 'RTX 4090': 165,
@@ -39,7 +39,7 @@ NOMINAL = {
 class Row:
   """One row of the tables: `rows` x `length` tokens at once.
 
-  micro: rows of a micro-batch, 0 for all. seconds: with fewer left it is not begun. heads: N, K and H.
+  micro: rows of a micro-batch, 0 for all. seconds: with fewer left it is not started. heads: N, K and H.
   """
 
   kind: str
@@ -97,7 +97,7 @@ TOY = (
 
 
 def children(rows: tuple[Row, ...], toy: bool) -> list[list[int]]:
-  """Which rows share a process: those of attention, which are short; all of the toy, to import but once."""
+  """Groups of rows that share a process: attention rows, which are short; all toy rows, to import once."""
   if toy:
     return [list(range(len(rows)))]
   groups: list[list[int]] = []
@@ -110,8 +110,8 @@ def children(rows: tuple[Row, ...], toy: bool) -> list[list[int]]:
 
 
 def measured(command: list[str], seconds: float) -> Iterator[dict[str, Any]]:
-  """Objects that a program prints, as they come; then {'ended': why} where it failed or was cut off."""
-  # The compile is measured, so no cache; 0.92 of the memory, as launch/ has it.
+  """Yields the objects that a program prints; then {'ended': why} if it failed or was cut off."""
+  # No cache, since compiling is measured; 0.92 of the memory, as in launch/.
   fixed = {
     'PYTHONPATH': str(side_by_side.ROOT),
     'PYTHONWARNINGS': 'ignore',
@@ -173,7 +173,7 @@ def nominal(card: dict[str, Any]) -> int:
 
 
 def cells(i: int, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> list[str]:
-  """Of a row that was measured."""
+  """Table cells of a measured row."""
   row, r, card = rows[i], found[i], found[0]
   peak, compiled = f'{r.get("peak", 0) / 1e9:.1f}', f'{r.get("compile", 0):.0f}'
   size = f'{row.rows} x {row.length}'
@@ -263,7 +263,7 @@ def text(rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> str:
 
 
 def run(rows: tuple[Row, ...], toy: bool, minutes: float, write: bool) -> dict[int, dict[str, Any]]:
-  """By index of its row, each one's figures, or {'said': why there are none}."""
+  """By index of the row, its figures, or {'said': why there are none}."""
   until = time.time() + 60 * minutes - 5
   found: dict[int, dict[str, Any]] = {}
   for group in children(rows, toy):

@@ -2,9 +2,9 @@
 
     python -m benchmarks.growth [--rounds=2] [--write]
 
-Random models of 1 to 50 million parameters, one size doubled three times while the others stay. Exponents are
-slopes of log cost over log size, a fit a round. About four minutes on two cores. There is no peer: beside
-each stands the limit, the same fit on the FLOPs of the same sizes. --write also draws benchmarks/growth.svg.
+The models are random, with 1 to 50 million parameters; one size is doubled three times, the others are fixed.
+Exponents are slopes of log cost over log size, one fit per round. About four minutes on two cores. There is
+no peer; the limit is the same fit on the FLOPs of the same sizes. --write also draws benchmarks/growth.svg.
 """
 
 import json
@@ -25,7 +25,7 @@ SWEEPS = {
 }
 REPEATS = 3
 PICTURE = ROOT / 'benchmarks/growth.svg'
-# Of planned bytes, where one size grows for ever: all tokens' activations, all layers', and weights [D, D].
+# Of planned bytes as one size grows to infinity: all tokens' activations, all layers', and weights [D, D].
 BYTES_LIMIT = {'tokens': 1, 'layers': 1, 'hidden': 2}
 
 Rounds = list[list[dict[str, float]]]
@@ -37,7 +37,7 @@ def exponent(sizes: tuple[int, ...], costs: list[float]) -> float:
 
 
 def points() -> list[dict[str, int]]:
-  """All sizes, none twice."""
+  """All sizes, without duplicates."""
   found = [BASE | {name: size} for name, sizes in SWEEPS.items() for size in sizes]
   return [p for i, p in enumerate(found) if p not in found[:i]]
 
@@ -51,7 +51,7 @@ def measure(rounds: int) -> dict[str, Rounds]:
 
 
 def along(name: str, rounds: Rounds, what: str) -> list[list[float]]:
-  """Costs of one sweep, a list a round."""
+  """Costs of one sweep, one list per round."""
   order = [points().index(BASE | {name: size}) for size in SWEEPS[name]]
   return [[round_[i][what] for i in order] for round_ in rounds]
 
@@ -79,7 +79,7 @@ def table(found: dict[str, Rounds]) -> str:
 
 
 def chart(found: dict[str, Rounds]) -> str:
-  """Median seconds of every sweep as multiples of its smallest size's."""
+  """Median seconds of every sweep as multiples of those at its smallest size."""
   series = []
   for program, rounds in found.items():
     for colour, (name, sizes) in enumerate(SWEEPS.items()):

@@ -1,11 +1,11 @@
-"""Our model in lm-evaluation-harness beside the harness's own `hf` model, example by example.
+"""Compares our model in lm-evaluation-harness with the harness's own `hf` model, example by example.
 
     python -m benchmarks.harness_parity [--model=out/demo/hf] [--data=../shared/data] [--limit=300]
                                          [--tasks=piqa,openbookqa,lambada]
 
-PIQA, OpenBookQA and LAMBADA from files: they are converted to JSON lines, with a task file each whose prompts
-and metrics are those of the harness's tasks. Both models compute in fp32 on the CPU. Prints a Markdown table.
-Needs PyTorch, transformers and accelerate (`pip install '.[test]'`).
+PIQA, OpenBookQA and LAMBADA are read from files and converted to JSON lines, each with a task file that has
+the prompts and metrics of the harness's task. Both models compute in fp32 on the CPU. Prints a Markdown
+table. Needs PyTorch, transformers and accelerate (`pip install '.[test]'`).
 """
 
 import argparse
@@ -31,7 +31,7 @@ from adapt_jax.models.formats.source import open_source
 
 ROOT = pathlib.Path(__file__).parent.parent
 _CHOICE = {'output_type': 'multiple_choice', 'metric_list': [{'metric': 'acc'}, {'metric': 'acc_norm'}]}
-# As the harness's piqa, openbookqa and lambada_openai.
+# As in the harness's piqa, openbookqa and lambada_openai.
 _TASKS: dict[str, dict[str, Any]] = {
   'piqa': _CHOICE
   | {
@@ -71,7 +71,7 @@ def _lambada(data: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def write_tasks(data: pathlib.Path, path: pathlib.Path) -> None:
-  """Task files and data of local_piqa, local_openbookqa and local_lambada in `path`."""
+  """Writes task files and data of local_piqa, local_openbookqa and local_lambada to `path`."""
   for name, read in (('piqa', _piqa), ('openbookqa', _openbookqa), ('lambada', _lambada)):
     file = path / f'{name}.jsonl'
     file.write_text(''.join(json.dumps(row) + '\n' for row in read(data)))
@@ -92,7 +92,7 @@ def answers(samples: list[dict[str, Any]]) -> list[np.ndarray]:
 def compare(task: str, ours: Any, theirs: Any, seconds: tuple[float, float]) -> str:
   """A row of the table."""
   pairs = list(zip(answers(ours['samples'][task]), answers(theirs['samples'][task]), strict=True))
-  # The choice that is likeliest; of a single answer, whether greedy decoding gives it.
+  # The most likely choice; for a single answer, whether greedy decoding gives it.
   same = [np.argmax(a[:, 0]) == np.argmax(b[:, 0]) if len(a) > 1 else a[0, 1] == b[0, 1] for a, b in pairs]
   worst = max(np.abs(a[:, 0] - b[:, 0]).max() for a, b in pairs)
   scores = [100 * results['results'][task]['acc,none'] for results in (ours, theirs)]

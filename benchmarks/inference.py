@@ -1,15 +1,15 @@
-"""Tokens/s of evaluation and generation, dense and pruned, ours beside the transformers model in PyTorch.
+"""Tokens/s of evaluation and generation, dense and pruned, compared with transformers in PyTorch.
 
     python -m benchmarks.inference [--dense=DIRECTORY] [--pruned=DIRECTORY] [--rounds=1]
                                    [--dtypes=float32,bfloat16] [--peers=eager,compiled] [--write]
 
-Perplexity over windows of 1,024 tokens, prefill of prompts of 128 tokens, and greedy decoding of 64 after
-them, one row and eight. The models are those of `benchmarks/demo_models.py`, unless named. The peer is the
-exported directory in transformers, as it is and through torch.compile, with the KV cache that is faster for
-it; what is compiled, and the first calls, are not in the rates. The limit of evaluation and prefill is their
-FLOPs at the speed of one big product, that of decoding the bytes of weights and cache at the speed of
-reading memory, or its FLOPs where those take longer: the fastest product and the fastest read of the same
-runs, of either program. About four minutes a round, dtype and model on two cores, half of it torch.compile.
+It measures perplexity over windows of 1,024 tokens, prefill of prompts of 128 tokens, and greedy decoding of
+64 more, with one row and eight. The models are those of `benchmarks/demo_models.py`, unless given. The peer
+is the exported directory in transformers, eager and with torch.compile, with the faster KV cache; rates
+exclude compiling and first calls. The limit of evaluation and prefill is their FLOPs at the speed of one big
+product; that of decoding is the bytes of weights and cache at the speed of reading memory, or its FLOPs if
+they take longer. These speeds are the fastest product and read in the same runs, of either program. About
+four minutes per round, dtype and model on two cores, half of it torch.compile.
 """
 
 import json
@@ -29,7 +29,7 @@ TITLE = 'Evaluation and generation'
 
 
 def commands(path: str, dtype: str, peers: list[str], settings: dict[str, Any]) -> dict[str, list[str]]:
-  """Ours and each peer, by name."""
+  """Commands of ours and each peer, by name."""
   found = {}
   for name in ('ours', *peers):
     s = json.dumps(settings | {'dtype': dtype, 'compile': name == 'compiled'})
@@ -47,7 +47,7 @@ def figures(rows: list[int]) -> dict[str, str]:
 
 
 def limit(answers: list[dict[str, Any]], figure: str) -> float:
-  """Tokens/s that arithmetic or memory allow at most, by the best speeds of all answers."""
+  """The most tokens/s that arithmetic or memory allow, at the best speeds of all answers."""
   gflops, read = (max(a[name] for a in answers) for name in ('gflops', 'read_gbs'))
   cost = next(a for a in answers if f'{figure}_flops' in a)
   found = 1e9 * gflops / cost[f'{figure}_flops']
@@ -57,7 +57,7 @@ def limit(answers: list[dict[str, Any]], figure: str) -> float:
 
 
 def table(model: str, dtype: str, runs: dict[str, list[Run]], rows: list[int]) -> str:
-  """Rows of the report for one model and dtype; the peer of a figure is that with the higher median."""
+  """Rows of the report for one model and dtype; the peer of a figure is the one with the highest median."""
   answers = {name: [run.answer for run in found] for name, found in runs.items()}
   every = [answer for found in answers.values() for answer in found]
   losses = {name: found[0]['loss'] for name, found in answers.items()}
@@ -77,7 +77,7 @@ def table(model: str, dtype: str, runs: dict[str, list[Run]], rows: list[int]) -
 
 
 def compiled(model: str, dtype: str, runs: dict[str, list[Run]]) -> str:
-  """A row: seconds compiled and peak memory of each program."""
+  """A table row: compile seconds and peak memory of each program."""
   cells = []
   for found in runs.values():
     seconds = [sum(v for k, v in run.answer.items() if k.endswith('_compile')) for run in found]

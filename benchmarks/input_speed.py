@@ -1,10 +1,10 @@
-"""Tokens a second of the training input alone, beside what a training step eats on the same host.
+"""Tokens per second of the training input alone, compared with those of a training step on the same host.
 
     python -m benchmarks.input_speed [--source=data/sotu/train,...] [--step=346] [--rounds=5] [--write]
 
-Reading: the rows of batches of 128 x 1,024 from the cache on disk, segments and all. Tokenising: from files
+Reading: rows of batches of 128 x 1,024 from the cache on disk, with segments. Tokenising: from files
 to the cache, once. Step: SmolLM2-135M-Instruct, fp32, 4 x 256 tokens, unless --step gives its tokens/s.
-Prints medians, lowest to highest beside them; exit code 1 unless the input is ten times as fast as the step.
+Prints medians with lowest and highest; exit code 1 unless the input is ten times as fast as the step.
 About four minutes on two cores.
 """
 
@@ -42,7 +42,7 @@ ENOUGH = 10
 
 
 def options(source: tuple[str, ...], cache: pathlib.Path, **train: Any) -> RunOptions:
-  """Every document of the sources."""
+  """Options for training on every document of the sources."""
   config = base.get_config()
   config.data.cache = str(cache)
   config.train.update(source=source, tokens=10**12, **train)
@@ -50,7 +50,7 @@ def options(source: tuple[str, ...], cache: pathlib.Path, **train: Any) -> RunOp
 
 
 def rates(tokens: int, work: Callable[[int], object], repeats: int) -> list[float]:
-  """Tokens a second of work(0), work(1) …, which do `tokens` each."""
+  """Tokens per second of work(0), work(1) …, which process `tokens` each."""
   found = []
   for index in range(repeats):
     start = time.perf_counter()
@@ -60,7 +60,7 @@ def rates(tokens: int, work: Callable[[int], object], repeats: int) -> list[floa
 
 
 def tokenising(source: tuple[str, ...], tokenizer: Any, vocab: int, repeats: int) -> tuple[int, list[float]]:
-  """Tokens of the source, and tokens a second from files to an opened train set."""
+  """Tokens of the source, and tokens per second from files to an opened train set."""
   with tempfile.TemporaryDirectory() as directory:
 
     def work(index: int) -> TrainSet:
@@ -72,7 +72,7 @@ def tokenising(source: tuple[str, ...], tokenizer: Any, vocab: int, repeats: int
 
 
 def reading(source: tuple[str, ...], tokenizer: Any, vocab: int, repeats: int) -> tuple[float, list[float]]:
-  """Seconds to open tokens that are on disk, and tokens a second of 20 batches' rows."""
+  """Seconds to open tokens that are on disk, and tokens per second of reading 20 batches' rows."""
   with tempfile.TemporaryDirectory() as directory:
     o = options(source, pathlib.Path(directory))
     open_train_set(o.train, o.data, tokenizer, vocab, 0)
@@ -88,7 +88,7 @@ def reading(source: tuple[str, ...], tokenizer: Any, vocab: int, repeats: int) -
 
 
 def training(source: Source, repeats: int) -> list[float]:
-  """Tokens a second of the training step, compilation aside."""
+  """Tokens per second of the training step, without compilation."""
   o = options((), pathlib.Path(), batch=4, micro_batch=4, length=256)
   optimizer = make_optimizer(o.train, 100)
   params = jax.tree.map(jnp.asarray, source.load_params('float32'))

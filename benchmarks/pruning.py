@@ -1,12 +1,12 @@
-"""CPU time and peak memory of pruning by the paper's method, beside PyTorch's.
+"""CPU time and peak memory of pruning by the paper's method, compared with PyTorch.
 
     python -m benchmarks.pruning [--steps=15] [--rounds=1] [--write]
 
-SmolLM2-135M-Instruct, 128 x 64 calibration tokens, Taylor scores, to 110.6 million parameters in 15 steps:
-our whole program from the stored weights to the export, compilation included and nothing from the cache of
-programs, without PyTorch, as it is installed by default; in fp32 and in bfloat16. The peer is written as a
-PyTorch user would: the transformers model, autograd, one forward pass with hooks and one backward; it loads,
-prunes and saves. Whole processes; half an hour on two cores.
+SmolLM2-135M-Instruct is pruned to 110.6 million parameters in 15 steps, with Taylor scores on 128 x 64
+calibration tokens. Ours is the whole program from the stored weights to the export, with compilation and an
+empty program cache, without PyTorch as in a default installation; in fp32 and in bfloat16. The peer is
+written as by a PyTorch user: the transformers model, autograd, one forward pass with hooks and one backward;
+it loads, prunes and saves. Whole processes are measured; half an hour on two cores.
 """
 
 import json
@@ -19,16 +19,16 @@ from benchmarks import demo_models, side_by_side
 from benchmarks.side_by_side import Run, ratio, spread
 
 TOKENS = 128 * 64
-# Parameters before, and what the authors' program had left after 15 steps.
+# Parameters before, and those left by the authors' program after 15 steps.
 DENSE, LEFT = 134_515_008, 110_602_944
-# So that a few channels more, of another dtype's scores, are not a step of their own.
+# So that a few more channels, by another dtype's scores, do not need another step.
 SLACK = 10_000
-# That program for the same 15 steps, one thread of another machine (its log): CPU seconds, GB.
+# The authors' program for the same 15 steps, one thread of another machine (its log): CPU seconds, GB.
 AUTHORS = 902, 8.06
 
 
 def ours(workdir: pathlib.Path, dtype: str, steps: int) -> list[str]:
-  """Our program, to what the paper's schedule leaves after so many steps."""
+  """The command of our program, to the size that the paper's schedule leaves after `steps` steps."""
   target = DENSE - round(steps * (DENSE - LEFT) / 15) + SLACK
   fields = {
     'model.source': demo_models.GGUF,
@@ -52,14 +52,14 @@ def ours(workdir: pathlib.Path, dtype: str, steps: int) -> list[str]:
 
 
 def check_steps(workdir: pathlib.Path, steps: int) -> None:
-  """SystemExit unless our program has taken as many steps as the peer."""
+  """Raises SystemExit unless our program has taken as many steps as the peer."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   if (taken := max(line['step'] for line in lines if 'layer_importance' in line)) != steps:
     raise SystemExit(f'ours took {taken} steps, PyTorch {steps}')
 
 
 def check_sizes(parameters: dict[str, int]) -> None:
-  """SystemExit unless the programs have left models of one size: else their work was not the same."""
+  """Raises SystemExit unless the programs left models of the same size: else their work differed."""
   if max(parameters.values()) > 1.001 * min(parameters.values()):
     raise SystemExit(f'the programs left models of different sizes: {parameters}')
 
@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def scoring_flops(directory: pathlib.Path) -> float:
-  """A token's, of one scoring pass: layers forward twice and backward, the head forward and half backward."""
+  """FLOPs per token of scoring: layers forward twice and backward, the head forward and half backward."""
   head = 2.0 * demo_models.head_weights(directory)
   return 4 * (demo_models.forward_flops(directory, 64) - head) + 2 * head
 

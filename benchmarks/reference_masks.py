@@ -1,11 +1,11 @@
-"""Our default against the masks that the authors' program kept, at its own sizes and from its own tokens.
+"""Compares our default method with the masks of the authors' program, at its sizes and with its tokens.
 
     python -m benchmarks.reference_masks [--windows=20] [--row=1024] [--shared=../shared]
 
-SmolLM2-135M-Instruct; 8,192 calibration tokens (the 128 x 64 of the reference; ours reads the same tokens end
-to end, as 8 x 1024, or in rows of --row), nothing trained. Perplexity on windows of WikiText-2 validation
-text in which no calibration row lies. Prints a Markdown table with the excess log-perplexity, log of pruned
-over dense, and its share of the reference's. About a quarter of an hour on two cores.
+SmolLM2-135M-Instruct with 8,192 calibration tokens (the 128 x 64 of the reference; ours reads them as one
+stream, as 8 x 1024, or in rows of --row), without training. Perplexity is measured on windows of WikiText-2
+validation text that contain no calibration row. Prints a Markdown table with the excess log-perplexity, log
+of pruned over dense, and its ratio to the reference's. About a quarter of an hour on two cores.
 """
 
 import argparse
@@ -28,20 +28,20 @@ from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner
 from benchmarks.reference_parity import ROOT, reference_options, reference_params
 
-# Pruning steps of the reference whose masks are given.
+# Pruning steps of the reference whose masks are available.
 STEPS = (15, 16, 29)
 LENGTH = 1024
 
 
 def clean_windows(text: pathlib.Path, calibration: np.ndarray, source: Source, count: int) -> Blocks:
-  """`count` windows, evenly spaced, of those that hold no part of a calibration row [S, T]."""
+  """`count` evenly spaced windows of those that contain no part of a calibration row [S, T]."""
   stream = np.array(source.load_tokenizer()(text.read_text())['input_ids'], np.int32)
   windows = stream[: len(stream) // LENGTH * LENGTH].reshape(-1, LENGTH)
   clean = np.ones(len(windows), bool)
   content = stream.tobytes()
   for row in calibration.astype(np.int32):
     at = content.find(row.tobytes())
-    while at >= 0 and at % 4:  # found across the borders of two token ids
+    while at >= 0 and at % 4:  # not aligned with token ids
       at = content.find(row.tobytes(), at + 1)
     if at >= 0:
       clean[at // 4 // LENGTH : (at // 4 + len(row) - 1) // LENGTH + 1] = False

@@ -1,11 +1,11 @@
-"""Our pruning with compat='reference' against what the authors' program computed, step by step.
+"""Compares our pruning with compat='reference' with the results of the authors' program, step by step.
 
     python -m benchmarks.reference_parity [--start=0] [--steps=29] [--golden=../shared/golden]
 
-SmolLM2-135M-Instruct, 128 x 64 calibration tokens, taylor, cosine, A = 0.02, T = 50: widths and sparsities
-after every step against `reference_n128/steps.json`, kept masks against `kept_stepNN.npz`. Prints a Markdown
-table; about 30 s a step on two cores. With --start it begins from the reference's own masks after that step,
-one of those that are given.
+SmolLM2-135M-Instruct, 128 x 64 calibration tokens, taylor, cosine, A = 0.02, T = 50. Widths and sparsities
+after every step are compared with `reference_n128/steps.json`, kept masks with `kept_stepNN.npz`. Prints a
+Markdown table; about 30 s per step on two cores. With --start, it begins from the reference's own masks after
+that step, for which masks must be available.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner, StepRecord
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Parameters by which ours may be above the reference's after its last step: a fraction of what a step takes.
+# Parameters by which ours may exceed the reference's after its last step: a fraction of a step.
 SLACK = 50_000
 MODEL = ROOT / 'data/SmolLM2-135M-Instruct.Q4_1.gguf'
 
@@ -55,7 +55,7 @@ def reference_pruner(golden: pathlib.Path, rows: int) -> tuple[Pruner, Params]:
 
 
 def reference_state(golden: pathlib.Path, step: int) -> PruneState:
-  """What the reference keeps after a step whose masks are given."""
+  """The reference's state after a step whose masks are available."""
   masks = np.load(golden / f'reference_n128/kept_step{step:02d}.npz')
   steps = json.loads((golden / 'reference_n128/steps.json').read_text())
   plan = PrunePlan(tuple(masks['kv']), tuple(masks['mlp']))
@@ -63,7 +63,7 @@ def reference_state(golden: pathlib.Path, step: int) -> PruneState:
 
 
 def overlap(ours: np.ndarray, theirs: np.ndarray) -> float:
-  """Share of the groups that the reference keeps that we keep too."""
+  """Share of the groups kept by the reference that ours also keeps."""
   return float((ours & theirs).sum() / theirs.sum())
 
 

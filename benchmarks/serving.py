@@ -1,12 +1,12 @@
-"""A pruned model in the programs it is exported for: agreement with ours, size, tokens/s beside the dense.
+"""A pruned model in the programs it is exported for: agreement with ours, size, tokens/s vs. the dense one.
 
     make demo test-serving
     python -m benchmarks.serving [--pruned=out/demo] [--dense=data/SmolLM2-135M-Instruct.Q4_1.gguf]
 
 Both models are exported in every form (fp32), and each program runs both in turn, dense and pruned, --rounds
 times, each time in a new process: greedy decoding of 32 tokens after a prompt of 16, on two threads. The
-difference is of log-probabilities of 30 tokens of text to our own forward pass in fp32. Programs that are not
-installed are left out.
+difference is between log-probabilities of 30 tokens of text and those of our forward pass in fp32. Programs
+that are not installed are left out.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TEXT = 'The history of the city begins with a small settlement on the bank of th
 PYTHON = pathlib.Path(sys.executable)
 HERE = str(ROOT)
 OLD = f'{ROOT / ".venv/transformers-4.57"}{os.pathsep}{HERE}'
-# Program, form, Python, script of benchmarks/programs, where else that looks for modules.
+# Program, format, Python, script of benchmarks/programs, its additional module path.
 PROGRAMS: tuple[tuple[str, str, pathlib.Path, str, str], ...] = (
   ('adapt-jax', 'hf', PYTHON, 'run_ours.py', HERE),
   ('transformers 5', 'hf', PYTHON, 'run_transformers.py', HERE),
@@ -46,7 +46,7 @@ PROGRAMS: tuple[tuple[str, str, pathlib.Path, str, str], ...] = (
 
 
 def export(source: str, path: pathlib.Path) -> None:
-  """Every form of a model, by the program itself."""
+  """Exports a model in every format, by main.py."""
   if (path / 'report.json').exists():
     return
   command = [PYTHON, ROOT / 'main.py', '--config=configs/base.py', '--mode=export', f'--workdir={path}']
@@ -74,7 +74,7 @@ def ask(
 
 
 def logprobs(path: pathlib.Path, prompts: list[list[int]]) -> np.ndarray:
-  """Of each prompt's tokens after the first, by our forward pass in fp32."""
+  """Log-probabilities of each prompt's tokens after the first, by our forward pass in fp32."""
   source = open_source(str(path))
   rows = np.array(prompts)
   logits = jax.jit(lambda p, t: llama.apply(source.config, p, t))(source.load_params(np.float32), rows)

@@ -1,6 +1,6 @@
-"""Programs run in turn (A B A B ...), each in a new process; medians, spread, ratios; sections of RESULTS.md.
+"""Runs programs in turn (A B A B ...), each in a new process; medians, ranges, ratios; writes RESULTS.md.
 
-Imports the standard library alone: a process starts with its parent's peak memory, so that must stay small.
+It imports only the standard library: a process inherits its parent's peak memory, which must be small.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks/RESULTS.md'
-# Of every program here; so many threads that each core has one.
+# Of every program: one thread per core.
 THREADS = str(os.cpu_count())
 _PACKAGES = {'jax': 'JAX', 'torch': 'PyTorch', 'transformers': 'transformers'}
 
@@ -37,9 +37,9 @@ class Run:
 
 
 def run(command: list[str], env: dict[str, str] | None = None) -> Run:
-  """Runs a program to its end; SystemExit with its last words if it fails."""
+  """Runs a program to its end; raises SystemExit with its last output if it fails."""
   fixed = {'OMP_NUM_THREADS': THREADS, 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore'}
-  fixed['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # unless `env` says otherwise, compiling counts
+  fixed['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # compiling counts, unless `env` enables the cache
   with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -63,7 +63,7 @@ def _text(file: Any) -> str:
 
 
 def in_turn(commands: dict[str, list[str]], rounds: int) -> dict[str, list[Run]]:
-  """Each command once a round, in their order; prints a line for each on stderr."""
+  """Runs each command once per round, in order; prints a line for each on stderr."""
   runs: dict[str, list[Run]] = {name: [] for name in commands}
   for i in range(rounds):
     for name, command in commands.items():
@@ -83,12 +83,12 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def ratio(over: list[float], under: list[float], digits: int = 2) -> str:
-  """Of neighbours in time: median (lowest–highest)."""
+  """Ratio of runs in the same round: median (lowest–highest)."""
   return spread([a / b for a, b in zip(over, under, strict=True)], digits)
 
 
 def parser(doc: str | None, rounds: int = 0) -> argparse.ArgumentParser:
-  """With --write, and --rounds where a number of them is given."""
+  """A parser with --write, and with --rounds if a default is given."""
   made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
   if rounds:
     made.add_argument('--rounds', type=int, default=rounds, help='times that each program runs')
@@ -120,7 +120,7 @@ def versions() -> str:
 
 
 def report(title: str, text: str, write: bool, quiet: bool = False) -> None:
-  """Prints a section with machine, versions, date and command, or keeps `quiet`; `write`: to RESULTS.md."""
+  """Prints a section with machine, versions, date and command unless `quiet`; `write`: to RESULTS.md."""
   arguments = ' '.join(a for a in sys.argv[1:] if a != '--write')
   module = pathlib.Path(sys.argv[0]).stem
   command = f'python -m benchmarks.{module} {arguments}'.strip()

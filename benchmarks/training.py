@@ -1,12 +1,12 @@
-"""Tokens/s and memory of the recovery step after pruning to 80 %, beside PyTorch's.
+"""Tokens/s and memory of the recovery step after pruning to 80 %, compared with PyTorch.
 
     python -m benchmarks.training [--rounds=2] [--write]
 
 SmolLM2-135M-Instruct pruned by the demo's method, batch 4 x 256, AdamW, clipped gradients; fp32, and bfloat16
-products with fp32 weights (PyTorch: autocast). The peer is the export of the same model in transformers,
-with autograd, torch's fused AdamW and, in rows of its own, torch.compile. Each run is a new process, peak
-memory that of the process, compilation included. Also ours with `train.remat` and `train.mu_dtype`. A quarter
-of an hour on two cores, the models made before.
+products with fp32 weights (PyTorch: autocast). The peer is the export of the same model in transformers, with
+autograd, torch's fused AdamW and, in separate rows, torch.compile. Each run is a new process; peak memory is
+that of the process, including compilation. Ours also runs with `train.remat` and `train.mu_dtype`. A quarter
+of an hour on two cores, without making the models.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ from benchmarks import demo_models, side_by_side
 from benchmarks.side_by_side import Run, ratio, spread
 
 HERE = pathlib.Path(__file__).parent / 'programs'
-# Ours beside each of the peer's.
+# Variants of ours and of the peer to compare.
 PAIRS = (
   ('float32', 'float32'),
   ('float32', 'float32-compile'),
@@ -29,7 +29,7 @@ PAIRS = (
 
 
 def table(runs: dict[str, list[Run]], limits: dict[str, float], flops: float) -> str:
-  """One row a program; ratios to the peer that ran next to it."""
+  """One row per pair; ratios are to the peer's run of the same round."""
 
   def rates(name: str) -> list[float]:
     return [statistics.median(run.answer['tokens_per_second']) for run in runs[name]]

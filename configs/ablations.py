@@ -1,15 +1,15 @@
-"""The paper's ablations on SmolLM2-135M-Instruct, each one grid: a table, plots and a page.
+"""The paper's ablations on SmolLM2-135M-Instruct; each is one grid with a table, plots and a page.
 
     python main.py --mode=compare --config=configs/ablations.py:amplitude --workdir=out/amplitude
 
-amplitude: how far layer importance bends the layers' sparsities; 0 prunes all alike. By target.
-distance: the distance between a layer's input and output that is its importance. By target.
-calibration: the text that is scored on, and how many rows of it, three draws each.
+amplitude: how strongly layer importance changes the layers' sparsities, by target; 0 prunes all equally.
+distance: the distance between a layer's input and output that defines its importance, by target.
+calibration: the calibration text and its number of rows, with three draws each.
 interleave: the same model and training in 1 to 8 rounds of prune and recover (Fig. 4: perplexity-kept.svg).
 
 The method is the paper's, adapt; model, text and training are those of configs/demo.py (`make demo`, or
-the recipe itself, fetches them). All but interleave prune only. A grid that was killed goes on with the
-same command; give other values as in
+the recipe itself, downloads them). All but interleave only prune. To continue a grid that was killed, repeat
+the command. To use other values:
 --config.compare.grid="({'prune.amplitude': (0.0, 0.02)},)" --config.compare.x=prune.amplitude.
 """
 
@@ -21,7 +21,7 @@ _GRIDS = {
   'amplitude': {'prune.target': (0.9, 0.8, 0.7), 'prune.amplitude': (0.0, 0.005, 0.01, 0.02, 0.04)},
   'distance': {'prune.layer_distance': ('cosine', 'euclidean', 'manhattan'), 'prune.target': (0.9, 0.8, 0.7)},
   'calibration': {
-    # Addresses of the first two centuries, of the last decades, and all.
+    # Addresses up to 1899, from 2000 on, and all.
     'prune.calibration.source': ('data/sotu/train/1[78]*.txt', 'data/sotu/train/20*.txt', 'data/sotu/train'),
     'prune.calibration.samples': (16, 64, 256),
     'seed': (0, 1, 2),
@@ -37,7 +37,7 @@ _X = {
 
 
 def get_config(variant: str = '') -> ConfigDict:
-  """The recipe of one of the variants. Raises ValueError for any other."""
+  """The recipe of a variant. Raises ValueError for an unknown one."""
   if variant not in _GRIDS:
     raise ValueError(f'variant {variant!r}: write configs/ablations.py:NAME, a NAME of {", ".join(_GRIDS)}')
   config = demo.get_config()
@@ -48,7 +48,7 @@ def get_config(variant: str = '') -> ConfigDict:
   config.compare.x = _X[variant]
   if variant == 'interleave':
     config.prune.target = 0.7
-    config.prune.stage_targets = 'geometric'  # the same fraction is kept at every interleave
-    config.compare.recover = True
-    config.train.distill.alpha = 0.0  # cross-entropy, as the paper trains
+    config.prune.stage_targets = 'geometric'  # the same fraction is kept in every round
+    config.compare.recover, config.train.tokens = True, 80 * 1024
+    config.train.distill.alpha = 0.0  # cross-entropy, as in the paper
   return config

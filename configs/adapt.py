@@ -2,8 +2,8 @@
 
     python main.py --config=configs/adapt.py --workdir=out/adapt --config.model.source=...
 
-and what else configs/base.py asks for. With --config.prune.compat=reference it errs as the authors' program
-does.
+plus the other fields that configs/base.py needs. --config.prune.compat=reference reproduces the errors of the
+authors' program.
 """
 
 from ml_collections import ConfigDict

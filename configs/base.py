@@ -1,4 +1,4 @@
-"""Every option with its default; recipes start from `get_config()` and set what differs.
+"""All options with their defaults, from which the other recipes start.
 
     python main.py --config=configs/base.py --workdir=out/run \
         --config.model.source=HuggingFaceTB/SmolLM2-135M \
@@ -6,8 +6,8 @@
         --config.train.source=corpus.jsonl --config.train.tokens=10_000_000 \
         --config.evaluate.source=heldout.txt
 
-What each option means, and what it may be, is declared in `adapt_jax/config/options.py` and, for options of a
-single mode, in `adapt_jax/config/mode_options.py`.
+The meaning and allowed values of each option are declared in `adapt_jax/config/options.py` and, for options
+of a single mode, in `adapt_jax/config/mode_options.py`.
 """
 
 from ml_collections import ConfigDict
@@ -16,5 +16,5 @@ from adapt_jax.config import build
 
 
 def get_config() -> ConfigDict:
-  """The defaults: obs with least squares (the paper's: configs/adapt.py); model and data the recipe names."""
+  """The defaults: obs with least squares (the paper's: configs/adapt.py); recipes set model and data."""
   return ConfigDict(build.defaults())

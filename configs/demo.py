@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct to 80 % of its parameters in three stages, on a laptop's CPU.
+"""Prunes SmolLM2-135M-Instruct to 80 % of its parameters in two stages, on a laptop's CPU.
 
     adapt-jax --config=demo --workdir=out/demo
 
-In a checkout `make demo` does that. The model (98 MB) and the texts are fetched into data/ if they are
-not there.
+In a checkout, `make demo` runs this. The model (98 MB) and the texts are downloaded to data/ if they are
+missing.
 """
 
 from ml_collections import ConfigDict
@@ -17,13 +17,13 @@ def get_config() -> ConfigDict:
   prose = ('data/sotu/train',)
 
   config.prune.target = 0.8
-  config.prune.stages = 3
+  config.prune.stages = 2
   config.prune.align_ffn = 32  # also suits the quantisation blocks of llama.cpp
   config.prune.calibration.source = prose
   config.prune.calibration.samples = 8
 
   config.train.source = prose
-  config.train.tokens = 80 * 1024
+  config.train.tokens = 48 * 1024
   config.train.batch = 4
   config.train.micro_batch = 4
   config.train.length = 256
@@ -31,8 +31,8 @@ def get_config() -> ConfigDict:
   config.train.min_lr = 1e-5
   config.train.save_every = 20
 
-  # Text of the kind that it is calibrated and trained on, and of another.
+  # Text of the kind used for calibration and training, and of another kind.
   config.evaluate.source = ('addresses=data/sotu/valid', 'encyclopedia=data/encyclopedia/valid')
   config.evaluate.length = 256
-  config.evaluate.max_tokens = 8 * 1024
+  config.evaluate.max_tokens = 4 * 1024
   return config

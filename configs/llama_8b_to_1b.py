@@ -1,10 +1,10 @@
-"""LLaMA-3.1-8B to the 1B class: 1.5 B parameters, in sixteen stages with distillation from the dense model.
+"""Prunes LLaMA-3.1-8B to 1.5 B parameters (the 1B class) in sixteen stages, distilling from the dense model.
 
     python main.py --config=configs/llama_8b_to_1b.py --workdir=out/llama-1b
 
-Not of the paper, and never run: settings of our own, for accelerators. The two embedding tables, which
-pruning leaves, are 1.05 B of the 1.5 B; what is left of the layers is 6 % of theirs. With
---config.prune.target=2_024_000_000 the layers keep as many parameters as Llama-3.2-1B's have.
+It is not from the paper and has never been run: the settings are our own, for accelerators. The two embedding
+tables, which are not pruned, are 1.05 B of the 1.5 B; the layers keep 6 % of their parameters. With
+--config.prune.target=2_024_000_000 the layers keep as many parameters as those of Llama-3.2-1B have.
 """
 
 from ml_collections import ConfigDict
@@ -22,19 +22,19 @@ def get_config() -> ConfigDict:
 
   config.prune.target = 1.5e9
   config.prune.stages = 16
-  config.prune.stage_targets = 'geometric'  # every stage keeps nine tenths of what it finds
-  config.prune.align_ffn = 128  # whole tiles of tensor cores, and of FSDP and tensor parallelism over 8
+  config.prune.stage_targets = 'geometric'  # every stage keeps nine tenths of its parameters
+  config.prune.align_ffn = 128  # whole tiles of tensor cores, also with FSDP and tensor parallelism over 8
   config.prune.calibration.source = text
-  config.prune.calibration.samples = 64  # 65,536 tokens: some four times the widest MLP, which is solved anew
+  config.prune.calibration.samples = 64  # 65,536 tokens: about four times the widest MLP, which is refitted
 
   config.train.source = text
   config.train.batch = 512
   config.train.micro_batch = 4
   config.train.length = 2048
   config.train.tokens = STEPS * config.train.batch * config.train.length
-  # Peak and end as in Minitron's runs on LLaMA-3.1-8B, arXiv 2408.11796, which also distil alone.
+  # Highest and final rate as in Minitron's runs on LLaMA-3.1-8B, arXiv 2408.11796, which also only distil.
   config.train.lr, config.train.min_lr = 1e-4, 1e-5
-  config.train.remat = True  # depth times activations would not fit beside weights, moments and teacher
+  config.train.remat = True  # all layers' activations would not fit with weights, moments and teacher
   config.train.save_every = 250
 
   config.evaluate.source = ('Salesforce/wikitext:wikitext-2-raw-v1:validation',)

@@ -1,17 +1,17 @@
-"""All pruning methods side by side on SmolLM2-135M-Instruct: perplexity by target, pruned without recovery.
+"""Compares all pruning methods but SliceGPT on SmolLM2-135M-Instruct: perplexity by target, without recovery.
 
     python main.py --mode=compare --config=configs/methods_table.py --workdir=out/methods
 
-Calibrates on the training text of WikiText-2 and measures on its validation text, which lie in
-data/wikitext-2/ or are named:
+It calibrates on the training text of WikiText-2 and measures on its validation text. Both are read from
+data/wikitext-2/ or from the files given by
 
     --config.prune.calibration.source=wiki.train.tokens --config.evaluate.source=wiki.valid.tokens
 
-The model is that of configs/demo.py (`make demo`, or the first run, fetches it). A method scores
-16 x 256 tokens, drawn three times (median and range), the same ones for all that score once; adapt and
-uniform draw anew at every step, compensation reads the rows of the last one, magnitude sees none. Rivals are
-as their papers have them; rows with compensation show what that adds. About an hour and a quarter on two
-cores.
+The model is that of configs/demo.py (`make demo`, or the first run, downloads it). A method scores
+16 x 256 tokens, drawn three times (median and range), the same for all methods that score once; adapt and
+uniform draw new ones at every step, compensation uses the rows of the last step, magnitude uses none. Other
+authors' methods are as in their papers; rows with compensation show its effect. About an hour and a quarter
+on two cores.
 """
 
 from ml_collections import ConfigDict
@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
   config.prune.stages = 1
   config.prune.calibration.source = ('data/wikitext-2/wiki.train.tokens',)
   config.prune.calibration.samples = 16
-  config.prune.calibration.length = 256  # as the windows of the evaluation
-  # Of adapt and uniform: half the paper's 50 steps, each twice as far, so the same sparsities.
+  config.prune.calibration.length = 256  # as in the windows of the evaluation
+  # For adapt and uniform: half the paper's 50 steps, each twice as large, for the same sparsities.
   config.prune.steps = 25
   config.prune.amplitude = 0.04
   config.prune.align_ffn = 1

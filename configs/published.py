@@ -1,14 +1,14 @@
-"""The published runs of Adapt-Pruner (arXiv 2502.03460), each by its name.
+"""The published runs of Adapt-Pruner (arXiv 2502.03460), selected by name.
 
     python main.py --config=configs/published.py:mobilellm_350m_to_125m --workdir=out/mobilellm-125m
 
 mobilellm_350m_to_125m, mobilellm_600m_to_350m, mobilellm_1b_to_600m, qwen_0.5b_to_350m, deepseek_1.5b_to_1b:
-prune and recover in stages. llama_8b_20_percent, llama_8b_40_percent, llama_8b_60_percent: so much goes,
+prune and recover in stages. llama_8b_20_percent, llama_8b_40_percent, llama_8b_60_percent: remove this share,
 without training (--mode=prune).
 
-Settings are those of the authors' scripts; what is done is the correct form of their method: exact landing,
-one schedule over all stages (docs/recipes.md). Models and data come from the hub; some ask for an account's
-consent.
+Settings are those of the authors' scripts; the method is in its correct form: exact target sizes, one
+schedule over all stages (docs/recipes.md). Models and data come from the hub; some require an account that
+has accepted their terms.
 """
 
 import math
@@ -33,7 +33,7 @@ TRAIN_SOURCES = (
 
 
 class Run(NamedTuple):
-  """One published run. target: as `prune.target`. min_lr None: pruned only."""
+  """One published run. target: as `prune.target`. min_lr None: only pruned."""
 
   source: str
   target: float
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 # Stored parameters. The authors' figures for MobileLLM-350M, 376.1 M to 143.1 M, count its tied embedding
-# [32000, 960] twice: once, they are 345.4 M to 112.4 M. Their other figures count what is stored.
+# [32000, 960] twice; counted once, they are 345.4 M to 112.4 M. Their other figures count stored parameters.
 RUNS = {
   'mobilellm_350m_to_125m': Run('facebook/MobileLLM-350M', 143_100_000 - 32_000 * 960, 20, 0.0),
   'mobilellm_600m_to_350m': Run('facebook/MobileLLM-600M', 376_000_000, 9, 2e-6),
@@ -56,7 +56,7 @@ RUNS = {
 
 
 def get_config(variant: str = '') -> ConfigDict:
-  """The recipe of one of the variants. Raises ValueError for any other."""
+  """The recipe of a variant. Raises ValueError for an unknown one."""
   if variant not in RUNS:
     raise ValueError(f'variant {variant!r}: write configs/published.py:NAME, a NAME of {", ".join(RUNS)}')
   run = RUNS[variant]
@@ -71,7 +71,7 @@ def get_config(variant: str = '') -> ConfigDict:
 
 
 def _train(config: ConfigDict, run: Run) -> None:
-  """One epoch over all samples, each a row of its own of at most `length` tokens."""
+  """One epoch over all samples, each in its own row of at most `length` tokens."""
   train = config.train
   train.layout = 'padded'
   if run.source.startswith('facebook/MobileLLM'):  # it comes without a chat template

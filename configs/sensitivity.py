@@ -1,10 +1,10 @@
-"""Which layers of SmolLM2-135M-Instruct bear pruning: perplexity when one layer alone loses half.
+"""Perplexity of SmolLM2-135M-Instruct when a single layer is pruned by half, for every layer.
 
     python main.py --mode=sensitivity --config=configs/sensitivity.py --workdir=out/sensitivity
 
-Model and text are those of configs/demo.py (`make demo`, or the first run, fetches them). 30 layers
-on three bases are 90 evaluations: so few tokens each (4,096) that all take twenty minutes or so on two
-cores; the curves are as rough as that. Raise evaluate.max_tokens for finer ones.
+Model and text are those of configs/demo.py (`make demo`, or the first run, downloads them). 30 layers on
+three bases are 90 evaluations. Each uses only 4,096 tokens, so that all take about twenty minutes on two
+cores, but the curves are noisy. Raise evaluate.max_tokens for more accurate curves.
 """
 
 from ml_collections import ConfigDict
@@ -14,8 +14,8 @@ from adapt_jax.configs import demo
 
 def get_config() -> ConfigDict:
   config = demo.get_config()
-  config.prune.method = 'adapt'  # Taylor scores say what goes of a layer, as in the paper
-  config.prune.align_ffn = 1  # exactly the sparsities asked for
+  config.prune.method = 'adapt'  # Taylor scores choose the groups to prune, as in the paper
+  config.prune.align_ffn = 1  # exactly the requested sparsities
   config.evaluate.source = ('data/sotu/valid',)
   config.evaluate.max_tokens = 4 * 1024
   return config

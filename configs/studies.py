@@ -1,18 +1,18 @@
-"""What recovery is worth on SmolLM2-135M-Instruct: each study one grid, with a table, plots and a page.
+"""Studies of recovery on SmolLM2-135M-Instruct; each is one grid with a table, plots and a page.
 
     python main.py --mode=compare --config=configs/studies.py:loss --workdir=out/loss
 
 rates: highest learning rates, 2e-5 to 5e-4, at 80 % kept.
-loss: cross-entropy, KL divergence from the dense model, and KL from 64 ids kept on disk; with and without
+loss: cross-entropy, KL divergence from the dense model, and KL from 64 ids cached on disk; with and without
   least squares.
-control: 80 % kept beside the dense model, trained alike: what is recovered, and what is learned of the text.
+control: 80 % kept and the dense model, trained equally, to separate recovery from learning the text.
 interleave: the same training in 1, 2, 4, 8 and 16 rounds of prune and recover, at 80 and 60 % kept (Fig. 4).
-methods: adapt as published, recovered by cross-entropy, beside the defaults.
-tokens: what 100 thousand, 300 thousand and a million tokens of recovery buy.
+methods: adapt as published, recovered by cross-entropy, compared with the defaults.
+tokens: recovery with 100 thousand, 300 thousand and a million tokens.
 
-All calibrate and train on three kinds of text alike, and measure each kind apart on documents of its own; the
-files are those of scripts/mixed_texts.py. The model is that of configs/demo.py. On two cores 100,000 tokens
-take ten minutes or more; a grid that was killed goes on with the same command.
+All calibrate and train on equal shares of three kinds of text, and measure each kind separately on held-out
+documents; scripts/mixed_texts.py makes the files. The model is that of configs/demo.py. On two cores, 100,000
+tokens take ten minutes or more. To continue a grid that was killed, repeat the command.
 """
 
 from ml_collections import ConfigDict
@@ -47,11 +47,11 @@ _X = {
 
 
 def get_config(variant: str = '') -> ConfigDict:
-  """The recipe of one of the variants. Raises ValueError for any other."""
+  """The recipe of a variant. Raises ValueError for an unknown one."""
   if variant not in _GRIDS:
     raise ValueError(f'variant {variant!r}: write configs/studies.py:NAME, a NAME of {", ".join(_GRIDS)}')
   config = demo.get_config()
-  config.model.dtype = 'bfloat16'  # as recovery is run on accelerators; a CPU with AVX-512 BF16 gains too
+  config.model.dtype = 'bfloat16'  # as on accelerators; also faster on a CPU with AVX-512 BF16
   train, alike = tuple(f'data/mixed/train/{name}' for name in KINDS.values()), (1.0,) * len(KINDS)
   config.prune.stages, config.prune.align_ffn = 1, 1
   calibration = config.prune.calibration

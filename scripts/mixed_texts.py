@@ -1,12 +1,12 @@
-"""Training and held-out text of three kinds for configs/studies.py, from data sets that lie in one directory.
+"""Makes training and held-out text of three kinds for configs/studies.py, from data sets in one directory.
 
     python scripts/mixed_texts.py DATASETS [directory, by default data/mixed/]
 
-    train/web.jsonl  valid/web.jsonl     c4/c4_train_1200.jsonl, every fourth document held out
+    train/web.jsonl  valid/web.jsonl     c4/c4_train_1200.jsonl, a fourth of the documents held out
     train/wiki.txt   valid/wiki.txt      wikitext-2/wiki.train.tokens and wiki.valid.tokens
-    train/chat.jsonl valid/chat.jsonl    instruct/gpteacher_roleplay.json, every fourth conversation held out
+    train/chat.jsonl valid/chat.jsonl    instruct/gpteacher_roleplay.json, a fourth of conversations held out
 
-Documents are whole, and in one part only. Conversations with the same instruction go to the same part.
+Each document is whole and in one part only. Conversations with the same instruction go to the same part.
 """
 
 import hashlib
@@ -37,10 +37,10 @@ def main(arguments: list[str]) -> int:
 
 
 def write(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Writes both parts, whole or not at all.
+  """Writes both parts, or neither on an error.
 
-  Raises OSError where a data set is missing or `target` holds something else, and ValueError, KeyError,
-  TypeError or AttributeError where a data set has another form.
+  Raises OSError if a data set is missing or `target` holds other files, and ValueError, KeyError, TypeError
+  or AttributeError if a data set has another format.
   """
   ours = {f'{part}/{name}' for part in PARTS for name in NAMES} | set(PARTS)
   if target.exists() and {path.relative_to(target).as_posix() for path in target.rglob('*')} - ours:
@@ -64,7 +64,7 @@ def write(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _split(directory: pathlib.Path, name: str, rows: list[dict[str, Any]], key: str) -> None:
-  """Every `HELD_OUT`-th row goes to valid, as the hash of its `key` says."""
+  """Puts about one of `HELD_OUT` rows into valid, chosen by the hash of its `key`."""
   parts: dict[str, list[str]] = {'train': [], 'valid': []}
   for row in rows:
     digest = hashlib.sha256(row[key].encode()).digest()

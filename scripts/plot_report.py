@@ -2,14 +2,14 @@
 
     python scripts/plot_report.py WORKDIR out.svg
 
-Left: perplexity pruned and recovered by stage, with a line for the dense model. Right: MLP channels and
-KV heads of every layer after the last stage, against the dense model. Read is WORKDIR/report.json.
+Left: pruned and recovered perplexity by stage, with a line for the dense model. Right: MLP channels and
+KV heads of every layer after the last stage, against the dense model. It reads WORKDIR/report.json.
 """
 
 import pathlib
 import sys
 
-# A checkout works without being installed.
+# Makes a checkout work without installation.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from adapt_jax.models.files import write_text  # noqa: E402
 from adapt_jax.reports import charts  # noqa: E402
@@ -21,7 +21,7 @@ _HEIGHTS = 360, 180  # of the left chart, and of each on the right
 
 
 def draw(report: RunReport) -> str:
-  """The picture as SVG, on white. Raises ValueError, saying so, if the report lacks what it shows."""
+  """The picture as SVG, on white. Raises ValueError if the report lacks data that it shows."""
   model, last = report['model'], report['stages'][-1]
   if 'ffn' not in model:
     raise ValueError('the report does not have the widths of the dense model: run again to write it anew')

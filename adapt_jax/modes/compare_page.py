@@ -28,7 +28,7 @@ Rows = list[list[str]]
 MARKDOWN, CSV, JSON = 'compare.md', 'compare.csv', 'compare.json'
 _MOST_COLUMNS = 12  # in the table of x
 _WIDE = 8  # largest over smallest x, above which plots space the values evenly
-_WORST = 20  # times the dense perplexity: upper limit of plots, so that a broken model does not flatten others
+_WORST = 20  # times the dense perplexity: upper limit of plots, so that a broken model flattens no others
 _FEW = 6  # lines; more lines need a higher plot
 _SAME_SIZE = 0.01  # of the dense parameters: models that differ by less are not plotted by their size
 

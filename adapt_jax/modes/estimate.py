@@ -135,7 +135,7 @@ class Footprint:
     self._optimizer = optimizer(options.train, Schedule.of(options, config).train_steps)
 
   def state(self, config: ModelConfig, moments: bool) -> Any:
-    """Arrays on the devices throughout a stage: weights (fp32 if trained) and, with `moments`, the optimizer's."""
+    """Arrays on the devices throughout a stage: weights (fp32 if trained) and, if `moments`, Adam's."""
     dtype = jnp.float32 if self.options.train.tokens else self.dtype
     params = llama.abstract_params(config, dtype)
     if not self.options.train.tokens or not moments:
@@ -211,7 +211,7 @@ def _measure(options: RunOptions, layers: int, measure: Callable[[int], Memory])
 
 
 def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, tuple[Memory, int]]:
-  """By title, the memory that the compiler plans for each program, and bytes of other arrays on the device."""
+  """By title, the memory that the compiler plans for each program, and bytes of other arrays held."""
   options, config = footprint.options, footprint.config
   layers, calibration, t = config.num_layers, options.prune.calibration, options.train
   teacher = 0

@@ -42,7 +42,7 @@ from adapt_jax.training.loss import next_token_loss
 def narrow(
   config: ModelConfig, plan: PrunePlan, sparsity: float, align_ffn: int, kv: np.ndarray, ffn: np.ndarray
 ) -> PrunePlan:
-  """`plan` with every layer pruned by `sparsity` of its remaining groups, lowest of kv [L, K], ffn [L, F] first.
+  """`plan` with `sparsity` of each layer's remaining groups pruned: the lowest of kv [L, K] and ffn [L, F].
 
   Rounded as in pruning (`Allocator.widths`): whole KV groups are removed, rounded down.
   """
@@ -188,7 +188,7 @@ def _check_cuts(options: RunOptions, config: ModelConfig) -> None:
 
 
 class Sensitivity:
-  """One measurement in its workdir; metrics.jsonl has the results so far: a line per base, then one per layer.
+  """One measurement in its workdir; metrics.jsonl has the results so far: a line per base, then per layer.
 
   Args:
     options: checked options.

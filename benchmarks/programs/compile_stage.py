@@ -36,7 +36,7 @@ def dense_config(shape: dict[str, Any]) -> ModelConfig:
 
 
 def random_plan(config: ModelConfig, widths: list[list[int]]) -> PrunePlan:
-  """Which groups stay, drawn: so many KV groups and channels of each layer."""
+  """A random plan that keeps these numbers of KV groups and channels in each layer."""
   rng = np.random.default_rng(0)
 
   def mask(size: int, kept: int) -> np.ndarray:
@@ -58,9 +58,9 @@ def train_options(shape: dict[str, Any]) -> TrainOptions:
 
 
 def programs(shape: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]:
-  """By name the function, its arguments and those of `sharding.jit`, as a run compiles them.
+  """By name the function, its arguments and the options of `mesh.jit`, as in a run.
 
-  training, evaluation, compaction, stacking: of a stage; scoring: once a run.
+  training, evaluation, compaction, stacking: in each stage; scoring: once per run.
   """
   options, dense = train_options(shape), dense_config(shape)
   plan, tx = random_plan(dense, shape['widths']), optimizer(options, 100)
@@ -93,7 +93,7 @@ def programs(shape: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple
 
 
 def measure(shape: dict[str, Any], names: list[str]) -> Iterator[tuple[str, dict[str, float]]]:
-  """Of each program seconds of tracing and lowering, of XLA, and CPU seconds of both."""
+  """For each program, seconds of tracing and lowering, of XLA, and CPU seconds of both."""
   jax.jit(lambda x: x + 1)(jnp.zeros(()))  # starts the backend
   found = programs(shape)
   for name in names:

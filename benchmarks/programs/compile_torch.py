@@ -1,6 +1,6 @@
-"""torch.compile of a training step of the same widths. For benchmarks/compile_time.py --peer.
+"""torch.compile of a forward and backward pass with the same widths. For benchmarks/compile_time.py --peer.
 
-transformers' Llama with each layer's own widths, forward and backward as one graph, AdamW as torch runs it.
+transformers' Llama with per-layer widths, forward and backward as one graph, without an optimizer.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""GB/s of a copy in memory by one thread, and of a write of SIZE bytes to PATH with a sync: the best."""
+"""Best GB/s of a copy in memory by one thread, and of a write of SIZE bytes to PATH with a sync."""
 
 import json
 import os

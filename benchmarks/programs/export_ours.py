@@ -1,4 +1,4 @@
-"""`main.py --mode=export` of SOURCE into OUT, its parts timed. For benchmarks/export.py."""
+"""Runs `main.py --mode=export` from SOURCE to OUT and times its parts. For benchmarks/export.py."""
 
 import json
 import sys
@@ -15,11 +15,11 @@ _peak: list[Peak] = []
 
 
 def _timed(owner: Any, name: str, part: str) -> None:
-  """Makes a function say how long it took."""
+  """Makes a function record its time."""
   function: Callable[..., Any] = getattr(owner, name)
 
   def call(*args: Any, **options: Any) -> Any:
-    if not _peak:  # nothing is read before the first
+    if not _peak:  # nothing is read before the first call
       _peak.append(Peak())
     start = now()
     result = function(*args, **options)

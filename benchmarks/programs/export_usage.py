@@ -1,4 +1,4 @@
-"""Peak of this process's anonymous memory, sampled: heap and stacks, not files that are mapped; and time."""
+"""Samples the peak of this process's anonymous memory (heap and stacks, not mapped files); also its time."""
 
 import pathlib
 import re
@@ -17,7 +17,7 @@ def since(start: tuple[float, float]) -> tuple[float, float]:
 
 
 def anonymous_bytes() -> int:
-  """Linux only."""
+  """Anonymous memory of this process; Linux only."""
   status = pathlib.Path('/proc/self/status').read_text(encoding='ascii')
   found = re.search(r'^RssAnon:\s+(\d+) kB', status, re.MULTILINE)
   assert found, 'this kernel does not tell RssAnon'
@@ -25,7 +25,7 @@ def anonymous_bytes() -> int:
 
 
 class Peak(threading.Thread):
-  """Beyond what there was at the start; samples every 5 ms."""
+  """Peak of anonymous memory beyond that at the start, sampled every 5 ms."""
 
   def __init__(self) -> None:
     super().__init__(daemon=True)

@@ -1,4 +1,4 @@
-"""Rows of benchmarks/gpu.py, one after another in this process; a JSON object a line, as each is done.
+"""Runs rows of benchmarks/gpu.py one after another in this process; prints a line of JSON for each.
 
 python -m benchmarks.programs.gpu_rows --rows=0,1 --until=UNIX_SECONDS [--toy]
 """
@@ -58,7 +58,7 @@ def model(name: str) -> ModelConfig:
 
 
 def seconds_of(run: Callable[[], Any], enough: float = 3.0, least: int = 3) -> list[float]:
-  """Of each call, `least` or more, until they are `enough` together; `run` must wait for its result."""
+  """Seconds of each of `least` or more calls, until they total `enough`; `run` must wait for its result."""
   found: list[float] = []
   while len(found) < least or sum(found) < enough:
     start = time.perf_counter()
@@ -88,17 +88,17 @@ def tokens(row: Row, config: ModelConfig) -> np.ndarray:
 
 
 def segments(row: Row) -> np.ndarray:
-  """Four documents a row, int32 [rows, length]."""
+  """Four documents per row, int32 [rows, length]."""
   return np.broadcast_to(1 + np.arange(row.length, dtype=np.int32) * 4 // row.length, (row.rows, row.length))
 
 
 def stats(name: str) -> int:
-  """Of the device's memory, in bytes; 0 where the backend keeps none, as on CPU."""
+  """A statistic of the device's memory, in bytes; 0 if the backend keeps none, as on CPU."""
   return int((jax.local_devices()[0].memory_stats() or {}).get(name, 0))
 
 
 def card(row: Row, toy: bool) -> dict[str, Any]:
-  """What it is, and its two limits: a large product, and reading and writing memory."""
+  """The card and its two limits: the speed of a large product, and of reading and writing memory."""
   if jax.default_backend() != 'gpu' and not toy:
     raise SystemExit(
       "JAX sees no GPU here: pip install 'jax[cuda12]' (or cuda13, by the driver), or add --toy"
@@ -127,7 +127,7 @@ def card(row: Row, toy: bool) -> dict[str, Any]:
 
 
 def _driver() -> str:
-  """Of nvidia-smi: power limit and driver; and cuDNN's package."""
+  """Driver and power limit from nvidia-smi, and the version of cuDNN's package."""
   found = []
   with contextlib.suppress(OSError, subprocess.CalledProcessError):
     asked = ['nvidia-smi', '--query-gpu=driver_version,power.limit', '--format=csv,noheader']
@@ -140,7 +140,7 @@ def _driver() -> str:
 
 
 def attention(row: Row, toy: bool) -> dict[str, Any]:
-  """Forward and backward, and how far from fp32 the output and the gradients of the first row are."""
+  """Times forward and backward; also the errors of the first row's output and gradients against fp32."""
 
   (N, K, H), (B, T) = row.heads, (row.rows, row.length)
   keys = jax.random.split(jax.random.key(0), 4)
@@ -181,7 +181,7 @@ def attention(row: Row, toy: bool) -> dict[str, Any]:
 
 
 def training(row: Row, toy: bool) -> dict[str, Any]:
-  """At the row's micro-batch; where memory lacks, with remat, then with a quarter of the rows at once."""
+  """Trains at the row's micro-batch; if memory is short, with remat, then with a quarter of the rows."""
   most, before = row.micro or row.rows, []
   for micro, remat in dict.fromkeys([(most, row.remat), (most, True), (max(most // 4, 1), True)]):
     try:
@@ -196,7 +196,7 @@ def training(row: Row, toy: bool) -> dict[str, Any]:
 
 
 def out_of_memory(error: Exception) -> bool:
-  """Ours, XLA's or PyTorch's."""
+  """Whether it is our, XLA's or PyTorch's out-of-memory error."""
   text = str(error).lower()
   return isinstance(error, MemoryError) or 'resource_exhausted' in text or 'out of memory' in text
 
@@ -352,7 +352,7 @@ KINDS: dict[str, Callable[[Row, bool], dict[str, Any]]] = {
 
 
 def measure(row: Row, toy: bool, until: float) -> dict[str, Any]:
-  """The row's figures, or what is said instead of them."""
+  """The row's figures, or {'said': why there are none}."""
   left = until - time.time()
   if left < row.seconds:
     return {'said': f'left out: {left:.0f} s were left'}

@@ -27,14 +27,14 @@ LENGTH, HEAD_DIM, VOCAB, MICRO = 128, 32, 512, 8
 
 
 def model(layers: int, hidden: int) -> ModelConfig:
-  """Grouped-query attention of two heads a group; MLPs of three times the hidden size."""
+  """Grouped-query attention with two heads per group; MLPs of three times the hidden size."""
   heads = hidden // HEAD_DIM
   shape = LayerShape(heads, heads // 2, 3 * hidden)
   return ModelConfig('llama', VOCAB, hidden, HEAD_DIM, (shape,) * layers, RopeConfig(1e4), 1e-5, True)
 
 
 def scoring(config: ModelConfig, tokens: jax.Array) -> tuple[Any, tuple[Any, ...]]:
-  """The compiled program of a pruning step, 8 rows through a layer at once, and its arguments."""
+  """The compiled program of a pruning step, with micro-batches of 8 rows, and its arguments."""
   plan = PrunePlan.dense(config)
 
   def stacked() -> Any:
@@ -46,7 +46,7 @@ def scoring(config: ModelConfig, tokens: jax.Array) -> tuple[Any, tuple[Any, ...
 
 
 def training(config: ModelConfig, tokens: jax.Array) -> tuple[Any, tuple[Any, ...]]:
-  """That of a training step, all its rows in one micro-batch, and its arguments."""
+  """The compiled program of a training step, with all rows in one micro-batch, and its arguments."""
   count, length = tokens.shape
   options = train_options({'rows': count, 'micro': count, 'length': length})
   tx = optimizer(options, 100)
@@ -82,7 +82,7 @@ def point(name: str, size: dict[str, int], repeats: int) -> dict[str, float]:
     'seconds': statistics.median(walls[1:]),
     'cpu': statistics.median(cpus[1:]),
     'bytes': plan.argument_size_in_bytes + plan.temp_size_in_bytes + fresh,
-    # Forward, backward of twice that; scoring goes forward again.
+    # Forward, backward of twice that; scoring has another forward.
     'flops': {'scoring': 4, 'training': 3}[name] * size['tokens'] * forward_flops(config, tokens.shape[1]),
   }
 

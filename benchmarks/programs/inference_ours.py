@@ -21,12 +21,12 @@ from adapt_jax.models.formats.source import open_source
 
 
 def random_ids(vocab: int, rows: int, length: int) -> np.ndarray:
-  """The same for every program: [rows, length]."""
+  """Random ids [rows, length], the same for every program."""
   return np.random.default_rng(rows * length).integers(0, vocab, (rows, length)).astype(np.int32)
 
 
 def flops(config: ModelConfig, length: int, head_tokens: int) -> float:
-  """Of one row's forward pass: two a weight and token, causal attention, the head where it is needed."""
+  """FLOPs of one row's forward pass: two per weight and token, causal attention, the head on some tokens."""
   head = config.vocab_size * config.hidden_size
   body = count_params(config) - head * (1 if config.tie_embeddings else 2)
   queries = sum(shape.num_heads for shape in config.layers) * config.head_dim
@@ -52,7 +52,7 @@ def peaks(dtype: Any, size: int) -> dict[str, float]:
 
 
 def evaluate(config: ModelConfig, params: Any, dtype: Any, s: dict[str, Any]) -> dict[str, Any]:
-  """Tokens/s of the perplexity of windows, the loss, seconds compiled."""
+  """Tokens/s of measuring perplexity on windows, the loss, and compile seconds."""
   tokens = random_ids(config.vocab_size, s['windows'], s['window'])
   targets = np.ones(tokens.shape, bool)
   targets[:, 0] = False
@@ -71,7 +71,7 @@ def evaluate(config: ModelConfig, params: Any, dtype: Any, s: dict[str, Any]) ->
 
 
 def generate(config: ModelConfig, params: Any, dtype: Any, s: dict[str, Any], rows: int) -> dict[str, float]:
-  """Tokens/s of prefill and of decoding with so many rows, seconds compiled."""
+  """Tokens/s of prefill and of decoding with this many rows, and compile seconds."""
   generator = Generator(config, params, compiler=Compiler(), dtype=dtype, max_batch=rows)
   prompts = random_ids(config.vocab_size, rows, s['prompt']).tolist()
   prefill, decode = [], []
@@ -90,10 +90,10 @@ def generate(config: ModelConfig, params: Any, dtype: Any, s: dict[str, Any], ro
 
 
 def limits(config: ModelConfig, dtype: Any, s: dict[str, Any]) -> dict[str, float]:
-  """What one unit of each figure costs: FLOPs a token, and bytes read a decoding step of all rows."""
+  """Cost of a unit of each figure: FLOPs per token, and bytes read per decoding step of all rows."""
   found = {'evaluation_flops': flops(config, s['window'], s['window']) / s['window']}
   weights = count_params(config) * dtype.itemsize
-  if not config.tie_embeddings:  # of its table only the tokens' rows are read
+  if not config.tie_embeddings:  # only the tokens' rows of the table are read
     weights -= config.vocab_size * config.hidden_size * dtype.itemsize
   heads = sum(shape.num_kv_heads for shape in config.layers)
   for rows in s['rows']:

@@ -1,8 +1,8 @@
 """Evaluation and generation in transformers: DIRECTORY SETTINGS (JSON). For benchmarks/inference.py.
 
-Each in the ways that a user would try, the fastest counts: evaluation with one window and with `batch` at
-once, generation with the dynamic cache and with the static one. With `compile` the forward pass goes through
-torch.compile, and generation has the static cache alone: shapes must not change.
+Each runs in the ways that a user would try, and the fastest counts: evaluation with one window and with
+`batch` at once, generation with the dynamic cache and with the static one. With `compile`, the forward pass
+uses torch.compile with `batch` windows and the static cache only, since shapes must not change.
 """
 
 import copy
@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 
 
 def random_ids(vocab: int, rows: int, length: int) -> torch.Tensor:
-  """The same for every program: [rows, length]."""
+  """Random ids [rows, length], the same for every program."""
   return torch.from_numpy(np.random.default_rng(rows * length).integers(0, vocab, (rows, length)))
 
 
 def timed(work: Callable[[], Any], repeats: int) -> tuple[float, float]:
-  """Seconds of the first call, the median of the others."""
+  """Seconds of the first call, and the median of the others."""
   seconds = []
   for _ in range(1 + repeats):
     start = time.perf_counter()
@@ -42,7 +42,7 @@ def peaks(dtype: torch.dtype, size: int) -> dict[str, float]:
 
 
 def evaluate(model: Any, s: dict[str, Any], batches: list[int]) -> dict[str, Any]:
-  """Tokens/s of the perplexity of windows, the loss, seconds that the first call took above the others."""
+  """Tokens/s of measuring perplexity on windows, the loss, and extra seconds of the first call."""
   tokens = random_ids(model.config.vocab_size, s['windows'], s['window'])
   loss = 0.0
 
@@ -62,11 +62,11 @@ def evaluate(model: Any, s: dict[str, Any], batches: list[int]) -> dict[str, Any
 
 
 def generate(model: Any, s: dict[str, Any], rows: int, caches: list[str | None]) -> dict[str, float]:
-  """Tokens/s of prefill and of decoding with so many rows, seconds that first calls took above the others."""
+  """Tokens/s of prefill and of decoding with this many rows, and extra seconds of the first calls."""
   ids = random_ids(model.config.vocab_size, rows, s['prompt'])
 
   def work(new: int, cache: str | None) -> None:
-    # Room for all new tokens even where one is made: a static cache of another size would be compiled anew.
+    # Room for all new tokens even if one is made: a static cache of another size would be recompiled.
     def enough(found: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
       return torch.full((rows,), found.shape[1] >= s['prompt'] + new)
 

@@ -1,4 +1,4 @@
-"""What this machine can do at most: one big product in fp32 and bfloat16, and memory. Prints JSON."""
+"""Limits of this machine: one big product in fp32 and bfloat16, and memory. Prints JSON."""
 
 import json
 import time
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def best_seconds(work: Callable[..., Any], *args: Any) -> float:
-  """Of ten calls."""
+  """The shortest of ten calls."""
   program = jax.jit(work)
   jax.block_until_ready(program(*args))
   found = []
@@ -23,7 +23,7 @@ def best_seconds(work: Callable[..., Any], *args: Any) -> float:
 
 
 def gflops(dtype: Any, size: int = 1024) -> float:
-  """Of a square product with fp32 sums, GFLOP/s."""
+  """GFLOP/s of a square product with fp32 sums."""
   a, b = (jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype) for _ in range(2))
 
   def eight(a: jax.Array, b: jax.Array) -> list[jax.Array]:
@@ -33,7 +33,7 @@ def gflops(dtype: Any, size: int = 1024) -> float:
 
 
 def gigabytes_per_second(megabytes: int = 512) -> float:
-  """Read and written, of one elementwise pass over an array."""
+  """GB/s read and written by one elementwise pass over an array."""
   x = jnp.zeros(megabytes * 250_000, jnp.float32)
   return 2 * x.nbytes / best_seconds(lambda x: x + 1, x) / 1e9
 

@@ -1,4 +1,4 @@
-"""main.py as it is installed by default: where transformers finds PyTorch, it imports it, 0.2 GB."""
+"""main.py as in a default installation: transformers imports PyTorch if it is installed, 0.2 GB."""
 
 import runpy
 import sys

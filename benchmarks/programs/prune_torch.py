@@ -1,7 +1,7 @@
-"""Adapt-Pruner as a PyTorch user writes it: DIRECTORY STEPS OUT. For benchmarks/pruning.py.
+"""Adapt-Pruner as a PyTorch user would write it: DIRECTORY STEPS OUT. For benchmarks/pruning.py.
 
 Taylor scores by autograd, layer distances by hooks in the same forward pass, batches of 16 x 64 tokens,
-gradients summed over them; after each step the weights are cut. Paper sections 3.1 and 3.2, the authors'
+gradients summed over them; after each step the weights are pruned. Paper sections 3.1 and 3.2, the authors'
 settings (T = 50, A = 0.02, rho = 1). fp32.
 """
 
@@ -18,7 +18,7 @@ STEPS, AMPLITUDE = 50, 0.02
 
 
 def scores(model, tokens):
-  """Layer distances [L], and of each layer the scores of its KV groups and MLP channels."""
+  """Layer distances [L], and for each layer the scores of its KV groups and MLP channels."""
   layers = model.model.layers
   cosines = torch.zeros(len(layers))
   hooks = []
@@ -50,7 +50,7 @@ def scores(model, tokens):
 
 
 def cut(linear, rows=None, columns=None):
-  """Keeps these rows or columns of a weight."""
+  """Keeps only these rows or columns of a weight."""
   weight = linear.weight.data
   weight = weight[rows] if rows is not None else weight[:, columns]
   linear.weight = torch.nn.Parameter(weight.contiguous())

@@ -17,7 +17,7 @@ from benchmarks.programs.compile_stage import dense_config
 
 
 def arithmetic(recipe: str, shape: dict[str, Any]) -> dict[str, float]:
-  """FLOPs of all training, each stage at its own widths (all layers alike: their sum decides)."""
+  """Stages, tokens and FLOPs of all training; a stage has equal layers, since only their sum matters."""
   options = from_dict(published.get_config(recipe).to_dict())
   t, dense = options.train, dense_config(shape)
   footprint = Footprint(options, dense, jnp.bfloat16)

@@ -11,7 +11,7 @@ from mlx_lm import load, stream_generate
 
 def main(directory, prompts, out, speed=None):
   model, tokenizer = load(directory, trust_remote_code=True, tokenizer_config={'trust_remote_code': True})
-  tokenizer._eos_token_ids = set()  # goes on after an end token
+  tokenizer._eos_token_ids = set()  # continues after an end token
   rows = json.loads(pathlib.Path(prompts).read_text())
   scores = nn.log_softmax(model(mx.array(rows)).astype(mx.float32))[:, :-1]
   result = {

@@ -43,7 +43,7 @@ def main(directory: str, form: str, steps: str) -> None:
     state, metrics = program(state, batch)
     result['loss'] = float(jax.block_until_ready((state, metrics))[1]['loss'])
     result['tokens_per_second'].append(tokens.size / (time.perf_counter() - start))
-  del result['tokens_per_second'][0]  # the first touches all memory anew
+  del result['tokens_per_second'][0]  # the first step touches new memory
   print(json.dumps(result))
 
 

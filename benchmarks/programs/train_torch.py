@@ -1,4 +1,4 @@
-"""A training step as a PyTorch user writes it: DIRECTORY DTYPE STEPS. For benchmarks/training.py.
+"""A training step as a PyTorch user would write it: DIRECTORY DTYPE STEPS. For benchmarks/training.py.
 
 DTYPE is float32, bfloat16 (autocast, fp32 weights), or either with -compile.
 """
