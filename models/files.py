@@ -1,4 +1,4 @@
-"""Atomic writes (to a temporary path, then a rename), existence checks and the cache directory."""
+"""Writes files and directories completely or not at all (by a rename); existence checks; user cache."""
 
 import contextlib
 import os

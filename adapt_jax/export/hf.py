@@ -36,12 +36,12 @@ def write_hf(
 ) -> None:
   """Writes weights, config, tokenizer and, if no stock class can build the layers, the code that does.
 
-  The write is atomic: an existing `directory` is replaced at the end; an error leaves it unchanged.
+  `directory` is complete or absent: an existing one is replaced at the end; an error leaves it unchanged.
   A stock architecture loads without `trust_remote_code`; other models need it, also in vLLM and MLX-LM,
-  which load the same directory. `dtype` None keeps
-  each array's own. `generation` holds fields of generation_config.json that override the
-  tokenizer's, such as a chat model's list of `eos_token_id`. Without `code`, no code file is written for
-  MLX-LM if its stock model differs from the stock class of transformers.
+  which load the same directory. `dtype` None keeps each array's own. `generation` holds fields of
+  generation_config.json that override the tokenizer's, such as a chat model's list of `eos_token_id`.
+  Without `code`, no code file is written for MLX-LM if its stock model differs from the stock class of
+  transformers.
 
   Every process must call this, since parameters may be sharded over processes; the first one writes.
   Raises InputError if the directory cannot be written, as when the disk is full.

@@ -71,7 +71,7 @@ def written_dtype(options: ExportOptions, source_dtype: str, trained: bool) -> A
 class Writer:
   """Writes a model into DIRECTORY/<format>, for each requested format.
 
-  Each directory is written atomically; it appears only if the model read back from it agrees.
+  Each directory is complete or absent; it appears only if the model read back from it agrees.
 
   Args:
     tokenizer: the tokenizer, or None.

@@ -2,7 +2,7 @@
 
 XLA compiles the scoring, compensation and training programs for as many simulated CPU devices as the mesh
 has, in the dtypes of the run, and its own memory analysis is printed. Three passes of the CPU backend are
-disabled, since accelerators do not have them: the CPU computes in fp32 and converts the bf16 weights of all
+disabled, since their effects are those of a CPU: it computes in fp32 and converts the bf16 weights of all
 layers before the loop over layers; it combines the all-reduces of all gradients into one, which needs all
 gradients at once; and it removes the barriers that make it recompute a layer instead of keeping it. fp32
 copies of arrays in use remain. With plan.devices = 0, programs are compiled for the available devices; if
@@ -186,7 +186,7 @@ class Footprint:
     """FLOPs per calibration token of one pass: one forward; with gradients two, and the backward.
 
     The gradient of weights costs as much as a forward pass, that of activations too; curvature needs only the
-    latter, and second moments and solves, which are not counted here.
+    latter, plus second moments and solves, which are not counted here.
     """
     forward = forward_flops(self.config, self.options.prune.calibration.length)
     kind = pruning_programs.importance(self.options.prune)

@@ -35,7 +35,7 @@ class ModelReport(TypedDict, total=False):
 
 
 class PerplexityReport(TypedDict, total=False):
-  """Of the dense model and of the last stage, on the first text; `definition` describes the measure."""
+  """Perplexities of the dense model and the last stage on the first text; `definition` describes them."""
 
   dense: float | None
   pruned: float | None

@@ -63,7 +63,7 @@ class _Data:
 
   @property
   def settings(self) -> dict[str, Any]:
-    """Those of pruning."""
+    """The settings of pruning."""
     return self.report.get('prune') or {}
 
   @property
@@ -279,7 +279,7 @@ def _state(data: _Data, running: bool) -> str:
 
 
 def _title(data: _Data) -> str:
-  """What was done to which model."""
+  """The model, and what was done to it."""
   before, rows = data.model['params_before'], (*data.stages, *data.of('prune'))
   if not rows:
     return data.model['source']

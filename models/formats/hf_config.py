@@ -75,7 +75,7 @@ def _value(fields: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def _count(fields: dict[str, Any], name: str, default: int | None = None) -> int:
-  """A whole number of at least 1; `default` where the field is absent or null."""
+  """A whole number of at least 1; `default` if the field is absent or null."""
   value = _value(fields, name, default)
   if type(value) is not int or not 1 <= value < 2**31:  # a bool is not accepted as a number
     raise InputError(f'{name} = {value!r} should be a whole number of at least 1')
@@ -83,7 +83,7 @@ def _count(fields: dict[str, Any], name: str, default: int | None = None) -> int
 
 
 def _number(fields: dict[str, Any], name: str, default: float | None = None) -> float:
-  """A finite number above 0; `default` where the field is absent or null."""
+  """A finite number above 0; `default` if the field is absent or null."""
   value = _value(fields, name, default)
   if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
     raise InputError(f'{name} = {value!r} should be a finite number above 0')
@@ -91,7 +91,7 @@ def _number(fields: dict[str, Any], name: str, default: float | None = None) -> 
 
 
 def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
-  """An object; empty where the field is absent or null."""
+  """An object; empty if the field is absent or null."""
   value = fields.get(name)
   if value is not None and not isinstance(value, dict):
     raise InputError(f'{name} = {value!r} should be an object')

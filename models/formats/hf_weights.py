@@ -91,7 +91,7 @@ class Leaf(NamedTuple):
 
 
 def lookup(tree: Any, path: tuple[str | int, ...]) -> Any:
-  """The leaf, or subtree, at a path; None where a key is absent."""
+  """The leaf, or subtree, at a path; None if a key is absent."""
   for key in path:
     if isinstance(tree, dict) and key not in tree:
       return None

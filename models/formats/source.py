@@ -147,7 +147,7 @@ def _hub_config(name: str) -> ModelConfig:
   if not name or name.count('/') > 1 or name.startswith(('.', '/', '~')):
     raise InputError(f'model.source {name!r}: no such file or directory')
   parent = name.rpartition('/')[0]
-  if parent and exists(pathlib.Path(parent)):  # a hub that cannot be reached is asked for half a minute
+  if parent and exists(pathlib.Path(parent)):  # asking an unreachable hub takes half a minute
     raise InputError(f'model.source {name!r}: the directory {parent!r} has nothing of that name')
   import huggingface_hub
 

@@ -41,8 +41,8 @@ def project(x_TD: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
 class Attention(nn.Module):
   """Causal grouped-query attention with rotary positions; optional biases and QK norm.
 
-  With `before_BS`, x has one token per row, which attends to itself and to these slots of `k_cache` and
-  `v_cache` [B, K, S, H] in the collection `cache`. If it is mutable, it then holds only x's keys and values.
+  With `before_BS`, x has one token per row, which attends to itself and to the given slots of `k_cache` and
+  `v_cache` [B, K, S, H] in the collection `cache`. If it is mutable, x's own keys and values replace them.
   """
 
   config: ModelConfig
