@@ -6,6 +6,7 @@
 import ast
 import contextlib
 import dataclasses
+import os
 import pathlib
 import shlex
 import sys
@@ -156,6 +157,9 @@ def run() -> None:
   except KeyboardInterrupt:
     print('stopped by Ctrl-C: the same command goes on from what is saved', file=sys.stderr)
     processes.leave(130)
+  except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    processes.leave(1)
   except Exception as error:
     if reason := disk_full(error):
       _fail(

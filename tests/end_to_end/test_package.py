@@ -84,6 +84,9 @@ def test_version_and_help_say_what_there_is(installed, place):
   usage = python(installed, place, *command, '--help').stdout
   for word in ('--config=RECIPE', 'llama_8b_to_1b', 'sensitivity', '--mode=MODE --help', 'docs/'):
     assert word in usage
+  shell = f'{sys.executable} -c "{command[1]}" --mode=accel --help | head -1'
+  cut = subprocess.run(['bash', '-c', shell], cwd=runs.ROOT, capture_output=True, text=True)
+  assert cut.stdout.startswith('--mode=accel') and cut.stderr == ''
   fields = python(installed, place, *command, '--mode=evaluate', '--help').stdout
   assert '--config.evaluate.length=1024' in fields and 'Tokens of a window' in fields
   assert '--config.prune.target' not in fields
