@@ -19,4 +19,5 @@ def get_config() -> ConfigDict:
   config.prune.calibration.length = 64
   config.prune.calibration.batch = 8
   config.train.distill.alpha = 0.0  # recovers by cross-entropy
+  config.train.lr, config.train.min_lr = 2e-5, 2e-6
   return config

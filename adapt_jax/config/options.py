@@ -220,8 +220,8 @@ class TrainOptions:
     8, 'Rows at once on a device, at most; gradients accumulate.', within=COUNT, result=False
   )
   length: int = option(1024, 'Tokens of a row.', within=LENGTH)
-  lr: float = option(2e-5, 'Highest learning rate.', within=(0, 1))
-  min_lr: float = option(2e-6, 'Learning rate at the end of the schedule.', within=(0, 1))
+  lr: float = option(1e-4, 'Highest learning rate (the paper: 2e-5).', within=(0, 1))
+  min_lr: float = option(1e-5, 'Learning rate at the end of the schedule.', within=(0, 1))
   schedule: str = option(
     'wsd', 'Of the learning rate: warmup-stable-decay, or cosine.', choices=('wsd', 'cosine')
   )
