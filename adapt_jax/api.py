@@ -5,23 +5,23 @@ in one process, and prints nothing without `progress=True`. Wrong arguments rais
 """
 
 import dataclasses
-import functools
 import os
 import pathlib
-import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adapt_jax import api_arguments as arguments
+from adapt_jax.api_arguments import Text, as_library
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.options import DataOptions, PruneOptions, TrainOptions
+from adapt_jax.config.options import DataOptions, TrainOptions
 from adapt_jax.data.tokenise import encode_prompt
 from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
-from adapt_jax.data.windows import POOL_TOKENS, Blocks, check_vocab, load_blocks, spread
+from adapt_jax.data.windows import POOL_TOKENS, Blocks, spread
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, written_dtype
 from adapt_jax.generation.generator import Generator
@@ -36,7 +36,6 @@ from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.schedule import target_params
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.criteria import Importance
-from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.methods.base import Method
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner
@@ -44,11 +43,6 @@ from adapt_jax.reports.report import RunReport
 from adapt_jax.training.loop import run_steps
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import Teacher, batch_shapes, make_step
-
-Text = str | os.PathLike[str] | Sequence[str] | np.ndarray | jax.Array
-_P = ParamSpec('_P')
-_T = TypeVar('_T')
-_FIELD = re.compile(r'\bconfig\.(?:\w+\.)*(\w+)')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,32 +71,21 @@ class Model:
     return f'Model({self.name!r}, {self.num_params:,} parameters, {layers}, {self.config.family})'
 
 
-def _as_library(function: Callable[_P, _T]) -> Callable[_P, _T]:
-  """Messages name arguments, not fields of a recipe."""
-
-  @functools.wraps(function)
-  def call(*args: _P.args, **options: _P.kwargs) -> _T:
-    try:
-      return function(*args, **options)
-    except InputError as error:
-      raise InputError(_FIELD.sub(r'\1', str(error)).replace('model.source', 'source')) from None
-
-  return call
-
-
-@_as_library
-def load(source: str | os.PathLike[str], dtype: Any = None) -> Model:
+@as_library
+def load(source: str | os.PathLike[str], dtype: Any = None, *, progress: bool = False) -> Model:
   """A model from a hub id, a Hugging Face directory, a .gguf file or the workdir of a run.
 
   `dtype` None keeps each tensor's own; GGUF files, whose weights may be quantised, are read as float32.
   Raises InputError for what cannot be read or is not supported.
   """
   found = open_source(os.fspath(source))
-  params = mesh.load_source(found, None if dtype is None else jnp.dtype(dtype))
+  mesh.check_model(found.config)
+  with processes.silent(not progress):
+    params = mesh.load_source(found, None if dtype is None else jnp.dtype(dtype))
   return Model(found.config, params, found.load_tokenizer(), found.name, found.dtype, found.generation)
 
 
-@_as_library
+@as_library
 def rows(
   model: Model, text: Text, *, samples: int = 32, length: int = 1024, seed: int = 0, progress: bool = False
 ) -> np.ndarray:
@@ -112,18 +95,18 @@ def rows(
   [N, T]. Raises InputError if there are fewer rows.
   """
   with processes.silent(not progress):
-    blocks = _blocks(model, text, length, POOL_TOKENS)
+    blocks = arguments.blocks(text, model.config, model.tokenizer, length, POOL_TOKENS)
     return blocks.tokens[blocks.draw(samples, seed, 0)]
 
 
-@_as_library
+@as_library
 def prune(
   model: Model,
   rows: np.ndarray | jax.Array,
   *,
   target: float = 0.8,
   method: str | type[Method] = 'obs',
-  importance: str | Importance = 'taylor',
+  importance: str | Importance = '',
   seed: int = 0,
   progress: bool = False,
   **options: Any,
@@ -135,16 +118,18 @@ def prune(
     target: fraction of the parameters to keep (up to 1), or their number (above 1).
     method: a name that `prune.method` may have, or a subclass of `adapt_jax.pruning.methods.base.Method`.
     importance: for `adapt`, `uniform` and methods without one of their own; a name, or an `Importance`.
+      Empty: taylor.
     options: other options of `config.prune`, by name: compensate, steps, amplitude, align_ffn and so on.
 
   A model may be pruned again after `recover`. Raises InputError for wrong options and unreachable targets.
   """
-  tokens = _ids(rows, model.config, 'rows')
+  arguments.check_model(model.config)
+  tokens = arguments.token_ids(rows, model.config, 'rows')
   named: dict[str, Any] = {'target': target, **options}
   named |= {'method': method} if isinstance(method, str) else {}
-  named |= {'importance': importance} if isinstance(importance, str) else {}
-  settings = _prune_options(named, tokens)
-  kind = _method(settings, method, importance)
+  named |= {'importance': importance} if isinstance(importance, str) and importance else {}
+  settings = arguments.prune_options(named, tokens, model.config)
+  kind = arguments.pruning_method(settings, method, importance)
   config, params = model.config, model.params
   if settings.compensate == 'bias' and not config.output_bias:
     config, params = surgery.with_output_bias(config, params)
@@ -170,35 +155,7 @@ def prune(
   return dataclasses.replace(model, **changed, dense=model.dense or model.num_params), state.plan
 
 
-def _prune_options(named: dict[str, Any], tokens: np.ndarray) -> PruneOptions:
-  for name in ('stages', 'stage_targets', 'calibration'):
-    if name in named:
-      raise InputError(
-        f'{name} = {named[name]!r} is for the command: prune and recover in a loop of your own'
-      )
-  calibration = {'samples': len(tokens), 'length': tokens.shape[1]}
-  found = from_dict({'prune': named | {'calibration': calibration}}).prune
-  if found.method == 'slicegpt':
-    raise InputError("method = 'slicegpt' is for the command alone: name another")
-  return found
-
-
-def _method(
-  settings: PruneOptions, method: str | type[Method], importance: str | Importance
-) -> type[Method] | None:
-  """The class, where it is not the one that `settings` name: one from outside, or with such an importance."""
-  found = None if isinstance(method, str) else method
-  if isinstance(importance, str):
-    return found
-  base = found or METHODS[settings.method]
-  if base.importance:
-    raise InputError(
-      f'importance: {base.__name__} has one of its own: leave it out, or choose adapt or uniform'
-    )
-  return type(base.__name__, (base,), {'importance': importance})
-
-
-@_as_library
+@as_library
 def recover(
   model: Model,
   text: Text,
@@ -218,7 +175,13 @@ def recover(
 
   Weights are float32 afterwards. The text's tokens are kept in the user's cache directory. Raises InputError.
   """
-  settings = _train_options(text, tokens, teacher, options)
+  arguments.check_model(model.config)
+  if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
+    raise InputError(
+      f'teacher: has {teacher.config.vocab_size:,} token ids, the model {model.config.vocab_size:,}: give '
+      f'the model that it was pruned from'
+    )
+  settings = arguments.train_options(text, tokens, teacher is not None, options, model.config)
   steps = settings.tokens // (settings.batch * settings.length)
   dtype, compiler, tx = compute_dtype('auto'), Compiler(), optimizer(settings, steps)
   given = None
@@ -245,32 +208,15 @@ def recover(
   return dataclasses.replace(model, params=trained['params'])
 
 
-def _train_options(text: Text, tokens: int, teacher: Model | None, options: dict[str, Any]) -> TrainOptions:
-  given = {'tokens': tokens, 'save_every': 10**9, **options}
-  if not isinstance(text, (np.ndarray, jax.Array)):
-    given['source'] = _entries(text)
-  else:
-    given['length'] = text.shape[-1]
-  distill = {'alpha': float(teacher is not None)} | dict(options.get('distill', {}))
-  if distill.get('cache') or (distill['alpha'] and teacher is None):
-    raise InputError(f'distill = {distill}: needs a teacher, and keeps nothing on disk: give teacher=')
-  train = from_dict({'train': given | {'distill': distill}}).train
-  if tokens < train.batch * train.length:
-    raise InputError(
-      f'tokens = {tokens:,} is less than one batch of {train.batch} x {train.length}: give at least '
-      f'{train.batch * train.length:,}, or lower batch or length'
-    )
-  return train
-
-
 def _train_set(model: Model, text: Text, train: TrainOptions, seed: int) -> TrainSet:
-  if not isinstance(text, (np.ndarray, jax.Array)):
+  if not arguments.is_ids(text):
+    arguments.check_tokenizer(model.tokenizer)
     return open_train_set(train, DataOptions(), model.tokenizer, model.config.vocab_size, seed)
-  rows = ArrayRows(_ids(text, model.config, 'text'))
+  rows = ArrayRows(arguments.token_ids(text, model.config, 'text'))
   return TrainSet([rows], [1.0], length=train.length, batch=train.batch, seed=seed)
 
 
-@_as_library
+@as_library
 def perplexity(
   model: Model, text: Text, *, length: int = 1024, max_tokens: int = 0, batch: int = 4, progress: bool = False
 ) -> float:
@@ -280,12 +226,13 @@ def perplexity(
   the text, in windows spread evenly over it; 0: all. Raises InputError.
   """
   with processes.silent(not progress):
-    blocks = spread(_blocks(model, text, length, sys.maxsize), max_tokens)
+    found = arguments.blocks(text, model.config, model.tokenizer, length, sys.maxsize)
+    blocks = spread(found, max_tokens)
     evaluator = Evaluator(blocks, batch, compiler=Compiler(), dtype=compute_dtype('auto'))
     return evaluator.perplexity(model.config, model.params, 'perplexity')
 
 
-@_as_library
+@as_library
 def generate(
   model: Model,
   prompt: str | Sequence[str],
@@ -296,22 +243,28 @@ def generate(
   top_p: float = 1.0,
   chat: bool = True,
   seed: int = 0,
+  progress: bool = False,
 ) -> Any:
   """What the model makes of a prompt: a string, or a list of them for several prompts.
 
   chat: whether a prompt is a user's message in the chat template, where there is one; otherwise it is text to
   continue. temperature 0 takes the likeliest tokens. Raises InputError for an empty or too long prompt.
   """
+  arguments.check_tokenizer(model.tokenizer)
+  drawn = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
+  options = arguments.generate_options(seed, max_new_tokens=max_new_tokens, chat=chat, **drawn).generate
   prompts = [prompt] if isinstance(prompt, str) else list(prompt)
   ids = [encode_prompt(text, model.tokenizer, chat) for text in prompts]
-  generator = Generator(model.config, model.params, compiler=Compiler(), dtype=compute_dtype('auto'))
-  sampling, stop = Sampling(temperature, top_k, top_p), stop_ids(model.generation, model.tokenizer)
-  new = generator.generate(ids, max_new_tokens, sampling, stop, seed)
+  sampling = Sampling(options.temperature, options.top_k, options.top_p)
+  stop = stop_ids(model.generation, model.tokenizer)
+  with processes.silent(not progress):
+    generator = Generator(model.config, model.params, compiler=Compiler(), dtype=compute_dtype('auto'))
+    new = generator.generate(ids, max_new_tokens, sampling, stop, seed)
   texts = [model.tokenizer.decode(x, skip_special_tokens=True) for x in new]
   return texts[0] if isinstance(prompt, str) else texts
 
 
-@_as_library
+@as_library
 def save(
   model: Model,
   directory: str | os.PathLike[str],
@@ -341,35 +294,3 @@ def save(
   )
   with processes.silent(not progress):
     return writer.write(model.config, model.params)
-
-
-def _entries(text: Any) -> tuple[str, ...]:
-  return (os.fspath(text),) if isinstance(text, (str, os.PathLike)) else tuple(map(os.fspath, text))
-
-
-def _ids(tokens: Any, config: ModelConfig, name: str) -> np.ndarray:
-  """Token ids [N, T], int32."""
-  found = np.asarray(tokens)
-  if found.ndim != 2 or not np.issubdtype(found.dtype, np.integer) or found.size == 0 or found.shape[1] < 2:
-    raise InputError(
-      f'{name}: {found.dtype} of shape {list(found.shape)}, but token ids [N, T] are asked for'
-    )
-  if found.min() < 0:
-    raise InputError(f'{name}: has the token id {found.min()}: ids count from 0')
-  check_vocab(int(found.max()), config.vocab_size, name)
-  return found.astype(np.int32)
-
-
-def _blocks(model: Model, text: Text, length: int, most: int) -> Blocks:
-  """Windows of the first `most` tokens of a text, or the rows that were given."""
-  if isinstance(text, (np.ndarray, jax.Array)):
-    ids = _ids(text, model.config, 'text')
-    targets = np.ones(ids.shape, bool)
-    targets[:, 0] = False
-    return Blocks(ids, targets, 0)
-  data = DataOptions()
-  fields = {'text_field': data.text_field, 'messages_field': data.messages_field}
-  fields |= {'field': 'text'}
-  found = load_blocks(_entries(text), model.tokenizer, length, **fields, max_tokens=most)
-  check_vocab(int(found.tokens.max()), model.config.vocab_size, 'text')
-  return found

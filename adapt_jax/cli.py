@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     keep_programs()
   if jax.process_count() > 1 and mode not in ('accel', 'prune', 'evaluate'):
     raise InputError(f'--mode={mode} runs in one process, not in {jax.process_count()}: start it alone')
-  processes.decide(lambda: demo_files.fetch_if_named(options.model.source))
+  processes.decide(lambda: demo_files.fetch_if_named(_sources(options)))
   with contextlib.ExitStack() as stack:
     if mode not in _ONE_DEVICE and (devices := mesh.make_mesh(options.mesh)):
       stack.enter_context(jax.set_mesh(devices))
@@ -118,6 +118,12 @@ def main(argv: list[str]) -> None:
       return
     stack.enter_context(preemption.watched())
     _RUN[mode](options, workdir, _command())
+
+
+def _sources(options: RunOptions) -> list[str]:
+  """The model and all texts that the options name."""
+  texts = [source for sources in options.evaluate.texts.values() for source in sources]
+  return [options.model.source, *options.prune.calibration.source, *options.train.source, *texts]
 
 
 def _command() -> str:
@@ -154,11 +160,15 @@ def run() -> None:
   except preemption.Preempted as stop:
     stopped = f'stopped by {preemption.cause()}'
     processes.say(' '.join((stopped, *stop.args)) + ': the same command goes on from here')
+    if preemption.cause() != 'SIGTERM':
+      processes.leave(130)
   except KeyboardInterrupt:
-    print('stopped by Ctrl-C: the same command goes on from what is saved', file=sys.stderr)
+    print('stopped by Ctrl-C', file=sys.stderr)
     processes.leave(130)
   except BrokenPipeError:  # whoever read the output has gone, as `| head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if _WORKDIR.present:
+      print('error: nobody reads the output any more: the same command goes on from here', file=sys.stderr)
     processes.leave(1)
   except Exception as error:
     if reason := disk_full(error):

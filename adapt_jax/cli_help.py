@@ -132,7 +132,7 @@ def with_recipes(argv: list[str]) -> list[str]:
 def _recipe(value: str) -> str:
   name, colon, variant = value.partition(':')
   file = RECIPES / f'{name}.py'
-  known = name.isidentifier() and file.exists() and not pathlib.Path(name).exists()
+  known = name.isidentifier() and file.exists() and not pathlib.Path(name).is_file()
   return f'{file}{colon}{variant}' if known else value
 
 

@@ -1,4 +1,4 @@
-"""Studies of recovery on SmolLM2-135M-Instruct; each is one grid with a table, plots and a page.
+"""Studies of pruning and recovery on SmolLM2-135M-Instruct; each is one grid with a table, plots and a page.
 
     python main.py --mode=compare --config=configs/studies.py:loss --workdir=out/loss
 
@@ -9,6 +9,7 @@ control: 80 % kept and the dense model, trained equally, to separate recovery fr
 interleave: the same training in 1, 2, 4, 8 and 16 rounds of prune and recover, at 80 and 60 % kept (Fig. 4).
 methods: adapt as published, recovered by cross-entropy, compared with the defaults.
 tokens: recovery with 100 thousand, 300 thousand and a million tokens.
+sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
 
 All calibrate and train on equal shares of three kinds of text, and measure each kind separately on held-out
 documents; scripts/mixed_texts.py makes the files. The model is that of configs/demo.py. On two cores, 100,000
@@ -35,6 +36,7 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     {'prune.method': ('adapt',), 'prune.compensate': ('none',), 'train.distill.alpha': (0.0,)},
   ),
   'tokens': ({'train.tokens': (_FEW, 3 * _FEW, 10 * _FEW)},),
+  'sizes': ({'prune.target': (110_602_944, 98_157_312, 79_757_568), 'prune.calibration.samples': (24, 128)},),
 }
 _X = {
   'rates': 'train.lr',
@@ -43,6 +45,7 @@ _X = {
   'interleave': 'prune.stages',
   'methods': 'prune.method',
   'tokens': 'train.tokens',
+  'sizes': 'prune.target',
 }
 
 
@@ -65,5 +68,6 @@ def get_config(variant: str = '') -> ConfigDict:
 
   config.evaluate.source = tuple(f'{kind}=data/mixed/valid/{name}' for kind, name in KINDS.items())
   config.evaluate.length, config.evaluate.max_tokens = 1024, 8 * 1024
-  config.compare.grid, config.compare.x, config.compare.recover = _GRIDS[variant], _X[variant], True
+  config.compare.grid, config.compare.x = _GRIDS[variant], _X[variant]
+  config.compare.recover = variant != 'sizes'
   return config

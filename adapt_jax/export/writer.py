@@ -159,6 +159,8 @@ def _line(path: pathlib.Path, found: dict[str, Any]) -> str:
     f'{path}: {found["bytes"] / 1e6:,.1f} MB of {found["type"]}, read back: largest logit difference '
     f'{found["logit_difference"]:.2g}, same token at {found["same_token"]:.1%} of positions'
   )
+  if found['logit_difference'] and found['type'] not in ('float32', 'F32'):  # `check` refuses what is more
+    text += f' (normal: it comes from rounding the weights to {found["type"]})'
   if 'params_without_zeros' in found:
     zeros = found['params'] / found['params_without_zeros'] - 1
     text += f'; {found["params"]:,} parameters, zeros add {zeros:.1%}'

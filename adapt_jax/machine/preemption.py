@@ -1,12 +1,13 @@
 """SIGTERM and Ctrl-C end a run at a point from which it can be resumed.
 
-Ctrl-C (SIGINT) acts like SIGTERM; a second Ctrl-C ends the run at once. SIGTERM raises `Preempted` at once,
-since a run can be killed safely; where work would be lost (`deferred`), it is recorded, and the next check
-point raises. With several processes, JAX's own preemption service handles SIGTERM sent to any process, and
-all stop at the same check point.
+SIGTERM raises `Preempted` at once, since a run can be killed safely; where work would be lost (`deferred`),
+it is recorded, and the next check point raises. With several processes, JAX's own preemption service handles
+SIGTERM sent to any process, and all stop at the same check point. In a single process, Ctrl-C (SIGINT) acts
+like SIGTERM, and a second Ctrl-C ends the run at once.
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -50,6 +51,8 @@ def _on_signal(number: int, _: Any) -> None:
     raise KeyboardInterrupt
   if not _deferring and not again:
     raise Preempted
+  if number == signal.SIGINT:
+    os.write(2, b'\nstopping as soon as the work is saved; Ctrl-C again stops at once\n')
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from adapt_jax.models.errors import InputError, first_line
 
@@ -89,7 +90,14 @@ def is_first() -> bool:
 def say(text: str) -> None:
   """Prints a line, once for all processes."""
   if shows():
-    print(text, flush=True)
+    write(text)
+
+
+def write(line: str) -> None:
+  """A line on stdout in one piece, above the bars of a terminal."""
+  with tqdm.external_write_mode(file=sys.stdout):
+    sys.stdout.write(line + '\n')
+    sys.stdout.flush()
 
 
 def shows() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from adapt_jax.machine.processes import shows
+from adapt_jax.machine.processes import shows, write
 
 _TICK_SECONDS, _LINE_SECONDS = 1.0, 10.0
 _SCALED = ('tokens', 'parameters removed')  # counts that are shown as 3.4M
@@ -41,6 +41,9 @@ class Progress:
         total=self._total, desc=self._title, unit=f' {self._unit}', unit_scale=self._unit in _SCALED,
         bar_format=layout, dynamic_ncols=True, leave=bool(self._unit), file=sys.stderr,
       )  # fmt: skip
+    if self._bar is not None and self._bar.disable:  # as TQDM_DISABLE asks
+      self._bar = None
+      return self
     threading.Thread(target=self._tick, daemon=True).start()
     return self
 
@@ -78,15 +81,16 @@ class Progress:
     finally:
       self._phase = before
       seconds = 0.0 if counts else time.monotonic() - start
-      self._start += seconds
-      if self._bar is not None:
-        self._bar.start_t += seconds
-        self._bar.last_print_t += seconds
+      with self._lock:
+        self._start += seconds
+        if self._bar is not None:
+          self._bar.start_t += seconds
+          self._bar.last_print_t += seconds
       self._show_phase()
 
   def _show_phase(self) -> None:
     with self._lock:
-      if self._bar is not None and not self._bar.disable:
+      if self._bar is not None:
         self._bar.set_postfix_str(self._phase or self._values, refresh=True)
 
   def _tick(self) -> None:
@@ -97,7 +101,10 @@ class Progress:
         if self._bar is not None:
           self._bar.refresh()
         elif time.monotonic() - self._shown >= _LINE_SECONDS:
-          self._line()
+          try:
+            self._line()
+          except OSError:  # nobody reads any more: the main thread finds out by itself
+            return
 
   def _line(self) -> None:
     """One plain line: how far, how fast, how long."""
@@ -111,7 +118,7 @@ class Progress:
         parts.append(f'{max(self._total - self._done, 0) * seconds / self._done:.0f} s left')
     else:
       parts.append(f'{seconds:.0f} s')
-    print(' '.join(filter(None, [*parts, self._phase or self._values])), flush=True)
+    write(' '.join(filter(None, [*parts, self._phase or self._values])))
 
 
 @contextlib.contextmanager

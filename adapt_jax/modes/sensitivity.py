@@ -30,7 +30,7 @@ from adapt_jax.modes import sensitivity_page
 from adapt_jax.pipeline.inputs import Inputs, prepare
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.pruning import surgery
+from adapt_jax.pruning import slicegpt, surgery
 from adapt_jax.pruning.plan import PrunePlan, keep_best
 from adapt_jax.pruning.pruner import Pruner
 from adapt_jax.pruning.scorer import Scorer
@@ -147,6 +147,8 @@ class LayerEvaluator:
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Mode sensitivity: measures or resumes, writes the report in all formats, prints the table."""
+  if options.prune.method == slicegpt.METHOD:
+    raise InputError(f'config.prune.method = {slicegpt.METHOD!r} scores no groups: name another method')
   if not options.evaluate.source:
     raise InputError('config.evaluate.source is empty, but mode sensitivity measures perplexity: name a text')
   if len(names := list(options.evaluate.texts)) > 1:

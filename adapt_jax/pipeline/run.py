@@ -158,9 +158,11 @@ class Run:
 
   def _train(self, stage: int, state: RunState, recovery: Recovery, start: float) -> None:
     """Trains the stage, with saves in between; `start`: when the stage began, counting its earlier work."""
+    first, pruning = state.train_step, time.monotonic() - start
+    fresh = first == self._schedule.start(stage)  # else `start` counts training too
     for done in recovery.steps(stage, state):
-      if not self._estimated:
-        self._estimate(stage, done, time.monotonic() - start)
+      if not self._estimated and done.step > first + 1:  # the first step may be slower
+        self._estimate(stage, done, pruning if fresh else 0.0)
       self._metrics.write('train', stage=stage, step=done.step, **done.metrics)
       if done.state is not None:
         state.record_seconds(time.monotonic() - start)
@@ -168,11 +170,11 @@ class Run:
           self._save(state)
 
   def _estimate(self, stage: int, done: Trained, seconds: float) -> None:
-    """Reports the run's expected time, after its first training step; `seconds`: open stage's time so far."""
+    """Reports the run's expected time, after two training steps; `seconds`: a stage's pruning, if known."""
     self._estimated = True
     step = self.options.train.batch * self.options.train.length / done.metrics['tokens_per_second']
     steps, stages = self._schedule.train_steps - done.step, self._schedule.stages - stage
-    more = f', {seconds:.0f} s for each of {stages} prunings' if stages else ''
+    more = f', {seconds:.0f} s for each of {stages} prunings' if stages and seconds else ''
     say(
       f'the run will take about {_duration(steps * step + stages * seconds)} more: {step:.1f} s for each of '
       f'{steps:,} training steps{more}'

@@ -4,6 +4,9 @@ import dataclasses
 import math
 import os
 import pathlib
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -146,9 +149,6 @@ def _download(name: str) -> pathlib.Path:
 def _hub_config(name: str) -> ModelConfig:
   if not name or name.count('/') > 1 or name.startswith(('.', '/', '~')):
     raise InputError(f'model.source {name!r}: no such file or directory')
-  parent = name.rpartition('/')[0]
-  if parent and exists(pathlib.Path(parent)):  # asking an unreachable hub takes half a minute
-    raise InputError(f'model.source {name!r}: the directory {parent!r} has nothing of that name')
   import huggingface_hub
 
   config = _fetch(name, huggingface_hub.hf_hub_download, filename='config.json')
@@ -156,12 +156,27 @@ def _hub_config(name: str) -> ModelConfig:
 
 
 def _fetch(name: str, download: Callable[..., Any], **options: Any) -> pathlib.Path:
+  if _no_hub():
+    options['local_files_only'] = True
   try:
     return pathlib.Path(download(name, **options))
   except Exception as error:  # the hub's errors and those of its HTTP library share no other class
     raise InputError(
       f'model.source {name!r}: no such directory, and the hub does not give it ({first_line(error)})'
     ) from None
+
+
+def _no_hub() -> bool:
+  """Whether the hub's name cannot be resolved: asking it would take half a minute, its cache none."""
+  import huggingface_hub
+
+  if urllib.request.getproxies():  # which resolve it themselves
+    return False
+  try:
+    socket.getaddrinfo(urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname, None)
+  except OSError:
+    return True
+  return False
 
 
 def _tokenizer_from_directory(directory: pathlib.Path) -> Any:

@@ -1,5 +1,6 @@
 """The library: the whole job in memory, the same as the command's, and nothing left behind in the process."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -115,6 +116,16 @@ def test_methods_and_importances_come_from_outside(model, rows):
   assert min(plan.ffn_widths) < 48
 
 
+def test_widths_suit_the_program_that_serves_them(model, rows):
+  _, plan = aj.prune(model, rows, target=0.8, serve='tensor_parallel=3')
+  assert not any(plan.ffn_widths % 3) and not any(plan.kv_widths % 3)
+
+
+def test_a_message_about_a_file_names_it(tmp_path):
+  with pytest.raises(aj.InputError, match='no config.json in this directory'):
+    aj.load(tmp_path)
+
+
 def test_token_ids_stand_for_a_text(model, rows):
   value = aj.perplexity(model, rows)
   assert value == pytest.approx(aj.perplexity(model, jnp.asarray(rows)))
@@ -126,11 +137,21 @@ def test_it_runs_on_the_callers_mesh(model, rows):
   automatic = (jax.sharding.AxisType.Auto,) * 3
   devices = jax.make_mesh((1, 2, 1), ('data', 'fsdp', 'tensor'), axis_types=automatic)
   alone, plan = aj.prune(model, rows, target=0.8)
+  with jax.set_mesh(devices), pytest.raises(aj.InputError, match='rows: 15 rows must be a multiple of the 2'):
+    aj.prune(model, rows[:15])
   with jax.set_mesh(devices):
     sharded, same = aj.prune(model, rows, target=0.8)
     assert len(sharded.params['embed'].sharding.device_set) == 2
   assert same.equals(plan)
   chex.assert_trees_all_close(jax.device_get(alone.params), jax.device_get(sharded.params), atol=1e-4)
+
+
+def _other(model):
+  return dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=7))
+
+
+def _sliced(model):
+  return dataclasses.replace(model, config=dataclasses.replace(model.config, sliced_from=48))
 
 
 @pytest.mark.parametrize(
@@ -151,6 +172,16 @@ def test_it_runs_on_the_callers_mesh(model, rows):
     (lambda m, r, f: aj.recover(m, f / 'train.txt', tokens=5), ('tokens = 5', 'at least 131,072')),
     (lambda m, r, f: aj.generate(m, 'a ' * 3000), ('prompt 1', 'shorten')),
     (lambda m, r, f: aj.save(m, 'out', formats=('onnx',)), ('formats', 'onnx')),
+    (lambda m, r, f: aj.prune(m, r, importance='l2'), ('importance', 'Obs has its own')),
+    (lambda m, r, f: aj.prune(m, r, method='slicegpt'), ('slicegpt', 'command alone')),
+    (lambda m, r, f: aj.prune(m, r, serve='tensor_parallel=7'), ('serve', 'multiples of 7')),
+    (lambda m, r, f: aj.recover(m, np.array(3), tokens=64), ('text', 'token ids')),
+    (lambda m, r, f: aj.recover(m, r, tokens=64, batch=4, teacher=_other(m)), ('teacher', 'token ids')),
+    (lambda m, r, f: aj.generate(m, 'a', temperature=-1), ('temperature = -1', 'between')),
+    (lambda m, r, f: aj.generate(dataclasses.replace(m, tokenizer=None), 'a'), ('no tokenizer',)),
+    (lambda m, r, f: aj.rows(dataclasses.replace(m, tokenizer=None), f / 'train.txt'), ('no tokenizer',)),
+    (lambda m, r, f: aj.prune(_sliced(m), r), ('SliceGPT',)),
+    (lambda m, r, f: aj.recover(_sliced(m), r, tokens=64, batch=4), ('SliceGPT',)),
   ],
 )
 def test_a_wrong_argument_is_named_as_it_was_given(files, model, rows, call, words):

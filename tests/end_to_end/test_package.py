@@ -77,6 +77,13 @@ def test_the_command_runs_a_recipe_by_name_beside_the_users_own_packages(install
   assert where.stdout.startswith(str(installed))
 
 
+def test_a_directory_of_a_recipes_name_is_no_recipe(installed, place):
+  """As a workdir named like it becomes: the same command has to resume."""
+  (place / 'base').mkdir()
+  result = python(installed, place, '-c', 'from adapt_jax.cli import run; run()', '--config=base')
+  assert result.returncode == 2 and 'model.source is empty' in result.stderr
+
+
 def test_version_and_help_say_what_there_is(installed, place):
   command = ('-c', 'from adapt_jax.cli import run; run()')
   version = python(installed, place, *command, '--version')

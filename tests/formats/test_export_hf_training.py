@@ -100,3 +100,12 @@ def test_chat_template_is_the_tokenizers_own(tmp_path):
   ours, theirs = (t.apply_chat_template(messages, tokenize=False) for t in (tiny_tokenizer(), found))
   assert ours == theirs and 'the quick brown fox' in ours
   assert np.array_equal(found(ours).input_ids, tiny_tokenizer()(ours).input_ids)
+
+
+def test_a_sliced_layer_stays_on_one_device(tmp_path):
+  export(tmp_path / 'model', EXPORTS['llama-sliced'], tokenizer=tiny_tokenizer())
+  small = {'cpu': 100_000}
+  model = load(tmp_path / 'model', device_map='auto', max_memory=small, offload_folder=str(tmp_path / 'out'))
+  assert {str(place) for place in model.hf_device_map.values()} == {'cpu', 'disk'}
+  assert not [name for name in model.hf_device_map if 'shortcut' in name]
+  check_logits(model, tmp_path / 'model')

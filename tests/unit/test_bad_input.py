@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
+from adapt_jax.modes import sensitivity
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
 from tests.support import runs
@@ -124,7 +126,7 @@ def test_methods_that_do_not_go_with_the_rest(files):
   refuse(config, 'config.prune.compat', 'adapt and uniform', 'flap')
 
 
-def test_what_slicegpt_cannot_do(files):
+def test_what_slicegpt_cannot_do(files, tmp_path):
   config = runs.make_config(files)
   config.prune.method, config.prune.compensate = 'slicegpt', 'none'
   refuse(config, 'config.prune.stages = 2', 'slicegpt', 'set it to 1')
@@ -133,6 +135,8 @@ def test_what_slicegpt_cannot_do(files):
   config.train.tokens = 0
   config.export.formats = ('hf', 'gguf')
   refuse(config, 'config.export.formats', 'gguf', 'slicegpt')
+  with pytest.raises(InputError, match='scores no groups'):
+    sensitivity.run(from_dict(config.to_dict()), Workdir(str(tmp_path), {}), '')
   config.export.formats, config.prune.target = ('hf',), 2
   refuse(config, 'config.prune.target = 2', 'raise it')
 
@@ -269,12 +273,18 @@ def test_damaged_run_json(tmp_path, content):
     Workdir(str(tmp_path), {'mode': 'accel'}).check()
 
 
-def test_a_path_in_a_directory_that_is_there_is_not_asked_of_the_hub(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  (tmp_path / 'models').mkdir()
-  monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *_, **__: pytest.fail('asked the hub'))
-  with pytest.raises(InputError, match="'models/mine': the directory 'models' has nothing of that name"):
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch):
+  """Its cache is still looked at; a mistyped local path is reported at once."""
+
+  def unknown(*_):
+    raise OSError('no such name')
+
+  monkeypatch.setattr('urllib.request.getproxies', dict)
+  monkeypatch.setattr('socket.getaddrinfo', unknown)
+  start = time.monotonic()
+  with pytest.raises(InputError, match="'models/mine': no such directory"):
     open_source('models/mine')
+  assert time.monotonic() - start < 5
 
 
 def test_an_export_into_the_runs_own_workdir_names_the_command(files, tmp_path):

@@ -31,7 +31,8 @@ NO_JAX = (
   'adapt_jax/pruning/methods/__init__.py',
 )
 CLI = ('adapt_jax/cli.py', 'adapt_jax/cli_help.py')
-TOP = (*CLI, 'adapt_jax/api.py')  # nothing imports them but main.py and, when it is asked, the package
+# Nothing imports them but main.py, each other and, at its first use, the package.
+TOP = (*CLI, 'adapt_jax/api.py', 'adapt_jax/api_arguments.py')
 TOKENIZER_FILES = ('models/formats/source.py', 'models/formats/gguf_tokenizer.py')
 
 SOURCES = {

@@ -1,11 +1,13 @@
 """What a person sees of long work, on a terminal and in a log."""
 
+import functools
 import io
 import re
 import time
 import types
 
 import pytest
+from tqdm import tqdm
 
 from adapt_jax.machine import processes, progress
 from adapt_jax.machine.progress import Progress, phase, prefixed
@@ -104,3 +106,19 @@ def test_a_library_is_silent(capfd, terminal, quick):
     with phase('scoring'):
       time.sleep(0.2)
   assert capfd.readouterr().out == '' and terminal.getvalue() == ''
+
+
+def test_a_terminal_without_bars_gets_none(terminal, monkeypatch):
+  monkeypatch.setattr(progress, 'tqdm', functools.partial(tqdm, disable=True))  # as TQDM_DISABLE does
+  with Progress('prune', 10, 'steps') as bar, phase('compiling scoring'):
+    bar.update(1)
+  assert 'prune' not in terminal.getvalue()
+
+
+def test_a_line_stands_above_the_bar(terminal, monkeypatch):
+  monkeypatch.setattr(processes, 'sys', types.SimpleNamespace(stdout=terminal))
+  with Progress('recover', 10, 'steps') as bar:
+    bar.update(5)
+    processes.say('the run will take long')
+  lines = re.split(r'[\r\n]', terminal.getvalue())
+  assert 'the run will take long' in [line.strip('\x1b[A ') for line in lines]

@@ -44,6 +44,8 @@ def build_layers(model, config):
     layers.append(layer)
   model.layers = nn.ModuleList(layers)
   if config.sliced_from:
+    # A device map keeps a layer whole by this name.
+    model._no_split_modules = [type(layers[0]).__name__]
     model.norm = SlicedNorm(config, rotated=config.tie_word_embeddings)
 
 
@@ -99,6 +101,7 @@ class PerLayerForCausalLM:
   def __init__(self, config):
     super().__init__(config)
     build_layers(self.model, config)
+    self._no_split_modules = self.model._no_split_modules
     self.post_init()
 
 

@@ -1,0 +1,153 @@
+"""Arguments of the library (`adapt_jax.api`), checked and turned into the options of the command."""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+
+from adapt_jax.config.build import declarations, from_dict
+from adapt_jax.config.options import DataOptions, PruneOptions, RunOptions, TrainOptions
+from adapt_jax.data.windows import Blocks, check_vocab, load_blocks
+from adapt_jax.machine import mesh
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network.sharding import row_shards
+from adapt_jax.pruning import serving_widths, slicegpt
+from adapt_jax.pruning.criteria import Importance
+from adapt_jax.pruning.methods import METHODS
+from adapt_jax.pruning.methods.base import Method
+
+Text = str | os.PathLike[str] | Sequence[str] | np.ndarray | jax.Array
+_P = ParamSpec('_P')
+_T = TypeVar('_T')
+_FIELD = re.compile(r'\bconfig\.((?:\w+\.)*)(\w+)')
+_NAMES = {name for field, _ in declarations() for name in field.split('.')}
+
+
+def as_library(function: Callable[_P, _T]) -> Callable[_P, _T]:
+  """Messages name arguments, not fields of a recipe."""
+
+  def argument(match: re.Match[str]) -> str:
+    return match[2] if match[2] in _NAMES else match[0]
+
+  @functools.wraps(function)
+  def call(*args: _P.args, **options: _P.kwargs) -> _T:
+    try:
+      return function(*args, **options)
+    except InputError as error:
+      message = _FIELD.sub(argument, str(error)).replace('model.source', 'source')
+      raise InputError(message) from None
+
+  return call
+
+
+def check_model(config: ModelConfig) -> None:
+  """Raises InputError for a model that cannot be pruned or trained, or that the current mesh cannot split."""
+  if config.sliced_from:
+    raise InputError('the model is sliced by SliceGPT, and no method prunes or trains such a model')
+  mesh.check_model(config)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+  """Raises InputError without a tokenizer."""
+  if tokenizer is None:
+    raise InputError('the model has no tokenizer: give token ids, or a Model with a tokenizer')
+
+
+def prune_options(named: dict[str, Any], tokens: np.ndarray, config: ModelConfig) -> PruneOptions:
+  """Of `config.prune`, by these names and for these rows; aligned for `serve` and the mesh."""
+  for name in ('stages', 'stage_targets', 'calibration'):
+    if name in named:
+      raise InputError(f'{name} = {named[name]!r} is for the command: call prune and recover in a loop')
+  calibration = {'samples': len(tokens), 'length': tokens.shape[1]}
+  options = serving_widths.aligned(from_dict({'prune': named | {'calibration': calibration}}))
+  if options.prune.method == slicegpt.METHOD:
+    raise InputError(f'method = {slicegpt.METHOD!r} is for the command alone: name another')
+  serving_widths.check_model(options.prune.serve, config)
+  _check_rows('rows', len(tokens))
+  return options.prune
+
+
+def _check_rows(name: str, count: int) -> None:
+  if count % (shards := row_shards()):
+    raise InputError(f'{name}: {count} rows must be a multiple of the {shards} devices that share rows')
+
+
+def pruning_method(
+  options: PruneOptions, method: str | type[Method], importance: str | Importance
+) -> type[Method] | None:
+  """The class, if it is not the one that `options` name: one from outside, or with such an importance."""
+  found = None if isinstance(method, str) else method
+  base = found or METHODS[options.method]
+  if importance != '' and base.importance:
+    raise InputError(
+      f'importance: {base.__name__} has its own: leave it out, or choose the method adapt or uniform'
+    )
+  if isinstance(importance, str):
+    return found
+  return type(base.__name__, (base,), {'importance': importance})
+
+
+def train_options(
+  text: Text, tokens: int, distils: bool, options: dict[str, Any], config: ModelConfig
+) -> TrainOptions:
+  """Of `config.train`; `distils`: there is a teacher."""
+  length = token_ids(text, config, 'text').shape[1] if is_ids(text) else 0
+  given = {'tokens': tokens, 'save_every': 10**9, **options}
+  given |= {'length': length} if length else {'source': entries(text)}
+  distill = {'alpha': float(distils)} | dict(options.get('distill', {}))
+  if distill.get('cache') or (distill['alpha'] and not distils):
+    raise InputError(f'distill = {distill}: needs a teacher, and keeps nothing on disk: give teacher=')
+  train = from_dict({'train': given | {'distill': distill}}).train
+  if tokens < train.batch * train.length:
+    raise InputError(
+      f'tokens = {tokens:,} is less than one batch of {train.batch} x {train.length}: give at least '
+      f'{train.batch * train.length:,}, or lower batch or length'
+    )
+  _check_rows('batch', train.batch)
+  return train
+
+
+def generate_options(seed: int, **options: Any) -> RunOptions:
+  """With these of `config.generate`, and a seed."""
+  return from_dict({'seed': seed, 'generate': options})
+
+
+def is_ids(text: Text) -> bool:
+  return isinstance(text, (np.ndarray, jax.Array))
+
+
+def entries(text: Any) -> tuple[str, ...]:
+  """The entries of a source."""
+  return (os.fspath(text),) if isinstance(text, (str, os.PathLike)) else tuple(map(os.fspath, text))
+
+
+def token_ids(tokens: Any, config: ModelConfig, name: str) -> np.ndarray:
+  """Token ids int32 [N, T]. Raises InputError for anything else, naming the argument."""
+  found = np.asarray(tokens)
+  if found.ndim != 2 or not np.issubdtype(found.dtype, np.integer) or found.size == 0 or found.shape[1] < 2:
+    raise InputError(f'{name}: {found.dtype} of shape {list(found.shape)}: give token ids [N, T]')
+  if found.min() < 0:
+    raise InputError(f'{name}: has the token id {found.min()}: ids count from 0')
+  check_vocab(int(found.max()), config.vocab_size, name)
+  return found.astype(np.int32)
+
+
+def blocks(text: Text, config: ModelConfig, tokenizer: Any, length: int, most: int) -> Blocks:
+  """Windows of the first `most` tokens of a text, or the rows that are given."""
+  if is_ids(text):
+    ids = token_ids(text, config, 'text')
+    targets = np.ones(ids.shape, bool)
+    targets[:, 0] = False
+    return Blocks(ids, targets, 0)
+  check_tokenizer(tokenizer)
+  length = from_dict({'evaluate': {'length': length}}).evaluate.length
+  data = DataOptions()
+  fields = {'text_field': data.text_field, 'messages_field': data.messages_field, 'field': 'text'}
+  found = load_blocks(entries(text), tokenizer, length, **fields, max_tokens=most)
+  check_vocab(int(found.tokens.max()), config.vocab_size, 'text')
+  return found
