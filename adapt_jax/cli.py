@@ -136,7 +136,7 @@ def _command() -> str:
 
 def _parse(argv: list[str]) -> list[str]:
   if shown := cli_help.asked_for(argv[1:]):
-    print(shown)
+    print(shown, flush=True)
     sys.exit(0)
   try:
     return flags.FLAGS(cli_help.with_recipes(argv))

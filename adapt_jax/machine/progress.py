@@ -20,13 +20,15 @@ class Progress:
   """A context manager that counts `unit`s of `total` work and shows rate and time left.
 
   On a terminal this is a tqdm bar, drawn anew every second; elsewhere one line every ten seconds, and for
-  the first and the last update. `total` None: how much there is to do is not known. Without a unit nothing
-  is counted, and only work that takes ten seconds has lines. Of several processes the first shows it.
+  the first and the last update. `total` None: how much there is to do is not known, and the last line says
+  how much it was. Without a unit nothing is counted, and only work that takes ten seconds has lines. Of
+  several processes the first shows it.
   """
 
   def __init__(self, title: str, total: int | None, unit: str = ''):
     self._title, self._total, self._unit, self._done = _prefix() + title, total, unit, 0
-    self._start, self._shown = time.monotonic(), time.monotonic() - (_LINE_SECONDS if unit else 0)
+    self._start = time.monotonic()
+    self._shown = self._start - (0 if total is None else _LINE_SECONDS)  # when the last line was
     self._values, self._phase = '', ''
     self._bar: Any = None
     self._lock, self._ended = threading.Lock(), threading.Event()
@@ -55,6 +57,8 @@ class Progress:
         if kind is None and self._total is not None and self._bar.n != self._total:
           self._bar.total = self._bar.n  # the work had less than was expected, and is done
         self._bar.close()
+      elif kind is None and self._total is None and self._done:
+        self._line()
 
   def update(self, amount: int, **values: str) -> None:
     """Adds `amount` units; `values` are shown beside."""

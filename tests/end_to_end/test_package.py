@@ -81,7 +81,7 @@ def test_a_directory_of_a_recipes_name_is_no_recipe(installed, place):
   """As a workdir named like it becomes: the same command has to resume."""
   (place / 'base').mkdir()
   result = python(installed, place, '-c', 'from adapt_jax.cli import run; run()', '--config=base')
-  assert result.returncode == 2 and 'model.source is empty' in result.stderr
+  assert result.returncode == 2 and 'config.train.tokens = 0' in result.stderr  # the recipe was read
 
 
 def test_version_and_help_say_what_there_is(installed, place):

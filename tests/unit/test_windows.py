@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import datasets
@@ -211,9 +212,10 @@ def test_many_small_batches_give_the_same_windows(tmp_path, tokenizer, monkeypat
   np.testing.assert_array_equal(parts.targets, whole.targets)
 
 
-def test_progress_is_silent_off_a_terminal(tmp_path, tokenizer, capfd):
+def test_a_log_has_one_line_about_a_text(tmp_path, tokenizer, capfd):
   load(write_texts(tmp_path / 'a.jsonl', DOCUMENTS), tokenizer)
-  assert capfd.readouterr() == ('', '')
+  out, err = capfd.readouterr()
+  assert re.fullmatch(r'reading train.source: 41 tokens [\d.,]+/s\n', out) and err == ''
 
 
 # Conversations
