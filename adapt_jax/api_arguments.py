@@ -32,7 +32,8 @@ def as_library(function: Callable[_P, _T]) -> Callable[_P, _T]:
   """Messages name arguments, not fields of a recipe."""
 
   def argument(match: re.Match[str]) -> str:
-    return match[2] if match[2] in _NAMES else match[0]
+    known = {match[2], match[1].partition('.')[0]} & _NAMES  # not config.json
+    return match[2] if known else match[0]
 
   @functools.wraps(function)
   def call(*args: _P.args, **options: _P.kwargs) -> _T:
