@@ -23,7 +23,7 @@ from adapt_jax.data.tokenise import encode_prompt
 from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
 from adapt_jax.data.windows import POOL_TOKENS, Blocks, spread
 from adapt_jax.evaluation.perplexity import Evaluator
-from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, written_dtype
+from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, lineage, written_dtype
 from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import Sampling, stop_ids
 from adapt_jax.machine import mesh, processes
@@ -82,7 +82,9 @@ def load(source: str | os.PathLike[str], dtype: Any = None, *, progress: bool = 
   mesh.check_model(found.config)
   with processes.silent(not progress):
     params = mesh.load_source(found, None if dtype is None else jnp.dtype(dtype))
-  return Model(found.config, params, found.load_tokenizer(), found.name, found.dtype, found.generation)
+  model = Model(found.config, params, found.load_tokenizer(), found.name, found.dtype, found.generation)
+  origin = (lineage(found) or {'model': {'source': found.name}})['model']
+  return dataclasses.replace(model, name=origin['source'], dense=origin.get('params_before', 0))
 
 
 @as_library
@@ -269,17 +271,18 @@ def save(
   model: Model,
   directory: str | os.PathLike[str],
   *,
-  formats: Sequence[str] = ('hf',),
+  formats: str | Sequence[str] = ('hf',),
   dtype: str = 'auto',
-  gguf_types: Sequence[str] = ('auto',),
+  gguf_types: str | Sequence[str] = ('auto',),
   progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
   """Writes directory/FORMAT for each format, reads it back and compares; what is known of each.
 
   formats: hf (transformers, vLLM, MLX-LM), hf_padded, gguf (llama.cpp). dtype auto: that of `model.dtype`.
-  A directory is whole or absent. Raises InputError for a form that cannot hold the model.
+  A directory is whole or absent, and an older one is replaced; `load(directory)` reads its hf/. Raises
+  InputError for a form that cannot hold the model.
   """
-  asked = {'formats': tuple(formats), 'dtype': dtype, 'gguf_types': tuple(gguf_types)}
+  asked = {'formats': formats, 'dtype': dtype, 'gguf_types': gguf_types}  # one alone may be a string
   options = from_dict({'export': asked}).export
   check_formats(options, model.config)
   check_tokenizer(options, model.tokenizer)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import shlex
 import sys
 import traceback
@@ -24,7 +25,7 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.data import demo_files
 from adapt_jax.machine import mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
-from adapt_jax.models.errors import InputError, disk_full
+from adapt_jax.models.errors import InputError, disk_full, first_line
 from adapt_jax.modes import accel, bench, compare, estimate, evaluate, export, generate, sensitivity
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
@@ -74,7 +75,7 @@ def _options(mode: str) -> RunOptions:
   try:
     values = _CONFIG.value.to_dict()
   except OSError:  # config_flags loads the recipe at its first use
-    raise InputError(f'--config={name}: no such file, and no recipe that adapt-jax --help lists') from None
+    raise InputError(_no_recipe(name)) from None
   except Exception as error:  # a recipe is a program of the user's: it may fail in any way
     raise InputError(f'--config={name}: the recipe fails: {type(error).__name__}: {error}') from error
   options = from_dict(values)
@@ -134,18 +135,35 @@ def _command() -> str:
   )
 
 
+def _no_recipe(name: str) -> str:
+  hint = cli_help.close_recipe(name) or ', and files of your own end with .py'
+  return f'--config={name}: no such file, and no recipe that adapt-jax --help lists{hint}'
+
+
 def _parse(argv: list[str]) -> list[str]:
   if shown := cli_help.asked_for(argv[1:]):
     print(shown, flush=True)
     sys.exit(0)
   try:
     return flags.FLAGS(cli_help.with_recipes(argv))
+  except flags.UnrecognizedFlagError as error:
+    if not any(argument.lstrip('-').startswith('config=') for argument in argv):
+      raise InputError(
+        '--config is missing: name a recipe such as base; adapt-jax --help lists them'
+      ) from None
+    raise InputError(first_line(error)) from error
   except flags.Error as error:
     lines = [line for line in str(error).splitlines() if line.strip()]
     if any(line.startswith('Traceback') for line in lines):  # of a recipe that fails: its last line tells why
       lines = [lines[0], lines[-1]]
     raise InputError(' '.join(' '.join(lines).split())) from error
+  except AttributeError as error:  # ml_collections has no such field, and may know which one is meant
+    found = re.sub(r'\\n|[\\"\']', ' ', str(error.args[0])).split()  # it quotes itself twice
+    raise InputError(f'no option {" ".join(found)}; --mode=MODE --help lists them') from None
   except Exception as error:  # the recipe is loaded here: a program of the user's, it may fail in any way
+    name = config_flags.get_config_filename(flags.FLAGS['config'])
+    if isinstance(error, OSError) and not pathlib.Path(name).exists():
+      raise InputError(_no_recipe(name)) from None
     recipes = [a for a in argv if a.startswith('--config')]
     reason = ' '.join(str(error).split())
     raise InputError(f'{" ".join(recipes)}: {type(error).__name__}: {reason}') from error

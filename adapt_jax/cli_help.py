@@ -4,6 +4,7 @@ python -m adapt_jax.cli_help > docs/options.md
 """
 
 import ast
+import difflib
 import importlib.metadata
 import pathlib
 import textwrap
@@ -129,10 +130,19 @@ def with_recipes(argv: list[str]) -> list[str]:
   return found
 
 
+def close_recipe(name: str) -> str:
+  """A hint at the recipe that may be meant; '' if none is alike."""
+  names = [path.stem for path in RECIPES.glob('*.py')]
+  found = difflib.get_close_matches(pathlib.PurePath(name).stem, names, 1)
+  return f'; did you mean {found[0]}?' if found else ''
+
+
 def _recipe(value: str) -> str:
-  name, colon, variant = value.partition(':')
+  given, colon, variant = value.partition(':')
+  # configs/demo.py and demo.py too, as a checkout's pages write it, where there is no such file.
+  name = given.removeprefix('configs/').removesuffix('.py')
   file = RECIPES / f'{name}.py'
-  known = name.isidentifier() and file.exists() and not pathlib.Path(name).is_file()
+  known = name.isidentifier() and file.exists() and not pathlib.Path(given).is_file()
   return f'{file}{colon}{variant}' if known else value
 
 

@@ -78,8 +78,8 @@ def _title(report: RunReport, config: ModelConfig) -> str:
     )
   return (
     f'# {source}, pruned to {params / before:.1%}\n\n'
-    f'{params:,} of {before:,} parameters: whole KV-head groups and MLP channels are gone, from '
-    f'each layer as many as it could bear. Pruned{" and retrained" if _tokens(report) else ""} by adapt-jax.'
+    f'{params:,} of {before:,} parameters: whole KV-head groups and MLP channels were removed, and '
+    f'layers may differ in width. Pruned{" and retrained" if _tokens(report) else ""} by adapt-jax.'
   )
 
 

@@ -127,7 +127,7 @@ def open_config(name: str) -> ModelConfig:
 
 def _of_run(path: pathlib.Path) -> pathlib.Path:
   """The model in a run's workdir, which is in hf/; other paths are returned unchanged."""
-  return path / 'hf' if exists(path / 'run.json') and exists(path / 'hf/config.json') else path
+  return path if exists(path / 'config.json') or not exists(path / 'hf/config.json') else path / 'hf'
 
 
 def _read_config(directory: pathlib.Path) -> dict[str, Any]:

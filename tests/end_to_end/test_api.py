@@ -65,11 +65,13 @@ def test_the_whole_job_in_memory(files, model, rows, tmp_path, capfd):
   assert recovered < pruned
   assert plan.kv_widths.tolist() == [shape.num_kv_heads for shape in small.config.layers]
   assert plan.ffn_widths.tolist() == [shape.ffn for shape in small.config.layers]
+  assert set(aj.save(better, tmp_path / 'out', formats='gguf')) == {'gguf/model-F32.gguf'}
   found = aj.save(better, tmp_path / 'out', formats=('hf', 'gguf'))
   assert set(found) == {'hf', 'gguf/model-F32.gguf'}
   assert 'pruned to 6' in (tmp_path / 'out/hf/README.md').read_text()
-  again = aj.load(tmp_path / 'out/hf')
+  again = aj.load(tmp_path / 'out')  # what save has written, of which it knows the origin
   assert again.config == better.config and 'parameters' in repr(again)
+  assert (again.name, again.dense) == (model.name, model.num_params)
   texts = aj.generate(again, ['the union', 'the law'], max_new_tokens=4)
   assert len(texts) == 2 and aj.generate(again, 'the union', max_new_tokens=4) == texts[0]
   twice, _ = aj.prune(better, rows, target=0.8)

@@ -97,3 +97,21 @@ def test_version_and_help_say_what_there_is(installed, place):
   fields = python(installed, place, *command, '--mode=evaluate', '--help').stdout
   assert '--config.evaluate.length=1024' in fields and 'Tokens of a window' in fields
   assert '--config.prune.target' not in fields
+
+
+@pytest.mark.parametrize(
+  ('flags', 'words'),
+  [
+    (['--config=configs/base.py'], ['config.train.tokens = 0']),  # the recipe was found
+    (['--config=bsae'], ['bsae', 'did you mean base?']),
+    (['--config=mine'], ['mine', 'end with .py']),
+    (['--config=base', '--config.prune.tagret=0.5'], ['tagret', 'target']),
+    (['--config.model.source=a'], ['--config is missing']),
+    (['--config=base', '--mod=prune'], ["'mod'", 'mode']),
+  ],
+)
+def test_what_is_mistyped_is_named_in_one_line(installed, place, flags, words):
+  result = python(installed, place, '-c', 'from adapt_jax.cli import run; run()', *flags)
+  assert result.returncode == 2 and result.stderr.count('\n') == 1
+  for word in words:
+    assert word in result.stderr
