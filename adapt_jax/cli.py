@@ -59,6 +59,7 @@ _RUN = {
 }
 _MODE = flags.DEFINE_enum('mode', 'accel', [*_RUN, 'plan', 'generate'], 'What to do.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'What --mode=generate continues; may be repeated.')
+_NO_CONFIG = '--config is missing: name a recipe such as base; adapt-jax --help lists them'
 _ONE_DEVICE = ('sensitivity',)  # the others use all, compare and export those of one process
 _DISTRIBUTED = flags.DEFINE_enum(
   'distributed', 'auto', processes.MODES, 'Whether the scheduler starts several processes.'
@@ -70,7 +71,7 @@ _PROCESS = flags.DEFINE_integer('process_id', -1, 'Which of them this is, from 0
 
 def _options(mode: str) -> RunOptions:
   if _CONFIG.value is None:
-    raise InputError('--config is missing: name a recipe such as demo; adapt-jax --help lists them')
+    raise InputError(_NO_CONFIG)
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   try:
     values = _CONFIG.value.to_dict()
@@ -129,10 +130,9 @@ def _sources(options: RunOptions) -> list[str]:
 
 def _command() -> str:
   """What was typed, as a shell reads it."""
-  program = pathlib.Path(sys.argv[0])
-  return shlex.join([program.name] if program.suffix != '.py' else ['python', sys.argv[0]]) + ''.join(
-    f' {shlex.quote(argument)}' for argument in sys.argv[1:]
-  )
+  program, *arguments = sys.argv
+  started = ['python', program] if program.endswith('.py') else [pathlib.Path(program).name]
+  return shlex.join([*started, *arguments])
 
 
 def _no_recipe(name: str) -> str:
@@ -148,9 +148,7 @@ def _parse(argv: list[str]) -> list[str]:
     return flags.FLAGS(cli_help.with_recipes(argv))
   except flags.UnrecognizedFlagError as error:
     if not any(argument.lstrip('-').startswith('config=') for argument in argv):
-      raise InputError(
-        '--config is missing: name a recipe such as base; adapt-jax --help lists them'
-      ) from None
+      raise InputError(_NO_CONFIG) from None
     raise InputError(first_line(error)) from error
   except flags.Error as error:
     lines = [line for line in str(error).splitlines() if line.strip()]

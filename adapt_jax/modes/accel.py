@@ -4,10 +4,8 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.machine.processes import say
 from adapt_jax.pipeline.inputs import prepare
-from adapt_jax.pipeline.run import Run
-from adapt_jax.pipeline.slice_run import SliceRun
+from adapt_jax.pipeline.slice_run import run_class
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.pruning import slicegpt
 from adapt_jax.reports.summary import table
 
 
@@ -16,6 +14,5 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   check_tasks(options.evaluate)
   inputs = prepare(options)
   workdir.claim()
-  kind = SliceRun if options.prune.method == slicegpt.METHOD else Run
-  report = kind(options, inputs, workdir, command).execute()
+  report = run_class(options)(options, inputs, workdir, command).execute()
   say(table(report))

@@ -29,11 +29,9 @@ from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.inputs import Inputs, load
 from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.quality import dense_key
-from adapt_jax.pipeline.run import Run
 from adapt_jax.pipeline.shared import Shared
-from adapt_jax.pipeline.slice_run import SliceRun
+from adapt_jax.pipeline.slice_run import run_class
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.pruning import slicegpt
 from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.reports.report import CellReport, ComparisonReport, read_report, versions, write_report
 
@@ -213,8 +211,8 @@ class Compare:
     return ''
 
   def _execute(self, run: CellRun, inputs: Inputs) -> None:
-    kind = SliceRun if run.options.prune.method == slicegpt.METHOD else Run
-    one = kind(run.options, inputs, run.workdir, self._alone(run), shared=self._shared, export=False)
+    make = run_class(run.options)
+    one = make(run.options, inputs, run.workdir, self._alone(run), shared=self._shared, export=False)
     try:
       one.execute()
     finally:

@@ -203,8 +203,8 @@ def _notes(report: ComparisonReport) -> Iterator[str]:
     yield f'Where {report["over"]} varies: median (lowest–highest) over its values.'
   passes = report['scoring_passes']
   yield (
-    'Cells share scoring passes and programs: the first that needs one bears its seconds. Since the last '
-    f'start {passes["computed"]} passes were computed and {passes["remembered"]} remembered.'
+    'Cells share scoring passes and programs: the seconds of each count for the cell that computes it. '
+    f'Since the last start {passes["computed"]} passes were computed and {passes["remembered"]} remembered.'
   )
 
 

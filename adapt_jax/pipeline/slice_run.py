@@ -18,6 +18,7 @@ from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
+from adapt_jax.pipeline.run import Run
 from adapt_jax.pipeline.run_report import first, run_report
 from adapt_jax.pipeline.schedule import target_params
 from adapt_jax.pipeline.shared import Shared
@@ -27,6 +28,11 @@ from adapt_jax.pruning import programs, slicegpt
 from adapt_jax.pruning.plan import PruneState
 from adapt_jax.reports import run_page
 from adapt_jax.reports.report import RunReport, StageReport, versions, write_report
+
+
+def run_class(options: RunOptions) -> type[Run] | type['SliceRun']:
+  """What runs these options."""
+  return SliceRun if options.prune.method == slicegpt.METHOD else Run
 
 
 class SliceRun:

@@ -58,7 +58,7 @@ def train_options(shape: dict[str, Any]) -> TrainOptions:
 
 
 def programs(shape: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]:
-  """By name the function, its arguments and the options of `mesh.jit`, as in a run.
+  """The functions of a run by name, each with its arguments and the options of `mesh.jit`.
 
   training, evaluation, compaction, stacking: in each stage; scoring: once per run.
   """
