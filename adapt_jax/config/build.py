@@ -62,10 +62,11 @@ def _check(where: str, declared: Declaration, value: Any) -> None:
       raise InputError(f'{where} = {value!r} must lie between {low:g} and {high:g}')
   if not declared.choices:
     return
-  if several and (not items or len(set(items)) < len(items) or not set(items) <= set(declared.choices)):
-    raise InputError(f'{where} = {value!r}: name one or more of {", ".join(declared.choices)}, each once')
+  names = ', '.join(filter(None, declared.choices))
+  if several and (len(set(items)) < len(items) or not {*(items or ('',))} <= {*declared.choices}):
+    raise InputError(f'{where} = {value!r}: name one or more of {names}, each once')
   if not several and value not in declared.choices:
-    raise InputError(f'{where} = {value!r}: choose one of {", ".join(declared.choices)}')
+    raise InputError(f'{where} = {value!r}: choose one of {names}')
 
 
 def get(options: RunOptions, field: str) -> Any:

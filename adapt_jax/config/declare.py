@@ -14,7 +14,7 @@ class Declaration:
 
   meaning: for the reader, in plain words.
   within: lowest and highest value, both allowed; of each item where the option holds several.
-  choices: the values allowed; of each item where the option holds several, each once.
+  choices: the values allowed; of each item where the option holds several, each once. '' allows none.
   result: whether the run's result depends on it. Options that change only memory, speed or the forms of the
     result may differ when a run is resumed.
   """

@@ -28,8 +28,9 @@ _READS = {
 
 # What a mode reads besides, or all of it where it has no workdir.
 _BESIDE = {
-  **dict.fromkeys(('accel', 'prune', 'evaluate'), ('mesh',)),
-  'compare': ('compare', 'mesh'),
+  **dict.fromkeys(('accel', 'prune'), ('mesh', 'tracker')),
+  'evaluate': ('mesh',),
+  'compare': ('compare', 'mesh', 'tracker'),
   'generate': ('seed', 'model', 'data.chat_template', 'generate', 'mesh'),
   'plan': ('model', 'prune', 'train', 'evaluate.batch', 'evaluate.length', 'plan', 'mesh'),
 }
@@ -49,7 +50,7 @@ def reads(mode: str, field: str) -> bool:
   return any(field == name or field.startswith(f'{name}.') for name in named)
 
 
-def settings(options: RunOptions, reads: Sequence[str]) -> dict[str, Any]:
+def settings(options: RunOptions, reads: Sequence[str] = _READS['accel']) -> dict[str, Any]:
   """Of these groups the options that a result depends on, and these fields: {'prune': {'target': 0.8}}."""
   groups = tuple(f'{name}.' for name in reads)
   found: dict[str, Any] = {}

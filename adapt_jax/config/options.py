@@ -332,3 +332,10 @@ class RunOptions:
   seed: int = option(
     0, 'Of calibration draws, data order and everything else that is random.', within=(0, 2**31 - 1)
   )
+  tracker: tuple[str, ...] = option(
+    (),
+    'Programs that also get the curves of metrics.jsonl: tensorboard (event files in the workdir), wandb '
+    "(Weights & Biases, with that program's own environment variables). Each is an extra of the package.",
+    choices=('', 'tensorboard', 'wandb'),
+    result=False,
+  )

@@ -6,12 +6,14 @@ from adapt_jax.machine.processes import say
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.slice_run import run_class
 from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.reports import trackers
 from adapt_jax.reports.summary import table
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Runs or resumes, then prints the table. Raises InputError before any work."""
   check_tasks(options.evaluate)
+  trackers.check(options.tracker)
   inputs = prepare(options)
   workdir.claim()
   report = run_class(options)(options, inputs, workdir, command).execute()

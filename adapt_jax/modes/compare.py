@@ -33,11 +33,12 @@ from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.slice_run import run_class
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
+from adapt_jax.reports import trackers
 from adapt_jax.reports.report import CellReport, ComparisonReport, read_report, versions, write_report
 
 CELLS, ERROR = 'cells', 'error.txt'
-# Fields that a grid cannot vary: cells share model and devices, and do not read the last three groups.
-_FIXED = ('model.source', 'mesh.', 'compare.', 'plan.', 'sensitivity.')
+# Fields that a grid cannot vary: cells share model, devices and trackers, and do not read the last groups.
+_FIXED = ('model.source', 'mesh.', 'tracker', 'compare.', 'plan.', 'sensitivity.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +127,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
 
   Exits with code 1 if any cell failed.
   """
+  trackers.check(options.tracker)
   runs = list_cells(options, workdir)
   source = open_source(options.model.source)
   todo = [run for run in runs if not run.finished]

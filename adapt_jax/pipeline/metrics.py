@@ -3,24 +3,24 @@
 import datetime
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from adapt_jax.config.values import TEXT
 from adapt_jax.machine.processes import is_first
 from adapt_jax.models.files import write_text
-from adapt_jax.reports import tensorboard
+from adapt_jax.reports import trackers
 
 
 class MetricsLog:
   """Appends to `metrics.jsonl`; a resumed run first removes the lines after its checkpoint.
 
-  Only the first process writes. If TensorBoard is installed, its event files are also written, to
-  `tensorboard/` in the same directory, from the first write on.
+  Only the first process writes. Trackers get each line too, from `track` on.
   """
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    self._events: tensorboard.EventFiles | None = None
+    self._trackers: list[trackers.Tracker] = []
     text = path.read_text() if path.exists() else ''
     self.lines = len(text.splitlines())
     if text and not text.endswith('\n'):  # the machine crashed while a line was being written
@@ -35,10 +35,19 @@ class MetricsLog:
     with open(self._path, 'a', encoding='utf-8') as file:
       file.write(json.dumps(row) + '\n')
     self.lines += 1
-    if self._events is not None:
-      self._events.write(row)
-    elif tensorboard.installed():
-      self._events = tensorboard.EventFiles(self._path.with_name('tensorboard'), self.read())
+    for tracker in self._trackers:
+      tracker.write(row)
+
+  def track(self, names: Sequence[str], settings: dict[str, Any]) -> None:
+    """Starts these trackers with the lines so far; `settings`: the run's options, for them to show."""
+    if is_first():
+      self._trackers = trackers.start(names, self._path.parent, settings, self.read())
+
+  def close(self) -> None:
+    """Closes the trackers."""
+    for tracker in self._trackers:
+      tracker.close()
+    self._trackers = []
 
   def read(self) -> list[dict[str, Any]]:
     """All lines so far."""
@@ -47,7 +56,7 @@ class MetricsLog:
     return _as_now([json.loads(line) for line in self._path.read_text().splitlines()])
 
   def cut(self, lines: int) -> None:
-    """Keeps only the first `lines` lines; must be called before the first write."""
+    """Keeps only the first `lines` lines; must be called before `track` and the first write."""
     if lines < self.lines and is_first():
       kept = self._path.read_text().splitlines(keepends=True)[:lines]
       write_text(self._path, ''.join(kept))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from adapt_jax.config.identity import settings
 from adapt_jax.config.options import RunOptions
 from adapt_jax.export.writer import Writer, written_dtype
 from adapt_jax.machine import preemption
@@ -73,6 +74,7 @@ class Run:
       with preemption.deferred():
         self._recovery.prepare(self._workdir.teacher)
     state = self._store.resume(self._pruning.shapes, self._pruning.start)
+    self._metrics.track(self.options.tracker, settings(self.options))
     self._before, self._saved_step = (state.seconds, dict(state.compiles)), state.train_step
     with preemption.deferred():
       try:
@@ -80,13 +82,15 @@ class Run:
       except Preempted:
         if state.train_step > self._saved_step:  # a stage was trained but not evaluated
           self._save(state)
+        self._metrics.close()
         raise Preempted(self._position(state)) from None
       self.close()
       return self._finish(state)
 
   def close(self) -> None:
-    """Closes the checkpoint writer; only needed if `execute`, which does it itself, has failed."""
+    """Closes checkpoints and trackers; only needed if `execute`, which does it itself, has failed."""
     self._store.close()
+    self._metrics.close()
 
   def _run_stages(self, state: RunState) -> None:
     if not state.dense:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from adapt_jax.config.identity import settings
 from adapt_jax.config.options import RunOptions
 from adapt_jax.export.writer import Writer, written_dtype
 from adapt_jax.machine import preemption
@@ -57,14 +58,18 @@ class SliceRun:
   def execute(self) -> RunReport:
     """Slices and measures, writes the exports and report.json; returns the report. Raises `Preempted`."""
     self._metrics.cut(0)
+    self._metrics.track(self._options.tracker, settings(self._options))
     with preemption.deferred():
       try:
         return self._run()
       except Preempted:
         raise Preempted('and nothing was saved: a run of this method begins again') from None
+      finally:
+        self.close()
 
   def close(self) -> None:
-    """Does nothing: there is nothing to close."""
+    """Closes the trackers; `execute` does it itself."""
+    self._metrics.close()
 
   def _run(self) -> RunReport:
     options, config = self._options, self._inputs.config

@@ -1,59 +1,45 @@
-"""Writes the log's scalars as TensorBoard event files, if the extra `tensorboard` is installed.
+"""TensorBoard: curves as event files in `tensorboard/` of the workdir.
 
-`tensorboard` writes them without TensorFlow or PyTorch.
+The package `tensorboard` writes them without TensorFlow or PyTorch.
 """
 
-import importlib.util
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from adapt_jax.config.values import TEXT
-
-# Event -> the fields that become curves over its `step`: training steps or pruning steps.
-_CURVES = {
-  'train': ('loss', 'learning_rate', 'gradient_norm', 'tokens_per_second'),
-  'prune': ('params', 'loss'),
-}
+from adapt_jax.reports import trackers
+from adapt_jax.reports.trackers import Row
 
 
-def installed() -> bool:
-  """Whether the extra is installed."""
-  return importlib.util.find_spec('tensorboard') is not None
-
-
-def scalars(row: dict[str, Any]) -> dict[str, float]:
-  """Tag -> value of one line of the log; perplexities are split into dense, pruned and recovered."""
-  if row['event'] == 'evaluate':
-    text = row.get('text', TEXT)
-    return {'/'.join(['perplexity', *([] if text == TEXT else [text]), row['of']]): row['perplexity']}
-  return {f'{row["event"]}/{field}': row[field] for field in _CURVES.get(row['event'], ())}
-
-
-class EventFiles:
-  """Event files in `directory`, rewritten from the log so far, so that a resume duplicates no point.
+class Tracker:
+  """Event files, rewritten from the log so far, so that a resume duplicates no point.
 
   Points that were logged before have the time of the resume; their steps are unchanged.
   """
 
-  def __init__(self, directory: pathlib.Path, rows: Iterable[dict[str, Any]]):
+  def __init__(self, workdir: pathlib.Path, settings: dict[str, Any], rows: Sequence[Row]):
     from tensorboard.summary import Writer
 
+    directory = workdir / 'tensorboard'
     shutil.rmtree(directory, ignore_errors=True)
     self._writer = Writer(str(directory))
     for row in rows:
       self._add(row)
     self._writer.flush()
 
-  def write(self, row: dict[str, Any]) -> None:
+  def write(self, row: Row) -> None:
     """Adds one line of the log and flushes it to disk."""
     self._add(row)
     self._writer.flush()
 
-  def _add(self, row: dict[str, Any]) -> None:
+  def close(self) -> None:
+    """Closes the file."""
+    self._writer.close()
+
+  def _add(self, row: Row) -> None:
     with np.errstate(over='ignore'):  # a perplexity beyond fp32 becomes infinity
-      for tag, value in scalars(row).items():
+      for tag, value in trackers.scalars(row).items():
         self._writer.add_scalar(tag, value, row['step'])

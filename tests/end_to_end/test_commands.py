@@ -126,9 +126,20 @@ def test_mode_prune_keeps_to_widths_for_serving(files, tmp_path):
   assert min(s.ffn for s in saved.layers) < 48
 
 
-def test_tensorboard_is_loaded_where_it_writes_only():
-  code = "import sys; from adapt_jax.pipeline import metrics; sys.exit('tensorboard' in sys.modules)"
+def test_trackers_are_loaded_where_they_are_named_only():
+  names = "{'tensorboard', 'wandb'}"
+  code = f'import sys; from adapt_jax.pipeline import run; sys.exit(bool({names} & set(sys.modules)))'
   subprocess.run([sys.executable, '-c', code], check=True, cwd=runs.ROOT)
+
+
+def test_trackers_get_the_curves(files, tmp_path):
+  pytest.importorskip('tensorboard')
+  pytest.importorskip('wandb')
+  flags = '--mode=prune', '--config.tracker=tensorboard,wandb'
+  command = runs.command(files, tmp_path / 'out', *flags)
+  subprocess.run(command, check=True, cwd=runs.ROOT, env=os.environ | {'WANDB_MODE': 'offline'})
+  assert list(tmp_path.glob('out/tensorboard/events.*'))
+  assert list(tmp_path.glob('out/wandb/offline-run-*/*.wandb'))
 
 
 def test_the_picture_for_the_readme(tmp_path: pathlib.Path) -> None:

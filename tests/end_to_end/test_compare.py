@@ -175,7 +175,7 @@ def test_a_finished_cell_keeps_its_reports_only(finished):
   path, report, _ = finished
   for cell in report['cells']:
     kept = {p.name for p in (path / 'cells' / cell['name']).iterdir()}
-    assert kept == {'report.json', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json', 'tensorboard'}
+    assert kept == {'report.json', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json'}
 
 
 def test_a_finished_grid_runs_nothing_again_and_a_grown_one_only_what_is_new(finished, files, tmp_path):

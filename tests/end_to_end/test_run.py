@@ -61,7 +61,6 @@ def test_report_keeps_the_output_contract(finished):
   assert report['stages'][0]['tokens'] < report['stages'][1]['tokens']  # split: linear
   assert {p.name for p in path.iterdir()} == {
     'hf', 'checkpoints', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json', 'report.json',
-    'tensorboard',
   }  # fmt: skip
 
 

@@ -139,7 +139,8 @@ def test_heavy_imports_have_one_place() -> None:
   assert within(importers('transformers'), *TOKENIZER_FILES)
   assert within(importers('ml_collections'), 'adapt_jax/cli.py', 'configs/')
   assert not importers('torch')
-  assert within(importers('tensorboard'), 'adapt_jax/reports/tensorboard.py')
+  for tracker in ('tensorboard', 'wandb'):
+    assert within(importers(tracker), f'adapt_jax/reports/{tracker}.py')
   assert within(importers('lm_eval'), 'adapt_jax/evaluation/')
 
 
@@ -158,7 +159,7 @@ def test_planning_never_reaches_jax(name: str) -> None:
 def test_third_party_imports_are_declared() -> None:
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   extras = project['optional-dependencies']
-  lines = project['dependencies'] + extras['tensorboard'] + extras['eval']
+  lines = project['dependencies'] + extras['tensorboard'] + extras['wandb'] + extras['eval']
   declared = {re.split(r'[\[<>=~]', line)[0].replace('_', '-').lower() for line in lines}
   ours = {name.split('/')[0].removesuffix('.py') for name in SOURCES}
   used = {i.split('.')[0] for name in OURS for i in imports(SOURCES[name])} - sys.stdlib_module_names - ours
