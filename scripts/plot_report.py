@@ -14,7 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from adapt_jax.models.files import write_text  # noqa: E402
 from adapt_jax.reports import charts  # noqa: E402
 from adapt_jax.reports.report import RunReport, read_report  # noqa: E402
-from adapt_jax.reports.run_page import perplexity_chart, width_charts  # noqa: E402
+from adapt_jax.reports.run_charts import perplexity_chart, width_charts  # noqa: E402
 
 _GAP = 16
 _HEIGHTS = 360, 180  # of the left chart, and of each on the right

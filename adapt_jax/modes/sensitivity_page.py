@@ -10,9 +10,10 @@ from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
 from adapt_jax.reports.page import cards, page
-from adapt_jax.reports.report import SensitivityReport
+from adapt_jax.reports.report import BaseReport, SensitivityReport
 
 MARKDOWN, CSV = 'sensitivity.md', 'sensitivity.csv'
+_BEYOND = 4  # times the third quartile of the perplexities, where the axis ends
 _WHAT = {
   'both': 'a layer',
   'attention': "a layer's attention",
@@ -41,7 +42,7 @@ def _columns(report: SensitivityReport) -> Iterator[tuple[str, list[str]]]:
       name = f'base {base["sparsity"]:g}' + (f' {block}' if blocks != ['both'] else '')
       yield name, values + ['–'] * (layers - len(values))
   for base in report['bases']:
-    yield f'importance {base["sparsity"]:g}', [f'{x:.4f}' for x in base['layer_importance']]
+    yield f'importance {base["sparsity"]:g}', [f'{x:.4f}' for x in _importance(report, base)]
 
 
 def _widths(before: list[int], after: list[int]) -> str:
@@ -71,8 +72,8 @@ def _note(report: SensitivityReport) -> str:
   return (
     f'One decoder layer alone loses {100 * report["sparsity"]:g} % of what it has left (whole KV groups, '
     f'rounded down; importance: {report["importance"]}). A base has lost its sparsity in every layer, '
-    f'rounded alike. Importance of a layer is the {report["layer_distance"]} distance between its input and '
-    f'output, larger is more. Perplexity is {report["perplexity"]["definition"]}.'
+    f'rounded alike. Importance of a layer is {_distance(report)}. '
+    f'Perplexity is {report["perplexity"]["definition"]}.'
   )
 
 
@@ -115,29 +116,58 @@ def csv_text(report: SensitivityReport) -> str:
   return out.getvalue()
 
 
+def _axis_end(report: SensitivityReport, block: str) -> float:
+  """The highest perplexity that the chart's axis shows; a few layers far above it would flatten the others."""
+  found = [layer[block] for base in report['bases'] for layer in base['layers']]
+  found += [base['perplexity'] for base in report['bases']]
+  return _BEYOND * sorted(found)[3 * len(found) // 4]
+
+
 def _perplexity_chart(report: SensitivityReport, block: str) -> str:
-  series, levels = [], []
+  series, end = [], _axis_end(report, block)
   for i, base in enumerate(report['bases']):
-    name = f'base {base["sparsity"]:g}'
+    name, colour, itself = f'base {base["sparsity"]:g}', i % charts.COLOURS, base['perplexity']
     points = [
       (layer, found[block], f'{name}, layer {layer}: {found[block]:.3f}')
       for layer, found in enumerate(base['layers'])
     ]
-    series.append(Series(name, points, i % charts.COLOURS))
-    levels.append((base['perplexity'], f'{name} as it is {base["perplexity"]:.2f}'))
-  title = f'Perplexity with {100 * report["sparsity"]:g} % of {_WHAT[block]} pruned'
-  return charts.line_chart(title, ('layer', 'perplexity'), series, levels=levels, log=True, integer=True)
+    series.append(Series(f'{name}, itself {itself:.2f}', points, colour))
+    ends = [(layer, itself, '') for layer in (0, len(base['layers']) - 1)]
+    series.append(Series('', ends if base['layers'] else [], colour, dashed=True))
+  title = f'Perplexity with {100 * report["sparsity"]:g} % of {_WHAT[block]} pruned (dashed: the base)'
+  return charts.line_chart(title, ('layer', 'perplexity'), series, log=True, integer=True, most=end)
+
+
+def _beyond(report: SensitivityReport, block: str) -> str:
+  """The points that the chart draws at the end of its axis, in words; '' if there are none."""
+  end, found = _axis_end(report, block), list[str]()
+  for base in report['bases']:
+    for layer, row in enumerate(base['layers']):
+      if row[block] > end:
+        found.append(f'layer {layer} of base {base["sparsity"]:g} {row[block]:,.2f}')
+  return f'Above the axis for {_WHAT[block]}: {", ".join(found)}.' if found else ''
+
+
+def _importance(report: SensitivityReport, base: BaseReport) -> list[float]:
+  """The distance between input and output of each layer; the cosine distance is stored as -cos."""
+  cosine = report['layer_distance'] == 'cosine'
+  return [1 + x if cosine else x for x in base['layer_importance']]
 
 
 def _importance_chart(report: SensitivityReport) -> str:
   series = []
   for i, base in enumerate(report['bases']):
     name = f'base {base["sparsity"]:g}'
-    values = enumerate(base['layer_importance'])
+    values = enumerate(_importance(report, base))
     points = [(layer, x, f'{name}, layer {layer}: {x:.5g}') for layer, x in values]
     series.append(Series(name, points, i % charts.COLOURS))
-  names = 'layer', f'{report["layer_distance"]} distance'
-  return charts.line_chart('Importance of the layers', names, series, integer=True)
+  names, log = ('layer', _distance(report)), all(point[1] > 0 for one in series for point in one.points)
+  return charts.line_chart('Importance of the layers', names, series, log=log, integer=True)
+
+
+def _distance(report: SensitivityReport) -> str:
+  name = report['layer_distance']
+  return '1 - cos(input, output)' if name == 'cosine' else f'{name} distance of input and output'
 
 
 def _body(report: SensitivityReport) -> str:
@@ -153,6 +183,7 @@ def _body(report: SensitivityReport) -> str:
       f'<p class="state">sensitivity of the layers: {done} measured, {report["seconds"]:,.0f} s</p>',
       '<div class="card scroll"><table>' + '\n'.join(f'<tr>{x}</tr>' for x in lines) + '</table></div>',
       cards('grid', figures),
+      *(f'<p>{e(text)}</p>' for block in report['blocks'] if (text := _beyond(report, block))),
       f'<p>{e(_note(report))}</p>',
       f'<h2>Command</h2><div class="card"><pre>{e(report["command"])}</pre></div>',
       f'<p>{e(", ".join(f"{k} {v}" for k, v in report["versions"].items()))}</p>',

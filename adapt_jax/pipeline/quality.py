@@ -5,14 +5,15 @@ from typing import Any
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import TEXT
 from adapt_jax.evaluation.harness import TaskScores, evaluate_tasks
-from adapt_jax.evaluation.perplexity import Evaluator, Reference
+from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network.llama import Params
+from adapt_jax.pipeline.examples import Examples
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
-from adapt_jax.pipeline.shared import Shared
-from adapt_jax.reports.report import Of
+from adapt_jax.pipeline.shared import DenseReference, Shared
+from adapt_jax.reports.report import ExampleReport, Of
 
 
 def dense_key(options: RunOptions) -> Any:
@@ -28,14 +29,23 @@ class Quality:
     options, inputs: those of the run.
     metrics: the run's log.
     shared: caches shared with other runs on the same dense model, which is measured once.
-    compiler: counts compiles as `evaluation`, `divergence` and `harness`.
+    compiler: counts compiles as `evaluation`, `divergence`, `prefill`, `decode` and `harness`.
+    examples: whether the model shall continue the texts beside the dense one.
   """
 
   def __init__(
-    self, options: RunOptions, inputs: Inputs, metrics: MetricsLog, shared: Shared, *, compiler: Compiler
+    self,
+    options: RunOptions,
+    inputs: Inputs,
+    metrics: MetricsLog,
+    shared: Shared,
+    *,
+    compiler: Compiler,
+    examples: bool,
   ):
     self._options, self._inputs, self._metrics, self._shared = options, inputs, metrics, shared
     self._common: dict[str, Any] = {'compiler': compiler, 'dtype': inputs.dtype}
+    self._examples = Examples(inputs, **self._common) if examples else None
     programs: dict[type, tuple[Any, Any]] = {}
     self._evaluators = {
       name: Evaluator(blocks, options.evaluate.batch, **self._common, programs=programs)
@@ -66,26 +76,35 @@ class Quality:
       self._metrics.write('evaluate', of=of, stage=stage, step=step, text=name, perplexity=value)
     return found
 
-  def divergence(self, config: ModelConfig, params: Params) -> dict[str, float]:
-    """KL(dense ‖ model) on each text, nats per token."""
+  def beside_dense(self, config: ModelConfig, params: Params) -> tuple[dict[str, float], list[ExampleReport]]:
+    """KL(dense ‖ model) on each text, nats per token, and the examples if any were asked for."""
     known, key = self._shared.references, dense_key(self._options)
+    if not self._evaluators:
+      return {}, []
     if key not in known:
       known.clear()  # those of another model or text: they would fill the memory
-      known[key] = self._references()
-    return {
-      name: self._evaluators[name].divergence(config, params, reference, self._title('divergence', name))
-      for name, reference in known[key].items()
+      known[key] = self._reference()
+    reference = known[key]
+    found = {
+      name: self._evaluators[name].divergence(config, params, of_text, self._title('divergence', name))
+      for name, of_text in reference.texts.items()
     }
+    if self._examples is None:
+      return found, []
+    return found, self._examples.report(
+      reference.continued, self._examples.continued(config, params, 'examples')
+    )
 
-  def _references(self) -> dict[str, Reference]:
-    """References of the dense model, which is read again, on each text."""
-    if not self._evaluators:
-      return {}
+  def _reference(self) -> DenseReference:
+    """What the dense model, which is read again, says on each text."""
     dense, config = self._inputs.model.load_params(self._inputs.dtype), self._inputs.config
-    return {
+    texts = {
       name: evaluator.reference(config, dense, self._title('divergence: dense', name))
       for name, evaluator in self._evaluators.items()
     }
+    examples = self._examples
+    continued = examples.continued(config, dense, 'examples: dense') if examples is not None else []
+    return DenseReference(texts, continued)
 
   def _title(self, title: str, name: str) -> str:
     return title if list(self._evaluators) == [TEXT] else f'{title} {name}'

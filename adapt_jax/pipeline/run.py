@@ -62,7 +62,9 @@ class Run:
     args = options, inputs, self._schedule
     memo = shared.scores if shared else None
     self._pruning = Pruning(*args, tx, compiler=self._compiler, memo=memo)
-    self._quality = Quality(options, inputs, self._metrics, shared or Shared(), compiler=self._compiler)
+    self._quality = Quality(
+      options, inputs, self._metrics, shared or Shared(), compiler=self._compiler, examples=export
+    )
     self._recovery = Recovery(*args, tx, compiler=self._compiler) if tx else None
 
   def execute(self) -> RunReport:
@@ -209,7 +211,7 @@ class Run:
   def _record_cost(self, state: RunState) -> None:
     seconds, compiles = self._before
     names = ['scoring', 'compensation', 'training', 'evaluation']
-    names += ['divergence'] if self._inputs.evaluate else []
+    names += ['divergence', *(['prefill', 'decode'] if self._export else [])] if self._inputs.evaluate else []
     names += ['teacher'] if self._trains and self.options.train.distill.kept_ids else []
     names += self._harness('harness', 'prefill', 'decode')
     counts = {n: compiles.get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
@@ -243,7 +245,7 @@ class Run:
 
   def _finish(self, state: RunState) -> RunReport:
     self._store.save_plan(state, self._schedule.stages)
-    divergence = self._quality.divergence(self._config(state), state.params)
+    divergence, examples = self._quality.beside_dense(self._config(state), state.params)
     self._record_cost(state)
     report = self._report(state)
     for name, value in divergence.items():
@@ -258,6 +260,7 @@ class Run:
         report=report,
       )
       report['exports'] = writer.write(self._config(state), state.params)
+    report['examples'] = examples
     if is_first():
       self._page(report, running=False)
     write_report(self._workdir.report, report)

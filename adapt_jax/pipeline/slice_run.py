@@ -53,7 +53,9 @@ class SliceRun:
     self._export, self._started = export, time.monotonic()
     self._compiler = Compiler(shared.programs if shared else None)
     self._metrics = MetricsLog(workdir.metrics)
-    self._quality = Quality(options, inputs, self._metrics, shared or Shared(), compiler=self._compiler)
+    self._quality = Quality(
+      options, inputs, self._metrics, shared or Shared(), compiler=self._compiler, examples=export
+    )
 
   def execute(self) -> RunReport:
     """Slices and measures, writes the exports and report.json; returns the report. Raises `Preempted`."""
@@ -106,7 +108,7 @@ class SliceRun:
       'seconds': time.monotonic() - began,
     }
     state.close_stage(row)
-    divergence = self._quality.divergence(small, params)
+    divergence, examples = self._quality.beside_dense(small, params)
     state.record_cost(time.monotonic() - self._started, dict(self._compiler.counts))
     report = run_report(options, self._inputs.model, state, self._quality.definitions)
     report |= {'command': self._command, 'versions': versions()}
@@ -114,6 +116,7 @@ class SliceRun:
       report['texts'][name]['kl'] = value
     if self._export:
       report['exports'] = self._write(small, params, dtype, report)
+    report['examples'] = examples
     events = self._metrics.read()
     run_page.write(self._workdir.page, report, events, command=self._command, running=False)
     write_report(self._workdir.report, report)

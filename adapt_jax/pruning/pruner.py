@@ -37,14 +37,17 @@ from adapt_jax.pruning.scores import Scores
 class StepRecord:
   """The scores and the result of one pruning step.
 
-  `layer_importance` is I of section 3, larger = more important. `sparsity` is that of the schedule, or the
-  removed share of a layer's prunable parameters. Widths are given for every layer of the dense model.
+  `layer_importance` is I of section 3, larger = more important. `layer_cost` is what a method that ranks the
+  groups of all layers together decides by (`Method.layer_cost`); else it is empty. `sparsity` is that of the
+  schedule, or the removed share of a layer's prunable parameters. Widths are given for every layer of the
+  dense model.
   """
 
   step: int
   params: int
   loss: float
   layer_importance: list[float]
+  layer_cost: list[float]
   sparsity: list[float]
   kv_groups: list[int]
   ffn: list[int]
@@ -188,12 +191,13 @@ class Pruner:
       self._zero = mesh.jit(surgery.zero_stacked, stacked, *masks, donate_argnums=(0,))
     return self._zero(stacked, *masks)
 
-  def _record(self, scores: Scores, state: PruneState) -> StepRecord:
+  def _record(self, scores: Scores, before: PrunePlan, state: PruneState) -> StepRecord:
     return StepRecord(
       step=state.step,
       params=state.plan.params(self.config),
       loss=float(scores.loss),
       layer_importance=np.asarray(scores.distance, np.float64).tolist(),
+      layer_cost=self._method.layer_cost(scores, before),
       sparsity=state.sparsity.tolist(),
       kv_groups=state.plan.kv_widths.tolist(),
       ffn=state.plan.ffn_widths.tolist(),
@@ -221,7 +225,7 @@ class Pruner:
       target: stored parameters; the method determines how closely it is reached.
       title: title of the progress bar.
     """
-    before = state.plan.params(self.config)
+    plan, before = state.plan, state.plan.params(self.config)
     method = self._method
     if self._as_reference:
       # The reference restarts its schedule at every stage, from the current widths.
@@ -237,7 +241,7 @@ class Pruner:
     taken = steps(method, self.config, state, target, score)
     with Progress(title, before - target, 'parameters removed') as progress:
       for scores, state in taken:
-        record = self._record(scores, state)
+        record, plan = self._record(scores, plan, state), state.plan
         progress.update(before - max(record.params, target), step=str(record.step), loss=f'{record.loss:.3f}')
         before = record.params
         yield state, record

@@ -231,13 +231,18 @@ def line_chart(
   integer: bool = False,
   categories: Sequence[str] = (),
   height: int = 250,
+  most: float = math.inf,
 ) -> str:
   """Lines over x with vertical `marks` and horizontal `levels`; '' if there is no finite point.
 
   names: of x and y. x_range: values that the x axis includes. log: log y axis, for positive values only.
-  integer: whole-number ticks of x. categories: names of x = 0, 1, …, instead of numbers.
+  integer: whole-number ticks of x. categories: names of x = 0, 1, …, instead of numbers. most: the y at which
+  points above it are drawn; hovering shows their value.
   """
-  drawn = [[p for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])] for s in series]
+  drawn = [
+    [(x, min(y, most), hover) for x, y, hover in s.points if math.isfinite(x) and math.isfinite(y)]
+    for s in series
+  ]
   series = [s._replace(points=points) for s, points in zip(series, drawn, strict=True) if points]
   if not series:
     return ''

@@ -56,6 +56,15 @@ class TextReport(TypedDict, total=False):
   definition: str
 
 
+class ExampleReport(TypedDict):
+  """How the dense model and the result continue the beginning of a held-out text, greedily."""
+
+  text: str
+  prompt: str
+  dense: str
+  result: str
+
+
 class StageReport(TypedDict, total=False):
   """A stage so far; the widths at its end are by layer of the dense model, 0 for a removed layer.
 
@@ -102,7 +111,7 @@ class RunReport(TypedDict, total=False):
   """Report of modes accel, prune and export; also stored with every export as its lineage.
 
   prune, train: the settings that the result depends on. data: sources by use. exports: facts about each
-  format, {'hf': {'bytes': …}}.
+  format, {'hf': {'bytes': …}}. examples: not stored with exports, since they quote the held-out texts.
   """
 
   model: Required[ModelReport]
@@ -115,6 +124,7 @@ class RunReport(TypedDict, total=False):
   train: dict[str, Any] | None
   data: dict[str, tuple[str, ...]]
   exports: dict[str, dict[str, Any]]
+  examples: list[ExampleReport]
   command: str
   compiles: dict[str, int]
   seconds: float

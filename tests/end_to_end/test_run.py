@@ -104,6 +104,9 @@ def test_each_text_is_measured_apart(files, tmp_path, capsys):
   assert all(report['perplexity'][key] == valid[key] for key in report['perplexity'])
   assert report['texts']['train']['pruned'] != valid['pruned']
   assert report['compiles']['divergence'] == 2 and report['compiles']['evaluation'] == 3
+  assert [example['text'] for example in report['examples']] == ['valid', 'train']
+  assert all(example['prompt'] and example['dense'] for example in report['examples'])
+  assert 'examples' not in json.loads((tmp_path / 'out/hf/lineage.json').read_text())
   for stage in report['stages']:
     assert stage['perplexity_pruned'] == stage['texts']['valid']['pruned']
     assert set(stage['texts']['train']) == {'pruned', 'recovered'}

@@ -153,8 +153,10 @@ def test_report_table_csv_and_page(finished, capsys):
   page = (path / 'report.html').read_text()
   assert page.count('<svg') == len(BLOCKS) + 1 and 'python main.py &lt;x&gt;' in page
   assert 'http-equiv="refresh"' not in page
+  assert '1 - cos(input, output)' in page
   chart = next(svg for svg in re.findall(r'<svg.*?</svg>', page, re.DOTALL) if 'MLP pruned' in svg)
-  assert chart.count('<path') == len(BASES) and chart.count('<circle') == len(BASES) * LAYERS
+  assert chart.count('<path') == 2 * len(BASES)  # each base, and a dashed line for itself
+  assert chart.count('<circle') == len(BASES) * LAYERS
 
 
 def test_killed_run_goes_on_where_it_stopped(finished, files, tmp_path):

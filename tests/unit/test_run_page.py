@@ -478,3 +478,26 @@ def test_colours_of_a_map_are_linear() -> None:
   drawn = charts.heat_map('map', [[0.0, 0.1, 100.0]], [1])
   cells = re.findall(r'<rect[^>]*?(?:fill|class|style)="([^"]+)"[^>]*><title>step', drawn)
   assert len(cells) == 3 and cells[0] == cells[1] != cells[2]
+
+
+def test_what_the_method_decided_by_is_shown() -> None:
+  report, events = make_report(), make_events()
+  report['prune'] = {'method': 'obs', 'layer_distance': 'cosine'}
+  for event in events:
+    if event['event'] == 'prune':
+      event['layer_cost'] = [1e-9, 2e-9, 5e-9, 3e-9]
+  page = render(report, events, command=COMMAND, running=False)
+  assert 'Median cost per parameter of the groups of a layer' in drawings(page)
+  assert 'step 4, layer 2: 5e-09' in Reader(page).hovers
+  report['prune'] = {'method': 'adapt', 'layer_distance': 'cosine'}
+  page = render(report, make_events(), command=COMMAND, running=False)
+  assert 'Importance of the layers: 1 - cos(input, output)' in drawings(page)
+  assert 'step 4, layer 2: 0.06' in Reader(page).hovers
+
+
+def test_texts_before_and_after_are_side_by_side() -> None:
+  example = {'text': 'web', 'prompt': 'Once <b>', 'dense': 'upon a time', 'result': 'was\na & b'}
+  page = render(make_report() | {'examples': [example]}, make_events(), command=COMMAND, running=False)
+  texts = Reader(page).texts
+  assert 'web: Once <b> …' in texts and 'upon a time' in texts and 'was\na & b' in texts
+  assert 'Before and after' not in complete_page()

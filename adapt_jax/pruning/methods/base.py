@@ -38,6 +38,10 @@ class Method(abc.ABC):
     """The lowest target, in parameters, that can always be reached."""
     return self.allocator.smallest()
 
+  def layer_cost(self, scores: Scores, plan: PrunePlan) -> list[float]:
+    """For the report, what a layer's groups cost, [L], if the method ranks those of all layers together."""
+    return []
+
   @abc.abstractmethod
   def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
     """The state after one more step; it may still have more than `target` parameters.
@@ -83,6 +87,13 @@ class GlobalOneShot(OneShot):
   @abc.abstractmethod
   def comparable(self, scores: Scores, plan: PrunePlan) -> Scores:
     """`scores` with kv [L, K] and ffn [L, F] on a common scale for all layers and modules."""
+
+  def layer_cost(self, scores: Scores, plan: PrunePlan) -> list[float]:
+    """The median of what is ranked, over the groups and channels that a layer has at `plan`."""
+    ranked = self.comparable(scores, plan)
+    rows = zip(ranked.kv, plan.kv, ranked.ffn, plan.ffn, strict=True)
+    values = [np.concatenate([kv[np.flatnonzero(k)], ffn[np.flatnonzero(f)]]) for kv, k, ffn, f in rows]
+    return [float(np.median(of_layer)) for of_layer in values]
 
   def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
     return super().step(self.comparable(scores, state.plan), state, target)

@@ -1,0 +1,238 @@
+"""The charts of `report.html`: perplexity, loss, parameters, importance and widths of a run."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from adapt_jax.config.values import TEXT
+from adapt_jax.reports import charts
+from adapt_jax.reports.charts import Series
+from adapt_jax.reports.report import ModelReport, RunReport, StageReport, TextReport, known_perplexities
+from adapt_jax.reports.summary import excess
+
+Json = dict[str, Any]
+
+MOST_STAGES = 9  # with charts of widths
+_MOST_POINTS = 240  # of a curve; with more steps, points are means of neighbours
+_MOST_COLUMNS = 64  # of a heat map
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+  """A report and the events of its run, with helpers for the charts."""
+
+  report: RunReport
+  events: list[Json]
+
+  def of(self, event: str) -> list[Json]:
+    return [e for e in self.events if e['event'] == event]
+
+  @property
+  def model(self) -> ModelReport:
+    return self.report['model']
+
+  @property
+  def stages(self) -> list[StageReport]:
+    """The report's stages; the last may lack fields that are set after its pruning."""
+    return self.report.get('stages', [])
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """The settings of pruning."""
+    return self.report.get('prune') or {}
+
+  @property
+  def schedule(self) -> Any:
+    return self.report.get('schedule', {})
+
+  @property
+  def x_name(self) -> str:
+    return 'tokens' if 'tokens_per_step' in self.schedule else 'training step'
+
+  def x_of(self, step: int) -> int:
+    """Tokens trained on after a step; the step itself if the report has no tokens per step."""
+    return step * self.schedule.get('tokens_per_step', 1)
+
+  def at_steps(self) -> Iterator[tuple[int, Json]]:
+    """Every event with the training steps done by then, in the order of the log."""
+    step = 0
+    for event in self.events:
+      step = event['step'] if event['event'] == 'train' else step
+      yield step, event
+
+  def over_tokens(self) -> Json:
+    """Options shared by charts over tokens: the axis up to the end of the run, and marks at prunings."""
+    first: dict[int, int] = {}
+    for step, event in self.at_steps():
+      if event['event'] == 'prune':
+        first.setdefault(event['stage'], self.x_of(step))
+    marks = [(x, f'prune {stage}') for stage, x in first.items()]
+    return {'marks': marks, 'x_range': (0, self.x_of(self.schedule.get('train_steps', 0)))}
+
+  def widths(self) -> list[tuple[int, list[int], list[int]]]:
+    """(stage, KV heads, MLP channels) of the dense model, as stage 0, and after each pruned stage."""
+    dense = {'stage': 0} | self.model
+    found = {e['stage']: (e['kv_groups'], e['ffn']) for e in self.of('prune')}
+    found |= {s['stage']: (s['num_kv_heads'], s['ffn']) for s in (dense, *self.stages) if 'ffn' in s}
+    return [(stage, *found[stage]) for stage in sorted(found)]
+
+
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+  """At most `most` of the items, evenly spaced, including the first and the last."""
+  if len(items) <= most:
+    return list(items)
+  return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
+
+
+def _wide(points: Sequence[tuple[float, float, str]]) -> bool:
+  """Whether a log axis suits the points better."""
+  values = [p[1] for p in points if math.isfinite(p[1])]
+  return 0 < 8 * min(values, default=0) < max(values, default=0)
+
+
+def training_chart(data: RunData, field: str, title: str, unit: str, colour: int) -> str:
+  events = data.of('train')
+  size = max(1, -(-len(events) // _MOST_POINTS))
+  chunks: list[list[Json]] = []  # of neighbouring steps of one stage
+  for event in events:
+    if chunks and len(chunks[-1]) < size and chunks[-1][0]['stage'] == event['stage']:
+      chunks[-1].append(event)
+    else:
+      chunks.append([event])
+  points = []
+  for chunk in chunks:
+    first, last, mean = chunk[0]['step'], chunk[-1]['step'], sum(e[field] for e in chunk) / len(chunk)
+    steps = f'step {last}' if first == last else f'mean of steps {first} to {last}'
+    hover = f'stage {chunk[0]["stage"]}, {steps}, {data.x_of(last):,} {data.x_name}: {mean:.5g}'
+    points.append((data.x_of(last), mean, hover))
+  title += f' (means of {size} steps)' if size > 1 else ''
+  return charts.line_chart(title, (data.x_name, unit), [Series('', points, colour)], **data.over_tokens())
+
+
+def text_names(data: RunData) -> list[str]:
+  """Names of the texts that perplexity is measured on, in order."""
+  return list(dict.fromkeys(e.get('text', TEXT) for e in data.of('evaluate')))
+
+
+def _perplexity_title(text: str) -> str:
+  return 'Perplexity on held-out text' + ('' if text == TEXT else f': {text}')
+
+
+def perplexity_over_tokens(data: RunData, text: str) -> str:
+  """Perplexity on one text over tokens, after each pruning and recovery."""
+  points: dict[str, list[tuple[float, float, str]]] = {'': [], 'pruned': [], 'recovered': []}
+  levels = []
+  for step, event in data.at_steps():
+    if event['event'] == 'evaluate' and event.get('text', TEXT) == text:
+      of, value = event['of'], event['perplexity']
+      points[''].append((data.x_of(step), value, ''))
+      if of in points:
+        points[of].append((data.x_of(step), value, f'stage {event["stage"]} {of}: {value:.3f}'))
+      else:
+        levels.append((value, f'{of} {value:.2f}'))
+  return charts.line_chart(
+    _perplexity_title(text),
+    (data.x_name, 'perplexity'),
+    [Series(n, points[n], i, 'dots' if n else 'line') for i, n in enumerate(points)],
+    levels=levels,
+    log=_wide(points['']),
+    **data.over_tokens(),
+  )
+
+
+def perplexity_chart(report: RunReport, height: int = 250) -> str:
+  """Pruned and recovered perplexity by stage, with a line for the dense model; '' if there is none."""
+  series = []
+  stages = report.get('stages', [])
+  pruned = [(s['stage'], s.get('perplexity_pruned')) for s in stages]
+  recovered = [(s['stage'], s.get('perplexity_recovered')) for s in stages]
+  for colour, (name, rows) in enumerate((('pruned', pruned), ('recovered', recovered)), 1):
+    points = [(k, value, f'stage {k} {name}: {value:.3f}') for k, value in rows if value is not None]
+    series.append(Series(name, points, colour))
+  dense = known_perplexities(report).get('dense')
+  return charts.line_chart(
+    'Perplexity on held-out text',
+    ('stage', 'perplexity'),
+    series,
+    levels=[(dense, f'dense {dense:.2f}')] if dense is not None else [],
+    log=_wide([p for s in series for p in s.points]),
+    integer=True,
+    height=height,
+  )
+
+
+def excess_chart(report: RunReport) -> str:
+  """Excess loss on each text after each stage; '' if there is only one text."""
+  texts = report.get('texts', {})
+  if len(texts) < 2:
+    return ''
+  series = []
+  for colour, (name, text) in enumerate(texts.items()):
+    points = []
+    for stage in report.get('stages', []):
+      after: TextReport = {**text, **stage.get('texts', {}).get(name, {})}
+      if 'recovered' not in stage.get('texts', {}).get(name, {}):
+        after.pop('recovered', None)
+      if (lost := excess(after)) is not None:
+        points.append((stage['stage'], lost, f'{name}, stage {stage["stage"]}: {lost:.3f}'))
+    series.append(Series(name, points, colour % charts.COLOURS))
+  title = 'Excess over the dense model by text'
+  return charts.line_chart(title, ('stage', 'nats per token'), series, integer=True)
+
+
+def budget_chart(data: RunData) -> str:
+  dense = data.model['params_before']
+  points, first = [(0, dense, f'dense: {dense:,} parameters')], dict[int, int]()
+  for e in data.of('prune'):
+    first.setdefault(e['stage'], e['step'] - 1)
+    share = f'{e["params"]:,} parameters, {100 * e["params"] / dense:.1f} %, calibration loss {e["loss"]:.3f}'
+    points.append((e['step'], e['params'], f'stage {e["stage"]}, step {e["step"]}: {share}'))
+  targets = data.schedule.get('targets', [s['target'] for s in data.stages])
+  return charts.line_chart(
+    'Parameters and the targets of the stages',
+    ('pruning step', 'parameters'),
+    [Series('', points, 0, 'step')],
+    marks=[(step, f'stage {stage}') for stage, step in first.items()],
+    levels=[
+      (t, f'target {k}: {charts.labelled([float(f"{t:.4g}")])[0][1]}') for k, t in enumerate(targets, 1)
+    ],
+    integer=True,
+  )
+
+
+def width_charts(
+  before: Sequence[list[int]], after: Sequence[list[int]], names: tuple[str, str], height: int = 180
+) -> tuple[str, str]:
+  """Charts of (MLP channels, KV heads) by layer; before, after: (KV heads, MLP channels)."""
+  mlp = charts.bar_chart(f'MLP channels, {names[1]}', 'channels', before[1], after[1], names, 0, height)
+  return mlp, charts.bar_chart(f'KV heads, {names[1]}', 'KV heads', before[0], after[0], names, 3, height)
+
+
+def stage_widths(data: RunData) -> list[tuple[str, str]]:
+  widths, done, found = data.widths(), {s['stage'] for s in data.stages}, []
+  for (was, *before), (stage, *after) in _spread(list(zip(widths, widths[1:], strict=False)), MOST_STAGES):
+    now = f'after stage {stage}' if stage in done else f'stage {stage} so far'
+    found.append(width_charts(before, after, (f'after stage {was}' if was else 'dense', now)))
+  return found
+
+
+def heat_maps(data: RunData) -> list[str]:
+  """What the method decided by, and the sparsity, by layer and step."""
+  events = _spread(data.of('prune'), _MOST_COLUMNS)
+  steps, distance = [e['step'] for e in events], data.settings.get('layer_distance')
+  method = data.settings.get('method')
+  if events and events[0].get('layer_cost'):  # methods with one ranking over all layers
+    importance = [e['layer_cost'] for e in events]
+    name = f'Median {"cost per parameter" if method == "obs" else "score"} of the groups of a layer'
+  elif method == 'shortgpt' or distance == 'cosine':  # stored as -cos
+    importance = [[1 + x for x in e['layer_importance']] for e in events]
+    name = 'Importance of the layers: 1 - cos(input, output)'
+  else:
+    importance = [e['layer_importance'] for e in events]
+    name = f'Importance of the layers{f": {distance} distance of input and output" if distance else ""}'
+  sparsity = [e['sparsity'] for e in events]
+  return [
+    charts.heat_map(name, importance, steps),
+    charts.heat_map('Sparsity of the layers', sparsity, steps),
+  ]
