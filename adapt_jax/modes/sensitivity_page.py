@@ -13,7 +13,6 @@ from adapt_jax.reports.page import cards, page
 from adapt_jax.reports.report import BaseReport, SensitivityReport
 
 MARKDOWN, CSV = 'sensitivity.md', 'sensitivity.csv'
-_BEYOND = 4  # times the third quartile of the perplexities, where the axis ends
 _WHAT = {
   'both': 'a layer',
   'attention': "a layer's attention",
@@ -117,10 +116,10 @@ def csv_text(report: SensitivityReport) -> str:
 
 
 def _axis_end(report: SensitivityReport, block: str) -> float:
-  """The highest perplexity that the chart's axis shows; a few layers far above it would flatten the others."""
+  """The highest perplexity that the chart's axis shows."""
   found = [layer[block] for base in report['bases'] for layer in base['layers']]
   found += [base['perplexity'] for base in report['bases']]
-  return _BEYOND * sorted(found)[3 * len(found) // 4]
+  return charts.axis_end(found)
 
 
 def _perplexity_chart(report: SensitivityReport, block: str) -> str:

@@ -282,27 +282,37 @@ def _fill(share: float) -> str:
   return 'fill="#{:02x}{:02x}{:02x}"'.format(*mixed)
 
 
-def heat_map(title: str, columns: Sequence[Sequence[float]], steps: Ints, height: int = 250) -> str:
+def axis_end(values: Iterable[float]) -> float:
+  """Where an axis or a scale ends: 4 times the third quartile; a few values far above flatten the others."""
+  found = sorted(value for value in values if math.isfinite(value))
+  return 4 * found[3 * len(found) // 4] if found and found[0] >= 0 else math.inf
+
+
+def heat_map(
+  title: str, columns: Sequence[Sequence[float]], steps: Ints, height: int = 250, most: float = math.inf
+) -> str:
   """Layers (rows, 0 on top) × steps (columns) and the scale; '' if nothing is finite.
 
-  Colours are linear from the lowest to the highest value.
+  Colours are linear from the lowest to the highest value, or to `most`, whose colour higher values have too.
   """
   finite = [v for column in columns for v in column if math.isfinite(v)]
   if not finite:
     return ''
-  low, size = min(finite), max(finite) - min(finite)
-  layers, right = len(columns[0]), _RIGHT - 74
+  low, high, above = min(finite), min(max(finite), most), max(finite) > most
+  size = high - low
+  layers, right = len(columns[0]), _RIGHT - 84
   x, y = _Scale(0, len(steps), _LEFT, right), _Scale(layers, 0, height - _BOTTOM, 24)
   parts = ['<g shape-rendering="crispEdges">']
   for i, column in enumerate(columns):
     for layer, value in enumerate(column):
       if math.isfinite(value):
-        look = _fill((value - low) / (size or 1))
+        look = _fill((min(value, most) - low) / (size or 1))
         hover = f'step {steps[i]}, layer {layer}: {value:.4g}'
         parts.append(_rect(look, x(i), y(layer), x(i + 1) - x(i), y(layer + 1) - y(layer), hover))
   bar = _Scale(0, 24, y.start, y.stop)
   parts += [_rect(_fill((i + 0.5) / 24), right + 14, bar(i + 1), 11, bar(i) - bar(i + 1)) for i in range(24)]
-  parts += ['</g>', *(_text(right + 29, bar(6 * i) + 4, f'{low + size * i / 4:.3g}') for i in range(5))]
+  shown = [f'{"≥ " if above and i == 4 else ""}{low + size * i / 4:.3g}' for i in range(5)]
+  parts += ['</g>', *(_text(right + 29, bar(6 * i) + 4, label) for i, label in enumerate(shown))]
   x_ticks = [(i + 0.5, str(steps[i])) for i in range(0, len(steps), -(-len(steps) // 8))]
   y_ticks = [(t + 0.5, f'{t:g}') for t in ticks(0, max(layers - 1, 1), 6, integer=True) if t < layers]
   return _svg(title, height, parts + _frame(x, y, x_ticks, y_ticks, ('pruning step', 'layer')))

@@ -232,7 +232,8 @@ def heat_maps(data: RunData) -> list[str]:
     importance = [e['layer_importance'] for e in events]
     name = f'Importance of the layers{f": {distance} distance of input and output" if distance else ""}'
   sparsity = [e['sparsity'] for e in events]
+  end = charts.axis_end(value for row in importance for value in row)
   return [
-    charts.heat_map(name, importance, steps),
+    charts.heat_map(name, importance, steps, most=end),
     charts.heat_map('Sparsity of the layers', sparsity, steps),
   ]

@@ -120,7 +120,7 @@ def _example(example: ExampleReport) -> str:
   written = (('dense', example['dense']), ('result', example['result']))
   named = '' if example['text'] == TEXT else f'{example["text"]}: '
   boxes = [f'<span>{e(of)}</span><pre>{e(text)}</pre>' for of, text in written]
-  return f'<p>{e(named)}{e(example["prompt"])} …</p>' + cards('grid', boxes)
+  return f'<p>{e(named)}… {e(example["prompt"])} …</p>' + cards('grid', boxes)
 
 
 def _body(data: RunData, command: str, running: bool, written: str) -> Iterator[str]:
@@ -153,7 +153,8 @@ def _body(data: RunData, command: str, running: bool, written: str) -> Iterator[
       cards('grid', row) for row in zip(*pairs, strict=True)
     )
   if examples := report.get('examples'):
-    yield '<h2>Before and after</h2><p>The beginnings of held-out texts, continued greedily.</p>'
+    yield '<h2>Before and after</h2>'
+    yield '<p>Pieces of held-out texts, and what each model writes after them, greedily.</p>'
     yield ''.join(_example(example) for example in examples)
   if exports := report.get('exports'):
     yield f'<h2>Exports</h2><div class="card scroll">{html_table(_export_rows(exports))}</div>'

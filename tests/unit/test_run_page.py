@@ -485,10 +485,15 @@ def test_what_the_method_decided_by_is_shown() -> None:
   report['prune'] = {'method': 'obs', 'layer_distance': 'cosine'}
   for event in events:
     if event['event'] == 'prune':
-      event['layer_cost'] = [1e-9, 2e-9, 5e-9, 3e-9]
+      event['layer_cost'] = [1e-9, 2e-9, 3e-9, 5e-7]
   page = render(report, events, command=COMMAND, running=False)
   assert 'Median cost per parameter of the groups of a layer' in drawings(page)
-  assert 'step 4, layer 2: 5e-09' in Reader(page).hovers
+  assert 'step 4, layer 3: 5e-07' in Reader(page).hovers
+  colours = [
+    rect.attrib['fill']
+    for rect in drawings(page)['Median cost per parameter of the groups of a layer'].iter('rect')
+  ]
+  assert len(set(colours[:3])) == 3  # the layer far above does not flatten the others
   report['prune'] = {'method': 'adapt', 'layer_distance': 'cosine'}
   page = render(report, make_events(), command=COMMAND, running=False)
   assert 'Importance of the layers: 1 - cos(input, output)' in drawings(page)
@@ -499,5 +504,5 @@ def test_texts_before_and_after_are_side_by_side() -> None:
   example = {'text': 'web', 'prompt': 'Once <b>', 'dense': 'upon a time', 'result': 'was\na & b'}
   page = render(make_report() | {'examples': [example]}, make_events(), command=COMMAND, running=False)
   texts = Reader(page).texts
-  assert 'web: Once <b> …' in texts and 'upon a time' in texts and 'was\na & b' in texts
+  assert 'web: … Once <b> …' in texts and 'upon a time' in texts and 'was\na & b' in texts
   assert 'Before and after' not in complete_page()
