@@ -3,6 +3,7 @@
 from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.machine.processes import say
+from adapt_jax.pipeline import forecast
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.slice_run import run_class
 from adapt_jax.pipeline.workdir import Workdir
@@ -16,5 +17,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   trackers.check(options.tracker)
   inputs = prepare(options)
   workdir.claim()
+  if not workdir.metrics.exists():  # of a run that goes on, the time of its steps tells
+    forecast.announce([(options, inputs)])
   report = run_class(options)(options, inputs, workdir, command).execute()
   say(table(report))

@@ -25,6 +25,7 @@ from adapt_jax.models.errors import InputError, disk_full, first_line
 from adapt_jax.models.files import write_text
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.modes import compare_grid, compare_page
+from adapt_jax.pipeline import forecast
 from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.inputs import Inputs, load
 from adapt_jax.pipeline.loader import Loader
@@ -133,6 +134,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   todo = [run for run in runs if not run.finished]
   inputs = open_inputs(todo, source)
   workdir.claim()
+  forecast.announce([(run.options, found) for run, found in zip(todo, inputs, strict=True)])
   compare = Compare(options, runs, source, workdir, command)
   report = compare.execute(todo, inputs)
   print(compare_page.table(report))

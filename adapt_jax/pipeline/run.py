@@ -14,6 +14,7 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.preemption import Preempted
 from adapt_jax.machine.processes import is_first, say
 from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.pipeline.forecast import duration
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
@@ -182,7 +183,7 @@ class Run:
     steps, stages = self._schedule.train_steps - done.step, self._schedule.stages - stage
     more = f', {seconds:.0f} s for each of {stages} prunings' if stages and seconds else ''
     say(
-      f'the run will take about {_duration(steps * step + stages * seconds)} more: {step:.1f} s for each of '
+      f'the run will take about {duration(steps * step + stages * seconds)} more: {step:.1f} s for each of '
       f'{steps:,} training steps{more}'
     )
 
@@ -265,10 +266,3 @@ class Run:
       self._page(report, running=False)
     write_report(self._workdir.report, report)
     return report
-
-
-def _duration(seconds: float) -> str:
-  """The duration as text: 40 s, 12 min, 3.5 h."""
-  if seconds < 90:
-    return f'{seconds:.0f} s'
-  return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'

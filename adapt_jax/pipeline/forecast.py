@@ -1,0 +1,73 @@
+"""A rough forecast of a run's time before it starts, so that one that takes hours says so."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+
+from adapt_jax.config.options import PROGRESSIVE, RunOptions
+from adapt_jax.machine.processes import say
+from adapt_jax.models.config import count_params
+from adapt_jax.models.network.backend import on_cpu
+from adapt_jax.pipeline.inputs import Inputs
+from adapt_jax.pipeline.schedule import Schedule
+
+_LONG = 3600.0  # seconds from which a run announces itself
+_SHARE = 0.6  # of the speed of a lone product, which whole programs reach
+_SIZE, _SIZE_ON_ACCELERATORS = 1024, 8192  # of the product that is timed
+_REPEATS = 3
+# Arithmetic for each parameter and token: forward 2, backward 4; the rest is what scoring and least squares
+# add, as measured on SmolLM2-135M.
+_FORWARD, _TRAIN, _SCORE, _COMPENSATE = 2, 6, 8, 8
+
+
+def announce(runs: list[tuple[RunOptions, Inputs]]) -> None:
+  """Prints about how long these runs will take together, if that is more than an hour."""
+  work = sum(operations(options, inputs) for options, inputs in runs)
+  if not work:
+    return
+  seconds = work / (_SHARE * _speed(runs[0][1]) * jax.device_count())
+  if seconds > _LONG:
+    say(f'this will take hours: about {duration(seconds)}, by a rough forecast')
+
+
+def operations(options: RunOptions, inputs: Inputs) -> float:
+  """Floating-point operations of a run, without the tasks of the harness and the attention logits."""
+  config, prune, train = inputs.source.config, options.prune, options.train
+  dense, schedule = count_params(config), Schedule.of(options, config)
+  rows = prune.calibration.samples * prune.calibration.length
+  passes = float(schedule.stages)
+  if prune.method in PROGRESSIVE:
+    passes = math.ceil(prune.steps * (1 - schedule.targets[-1] / dense) / prune.ratio)
+  found = _SCORE * passes * rows * dense
+  found += _COMPENSATE * schedule.stages * rows * dense * (prune.compensate == 'least_squares')
+  windows = sum(blocks.tokens.size for blocks in inputs.evaluate.values())
+  found += _FORWARD * windows * dense * (3 + schedule.stages * (2 if inputs.train else 1))
+  if inputs.train:
+    teacher = _FORWARD * dense * (train.distill.alpha > 0)
+    for stage, params in enumerate(schedule.targets, 1):
+      steps = schedule.end(stage) - schedule.start(stage)
+      found += steps * train.batch * train.length * (_TRAIN * params + teacher)
+  return found
+
+
+def _speed(inputs: Inputs) -> float:
+  """Operations per second of a product on one device, the best of a few."""
+  size = _SIZE if on_cpu() else _SIZE_ON_ACCELERATORS
+  a = jnp.ones((size, size), inputs.dtype)
+  product = jax.jit(lambda a: a @ a)
+  jax.block_until_ready(product(a))
+  best = math.inf
+  for _ in range(_REPEATS):
+    start = time.perf_counter()
+    jax.block_until_ready(product(a))
+    best = min(best, time.perf_counter() - start)
+  return 2 * size**3 / best
+
+
+def duration(seconds: float) -> str:
+  """The duration as text: 40 s, 12 min, 3.5 h."""
+  if seconds < 90:
+    return f'{seconds:.0f} s'
+  return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
