@@ -19,6 +19,7 @@ from adapt_jax import api_arguments as arguments
 from adapt_jax.api_arguments import Text, as_library
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import DataOptions, TrainOptions
+from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.tokenise import encode_prompt
 from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
 from adapt_jax.data.windows import POOL_TOKENS, Blocks, spread
@@ -72,32 +73,46 @@ class Model:
 
 
 @as_library
-def load(source: str | os.PathLike[str], dtype: Any = None, *, progress: bool = False) -> Model:
+def load(
+  source: str | os.PathLike[str], dtype: Any = None, *, chat_template: str = '', progress: bool = False
+) -> Model:
   """A model from a hub id, a Hugging Face directory, a .gguf file or the workdir of a run.
 
   `dtype` None keeps each tensor's own; GGUF files, whose weights may be quantised, are read as float32.
-  Raises InputError for what cannot be read or is not supported.
+  chat_template: empty for the tokenizer's own; plain, or a Jinja file. Raises InputError for what cannot be
+  read or is not supported.
   """
   found = open_source(os.fspath(source))
+  tokenizer = with_template(found.load_tokenizer(), chat_template)
   mesh.check_model(found.config)
   with processes.silent(not progress):
     params = mesh.load_source(found, None if dtype is None else jnp.dtype(dtype))
-  model = Model(found.config, params, found.load_tokenizer(), found.name, found.dtype, found.generation)
+  model = Model(found.config, params, tokenizer, found.name, found.dtype, found.generation)
   origin = (lineage(found) or {'model': {'source': found.name}})['model']
   return dataclasses.replace(model, name=origin['source'], dense=origin.get('params_before', 0))
 
 
 @as_library
 def rows(
-  model: Model, text: Text, *, samples: int = 32, length: int = 1024, seed: int = 0, progress: bool = False
+  model: Model,
+  text: Text,
+  *,
+  samples: int = 32,
+  length: int = 1024,
+  seed: int = 0,
+  text_field: str = 'text',
+  messages_field: str = 'messages',
+  progress: bool = False,
 ) -> np.ndarray:
   """Calibration rows, int32 [samples, length], drawn from a text.
 
   text: a file, several, a directory, or a hub data set, as in `prune.calibration.source`; or token ids
-  [N, T]. Raises InputError if there are fewer rows.
+  [N, T]. text_field, messages_field: fields of .jsonl, .json, .parquet and hub rows that hold a text or a
+  chat. Raises InputError if there are fewer rows.
   """
   with processes.silent(not progress):
-    blocks = arguments.blocks(text, model.config, model.tokenizer, length, POOL_TOKENS)
+    data = arguments.data_options(text_field, messages_field)
+    blocks = arguments.blocks(text, data, model.config, model.tokenizer, length, POOL_TOKENS)
     return blocks.tokens[blocks.draw(samples, seed, 0)]
 
 
@@ -165,6 +180,8 @@ def recover(
   tokens: int,
   teacher: Model | None = None,
   seed: int = 0,
+  text_field: str = 'text',
+  messages_field: str = 'messages',
   progress: bool = False,
   **options: Any,
 ) -> Model:
@@ -173,6 +190,7 @@ def recover(
   Args:
     text: as `train.source`, several entries for a mixture; or token ids [N, T].
     teacher: the dense model, to distil from. None: cross-entropy on the text.
+    text_field, messages_field: as for `rows`.
     options: other options of `config.train`, by name: lr, batch, length, schedule, weights and so on.
 
   Weights are float32 afterwards. The text's tokens are kept in the user's cache directory. Raises InputError.
@@ -190,7 +208,8 @@ def recover(
   if teacher is not None:
     given = Teacher(teacher.config, jax.tree.map(lambda x: x.astype(dtype), teacher.params))
   with processes.silent(not progress):
-    rows = _train_set(model, text, settings, seed)
+    data = arguments.data_options(text_field, messages_field)
+    rows = _train_set(model, text, settings, data, seed)
 
     def start(params: Params) -> dict[str, Any]:
       copied = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
@@ -210,25 +229,35 @@ def recover(
   return dataclasses.replace(model, params=trained['params'])
 
 
-def _train_set(model: Model, text: Text, train: TrainOptions, seed: int) -> TrainSet:
+def _train_set(model: Model, text: Text, train: TrainOptions, data: DataOptions, seed: int) -> TrainSet:
   if not arguments.is_ids(text):
     arguments.check_tokenizer(model.tokenizer)
-    return open_train_set(train, DataOptions(), model.tokenizer, model.config.vocab_size, seed)
+    return open_train_set(train, data, model.tokenizer, model.config.vocab_size, seed)
   rows = ArrayRows(arguments.token_ids(text, model.config, 'text'))
   return TrainSet([rows], [1.0], length=train.length, batch=train.batch, seed=seed)
 
 
 @as_library
 def perplexity(
-  model: Model, text: Text, *, length: int = 1024, max_tokens: int = 0, batch: int = 4, progress: bool = False
+  model: Model,
+  text: Text,
+  *,
+  length: int = 1024,
+  max_tokens: int = 0,
+  batch: int = 4,
+  text_field: str = 'text',
+  messages_field: str = 'messages',
+  progress: bool = False,
 ) -> float:
   """exp of the mean cross-entropy over windows of `length` tokens of a text.
 
   text: a file, several, a directory or a hub data set; or token ids [N, T], each row a window. max_tokens: of
-  the text, in windows spread evenly over it; 0: all. Raises InputError.
+  the text, in windows spread evenly over it; 0: all. text_field, messages_field: as for `rows`. Raises
+  InputError.
   """
   with processes.silent(not progress):
-    found = arguments.blocks(text, model.config, model.tokenizer, length, sys.maxsize)
+    data = arguments.data_options(text_field, messages_field)
+    found = arguments.blocks(text, data, model.config, model.tokenizer, length, sys.maxsize)
     blocks = spread(found, max_tokens)
     evaluator = Evaluator(blocks, batch, compiler=Compiler(), dtype=compute_dtype('auto'))
     return evaluator.perplexity(model.config, model.params, 'perplexity')

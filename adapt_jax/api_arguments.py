@@ -138,7 +138,14 @@ def token_ids(tokens: Any, config: ModelConfig, name: str) -> np.ndarray:
   return found.astype(np.int32)
 
 
-def blocks(text: Text, config: ModelConfig, tokenizer: Any, length: int, most: int) -> Blocks:
+def data_options(text_field: str, messages_field: str) -> DataOptions:
+  """Of `config.data`, with these fields of rows."""
+  return from_dict({'data': {'text_field': text_field, 'messages_field': messages_field}}).data
+
+
+def blocks(
+  text: Text, data: DataOptions, config: ModelConfig, tokenizer: Any, length: int, most: int
+) -> Blocks:
   """Windows of the first `most` tokens of a text, or the rows that are given."""
   if is_ids(text):
     ids = token_ids(text, config, 'text')
@@ -147,7 +154,6 @@ def blocks(text: Text, config: ModelConfig, tokenizer: Any, length: int, most: i
     return Blocks(ids, targets, 0)
   check_tokenizer(tokenizer)
   length = from_dict({'evaluate': {'length': length}}).evaluate.length
-  data = DataOptions()
   fields = {'text_field': data.text_field, 'messages_field': data.messages_field, 'field': 'text'}
   found = load_blocks(entries(text), tokenizer, length, **fields, max_tokens=most)
   check_vocab(int(found.tokens.max()), config.vocab_size, 'text')
