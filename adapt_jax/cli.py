@@ -60,6 +60,11 @@ _RUN = {
 _MODE = flags.DEFINE_enum('mode', 'accel', [*_RUN, 'plan', 'generate'], 'What to do.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'What --mode=generate continues; may be repeated.')
 _NO_CONFIG = '--config is missing: name a recipe such as base; adapt-jax --help lists them'
+_KINDS = {  # a sign in Python's message -> what the option takes
+  'invalid literal for int': 'a whole number, such as 10_000_000',
+  'convert string to float': 'a number, such as 1e-4',
+  'boolean flag': 'True or False',
+}
 _ONE_DEVICE = ('sensitivity',)  # the others use all, compare and export those of one process
 _DISTRIBUTED = flags.DEFINE_enum(
   'distributed', 'auto', processes.MODES, 'Whether the scheduler starts several processes.'
@@ -140,6 +145,14 @@ def _no_recipe(name: str) -> str:
   return f'--config={name}: no such file, and no recipe that adapt-jax --help lists{hint}'
 
 
+def _wrong_kind(message: str) -> str:
+  """Python's message about a value of the wrong kind, such as int('10M'), for someone who sets an option."""
+  for sign, wanted in _KINDS.items():
+    if found := re.fullmatch(rf'flag --(config\.[\w.]+)=(.*): .*{sign}.*', message):
+      return f'{found[1]} = {found[2]!r} must be {wanted}'
+  return message
+
+
 def _parse(argv: list[str]) -> list[str]:
   if shown := cli_help.asked_for(argv[1:]):
     print(shown, flush=True)
@@ -154,7 +167,7 @@ def _parse(argv: list[str]) -> list[str]:
     lines = [line for line in str(error).splitlines() if line.strip()]
     if any(line.startswith('Traceback') for line in lines):  # of a recipe that fails: its last line tells why
       lines = [lines[0], lines[-1]]
-    raise InputError(' '.join(' '.join(lines).split())) from error
+    raise InputError(_wrong_kind(' '.join(' '.join(lines).split()))) from error
   except AttributeError as error:  # ml_collections has no such field, and may know which one is meant
     found = re.sub(r'\\n|[\\"\']', ' ', str(error.args[0])).split()  # it quotes itself twice
     raise InputError(f'no option {" ".join(found)}; --mode=MODE --help lists them') from None

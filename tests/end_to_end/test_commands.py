@@ -24,7 +24,10 @@ def files(tmp_path_factory):
 
 COMMANDS = [
   (['--config.prune.targt=0.5'], 'targt'),
-  (['--config.prune.stages=many'], 'many'),
+  (['--config.prune.stages=many'], "config.prune.stages = 'many' must be a whole number"),
+  (['--config.train.tokens=10M'], "config.train.tokens = '10M' must be a whole number, such as 10_000_000"),
+  (['--config.train.lr=high'], "config.train.lr = 'high' must be a number"),
+  (['--config.compare.recover=maybe'], "config.compare.recover = 'maybe' must be True or False"),
   (['--config.train.micro_batch=0'], 'config.train.micro_batch = 0'),
   (['--config.mesh.fsdp=3'], 'config.mesh (data = 1, fsdp = 3, tensor = 1) asks for 3 devices'),
   (['--num_processes=2'], '--coordinator_address'),
