@@ -38,8 +38,19 @@ from adapt_jax.reports import trackers
 from adapt_jax.reports.report import CellReport, ComparisonReport, read_report, versions, write_report
 
 CELLS, ERROR = 'cells', 'error.txt'
-# Fields that a grid cannot vary: cells share model, devices and trackers, and do not read the last groups.
-_FIXED = ('model.source', 'mesh.', 'tracker', 'compare.', 'plan.', 'sensitivity.')
+# Fields that a grid cannot vary: cells share model, devices and trackers.
+_SHARED = ('model.source', 'mesh.', 'tracker')
+# Groups and fields that cells do not read, or that change nothing of their reports: cells would be alike.
+_UNREAD = (
+  'compare.',
+  'plan.',
+  'sensitivity.',
+  'generate.',
+  'bench.',
+  'export.formats',
+  'export.gguf_types',
+  'data.cache',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +101,10 @@ def _check(options: RunOptions, base: dict[str, Any]) -> None:
     )
   for field in fields:
     compare_grid.get(base, field)
-    if field.startswith(_FIXED):
+    if field.startswith(_SHARED):
       raise InputError(f'config.compare.grid varies {field!r}, which all cells of a grid share: leave it out')
+    if field.startswith(_UNREAD):
+      raise InputError(f'config.compare.grid varies {field!r}, which changes nothing in a cell: leave it out')
     if field.startswith('train.') and not o.recover:
       raise InputError(
         f'config.compare.grid varies {field!r}, but config.compare.recover = False trains nothing: set it'

@@ -29,6 +29,7 @@ from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import compute_dtype, made_for
 from adapt_jax.models.network.sharding import placed, row_sharding
 from adapt_jax.pipeline.checks import check_run
+from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import programs as pruning_programs
 from adapt_jax.pruning import slicegpt, surgery
@@ -259,6 +260,7 @@ def run(options: RunOptions) -> None:
       f'config.prune.method = {slicegpt.METHOD!r}: mode plan knows the methods that remove groups'
     )
   check_run(options, config)
+  config = with_output_bias(config, options.prune.compensate == 'bias')
   dtype = compute_dtype(options.model.dtype)
   if options.model.dtype == 'auto' and options.plan.devices:
     dtype = jnp.dtype(jnp.bfloat16)  # the value of auto on the planned devices

@@ -308,6 +308,10 @@ BAD = [
   (({'prune.targt': (0.9,)},), {}, ("'prune.targt'",)),
   (({'prune.target': (0.9,), 'model.source': ('a', 'b')},), {}, ("'model.source'", 'share')),
   (({'prune.target': (0.9,), 'compare.over': ('a',)},), {}, ("'compare.over'",)),
+  *(
+    (({'prune.target': (0.9,), field: (1, 2)},), {}, (f"'{field}'", 'changes nothing in a cell'))
+    for field in ('bench.batch', 'generate.top_k', 'export.formats', 'data.cache', 'sensitivity.sparsity')
+  ),
   (({'prune.target': (0.9,), 'train.lr': (0.1,)},), {}, ('train.lr', 'recover = False')),
   (({'prune.target': (0.9, 'much')},), {}, ('cell prune.target=much: config.prune.target',)),
   (({'prune.target': (0.9, -1)},), {}, ('cell prune.target=-1.0: config.prune.target',)),

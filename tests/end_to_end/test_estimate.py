@@ -158,3 +158,13 @@ def test_every_program_of_a_run_with_a_teacher(tmp_path):
   state = estimate.bytes_of(plan.state(stages[0], True))
   batch = options.train.batch * options.train.length * (4 + 1 + 4)  # ids, targets, segments
   assert (memory.arguments, beside) == (state + teacher + batch, 0)
+
+
+def test_biases_are_planned_too(tmp_path, capsys):
+  config = runs.make_config(runs.make_files(tmp_path))
+  config.plan.devices, sizes = 0, []
+  for config.prune.compensate in ('none', 'bias'):
+    estimate.run(from_dict(config.to_dict()))
+    sizes.append(int(capsys.readouterr().out.split(' parameters on ')[0].split(': ')[-1].replace(',', '')))
+  dense = open_config(config.model.source)
+  assert sizes[1] - sizes[0] == 2 * dense.num_layers * dense.hidden_size
