@@ -5,7 +5,7 @@ A cache is a directory with the source's documents one after another, in native 
     tokens      uint16 or uint32 [n], whichever holds the tokenizer's ids
     flags       uint8 [n]: TARGET, FIRST
     ends        int64 [d]: where each document ends
-    meta.json   counts, and whether this is all of the source
+    meta.json   counts, whether this is all of the source, and a checksum of each file and of itself
 
 Its name begins with a hash of everything that its contents depend on, so a cache is never out of date. It is
 renamed into place when it is complete; if several processes make it at once, the first wins and the others
@@ -22,6 +22,7 @@ import pathlib
 import secrets
 import shutil
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -32,13 +33,15 @@ from adapt_jax.config.options import DataOptions
 from adapt_jax.data.documents import Document, fingerprint, read_documents
 from adapt_jax.data.tokenise import BATCH_CHARS, Encoded, encode_all, take
 from adapt_jax.machine.processes import WAITS, decide, say
-from adapt_jax.machine.progress import Progress
+from adapt_jax.machine.progress import Progress, phase
 from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.files import user_cache
 
 TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its document
 
-_VERSION = 1  # of the format and of the tokenisation
+_VERSION = 2  # of the format and of the tokenisation
+_FILES = ('tokens', 'flags', 'ends')
+_PART = 2**24  # bytes that are read at once to compare checksums
 _MOST_REFUSED = 0.01  # share of a source's conversations that may be left out
 _STALE_SECONDS = 86_400.0  # without a write, after which the files of a killed process are removed
 
@@ -129,14 +132,20 @@ def _key(data: list[Any], tokenizer: Any, fields: dict[str, str]) -> str:
 
 
 def _find(directory: pathlib.Path, key: str, need: Need) -> pathlib.Path | None:
-  """The smallest cache of the key that holds enough; removes damaged ones, so that they are made again."""
+  """The smallest cache of the key that holds enough; removes damaged ones, so that they are made again.
+
+  Reads all of that cache, to compare its checksums.
+  """
   paths = [path for path in directory.glob(f'{key}-*') if path.name.split('-')[1].isdecimal()]
   for path in sorted(paths, key=lambda path: int(path.name.split('-')[1])):
     cache = _open(path)
     if cache is None:
       shutil.rmtree(path, ignore_errors=True)
     elif cache.holds(need):
-      return path
+      if _undamaged(path):
+        return path
+      say(f'{path} is damaged: it is removed, and the text is tokenised again')
+      shutil.rmtree(path, ignore_errors=True)
   return None
 
 
@@ -157,6 +166,26 @@ def _open(path: pathlib.Path) -> TokenCache | None:
     return TokenCache(tokens, flags, ends, meta['highest'], meta['targets'], meta['complete'])
   except (FileNotFoundError, ValueError, KeyError, TypeError):
     return None  # other OS errors do not show that the cache is damaged
+
+
+def _undamaged(path: pathlib.Path) -> bool:
+  """Whether the files have the checksums of meta.json."""
+  with phase('checking tokens'):
+    meta = json.loads((path / 'meta.json').read_text())
+    if meta.pop('checksum', None) != _checksum(meta):
+      return False
+    for name, wanted in meta['checksums'].items():
+      found = 0
+      with open(path / name, 'rb') as file:
+        while part := file.read(_PART):
+          found = zlib.crc32(part, found)
+      if found != wanted:
+        return False
+  return True
+
+
+def _checksum(meta: dict[str, Any]) -> int:
+  return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def _build(
@@ -226,10 +255,11 @@ class _Writer:
     self._path, self._dtype = path, np.dtype(np.uint16 if highest_id < 2**16 else np.uint32)
     self.tokens = self.documents = self._targets = self._highest = 0
     self._files: dict[str, BinaryIO] = {}
+    self._checksums = dict.fromkeys(_FILES, 0)
     self._stack = contextlib.ExitStack()
 
   def __enter__(self) -> '_Writer':
-    for name in ('tokens', 'flags', 'ends'):
+    for name in _FILES:
       self._files[name] = self._stack.enter_context(open(self._path / name, 'wb'))
     return self
 
@@ -243,12 +273,16 @@ class _Writer:
     ends = np.cumsum(encoded.lengths)
     flags = encoded.targets.astype(np.uint8) * np.uint8(TARGET)
     flags[(ends - encoded.lengths)[encoded.lengths > 0]] |= FIRST
-    self._files['tokens'].write(encoded.tokens.astype(self._dtype).tobytes())
-    self._files['flags'].write(flags.tobytes())
-    self._files['ends'].write((self.tokens + ends).astype(np.int64).tobytes())
+    self._write('tokens', encoded.tokens.astype(self._dtype).tobytes())
+    self._write('flags', flags.tobytes())
+    self._write('ends', (self.tokens + ends).astype(np.int64).tobytes())
     self._highest = max(self._highest, int(encoded.tokens.max(initial=0)))
     self._targets += int((flags == TARGET).sum())
     self.tokens, self.documents = self.tokens + len(flags), self.documents + len(ends)
+
+  def _write(self, name: str, data: bytes) -> None:
+    self._files[name].write(data)
+    self._checksums[name] = zlib.crc32(data, self._checksums[name])
 
   def finish(self, complete: bool) -> None:
     for file in self._files.values():
@@ -256,7 +290,8 @@ class _Writer:
       os.fsync(file.fileno())
     counts = {'tokens': self.tokens, 'documents': self.documents, 'targets': self._targets}
     meta = {'dtype': self._dtype.name, 'highest': self._highest, 'complete': complete} | counts
-    (self._path / 'meta.json').write_text(json.dumps(meta))
+    meta |= {'checksums': self._checksums}
+    (self._path / 'meta.json').write_text(json.dumps(meta | {'checksum': _checksum(meta)}))
 
 
 class _Feed:

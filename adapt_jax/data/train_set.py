@@ -4,6 +4,7 @@ Rows have segment ids, int32: equal ids belong to the same document, 0 is paddin
 their segment, and the first token of a document is never a target.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from adapt_jax.models.errors import InputError
 _FIELD = 'config.train.source'
 # Tokens read at least, so that a short run draws from more than the first documents.
 _LEAST_TOKENS = 2**22
+_SAMPLE = 256  # rows in the digest of a train set
 
 
 class Rows(Protocol):
@@ -125,6 +127,16 @@ class TrainSet:
 
   def __len__(self) -> int:
     return int(self._starts[-1])
+
+  def digest(self) -> str:
+    """SHA-256 of the number of rows and of a sample of them, spread evenly over all.
+
+    Packed rows after an inserted or removed token are all different, so the sample notices most changes.
+    """
+    found = hashlib.sha256(str(len(self)).encode())
+    for array in self.read(np.unique(np.linspace(0, len(self) - 1, _SAMPLE).astype(int))):
+      found.update(array.tobytes())
+    return found.hexdigest()
 
   def rows(self, step: int) -> np.ndarray:
     """The rows of batch number `step`: int64 [batch]; depends only on (seed, step), at equal cost for all."""

@@ -1,6 +1,7 @@
 """Cuts text into windows of tokens in memory, for calibration and evaluation; `train_set` is for training."""
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,10 @@ class Blocks:
   tokens: np.ndarray
   targets: np.ndarray
   documents: int
+
+  def digest(self) -> str:
+    """SHA-256 of all windows."""
+    return hashlib.sha256(self.tokens.tobytes() + self.targets.tobytes()).hexdigest()
 
   def draw(self, count: int, seed: int, step: int) -> np.ndarray:
     """Draws `count` distinct rows, anew for each step: int64 [count]. Raises InputError for too few rows."""

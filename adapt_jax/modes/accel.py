@@ -16,8 +16,8 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   check_tasks(options.evaluate)
   trackers.check(options.tracker)
   inputs = prepare(options)
-  workdir.claim()
-  if not workdir.metrics.exists():  # of a run that goes on, the time of its steps tells
-    forecast.announce([(options, inputs)])
-  report = run_class(options)(options, inputs, workdir, command).execute()
-  say(table(report))
+  with workdir.claimed(inputs.digests):
+    if not workdir.metrics.exists():  # of a run that goes on, the time of its steps tells
+      forecast.announce([(options, inputs)])
+    report = run_class(options)(options, inputs, workdir, command).execute()
+    say(table(report))

@@ -102,30 +102,30 @@ def _measure(models: dict[str, _Model], options: RunOptions, prompts: list[list[
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Measures both models, writes report.json and bench.md, and prints the table."""
   sources = _open(options)
-  workdir.claim()
-  b, rng = options.bench, np.random.default_rng(options.seed)
-  ids = min(source.config.vocab_size for source in sources.values())
-  prompts = rng.integers(0, ids, (b.batch, b.prompt_length)).tolist()
-  # The pruned model first: the peak of the second, larger one is then above that of the first.
-  models = {name: _load(sources[name], options, prompts) for name in reversed(_MODELS)}
-  models = {name: models[name] for name in _MODELS}
-  _measure(models, options, prompts)
-  report: BenchReport = {
-    'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-    'backend': jax.default_backend(),
-    'dtype': compute_dtype(options.model.dtype).name,
-    'prompts': f'{b.batch} x {b.prompt_length} random ids, {b.new_tokens} new tokens each',
-    'repeats': b.repeats,
-    'models': {name: _figures(model) for name, model in models.items()},
-    'ratio': {kind: _ratio(models, kind) for kind in ('prefill', 'decode')},
-    'command': command,
-    'versions': versions(),
-  }
-  report['warning'] = _warning(report, sources)
-  table = _table(report)
-  write_text(workdir.path / 'bench.md', table)
-  write_report(workdir.report, report)
-  print(f'\n{table}', end='')
+  with workdir.claimed():
+    b, rng = options.bench, np.random.default_rng(options.seed)
+    ids = min(source.config.vocab_size for source in sources.values())
+    prompts = rng.integers(0, ids, (b.batch, b.prompt_length)).tolist()
+    # The pruned model first: the peak of the second, larger one is then above that of the first.
+    models = {name: _load(sources[name], options, prompts) for name in reversed(_MODELS)}
+    models = {name: models[name] for name in _MODELS}
+    _measure(models, options, prompts)
+    report: BenchReport = {
+      'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+      'backend': jax.default_backend(),
+      'dtype': compute_dtype(options.model.dtype).name,
+      'prompts': f'{b.batch} x {b.prompt_length} random ids, {b.new_tokens} new tokens each',
+      'repeats': b.repeats,
+      'models': {name: _figures(model) for name, model in models.items()},
+      'ratio': {kind: _ratio(models, kind) for kind in ('prefill', 'decode')},
+      'command': command,
+      'versions': versions(),
+    }
+    report['warning'] = _warning(report, sources)
+    table = _table(report)
+    write_text(workdir.path / 'bench.md', table)
+    write_report(workdir.report, report)
+    print(f'\n{table}', end='')
 
 
 def _spread(values: list[float]) -> dict[str, float]:

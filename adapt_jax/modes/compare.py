@@ -146,17 +146,17 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   source = open_source(options.model.source)
   todo = [run for run in runs if not run.finished]
   inputs = open_inputs(todo, source)
-  workdir.claim()
-  forecast.announce([(run.options, found) for run, found in zip(todo, inputs, strict=True)])
-  compare = Compare(options, runs, source, workdir, command)
-  report = compare.execute(todo, inputs)
-  print(compare_page.table(report))
-  print(f'the same as a page, with plots: {workdir.page}')
-  if failed := [cell for cell in report['cells'] if cell['state'] == 'failed']:
-    raise SystemExit(
-      f'error: {len(failed)} of {len(runs)} cells failed: {failed[0]["error"]}; all reasons are in '
-      f'{workdir.path / compare_page.MARKDOWN}; started again, these cells are tried again'
-    )
+  with workdir.claimed():
+    forecast.announce([(run.options, found) for run, found in zip(todo, inputs, strict=True)])
+    compare = Compare(options, runs, source, workdir, command)
+    report = compare.execute(todo, inputs)
+    print(compare_page.table(report))
+    print(f'the same as a page, with plots: {workdir.page}')
+    if failed := [cell for cell in report['cells'] if cell['state'] == 'failed']:
+      raise SystemExit(
+        f'error: {len(failed)} of {len(runs)} cells failed: {failed[0]["error"]}; all reasons are in '
+        f'{workdir.path / compare_page.MARKDOWN}; started again, these cells are tried again'
+      )
 
 
 class Compare:
@@ -212,9 +212,9 @@ class Compare:
   def _try(self, run: CellRun, inputs: Inputs) -> str:
     """Runs one cell; returns the reason if it failed, also written to its error file, else ''."""
     error_file = run.workdir.path / ERROR
-    run.workdir.claim()
     try:
-      self._execute(run, inputs)
+      with run.workdir.claimed(inputs.digests):
+        self._execute(run, inputs)
     except Exception as error:  # a failed cell must not stop the others; a full disk affects all
       if disk_full(error):
         raise

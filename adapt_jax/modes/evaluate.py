@@ -30,32 +30,34 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   if not wanted.source and not tasks:
     raise InputError('config.evaluate.source is empty, and no task is named: mode evaluate measures nothing')
   texts = loader.evaluation()
-  workdir.claim()
-  dtype, compiler, start = compute_dtype(options.model.dtype), Compiler(), time.monotonic()
-  common: dict[str, Any] = {'compiler': compiler, 'dtype': dtype}
-  params = load_source(source, dtype)
-  report: EvaluationReport = {'model': {'source': source.name, 'params_before': count_params(source.config)}}
-  size, said = f'{count_params(source.config):,} parameters', list[str]()
-  found: dict[str, TextReport] = {}
-  programs: dict[type, tuple[Any, Any]] = {}  # shared by texts with batches of the same shape
-  for name, blocks in texts.items():
-    evaluator = Evaluator(blocks, wanted.batch, **common, programs=programs)
-    named = '' if list(texts) == [TEXT] else f' on {name}'
-    value = evaluator.perplexity(source.config, params, f'evaluate{named}')
-    found[name] = {'dense': value, 'definition': evaluator.definition}
-    said.append(f'{size}, perplexity{named} {value:.3f}: {evaluator.definition}')
-  if first := next(iter(found.values()), None):
-    report['perplexity'] = {'dense': first['dense'], 'definition': first['definition']}
-    report['texts'] = found
-  if tasks:
-    scores = evaluate_tasks(wanted, source.config, params, loader.tokenizer, title='tasks', **common)
-    report['tasks'] = scores
-    said += [*([] if said else [size]), '', tasks_table({'score': scores})]
-  report |= {
-    'command': command,
-    'compiles': compiler.counts,
-    'seconds': time.monotonic() - start,
-    'versions': versions(*(('lm_eval',) if tasks else ())),
-  }
-  write_report(workdir.report, report)
-  say('\n'.join(said))
+  with workdir.claimed():
+    dtype, compiler, start = compute_dtype(options.model.dtype), Compiler(), time.monotonic()
+    common: dict[str, Any] = {'compiler': compiler, 'dtype': dtype}
+    params = load_source(source, dtype)
+    report: EvaluationReport = {
+      'model': {'source': source.name, 'params_before': count_params(source.config)}
+    }
+    size, said = f'{count_params(source.config):,} parameters', list[str]()
+    found: dict[str, TextReport] = {}
+    programs: dict[type, tuple[Any, Any]] = {}  # shared by texts with batches of the same shape
+    for name, blocks in texts.items():
+      evaluator = Evaluator(blocks, wanted.batch, **common, programs=programs)
+      named = '' if list(texts) == [TEXT] else f' on {name}'
+      value = evaluator.perplexity(source.config, params, f'evaluate{named}')
+      found[name] = {'dense': value, 'definition': evaluator.definition}
+      said.append(f'{size}, perplexity{named} {value:.3f}: {evaluator.definition}')
+    if first := next(iter(found.values()), None):
+      report['perplexity'] = {'dense': first['dense'], 'definition': first['definition']}
+      report['texts'] = found
+    if tasks:
+      scores = evaluate_tasks(wanted, source.config, params, loader.tokenizer, title='tasks', **common)
+      report['tasks'] = scores
+      said += [*([] if said else [size]), '', tasks_table({'score': scores})]
+    report |= {
+      'command': command,
+      'compiles': compiler.counts,
+      'seconds': time.monotonic() - start,
+      'versions': versions(*(('lm_eval',) if tasks else ())),
+    }
+    write_report(workdir.report, report)
+    say('\n'.join(said))

@@ -38,24 +38,24 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   check_formats(options.export, model.config)
   check_tokenizer(options.export, tokenizer)
   check_model(model.config)
-  workdir.claim()
-  dtype = written_dtype(options.export, model.source.dtype, model.trained)
-  writer = Writer(
-    options.export,
-    workdir.path,
-    tokenizer=tokenizer,
-    dtype=dtype,
-    generation=model.source.generation,
-    report=model.report,
-  )
-  as_is = options.export.formats == ('hf',) and dtype is None
-  report: RunReport = {
-    **model.report,
-    'command': command,
-    'exports': writer.write(model.config, model.load(as_is)),
-    'versions': versions(),
-  }
-  write_report(workdir.report, report)
+  with workdir.claimed():
+    dtype = written_dtype(options.export, model.source.dtype, model.trained)
+    writer = Writer(
+      options.export,
+      workdir.path,
+      tokenizer=tokenizer,
+      dtype=dtype,
+      generation=model.source.generation,
+      report=model.report,
+    )
+    as_is = options.export.formats == ('hf',) and dtype is None
+    report: RunReport = {
+      **model.report,
+      'command': command,
+      'exports': writer.write(model.config, model.load(as_is)),
+      'versions': versions(),
+    }
+    write_report(workdir.report, report)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -163,10 +163,10 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   inputs = prepare(options)
   _check_cuts(options, inputs.config)
   measure = Sensitivity(options, inputs, workdir, command)
-  workdir.claim()
-  report = measure.execute()
-  print(sensitivity_page.table(report))
-  print(f'the same as a page: {workdir.page}; as a table: {workdir.path / sensitivity_page.CSV}')
+  with workdir.claimed(inputs.digests):
+    report = measure.execute()
+    print(sensitivity_page.table(report))
+    print(f'the same as a page: {workdir.page}; as a table: {workdir.path / sensitivity_page.CSV}')
 
 
 def _check_cuts(options: RunOptions, config: ModelConfig) -> None:

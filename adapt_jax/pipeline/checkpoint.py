@@ -54,7 +54,7 @@ class Checkpoints:
     """Saves under the next number; returns when it is on disk. A save that fails leaves nothing."""
     number = decide(lambda: (self.latest() or 0) + 1)
     meta = {'meta': meta, 'arrays': _checksum(state)}
-    meta['checksum'] = _checksum_json(meta)
+    meta['checksum'] = checksum_json(meta)
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     try:
       with _one_error():
@@ -82,7 +82,7 @@ class Checkpoints:
     with self._readable(number):
       args = ocp.args.Composite(meta=ocp.args.JsonRestore())
       meta: dict[str, Any] = self._manager.restore(number, args=args)['meta']
-      if meta.pop('checksum') != _checksum_json(meta):
+      if meta.pop('checksum') != checksum_json(meta):
         raise ValueError('checksum of the JSON')
     return meta
 
@@ -171,7 +171,8 @@ def _checksum(tree: Any) -> int:
   return int(multihost_utils.process_allgather(np.uint32(total % 2**32)).sum(dtype=np.uint32))
 
 
-def _checksum_json(values: dict[str, Any]) -> int:
+def checksum_json(values: dict[str, Any]) -> int:
+  """A checksum of values that JSON can hold, the same after they were written and read."""
   return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 

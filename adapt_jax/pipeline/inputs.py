@@ -12,7 +12,7 @@ from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.dense_model import DenseModel
-from adapt_jax.pipeline.loader import Loader
+from adapt_jax.pipeline.loader import Loader, evaluation_field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,13 @@ class Inputs:
   train: TrainSet | None
   evaluate: dict[str, Blocks]
   dtype: Any
+
+  def digests(self) -> dict[str, str]:
+    """A digest of the windows of each text, by option, to notice that a text has changed before a resume."""
+    found = {'prune.calibration.source': self.calibration.digest()}
+    if self.train is not None:
+      found['train.source'] = self.train.digest()
+    return found | {evaluation_field(name): blocks.digest() for name, blocks in self.evaluate.items()}
 
   @property
   def source(self) -> Source:

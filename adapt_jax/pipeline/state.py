@@ -21,7 +21,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import write_text
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import placed
-from adapt_jax.pipeline.checkpoint import Checkpoints
+from adapt_jax.pipeline.checkpoint import Checkpoints, checksum_json
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.workdir import Workdir
@@ -170,8 +170,9 @@ class StateStore:
       'tasks': state.tasks,
       'metrics_lines': self._metrics.lines,
     }
+    plan |= state.pruning.to_json()
     if is_first():
-      write_text(self._plan, json.dumps(plan | state.pruning.to_json()) + '\n')
+      write_text(self._plan, json.dumps(plan | {'checksum': checksum_json(plan)}) + '\n')
 
   def resume(self, shapes: Callable[[PrunePlan], Any], start: Callable[[], TrainState]) -> RunState:
     """The state that was saved last.
@@ -198,6 +199,8 @@ class StateStore:
     """Applies the steps in plan.json if they belong to the next stage; returns the log's length."""
     try:
       saved = decide(lambda: json.loads(self._plan.read_text()))
+      if saved.pop('checksum', None) not in (checksum_json(saved), None):  # version 0.1 wrote none
+        raise ValueError('checksum')
       if saved['stage'] != state.stage + 1:
         return lines
       pruning, lines = PruneState.from_json(saved, self._config), int(saved['metrics_lines'])
@@ -206,7 +209,8 @@ class StateStore:
       raise
     except (ValueError, KeyError, TypeError) as error:
       raise InputError(
-        f'{self._plan} is damaged ({type(error).__name__}): delete it to take this stage up from its start'
+        f'{self._plan} is damaged or was edited ({type(error).__name__}): delete it to prune this stage from '
+        f'its start'
       ) from None
     state.take_step(pruning)
     state.record_dense(dense)

@@ -1,18 +1,24 @@
-"""The directory of one run: the paths of its files, and the run that owns it."""
+"""The directory of one run: the paths of its files, the run that owns it, and the process that uses it."""
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from adapt_jax.config.build import defaults, flatten
-from adapt_jax.machine.processes import is_first
+from adapt_jax.machine.processes import decide
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import write_text
 
 
 class Workdir:
   """Paths of a run's files, and the run that they belong to.
+
+  The process that claims the directory locks `run.json`. The lock ends with the process, however it ends; on
+  NFS it also holds between machines.
 
   Args:
     path: path of the directory; created by `claim`.
@@ -34,7 +40,10 @@ class Workdir:
     self._claiming = self.path / '.run.json.tmp'  # left by a kill while claiming
 
   def check(self) -> None:
-    """Raises InputError if the directory cannot be written or belongs to another run; writes nothing."""
+    """Raises InputError if the directory cannot be written, is in use or belongs to another run.
+
+    Writes nothing.
+    """
     where = f'--workdir={self.path}'
     try:
       self._check_writable(where)
@@ -44,6 +53,7 @@ class Workdir:
       raise InputError(f'{where} is not writable ({error.strerror}): choose another') from None
     if ours:
       self._check_same()
+      os.close(self._lock(self.run))
     elif foreign:
       raise InputError(f'{where} holds files of something else: name a new or empty directory')
 
@@ -56,13 +66,66 @@ class Workdir:
     with tempfile.TemporaryFile(dir=existing):
       pass
 
-  def claim(self) -> None:
-    """Marks the directory as this run's; the same run may claim it again, to resume."""
-    if not is_first():
-      return
+  @contextlib.contextmanager
+  def claimed(self, texts: Callable[[], dict[str, str]] = dict) -> Iterator[None]:
+    """Marks the directory as this run's, and locks it inside the block; the same run may claim it again.
+
+    texts: returns a digest of each text that a resume depends on, by option. All processes of a run must
+    enter it. Raises InputError if another process uses the directory, or if a text has changed since the run
+    was started.
+    """
+    held: list[int] = []
+
+    def claim() -> None:
+      now = texts()
+      held.append(self._claim(now))
+      self._check_texts(now)
+
+    try:
+      decide(claim)
+      yield
+    finally:
+      for descriptor in held:
+        os.close(descriptor)
+
+  def _check_texts(self, now: dict[str, str]) -> None:
+    then = json.loads(self.run.read_text()).get('texts', {})  # older versions wrote none
+    for field, digest in now.items():
+      if then.get(field, digest) != digest:
+        raise InputError(
+          f'config.{field} is not the text that the run in --workdir={self.path} was started with: restore '
+          f'it, or use another workdir'
+        )
+
+  def _claim(self, texts: dict[str, str]) -> int:
+    """Writes run.json if it is missing; the descriptor of its lock."""
     self.path.mkdir(parents=True, exist_ok=True)
     if not self.run.exists():
-      write_text(self.run, json.dumps(self._identity, indent=2) + '\n')
+      descriptor = self._lock(self._claiming)
+      if not self.run.exists():  # nobody has claimed it meanwhile: the locked file becomes run.json
+        os.truncate(descriptor, 0)
+        content = self._identity | ({'texts': texts} if texts else {})
+        os.write(descriptor, (json.dumps(content, indent=2) + '\n').encode())
+        os.fsync(descriptor)
+        self._claiming.replace(self.run)
+        return descriptor
+      self._claiming.unlink()
+      os.close(descriptor)
+    return self._lock(self.run)
+
+  def _lock(self, path: pathlib.Path) -> int:
+    """A descriptor of the file, which is locked until it is closed. Raises InputError if it is locked."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      os.close(descriptor)
+      raise InputError(
+        f'--workdir={self.path} is in use by another process: wait until it ends, or name another directory'
+      ) from None
+    except OSError:  # a file system without locks
+      pass
+    return descriptor
 
   def _check_same(self) -> None:
     try:

@@ -315,7 +315,7 @@ def test_prune_mode_resumes_a_model_of_mixed_dtypes(files, tmp_path):
   assert (tmp_path / 'out/hf/model.safetensors').read_bytes() == first
 
 
-@pytest.mark.parametrize('damage', ['meta', 'state', 'plan'])
+@pytest.mark.parametrize('damage', ['meta', 'state', 'plan', 'edited plan'])
 def test_damaged_state_is_one_line_that_tells_what_to_delete(finished, files, tmp_path, damage):
   path = tmp_path / 'out'
   shutil.copytree(finished[0], path)
@@ -324,6 +324,11 @@ def test_damaged_state_is_one_line_that_tells_what_to_delete(finished, files, tm
   if damage == 'plan':
     (path / 'plan.json').write_text('{')
     culprit = path / 'plan.json'
+  elif damage == 'edited plan':
+    culprit = path / 'plan.json'
+    plan = json.loads(culprit.read_text())
+    plan['layers'][0]['ffn_channels'].pop()
+    culprit.write_text(json.dumps(plan))
   else:
     culprit = newest
     for file in (newest / damage).rglob('*'):
@@ -332,10 +337,26 @@ def test_damaged_state_is_one_line_that_tells_what_to_delete(finished, files, tm
   with pytest.raises(InputError) as error:
     start(runs.make_config(files), path)
   assert str(culprit) in str(error.value) and 'delete' in str(error.value)
-  if damage != 'plan':
+  if 'plan' not in damage:
     shutil.rmtree(newest)
     report = start(runs.make_config(files), path)  # goes on from the one before, to the same end
     assert report['perplexity'] == finished[1]['perplexity']
+
+
+def test_a_text_that_has_changed_since_the_start_is_refused(finished, files, tmp_path):
+  path = tmp_path / 'out'
+  shutil.copytree(finished[0], path)
+  unfinish(path)
+  source = files / 'valid.txt'
+  before = source.read_text()
+  try:
+    source.write_text(before.replace('a', 'e', 1))
+    with pytest.raises(InputError, match=r'config\.evaluate\.source is not the text that the run'):
+      start(runs.make_config(files), path)
+  finally:
+    source.write_text(before)
+  report = start(runs.make_config(files), path)
+  assert report['perplexity'] == finished[1]['perplexity']
 
 
 def test_prune_mode_reports_the_perplexity_of_the_saved_weights(files, tmp_path):

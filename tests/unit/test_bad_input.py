@@ -290,7 +290,8 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch):
 def test_an_export_into_the_runs_own_workdir_names_the_command(files, tmp_path):
   config = runs.make_config(files)
   options = from_dict(config.to_dict())
-  Workdir(str(tmp_path / 'out'), identity('prune', options)).claim()
+  with Workdir(str(tmp_path / 'out'), identity('prune', options)).claimed():
+    pass
   with pytest.raises(InputError, match='--workdir=.*out-export and --config.model.source='):
     Workdir(str(tmp_path / 'out'), identity('export', options)).check()
 

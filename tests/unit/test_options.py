@@ -112,7 +112,8 @@ def test_training_counts_in_a_grid_that_trains():
 def claimed(path, options, change=lambda config: None):
   """A workdir of mode prune whose run.json `change` has edited."""
   workdir = Workdir(str(path), identity('prune', options))
-  workdir.claim()
+  with workdir.claimed():
+    pass
   saved = json.loads(workdir.run.read_text())
   change(saved['config'])
   workdir.run.write_text(json.dumps(saved))
@@ -131,7 +132,8 @@ def test_the_field_that_differs_is_named_before_those_that_follow_from_it(tmp_pa
   """A grid that only pruned has no training in its run.json."""
   trained = {'train__source': ('x.txt',), 'train__tokens': 4096}
   before = Workdir(str(tmp_path / 'out'), identity('compare', with_values(**trained)))
-  before.claim()
+  with before.claimed():
+    pass
   now = Workdir(str(before.path), identity('compare', with_values(compare__recover=True, **trained)))
   with pytest.raises(InputError, match='config.compare.recover = False, not True'):
     now.check()

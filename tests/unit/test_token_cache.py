@@ -211,7 +211,12 @@ def test_one_that_is_known_to_be_all_takes_the_place_of_one_that_is_not(source, 
   assert len(builds) == 2
 
 
-@pytest.mark.parametrize('damage', ['tokens', 'flags', 'ends', 'meta.json', 'no flags', 'empty meta'])
+DAMAGES = ['tokens', 'flags', 'ends', 'meta.json', 'no flags', 'empty meta']
+
+
+@pytest.mark.parametrize(
+  'damage', [*DAMAGES, 'bit of tokens', 'bit of flags', 'bit of ends', 'bit of meta.json']
+)
 def test_damaged_ones_are_made_again(source, tokenizer, builds, damage):
   whole = load(source, tokenizer)
   expected = [np.array(x) for x in (whole.tokens, whole.flags, whole.ends)]
@@ -220,6 +225,12 @@ def test_damaged_ones_are_made_again(source, tokenizer, builds, damage):
     (path / 'flags').unlink()
   elif damage == 'empty meta':
     (path / 'meta.json').write_text('{}')
+  elif damage.startswith('bit of '):
+    file = path / damage.removeprefix('bit of ')
+    data = bytearray(file.read_bytes())
+    at = data.index(b'"highest": ') + 11 if file.suffix else len(data) // 2
+    data[at] ^= 1
+    file.write_bytes(data)
   else:
     (path / damage).write_bytes((path / damage).read_bytes()[:-3])
   again = load(source, tokenizer)

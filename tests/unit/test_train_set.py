@@ -225,3 +225,10 @@ def test_the_seed_of_the_config_decides_the_order(open_set):
   a, b = open_set(DOCUMENTS * 9), open_set(DOCUMENTS * 9, seed=1)
   assert len(a) == len(b) and a.rows(3).tolist() == open_set(DOCUMENTS * 9).rows(3).tolist()
   assert [a.rows(s).tolist() for s in range(5)] != [b.rows(s).tolist() for s in range(5)]
+
+
+def test_the_digest_tells_texts_apart(open_set):
+  same, again = open_set(DOCUMENTS).digest(), open_set(DOCUMENTS).digest()
+  assert same == again
+  assert open_set(['The cat sleeps.', *DOCUMENTS[1:]]).digest() != same
+  assert open_set([*DOCUMENTS, 'One more that is longer than a row.']).digest() != same
