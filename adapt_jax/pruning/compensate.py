@@ -100,10 +100,12 @@ class Compensator:
     def measure(sums: list[jax.Array], xs: Streams) -> tuple[list[jax.Array], jax.Array]:
       before_BTD = run(xs[0])[0]
       own_BTD, inputs_TC = run(xs[1])
-      missing_TD = jnp.where(mask_C, 0, inputs_TC) @ weight_DC.T
       pull_TD = (before_BTD - own_BTD).astype(jnp.float32).reshape(-1, D)
       kept_TC = jnp.where(mask_C, inputs_TC, 0)
-      new = [curvature.second_moment(kept_TC), (missing_TD + PULL * pull_TD).T @ kept_TC, missing_TD.sum(0)]
+      with curvature.exact():
+        missing_TD = jnp.where(mask_C, 0, inputs_TC) @ weight_DC.T
+        products_DC = (missing_TD + PULL * pull_TD).T @ kept_TC
+      new = [curvature.second_moment(kept_TC), products_DC, missing_TD.sum(0)]
       return jax.tree.map(jnp.add, sums, new), before_BTD
 
     sums, before_MBTD = jax.lax.scan(measure, [jnp.zeros(s) for s in ((C, C), (D, C), (D,))], streams)
@@ -117,7 +119,8 @@ class Compensator:
     def corrected(x_BTD: jax.Array) -> jax.Array:
       own_BTD, inputs_TC = run(x_BTD)
       kept_TC = jnp.where(mask_C, inputs_TC, 0)
-      difference_TD = (kept_TC - inputs_TC) @ weight_DC.T + kept_TC @ change_DC.T + change_D
+      with curvature.exact():
+        difference_TD = (kept_TC - inputs_TC) @ weight_DC.T + kept_TC @ change_DC.T + change_D
       after_BTD = own_BTD + difference_TD.astype(own_BTD.dtype).reshape(own_BTD.shape)
       return jnp.where(mask_C.any(), after_BTD, x_BTD)  # a removed layer has no bias either
 

@@ -9,6 +9,7 @@ H = mean c cᵀ [C, C] and gradients G = mean g gᵀ [D, D], setting columns B o
 correcting the others costs tr(G · W_B · ([H⁻¹]_BB)⁻¹ · W_Bᵀ) / 2, here without the half. All in fp32.
 """
 
+import contextlib
 from typing import Any
 
 import jax
@@ -21,10 +22,16 @@ DAMPING_INPUTS, DAMPING_GRADIENTS = 0.1, 3.0
 ROUNDS = 32
 
 
+def exact() -> contextlib.AbstractContextManager[Any]:
+  """Products traced inside are in fp32; by default GPUs round the factors to TF32 and TPUs to bfloat16."""
+  return jax.default_matmul_precision('highest')
+
+
 def second_moment(x_TC: jax.Array) -> jax.Array:
   """Σ over tokens of x xᵀ, [C, C]."""
   x_TC = x_TC.astype(jnp.float32)
-  return x_TC.T @ x_TC
+  with exact():
+    return x_TC.T @ x_TC
 
 
 def damped(matrix_CC: jax.Array, damping: float) -> jax.Array:
@@ -83,7 +90,8 @@ def channel_costs(weight_DF: jax.Array, inputs_FF: jax.Array, gradients_DD: jax.
     jnp.zeros(F),
     jnp.zeros(()),
   )
-  return jax.lax.fori_loop(0, -(-F // size), round_, start)[3]
+  with exact():
+    return jax.lax.fori_loop(0, -(-F // size), round_, start)[3]
 
 
 def group_costs(weight_DKGH: jax.Array, inputs_CC: jax.Array, gradients_DD: jax.Array) -> jax.Array:
@@ -113,4 +121,5 @@ def group_costs(weight_DKGH: jax.Array, inputs_CC: jax.Array, gradients_DD: jax.
     jnp.zeros(K),
     jnp.zeros(()),
   )
-  return jax.lax.fori_loop(0, K, round_, start)[3]
+  with exact():
+    return jax.lax.fori_loop(0, K, round_, start)[3]

@@ -119,12 +119,12 @@ class _Stream:
     """Slices the stream, if a rotation is given, and applies a block of the dense model to it."""
     shape, whole = self.config.layers[layer], np.eye(self.config.hidden_size, dtype=np.float32)
     # The columns are orthonormal, so the projected stream has the norm of the sliced model's stream.
-    left_DD = whole if rotation_Dd is None else rotation_Dd @ rotation_Dd.T
+    left_DD = whole if rotation_Dd is None else jnp.matmul(rotation_Dd, rotation_Dd.T, precision='highest')
     args = self._params['layers'][layer], left_DD, self._x
 
     def run(layer: Params, left_DD: jax.Array, x_MBTD: jax.Array) -> tuple[jax.Array, jax.Array]:
       def one(x_BTD: jax.Array) -> jax.Array:
-        x_BTD = (x_BTD.astype(jnp.float32) @ left_DD).astype(x_BTD.dtype)
+        x_BTD = jnp.matmul(x_BTD.astype(jnp.float32), left_DD, precision='highest').astype(x_BTD.dtype)
         if block == 'mlp':
           return llama.feed(self.config, shape, layer, x_BTD)[0]
         return llama.attend(self.config, shape, layer, x_BTD, llama.rope(self.config, x_BTD.shape[1]))[0]

@@ -1,13 +1,16 @@
 """Costs of groups against the quadratic problem itself, solved in float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
-from adapt_jax.models.network import llama
-from adapt_jax.pruning import curvature
+from adapt_jax.models.network import backend, llama
+from adapt_jax.pruning import curvature, surgery
+from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from tests.support.helpers import new_params, stacked_params
@@ -138,3 +141,41 @@ def test_moments_are_those_of_the_whole_models_gradient():
       (scores[0].ffn, curvature.channel_costs, down, inputs[1], moments[1]),
     ):
       np.testing.assert_allclose(found[layer], jax.jit(costs)(weight, x.T @ x / 32, g), rtol=1e-3)
+
+
+def products(lowered) -> list[str]:
+  """The precision of each product of fp32 factors in a lowered program."""
+  lines = [line for line in lowered.as_text().splitlines() if 'stablehlo.dot_general' in line]
+  whole = [line for line in lines if re.search(r': \(tensor<[\dx]*xf32>, tensor<[\dx]*xf32>\)', line)]
+  return ['HIGHEST' if 'precision = [HIGHEST, HIGHEST]' in line else line for line in whole]
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+def test_the_algebra_is_in_fp32_on_accelerators(platform):
+  """Their default rounds the factors of fp32 products to TF32 or bfloat16."""
+  weight, inputs, gradients = (jnp.asarray(x, jnp.float32) for x in problem())
+
+  def algebra(weight, inputs, gradients):
+    costs = curvature.channel_costs(weight, inputs, gradients)
+    groups = curvature.group_costs(weight.reshape(D, 3, 2, 2), inputs, gradients)
+    return costs, groups, curvature.second_moment(weight)
+
+  lowered = jax.jit(algebra).trace(weight, inputs, gradients).lower(lowering_platforms=(platform,))
+  found = products(lowered)
+  assert len(found) >= 8 and set(found) == {'HIGHEST'}
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+def test_least_squares_are_in_fp32_on_accelerators(platform):
+  shape = LayerShape(4, 2, 24)
+  config = ModelConfig('llama', 50, 16, 4, (shape, shape), RopeConfig(1e4), 1e-5, True)
+  plan = PrunePlan.dense(config)
+  stacked = stacked_params(new_params(config), plan)
+  # The model's own products are not in fp32.
+  stacked = jax.tree.map(lambda x: x.astype(jnp.bfloat16), stacked)
+  program = Compensator(config, 'least_squares', 2, jnp.bfloat16)
+  tokens = jnp.zeros((2, 8), jnp.int32)
+  with backend.made_for('gpu'):
+    traced = jax.jit(program).trace(stacked, surgery.padded_masks(plan), tokens)
+    found = products(traced.lower(lowering_platforms=(platform,)))
+  assert len(found) >= 8 and set(found) == {'HIGHEST'}
