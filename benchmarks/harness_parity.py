@@ -117,7 +117,8 @@ def main() -> None:
 
   source, compiler = open_source(str(args.model)), Compiler()
   options = {'compiler': compiler, 'dtype': jnp.float32, 'title': 'ours', 'tokens': args.rows * 128}
-  ours = FlaxLM(source.config, load_source(source, jnp.float32), source.load_tokenizer(), **options)
+  params, tokenizer = load_source(source, jnp.float32), source.load_tokenizer()
+  ours = FlaxLM(source.config, params, tokenizer, source.generation, **options)
   theirs = HFLM(str(args.model), device='cpu', dtype='float32', batch_size=args.rows, trust_remote_code=True)
   print('| task | examples | same answer | log-likelihoods off by | acc hf | ours | seconds hf | ours |')
   print('|---|---|---|---|---|---|---|---|', flush=True)

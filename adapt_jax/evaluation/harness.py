@@ -65,6 +65,7 @@ def evaluate_tasks(
   config: ModelConfig,
   params: Params,
   tokenizer: Any,
+  generation: dict[str, Any],
   *,
   compiler: Compiler,
   dtype: Any,
@@ -79,6 +80,7 @@ def evaluate_tasks(
 
   Args:
     params: parameters, on the mesh if one is set.
+    generation: fields of generation_config.json.
     compiler: counts compiles as `harness`.
     dtype: dtype of weights in products and of activations.
     title: title of the progress bar.
@@ -87,7 +89,8 @@ def evaluate_tasks(
   from adapt_jax.evaluation.harness_lm import FlaxLM
 
   tokens = options.batch * options.length
-  lm = FlaxLM(config, params, tokenizer, tokens=tokens, compiler=compiler, dtype=dtype, title=title)
+  common: dict[str, Any] = {'compiler': compiler, 'dtype': dtype, 'title': title}
+  lm = FlaxLM(config, params, tokenizer, generation, tokens=tokens, **common)
   return _scores(evaluate_lm(options, lm), names)
 
 

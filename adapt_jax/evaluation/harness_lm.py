@@ -16,7 +16,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from adapt_jax.generation.generator import Generator, bucket
-from adapt_jax.generation.sampling import Sampling
+from adapt_jax.generation.sampling import Sampling, stop_ids
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import put_rows
@@ -113,6 +113,7 @@ class FlaxLM(TemplateLM):
   Args:
     config, params: the model, on the mesh if one is set.
     tokenizer: a tokenizer of transformers.
+    generation: fields of generation_config.json, for tasks that generate text.
     tokens: tokens at once on a device.
     compiler: counts compiles as `harness`: one for each length of padded rows, two if rows of that length
       have short and long answers.
@@ -125,6 +126,7 @@ class FlaxLM(TemplateLM):
     config: ModelConfig,
     params: Params,
     tokenizer: Any,
+    generation: dict[str, Any],
     *,
     tokens: int,
     compiler: Compiler,
@@ -134,7 +136,7 @@ class FlaxLM(TemplateLM):
     super().__init__()
     self.tokenizer, self.max_length = tokenizer, config.max_position
     self._config, self._params, self._tokens, self._title = config, params, tokens, title
-    self._compiler, self._dtype = compiler, dtype
+    self._compiler, self._dtype, self._generation = compiler, dtype, generation
     self._programs: dict[tuple[int, ...], Any] = {}
     if self.prefix_token_id is None:
       raise InputError('config.evaluate.tasks: the tokenizer of model.source has neither BOS nor EOS token')
@@ -179,6 +181,12 @@ class FlaxLM(TemplateLM):
     return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
   def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+    for _, context, answer in requests:
+      if not context or not answer:  # the harness's own model refuses them too
+        raise InputError(
+          f'config.evaluate.tasks: the {"answer" if context else "context"} of a question has no tokens: '
+          f'correct the task, or leave it out'
+        )
     found = [(0.0, True)] * len(requests)
     with Progress(self._title, len(requests), 'requests') as progress:
       for rows, size in _batches(_rows(requests, self.max_length), self._tokens):
@@ -237,9 +245,12 @@ class FlaxLM(TemplateLM):
         f'config.evaluate: a task asks for {new_tokens} new tokens, but model.source sees only '
         f'{self.max_length} at once: leave it out'
       )
-    sampling = Sampling()
+    # What the task does not set is as in generation_config.json, and then as in transformers.
+    kwargs = {'top_k': 50, 'top_p': 1.0, 'repetition_penalty': 1.0} | self._generation | kwargs
+    sampling = Sampling(repetition_penalty=kwargs['repetition_penalty'])
     if kwargs['do_sample']:
-      sampling = Sampling(kwargs['temperature'], kwargs.get('top_k', 0), kwargs.get('top_p', 1.0))
+      drawn = {name: kwargs[name] for name in ('temperature', 'top_k', 'top_p')}
+      sampling = dataclasses.replace(sampling, **drawn)
     prompts = [context[new_tokens - self.max_length :] for context in contexts]  # truncated from the left
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     room = bucket(len(prompts[order[0]]) + new_tokens, _SHORTEST)
@@ -267,14 +278,14 @@ class FlaxLM(TemplateLM):
     encoded = [self.tokenizer.encode(stop, add_special_tokens=False) for stop in until]
     # Stop strings that decoding omits, such as <|im_end|>, end a text as the end token does.
     hidden = [ids[0] for ids in encoded if len(ids) == 1 and not self._decode(ids)]
-    stop_ids = frozenset([self.eot_token_id, *hidden])
+    stops = stop_ids(self._generation, self.tokenizer) | {self.eot_token_id, *hidden}
     written: list[list[int]] = [[] for _ in prompts]
     ended: set[int] = set()
     size = -(-new_tokens // -(-new_tokens // _PIECE))
     for done in range(0, new_tokens, size):
       # Finished texts are passed as one token and their results ignored: fewer rows would need a new compile.
       texts = [p[:1] if i in ended else p + written[i] for i, p in enumerate(prompts)]
-      pieces = generator.generate(texts, min(size, new_tokens - done), sampling, stop_ids, seed + done)
+      pieces = generator.generate(texts, min(size, new_tokens - done), sampling, stops, seed + done)
       for i in set(range(len(prompts))) - ended:
         written[i] += pieces[i]
         if len(pieces[i]) < size or any(stop in self._decode(written[i]) for stop in until):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.generation.sampling import GREEDY, Sampling, sample
+from adapt_jax.generation.sampling import GREEDY, Sampling, penalised, sample
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import put_rows
 from adapt_jax.machine.progress import Progress
@@ -78,6 +78,10 @@ class _Prefill:
       'ended': rows_B < 0,  # rows that fill up the batch
       'step': jnp.int32(0),  # new tokens of the longest row, a stop id counted
     }
+    if 'repetition_penalty' in settings:
+      real_BP = jnp.arange(P) < lengths_B[:, None]
+      seen_BV = jnp.zeros(logits_BV.shape, bool)
+      state['seen'] = seen_BV.at[jnp.arange(B)[:, None], tokens_BP].max(real_BP)
     return _append(state, logits_BV, settings)
 
 
@@ -110,13 +114,19 @@ def _append(state: State, logits_BV: jax.Array, settings: dict[str, jax.Array]) 
   """The state with one more token of every row that has not ended, drawn from its logits."""
   keys_B = jax.random.wrap_key_data(state['keys'])
   keys_B = jax.vmap(lambda key: jax.random.fold_in(key, state['step']))(keys_B)
+  seen = {}
+  if 'seen' in state:
+    logits_BV = penalised(logits_BV, state['seen'], settings['repetition_penalty'])
   tokens_B = sample(logits_BV, keys_B, settings)
+  if 'seen' in state:
+    seen = {'seen': state['seen'].at[jnp.arange(len(tokens_B)), tokens_B].set(True)}
   ended_B = state['ended'] | settings['stop'][tokens_B]
   return state | {
     'new': jax.lax.dynamic_update_slice_in_dim(state['new'], tokens_B[:, None], state['step'], axis=1),
     'counts': state['counts'] + ~ended_B,
     'ended': ended_B,
     'step': state['step'] + 1,
+    **seen,
   }
 
 
@@ -157,7 +167,7 @@ class Generator:
     self._config, self._dtype, self._compiler = config, dtype, compiler
     self._params = params
     self._max_batch = max(max_batch // row_shards(), 1) * row_shards()
-    self._programs: dict[tuple[int, int, int], tuple[Any, Any]] = {}
+    self._programs: dict[tuple[int, int, int, bool], tuple[Any, Any]] = {}
 
   def generate(
     self,
@@ -189,6 +199,8 @@ class Generator:
       'stop': stop_V,
       'limit': np.int32(max_new_tokens),
     }
+    if sampling.repetition_penalty != 1:  # else the programs keep no record of what was seen
+      settings['repetition_penalty'] = np.float32(sampling.repetition_penalty)
     shards, count = row_shards(), min(len(prompts), self._max_batch)
     B = min(shards << (-(-count // shards) - 1).bit_length(), self._max_batch)
     # Similar lengths together, and the longest first, so that a lack of memory shows at once.
@@ -248,7 +260,8 @@ class Generator:
   def _compiled(self, batch: tuple[jax.Array, ...], settings: dict[str, Any]) -> tuple[Any, Any]:
     B, P = batch[0].shape
     N = bucket(int(settings['limit']))
-    if (B, P, N) not in self._programs:
+    key = B, P, N, 'repetition_penalty' in settings
+    if key not in self._programs:
       start = time.perf_counter()
       make = _Prefill(self._config, self._dtype, N)
       prefill = self._compiler('prefill', make, self._params, *batch, settings)
@@ -259,6 +272,6 @@ class Generator:
         'decode', _Decode(self._config, self._dtype, P), self._params, state, settings, donate_argnums=(1,),
         xla_options=loop_options(),
       )  # fmt: skip
-      self._programs[B, P, N] = prefill, decode
+      self._programs[key] = prefill, decode
       self.timings.compile_seconds += time.perf_counter() - start
-    return self._programs[B, P, N]
+    return self._programs[key]

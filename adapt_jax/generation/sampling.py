@@ -26,6 +26,8 @@ class Sampling:
     top_k: draw only from this number of most likely tokens; 0 = all.
     top_p: draw only from the most likely tokens that together have this share of the probability, after
       top_k (nucleus sampling, Holtzman et al., arXiv 1904.09751).
+    repetition_penalty: divides positive and multiplies negative logits of ids that the prompt or the new
+      tokens contain (Keskar et al., arXiv 1909.05858), with temperature 0 too; 1 = off.
 
   Tokens that are as likely as the last one kept are also kept.
   """
@@ -33,6 +35,7 @@ class Sampling:
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
+  repetition_penalty: float = 1.0
 
 
 GREEDY = Sampling()
@@ -44,6 +47,12 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, settings: dict[str, jax.Arra
   A row's token depends only on its own logits and key.
   """
   return jax.lax.cond(settings['temperature'] > 0, _draw, _greedy, logits_BV, keys_B, settings)
+
+
+def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
+  """The logits after `Sampling.repetition_penalty`."""
+  changed_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+  return jnp.where(seen_BV, changed_BV, logits_BV)
 
 
 def _greedy(logits_BV: jax.Array, keys_B: jax.Array, settings: dict[str, jax.Array]) -> jax.Array:

@@ -50,7 +50,8 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       report['perplexity'] = {'dense': first['dense'], 'definition': first['definition']}
       report['texts'] = found
     if tasks:
-      scores = evaluate_tasks(wanted, source.config, params, loader.tokenizer, title='tasks', **common)
+      args = source.config, params, loader.tokenizer, source.generation
+      scores = evaluate_tasks(wanted, *args, title='tasks', **common)
       report['tasks'] = scores
       said += [*([] if said else [size]), '', tasks_table({'score': scores})]
     report |= {

@@ -116,7 +116,8 @@ class Quality:
       scores = known[key]
     else:
       options, tokenizer = self._options.evaluate, self._inputs.tokenizer
-      scores = evaluate_tasks(options, config, params, tokenizer, title=f'{of}: tasks', **self._common)
+      generation, title = self._inputs.source.generation, f'{of}: tasks'
+      scores = evaluate_tasks(options, config, params, tokenizer, generation, title=title, **self._common)
     if of == 'dense':
       known[key] = scores
     self._metrics.write('tasks', of=of, step=step, scores=scores)

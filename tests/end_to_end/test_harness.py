@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import sys
 import types
 
@@ -59,6 +60,7 @@ def make_lm(source, compiler=None, tokens=256):
     source.config,
     load_source(source, jnp.float32),
     source.load_tokenizer(),
+    source.generation,
     tokens=tokens,
     compiler=compiler or Compiler(),
     dtype=jnp.float32,
@@ -120,18 +122,54 @@ def test_texts_are_those_of_the_harness_own_model(source, tasks_path, hf_lm):
   assert min(lengths) < 20 < 32 < max(lengths)
 
 
+def test_texts_follow_the_generation_config(source, tasks_path, tmp_path):
+  """Several end tokens, and a penalty; one text at a time, since pads of a batch are penalised too."""
+  from lm_eval.models.huggingface import HFLM
+
+  options = options_of(tasks_path, 'toy_write')
+
+  def written(lm):
+    samples = harness.evaluate_lm(options, lm, log_samples=True)['samples']['toy_write']
+    return [sample['resps'][0][0] for sample in samples]
+
+  plain = written(make_lm(source))
+  tokenizer = source.load_tokenizer()
+  words = {token: tokenizer.decode([token]) for token in range(5, len(tokenizer))}
+  often = max(words, key=lambda token: ''.join(plain).count(words[token]) if len(words[token]) > 1 else 0)
+  shutil.copytree(source.path, tmp_path / 'model')
+  tokenizer.add_special_tokens({'additional_special_tokens': [words[often]]})  # end tokens are special
+  tokenizer.save_pretrained(tmp_path / 'model')
+  for fields in ({'repetition_penalty': 1.5}, {'eos_token_id': [tokenizer.eos_token_id, often]}):
+    (tmp_path / 'model/generation_config.json').write_text(json.dumps(fields))
+    theirs = HFLM(
+      str(tmp_path / 'model'), device='cpu', dtype='float32', batch_size=1, trust_remote_code=True
+    )
+    ours = written(make_lm(open_source(str(tmp_path / 'model'))))
+    assert ours == written(theirs) != plain
+
+
+@pytest.mark.parametrize('context, answer', [([5, 6], []), ([], [7])], ids=['no answer', 'no context'])
+def test_requests_without_tokens_are_refused(source, hf_lm, context, answer):
+  """The harness's own model asserts that there are some; a tokenizer without BOS makes none of a blank."""
+  requests = [(('a', 'b'), context, answer)]
+  with pytest.raises(AssertionError):
+    hf_lm._loglikelihood_tokens(requests, disable_tqdm=True)
+  with pytest.raises(InputError, match=r'config\.evaluate\.tasks: the \w+ of a question has no tokens'):
+    make_lm(source)._loglikelihood_tokens(requests)
+
+
 def test_scores_by_task_and_group(source, tasks_path):
   """And the same when asked again, with the tasks that are open."""
   options = options_of(tasks_path, 'toy', 'toy_text', limit=3)
   params, tokenizer = load_source(source, jnp.float32), source.load_tokenizer()
   common = {'compiler': Compiler(Programs()), 'dtype': jnp.float32, 'title': 'tasks'}
-  scores = harness.evaluate_tasks(options, source.config, params, tokenizer, **common)
+  scores = harness.evaluate_tasks(options, source.config, params, tokenizer, {}, **common)
   assert set(scores) == {'toy', 'toy_text'}
   assert scores['toy']['n'] == 6 and scores['toy_text']['n'] == 3 and scores['toy_text']['version'] == 1.0
   assert 0 <= scores['toy']['acc'] <= 1 and scores['toy']['acc_stderr'] > 0
   assert scores['toy_text']['word_perplexity'] > 1
   assert json.loads(json.dumps(scores)) == scores
-  again = harness.evaluate_tasks(options, source.config, params, tokenizer, **common)
+  again = harness.evaluate_tasks(options, source.config, params, tokenizer, {}, **common)
   assert again == scores
 
 
