@@ -256,7 +256,7 @@ def run(options: RunOptions) -> None:
   config = open_config(options.model.source)
   if options.prune.method == slicegpt.METHOD:
     raise InputError(
-      f'config.prune.method = {slicegpt.METHOD!r}: mode plan knows the methods that remove groups'
+      f'config.prune.method = {slicegpt.METHOD!r}: mode plan needs a method that removes groups'
     )
   check_run(options, config)
   dtype = compute_dtype(options.model.dtype)
@@ -289,7 +289,7 @@ def _mesh_text() -> str:
 def _memory_table(options: RunOptions, found: dict[str, tuple[Memory, int]]) -> list[str]:
   lines = [
     '',
-    '| GB a device | arguments | temporary | results | other | together |',
+    '| GB per device | arguments | temporary | results | other | total |',
     '|---|---|---|---|---|---|',
   ]
   for title, (memory, beside) in found.items():
@@ -300,7 +300,7 @@ def _memory_table(options: RunOptions, found: dict[str, tuple[Memory, int]]) -> 
   return [
     *lines,
     '',
-    f'peak {peak:.1f} GB of {have:g} GB a device: {"fits" if peak < have else "DOES NOT FIT"}',
+    f'peak {peak:.1f} GB of {have:g} GB per device: {"fits" if peak < have else "DOES NOT FIT"}',
   ]
 
 
@@ -310,10 +310,10 @@ def _stage_table(footprint: Footprint, stages: list[ModelConfig]) -> list[str]:
   calibration, t = options.prune.calibration, options.train
   passed = footprint.scoring_flops() * calibration.samples * calibration.length
   lines = [
-    f'a scoring pass: {footprint.scoring_flops() / 1e9:.1f} GFLOP a token, {passed / rate:.2f} s at '
-    f'{options.plan.peak_tflops:g} TFLOP/s a device',
+    f'a scoring pass: {footprint.scoring_flops() / 1e9:.1f} GFLOP per token, {passed / rate:.2f} s at '
+    f'{options.plan.peak_tflops:g} TFLOP/s per device',
     '',
-    '| stage | parameters | of dense | GFLOP a token | tokens | hours at peak |',
+    '| stage | parameters | of dense | GFLOP per token | tokens | hours at peak |',
     '|---|---|---|---|---|---|',
   ]
   schedule = Schedule.of(options, footprint.config)
