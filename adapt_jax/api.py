@@ -1,7 +1,8 @@
 """The library: load, prune, recover, measure and save models in memory, on plain pytrees of arrays.
 
-Defaults are those of the command. Everything runs on the devices and the mesh (`jax.set_mesh`) of the caller,
-in one process, and prints nothing without `progress=True`. Wrong arguments raise `InputError`, a ValueError.
+Defaults are those of the command line. Everything runs in one process, on the devices and the mesh
+(`jax.set_mesh`) of the caller, and prints nothing unless `progress=True`. Wrong arguments raise `InputError`,
+a subclass of ValueError.
 """
 
 import dataclasses
@@ -48,10 +49,10 @@ from adapt_jax.training.step import Teacher, batch_shapes, make_step
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-  """A decoder: parameters as a plain pytree (`adapt_jax.models.network.llama`), and what they are.
+  """A decoder: parameters as a plain pytree (`adapt_jax.models.network.llama`), and their description.
 
-  dtype: of the checkpoint that it came from, and of what `save` writes. generation: fields of
-  generation_config.json. dense: parameters of the model that it was pruned from; 0 if it was not.
+  dtype: dtype of the original checkpoint, also used by `save`. generation: fields of generation_config.json.
+  dense: number of parameters before pruning; 0 if the model was not pruned.
   """
 
   config: ModelConfig
@@ -157,7 +158,7 @@ def prune(
     pruner = Pruner(config, settings, blocks, seed=seed, compiler=compiler, dtype=dtype, method=kind)
     if wanted < (smallest := pruner.smallest):
       raise InputError(
-        f'target = {target:g} asks for {wanted:,} parameters, but what the method always keeps already has '
+        f'target = {target:g} asks for {wanted:,} parameters, but the method always keeps '
         f'{smallest:,}: raise it'
       )
     steps = pruner.prune(pruner.stack(params, dense), dense, PruneState.start(config), wanted, 'prune')
@@ -193,12 +194,13 @@ def recover(
     text_field, messages_field: as for `rows`.
     options: other options of `config.train`, by name: lr, batch, length, schedule, weights and so on.
 
-  Weights are float32 afterwards. The text's tokens are kept in the user's cache directory. Raises InputError.
+  Weights are float32 afterwards. The tokens of the text are kept in the user's cache directory. Raises
+  InputError.
   """
   arguments.check_model(model.config)
   if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
     raise InputError(
-      f'teacher: has {teacher.config.vocab_size:,} token ids, the model {model.config.vocab_size:,}: give '
+      f'the teacher has {teacher.config.vocab_size:,} token ids, the model {model.config.vocab_size:,}: use '
       f'the model that it was pruned from'
     )
   settings = arguments.train_options(text, tokens, teacher is not None, options, model.config)
@@ -276,10 +278,11 @@ def generate(
   seed: int = 0,
   progress: bool = False,
 ) -> Any:
-  """What the model makes of a prompt: a string, or a list of them for several prompts.
+  """The continuation of a prompt as a string, or a list of continuations for several prompts.
 
-  chat: whether a prompt is a user's message in the chat template, where there is one; otherwise it is text to
-  continue. temperature 0 takes the likeliest tokens. Raises InputError for an empty or too long prompt.
+  chat: whether to render prompts with the chat template, if there is one, as user messages; otherwise they
+  are continued as plain text. temperature 0 takes the most likely tokens. Raises InputError for an empty or
+  too long prompt.
   """
   arguments.check_tokenizer(model.tokenizer)
   drawn = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
@@ -305,13 +308,13 @@ def save(
   gguf_types: str | Sequence[str] = ('auto',),
   progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
-  """Writes directory/FORMAT for each format, reads it back and compares; what is known of each.
+  """Writes directory/FORMAT for each format, reads it back and compares it; returns facts about each.
 
-  formats: hf (transformers, vLLM, MLX-LM), hf_padded, gguf (llama.cpp). dtype auto: that of `model.dtype`.
-  A directory is whole or absent, and an older one is replaced; `load(directory)` reads its hf/. Raises
-  InputError for a form that cannot hold the model.
+  formats: hf (transformers, vLLM, MLX-LM), hf_padded, gguf (llama.cpp). dtype auto: `model.dtype`. A
+  directory is complete or absent, and replaces an older one; `load(directory)` reads its hf/. Raises
+  InputError for a format that cannot represent the model.
   """
-  asked = {'formats': formats, 'dtype': dtype, 'gguf_types': gguf_types}  # one alone may be a string
+  asked = {'formats': formats, 'dtype': dtype, 'gguf_types': gguf_types}  # a single one may be a string
   options = from_dict({'export': asked}).export
   check_formats(options, model.config)
   check_tokenizer(options, model.tokenizer)

@@ -29,7 +29,7 @@ _NAMES = {name for field, _ in declarations() for name in field.split('.')}
 
 
 def as_library(function: Callable[_P, _T]) -> Callable[_P, _T]:
-  """Messages name arguments, not fields of a recipe."""
+  """Makes messages name arguments instead of config fields."""
 
   def argument(match: re.Match[str]) -> str:
     known = {match[2], match[1].partition('.')[0]} & _NAMES  # not config.json
@@ -49,7 +49,7 @@ def as_library(function: Callable[_P, _T]) -> Callable[_P, _T]:
 def check_model(config: ModelConfig) -> None:
   """Raises InputError for a model that cannot be pruned or trained, or that the current mesh cannot split."""
   if config.sliced_from:
-    raise InputError('the model is sliced by SliceGPT, and no method prunes or trains such a model')
+    raise InputError('the model is sliced by SliceGPT and cannot be pruned or trained')
   mesh.check_model(config)
 
 
@@ -60,14 +60,14 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def prune_options(named: dict[str, Any], tokens: np.ndarray, config: ModelConfig) -> PruneOptions:
-  """Of `config.prune`, by these names and for these rows; aligned for `serve` and the mesh."""
+  """The options of `config.prune` with these values, for these rows; aligned for `serve` and the mesh."""
   for name in ('stages', 'stage_targets', 'calibration'):
     if name in named:
-      raise InputError(f'{name} = {named[name]!r} is for the command: call prune and recover in a loop')
+      raise InputError(f'{name} = {named[name]!r} is for the CLI: call prune and recover in a loop')
   calibration = {'samples': len(tokens), 'length': tokens.shape[1]}
   options = serving_widths.aligned(from_dict({'prune': named | {'calibration': calibration}}))
   if options.prune.method == slicegpt.METHOD:
-    raise InputError(f'method = {slicegpt.METHOD!r} is for the command alone: name another')
+    raise InputError(f'method = {slicegpt.METHOD!r} is for the CLI only: choose another')
   serving_widths.check_model(options.prune.serve, config)
   _check_rows('rows', len(tokens))
   return options.prune
@@ -75,13 +75,13 @@ def prune_options(named: dict[str, Any], tokens: np.ndarray, config: ModelConfig
 
 def _check_rows(name: str, count: int) -> None:
   if count % (shards := row_shards()):
-    raise InputError(f'{name}: {count} rows must be a multiple of the {shards} devices that share rows')
+    raise InputError(f'{name}: {count} rows must be a multiple of the {shards} devices that split rows')
 
 
 def pruning_method(
   options: PruneOptions, method: str | type[Method], importance: str | Importance
 ) -> type[Method] | None:
-  """The class, if it is not the one that `options` name: one from outside, or with such an importance."""
+  """The class, if it differs from that of `options`: a user's class, or one with another importance."""
   found = None if isinstance(method, str) else method
   base = found or METHODS[options.method]
   if importance != '' and base.importance:
@@ -96,13 +96,13 @@ def pruning_method(
 def train_options(
   text: Text, tokens: int, distils: bool, options: dict[str, Any], config: ModelConfig
 ) -> TrainOptions:
-  """Of `config.train`; `distils`: there is a teacher."""
+  """The options of `config.train`; `distils`: whether there is a teacher."""
   length = token_ids(text, config, 'text').shape[1] if is_ids(text) else 0
   given = {'tokens': tokens, 'save_every': 10**9, **options}
   given |= {'length': length} if length else {'source': entries(text)}
   distill = {'alpha': float(distils)} | dict(options.get('distill', {}))
   if distill.get('cache') or (distill['alpha'] and not distils):
-    raise InputError(f'distill = {distill}: needs a teacher, and keeps nothing on disk: give teacher=')
+    raise InputError(f'distill = {distill}: pass a model as teacher= and leave cache at 0')
   train = from_dict({'train': given | {'distill': distill}}).train
   if tokens < train.batch * train.length:
     raise InputError(
@@ -114,7 +114,7 @@ def train_options(
 
 
 def generate_options(seed: int, **options: Any) -> RunOptions:
-  """With these of `config.generate`, and a seed."""
+  """Options with these values of `config.generate`, and a seed."""
   return from_dict({'seed': seed, 'generate': options})
 
 
@@ -133,7 +133,7 @@ def token_ids(tokens: Any, config: ModelConfig, name: str) -> np.ndarray:
   if found.ndim != 2 or not np.issubdtype(found.dtype, np.integer) or found.size == 0 or found.shape[1] < 2:
     raise InputError(f'{name}: {found.dtype} of shape {list(found.shape)}: give token ids [N, T]')
   if found.min() < 0:
-    raise InputError(f'{name}: has the token id {found.min()}: ids count from 0')
+    raise InputError(f'{name} has the token id {found.min()}: ids start at 0')
   check_vocab(int(found.max()), config.vocab_size, name)
   return found.astype(np.int32)
 
@@ -146,7 +146,7 @@ def data_options(text_field: str, messages_field: str) -> DataOptions:
 def blocks(
   text: Text, data: DataOptions, config: ModelConfig, tokenizer: Any, length: int, most: int
 ) -> Blocks:
-  """Windows of the first `most` tokens of a text, or the rows that are given."""
+  """Windows of the first `most` tokens of a text, or the given rows."""
   if is_ids(text):
     ids = token_ids(text, config, 'text')
     targets = np.ones(ids.shape, bool)

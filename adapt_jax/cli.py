@@ -1,6 +1,6 @@
 """The command line: flags, devices, and which mode runs.
 
-`adapt-jax`, where the package is installed, and `python main.py` in a checkout are the same.
+`adapt-jax`, if the package is installed, and `python main.py` in a checkout are the same.
 """
 
 import ast
@@ -32,7 +32,7 @@ from adapt_jax.pruning.serving_widths import aligned
 
 
 class _Strings(flags.ArgumentParser):
-  """A list on the command line: a.txt,b.txt or, as Python has it, "('a,b.txt',)" or "({'seed': (0, 1)},)"."""
+  """A list on the command line: a.txt,b.txt or, in Python syntax, "('a,b.txt',)" or "({'seed': (0, 1)},)"."""
 
   def parse(self, argument: Any) -> tuple[str, ...]:
     if not isinstance(argument, str):
@@ -47,7 +47,7 @@ class _Strings(flags.ArgumentParser):
 
 config_flags.register_flag_parser_for_type(tuple, _Strings())
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe: its name, such as demo, or its file.')
-_WORKDIR = flags.DEFINE_string('workdir', '', 'Where all results of this run go.')
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Directory for all results of this run.')
 _RUN = {
   'accel': accel.run,
   'prune': accel.run,
@@ -57,21 +57,21 @@ _RUN = {
   'compare': compare.run,
   'bench': bench.run,
 }
-_MODE = flags.DEFINE_enum('mode', 'accel', [*_RUN, 'plan', 'generate'], 'What to do.')
-_PROMPT = flags.DEFINE_multi_string('prompt', [], 'What --mode=generate continues; may be repeated.')
+_MODE = flags.DEFINE_enum('mode', 'accel', [*_RUN, 'plan', 'generate'], 'The mode to run.')
+_PROMPT = flags.DEFINE_multi_string('prompt', [], 'Prompt for --mode=generate; may be repeated.')
 _NO_CONFIG = '--config is missing: name a recipe such as base; adapt-jax --help lists them'
 _KINDS = {  # a sign in Python's message -> what the option takes
   'invalid literal for int': 'a whole number, such as 10_000_000',
   'convert string to float': 'a number, such as 1e-4',
   'boolean flag': 'True or False',
 }
-_ONE_DEVICE = ('sensitivity',)  # the others use all, compare and export those of one process
+_ONE_DEVICE = ('sensitivity',)  # other modes use all devices; compare and export those of one process
 _DISTRIBUTED = flags.DEFINE_enum(
   'distributed', 'auto', processes.MODES, 'Whether the scheduler starts several processes.'
 )
 _ADDRESS = flags.DEFINE_string('coordinator_address', '', 'host:port of process 0, without a scheduler.')
-_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'How many processes, without a scheduler.')
-_PROCESS = flags.DEFINE_integer('process_id', -1, 'Which of them this is, from 0.')
+_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'Number of processes, without a scheduler.')
+_PROCESS = flags.DEFINE_integer('process_id', -1, 'Index of this process, from 0.')
 
 
 def _options(mode: str) -> RunOptions:
@@ -82,7 +82,7 @@ def _options(mode: str) -> RunOptions:
     values = _CONFIG.value.to_dict()
   except OSError:  # config_flags loads the recipe at its first use
     raise InputError(_no_recipe(name)) from None
-  except Exception as error:  # a recipe is a program of the user's: it may fail in any way
+  except Exception as error:  # a recipe is user code and may fail in any way
     raise InputError(f'--config={name}: the recipe fails: {type(error).__name__}: {error}') from error
   options = from_dict(values)
   if mode in ('prune', 'sensitivity'):
@@ -95,13 +95,13 @@ def _options(mode: str) -> RunOptions:
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise InputError(f'{argv[1]!r} is not understood: flags are written --name=value')
-  logging.set_verbosity(logging.WARNING)  # orbax tells a page a checkpoint
+  logging.set_verbosity(logging.WARNING)  # orbax logs a page per checkpoint
   mode = _MODE.value
   options = _options(mode)
   if mode == 'plan':
     estimate.simulate(options.plan.devices)
   processes.start(_DISTRIBUTED.value, _ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-  if mode != 'plan':  # it asks the compiler for more than a kept program may tell
+  if mode != 'plan':  # it needs details that the cache of compiled programs lacks
     keep_programs()
   if jax.process_count() > 1 and mode not in ('accel', 'prune', 'evaluate'):
     raise InputError(f'--mode={mode} runs in one process, not in {jax.process_count()}: start it alone')
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
   with contextlib.ExitStack() as stack:
     if mode not in _ONE_DEVICE and (devices := mesh.make_mesh(options.mesh)):
       stack.enter_context(jax.set_mesh(devices))
-    if mode != 'compare':  # which does it for each cell
+    if mode != 'compare':  # it does this for each cell
       options = aligned(options)
     if mode == 'plan':
       estimate.run(options)
@@ -119,8 +119,8 @@ def main(argv: list[str]) -> None:
       return
     workdir = Workdir(_WORKDIR.value, identity(mode, options))
     processes.decide(workdir.check)
-    if processes.decide(workdir.report.exists) and mode != 'compare':  # its cells tell what is finished
-      more = f'; --mode=export --config.model.source={workdir.path} writes its model in other forms'
+    if processes.decide(workdir.report.exists) and mode != 'compare':  # its cells record what is finished
+      more = f'; --mode=export --config.model.source={workdir.path} writes its model in other formats'
       processes.say(f'this run is finished: see {workdir.report}{more * (mode in ("accel", "prune"))}')
       return
     stack.enter_context(preemption.watched())
@@ -128,21 +128,21 @@ def main(argv: list[str]) -> None:
 
 
 def _sources(options: RunOptions) -> list[str]:
-  """The model and all texts that the options name."""
+  """The model and all texts named in the options."""
   texts = [source for sources in options.evaluate.texts.values() for source in sources]
   return [options.model.source, *options.prune.calibration.source, *options.train.source, *texts]
 
 
 def _command() -> str:
-  """What was typed, as a shell reads it."""
+  """The command as typed, quoted for a shell."""
   program, *arguments = sys.argv
   started = ['python', program] if program.endswith('.py') else [pathlib.Path(program).name]
   return shlex.join([*started, *arguments])
 
 
 def _no_recipe(name: str) -> str:
-  hint = cli_help.close_recipe(name) or ', and files of your own end with .py'
-  return f'--config={name}: no such file, and no recipe that adapt-jax --help lists{hint}'
+  hint = cli_help.close_recipe(name) or '; your own files must end with .py'
+  return f'--config={name}: no such file or recipe (adapt-jax --help lists recipes){hint}'
 
 
 def _wrong_kind(message: str) -> str:
@@ -165,13 +165,13 @@ def _parse(argv: list[str]) -> list[str]:
     raise InputError(first_line(error)) from error
   except flags.Error as error:
     lines = [line for line in str(error).splitlines() if line.strip()]
-    if any(line.startswith('Traceback') for line in lines):  # of a recipe that fails: its last line tells why
+    if any(line.startswith('Traceback') for line in lines):  # of a failed recipe: its last line is the reason
       lines = [lines[0], lines[-1]]
     raise InputError(_wrong_kind(' '.join(' '.join(lines).split()))) from error
-  except AttributeError as error:  # ml_collections has no such field, and may know which one is meant
+  except AttributeError as error:  # ml_collections found no such field, and may suggest one
     found = re.sub(r'\\n|[\\"\']', ' ', str(error.args[0])).split()  # it quotes itself twice
     raise InputError(f'no option {" ".join(found)}; --mode=MODE --help lists them') from None
-  except Exception as error:  # the recipe is loaded here: a program of the user's, it may fail in any way
+  except Exception as error:  # the recipe is loaded here; user code may fail in any way
     name = config_flags.get_config_filename(flags.FLAGS['config'])
     if isinstance(error, OSError) and not pathlib.Path(name).exists():
       raise InputError(_no_recipe(name)) from None
@@ -181,37 +181,34 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def run() -> None:
-  """Runs the command line that was given; exit code 2 where a user must correct something."""
+  """Runs the command line; the exit code is 2 if the user must correct something."""
   try:
     app.run(main, flags_parser=_parse)
   except InputError as error:
     _fail(str(error))
   except preemption.Preempted as stop:
     stopped = f'stopped by {preemption.cause()}'
-    processes.say(' '.join((stopped, *stop.args)) + ': the same command goes on from here')
+    processes.say(' '.join((stopped, *stop.args)) + ': run the same command to continue')
     if preemption.cause() != 'SIGTERM':
       processes.leave(130)
   except KeyboardInterrupt:
     print('stopped by Ctrl-C', file=sys.stderr)
     processes.leave(130)
-  except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+  except BrokenPipeError:  # the reader of the output has ended, as in `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if _WORKDIR.present:
-      print('error: nobody reads the output any more: the same command goes on from here', file=sys.stderr)
+      print('error: the output pipe was closed: run the same command to continue', file=sys.stderr)
     processes.leave(1)
   except Exception as error:
     if reason := disk_full(error):
-      _fail(
-        f'--workdir={_WORKDIR.value}: {reason}: free space and start the same command again, it goes on from '
-        f'what is saved'
-      )
+      _fail(f'--workdir={_WORKDIR.value}: {reason}: free space and run the same command again to resume')
     if not jax.distributed.is_initialized():
       raise
     traceback.print_exc()
     if isinstance(error, jax.errors.JaxRuntimeError):
       print(
-        'error: this process cannot go on, most likely since another one of the run has ended: start them '
-        'all again, the run goes on from its last checkpoint',
+        'error: this process cannot continue, probably because another one of the run has ended: start all '
+        'of them again to resume from the last checkpoint',
         file=sys.stderr,
       )
     processes.leave(1)

@@ -1,4 +1,4 @@
-"""What `--help` and `--version` print, the recipes that come with the package, and the page of options.
+"""Texts of `--help` and `--version`, the recipes in the package, and the page of options.
 
 python -m adapt_jax.cli_help > docs/options.md
 """
@@ -14,21 +14,21 @@ from adapt_jax.config.declare import Declaration
 from adapt_jax.config.identity import reads
 from adapt_jax.config.options import RunOptions
 
-# Recipes lie beside this file: in the wheel as a folder, in a checkout as a link to configs/.
+# Recipes are next to this file: a folder in the wheel, a link to configs/ in a checkout.
 RECIPES = pathlib.Path(__file__).parent / 'configs'
 MODES = {
   'accel': 'prune and recover in stages (the default)',
   'prune': 'prune without training',
-  'evaluate': 'perplexity of model.source, and its scores on tasks',
-  'export': 'model.source in the forms of export.formats',
-  'generate': 'what model.source makes of --prompt=TEXT, which may be repeated',
-  'bench': 'speed and memory of model.source beside a dense model',
-  'compare': 'a grid over config fields, each cell a run',
-  'sensitivity': 'perplexity when one layer alone is pruned, for every layer',
-  'plan': 'memory and time of a run, from shapes alone',
+  'evaluate': 'measure perplexity and task scores of model.source',
+  'export': 'write model.source in the formats of export.formats',
+  'generate': 'continue --prompt=TEXT, which may be repeated, with model.source',
+  'bench': 'compare speed and memory of model.source with a dense model',
+  'compare': 'run a grid over config fields',
+  'sensitivity': 'measure perplexity with only one layer pruned, for every layer',
+  'plan': 'estimate memory and time of a run from shapes alone',
 }
 _USAGE = """\
-Prunes a LLaMA-family model and recovers it by interleaved training.
+Prunes a LLaMA-family model and recovers its quality by interleaved training.
 
     adapt-jax --config=RECIPE --workdir=DIRECTORY [--mode=MODE] [--config.FIELD=VALUE ...]
 
@@ -37,12 +37,12 @@ Prunes a LLaMA-family model and recovers it by interleaved training.
 Modes:
 {modes}
 
-Recipes, by name, or a file of your own; RECIPE:VARIANT where one has variants:
+Recipes (a name or your own file; RECIPE:VARIANT if a recipe has variants):
 {recipes}
 
-Fields: --mode=MODE --help lists what that mode reads, with default and meaning.
+Fields: --mode=MODE --help lists the fields of a mode, with defaults and meanings.
 Several processes: --distributed, --coordinator_address, --num_processes, --process_id (docs/cluster.md).
-Guides: the folder docs/ of the repository, README.md first.
+Guides: README.md and docs/ in the repository.
 """
 _PAGE = """
 On the command line write `--config.prune.target=0.75`, in a recipe `config.prune.target = 0.75`. Separate
@@ -50,7 +50,7 @@ several values with commas. This page is generated from the declarations (`pytho
 
 
 def asked_for(arguments: list[str]) -> str:
-  """The text that these arguments ask for; '' if they ask for a run."""
+  """The text that these arguments request; '' if they request a run."""
   if '--version' in arguments:
     return f'adapt-jax {importlib.metadata.version("adapt-jax")}'
   if not {'--help', '-h', '-help', '--helpfull'} & set(arguments):
@@ -82,8 +82,8 @@ def _table(rows: dict[str, str]) -> str:
 
 
 def _fields(mode: str) -> str:
-  """The options that a mode reads: name, default, range or choices, meaning."""
-  options, lines = RunOptions(), [f'--mode={mode}: {MODES[mode]}. It reads:', '']
+  """The options of a mode: name, default, range or choices, meaning."""
+  options, lines = RunOptions(), [f'--mode={mode}: {MODES[mode]}. Its fields:', '']
   for field, declared in declarations():
     if not reads(mode, field):
       continue
@@ -117,7 +117,7 @@ def options_page() -> str:
 
 
 def with_recipes(argv: list[str]) -> list[str]:
-  """The arguments, a recipe's name in them replaced by its file: --config=demo, --config=studies:loss."""
+  """The arguments with the name of a recipe replaced by its file: --config=demo, --config=studies:loss."""
   found, after_flag = [], False
   for argument in argv:
     flag, equals, value = argument.partition('=')
@@ -131,7 +131,7 @@ def with_recipes(argv: list[str]) -> list[str]:
 
 
 def close_recipe(name: str) -> str:
-  """A hint at the recipe that may be meant; '' if none is alike."""
+  """A hint at a recipe with a similar name; '' if there is none."""
   names = [path.stem for path in RECIPES.glob('*.py')]
   found = difflib.get_close_matches(pathlib.PurePath(name).stem, names, 1)
   return f'; did you mean {found[0]}?' if found else ''
@@ -139,7 +139,7 @@ def close_recipe(name: str) -> str:
 
 def _recipe(value: str) -> str:
   given, colon, variant = value.partition(':')
-  # configs/demo.py and demo.py too, as a checkout's pages write it, where there is no such file.
+  # Also accepts configs/demo.py and demo.py, as written in the docs, if there is no such file.
   name = given.removeprefix('configs/').removesuffix('.py')
   file = RECIPES / f'{name}.py'
   known = name.isidentifier() and file.exists() and not pathlib.Path(given).is_file()

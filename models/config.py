@@ -79,7 +79,7 @@ class ModelConfig:
 
   def __post_init__(self) -> None:
     if self.family not in FAMILIES:
-      raise InputError(f'model family {self.family!r} is unknown: one of {", ".join(FAMILIES)}')
+      raise InputError(f'model family {self.family!r} is unknown; known: {", ".join(FAMILIES)}')
     if not self.layers:
       raise InputError('a model needs at least one decoder layer')
     if self.head_dim % 2:

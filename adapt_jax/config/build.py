@@ -1,4 +1,4 @@
-"""Options from and to plain dicts, such as recipes give; checked field by field."""
+"""Converts options from and to plain dicts, such as those of recipes, and checks every field."""
 
 import dataclasses
 import types
@@ -14,12 +14,12 @@ from adapt_jax.models.errors import InputError
 
 
 def defaults() -> dict[str, Any]:
-  """Every option with its default, in groups: what `configs/base.py` shows."""
+  """Every option with its default, in groups, as in `configs/base.py`."""
   return dataclasses.asdict(RunOptions())
 
 
 def from_dict(values: dict[str, Any]) -> RunOptions:
-  """Builds and checks the options; a field that is absent has its default.
+  """Builds and checks the options; absent fields have their defaults.
 
   Raises InputError naming field, value and remedy.
   """
@@ -42,7 +42,7 @@ def _build(cls: Any, values: Any, where: str) -> Any:
 def _convert(kind: Any, value: Any, where: str) -> Any:
   if dataclasses.is_dataclass(kind):
     return _build(kind, value, where)
-  if isinstance(kind, types.GenericAlias):  # one string or number is a tuple of one
+  if isinstance(kind, types.GenericAlias):  # a single string or number becomes a tuple
     convert = {float: numbers, int: integers, str: strings}.get(typing.get_args(kind)[0], grid)
     return convert(value, where)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -97,7 +97,7 @@ def choices(field: str) -> tuple[str, ...]:
 
 
 def flatten(groups: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """{'prune': {'target': 0.8}} as {'prune.target': 0.8}; tuples as the lists that JSON makes of them."""
+  """{'prune': {'target': 0.8}} as {'prune.target': 0.8}; tuples become lists, as in JSON."""
   found: dict[str, Any] = {}
   for name, value in groups.items():
     if isinstance(value, dict):

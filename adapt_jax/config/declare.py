@@ -1,21 +1,21 @@
-"""How an option is declared: a dataclass field whose metadata say what a reader and a check need to know."""
+"""Declares options: dataclass fields whose metadata describe them for readers and checks."""
 
 import dataclasses
 from typing import Any
 
 MAX_SPARSITY = 0.99  # of a layer (paper section 3)
 ALIGNMENT = (1, 65_536)
-COUNT, LENGTH, TOKENS = (1, 10**9), (2, 10**7), (0, 10**15)  # ranges that several options share
+COUNT, LENGTH, TOKENS = (1, 10**9), (2, 10**7), (0, 10**15)  # ranges shared by several options
 
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-  """What is said of an option beside its type and default.
+  """The description of an option, in addition to its type and default.
 
-  meaning: for the reader, in plain words.
-  within: lowest and highest value, both allowed; of each item where the option holds several.
-  choices: the values allowed; of each item where the option holds several, each once. '' allows none.
-  result: whether the run's result depends on it. Options that change only memory, speed or the forms of the
+  meaning: description for readers.
+  within: lowest and highest allowed value; for an option with several values, of each value.
+  choices: the allowed values; an option with several values may have each once, and none if '' is a choice.
+  result: whether the run's result depends on it. Options that change only memory, speed or the formats of the
     result may differ when a run is resumed.
   """
 
@@ -42,5 +42,5 @@ def group(options: type) -> Any:
 
 
 def declaration(field: dataclasses.Field[Any]) -> Declaration | None:
-  """What is declared of a field; None for a group of fields."""
+  """The declaration of a field; None for a group of fields."""
   return field.metadata.get('declared')

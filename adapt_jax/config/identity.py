@@ -1,4 +1,4 @@
-"""What makes two runs the same: the mode, and those options that the mode reads and its result depends on."""
+"""The identity of a run: its mode, and the options that its result depends on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +7,9 @@ from adapt_jax.config.build import declarations, get
 from adapt_jax.config.options import RunOptions
 
 _PRUNE = ('seed', 'model', 'data', 'prune', 'evaluate', 'export')
-# Groups and fields that each mode with a workdir reads. Of a group only the options count that the result
-# depends on (`Declaration.result`); a field that is named itself always counts. A grid may grow, and its
-# plots may change: each of its cells is a run with an identity of its own.
+# Groups and fields that each mode with a workdir reads. In a group, only options that the result depends on
+# (`Declaration.result`) count; a field that is named individually always counts. A grid may grow, and its
+# plots may change, since each of its cells is a run with its own identity.
 _READS = {
   'accel': (*_PRUNE, 'train'),
   'prune': _PRUNE,
@@ -26,7 +26,7 @@ _READS = {
   'bench': ('seed', 'model', 'bench'),
 }  # fmt: skip
 
-# What a mode reads besides, or all of it where it has no workdir.
+# What a mode reads in addition; for modes without a workdir, everything.
 _BESIDE = {
   **dict.fromkeys(('accel', 'prune'), ('mesh', 'tracker')),
   'evaluate': ('mesh',),
@@ -37,21 +37,21 @@ _BESIDE = {
 
 
 def identity(mode: str, options: RunOptions) -> dict[str, Any]:
-  """{'mode': …, 'config': groups of options}, as `run.json` has it."""
+  """{'mode': …, 'config': groups of options}, as in `run.json`."""
   reads = _READS[mode]
-  if mode == 'compare' and not options.compare.recover:  # its cells are only pruned
+  if mode == 'compare' and not options.compare.recover:  # cells are only pruned
     reads = tuple(name for name in reads if name != 'train')
   return {'mode': mode, 'config': settings(options, reads)}
 
 
 def reads(mode: str, field: str) -> bool:
-  """Whether a mode reads an option such as 'prune.target', whatever its result depends on."""
+  """Whether a mode reads an option such as 'prune.target', even if its result does not depend on it."""
   named = (*_READS.get(mode, ()), *_BESIDE.get(mode, ()))
   return any(field == name or field.startswith(f'{name}.') for name in named)
 
 
 def settings(options: RunOptions, reads: Sequence[str] = _READS['accel']) -> dict[str, Any]:
-  """Of these groups the options that a result depends on, and these fields: {'prune': {'target': 0.8}}."""
+  """The options of these groups that a result depends on, and these fields: {'prune': {'target': 0.8}}."""
   groups = tuple(f'{name}.' for name in reads)
   found: dict[str, Any] = {}
   for field, declared in declarations():

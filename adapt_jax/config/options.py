@@ -1,12 +1,12 @@
 """Every option of a run, declared once: type, default, meaning, range and choices.
 
-`config.prune.target` on the command line is the field `target` of `PruneOptions` here; options that only one
-mode reads are in `mode_options.py`. `configs/base.py` and the recipes are views of these declarations,
-`build.py` makes and checks the dataclasses, and `rules.py` holds the rules between fields. Below `main.py`
-nobody sees a ConfigDict.
+`config.prune.target` on the command line is the field `target` of `PruneOptions`. Options that only one mode
+reads are in `mode_options.py`. `configs/base.py` and the recipes are based on these declarations,
+`build.py` creates and checks the dataclasses, and `rules.py` checks the rules that involve several fields.
+Only the command line uses ConfigDict.
 
-A source is a tuple of .txt, .jsonl, .json or .parquet files, directories or globs of them, or a hub data set
-`org/name`, `org/name:split` or `org/name:config:split`; on the command line, names separated by commas.
+A source is a tuple of .txt, .jsonl, .json or .parquet files, directories or globs of such files, or hub data
+sets `org/name`, `org/name:split` or `org/name:config:split`; on the command line, separated by commas.
 """
 
 import dataclasses
@@ -29,42 +29,44 @@ class ModelOptions:
   source: str = option('', 'Hub id, Hugging Face directory, .gguf file, or the workdir of a run.')
   dtype: str = option(
     'auto',
-    'Of activations and matrix products; training keeps fp32 master weights. auto is float32 on a CPU, so '
-    "that figures do not depend on the CPU's kind (bfloat16 is faster by two fifths where it has AVX-512 "
-    'BF16: benchmarks/RESULTS.md), and bfloat16 on accelerators.',
+    'Dtype of activations and matrix products; training keeps fp32 master weights. auto: bfloat16 on '
+    'accelerators and float32 on CPUs, so that results do not depend on the kind of CPU (with AVX-512 BF16, '
+    'bfloat16 is two fifths faster: benchmarks/RESULTS.md).',
     choices=('auto', 'float32', 'bfloat16'),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshOptions:
-  """How the devices of all processes share the work (docs/cluster.md); -1 takes the devices that are left."""
+  """How the devices of all processes split the work (docs/cluster.md); -1: all remaining devices."""
 
-  data: int = option(1, 'Devices that share the rows of a batch, each with all weights.', result=False)
+  data: int = option(1, 'Devices that split the rows of a batch; each holds all weights.', result=False)
   fsdp: int = option(
-    -1, 'Devices that share the weights, the optimizer state and the rows of a batch.', result=False
+    -1,
+    'Devices that split the weights, the optimizer state and the rows of a batch; -1: all that remain.',
+    result=False,
   )
   tensor: int = option(
     1,
-    'Devices that share KV groups, MLP channels and vocabulary; pruning then keeps widths that this divides.',
+    'Devices that split KV groups, MLP channels and the vocabulary; pruning keeps widths divisible by it.',
     result=False,
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-  """How texts are read."""
+  """How data is read."""
 
-  text_field: str = option('text', 'Field of .jsonl, .json, .parquet and hub rows that holds a text.')
+  text_field: str = option('text', 'Field with the text, in .jsonl, .json, .parquet and hub rows.')
   messages_field: str = option(
-    'messages', "Field that holds a chat; training then predicts the assistant's tokens only."
+    'messages', "Field with the messages of a chat; training predicts only the assistant's tokens."
   )
   chat_template: str = option(
-    '', "Empty: the tokenizer's own. plain (User: ... Assistant: ...) or a Jinja file for models without one."
+    '', "Chat template: plain (User: ... Assistant: ...) or a Jinja file. Empty: the tokenizer's own."
   )
   cache: str = option(
     '',
-    'Directory of tokenised training data, which may be deleted at any time. Empty: adapt-jax/tokens in '
+    'Directory for tokenised training data; it may be deleted at any time. Empty: adapt-jax/tokens in '
     '$XDG_CACHE_HOME or ~/.cache.',
     result=False,
   )
@@ -72,26 +74,30 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationOptions:
-  """The rows that scores and least squares are computed on."""
+  """The rows used for scoring and for compensation."""
 
   source: tuple[str, ...] = option(
     (),
-    'Text of the kinds that the model shall stay good at; rows come from the first 4 million tokens. self: '
-    'rows that the dense model writes, samples of them in all.',
+    'Text of the kinds that the model should stay good at; rows are drawn from the first 4 million tokens. '
+    'self: the dense model generates the rows, as many as samples.',
   )
   weights: tuple[float, ...] = option(
     (),
-    'For each entry of source its share of the rows. Empty: the entries one after another, of which the '
-    'first 4 million tokens count.',
+    'Share of the rows for each entry of source. Empty: the entries are concatenated, and their first 4 '
+    'million tokens are used.',
   )
-  samples: int = option(32, 'Rows, drawn afresh at every pruning step (the paper: 512).', within=COUNT)
+  samples: int = option(32, 'Number of rows, redrawn at every pruning step (512 in the paper).', within=COUNT)
   length: int = option(
-    1024, 'Tokens of a row, best as long as the texts to come (the paper: 64).', within=LENGTH
+    1024,
+    'Tokens per row; best as long as the texts that the model will see (64 in the paper).',
+    within=LENGTH,
   )
-  batch: int = option(4, 'Rows that pass a layer at once on a device, at most.', within=COUNT, result=False)
+  batch: int = option(
+    4, 'Maximum rows per device that pass through a layer at once.', within=COUNT, result=False
+  )
 
 
-# Methods that follow the paper's schedule step by step; the authors' program has these two.
+# Methods that follow the paper's schedule step by step; the authors' code has these two.
 PROGRESSIVE = ('adapt', 'uniform')
 
 
@@ -101,41 +107,43 @@ class PruneOptions:
 
   method: str = option(
     'obs',
-    'obs removes, in one shot a stage, the groups whose removal costs the loss least per parameter. adapt is '
-    "Adapt-Pruner, the paper's: layers lose by their importance, step by step. uniform is the same schedule "
-    'with all layers alike. The others are rivals, in one shot a stage; slicegpt narrows the residual stream '
-    'in place of the layers, and cannot be trained or adjusted after.',
+    'obs removes the groups whose removal raises the loss least per parameter, in one shot per stage. adapt '
+    'is Adapt-Pruner, the method of the paper: it prunes step by step, and important layers less. uniform '
+    'follows the same schedule with equal sparsity in all layers. The others are baselines, in one shot per '
+    'stage; slicegpt narrows the residual stream instead, and its model cannot be trained or compensated.',
     choices=(
       'obs', 'adapt', 'uniform', 'llm_pruner', 'flap', 'wanda_sp', 'magnitude', 'shortgpt', 'slicegpt',
     ),
   )  # fmt: skip
   compensate: str = option(
     'least_squares',
-    'How the remaining weights make up for what is removed, without training. least_squares solves o_proj '
-    "and down_proj anew on the calibration rows; bias adds biases to them (FLAP's way).",
+    'How the remaining weights compensate for removed groups, without training. least_squares refits o_proj '
+    'and down_proj on the calibration rows; bias adds biases to them, as in FLAP.',
     choices=('none', 'least_squares', 'bias'),
   )
   target: float = option(0.8, 'Fraction of the parameters to keep (up to 1), or their number (above 1).')
-  stages: int = option(1, "Rounds of pruning and recovery (the paper's N).", within=(1, 10_000))
+  stages: int = option(1, 'Rounds of pruning and recovery (N in the paper).', within=(1, 10_000))
   stage_targets: str = option(
-    'linear', 'How parameters fall from stage to stage.', choices=('linear', 'geometric')
+    'linear', 'How the number of parameters decreases from stage to stage.', choices=('linear', 'geometric')
   )
   steps: int = option(
     50,
-    'T of adapt and uniform: steps that would remove everything at ratio 1.',
+    'For adapt and uniform: number of steps to reach the sparsity ratio (T in the paper).',
     within=(1, 1_000_000),
   )
   ratio: float = option(
     1.0,
-    'rho of adapt and uniform: overall sparsity at step T; pruning stops at the target before.',
+    'For adapt and uniform: overall sparsity after all steps (rho in the paper); pruning ends at the target.',
     within=(1e-6, 1),
   )
   amplitude: float = option(
-    0.02, "A of adapt: how far a layer's importance bends its sparsity at each step.", within=(0, 1)
+    0.02,
+    "For adapt: how much a layer's importance changes its sparsity at each step (A in the paper).",
+    within=(0, 1),
   )
   importance: str = option(
     'taylor',
-    'Score of a group, for adapt and uniform; the other methods have their own.',
+    'For adapt and uniform: the score of a group. The other methods have their own.',
     choices=(
       'taylor', 'taylor_vectorize', 'taylor_second', 'taylor_mix', 'l1', 'l2', 'fluctuation', 'wanda',
       'curvature', 'random',
@@ -143,28 +151,29 @@ class PruneOptions:
   )  # fmt: skip
   layer_distance: str = option(
     'cosine',
-    "Between a layer's input and output: its importance for adapt. Other methods only report it (shortgpt: "
-    'always cosine).',
+    "Distance between a layer's input and output, its importance for adapt. Other methods only report it "
+    '(shortgpt always uses cosine).',
     choices=('cosine', 'euclidean', 'manhattan'),
   )
   align_kv: int = option(
-    1, 'A layer keeps a multiple of so many KV heads, or all that it has.', within=ALIGNMENT
+    1, 'Each layer keeps a multiple of this many KV heads, or all of them.', within=ALIGNMENT
   )
   align_ffn: int = option(
     1,
-    'A layer keeps a multiple of so many MLP channels, or all; 64 to 256 suit tensor cores and quantisation.',
+    'Each layer keeps a multiple of this many MLP channels, or all of them; 64 to 256 suit tensor cores and '
+    'quantisation.',
     within=ALIGNMENT,
   )
   serve: str = option(
     'any',
-    'The program that will run the result (docs/serving.md). gguf keeps multiples of 32 MLP channels for the '
-    'quantised types of llama.cpp (set align_ffn = 256 for K-quants). tensor_parallel=n keeps KV heads and '
-    'MLP channels that n devices can share.',
+    'The program that will run the pruned model (docs/serving.md). gguf keeps multiples of 32 MLP channels '
+    'for the quantised types of llama.cpp (set align_ffn = 256 for K-quants). tensor_parallel=n keeps KV '
+    'heads and MLP channels that n devices can split evenly.',
   )
   compat: str = option(
     '',
-    "reference repeats the errors of the authors' program, to compare with it: for adapt and uniform, with "
-    'compensate = none.',
+    "reference reproduces the bugs of the authors' code, for comparison. Needs the method adapt or uniform, "
+    'and compensate = none.',
     choices=('', 'reference'),
   )
   calibration: CalibrationOptions = group(CalibrationOptions)
@@ -175,24 +184,24 @@ class DistillOptions:
   """Distillation from the dense model: the loss is alpha * KL + (1 - alpha) * cross-entropy."""
 
   alpha: float = option(
-    1.0, 'Weight of the distillation; 0 is cross-entropy alone, without a teacher.', within=(0, 1)
+    1.0, 'Weight of the distillation loss; 0: only cross-entropy, without a teacher.', within=(0, 1)
   )
   temperature: float = option(1.0, 'Divides the logits of teacher and student.', within=(1e-3, 1e3))
   cache: int = option(
     0,
-    "Keeps so many of the teacher's likeliest ids for each token in the workdir, computed before anything "
-    'else, for a teacher that does not fit beside the student. 0: the teacher computes as it is needed.',
+    "How many of the teacher's most likely ids to save for each token in the workdir, before pruning starts, "
+    'if teacher and student do not fit in memory together. 0: the teacher runs during training.',
     within=(0, 4096),
   )
 
   @property
   def teacher_beside(self) -> bool:
-    """Whether the teacher computes beside the student."""
+    """Whether the teacher runs during training, in memory together with the student."""
     return self.alpha > 0 and not self.cache
 
   @property
   def kept_ids(self) -> int:
-    """How many of the teacher's ids are kept for each token; 0 where none are."""
+    """How many of the teacher's ids are saved for each token; 0 if none are."""
     return self.cache if self.alpha > 0 else 0
 
 
@@ -200,52 +209,52 @@ class DistillOptions:
 class TrainOptions:
   """Recovery training."""
 
-  source: tuple[str, ...] = option((), 'Texts or chats. self: rows that the dense model writes.')
+  source: tuple[str, ...] = option((), 'Texts or chats. self: the dense model generates the rows.')
   weights: tuple[float, ...] = option(
     (),
-    'For each entry of source its share of the rows; small sources repeat. Empty: the entries one after '
-    'another, of which the first max(tokens, 4 million) tokens are shuffled.',
+    'Share of the rows for each entry of source; small sources repeat. Empty: the entries are concatenated, '
+    'and their first max(tokens, 4 million) tokens are shuffled.',
   )
   layout: str = option(
     'packed',
-    'packed: documents end to end in rows; they do not attend to each other. padded: one document a row, '
-    'truncated or filled up, as the paper did.',
+    'packed: documents are concatenated into rows and do not attend to each other. padded: one document per '
+    'row, truncated or padded, as in the paper.',
     choices=('packed', 'padded'),
   )
   tokens: int = option(
-    0, 'Over all stages, padding included; 0 only where nothing is trained (--mode=prune).', within=TOKENS
+    0, 'Tokens of all stages, including padding; 0 only if nothing is trained (--mode=prune).', within=TOKENS
   )
-  batch: int = option(128, 'Rows of an optimizer step.', within=COUNT)
+  batch: int = option(128, 'Rows per optimizer step.', within=COUNT)
   micro_batch: int = option(
-    8, 'Rows at once on a device, at most; gradients accumulate.', within=COUNT, result=False
+    8, 'Maximum rows per device at once; gradients are accumulated.', within=COUNT, result=False
   )
-  length: int = option(1024, 'Tokens of a row.', within=LENGTH)
-  lr: float = option(1e-4, 'Highest learning rate (the paper: 2e-5).', within=(0, 1))
+  length: int = option(1024, 'Tokens per row.', within=LENGTH)
+  lr: float = option(1e-4, 'Peak learning rate (2e-5 in the paper).', within=(0, 1))
   min_lr: float = option(1e-5, 'Learning rate at the end of the schedule.', within=(0, 1))
   schedule: str = option(
-    'wsd', 'Of the learning rate: warmup-stable-decay, or cosine.', choices=('wsd', 'cosine')
+    'wsd', 'Learning rate schedule: warmup-stable-decay or cosine.', choices=('wsd', 'cosine')
   )
-  warmup: float = option(0.05, 'Fraction of all steps in which the learning rate rises.', within=(0, 1))
-  clip: float = option(1.0, 'Largest global norm of the gradient.', within=(1e-12, 1e12))
+  warmup: float = option(0.05, 'Fraction of all steps during which the learning rate rises.', within=(0, 1))
+  clip: float = option(1.0, 'Maximum global norm of the gradient.', within=(1e-12, 1e12))
   split: str = option(
     'linear',
-    'Tokens by stage; linear gives later stages more.',
+    'How tokens are split over the stages; linear gives later stages more.',
     choices=('linear', 'constant', 'cosine'),
   )
   optimizer_state: str = option(
     'carry',
-    'Whether pruning keeps the moments of the weights that remain.',
+    'Whether pruning keeps the optimizer moments of the remaining weights (carry) or sets them to zero.',
     choices=('carry', 'reset'),
   )
   mu_dtype: str = option(
     'float32',
-    "Of Adam's first moment; bfloat16 saves two bytes a weight.",
+    "Dtype of Adam's first moment; bfloat16 saves two bytes per weight.",
     choices=('float32', 'bfloat16'),
   )
   remat: bool = option(
     False,
-    'Whether the backward pass computes each layer again: less memory, slower by a tenth (CPU) to a third. '
-    'Otherwise it computes all but the products with weights again.',
+    'Whether the backward pass recomputes each layer entirely: less memory, slower by a tenth (CPU) to a '
+    'third. Otherwise it recomputes all but the products with weights.',
     result=False,
   )
   save_every: int = option(
@@ -256,27 +265,27 @@ class TrainOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-  """What is measured of the dense, the pruned and the recovered model (docs/evaluation.md)."""
+  """What is measured on the dense, pruned and recovered models (docs/evaluation.md)."""
 
   source: tuple[str, ...] = option(
     (),
-    'Held-out texts for perplexity. NAME=SOURCE names one, such as web=pages.jsonl,wiki=articles.txt: each '
-    'name is measured apart. Entries without a name are one text together.',
+    'Held-out texts for perplexity. NAME=SOURCE names a text, as in web=pages.jsonl,wiki=articles.txt; each '
+    'name is measured separately. Entries without a name form one text.',
   )
-  length: int = option(1024, 'Tokens of a window; windows do not overlap.', within=LENGTH)
-  batch: int = option(4, 'Windows at once on a device.', within=COUNT, result=False)
+  length: int = option(1024, 'Tokens per window; windows do not overlap.', within=LENGTH)
+  batch: int = option(4, 'Windows per device at once.', within=COUNT, result=False)
   max_tokens: int = option(
-    0, 'Tokens of each text at most, in windows spread evenly over it; 0: all.', within=TOKENS
+    0, 'Maximum tokens of each text, in windows spread evenly over it; 0: all.', within=TOKENS
   )
   tasks: tuple[str, ...] = option(
-    (), 'Tasks, groups and tags of lm-evaluation-harness, which the extra eval installs.'
+    (), 'Tasks, groups and tags of lm-evaluation-harness, which is installed by the extra eval.'
   )
-  suite: str = option('', "paper: the paper's whole protocol, besides tasks.", choices=('', 'paper'))
-  tasks_path: str = option('', 'Directory with task files (YAML) of your own.')
+  suite: str = option('', "paper: the paper's full protocol, in addition to tasks.", choices=('', 'paper'))
+  tasks_path: str = option('', 'Directory with your own task files (YAML).')
   fewshot: int = option(
-    -1, 'Examples before each question of tasks; -1: as the task says.', within=(-1, 1000)
+    -1, 'Few-shot examples for each question of tasks; -1: as the task defines.', within=(-1, 1000)
   )
-  limit: int = option(0, 'Questions of each task, the first ones; 0: all.', within=(0, 10**9))
+  limit: int = option(0, 'Use only the first questions of each task, this many; 0: all.', within=(0, 10**9))
 
   @property
   def texts(self) -> dict[str, tuple[str, ...]]:
@@ -285,29 +294,29 @@ class EvaluateOptions:
 
   @property
   def has_tasks(self) -> bool:
-    """Whether lm-evaluation-harness has work."""
+    """Whether tasks are evaluated with lm-evaluation-harness."""
     return bool(self.tasks or self.suite)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-  """The forms of the result, a directory of the workdir each (docs/serving.md)."""
+  """The formats of the result, each in a directory of the workdir (docs/serving.md)."""
 
   formats: tuple[str, ...] = option(
     ('hf',),
-    'hf: transformers, vLLM, MLX-LM. hf_padded: zeros up to the widest layer, for programs that know stock '
-    'classes only. gguf: llama.cpp.',
+    'hf: transformers, vLLM, MLX-LM. hf_padded: layers padded with zeros to equal widths, for programs that '
+    'support only stock classes. gguf: llama.cpp.',
     choices=('hf', 'hf_padded', 'gguf'),
     result=False,
   )
   dtype: str = option(
     'auto',
-    'Of the weights; auto: as in the source.',
+    'Dtype of the weights; auto: as in the source.',
     choices=('auto', 'float32', 'bfloat16', 'float16'),
   )
   gguf_types: tuple[str, ...] = option(
     ('auto',),
-    'A GGUF file each; auto: as dtype.',
+    'Tensor types, each a GGUF file; auto: as dtype.',
     choices=('auto', 'F32', 'F16', 'BF16', 'Q8_0', 'Q4_0'),
     result=False,
   )
@@ -330,12 +339,12 @@ class RunOptions:
   bench: BenchOptions = group(BenchOptions)
   export: ExportOptions = group(ExportOptions)
   seed: int = option(
-    0, 'Of calibration draws, data order and everything else that is random.', within=(0, 2**31 - 1)
+    0, 'Random seed of calibration draws, data order and everything else.', within=(0, 2**31 - 1)
   )
   tracker: tuple[str, ...] = option(
     (),
-    'Programs that also get the curves of metrics.jsonl: tensorboard (event files in the workdir), wandb '
-    "(Weights & Biases, with that program's own environment variables). Each is an extra of the package.",
+    'Trackers that also receive the curves of metrics.jsonl: tensorboard (event files in the workdir), wandb '
+    '(Weights & Biases, configured by its environment variables). Each needs the extra of the same name.',
     choices=('', 'tensorboard', 'wandb'),
     result=False,
   )

@@ -1,4 +1,4 @@
-"""Rules that tie several options together, or that a range does not say."""
+"""Checks of rules that involve several options, or that a range cannot express."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ def check(options: RunOptions) -> None:
   _check_sensitivity(options.sensitivity)
   depths = options.plan.depths
   if depths and (len(depths) != 2 or not 0 < depths[0] < depths[1]):
-    raise InputError(f'config.plan.depths = {depths}: give two growing numbers of layers, or none')
+    raise InputError(f'config.plan.depths = {depths}: give two increasing numbers of layers, or none')
 
 
 def _check_prune(prune: PruneOptions) -> None:
@@ -25,13 +25,13 @@ def _check_prune(prune: PruneOptions) -> None:
   _check_weights('prune.calibration', prune.calibration.weights, prune.calibration.source)
   if prune.compat and prune.method not in PROGRESSIVE:
     raise InputError(
-      f'config.prune.compat = {prune.compat!r} is of the methods {" and ".join(PROGRESSIVE)}, not of '
+      f'config.prune.compat = {prune.compat!r} is for the methods {" and ".join(PROGRESSIVE)}, not for '
       f'config.prune.method = {prune.method!r}: leave compat empty'
     )
   if prune.compat and prune.compensate != 'none':
     raise InputError(
-      f'config.prune.compensate = {prune.compensate!r} is not what config.prune.compat = {prune.compat!r} '
-      f"does: set it to 'none'"
+      f'config.prune.compensate = {prune.compensate!r} conflicts with config.prune.compat = '
+      f"{prune.compat!r}: set it to 'none'"
     )
   if not 0 < prune.target < math.inf:
     raise InputError(
@@ -50,8 +50,8 @@ def _check_weights(group: str, weights: tuple[float, ...], source: tuple[str, ..
   good = len(weights) == len(source) and all(0 <= x < math.inf for x in weights) and any(weights)
   if weights and not good:
     raise InputError(
-      f'config.{group}.weights = {weights!r} must be one number from 0 up for each of the {len(source)} '
-      f'entries of config.{group}.source, not all 0; or none, for all their documents alike'
+      f'config.{group}.weights = {weights!r} must have one number >= 0 for each of the {len(source)} '
+      f'entries of config.{group}.source, not all 0; or be empty to concatenate them'
     )
 
 
@@ -59,14 +59,14 @@ def _check_mesh(options: MeshOptions) -> None:
   sizes = dataclasses.asdict(options)
   for axis, size in sizes.items():
     if size < 1 and size != -1:
-      raise InputError(f'config.mesh.{axis} = {size}: give a number of devices, or -1 for all that are left')
+      raise InputError(f'config.mesh.{axis} = {size}: give a number of devices, or -1 for all that remain')
   if len(filling := [axis for axis, size in sizes.items() if size == -1]) > 1:
     raise InputError(
-      f'config.mesh.{filling[0]} = -1, and config.mesh.{filling[1]} too: only one can take all that are left'
+      f'config.mesh.{filling[0]} and config.mesh.{filling[1]} are both -1: set one to a number of devices'
     )
 
 
 def _check_sensitivity(options: SensitivityOptions) -> None:
   bases = options.bases
   if not bases or len(set(bases)) < len(bases):
-    raise InputError(f'config.sensitivity.bases = {bases!r}: name one or more numbers, each once')
+    raise InputError(f'config.sensitivity.bases = {bases!r}: give one or more numbers, each once')

@@ -1,6 +1,6 @@
-"""Values with a form of their own: several in one field, named texts, and `prune.serve`.
+"""Parses special values: lists, grids, named texts, and `prune.serve`.
 
-A recipe gives them as Python has them, the command line as strings.
+Recipes contain them as Python values, the command line as strings.
 """
 
 import re
@@ -10,13 +10,13 @@ from adapt_jax.config.declare import ALIGNMENT
 from adapt_jax.models.errors import InputError
 
 TENSOR_PARALLEL = 'tensor_parallel='
-TEXT = 'text'  # the name of a text that has none
-SELF = 'self'  # as a source: the dense model itself, which writes the text
+TEXT = 'text'  # the name of texts without one
+SELF = 'self'  # as a source: text that the dense model generates
 _NAMED = re.compile(r'([A-Za-z][\w-]*)=(.+)')
 
 
 def strings(value: Any, where: str) -> tuple[str, ...]:
-  """One string, or several, as a tuple without empty ones; InputError for anything else."""
+  """One or several strings as a tuple, without empty ones; InputError for anything else."""
   items = (value,) if isinstance(value, str) else value
   if not isinstance(items, (list, tuple)) or not all(isinstance(x, str) for x in items):
     raise InputError(f'{where} = {value!r} must be a list of strings')
@@ -24,7 +24,7 @@ def strings(value: Any, where: str) -> tuple[str, ...]:
 
 
 def numbers(value: Any, where: str) -> tuple[float, ...]:
-  """One number, or several; InputError for anything else."""
+  """One or several numbers as a tuple; InputError for anything else."""
   items = value if isinstance(value, (list, tuple)) else (value,)
   try:  # the command line gives strings
     return tuple(float(x) for x in items if x != '')
@@ -33,7 +33,7 @@ def numbers(value: Any, where: str) -> tuple[float, ...]:
 
 
 def integers(value: Any, where: str) -> tuple[int, ...]:
-  """One whole number, or several; InputError for anything else."""
+  """One or several whole numbers as a tuple; InputError for anything else."""
   found = numbers(value, where)
   if any(x != int(x) for x in found):
     raise InputError(f'{where} = {value!r} must be a list of whole numbers')
@@ -41,7 +41,7 @@ def integers(value: Any, where: str) -> tuple[int, ...]:
 
 
 def grid(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-  """Groups {field: values} of a grid, a lone value as a tuple of one; InputError for anything else."""
+  """The groups {field: values} of a grid; single values become tuples. InputError for anything else."""
   parts = (value,) if isinstance(value, dict) else value
   if not isinstance(parts, (list, tuple)) or not all(isinstance(part, dict) for part in parts):
     raise InputError(f"{where} = {value!r} must be a list of groups such as {{'prune.target': (0.9, 0.8)}}")
@@ -49,23 +49,23 @@ def grid(value: Any, where: str) -> tuple[dict[str, Any], ...]:
   for part in parts:
     values = {k: tuple(v) if isinstance(v, (list, tuple)) else (v,) for k, v in part.items()}
     if not part or not all(values.values()) or not all(isinstance(k, str) for k in part):
-      raise InputError(f'{where} has {part!r}: name fields, and one value or more for each')
+      raise InputError(f'{where} has {part!r}: name fields, with one or more values for each')
     found.append(values)
   return tuple(found)
 
 
 class Multiples(NamedTuple):
-  """What the widths of every layer are to be multiples of; query heads follow their KV heads."""
+  """The numbers that the widths of every layer must be multiples of; query heads follow their KV heads."""
 
   kv: int
   ffn: int
 
 
 def serving_multiples(serve: str) -> Multiples:
-  """Of a value of `prune.serve`; InputError for another.
+  """The multiples for a value of `prune.serve`; InputError for an unknown value.
 
   gguf: llama.cpp's 4- and 8-bit types store rows in blocks of 32 numbers, and fall back to larger types
-  for rows that 32 does not divide. tensor_parallel=n: n devices share every layer alike.
+  for rows not divisible by 32. tensor_parallel=n: n devices split every layer evenly.
   """
   if serve == 'any':
     return Multiples(1, 1)
@@ -80,7 +80,7 @@ def serving_multiples(serve: str) -> Multiples:
 
 
 def named_texts(source: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-  """Entries such as 'web=pages.jsonl' by their names, in order; those without one are `TEXT` together."""
+  """Entries such as 'web=pages.jsonl' by name, in order; entries without a name belong to `TEXT`."""
   found: dict[str, list[str]] = {}
   for entry in source:
     named = _NAMED.fullmatch(entry)

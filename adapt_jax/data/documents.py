@@ -135,7 +135,7 @@ def _origins_of(entry: str, field: str) -> Iterator[pathlib.Path | str]:
     if path.suffix.lower() == '.npy':
       raise InputError(f'{field} {entry!r}: a .npy file of token blocks must be the only entry')
     if path.suffix.lower() not in _SUFFIXES:
-      raise InputError(f'{field} {entry!r}: unknown kind of file: give {", ".join(_SUFFIXES)}')
+      raise InputError(f'{field} {entry!r}: unknown file type: use {", ".join(_SUFFIXES)}')
     yield path
   elif matches := sorted(glob.glob(os.path.expanduser(entry), recursive=True)):
     for match in matches:
@@ -245,6 +245,6 @@ def _hub_rows(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
       yield f'{entry}: row {number}', row
   except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
     raise InputError(
-      f'{entry}: no such file, and not to be had as a hub data set ({first_line(error)}): '
-      'check the name, config and split, or download its files and name them'
+      f'{entry}: no such file, and not loadable as a hub data set ({first_line(error)}): '
+      'check the name, config and split, or download its files and give their paths'
     ) from None

@@ -61,7 +61,7 @@ def content(row: dict[str, Any], where: str, text_field: str, messages_field: st
     if turn.question in row and turn.answer in row:
       return _conversation(row, turn, where)
   raise InputError(
-    f'{where}: neither {messages_field!r} nor {text_field!r} among its fields {list(row)}, nor a known form '
+    f'{where}: no field {messages_field!r} or {text_field!r} among {list(row)}, and no known format '
     '(docs/running.md): set config.data.text_field or config.data.messages_field to the one with the data'
   )
 

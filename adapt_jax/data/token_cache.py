@@ -217,7 +217,7 @@ def _build(
         complete = feed.complete
       writer.finish(complete)
     if refused:
-      say(f'{title}: {len(refused)} conversations are left out, such as {refused[0]}')
+      say(f'{title}: {len(refused)} conversations are skipped, such as {refused[0]}')
     path = directory / f'{key}-{writer.tokens}'
     if (other := _open(path)) and not other.holds(need):  # the same tokens, but not marked as complete
       shutil.rmtree(path)
@@ -243,8 +243,8 @@ def _check_refused(refused: tuple[str, ...], documents: int) -> None:
   """Raises InputError if the chat template refuses many conversations, a sign that it is the wrong one."""
   if len(refused) > _MOST_REFUSED * (documents + len(refused)):
     raise InputError(
-      f'{refused[0]}; {len(refused)} of the first {documents + len(refused)} are refused: leave such rows '
-      f'out, or set config.data.chat_template'
+      f'{refused[0]}; {len(refused)} of the first {documents + len(refused)} are rejected: remove such '
+      f'rows, or set config.data.chat_template'
     )
 
 

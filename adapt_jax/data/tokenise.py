@@ -150,7 +150,7 @@ def _encode_parallel(batches: Iterator[list[Document]], tokenizer: Any, workers:
       yield pending.popleft().result()
   except BrokenProcessPool:
     raise InputError(
-      'a process that tokenises was killed, for want of memory perhaps: start again with fewer cores or '
+      'a tokenising process was killed, perhaps for lack of memory: start again with fewer cores or '
       'shorter documents'
     ) from None
   finally:
@@ -229,7 +229,7 @@ def encode_prompt(text: str, tokenizer: Any, chat: bool) -> list[int]:
         [message], tokenize=False, add_generation_prompt=True, date_string=_DATE
       )
     except (TemplateError, TypeError) as error:
-      raise InputError(f'the chat template refuses a prompt ({first_line(error)}): use plain text') from None
+      raise InputError(f'the chat template rejects a prompt ({first_line(error)}): use plain text') from None
     return tokenizer(text, add_special_tokens=False)['input_ids']
   ids = tokenizer(text)['input_ids']
   return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
@@ -249,7 +249,7 @@ def _render_chat(messages: list[Message], tokenizer: Any, where: str) -> Text:
   from jinja2 import TemplateError  # what transformers' chat templates raise
 
   if messages[0]['role'] == 'assistant':  # transformers renders no empty prompt
-    raise Refused(f'{where}: the conversation begins with the assistant: put a system or user message first')
+    raise Refused(f'{where}: the conversation starts with the assistant: put a system or user message first')
 
   def render(messages: list[Message], prompt: bool = False) -> str:
     return tokenizer.apply_chat_template(
@@ -268,10 +268,10 @@ def _render_chat(messages: list[Message], tokenizer: Any, where: str) -> Text:
         prompt = other.partition(_PROBE)[0]
       if not answered.startswith(prompt) or not whole.startswith(answered):
         raise Refused(
-          f'{where}: the chat template does not allow to tell the tokens of assistant message {index + 1} '
-          'apart (its rendering changes with what follows): use another template or plain text'
+          f'{where}: cannot locate the tokens of assistant message {index + 1} (the chat template '
+          'renders it differently when more follows): use another template or plain text'
         )
       spans.append((len(prompt), len(answered)))
   except (TemplateError, TypeError) as error:
-    raise Refused(f'{where}: the chat template refuses this conversation ({first_line(error)})') from None
+    raise Refused(f'{where}: the chat template rejects this conversation ({first_line(error)})') from None
   return Text(whole, spans)

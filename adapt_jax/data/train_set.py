@@ -219,7 +219,7 @@ class _Opener:
     if not rows:
       count = sum(len(part.tokens) for part in parts)
       raise InputError(
-        f'{where}: the sequence is longer than the data: {count} tokens, fewer than one window of '
+        f'{where}: the data has only {count} tokens, fewer than one window of '
         f'{self._train.length}: give more data or a shorter config.train.length'
       )
     check_vocab(max(part.highest for part in parts), self._vocab_size, where)

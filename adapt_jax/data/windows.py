@@ -160,7 +160,7 @@ def check_vocab(highest: int, vocab_size: int, field: str) -> None:
   if highest >= vocab_size:
     raise InputError(
       f'{field}: token id {highest}, but the embedding has only {vocab_size} rows: '
-      'the vocabulary is larger than the embedding, use the tokenizer that belongs to the model'
+      'use the tokenizer that belongs to the model'
     )
 
 
@@ -172,7 +172,7 @@ def draw_rows(num_rows: int, count: int, seed: int, step: int, part: int = 0) ->
   """
   if count > num_rows:
     raise InputError(
-      f'config.prune.calibration.samples = {count}, but the data have {num_rows} rows: lower it or give more '
+      f'config.prune.calibration.samples = {count}, but the data has {num_rows} rows: lower it or give more '
       f'data'
     )
   if count == num_rows:
@@ -216,7 +216,7 @@ def _cut(
   rows = count // length
   if not rows:
     raise InputError(
-      f'{field}: the sequence is longer than the data: {count} tokens, fewer than one window of {length}: '
+      f'{field}: the data has only {count} tokens, fewer than one window of {length}: '
       'give more data or a shorter sequence length'
     )
   targets = targets[: rows * length].reshape(rows, length).copy()

@@ -138,9 +138,9 @@ def _open(names: tuple[tuple[str, int], ...], tasks_path: str) -> tuple[list[str
     if name not in known:
       close = ', '.join(difflib.get_close_matches(name, known, 4))
       raise InputError(
-        f'config.evaluate.tasks: {name!r} is no task of lm-evaluation-harness '
+        f'config.evaluate.tasks: {name!r} is not a task of lm-evaluation-harness '
         f'{importlib.metadata.version("lm_eval")}{f" or of {tasks_path}" if tasks_path else ""}: '
-        f'{f"similar are {close}" if close else "`lm-eval ls tasks` lists all"}'
+        f'{f"try {close}" if close else "`lm-eval ls tasks` lists all"}'
       )
   found, scored = list[Any](), list[str]()
   with _quiet():
@@ -149,8 +149,8 @@ def _open(names: tuple[tuple[str, int], ...], tasks_path: str) -> tuple[list[str
       for key, task in loaded['tasks'].items():
         if getattr(task, 'UNSAFE_CODE', False) or getattr(task, 'MULTIMODAL', False):
           raise InputError(
-            f'config.evaluate.tasks: {key} runs code that models write, or shows them pictures, which is not '
-            f'done here: leave it out'
+            f'config.evaluate.tasks: {key} runs model-written code or needs images, which is not '
+            f'supported: leave it out'
           )
         if shots >= 0 or task.get_config('num_fewshot') is None:
           task.set_config('num_fewshot', max(shots, 0))
@@ -170,8 +170,8 @@ def _load(manager: Any, name: str) -> Any:
   except Exception as error:  # errors of the hub, of datasets and of the task's code share no other class
     raise InputError(
       f'config.evaluate.tasks: {name!r} cannot be opened ({type(error).__name__}: {first_line(error)}): its '
-      f'data come from the hub; without one write a task file on local data, as docs/evaluation.md shows, '
-      f'and name its directory in config.evaluate.tasks_path'
+      f'data comes from the hub; without access, write a task file for local data (docs/evaluation.md) and '
+      f'set config.evaluate.tasks_path to its directory'
     ) from None
 
 
@@ -179,7 +179,7 @@ def _load(manager: Any, name: str) -> Any:
 def _manager(tasks_path: str) -> Any:
   path = pathlib.Path(tasks_path).expanduser()
   if tasks_path and not any(path.rglob('*.yaml')):
-    raise InputError(f'config.evaluate.tasks_path = {tasks_path!r}: no directory with .yaml files of tasks')
+    raise InputError(f'config.evaluate.tasks_path = {tasks_path!r}: not a directory with .yaml task files')
   try:
     from lm_eval.tasks import TaskManager
   except ImportError as error:

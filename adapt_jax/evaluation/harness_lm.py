@@ -61,8 +61,8 @@ def _rows(requests: list[tuple[Any, list[int], list[int]]], longest: int) -> lis
   for number, (_, context, answer) in enumerate(requests):
     if len(answer) > longest:
       raise InputError(
-        f'config.evaluate: an answer of {len(answer)} tokens is longer than the {longest} that model.source '
-        f'sees at once: leave its task out'
+        f'config.evaluate: an answer of {len(answer)} tokens exceeds the context of model.source '
+        f'({longest}): leave its task out'
       )
     tokens = tuple((context + answer)[-longest - 1 : -1])  # truncated from the left
     rows = found.setdefault(tokens, [])
@@ -242,8 +242,8 @@ class FlaxLM(TemplateLM):
     until, new_tokens = handle_stop_sequences(kwargs['until'], eos=None), kwargs['max_gen_toks']
     if new_tokens >= self.max_length:
       raise InputError(
-        f'config.evaluate: a task asks for {new_tokens} new tokens, but model.source sees only '
-        f'{self.max_length} at once: leave it out'
+        f'config.evaluate: a task asks for {new_tokens} new tokens, but the context of model.source '
+        f'is {self.max_length}: leave it out'
       )
     # What the task does not set is as in generation_config.json, and then as in transformers.
     kwargs = {'top_k': 50, 'top_p': 1.0, 'repetition_penalty': 1.0} | self._generation | kwargs

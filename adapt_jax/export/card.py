@@ -73,8 +73,8 @@ def _title(report: RunReport, config: ModelConfig) -> str:
   if config.sliced_from:
     return (
       f'# {source}, sliced to {params / before:.1%}\n\n'
-      f'{params:,} of {before:,} parameters: of the {config.sliced_from} numbers of the residual stream '
-      f'{config.hidden_size} principal components are left (SliceGPT, arXiv 2401.15024), by adapt-jax.'
+      f'{params:,} of {before:,} parameters: the residual stream was reduced from {config.sliced_from} to '
+      f'{config.hidden_size} principal components (SliceGPT, arXiv 2401.15024). Sliced by adapt-jax.'
     )
   return (
     f'# {source}, pruned to {params / before:.1%}\n\n'
@@ -166,7 +166,7 @@ def _loading(files: Sequence[str]) -> str:
     if mlx or not remote:
       blocks.append(f"With MLX-LM: `mlx_lm.generate --model DIRECTORY{mlx} --prompt 'Hello'`")
     if remote:
-      blocks.append('The Python files beside the weights build what no stock class has.')
+      blocks.append('The Python files next to the weights define the model class.')
   for name in files:
     if name.endswith('.gguf'):
       blocks.append(f"With llama.cpp: `llama-cli -m {name} -p 'Hello'`")

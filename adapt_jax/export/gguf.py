@@ -69,7 +69,7 @@ def write_gguf(
   compute differently, a weight beyond the range of F16, and a file that cannot be written.
   """
   if kind not in KINDS:
-    raise InputError(f'GGUF type {kind!r} is unknown: one of {", ".join(KINDS)}')
+    raise InputError(f'GGUF type {kind!r} is unknown; known: {", ".join(KINDS)}')
   arch = _architecture(config)
   check_gguf_tokenizer(tokenizer)
   types = {leaf.name: _stored_type(config, leaf, kind) for leaf in leaves(config)}
@@ -96,7 +96,9 @@ def write_gguf(
 def _architecture(config: ModelConfig) -> str:
   """The architecture of llama.cpp that computes this model."""
   if config.sliced_from:
-    raise InputError("config.export.formats has 'gguf', but llama.cpp has no sliced stream: leave it out")
+    raise InputError(
+      "config.export.formats has 'gguf', but llama.cpp does not support SliceGPT: leave it out"
+    )
   if config.qk_norm:
     refused = {
       'widths that differ by layer': not config.uniform,

@@ -53,7 +53,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
   described = _describe(tokenizer)
   by_id = {i: token for token, i in described.tokens.items()}
   if max(by_id) >= vocab_size:
-    raise _refusal(f'it has ids up to {max(by_id)}, the embedding only {vocab_size} rows')
+    raise _refusal(f'it has ids up to {max(by_id)}, but the embedding has {vocab_size} rows')
   tokens = [by_id.get(i, f'[PAD{i}]') for i in range(vocab_size)]
   types = [described.types.get(by_id[i], NORMAL) if i in by_id else UNUSED for i in range(vocab_size)]
   writer.add_tokenizer_model(described.model)
@@ -76,7 +76,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
 
 def _refusal(reason: str) -> InputError:
   return InputError(
-    f'export.formats: this tokenizer has no equal in llama.cpp ({reason}): '
+    f'export.formats: llama.cpp cannot run this tokenizer ({reason}): '
     f'export the model as hf or hf_padded instead of gguf'
   )
 
@@ -85,7 +85,7 @@ def _describe(tokenizer: Any) -> _Vocabulary:
   data = _bpe(tokenizer)
   special = {name: i for name in _SPECIAL if (i := getattr(tokenizer, f'{name}_token_id', None)) is not None}
   if 'eos' not in special:
-    raise _refusal('it has no EOS token, for which llama.cpp would take another')
+    raise _refusal('it has no EOS token, and llama.cpp would use another')
   add_bos, add_eos = _added(tokenizer, special)
   tokens = tokenizer.get_vocab()
   types = {t['content']: CONTROL if t['special'] else USER_DEFINED for t in data['added_tokens']}
@@ -115,7 +115,7 @@ def _bpe(tokenizer: Any) -> dict[str, Any]:
   """The content of tokenizer.json for a BPE tokenizer."""
   backend = getattr(tokenizer, 'backend_tokenizer', None)
   if backend is None:
-    raise _refusal('it is not one of the tokenizers library')
+    raise _refusal('it is not from the tokenizers library')
   data: dict[str, Any] = json.loads(backend.to_str())
   if data['model']['type'] != 'BPE':
     raise _refusal(f'its model is {data["model"]["type"]}, not BPE')
@@ -205,7 +205,7 @@ def _scores(merges: list[tuple[str, ...]], normal: set[str]) -> dict[str, float]
   for left, right in merges:
     joined = left + right
     if joined != last and joined in scores:
-      raise _refusal(f'merges that make {joined!r} stand apart')
+      raise _refusal(f'merges that form {joined!r} are not adjacent')
     scores.setdefault(joined, float(-len(scores)))
     last = joined
   pairs = set(merges)

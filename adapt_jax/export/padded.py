@@ -20,12 +20,12 @@ def padded_config(config: ModelConfig) -> ModelConfig:
   """
   if config.sliced_from:
     raise InputError(
-      "config.export.formats has 'hf_padded', but no stock class has a sliced stream: leave it out"
+      "config.export.formats has 'hf_padded', but no stock class supports SliceGPT: leave it out"
     )
   if config.output_bias:
     raise InputError(
       "config.export.formats has 'hf_padded', but no stock class has the biases of o_proj and down_proj that "
-      "this model has or config.prune.compensate = 'bias' gives it: leave 'hf_padded' out"
+      "this model has or config.prune.compensate = 'bias' adds: leave 'hf_padded' out"
     )
   group = max(s.group_size for s in config.layers)
   kv_heads, ffn = max(s.num_kv_heads for s in config.layers), max(s.ffn for s in config.layers)

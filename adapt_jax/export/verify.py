@@ -57,7 +57,7 @@ def check(
   source = open_source(str(path))
   tokens, counted = _rows(tokenizer)
   if tokenizer is not None and _encode(source.load_tokenizer()) != _encode(tokenizer):
-    raise InputError(f'{path}: its tokenizer, read back, gives other tokens than the one it was written from')
+    raise InputError(f'{path}: its tokenizer, read back, encodes text differently from the original')
   if jax.process_count() == 1 and source.config == config and _same_bits(config, params, source.reader):
     return Agreement(0.0, 1.0)  # the same function
   params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), params)
@@ -73,8 +73,8 @@ def check(
   limit = _LIMITS.get(kind or '', _LIMIT)
   if not error <= limit:
     raise InputError(
-      f'{path}: its logits, read back, differ from the model by {error:.2g} of their size, and only up to '
-      f'{limit:g} is right: this export is not kept; please report it with the command'
+      f'{path}: its logits, read back, have a relative error of {error:.2g}, above the limit of {limit:g}: '
+      f'the export was discarded; please report this with the command'
     )
   return Agreement(largest, same)
 

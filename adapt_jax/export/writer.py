@@ -160,7 +160,7 @@ def _line(path: pathlib.Path, found: dict[str, Any]) -> str:
     f'{found["logit_difference"]:.2g}, same token at {found["same_token"]:.1%} of positions'
   )
   if found['logit_difference'] and found['type'] not in ('float32', 'F32'):  # `check` refuses what is more
-    text += f' (normal: it comes from rounding the weights to {found["type"]})'
+    text += f' (expected from rounding the weights to {found["type"]})'
   if 'params_without_zeros' in found:
     zeros = found['params'] / found['params_without_zeros'] - 1
     text += f'; {found["params"]:,} parameters, zeros add {zeros:.1%}'

@@ -141,11 +141,11 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
   """Checks that prompts have tokens and leave room for the new ones. Raises InputError."""
   for i, prompt in enumerate(prompts):
     if not prompt:
-      raise InputError(f'prompt {i + 1} has no tokens, and the tokenizer puts none before it: give some text')
+      raise InputError(f'prompt {i + 1} has no tokens, and the tokenizer adds none: give some text')
     if len(prompt) + max_new_tokens > config.max_position:
       raise InputError(
-        f'prompt {i + 1} has {len(prompt):,} tokens: with {max_new_tokens:,} new ones that is more than the '
-        f'{config.max_position:,} that the model was made for: shorten it, or lower the number of new tokens'
+        f'prompt {i + 1} has {len(prompt):,} tokens: with {max_new_tokens:,} new ones it exceeds the '
+        f'context of {config.max_position:,}: shorten it, or lower the number of new tokens'
       )
 
 

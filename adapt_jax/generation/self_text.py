@@ -49,12 +49,10 @@ def check(source: tuple[str, ...], length: int, max_position: int, field: str) -
     max_position: the model's longest sequence.
   """
   if SELF in source and not is_self(source):
-    raise InputError(
-      f'config.{field}.source = {source}: {SELF!r}, text of the model itself, must be the only entry'
-    )
+    raise InputError(f'config.{field}.source = {source}: {SELF!r} (generated text) must be the only entry')
   if is_self(source) and length > max_position:
     raise InputError(
-      f'config.{field}.length = {length} is more than the {max_position} tokens that the model was made for, '
+      f'config.{field}.length = {length} exceeds the context of the model ({max_position} tokens), '
       f'and config.{field}.source is {SELF!r}: lower it'
     )
 
@@ -99,9 +97,9 @@ def draw(
   if not decide(path.exists):
     batches = list(_batches(tokenizer, source.config.vocab_size, rows, length, seed))
     by_first(lambda: parts.mkdir(parents=True, exist_ok=True))
-    say(f'{source.name} writes {rows:,} rows of {length:,} tokens')
+    say(f'{source.name} generates {rows:,} rows of {length:,} tokens')
     generator = None
-    with Progress('own text', rows * length, 'tokens') as progress:
+    with Progress('generate text', rows * length, 'tokens') as progress:
       for batch in batches:
         file = parts / f'{batch.rows[0]:09}.npy'
         if not decide(file.exists):
@@ -161,7 +159,7 @@ def _before_user(tokenizer: Any) -> list[int]:
     text = tokenizer.apply_chat_template([{'role': 'user', 'content': _USER}], tokenize=False)
   except Exception as error:  # anything that the template's code raises
     raise InputError(
-      f'the chat template refuses the message of a user ({first_line(error)}): set config.data.chat_template'
+      f'the chat template rejects a user message ({first_line(error)}): set config.data.chat_template'
     ) from None
   before = text.partition(_USER)[0].rstrip(' ')
   ids: list[int] = tokenizer(before, add_special_tokens=False)['input_ids']

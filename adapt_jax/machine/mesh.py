@@ -31,7 +31,7 @@ def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
   if -1 in sizes.values():
     if devices % given:
       raise InputError(
-        f'config.mesh ({text}): its axes must divide the {devices} devices that there are: change them'
+        f'config.mesh ({text}): its axes must divide the {devices} available devices: change them'
       )
     sizes = {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
   elif given != devices:
@@ -77,7 +77,7 @@ def check_batches(options: RunOptions) -> None:
   for field, size in batches.items():
     if size % shards:
       raise InputError(
-        f'config.{field} = {size} must be a multiple of the {shards} devices that share rows '
+        f'config.{field} = {size} must be a multiple of the {shards} devices that split rows '
         f'(config.mesh.data x config.mesh.fsdp)'
       )
 

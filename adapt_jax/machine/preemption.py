@@ -52,7 +52,7 @@ def _on_signal(number: int, _: Any) -> None:
   if not _deferring and not again:
     raise Preempted
   if number == signal.SIGINT:
-    os.write(2, b'\nstopping as soon as the work is saved; Ctrl-C again stops at once\n')
+    os.write(2, b'\nstopping after the work is saved; press Ctrl-C again to stop at once\n')
 
 
 @contextlib.contextmanager

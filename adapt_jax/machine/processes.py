@@ -61,7 +61,7 @@ def start(mode: str, address: str, processes: int, process: int) -> None:
     jax.distributed.initialize(**explicit)
   except (RuntimeError, ValueError, OSError) as error:
     raise InputError(
-      f'the processes of this run do not find each other ({first_line(error)}): check --coordinator_address, '
+      f'the processes of this run cannot connect ({first_line(error)}): check --coordinator_address, '
       f'--num_processes and --process_id, or start with --distributed=off'
     ) from None
 

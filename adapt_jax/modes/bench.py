@@ -57,7 +57,7 @@ def _open(options: RunOptions) -> dict[str, Source]:
   dense = b.dense or (made_by and made_by['model']['source'])
   if not dense:
     raise InputError(
-      f'config.bench.dense is empty, and {pruned.name} does not tell where it comes from: name the model '
+      f'config.bench.dense is empty, and {pruned.name} does not record its origin: name the model '
       f'before pruning'
     )
   found = {'dense': open_source(dense), 'pruned': pruned}
@@ -66,8 +66,8 @@ def _open(options: RunOptions) -> dict[str, Source]:
     check_model(config)
     if b.prompt_length + b.new_tokens > config.max_position:
       raise InputError(
-        f'config.bench.prompt_length = {b.prompt_length:,} and bench.new_tokens = {b.new_tokens:,} are '
-        f'more than the {config.max_position:,} tokens that {source.name} was made for: lower them'
+        f'config.bench.prompt_length = {b.prompt_length:,} and bench.new_tokens = {b.new_tokens:,} '
+        f'exceed the context of {source.name} ({config.max_position:,} tokens): lower them'
       )
   return found
 
@@ -166,7 +166,7 @@ def _warning(report: BenchReport, sources: dict[str, Source]) -> str:
   if not reason and pruned > 0.95 * dense:
     reason = f'it has {pruned / dense:.0%} of the parameters: prune more'
   if not reason and any(r['min'] < _FASTER <= r['max'] for r in slow.values()):
-    reason = 'but runs differ so much that this is not certain: measure again when the machine is quiet'
+    reason = 'but the runs vary too much to be certain: measure again on an idle machine'
   return f"warning: not faster here: {ratios} the dense model's speed{'; ' * bool(reason)}{reason}"
 
 
@@ -177,7 +177,7 @@ def unaligned(config: ModelConfig, backend: str) -> str:
   if not odd:
     return ''
   return (
-    f'MLP widths of {len(odd)} of {config.num_layers} layers, such as {odd[0]:,}, are no multiples of '
+    f'MLP widths of {len(odd)} of {config.num_layers} layers, such as {odd[0]:,}, are not multiples of '
     f'{tile}: prune with config.prune.align_ffn = {tile}'
   )
 
@@ -206,7 +206,7 @@ def _table(report: BenchReport) -> str:
     sizes('parameters, million', 'params'),
     '',
     f'{report["device"]}, {report["dtype"]}; {report["prompts"]}; median (range) of {report["repeats"]} '
-    f'runs, the models in turn. Peak memory: {"; ".join(sorted(how))}.',
+    f'runs, alternating models. Peak memory: {"; ".join(sorted(how))}.',
   ]
   if report['warning']:
     lines += ['', report['warning']]

@@ -116,7 +116,7 @@ def _check(options: RunOptions, base: dict[str, Any]) -> None:
   if o.over:
     compare_grid.get(base, o.over, 'config.compare.over =')
   if o.over == o.x:
-    raise InputError(f'config.compare.over = {o.over!r} is config.compare.x too: choose another, or none')
+    raise InputError(f'config.compare.over = {o.over!r} is also config.compare.x: choose another, or none')
   if o.recover and not options.train.tokens and 'train.tokens' not in fields:
     raise InputError('config.train.tokens = 0, but config.compare.recover = True trains every cell: set it')
 
@@ -151,11 +151,11 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     compare = Compare(options, runs, source, workdir, command)
     report = compare.execute(todo, inputs)
     print(compare_page.table(report))
-    print(f'the same as a page, with plots: {workdir.page}')
+    print(f'report with plots: {workdir.page}')
     if failed := [cell for cell in report['cells'] if cell['state'] == 'failed']:
       raise SystemExit(
         f'error: {len(failed)} of {len(runs)} cells failed: {failed[0]["error"]}; all reasons are in '
-        f'{workdir.path / compare_page.MARKDOWN}; started again, these cells are tried again'
+        f'{workdir.path / compare_page.MARKDOWN}; run the same command to retry them'
       )
 
 

@@ -203,8 +203,8 @@ def _notes(report: ComparisonReport) -> Iterator[str]:
     yield f'Where {report["over"]} varies: median (lowest–highest) over its values.'
   passes = report['scoring_passes']
   yield (
-    'Cells share scoring passes and programs: the seconds of each count for the cell that computes it. '
-    f'Since the last start {passes["computed"]} passes were computed and {passes["remembered"]} remembered.'
+    'Cells share scoring passes and programs; the time of each counts for the cell that computes it. '
+    f'Since the last start, {passes["computed"]} passes were computed and {passes["remembered"]} reused.'
   )
 
 
@@ -330,7 +330,7 @@ def plots(report: ComparisonReport) -> dict[str, str]:
     figure, title = f'perplexity {name}', f'Perplexity {kind}: {name}'
     found[f'perplexity-{name}.svg'] = _over_x(report, figure, title, name)
   if report['recover']:
-    found['perplexity-pruned.svg'] = _over_x(report, 'perplexity_pruned', 'Perplexity as pruned last')
+    found['perplexity-pruned.svg'] = _over_x(report, 'perplexity_pruned', 'Perplexity after the last pruning')
   sizes = [value for group in report['groups'] for value in group['params'] or ()]
   if sizes and max(sizes) - min(sizes) > _SAME_SIZE * dense:
     series = _series(report, _lines(report, report['x']), 'perplexity', lambda group: group['params'][0])
@@ -345,7 +345,7 @@ def plots(report: ComparisonReport) -> dict[str, str]:
       lambda group: (group['params'][0] / dense) ** (1 / group['values'][stages]),
     )
     found['perplexity-kept.svg'] = _chart(
-      report, f'Perplexity {kind} by the size of a prune', 'fraction kept per interleave', series
+      report, f'Perplexity {kind} by fraction kept per stage', 'fraction kept per stage', series
     )
   return {name: chart for name, chart in found.items() if chart}
 

@@ -257,7 +257,7 @@ def run(options: RunOptions) -> None:
   config = open_config(options.model.source)
   if options.prune.method == slicegpt.METHOD:
     raise InputError(
-      f'config.prune.method = {slicegpt.METHOD!r}: mode plan knows the methods that remove groups'
+      f'config.prune.method = {slicegpt.METHOD!r}: mode plan needs a method that removes groups'
     )
   check_run(options, config)
   config = with_output_bias(config, options.prune.compensate == 'bias')
@@ -291,7 +291,7 @@ def _mesh_text() -> str:
 def _memory_table(options: RunOptions, found: dict[str, tuple[Memory, int]]) -> list[str]:
   lines = [
     '',
-    '| GB a device | arguments | temporary | results | other | together |',
+    '| GB per device | arguments | temporary | results | other | total |',
     '|---|---|---|---|---|---|',
   ]
   for title, (memory, beside) in found.items():
@@ -302,7 +302,7 @@ def _memory_table(options: RunOptions, found: dict[str, tuple[Memory, int]]) -> 
   return [
     *lines,
     '',
-    f'peak {peak:.1f} GB of {have:g} GB a device: {"fits" if peak < have else "DOES NOT FIT"}',
+    f'peak {peak:.1f} GB of {have:g} GB per device: {"fits" if peak < have else "DOES NOT FIT"}',
   ]
 
 
@@ -312,10 +312,10 @@ def _stage_table(footprint: Footprint, stages: list[ModelConfig]) -> list[str]:
   calibration, t = options.prune.calibration, options.train
   passed = footprint.scoring_flops() * calibration.samples * calibration.length
   lines = [
-    f'a scoring pass: {footprint.scoring_flops() / 1e9:.1f} GFLOP a token, {passed / rate:.2f} s at '
-    f'{options.plan.peak_tflops:g} TFLOP/s a device',
+    f'a scoring pass: {footprint.scoring_flops() / 1e9:.1f} GFLOP per token, {passed / rate:.2f} s at '
+    f'{options.plan.peak_tflops:g} TFLOP/s per device',
     '',
-    '| stage | parameters | of dense | GFLOP a token | tokens | hours at peak |',
+    '| stage | parameters | of dense | GFLOP per token | tokens | hours at peak |',
     '|---|---|---|---|---|---|',
   ]
   schedule = Schedule.of(options, footprint.config)

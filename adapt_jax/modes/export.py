@@ -89,12 +89,12 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   """The model with the widths and weights that the run in `path` saved last."""
   saved = read_json(path / 'run.json')
   if saved.get('mode') not in ('accel', 'prune'):
-    raise InputError(f'model.source = {str(path)!r} is the workdir of another mode than accel or prune')
+    raise InputError(f'model.source = {str(path)!r} is not a workdir of mode accel or prune')
   ran = from_dict(saved['config'])
   model = DenseModel(open_source(ran.model.source), ran.prune.compensate == 'bias')
   checkpoints = Checkpoints(path / 'checkpoints', read_only=True)
   if (number := checkpoints.latest()) is None:
-    raise InputError(f'model.source = {str(path)!r}: no checkpoint of this run is complete yet: wait for one')
+    raise InputError(f'model.source = {str(path)!r}: this run has no complete checkpoint yet: wait for one')
   state = from_meta(checkpoints.meta(number), model.config)
   trained = ran.train.tokens > 0
   shapes = array_shapes(model, state.compacted, optimizer(ran.train, 1) if trained else None)

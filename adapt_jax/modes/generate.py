@@ -59,7 +59,7 @@ def run(options: RunOptions, prompts: Sequence[str]) -> None:
   """Prints the output of model.source, and of generate.dense if given, for each prompt."""
   g = options.generate
   if not prompts or not all(prompts):
-    raise InputError("--prompt is empty: --mode=generate needs --prompt='some text', once or several times")
+    raise InputError("--prompt is empty: --mode=generate needs --prompt='some text', one or more times")
   names = [g.dense] if g.dense else []
   models = [_open(options, name, prompts) for name in (*names, options.model.source)]
   for model in models:

@@ -148,12 +148,12 @@ class LayerEvaluator:
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Mode sensitivity: measures or resumes, writes the report in all formats, prints the table."""
   if options.prune.method == slicegpt.METHOD:
-    raise InputError(f'config.prune.method = {slicegpt.METHOD!r} scores no groups: name another method')
+    raise InputError(f'config.prune.method = {slicegpt.METHOD!r} scores no groups: choose another method')
   if not options.evaluate.source:
     raise InputError('config.evaluate.source is empty, but mode sensitivity measures perplexity: name a text')
   if len(names := list(options.evaluate.texts)) > 1:
     raise InputError(
-      f'config.evaluate.source names the texts {", ".join(names)}, but mode sensitivity measures on one: '
+      f'config.evaluate.source names the texts {", ".join(names)}, but mode sensitivity measures one: '
       f'leave the others out'
     )
   # Nothing is removed permanently, so nothing compensates for it; `bias` would count in the sizes. A recipe's
@@ -166,7 +166,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   with workdir.claimed(inputs.digests):
     report = measure.execute()
     print(sensitivity_page.table(report))
-    print(f'the same as a page: {workdir.page}; as a table: {workdir.path / sensitivity_page.CSV}')
+    print(f'report: {workdir.page}; table: {workdir.path / sensitivity_page.CSV}')
 
 
 def _check_cuts(options: RunOptions, config: ModelConfig) -> None:
@@ -183,9 +183,9 @@ def _check_cuts(options: RunOptions, config: ModelConfig) -> None:
     for block in o.blocks:
       if not removed.get(block, sum(removed.values())):
         raise InputError(
-          f'config.sensitivity.sparsity = {o.sparsity:g} rounds to no group at all (blocks: {block}) at base '
-          f'{sparsity:g} in any layer, of {max(base.kv_widths)} KV groups and {max(base.ffn_widths)} '
-          f'channels: raise it, or leave that block or base out'
+          f'config.sensitivity.sparsity = {o.sparsity:g} removes no group of any layer (blocks: {block}) at '
+          f'base {sparsity:g}, with {max(base.kv_widths)} KV groups and {max(base.ffn_widths)} channels: '
+          f'raise it, or leave that block or base out'
         )
 
 

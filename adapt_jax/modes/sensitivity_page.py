@@ -69,9 +69,9 @@ def _bases(report: SensitivityReport) -> list[list[str]]:
 
 def _note(report: SensitivityReport) -> str:
   return (
-    f'One decoder layer alone loses {100 * report["sparsity"]:g} % of what it has left (whole KV groups, '
-    f'rounded down; importance: {report["importance"]}). A base has lost its sparsity in every layer, '
-    f'rounded alike. Importance of a layer is {_distance(report)}. '
+    f'One decoder layer at a time loses {100 * report["sparsity"]:g} % of its width (whole KV groups, '
+    f'rounded down; importance: {report["importance"]}). In a base, every layer is pruned to its sparsity, '
+    f'rounded the same way. The importance of a layer is {_distance(report)}. '
     f'Perplexity is {report["perplexity"]["definition"]}.'
   )
 
@@ -166,7 +166,7 @@ def _importance_chart(report: SensitivityReport) -> str:
 
 def _distance(report: SensitivityReport) -> str:
   name = report['layer_distance']
-  return '1 - cos(input, output)' if name == 'cosine' else f'{name} distance of input and output'
+  return '1 - cos(input, output)' if name == 'cosine' else f'{name} distance between input and output'
 
 
 def _body(report: SensitivityReport) -> str:

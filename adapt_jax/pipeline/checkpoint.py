@@ -97,7 +97,7 @@ class Checkpoints:
     except Exception as error:  # orbax raises even bare Exceptions for a damaged file
       raise InputError(
         f'{self._directory / str(number)}: the checkpoint cannot be read ({type(error).__name__}): delete '
-        f'this directory to go on from the one before'
+        f'this directory to resume from the previous one'
       ) from error
 
   def restore(self, number: int, target: Any) -> Any:
@@ -120,8 +120,8 @@ class Checkpoints:
       if found.get(path) != (tuple(leaf.shape), np.dtype(leaf.dtype)):
         raise InputError(
           f'{self._directory}/{number}: {path} is {found.get(path, "absent")}, this run needs '
-          f'{(tuple(leaf.shape), str(leaf.dtype))}: the checkpoint is of another model, or damaged: use '
-          f'another workdir, or delete this directory to go on from the one before'
+          f'{(tuple(leaf.shape), str(leaf.dtype))}: the checkpoint is damaged or from another model: use '
+          f'another workdir, or delete this directory to resume from the previous one'
         )
     # Without a sharding, orbax puts an array on the devices it was saved from, which may no longer exist.
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

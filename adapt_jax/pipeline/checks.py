@@ -51,8 +51,8 @@ def check_run(options: RunOptions, config: ModelConfig) -> None:
     self_text.check(of.source, of.length, config.max_position, group)
   if config.sliced_from:
     raise InputError(
-      f'{options.model.source} is sliced by SliceGPT, and no method prunes or trains such a model: name the '
-      f'one that it was made from'
+      f'{options.model.source} is sliced by SliceGPT and cannot be pruned or trained: use the model that '
+      f'it was made from'
     )
   if options.prune.method == slicegpt.METHOD:
     _check_slicing(options, config)
@@ -72,8 +72,8 @@ def _check_target(options: RunOptions, config: ModelConfig) -> None:
   smallest = METHODS[options.prune.method](pruned, options.prune).smallest()
   if target < smallest:
     raise InputError(
-      f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but what '
-      f'config.prune.method = {options.prune.method!r} always keeps already has {smallest:,}: raise it'
+      f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but '
+      f'config.prune.method = {options.prune.method!r} always keeps {smallest:,}: raise it'
     )
 
 
@@ -85,7 +85,7 @@ def _check_slicing(options: RunOptions, config: ModelConfig) -> None:
       raise InputError(f'config.prune.{field} = {given!r} is not for {method}: set it to {value!r}')
   if options.train.tokens:
     raise InputError(
-      f'config.train.tokens = {options.train.tokens:,}, but {method} is a rival without recovery: use '
+      f'config.train.tokens = {options.train.tokens:,}, but {method} cannot be trained: use '
       f'--mode=prune or, in mode compare, config.compare.recover = False'
     )
   if others := [name for name in options.export.formats if name != 'hf']:
@@ -93,10 +93,10 @@ def _check_slicing(options: RunOptions, config: ModelConfig) -> None:
       f"config.export.formats has {others[0]!r}, which cannot hold the model of {method}: set it to 'hf'"
     )
   if (found := sharding.mesh()) is not None:
-    raise InputError(f'{method} runs on one device, and there are {found.size}: show it only one')
+    raise InputError(f'{method} runs on one device, but there are {found.size}: show it only one')
   if not slicegpt.width_for(config, target_params(config, options.prune.target)):
     raise InputError(
-      f'config.prune.target = {options.prune.target:g} is below what a residual stream of one number needs: '
+      f'config.prune.target = {options.prune.target:g} is below the size of a residual stream of width 1: '
       f'raise it'
     )
 

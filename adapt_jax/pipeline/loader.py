@@ -118,5 +118,5 @@ def _check_same(blocks: Blocks, field: str) -> None:
 
   if decide(blocks.digest) != blocks.digest():
     raise InputError(
-      f'{field}: process {jax.process_index()} does not read what the first reads: give all the same files'
+      f'{field}: process {jax.process_index()} reads other data than process 0: give all the same files'
     )

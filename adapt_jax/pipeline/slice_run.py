@@ -65,7 +65,7 @@ class SliceRun:
       try:
         return self._run()
       except Preempted:
-        raise Preempted('and nothing was saved: a run of this method begins again') from None
+        raise Preempted('before anything was saved, so the run starts over') from None
       finally:
         self.close()
 

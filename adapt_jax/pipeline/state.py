@@ -209,14 +209,13 @@ class StateStore:
       raise
     except (ValueError, KeyError, TypeError) as error:
       raise InputError(
-        f'{self._plan} is damaged or was edited ({type(error).__name__}): delete it to prune this stage from '
-        f'its start'
+        f'{self._plan} is damaged or was edited ({type(error).__name__}): delete it to start this stage again'
       ) from None
     state.take_step(pruning)
     state.record_dense(dense)
     for of, scores in tasks.items():
       state.record_tasks(of, scores)
-    say(f'resuming in the pruning of stage {saved["stage"]}, after step {saved["step"]}')
+    say(f'resuming the pruning of stage {saved["stage"]}, after step {saved["step"]}')
     return lines
 
   def close(self) -> None:

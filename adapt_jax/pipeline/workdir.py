@@ -55,7 +55,7 @@ class Workdir:
       self._check_same()
       os.close(self._lock(self.run))
     elif foreign:
-      raise InputError(f'{where} holds files of something else: name a new or empty directory')
+      raise InputError(f'{where} contains other files: name a new or empty directory')
 
   def _check_writable(self, where: str) -> None:
     existing = self.path

@@ -257,7 +257,7 @@ class Pruner:
       self._compensation = self._compiler(
         'compensation', program, stacked, masks, tokens, xla_options=loop_options()
       )
-    say(f'compensating for what was pruned ({self.options.compensate}), on {tokens.size:,} tokens')
+    say(f'compensating for pruned groups ({self.options.compensate}) on {tokens.size:,} tokens')
     with phase('compensating'):
       changes: dict[str, jax.Array] = jax.block_until_ready(self._compensation(stacked, masks, tokens))
     return changes

@@ -230,7 +230,7 @@ def heat_maps(data: RunData) -> list[str]:
     name = 'Importance of the layers: 1 - cos(input, output)'
   else:
     importance = [e['layer_importance'] for e in events]
-    name = f'Importance of the layers{f": {distance} distance of input and output" if distance else ""}'
+    name = f'Importance of the layers{f": {distance} distance between input and output" if distance else ""}'
   sparsity = [e['sparsity'] for e in events]
   end = charts.axis_end(value for row in importance for value in row)
   return [

@@ -95,7 +95,7 @@ def _facts(data: RunData) -> Iterator[tuple[str, str]]:
   if rates := [e['tokens_per_second'] for e in data.of('train') if 'tokens_per_second' in e]:
     yield f'{statistics.median(rates):,.0f}', 'training tokens per second, median of the steps'
   if 'seconds' in report:
-    yield f'{report["seconds"]:,.0f} s', f'of computing, {report["seconds"] / 60:,.0f} min'
+    yield f'{report["seconds"]:,.0f} s', f'of compute, {report["seconds"] / 60:,.0f} min'
   if compiles := report.get('compiles'):
     yield f'{sum(compiles.values())}', 'compiles: ' + ', '.join(f'{k} {v}' for k, v in compiles.items())
 
@@ -154,7 +154,7 @@ def _body(data: RunData, command: str, running: bool, written: str) -> Iterator[
     )
   if examples := report.get('examples'):
     yield '<h2>Before and after</h2>'
-    yield '<p>Pieces of held-out texts, and what each model writes after them, greedily.</p>'
+    yield '<p>Held-out text, and how each model continues it with greedy decoding.</p>'
     yield ''.join(_example(example) for example in examples)
   if exports := report.get('exports'):
     yield f'<h2>Exports</h2><div class="card scroll">{html_table(_export_rows(exports))}</div>'

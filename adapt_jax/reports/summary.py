@@ -46,7 +46,7 @@ def table(report: RunReport) -> str:
     lines.append(f'stage {stage["stage"]} KV heads by layer: {_widths(stage["num_kv_heads"])}')
     lines.append(f'stage {stage["stage"]} MLP widths by layer: {_widths(stage["ffn"])}')
     if 'hidden_size' in stage:
-      lines.append(f'stage {stage["stage"]} residual stream: {stage["hidden_size"]} numbers')
+      lines.append(f'stage {stage["stage"]} residual stream: width {stage["hidden_size"]}')
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
   lines += [
     f'target {model["params_target"]:,} parameters, reached {model["params_after"]:,}',
@@ -108,8 +108,8 @@ def warning(texts: dict[str, TextReport]) -> str:
   if lost[worst] < 2 * max(lost[best], 0.0) + _LITTLE:
     return ''
   return (
-    f'warning: on {worst} the model lost {lost[worst]:.3f} nats per token, on {best} {lost[best]:.3f}: for '
-    f'text such as {worst} add some to config.prune.calibration.source and config.train.source'
+    f'warning: the model lost {lost[worst]:.3f} nats per token on {worst}, but {lost[best]:.3f} on {best}: '
+    f'add text like {worst} to config.prune.calibration.source and config.train.source'
   )
 
 

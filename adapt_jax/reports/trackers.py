@@ -44,7 +44,7 @@ def check(names: Sequence[str]) -> None:
   for name in names:
     if importlib.util.find_spec(name) is None:
       raise InputError(
-        f'config.tracker has {name!r}, and the package {name} is not installed: install it with '
+        f'config.tracker has {name!r}, but the package {name} is not installed: install it with '
         f"pip install '.[{name}]', or leave the tracker out"
       )
 

@@ -77,7 +77,7 @@ class _Cursor:
 
   def take(self, count: int) -> bytes:
     if self.at + count > len(self.data):
-      raise ValueError(f'the header goes on beyond the end of the file at byte {len(self.data)}')
+      raise ValueError(f'the header extends past the end of the file at byte {len(self.data)}')
     self.at += count
     return self.data[self.at - count : self.at]
 
@@ -138,7 +138,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
   for name, tensor in infos:
     placed = tensor._replace(offset=start + tensor.offset)
     if placed.offset + placed.nbytes > len(cursor.data):
-      raise ValueError(f'tensor {name!r} goes on beyond the end of the file at byte {len(cursor.data)}')
+      raise ValueError(f'tensor {name!r} extends past the end of the file at byte {len(cursor.data)}')
     if name in tensors:
       raise ValueError(f'two tensors are named {name!r}')
     tensors[name] = placed
@@ -156,6 +156,6 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, GgufTensor]:
   if kind in TENSOR_TYPES:
     block, size = GGML_QUANT_SIZES[TENSOR_TYPES[kind]]
     if dims[0] % block:
-      raise ValueError(f'tensor {name!r} of shape {dims[::-1]} has no whole blocks of {block}')
+      raise ValueError(f'tensor {name!r} of shape {dims[::-1]} does not fit blocks of {block}')
     nbytes = math.prod(dims) // block * size
   return name, GgufTensor(kind, tuple(dims[::-1]), offset, nbytes)

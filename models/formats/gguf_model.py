@@ -66,13 +66,13 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
   _refuse_unsupported(file, arch)
   embedding = file.tensors.get('token_embd.weight')
   if embedding is None:
-    raise InputError(f'{file.path}: no tensor token_embd.weight: a file of the whole model is needed')
+    raise InputError(f'{file.path}: no tensor token_embd.weight: use a file of the whole model')
   vocab_size = embedding.shape[0]
   tokens = len(file.array('tokenizer.ggml.tokens', str, []))
   if tokens > vocab_size:
     raise InputError(
-      f'{file.path}: tokenizer.ggml.tokens has {tokens} entries, token_embd.weight only {vocab_size} '
-      f'rows: tokenizer and weights do not belong together'
+      f'{file.path}: tokenizer.ggml.tokens has {tokens} entries, but token_embd.weight has only '
+      f'{vocab_size} rows: tokenizer and weights do not match'
     )
   return ModelConfig(
     family=_family(file, arch),
@@ -94,7 +94,7 @@ def _architecture(file: GgufFile) -> str:
   arch = file.field('general.architecture', str)
   if arch not in _ARCHITECTURES:
     raise InputError(
-      f'{file.path}: general.architecture {arch!r} is not supported: one of {", ".join(_ARCHITECTURES)}'
+      f'{file.path}: general.architecture {arch!r} is not supported, only {", ".join(_ARCHITECTURES)}'
     )
   return arch
 
@@ -106,7 +106,7 @@ def _family(file: GgufFile, arch: str) -> str:
   biased = 'blk.0.attn_q.bias' in file.tensors and 'blk.0.attn_output.bias' not in file.tensors
   family = file.field(FAMILY_KEY, str, 'qwen2' if biased else 'llama')
   if family not in FAMILIES:
-    raise InputError(f'{file.path}: {FAMILY_KEY} = {family!r} is unknown: one of {", ".join(FAMILIES)}')
+    raise InputError(f'{file.path}: {FAMILY_KEY} = {family!r} is unknown; known: {", ".join(FAMILIES)}')
   return family
 
 

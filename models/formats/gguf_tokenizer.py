@@ -33,7 +33,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
   file = open_file(path)
   model = file.field('tokenizer.ggml.model', str)
   if model not in ('gpt2', 'llama'):
-    raise InputError(f'{file.path}: tokenizer.ggml.model {model!r} is not supported: one of gpt2, llama')
+    raise InputError(f'{file.path}: tokenizer.ggml.model {model!r} is not supported, only gpt2, llama')
   tokens = file.array('tokenizer.ggml.tokens', str)
   types = file.array('tokenizer.ggml.token_type', int, [NORMAL] * len(tokens))
   vocab = {token: i for i, token in enumerate(tokens)}
@@ -64,13 +64,13 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> Any:
   name = file.field('tokenizer.ggml.pre', str)
   if name not in (*_GPT2_STYLE, *PATTERNS):
     raise InputError(
-      f'{file.path}: tokenizer.ggml.pre {name!r} is not supported: one of '
+      f'{file.path}: tokenizer.ggml.pre {name!r} is not supported, only '
       f'{", ".join((*_GPT2_STYLE, *PATTERNS))}'
     )
   merges = [tuple(merge.split(' ')) for merge in file.array('tokenizer.ggml.merges', str)]
   for merge in merges:
     if len(merge) != 2 or not vocab.keys() >= {*merge, ''.join(merge)}:
-      raise InputError(f'{file.path}: tokenizer.ggml.merges has {merge}, which gives no token')
+      raise InputError(f'{file.path}: tokenizer.ggml.merges has {merge}, which forms no token')
   # Llama 3 has words in its vocabulary that its merges do not produce.
   backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == 'llama-bpe'))
   to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name in _GPT2_STYLE)
@@ -135,7 +135,7 @@ def _special_tokens(file: GgufFile, tokens: list[str]) -> dict[str, str]:
     if i is None:
       continue
     if not 0 <= i < len(tokens):
-      raise InputError(f'{file.path}: tokenizer.ggml.{key}_token_id = {i} of {len(tokens)} tokens')
+      raise InputError(f'{file.path}: tokenizer.ggml.{key}_token_id = {i} is not one of {len(tokens)} tokens')
     special[f'{name}_token'] = tokens[i]
   return special
 
@@ -164,7 +164,7 @@ def _add_bos_eos(file: GgufFile, backend: Any, special: dict[str, str]) -> dict[
   for name in parts:
     if file.field(f'tokenizer.ggml.add_{name}_token', bool, default[name]):
       if f'{name}_token' not in special:
-        raise InputError(f'{file.path}: {name.upper()} is to be added, but no {name}_token_id is given')
+        raise InputError(f'{file.path}: {name.upper()} must be added, but {name}_token_id is missing')
       parts[name] = special[f'{name}_token']
 
   def template(sequence: str, type_id: int) -> list[str]:

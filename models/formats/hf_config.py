@@ -42,7 +42,7 @@ def config_from_hf(raw: Any, where: str) -> ModelConfig:
     raise InputError(f'{where}/config.json: {error}') from None
   except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
     reason = f'{type(error).__name__}: {first_line(error)}'
-    raise InputError(f'{where}/config.json: holds a value of a wrong kind ({reason})') from None
+    raise InputError(f'{where}/config.json: has a value of the wrong type ({reason})') from None
 
 
 def _parse(raw: Any) -> ModelConfig:
@@ -127,7 +127,7 @@ def _supported_family(raw: dict[str, Any]) -> str:
   model_type = raw.get('model_type')
   family = _MODEL_TYPES.get(str(model_type))
   if family is None:
-    asks = ' and asks to run its own code, which is never done' if 'auto_map' in raw else ''
+    asks = ' and needs its own code, which is never run' if 'auto_map' in raw else ''
     raise InputError(
       f'model_type {model_type!r} is not supported{asks}; supported: {", ".join(sorted(_MODEL_TYPES))}'
     )

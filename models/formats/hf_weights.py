@@ -151,12 +151,12 @@ def check_tensors(config: ModelConfig, reader: TensorReader) -> None:
     if names:
       more = f' (and {len(names) - 1} more)' if len(names) > 1 else ''
       raise InputError(
-        f'{reader.where}: tensor {min(names)} {problem}{more}: config.json and weights do not agree'
+        f'{reader.where}: tensor {min(names)} {problem}{more}: config.json and weights do not match'
       )
   for name, leaf in expected.items():
     if reader.shape(name) != leaf.hf_shape:
       raise InputError(
-        f'{reader.where}: tensor {name} has shape {list(reader.shape(name))}, config.json asks for '
+        f'{reader.where}: tensor {name} has shape {list(reader.shape(name))}, but config.json needs '
         f'{list(leaf.hf_shape)}'
       )
     reader.dtype(name)  # raises if it is not supported

@@ -55,7 +55,7 @@ class SafetensorsReader:
     self._tensors: dict[str, _Stored] = {}
     for name in files:
       if not exists(directory / name):
-        raise InputError(f'{index}: lists {name}, which is absent: download the checkpoint again')
+        raise InputError(f'{index}: lists {name}, which is missing: download the checkpoint again')
       try:
         self._tensors |= _map(directory / name)
       except OSError as error:

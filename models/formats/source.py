@@ -76,8 +76,8 @@ class Source:
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= self.config.vocab_size:
       raise InputError(
-        f'{self.name}: the tokenizer has ids up to {highest}, the embedding only '
-        f'{self.config.vocab_size} rows: tokenizer and weights do not belong together'
+        f'{self.name}: the tokenizer has ids up to {highest}, but the embedding has only '
+        f'{self.config.vocab_size} rows: tokenizer and weights do not match'
       )
     return tokenizer
 
@@ -162,7 +162,7 @@ def _fetch(name: str, download: Callable[..., Any], **options: Any) -> pathlib.P
     return pathlib.Path(download(name, **options))
   except Exception as error:  # the hub's errors and those of its HTTP library share no other class
     raise InputError(
-      f'model.source {name!r}: no such directory, and the hub does not give it ({first_line(error)})'
+      f'model.source {name!r}: no such directory, and the hub download failed ({first_line(error)})'
     ) from None
 
 

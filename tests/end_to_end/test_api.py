@@ -195,7 +195,7 @@ def _sliced(model):
     (lambda m, r, f: aj.generate(m, 'a ' * 3000), ('prompt 1', 'shorten')),
     (lambda m, r, f: aj.save(m, 'out', formats=('onnx',)), ('formats', 'onnx')),
     (lambda m, r, f: aj.prune(m, r, importance='l2'), ('importance', 'Obs has its own')),
-    (lambda m, r, f: aj.prune(m, r, method='slicegpt'), ('slicegpt', 'command alone')),
+    (lambda m, r, f: aj.prune(m, r, method='slicegpt'), ('slicegpt', 'CLI only: choose')),
     (lambda m, r, f: aj.prune(m, r, serve='tensor_parallel=7'), ('serve', 'multiples of 7')),
     (lambda m, r, f: aj.recover(m, np.array(3), tokens=64), ('text', 'token ids')),
     (lambda m, r, f: aj.recover(m, r, tokens=64, batch=4, teacher=_other(m)), ('teacher', 'token ids')),

@@ -92,16 +92,17 @@ def test_the_ratio_is_of_runs_side_by_side_and_decides_the_warning(models):
   each = '1.04 (1.04–1.04) times'
   assert text == f"warning: not faster here: prefill at {each} and decode at {each} the dense model's speed"
   _, text = warning([100.0, 100.0, 100.0], [90.0, 104.0, 120.0])
-  assert 'prefill at 1.04 (0.90–1.20) times' in text and text.endswith('again when the machine is quiet')
+  assert 'prefill at 1.04 (0.90–1.20) times' in text and text.endswith('again on an idle machine')
 
 
 def test_widths_that_do_not_suit_the_device_are_the_reason():
   config = tiny_config('llama', (LayerShape(6, 2, 128), LayerShape(6, 2, 192), LayerShape(6, 2, 100)))
   assert bench.unaligned(config, 'cpu') == ''
   assert bench.unaligned(config, 'gpu') == (
-    'MLP widths of 1 of 3 layers, such as 100, are no multiples of 64: prune with config.prune.align_ffn = 64'
+    'MLP widths of 1 of 3 layers, such as 100, are not multiples of 64: '
+    'prune with config.prune.align_ffn = 64'
   )
-  assert 'of 2 of 3 layers, such as 192, are no multiples of 128' in bench.unaligned(config, 'tpu')
+  assert 'of 2 of 3 layers, such as 192, are not multiples of 128' in bench.unaligned(config, 'tpu')
 
 
 def test_peaks_of_a_device_that_counts_are_each_models_own(models, monkeypatch):
@@ -130,7 +131,7 @@ def test_an_export_tells_which_model_it_came_from(models, tmp_path):
 @pytest.mark.parametrize(
   'fields,words',
   [
-    ({'dense': ''}, 'config.bench.dense is empty, and .* does not tell where it comes from: name'),
+    ({'dense': ''}, 'config.bench.dense is empty, and .* does not record its origin: name'),
     ({'prompt_length': 2045}, 'config.bench.prompt_length = 2,045 and bench.new_tokens = 8 .* 2,048'),
   ],
 )

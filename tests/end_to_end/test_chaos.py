@@ -55,7 +55,7 @@ def test_sigterm_and_ctrl_c_end_where_the_same_command_goes_on(starter, finished
     code, output = starter.run(path, kill=kill, after=after)
     assert code == (130 if kill == 'SIGINT' else 0) and not (path / 'report.json').exists(), output
     assert (
-      f'stopped by {"Ctrl-C" if kill == "SIGINT" else kill}{place}: the same command goes on from here'
+      f'stopped by {"Ctrl-C" if kill == "SIGINT" else kill}{place}: run the same command to continue'
       in output
     )
     assert 'Traceback' not in output and not left_over(path)
@@ -94,7 +94,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_what_is_saved(starter,
   for limit in (600, 2_000, 20_000):
     refused(*starter.run(path, limit=limit), path, 'File too large')
   code, output = starter.run(path)
-  assert code == 0 and 'resuming in the pruning' in output
+  assert code == 0 and 'resuming the pruning' in output
   runs.assert_same_end(path, finished)
   path = starter.path / 'exported'
   refused(*starter.run(path, '--mode=export', limit=100_000), path, 'File too large')

@@ -105,7 +105,7 @@ def test_one_of_two_killed_at_a_random_moment(starters, together):
   moment = f'seed {SEED}: process {victim} after {after}'
   assert ends[victim][0] == -signal.SIGKILL and ends[1 - victim][0] not in (0, 2), moment
   if victim == 1:  # the first process has nobody above it that would end it with less to say
-    assert 'start them all again' in ends[0][1], moment
+    assert 'start all of them again' in ends[0][1], moment
   ends = pair(starters, path)
   assert [code for code, _ in ends] == [0, 0], (moment, ends)
   runs.assert_same_end(path, together)
@@ -139,7 +139,7 @@ def test_a_run_goes_on_with_other_devices(starters, alone):
     code, output = starter.run(path, *FLAGS, devices=devices, kill='SIGKILL', after=after)
     assert code == -signal.SIGKILL, output
   code, output = starter.run(path, *FLAGS, devices=2)
-  assert code == 0 and 'resuming in the pruning of stage 2' in output
+  assert code == 0 and 'resuming the pruning of stage 2' in output
   assert_same_report(path, alone)
 
 

@@ -14,7 +14,7 @@ FILES = ROOT / 'tests/data/workdirs-0.1'
 # Workdir -> what the resumed run says first: one was stopped while it trained, one killed while it pruned.
 RESUMED = {
   'training': 'resuming at stage 2, training step 9',
-  'pruning': 'resuming in the pruning of stage 2, after step 17',
+  'pruning': 'resuming the pruning of stage 2, after step 17',
 }
 
 

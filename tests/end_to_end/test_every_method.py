@@ -111,7 +111,7 @@ def test_slicegpt_lands_below_the_target_and_its_export_is_evaluated_but_not_pru
   assert count_params(saved.config) == model['params_after'] <= model['params_target']
   assert model['params_after'] > 0.8 * model['params_before']
   assert report['texts']['text']['kl'] > 0 and report['compiles']['slicing'] == 2
-  assert f'{row["hidden_size"]} numbers' in result.stdout
+  assert f'residual stream: width {row["hidden_size"]}' in result.stdout
 
   source = f'--config.model.source={tmp_path / "out/hf"}'
   again = runs.main(files, tmp_path / 'measured', '--mode=evaluate', source)

@@ -101,7 +101,7 @@ def test_a_run_that_is_not_finished_is_taken_at_its_newest_checkpoint(files, fin
 def test_a_run_without_a_checkpoint_is_one_line(files, unfinished, tmp_path):
   shutil.rmtree(unfinished / 'checkpoints')
   (unfinished / 'checkpoints').mkdir()
-  with pytest.raises(InputError, match='no checkpoint of this run is complete yet'):
+  with pytest.raises(InputError, match='this run has no complete checkpoint yet'):
     export(files, unfinished, tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
 

@@ -214,13 +214,13 @@ def test_tasks_that_run_code_are_refused(tasks_path, monkeypatch):
 
   monkeypatch.setattr(ConfigurableTask, 'UNSAFE_CODE', True, raising=False)
   harness._open.cache_clear()
-  with pytest.raises(InputError, match='toy_choice runs code that models write'):
+  with pytest.raises(InputError, match='toy_choice runs model-written code'):
     harness.check_tasks(options_of(tasks_path, 'toy_choice'))
   harness._open.cache_clear()
 
 
 def test_an_answer_longer_than_the_model_sees_is_refused(source):
-  with pytest.raises(InputError, match='longer than the 64'):
+  with pytest.raises(InputError, match=r'exceeds the context of model.source \(64\)'):
     make_lm(source).loglikelihood(asked(('a', ' fox' * 200)))
 
 
@@ -228,7 +228,7 @@ def test_an_answer_longer_than_the_model_sees_is_refused(source):
 
 
 def test_unknown_tasks_are_refused_with_similar_names(tasks_path):
-  with pytest.raises(InputError, match="'arc_eazy' is no task .* arc_easy"):
+  with pytest.raises(InputError, match="'arc_eazy' is not a task .* arc_easy"):
     harness.check_tasks(options_of(tasks_path, 'arc_eazy'))
   with pytest.raises(InputError, match='toy_choice'):
     harness.check_tasks(options_of(tasks_path, 'toy_choise'))
@@ -247,7 +247,7 @@ def test_what_cannot_be_opened_names_the_task(tasks_path, tmp_path):
   (broken / 'gone.yaml').write_text(text.replace('choice.jsonl', 'gone.jsonl').replace('toy_choice', 'gone'))
   with pytest.raises(InputError, match="'gone' cannot be opened .*tasks_path"):
     harness.check_tasks(options_of(broken, 'gone'))
-  with pytest.raises(InputError, match='no directory with .yaml files'):
+  with pytest.raises(InputError, match='not a directory with .yaml task files'):
     harness.check_tasks(options_of(tmp_path / 'nowhere', 'gone'))
 
 

@@ -95,7 +95,7 @@ def test_version_and_help_say_what_there_is(installed, place):
   cut = subprocess.run(['bash', '-c', shell], cwd=runs.ROOT, capture_output=True, text=True)
   assert cut.stdout.startswith('--mode=accel') and cut.stderr == ''
   fields = python(installed, place, *command, '--mode=evaluate', '--help').stdout
-  assert '--config.evaluate.length=1024' in fields and 'Tokens of a window' in fields
+  assert '--config.evaluate.length=1024' in fields and 'Tokens per window' in fields
   assert '--config.prune.target' not in fields
 
 

@@ -194,7 +194,7 @@ REFUSED = {
   "no merge of '▁a' and 'b'": lambda: metaspace(
     merges=[('▁', 'a'), ('b', 'c'), ('a', 'b'), ('▁', 'ab'), ('c', 'c')]
   ),
-  "make '▁ab' stand apart": lambda: metaspace(
+  "form '▁ab' are not adjacent": lambda: metaspace(
     merges=[('▁', 'a'), ('b', 'c'), ('a', 'b'), ('▁', 'ab'), ('c', 'c'), ('▁a', 'b')]
   ),
 }

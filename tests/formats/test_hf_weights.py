@@ -148,7 +148,7 @@ def base(family='llama', **fields):
 
 REFUSED = [
   ('model_type', {'model_type': 'gpt2'}),
-  ('never done', {'model_type': 'mystery', 'auto_map': {'AutoModel': 'modeling_mystery.Model'}}),
+  ('never run', {'model_type': 'mystery', 'auto_map': {'AutoModel': 'modeling_mystery.Model'}}),
   ('model_type', {'model_type': None}),
   ('yarn', {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}}),
   ('linear', {'rope_scaling': {'type': 'linear', 'factor': 2.0}}),

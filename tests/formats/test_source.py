@@ -81,7 +81,7 @@ def test_errors_of_the_hub_without_a_message_are_one_line(monkeypatch):
     raise ConnectionError
 
   monkeypatch.setattr(huggingface_hub, 'hf_hub_download', hf_hub_download)
-  with pytest.raises(InputError, match='the hub does not give it .ConnectionError.'):
+  with pytest.raises(InputError, match='the hub download failed .ConnectionError.'):
     open_source('some-org/some-model')
 
 

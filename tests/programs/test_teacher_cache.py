@@ -116,7 +116,7 @@ def test_rows_other_than_the_teacher_saw_are_refused(files, tmp_path):
   taught = open_taught(
     asked.directory, data, asked.options.train, STEPS, asked.load, dtype=jnp.float32, compiler=Compiler()
   )
-  with pytest.raises(InputError, match='is of other rows than config.train.source has now'):
+  with pytest.raises(InputError, match='does not match the rows of config.train.source'):
     taught.read(taught.rows(0))
 
 

@@ -214,7 +214,7 @@ def test_checkpoint_that_wants_its_code_run(files):
   config |= {'model_type': 'brandnew', 'auto_map': {'AutoConfig': 'x.Config'}}
   (path / 'config.json').write_text(json.dumps(config))
   (path / 'x.py').write_text("raise SystemExit('ran')")
-  refuse_model(files, path, 'brandnew', 'never done')
+  refuse_model(files, path, 'brandnew', 'never run')
 
 
 def test_tokenizer_that_wants_its_code_run(files):
@@ -233,7 +233,7 @@ def test_workdirs(files, tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(InputError, match='is a file or a broken link'):
     Workdir(str(tmp_path / 'file'), {}).check()
-  with pytest.raises(InputError, match='holds files of something else'):
+  with pytest.raises(InputError, match='contains other files'):
     Workdir(str(tmp_path), {}).check()
   Workdir(str(tmp_path / 'new'), {}).check()
   assert not (tmp_path / 'new').exists()

@@ -91,7 +91,7 @@ def test_json_is_a_list_of_rows_or_a_row_a_line(tmp_path, content):
     (b'[{"text": "x"}', 'not valid JSON'),
     (b'[{"text": "x"}, 1]', 'row 2: a JSON int'),
     (b'[{"text": "\xff"}]', 'not UTF-8'),
-    (b'{"rows": []}', "nor 'text' among its fields ['rows']"),
+    (b'{"rows": []}', "or 'text' among ['rows']"),
     (b'[{"instruction": 1, "output": "A"}]', "row 1: field 'instruction' holds int"),
   ],
 )
@@ -147,5 +147,5 @@ def test_templates_that_cannot_be_read(tmp_path):
 
 def test_roles_that_plain_does_not_know_are_refused():
   tokenizer = with_template(tiny_tokenizer(), 'plain')
-  with pytest.raises(InputError, match='here: the chat template refuses .*no role tool'):
+  with pytest.raises(InputError, match='here: the chat template rejects .*no role tool'):
     render(Document('here', [ASKED, {'role': 'tool', 'content': 'x'}]), tokenizer)

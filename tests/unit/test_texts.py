@@ -64,7 +64,7 @@ def test_a_row_a_text():
 
 def test_a_text_that_lost_more_than_twice_as_much_is_told():
   line = warning(TEXTS)
-  assert line.startswith('warning: on web the model lost 0.405 nats per token, on wiki 0.095')
+  assert line.startswith('warning: the model lost 0.405 nats per token on web, but 0.095 on wiki')
   assert 'config.prune.calibration.source' in line and '\n' not in line
   even = TEXTS | {'web': TEXTS['web'] | {'recovered': 34.0}}
   assert warning(even) == warning({'wiki': TEXTS['wiki']}) == warning({}) == ''

@@ -160,7 +160,7 @@ def test_worker_processes_give_the_same_and_their_errors(source, tokenizer, monk
       yield batch
 
   *together, last = encode_all(feed(), tokenizer, 2)
-  assert last.refused[0].startswith('here: the conversation begins with the assistant') and not len(
+  assert last.refused[0].startswith('here: the conversation starts with the assistant') and not len(
     last.tokens
   )
   assert len(together) == len(alone) > 2
@@ -181,7 +181,7 @@ def test_a_worker_process_that_is_killed_ends_it(tokenizer, monkeypatch, which):
         time.sleep(0.5)  # they wait for work, one with a lock on the queue
         os.kill(multiprocessing.active_children()[which].pid, signal.SIGKILL)
 
-  with pytest.raises(InputError, match='a process that tokenises was killed'):
+  with pytest.raises(InputError, match='a tokenising process was killed'):
     list(encode_all(feed(), tokenizer, 2))
   assert not multiprocessing.active_children()
 
@@ -194,9 +194,9 @@ def test_conversations_beyond_the_template_are_left_out_if_they_are_few(source, 
   assert len(cache.ends) == len(rows) - 1
   np.testing.assert_array_equal(cache.tokens, np.tile(whole.tokens, 2))
   told = capsys.readouterr().out
-  assert '1 conversations are left out' in told and f'{source}:121: the conversation begins' in told
+  assert '1 conversations are skipped' in told and f'{source}:121: the conversation starts' in told
   source.write_text(''.join(json.dumps(row) + '\n' for row in [*rows, *rows[-1:]]))
-  with pytest.raises(InputError, match='2 of the first 122 are refused'):
+  with pytest.raises(InputError, match='2 of the first 122 are rejected'):
     load(source, tokenizer)
 
 

@@ -116,9 +116,9 @@ def test_blocks_beyond_those_checked_at_the_start_are_checked_when_read(open_set
 
 
 def test_sources_without_a_row(open_set):
-  with pytest.raises(InputError, match='longer than the data: 4 tokens'):
+  with pytest.raises(InputError, match='the data has only 4 tokens'):
     open_set(['Two'], length=100)
-  with pytest.raises(InputError, match="0.jsonl': the sequence is longer than the data: 0 tokens"):
+  with pytest.raises(InputError, match="0.jsonl': the data has only 0 tokens"):
     open_set([], DOCUMENTS, weights=(1.0, 1.0))
 
 

@@ -158,7 +158,7 @@ def test_npy_is_taken_as_it_is(tmp_path):
   assert not blocks.targets[:, 0].any() and blocks.targets[:, 1:].all()
   assert len(load(tmp_path / 'a.npy', None, max_tokens=17).tokens) == 2
   check_vocab(23, 24, FIELD)
-  assert 'larger than the embedding' in message_of(check_vocab, 23, 23, FIELD)
+  assert 'the embedding has only 23 rows: use the tokenizer' in message_of(check_vocab, 23, 23, FIELD)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_npy_is_taken_as_it_is(tmp_path):
     (np.full((2, 8), -1), '-1'),
     (np.full((2, 8), 2**31), str(2**31)),
     (np.array([[None] * 8]), 'not a readable .npy'),
-    (np.zeros((0, 8), np.int32), 'longer than the data'),
+    (np.zeros((0, 8), np.int32), 'the data has only 0 tokens'),
   ],
 )
 def test_npy_of_another_kind(tmp_path, rows, says):
@@ -285,7 +285,7 @@ def test_conversation_without_assistant_has_no_targets(tmp_path, tokenizer):
   ('template', 'messages', 'says'),
   [
     (None, CHAT, "set config.data.chat_template to 'plain' or to a file"),
-    (CHATML, CHAT[1:], 'begins with the assistant'),
+    (CHATML, CHAT[1:], 'starts with the assistant'),
     ("{{ messages[-1]['content'] }}" + CHATML, CHAT, 'assistant message 2'),
     (
       CHATML.replace("message['content']", "(message['content'] if loop.last or loop.index is odd else '')"),
@@ -314,12 +314,12 @@ def test_conversations_that_cannot_be_rendered(tmp_path, template, messages, say
     ('a.jsonl', b'{"text": "x"}\n\n{"text": \n', ':3: not valid JSON'),
     ('a.jsonl', b'{"text": "x"}\n{"text": "\xff"}\n', ':2: not UTF-8'),
     ('a.jsonl', b'[1]\n', ':1: a JSON list'),
-    ('a.jsonl', b'{"body": "x", "id": 1}\n', "'messages' nor 'text' among its fields ['body', 'id']"),
+    ('a.jsonl', b'{"body": "x", "id": 1}\n', "no field 'messages' or 'text' among ['body', 'id']"),
     ('a.jsonl', b'{"text": null}\n', 'NoneType, not text'),
     ('a.jsonl', b'{"text": "\\ud83d"}\n', 'surrogate'),
     ('a.txt', b'abc\xff', 'not UTF-8 text (byte 3)'),
     ('a.parquet', b'PAR1', 'not a readable Parquet'),
-    ('a.csv', b'x', 'unknown kind of file'),
+    ('a.csv', b'x', 'unknown file type'),
   ],
 )
 def test_broken_files(tmp_path, tokenizer, name, content, says):
@@ -349,9 +349,7 @@ def test_sources_that_hold_nothing(tmp_path, tokenizer):
   path = write_texts(tmp_path / 'a.jsonl', ['The dog.'])
   found = len(stream(tokenizer, ['The dog.']))
   message = message_of(load, path, tokenizer, length=found + 1)
-  assert (
-    FIELD in message and f'longer than the data: {found} tokens' in message and f' {found + 1}:' in message
-  )
+  assert FIELD in message and f'the data has only {found} tokens' in message and f' {found + 1}:' in message
 
 
 def test_npy_beside_other_entries(tmp_path, tokenizer):
@@ -366,7 +364,7 @@ def test_check_source_reads_the_first_row_only(tmp_path):
   path.write_text('{"text": "x"}\nnot JSON\n')
   (tmp_path / 'empty.jsonl').write_text('')
   check_source((str(path), str(tmp_path / 'empty.jsonl')), FIELD, **NAMES)
-  assert 'among its fields' in message_of(
+  assert "or 'body' among ['text']" in message_of(
     check_source, (str(path),), FIELD, **(NAMES | {'text_field': 'body'})
   )
 
@@ -398,4 +396,4 @@ def test_rows_drawn_are_distinct_and_fresh_at_each_step():
   assert set(draw_rows(100, 30, 2, 5)) != set(draws[5])
   assert set(np.concatenate(draws)) == set(range(100))
   np.testing.assert_array_equal(draw_rows(100, 100, 1, 5), np.arange(100))
-  assert 'samples = 101, but the data have 100' in message_of(draw_rows, 100, 101, 1, 0)
+  assert 'samples = 101, but the data has 100' in message_of(draw_rows, 100, 101, 1, 0)
