@@ -102,15 +102,19 @@ class Workdir:
     self.path.mkdir(parents=True, exist_ok=True)
     if not self.run.exists():
       descriptor = self._lock(self._claiming)
-      if not self.run.exists():  # nobody has claimed it meanwhile: the locked file becomes run.json
-        os.truncate(descriptor, 0)
-        content = self._identity | ({'texts': texts} if texts else {})
-        os.write(descriptor, (json.dumps(content, indent=2) + '\n').encode())
-        os.fsync(descriptor)
-        self._claiming.replace(self.run)
-        return descriptor
-      self._claiming.unlink()
-      os.close(descriptor)
+      try:
+        if not self.run.exists():  # nobody has claimed it meanwhile: the locked file becomes run.json
+          content = self._identity | ({'texts': texts} if texts else {})
+          with open(descriptor, 'w', encoding='utf-8', closefd=False) as file:
+            file.truncate()
+            file.write(json.dumps(content, indent=2) + '\n')
+            file.flush()
+            os.fsync(descriptor)
+          self._claiming.replace(self.run)
+          return os.dup(descriptor)  # has the same lock
+      finally:
+        self._claiming.unlink(missing_ok=True)  # left after an error such as a full disk
+        os.close(descriptor)
     return self._lock(self.run)
 
   def _lock(self, path: pathlib.Path) -> int:
