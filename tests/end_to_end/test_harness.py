@@ -315,6 +315,7 @@ def test_a_run_scores_dense_pruned_and_recovered_once(files, tasks_path, tmp_pat
     written.config,
     load_source(written, jnp.float32),
     written.load_tokenizer(),
+    written.generation,
     compiler=Compiler(),
     dtype=jnp.float32,
     title='written',
