@@ -132,7 +132,10 @@ def test_an_export_tells_which_model_it_came_from(models, tmp_path):
   'fields,words',
   [
     ({'dense': ''}, 'config.bench.dense is empty, and .* does not record its origin: name'),
-    ({'prompt_length': 2045}, 'config.bench.prompt_length = 2,045 and bench.new_tokens = 8 .* 2,048'),
+    (
+      {'prompt_length': 2045},
+      r'config.bench.prompt_length = 2,045 and bench.new_tokens = 8 .*\(2,048 tokens\)',
+    ),
   ],
 )
 def test_bad_input_is_refused_before_weights_are_read(models, tmp_path, monkeypatch, fields, words):
