@@ -143,7 +143,7 @@ def _beyond(report: SensitivityReport, block: str) -> str:
   for base in report['bases']:
     for layer, row in enumerate(base['layers']):
       if row[block] > end:
-        found.append(f'layer {layer} of base {base["sparsity"]:g} {row[block]:,.2f}')
+        found.append(f'layer {layer} of base {base["sparsity"]:g}: {row[block]:,.2f}')
   return f'Above the axis for {_WHAT[block]}: {", ".join(found)}.' if found else ''
 
 
