@@ -135,7 +135,8 @@ class Allocator:
     """Removes groups in the given order until the model has at most `target` parameters.
 
     A KV group that would overshoot is skipped, so the result is below the target by less than one MLP
-    block. Skipped groups are removed only if every MLP is at its last block.
+    block. Skipped groups are removed only if every MLP is at its last block; the result may then be below by
+    up to one group.
 
     Args:
       removals: in ascending order of position; each removes one group or block of a layer and module.
