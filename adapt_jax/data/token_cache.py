@@ -41,6 +41,7 @@ TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its doc
 
 _VERSION = 2  # of the format and of the tokenisation
 _FILES = ('tokens', 'flags', 'ends')
+_CHECKED: set[tuple[object, ...]] = set()  # caches whose checksums this process has compared
 _PART = 2**24  # bytes that are read at once to compare checksums
 _MOST_REFUSED = 0.01  # share of a source's conversations that may be left out
 _STALE_SECONDS = 86_400.0  # without a write, after which the files of a killed process are removed
@@ -169,18 +170,26 @@ def _open(path: pathlib.Path) -> TokenCache | None:
 
 
 def _undamaged(path: pathlib.Path) -> bool:
-  """Whether the files have the checksums of meta.json."""
-  with phase('checking tokens'):
-    meta = json.loads((path / 'meta.json').read_text())
-    if meta.pop('checksum', None) != _checksum(meta):
-      return False
-    for name, wanted in meta['checksums'].items():
-      found = 0
-      with open(path / name, 'rb') as file:
-        while part := file.read(_PART):
-          found = zlib.crc32(part, found)
-      if found != wanted:
+  """Whether the files have the checksums of meta.json; a process reads each cache once."""
+  try:
+    states = [(path / name).stat() for name in (*_FILES, 'meta.json')]
+    key = (str(path), *((state.st_mtime_ns, state.st_size) for state in states))
+    if key in _CHECKED:
+      return True
+    with phase('checking tokens'):
+      meta = json.loads((path / 'meta.json').read_text())
+      if meta.pop('checksum', None) != _checksum(meta):
         return False
+      for name, wanted in meta['checksums'].items():
+        found = 0
+        with open(path / name, 'rb') as file:
+          while part := file.read(_PART):
+            found = zlib.crc32(part, found)
+        if found != wanted:
+          return False
+  except FileNotFoundError:  # another process removes a damaged cache, or replaces it
+    return False
+  _CHECKED.add(key)
   return True
 
 

@@ -246,7 +246,9 @@ class FlaxLM(TemplateLM):
         f'is {self.max_length}: leave it out'
       )
     # What the task does not set is as in generation_config.json, and then as in transformers.
-    kwargs = {'top_k': 50, 'top_p': 1.0, 'repetition_penalty': 1.0} | self._generation | kwargs
+    given = {name: value for name, value in self._generation.items() if value is not None}
+    defaults = {'temperature': 1.0, 'top_k': 50, 'top_p': 1.0, 'repetition_penalty': 1.0}
+    kwargs = defaults | given | kwargs
     sampling = Sampling(repetition_penalty=kwargs['repetition_penalty'])
     if kwargs['do_sample']:
       drawn = {name: kwargs[name] for name in ('temperature', 'top_k', 'top_p')}

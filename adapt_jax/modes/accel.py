@@ -2,7 +2,7 @@
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks
-from adapt_jax.machine.processes import say
+from adapt_jax.machine.processes import decide, say
 from adapt_jax.pipeline import forecast
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.slice_run import run_class
@@ -14,10 +14,10 @@ from adapt_jax.reports.summary import table
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Runs or resumes, then prints the table. Raises InputError before any work."""
   check_tasks(options.evaluate)
-  trackers.check(options.tracker)
+  decide(lambda: trackers.check(options.tracker))
   inputs = prepare(options)
   with workdir.claimed(inputs.digests):
-    if not workdir.metrics.exists():  # of a run that goes on, the time of its steps tells
+    if not decide(workdir.metrics.exists):  # of a run that goes on, the time of its steps tells
       forecast.announce([(options, inputs)])
     report = run_class(options)(options, inputs, workdir, command).execute()
     say(table(report))

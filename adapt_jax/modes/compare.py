@@ -221,6 +221,7 @@ class Compare:
       known = isinstance(error, InputError)
       reason = first_line(error) if known else f'{type(error).__name__}: {first_line(error)}'
       details = '' if known else '\n' + traceback.format_exc()
+      run.workdir.path.mkdir(parents=True, exist_ok=True)
       write_text(error_file, f'{reason}\n{details}')
       return reason
     error_file.unlink(missing_ok=True)

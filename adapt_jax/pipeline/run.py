@@ -12,7 +12,7 @@ from adapt_jax.export.writer import Writer, written_dtype
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.preemption import Preempted
-from adapt_jax.machine.processes import is_first, say
+from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.pipeline.forecast import duration
 from adapt_jax.pipeline.inputs import Inputs
@@ -77,7 +77,7 @@ class Run:
       with preemption.deferred():
         self._recovery.prepare(self._workdir.teacher)
     state = self._store.resume(self._pruning.shapes, self._pruning.start)
-    self._metrics.track(self.options.tracker, settings(self.options))
+    decide(lambda: self._metrics.track(self.options.tracker, settings(self.options)))
     self._before, self._saved_step = (state.seconds, dict(state.compiles)), state.train_step
     with preemption.deferred():
       try:
@@ -87,6 +87,7 @@ class Run:
           self._save(state)
         self._metrics.close()
         raise Preempted(self._position(state)) from None
+      decide(self._metrics.close)  # W&B may upload for long
       self.close()
       return self._finish(state)
 

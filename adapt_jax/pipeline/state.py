@@ -199,6 +199,8 @@ class StateStore:
     """Applies the steps in plan.json if they belong to the next stage; returns the log's length."""
     try:
       saved = decide(lambda: json.loads(self._plan.read_text()))
+      if not isinstance(saved, dict):
+        raise ValueError('not an object')
       if saved.pop('checksum', None) not in (checksum_json(saved), None):  # version 0.1 wrote none
         raise ValueError('checksum')
       if saved['stage'] != state.stage + 1:

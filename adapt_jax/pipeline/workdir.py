@@ -115,11 +115,20 @@ class Workdir:
       finally:
         self._claiming.unlink(missing_ok=True)  # left after an error such as a full disk
         os.close(descriptor)
-    return self._lock(self.run)
+    descriptor = self._lock(self.run)
+    try:
+      self._check_same()  # another run may have claimed the directory since `check`
+    except InputError:
+      os.close(descriptor)
+      raise
+    return descriptor
 
   def _lock(self, path: pathlib.Path) -> int:
     """A descriptor of the file, which is locked until it is closed. Raises InputError if it is locked."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+      descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError as error:
+      raise InputError(f'--workdir={self.path} is not writable ({error.strerror}): choose another') from None
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

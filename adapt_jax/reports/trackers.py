@@ -42,7 +42,8 @@ class Tracker(Protocol):
 def check(names: Sequence[str]) -> None:
   """Raises InputError if the package of a tracker is not installed."""
   for name in names:
-    if importlib.util.find_spec(name) is None:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:  # without an origin it is a mere directory of that name
       raise InputError(
         f'config.tracker has {name!r}, but the package {name} is not installed: install it with '
         f"pip install '.[{name}]', or leave the tracker out"

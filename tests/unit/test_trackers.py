@@ -126,7 +126,13 @@ def test_wandb_offline_and_after_a_resume(tmp_path, monkeypatch):
     {'_step': 2, 'prune/params': 900, 'prune/loss': 3.0, 'prune/step': 1},
   ]
   fixed = {'train/learning_rate': 1e-4, 'train/gradient_norm': 2.0, 'train/tokens_per_second': 512.0}
-  (id_1, config, rows_1), (id_2, _, rows_2) = wandb_runs(tmp_path)
+  deadline = time.monotonic() + 60
+  while (found := wandb_runs(tmp_path)) and not (
+    len(found) == 2 and all(run and rows for run, _, rows in found)
+  ):
+    assert time.monotonic() < deadline, found  # W&B's own process may still be writing
+    time.sleep(0.2)
+  (id_1, config, rows_1), (id_2, _, rows_2) = found
   assert id_1 == id_2 == (tmp_path / 'wandb/id.txt').read_text().strip()
   assert json.loads(config['prune']) == SETTINGS['prune']
   assert rows_1 == [*before, {'_step': 3, 'train/step': 1, 'train/loss': 2.5} | fixed]

@@ -87,3 +87,12 @@ def test_two_that_start_at_once_do_not_both_have_it(tmp_path):
   os.close(descriptor)
   with first.claimed(), pytest.raises(InputError, match='in use'), second.claimed():
     pass
+
+
+def test_a_directory_that_another_run_has_claimed_since_the_check_is_refused(tmp_path):
+  ours = Workdir(str(tmp_path / 'out'), IDENTITY)
+  ours.check()
+  with Workdir(str(tmp_path / 'out'), {'mode': 'accel', 'config': {'seed': 1}}).claimed():
+    pass
+  with pytest.raises(InputError, match='belongs to a run with config.seed = 1'), ours.claimed():
+    pass
