@@ -1,10 +1,13 @@
-"""Writes files and directories completely or not at all (by a rename); existence checks; user cache."""
+"""Writes files and directories completely or not at all (by a rename); existence, checksums; user cache."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from adapt_jax.models.errors import InputError, first_line
 
@@ -41,6 +44,11 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
     new.replace(path)
   finally:
     new.unlink(missing_ok=True)  # left after an error such as a full disk
+
+
+def json_checksum(values: dict[str, Any]) -> int:
+  """A checksum of values that JSON can hold; it is the same after they were written and read."""
+  return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def beside(path: str | pathlib.Path) -> pathlib.Path:

@@ -35,7 +35,7 @@ from adapt_jax.data.tokenise import BATCH_CHARS, Encoded, encode_all, take
 from adapt_jax.machine.processes import WAITS, decide, say
 from adapt_jax.machine.progress import Progress, phase
 from adapt_jax.models.errors import InputError, first_line
-from adapt_jax.models.files import user_cache
+from adapt_jax.models.files import json_checksum, user_cache
 
 TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its document
 
@@ -178,7 +178,7 @@ def _undamaged(path: pathlib.Path) -> bool:
       return True
     with phase('checking tokens'):
       meta = json.loads((path / 'meta.json').read_text())
-      if meta.pop('checksum', None) != _checksum(meta):
+      if meta.pop('checksum', None) != json_checksum(meta):
         return False
       for name, wanted in meta['checksums'].items():
         found = 0
@@ -191,10 +191,6 @@ def _undamaged(path: pathlib.Path) -> bool:
     return False
   _CHECKED.add(key)
   return True
-
-
-def _checksum(meta: dict[str, Any]) -> int:
-  return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def _build(
@@ -300,7 +296,7 @@ class _Writer:
     counts = {'tokens': self.tokens, 'documents': self.documents, 'targets': self._targets}
     meta = {'dtype': self._dtype.name, 'highest': self._highest, 'complete': complete} | counts
     meta |= {'checksums': self._checksums}
-    (self._path / 'meta.json').write_text(json.dumps(meta | {'checksum': _checksum(meta)}))
+    (self._path / 'meta.json').write_text(json.dumps(meta | {'checksum': json_checksum(meta)}))
 
 
 class _Feed:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
+from adapt_jax.config.identity import identity, reads
 from adapt_jax.config.mode_options import CompareOptions
 from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks
@@ -40,17 +40,8 @@ from adapt_jax.reports.report import CellReport, ComparisonReport, read_report, 
 CELLS, ERROR = 'cells', 'error.txt'
 # Fields that a grid cannot vary: cells share model, devices and trackers.
 _SHARED = ('model.source', 'mesh.', 'tracker')
-# Groups and fields that cells do not read, or that change nothing of their reports: cells would be alike.
-_UNREAD = (
-  'compare.',
-  'plan.',
-  'sensitivity.',
-  'generate.',
-  'bench.',
-  'export.formats',
-  'export.gguf_types',
-  'data.cache',
-)
+# Fields that cells read, but that change nothing in their reports.
+_WITHOUT_EFFECT = ('export.formats', 'export.gguf_types', 'data.cache')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +94,7 @@ def _check(options: RunOptions, base: dict[str, Any]) -> None:
     compare_grid.get(base, field)
     if field.startswith(_SHARED):
       raise InputError(f'config.compare.grid varies {field!r}, which all cells of a grid share: leave it out')
-    if field.startswith(_UNREAD):
+    if field in _WITHOUT_EFFECT or not reads('accel', field):
       raise InputError(f'config.compare.grid varies {field!r}, which changes nothing in a cell: leave it out')
     if field.startswith('train.') and not o.recover:
       raise InputError(

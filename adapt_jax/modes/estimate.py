@@ -28,6 +28,7 @@ from adapt_jax.models.formats.source import open_config
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import compute_dtype, made_for
 from adapt_jax.models.network.sharding import placed, row_sharding
+from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pipeline.schedule import Schedule
@@ -91,17 +92,6 @@ def bytes_of(tree: Any) -> int:
     return int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
 
   return sum(size(x) for x in jax.tree.leaves(tree))
-
-
-def forward_flops(config: ModelConfig, length: int) -> float:
-  """Floating-point operations of a forward pass per token: two per weight of every product, and attention.
-
-  Attention over `length` positions costs 4 · T · N · H per layer, and half of it with causal masks.
-  """
-  table = config.vocab_size * config.hidden_size
-  weights = count_params(config) - (0 if config.tie_embeddings else table)
-  attention = sum(2 * length * s.num_heads * config.head_dim for s in config.layers)
-  return 2.0 * weights + attention
 
 
 def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]:
@@ -182,25 +172,6 @@ class Footprint:
     shape = (rows_at_once(t.batch, t.micro_batch), t.length)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding())
     return compiled_memory(likeliest(config, t, self.dtype), params, rows, rows)
-
-  def scoring_flops(self) -> float:
-    """FLOPs per calibration token of one pass: one forward; with gradients two, and the backward.
-
-    The gradient of weights costs as much as a forward pass, that of activations too; curvature needs only the
-    latter, plus second moments and solves, which are not counted here.
-    """
-    forward = forward_flops(self.config, self.options.prune.calibration.length)
-    kind = pruning_programs.importance(self.options.prune)
-    return forward * (3 if kind.curvature else 4 if kind.gradient else 1)
-
-  def training_flops(self, config: ModelConfig) -> float:
-    """FLOPs per token: forward, backward of twice that, with remat another forward; the teacher's forward.
-
-    With distill.cache, the teacher processes each row only once, but every use of a row is counted here.
-    """
-    t = self.options.train
-    teacher = forward_flops(self.config, t.length) if t.distill.alpha else 0.0
-    return forward_flops(config, t.length) * (4 if t.remat else 3) + teacher
 
 
 def _measure(options: RunOptions, layers: int, measure: Callable[[int], Memory]) -> Memory:
@@ -310,9 +281,10 @@ def _stage_table(footprint: Footprint, stages: list[ModelConfig]) -> list[str]:
   options, devices = footprint.options, jax.device_count()
   rate = options.plan.peak_tflops * 1e12 * devices
   calibration, t = options.prune.calibration, options.train
-  passed = footprint.scoring_flops() * calibration.samples * calibration.length
+  scoring = flops.scoring(options, footprint.config)
+  passed = scoring * calibration.samples * calibration.length
   lines = [
-    f'a scoring pass: {footprint.scoring_flops() / 1e9:.1f} GFLOP per token, {passed / rate:.2f} s at '
+    f'a scoring pass: {scoring / 1e9:.1f} GFLOP per token, {passed / rate:.2f} s at '
     f'{options.plan.peak_tflops:g} TFLOP/s per device',
     '',
     '| stage | parameters | of dense | GFLOP per token | tokens | hours at peak |',
@@ -321,10 +293,10 @@ def _stage_table(footprint: Footprint, stages: list[ModelConfig]) -> list[str]:
   schedule = Schedule.of(options, footprint.config)
   for k, config in enumerate(stages):
     tokens = (schedule.end(k + 1) - schedule.start(k + 1)) * t.batch * t.length
-    flops = footprint.training_flops(config)
+    work = flops.training(options, footprint.config, flops.forward(config, t.length))
     share = count_params(config) / count_params(footprint.config)
     lines.append(
-      f'| {k + 1} | {count_params(config):,} | {share:.1%} | {flops / 1e9:.1f} | {tokens:,} | '
-      f'{tokens * flops / rate / 3600:.2f} |'
+      f'| {k + 1} | {count_params(config):,} | {share:.1%} | {work / 1e9:.1f} | {tokens:,} | '
+      f'{tokens * work / rate / 3600:.2f} |'
     )
   return lines

@@ -10,7 +10,7 @@ from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
 from adapt_jax.reports.page import cards, page
-from adapt_jax.reports.report import BaseReport, SensitivityReport
+from adapt_jax.reports.report import SensitivityReport, importance_name, layer_importance
 
 MARKDOWN, CSV = 'sensitivity.md', 'sensitivity.csv'
 _WHAT = {
@@ -41,7 +41,8 @@ def _columns(report: SensitivityReport) -> Iterator[tuple[str, list[str]]]:
       name = f'base {base["sparsity"]:g}' + (f' {block}' if blocks != ['both'] else '')
       yield name, values + ['–'] * (layers - len(values))
   for base in report['bases']:
-    yield f'importance {base["sparsity"]:g}', [f'{x:.4f}' for x in _importance(report, base)]
+    distances = layer_importance(report['layer_distance'], base['layer_importance'])
+    yield f'importance {base["sparsity"]:g}', [f'{x:.4f}' for x in distances]
 
 
 def _widths(before: list[int], after: list[int]) -> str:
@@ -71,7 +72,7 @@ def _note(report: SensitivityReport) -> str:
   return (
     f'One decoder layer at a time loses {100 * report["sparsity"]:g} % of its width (whole KV groups, '
     f'rounded down; importance: {report["importance"]}). In a base, every layer is pruned to its sparsity, '
-    f'rounded the same way. The importance of a layer is {_distance(report)}. '
+    f'rounded the same way. The importance of a layer is {importance_name(report["layer_distance"])}. '
     f'Perplexity is {report["perplexity"]["definition"]}.'
   )
 
@@ -130,14 +131,14 @@ def _perplexity_chart(report: SensitivityReport, block: str) -> str:
       (layer, found[block], f'{name}, layer {layer}: {found[block]:.3f}')
       for layer, found in enumerate(base['layers'])
     ]
-    series.append(Series(f'{name}, itself {itself:.2f}', points, colour))
+    series.append(Series(f'{name} ({itself:.2f})', points, colour))
     ends = [(layer, itself, '') for layer in (0, len(base['layers']) - 1)]
     series.append(Series('', ends if base['layers'] else [], colour, dashed=True))
   title = f'Perplexity with {100 * report["sparsity"]:g} % of {_WHAT[block]} pruned (dashed: the base)'
   return charts.line_chart(title, ('layer', 'perplexity'), series, log=True, integer=True, most=end)
 
 
-def _beyond(report: SensitivityReport, block: str) -> str:
+def _clipped(report: SensitivityReport, block: str) -> str:
   """The points that the chart draws at the end of its axis, in words; '' if there are none."""
   end, found = _axis_end(report, block), list[str]()
   for base in report['bases']:
@@ -147,26 +148,16 @@ def _beyond(report: SensitivityReport, block: str) -> str:
   return f'Above the axis for {_WHAT[block]}: {", ".join(found)}.' if found else ''
 
 
-def _importance(report: SensitivityReport, base: BaseReport) -> list[float]:
-  """The distance between input and output of each layer; the cosine distance is stored as -cos."""
-  cosine = report['layer_distance'] == 'cosine'
-  return [1 + x if cosine else x for x in base['layer_importance']]
-
-
 def _importance_chart(report: SensitivityReport) -> str:
   series = []
   for i, base in enumerate(report['bases']):
     name = f'base {base["sparsity"]:g}'
-    values = enumerate(_importance(report, base))
+    values = enumerate(layer_importance(report['layer_distance'], base['layer_importance']))
     points = [(layer, x, f'{name}, layer {layer}: {x:.5g}') for layer, x in values]
     series.append(Series(name, points, i % charts.COLOURS))
-  names, log = ('layer', _distance(report)), all(point[1] > 0 for one in series for point in one.points)
+  names = 'layer', importance_name(report['layer_distance'])
+  log = all(point[1] > 0 for one in series for point in one.points)
   return charts.line_chart('Importance of the layers', names, series, log=log, integer=True)
-
-
-def _distance(report: SensitivityReport) -> str:
-  name = report['layer_distance']
-  return '1 - cos(input, output)' if name == 'cosine' else f'{name} distance between input and output'
 
 
 def _body(report: SensitivityReport) -> str:
@@ -182,7 +173,7 @@ def _body(report: SensitivityReport) -> str:
       f'<p class="state">sensitivity of the layers: {done} measured, {report["seconds"]:,.0f} s</p>',
       '<div class="card scroll"><table>' + '\n'.join(f'<tr>{x}</tr>' for x in lines) + '</table></div>',
       cards('grid', figures),
-      *(f'<p>{e(text)}</p>' for block in report['blocks'] if (text := _beyond(report, block))),
+      *(f'<p>{e(text)}</p>' for block in report['blocks'] if (text := _clipped(report, block))),
       f'<p>{e(_note(report))}</p>',
       f'<h2>Command</h2><div class="card"><pre>{e(report["command"])}</pre></div>',
       f'<p>{e(", ".join(f"{k} {v}" for k, v in report["versions"].items()))}</p>',

@@ -1,13 +1,11 @@
 """Checkpoints of a run, using orbax: arrays and the JSON that describes them, saved together."""
 
 import contextlib
-import json
 import logging
 import pathlib
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from adapt_jax.machine.processes import decide
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import json_checksum
 
 
 class _Manager(ocp.CheckpointManager):
@@ -54,7 +53,7 @@ class Checkpoints:
     """Saves under the next number; returns when it is on disk. A save that fails leaves nothing."""
     number = decide(lambda: (self.latest() or 0) + 1)
     meta = {'meta': meta, 'arrays': _checksum(state)}
-    meta['checksum'] = checksum_json(meta)
+    meta['checksum'] = json_checksum(meta)
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     try:
       with _one_error():
@@ -82,7 +81,7 @@ class Checkpoints:
     with self._readable(number):
       args = ocp.args.Composite(meta=ocp.args.JsonRestore())
       meta: dict[str, Any] = self._manager.restore(number, args=args)['meta']
-      if meta.pop('checksum') != checksum_json(meta):
+      if meta.pop('checksum') != json_checksum(meta):
         raise ValueError('checksum of the JSON')
     return meta
 
@@ -169,11 +168,6 @@ def _checksum(tree: Any) -> int:
         array = np.asarray(data)
         total += int(array.view(f'uint{8 * array.itemsize}').sum(dtype=np.uint32))
   return int(multihost_utils.process_allgather(np.uint32(total % 2**32)).sum(dtype=np.uint32))
-
-
-def checksum_json(values: dict[str, Any]) -> int:
-  """A checksum of values that JSON can hold, the same after they were written and read."""
-  return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def _paths(tree: Any) -> list[tuple[str, Any]]:

@@ -18,7 +18,7 @@ class Examples:
   """The beginning of a window in the middle of each text, and what models write after it.
 
   Args:
-    inputs: the run's; what ends a text is said by its dense model.
+    inputs: the inputs of the run; the dense model's end tokens end a text.
     compiler: counts compiles as `prefill` and `decode`.
     dtype: dtype of activations and products.
   """
@@ -31,7 +31,7 @@ class Examples:
     self._stop, self._tokenizer = stop_ids(inputs.source.generation, inputs.tokenizer), inputs.tokenizer
     self._compiler, self._dtype = compiler, dtype
 
-  def continued(self, config: ModelConfig, params: Params, title: str) -> list[str]:
+  def continuations(self, config: ModelConfig, params: Params, title: str) -> list[str]:
     """The most likely continuation of each text by a model."""
     prompts = list(self._prompts.values())
     generator = Generator(config, params, compiler=self._compiler, dtype=self._dtype)

@@ -10,6 +10,7 @@ from adapt_jax.config.options import PROGRESSIVE, RunOptions
 from adapt_jax.machine.processes import say
 from adapt_jax.models.config import count_params
 from adapt_jax.models.network.backend import on_cpu
+from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.schedule import Schedule
 
@@ -17,9 +18,7 @@ _LONG = 3600.0  # seconds from which a run announces itself
 _SHARE = 0.6  # of the speed of a lone product, which whole programs reach
 _SIZE, _SIZE_ON_ACCELERATORS = 1024, 8192  # of the product that is timed
 _REPEATS = 3
-# Arithmetic for each parameter and token: forward 2, backward 4; the rest is what scoring and least squares
-# add, as measured on SmolLM2-135M.
-_FORWARD, _TRAIN, _SCORE, _COMPENSATE = 2, 6, 8, 8
+_COMPENSATE = 3  # forward passes of least squares: before the pruning, after it, and corrected
 
 
 def announce(runs: list[tuple[RunOptions, Inputs]]) -> None:
@@ -33,22 +32,24 @@ def announce(runs: list[tuple[RunOptions, Inputs]]) -> None:
 
 
 def operations(options: RunOptions, inputs: Inputs) -> float:
-  """Floating-point operations of a run, without the tasks of the harness and the attention logits."""
+  """Floating-point operations of a run, without moments, solves and the tasks of the harness."""
   config, prune, train = inputs.source.config, options.prune, options.train
   dense, schedule = count_params(config), Schedule.of(options, config)
-  rows = prune.calibration.samples * prune.calibration.length
   passes = float(schedule.stages)
   if prune.method in PROGRESSIVE:
     passes = math.ceil(prune.steps * (1 - schedule.targets[-1] / dense) / prune.ratio)
-  found = _SCORE * passes * rows * dense
-  found += _COMPENSATE * schedule.stages * rows * dense * (prune.compensate == 'least_squares')
+  rows = prune.calibration.samples * prune.calibration.length
+  found = passes * rows * flops.scoring(options, config)
+  if prune.compensate == 'least_squares':
+    found += _COMPENSATE * schedule.stages * rows * flops.forward(config, prune.calibration.length)
   windows = sum(blocks.tokens.size for blocks in inputs.evaluate.values())
-  found += _FORWARD * windows * dense * (3 + schedule.stages * (2 if inputs.train else 1))
+  measured = 3 + schedule.stages * (2 if inputs.train else 1)  # with both models of the divergence
+  found += measured * windows * flops.forward(config, options.evaluate.length)
   if inputs.train:
-    teacher = _FORWARD * dense * (train.distill.alpha > 0)
     for stage, params in enumerate(schedule.targets, 1):
-      steps = schedule.end(stage) - schedule.start(stage)
-      found += steps * train.batch * train.length * (_TRAIN * params + teacher)
+      tokens = (schedule.end(stage) - schedule.start(stage)) * train.batch * train.length
+      student = flops.forward(config, train.length) * params / dense
+      found += tokens * flops.training(options, config, student)
   return found
 
 

@@ -76,7 +76,9 @@ class Quality:
       self._metrics.write('evaluate', of=of, stage=stage, step=step, text=name, perplexity=value)
     return found
 
-  def beside_dense(self, config: ModelConfig, params: Params) -> tuple[dict[str, float], list[ExampleReport]]:
+  def compare_with_dense(
+    self, config: ModelConfig, params: Params
+  ) -> tuple[dict[str, float], list[ExampleReport]]:
     """KL(dense ‖ model) on each text, nats per token, and the examples if any were asked for."""
     known, key = self._shared.references, dense_key(self._options)
     if not self._evaluators:
@@ -92,7 +94,7 @@ class Quality:
     if self._examples is None:
       return found, []
     return found, self._examples.report(
-      reference.continued, self._examples.continued(config, params, 'examples')
+      reference.continuations, self._examples.continuations(config, params, 'examples')
     )
 
   def _reference(self) -> DenseReference:
@@ -103,8 +105,8 @@ class Quality:
       for name, evaluator in self._evaluators.items()
     }
     examples = self._examples
-    continued = examples.continued(config, dense, 'examples: dense') if examples is not None else []
-    return DenseReference(texts, continued)
+    continuations = examples.continuations(config, dense, 'examples: dense') if examples is not None else []
+    return DenseReference(texts, continuations)
 
   def _title(self, title: str, name: str) -> str:
     return title if list(self._evaluators) == [TEXT] else f'{title} {name}'

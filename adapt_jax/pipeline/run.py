@@ -247,7 +247,7 @@ class Run:
 
   def _finish(self, state: RunState) -> RunReport:
     self._store.save_plan(state, self._schedule.stages)
-    divergence, examples = self._quality.beside_dense(self._config(state), state.params)
+    divergence, examples = self._quality.compare_with_dense(self._config(state), state.params)
     self._record_cost(state)
     report = self._report(state)
     for name, value in divergence.items():

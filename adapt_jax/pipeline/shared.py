@@ -12,7 +12,7 @@ class DenseReference(NamedTuple):
   """The dense model on each text: the reference of divergences, and the continuations of the examples."""
 
   texts: dict[str, Reference]
-  continued: list[str]
+  continuations: list[str]
 
 
 @dataclasses.dataclass(frozen=True)

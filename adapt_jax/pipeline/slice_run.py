@@ -108,7 +108,7 @@ class SliceRun:
       'seconds': time.monotonic() - began,
     }
     state.close_stage(row)
-    divergence, examples = self._quality.beside_dense(small, params)
+    divergence, examples = self._quality.compare_with_dense(small, params)
     state.record_cost(time.monotonic() - self._started, dict(self._compiler.counts))
     report = run_report(options, self._inputs.model, state, self._quality.definitions)
     report |= {'command': self._command, 'versions': versions()}

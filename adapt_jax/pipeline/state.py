@@ -18,10 +18,10 @@ from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import write_text
+from adapt_jax.models.files import json_checksum, write_text
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import placed
-from adapt_jax.pipeline.checkpoint import Checkpoints, checksum_json
+from adapt_jax.pipeline.checkpoint import Checkpoints
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.workdir import Workdir
@@ -172,7 +172,7 @@ class StateStore:
     }
     plan |= state.pruning.to_json()
     if is_first():
-      write_text(self._plan, json.dumps(plan | {'checksum': checksum_json(plan)}) + '\n')
+      write_text(self._plan, json.dumps(plan | {'checksum': json_checksum(plan)}) + '\n')
 
   def resume(self, shapes: Callable[[PrunePlan], Any], start: Callable[[], TrainState]) -> RunState:
     """The state that was saved last.
@@ -201,7 +201,7 @@ class StateStore:
       saved = decide(lambda: json.loads(self._plan.read_text()))
       if not isinstance(saved, dict):
         raise ValueError('not an object')
-      if saved.pop('checksum', None) not in (checksum_json(saved), None):  # version 0.1 wrote none
+      if saved.pop('checksum', None) not in (json_checksum(saved), None):  # version 0.1 wrote none
         raise ValueError('checksum')
       if saved['stage'] != state.stage + 1:
         return lines

@@ -237,6 +237,16 @@ def known_perplexities(report: RunReport) -> dict[Of, float]:
   return {of: value for of, value in values if value is not None}
 
 
+def layer_importance(distance: str, stored: list[float]) -> list[float]:
+  """The importances of layers by that distance, larger = more important; cosine is stored as -cos."""
+  return [1 + x if distance == 'cosine' else x for x in stored]
+
+
+def importance_name(distance: str) -> str:
+  """What `layer_importance` is, in words."""
+  return '1 - cos(input, output)' if distance == 'cosine' else f'{distance} distance between input and output'
+
+
 def versions(*more: str) -> dict[str, str]:
   """Versions of Python and of the libraries that affect a run's results, and of `more`."""
   found = {name: importlib.metadata.version(name) for name in (*_PACKAGES, *more)}

@@ -8,7 +8,15 @@ from typing import Any
 from adapt_jax.config.values import TEXT
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
-from adapt_jax.reports.report import ModelReport, RunReport, StageReport, TextReport, known_perplexities
+from adapt_jax.reports.report import (
+  ModelReport,
+  RunReport,
+  StageReport,
+  TextReport,
+  importance_name,
+  known_perplexities,
+  layer_importance,
+)
 from adapt_jax.reports.summary import excess
 
 Json = dict[str, Any]
@@ -220,17 +228,15 @@ def stage_widths(data: RunData) -> list[tuple[str, str]]:
 def heat_maps(data: RunData) -> list[str]:
   """What the method decided by, and the sparsity, by layer and step."""
   events = _spread(data.of('prune'), _MOST_COLUMNS)
-  steps, distance = [e['step'] for e in events], data.settings.get('layer_distance')
+  steps, distance = [e['step'] for e in events], data.settings.get('layer_distance', '')
   method = data.settings.get('method')
   if events and events[0].get('layer_cost'):  # methods with one ranking over all layers
     importance = [e['layer_cost'] for e in events]
     name = f'Median {"cost per parameter" if method == "obs" else "score"} of the groups of a layer'
-  elif method == 'shortgpt' or distance == 'cosine':  # stored as -cos
-    importance = [[1 + x for x in e['layer_importance']] for e in events]
-    name = 'Importance of the layers: 1 - cos(input, output)'
   else:
-    importance = [e['layer_importance'] for e in events]
-    name = f'Importance of the layers{f": {distance} distance between input and output" if distance else ""}'
+    distance = 'cosine' if method == 'shortgpt' else distance
+    importance = [layer_importance(distance, e['layer_importance']) for e in events]
+    name = f'Importance of the layers{f": {importance_name(distance)}" if distance else ""}'
   sparsity = [e['sparsity'] for e in events]
   end = charts.axis_end(value for row in importance for value in row)
   return [

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import compiler_options, loop_options
-from adapt_jax.modes.estimate import forward_flops
+from adapt_jax.pipeline.flops import forward as forward_flops
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer

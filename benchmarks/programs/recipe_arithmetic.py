@@ -7,11 +7,10 @@ import json
 import sys
 from typing import Any
 
-import jax.numpy as jnp
-
 from adapt_jax.config.build import from_dict
 from adapt_jax.configs import published
-from adapt_jax.modes.estimate import Footprint, stage_configs
+from adapt_jax.modes.estimate import stage_configs
+from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.schedule import stage_steps
 from benchmarks.programs.compile_stage import dense_config
 
@@ -20,12 +19,12 @@ def arithmetic(recipe: str, shape: dict[str, Any]) -> dict[str, float]:
   """Stages, tokens and FLOPs of all training; a stage has equal layers, since only their sum matters."""
   options = from_dict(published.get_config(recipe).to_dict())
   t, dense = options.train, dense_config(shape)
-  footprint = Footprint(options, dense, jnp.bfloat16)
   ends = [0, *stage_steps(t, options.prune.stages)]
   stages = stage_configs(options, dense)
   tokens = [(b - a) * t.batch * t.length for a, b in zip(ends, ends[1:], strict=False)]
-  flops = sum(n * footprint.training_flops(config) for n, config in zip(tokens, stages, strict=True))
-  return {'stages': len(stages), 'tokens': sum(tokens), 'flops': flops}
+  costs = [flops.training(options, dense, flops.forward(config, t.length)) for config in stages]
+  work = sum(n * cost for n, cost in zip(tokens, costs, strict=True))
+  return {'stages': len(stages), 'tokens': sum(tokens), 'flops': work}
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_p
 from adapt_jax.models.formats.hf_config import config_to_hf
 from adapt_jax.models.formats.hf_weights import host_tensors
 from adapt_jax.models.network import llama
-from adapt_jax.modes.estimate import forward_flops
+from adapt_jax.pipeline.flops import forward as forward_flops
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer

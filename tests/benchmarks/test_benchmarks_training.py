@@ -9,7 +9,7 @@ import pytest
 
 from adapt_jax.models.config import LayerShape, count_params
 from adapt_jax.models.formats.hf_weights import save_params
-from adapt_jax.modes.estimate import forward_flops
+from adapt_jax.pipeline.flops import forward as forward_flops
 from benchmarks import demo_models, pruning, training
 from benchmarks.side_by_side import ROOT, Run, replace_section
 from tests.support.helpers import random_params, tiny_config

@@ -13,6 +13,7 @@ from adapt_jax.models.formats.source import open_config
 from adapt_jax.models.network import llama
 from adapt_jax.modes import estimate
 from adapt_jax.modes.estimate import Footprint, Memory
+from adapt_jax.pipeline import flops
 from tests.support import runs
 
 LLAMA_8B = ModelConfig(
@@ -92,7 +93,7 @@ def test_forward_flops_are_those_of_the_compiled_program():
   counted = program.compile().cost_analysis()['flops'] / (2 * length)
   # The compiled program computes masked scores too, which a better one would not, and norms.
   masked = sum(2 * length * s.num_heads * config.head_dim for s in config.layers)
-  assert estimate.forward_flops(config, length) + masked == pytest.approx(counted, rel=0.03)
+  assert flops.forward(config, length) + masked == pytest.approx(counted, rel=0.03)
 
 
 def test_stages_end_at_their_targets():
@@ -122,8 +123,8 @@ def test_a_teacher_that_is_asked_before_lies_beside_nothing(tmp_path):
   # The arithmetic of the dense model is done all the same.
   plain = runs.make_config(tmp_path)
   beside_options = from_dict(plain.to_dict() | {'train': plain.train.to_dict() | {'distill': {'alpha': 1.0}}})
-  beside_plan = estimate.Footprint(beside_options, dense, jnp.dtype(jnp.float32))
-  assert plan.training_flops(stages[0]) == beside_plan.training_flops(stages[0])
+  student = flops.forward(stages[0], options.train.length)
+  assert flops.training(options, dense, student) == flops.training(beside_options, dense, student)
 
 
 def test_every_program_of_a_run_with_a_teacher(tmp_path):

@@ -1,0 +1,38 @@
+"""Floating-point operations of the programs of a run, per token."""
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.pruning import programs
+
+
+def forward(config: ModelConfig, length: int) -> float:
+  """FLOPs of a forward pass per token: two per weight of every product, and attention.
+
+  Attention over `length` positions costs 4 · T · N · H per layer, and half of it with causal masks.
+  """
+  table = config.vocab_size * config.hidden_size
+  weights = count_params(config) - (0 if config.tie_embeddings else table)
+  attention = sum(2 * length * s.num_heads * config.head_dim for s in config.layers)
+  return 2.0 * weights + attention
+
+
+def scoring(options: RunOptions, dense: ModelConfig) -> float:
+  """FLOPs per calibration token of one pass: one forward; with gradients two, and the backward.
+
+  The gradient of weights costs as much as a forward pass, that of activations too; curvature needs only the
+  latter, plus second moments and solves, which are not counted here.
+  """
+  kind = programs.importance(options.prune)
+  passes = 3 if kind.curvature else 4 if kind.gradient else 1
+  return passes * forward(dense, options.prune.calibration.length)
+
+
+def training(options: RunOptions, dense: ModelConfig, student: float) -> float:
+  """FLOPs per token: forward, backward of twice that, with remat another forward; the teacher's forward.
+
+  student: those of the student's forward pass. With distill.cache, the teacher processes each row only once,
+  but every use of a row is counted here.
+  """
+  t = options.train
+  teacher = forward(dense, t.length) if t.distill.alpha else 0.0
+  return student * (4 if t.remat else 3) + teacher
