@@ -2,7 +2,7 @@
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.models.config import ModelConfig, count_params
-from adapt_jax.pruning import programs
+from adapt_jax.pruning import programs, slicegpt
 
 
 def forward(config: ModelConfig, length: int) -> float:
@@ -20,8 +20,11 @@ def scoring(options: RunOptions, dense: ModelConfig) -> float:
   """FLOPs per calibration token of one pass: one forward; with gradients two, and the backward.
 
   The gradient of weights costs as much as a forward pass, that of activations too; curvature needs only the
-  latter, plus second moments and solves, which are not counted here.
+  latter, plus second moments and solves, which are not counted here. SliceGPT scores nothing, and passes the
+  model forward once.
   """
+  if options.prune.method == slicegpt.METHOD:
+    return forward(dense, options.prune.calibration.length)
   kind = programs.importance(options.prune)
   passes = 3 if kind.curvature else 4 if kind.gradient else 1
   return passes * forward(dense, options.prune.calibration.length)

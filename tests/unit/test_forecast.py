@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from adapt_jax.config.build import from_dict
+from adapt_jax.config.build import choices, from_dict
 from adapt_jax.pipeline import flops, forecast
 from tests.support.helpers import tiny_config
 
@@ -42,6 +42,11 @@ def test_progressive_methods_score_at_every_step() -> None:
   many = forecast.operations(*run(method='adapt', steps=40, **plain))
   pass_ = 32 * 4 * flops.forward(CONFIG, 8)  # forward twice, and the backward
   assert many - few == pytest.approx(10 * pass_)  # half of the steps reach a half
+
+
+@pytest.mark.parametrize('method', choices('prune.method'))
+def test_every_method_has_a_forecast(method: str) -> None:
+  assert forecast.operations(*run(method=method, compensate='none')) > 32 * flops.forward(CONFIG, 8)
 
 
 @pytest.mark.parametrize('speed, said', [(1e6, True), (1e15, False)])
