@@ -31,7 +31,7 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     {'prune.compensate': ('least_squares',), 'train.distill.alpha': (1.0,), 'train.distill.cache': (64,)},
   ),
   'control': ({'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},),
-  'interleave': ({'prune.target': (0.8, 0.6), 'prune.stages': (1, 2, 4, 8, 16)},),
+  'interleave': ({'prune.stages': (1, 2, 4, 8, 16), 'prune.target': (0.8, 0.6)},),
   'methods': (
     {'prune.method': ('obs',), 'prune.compensate': ('least_squares',), 'train.distill.alpha': (1.0,)},
     {'prune.method': ('adapt',), 'prune.compensate': ('none',), 'train.distill.alpha': (0.0,)},
