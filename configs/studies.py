@@ -6,8 +6,8 @@ rates: highest learning rates, 2e-5 to 5e-4, at 80 % kept.
 loss: cross-entropy, KL divergence from the dense model, and KL from 64 ids cached on disk; with and without
   least squares.
 control: 80 % kept and the dense model, trained equally, to separate recovery from learning the text.
-interleave: the same training, in batches of 2 rows, in 1, 2, 4, 8 and 16 rounds of prune and recover, at 80 and
-  60 % kept (Fig. 4).
+interleave: the same training, in batches of 2 rows, in 1, 2, 4, 8 and 16 rounds of prune and recover, at 80
+  and 60 % kept (Fig. 4).
 methods: adapt as published, recovered by cross-entropy, compared with the defaults.
 tokens: recovery with 100 thousand, 300 thousand and a million tokens.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.

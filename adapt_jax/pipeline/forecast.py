@@ -13,6 +13,7 @@ from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.schedule import Schedule
+from adapt_jax.pruning.methods import METHODS
 
 _LONG = 3600.0  # seconds from which a run announces itself
 _SHARE = 0.6  # of the speed of a lone product, which whole programs reach
@@ -38,6 +39,8 @@ def operations(options: RunOptions, inputs: Inputs) -> float:
   passes = float(schedule.stages)
   if prune.method in PROGRESSIVE:
     passes = math.ceil(prune.steps * (1 - schedule.targets[-1] / dense) / prune.ratio)
+  elif prune.method in METHODS and METHODS[prune.method].layer_by_layer:
+    passes *= config.num_layers
   rows = prune.calibration.samples * prune.calibration.length
   found = passes * rows * flops.scoring(options, config)
   if prune.compensate == 'least_squares':

@@ -1,7 +1,8 @@
 """The pruning loop, shared by all methods.
 
-Each step scores all groups and layers on newly drawn calibration rows, lets the method of
-`config.prune.method` choose what to remove, and sets it to zero. Shapes never change inside the loop.
+Each step scores all groups and layers on newly drawn calibration rows (on the same ones, if the method works
+layer by layer), lets the method of `config.prune.method` choose what to remove, and sets it to zero. Shapes
+never change inside the loop.
 """
 
 import dataclasses
@@ -170,6 +171,7 @@ class Pruner:
 
   def _draw(self, step: int) -> np.ndarray:
     """Indices of the calibration rows of one step, [S]."""
+    step = 0 if self._kind.layer_by_layer else step
     return self.blocks.draw(self.options.calibration.samples, self._seed, step)
 
   def _tokens(self, rows: np.ndarray) -> jax.Array:

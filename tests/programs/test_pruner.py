@@ -17,7 +17,14 @@ from adapt_jax.pruning.criteria import IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner
 from adapt_jax.pruning.score_memo import ScoreMemo
-from tests.support.helpers import KeepingCompiler, new_params, stacked_params
+from tests.support.helpers import (
+  KeepingCompiler,
+  new_params,
+  random_params,
+  save_checkpoint,
+  stacked_params,
+  tiny_config,
+)
 
 OPTIONS = PruneOptions(
   method='adapt', target=0.7, stages=1, stage_targets='linear', steps=40, ratio=1.0, amplitude=0.02,
@@ -113,6 +120,34 @@ def test_reference_negates_euclidean_distance_only(model):
       signs[compat, distance] = np.array(records[0].layer_importance)
   np.testing.assert_array_equal(signs['', 'cosine'], signs['reference', 'cosine'])
   np.testing.assert_array_equal(signs['', 'euclidean'], -signs['reference', 'euclidean'])
+
+
+def test_wanda_sp_scores_a_layer_on_the_outputs_of_the_pruned_layers_before_it(tmp_path):
+  """As transformers' modules do it, one layer after another, all on the same rows."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  config = tiny_config('qwen2', (LayerShape(9, 3, 64),) * 4, tie_embeddings=True, vocab_size=61)
+  params = random_params(config)
+  save_checkpoint(tmp_path, config, params)
+  pruner = make_pruner(config, rows=16, method='wanda_sp')
+  found, _ = prune(pruner, params, target_params(config, 0.5))
+  assert (found.plan.kv_widths < 3).all() and (found.plan.ffn_widths < 64).all()
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).double().eval()
+  tokens, inputs = pruner.blocks.tokens[pruner._draw(0)], {}
+  for layer, kv, ffn in zip(model.model.layers, found.plan.kv, found.plan.ffn, strict=True):
+    kept = (layer.self_attn.o_proj, np.repeat(kv, 3 * 12)), (layer.mlp.down_proj, ffn)
+    for module, _ in kept:
+      module.register_forward_hook(lambda m, args, out: inputs.update({m: args[0].detach().numpy()}))
+    with torch.no_grad():
+      model(torch.tensor(tokens))
+    for module, mask in kept:
+      x = inputs[module].reshape(-1, len(mask))
+      metric = (np.abs(module.weight.detach().numpy()) * np.linalg.norm(x, axis=0)).sum(0)
+      if module is layer.self_attn.o_proj:
+        metric = np.repeat(metric.reshape(3, -1).sum(1), 3 * 12)
+      assert metric[mask].min() > metric[~mask].max()
+      module.weight.data[:, torch.tensor(~mask)] = 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.scores import Scores
 
 PROGRESSIVE = ('adapt', 'uniform')
-ONE_SHOT = ('obs', 'llm_pruner', 'flap', 'wanda_sp', 'magnitude')
+ONE_SHOT = ('obs', 'llm_pruner', 'flap', 'magnitude')
+METHOD_NAMES = (*PROGRESSIVE, *ONE_SHOT, 'wanda_sp')
 KV, G, HEAD, FFN = 3, 2, 8, 52
 
 
@@ -44,7 +45,7 @@ def run(method, config, state, target):
   return states
 
 
-@pytest.mark.parametrize('name', PROGRESSIVE + ONE_SHOT)
+@pytest.mark.parametrize('name', METHOD_NAMES)
 def test_kv_heads_stay_multiples_too(name):
   """So that a tensor axis divides them; a layer keeps one such block."""
   config = make_config(shapes=(LayerShape(4 * G, 4, FFN),) * 14)
@@ -57,7 +58,7 @@ def test_kv_heads_stay_multiples_too(name):
 
 
 @pytest.mark.parametrize('align', [1, 8])
-@pytest.mark.parametrize('name', PROGRESSIVE + ONE_SHOT)
+@pytest.mark.parametrize('name', METHOD_NAMES)
 def test_lands_on_every_stages_target(name, align):
   """Never above, below by less than one MLP block; what a stage removed stays removed."""
   config = make_config(layers=14)  # llm_pruner may touch eight of them
@@ -65,7 +66,7 @@ def test_lands_on_every_stages_target(name, align):
   for share in (0.9, 0.8, 0.7):
     target = int(share * count_params(config))
     states = run(method, config, state, target)
-    assert len(states) == 2 or name in PROGRESSIVE
+    assert len(states) == 2 or name not in ONE_SHOT
     before, state = state, states[-1]
     assert target - align * channel_params(config) < state.plan.params(config) <= target
     state.plan.relative_to(before.plan)  # raises if something came back
@@ -73,7 +74,7 @@ def test_lands_on_every_stages_target(name, align):
     assert all(f >= 1 and (f % align == 0 or f == FFN) for f in state.plan.ffn_widths)
 
 
-@pytest.mark.parametrize('name', PROGRESSIVE + ONE_SHOT)
+@pytest.mark.parametrize('name', METHOD_NAMES)
 def test_the_smallest_target_is_reached(name):
   config = make_config()
   method = make_method(name, config, align_ffn=8)
@@ -87,10 +88,34 @@ def test_uniform_methods_cut_all_layers_alike_and_keep_the_best(name):
   states = run(make_method(name, config), config, PruneState.start(config), target)
   plan = states[-1].plan
   assert np.ptp(plan.kv_widths) <= 1 and np.ptp(plan.ffn_widths) <= 1
-  scores = random_scores(config, len(states) - 1)
-  for kept, values in zip(plan.ffn, scores.ffn, strict=True):
-    if name != 'uniform':  # the best of its own step alone
+  if name == 'magnitude':  # the others' steps have scores of their own
+    for kept, values in zip(plan.ffn, random_scores(config, 1).ffn, strict=True):
       assert values[kept].min() > values[~kept].max()
+
+
+@pytest.mark.parametrize('shares', [(0.75,), (0.9, 0.8, 0.6)])
+def test_wanda_sp_prunes_one_layer_after_another_to_the_widths_of_one_shot(shares):
+  """In every stage; each layer keeps the best by the scores of its own step."""
+  config = make_config()
+  method, state = make_method('wanda_sp', config), PruneState.start(config)
+  full, equal = method.allocator.full, np.ones(config.num_layers)
+  for share in shares:
+    target = int(share * count_params(config))
+    widths = method.allocator.one_shot(full, equal, target)
+    wider = np.flatnonzero((widths.kv < state.plan.kv_widths) | (widths.ffn < state.plan.ffn_widths))
+    states = run(method, config, state, target)
+    state = states[-1]
+    assert len(states) == 1 + len(wider)
+    np.testing.assert_array_equal(state.plan.kv_widths, widths.kv)
+    np.testing.assert_array_equal(state.plan.ffn_widths, widths.ffn)
+    for number, layer in enumerate(wider):
+      before, after = states[number].plan.ffn[layer], states[number + 1].plan.ffn[layer]
+      values = random_scores(config, number + 1).ffn[layer]
+      if (before & ~after).any():
+        assert values[after].min() > values[before & ~after].max()
+      later = slice(layer + 1, None)
+      np.testing.assert_array_equal(states[number].plan.kv[later], states[number + 1].plan.kv[later])
+      np.testing.assert_array_equal(states[number].plan.ffn[later], states[number + 1].plan.ffn[later])
 
 
 @pytest.mark.parametrize('name', PROGRESSIVE)

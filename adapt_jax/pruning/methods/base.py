@@ -29,6 +29,8 @@ class Method(abc.ABC):
   # DISTANCES); '': those of config.prune.
   importance: ClassVar[Any] = ''
   distance: ClassVar[str] = ''
+  # Whether every step prunes the next layer of the model, all on the calibration rows of the first step.
+  layer_by_layer: ClassVar[bool] = False
 
   def __init__(self, config: ModelConfig, options: PruneOptions):
     self.config, self.options = config, options
