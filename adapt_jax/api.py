@@ -8,7 +8,6 @@ a subclass of ValueError.
 import dataclasses
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from adapt_jax.config.options import DataOptions, TrainOptions
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.tokenise import encode_prompt
 from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
-from adapt_jax.data.windows import POOL_TOKENS, Blocks, spread
+from adapt_jax.data.windows import POOL_TOKENS, Blocks, read_for, spread
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, lineage, written_dtype
 from adapt_jax.generation.generator import Generator
@@ -254,12 +253,13 @@ def perplexity(
   """exp of the mean cross-entropy over windows of `length` tokens of a text.
 
   text: a file, several, a directory or a hub data set; or token ids [N, T], each row a window. max_tokens: of
-  the text, in windows spread evenly over it; 0: all. text_field, messages_field: as for `rows`. Raises
+  the text, in windows spread evenly over its first 4 million tokens, or over max_tokens if that is more; 0:
+  all. text_field, messages_field: as for `rows`. Raises
   InputError.
   """
   with processes.silent(not progress):
     data = arguments.data_options(text_field, messages_field)
-    found = arguments.blocks(text, data, model.config, model.tokenizer, length, sys.maxsize)
+    found = arguments.blocks(text, data, model.config, model.tokenizer, length, read_for(max_tokens))
     blocks = spread(found, max_tokens)
     evaluator = Evaluator(blocks, batch, compiler=Compiler(), dtype=compute_dtype('auto'))
     return evaluator.perplexity(model.config, model.params, 'perplexity')

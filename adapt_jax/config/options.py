@@ -275,7 +275,10 @@ class EvaluateOptions:
   length: int = option(1024, 'Tokens per window; windows do not overlap.', within=LENGTH)
   batch: int = option(4, 'Windows per device at once.', within=COUNT, result=False)
   max_tokens: int = option(
-    0, 'Maximum tokens of each text, in windows spread evenly over it; 0: all.', within=TOKENS
+    0,
+    'Maximum tokens of each text, in windows spread evenly over its first 4 million tokens, or over the '
+    'first max_tokens if that is more; 0: all.',
+    within=TOKENS,
   )
   tasks: tuple[str, ...] = option(
     (), 'Tasks, groups and tags of lm-evaluation-harness, which is installed by the extra eval.'

@@ -145,8 +145,13 @@ def load_stream(
   return TokenStream(tokens, targets, sum(len(x.lengths) for x in found))
 
 
+def read_for(max_tokens: int) -> int:
+  """How many tokens of a text are read, from its start, to `spread` windows of `max_tokens` tokens over."""
+  return max(max_tokens, POOL_TOKENS) if max_tokens else sys.maxsize
+
+
 def spread(blocks: Blocks, max_tokens: int) -> Blocks:
-  """Windows of at most `max_tokens` tokens in all, evenly spaced over the text; at least one. 0: all."""
+  """Windows of at most `max_tokens` tokens in all, evenly spaced over `blocks`; at least one. 0: all."""
   count, length = blocks.tokens.shape
   wanted = max(1, max_tokens // length) if max_tokens else count
   if wanted >= count:

@@ -1,7 +1,6 @@
 """Loads the token blocks of a run's texts."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,18 @@ from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.documents import is_blocks
 from adapt_jax.data.token_cache import token_directory
 from adapt_jax.data.train_set import TrainSet, open_train_set
-from adapt_jax.data.windows import POOL_TOKENS, Blocks, check_vocab, load_blocks, load_stream, mixed, spread
+from adapt_jax.data.windows import (
+  POOL_TOKENS,
+  Blocks,
+  check_vocab,
+  load_blocks,
+  load_stream,
+  mixed,
+  read_for,
+  spread,
+)
 from adapt_jax.generation import self_text
-from adapt_jax.machine.processes import decide
+from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network.backend import compute_dtype
@@ -97,12 +105,15 @@ class Loader:
     return self._cache[key]
 
   def evaluation(self) -> dict[str, Blocks]:
-    """The windows of each text: at most `evaluate.max_tokens` tokens, evenly spaced over it."""
+    """The windows of each text: at most `evaluate.max_tokens` tokens, evenly spaced over what is read."""
     return {name: self._windows(name, source) for name, source in self._options.evaluate.texts.items()}
 
   def _windows(self, name: str, source: tuple[str, ...]) -> Blocks:
     e = self._options.evaluate
-    blocks = self.load(evaluation_field(name), source, e.length, e.max_tokens or sys.maxsize)
+    field, limit = evaluation_field(name), read_for(e.max_tokens)
+    blocks = self.load(field, source, e.length, limit)
+    if blocks.tokens.size > max(limit - e.length, e.max_tokens):
+      say(f'config.{field}: its windows are spread over its first {limit:,} tokens, and no more are read')
     return spread(blocks, e.max_tokens)
 
 
