@@ -26,7 +26,9 @@ from adapt_jax.data import demo_files
 from adapt_jax.machine import mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
 from adapt_jax.models.errors import InputError, disk_full, first_line
+from adapt_jax.models.formats.source import open_config
 from adapt_jax.modes import accel, bench, compare, estimate, evaluate, export, generate, sensitivity
+from adapt_jax.pipeline.checks import check_sources
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
 
@@ -105,32 +107,46 @@ def main(argv: list[str]) -> None:
     keep_programs()
   if jax.process_count() > 1 and mode not in ('accel', 'prune', 'evaluate'):
     raise InputError(f'--mode={mode} runs in one process, not in {jax.process_count()}: start it alone')
-  processes.decide(lambda: demo_files.fetch_if_named(_sources(options)))
   with contextlib.ExitStack() as stack:
     if mode not in _ONE_DEVICE and (devices := mesh.make_mesh(options.mesh)):
       stack.enter_context(jax.set_mesh(devices))
     if mode != 'compare':  # it does this for each cell
       options = aligned(options)
+    workdir = Workdir(_WORKDIR.value, identity(mode, options)) if mode in _RUN else None
+    if workdir and _finished(workdir, mode):
+      return
+    processes.decide(lambda: _fetch_demo(mode, options))
     if mode == 'plan':
       estimate.run(options)
       return
-    if mode == 'generate':
+    if not workdir:
       generate.run(options, _PROMPT.value)
-      return
-    workdir = Workdir(_WORKDIR.value, identity(mode, options))
-    processes.decide(workdir.check)
-    if processes.decide(workdir.report.exists) and mode != 'compare':  # its cells record what is finished
-      more = f'; --mode=export --config.model.source={workdir.path} writes its model in other formats'
-      processes.say(f'this run is finished: see {workdir.report}{more * (mode in ("accel", "prune"))}')
       return
     stack.enter_context(preemption.watched())
     _RUN[mode](options, workdir, _command())
 
 
-def _sources(options: RunOptions) -> list[str]:
-  """The model and all texts named in the options."""
+def _finished(workdir: Workdir, mode: str) -> bool:
+  """Checks that the workdir is new or belongs to this run; if the run is finished, says so."""
+  processes.decide(workdir.check)
+  if mode == 'compare' or not processes.decide(workdir.report.exists):  # its cells record what is finished
+    return False
+  more = f'; --mode=export --config.model.source={workdir.path} writes its model in other formats'
+  processes.say(f'this run is finished: see {workdir.report}{more * (mode in ("accel", "prune"))}')
+  return True
+
+
+def _fetch_demo(mode: str, options: RunOptions) -> None:
+  """Fetches what is missing of the demo's files, if the options name them, once all else can be read."""
   texts = [source for sources in options.evaluate.texts.values() for source in sources]
-  return [options.model.source, *options.prune.calibration.source, *options.train.source, *texts]
+  sources = [options.model.source, *options.prune.calibration.source, *options.train.source, *texts]
+  if not (absent := demo_files.missing(sources)):
+    return
+  if options.model.source not in absent:
+    open_config(options.model.source)
+  if mode in ('accel', 'prune'):
+    check_sources(options, without=absent)
+  demo_files.fetch_for_run({*absent.values()})
 
 
 def _command() -> str:

@@ -62,15 +62,16 @@ def is_held_out(name: str) -> bool:
   return name[:4].endswith(HELD_OUT_DIGIT)
 
 
-def fetch_if_named(sources: Sequence[str]) -> None:
-  """Fetches the model and the texts that `sources` name as the recipes do, and that are missing.
+def missing(sources: Sequence[str]) -> dict[str, str]:
+  """The `sources` that are named as in the recipes and must be fetched, each with the part it belongs to."""
+  parts = {source: pathlib.Path(source).parts[:2] for source in sources}
+  named = {source: part[1] for source, part in parts.items() if part[:1] == (DIRECTORY.name,) and part[1:]}
+  absent = {part for part in {*named.values()} & {*ALL} if not _is_there(DIRECTORY, part)}
+  return {source: part for source, part in named.items() if part in absent}
 
-  Raises InputError.
-  """
-  parts = [pathlib.Path(source).parts[:2] for source in sources]
-  named = {part[1] for part in parts if len(part) == 2 and part[0] == DIRECTORY.name}
-  if not (wanted := named & {*ALL}):
-    return
+
+def fetch_for_run(wanted: Collection[str]) -> None:
+  """Fetches these parts, and leaves nothing half-written if SIGTERM stops it. Raises InputError."""
   before = signal.getsignal(signal.SIGTERM)
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the scratch directory is removed
   try:
@@ -83,23 +84,25 @@ def fetch_if_named(sources: Sequence[str]) -> None:
 
 def fetch(directory: pathlib.Path, wanted: Collection[str] = ALL) -> None:
   """Fetches the files that are missing in `directory`. Raises InputError or OSError."""
-  model, text, articles = (directory / name for name in ALL)
-  need_model = MODEL in wanted and not (model.is_file() and _sha256(model) == MODEL_SHA256)
-  need_text, need_articles = (
-    path.name in wanted and not (any(path.glob('train/*.txt')) and any(path.glob('valid/*.txt')))
-    for path in (text, articles)
-  )
-  if not (need_model or need_text or need_articles):
+  absent = [part for part in ALL if part in wanted and not _is_there(directory, part)]
+  if not absent:
     return
   directory.mkdir(parents=True, exist_ok=True)
   # Inside `directory`, so that the last step is a rename on one file system.
   with tempfile.TemporaryDirectory(prefix='.fetch-', dir=directory) as scratch:
-    if need_model:
+    if MODEL in absent:
       _fetch_model(pathlib.Path(scratch), directory)
-    if need_text:
-      _fetch_text(pathlib.Path(scratch), text)
-    if need_articles:
-      _fetch_articles(pathlib.Path(scratch), articles)
+    for part, fetch_text in zip(TEXTS, (_fetch_text, _fetch_articles), strict=True):
+      if part in absent:
+        fetch_text(pathlib.Path(scratch), directory / part)
+
+
+def _is_there(directory: pathlib.Path, part: str) -> bool:
+  """Whether the model is complete, or a text has both of its directories."""
+  path = directory / part
+  if part == MODEL:
+    return path.is_file() and _sha256(path) == MODEL_SHA256
+  return any(path.glob('train/*.txt')) and any(path.glob('valid/*.txt'))
 
 
 def _fetch_model(scratch: pathlib.Path, directory: pathlib.Path) -> None:
