@@ -24,7 +24,7 @@ from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError, disk_full, first_line
 from adapt_jax.models.files import write_text
 from adapt_jax.models.formats.source import Source, open_source
-from adapt_jax.modes import compare_grid, compare_page
+from adapt_jax.modes import compare_grid, compare_page, compare_tables
 from adapt_jax.pipeline import forecast
 from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.inputs import Inputs, load
@@ -141,7 +141,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     forecast.announce([(run.options, found) for run, found in zip(todo, inputs, strict=True)])
     compare = Compare(options, runs, source, workdir, command)
     report = compare.execute(todo, inputs)
-    print(compare_page.table(report))
+    print(compare_tables.table(report))
     print(f'report with plots: {workdir.page}')
     if failed := [cell for cell in report['cells'] if cell['state'] == 'failed']:
       raise SystemExit(
@@ -245,7 +245,7 @@ class Compare:
         for name, count in report['compiles'].items():
           compiles[name] = compiles.get(name, 0) + count
     o, scores = self._options.compare, self._shared.scores
-    return compare_page.with_groups(
+    return compare_tables.with_groups(
       {
         'model': {'source': self._source.name, 'params_before': count_params(self._source.config)},
         'fields': compare_grid.fields(o.grid),

@@ -21,7 +21,7 @@ from adapt_jax.configs import ablations, methods_table
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.preemption import Preempted
 from adapt_jax.models.errors import InputError
-from adapt_jax.modes import accel, compare, compare_grid, compare_page
+from adapt_jax.modes import accel, compare, compare_grid, compare_page, compare_tables
 from adapt_jax.pipeline import run as run_module
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
@@ -385,7 +385,7 @@ def test_words_and_wide_numbers_stand_evenly_on_the_plot():
     ]
     model = {'source': 'a', 'params_before': 20}
     base = {'model': model, 'fields': [field], 'x': field, 'over': 'seed', 'recover': False, 'cells': cells}
-    return compare_page.with_groups(base)
+    return compare_tables.with_groups(base)
 
   for field, values in (('prune.method', ('a', 'b', 'c')), ('prune.calibration.samples', (8, 64, 512))):
     chart = ElementTree.fromstring(compare_page.plots(report(field, values))['perplexity.svg'])
@@ -401,7 +401,7 @@ def test_a_broken_model_does_not_flatten_the_plots(finished):
     if cell['values']['prune.method'] == 'magnitude':
       cell['perplexity_pruned'] = 1e9
   dense = report['cells'][0]['perplexity_dense']
-  chart = compare_page.plots(compare_page.with_groups(report))['perplexity.svg']
+  chart = compare_page.plots(compare_tables.with_groups(report))['perplexity.svg']
   assert f'(up to {20 * dense:,.0f})' in chart and '1e+09' in chart
   heights = {float(y) for y in re.findall(r'<circle class="dot fill1"[^>]* cy="([\d.]+)"', chart)}
   others = {float(y) for y in re.findall(r'<circle class="dot fill0"[^>]* cy="([\d.]+)"', chart)}
