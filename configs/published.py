@@ -74,8 +74,7 @@ def _train(config: ConfigDict, run: Run) -> None:
   """One epoch over all samples, each in its own row of at most `length` tokens."""
   train = config.train
   train.layout = 'padded'
-  if run.source.startswith('facebook/MobileLLM'):  # it comes without a chat template
-    config.data.chat_template = 'plain'
+  config.data.chat_template = 'paper'  # for all models, also those that have a template
   train.source = TRAIN_SOURCES
   train.batch, train.length = 128, 1024
   train.tokens = math.ceil(SAMPLES / train.batch) * train.batch * train.length

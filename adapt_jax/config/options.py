@@ -62,7 +62,9 @@ class DataOptions:
     'messages', "Field with the messages of a chat; training predicts only the assistant's tokens."
   )
   chat_template: str = option(
-    '', "Chat template: plain (User: ... Assistant: ...) or a Jinja file. Empty: the tokenizer's own."
+    '',
+    "Chat template: plain (User: ... Assistant: ...), paper (ChatML as in the paper's runs) or a Jinja file. "
+    "Empty: the tokenizer's own.",
   )
   cache: str = option(
     '',

@@ -84,8 +84,8 @@ class Row(NamedTuple):
   min_lr: float | None = None
 
 
-# For MobileLLM-350M the authors' script has 376.1 to 143.1: it adds the tied embedding of each model, 32,000 x
-# 960 and 32,000 x 576, once more.
+# For MobileLLM-350M the authors' script has 376.1 to 143.1: it adds each model's own embedding once more,
+# 32,000 x 960 and 32,000 x 576.
 PAPER = {
   'mobilellm_350m_to_125m': Row('facebook/MobileLLM-350M', 376.1 - 30.72, 143.1 - 18.432, 20, 0.0),
   'mobilellm_600m_to_350m': Row('facebook/MobileLLM-600M', 603.2, 376.0, 9, 2e-6),
@@ -209,6 +209,7 @@ def test_published_settings_are_the_papers(name):
     return
   assert (t.lr, t.min_lr, t.schedule, t.warmup, t.split) == (2e-5, row.min_lr, 'wsd', 0.05, 'linear')
   assert (t.batch, t.length, t.clip, t.distill.alpha) == (128, 1024, 1.0, 0.0)
+  assert (t.layout, options.data.chat_template) == ('padded', 'paper')
   # 7.71 million samples, a row each.
   assert t.tokens / t.length == pytest.approx(7.71e6, rel=1e-3) and t.tokens // (t.batch * t.length) == 60_269
 
