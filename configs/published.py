@@ -64,6 +64,7 @@ def get_config(variant: str = '') -> ConfigDict:
   config.model.source = run.source
   config.prune.target, config.prune.stages = float(run.target), run.stages
   config.prune.calibration.source = ('DKYoon/SlimPajama-6B',)
+  config.prune.calibration.layout = 'documents'
   config.evaluate.source = ('Salesforce/wikitext:wikitext-2-raw-v1:validation',)
   if run.min_lr is not None:
     _train(config, run)

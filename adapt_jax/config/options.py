@@ -88,6 +88,12 @@ class CalibrationOptions:
     'Share of the rows for each entry of source. Empty: the entries are concatenated, and their first 4 '
     'million tokens are used.',
   )
+  layout: str = option(
+    'packed',
+    'packed: documents are concatenated and cut into rows. documents: one row from each document that is '
+    'long enough, at a random place, as in the paper. Rows of a .npy file and of self are used as they are.',
+    choices=('packed', 'documents'),
+  )
   samples: int = option(32, 'Number of rows, redrawn at every pruning step (512 in the paper).', within=COUNT)
   length: int = option(
     1024,

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,9 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.configs import published
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.train_set import open_train_set
+from adapt_jax.data.windows import TokenStream
+from adapt_jax.models.errors import InputError
+from adapt_jax.pipeline.loader import Loader
 from tests.support.tokenizers_for_tests import CHATML_DEFAULT_SYSTEM, tiny_tokenizer
 
 DEFAULT = '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n'
@@ -138,3 +143,47 @@ def test_a_long_answer_is_cut_without_an_end(tmp_path):
   found = open_train_set(options.train, options.data, tokenizer, 320, options.seed)
   tokens, targets, _ = found.read(np.arange(1))
   assert tokens.shape == (1, 1024) and targets[0, -1] and tokenizer.eos_token_id not in tokens
+
+
+def calibration(options, tokenizer):
+  source: Any = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=320))
+  return Loader(options, source, tokenizer).calibration()
+
+
+@pytest.mark.parametrize('name', ['mobilellm_350m_to_125m', 'llama_8b_20_percent'])
+def test_calibration_rows_lie_within_single_documents(tmp_path, name):
+  tokenizer = mobilellm_like()[0]
+  texts = [' '.join(f'{number} and {i}.' for i in range(30 + number % 50)) for number in range(520)]
+  texts[7] = 'Too short.'
+  (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+  options = options_of(name)
+  assert options.prune.calibration.source == ('DKYoon/SlimPajama-6B',)
+  changed = dataclasses.replace(options.prune.calibration, source=(str(tmp_path / 'a.jsonl'),))
+  options = dataclasses.replace(options, prune=dataclasses.replace(options.prune, calibration=changed))
+  found = calibration(options, tokenizer)
+  assert found.tokens.shape == (519, 64) and found.documents == 520
+  assert found.targets[:, 1:].all() and not found.targets[:, 0].any()
+  places = set()
+  for row, text in zip(found.tokens, texts[:7] + texts[8:], strict=True):
+    ids = [*tokenizer(text)['input_ids'], tokenizer.eos_token_id]
+    spans = [i for i in range(len(ids) - 63) if ids[i : i + 64] == row.tolist()]
+    assert spans
+    places.add(spans[0])
+  assert len(places) > 100 and min(places) < 10 and max(places) > 300  # anywhere in the document
+  rows = found.draw(options.prune.calibration.samples, options.seed, 0)
+  assert len(set(rows.tolist())) == 512
+  assert calibration(options, tokenizer).digest() == found.digest()
+  assert calibration(dataclasses.replace(options, seed=1), tokenizer).digest() != found.digest()
+
+
+def test_only_documents_that_are_long_enough_give_a_row():
+  ends = np.array([4, 10, 13, 19])
+  tokens, targets = np.arange(19, dtype=np.int32), np.arange(19) != 16
+  blocks = TokenStream(tokens, targets, ends).spans(6, 0, 'text')
+  assert blocks.tokens.tolist() == [[*range(4, 10)], [*range(13, 19)]] and blocks.documents == 4
+  assert blocks.targets.tolist() == [[False, *[True] * 5], [False, True, True, False, True, True]]
+  for stream, length in ((TokenStream(tokens, targets, ends), 7), (TokenStream(*[np.zeros(0, int)] * 3), 2)):
+    with pytest.raises(InputError) as caught:
+      stream.spans(length, 0, 'text')
+    says = f'text: none of its {len(stream.ends)} documents has {length} tokens: give longer documents'
+    assert str(caught.value).startswith(says)

@@ -203,7 +203,7 @@ def test_published_settings_are_the_papers(name):
   assert (prune.amplitude, prune.steps, prune.ratio, prune.align_ffn) == (0.02, 50, 1.0, 1)
   assert (prune.compensate, prune.compat) == ('none', '')
   assert (prune.calibration.samples, prune.calibration.length) == (512, 64)
-  assert 'SlimPajama' in prune.calibration.source[0]
+  assert 'SlimPajama' in prune.calibration.source[0] and prune.calibration.layout == 'documents'
   if row.min_lr is None:
     assert t.tokens == 0
     return
