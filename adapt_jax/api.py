@@ -79,8 +79,8 @@ def load(
   """A model from a hub id, a Hugging Face directory, a .gguf file or the workdir of a run.
 
   `dtype` None keeps each tensor's own; GGUF files, whose weights may be quantised, are read as float32.
-  chat_template: empty for the tokenizer's own; plain, or a Jinja file. Raises InputError for what cannot be
-  read or is not supported.
+  chat_template: empty for the tokenizer's own; plain, paper or a Jinja file. Raises InputError for what
+  cannot be read or is not supported.
   """
   found = open_source(os.fspath(source))
   tokenizer = with_template(found.load_tokenizer(), chat_template)

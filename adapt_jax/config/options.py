@@ -62,7 +62,9 @@ class DataOptions:
     'messages', "Field with the messages of a chat; training predicts only the assistant's tokens."
   )
   chat_template: str = option(
-    '', "Chat template: plain (User: ... Assistant: ...) or a Jinja file. Empty: the tokenizer's own."
+    '',
+    "Chat template: plain (User: ... Assistant: ...), paper (ChatML as in the paper's runs) or a Jinja file. "
+    "Empty: the tokenizer's own.",
   )
   cache: str = option(
     '',
@@ -85,6 +87,12 @@ class CalibrationOptions:
     (),
     'Share of the rows for each entry of source. Empty: the entries are concatenated, and their first 4 '
     'million tokens are used.',
+  )
+  layout: str = option(
+    'packed',
+    'packed: documents are concatenated and cut into rows. documents: one row from each document that is '
+    'long enough, at a random place, as in the paper. Rows of a .npy file and of self are used as they are.',
+    choices=('packed', 'documents'),
   )
   samples: int = option(32, 'Number of rows, redrawn at every pruning step (512 in the paper).', within=COUNT)
   length: int = option(

@@ -20,7 +20,23 @@ _PLAIN = (
   '{% endfor %}'
   "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
-BUILT_IN = {'plain': _PLAIN}
+# ChatML as the paper's program writes it: there is always a system message, and `turns` are those of
+# `adapt_jax.data.records`. EOS follows the last answer, which makes it a target.
+_PAPER = (
+  "{% if messages[0]['role'] != 'system' and messages[0]['turns'] is not defined %}"
+  "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+  '{% for message in messages %}'
+  "{% if message['turns'] is defined %}"
+  "{{ '<|im_start|>system\\n' + message['turns']['system'] + '<|im_end|>\\n' }}"
+  "{{ '<|im_start|>user\\n' + message['turns']['user'] + '<|im_end|>\\n' }}"
+  "{% elif message['role'] in ['system', 'user', 'assistant'] %}"
+  "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+  "{% else %}{{ raise_exception('no role ' + message['role'] + ' in the template paper') }}{% endif %}"
+  "{% if loop.last and message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+  '{% endfor %}'
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+BUILT_IN = {'plain': _PLAIN, 'paper': _PAPER}
 
 
 def read_template(name: str) -> str:

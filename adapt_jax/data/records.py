@@ -7,7 +7,9 @@
     instruction [context] -> response              dolly-15k, UltraInteract
     instruction [input] -> output                  alpaca-cleaned, OpenO1-SFT
 
-A message is {role, content} or ShareGPT's {from, value}.
+A message is {role, content} or ShareGPT's {from, value}. The paper's program makes a system and a user turn
+of each row with `system_prompt`, `context` or `input`, even of empty fields. Where these are not the messages
+here, the user's message has them in its key `turns`, for the chat template `paper`.
 """
 
 import dataclasses
@@ -75,8 +77,12 @@ def _conversation(row: dict[str, Any], turn: _Turn, where: str) -> Content:
     return ''  # nothing to learn: skipped, like empty texts
   asked = '\n\n'.join(filter(None, (get(turn.question), get(turn.more))))
   system = [{'role': 'system', 'content': get(turn.system)}] if get(turn.system) else []
-  answer = {'role': 'assistant', 'content': get(turn.answer)}
-  return [*system, {'role': 'user', 'content': asked}, answer]
+  user: Message = {'role': 'user', 'content': asked}
+  if turn.more in row:
+    user['turns'] = {'system': get(turn.question), 'user': get(turn.more)}
+  elif turn.system in row and not system:
+    user['turns'] = {'system': '', 'user': asked}
+  return [*system, user, {'role': 'assistant', 'content': get(turn.answer)}]
 
 
 def _text(value: Any, where: str) -> str:

@@ -39,7 +39,7 @@ from adapt_jax.models.files import json_checksum, user_cache
 
 TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its document
 
-_VERSION = 2  # of the format and of the tokenisation
+_VERSION = 3  # of the format and of the tokenisation
 _FILES = ('tokens', 'flags', 'ends')
 _CHECKED: set[tuple[object, ...]] = set()  # caches whose checksums this process has compared
 _PART = 2**24  # bytes that are read at once to compare checksums

@@ -266,6 +266,8 @@ def _render_chat(messages: list[Message], tokenizer: Any, where: str) -> Text:
         # another answer would start.
         other = render([*messages[:index], messages[index] | {'content': _PROBE}])
         prompt = other.partition(_PROBE)[0]
+      if not whole.startswith(answered):  # some templates end every conversation with EOS, such as Phi-3's
+        answered = answered.removesuffix(tokenizer.eos_token or '')
       if not answered.startswith(prompt) or not whole.startswith(answered):
         raise Refused(
           f'{where}: cannot locate the tokens of assistant message {index + 1} (the chat template '

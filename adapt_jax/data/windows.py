@@ -82,15 +82,33 @@ def mixed(names: Sequence[str], parts: Sequence[Blocks], shares: Sequence[float]
 
 @dataclasses.dataclass(frozen=True)
 class TokenStream:
-  """A source's documents one after another: `tokens` int32 [n], `targets` bool [n], number of documents."""
+  """A source's documents one after another: `tokens` int32 [n], `targets` bool [n], `ends` int64 [d]."""
 
   tokens: np.ndarray
   targets: np.ndarray
-  documents: int
+  ends: np.ndarray
 
   def blocks(self, length: int, field: str) -> Blocks:
     """Non-overlapping windows of `length` tokens, without the tail. Raises InputError if there are none."""
-    return _cut(self.tokens, self.targets, length, sys.maxsize, self.documents, field)
+    return _cut(self.tokens, self.targets, length, sys.maxsize, len(self.ends), field)
+
+  def spans(self, length: int, seed: int, field: str) -> Blocks:
+    """One window from each document of at least `length` tokens, at a random place. Raises InputError."""
+    starts = np.concatenate([[0], self.ends])[:-1]
+    room = self.ends - starts - length
+    starts, room = starts[room >= 0], room[room >= 0]
+    if not len(starts):
+      raise InputError(
+        f'{field}: none of its {len(self.ends)} documents has {length} tokens: give longer documents, or a '
+        'shorter sequence length'
+      )
+    # The counter's last word keeps these draws apart from those of `draw_rows`.
+    key, counter = np.array([seed, 0], np.uint64), np.array([0, 0, 0, 2], np.uint64)
+    places = np.random.Generator(np.random.Philox(key=key, counter=counter)).integers(0, room, endpoint=True)
+    index = (starts + places)[:, None] + np.arange(length)
+    targets = self.targets[index]
+    targets[:, 0] = False
+    return Blocks(self.tokens[index], targets, len(self.ends))
 
 
 def load_blocks(
@@ -142,7 +160,8 @@ def load_stream(
       bar.update(len(found[-1].tokens))
   tokens = np.concatenate([x.tokens for x in found]).view(np.int32)[:limit]
   targets = np.concatenate([x.targets for x in found])[:limit]
-  return TokenStream(tokens, targets, sum(len(x.lengths) for x in found))
+  ends = np.cumsum(np.concatenate([x.lengths for x in found])).clip(max=limit)
+  return TokenStream(tokens, targets, ends)
 
 
 def read_for(max_tokens: int) -> int:

@@ -46,8 +46,13 @@ class Loader:
     self._options, self._source, self._config = options, source, source.config
     self._cache: dict[Any, Any] = {} if cache is None else cache
 
-  def load(self, field: str, source: tuple[str, ...], length: int, tokens: int = 0) -> Blocks:
-    """Windows of `length` tokens from the first `tokens` (at least `POOL_TOKENS`) tokens of the source."""
+  def load(
+    self, field: str, source: tuple[str, ...], length: int, tokens: int = 0, layout: str = 'packed'
+  ) -> Blocks:
+    """Windows of `length` tokens from the first `tokens` (at least `POOL_TOKENS`) tokens of the source.
+
+    layout: as `prune.calibration.layout`; the rows of a .npy file are used as they are.
+    """
     name, limit = f'config.{field}', max(tokens, POOL_TOKENS)
     data = self._options.data
     fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
@@ -57,7 +62,11 @@ class Loader:
       blocks = self._once((*key, length), lambda: load_blocks(source, self.tokenizer, length, **fields))
     else:
       stream = self._once(key, lambda: load_stream(source, self.tokenizer, **fields))
-      blocks = self._once((*key, length), lambda: stream.blocks(length, name))
+      if layout == 'documents':
+        seed = self._options.seed
+        blocks = self._once((*key, length, layout, seed), lambda: stream.spans(length, seed, name))
+      else:
+        blocks = self._once((*key, length), lambda: stream.blocks(length, name))
     check_vocab(int(blocks.tokens.max()), self._config.vocab_size, name)
     _check_same(blocks, name)
     if not blocks.targets.any():
@@ -73,12 +82,15 @@ class Loader:
     source = c.source
     if self_text.is_self(source):
       source = self._own_text(c.samples, c.length, _CALIBRATION)
-    field = 'prune.calibration.source'
+
+    def load(source: tuple[str, ...]) -> Blocks:
+      return self.load('prune.calibration.source', source, c.length, layout=c.layout)
+
     if not c.weights:
-      return self.load(field, source, c.length)
+      return load(source)
     used = [(entry, share) for entry, share in zip(source, c.weights, strict=True) if share]
     names, shares = zip(*used, strict=True)
-    return mixed(names, [self.load(field, (name,), c.length) for name in names], shares)
+    return mixed(names, [load((name,)) for name in names], shares)
 
   def train_set(self) -> TrainSet:
     """The rows of training, from the cache on disk."""

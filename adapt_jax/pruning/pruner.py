@@ -86,8 +86,8 @@ class Pruner:
 
   `options.compat = 'reference'` reproduces errors of the authors' program: query heads are credited to KV
   group h mod K, Euclidean and Manhattan distances are negated, sparsities and starting widths are reset at
-  every stage, and the first step at or below the target is kept unchanged. Not reproduced are its double
-  count of tied embeddings (MobileLLM only) and its fp16 scoring.
+  every stage, and the first step at or below the target is kept unchanged. Not reproduced are the
+  sizes in its MobileLLM-350M script, which count tied embeddings twice, and its fp16 scoring.
 
   Args:
     config: the model at its original widths, whose numbering the plan uses.

@@ -19,7 +19,10 @@ SYSTEM = {'role': 'system', 'content': 'S'}
 # As the data sets' cards show them, other columns left out but for some that could mislead.
 SETS = {
   'OpenOrca': ({'id': '1', 'system_prompt': 'S', 'question': 'Q', 'response': 'A'}, [SYSTEM, ASKED, ANSWER]),
-  'OpenOrca, no system': ({'system_prompt': '', 'question': 'Q', 'response': 'A'}, [ASKED, ANSWER]),
+  'OpenOrca, no system': (
+    {'system_prompt': '', 'question': 'Q', 'response': 'A'},
+    [ASKED | {'turns': {'system': '', 'user': 'Q'}}, ANSWER],
+  ),
   'OpenHermes-2.5': (
     {
       'system_prompt': None,
@@ -34,7 +37,7 @@ SETS = {
   ),
   'dolly-15k': (
     {'instruction': 'Q', 'context': 'C', 'response': 'A', 'category': 'qa'},
-    [{'role': 'user', 'content': 'Q\n\nC'}, ANSWER],
+    [{'role': 'user', 'content': 'Q\n\nC', 'turns': {'system': 'Q', 'user': 'C'}}, ANSWER],
   ),
   'WildChat-1M': (
     {'conversation': [ASKED | {'toxic': False}, ANSWER | {'toxic': True}], 'turn': 1, 'model': 'm'},
@@ -45,7 +48,7 @@ SETS = {
   'UltraInteract_sft': ({'task': 't', 'instruction': 'Q', 'response': 'A', 'id': '1'}, [ASKED, ANSWER]),
   'alpaca-cleaned': (
     {'instruction': 'Q', 'input': 'I', 'output': 'A'},
-    [{'role': 'user', 'content': 'Q\n\nI'}, ANSWER],
+    [{'role': 'user', 'content': 'Q\n\nI', 'turns': {'system': 'Q', 'user': 'I'}}, ANSWER],
   ),
   'OpenO1-SFT': ({'instruction': 'Q', 'output': 'A'}, [ASKED, ANSWER]),
 }
@@ -75,7 +78,8 @@ def test_rows_without_an_answer_are_left_out(tmp_path):
   answers = [None, '', ' \n', 'A']
   lines = [json.dumps({'instruction': 'Q', 'input': None, 'output': answer}) for answer in answers]
   (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
-  assert [d.content for d in read_documents((str(tmp_path),), '', **NAMES)] == [[ASKED, ANSWER]]
+  user = ASKED | {'turns': {'system': 'Q', 'user': ''}}
+  assert [d.content for d in read_documents((str(tmp_path),), '', **NAMES)] == [[user, ANSWER]]
 
 
 @pytest.mark.parametrize('content', ['[{"text": "x"},\n {"text": "y"}]', '{"text": "x"}\n\n{"text": "y"}\n'])
@@ -129,6 +133,29 @@ def test_plain_without_special_tokens():
   assert text.text == 'User: Q\n\nAssistant: A'
 
 
+def test_paper_is_chatml_with_a_system_message_and_one_eos():
+  tokenizer = with_template(tiny_tokenizer(None), 'paper')
+  text = render(Document('', CHAT[1:]), tokenizer)
+  assert text.text == (
+    '<s><|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n'
+    '<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n'
+    '<|im_start|>assistant\nA2<|im_end|>\n</s>'
+  )
+  prompt = tokenizer.apply_chat_template(CHAT[1:4], add_generation_prompt=True, tokenize=False)
+  assert text.text == prompt + 'A2<|im_end|>\n</s>'
+  encoded = encode([text], tokenizer)
+  assert tokenizer.decode(encoded.tokens[encoded.targets]) == 'A<|im_end|>\nA2<|im_end|>\n</s>'
+
+
+def test_paper_without_special_tokens():
+  tokenizer = tiny_tokenizer(None)
+  tokenizer.bos_token = tokenizer.eos_token = None
+  text = render(Document('', CHAT[:3]), with_template(tokenizer, 'paper'))
+  assert text.text == (
+    '<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n'
+  )
+
+
 def test_template_of_a_file(tmp_path):
   path = tmp_path / 'mine.jinja'
   path.write_text('{% for m in messages %}{{ m.content }};{% endfor %}')
@@ -145,7 +172,8 @@ def test_templates_that_cannot_be_read(tmp_path):
     assert f'config.data.chat_template = {name!r}' in str(error.value) and '\n' not in str(error.value)
 
 
-def test_roles_that_plain_does_not_know_are_refused():
-  tokenizer = with_template(tiny_tokenizer(), 'plain')
+@pytest.mark.parametrize('template', ['plain', 'paper'])
+def test_roles_that_the_built_in_templates_do_not_know_are_refused(template):
+  tokenizer = with_template(tiny_tokenizer(), template)
   with pytest.raises(InputError, match='here: the chat template rejects .*no role tool'):
     render(Document('here', [ASKED, {'role': 'tool', 'content': 'x'}]), tokenizer)
