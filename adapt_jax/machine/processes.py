@@ -136,20 +136,28 @@ def _barrier(name: str, timeout_ms: int) -> None:
 
 
 def decide(find: Callable[[], Any]) -> Any:
-  """Returns in all processes what `find` returns in the first: a JSON value; or raises its InputError."""
+  """Returns in all processes what `find` returns in the first: a JSON value; or raises its InputError.
+
+  After any other error, which the first process raises itself, the others raise an InputError too.
+  """
   if jax.process_count() == 1:
     return find()
   global _decisions
   _decisions += 1
   told: dict[str, Any] = {}
+  failure: Exception | None = None
   if is_first():
     try:
       told = {'found': find()}
     except InputError as error:
       told = {'error': str(error)}
+    except Exception as error:
+      told, failure = {'error': f'process 0 failed: {first_line(error)}'}, error
   # A collective could time out while the first process tokenises.
   _barrier(f'decision {_decisions}', _PATIENCE_MS)
   told = json.loads(_broadcast(json.dumps(told).encode()))
+  if failure:
+    raise failure
   if 'error' in told:
     raise InputError(told['error'])
   return told['found']

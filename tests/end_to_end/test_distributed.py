@@ -119,6 +119,16 @@ def test_bad_input_ends_all_with_code_2(starters):
       assert code == 2 and f'error: config.{reason}' in output and 'Traceback' not in output
 
 
+def test_a_damaged_plan_ends_all_with_code_2(starters):
+  """The first process alone reads it; the other one must not wait for it."""
+  path = starters[0].path / 'damaged'
+  pair(starters, path, 0, kill='SIGTERM', after={'event': 'prune', 'step': 1})
+  (path / 'plan.json').write_text('{')
+  ends = pair(starters, path)
+  assert [code for code, _ in ends] == [2, 2], ends
+  assert 'plan.json is damaged or was edited' in ends[0][1]
+
+
 def test_sigterm_to_one_of_two_stops_both(starters, together):
   path = starters[0].path / 'preempted'
   ends = pair(starters, path, 1, kill='SIGTERM', after={'event': 'train', 'step': 2})
