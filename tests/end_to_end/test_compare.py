@@ -30,9 +30,9 @@ from tests.support.starter import Starter
 
 GRID = (
   {'prune.method': ('adapt',), 'prune.target': (0.8, 0.9), 'seed': (0, 1)},
-  {'prune.method': ('magnitude',), 'prune.target': (0.9, 0.8)},
+  {'prune.method': ('flap',), 'prune.target': (0.9, 0.8)},
 )
-SMALL = ({'prune.method': ('magnitude', 'shortgpt'), 'prune.target': (0.9, 0.8)},)
+SMALL = ({'prune.method': ('flap', 'shortgpt'), 'prune.target': (0.9, 0.8)},)
 
 
 @pytest.fixture(scope='module')
@@ -120,12 +120,12 @@ def test_steps_of_a_schedule_are_scored_once_for_all_targets(finished):
   for seed in (0, 1):  # all but the landing on the larger target
     shared = set(of['adapt', 0.9, seed]) & set(of['adapt', 0.8, seed])
     assert len(shared) > 0.6 * len(of['adapt', 0.9, seed]) > 3
-  assert of['magnitude', 0.9, 0] == of['magnitude', 0.8, 0]
+  assert of['flap', 0.9, 0] == of['flap', 0.8, 0]
 
 
 def test_one_compile_for_each_way_of_scoring_and_one_evaluation_of_the_dense_model(finished):
   path, report, calls = finished
-  assert report['compiles']['scoring'] == 2  # taylor and l2
+  assert report['compiles']['scoring'] == 2  # taylor and fluctuation
   assert sum(cell_report(path, cell)['compiles']['scoring'] for cell in report['cells']) == 2
   assert calls['evaluated'].count('dense') == 1 and len(calls['evaluated']) == 1 + len(report['cells'])
   assert report['compiles']['evaluation'] <= len(calls['evaluated'])
@@ -143,7 +143,7 @@ def test_every_form_says_what_the_cells_say(finished):
       assert cell[f'perplexity_{name}'] == float(row[f'perplexity_{name}']) == source['perplexity'][name]
     assert row['prune.method'] == cell['values']['prune.method'] and row['state'] == 'finished'
   text = (path / 'compare.md').read_text()
-  for method, target, cells in (('adapt', 0.8, 2), ('magnitude', 0.9, 1)):
+  for method, target, cells in (('adapt', 0.8, 2), ('flap', 0.9, 1)):
     mine = [c for c in report['cells'] if list(c['values'].values())[:2] == [method, target]]
     found = [c['perplexity_pruned'] for c in mine]
     shown = f'{statistics.median(found):,.2f}'
@@ -183,7 +183,7 @@ def test_a_finished_grid_runs_nothing_again_and_a_grown_one_only_what_is_new(fin
   start(make_config(files, SMALL), path)
   before = {p: p.stat().st_mtime_ns for p in (path / 'cells').rglob('*') if p.is_file()}
   start(make_config(files, SMALL), path)
-  more = ({'prune.method': ('shortgpt', 'magnitude'), 'prune.target': (0.9, 0.8, 0.7)},)
+  more = ({'prune.method': ('shortgpt', 'flap'), 'prune.target': (0.9, 0.8, 0.7)},)
   report = start(make_config(files, more), path)
   assert [cell['state'] for cell in report['cells']] == 6 * ['finished']
   assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -235,7 +235,7 @@ def test_a_failed_cell_is_told_and_tried_again_and_does_not_stop_the_rest(
     if state == 'failed':
       assert (path / 'cells' / name / 'error.txt').read_text().splitlines()[0] == reason
       assert f'{name}: {reason}' in (path / 'compare.md').read_text()
-  done = path / 'cells' / 'prune.method-magnitude_prune.target-0.9' / 'report.json'
+  done = path / 'cells' / 'prune.method-flap_prune.target-0.9' / 'report.json'
   before = done.stat().st_mtime_ns
   report = start(config, path)
   assert [c['state'] for c in report['cells']] == 4 * ['finished'] and done.stat().st_mtime_ns == before
@@ -260,7 +260,7 @@ def test_a_full_disk_stops_the_grid(files, tmp_path, monkeypatch):
 
 def test_a_killed_grid_goes_on_with_what_is_not_finished(files, tmp_path):
   path = tmp_path / 'out'
-  grid = "({'prune.method': ('adapt', 'magnitude'), 'prune.target': (0.9, 0.8)},)"
+  grid = "({'prune.method': ('adapt', 'flap'), 'prune.target': (0.9, 0.8)},)"
   flags = ['--mode=compare', f'--config.compare.grid={grid}', '--config.prune.stages=1']
   flags += ['--config.prune.calibration.samples=8', '--config.prune.compensate=none']  # for all cells
   starter = Starter(tmp_path, files)
@@ -398,7 +398,7 @@ def test_a_broken_model_does_not_flatten_the_plots(finished):
   """It stands at the upper edge, its true figure under the pointer, and the axis says where the plot ends."""
   report = copy.deepcopy(finished[1])
   for cell in report['cells']:
-    if cell['values']['prune.method'] == 'magnitude':
+    if cell['values']['prune.method'] == 'flap':
       cell['perplexity_pruned'] = 1e9
   dense = report['cells'][0]['perplexity_dense']
   chart = compare_page.plots(compare_tables.with_groups(report))['perplexity.svg']
