@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from adapt_jax.config.options import TrainOptions
 from adapt_jax.data.train_set import TrainSet
@@ -50,7 +51,8 @@ def run_steps(
   `options.save_every` steps, at the end and after SIGTERM, once its loss is known to be finite. Raises
   `Preempted` after SIGTERM, and InputError, naming the step, if loss or gradient norm is not finite.
   """
-  rate_at = learning_rate(options, total)
+  # On the host before the first step: a later computation would wait for the steps that are on the device.
+  rates = np.asarray(learning_rate(options, total)(np.arange(total)))
   tokens_per_step = options.batch * options.length
   teachers = (teacher.params,) if teacher else ()
   pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -67,7 +69,7 @@ def run_steps(
     seconds, since = time.monotonic() - since, time.monotonic()
     progress.update(tokens_per_step, loss=f'{metrics["loss"]:.3f}')
     return metrics | {
-      'learning_rate': float(rate_at(step)),
+      'learning_rate': float(rates[step]),
       'tokens_per_second': tokens_per_step / max(seconds, 1e-9),
     }
 

@@ -1,5 +1,7 @@
 """The training step: what it weighs, and in which dtype it keeps its state."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from adapt_jax.configs import base
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.network import llama
+from adapt_jax.training import loop
 from adapt_jax.training.step import make_step
 from tests.support.helpers import factors
 
@@ -192,3 +195,26 @@ def test_gradients_of_packed_documents_are_those_of_each_alone(params, micro_bat
   np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_the_host_asks_the_device_for_no_rates_between_steps(monkeypatch):
+  """It would wait for the steps that the device has still to do."""
+  order = []
+
+  def schedule(options, total):
+    def rate(step):
+      order.append('rate')
+      return 1e-4 * np.asarray(step)
+
+    return rate
+
+  def program(state, rows):
+    order.append('step')
+    return state, {'loss': np.float32(1), 'gradient_norm': np.float32(1)}
+
+  monkeypatch.setattr(loop, 'learning_rate', schedule)
+  data = types.SimpleNamespace(rows=lambda step: np.arange(4), read=lambda ids: batch())
+  steps = {'start': 2, 'stop': 6, 'total': 8, 'teacher': None, 'title': 'recover'}
+  done = list(loop.run_steps({}, program, data, options(), **steps))
+  assert order == ['rate', *4 * ['step']]
+  np.testing.assert_allclose([x.metrics['learning_rate'] for x in done], [2e-4, 3e-4, 4e-4, 5e-4])
