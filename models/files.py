@@ -1,10 +1,14 @@
-"""Writes files and directories completely or not at all (by a rename); existence, checksums; user cache."""
+"""Reads regular files only, and writes files and directories completely or not at all (by a rename).
+
+Files and paths may come from others: a named pipe or a device would be read for ever.
+"""
 
 import contextlib
 import json
 import os
 import pathlib
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +29,47 @@ def exists(path: pathlib.Path) -> bool:
     reason = getattr(error, 'strerror', None) or first_line(error)
     raise InputError(f'{str(path)!r} cannot be read ({reason}): check the path and its permissions') from None
   return True
+
+
+def local(name: str) -> pathlib.Path:
+  """The path `name` with ~ and ~user replaced; InputError for an unknown user."""
+  try:
+    return pathlib.Path(name).expanduser()
+  except RuntimeError:
+    raise InputError(f'{name!r}: no such user or home directory: write out the path') from None
+
+
+def regular(path: str | pathlib.Path) -> pathlib.Path:
+  """`path`, if it is a regular file or a link to one. Raises OSError if absent, InputError for anything else.
+
+  Call it before a file is opened: opening a named pipe waits for a writer, and a device has no end.
+  """
+  path = pathlib.Path(path)
+  mode = path.stat().st_mode
+  if not stat.S_ISREG(mode):
+    kinds = {stat.S_IFDIR: 'directory', stat.S_IFIFO: 'named pipe', stat.S_IFSOCK: 'socket'}
+    raise InputError(f'{path} is a {kinds.get(stat.S_IFMT(mode), "device")}, not a file: name a regular file')
+  return path
+
+
+def read_text(path: str | pathlib.Path, encoding: str = 'utf-8') -> str:
+  """The text of a regular file. Raises as `regular`, and UnicodeDecodeError."""
+  return regular(path).read_text(encoding=encoding)
+
+
+def read_json(path: pathlib.Path, remedy: str = 'download it again') -> dict[str, Any]:
+  """The object in a JSON file; InputError naming the file and the remedy if it is not one."""
+  try:
+    found = json.loads(read_text(path))
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror}): check the file') from None
+  except InputError:
+    raise
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{path}: not valid JSON ({first_line(error)}): {remedy}') from None
+  if not isinstance(found, dict):
+    raise InputError(f'{path}: holds {type(found).__name__}, not an object: {remedy}')
+  return found
 
 
 def user_cache(name: str) -> pathlib.Path:
