@@ -1,5 +1,6 @@
 """Files of others that are no files, or hold what no program writes: one line at once, without waiting."""
 
+import faulthandler
 import os
 import pathlib
 import shutil
@@ -42,7 +43,9 @@ def no_waiting():
 
   before = signal.signal(signal.SIGALRM, stop)
   signal.alarm(SECONDS)
+  faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # in a library that goes on waiting
   yield
+  faulthandler.cancel_dump_traceback_later()
   signal.alarm(0)
   signal.signal(signal.SIGALRM, before)
 
@@ -64,7 +67,7 @@ def pipe(path: pathlib.Path) -> str:
 
 
 def device(path: pathlib.Path) -> str:
-  path.symlink_to('/dev/zero')
+  path.symlink_to('/dev/null')  # refused as /dev/zero is, which would fill the memory if it were not
   return 'device'
 
 
