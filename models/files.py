@@ -82,7 +82,7 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
   """Writes `text` atomically: readers see the old file or the new one, even if the process is killed."""
   path, new = pathlib.Path(path), beside(path)
   try:
-    with open(new, 'w', encoding='utf-8') as file:
+    with open(_created(new), 'w', encoding='utf-8') as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
@@ -111,6 +111,7 @@ def new_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
   path, new = pathlib.Path(path), beside(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
+    os.close(_created(new))
     yield new
     _sync(new)
     new.replace(path)
@@ -125,18 +126,31 @@ def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
   An existing directory at `path` is replaced; after an exception the temporary directory is removed.
   """
   path, new = pathlib.Path(path), beside(path)
-  shutil.rmtree(new, ignore_errors=True)
+  _remove(new)
   new.mkdir(parents=True)
   try:
     yield new
     for file in new.rglob('*'):
       if file.is_file():
         _sync(file)
-    if path.exists():
-      shutil.rmtree(path)
+    _remove(path)
     new.rename(path)
   finally:
     shutil.rmtree(new, ignore_errors=True)
+
+
+def _created(new: pathlib.Path) -> int:
+  """A descriptor of a new, empty file; what a killed process left there, or a planted link, is removed."""
+  _remove(new)
+  return os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def _remove(path: pathlib.Path) -> None:
+  """Removes a file, a directory or a link itself, if there is one."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def _sync(path: pathlib.Path) -> None:
