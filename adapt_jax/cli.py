@@ -173,8 +173,9 @@ def _parse(argv: list[str]) -> list[str]:
   if shown := cli_help.asked_for(argv[1:]):
     print(shown, flush=True)
     sys.exit(0)
+  argv = cli_help.with_recipes(argv)
   try:
-    return flags.FLAGS(cli_help.with_recipes(argv))
+    return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     if not any(argument.lstrip('-').startswith('config=') for argument in argv):
       raise InputError(_NO_CONFIG) from None

@@ -13,6 +13,7 @@ from adapt_jax.config.build import declarations, get
 from adapt_jax.config.declare import Declaration
 from adapt_jax.config.identity import reads
 from adapt_jax.config.options import RunOptions
+from adapt_jax.models.files import exists, regular
 
 # Recipes are next to this file: a folder in the wheel, a link to configs/ in a checkout.
 RECIPES = pathlib.Path(__file__).parent / 'configs'
@@ -143,6 +144,8 @@ def _recipe(value: str) -> str:
   name = given.removeprefix('configs/').removesuffix('.py')
   file = RECIPES / f'{name}.py'
   known = name.isidentifier() and file.exists() and not pathlib.Path(given).is_file()
+  if given and not known and exists(pathlib.Path(given)):
+    regular(given)
   return f'{file}{colon}{variant}' if known else value
 
 

@@ -13,6 +13,25 @@ from adapt_jax.models.errors import InputError
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
 # Hugging Face's `attention_bias` adds biases to q, k, v and o in these; Qwen2 always has them on q, k and v.
 ATTENTION_BIAS_FAMILIES = ('llama', 'qwen3')
+# The largest sizes that are accepted, each far above those of every published model: a larger one is damage,
+# and building the arrays' shapes for it would take all time and memory.
+MOST = {
+  'num_layers': 2_048,
+  'hidden_size': 2**18,
+  'head_dim': 4_096,
+  'num_heads': 2**14,
+  'num_kv_heads': 2**14,
+  'ffn': 2**21,
+  'vocab_size': 2**24,
+  'max_position': 2**31 - 1,
+  'sliced_from': 2**18,
+}
+
+
+def check_size(name: str, value: int, least: int = 1) -> None:
+  """Raises InputError for a size, with a name of `MOST`, that no model has."""
+  if not least <= value <= MOST[name]:
+    raise InputError(f'{name} = {value} should be from {least} to {MOST[name]:,}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +43,8 @@ class LayerShape:
   ffn: int  # F, MLP channels
 
   def __post_init__(self) -> None:
-    if min(self.num_heads, self.num_kv_heads, self.ffn) < 1:
-      raise InputError(f'layer widths must be at least 1, got {self}')
+    for name in ('num_heads', 'num_kv_heads', 'ffn'):
+      check_size(name, getattr(self, name))
     if self.num_heads % self.num_kv_heads:
       raise InputError(f'num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}')
 
@@ -82,6 +101,9 @@ class ModelConfig:
       raise InputError(f'model family {self.family!r} is unknown; known: {", ".join(FAMILIES)}')
     if not self.layers:
       raise InputError('a model needs at least one decoder layer')
+    for name in ('num_layers', 'hidden_size', 'head_dim', 'vocab_size', 'max_position'):
+      check_size(name, getattr(self, name))
+    check_size('sliced_from', self.sliced_from, 0)
     if self.head_dim % 2:
       raise InputError(f'head_dim {self.head_dim} must be even: rotary embeddings pair its halves')
 

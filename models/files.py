@@ -1,10 +1,14 @@
-"""Writes files and directories completely or not at all (by a rename); existence, checksums; user cache."""
+"""Reads regular files only, and writes files and directories completely or not at all (by a rename).
+
+Files and paths may come from others: a named pipe or a device would be read for ever.
+"""
 
 import contextlib
 import json
 import os
 import pathlib
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +31,47 @@ def exists(path: pathlib.Path) -> bool:
   return True
 
 
+def local(name: str) -> pathlib.Path:
+  """The path `name` with ~ and ~user replaced; InputError for an unknown user."""
+  try:
+    return pathlib.Path(name).expanduser()
+  except RuntimeError:
+    raise InputError(f'{name!r}: no such user or home directory: write out the path') from None
+
+
+def regular(path: str | pathlib.Path) -> pathlib.Path:
+  """`path`, if it is a regular file or a link to one. Raises OSError if absent, InputError for anything else.
+
+  Call it before a file is opened: opening a named pipe waits for a writer, and a device has no end.
+  """
+  path = pathlib.Path(path)
+  mode = path.stat().st_mode
+  if not stat.S_ISREG(mode):
+    kinds = {stat.S_IFDIR: 'directory', stat.S_IFIFO: 'named pipe', stat.S_IFSOCK: 'socket'}
+    raise InputError(f'{path} is a {kinds.get(stat.S_IFMT(mode), "device")}, not a file: name a regular file')
+  return path
+
+
+def read_text(path: str | pathlib.Path, encoding: str = 'utf-8') -> str:
+  """The text of a regular file. Raises as `regular`, and UnicodeDecodeError."""
+  return regular(path).read_text(encoding=encoding)
+
+
+def read_json(path: pathlib.Path, remedy: str = 'download it again') -> dict[str, Any]:
+  """The object in a JSON file; InputError naming the file and the remedy if it is not one."""
+  try:
+    found = json.loads(read_text(path))
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror}): check the file') from None
+  except InputError:
+    raise
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{path}: not valid JSON ({first_line(error)}): {remedy}') from None
+  if not isinstance(found, dict):
+    raise InputError(f'{path}: holds {type(found).__name__}, not an object: {remedy}')
+  return found
+
+
 def user_cache(name: str) -> pathlib.Path:
   """A cache directory of the user, in $XDG_CACHE_HOME or ~/.cache; it may be deleted at any time."""
   base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
@@ -37,7 +82,7 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
   """Writes `text` atomically: readers see the old file or the new one, even if the process is killed."""
   path, new = pathlib.Path(path), beside(path)
   try:
-    with open(new, 'w', encoding='utf-8') as file:
+    with open(_created(new), 'w', encoding='utf-8') as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
@@ -66,6 +111,7 @@ def new_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
   path, new = pathlib.Path(path), beside(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
+    os.close(_created(new))
     yield new
     _sync(new)
     new.replace(path)
@@ -80,18 +126,31 @@ def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
   An existing directory at `path` is replaced; after an exception the temporary directory is removed.
   """
   path, new = pathlib.Path(path), beside(path)
-  shutil.rmtree(new, ignore_errors=True)
+  _remove(new)
   new.mkdir(parents=True)
   try:
     yield new
     for file in new.rglob('*'):
       if file.is_file():
         _sync(file)
-    if path.exists():
-      shutil.rmtree(path)
+    _remove(path)
     new.rename(path)
   finally:
     shutil.rmtree(new, ignore_errors=True)
+
+
+def _created(new: pathlib.Path) -> int:
+  """A descriptor of a new, empty file; what a killed process left there, or a planted link, is removed."""
+  _remove(new)
+  return os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def _remove(path: pathlib.Path) -> None:
+  """Removes a file, a directory or a link itself, if there is one."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def _sync(path: pathlib.Path) -> None:

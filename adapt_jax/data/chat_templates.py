@@ -4,10 +4,10 @@ They are Jinja, as in `transformers`, with `messages`, `add_generation_prompt`, 
 """
 
 import copy
-import pathlib
 from typing import Any
 
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import local, read_text
 
 # The prompt ends before the space, so that the first word of an answer has the same token as elsewhere.
 _PLAIN = (
@@ -44,8 +44,10 @@ def read_template(name: str) -> str:
   if not name or name in BUILT_IN:
     return BUILT_IN.get(name, '')
   try:
-    text = pathlib.Path(name).expanduser().read_text(encoding='utf-8')
-  except (OSError, ValueError, RuntimeError) as error:
+    text = read_text(local(name))
+  except InputError as error:
+    raise InputError(f'config.data.chat_template: {error}') from None
+  except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or 'not a text file'
     raise InputError(
       f'config.data.chat_template = {name!r} cannot be read ({reason}): give a Jinja file or one of '

@@ -20,6 +20,8 @@ import numpy as np
 
 from adapt_jax.data import records
 from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.files import exists, local, read_text, regular
+from adapt_jax.models.formats.npy import open_npy
 
 Source = tuple[str, ...]
 
@@ -103,13 +105,14 @@ def is_blocks(source: Source) -> bool:
 
 def open_blocks(source: Source, field: str) -> np.ndarray:
   """Memory-maps the .npy file of `source`, integers [N, T]. Raises InputError for anything else."""
-  path = os.path.expanduser(source[0])
   try:
-    blocks = np.load(path, mmap_mode='r', allow_pickle=False)
+    blocks = open_npy(local(source[0]))
   except FileNotFoundError:
     raise InputError(f'{field} {source[0]!r}: no such file') from None
-  except (OSError, ValueError, EOFError) as error:
-    raise InputError(f'{field} {source[0]!r}: not a readable .npy file ({first_line(error)})') from None
+  except InputError as error:
+    raise InputError(f'{field}: {error}') from None
+  except OSError as error:
+    raise InputError(f'{field} {source[0]!r}: cannot be read ({error.strerror})') from None
   if not isinstance(blocks, np.ndarray) or blocks.ndim != 2 or blocks.dtype.kind not in 'iu':
     found = f'{blocks.dtype} {list(blocks.shape)}' if isinstance(blocks, np.ndarray) else 'an archive'
     raise InputError(f'{field} {source[0]!r} holds {found}: token blocks are integers [rows, length]')
@@ -124,26 +127,48 @@ def _origins(source: Source, field: str) -> Iterator[pathlib.Path | str]:
     yield from _origins_of(entry, field)
 
 
-def _origins_of(entry: str, field: str) -> Iterator[pathlib.Path | str]:
-  path = pathlib.Path(entry).expanduser()
+def _origins_of(entry: str, field: str, matched: bool = False) -> Iterator[pathlib.Path | str]:
+  """The files and hub data sets of one entry; matched: the entry is a match of a glob."""
+  try:
+    path = local(entry)
+    found = exists(path)
+  except InputError as error:
+    raise InputError(f'{field}: {error}') from None
   if entry and path.is_dir():
     files = sorted(p for p in path.rglob('*') if p.suffix.lower() in _SUFFIXES and p.is_file())
     if not files:
       raise InputError(f'{field} {entry!r}: no {", ".join(_SUFFIXES)} file in this directory')
     yield from files
-  elif entry and path.exists():
+  elif entry and found:
     if path.suffix.lower() == '.npy':
       raise InputError(f'{field} {entry!r}: a .npy file of token blocks must be the only entry')
     if path.suffix.lower() not in _SUFFIXES:
       raise InputError(f'{field} {entry!r}: unknown file type: use {", ".join(_SUFFIXES)}')
     yield path
-  elif matches := sorted(glob.glob(os.path.expanduser(entry), recursive=True)):
+  elif path.is_symlink():
+    raise InputError(f'{field} {entry!r}: a link to a file that does not exist: repair or remove the link')
+  elif not matched and (matches := _matches(entry)):
     for match in matches:
-      yield from _origins_of(match, field)
+      yield from _origins_of(match, field, matched=True)
   elif _HUB.fullmatch(entry) and path.suffix.lower() not in _NEVER_HUB:
     yield entry
   else:
     raise InputError(f'{field} {entry!r}: no such file (a hub data set is written org/name:config:split)')
+
+
+def _matches(pattern: str) -> list[str]:
+  """The paths that a glob matches, sorted; ** does not follow links, which may lead in circles."""
+  if '**' not in pattern:
+    return sorted(glob.glob(os.path.expanduser(pattern)))
+  path = local(pattern)
+  while path.name == '**':  # everything below a directory
+    path = path.parent
+  if '**' not in path.parts:
+    return sorted(glob.glob(str(path)))
+  below = path.relative_to(path.anchor)
+  found = pathlib.Path(path.anchor).glob(str(below))
+  hidden = any(part.startswith('.') for part in below.parts)
+  return sorted(str(p) for p in found if hidden or not any(part.startswith('.') for part in p.parts))
 
 
 def _documents(origin: pathlib.Path | str, text_field: str, messages_field: str) -> Iterator[Document]:
@@ -163,7 +188,7 @@ def _documents(origin: pathlib.Path | str, text_field: str, messages_field: str)
 
 def _check_readable(path: pathlib.Path) -> None:
   try:
-    with open(path, 'rb') as file:
+    with open(regular(path), 'rb') as file:
       file.read(1)
   except OSError as error:
     raise InputError(f'{path}: cannot be read ({error.strerror})') from None
@@ -171,7 +196,7 @@ def _check_readable(path: pathlib.Path) -> None:
 
 def _whole_text(path: pathlib.Path, text_field: str) -> Iterator[tuple[str, dict[str, Any]]]:
   try:
-    text = path.read_text(encoding='utf-8-sig')
+    text = read_text(path, 'utf-8-sig')
   except UnicodeDecodeError as error:
     raise InputError(f'{path}: not UTF-8 text (byte {error.start}): convert the file') from None
   except OSError as error:
@@ -190,7 +215,7 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         row = json.loads(line.decode('utf-8-sig'))
       except UnicodeDecodeError:
         raise InputError(f'{where}: not UTF-8 text: convert the file') from None
-      except ValueError as error:
+      except (ValueError, RecursionError) as error:
         raise InputError(f'{where}: not valid JSON ({error}): one object a line') from None
       if not isinstance(row, dict):
         raise InputError(f'{where}: a JSON {type(row).__name__}, not an object')
@@ -206,10 +231,10 @@ def _is_list(path: pathlib.Path) -> bool:
 
 def _json_list(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
   try:
-    found = json.loads(path.read_text(encoding='utf-8-sig'))
+    found = json.loads(read_text(path, 'utf-8-sig'))
   except UnicodeDecodeError as error:
     raise InputError(f'{path}: not UTF-8 text (byte {error.start}): convert the file') from None
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(f'{path}: not valid JSON ({error}): one list of rows') from None
   for number, row in enumerate(found, 1):
     if not isinstance(row, dict):
@@ -224,12 +249,14 @@ def _parquet_rows(
   from pyarrow import parquet
 
   try:
-    with parquet.ParquetFile(path) as file:
+    with parquet.ParquetFile(regular(path)) as file:
       columns = records.columns(file.schema_arrow.names, text_field, messages_field)
       batches = file.iter_batches(batch_size=256, columns=columns)
       for number, row in enumerate(itertools.chain.from_iterable(b.to_pylist() for b in batches), 1):
         yield f'{path}: row {number}', row
-  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+  except InputError:
+    raise
+  except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # such as a year above 9999
     raise InputError(f'{path}: not a readable Parquet file ({first_line(error)})') from None
 
 

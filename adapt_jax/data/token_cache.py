@@ -35,7 +35,7 @@ from adapt_jax.data.tokenise import BATCH_CHARS, Encoded, encode_all, take
 from adapt_jax.machine.processes import WAITS, decide, say
 from adapt_jax.machine.progress import Progress, phase
 from adapt_jax.models.errors import InputError, first_line
-from adapt_jax.models.files import json_checksum, user_cache
+from adapt_jax.models.files import json_checksum, local, read_text, regular, user_cache
 
 TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its document
 
@@ -49,7 +49,7 @@ _STALE_SECONDS = 86_400.0  # without a write, after which the files of a killed 
 
 def token_directory(data: DataOptions) -> pathlib.Path:
   """The directory of all token caches: data.cache, or one in the user's cache directory."""
-  return pathlib.Path(data.cache).expanduser() if data.cache else user_cache('tokens')
+  return local(data.cache) if data.cache else user_cache('tokens')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,18 +154,18 @@ def _open(path: pathlib.Path) -> TokenCache | None:
   """The cache, or None if it is damaged or absent."""
 
   def load(name: str, dtype: Any, count: int) -> np.ndarray:
-    if (path / name).stat().st_size != count * np.dtype(dtype).itemsize:
+    if regular(path / name).stat().st_size != count * np.dtype(dtype).itemsize:
       raise ValueError(f'{name} was truncated')
     if not count:
       return np.zeros(0, dtype)
     return np.memmap(path / name, dtype, 'r', shape=(count,)).view(np.ndarray)
 
   try:
-    meta = json.loads((path / 'meta.json').read_text())
+    meta = json.loads(read_text(path / 'meta.json'))
     tokens = load('tokens', meta['dtype'], meta['tokens'])
     flags, ends = load('flags', np.uint8, meta['tokens']), load('ends', np.int64, meta['documents'])
     return TokenCache(tokens, flags, ends, meta['highest'], meta['targets'], meta['complete'])
-  except (FileNotFoundError, ValueError, KeyError, TypeError):
+  except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
     return None  # other OS errors do not show that the cache is damaged
 
 
@@ -177,7 +177,7 @@ def _undamaged(path: pathlib.Path) -> bool:
     if key in _CHECKED:
       return True
     with phase('checking tokens'):
-      meta = json.loads((path / 'meta.json').read_text())
+      meta = json.loads(read_text(path / 'meta.json'))
       if meta.pop('checksum', None) != json_checksum(meta):
         return False
       for name, wanted in meta['checksums'].items():

@@ -10,7 +10,6 @@ import functools
 import importlib.metadata
 import logging
 import os
-import pathlib
 import random
 import warnings
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from adapt_jax.config.options import EvaluateOptions
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.files import exists, local, regular
 from adapt_jax.models.network.llama import Params
 
 # The paper's protocol: task -> examples before each question.
@@ -177,8 +177,12 @@ def _load(manager: Any, name: str) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _manager(tasks_path: str) -> Any:
-  path = pathlib.Path(tasks_path).expanduser()
-  if tasks_path and not any(path.rglob('*.yaml')):
+  path = local(tasks_path)
+  files = list(path.rglob('*.yaml')) if tasks_path else []
+  for file in files:
+    if exists(file):
+      regular(file)
+  if tasks_path and not files:
     raise InputError(f'config.evaluate.tasks_path = {tasks_path!r}: not a directory with .yaml task files')
   try:
     from lm_eval.tasks import TaskManager

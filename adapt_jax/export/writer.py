@@ -21,9 +21,8 @@ from adapt_jax.machine import mesh
 from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import ModelConfig, count_params
-from adapt_jax.models.files import beside, exists, new_directory, write_text
+from adapt_jax.models.files import beside, exists, new_directory, read_json, write_text
 from adapt_jax.models.formats.gguf_model import STORED_DTYPES
-from adapt_jax.models.formats.safetensors import read_json
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.llama import Params
 from adapt_jax.reports.report import RunReport

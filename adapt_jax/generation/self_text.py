@@ -29,6 +29,7 @@ from adapt_jax.machine.mesh import load_source
 from adapt_jax.machine.processes import WAITS, decide, say
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.formats.npy import open_npy
 from adapt_jax.models.formats.source import Source
 
 _VERSION = 1  # of how rows are drawn
@@ -181,7 +182,7 @@ def _write(path: pathlib.Path, tokens: np.ndarray) -> None:
 
 def _join(parts: pathlib.Path, batches: list[_Batch], tokens: np.ndarray, path: pathlib.Path) -> None:
   for batch in batches:
-    tokens[batch.rows] = np.load(parts / f'{batch.rows[0]:09}.npy', allow_pickle=False)
+    tokens[batch.rows] = open_npy(parts / f'{batch.rows[0]:09}.npy')
   _write(path, tokens)
   shutil.rmtree(parts, ignore_errors=True)
 

@@ -22,7 +22,7 @@ from adapt_jax.machine import preemption
 from adapt_jax.machine.progress import prefixed
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError, disk_full, first_line
-from adapt_jax.models.files import write_text
+from adapt_jax.models.files import regular, write_text
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.modes import compare_grid, compare_page, compare_tables
 from adapt_jax.pipeline import forecast
@@ -289,5 +289,8 @@ def _entry(run: CellRun, *, running: bool) -> CellReport:
   elif running:
     entry |= {'state': 'running'}
   elif error_file.exists():
-    entry |= {'state': 'failed', 'error': first_line(InputError(error_file.read_text()))}
+    entry |= {
+      'state': 'failed',
+      'error': first_line(InputError(regular(error_file).read_text(errors='replace'))),
+    }
   return entry

@@ -11,8 +11,7 @@ from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, line
 from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import exists
-from adapt_jax.models.formats.safetensors import read_json
+from adapt_jax.models.files import exists, local, read_json
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.checkpoint import Checkpoints
@@ -31,7 +30,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   model.source may also be the workdir of a run of mode accel or prune; if it is unfinished, its newest
   checkpoint is used.
   """
-  path = pathlib.Path(options.model.source).expanduser()
+  path = local(options.model.source)
   unfinished = exists(path / 'run.json') and not exists(path / 'hf') and exists(path / 'checkpoints')
   model = _from_checkpoint(path) if unfinished else _from_source(options)
   tokenizer = with_template(model.source.load_tokenizer(), model.chat_template)

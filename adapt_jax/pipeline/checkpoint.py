@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from adapt_jax.machine.processes import decide
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import json_checksum
+from adapt_jax.models.files import json_checksum, regular
 
 
 class _Manager(ocp.CheckpointManager):
@@ -89,6 +89,9 @@ class Checkpoints:
   def _readable(self, number: int) -> Iterator[None]:
     """Turns any failure to read checkpoint `number` into an InputError that says what to do."""
     try:
+      for path in (self._directory / str(number)).rglob('*'):
+        if not path.is_dir():
+          regular(path)
       with _one_error():
         yield
     except InputError:

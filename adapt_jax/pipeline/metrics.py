@@ -8,7 +8,8 @@ from typing import Any
 
 from adapt_jax.config.values import TEXT
 from adapt_jax.machine.processes import is_first
-from adapt_jax.models.files import write_text
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import regular, write_text
 from adapt_jax.reports import trackers
 
 
@@ -21,10 +22,16 @@ class MetricsLog:
   def __init__(self, path: pathlib.Path):
     self._path = path
     self._trackers: list[trackers.Tracker] = []
-    text = path.read_text() if path.exists() else ''
-    self.lines = len(text.splitlines())
-    if text and not text.endswith('\n'):  # the machine crashed while a line was being written
-      self.cut(self.lines - 1)
+    content = regular(path).read_bytes() if path.exists() else b''
+    lines = content.splitlines()
+    self.lines = len(lines)
+    whole = self.lines - (
+      not content.endswith(b'\n')
+    )  # the last one, if the machine crashed while writing it
+    for number, line in enumerate(lines[: max(whole, 0)], 1):
+      _check(line, f'{path}: line {number}')
+    if content:
+      self.cut(whole)
 
   def write(self, event: str, **values: Any) -> None:
     """One line: {"event": event, "time": "2026-01-31T12:00:00+00:00", ...}."""
@@ -53,14 +60,24 @@ class MetricsLog:
     """All lines so far."""
     if not self._path.exists():
       return []
-    return _as_now([json.loads(line) for line in self._path.read_text().splitlines()])
+    return _as_now([json.loads(line) for line in self._path.read_bytes().splitlines()])
 
   def cut(self, lines: int) -> None:
     """Keeps only the first `lines` lines; must be called before `track` and the first write."""
     if lines < self.lines and is_first():
-      kept = self._path.read_text().splitlines(keepends=True)[:lines]
-      write_text(self._path, ''.join(kept))
+      kept = self._path.read_bytes().splitlines(keepends=True)[:lines]
+      write_text(self._path, b''.join(kept).decode())
       self.lines = lines
+
+
+def _check(line: bytes, where: str) -> None:
+  """Raises InputError, before a resumed run computes anything, for a line that no run has written."""
+  try:
+    good = 'event' in (row := json.loads(line)) and isinstance(row, dict)
+  except (RecursionError, TypeError, ValueError):
+    good = False
+  if not good:
+    raise InputError(f'{where} is damaged: repair it, or move the file away to resume without its curves')
 
 
 def _as_now(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import json_checksum, write_text
+from adapt_jax.models.files import json_checksum, read_text, write_text
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import placed
 from adapt_jax.pipeline.checkpoint import Checkpoints
@@ -195,10 +195,13 @@ class StateStore:
     self._metrics.cut(lines)
     return state
 
+  def _saved_plan(self) -> Any:
+    return json.loads(read_text(self._plan))
+
   def _resume_pruning(self, state: RunState, lines: int) -> int:
     """Applies the steps in plan.json if they belong to the next stage; returns the log's length."""
     try:
-      saved = decide(lambda: json.loads(self._plan.read_text()))
+      saved = decide(self._saved_plan)
       if not isinstance(saved, dict):
         raise ValueError('not an object')
       if saved.pop('checksum', None) not in (json_checksum(saved), None):  # version 0.1 wrote none
@@ -209,7 +212,7 @@ class StateStore:
       dense, tasks = _dense(saved), saved['tasks']
     except InputError:
       raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
       raise InputError(
         f'{self._plan} is damaged or was edited ({type(error).__name__}): delete it to start this stage again'
       ) from None

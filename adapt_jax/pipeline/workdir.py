@@ -1,6 +1,7 @@
 """The directory of one run: the paths of its files, the run that owns it, and the process that uses it."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 from adapt_jax.config.build import defaults, flatten
 from adapt_jax.machine.processes import decide
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import read_json, read_text
 
 
 class Workdir:
@@ -89,7 +91,7 @@ class Workdir:
         os.close(descriptor)
 
   def _check_texts(self, now: dict[str, str]) -> None:
-    then = json.loads(self.run.read_text()).get('texts', {})  # older versions wrote none
+    then = read_json(self.run, 'use another workdir').get('texts', {})  # older versions wrote none
     for field, digest in now.items():
       if then.get(field, digest) != digest:
         raise InputError(
@@ -126,8 +128,11 @@ class Workdir:
   def _lock(self, path: pathlib.Path) -> int:
     """A descriptor of the file, which is locked until it is closed. Raises InputError if it is locked."""
     try:
-      descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except PermissionError as error:
+      planted = os.O_NOFOLLOW if path == self._claiming else 0  # it is truncated: not the target of a link
+      descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | planted, 0o666)
+    except OSError as error:
+      if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP):
+        raise
       raise InputError(f'--workdir={self.path} is not writable ({error.strerror}): choose another') from None
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,9 +147,11 @@ class Workdir:
 
   def _check_same(self) -> None:
     try:
-      saved = json.loads(self.run.read_text())
+      saved = json.loads(read_text(self.run))
       mode, before = saved['mode'], flatten(saved['config'])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except InputError:
+      raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
       raise InputError(f'{self.run} is damaged: use another workdir') from None
     known = flatten(defaults())
     if unknown := sorted(before.keys() - known.keys()):

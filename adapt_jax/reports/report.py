@@ -13,7 +13,7 @@ from typing import Any, Literal, Required, TypedDict
 from adapt_jax.config import identity
 from adapt_jax.config.options import RunOptions
 from adapt_jax.machine.processes import is_first
-from adapt_jax.models.files import write_text
+from adapt_jax.models.files import read_json, write_text
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'numpy')
 
@@ -221,9 +221,8 @@ def write_report(path: pathlib.Path, report: Mapping[str, Any]) -> None:
 
 
 def read_report(path: pathlib.Path) -> RunReport:
-  """Reads the report of a finished run."""
-  report: RunReport = json.loads(path.read_text())
-  return report
+  """Reads the report of a finished run. Raises InputError if it is damaged."""
+  return read_json(path, 'delete it to run again')  # type: ignore[return-value]
 
 
 def known_perplexities(report: RunReport) -> dict[Of, float]:

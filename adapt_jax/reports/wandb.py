@@ -11,7 +11,7 @@ from typing import Any
 
 from adapt_jax.machine.processes import say
 from adapt_jax.models.errors import InputError, first_line
-from adapt_jax.models.files import write_text
+from adapt_jax.models.files import read_text, write_text
 from adapt_jax.reports import trackers
 from adapt_jax.reports.trackers import Row
 
@@ -73,4 +73,4 @@ def _run_id(workdir: pathlib.Path) -> str:
   if not path.exists():
     path.parent.mkdir(exist_ok=True)
     write_text(path, secrets.token_hex(4) + '\n')
-  return path.read_text().strip()
+  return read_text(path).strip()

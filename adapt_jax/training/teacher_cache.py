@@ -30,7 +30,8 @@ from adapt_jax.machine.processes import decide, is_first
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import write_text
+from adapt_jax.models.files import read_text, write_text
+from adapt_jax.models.formats.npy import open_npy
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
 from adapt_jax.training.loss import teacher_top
@@ -46,9 +47,7 @@ class TaughtSet:
   def __init__(self, data: TrainSet, rows: np.ndarray, directory: pathlib.Path):
     self._data, self._rows = data, rows
     self._directory = directory
-    self._ids, self._log_p, self._check = (
-      np.load(directory / f'{name}.npy', mmap_mode='r', allow_pickle=False) for name in _FILES
-    )
+    self._ids, self._log_p, self._check = (open_npy(directory / f'{name}.npy') for name in _FILES)
 
   def rows(self, step: int) -> np.ndarray:
     """The rows of batch number `step`, as in `TrainSet.rows`."""
@@ -105,7 +104,12 @@ def open_taught(
 
 def _done(directory: pathlib.Path) -> int:
   path = directory / 'done'
-  return int(path.read_text()) if path.exists() else 0
+  try:
+    return int(read_text(path)) if path.exists() else 0
+  except InputError:
+    raise
+  except ValueError:
+    raise InputError(f'{path} holds no number: delete {directory} to ask the teacher again') from None
 
 
 def _ask(
@@ -166,8 +170,9 @@ def _files(
   for name, dtype, shape in zip(_FILES, (ids, np.float16, np.uint32), shapes, strict=True):
     path = directory / f'{name}.npy'
     if not new:
-      found[name] = np.lib.format.open_memmap(path, mode='r+')
+      found[name] = open_npy(path, 'r+')
       continue
+    path.unlink(missing_ok=True)
     found[name] = np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=shape)
     if hasattr(os, 'posix_fallocate'):  # not on macOS
       with open(path, 'r+b') as file:

@@ -15,6 +15,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import regular
 
 # The supported tensor types: three are read as stored, three are dequantised to float32.
 TENSOR_TYPES = {
@@ -109,10 +110,12 @@ def open_file(path: str | os.PathLike[str]) -> GgufFile:
   """Parses the header, reading no tensor; InputError for a missing, corrupt or truncated file."""
   path = pathlib.Path(path)
   try:
-    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open(regular(path), 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
       metadata, tensors = _parse(_Cursor(data))
   except OSError as error:
     raise InputError(f'{path}: cannot be opened ({error.strerror}): check the path') from None
+  except InputError:
+    raise
   except ValueError as error:
     raise InputError(f'{path}: corrupt or truncated GGUF file ({error}): download it again') from None
   return GgufFile(path, metadata, tensors)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-from adapt_jax.models.config import FAMILIES, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from adapt_jax.models.config import FAMILIES, MOST, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.gguf_header import TENSOR_TYPES, GgufFile, open_file
 from adapt_jax.models.network.rope import inverse_frequencies
@@ -67,7 +67,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
   embedding = file.tensors.get('token_embd.weight')
   if embedding is None:
     raise InputError(f'{file.path}: no tensor token_embd.weight: use a file of the whole model')
-  vocab_size = embedding.shape[0]
+  vocab_size = _bounded(file, 'rows of token_embd.weight', embedding.shape[0], 'vocab_size')
   tokens = len(file.array('tokenizer.ggml.tokens', str, []))
   if tokens > vocab_size:
     raise InputError(
@@ -77,7 +77,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
   return ModelConfig(
     family=_family(file, arch),
     vocab_size=vocab_size,
-    hidden_size=file.field(f'{arch}.embedding_length', int),
+    hidden_size=_size(file, f'{arch}.embedding_length', 'hidden_size'),
     head_dim=_head_dim(file, arch),
     layers=_layers(file, arch),
     rope=_rope(file, arch),
@@ -86,8 +86,21 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     qkv_bias='blk.0.attn_q.bias' in file.tensors,
     output_bias='blk.0.ffn_down.bias' in file.tensors,
     qk_norm='blk.0.attn_q_norm.weight' in file.tensors,
-    max_position=file.field(f'{arch}.context_length', int),
+    max_position=_size(file, f'{arch}.context_length', 'max_position'),
   )
+
+
+def _size(file: GgufFile, key: str, name: str) -> int:
+  return _bounded(file, key, file.field(key, int), name)
+
+
+def _bounded(file: GgufFile, what: str, value: int, name: str) -> int:
+  """The value, if it is at least 1 and at most that of `MOST`; otherwise raises InputError."""
+  if not 1 <= value <= MOST[name]:
+    raise InputError(
+      f'{file.path}: {what} = {value} should be from 1 to {MOST[name]:,}: convert the model again'
+    )
+  return value
 
 
 def _architecture(file: GgufFile) -> str:
@@ -142,7 +155,7 @@ def _per_layer(file: GgufFile, arch: str, key: str) -> list[int]:
   """A width of each layer, stored once for all layers or as an array."""
   key = f'{arch}.{key}'
   depth = file.field(f'{arch}.block_count', int)
-  if not 0 < depth <= len(file.tensors):
+  if not 0 < depth <= min(len(file.tensors), MOST['num_layers']):
     raise InputError(f'{file.path}: {arch}.block_count = {depth} does not fit {len(file.tensors)} tensors')
   value = file.metadata.get(key)
   values = file.array(key, int) if isinstance(value, list) else [file.field(key, int)] * depth
@@ -168,8 +181,11 @@ def _head_dim(file: GgufFile, arch: str) -> int:
   if not head_dim:
     hidden = file.field(f'{arch}.embedding_length', int)
     head_dim = hidden // _per_layer(file, arch, 'attention.head_count')[0]
-  if head_dim < 2 or head_dim % 2:
-    raise InputError(f'{file.path}: a head dimension of {head_dim} is not supported: it should be even')
+  if not 2 <= head_dim <= MOST['head_dim'] or head_dim % 2:
+    raise InputError(
+      f'{file.path}: a head dimension of {head_dim} is not supported: it should be even, and at most '
+      f'{MOST["head_dim"]:,}'
+    )
   return head_dim
 
 

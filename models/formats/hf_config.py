@@ -6,6 +6,7 @@ from typing import Any
 from adapt_jax.models.config import (
   ATTENTION_BIAS_FAMILIES,
   FAMILIES,
+  MOST,
   LayerShape,
   Llama3Scaling,
   ModelConfig,
@@ -25,6 +26,14 @@ _ARCHITECTURES = {
   'mistral': 'MistralForCausalLM',
   'qwen2': 'Qwen2ForCausalLM',
   'qwen3': 'Qwen3ForCausalLM',
+}
+
+
+_SIZES = {  # names that differ in `MOST`
+  'num_hidden_layers': 'num_layers',
+  'num_attention_heads': 'num_heads',
+  'num_key_value_heads': 'num_kv_heads',
+  'intermediate_size': 'ffn',
 }
 
 
@@ -75,11 +84,17 @@ def _value(fields: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def _count(fields: dict[str, Any], name: str, default: int | None = None) -> int:
-  """A whole number of at least 1; `default` if the field is absent or null."""
+  """A whole number from 1 to the largest of any model; `default` if the field is absent or null."""
   value = _value(fields, name, default)
-  if type(value) is not int or not 1 <= value < 2**31:  # a bool is not accepted as a number
+  if type(value) is not int or value < 1:  # a bool is not accepted as a number
     raise InputError(f'{name} = {value!r} should be a whole number of at least 1')
+  if value > (most := MOST.get(_SIZES.get(name, name), 2**31 - 1)):
+    raise InputError(f'{name} = {_short(value)} should be at most {most:,}: download the file again')
   return value
+
+
+def _short(value: int) -> str:
+  return f'{value:,}' if value < 10**15 else f'a number of {value.bit_length()} bits'
 
 
 def _number(fields: dict[str, Any], name: str, default: float | None = None) -> float:

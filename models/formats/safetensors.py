@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from adapt_jax.models.errors import InputError, first_line
-from adapt_jax.models.files import exists
+from adapt_jax.models.files import exists, read_json, regular
 
 DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # safetensors name -> numpy name
 _CODES = {name: code for code, name in DTYPES.items()}
@@ -60,7 +60,7 @@ class SafetensorsReader:
         self._tensors |= _map(directory / name)
       except OSError as error:
         raise InputError(f'{directory / name}: cannot be read ({first_line(error)})') from None
-      except SafetensorError as error:
+      except (SafetensorError, RecursionError) as error:
         raise InputError(
           f'{directory / name}: corrupt or truncated safetensors ({error}): download it again'
         ) from None
@@ -100,7 +100,7 @@ def _map(path: pathlib.Path) -> dict[str, _Stored]:
   The library validates the file, but its numpy functions return only copies.
   Format: https://huggingface.co/docs/safetensors.
   """
-  safe_open(path, framework='np')
+  safe_open(regular(path), framework='np')
   with open(path, 'rb') as file:
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
   first = 8 + int.from_bytes(mapped[:8], 'little')
@@ -110,19 +110,6 @@ def _map(path: pathlib.Path) -> dict[str, _Stored]:
     name: _Stored(mapped, t['dtype'], tuple(t['shape']), *(first + at for at in t['data_offsets']))
     for name, t in header.items()
   }
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file; InputError naming the file if it cannot be read or holds none."""
-  try:
-    found = json.loads(path.read_text(encoding='utf-8'))
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read ({error.strerror}): check the file') from None
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{path}: not valid JSON ({first_line(error)}): download it again') from None
-  if not isinstance(found, dict):
-    raise InputError(f'{path}: holds {type(found).__name__}, not an object: download it again')
-  return found
 
 
 def write_tensors(

@@ -12,7 +12,7 @@ from typing import Any
 
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError, first_line
-from adapt_jax.models.files import exists
+from adapt_jax.models.files import exists, local, read_json, regular
 from adapt_jax.models.formats import gguf_model, gguf_tokenizer
 from adapt_jax.models.formats.hf_config import config_from_hf
 from adapt_jax.models.formats.hf_weights import (
@@ -23,11 +23,12 @@ from adapt_jax.models.formats.hf_weights import (
   load_params,
   stored_params,
 )
-from adapt_jax.models.formats.safetensors import SafetensorsReader, read_json
+from adapt_jax.models.formats.safetensors import SafetensorsReader
 from adapt_jax.models.network.llama import Params
 
 _HUB_FILES = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 # Subfolders hold other formats; Mistral's and Meta's own files hold the same weights again.
+_TOKENIZER_SUFFIXES = ('.json', '.model', '.txt', '.jinja')
 _NOT_FROM_HUB = ['*/*', 'consolidated*']
 
 
@@ -91,10 +92,7 @@ def open_source(name: str) -> Source:
   """
   if not name:
     raise InputError('model.source is empty: give a hub id, a Hugging Face directory or a .gguf file')
-  try:
-    path = pathlib.Path(name).expanduser()
-  except RuntimeError as error:  # ~user of no user
-    raise InputError(f'model.source {name!r}: {first_line(error)}') from None
+  path = _local(name)
   reader: TensorReader
   generation: dict[str, Any] = {}
   if path.suffix == '.gguf':
@@ -116,13 +114,20 @@ def open_config(name: str) -> ModelConfig:
 
   Raises InputError as `open_source` does, but does not check the weights.
   """
-  path = pathlib.Path(name).expanduser()
+  path = _local(name)
   if path.suffix == '.gguf':
     return gguf_model.read_config(path)
   if exists(path):
     path = _of_run(path)
     return config_from_hf(_read_config(path), str(path))
   return _hub_config(name)
+
+
+def _local(name: str) -> pathlib.Path:
+  try:
+    return local(name)
+  except InputError as error:
+    raise InputError(f'model.source {error}') from None
 
 
 def _of_run(path: pathlib.Path) -> pathlib.Path:
@@ -180,6 +185,9 @@ def _no_hub() -> bool:
 
 
 def _tokenizer_from_directory(directory: pathlib.Path) -> Any:
+  for path in directory.iterdir():
+    if path.suffix in _TOKENIZER_SUFFIXES and exists(path):
+      regular(path)
   # Slow to import, and used only for tokenizers; it warns about model types of ours that it does not know.
   from transformers import AutoTokenizer, logging
 
