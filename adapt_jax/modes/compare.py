@@ -289,5 +289,5 @@ def _entry(run: CellRun, *, running: bool) -> CellReport:
   elif running:
     entry |= {'state': 'running'}
   elif error_file.exists():
-    entry |= {'state': 'failed', 'error': first_line(InputError(error_file.read_text()))}
+    entry |= {'state': 'failed', 'error': next(iter(error_file.read_text().splitlines()), 'unknown')}
   return entry
