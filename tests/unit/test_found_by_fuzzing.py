@@ -1,5 +1,7 @@
 """What the fuzzer (tests/fuzz) has found, each with the input that showed it."""
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -35,3 +37,25 @@ def test_a_name_from_a_file_does_not_break_the_line(model, name):
 def test_a_long_message_keeps_its_end():
   assert str(InputError('a' * 5000 + ': lower it')).endswith(': lower it')
   assert str(InputError('Größe = 5: lower it')) == 'Größe = 5: lower it'
+
+
+@pytest.mark.parametrize(
+  'field,value',
+  [
+    ('eos_token_id', 'x'),
+    ('eos_token_id', [1, '2']),
+    ('eos_token_id', [[1]]),
+    ('eos_token_id', 1.5),
+    ('eos_token_id', {}),
+    ('temperature', 'hot'),
+    ('top_k', 10**400),
+    ('top_p', float('nan')),
+    ('repetition_penalty', -1),
+  ],
+)
+def test_settings_of_generation_of_another_type(model, field, value):
+  path = model / 'generation_config.json'
+  path.write_text(json.dumps({field: value}))
+  assert f'{path}: {field} = ' in refused(open_source, str(model))
+  path.write_text(json.dumps({field: None}))
+  open_source(str(model))
