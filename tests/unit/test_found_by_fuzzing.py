@@ -7,7 +7,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import json_checksum
 from adapt_jax.models.formats.source import open_source
+from adapt_jax.pipeline.metrics import MetricsLog
+from adapt_jax.pipeline.state import StateStore
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning.plan import PruneState
 from tests.support.helpers import UNIFORM, random_params, save_checkpoint, tiny_config
 
 
@@ -59,3 +64,39 @@ def test_settings_of_generation_of_another_type(model, field, value):
   assert f'{path}: {field} = ' in refused(open_source, str(model))
   path.write_text(json.dumps({field: None}))
   open_source(str(model))
+
+
+PLAN = [
+  ('layers', 5),
+  ('layers', [5] * 4),
+  ('layers', [{'kv_groups': [0.5], 'ffn_channels': [True]}] * 4),
+  ('layers', [{'kv_groups': [[0]], 'ffn_channels': ['x']}] * 4),
+  ('layers', [{'kv_groups': [10**400], 'ffn_channels': [0]}] * 4),
+  ('sparsity', [10**400] * 4),
+  ('sparsity', [0.5] * 3),
+  ('sparsity', [float('nan')] * 4),
+  ('sparsity', None),
+  ('step', float('inf')),
+  ('step', -1),
+  ('metrics_lines', float('inf')),
+  ('metrics_lines', -3),
+  ('dense', {'text': 'low'}),
+  ('dense', [1.5]),
+  ('tasks', [1]),
+  ('tasks', {'dense': 5}),
+]
+
+
+@pytest.mark.parametrize('field,value', PLAN, ids=lambda x: str(x)[:40])
+def test_a_plan_with_values_of_another_type(tmp_path, field, value):
+  """The checksum is that of the values, as in a file that somebody has edited."""
+  config = tiny_config()
+  plan = {'stage': 1, 'dense': {}, 'tasks': {}, 'metrics_lines': 0} | PruneState.start(config).to_json()
+  store = StateStore(Workdir(str(tmp_path), {}), config, MetricsLog(tmp_path / 'metrics.jsonl'))
+  for saved in (plan, plan | {field: value}):
+    (tmp_path / 'plan.json').write_text(json.dumps(saved | {'checksum': json_checksum(saved)}))
+    if saved is plan:
+      assert store.resume(lambda _: None, dict).pruning.step == 0
+  message = refused(store.resume, lambda _: None, dict)
+  assert f'{tmp_path}/plan.json' in message and 'delete it to start this stage again' in message
+  store.close()
