@@ -131,7 +131,8 @@ def _bytes(usage: resource.struct_rusage) -> int:
 def signature(detail: str) -> str:
   """What failures at one place have in common: the last line of our code in a traceback, and the error."""
   lines = re.findall(r'File ".*?/((?:adapt_jax|models)/\S+)", line (\d+)', detail)
-  last = detail.strip().splitlines()[-1:] or ['']
+  last = [line for line in detail.splitlines() if re.match(r'[\w.]+(Error|Exception|Exit)\b', line)]
+  last = last[-1:] or detail.strip().splitlines() or ['']
   if 'most recent call first' in detail:  # written by faulthandler
     lines, last = lines[::-1], detail.splitlines()
   where = f'{lines[-1][0]}:{lines[-1][1]} ' if lines else ''

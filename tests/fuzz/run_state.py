@@ -85,7 +85,8 @@ class RunFile(_Workdir):
         raise AssertionError('claimed without run.json')
     saved = json.loads(workdir.run.read_text())
     known = flatten(defaults()) | flatten(saved['config'])
-    ours = {name: known[name] for name in flatten(asked['config'])}
+    wanted = flatten(asked['config'])  # 1.0 for 1 is the same option
+    ours = {name: wanted[name] if wanted[name] == known[name] else known[name] for name in wanted}
     return {'mode': saved['mode'], 'options': json.dumps(ours, sort_keys=True)}
 
 

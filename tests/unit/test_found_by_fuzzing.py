@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from adapt_jax.config.options import ModelOptions, RunOptions
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import json_checksum
 from adapt_jax.models.formats.source import open_source
+from adapt_jax.modes import export
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.state import StateStore
 from adapt_jax.pipeline.workdir import Workdir
@@ -100,3 +102,19 @@ def test_a_plan_with_values_of_another_type(tmp_path, field, value):
   message = refused(store.resume, lambda _: None, dict)
   assert f'{tmp_path}/plan.json' in message and 'delete it to start this stage again' in message
   store.close()
+
+
+def test_texts_of_another_type_in_run_json(tmp_path):
+  path = tmp_path / 'run.json'
+  path.write_text(json.dumps({'mode': 'accel', 'config': {}, 'texts': 5}))
+  with pytest.raises(InputError, match='run.json is damaged'):
+    Workdir(str(tmp_path), {'mode': 'accel', 'config': {}}).claimed(lambda: {'train.source': 'a'}).__enter__()
+
+
+@pytest.mark.parametrize('content', [{'mode': 'accel'}, {'mode': 'accel', 'config': [1]}])
+def test_an_unfinished_run_without_options_is_not_exported(tmp_path, content):
+  (tmp_path / 'checkpoints').mkdir()
+  (tmp_path / 'run.json').write_text(json.dumps(content))
+  options = RunOptions(model=ModelOptions(source=str(tmp_path)))
+  message = refused(export.run, options, Workdir(str(tmp_path / 'out'), {}), '')
+  assert f'{tmp_path}/run.json: config = ' in message
