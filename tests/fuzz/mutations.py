@@ -47,6 +47,28 @@ _DECIMALS = (0.5, -0.0, 1e-300, 1e300, 5e-324, float('nan'), float('inf'), float
 _OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {'': None}, [1, 'a'], DEEP)
 
 
+# Chat templates are programs of others: some do not end, fill the memory or fail in their own way.
+_HOSTILE = (
+  '{% for i in range(10**9) %}x{% endfor %}', "{{ 'x' * 3000000000 }}", '{{ [0] * 10**9 }}',
+  '{{ 10**10**8 }}', '{{ 1 // 0 }}', '{{ messages[99].content }}', '{{ messages[0].x.y }}',
+  "{{ ''.__class__.__mro__ }}", '{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}',
+  "{% include 'config.json' %}", '{{ lipsum(n=10**6) }}', "{{ '%d' % 'x' }}", "{{ '{0}'.format() }}",
+  '{{ raise_exception(5) }}', "{{ raise_exception('a\\nb') }}", "{{ strftime_now('%') }}",
+  "{{ 'x'.encode('ascii').decode('no') }}", "{{ messages | tojson(indent='x') }}", '{% set messages = 5 %}',
+  '{{ messages.append(1) }}', '{{ messages[0].update(content=5) }}', '{{ cycler() }}',
+  "{{ 'x' | center(3000000000) }}", "{{ '\\ud800' }}", '{{ 2.5 | int(base=99) }}', '{{ [[]] | sum }}',
+  '{{ undefined }}', '{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}',
+  '{{ messages | batch(0) | list }}', '\0', '{{ eos_token * -1 }}', "{{ ('a' * 10**8) * 10**3 }}",
+  '{{ messages | groupby(5) }}', '{' * 5000, '{{' + '(' * 5000,
+)  # fmt: skip
+
+
+def damage_template(text: str, rng: random.Random) -> str:
+  """A chat template with something hostile in it, often at the place of its beginning."""
+  at = rng.choice([0, len(text), rng.randrange(len(text))])
+  return text[:at] + rng.choice(_HOSTILE) + text[at:]
+
+
 def odd_value(rng: random.Random, old: Any = None) -> Any:
   """A value for the place of `old`: near it, of another type, or far outside of what is usual."""
   if isinstance(old, (int, float)) and not isinstance(old, bool) and rng.random() < 0.4:
@@ -182,5 +204,8 @@ def damage_file(path: pathlib.Path, rng: random.Random) -> str:
   if path.suffix == '.json' and rng.random() < 0.75:
     path.write_text(json_text(damage_json(json.loads(data), rng)))
     return f'{path.name}: values'
+  if path.suffix == '.jinja' and rng.random() < 0.5:
+    path.write_text(damage_template(data.decode(), rng))
+    return f'{path.name}: hostile'
   path.write_bytes(damage_bytes(data, rng))
   return f'{path.name}: bytes'

@@ -16,7 +16,7 @@ from adapt_jax.data.documents import check_source, fingerprint, is_blocks, read_
 from adapt_jax.data.tokenise import encode_prompt
 from adapt_jax.data.windows import check_vocab, load_blocks
 from tests.fuzz.cases import Kind, Values, digest
-from tests.fuzz.mutations import damage_bytes, damage_json, json_text, replace_file
+from tests.fuzz.mutations import damage_bytes, damage_json, damage_template, json_text, replace_file
 from tests.support.tokenizers_for_tests import CHATML_DEFAULT_SYSTEM, tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer(CHATML_DEFAULT_SYSTEM)
@@ -76,6 +76,9 @@ class TextFile(Kind):
     if self.name == 'npy' and rng.random() < 0.4:
       np.save(path, _other_array(rng))
       return 'array'
+    if self.name == 'jinja' and rng.random() < 0.5:
+      path.write_text(damage_template(path.read_text(), rng))
+      return 'hostile'
     if rng.random() < 0.02:
       path.write_bytes(path.read_bytes() + b'word ' * 400_000)
       return 'a giant line'
