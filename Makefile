@@ -6,12 +6,13 @@ PY := .venv/bin/python
 PIP := set -o pipefail; $(PY) -m pip --disable-pip-version-check install
 SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) collected packages.*/  \1/p'
 
-.PHONY: help demo test test-fast test-parity test-serving docs bench bench-gpu check clean fetch .venv
+.PHONY: help demo test test-fast fuzz test-parity test-serving docs bench bench-gpu check clean fetch .venv
 
 help:
 	@echo 'make demo    prune and retrain a small model here, and print what it cost'
 	@echo 'make test    all tests'
 	@echo 'make test-fast  unit tests: about three minutes on two cores'
+	@echo 'make fuzz CASES=10000  damaged inputs of every kind: about ten minutes on two cores'
 	@echo 'make test-parity  eleven steps beside those of the authors'\'' program: about eight minutes'
 	@echo 'make test-serving  exports in the real vLLM and MLX-LM: 4 GB of packages, then one to five minutes'
 	@echo 'make docs    the documentation as a site, into out/docs'
@@ -29,6 +30,12 @@ test: .venv/installed-test .venv/transformers-4.57/installed fetch
 
 test-fast: .venv/installed-test
 	$(PY) -m pytest -q -m unit tests/unit --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
+# Another SEED damages in other ways. What fails is kept in out/fuzz, with the command that repeats it.
+CASES ?= 10000
+SEED ?= 0
+fuzz: .venv/installed-test
+	$(PY) -m tests.fuzz --cases=$(CASES) --seed=$(SEED)
 
 # Its figures are those of tests/data.
 test-parity: .venv/installed-test fetch

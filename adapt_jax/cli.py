@@ -6,6 +6,7 @@
 import ast
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 import re
@@ -169,6 +170,13 @@ def _wrong_kind(message: str) -> str:
   return message
 
 
+def _recipe(argv: list[str]) -> str:
+  """The recipe's file as given; the flag itself has no value yet if loading the file failed."""
+  given = [a.partition('=')[2] for a in argv if re.match('--?config=', a)]
+  given += [value for flag, value in itertools.pairwise(argv) if flag in ('--config', '-config')]
+  return given[-1] if given else ''
+
+
 def _parse(argv: list[str]) -> list[str]:
   if shown := cli_help.asked_for(argv[1:]):
     print(shown, flush=True)
@@ -189,12 +197,11 @@ def _parse(argv: list[str]) -> list[str]:
     found = re.sub(r'\\n|[\\"\']', ' ', str(error.args[0])).split()  # it quotes itself twice
     raise InputError(f'no option {" ".join(found)}; --mode=MODE --help lists them') from None
   except Exception as error:  # the recipe is loaded here; user code may fail in any way
-    name = config_flags.get_config_filename(flags.FLAGS['config'])
-    if isinstance(error, OSError) and not pathlib.Path(name).exists():
+    name = _recipe(argv)
+    if isinstance(error, OSError) and not pathlib.Path(name.partition(':')[0]).exists():
       raise InputError(_no_recipe(name)) from None
-    recipes = [a for a in argv if a.startswith('--config')]
     reason = ' '.join(str(error).split())
-    raise InputError(f'{" ".join(recipes)}: {type(error).__name__}: {reason}') from error
+    raise InputError(f'--config={name}: {type(error).__name__}: {reason}') from error
 
 
 def run() -> None:

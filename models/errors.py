@@ -4,14 +4,21 @@ import errno
 import os
 
 _FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+_LONGEST, _FIRST = 2000, 1500  # characters of a message, and those that are kept of its beginning
 
 
 class InputError(ValueError):
   """Bad input: a config field, a file or a checkpoint.
 
   The message is one line that names the field or file, the value found and the
-  remedy; `main.py` prints it without a traceback and exits with code 2.
+  remedy; `main.py` prints it without a traceback and exits with code 2. Names and values come
+  from files of others: characters that are not printable are escaped, and of a very long message
+  the middle is left out.
   """
+
+  def __init__(self, message: str):
+    plain = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    super().__init__(plain if len(plain) <= _LONGEST else f'{plain[:_FIRST]} … {plain[_FIRST - _LONGEST :]}')
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ def defaults() -> dict[str, Any]:
   return dataclasses.asdict(RunOptions())
 
 
-def from_dict(values: dict[str, Any]) -> RunOptions:
+def from_dict(values: Any) -> RunOptions:
   """Builds and checks the options; absent fields have their defaults.
 
   Raises InputError naming field, value and remedy.

@@ -289,8 +289,6 @@ def _entry(run: CellRun, *, running: bool) -> CellReport:
   elif running:
     entry |= {'state': 'running'}
   elif error_file.exists():
-    entry |= {
-      'state': 'failed',
-      'error': first_line(InputError(regular(error_file).read_text(errors='replace'))),
-    }
+    lines = regular(error_file).read_text(errors='replace').splitlines()
+    entry |= {'state': 'failed', 'error': next(iter(lines), 'unknown')}
   return entry

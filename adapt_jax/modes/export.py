@@ -89,7 +89,10 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   saved = read_json(path / 'run.json')
   if saved.get('mode') not in ('accel', 'prune'):
     raise InputError(f'model.source = {str(path)!r} is not a workdir of mode accel or prune')
-  ran = from_dict(saved['config'])
+  try:
+    ran = from_dict(saved.get('config'))
+  except InputError as error:
+    raise InputError(f'{path / "run.json"}: {error}: restore the file') from None
   model = DenseModel(open_source(ran.model.source), ran.prune.compensate == 'bias')
   checkpoints = Checkpoints(path / 'checkpoints', read_only=True)
   if (number := checkpoints.latest()) is None:

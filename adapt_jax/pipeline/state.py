@@ -141,6 +141,11 @@ def _dense(saved: dict[str, Any]) -> dict[str, float]:
   return saved.get('dense', {})
 
 
+def _figures(found: Any) -> bool:
+  """Whether a value of JSON holds a number for each name."""
+  return isinstance(found, dict) and all(type(value) in (int, float) for value in found.values())
+
+
 class StateStore:
   """Saves and resumes a `RunState` in its workdir.
 
@@ -210,8 +215,10 @@ class StateStore:
         return lines
       pruning, lines = PruneState.from_json(saved, self._config), int(saved['metrics_lines'])
       dense, tasks = _dense(saved), saved['tasks']
-    except InputError:
-      raise
+      if lines < 0 or not _figures(dense) or not all(isinstance(x, dict) for x in (tasks, *tasks.values())):
+        raise ValueError('values')
+    except InputError as error:
+      raise InputError(f'{self._plan}: {error}: delete it to start this stage again') from None
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
       raise InputError(
         f'{self._plan} is damaged or was edited ({type(error).__name__}): delete it to start this stage again'

@@ -92,6 +92,8 @@ class Workdir:
 
   def _check_texts(self, now: dict[str, str]) -> None:
     then = read_json(self.run, 'use another workdir').get('texts', {})  # older versions wrote none
+    if not isinstance(then, dict):
+      raise InputError(f'{self.run} is damaged: use another workdir')
     for field, digest in now.items():
       if then.get(field, digest) != digest:
         raise InputError(

@@ -113,6 +113,8 @@ class PrunePlan:
   def from_json(cls, data: dict[str, Any], config: ModelConfig) -> 'PrunePlan':
     """Reads the result of `to_json`; raises InputError if it does not fit `config`."""
     layers = data['layers']
+    if not isinstance(layers, list) or not all(map(_is_layer, layers)):
+      raise InputError('the plan has layers that are no lists of groups and channels')
     if len(layers) != config.num_layers:
       raise InputError(f'the plan has {len(layers)} layers, the model {config.num_layers}')
 
@@ -155,8 +157,18 @@ class PruneState:
 
   @classmethod
   def from_json(cls, data: dict[str, Any], config: ModelConfig) -> 'PruneState':
-    plan = PrunePlan.from_json(data, config)
-    return cls(plan, np.array(data['sparsity'], dtype=np.float64), int(data['step']))
+    """Reads the result of `to_json`; raises InputError if it does not fit `config`."""
+    plan, sparsity, step = PrunePlan.from_json(data, config), data['sparsity'], data['step']
+    known = isinstance(sparsity, list) and all(type(s) in (int, float) and 0 <= s <= 1 for s in sparsity)
+    if not known or len(sparsity) != config.num_layers or type(step) is not int or step < 0:
+      raise InputError(f'the plan needs a step, and a sparsity from 0 to 1 for {config.num_layers} layers')
+    return cls(plan, np.array(sparsity, dtype=np.float64), step)
+
+
+def _is_layer(found: Any) -> bool:
+  """Whether a value of JSON holds the kept indices of a layer."""
+  kept = [found.get(name) for name in ('kv_groups', 'ffn_channels')] if isinstance(found, dict) else [None]
+  return all(isinstance(indices, list) and all(type(i) is int for i in indices) for indices in kept)
 
 
 def keep_best(

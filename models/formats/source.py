@@ -30,6 +30,7 @@ _HUB_FILES = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 # Subfolders hold other formats; Mistral's and Meta's own files hold the same weights again.
 _TOKENIZER_SUFFIXES = ('.json', '.model', '.txt', '.jinja')
 _NOT_FROM_HUB = ['*/*', 'consolidated*']
+_LARGEST = 2**31 - 1  # of a setting of generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def open_source(name: str) -> Source:
       raise InputError(f'model.source {name!r} is a file but not .gguf: give its directory')
     config, reader = config_from_hf(_read_config(path), str(path)), SafetensorsReader(path)
     if exists(path / 'generation_config.json'):
-      generation = read_json(path / 'generation_config.json')
+      generation = _read_generation(path / 'generation_config.json')
   check_tensors(config, reader)
   largest = max(leaves(config), key=lambda leaf: math.prod(leaf.shape))
   return Source(name, config, reader, path, reader.dtype(largest.name), generation)
@@ -140,6 +141,19 @@ def _read_config(directory: pathlib.Path) -> dict[str, Any]:
   if not exists(path):
     raise InputError(f'model.source {directory}: no config.json in this directory')
   return read_json(path)
+
+
+def _read_generation(path: pathlib.Path) -> dict[str, Any]:
+  """The fields of generation_config.json, with the values that generation uses checked."""
+  found = read_json(path)
+  ends = found.get('eos_token_id')
+  if ends is not None and not all(type(i) is int for i in (ends if isinstance(ends, list) else [ends])):
+    raise InputError(f'{path}: eos_token_id = {ends!r} should be an id or a list of ids: correct it')
+  for name in ('temperature', 'top_k', 'top_p', 'repetition_penalty'):
+    value = 1 if found.get(name) is None else found[name]
+    if type(value) not in (int, float) or not 0 <= value <= _LARGEST:
+      raise InputError(f'{path}: {name} = {value!r} should be a number from 0 to {_LARGEST}: correct it')
+  return found
 
 
 def _download(name: str) -> pathlib.Path:

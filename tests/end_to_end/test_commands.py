@@ -32,6 +32,8 @@ COMMANDS = [
   (['--config.mesh.fsdp=3'], 'config.mesh (data = 1, fsdp = 3, tensor = 1) asks for 3 devices'),
   (['--num_processes=2'], '--coordinator_address'),
   (['--config=configs/absent.py'], 'absent.py'),
+  (['--config=configs/absent.py', '--config.train.lr=1e-4'], '--config=configs/absent.py: no such file'),
+  (['--config', 'bse', '--config.train.lr=1e-4'], '--config=bse: no such file or recipe'),
   (['--mode=walk'], 'walk'),
   (['--workdri=x'], 'workdri'),
   (['stray'], 'stray'),

@@ -1,0 +1,120 @@
+"""What the fuzzer (tests/fuzz) has found, each with the input that showed it."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from adapt_jax.config.options import ModelOptions, RunOptions
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import json_checksum
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.modes import export
+from adapt_jax.pipeline.metrics import MetricsLog
+from adapt_jax.pipeline.state import StateStore
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning.plan import PruneState
+from tests.support.helpers import UNIFORM, random_params, save_checkpoint, tiny_config
+
+
+def refused(function, *arguments) -> str:
+  """The message, one line of printable text."""
+  with pytest.raises(InputError) as error:
+    function(*arguments)
+  message = str(error.value)
+  assert message.isprintable() and message
+  return message
+
+
+@pytest.fixture
+def model(tmp_path):
+  config = tiny_config('mistral', UNIFORM)
+  save_checkpoint(tmp_path / 'model', config, random_params(config))
+  return tmp_path / 'model'
+
+
+@pytest.mark.parametrize('name', ['a\nb', '\x1b[2J', 'a\u2028b', 'x' * 100_000])
+def test_a_name_from_a_file_does_not_break_the_line(model, name):
+  save_file({name: np.zeros(4, np.float32)}, model / 'model.safetensors')
+  message = refused(open_source, str(model))
+  assert str(model) in message and len(message) <= 2100
+
+
+def test_a_long_message_keeps_its_end():
+  assert str(InputError('a' * 5000 + ': lower it')).endswith(': lower it')
+  assert str(InputError('Größe = 5: lower it')) == 'Größe = 5: lower it'
+
+
+@pytest.mark.parametrize(
+  'field,value',
+  [
+    ('eos_token_id', 'x'),
+    ('eos_token_id', [1, '2']),
+    ('eos_token_id', [[1]]),
+    ('eos_token_id', 1.5),
+    ('eos_token_id', {}),
+    ('temperature', 'hot'),
+    ('top_k', 10**400),
+    ('top_p', float('nan')),
+    ('repetition_penalty', -1),
+  ],
+)
+def test_settings_of_generation_of_another_type(model, field, value):
+  path = model / 'generation_config.json'
+  path.write_text(json.dumps({field: value}))
+  assert f'{path}: {field} = ' in refused(open_source, str(model))
+  path.write_text(json.dumps({field: None}))
+  open_source(str(model))
+
+
+PLAN = [
+  ('layers', 5),
+  ('layers', [5] * 4),
+  ('layers', [{'kv_groups': [0.5], 'ffn_channels': [True]}] * 4),
+  ('layers', [{'kv_groups': [[0]], 'ffn_channels': ['x']}] * 4),
+  ('layers', [{'kv_groups': [10**400], 'ffn_channels': [0]}] * 4),
+  ('sparsity', [10**400] * 4),
+  ('sparsity', [0.5] * 3),
+  ('sparsity', [float('nan')] * 4),
+  ('sparsity', None),
+  ('step', float('inf')),
+  ('step', -1),
+  ('metrics_lines', float('inf')),
+  ('metrics_lines', -3),
+  ('dense', {'text': 'low'}),
+  ('dense', [1.5]),
+  ('tasks', [1]),
+  ('tasks', {'dense': 5}),
+]
+
+
+@pytest.mark.parametrize('field,value', PLAN, ids=lambda x: str(x)[:40])
+def test_a_plan_with_values_of_another_type(tmp_path, field, value):
+  """The checksum is that of the values, as in a file that somebody has edited."""
+  config = tiny_config()
+  plan = {'stage': 1, 'dense': {}, 'tasks': {}, 'metrics_lines': 0} | PruneState.start(config).to_json()
+  store = StateStore(Workdir(str(tmp_path), {}), config, MetricsLog(tmp_path / 'metrics.jsonl'))
+  for saved in (plan, plan | {field: value}):
+    (tmp_path / 'plan.json').write_text(json.dumps(saved | {'checksum': json_checksum(saved)}))
+    if saved is plan:
+      assert store.resume(lambda _: None, dict).pruning.step == 0
+  message = refused(store.resume, lambda _: None, dict)
+  assert f'{tmp_path}/plan.json' in message and 'delete it to start this stage again' in message
+  store.close()
+
+
+def test_texts_of_another_type_in_run_json(tmp_path):
+  path = tmp_path / 'run.json'
+  path.write_text(json.dumps({'mode': 'accel', 'config': {}, 'texts': 5}))
+  with pytest.raises(InputError, match='run.json is damaged'):
+    Workdir(str(tmp_path), {'mode': 'accel', 'config': {}}).claimed(lambda: {'train.source': 'a'}).__enter__()
+
+
+@pytest.mark.parametrize('content', [{'mode': 'accel'}, {'mode': 'accel', 'config': [1]}])
+def test_an_unfinished_run_without_options_is_not_exported(tmp_path, content):
+  (tmp_path / 'checkpoints').mkdir()
+  (tmp_path / 'run.json').write_text(json.dumps(content))
+  options = RunOptions(model=ModelOptions(source=str(tmp_path)))
+  message = refused(export.run, options, Workdir(str(tmp_path / 'out'), {}), '')
+  assert f'{tmp_path}/run.json: config = ' in message
