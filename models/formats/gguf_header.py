@@ -17,18 +17,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import regular
 
-# The supported tensor types: three are read as stored, three are dequantised to float32.
-TENSOR_TYPES = {
-  int(kind): kind
-  for kind in (
-    GGMLQuantizationType.F32,
-    GGMLQuantizationType.F16,
-    GGMLQuantizationType.BF16,
-    GGMLQuantizationType.Q4_0,
-    GGMLQuantizationType.Q4_1,
-    GGMLQuantizationType.Q8_0,
-  )
-}
+# The supported tensor types: the first three are read as stored, the others are dequantised to float32.
+_NAMES = 'F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K'
+TENSOR_TYPES = {int(kind): kind for kind in (GGMLQuantizationType[name] for name in _NAMES.split())}
 
 # Metadata value types: struct codes of the scalars, and the two that are not scalars.
 _SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}

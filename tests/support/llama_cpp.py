@@ -1,6 +1,7 @@
 """The real llama.cpp, in a process of its own: a failed assertion in it ends the process.
 
-As a program: python -m tests.support.llama_cpp JOBS OUT, with JOBS a JSON file of what `ask` takes.
+As a program: python -m tests.support.llama_cpp JOBS OUT, with JOBS a JSON file of what `ask` takes; or
+FILE OUT TYPE, as `quantise` does.
 """
 
 import dataclasses
@@ -63,6 +64,23 @@ def ask(jobs: dict[str, Job]) -> dict[str, Answer]:
     }
 
 
+def quantise(path: pathlib.Path, out: pathlib.Path, kind: str) -> None:
+  """Writes a file of another LlamaFileType, such as MOSTLY_Q4_K_M, as `llama-quantize` does."""
+  command = [sys.executable, '-m', 'tests.support.llama_cpp', str(path), str(out), kind]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors='replace')
+  assert done.returncode == 0, f'llama.cpp: code {done.returncode}\n{done.stderr[-3000:]}'
+
+
+def _quantise(path: str, out: str, kind: str) -> None:
+  from gguf import LlamaFileType
+  from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+  lib, ffi = get_lib(), get_ffi()
+  options = ffi.new('llama_model_quantize_params *', lib.llama_model_quantize_default_params())
+  options.ftype, options.nthread, options.allow_requantize = LlamaFileType[kind], 1, True
+  assert lib.llama_model_quantize(path.encode(), out.encode(), options) == 0
+
+
 def _main(jobs: dict[str, list[Any]], out: pathlib.Path) -> None:
   found = {}
   for i, (name, job) in enumerate(jobs.items()):
@@ -110,4 +128,7 @@ def logits(model: Any, tokens: list[int], past: int) -> np.ndarray:
 
 
 if __name__ == '__main__':
-  _main(json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2]))
+  if len(sys.argv) == 4:
+    _quantise(*sys.argv[1:])
+  else:
+    _main(json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2]))
