@@ -46,7 +46,7 @@ def read_template(name: str) -> str:
   try:
     text = read_text(local(name))
   except InputError as error:
-    raise InputError(f'config.data.chat_template: {error}') from None
+    raise InputError(f'config.data.chat_template = {name!r} cannot be read: {error}') from None
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or 'not a text file'
     raise InputError(

@@ -14,33 +14,15 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from adapt_jax.data.chats import Refused, Text, dated_prompt, try_to_render
 from adapt_jax.data.documents import Document
-from adapt_jax.data.records import Message
-from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError
 
 BATCH_CHARS = 1 << 20  # tokenised in one call: enough to keep every core busy
 _ALONE_CHARS = 1 << 25  # tokenised before worker processes are started, which takes seconds
 # A tokenizer uses all cores by itself, but rendering chats and making arrays use one core: on chats one
 # process reaches at most 1.3 M tokens/s, one core 0.5 M. On two cores, worker processes measure slower.
 _FEW_CORES = 4
-_DATE = '26 Jul 2024'  # Llama's own fallback: the tokens must not depend on the day of the run
-_PROBE = 'Eyjafjallajökull'  # an answer that occurs in no template
-
-
-class Refused(InputError):
-  """Raised for a conversation that the chat template does not render; others of the source may be fine."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-  """A text to tokenise; `spans` are the assistant's [start, end) characters, None for plain text."""
-
-  text: str
-  spans: list[tuple[int, int]] | None = None
-
-  @property
-  def size(self) -> int:
-    return len(self.text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,23 +54,6 @@ def take(items: Iterator[_Item], most: int, chars: int, count: int = 0) -> list[
     batch.append(item)
     size += item.size
   return batch
-
-
-def render(document: Document, tokenizer: Any) -> Text:
-  """The document's text; the tokenizer's chat template renders a conversation. Raises InputError."""
-  if isinstance(document.content, str):
-    return Text(document.content)
-  if not tokenizer.is_fast:
-    raise InputError(
-      f'{document.where}: a conversation, but the tokenizer is not a fast one: use a model with a '
-      'tokenizer.json, or data with a text field'
-    )
-  if not tokenizer.chat_template:
-    raise InputError(
-      f'{document.where}: a conversation, but the tokenizer has no chat template: set '
-      "config.data.chat_template to 'plain' or to a file, or use an instruction-tuned model's tokenizer"
-    )
-  return _render_chat(document.content, tokenizer, document.where)
 
 
 def encode(texts: Sequence[Text], tokenizer: Any) -> Encoded:
@@ -181,12 +146,11 @@ def _work(batch: list[Document]) -> Encoded:
 
 
 def _encode_documents(batch: list[Document], tokenizer: Any) -> Encoded:
-  texts, refused = [], []
-  for document in batch:
-    try:
-      texts.append(render(document, tokenizer))
-    except Refused as error:
-      refused.append(str(error))
+  chats = [document for document in batch if not isinstance(document.content, str)]
+  rendered = iter(try_to_render(chats, tokenizer))
+  found = [Text(d.content) if isinstance(d.content, str) else next(rendered) for d in batch]
+  texts = [text for text in found if isinstance(text, Text)]
+  refused = [str(text) for text in found if isinstance(text, Refused)]
   return dataclasses.replace(encode(texts, tokenizer), refused=tuple(refused))
 
 
@@ -221,15 +185,10 @@ def encode_prompt(text: str, tokenizer: Any, chat: bool) -> list[int]:
   Raises InputError if the template refuses it.
   """
   if chat and tokenizer.chat_template:
-    from jinja2 import TemplateError
-
-    message = {'role': 'user', 'content': text}
     try:
-      text = tokenizer.apply_chat_template(
-        [message], tokenize=False, add_generation_prompt=True, date_string=_DATE
-      )
-    except (TemplateError, TypeError) as error:
-      raise InputError(f'the chat template rejects a prompt ({first_line(error)}): use plain text') from None
+      text = dated_prompt(text, tokenizer)
+    except InputError as error:
+      raise InputError(f'the chat template rejects a prompt ({error}): use plain text') from None
     return tokenizer(text, add_special_tokens=False)['input_ids']
   ids = tokenizer(text)['input_ids']
   return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
@@ -243,37 +202,3 @@ def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> byt
   for first, last in spans:
     counts |= (first < ends) & (ends <= last)
   return counts.tobytes()
-
-
-def _render_chat(messages: list[Message], tokenizer: Any, where: str) -> Text:
-  from jinja2 import TemplateError  # what transformers' chat templates raise
-
-  if messages[0]['role'] == 'assistant':  # transformers renders no empty prompt
-    raise Refused(f'{where}: the conversation starts with the assistant: put a system or user message first')
-
-  def render(messages: list[Message], prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(
-      messages, tokenize=False, add_generation_prompt=prompt, date_string=_DATE
-    )
-
-  spans = []
-  try:
-    whole = render(messages)
-    for index in (i for i, message in enumerate(messages) if message['role'] == 'assistant'):
-      prompt, answered = render(messages[:index], True), render(messages[: index + 1])
-      if not answered.startswith(prompt):
-        # Some prompts already begin the answer, such as DeepSeek-R1's with <think>: use the place where
-        # another answer would start.
-        other = render([*messages[:index], messages[index] | {'content': _PROBE}])
-        prompt = other.partition(_PROBE)[0]
-      if not whole.startswith(answered):  # some templates end every conversation with EOS, such as Phi-3's
-        answered = answered.removesuffix(tokenizer.eos_token or '')
-      if not answered.startswith(prompt) or not whole.startswith(answered):
-        raise Refused(
-          f'{where}: cannot locate the tokens of assistant message {index + 1} (the chat template '
-          'renders it differently when more follows): use another template or plain text'
-        )
-      spans.append((len(prompt), len(answered)))
-  except (TemplateError, TypeError) as error:
-    raise Refused(f'{where}: the chat template rejects this conversation ({first_line(error)})') from None
-  return Text(whole, spans)

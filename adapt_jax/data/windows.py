@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from adapt_jax.data.chats import render_all
 from adapt_jax.data.documents import Source, is_blocks, open_blocks, read_documents
-from adapt_jax.data.tokenise import BATCH_CHARS, encode, render, take
+from adapt_jax.data.tokenise import BATCH_CHARS, encode, take
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.errors import InputError
 
@@ -149,7 +150,7 @@ def load_stream(
   """The tokens that `load_blocks` cuts into windows; several lengths need no second tokenisation."""
   limit = sys.maxsize if max_tokens is None else max_tokens
   documents = read_documents(source, field, text_field=text_field, messages_field=messages_field)
-  texts = (render(document, tokenizer) for document in documents)
+  texts = render_all(documents, tokenizer)
   found, size = [encode((), tokenizer)], 0
   with Progress(f'reading {field}', None, 'tokens') as bar:
     # A token is rarely shorter than a character, so reading n characters for n missing tokens is never

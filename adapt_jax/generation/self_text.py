@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from adapt_jax.config.values import SELF
+from adapt_jax.data.chats import render_prompt
 from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import Sampling
 from adapt_jax.machine import preemption
@@ -157,10 +158,10 @@ def _before_user(tokenizer: Any) -> list[int]:
   if not tokenizer.chat_template:
     return []
   try:
-    text = tokenizer.apply_chat_template([{'role': 'user', 'content': _USER}], tokenize=False)
-  except Exception as error:  # anything that the template's code raises
+    text = render_prompt([{'role': 'user', 'content': _USER}], tokenizer)
+  except InputError as error:
     raise InputError(
-      f'the chat template rejects a user message ({first_line(error)}): set config.data.chat_template'
+      f'the chat template rejects a user message ({error}): set config.data.chat_template'
     ) from None
   before = text.partition(_USER)[0].rstrip(' ')
   ids: list[int] = tokenizer(before, add_special_tokens=False)['input_ids']

@@ -94,7 +94,7 @@ def _count(fields: dict[str, Any], name: str, default: int | None = None) -> int
 
 
 def _short(value: int) -> str:
-  return f'{value:,}' if value < 10**15 else f'a number of {value.bit_length()} bits'
+  return str(value) if value < 10**15 else f'a number of {value.bit_length()} bits'
 
 
 def _number(fields: dict[str, Any], name: str, default: float | None = None) -> float:

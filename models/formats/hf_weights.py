@@ -142,6 +142,13 @@ def check_tensors(config: ModelConfig, reader: TensorReader) -> None:
 
   Reads headers only.
   """
+  stored = {name.split('.')[2] for name in reader.names() if name.startswith('model.layers.')}
+  if len(stored) < config.num_layers:  # told before shapes are made for layers that do not exist
+    missing = next(i for i in range(config.num_layers) if str(i) not in stored)
+    raise InputError(
+      f'{reader.where}: tensor model.layers.{missing}.input_layernorm.weight is missing: config.json has '
+      f'{config.num_layers} layers, the weights {len(stored)}: config.json and weights do not match'
+    )
   expected = {leaf.name: leaf for leaf in leaves(config)}
   ignored = {'lm_head.weight'} if config.tie_embeddings else set()
   found = {

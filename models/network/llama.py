@@ -57,7 +57,10 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
   """Shapes of all parameters as `jax.ShapeDtypeStruct`, without allocating any."""
-  shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  kinds = tuple(dict.fromkeys(config.layers))  # tracing takes time, and most layers have the same shape
+  shapes = jax.eval_shape(lambda: init_params(config.with_layers(kinds), jax.random.key(0)))
+  layers = dict(zip(kinds, shapes['layers'], strict=True))
+  shapes['layers'] = [layers[shape] for shape in config.layers]
   return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), shapes)
 
 

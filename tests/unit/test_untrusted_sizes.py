@@ -13,6 +13,7 @@ from adapt_jax.models.config import MOST, LayerShape
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.hf_config import config_from_hf, config_to_hf
 from adapt_jax.models.formats.source import open_config, open_source
+from adapt_jax.models.network.llama import abstract_params
 from tests.support import runs
 from tests.support.helpers import tiny_config
 
@@ -53,7 +54,7 @@ def test_sizes_of_a_config_that_no_model_has(field, value):
 
 def test_a_width_of_one_layer_that_no_model_has():
   raw = RAW | {'model_type': 'adapt_llama', 'per_layer_config': {'1': {'intermediate_size': 2**30}}}
-  assert 'intermediate_size = 1,073,741,824' in refused(config_from_hf, raw, 'org/name')
+  assert 'intermediate_size = 1073741824' in refused(config_from_hf, raw, 'org/name')
 
 
 def test_the_command_refuses_it_before_it_looks_at_the_weights(tmp_path):
@@ -64,9 +65,21 @@ def test_the_command_refuses_it_before_it_looks_at_the_weights(tmp_path):
   done = runs.main(files, tmp_path / 'out', f'--config.model.source={tmp_path}/deep')
   assert done.returncode == 2 and 'Traceback' not in done.stderr
   assert done.stderr.splitlines()[-1].startswith(
-    f'error: {tmp_path}/deep/config.json: num_hidden_layers = 100,000'
+    f'error: {tmp_path}/deep/config.json: num_hidden_layers = 100000'
   )
   assert not (tmp_path / 'out').exists()
+
+
+def test_more_layers_than_the_weights_have(tmp_path):
+  """No shapes are made for the most layers that a config may have."""
+  files = runs.make_files(tmp_path)
+  raw = json.loads((files / 'model/config.json').read_text())
+  (files / 'model/config.json').write_text(json.dumps(raw | {'num_hidden_layers': MOST['num_layers']}))
+  message = refused(open_source, str(files / 'model'))
+  assert 'model.layers.4.' in message and '2048 layers, the weights 4' in message
+  start = time.monotonic()
+  assert len(abstract_params(open_config(str(files / 'model')))['layers']) == MOST['num_layers']  # mode plan
+  assert time.monotonic() - start < 5
 
 
 def test_the_largest_models_are_below_the_limits():

@@ -1,0 +1,181 @@
+"""Conversations as text, by the tokenizer's chat template: code of others, with little time and memory."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from adapt_jax.data.documents import Document
+from adapt_jax.data.records import Message
+from adapt_jax.machine import bounded
+from adapt_jax.models.errors import InputError, first_line
+
+_DATE = '26 Jul 2024'  # Llama's own fallback: the tokens must not depend on the day of the run
+_PROBE = 'Eyjafjallajökull'  # an answer that occurs in no template
+_CHARS = 1 << 14, 1 << 20  # rendered at once: at first, so that little is read beyond the need, and at most
+
+
+class Refused(InputError):
+  """Raised for a conversation that the chat template does not render; others of the source may be fine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """A text to tokenise; `spans` are the assistant's [start, end) characters, None for plain text."""
+
+  text: str
+  spans: list[tuple[int, int]] | None = None
+
+  @property
+  def size(self) -> int:
+    return len(self.text)
+
+
+def render(document: Document, tokenizer: Any) -> Text:
+  """The document's text; the tokenizer's chat template renders a conversation. Raises InputError."""
+  return next(render_all([document], tokenizer))
+
+
+def render_all(documents: Iterable[Document], tokenizer: Any) -> Iterator[Text]:
+  """The text of each document, in order. Raises InputError at the first one that cannot be rendered or read.
+
+  Conversations are read ahead and rendered together.
+  """
+  source, most = iter(documents), _CHARS[0]
+  failure: InputError | None = None
+  while failure is None:
+    chats: list[Document] = []
+    plain = None
+    try:
+      while plain is None and sum(chat.size for chat in chats) < most:
+        document = next(source)
+        if isinstance(document.content, str):
+          plain = document.content
+        else:
+          chats.append(document)
+    except StopIteration:
+      most = 0
+    except InputError as error:  # after what was read before it
+      failure = error
+    for text in try_to_render(chats, tokenizer):
+      if isinstance(text, Refused):
+        raise text
+      yield text
+    if plain is not None:
+      yield Text(plain)
+    if not most:
+      return
+    most = min(4 * most, _CHARS[1])
+  raise failure
+
+
+def try_to_render(chats: Sequence[Document], tokenizer: Any) -> list[Text | Refused]:
+  """The text of each conversation, or why the template refuses it.
+
+  Raises InputError if there is no template, and if it needs too much time or memory.
+  """
+  if not chats:
+    return []
+  if not tokenizer.is_fast:
+    raise InputError(
+      f'{chats[0].where}: a conversation, but the tokenizer is not a fast one: use a model with a '
+      'tokenizer.json, or data with a text field'
+    )
+  if not tokenizer.chat_template:
+    raise InputError(
+      f'{chats[0].where}: a conversation, but the tokenizer has no chat template: set '
+      "config.data.chat_template to 'plain' or to a file, or use an instruction-tuned model's tokenizer"
+    )
+  try:
+    found = bounded.each(lambda chat: _answer(chat, tokenizer), chats)
+  except bounded.Overrun as error:
+    raise InputError(
+      f'{chats[error.index].where}: the chat template needs more than {bounded.LIMITS} for this '
+      f'conversation: set config.data.chat_template to another one'
+    ) from None
+  return [
+    Refused(f'{chat.where}: {answer["refused"]}')
+    if 'refused' in answer
+    else Text(answer['text'], [(start, end) for start, end in answer['spans']])
+    for chat, answer in zip(chats, found, strict=True)
+  ]
+
+
+def render_prompt(messages: list[Message], tokenizer: Any, **options: Any) -> str:
+  """What the chat template makes of the messages. Raises InputError with the reason alone if it fails."""
+
+  def render(messages: list[Message]) -> dict[str, str]:
+    try:
+      return {'text': _encodable(tokenizer.apply_chat_template(messages, tokenize=False, **options))}
+    except MemoryError:
+      raise
+    except Exception as error:  # anything that the template's code raises
+      return {'refused': _reason(error)}
+
+  try:
+    (found,) = bounded.each(render, [messages])
+  except bounded.Overrun as error:
+    raise InputError(f'it needs {error}') from None
+  if 'refused' in found:
+    raise InputError(found['refused'])
+  return str(found['text'])
+
+
+def dated_prompt(text: str, tokenizer: Any) -> str:
+  """A user's message up to the start of the answer. Raises InputError as `render_prompt`."""
+  message = {'role': 'user', 'content': text}
+  return render_prompt([message], tokenizer, add_generation_prompt=True, date_string=_DATE)
+
+
+def _encodable(text: str) -> str:
+  """The text itself; UnicodeEncodeError for half a surrogate pair, which no tokenizer accepts."""
+  text.encode()
+  return text
+
+
+def _reason(error: Exception) -> str:
+  from jinja2 import TemplateError  # what a template raises on purpose
+
+  known = isinstance(error, (TemplateError, TypeError))
+  return first_line(error) if known else f'{type(error).__name__}: {first_line(error)}'
+
+
+def _answer(chat: Document, tokenizer: Any) -> dict[str, Any]:
+  """What `_render` returns, or the reason why the template refuses the conversation, as JSON."""
+  try:
+    text, spans = _render(chat.content, tokenizer)
+  except Refused as error:
+    return {'refused': str(error)}
+  except MemoryError:
+    raise
+  except Exception as error:  # anything that the template's code raises
+    return {'refused': f'the chat template rejects this conversation ({_reason(error)})'}
+  return {'text': text, 'spans': spans}
+
+
+def _render(messages: Any, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+  if messages[0]['role'] == 'assistant':  # transformers renders no empty prompt
+    raise Refused('the conversation starts with the assistant: put a system or user message first')
+
+  def render(messages: list[Message], prompt: bool = False) -> str:
+    bounded.restart()
+    options = {'add_generation_prompt': prompt, 'date_string': _DATE}
+    return _encodable(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+  spans = []
+  whole = render(messages)
+  for index in (i for i, message in enumerate(messages) if message['role'] == 'assistant'):
+    prompt, answered = render(messages[:index], True), render(messages[: index + 1])
+    if not answered.startswith(prompt):
+      # Some prompts already begin the answer, such as DeepSeek-R1's with <think>: use the place where
+      # another answer would start.
+      other = render([*messages[:index], messages[index] | {'content': _PROBE}])
+      prompt = other.partition(_PROBE)[0]
+    if not whole.startswith(answered):  # some templates end every conversation with EOS, such as Phi-3's
+      answered = answered.removesuffix(tokenizer.eos_token or '')
+    if not answered.startswith(prompt) or not whole.startswith(answered):
+      raise Refused(
+        f'cannot locate the tokens of assistant message {index + 1} (the chat template '
+        'renders it differently when more follows): use another template or plain text'
+      )
+    spans.append((len(prompt), len(answered)))
+  return whole, spans
