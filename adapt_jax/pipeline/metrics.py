@@ -8,8 +8,17 @@ from typing import Any
 
 from adapt_jax.config.values import TEXT
 from adapt_jax.machine.processes import is_first
+from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import write_text
 from adapt_jax.reports import trackers
+
+# Fields that each line of an event has, and those of a pruning step with a number for each layer.
+_NUMBERS = {
+  'prune': ('stage', 'step', 'params', 'loss'),
+  'train': ('stage', 'step', 'loss', 'learning_rate', 'gradient_norm', 'tokens_per_second'),
+  'evaluate': ('step', 'perplexity'),
+}
+_OF_LAYERS = ('layer_importance', 'sparsity', 'kv_groups', 'ffn')
 
 
 class MetricsLog:
@@ -53,7 +62,14 @@ class MetricsLog:
     """All lines so far."""
     if not self._path.exists():
       return []
-    return _as_now([json.loads(line) for line in self._path.read_text().splitlines()])
+    rows = [json.loads(line) for line in self._path.read_text().splitlines()]
+    for number, row in enumerate(rows, 1):
+      if not _drawable(row):
+        raise InputError(
+          f'{self._path}: line {number} is damaged: repair it, or move the file away to resume without its '
+          f'curves'
+        )
+    return _as_now(rows)
 
   def cut(self, lines: int) -> None:
     """Keeps only the first `lines` lines; must be called before `track` and the first write."""
@@ -61,6 +77,23 @@ class MetricsLog:
       kept = self._path.read_text().splitlines(keepends=True)[:lines]
       write_text(self._path, ''.join(kept))
       self.lines = lines
+
+
+def _drawable(row: Any) -> bool:
+  """Whether a value of JSON is a line of the log with all that curves and pages are drawn from."""
+  if not isinstance(row, dict) or not isinstance(event := row.get('event'), str):
+    return False
+  numbers = [row.get('stage', 0), *(row.get(name) for name in _NUMBERS.get(event, ()))]
+  of_layers: list[Any] = [row.get(name) for name in (_OF_LAYERS if event == 'prune' else ())]
+  names = [row.get('of'), row.get('text', TEXT)] if event == 'evaluate' else []
+  if not all(isinstance(found, list) for found in of_layers) or len(set(map(len, of_layers))) > 1:
+    return False
+  numbers += [value for found in of_layers for value in found]
+  return all(isinstance(name, str) for name in names) and all(map(_is_number, numbers))
+
+
+def _is_number(found: Any) -> bool:
+  return type(found) is float or (type(found) is int and abs(found) < 2**63)
 
 
 def _as_now(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

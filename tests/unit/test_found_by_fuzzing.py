@@ -118,3 +118,32 @@ def test_an_unfinished_run_without_options_is_not_exported(tmp_path, content):
   options = RunOptions(model=ModelOptions(source=str(tmp_path)))
   message = refused(export.run, options, Workdir(str(tmp_path / 'out'), {}), '')
   assert f'{tmp_path}/run.json: config = ' in message
+
+
+PRUNE = {'event': 'prune', 'stage': 1, 'step': 1, 'params': 900, 'loss': 3.0}
+PRUNE |= dict.fromkeys(('layer_importance', 'sparsity', 'kv_groups', 'ffn'), [1, 2])
+EVALUATE = {'event': 'evaluate', 'of': 'dense', 'step': 0, 'perplexity': 20.0}
+ROWS = [
+  PRUNE | {'sparsity': 5},
+  PRUNE | {'sparsity': [1]},
+  PRUNE | {'ffn': [1, 'x']},
+  PRUNE | {'stage': None},
+  PRUNE | {'params': 10**400},
+  {name: value for name, value in PRUNE.items() if name != 'sparsity'},
+  EVALUATE | {'perplexity': [1]},
+  EVALUATE | {'of': 5},
+  EVALUATE | {'text': {}},
+  EVALUATE | {'event': []},
+  {'event': 'train', 'stage': 1},
+  5,
+]
+
+
+@pytest.mark.parametrize('row', ROWS, ids=range(len(ROWS)))
+def test_a_line_of_the_log_that_cannot_be_drawn(tmp_path, row):
+  path = tmp_path / 'metrics.jsonl'
+  for rows in ([PRUNE, EVALUATE], [PRUNE, EVALUATE, row]):
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    if row not in rows:
+      assert MetricsLog(path).read()[0] == PRUNE
+  assert f'{path}: line 3 is damaged: repair it' in refused(lambda: MetricsLog(path).read())
