@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from adapt_jax.config.options import ModelOptions, RunOptions
+from adapt_jax.export.hf import write_hf
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import json_checksum
 from adapt_jax.models.formats.source import open_source
@@ -16,6 +17,7 @@ from adapt_jax.pipeline.state import StateStore
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.plan import PruneState
 from tests.support.helpers import UNIFORM, random_params, save_checkpoint, tiny_config
+from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 
 def refused(function, *arguments) -> str:
@@ -147,3 +149,30 @@ def test_a_line_of_the_log_that_cannot_be_drawn(tmp_path, row):
     if row not in rows:
       assert MetricsLog(path).read()[0] == PRUNE
   assert f'{path}: line 3 is damaged: repair it' in refused(lambda: MetricsLog(path).read())
+
+
+def damaged_tokenizer(path, name, change):
+  """A model whose tokenizer's file `name` has been changed."""
+  tokenizer = tiny_tokenizer()
+  config = tiny_config('llama', UNIFORM, vocab_size=len(tokenizer))
+  write_hf(config, random_params(config), path, tokenizer=tokenizer)
+  fields = json.loads((path / name).read_text())
+  change(fields)
+  (path / name).write_text(json.dumps(fields))
+  return open_source(str(path))
+
+
+def test_a_tokenizer_that_fails_only_when_it_is_used(tmp_path):
+  def change(fields):
+    fields['model_max_length'] = 'long'
+
+  source = damaged_tokenizer(tmp_path / 'model', 'tokenizer_config.json', change)
+  assert 'the tokenizer cannot be loaded' in refused(source.load_tokenizer)
+
+
+def test_a_tokenizer_that_adds_an_id_without_a_row(tmp_path):
+  def change(fields):
+    fields['post_processor']['processors'][1]['special_tokens']['<s>']['ids'] = [99_999]
+
+  source = damaged_tokenizer(tmp_path / 'model', 'tokenizer.json', change)
+  assert 'ids up to 99999' in refused(source.load_tokenizer)
