@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from adapt_jax.config.options import ModelOptions, RunOptions
+from adapt_jax.config.options import DistillOptions, ModelOptions, RunOptions, TrainOptions
+from adapt_jax.data.token_cache import Need, open_cache
 from adapt_jax.export.hf import write_hf
+from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import json_checksum
 from adapt_jax.models.formats.source import open_source
@@ -16,6 +18,7 @@ from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.state import StateStore
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.plan import PruneState
+from adapt_jax.training.teacher_cache import open_taught
 from tests.support.helpers import UNIFORM, random_params, save_checkpoint, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
@@ -176,3 +179,55 @@ def test_a_tokenizer_that_adds_an_id_without_a_row(tmp_path):
 
   source = damaged_tokenizer(tmp_path / 'model', 'tokenizer.json', change)
   assert 'ids up to 99999' in refused(source.load_tokenizer)
+
+
+class Rows:
+  """A train set of three rows."""
+
+  def rows(self, step):
+    return np.arange(3)
+
+  def read(self, rows):
+    return (np.zeros((len(rows), 8), np.int32),) * 3
+
+
+def damage_done(path):
+  (path / 'done').write_text('3x')
+
+
+def damage_shape(path):
+  np.save(path / 'ids.npy', np.zeros((3, 8, 5), np.uint16))
+
+
+def damage_by_removal(path):
+  (path / 'check.npy').unlink()
+
+
+@pytest.mark.parametrize('damage', [damage_done, damage_shape, damage_by_removal])
+def test_damaged_predictions_of_the_teacher(tmp_path, damage):
+  (tmp_path / 'done').write_text('3')
+  for name, shape, dtype in (('ids', (3, 8, 4), 'u2'), ('log_p', (3, 8, 5), 'f2'), ('check', (3,), 'u4')):
+    np.save(tmp_path / f'{name}.npy', np.zeros(shape, dtype))
+  train = TrainOptions(length=8, distill=DistillOptions(cache=4))
+
+  def read():
+    return open_taught(tmp_path, Rows(), train, 1, None, dtype=np.float32, compiler=Compiler())
+
+  assert read().rows(0).tolist() == [0, 1, 2]
+  damage(tmp_path)
+  message = refused(read)
+  assert str(tmp_path) in message and 'the teacher is asked again' in message
+
+
+def test_a_token_cache_with_a_link_to_itself(tmp_path):
+  (tmp_path / 'text.txt').write_text('the quick brown fox ' * 50)
+  fields = {'text_field': 'text', 'messages_field': 'messages', 'field': 'config.train.source'}
+
+  def read():
+    return open_cache(tmp_path / 'c', str(tmp_path / 'text.txt'), tiny_tokenizer(), Need(50), **fields)
+
+  assert len(read().tokens) >= 50
+  (path,) = (tmp_path / 'c').glob('*/ends')
+  path.unlink()
+  path.symlink_to('ends')
+  assert 'config.data.cache: ' in refused(read)
