@@ -95,7 +95,7 @@ class GgufFileKind(Kind):
       found['config.tie_embeddings'] = ''  # a file without one says that it is the embedding
     if damaged:
       found |= {f'tensor {name}': '' for name in map(_in_values, damaged)} | {'dtype': ''}
-    return found
+    return found | {'written': ''}
 
 
 def _with_scores(parts: Parts) -> Parts:
