@@ -229,7 +229,8 @@ def _parquet_rows(
       batches = file.iter_batches(batch_size=256, columns=columns)
       for number, row in enumerate(itertools.chain.from_iterable(b.to_pylist() for b in batches), 1):
         yield f'{path}: row {number}', row
-  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+  # Columns of times may have zones that do not exist, and times that no calendar has.
+  except (pyarrow.ArrowException, ArithmeticError, LookupError, OSError, ValueError) as error:
     raise InputError(f'{path}: not a readable Parquet file ({first_line(error)})') from None
 
 

@@ -3,10 +3,13 @@
 import json
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 from safetensors.numpy import save_file
 
 from adapt_jax.config.options import DistillOptions, ModelOptions, RunOptions, TrainOptions
+from adapt_jax.data.documents import check_source
 from adapt_jax.data.token_cache import Need, open_cache
 from adapt_jax.export.hf import write_hf
 from adapt_jax.machine.compiler import Compiler
@@ -231,3 +234,12 @@ def test_a_token_cache_with_a_link_to_itself(tmp_path):
   path.unlink()
   path.symlink_to('ends')
   assert 'config.data.cache: ' in refused(read)
+
+
+@pytest.mark.parametrize('zone', ['+99:99', 'Nowhere/Town'])
+def test_a_column_of_times_in_a_zone_that_does_not_exist(tmp_path, zone):
+  table = pyarrow.table({'text': pyarrow.array([0], pyarrow.timestamp('us', tz=zone))})
+  parquet.write_table(table, tmp_path / 'a.parquet')
+  fields = {'text_field': 'text', 'messages_field': 'messages'}
+  message = refused(lambda: check_source((str(tmp_path / 'a.parquet'),), 'config.train.source', **fields))
+  assert 'a.parquet: not a readable Parquet file' in message
