@@ -46,7 +46,7 @@ class Planted(cases.Kind):
     elif fault == 'memory':
       bytearray(2**34)
     elif fault == 'more memory':
-      value = value[: len(b'\1' * 2**30)]
+      value = value[: len(b'\1' * 2**31)]
     elif fault in ('value', 'harmless'):
       return {fault: 'other'}
     elif fault in ('left', 'changed'):
