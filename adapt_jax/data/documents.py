@@ -256,7 +256,8 @@ def _parquet_rows(
         yield f'{path}: row {number}', row
   except InputError:
     raise
-  except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # such as a year above 9999
+  # Columns of times may have zones that do not exist, and times that no calendar has.
+  except (pyarrow.ArrowException, ArithmeticError, LookupError, OSError, ValueError) as error:
     raise InputError(f'{path}: not a readable Parquet file ({first_line(error)})') from None
 
 

@@ -100,7 +100,14 @@ def open_cache(
 
   def prepare() -> str:
     key = _key(fingerprint(entry, field), tokenizer, fields)
-    if found := _find(directory, key, need):
+    try:
+      found = _find(directory, key, need)
+    except OSError as error:
+      raise InputError(
+        f'config.data.cache: {directory} cannot be read ({error.strerror or first_line(error)}): delete it, '
+        'or name another'
+      ) from None
+    if found:
       return str(found)
     documents = read_documents((entry,), field, **fields)
     try:

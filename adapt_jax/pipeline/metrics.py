@@ -12,6 +12,14 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import regular, write_text
 from adapt_jax.reports import trackers
 
+# Fields that each line of an event has, and those of a pruning step with a number for each layer.
+_NUMBERS = {
+  'prune': ('stage', 'step', 'params', 'loss'),
+  'train': ('stage', 'step', 'loss', 'learning_rate', 'gradient_norm', 'tokens_per_second'),
+  'evaluate': ('step', 'perplexity'),
+}
+_OF_LAYERS = ('layer_importance', 'sparsity', 'kv_groups', 'ffn')
+
 
 class MetricsLog:
   """Appends to `metrics.jsonl`; a resumed run first removes the lines after its checkpoint.
@@ -25,9 +33,8 @@ class MetricsLog:
     content = regular(path).read_bytes() if path.exists() else b''
     lines = content.splitlines()
     self.lines = len(lines)
-    whole = self.lines - (
-      not content.endswith(b'\n')
-    )  # the last one, if the machine crashed while writing it
+    # The machine may have crashed while it wrote the last line.
+    whole = self.lines - (not content.endswith(b'\n'))
     for number, line in enumerate(lines[: max(whole, 0)], 1):
       _check(line, f'{path}: line {number}')
     if content:
@@ -73,11 +80,28 @@ class MetricsLog:
 def _check(line: bytes, where: str) -> None:
   """Raises InputError, before a resumed run computes anything, for a line that no run has written."""
   try:
-    good = 'event' in (row := json.loads(line)) and isinstance(row, dict)
-  except (RecursionError, TypeError, ValueError):
+    good = _drawable(json.loads(line))
+  except (RecursionError, ValueError):
     good = False
   if not good:
     raise InputError(f'{where} is damaged: repair it, or move the file away to resume without its curves')
+
+
+def _drawable(row: Any) -> bool:
+  """Whether a value of JSON is a line of the log with all that curves and pages are drawn from."""
+  if not isinstance(row, dict) or not isinstance(event := row.get('event'), str):
+    return False
+  numbers = [row.get('stage', 0), *(row.get(name) for name in _NUMBERS.get(event, ()))]
+  of_layers: list[Any] = [row.get(name) for name in (_OF_LAYERS if event == 'prune' else ())]
+  names = [row.get('of'), row.get('text', TEXT)] if event == 'evaluate' else []
+  if not all(isinstance(found, list) for found in of_layers) or len(set(map(len, of_layers))) > 1:
+    return False
+  numbers += [value for found in of_layers for value in found]
+  return all(isinstance(name, str) for name in names) and all(map(_is_number, numbers))
+
+
+def _is_number(found: Any) -> bool:
+  return type(found) is float or (type(found) is int and abs(found) < 2**63)
 
 
 def _as_now(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

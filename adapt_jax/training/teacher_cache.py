@@ -29,7 +29,7 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.processes import decide, is_first
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError
+from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.files import read_text, write_text
 from adapt_jax.models.formats.npy import open_npy
 from adapt_jax.models.network import llama
@@ -48,6 +48,11 @@ class TaughtSet:
     self._data, self._rows = data, rows
     self._directory = directory
     self._ids, self._log_p, self._check = (open_npy(directory / f'{name}.npy') for name in _FILES)
+
+  @property
+  def shapes(self) -> tuple[tuple[int, ...], ...]:
+    """The shapes of ids, log p and checksums."""
+    return self._ids.shape, self._log_p.shape, self._check.shape
 
   def rows(self, step: int) -> np.ndarray:
     """The rows of batch number `step`, as in `TrainSet.rows`."""
@@ -99,7 +104,15 @@ def open_taught(
   done = decide(lambda: _done(directory))
   if done < len(rows):
     _ask(directory, data, options, rows, done, load_teacher(), dtype=dtype, compiler=compiler)
-  return TaughtSet(data, rows, directory)
+  try:
+    taught = TaughtSet(data, rows, directory)
+    if taught.shapes != _shapes(len(rows), options):
+      raise ValueError('a file has another shape')
+  except (OSError, ValueError) as error:
+    raise InputError(
+      f'{directory} is damaged ({first_line(error)}): delete it, and the teacher is asked again'
+    ) from None
+  return taught
 
 
 def _done(directory: pathlib.Path) -> int:
@@ -109,7 +122,7 @@ def _done(directory: pathlib.Path) -> int:
   except InputError:
     raise
   except ValueError:
-    raise InputError(f'{path} holds no number: delete {directory} to ask the teacher again') from None
+    raise InputError(f'{path} is damaged: delete {directory}, and the teacher is asked again') from None
 
 
 def _ask(
@@ -164,10 +177,8 @@ def _files(
 ) -> dict[str, np.memmap]:
   """The files to write. New ones are allocated in full, so that a full disk raises OSError now, not later."""
   directory.mkdir(parents=True, exist_ok=True)
-  k, ids = options.distill.cache, np.uint16 if vocab_size <= 2**16 else np.uint32
-  shapes = (rows, options.length, k), (rows, options.length, k + 1), (rows,)
-  found = {}
-  for name, dtype, shape in zip(_FILES, (ids, np.float16, np.uint32), shapes, strict=True):
+  ids, found = np.uint16 if vocab_size <= 2**16 else np.uint32, {}
+  for name, dtype, shape in zip(_FILES, (ids, np.float16, np.uint32), _shapes(rows, options), strict=True):
     path = directory / f'{name}.npy'
     if not new:
       found[name] = open_npy(path, 'r+')
@@ -178,6 +189,11 @@ def _files(
       with open(path, 'r+b') as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
   return found
+
+
+def _shapes(rows: int, options: TrainOptions) -> tuple[tuple[int, ...], ...]:
+  length, k = options.length, options.distill.cache
+  return (rows, length, k), (rows, length, k + 1), (rows,)
 
 
 def _write_done(directory: pathlib.Path, count: int, files: dict[str, np.memmap]) -> None:

@@ -17,7 +17,5 @@ def open_npy(path: str | pathlib.Path, mode: Literal['r', 'r+'] = 'r') -> Any:
   regular_path = regular(path)
   try:
     return np.load(regular_path, mmap_mode=mode, allow_pickle=False)
-  except (
-    Exception
-  ) as error:  # the errors of numpy, of Python's parser and of a huge shape share no other class
+  except Exception as error:  # those of numpy, of Python's parser and of a huge shape share no other class
     raise InputError(f'{path}: not a readable .npy file ({first_line(error)})') from None

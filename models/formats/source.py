@@ -71,11 +71,12 @@ class Source:
     load = gguf_tokenizer.load_tokenizer if self.path.suffix == '.gguf' else _tokenizer_from_directory
     try:
       tokenizer = load(self.path)
+      ids = [*tokenizer.get_vocab().values(), *tokenizer('a')['input_ids']]  # also those that are added
     except InputError:
       raise
     except Exception as error:  # tokenizers raises bare Exceptions for a broken tokenizer.json
       raise InputError(f'{self.path}: the tokenizer cannot be loaded ({first_line(error)})') from None
-    highest = max(tokenizer.get_vocab().values(), default=-1)
+    highest = max(ids, default=-1)
     if highest >= self.config.vocab_size:
       raise InputError(
         f'{self.name}: the tokenizer has ids up to {highest}, but the embedding has only '

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 from adapt_jax.models.errors import InputError
 
 SECONDS = 20  # a case takes a twentieth of one; other programs may use the machine
-GROWTH = 512 * 2**20  # bytes of memory beyond those for the undamaged input
+GROWTH = 1280 * 2**20  # bytes of memory beyond those for the undamaged input; a chat template may have most
 _ADDRESSES = 4 * 2**30  # more of them and an allocation fails, so that the machine stays usable
 _LONGEST = 20_000  # characters of a refusal
 Values = dict[str, str]

@@ -35,7 +35,8 @@ _WORDS = (
   '(1,' * 50, 'x' * 5000, "({1: 2},)", "({'seed': ()},)", "({'nothing': 1},)", 'a\nb', '\x1b[31m', '\udcff',
   '🙂', '%s', '{0}', '~', '~nouser', '/dev/null', '/dev/zero', '.', '..', 'train.txt', 'model',
   'model/config.json', 'absent.txt', '*.txt', '**', '[', 'self', 'tensor_parallel=0', 'tensor_parallel=²',
-  'tensor_parallel=2', 'gguf', 'x=train.txt', '=', 'a=b=c', 'org/name', 'org/name:a:b',
+  'tensor_parallel=2', 'gguf', 'x=train.txt', '=', 'a=train.txt,b=valid.txt', 'a=b=c', 'org/name',
+  'org/name:a:b',
 )  # fmt: skip
 _MODES = ('accel', 'prune', 'evaluate', 'export', 'generate', 'bench', 'compare', 'sensitivity', 'plan', 'x')
 _RECIPES = (

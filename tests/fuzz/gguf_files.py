@@ -91,9 +91,11 @@ class GgufFileKind(Kind):
     }
     if 'rope_freqs.weight' in damaged:
       found['config.rope'] = ''
+    if 'output.weight' in damaged:
+      found['config.tie_embeddings'] = ''  # a file without one says that it is the embedding
     if damaged:
       found |= {f'tensor {name}': '' for name in map(_in_values, damaged)} | {'dtype': ''}
-    return found
+    return found | {'written': ''}
 
 
 def _with_scores(parts: Parts) -> Parts:

@@ -5,6 +5,7 @@ import json
 import pathlib
 import random
 import shutil
+import tempfile
 from typing import Any
 
 import safetensors
@@ -12,9 +13,12 @@ import safetensors
 from adapt_jax.data.documents import Document
 from adapt_jax.data.tokenise import encode, encode_prompt, render
 from adapt_jax.data.windows import check_vocab
+from adapt_jax.export.card import model_card
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.writer import LINEAGE, lineage
 from adapt_jax.generation.sampling import stop_ids
+from adapt_jax.models.config import count_params
+from adapt_jax.models.files import write_text
 from adapt_jax.models.formats.hf_weights import host_tensors, save_params
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network.backend import made_for
@@ -38,7 +42,7 @@ _GIVES = {
 
 
 def observe_model(path: pathlib.Path) -> Values:
-  """Config, weights, tokenizer and settings of generation."""
+  """Config, weights, tokenizer and settings of generation; and an export of them, with its card."""
   source = open_source(str(path))
   config = source.config
   found = {f'config.{f.name}': repr(getattr(config, f.name)) for f in dataclasses.fields(config)}
@@ -58,6 +62,13 @@ def observe_model(path: pathlib.Path) -> Values:
   found['generation'] = json.dumps(source.generation, sort_keys=True)
   found['stops'] = repr(sorted(stop_ids(source.generation, tokenizer)))
   found['lineage'] = json.dumps(lineage(source), sort_keys=True)
+  report: Any = lineage(source) or {'model': {'source': 'given', 'params_before': count_params(config)}}
+  with tempfile.TemporaryDirectory() as new:
+    place = pathlib.Path(new, 'hf')
+    write_hf(config, source.stored_params(), place, tokenizer=tokenizer, generation=source.generation)
+    files = sorted(file.name for file in place.iterdir())
+    write_text(place / 'README.md', model_card(report, config, files))
+    found['written'] = digest(*[(place / file).read_bytes() for file in (*files, 'README.md')])
   return found
 
 
@@ -134,7 +145,7 @@ class ModelDirectory(Kind):
       found |= {'generation': json.dumps(said, sort_keys=True), 'stops': ''}
     if _bytes(place / LINEAGE) != _bytes(base / LINEAGE):
       found['lineage'] = ''  # a model without one is somebody else's
-    return found
+    return found | {'written': ''}  # all of these values
 
 
 def _damage_header(path: pathlib.Path, rng: random.Random) -> str:

@@ -35,7 +35,7 @@ def planted(tmp_path_factory):
 
 FOUND = {
   'crash': 'KeyError',
-  'hang': 'no end within 3 s',
+  'hang': 'no end within 5 s',
   'death': 'Fatal Python error: Aborted',
   'memory': 'MemoryError',
   'more memory': 'more memory than usual',

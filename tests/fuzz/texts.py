@@ -112,7 +112,7 @@ class TextFile(Kind):
       return {'prompt': ''}
     if path.read_bytes() == (base / f'file.{self.name}').read_bytes() and path.suffix == f'.{self.name}':
       return {}
-    expected = _said(path)
+    expected = None if path.suffix == '.npy' else _said(path)
     return {'tokens': '', 'documents': '' if expected is None else json.dumps(list(map(digest, expected)))}
 
 
@@ -120,7 +120,8 @@ def _said(path: pathlib.Path) -> list[str] | None:
   """The texts in a file; None if it has other rows than texts."""
   kind = path.suffix.lower()
   if kind == '.parquet':
-    rows = parquet.read_table(path).to_pylist()
+    with parquet.ParquetFile(path) as file:
+      rows = file.read().to_pylist()
   elif kind in ('.jsonl', '.json'):
     text = path.read_bytes().decode('utf-8-sig')
     whole = kind == '.json' and text.lstrip().startswith('[')

@@ -4,6 +4,7 @@ import json
 
 from adapt_jax.pipeline.metrics import MetricsLog
 
+LAYERS = ('layer_importance', 'sparsity', 'kv_groups', 'ffn')
 CURVES = ('loss', 'learning_rate', 'gradient_norm', 'tokens_per_second')
 
 
@@ -12,7 +13,7 @@ def test_lines_of_version_0_1_are_read_as_those_of_today(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   earlier = [
     {'event': 'evaluate', 'of': 'dense', 'step': 0, 'perplexity': 20.0},
-    {'event': 'prune', 'stage': 1, 'step': 1, 'params': 900, 'loss': 3.0},
+    {'event': 'prune', 'stage': 1, 'step': 1, 'params': 900, 'loss': 3.0} | dict.fromkeys(LAYERS, [1, 2]),
     {'event': 'evaluate', 'of': 'stage 1 pruned', 'step': 0, 'perplexity': 30.0},
     {'event': 'train', 'stage': 1, 'step': 1} | dict.fromkeys(CURVES, 1.0),
     {'event': 'evaluate', 'of': 'stage 1 recovered', 'step': 1, 'perplexity': 25.0},

@@ -111,7 +111,8 @@ def test_wandb_offline_and_after_a_resume(tmp_path, monkeypatch):
   log.track(['wandb'], SETTINGS)
   log.write('evaluate', of='dense', stage=0, step=0, perplexity=20.0)
   log.write('evaluate', of='dense', stage=0, step=0, text='web', perplexity=30.0)
-  log.write('prune', stage=1, step=1, params=900, loss=3.0, ffn=[1, 2])
+  of_layers = dict.fromkeys(('layer_importance', 'sparsity', 'kv_groups', 'ffn'), [1, 2])
+  log.write('prune', stage=1, step=1, params=900, loss=3.0, **of_layers)
   train(log, 1, 2.5)
   log.close()
   time.sleep(1.1)  # W&B names directories by the second
