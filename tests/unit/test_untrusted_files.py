@@ -240,12 +240,15 @@ def test_a_plan_nested_deeply(tmp_path):
 
 
 def test_a_log_with_one_bad_byte(tmp_path):
-  path = tmp_path / 'metrics.jsonl'
+  path, good = (
+    tmp_path / 'metrics.jsonl',
+    b'{"event": "evaluate", "of": "dense", "step": 0, "perplexity": 2.5}\n',
+  )
   for bad in (b'{"event": "pru\xffne"}', b'{"event": ', b'[1]', b'7', b'{"step": 1}', b'\0'):
-    path.write_bytes(b'{"event": "evaluate"}\n' + bad + b'\n{"event": "train"}\n')
+    path.write_bytes(good + bad + b'\n' + good)
     assert f'{path}: line 2 is damaged: repair it' in refused(MetricsLog, path)
-  path.write_bytes(b'{"event": "evaluate"}\n{"event": "tr\xff')  # the end of a line that a crash cut
-  assert MetricsLog(path).lines == 1 and path.read_bytes() == b'{"event": "evaluate"}\n'
+  path.write_bytes(good + b'{"event": "tr\xff')  # the end of a line that a crash cut
+  assert MetricsLog(path).lines == 1 and path.read_bytes() == good
 
 
 @pytest.mark.parametrize(
