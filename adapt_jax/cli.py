@@ -25,7 +25,7 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.data import demo_files
 from adapt_jax.machine import mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
-from adapt_jax.models.errors import InputError, disk_full, first_line
+from adapt_jax.models.errors import InputError, disk_full, first_line, write_denied
 from adapt_jax.modes import accel, bench, compare, estimate, evaluate, export, generate, sensitivity
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
@@ -195,7 +195,7 @@ def run() -> None:
   except KeyboardInterrupt:
     print('stopped by Ctrl-C', file=sys.stderr)
     processes.leave(130)
-  except BrokenPipeError:  # the reader of the output has ended, as in `| head`
+  except (BrokenPipeError, processes.OutputClosed):  # as in `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if _WORKDIR.present:
       print('error: the output pipe was closed: run the same command to continue', file=sys.stderr)
@@ -203,6 +203,10 @@ def run() -> None:
   except Exception as error:
     if reason := disk_full(error):
       _fail(f'--workdir={_WORKDIR.value}: {reason}: free space and run the same command again to resume')
+    if reason := write_denied(error, _WORKDIR.value):
+      _fail(
+        f'--workdir={_WORKDIR.value}: {reason}: make it writable and run the same command again to resume'
+      )
     if not jax.distributed.is_initialized():
       raise
     traceback.print_exc()
