@@ -95,6 +95,9 @@ def _options(mode: str) -> RunOptions:
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise InputError(f'{argv[1]!r} is not understood: flags are written --name=value')
+  for argument in sys.argv:
+    if argument.encode(errors='replace').decode() != argument:
+      raise InputError(f'{argument!r} is not UTF-8, which reports cannot quote: rename the file')
   logging.set_verbosity(logging.WARNING)  # orbax logs a page per checkpoint
   mode = _MODE.value
   options = _options(mode)

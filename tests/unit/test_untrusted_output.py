@@ -180,6 +180,13 @@ def test_help_into_a_closed_pipe(files):
   assert done.returncode == 1 and done.stderr == ''
 
 
+def test_a_name_that_is_not_utf_8_is_refused_before_the_run(files, tmp_path):
+  """The command is quoted in the page, the report and the card."""
+  done = runs.main(files, tmp_path / 'out\udcff')
+  assert done.returncode == 2 and 'Traceback' not in done.stderr and not list(tmp_path.iterdir())
+  assert done.stderr.splitlines()[-1].endswith('is not UTF-8, which reports cannot quote: rename the file')
+
+
 @pytest.mark.parametrize('number', [errno.EROFS, errno.EACCES])
 def test_a_workdir_that_becomes_read_only_during_the_run(monkeypatch, capsys, tmp_path, number):
   workdir = tmp_path / 'out'
