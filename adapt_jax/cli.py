@@ -26,7 +26,7 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.data import demo_files
 from adapt_jax.machine import mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
-from adapt_jax.models.errors import InputError, disk_full, first_line
+from adapt_jax.models.errors import InputError, disk_full, first_line, write_denied
 from adapt_jax.models.formats.source import open_config
 from adapt_jax.modes import accel, bench, compare, estimate, evaluate, export, generate, sensitivity
 from adapt_jax.pipeline.checks import check_sources
@@ -98,6 +98,9 @@ def _options(mode: str) -> RunOptions:
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise InputError(f'{argv[1]!r} is not understood: flags are written --name=value')
+  for argument in sys.argv:
+    if argument.encode(errors='replace').decode() != argument:
+      raise InputError(f'{argument!r} is not UTF-8, which reports cannot quote: rename the file')
   logging.set_verbosity(logging.WARNING)  # orbax logs a page per checkpoint
   mode = _MODE.value
   options = _options(mode)
@@ -218,7 +221,7 @@ def run() -> None:
   except KeyboardInterrupt:
     print('stopped by Ctrl-C', file=sys.stderr)
     processes.leave(130)
-  except BrokenPipeError:  # the reader of the output has ended, as in `| head`
+  except (BrokenPipeError, processes.OutputClosed):  # as in `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if _WORKDIR.present:
       print('error: the output pipe was closed: run the same command to continue', file=sys.stderr)
@@ -226,6 +229,10 @@ def run() -> None:
   except Exception as error:
     if reason := disk_full(error):
       _fail(f'--workdir={_WORKDIR.value}: {reason}: free space and run the same command again to resume')
+    if reason := write_denied(error, _WORKDIR.value):
+      _fail(
+        f'--workdir={_WORKDIR.value}: {reason}: make it writable and run the same command again to resume'
+      )
     if not jax.distributed.is_initialized():
       raise
     traceback.print_exc()

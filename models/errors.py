@@ -1,9 +1,10 @@
-"""Errors that a user can correct: an exception for bad input, and detection of a full disk."""
+"""Errors that a user can correct: an exception for bad input, and detection of a full or read-only disk."""
 
 import errno
 import os
 
 _FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+_DENIED = tuple(os.strerror(number) for number in (errno.EROFS, errno.EACCES, errno.EPERM))
 _LONGEST, _FIRST = 2000, 1500  # characters of a message, and those that are kept of its beginning
 
 
@@ -31,9 +32,18 @@ def disk_full(error: BaseException | None) -> str:
 
   Detected by the text, because tensorstore and safetensors wrap the system's errors in their own.
   """
+  return _reason(error, _FULL)
+
+
+def write_denied(error: BaseException | None, directory: str) -> str:
+  """The system's message if it refuses to write a file in `directory`; '' for other errors."""
+  return _reason(error, _DENIED, directory) if directory else ''
+
+
+def _reason(error: BaseException | None, reasons: tuple[str, ...], also: str = '') -> str:
   while error is not None:
-    for reason in _FULL:
-      if reason in str(error):
+    for reason in reasons:
+      if reason in str(error) and also in str(error):
         return reason
     error = error.__cause__ or error.__context__
   return ''

@@ -3,6 +3,7 @@
 Recipes contain them as Python values, the command line as strings.
 """
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ def numbers(value: Any, where: str) -> tuple[float, ...]:
 def integers(value: Any, where: str) -> tuple[int, ...]:
   """One or several whole numbers as a tuple; InputError for anything else."""
   found = numbers(value, where)
-  if any(x != int(x) for x in found):
+  if any(not math.isfinite(x) or x != int(x) for x in found):
     raise InputError(f'{where} = {value!r} must be a list of whole numbers')
   return tuple(int(x) for x in found)
 

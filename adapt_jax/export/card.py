@@ -1,6 +1,7 @@
 """The README.md of an export: the model, its origin, its loss of quality, and how to load it."""
 
 import json
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from adapt_jax.reports.summary import texts_rows
 
 # Settings that only progressive methods read.
 _SCHEDULE = 'steps', 'ratio', 'amplitude', 'importance', 'layer_distance'
+_MARKUP = re.compile(r'[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])')
 _HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+')
 
 
@@ -43,7 +45,7 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str]) -> 
 def _source(report: RunReport) -> str:
   """The base model's hub id, or only the name of a local one: its path is of no use to others."""
   name = report['model']['source']
-  path = pathlib.Path(name).expanduser()
+  path = pathlib.Path(os.path.expanduser(name))
   return name if _HUB_ID.fullmatch(name) and not path.exists() and path.suffix != '.gguf' else path.name
 
 
@@ -66,7 +68,7 @@ def _front_matter(report: RunReport, files: Sequence[str]) -> str:
 
 
 def _title(report: RunReport, config: ModelConfig) -> str:
-  source, params = _source(report), count_params(config)
+  source, params = _text(_source(report)), count_params(config)
   before = report['model'].get('params_before', params)
   if before == params:
     return f'# {source}\n\n{params:,} parameters, written by adapt-jax.'
@@ -92,7 +94,9 @@ def _lineage(report: RunReport) -> str:
   for given, title in ((report.get('prune') or {}, 'Pruning'), (report.get('train') or {}, 'Training')):
     ignored = _SCHEDULE if title == 'Pruning' and given.get('method') not in PROGRESSIVE else ()
     fields = [(k, v) for k, v in given.items() if k not in ignored]
-    if settings := [f'{k} {_code(v)}' for k, v in fields if isinstance(v, (str, int, float)) and v != '']:
+    if settings := [
+      f'{_text(k)} {_code(v)}' for k, v in fields if isinstance(v, (str, int, float)) and v != ''
+    ]:
       rows.append(f'- {title}: ' + ', '.join(settings))
   for name, title in (('calibration', 'Calibration'), ('train', 'Training'), ('evaluate', 'Evaluation')):
     if sources := (report.get('data') or {}).get(name):
@@ -134,9 +138,11 @@ def _perplexity(report: RunReport) -> str:
   if len(texts) > 1:
     head, *rows = texts_rows(texts)
     words = next(iter(texts.values())).get('definition')
-    return '## Perplexity\n\n' + _table(head, rows) + (f'\n\nOn the first text: {words}.' if words else '')
+    return (
+      '## Perplexity\n\n' + _table(head, rows) + (f'\n\nOn the first text: {_text(words)}.' if words else '')
+    )
   words = report['perplexity'].get('definition')
-  definition = f'\n\n{words}.' if words else ''
+  definition = f'\n\n{_paragraph(words)}.' if words else ''
   return '## Perplexity\n\n' + _table(['model', 'perplexity'], found) + definition
 
 
@@ -176,21 +182,40 @@ def _loading(files: Sequence[str]) -> str:
 def _made(report: RunReport) -> str:
   parts = []
   if command := report.get('command'):
-    parts.append(f'```sh\n{command}\n```')
+    fence = _longest(command, 2) * '`'
+    parts.append(f'{fence}sh\n{command}\n{fence}')
   if versions := report.get('versions'):
-    parts.append(', '.join(f'{name} {version}' for name, version in versions.items()))
+    parts.append(_paragraph(', '.join(f'{name} {version}' for name, version in versions.items())))
   return '## Made by\n\n' + '\n\n'.join(parts) if parts else ''
 
 
 def _code(value: Any) -> str:
-  return f'`{value}`'
+  """The value in one line as code, whatever it contains."""
+  text = ' '.join(str(value).split()) or ' '
+  fence, space = _longest(text, 0) * '`', ' ' * (text[:1] == '`' or text[-1:] == '`')
+  return f'{fence}{space}{text}{space}{fence}'
+
+
+def _longest(text: str, least: int) -> int:
+  """One more than the longest run of backticks in the text, and than `least`."""
+  return 1 + max([least, *map(len, re.findall('`+', text))])
+
+
+def _text(value: Any) -> str:
+  """The value in one line in which Markdown and HTML mean nothing."""
+  return _MARKUP.sub(r'\\\g<0>', ' '.join(str(value).split()))
+
+
+def _paragraph(value: Any) -> str:
+  """As `_text`, at the begin of a line, where a few more characters have a meaning."""
+  return re.sub(r'^(\d*)([#+=.)-])', r'\1\\\2', _text(value))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], number: str = '.2f') -> str:
   """A Markdown table; None is an empty cell."""
 
   def show(value: Any) -> str:
-    return '' if value is None else format(value, number) if isinstance(value, float) else str(value)
+    return '' if value is None else format(value, number) if isinstance(value, float) else _text(value)
 
-  lines = [head, ['---'] * len(head), *([show(value) for value in row] for row in rows)]
+  lines = [list(map(_text, head)), ['---'] * len(head), *([show(value) for value in row] for row in rows)]
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)

@@ -21,6 +21,7 @@ from adapt_jax.machine import mesh
 from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.files import beside, exists, new_directory, read_json, write_text
 from adapt_jax.models.formats.gguf_model import STORED_DTYPES
 from adapt_jax.models.formats.source import Source, open_source
@@ -53,11 +54,23 @@ def check_tokenizer(options: ExportOptions, tokenizer: Any) -> None:
 
 
 def lineage(source: Source) -> RunReport | None:
-  """The report of the run that made a model, which our exports store with the weights; None for others."""
+  """The report of the run that made a model, which our exports store with the weights; None for others.
+
+  Raises InputError for one that no model card can be made of.
+  """
   path = (source.path if source.path.is_dir() else source.path.parent) / LINEAGE
   found: Any = read_json(path) if exists(path) else {}
   model = found.get('model')
-  return found if isinstance(model, dict) and isinstance(model.get('source'), str) else None
+  if not isinstance(model, dict) or not isinstance(model.get('source'), str):
+    return None
+  try:
+    model_card(found, source.config, ()).encode()
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    raise InputError(
+      f'{path}: is damaged ({type(error).__name__}: {first_line(error)}): restore it, or delete it to use '
+      f'the model without its origin'
+    ) from None
+  return found
 
 
 def written_dtype(options: ExportOptions, source_dtype: str, trained: bool) -> Any:

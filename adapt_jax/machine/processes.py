@@ -30,6 +30,10 @@ _decisions = 0
 _silent = contextvars.ContextVar('silent', default=False)
 
 
+class OutputClosed(BaseException):
+  """The reader of the output has ended, as in `| head`. Not an OSError: no file was refused."""
+
+
 def start(mode: str, address: str, processes: int, process: int) -> None:
   """Joins the run's other processes, before any other use of JAX; does nothing for a single process.
 
@@ -95,9 +99,12 @@ def say(text: str) -> None:
 
 def write(line: str) -> None:
   """A line on stdout in one piece, above the bars of a terminal."""
-  with tqdm.external_write_mode(file=sys.stdout):
-    sys.stdout.write(line + '\n')
-    sys.stdout.flush()
+  try:
+    with tqdm.external_write_mode(file=sys.stdout):
+      sys.stdout.write(line + '\n')
+      sys.stdout.flush()
+  except BrokenPipeError:
+    raise OutputClosed from None
 
 
 def shows() -> bool:

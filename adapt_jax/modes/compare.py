@@ -21,7 +21,7 @@ from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.machine import preemption
 from adapt_jax.machine.progress import prefixed
 from adapt_jax.models.config import count_params
-from adapt_jax.models.errors import InputError, disk_full, first_line
+from adapt_jax.models.errors import InputError, disk_full, first_line, write_denied
 from adapt_jax.models.files import regular, write_text
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.modes import compare_grid, compare_page, compare_tables
@@ -207,7 +207,7 @@ class Compare:
       with run.workdir.claimed(inputs.digests):
         self._execute(run, inputs)
     except Exception as error:  # a failed cell must not stop the others; a full disk affects all
-      if disk_full(error):
+      if disk_full(error) or write_denied(error, str(run.workdir.path)):
         raise
       known = isinstance(error, InputError)
       reason = first_line(error) if known else f'{type(error).__name__}: {first_line(error)}'

@@ -1,6 +1,7 @@
 """Opens a model from a hub id, a Hugging Face directory, or a .gguf file."""
 
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -76,6 +77,7 @@ class Source:
       raise
     except Exception as error:  # tokenizers raises bare Exceptions for a broken tokenizer.json
       raise InputError(f'{self.path}: the tokenizer cannot be loaded ({first_line(error)})') from None
+    _check_text([tokenizer.init_kwargs, tokenizer.special_tokens_map, tokenizer.chat_template], self.path)
     highest = max(ids, default=-1)
     if highest >= self.config.vocab_size:
       raise InputError(
@@ -83,6 +85,14 @@ class Source:
         f'{self.config.vocab_size} rows: tokenizer and weights do not match'
       )
     return tokenizer
+
+
+def _check_text(values: Any, where: pathlib.Path) -> None:
+  """Raises InputError if a string in the values cannot be written as UTF-8, as an export would."""
+  try:
+    json.dumps(values, ensure_ascii=False, default=lambda _: None).encode()
+  except UnicodeEncodeError:
+    raise InputError(f'{where}: has an unpaired surrogate (half a character): repair the file') from None
 
 
 def open_source(name: str) -> Source:
@@ -106,6 +116,7 @@ def open_source(name: str) -> Source:
     config, reader = config_from_hf(_read_config(path), str(path)), SafetensorsReader(path)
     if exists(path / 'generation_config.json'):
       generation = _read_generation(path / 'generation_config.json')
+      _check_text(generation, path / 'generation_config.json')
   check_tensors(config, reader)
   largest = max(leaves(config), key=lambda leaf: math.prod(leaf.shape))
   return Source(name, config, reader, path, reader.dtype(largest.name), generation)
