@@ -11,13 +11,14 @@ from typing import Any
 import safetensors
 
 from adapt_jax.data.documents import Document
-from adapt_jax.data.tokenise import encode, encode_prompt, render
+from adapt_jax.data.tokenise import encode_all, encode_prompt
 from adapt_jax.data.windows import check_vocab
 from adapt_jax.export.card import model_card
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.writer import LINEAGE, lineage
 from adapt_jax.generation.sampling import stop_ids
 from adapt_jax.models.config import count_params
+from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import write_text
 from adapt_jax.models.formats.hf_weights import host_tensors, save_params
 from adapt_jax.models.formats.source import open_source
@@ -52,9 +53,10 @@ def observe_model(path: pathlib.Path) -> Values:
   tokenizer = source.load_tokenizer()
   found['tokenizer plain'] = _ids(tokenizer(_TEXT)['input_ids'], config.vocab_size)
   found['tokenizer prompt'] = _ids(encode_prompt('the dog', tokenizer, True), config.vocab_size)
-  encoded = encode(
-    [render(Document('chat', _CHAT), tokenizer), render(Document('text', _TEXT), tokenizer)], tokenizer
-  )
+  documents = [Document('chat', _CHAT), Document('text', _TEXT)]
+  encoded = next(encode_all(iter([documents]), tokenizer))
+  if encoded.refused:
+    raise InputError(encoded.refused[0])
   found['tokenizer chat'] = _ids(encoded.tokens.tolist(), config.vocab_size) + digest(
     encoded.targets.tobytes()
   )
