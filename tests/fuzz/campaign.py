@@ -132,7 +132,7 @@ def _bytes(usage: resource.struct_rusage) -> int:
 def reason(detail: str) -> str:
   """The line of a failure that says most: the error of a traceback, or the first one."""
   errors = [line for line in detail.splitlines() if re.match(r'[\w.]+(Error|Exception|Exit)\b', line)]
-  return [*detail.strip().splitlines()[:1], *errors, ''][-2 if errors else 0][:200]
+  return (errors or detail.strip().splitlines()[:1] or [''])[-1][:200]
 
 
 def signature(detail: str) -> str:
