@@ -165,6 +165,7 @@ def _parse(argv: list[str]) -> list[str]:
   if shown := cli_help.asked_for(argv[1:]):
     print(shown, flush=True)
     sys.exit(0)
+  logging.set_verbosity(logging.ERROR)  # what ml_collections warns of is also an error, in one line
   try:
     return flags.FLAGS(cli_help.with_recipes(argv))
   except flags.UnrecognizedFlagError as error:

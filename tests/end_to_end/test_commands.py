@@ -57,12 +57,13 @@ def test_files_are_named_without_a_tuple(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'body', ['def get_config(:', 'import nothing_here', 'def get_config(): return {}[1]']
+  'body',
+  ['def get_config(:', 'import nothing_here', 'def get_config(): return {}[1]', 'def get_config(): pass'],
 )
 def test_a_broken_recipe_is_one_line(files, tmp_path, body):
   recipe = tmp_path / 'recipe.py'
   recipe.write_text(body)
-  result = runs.main(files, tmp_path / 'out', f'--config={recipe}')
+  result = runs.main(files, tmp_path / 'out', f'--config={recipe}', '--config.train.lr=1e-4')
   assert result.returncode == 2 and 'recipe.py' in result.stderr
   assert len(result.stderr.splitlines()) == 1
 
