@@ -185,6 +185,7 @@ def _parse(argv: list[str]) -> list[str]:
     print(shown, flush=True)
     sys.exit(0)
   argv = cli_help.with_recipes(argv)
+  logging.set_verbosity(logging.ERROR)  # what ml_collections warns of is also an error, in one line
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:

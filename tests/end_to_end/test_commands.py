@@ -79,12 +79,13 @@ def test_all_paths_are_checked_before_the_demo_is_fetched(tmp_path, flag, says):
 
 
 @pytest.mark.parametrize(
-  'body', ['def get_config(:', 'import nothing_here', 'def get_config(): return {}[1]']
+  'body',
+  ['def get_config(:', 'import nothing_here', 'def get_config(): return {}[1]', 'def get_config(): pass'],
 )
 def test_a_broken_recipe_is_one_line(files, tmp_path, body):
   recipe = tmp_path / 'recipe.py'
   recipe.write_text(body)
-  result = runs.main(files, tmp_path / 'out', f'--config={recipe}')
+  result = runs.main(files, tmp_path / 'out', f'--config={recipe}', '--config.train.lr=1e-4')
   assert result.returncode == 2 and 'recipe.py' in result.stderr
   assert len(result.stderr.splitlines()) == 1
 

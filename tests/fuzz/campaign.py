@@ -18,6 +18,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parents[2]
 OUT = pathlib.Path('out/fuzz')
 _EACH = 3  # reproducers that are kept of failures at one place
+_CLEAR = '\r\x1b[K'  # of a terminal: the line is written anew
 _PATIENCE = 10  # seconds beyond its own limit after which a process is killed
 
 
@@ -128,15 +129,19 @@ def _bytes(usage: resource.struct_rusage) -> int:
   return usage.ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
+def reason(detail: str) -> str:
+  """The line of a failure that says most: the error of a traceback, or the first one."""
+  errors = [line for line in detail.splitlines() if re.match(r'[\w.]+(Error|Exception|Exit)\b', line)]
+  return (errors or detail.strip().splitlines()[:1] or [''])[-1][:200]
+
+
 def signature(detail: str) -> str:
-  """What failures at one place have in common: the last line of our code in a traceback, and the error."""
+  """What failures at one place have in common: the last line of our code in a traceback, and the reason."""
   lines = re.findall(r'File ".*?/((?:adapt_jax|models)/\S+)", line (\d+)', detail)
-  last = [line for line in detail.splitlines() if re.match(r'[\w.]+(Error|Exception|Exit)\b', line)]
-  last = last[-1:] or detail.strip().splitlines() or ['']
   if 'most recent call first' in detail:  # written by faulthandler
-    lines, last = lines[::-1], detail.splitlines()
+    lines = lines[::-1]
   where = f'{lines[-1][0]}:{lines[-1][1]} ' if lines else ''
-  return where + re.sub(r'[\d\'"].*', '', last[0])[:100]
+  return where + re.sub(r'[\d\'"].*', '', reason(detail))[:100]
 
 
 def shares(kinds: dict, count: int) -> Counter:
@@ -208,7 +213,7 @@ class _Kept:
 
 
 def _campaign(campaign: Campaign, counts: Counter, first: int, out: pathlib.Path) -> int:
-  total, said = counts.total(), time.monotonic()
+  total, due, terminal = counts.total(), 0.0, sys.stdout.isatty()
   results: dict[str, Counter] = {name: Counter() for name in counts}
   failures: dict[str, list[pathlib.Path]] = {}
   numbers: Counter = Counter()
@@ -221,10 +226,13 @@ def _campaign(campaign: Campaign, counts: Counter, first: int, out: pathlib.Path
       if len(kept) < _EACH:
         kept.append(campaign.keep(outcome, out))
       if numbers[place] == 1:
-        print(f'failed: {kept[0]}: {outcome.done}: {_short(outcome.detail)}', flush=True)
-    if time.monotonic() - said > 1:
-      said = time.monotonic()
-      print(f'{done:,} of {total:,} cases, {numbers.total():,} failed', flush=True)
+        print(f'{_CLEAR * terminal}failed: {kept[0]}: {outcome.done}: {reason(outcome.detail)}', flush=True)
+    if time.monotonic() > due or done == total:
+      due = time.monotonic() + (1 if terminal else 10)
+      line = f'{done:,} of {total:,} cases, {numbers.total():,} failed'
+      print(
+        f'{_CLEAR}{line}' if terminal else line, end='' if terminal and done < total else '\n', flush=True
+      )
   for name, found in results.items():
     parts = ', '.join(f'{found[result]:,} {result}' for result in ('same', 'refused', 'harmless', 'failed'))
     print(f'{name:12} {found.total():6,} cases: {parts}')
@@ -233,8 +241,3 @@ def _campaign(campaign: Campaign, counts: Counter, first: int, out: pathlib.Path
   if failures:
     print(f'repeat one: {sys.executable} -m tests.fuzz {next(iter(failures.values()))[0]}')
   return int(bool(failures))
-
-
-def _short(detail: str) -> str:
-  """The last line of a traceback."""
-  return (detail.strip().splitlines() or [''])[-1][:200]

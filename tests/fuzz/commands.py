@@ -139,6 +139,8 @@ class Commands(Kind):
 
 def _value(name: str, declared: Declaration, rng: random.Random) -> str:
   """A value at the edge of what is allowed, a usual one, or any word."""
+  if name == 'data.cache':  # a new name is a directory that is made, as asked
+    return rng.choice(['cache/new', '/dev/null', 'train.txt', 'train.txt/x', '~nouser', 'cache' * 99])
   near = [str(get(RunOptions(), name)), *declared.choices]
   if declared.within:
     low, high = declared.within

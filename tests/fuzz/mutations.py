@@ -71,7 +71,7 @@ def damage_template(text: str, rng: random.Random) -> str:
 
 def odd_value(rng: random.Random, old: Any = None) -> Any:
   """A value for the place of `old`: near it, of another type, or far outside of what is usual."""
-  if isinstance(old, (int, float)) and not isinstance(old, bool) and rng.random() < 0.4:
+  if isinstance(old, (int, float)) and not isinstance(old, bool) and abs(old) < 1e300 and rng.random() < 0.4:
     return rng.choice([old + 1, old - 1, -old, 2 * old, old / 2, old * 10**6, str(old), [old], float(old)])
   if isinstance(old, str) and rng.random() < 0.4:
     return rng.choice(

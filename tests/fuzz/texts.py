@@ -121,7 +121,8 @@ def _said(path: pathlib.Path) -> list[str] | None:
   kind = path.suffix.lower()
   if kind == '.parquet':
     with parquet.ParquetFile(path) as file:
-      rows = file.read().to_pylist()
+      names = file.schema_arrow.names  # other columns are not read, and may be damaged
+      rows = file.read(columns=['text'] if 'text' in names else names).to_pylist()
   elif kind in ('.jsonl', '.json'):
     text = path.read_bytes().decode('utf-8-sig')
     whole = kind == '.json' and text.lstrip().startswith('[')
