@@ -20,7 +20,7 @@ from adapt_jax.api_arguments import Text, as_library
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import DataOptions, TrainOptions
 from adapt_jax.data.chat_templates import with_template
-from adapt_jax.data.tokenise import encode_prompt
+from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
 from adapt_jax.data.windows import POOL_TOKENS, Blocks, read_for, spread
 from adapt_jax.evaluation.perplexity import Evaluator
@@ -288,7 +288,7 @@ def generate(
   drawn = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
   options = arguments.generate_options(seed, max_new_tokens=max_new_tokens, chat=chat, **drawn).generate
   prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-  ids = [encode_prompt(text, model.tokenizer, chat) for text in prompts]
+  ids = encode_prompts(prompts, model.tokenizer, chat)
   sampling = Sampling(options.temperature, options.top_k, options.top_p)
   stop = stop_ids(model.generation, model.tokenizer)
   with processes.silent(not progress):

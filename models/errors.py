@@ -2,6 +2,8 @@
 
 import errno
 import os
+import pathlib
+import re
 
 _FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _DENIED = tuple(os.strerror(number) for number in (errno.EROFS, errno.EACCES, errno.EPERM))
@@ -37,13 +39,14 @@ def disk_full(error: BaseException | None) -> str:
 
 def write_denied(error: BaseException | None, directory: str) -> str:
   """The system's message if it refuses to write a file in `directory`; '' for other errors."""
-  return _reason(error, _DENIED, directory) if directory else ''
+  name = re.escape(f'{pathlib.Path(directory)}{os.sep}')
+  return _reason(error, _DENIED, rf'(?<![\w./-]){name}') if directory else ''
 
 
-def _reason(error: BaseException | None, reasons: tuple[str, ...], also: str = '') -> str:
+def _reason(error: BaseException | None, reasons: tuple[str, ...], beside: str = '') -> str:
   while error is not None:
     for reason in reasons:
-      if reason in str(error) and also in str(error):
+      if reason in str(error) and re.search(beside, str(error)):
         return reason
     error = error.__cause__ or error.__context__
   return ''

@@ -118,7 +118,8 @@ class PruneOptions:
     'obs removes the groups whose removal raises the loss least per parameter, in one shot per stage. adapt '
     'is Adapt-Pruner, the method of the paper: it prunes step by step, and important layers less. uniform '
     'follows the same schedule with equal sparsity in all layers. The others are baselines, in one shot per '
-    'stage; slicegpt narrows the residual stream instead, and its model cannot be trained or compensated.',
+    'stage (wanda_sp: layer by layer); slicegpt narrows the residual stream instead, and its model cannot be '
+    'trained or compensated.',
     choices=(
       'obs', 'adapt', 'uniform', 'llm_pruner', 'flap', 'wanda_sp', 'magnitude', 'shortgpt', 'slicegpt',
     ),

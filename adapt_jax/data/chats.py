@@ -30,11 +30,6 @@ class Text:
     return len(self.text)
 
 
-def render(document: Document, tokenizer: Any) -> Text:
-  """The document's text; the tokenizer's chat template renders a conversation. Raises InputError."""
-  return next(render_all([document], tokenizer))
-
-
 def render_all(documents: Iterable[Document], tokenizer: Any) -> Iterator[Text]:
   """The text of each document, in order. Raises InputError at the first one that cannot be rendered or read.
 
@@ -44,14 +39,15 @@ def render_all(documents: Iterable[Document], tokenizer: Any) -> Iterator[Text]:
   failure: InputError | None = None
   while failure is None:
     chats: list[Document] = []
-    plain = None
+    size, plain = 0, None
     try:
-      while plain is None and sum(chat.size for chat in chats) < most:
+      while plain is None and size < most:
         document = next(source)
         if isinstance(document.content, str):
           plain = document.content
         else:
           chats.append(document)
+          size += document.size
     except StopIteration:
       most = 0
     except InputError as error:  # after what was read before it
@@ -100,8 +96,8 @@ def try_to_render(chats: Sequence[Document], tokenizer: Any) -> list[Text | Refu
   ]
 
 
-def render_prompt(messages: list[Message], tokenizer: Any, **options: Any) -> str:
-  """What the chat template makes of the messages. Raises InputError with the reason alone if it fails."""
+def render_prompts(prompts: Sequence[list[Message]], tokenizer: Any, **options: Any) -> list[str]:
+  """What the chat template makes of each prompt. Raises InputError with the reason alone if it fails."""
 
   def render(messages: list[Message]) -> dict[str, str]:
     try:
@@ -112,18 +108,19 @@ def render_prompt(messages: list[Message], tokenizer: Any, **options: Any) -> st
       return {'refused': _reason(error)}
 
   try:
-    (found,) = bounded.each(render, [messages])
+    found = bounded.each(render, prompts)
   except bounded.Overrun as error:
     raise InputError(f'it needs {error}') from None
-  if 'refused' in found:
-    raise InputError(found['refused'])
-  return str(found['text'])
+  for answer in found:
+    if 'refused' in answer:
+      raise InputError(answer['refused'])
+  return [str(answer['text']) for answer in found]
 
 
-def dated_prompt(text: str, tokenizer: Any) -> str:
-  """A user's message up to the start of the answer. Raises InputError as `render_prompt`."""
-  message = {'role': 'user', 'content': text}
-  return render_prompt([message], tokenizer, add_generation_prompt=True, date_string=_DATE)
+def dated_prompts(texts: Sequence[str], tokenizer: Any) -> list[str]:
+  """Users' messages, each up to the start of the answer. Raises InputError as `render_prompts`."""
+  messages = [[{'role': 'user', 'content': text}] for text in texts]
+  return render_prompts(messages, tokenizer, add_generation_prompt=True, date_string=_DATE)
 
 
 def _encodable(text: str) -> str:

@@ -158,17 +158,21 @@ def _origins_of(entry: str, field: str, matched: bool = False) -> Iterator[pathl
 
 def _matches(pattern: str) -> list[str]:
   """The paths that a glob matches, sorted; ** does not follow links, which may lead in circles."""
-  if '**' not in pattern:
-    return sorted(glob.glob(os.path.expanduser(pattern)))
-  path = local(pattern)
-  while path.name == '**':  # everything below a directory
-    path = path.parent
-  if '**' not in path.parts:
-    return sorted(glob.glob(str(path)))
-  below = path.relative_to(path.anchor)
-  found = pathlib.Path(path.anchor).glob(str(below))
-  hidden = any(part.startswith('.') for part in below.parts)
-  return sorted(str(p) for p in found if hidden or not any(part.startswith('.') for part in p.parts))
+  parts = pathlib.PurePath(os.path.expanduser(pattern)).parts
+  while parts and parts[-1] == '**':  # everything below a directory, which its name means too
+    parts = parts[:-1]
+  if not parts:
+    return []
+  at = parts.index('**') if '**' in parts else len(parts)
+  starts = sorted(glob.glob(str(pathlib.PurePath(*parts[:at]))))
+  if at == len(parts):
+    return starts
+  below = '/'.join(part if part == '**' else part.replace('**', '*') for part in parts[at:])
+  hidden = any(part.startswith('.') for part in parts[at:])
+  found = [(pathlib.Path(start), path) for start in starts for path in pathlib.Path(start).glob(below)]
+  return sorted(
+    str(p) for s, p in found if hidden or not any(x.startswith('.') for x in p.relative_to(s).parts)
+  )
 
 
 def _documents(origin: pathlib.Path | str, text_field: str, messages_field: str) -> Iterator[Document]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from adapt_jax.data.chats import Refused, Text, dated_prompt, try_to_render
+from adapt_jax.data.chats import Refused, Text, dated_prompts, try_to_render
 from adapt_jax.data.documents import Document
 from adapt_jax.models.errors import InputError
 
@@ -178,20 +178,20 @@ def _tokenise(batch: Sequence[Text], tokenizer: Any) -> Iterator[tuple[list[int]
       yield ids, counts
 
 
-def encode_prompt(text: str, tokenizer: Any, chat: bool) -> list[int]:
-  """Ids of a text to be continued, without an EOS at its end; may be empty.
+def encode_prompts(texts: Sequence[str], tokenizer: Any, chat: bool) -> list[list[int]]:
+  """Ids of texts to be continued, without an EOS at their ends; may be empty.
 
-  With `chat` and a chat template, the text is rendered as the user's message, up to the start of the answer.
-  Raises InputError if the template refuses it.
+  With `chat` and a chat template, a text is rendered as the user's message, up to the start of the answer.
+  Raises InputError if the template refuses one.
   """
   if chat and tokenizer.chat_template:
     try:
-      text = dated_prompt(text, tokenizer)
+      prompts = dated_prompts(texts, tokenizer)
     except InputError as error:
       raise InputError(f'the chat template rejects a prompt ({error}): use plain text') from None
-    return tokenizer(text, add_special_tokens=False)['input_ids']
-  ids = tokenizer(text)['input_ids']
-  return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    return [tokenizer(prompt, add_special_tokens=False)['input_ids'] for prompt in prompts]
+  found = [tokenizer(text)['input_ids'] for text in texts]
+  return [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in found]
 
 
 def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> bytes:

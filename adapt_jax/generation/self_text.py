@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from adapt_jax.config.values import SELF
-from adapt_jax.data.chats import render_prompt
+from adapt_jax.data.chats import render_prompts
 from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import Sampling
 from adapt_jax.machine import preemption
@@ -158,7 +158,7 @@ def _before_user(tokenizer: Any) -> list[int]:
   if not tokenizer.chat_template:
     return []
   try:
-    text = render_prompt([{'role': 'user', 'content': _USER}], tokenizer)
+    (text,) = render_prompts([[{'role': 'user', 'content': _USER}]], tokenizer)
   except InputError as error:
     raise InputError(
       f'the chat template rejects a user message ({error}): set config.data.chat_template'

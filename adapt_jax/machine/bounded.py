@@ -11,7 +11,7 @@ import resource
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
 from adapt_jax.models.errors import InputError
@@ -20,6 +20,7 @@ SECONDS = 10  # of computing for one call, or between two calls of `restart`
 _WAITING = 30  # times as long by the clock, on a machine that computes other things
 MEMORY = 2**30  # bytes, in addition to what this process has
 _RESULT = 2**26  # bytes of one result
+_MOST_FILES = 2**16  # where the system does not list those that are open
 LIMITS = f'{SECONDS} s of computing or {MEMORY >> 30} GiB of memory'
 _Item = TypeVar('_Item')
 _inside = False
@@ -38,14 +39,17 @@ def each(call: Callable[[_Item], Any], items: Sequence[_Item]) -> list[Any]:
 
   `call` should raise nothing, and must use no device, thread or open file.
   """
-  os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')  # its default; unset, a fork prints a warning
   read, write = os.pipe()
-  with _signals_blocked(), warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # Python and JAX advise against forks, because of threads
-    pid = os.fork()
-    if pid == 0:
-      _serve(call, items, write)
-  os.close(write)
+  try:
+    with _signals_blocked(), _quietly():
+      pid = os.fork()
+      if pid == 0:
+        _serve(call, items, write)
+  except OSError as error:
+    os.close(read)
+    raise InputError(f'no process can be started for a chat template ({error.strerror})') from None
+  finally:
+    os.close(write)
   try:
     with open(read, 'rb') as answers:
       found = [json.loads(line) for line in answers if line.endswith(b'\n')]
@@ -74,6 +78,21 @@ def _signals_blocked() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+  """Forks without the warnings of Python, JAX and tokenizers, which are for forks that compute."""
+  unset = 'TOKENIZERS_PARALLELISM' not in os.environ
+  if unset:
+    os.environ['TOKENIZERS_PARALLELISM'] = 'true'  # its default
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      yield
+  finally:
+    if unset:
+      os.environ.pop('TOKENIZERS_PARALLELISM', None)
+
+
 def _serve(call: Callable[[_Item], Any], items: Sequence[_Item], write: int) -> NoReturn:
   """Writes a line with the JSON of each result, and ends without any of Python's work at an exit."""
   global _inside
@@ -82,8 +101,7 @@ def _serve(call: Callable[[_Item], Any], items: Sequence[_Item], write: int) -> 
     for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGPIPE):
       signal.signal(number, signal.SIG_DFL)
     # Not the locks of files, which end with the last process that has them open.
-    os.closerange(3, write)
-    os.closerange(write + 1, os.sysconf('SC_OPEN_MAX'))
+    _close_all_but(write)
     _limit_memory()
     _inside = True
     for item in items:
@@ -96,6 +114,17 @@ def _serve(call: Callable[[_Item], Any], items: Sequence[_Item], write: int) -> 
   except BaseException:  # whatever the code raises, even out of memory: the missing line tells it
     os._exit(1)
   os._exit(0)
+
+
+def _close_all_but(kept: int) -> None:
+  try:
+    opened = [int(name) for name in os.listdir('/dev/fd')]  # one of them is that of the list
+  except OSError:
+    opened = list(range(_MOST_FILES))
+  for descriptor in opened:
+    if descriptor > 2 and descriptor != kept:
+      with suppress(OSError):
+        os.close(descriptor)
 
 
 def _limit_memory() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from adapt_jax.machine.processes import shows, write
+from adapt_jax.machine.processes import OutputClosed, shows, write
 
 _TICK_SECONDS, _LINE_SECONDS = 1.0, 10.0
 _SCALED = ('tokens', 'parameters removed')  # counts that are shown as 3.4M
@@ -107,7 +107,7 @@ class Progress:
         elif time.monotonic() - self._shown >= _LINE_SECONDS:
           try:
             self._line()
-          except OSError:  # nobody reads any more: the main thread finds out by itself
+          except (OSError, OutputClosed):  # nobody reads any more: the main thread finds out by itself
             return
 
   def _line(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data.chat_templates import with_template
-from adapt_jax.data.tokenise import encode_prompt
+from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.generation.generator import Generator, check_prompts
 from adapt_jax.generation.sampling import Sampling, stop_ids
 from adapt_jax.machine.compiler import Compiler
@@ -32,7 +32,7 @@ def _open(options: RunOptions, name: str, prompts: Sequence[str]) -> _Opened:
   source = open_source(name)
   check_model(source.config)
   tokenizer = with_template(source.load_tokenizer(), options.data.chat_template)
-  ids = [encode_prompt(text, tokenizer, g.chat) for text in prompts]
+  ids = encode_prompts(prompts, tokenizer, g.chat)
   check_prompts(source.config, ids, g.max_new_tokens)
   return _Opened(source, tokenizer, ids)
 

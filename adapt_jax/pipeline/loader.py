@@ -125,7 +125,8 @@ class Loader:
     field, limit = evaluation_field(name), read_for(e.max_tokens)
     blocks = self.load(field, source, e.length, limit)
     if blocks.tokens.size > max(limit - e.length, e.max_tokens):
-      say(f'config.{field}: its windows are spread over its first {limit:,} tokens, and no more are read')
+      line = f'config.{field}: its windows are spread over its first {limit:,} tokens, and no more are read'
+      self._once(line, lambda: say(line))
     return spread(blocks, e.max_tokens)
 
 

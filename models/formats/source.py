@@ -28,8 +28,8 @@ from adapt_jax.models.formats.safetensors import SafetensorsReader
 from adapt_jax.models.network.llama import Params
 
 _HUB_FILES = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
-# Subfolders hold other formats; Mistral's and Meta's own files hold the same weights again.
 _TOKENIZER_SUFFIXES = ('.json', '.model', '.txt', '.jinja')
+# Subfolders hold other formats; Mistral's and Meta's own files hold the same weights again.
 _NOT_FROM_HUB = ['*/*', 'consolidated*']
 _LARGEST = 2**31 - 1  # of a setting of generation
 
@@ -163,6 +163,8 @@ def _read_generation(path: pathlib.Path) -> dict[str, Any]:
     raise InputError(f'{path}: eos_token_id = {ends!r} should be an id or a list of ids: correct it')
   for name in ('temperature', 'top_k', 'top_p', 'repetition_penalty'):
     value = 1 if found.get(name) is None else found[name]
+    if name == 'top_k' and value == -1:  # as other programs write that it is off
+      found[name] = value = 0
     if type(value) not in (int, float) or not 0 <= value <= _LARGEST:
       raise InputError(f'{path}: {name} = {value!r} should be a number from 0 to {_LARGEST}: correct it')
   return found

@@ -91,15 +91,16 @@ class Campaign:
           pid = cases.start(kind, self.seed, index, self.base(name), room, wanted)
           running[pid] = _Running(name, index, room, time.monotonic())
         found = [(pid, case, *os.wait4(pid, os.WNOHANG)[1:]) for pid, case in running.items()]
-        for pid, case, status, usage in found:
-          if usage.ru_maxrss == 0:  # it has not ended
-            if time.monotonic() - case.started > cases.SECONDS + _PATIENCE:
-              os.kill(pid, signal.SIGKILL)
-            continue
+        ended = [of for of in found if of[3].ru_maxrss]
+        for pid, *_ in ended:
           del running[pid]
+        for pid, case in running.items():
+          if time.monotonic() - case.started > cases.SECONDS + _PATIENCE:
+            os.kill(pid, signal.SIGKILL)
+        for _, case, status, usage in ended:
           yield cases.ended(case.room, case.kind, case.index, status, _bytes(usage), self.usual[case.kind])
           shutil.rmtree(case.room)
-        if not found or all(pid in running for pid, *_ in found):
+        if not ended:
           time.sleep(0.002)
     finally:
       for pid in running:

@@ -6,9 +6,9 @@ What the program imports late is imported here, and its first chat template rend
 import pyarrow.parquet  # noqa: F401
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
-from adapt_jax.data.tokenise import encode_prompt
+from adapt_jax.data.tokenise import encode_prompts
 from tests.fuzz import commands, gguf_files, models, run_state, texts
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
-encode_prompt('warm', tiny_tokenizer(), True)
+encode_prompts(['warm'], tiny_tokenizer(), True)
 KINDS = (*models.KINDS, *gguf_files.KINDS, *texts.KINDS, *run_state.KINDS, *commands.KINDS)

@@ -11,7 +11,7 @@ from typing import Any
 import safetensors
 
 from adapt_jax.data.documents import Document
-from adapt_jax.data.tokenise import encode_all, encode_prompt
+from adapt_jax.data.tokenise import encode_all, encode_prompts
 from adapt_jax.data.windows import check_vocab
 from adapt_jax.export.card import model_card
 from adapt_jax.export.hf import write_hf
@@ -52,7 +52,7 @@ def observe_model(path: pathlib.Path) -> Values:
     found[f'tensor {leaf.name}'] = tensor_digest(array.dtype.name, array.tobytes())
   tokenizer = source.load_tokenizer()
   found['tokenizer plain'] = _ids(tokenizer(_TEXT)['input_ids'], config.vocab_size)
-  found['tokenizer prompt'] = _ids(encode_prompt('the dog', tokenizer, True), config.vocab_size)
+  found['tokenizer prompt'] = _ids(encode_prompts(['the dog'], tokenizer, True)[0], config.vocab_size)
   documents = [Document('chat', _CHAT), Document('text', _TEXT)]
   encoded = next(encode_all(iter([documents]), tokenizer))
   if encoded.refused:

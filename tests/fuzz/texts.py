@@ -13,7 +13,7 @@ from pyarrow import parquet
 from adapt_jax.config.options import DataOptions
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.documents import check_source, fingerprint, is_blocks, read_documents
-from adapt_jax.data.tokenise import encode_prompt
+from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.windows import check_vocab, load_blocks
 from tests.fuzz.cases import Kind, Values, digest
 from tests.fuzz.mutations import damage_bytes, damage_json, damage_template, json_text, replace_file
@@ -89,7 +89,7 @@ class TextFile(Kind):
   def observe(self, place: pathlib.Path) -> Values:
     if self.name == 'jinja':
       tokenizer = with_template(_TOKENIZER, str(next(iter(place.iterdir()), place / 'file.jinja')))
-      return {'prompt': json.dumps(encode_prompt('the dog', tokenizer, True))}
+      return {'prompt': json.dumps(encode_prompts(['the dog'], tokenizer, True)[0])}
     # A name of another type is the user's; one file that is absent is the one that was asked for.
     source = (
       str(next((p for p in sorted(place.iterdir()) if p.name != 'kept'), place / f'file.{self.name}')),

@@ -5,6 +5,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from adapt_jax.data.chats import Text, render_all
+from adapt_jax.data.documents import Document
+
 CHATML = (
   "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
   "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -39,3 +42,8 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> Any:
   fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<s>', eos_token='</s>')
   fast.chat_template = chat_template
   return fast
+
+
+def render(document: Document, tokenizer: Any) -> Text:
+  """The text of one document."""
+  return next(render_all([document], tokenizer))

@@ -8,11 +8,10 @@ from pyarrow import parquet
 
 from adapt_jax.data import records
 from adapt_jax.data.chat_templates import read_template, with_template
-from adapt_jax.data.chats import render
 from adapt_jax.data.documents import Document, check_source, read_documents
 from adapt_jax.data.tokenise import encode
 from adapt_jax.models.errors import InputError
-from tests.support.tokenizers_for_tests import tiny_tokenizer
+from tests.support.tokenizers_for_tests import render, tiny_tokenizer
 
 NAMES = {'text_field': 'text', 'messages_field': 'messages'}
 ASKED, ANSWER = {'role': 'user', 'content': 'Q'}, {'role': 'assistant', 'content': 'A'}

@@ -317,6 +317,16 @@ def test_a_glob_with_a_dangling_link(tmp_path):
   assert 'b.txt' in message and 'link' in message
 
 
+def test_globs_below_directories_match_as_in_a_shell(tmp_path, monkeypatch):
+  for name in ('a/b/1.txt', 'a/.hidden/2.txt', 'a/x3.txt'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+  (tmp_path / 'work').mkdir()
+  monkeypatch.chdir(tmp_path / 'work')
+  for source, count in (('../**/*.txt', 2), ('../a/**/x**.txt', 1), ('../a/.hidden/**/*.txt', 1)):
+    assert len(list(read_documents((source,), 'config.train.source', **FIELDS))) == count
+
+
 def test_a_glob_does_not_follow_links_in_circles(tmp_path):
   (tmp_path / 'in').mkdir()
   (tmp_path / 'in/a.txt').write_text('text')

@@ -6,17 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import huggingface_hub
 import pytest
+from markdown_it import MarkdownIt
 
 from adapt_jax import cli
 from adapt_jax.config.build import from_dict
 from adapt_jax.data import token_cache
 from adapt_jax.export.card import model_card
 from adapt_jax.export.writer import lineage
-from adapt_jax.machine import processes
-from adapt_jax.models.errors import InputError
+from adapt_jax.machine import processes, progress
+from adapt_jax.models.errors import InputError, write_denied
 from adapt_jax.models.formats.source import open_source
 from tests.support import runs
 from tests.unit.test_card import CONFIG, FILES, REPORT
@@ -53,13 +56,9 @@ def refused(function, *arguments) -> str:
   return str(error.value)
 
 
-def markdown_it():
-  return pytest.importorskip('markdown_it')
-
-
 def structure(card: str) -> list[str]:
   """The kinds of blocks and of inline parts, without the texts in them."""
-  tokens = markdown_it().MarkdownIt('gfm-like', {'linkify': False}).parse(card.split('---\n', 2)[2])
+  tokens = MarkdownIt('gfm-like', {'linkify': False}).parse(card.split('---\n', 2)[2])
   found = []
   for token in tokens:
     found.append(token.type)
@@ -93,7 +92,7 @@ def test_a_card_has_the_same_parts_whatever_the_names_are(text, place):
   assert fields == huggingface_hub.ModelCard(plain).data.to_dict()
   assert structure(card) == structure(plain)
   if place == 'command':
-    (block,) = (t for t in markdown_it().MarkdownIt().parse(card) if t.type == 'fence' and t.info == 'sh')
+    (block,) = (t for t in MarkdownIt().parse(card) if t.type == 'fence' and t.info == 'sh')
     assert block.content == text + '\n'
 
 
@@ -150,23 +149,31 @@ def test_depths_that_are_no_numbers_of_layers(value):
   assert 'config.plan.depths' in message and 'whole numbers' in message
 
 
+def closed(*_):
+  raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+
 def test_a_closed_pipe_is_no_cache_that_cannot_be_written(files, tmp_path, monkeypatch):
   """The first bar is shown while tokens are being cached."""
-
-  def closed(*_):
-    raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
-
+  options = {'text_field': 'text', 'messages_field': 'messages', 'field': 'config.train.source'}
+  tokenizer = open_source(str(files / 'model')).load_tokenizer()
   monkeypatch.setattr(sys.stdout, 'write', closed)
   with pytest.raises(processes.OutputClosed):
-    processes.say('line')
-  monkeypatch.undo()
-  monkeypatch.setattr(token_cache, '_build', lambda *_: (_ for _ in ()).throw(processes.OutputClosed))
-  with pytest.raises(processes.OutputClosed):
-    options = {'text_field': 'text', 'messages_field': 'messages', 'field': 'config.train.source'}
-    tokenizer = open_source(str(files / 'model')).load_tokenizer()
     token_cache.open_cache(
       tmp_path / 'cache', str(files / 'train.txt'), tokenizer, token_cache.Need(99), **options
     )
+
+
+def test_a_closed_pipe_ends_the_lines_of_silent_work(monkeypatch):
+  """They are printed by a thread of their own, whose traceback would follow."""
+  raised = []
+  monkeypatch.setattr(threading, 'excepthook', raised.append)
+  monkeypatch.setattr(progress, '_TICK_SECONDS', 0.01)
+  monkeypatch.setattr(progress, '_LINE_SECONDS', 0.01)
+  with progress.Progress('work', None), monkeypatch.context() as patch:
+    patch.setattr(sys.stdout, 'write', closed)
+    time.sleep(0.3)
+  assert not raised
 
 
 def test_help_into_a_closed_pipe(files):
@@ -209,3 +216,10 @@ def test_a_workdir_that_becomes_read_only_during_the_run(monkeypatch, capsys, tm
   monkeypatch.setattr(cli, '_WORKDIR', type('Flag', (), {'value': str(tmp_path / 'other'), 'present': True}))
   with pytest.raises(RuntimeError):  # not a file of the workdir: a fault of the program
     cli.run()
+
+
+@pytest.mark.parametrize('directory,ours', [('out', True), ('./out', True), ('out/', True), ('other', False)])
+def test_a_denied_write_belongs_to_the_workdir_however_it_is_written(directory, ours):
+  denied = PermissionError(errno.EACCES, 'Permission denied', 'out/.report.html.tmp')
+  assert bool(write_denied(denied, directory)) is ours
+  assert not write_denied(PermissionError(errno.EACCES, 'Permission denied', 'texts/about/a.txt'), 'out')

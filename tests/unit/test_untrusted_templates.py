@@ -1,6 +1,7 @@
 """Chat templates that loop, recurse, divide by zero or fill the memory are refused in one line."""
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -9,13 +10,13 @@ import time
 
 import pytest
 
-from adapt_jax.data.chats import render, render_all
+from adapt_jax.data.chats import render_all
 from adapt_jax.data.documents import Document
-from adapt_jax.data.tokenise import encode_all, encode_prompt
+from adapt_jax.data.tokenise import encode_all, encode_prompts
 from adapt_jax.generation.self_text import _before_user
 from adapt_jax.machine import bounded
 from adapt_jax.models.errors import InputError
-from tests.support.tokenizers_for_tests import tiny_tokenizer
+from tests.support.tokenizers_for_tests import render, tiny_tokenizer
 
 MESSAGES = [{'role': 'user', 'content': 'Q'}, {'role': 'assistant', 'content': 'A'}]
 PLAIN = '{% for m in messages %}{{ m.content }};{% endfor %}'
@@ -76,7 +77,7 @@ def test_a_template_that_fails_refuses_the_conversation(name):
 @pytest.mark.parametrize('template', [ENDLESS['loops'], HUGE['product'], BROKEN['zero'][0]])
 def test_prompts_and_generated_text_are_bounded_too(template):
   tokenizer = tiny_tokenizer(template)
-  assert 'the chat template rejects a prompt' in refused(encode_prompt, 'text', tokenizer, True)
+  assert 'the chat template rejects a prompt' in refused(encode_prompts, ['text'], tokenizer, True)
   assert 'the chat template rejects a user message' in refused(_before_user, tokenizer)
 
 
@@ -143,6 +144,33 @@ def test_nothing_stays_of_the_process(monkeypatch, capfd):
   assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
   assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
   assert capfd.readouterr() == ('', '')
+
+
+def test_many_short_conversations_are_measured_once_each(monkeypatch):
+  """Not again with every further one: a part holds tens of thousands of them."""
+  asked = []
+  size = Document.size.fget
+  monkeypatch.setattr(Document, 'size', property(lambda self: asked.append(1) or size(self)))
+  chats = [Document('', MESSAGES)] * 500
+  assert sum(1 for _ in render_all(chats, tiny_tokenizer(PLAIN))) == 500
+  assert len(asked) <= 2 * 500
+
+
+def test_the_environment_stays_as_it_was(monkeypatch):
+  """Set for good, it would take from tokenizers the protection of forks that others make."""
+  monkeypatch.delenv('TOKENIZERS_PARALLELISM', raising=False)
+  render(Document('', MESSAGES), tiny_tokenizer(PLAIN))
+  assert 'TOKENIZERS_PARALLELISM' not in os.environ
+
+
+def test_where_no_process_can_be_started(monkeypatch):
+  def fork():
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+  monkeypatch.setattr(os, 'fork', fork)
+  assert 'no process can be started for a chat template (Cannot allocate' in refused(
+    render, Document('', MESSAGES), tiny_tokenizer(PLAIN)
+  )
 
 
 def test_a_long_conversation_has_the_time_for_each_rendering():
