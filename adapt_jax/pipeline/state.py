@@ -20,7 +20,7 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import json_checksum, read_text, write_text
 from adapt_jax.models.network.llama import Params
-from adapt_jax.models.network.sharding import placed
+from adapt_jax.models.network.sharding import mesh, placed
 from adapt_jax.pipeline.checkpoint import Checkpoints
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.metrics import MetricsLog
@@ -78,11 +78,11 @@ class RunState:
 
   def hold(self, arrays: TrainState) -> None:
     """Sets the arrays, as loaded, restored or changed between two events."""
-    self.arrays = arrays
+    self.arrays = _bound(arrays)
 
   def compacted_to_plan(self, arrays: TrainState) -> None:
     """Sets the arrays, which now have the widths of the current plan."""
-    self.arrays, self.compacted = arrays, self.pruning.plan
+    self.arrays, self.compacted = _bound(arrays), self.pruning.plan
 
   def open_stage(self, row: StageReport, pruning: PruneState) -> None:
     """Records that a stage is pruned; its training is next. pruning: the schedule for the next stage."""
@@ -105,6 +105,11 @@ class RunState:
   def record_cost(self, seconds: float, compiles: dict[str, int]) -> None:
     """Records the time and the compiles of the whole run so far."""
     self.seconds, self.compiles = seconds, compiles
+
+
+def _bound(arrays: TrainState) -> TrainState:
+  """The arrays bound to their device, as restored ones are: then a resumed run uses the same programs."""
+  return jax.device_put(arrays, jax.devices()[0]) if mesh() is None else arrays
 
 
 _IN_JSON = (
@@ -189,7 +194,8 @@ class StateStore:
     number, lines = decide(self._checkpoints.latest), 0
     if number is None:
       dense = PruneState.start(self._config)
-      state = RunState(start(), dense.plan, dense)
+      state = RunState({}, dense.plan, dense)
+      state.hold(start())
     else:
       meta = self._checkpoints.meta(number)
       state, lines = from_meta(meta, self._config), meta['metrics_lines']

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 from tests.support import runs
 
@@ -82,3 +84,25 @@ def test_a_second_run_compiles_nothing(tmp_path):
   assert run('second') == first
   reports = [json.loads((tmp_path / name / 'report.json').read_text()) for name in ('first', 'second')]
   assert reports[0]['perplexity'] == reports[1]['perplexity']
+
+
+def test_a_resumed_run_compiles_nothing_that_the_first_start_compiled(tmp_path):
+  """Its arrays come from a checkpoint and not from the model; their programs are the same."""
+  files, cache = runs.make_files(tmp_path), tmp_path / 'programs'
+  env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache)}
+
+  def start(name):
+    command = runs.command(files, tmp_path / name)
+    quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+    return subprocess.Popen(command, env=env, cwd=runs.ROOT, **quiet)
+
+  assert start('whole').wait() == 0
+  known = {path.name for path in cache.glob('*-cache')}
+  process, log, deadline = start('stopped'), tmp_path / 'stopped/metrics.jsonl', time.monotonic() + 300
+  while not log.exists() or '"train"' not in log.read_text():
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait() == 0 and not (tmp_path / 'stopped/report.json').exists()
+  assert start('stopped').wait() == 0 and (tmp_path / 'stopped/report.json').exists()
+  assert {path.name for path in cache.glob('*-cache')} == known
