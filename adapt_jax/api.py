@@ -158,7 +158,7 @@ def prune(
     if wanted < (smallest := pruner.smallest):
       raise InputError(
         f'target = {target:g} asks for {wanted:,} parameters, but the method always keeps '
-        f'{smallest:,}: raise it'
+        f'{smallest:,}: raise it (up to 1 it is a fraction, above 1 a number of parameters)'
       )
     steps = pruner.prune(pruner.stack(params, dense), dense, PruneState.start(config), wanted, 'prune')
     *_, state = (PruneState.start(config), *(after for after, _ in steps))

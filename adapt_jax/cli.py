@@ -6,6 +6,7 @@
 import ast
 import contextlib
 import dataclasses
+import difflib
 import itertools
 import os
 import pathlib
@@ -20,13 +21,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from adapt_jax import cli_help
-from adapt_jax.config.build import from_dict
+from adapt_jax.config.build import defaults, flatten, from_dict
 from adapt_jax.config.identity import identity
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data import demo_files
 from adapt_jax.machine import mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
-from adapt_jax.models.errors import InputError, disk_full, first_line, write_denied
+from adapt_jax.models.errors import InputError, disk_full, write_denied
 from adapt_jax.models.formats.source import open_config
 from adapt_jax.modes import accel, bench, compare, estimate, evaluate, export, generate, sensitivity
 from adapt_jax.pipeline.checks import check_sources
@@ -68,6 +69,10 @@ _KINDS = {  # a sign in Python's message -> what the option takes
   'convert string to float': 'a number, such as 1e-4',
   'boolean flag': 'True or False',
 }
+_TYPES = {'int': 'a whole number', 'float': 'a number', 'bool': 'True or False', 'tuple': 'a tuple'}
+_OTHER_TYPE = re.compile(
+  r"Could not override field '(\w+)'.*?\. (.*) is of original type .* casted to type <class '(\w+)'>"
+)
 _ONE_DEVICE = ('sensitivity',)  # other modes use all devices; compare and export those of one process
 _DISTRIBUTED = flags.DEFINE_enum(
   'distributed', 'auto', processes.MODES, 'Whether the scheduler starts several processes.'
@@ -170,7 +175,18 @@ def _wrong_kind(message: str) -> str:
   for sign, wanted in _KINDS.items():
     if found := re.fullmatch(rf'flag --(config\.[\w.]+)=(.*): .*{sign}.*', message):
       return f'{found[1]} = {found[2]!r} must be {wanted}'
-  return message
+  if found := _OTHER_TYPE.search(message):  # set in a recipe
+    field, value, wanted = found.groups()
+    return f'{field} = {value!r} in the recipe must be {_TYPES.get(wanted, wanted)}'
+  return re.sub(r'flag --config=\S+ Error whilst parsing config file: \w+: ', 'the recipe: ', message)
+
+
+def _like(name: str) -> str:
+  """The option that a misspelt one is like, and where all of them are listed."""
+  known = [f'config.{field}' for field in flatten(defaults())]
+  found = [field for field in known if field.rpartition('.')[2] == name]
+  found += difflib.get_close_matches(name, [*known, 'config', 'workdir', 'mode', 'prompt', 'distributed'], 1)
+  return f': did you mean --{found[0]}?' if found else '; --mode=MODE --help lists all options'
 
 
 def _recipe(argv: list[str]) -> str:
@@ -191,15 +207,21 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.UnrecognizedFlagError as error:
     if not any(argument.lstrip('-').startswith('config=') for argument in argv):
       raise InputError(_NO_CONFIG) from None
-    raise InputError(first_line(error)) from error
+    raise InputError(f'--{error.flagname} is unknown{_like(error.flagname)}') from None
   except flags.Error as error:
     lines = [line for line in str(error).splitlines() if line.strip()]
     if any(line.startswith('Traceback') for line in lines):  # of a failed recipe: its last line is the reason
       lines = [lines[0], lines[-1]]
     raise InputError(_wrong_kind(' '.join(' '.join(lines).split()))) from error
-  except AttributeError as error:  # ml_collections found no such field, and may suggest one
-    found = re.sub(r'\\n|[\\"\']', ' ', str(error.args[0])).split()  # it quotes itself twice
-    raise InputError(f'no option {" ".join(found)}; --mode=MODE --help lists them') from None
+  except AttributeError as error:  # ml_collections found no such field, or no function in the recipe
+    if 'get_config' in str(error):
+      raise InputError(f'--config={_recipe(argv)}: the file has no function get_config()') from None
+    names = [argument.lstrip('-').partition('=')[0] for argument in argv]
+    known = flatten(defaults())
+    for name in (name for name in names if name.startswith('config.') and name[7:] not in known):
+      raise InputError(f'--{name} is unknown{_like(name)}') from None
+    found = re.sub(r'\\n|[\\"\']', ' ', str(error.args[0])).split()  # of the recipe; it quotes itself twice
+    raise InputError(f'--config={_recipe(argv)}: no option {" ".join(found)}') from None
   except Exception as error:  # the recipe is loaded here; user code may fail in any way
     name = _recipe(argv)
     if isinstance(error, OSError) and not pathlib.Path(name.partition(':')[0]).exists():

@@ -80,7 +80,8 @@ def _check_target(options: RunOptions, config: ModelConfig) -> None:
   if target < smallest:
     raise InputError(
       f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but '
-      f'config.prune.method = {options.prune.method!r} always keeps {smallest:,}: raise it'
+      f'config.prune.method = {options.prune.method!r} always keeps {smallest:,}: raise it (up to 1 it is a '
+      f'fraction, above 1 a number of parameters)'
     )
 
 

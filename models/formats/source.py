@@ -151,7 +151,7 @@ def _of_run(path: pathlib.Path) -> pathlib.Path:
 def _read_config(directory: pathlib.Path) -> dict[str, Any]:
   path = directory / 'config.json'
   if not exists(path):
-    raise InputError(f'model.source {directory}: no config.json in this directory')
+    raise InputError(f'model.source {str(directory)!r}: no config.json in this directory')
   return read_json(path)
 
 
@@ -189,13 +189,14 @@ def _hub_config(name: str) -> ModelConfig:
 
 
 def _fetch(name: str, download: Callable[..., Any], **options: Any) -> pathlib.Path:
-  if _no_hub():
+  if offline := _no_hub():
     options['local_files_only'] = True
   try:
     return pathlib.Path(download(name, **options))
   except Exception as error:  # the hub's errors and those of its HTTP library share no other class
+    reason = 'it cannot be reached, and its cache lacks the model' if offline else first_line(error)
     raise InputError(
-      f'model.source {name!r}: no such directory, and the hub download failed ({first_line(error)})'
+      f'model.source {name!r}: no such directory, and the hub download failed ({reason})'
     ) from None
 
 

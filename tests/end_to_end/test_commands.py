@@ -23,7 +23,8 @@ def files(tmp_path_factory):
 
 
 COMMANDS = [
-  (['--config.prune.targt=0.5'], 'targt'),
+  (['--config.prune.targt=0.5'], '--config.prune.targt is unknown: did you mean --config.prune.target?'),
+  (['--target=0.5'], '--target is unknown: did you mean --config.prune.target?'),
   (['--config.prune.stages=many'], "config.prune.stages = 'many' must be a whole number"),
   (['--config.train.tokens=10M'], "config.train.tokens = '10M' must be a whole number, such as 10_000_000"),
   (['--config.train.lr=high'], "config.train.lr = 'high' must be a number"),
@@ -35,7 +36,7 @@ COMMANDS = [
   (['--config=configs/absent.py', '--config.train.lr=1e-4'], '--config=configs/absent.py: no such file'),
   (['--config', 'bse', '--config.train.lr=1e-4'], '--config=bse: no such file or recipe'),
   (['--mode=walk'], 'walk'),
-  (['--workdri=x'], 'workdri'),
+  (['--workdri=x'], '--workdri is unknown: did you mean --workdir?'),
   (['stray'], 'stray'),
 ]
 
@@ -88,6 +89,32 @@ def test_a_broken_recipe_is_one_line(files, tmp_path, body):
   result = runs.main(files, tmp_path / 'out', f'--config={recipe}', '--config.train.lr=1e-4')
   assert result.returncode == 2 and 'recipe.py' in result.stderr
   assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  'body,says',
+  [
+    ('def get_cfg(): pass', 'the file has no function get_config()'),
+    (
+      'from adapt_jax.configs import base\ndef get_config():\n  c = base.get_config()\n'
+      "  c.prune.target = '0.75x'\n  return c",
+      "target = '0.75x' in the recipe must be a number",
+    ),
+    (
+      'from adapt_jax.configs import base\ndef get_config():\n  c = base.get_config()\n'
+      '  c.prnue.target = 0.7\n  return c',
+      'no option prnue',
+    ),
+    ("def get_config(): raise ValueError('no such variant')", 'the recipe: no such variant'),
+  ],
+)
+def test_mistakes_of_a_recipe_are_named(tmp_path, body, says):
+  recipe = tmp_path / 'recipe.py'
+  recipe.write_text(body)
+  result = runs.forks.main(
+    [str(runs.ROOT / 'main.py'), f'--config={recipe}', f'--workdir={tmp_path / "out"}']
+  )
+  assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and says in result.stderr
 
 
 def test_a_damaged_model_is_one_line_through_the_command(files, tmp_path):
