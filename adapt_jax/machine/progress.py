@@ -12,6 +12,7 @@ from tqdm import tqdm
 from adapt_jax.machine.processes import OutputClosed, shows, write
 
 _TICK_SECONDS, _LINE_SECONDS = 1.0, 10.0
+_FEW = 10  # units; of fewer, the time that is left cannot be told: one may take longer than all before
 _SCALED = ('tokens', 'parameters removed')  # counts that are shown as 3.4M
 _active: list['Progress'] = []
 
@@ -118,7 +119,7 @@ class Progress:
     if self._unit:
       total = '' if self._total is None else f'/{self._total:,}'
       parts += [f'{self._done:,}{total} {self._unit}', f'{self._done / seconds:,.1f}/s']
-      if self._total is not None and self._done:
+      if self._done and self._total is not None and self._total >= _FEW:
         parts.append(f'{max(self._total - self._done, 0) * seconds / self._done:.0f} s left')
     else:
       parts.append(f'{seconds:.0f} s')

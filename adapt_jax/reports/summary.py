@@ -12,14 +12,14 @@ def _number(value: float | None) -> str:
 
 
 def _widths(values: list[int]) -> str:
-  """Run lengths of a list of widths: '3×4 2 3×25'."""
+  """Run lengths of a list of widths: '3 in 4 layers, 2, 3 in 25 layers'."""
   runs: list[list[int]] = []
   for value in values:
     if runs and runs[-1][0] == value:
       runs[-1][1] += 1
     else:
       runs.append([value, 1])
-  return ' '.join(f'{v}×{n}' if n > 1 else str(v) for v, n in runs)
+  return ', '.join(f'{v} in {n} layers' if n > 1 else str(v) for v, n in runs)
 
 
 def table(report: RunReport) -> str:
