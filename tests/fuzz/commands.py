@@ -67,11 +67,9 @@ def _reach(*_: Any, **__: Any) -> NoReturn:
 class Commands(Kind):
   """A command in a directory with a model and texts; its arguments are in argv.json."""
 
-  name, share, writes = (
-    'command',
-    0.03,
-    ('out*', 'cache*', '~*', '--*'),
-  )  # a flag may name the next as workdir
+  name, share = 'command', 0.03
+  # A flag may name the next one as workdir; Python keeps a compiled recipe beside it.
+  writes = ('out*', 'cache*', '~*', '--*', '__pycache__*')
 
   def make(self, place: pathlib.Path) -> None:
     for name in ('model', 'train.txt', 'valid.txt', 'recipe.py'):
