@@ -254,8 +254,7 @@ def perplexity(
 
   text: a file, several, a directory or a hub data set; or token ids [N, T], each row a window. max_tokens: of
   the text, in windows spread evenly over its first 4 million tokens, or over max_tokens if that is more; 0:
-  all. text_field, messages_field: as for `rows`. Raises
-  InputError.
+  all. text_field, messages_field: as for `rows`. Raises InputError.
   """
   with processes.silent(not progress):
     data = arguments.data_options(text_field, messages_field)

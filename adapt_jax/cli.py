@@ -178,7 +178,7 @@ def _wrong_kind(message: str) -> str:
   if found := _OTHER_TYPE.search(message):  # set in a recipe
     field, value, wanted = found.groups()
     return f'{field} = {value!r} in the recipe must be {_TYPES.get(wanted, wanted)}'
-  return re.sub(r'flag --config=\S+ Error whilst parsing config file: \w+: ', 'the recipe: ', message)
+  return re.sub(r'flag (--config=\S+) Error whilst parsing config file: \w+: ', r'\1 ', message)
 
 
 def _like(name: str) -> str:

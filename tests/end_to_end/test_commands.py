@@ -105,7 +105,7 @@ def test_a_broken_recipe_is_one_line(files, tmp_path, body):
       '  c.prnue.target = 0.7\n  return c',
       'no option prnue',
     ),
-    ("def get_config(): raise ValueError('no such variant')", 'the recipe: no such variant'),
+    ("def get_config(): raise ValueError('no such variant')", 'recipe.py: no such variant'),
   ],
 )
 def test_mistakes_of_a_recipe_are_named(tmp_path, body, says):
