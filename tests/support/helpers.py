@@ -4,13 +4,16 @@ import functools
 import json
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.hf_config import config_to_hf
 from adapt_jax.models.formats.hf_weights import save_params
 from adapt_jax.models.network import llama
@@ -112,3 +115,11 @@ def factors(lowered: Any) -> list[list[str]]:
   lines = [line for line in lowered.as_text().splitlines() if 'stablehlo.dot_general' in line]
   kinds = [re.findall(r'tensor<(?:\d+x)*(\w+)>', line.split(' : ')[-1])[:2] for line in lines]
   return [[names[kind] for kind in two] for two in kinds]
+
+
+def refused(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+  """The one line of the InputError that the call raises."""
+  with pytest.raises(InputError) as error:
+    function(*arguments, **options)
+  assert '\n' not in str(error.value)
+  return str(error.value)

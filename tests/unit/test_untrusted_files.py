@@ -19,7 +19,6 @@ from adapt_jax.data.documents import check_source, read_documents
 from adapt_jax.data.token_cache import token_directory
 from adapt_jax.evaluation.harness import _manager
 from adapt_jax.export.writer import lineage
-from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_config, open_source
 from adapt_jax.pipeline.checkpoint import Checkpoints
 from adapt_jax.pipeline.inputs import prepare
@@ -29,7 +28,7 @@ from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.report import read_report
 from adapt_jax.training.teacher_cache import _done
 from tests.support import runs
-from tests.support.helpers import tiny_config
+from tests.support.helpers import refused, tiny_config
 
 SECONDS = 20  # that a test may take: it would otherwise wait for ever
 FIELDS = {'text_field': 'text', 'messages_field': 'messages'}
@@ -86,13 +85,6 @@ def unix_socket(path: pathlib.Path) -> str:
 
 
 KINDS = (pipe, device, directory, unix_socket)
-
-
-def refused(function, *arguments, **options) -> str:
-  with pytest.raises(InputError) as error:
-    function(*arguments, **options)
-  assert '\n' not in str(error.value)
-  return str(error.value)
 
 
 def replaced(path: pathlib.Path, make) -> str:

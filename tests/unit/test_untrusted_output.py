@@ -19,9 +19,10 @@ from adapt_jax.data import token_cache
 from adapt_jax.export.card import model_card
 from adapt_jax.export.writer import lineage
 from adapt_jax.machine import processes, progress
-from adapt_jax.models.errors import InputError, write_denied
+from adapt_jax.models.errors import write_denied
 from adapt_jax.models.formats.source import open_source
 from tests.support import runs
+from tests.support.helpers import refused
 from tests.unit.test_card import CONFIG, FILES, REPORT
 
 NASTY = (
@@ -47,13 +48,6 @@ def files(tmp_path_factory):
 def model(files, tmp_path):
   shutil.copytree(files / 'model', tmp_path / 'model')
   return tmp_path / 'model'
-
-
-def refused(function, *arguments) -> str:
-  with pytest.raises(InputError) as error:
-    function(*arguments)
-  assert '\n' not in str(error.value)
-  return str(error.value)
 
 
 def structure(card: str) -> list[str]:
