@@ -107,7 +107,7 @@ def test_version_and_help_say_what_there_is(installed, place):
     (['--config=mine'], ['mine', 'end with .py']),
     (['--config=base', '--config.prune.tagret=0.5'], ['tagret', 'target']),
     (['--config.model.source=a'], ['--config is missing']),
-    (['--config=base', '--mod=prune'], ["'mod'", 'mode']),
+    (['--config=base', '--mod=prune'], ['--mod is unknown', '--mode?']),
   ],
 )
 def test_what_is_mistyped_is_named_in_one_line(installed, place, flags, words):
