@@ -31,6 +31,7 @@ from adapt_jax.models.network.sharding import placed, row_sharding
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.dense_model import with_output_bias
+from adapt_jax.pipeline.forecast import duration
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import programs as pruning_programs
 from adapt_jax.pruning import slicegpt, surgery
@@ -287,7 +288,7 @@ def _stage_table(footprint: Footprint, stages: list[ModelConfig]) -> list[str]:
     f'a scoring pass: {scoring / 1e9:.1f} GFLOP per token, {passed / rate:.2f} s at '
     f'{options.plan.peak_tflops:g} TFLOP/s per device',
     '',
-    '| stage | parameters | of dense | GFLOP per token | tokens | hours at peak |',
+    '| stage | parameters | of dense | GFLOP per token | tokens | time at peak |',
     '|---|---|---|---|---|---|',
   ]
   schedule = Schedule.of(options, footprint.config)
@@ -297,6 +298,6 @@ def _stage_table(footprint: Footprint, stages: list[ModelConfig]) -> list[str]:
     share = count_params(config) / count_params(footprint.config)
     lines.append(
       f'| {k + 1} | {count_params(config):,} | {share:.1%} | {work / 1e9:.1f} | {tokens:,} | '
-      f'{tokens * work / rate / 3600:.2f} |'
+      f'{duration(tokens * work / rate)} |'
     )
   return lines

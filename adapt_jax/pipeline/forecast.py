@@ -71,7 +71,9 @@ def _speed(inputs: Inputs) -> float:
 
 
 def duration(seconds: float) -> str:
-  """The duration as text: 40 s, 12 min, 3.5 h."""
+  """The duration as text: 40 s, 12 min, 3.5 h; short ones to two digits, such as 0.035 s."""
+  if seconds < 10:
+    return f'{seconds:.2g} s'
   if seconds < 90:
     return f'{seconds:.0f} s'
   return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'

@@ -54,3 +54,11 @@ def test_only_long_runs_announce_themselves(speed: float, said: bool, monkeypatc
   monkeypatch.setattr(forecast, '_speed', lambda inputs: speed)
   forecast.announce([run(10_000_000)])
   assert ('this will take hours: about' in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(
+  ('seconds', 'text'),
+  [(0, '0 s'), (0.0351, '0.035 s'), (40.4, '40 s'), (720, '12 min'), (12_600, '3.5 h')],
+)
+def test_a_duration_keeps_two_digits_however_short(seconds: float, text: str) -> None:
+  assert forecast.duration(seconds) == text
