@@ -28,6 +28,7 @@ from adapt_jax.data import demo_files
 from adapt_jax.machine import mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
 from adapt_jax.models.errors import InputError, disk_full, write_denied
+from adapt_jax.models.files import local, regular
 from adapt_jax.models.formats.source import open_config
 from adapt_jax.modes import accel, bench, compare, estimate, evaluate, export, generate, sensitivity
 from adapt_jax.pipeline.checks import check_sources
@@ -196,10 +197,22 @@ def _recipe(argv: list[str]) -> str:
   return given[-1] if given else ''
 
 
+def check_flagfiles(argv: list[str]) -> None:
+  """Raises InputError for a --flagfile that absl could not read to its end."""
+  for argument, value in itertools.pairwise([*argv, '']):
+    flag, given, path = argument.partition('=')
+    if flag in ('--flagfile', '-flagfile') and (path or not given):
+      try:
+        regular(local(path or value))
+      except OSError as error:
+        raise InputError(f'--flagfile={path or value} cannot be read ({error.strerror})') from None
+
+
 def _parse(argv: list[str]) -> list[str]:
   if shown := cli_help.asked_for(argv[1:]):
     print(shown, flush=True)
     sys.exit(0)
+  check_flagfiles(argv)
   argv = cli_help.with_recipes(argv)
   logging.set_verbosity(logging.ERROR)  # what ml_collections warns of is also an error, in one line
   try:

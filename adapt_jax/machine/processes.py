@@ -152,13 +152,13 @@ def decide(find: Callable[[], Any]) -> Any:
   global _decisions
   _decisions += 1
   told: dict[str, Any] = {}
-  failure: Exception | None = None
+  failure: BaseException | None = None
   if is_first():
     try:
       told = {'found': find()}
     except InputError as error:
       told = {'error': str(error)}
-    except Exception as error:
+    except (Exception, OutputClosed) as error:
       told, failure = {'error': f'process 0 failed: {first_line(error)}'}, error
   # A collective could time out while the first process tokenises.
   _barrier(f'decision {_decisions}', _PATIENCE_MS)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from adapt_jax.export.hf import write_hf
 from adapt_jax.machine.mesh import put_rows
-from adapt_jax.machine.processes import decide
+from adapt_jax.machine.processes import OutputClosed, decide
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.hf_weights import load_params, save_params
@@ -113,6 +113,18 @@ def check_decisions(process: int) -> None:
     decide(refuse)
   except InputError as error:
     assert str(error) == 'process 0 refuses'
+  else:
+    raise AssertionError
+
+  def closed() -> None:  # as in `| head`: the first process ends, and no other waits for it
+    raise OutputClosed
+
+  try:
+    decide(closed)
+  except OutputClosed:
+    assert process == 0
+  except InputError as error:
+    assert process == 1 and str(error) == 'process 0 failed: OutputClosed'
   else:
     raise AssertionError
 
