@@ -51,7 +51,12 @@ class _Strings(flags.ArgumentParser):
 
 
 config_flags.register_flag_parser_for_type(tuple, _Strings())
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe: its name, such as demo, or its file.')
+_ARGV: list[
+  str
+] = []  # filled by `_parse`: config_flags would read sys.argv, with all its --flagfile, at import
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'The recipe: its name, such as demo, or its file.', sys_argv=_ARGV
+)
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Directory for all results of this run.')
 _RUN = {
   'accel': accel.run,
@@ -197,23 +202,24 @@ def _recipe(argv: list[str]) -> str:
   return given[-1] if given else ''
 
 
-def check_flagfiles(argv: list[str]) -> None:
+def _check_flagfiles(argv: list[str]) -> None:
   """Raises InputError for a --flagfile that absl could not read to its end."""
   for argument, value in itertools.pairwise([*argv, '']):
     flag, given, path = argument.partition('=')
-    if flag in ('--flagfile', '-flagfile') and (path or not given):
+    path = path if given else value
+    if flag in ('--flagfile', '-flagfile') and path:
       try:
-        regular(local(path or value))
+        regular(local(path))
       except OSError as error:
-        raise InputError(f'--flagfile={path or value} cannot be read ({error.strerror})') from None
+        raise InputError(f'--flagfile={path} cannot be read ({error.strerror})') from None
 
 
 def _parse(argv: list[str]) -> list[str]:
   if shown := cli_help.asked_for(argv[1:]):
     print(shown, flush=True)
     sys.exit(0)
-  check_flagfiles(argv)
-  argv = cli_help.with_recipes(argv)
+  _check_flagfiles(argv)
+  _ARGV[:] = argv = cli_help.with_recipes(argv)
   logging.set_verbosity(logging.ERROR)  # what ml_collections warns of is also an error, in one line
   try:
     return flags.FLAGS(argv)

@@ -72,7 +72,7 @@ def _speed(inputs: Inputs) -> float:
 
 def duration(seconds: float) -> str:
   """The duration as text: 40 s, 12 min, 3.5 h; short ones to two digits, such as 0.035 s."""
-  if seconds < 10:
+  if seconds < 9.5:  # from there on two digits are whole seconds
     return f'{seconds:.2g} s'
   if seconds < 90:
     return f'{seconds:.0f} s'

@@ -38,6 +38,10 @@ COMMANDS = [
   (['--mode=walk'], 'walk'),
   (['--workdri=x'], '--workdri is unknown: did you mean --workdir?'),
   (['stray'], 'stray'),
+  (['--flagfile'], '--flagfile with no argument'),
+  (['--flagfile=absent.flags'], '--flagfile=absent.flags cannot be read'),
+  (['--flagfile=tests'], 'tests is a directory, not a file'),
+  (['--flagfile', '/dev/null'], '/dev/null is a device, not a file'),
 ]
 
 
@@ -48,6 +52,20 @@ def test_command_line_exits_with_2_and_one_line(files, tmp_path, flags, word):
   assert word in result.stderr and result.stderr.startswith('error: ')
   assert len(result.stderr.splitlines()) == 1 and not result.stdout
   assert not os.path.exists(tmp_path / 'out')
+
+
+def test_a_pipe_of_flags_is_refused_without_waiting_for_a_writer(files, tmp_path):
+  """In a process of its own: config_flags would read the pipe when main.py is imported."""
+  os.mkfifo(tmp_path / 'flags')
+  command = runs.command(files, tmp_path / 'out', f'--flagfile={tmp_path / "flags"}')
+  result = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, timeout=120)
+  assert result.returncode == 2 and 'flags is a named pipe, not a file' in result.stderr
+
+
+def test_a_file_of_flags_is_read(files, tmp_path):
+  (tmp_path / 'flags').write_text('--config.mesh.fsdp=3\n')
+  result = runs.main(files, tmp_path / 'out', f'--flagfile={tmp_path / "flags"}')
+  assert result.returncode == 2 and 'config.mesh (data = 1, fsdp = 3' in result.stderr
 
 
 def test_files_are_named_without_a_tuple(files, tmp_path):

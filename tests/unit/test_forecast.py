@@ -58,7 +58,15 @@ def test_only_long_runs_announce_themselves(speed: float, said: bool, monkeypatc
 
 @pytest.mark.parametrize(
   ('seconds', 'text'),
-  [(0, '0 s'), (0.0351, '0.035 s'), (40.4, '40 s'), (720, '12 min'), (12_600, '3.5 h')],
+  [
+    (0, '0 s'),
+    (0.0351, '0.035 s'),
+    (9.44, '9.4 s'),
+    (9.96, '10 s'),
+    (40.4, '40 s'),
+    (720, '12 min'),
+    (12_600, '3.5 h'),
+  ],  # fmt: skip
 )
 def test_a_duration_keeps_two_digits_however_short(seconds: float, text: str) -> None:
   assert forecast.duration(seconds) == text

@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from adapt_jax import cli, cli_help
+from adapt_jax import cli_help
 from adapt_jax.config.build import from_dict
 from adapt_jax.data.documents import check_source, read_documents
 from adapt_jax.data.token_cache import token_directory
@@ -131,14 +131,6 @@ def test_a_chat_template_and_a_recipe_that_are_no_file(files, tmp_path, make):
   assert 'config.data.chat_template' in message and f'is a {kind}' in message
   kind = make(tmp_path / 'recipe.py')
   assert f'is a {kind}' in refused(cli_help.with_recipes, ['main.py', f'--config={tmp_path}/recipe.py'])
-
-
-@pytest.mark.parametrize('make', KINDS)
-def test_a_file_of_flags_that_is_no_file(tmp_path, make):
-  kind = make(tmp_path / 'flags')
-  for flags in ([f'--flagfile={tmp_path}/flags'], ['--flagfile', f'{tmp_path}/flags']):
-    assert f'is a {kind}' in refused(cli.check_flagfiles, ['main.py', *flags])
-  assert 'cannot be read' in refused(cli.check_flagfiles, ['main.py', f'--flagfile={tmp_path}/absent'])
 
 
 @pytest.mark.parametrize('make', KINDS)
