@@ -1,6 +1,7 @@
 """Compares all pruning methods but SliceGPT on SmolLM2-135M-Instruct: perplexity by target, without recovery.
 
     python main.py --mode=compare --config=configs/methods_table.py --workdir=out/methods
+    python main.py --mode=compare --config=configs/methods_table.py:1 --workdir=out/methods    # one draw
 
 It calibrates on the training text of WikiText-2 and measures on its validation text. Both are read from
 data/wikitext-2/ or from the files given by
@@ -8,10 +9,10 @@ data/wikitext-2/ or from the files given by
     --config.prune.calibration.source=wiki.train.tokens --config.evaluate.source=wiki.valid.tokens
 
 The model is that of configs/demo.py (`make demo`, or the first run, downloads it). A method scores
-16 x 256 tokens, drawn three times (median and range), the same for all methods but adapt and uniform, which
-draw new ones at every step; compensation uses the rows of the last step, magnitude scores on none. Other
-authors' methods are shown as in their papers, and with this project's least squares. It takes several hours
-on two cores.
+16 x 256 tokens, drawn three times (median and range; :1 once), the same for all methods but adapt and
+uniform, which draw new ones at every step; compensation uses the rows of the last step, magnitude scores on
+none. Other authors' methods are shown as in their papers, and with this project's least squares. One draw
+takes an hour or two on two cores.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +22,10 @@ from adapt_jax.configs import demo
 _METHODS = ('obs', 'adapt', 'uniform', 'llm_pruner', 'flap', 'wanda_sp', 'shortgpt')
 
 
-def get_config() -> ConfigDict:
+def get_config(draws: str = '3') -> ConfigDict:
+  """The recipe with so many draws of calibration rows. Raises ValueError if it is no number above 0."""
+  if not draws.isdecimal() or not (seeds := tuple(range(int(draws)))):
+    raise ValueError(f'variant {draws!r}: write configs/methods_table.py:N, a number of draws above 0')
   config = demo.get_config()
   config.prune.stages = 1
   config.prune.calibration.source = ('data/wikitext-2/wiki.train.tokens',)
@@ -34,18 +38,18 @@ def get_config() -> ConfigDict:
   config.evaluate.source = ('data/wikitext-2/wiki.valid.tokens',)
   config.evaluate.max_tokens = 8 * 1024
   config.compare.grid = (
-    _rows(_METHODS, 'none'),
-    _rows(('flap',), 'bias'),
-    _rows((*_METHODS, 'magnitude'), 'least_squares'),
-    _rows(('magnitude',), 'none') | {'seed': (0,)},
+    _rows(_METHODS, 'none', seeds),
+    _rows(('flap',), 'bias', seeds),
+    _rows((*_METHODS, 'magnitude'), 'least_squares', seeds),
+    _rows(('magnitude',), 'none', (0,)),
   )
   return config
 
 
-def _rows(methods: tuple[str, ...], compensate: str) -> dict[str, tuple]:
+def _rows(methods: tuple[str, ...], compensate: str, seeds: tuple[int, ...]) -> dict[str, tuple]:
   return {
     'prune.method': methods,
     'prune.compensate': (compensate,),
     'prune.target': (0.9, 0.8, 0.6),
-    'seed': (0, 1, 2),
+    'seed': seeds,
   }
