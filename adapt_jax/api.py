@@ -111,6 +111,7 @@ def rows(
   chat. Raises InputError if there are fewer rows.
   """
   with processes.silent(not progress):
+    samples = arguments.calibration_samples(samples)
     data = arguments.data_options(text_field, messages_field)
     blocks = arguments.blocks(text, data, model.config, model.tokenizer, length, POOL_TOKENS)
     return blocks.tokens[blocks.draw(samples, seed, 0)]
@@ -156,8 +157,9 @@ def prune(
     dtype, compiler = compute_dtype('auto'), Compiler()
     pruner = Pruner(config, settings, blocks, seed=seed, compiler=compiler, dtype=dtype, method=kind)
     if wanted < (smallest := pruner.smallest):
+      by = kind.__name__ if kind else f'method {settings.method}'
       raise InputError(
-        f'target = {target:g} asks for {wanted:,} parameters, but the method always keeps '
+        f'target = {target:g} asks for {wanted:,} parameters, but {by} always keeps '
         f'{smallest:,}: raise it (up to 1 it is a fraction, above 1 a number of parameters)'
       )
     steps = pruner.prune(pruner.stack(params, dense), dense, PruneState.start(config), wanted, 'prune')

@@ -138,6 +138,11 @@ def token_ids(tokens: Any, config: ModelConfig, name: str) -> np.ndarray:
   return found.astype(np.int32)
 
 
+def calibration_samples(samples: int) -> int:
+  """The number of rows, if `prune.calibration.samples` may have it. Raises InputError."""
+  return from_dict({'prune': {'calibration': {'samples': samples}}}).prune.calibration.samples
+
+
 def data_options(text_field: str, messages_field: str) -> DataOptions:
   """Of `config.data`, with these fields of rows."""
   return from_dict({'data': {'text_field': text_field, 'messages_field': messages_field}}).data

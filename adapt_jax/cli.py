@@ -67,7 +67,7 @@ _RUN = {
   'compare': compare.run,
   'bench': bench.run,
 }
-_MODE = flags.DEFINE_enum('mode', 'accel', [*_RUN, 'plan', 'generate'], 'The mode to run.')
+_MODE = flags.DEFINE_enum('mode', 'accel', [*_RUN, 'estimate', 'plan', 'generate'], 'The mode to run.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Prompt for --mode=generate; may be repeated.')
 _NO_CONFIG = '--config is missing: name a recipe such as base; adapt-jax --help lists them'
 _KINDS = {  # a sign in Python's message -> what the option takes
@@ -113,17 +113,16 @@ def main(argv: list[str]) -> None:
     if argument.encode(errors='replace').decode() != argument:
       raise InputError(f'{argument!r} is not UTF-8, which reports cannot quote: rename the file')
   logging.set_verbosity(logging.WARNING)  # orbax logs a page per checkpoint
-  mode = _MODE.value
+  mode = 'estimate' if _MODE.value == 'plan' else _MODE.value  # its name in version 0.2
   options = _options(mode)
-  if mode == 'plan':
-    estimate.simulate(options.plan.devices)
+  described = estimate.prepare(options.estimate) if mode == 'estimate' else None
   processes.start(_DISTRIBUTED.value, _ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-  if mode != 'plan':  # it needs details that the cache of compiled programs lacks
+  if mode != 'estimate':  # it needs details that the cache of compiled programs lacks
     keep_programs()
   if jax.process_count() > 1 and mode not in ('accel', 'prune', 'evaluate'):
     raise InputError(f'--mode={mode} runs in one process, not in {jax.process_count()}: start it alone')
   with contextlib.ExitStack() as stack:
-    if mode not in _ONE_DEVICE and (devices := mesh.make_mesh(options.mesh)):
+    if mode not in _ONE_DEVICE and (devices := mesh.make_mesh(options.mesh, described)):
       stack.enter_context(jax.set_mesh(devices))
     if mode != 'compare':  # it does this for each cell
       options = aligned(options)
@@ -131,7 +130,7 @@ def main(argv: list[str]) -> None:
     if workdir and _finished(workdir, mode):
       return
     processes.decide(lambda: _fetch_demo(mode, options))
-    if mode == 'plan':
+    if mode == 'estimate':
       estimate.run(options)
       return
     if not workdir:

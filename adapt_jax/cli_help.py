@@ -26,7 +26,7 @@ MODES = {
   'bench': 'compare speed and memory of model.source with a dense model',
   'compare': 'run a grid over config fields',
   'sensitivity': 'measure perplexity with only one layer pruned, for every layer',
-  'plan': 'estimate memory and time of a run from shapes alone',
+  'estimate': 'estimate memory, traffic, time and cost of a run from shapes alone',
 }
 _USAGE = """\
 Prunes a LLaMA-family model and recovers its quality by interleaved training.
@@ -61,7 +61,8 @@ def asked_for(arguments: list[str]) -> str:
 
 
 def _mode(argument: str) -> str:
-  return argument.partition('=')[2] if argument.lstrip('-').startswith('mode=') else ''
+  mode = argument.partition('=')[2] if argument.lstrip('-').startswith('mode=') else ''
+  return 'estimate' if mode == 'plan' else mode  # its name in version 0.2
 
 
 def _usage() -> str:

@@ -1,6 +1,7 @@
 """Converts options from and to plain dicts, such as those of recipes, and checks every field."""
 
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Iterator
@@ -35,7 +36,9 @@ def _build(cls: Any, values: Any, where: str) -> Any:
     raise InputError(f'{where} = {values!r} must be a group of fields')
   kinds = typing.get_type_hints(cls)
   if unknown := sorted(values.keys() - kinds.keys()):
-    raise InputError(f'{where}.{unknown[0]} is unknown; fields here: {", ".join(kinds)}')
+    close = difflib.get_close_matches(str(unknown[0]), kinds, 1)
+    hint = f': did you mean {close[0]}?' if close else f'; fields here: {", ".join(kinds)}'
+    raise InputError(f'{where}.{unknown[0]} is unknown{hint}')
   return cls(**{k: _convert(kinds[k], value, f'{where}.{k}') for k, value in values.items()})
 
 

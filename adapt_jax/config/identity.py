@@ -32,7 +32,7 @@ _BESIDE = {
   'evaluate': ('mesh',),
   'compare': ('compare', 'mesh', 'tracker'),
   'generate': ('seed', 'model', 'data.chat_template', 'generate', 'mesh'),
-  'plan': ('model', 'prune', 'train', 'evaluate.batch', 'evaluate.length', 'plan', 'mesh'),
+  'estimate': ('model', 'prune', 'train', 'evaluate.batch', 'evaluate.length', 'estimate', 'mesh'),
 }
 
 

@@ -1,4 +1,4 @@
-"""Options that a single mode reads: sensitivity, compare, plan, generate, bench."""
+"""Options that a single mode reads: sensitivity, compare, estimate, generate, bench."""
 
 import dataclasses
 from typing import Any
@@ -50,17 +50,30 @@ class CompareOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanOptions:
-  """Mode plan: memory, FLOPs and time of a run, from shapes alone (docs/cluster.md)."""
+class EstimateOptions:
+  """Mode estimate: memory, traffic, time and cost of a run, from shapes alone (docs/cluster.md)."""
 
-  devices: int = option(
-    8, 'Number of simulated devices, arranged by config.mesh; 0: the available devices.', within=(0, 65_536)
+  target: str = option(
+    'cpu',
+    'The accelerator to compile for, if the extra estimate is installed. cpu: simulated CPU devices; their '
+    'times are those of an H100.',
+    choices=('cpu', 'h100', 'h200', 'a100', 'tpu-v5e', 'tpu-v5p', 'tpu-v6e'),
   )
-  device_memory_gb: float = option(80.0, 'Memory of each device, in 10^9 bytes.', within=(1e-3, 1e6))
+  devices: int = option(
+    8,
+    'Number of devices, arranged by config.mesh; 0, with target cpu: the available devices.',
+    within=(0, 65_536),
+  )
+  device_memory_gb: float = option(
+    0.0, 'Memory of each device, in 10^9 bytes; 0: that of the target.', within=(0, 1e6)
+  )
   peak_tflops: float = option(
-    989.0,
-    'Peak TFLOP/s of each device, in the dtype of matrix products (H100, bfloat16).',
-    within=(1e-6, 1e9),
+    0.0,
+    'Peak TFLOP/s of each device, in the dtype of matrix products; 0: that of the target, in bfloat16.',
+    within=(0, 1e9),
+  )
+  price: float = option(
+    0.0, 'Price of a device for an hour, in any currency; 0: the cost is not shown.', within=(0, 1e9)
   )
   depths: tuple[int, ...] = option(
     (), 'Two numbers of layers to compile and extrapolate from, if compiling all layers takes long.'

@@ -15,8 +15,8 @@ from adapt_jax.config.declare import ALIGNMENT, COUNT, LENGTH, TOKENS, group, op
 from adapt_jax.config.mode_options import (
   BenchOptions,
   CompareOptions,
+  EstimateOptions,
   GenerateOptions,
-  PlanOptions,
   SensitivityOptions,
 )
 from adapt_jax.config.values import named_texts
@@ -346,7 +346,7 @@ class RunOptions:
   evaluate: EvaluateOptions = group(EvaluateOptions)
   sensitivity: SensitivityOptions = group(SensitivityOptions)
   compare: CompareOptions = group(CompareOptions)
-  plan: PlanOptions = group(PlanOptions)
+  estimate: EstimateOptions = group(EstimateOptions)
   generate: GenerateOptions = group(GenerateOptions)
   bench: BenchOptions = group(BenchOptions)
   export: ExportOptions = group(ExportOptions)

@@ -15,9 +15,9 @@ def check(options: RunOptions) -> None:
   _check_train(options.train)
   _check_mesh(options.mesh)
   _check_sensitivity(options.sensitivity)
-  depths = options.plan.depths
+  depths = options.estimate.depths
   if depths and (len(depths) != 2 or not 0 < depths[0] < depths[1]):
-    raise InputError(f'config.plan.depths = {depths}: give two increasing numbers of layers, or none')
+    raise InputError(f'config.estimate.depths = {depths}: give two increasing numbers of layers, or none')
 
 
 def _check_prune(prune: PruneOptions) -> None:

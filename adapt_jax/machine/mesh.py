@@ -41,12 +41,13 @@ def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
   return sizes
 
 
-def make_mesh(options: MeshOptions) -> Mesh | None:
-  """The mesh of all devices of all processes; None for a single device."""
-  sizes = mesh_shape(options, jax.device_count())
-  if jax.device_count() == 1:
+def make_mesh(options: MeshOptions, described: list[Any] | None = None) -> Mesh | None:
+  """The mesh of all devices of all processes, None for a single one; or that of described devices."""
+  sizes = mesh_shape(options, len(described) if described else jax.device_count())
+  if not described and jax.device_count() == 1:
     return None
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  kinds = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=described)
 
 
 def check_model(config: ModelConfig) -> None:

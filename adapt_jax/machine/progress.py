@@ -30,7 +30,7 @@ class Progress:
     self._title, self._total, self._unit, self._done = _prefix() + title, total, unit, 0
     self._start = time.monotonic()
     self._shown = self._start - (0 if total is None else _LINE_SECONDS)  # when the last line was
-    self._values, self._phase = '', ''
+    self._values, self._phase, self._phase_start = '', '', 0.0
     self._bar: Any = None
     self._lock, self._ended = threading.Lock(), threading.Event()
 
@@ -79,12 +79,14 @@ class Progress:
   @contextlib.contextmanager
   def phase(self, name: str, *, counts: bool) -> Iterator[None]:
     """Names what is going on inside; its time is kept out of rates unless it `counts`."""
-    before, self._phase, start = self._phase, name, time.monotonic()
+    start = time.monotonic()
+    before = self._phase, self._phase_start
+    self._phase, self._phase_start = name, start
     self._show_phase()
     try:
       yield
     finally:
-      self._phase = before
+      self._phase, self._phase_start = before
       seconds = 0.0 if counts else time.monotonic() - start
       with self._lock:
         self._start += seconds
@@ -118,12 +120,17 @@ class Progress:
     parts = [f'{self._title}:']
     if self._unit:
       total = '' if self._total is None else f'/{self._total:,}'
-      parts += [f'{self._done:,}{total} {self._unit}', f'{self._done / seconds:,.1f}/s']
+      parts.append(f'{self._done:,}{total} {self._unit}')
+      if self._done:
+        parts.append(f'{self._done / seconds:,.1f}/s')
       if self._done and self._total is not None and self._total >= _FEW:
         parts.append(f'{max(self._total - self._done, 0) * seconds / self._done:.0f} s left')
     else:
       parts.append(f'{seconds:.0f} s')
-    write(' '.join(filter(None, [*parts, self._phase or self._values])))
+    parts.append(self._phase or self._values)
+    if self._unit and self._phase:
+      parts.append(f'for {now - self._phase_start:.0f} s')
+    write(' '.join(filter(None, parts)))
 
 
 @contextlib.contextmanager

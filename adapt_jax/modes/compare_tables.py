@@ -234,7 +234,7 @@ def table(report: ComparisonReport) -> str:
       *_markdown(rows_of(report)),
       *('', *notes(report)),
       *(('', f'{len(failures)} failed:', '', *(f'- {failure}' for failure in failures)) if failures else ()),
-      *('', f'Compiles: {compiles or "none"}; {report["seconds"]:.0f} s in all.'),
+      *('', f'Compiled programs: {compiles or "none"}; {report["seconds"]:.0f} s.'),
       *(f'Command: `{report["command"]}`', ', '.join(f'{k} {v}' for k, v in report['versions'].items())),
     ]
   )

@@ -88,7 +88,7 @@ def table(report: SensitivityReport) -> str:
     [
       *('', _row(bases[0]), '|---' * len(bases[0]) + '|', *map(_row, bases[1:])),
       *('', _row(names), '|---' * len(names) + '|', *map(_row, rows)),
-      *('', _note(report), f'Compiles: {compiles or "none"}; {report["seconds"]:.0f} s in all.'),
+      *('', _note(report), f'Compiled programs: {compiles or "none"}; {report["seconds"]:.0f} s.'),
       *(f'Command: `{report["command"]}`', ', '.join(f'{k} {v}' for k, v in report['versions'].items())),
     ]
   )

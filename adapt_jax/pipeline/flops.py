@@ -1,8 +1,12 @@
 """Floating-point operations of the programs of a run, per token."""
 
-from adapt_jax.config.options import RunOptions
+import math
+
+from adapt_jax.config.options import PROGRESSIVE, RunOptions
 from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import programs, slicegpt
+from adapt_jax.pruning.methods import METHODS
 
 
 def forward(config: ModelConfig, length: int) -> float:
@@ -28,6 +32,23 @@ def scoring(options: RunOptions, dense: ModelConfig) -> float:
   kind = programs.importance(options.prune)
   passes = 3 if kind.curvature else 4 if kind.gradient else 1
   return passes * forward(dense, options.prune.calibration.length)
+
+
+def compensation(options: RunOptions, dense: ModelConfig) -> float:
+  """FLOPs per calibration token of least squares or biases, without moments and solves.
+
+  They pass the model forward before the pruning, after it, and corrected.
+  """
+  return 3 * forward(dense, options.prune.calibration.length)
+
+
+def scoring_passes(options: RunOptions, dense: ModelConfig) -> int:
+  """How many times a run scores the model, or a method that goes layer by layer passes it forward."""
+  prune, schedule = options.prune, Schedule.of(options, dense)
+  if prune.method in PROGRESSIVE:
+    return math.ceil(prune.steps * (1 - schedule.targets[-1] / count_params(dense)) / prune.ratio)
+  layer_by_layer = prune.method in METHODS and METHODS[prune.method].layer_by_layer
+  return schedule.stages * (dense.num_layers if layer_by_layer else 1)
 
 
 def training(options: RunOptions, dense: ModelConfig, student: float) -> float:

@@ -6,20 +6,18 @@ import time
 import jax
 import jax.numpy as jnp
 
-from adapt_jax.config.options import PROGRESSIVE, RunOptions
+from adapt_jax.config.options import RunOptions
 from adapt_jax.machine.processes import say
 from adapt_jax.models.config import count_params
 from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.schedule import Schedule
-from adapt_jax.pruning.methods import METHODS
 
 _LONG = 3600.0  # seconds from which a run announces itself
 _SHARE = 0.6  # of the speed of a lone product, which whole programs reach
 _SIZE, _SIZE_ON_ACCELERATORS = 1024, 8192  # of the product that is timed
 _REPEATS = 3
-_COMPENSATE = 3  # forward passes of least squares: before the pruning, after it, and corrected
 
 
 def announce(runs: list[tuple[RunOptions, Inputs]]) -> None:
@@ -36,15 +34,10 @@ def operations(options: RunOptions, inputs: Inputs) -> float:
   """Floating-point operations of a run, without moments, solves and the tasks of the harness."""
   config, prune, train = inputs.source.config, options.prune, options.train
   dense, schedule = count_params(config), Schedule.of(options, config)
-  passes = float(schedule.stages)
-  if prune.method in PROGRESSIVE:
-    passes = math.ceil(prune.steps * (1 - schedule.targets[-1] / dense) / prune.ratio)
-  elif prune.method in METHODS and METHODS[prune.method].layer_by_layer:
-    passes *= config.num_layers
   rows = prune.calibration.samples * prune.calibration.length
-  found = passes * rows * flops.scoring(options, config)
+  found = flops.scoring_passes(options, config) * rows * flops.scoring(options, config)
   if prune.compensate == 'least_squares':
-    found += _COMPENSATE * schedule.stages * rows * flops.forward(config, prune.calibration.length)
+    found += schedule.stages * rows * flops.compensation(options, config)
   windows = sum(blocks.tokens.size for blocks in inputs.evaluate.values())
   measured = 3 + schedule.stages * (2 if inputs.train else 1)  # with both models of the divergence
   found += measured * windows * flops.forward(config, options.evaluate.length)

@@ -180,9 +180,12 @@ class Run:
   def _estimate(self, stage: int, done: Trained, seconds: float) -> None:
     """Reports the run's expected time, after two training steps; `seconds`: a stage's pruning, if known."""
     self._estimated = True
+    if not (steps := self._schedule.train_steps - done.step):
+      return
     step = self.options.train.batch * self.options.train.length / done.metrics['tokens_per_second']
-    steps, stages = self._schedule.train_steps - done.step, self._schedule.stages - stage
-    more = f', {seconds:.0f} s for each of {stages} prunings' if stages and seconds else ''
+    stages = self._schedule.stages - stage
+    prunings = 'one more pruning' if stages == 1 else f'each of {stages} more prunings'
+    more = f', {seconds:.0f} s for {prunings}' if stages and seconds else ''
     say(
       f'the run will take about {duration(steps * step + stages * seconds)} more: {step:.1f} s for each of '
       f'{steps:,} training steps{more}'

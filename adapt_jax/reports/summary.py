@@ -50,7 +50,7 @@ def table(report: RunReport) -> str:
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
   lines += [
     f'target {model["params_target"]:,} parameters, reached {model["params_after"]:,}',
-    f'compiles: {compiles}; {report["seconds"]:.0f} s in all',
+    f'compiled programs: {compiles}; the run took {report["seconds"]:.0f} s',
   ]
   if warned := warning(report['texts']):
     lines.append(warned)

@@ -6,14 +6,14 @@ chunk's gradients, so the logits are not computed again in the backward pass.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.models.network.llama import head_logits
-from adapt_jax.models.network.matmul import dot
+from adapt_jax.models.network.matmul import batch_product, dot
 from adapt_jax.models.network.sharding import constrain, row_shards
 
 # Logits held at once on a device, in fp32: 32 MiB on a CPU; elsewhere 16 times that, since each chunk
@@ -57,6 +57,36 @@ def _shards(tokens: int) -> int:
   return row_shards() if tokens % row_shards() == 0 else 1
 
 
+class Head(NamedTuple):
+  """The output projection as a loop over chunks needs it: each device has all of D, and its own gradient.
+
+  Otherwise every chunk would gather the weights and sum their gradient over the devices.
+
+  Attributes:
+    whole_VD: the weights, in the dtype of activations. They receive no gradient.
+    own_BDV: zeros that receive it, in the weights' dtype: of each device from its own tokens, [shards, D, V].
+  """
+
+  whole_VD: jax.Array
+  own_BDV: jax.Array
+
+
+def spread(head_VD: jax.Array, dtype: Any, shards: int | None = None) -> Head:
+  """The head for activations in `dtype` whose tokens are split into `shards`; by default as rows are."""
+  shape = (row_shards() if shards is None else shards, *head_VD.shape[::-1])
+  return Head(whole(head_VD, dtype), constrain(jnp.zeros(shape, head_VD.dtype), 'B.V'))
+
+
+def whole(head_VD: jax.Array, dtype: Any) -> jax.Array:
+  """The head in `dtype` with all of D on each device."""
+  return constrain(head_VD.astype(dtype), 'V.')
+
+
+def summed(own_BDV: jax.Array) -> jax.Array:
+  """The gradient of the head [V, D], split as the head is, from that of `Head.own_BDV`."""
+  return constrain(own_BDV.sum(0), 'DV').T
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sum_over_chunks(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras: Any) -> jax.Array:
   """Σ of loss(x headᵀ, extras) over chunks of tokens, a scalar in fp32.
@@ -64,44 +94,72 @@ def sum_over_chunks(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras
   `extras` is a pytree of arrays whose leading axis is tokens, including weights: a loss must be zero for
   tokens of weight zero, which pad the last chunk. No gradient flows into `extras`.
   """
+  return sum_with_head(loss, x_TD, spread(head_VD, x_TD.dtype, _shards(len(x_TD))), extras)
+
+
+def _sum_forward(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras: Any) -> Any:
+  total, (dx_TD, own_BDV) = _forward(loss, x_TD, spread(head_VD, x_TD.dtype, _shards(len(x_TD))), extras)
+  return total, (dx_TD, summed(own_BDV))
+
+
+def _sum_backward(loss: ChunkLoss, residuals: Any, g: jax.Array) -> Any:
+  return *(g.astype(x.dtype) * x for x in residuals), None
+
+
+sum_over_chunks.defvjp(_sum_forward, _sum_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sum_with_head(loss: ChunkLoss, x_TD: jax.Array, head: Head, extras: Any) -> jax.Array:
+  """`sum_over_chunks` with a head that is used for several sums, whose gradients are summed later."""
 
   def step(total: jax.Array, xs: Any) -> tuple[jax.Array, None]:
-    return total + loss(head_logits(head_VD, xs[0]), xs[1]), None
+    return total + loss(head_logits(head.whole_VD, xs[0]), xs[1]), None
 
-  return jax.lax.scan(step, jnp.zeros(()), _split((x_TD, extras), x_TD.shape[0], head_VD.shape[0]))[0]
+  return jax.lax.scan(step, jnp.zeros(()), _split((x_TD, extras), len(x_TD), len(head.whole_VD)))[0]
 
 
-def _forward(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras: Any) -> Any:
-  cast_VD = head_VD.astype(x_TD.dtype)
+def _forward(loss: ChunkLoss, x_TD: jax.Array, head: Head, extras: Any) -> Any:
+  tokens, shards = len(x_TD), len(head.own_BDV)
 
   def step(carry: Any, xs: Any) -> tuple[Any, jax.Array]:
-    total, head_gradient_DV = carry
+    total, own_BDV = carry
     chunk_TD, chunk_extras = xs
-    value, gradient_TV = jax.value_and_grad(loss)(head_logits(cast_VD, chunk_TD), chunk_extras)
+    value, gradient_TV = jax.value_and_grad(loss)(head_logits(head.whole_VD, chunk_TD), chunk_extras)
     gradient_TV = gradient_TV.astype(x_TD.dtype)
-    dx_TD = dot(gradient_TV, cast_VD, 0, x_TD.dtype)
-    # As [D, V], so that the smaller factor is transposed.
-    head_gradient_DV += dot(chunk_TD.T, gradient_TV, 0, head_VD.dtype)
-    return (total + value, constrain(head_gradient_DV, 'DV')), dx_TD
+    dx_TD = dot(gradient_TV, head.whole_VD, 0, x_TD.dtype)
+    own_BDV += _of_each_device(chunk_TD, gradient_TV, shards, own_BDV.dtype)
+    return (total + value, constrain(own_BDV, 'B.V')), dx_TD
 
-  start = (jnp.zeros(()), constrain(jnp.zeros_like(head_VD.T), 'DV'))
-  (total, head_gradient_DV), dx = jax.lax.scan(
-    step, start, _split((x_TD, extras), x_TD.shape[0], head_VD.shape[0])
-  )
-  return total, (_join(dx, x_TD.shape[0]), head_gradient_DV)
+  start = (jnp.zeros(()), constrain(jnp.zeros_like(head.own_BDV), 'B.V'))
+  (total, own_BDV), dx = jax.lax.scan(step, start, _split((x_TD, extras), tokens, len(head.whole_VD)))
+  return total, (_join(dx, tokens), own_BDV)
+
+
+def _of_each_device(x_TD: jax.Array, gradient_TV: jax.Array, shards: int, dtype: Any) -> jax.Array:
+  """The gradient of the head from each device's own tokens, [shards, D, V].
+
+  It has this order of axes so that the smaller factor is transposed.
+  """
+  if shards == 1:
+    return dot(x_TD.T, gradient_TV, 0, dtype)[None]
+  x_B1TD, gradient_B1TV = (x.reshape(shards, 1, -1, x.shape[1]) for x in (x_TD, gradient_TV))
+  return batch_product(x_B1TD.swapaxes(2, 3), gradient_B1TV, -2, dtype)[:, 0]
 
 
 def _backward(loss: ChunkLoss, residuals: Any, g: jax.Array) -> Any:
-  dx, head_gradient_DV = residuals
-  return g.astype(dx.dtype) * dx, (g.astype(head_gradient_DV.dtype) * head_gradient_DV).T, None
+  dx_TD, own_BDV = (g.astype(x.dtype) * x for x in residuals)
+  return dx_TD, Head(jnp.zeros((own_BDV.shape[2], own_BDV.shape[1]), dx_TD.dtype), own_BDV), None
 
 
-sum_over_chunks.defvjp(_forward, _backward)
+sum_with_head.defvjp(_forward, _backward)
 
 
 def _cross_entropy(logits_TV: jax.Array, labels_T: jax.Array) -> jax.Array:
-  picked = jnp.take_along_axis(logits_TV, labels_T[:, None], axis=-1)[:, 0]
-  return jax.nn.logsumexp(logits_TV, axis=-1) - picked
+  # A comparison with all ids: the gradient of an indexed read would be a scatter into [T, V] zeros.
+  is_label_TV = jnp.arange(logits_TV.shape[-1]) == labels_T[:, None]
+  picked_T = jnp.sum(jnp.where(is_label_TV, logits_TV, 0), axis=-1)
+  return jax.nn.logsumexp(logits_TV, axis=-1) - picked_T
 
 
 def cross_entropy(logits_TV: jax.Array, extras: Any) -> jax.Array:
@@ -182,8 +240,10 @@ def teacher_top(
   divide the number of tokens.
   """
 
+  whole_VD = whole(head_VD, x_TD.dtype)
+
   def step(_: None, chunk_TD: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-    logits_TV = head_logits(head_VD, chunk_TD) / temperature
+    logits_TV = head_logits(whole_VD, chunk_TD) / temperature
     ids_Tk = jax.lax.top_k(logits_TV, k)[1]
     return None, (ids_Tk, _top_and_rest(logits_TV, ids_Tk))
 
@@ -216,10 +276,10 @@ def label_log_probs(x_TD: jax.Array, head_VD: jax.Array, labels_T: jax.Array) ->
 
   Takes final normed hidden states; `row_shards` must divide the number of tokens.
   """
-  tokens = len(labels_T)
+  tokens, whole_VD = len(labels_T), whole(head_VD, x_TD.dtype)
 
   def step(_: None, xs: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
-    logits_TV = head_logits(head_VD, xs[0])
+    logits_TV = head_logits(whole_VD, xs[0])
     return None, (-_cross_entropy(logits_TV, xs[1]), jnp.argmax(logits_TV, axis=-1) == xs[1])
 
   found = jax.lax.scan(step, None, _split((x_TD, labels_T), tokens, head_VD.shape[0]))[1]

@@ -17,11 +17,15 @@ from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import constrain, constrain_params, row_sharding
 from adapt_jax.training.loss import (
   ChunkLoss,
+  Head,
   cached_distillation,
   cross_entropy,
   distillation,
   shift,
-  sum_over_chunks,
+  spread,
+  sum_with_head,
+  summed,
+  whole,
 )
 
 # {'params': fp32 master weights, 'optimizer': optax state}
@@ -56,7 +60,9 @@ def make_step(
   alpha, temperature = options.distill.alpha, options.distill.temperature
   micro_batch = rows_at_once(options.batch, options.micro_batch)
 
-  def micro_loss(params: Params, rows: Rows, scale: jax.Array, teacher: Params | None) -> jax.Array:
+  def micro_loss(
+    params: Params, own_BDV: jax.Array, head_VD: jax.Array, rows: Rows, scale: jax.Array, teacher: Any
+  ) -> jax.Array:
     tokens_BT, targets_BT, segments_BT, *taught = rows
     x_BTD = llama.hidden_states(
       config, params, tokens_BT, segments=segments_BT, dtype=dtype, remat=options.remat
@@ -69,28 +75,42 @@ def make_step(
       loss = cached_distillation(alpha, temperature)
       extras += tuple(x.reshape(len(x_TD), -1) for x in taught)
     elif teacher is not None and teacher_config is not None:
-      loss = distillation(alpha, temperature, llama.head(teacher))
-      y_BTD = llama.hidden_states(teacher_config, teacher, tokens_BT, segments=segments_BT, dtype=dtype)
+      teacher_params, teacher_head_VD = teacher
+      loss = distillation(alpha, temperature, teacher_head_VD)
+      y_BTD = llama.hidden_states(
+        teacher_config, teacher_params, tokens_BT, segments=segments_BT, dtype=dtype
+      )
       extras += (jax.lax.stop_gradient(y_BTD.reshape(x_TD.shape)),)
-    return sum_over_chunks(loss, x_TD, llama.head(params), extras)
+    return sum_with_head(loss, x_TD, Head(head_VD, own_BDV), extras)
 
   def gradients(params: Params, rows: Rows, teacher: Params | None) -> tuple[jax.Array, Params]:
     scale = 1 / jnp.maximum(shift(*rows[:2])[1].sum(), 1)
-    value_and_grad = jax.value_and_grad(micro_loss)
+    # For all micro-batches, both heads are gathered once, and the gradient is summed over devices once.
+    head = spread(llama.head(params), dtype)
+    taught_by = teacher and (teacher, whole(llama.head(teacher), dtype))
+
+    def value_and_grad(micro_rows: Rows) -> tuple[jax.Array, tuple[Params, jax.Array]]:
+      of_both = jax.value_and_grad(micro_loss, argnums=(0, 1))
+      loss, (gradient, own_BDV) = of_both(params, head.own_BDV, head.whole_VD, micro_rows, scale, taught_by)
+      return loss, (constrain_params(gradient), constrain(own_BDV, 'B.V'))
+
     count = len(rows[0]) // micro_batch
     if count == 1:
-      loss, gradient = value_and_grad(params, rows, scale, teacher)
-      return loss, constrain_params(gradient)
+      loss, (gradient, own_BDV) = value_and_grad(rows)
+    else:
 
-    def accumulate(total: Any, micro_rows: Rows) -> tuple[Any, None]:
-      loss, gradient = value_and_grad(params, micro_rows, scale, teacher)
-      return (total[0] + loss, constrain_params(jax.tree.map(jnp.add, total[1], gradient))), None
+      def accumulate(total: Any, micro_rows: Rows) -> tuple[Any, None]:
+        loss, (gradient, own_BDV) = jax.tree.map(jnp.add, total, value_and_grad(micro_rows))
+        return (loss, (constrain_params(gradient), constrain(own_BDV, 'B.V'))), None
 
-    micro = tuple(
-      constrain(x.reshape(count, micro_batch, *x.shape[1:]), '.B' + '.' * (x.ndim - 1)) for x in rows
-    )
-    zeros = (jnp.zeros(()), constrain_params(jax.tree.map(jnp.zeros_like, params)))
-    return jax.lax.scan(accumulate, zeros, micro)[0]
+      micro = tuple(
+        constrain(x.reshape(count, micro_batch, *x.shape[1:]), '.B' + '.' * (x.ndim - 1)) for x in rows
+      )
+      zeros = constrain_params(jax.tree.map(jnp.zeros_like, params))
+      start = (jnp.zeros(()), (zeros, head.own_BDV))
+      loss, (gradient, own_BDV) = jax.lax.scan(accumulate, start, micro)[0]
+    name = 'lm_head' if 'lm_head' in params else 'embed'
+    return loss, constrain_params({**gradient, name: gradient[name] + summed(own_BDV)})
 
   def step(
     state: TrainState, rows: Rows, teacher: Params | None = None

@@ -40,6 +40,11 @@ def mesh() -> Any:
   return None if found.empty else found
 
 
+def device_count() -> int:
+  """The number of devices of the current mesh; 1 without a mesh."""
+  return _size(AXES)
+
+
 def row_shards() -> int:
   """The number of shards into which the rows of a batch are split."""
   return _size(_ROWS)

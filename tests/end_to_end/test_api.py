@@ -203,6 +203,9 @@ def _sliced(model):
     (lambda m, r, f: aj.generate(dataclasses.replace(m, tokenizer=None), 'a'), ('no tokenizer',)),
     (lambda m, r, f: aj.rows(dataclasses.replace(m, tokenizer=None), f / 'train.txt'), ('no tokenizer',)),
     (lambda m, r, f: aj.prune(_sliced(m), r), ('SliceGPT',)),
+    (lambda m, r, f: aj.rows(m, f / 'train.txt', samples=0), ('samples = 0', 'between')),
+    (lambda m, r, f: aj.prune(m, r, targt=0.5), ('targt is unknown: did you mean target?',)),
+    (lambda m, r, f: aj.prune(m, r, target=1.5), ('target = 1.5', 'method obs always keeps')),
     (lambda m, r, f: aj.recover(_sliced(m), r, tokens=64, batch=4), ('SliceGPT',)),
   ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from xml.etree import ElementTree
 import pytest
 
 from adapt_jax.configs import published
+from adapt_jax.machine import targets
+from adapt_jax.machine.targets import TARGETS
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.pruning import serving_widths
 from tests.support import runs
@@ -152,17 +155,17 @@ def test_an_unknown_variant_is_one_line_that_names_the_choices(tmp_path):
   assert result.stderr.startswith('error: ') and all(name in result.stderr for name in published.RUNS)
 
 
-def test_mode_plan_needs_only_a_config(files, tmp_path):
+def test_mode_estimate_needs_only_a_config(files, tmp_path):
   """No weights, no texts, no workdir; simulated devices; nothing is written."""
   shapes = tmp_path / 'shapes'
   shapes.mkdir()
   (shapes / 'config.json').write_text((files / 'model/config.json').read_text())
   flags = (
     f'--config.model.source={shapes}',
-    '--config.plan.devices=2',
-    '--config.plan.device_memory_gb=1e-3',
+    '--config.estimate.devices=2',
+    '--config.estimate.device_memory_gb=1e-3',
   )
-  result = runs.main(files, tmp_path / 'out', '--mode=plan', *flags)
+  result = runs.main(files, tmp_path / 'out', '--mode=estimate', *flags)
   assert result.returncode == 0, result.stderr
   lines = result.stdout.splitlines()
   table = {cells[1].strip(): cells[2:-1] for cells in (line.split('|') for line in lines) if len(cells) == 8}
@@ -170,10 +173,25 @@ def test_mode_plan_needs_only_a_config(files, tmp_path):
   assert [t.split(',')[0].split(' ')[0] for t in list(table)[2:9]] == titles
   assert 'on 2 devices (data 1, fsdp 2, tensor 1), products in bfloat16' in result.stdout
   assert any(line.startswith('peak 0.0 GB of 0.001 GB') for line in lines)
+  assert re.search(r'the whole run at these peaks: \S+ device-hours, \S+ s, for products alone$', lines[-1])
   assert not (tmp_path / 'out').exists()
   raw = json.loads((shapes / 'config.json').read_text())
-  result = runs.main(files, tmp_path / 'out', '--mode=plan', *flags, '--config.plan.depths=2,9')
+  result = runs.main(files, tmp_path / 'out', '--mode=plan', *flags, '--config.estimate.depths=2,9')
   assert result.returncode == 2 and f'has {raw["num_hidden_layers"]} layers' in result.stderr
+
+
+@pytest.mark.skipif(not targets.missing(TARGETS['tpu-v6e']), reason='the compiler is installed')
+def test_an_estimate_without_the_compiler_says_what_to_install(files, tmp_path):
+  """It compiles for simulated devices, and compares with the target's memory and speed."""
+  flags = ['--config.estimate.target=tpu-v6e', '--config.estimate.devices=2', '--config.estimate.price=1e9']
+  result = runs.main(files, tmp_path / 'out', '--mode=estimate', *flags, '--config.train.tokens=1000000000')
+  assert result.returncode == 0, result.stderr
+  assert "its compiler is not installed; pip install 'adapt-jax[estimate]' installs it" in result.stdout
+  assert 'GB of 32 GB per device: fits' in result.stdout and 'at 918 TFLOP/s' in result.stdout
+  hours, cost = re.search(
+    r'peaks: (\S+) device-hours, .* costs ([\d.,]+), for products alone', result.stdout
+  ).groups()
+  assert float(cost.replace(',', '')) == pytest.approx(1e9 * float(hours), rel=0.01)
 
 
 def test_from_the_command_line_without_a_workdir(files):

@@ -1,4 +1,4 @@
-"""Mode plan: what the compiler says of memory at full size, and the arithmetic beside it."""
+"""Mode estimate: what the compiler says of memory at full size, and the arithmetic beside it."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,16 @@ from jax.sharding import AxisType
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.configs import adapt, base
+from adapt_jax.machine import targets
+from adapt_jax.machine.targets import TARGETS
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_config
 from adapt_jax.models.network import llama
-from adapt_jax.modes import estimate
-from adapt_jax.modes.estimate import Footprint, Memory
+from adapt_jax.modes import estimate, estimate_programs
+from adapt_jax.modes.estimate_programs import Footprint, Memory, Program
 from adapt_jax.pipeline import flops
+from adapt_jax.pipeline.schedule import Schedule
 from tests.support import runs
 
 LLAMA_8B = ModelConfig(
@@ -43,7 +47,7 @@ def test_scoring_holds_no_gradient_tree_at_8b():
   A layer adds its input on all tokens, far less than its gradient.
   """
   plan = Footprint(options(adapt.get_config()), LLAMA_8B, jnp.bfloat16)
-  whole, half = plan.scoring(32), plan.scoring(16)
+  whole, half = plan.scoring(32).memory, plan.scoring(16).memory
   assert whole.arguments == pytest.approx(2 * count_params(LLAMA_8B), rel=1e-3)
   assert whole.temporary < 2 * count_params(LLAMA_8B)
   inputs, gradient = 512 * 64 * 4096 * 2, 4 * (count_params(LLAMA_8B) - 2 * 128_256 * 4096) / 32
@@ -56,8 +60,8 @@ def test_every_device_holds_its_share_of_weights_and_moments(fsdp, tensor, mu_dt
   config = small()
   with mesh(fsdp, tensor):
     plan = Footprint(options(batch=8, length=64, mu_dtype=mu_dtype), config, jnp.float32)
-    state = estimate.bytes_of(plan.state(config, True))
-    memory = plan.training(config, config.num_layers)
+    state = estimate_programs.bytes_of(plan.state(config, True))
+    memory = plan.training(config, config.num_layers).memory
   share = size * count_params(config) / 4  # fp32 weights and second moments, first moments in mu_dtype
   assert share <= state < 1.02 * share  # norms are whole everywhere
   assert state <= memory.arguments < 1.05 * state
@@ -69,7 +73,7 @@ def test_a_layer_adds_shares_and_nothing_whole():
   config = small(layers=8)
   with mesh(4, 1):
     plan = Footprint(options(batch=16, length=16), config, jnp.float32)
-    deep, shallow = plan.training(config, 8), plan.training(config, 4)
+    deep, shallow = plan.training(config, 8).memory, plan.training(config, 4).memory
   share = 4 * (count_params(config) - 1000 * 256) / 8 / 4
   assert (deep.temporary - shallow.temporary) / 4 < 2 * share
 
@@ -81,9 +85,16 @@ def test_two_depths_tell_the_whole():
     plan = Footprint(options(batch=4, length=64), config, jnp.float32)
     whole = plan.training(config, 24)
     guess = plan.training(config, 16).extrapolated(plan.training(config, 12), 16, 12, 24)
-  assert guess.arguments == pytest.approx(whole.arguments, rel=1e-3)
-  assert guess.total == pytest.approx(whole.total, rel=0.03)
-  assert Memory(30.0, 10.0, 2.0).extrapolated(Memory(20.0, 8.0, 2.0), 4, 2, 8) == Memory(50.0, 14.0, 2.0)
+  assert guess.memory.arguments == pytest.approx(whole.memory.arguments, rel=1e-3)
+  assert guess.memory.total == pytest.approx(whole.memory.total, rel=0.03)
+  assert guess.moved == pytest.approx(whole.moved, rel=0.03)
+  for kind, size in whole.sent.items():
+    assert guess.sent[kind] == pytest.approx(size, rel=0.01, abs=1e4)
+  deep = Program(Memory(30.0, 10.0, 2.0), 4.0, 8.0, {'all-gather': 6.0}, {'all-gather': 3.0})
+  shallow = Program(Memory(20.0, 8.0, 2.0), 3.0, 6.0, {}, {})
+  assert deep.extrapolated(shallow, 4, 2, 8) == Program(
+    Memory(50.0, 14.0, 2.0), 6.0, 12.0, {'all-gather': 18.0}, {'all-gather': 9.0}
+  )
 
 
 def test_forward_flops_are_those_of_the_compiled_program():
@@ -99,7 +110,7 @@ def test_forward_flops_are_those_of_the_compiled_program():
 def test_stages_end_at_their_targets():
   values = base.get_config()
   values.prune.target, values.prune.stages, values.prune.align_ffn = 0.5, 4, 128
-  found = [count_params(c) for c in estimate.stage_configs(options(values), LLAMA_8B)]
+  found = [count_params(c) for c in estimate_programs.stage_configs(options(values), LLAMA_8B)]
   targets = np.linspace(1, 0.5, 5)[1:] * count_params(LLAMA_8B)
   assert all(0 <= t - n < 128 * 3 * 4096 for t, n in zip(targets, found, strict=True))
 
@@ -109,16 +120,17 @@ def test_a_teacher_that_is_asked_before_lies_beside_nothing(tmp_path):
   config.train.distill.update({'alpha': 1.0, 'cache': 8})
   options = from_dict(config.to_dict())
   dense = open_config(options.model.source)
-  plan = estimate.Footprint(options, dense, jnp.dtype(jnp.float32))
-  stages = estimate.stage_configs(options, dense)
-  found = estimate.programs(plan, stages)
-  asked, beside = found['teacher, before anything else']
+  plan = Footprint(options, dense, jnp.dtype(jnp.float32))
+  stages = estimate_programs.stage_configs(options, dense)
+  found = estimate_programs.programs(plan, stages)
+  teacher = found['teacher, before anything else']
+  asked, beside = teacher.program.memory, teacher.other
   tokens = options.train.batch * options.train.length
-  weights = estimate.bytes_of(llama.abstract_params(dense, jnp.float32))
+  weights = estimate_programs.bytes_of(llama.abstract_params(dense, jnp.float32))
   assert (asked.arguments, beside) == (weights + tokens * (4 + 4), 0)
   assert 0 <= asked.results - tokens * (4 * 8 + 4 * 9) < 64  # and the tuple of both
-  training = list(found.values())[-1][0]
-  state = estimate.bytes_of(plan.state(stages[0], True))
+  training = list(found.values())[-1].program.memory
+  state = estimate_programs.bytes_of(plan.state(stages[0], True))
   assert training.arguments == state + tokens * (4 + 1 + 4 + 4 * 8 + 4 * 9)
   # The arithmetic of the dense model is done all the same.
   plain = runs.make_config(tmp_path)
@@ -134,38 +146,88 @@ def test_every_program_of_a_run_with_a_teacher(tmp_path):
   (tmp_path / 'model/model.safetensors').unlink()
   options = from_dict(config.to_dict())
   dense = open_config(options.model.source)
-  plan = estimate.Footprint(options, dense, jnp.dtype(jnp.float32))
-  stages = estimate.stage_configs(options, dense)
-  found = estimate.programs(plan, stages)
+  plan = Footprint(options, dense, jnp.dtype(jnp.float32))
+  stages = estimate_programs.stage_configs(options, dense)
+  found = estimate_programs.programs(plan, stages)
   names = [name.split()[0].strip(',') for name in found]
   assert names == ['stacking', 'scoring', 'scoring', 'compensation', 'correction', 'compaction', 'training']
   assert all(
-    memory.temporary > 0 for name, (memory, _) in found.items() if name not in ('correction', 'compaction')
+    x.program.memory.temporary > 0 for name, x in found.items() if name not in ('correction', 'compaction')
   )
   teacher, weights = (
-    estimate.bytes_of(x) for x in (llama.abstract_params(dense, jnp.float32), plan.state(dense, False))
+    estimate_programs.bytes_of(x)
+    for x in (llama.abstract_params(dense, jnp.float32), plan.state(dense, False))
   )
-  stacking, beside = found['stacking, first stage']
-  assert (stacking.arguments, stacking.results) == (weights, estimate.bytes_of(plan.stacked(dense)))
+  stacking, beside = found['stacking, first stage'].program.memory, found['stacking, first stage'].other
+  assert (stacking.arguments, stacking.results) == (weights, estimate_programs.bytes_of(plan.stacked(dense)))
   assert beside == teacher and 0 < stacking.temporary < stacking.results
-  compaction = found['compaction'][0]
-  before, after = (estimate.bytes_of(plan.state(stage, True)) for stage in stages)
+  compaction = found['compaction'].program.memory
+  before, after = (estimate_programs.bytes_of(plan.state(stage, True)) for stage in stages)
   assert (compaction.arguments, compaction.results) == (before, after)
   # The first stage is scored without the fp32 weights that are beside the stacked ones in the second.
-  (_, first), (_, second) = (found[name] for name in found if name.startswith('scoring'))
-  assert second - first == estimate.bytes_of(plan.state(stages[0], True))
+  first, second = (found[name].other for name in found if name.startswith('scoring'))
+  assert second - first == estimate_programs.bytes_of(plan.state(stages[0], True))
 
-  memory, beside = list(found.values())[-1]
-  state = estimate.bytes_of(plan.state(stages[0], True))
+  memory, beside = list(found.values())[-1].program.memory, list(found.values())[-1].other
+  state = estimate_programs.bytes_of(plan.state(stages[0], True))
   batch = options.train.batch * options.train.length * (4 + 1 + 4)  # ids, targets, segments
   assert (memory.arguments, beside) == (state + teacher + batch, 0)
 
 
 def test_biases_are_planned_too(tmp_path, capsys):
   config = runs.make_config(runs.make_files(tmp_path))
-  config.plan.devices, sizes = 0, []
+  config.estimate.devices, sizes = 0, []
   for config.prune.compensate in ('none', 'bias'):
     estimate.run(from_dict(config.to_dict()))
     sizes.append(int(capsys.readouterr().out.split(' parameters on ')[0].split(': ')[-1].replace(',', '')))
   dense = open_config(config.model.source)
   assert sizes[1] - sizes[0] == 2 * dense.num_layers * dense.hidden_size
+
+
+def test_a_program_is_limited_by_its_slowest_part():
+  """An H100: 989 TFLOP/s, 3,350 GB/s, 450 GB/s; of eight devices each sends 7/8 of what is gathered."""
+  sent = {'all-gather': 80e9, 'all-reduce': 10e9}
+  program = Program(Memory(0, 0, 0), 98.9e12, 670e9, sent, {})
+  found = estimate.limit(program, TARGETS['h100'], 8)
+  assert found.products == pytest.approx(0.1) and found.memory == pytest.approx(0.2)
+  assert found.network == pytest.approx((80 + 2 * 10) * 7 / 8 / 450)
+  assert found.shortest == found.memory and found.longest == pytest.approx(0.3 + found.network)
+  assert estimate.limit(program, TARGETS['h100'], 1).network == 0
+
+
+@pytest.mark.parametrize(
+  'target,count,name',
+  [
+    ('tpu-v5e', 1, 'v5e:2x2'),
+    ('tpu-v5e', 8, 'v5e:2x4'),
+    ('tpu-v6e', 256, 'v6e:16x16'),
+    ('tpu-v5p', 4, 'v5p:2x2x1'),
+    ('tpu-v5p', 8, 'v5p:2x2x2'),
+    ('tpu-v5p', 16, 'v5p:2x2x4'),
+    ('tpu-v5p', 64, 'v5p:4x4x4'),
+  ],
+)
+def test_a_slice_of_tpus_has_the_shape_that_is_sold(target, count, name):
+  assert targets.slice_name(TARGETS[target], count) == name
+
+
+@pytest.mark.parametrize('target,count', [('tpu-v5e', 6), ('tpu-v6e', 512), ('tpu-v5p', 3)])
+def test_other_numbers_of_tpus_are_refused(target, count):
+  with pytest.raises(InputError, match=f'config.estimate.devices = {count}: a slice of these TPUs'):
+    targets.slice_name(TARGETS[target], count)
+
+
+def test_training_counts_less_in_later_stages(tmp_path):
+  """Their model is smaller; scoring, and corrections, count as often as a run executes them."""
+  config = runs.make_config(runs.make_files(tmp_path))
+  options = from_dict(config.to_dict())
+  dense = open_config(options.model.source)
+  plan = Footprint(options, dense, jnp.dtype(jnp.float32))
+  stages = estimate_programs.stage_configs(options, dense)
+  found = estimate_programs.programs(plan, stages)
+  schedule = Schedule.of(options, dense)
+  times = {name.split()[0].strip(','): x.times for name, x in found.items() if x.times}
+  assert times['scoring'] == flops.scoring_passes(options, dense)
+  assert times['compensation'] == schedule.stages == 2
+  in_first = schedule.end(1) - schedule.start(1)
+  assert in_first < times['training'] < schedule.train_steps

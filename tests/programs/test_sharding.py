@@ -16,10 +16,12 @@ from adapt_jax.configs import base
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine import mesh
+from adapt_jax.machine.compiled_text import CompiledText
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
+from adapt_jax.models.network.backend import made_for
 from adapt_jax.models.network.sharding import placed, shardings
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.compensate import Compensator
@@ -28,7 +30,7 @@ from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.training.optim import optimizer
-from adapt_jax.training.step import make_step
+from adapt_jax.training.step import batch_shapes, make_step
 
 SHAPES = (LayerShape(8, 4, 24), LayerShape(4, 2, 32), LayerShape(8, 4, 16))
 
@@ -69,14 +71,12 @@ def share(x):
   return x.addressable_shards[0].data.size
 
 
-def collectives(text):
-  """{operation: elements of its largest result} of a compiled program's text."""
+def moved(program):
+  """{operation: elements of its largest array} of a compiled program."""
   found = {}
-  for shapes, name in re.findall(r'= (.*?) (all-gather|all-reduce|all-to-all|collective-permute)\(', text):
-    sizes = [
-      np.prod([int(n) for n in dims.split(',') if n]) for dims in re.findall(r'\w+\[([\d,]*)\]', shapes)
-    ]
-    found[name] = max(found.get(name, 0), *sizes)
+  for sent in CompiledText(program.as_text()).collectives():
+    elements = np.prod([int(n) for n in re.search(r'\[(.*)\]', sent.shape)[1].split(',') if n], dtype=int)
+    found[sent.kind] = max(found.get(sent.kind, 0), elements)
   return found
 
 
@@ -186,6 +186,33 @@ def test_a_training_step_is_that_of_one_device(family, sizes, monkeypatch):
   assert share(down) * sizes[1] * sizes[2] == down.size  # split over fsdp and tensor, copied over data
 
 
+@pytest.mark.parametrize('distilled', [False, True])
+@pytest.mark.parametrize('sizes', [(1, 4, 1), (2, 2, 1), (1, 2, 2)])
+def test_a_step_gathers_the_head_once_and_reduces_its_gradient_once(sizes, distilled, monkeypatch):
+  """However many micro-batches and chunks of tokens there are; the teacher's head is gathered once too."""
+  V, D, micro_batches = 96, 32, 2
+  # In the form for accelerators; a chunk is two tokens of each device, a micro-batch six chunks or more.
+  monkeypatch.setattr('adapt_jax.training.loss._CHUNK_ELEMENTS', V * 2 // 16)
+  config = ModelConfig('llama', V, D, 8, SHAPES[:1], RopeConfig(1e4), 1e-5, tie_embeddings=False)
+  shards, tensor = sizes[0] * sizes[1], sizes[2]
+  options = train_options(distill={'alpha': float(distilled)}, micro_batch=8 // micro_batches // shards)
+  tx = optax.sgd(1.0)
+  with set_mesh(*sizes), made_for('gpu'):
+    params = placed(llama.abstract_params(config))
+    state = {'params': params, 'optimizer': jax.eval_shape(tx.init, params)}
+    args = state, batch_shapes(options), *([params] if distilled else [])
+    step = make_step(config, options, tx, jnp.float32, config if distilled else None)
+    sent = CompiledText(mesh.jit(step, *args).lower(*args).compile().as_text()).collectives()
+  # [D, V] is the order of axes of no array but the head's gradient.
+  reduced = [x for x in sent if 'reduce' in x.kind and x.shape.endswith(f',{V // tensor}]')]
+  assert {x.times for x in reduced} == {1}
+  gathered = [x for x in sent if x.kind == 'all-gather' and x.shape == f'f32[{V // tensor},{D}]']
+  assert [x.times for x in gathered] == [1] * (1 + distilled)
+  in_chunks = [x for x in sent if x.times > micro_batches]
+  assert all(x.bytes <= 2 * D * 4 for x in in_chunks), in_chunks  # one chunk's tokens at most
+  assert in_chunks  # otherwise the loop over chunks was not found
+
+
 @pytest.mark.parametrize('kind,sizes', [('least_squares', (1, 2, 2)), ('bias', (1, 4, 1))])
 def test_compensation_is_that_of_one_device(kind, sizes):
   config, params = make_model()
@@ -245,11 +272,11 @@ def test_compaction_keeps_every_array_split(sizes):
     want = placed(jax.eval_shape(cut, state))
   assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), compacted, expected)))
   assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding.spec == b.sharding.spec, compacted, want)))
-  moved = collectives(program.as_text())
+  sent = moved(program)
   if sizes[2] == 1:
-    assert not moved
+    assert not sent
   else:  # [F, D] has 64 * 32 elements
-    assert max(moved.values()) <= 64 * 32 // sizes[1]
+    assert max(sent.values()) <= 64 * 32 // sizes[1]
 
 
 def test_stacking_moves_nothing_over_fsdp():
@@ -258,7 +285,7 @@ def test_stacking_moves_nothing_over_fsdp():
   with set_mesh(1, 4, 1):
     params = put(params)
     program = mesh.jit(lambda p: surgery.stack(p, plan, jnp.float32), params).lower(params).compile()
-  assert not collectives(program.as_text())
+  assert not moved(program)
 
 
 # -- rows -------------------------------------------------------------------------------------------------

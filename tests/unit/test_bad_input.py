@@ -65,7 +65,7 @@ FIELDS = [
   ('mesh.fsdp', 0),
   ('mesh.tensor', -2),
   ('mesh.data', -1),
-  ('plan.depths', (8,)),
+  ('estimate.depths', (8,)),
   ('train.schedule', 'linear'),
   ('train.split', 'even'),
   ('train.optimizer_state', 'keep'),
@@ -96,7 +96,13 @@ def test_values_out_of_range(files, field, value):
 def test_unknown_field(files):
   values = runs.make_config(files).to_dict()
   values['prune']['targt'] = 0.5
-  with pytest.raises(InputError, match=r'config\.prune\.targt is unknown; fields here: method, compensate'):
+  with pytest.raises(InputError, match=r'config\.prune\.targt is unknown: did you mean target\?$'):
+    from_dict(values)
+  del values['prune']['targt']
+  values['prune']['quantise'] = True
+  with pytest.raises(
+    InputError, match=r'config\.prune\.quantise is unknown; fields here: method, compensate'
+  ):
     from_dict(values)
 
 

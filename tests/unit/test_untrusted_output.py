@@ -139,8 +139,8 @@ def test_half_a_character_that_an_export_would_write(model, name):
 @pytest.mark.parametrize('value', ['1,inf', '1,nan', '-inf,2', (1, float('inf'))])
 def test_depths_that_are_no_numbers_of_layers(value):
   given = tuple(value.split(',')) if isinstance(value, str) else value
-  message = refused(from_dict, {'plan': {'depths': given}})
-  assert 'config.plan.depths' in message and 'whole numbers' in message
+  message = refused(from_dict, {'estimate': {'depths': given}})
+  assert 'config.estimate.depths' in message and 'whole numbers' in message
 
 
 def closed(*_):

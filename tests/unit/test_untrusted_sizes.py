@@ -78,7 +78,8 @@ def test_more_layers_than_the_weights_have(tmp_path):
   message = refused(open_source, str(files / 'model'))
   assert 'model.layers.4.' in message and '2048 layers, the weights 4' in message
   start = time.monotonic()
-  assert len(abstract_params(open_config(str(files / 'model')))['layers']) == MOST['num_layers']  # mode plan
+  # As mode estimate does.
+  assert len(abstract_params(open_config(str(files / 'model')))['layers']) == MOST['num_layers']
   assert time.monotonic() - start < 5
 
 

@@ -1,0 +1,184 @@
+"""What a compiled program reads, writes and sends between devices, from the text of its HLO module."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import defaultdict
+
+_KINDS = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'ragged-all-to-all',
+  'collective-permute',
+)
+_COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) \(.*\{$')
+# NAME = SHAPE OPERATION(OPERANDS), ATTRIBUTES
+_INSTRUCTION = re.compile(r'\s*(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$')
+_ARRAY = re.compile(r'([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
+_CALLED = re.compile(r'(body|calls|to_apply|branch_computations|true_computation|false_computation)='
+                     r'(?:\{(.*?)\}|%?([\w.-]+))')  # fmt: skip
+_TRIPS = re.compile(r'known_trip_count\W+n\W+(\d+)')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
+# Operations that run the computations that they call once; others run them for each element.
+_RUNS = ('while', 'conditional', 'call', 'async-start')
+_MOVES_NOTHING = (
+  'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'after-all', 'partition-id',
+  'opt-barrier', 'add-dependency', *_RUNS,
+)  # fmt: skip
+_SLICES = ('dynamic-slice', 'slice', 'gather')  # read as much of their first operand as they write
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One operation that sends data between devices.
+
+  Attributes:
+    kind: such as `all-gather`.
+    shape: of its largest array on one device, such as `bf16[128256,4096]`.
+    bytes: of that array.
+    times: how often one run of the program executes it.
+    source: the names of the JAX functions that it comes from.
+  """
+
+  kind: str
+  shape: str
+  bytes: int
+  times: int
+  source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+  name: str
+  shape: str
+  operation: str
+  rest: str  # operands and attributes
+  root: bool
+
+  @functools.cached_property
+  def operands(self) -> list[str]:
+    return re.findall(r'%([\w.-]+)', self.rest.split('), ')[0])
+
+  @functools.cached_property
+  def called(self) -> list[str]:
+    found = [several or one for _, several, one in _CALLED.findall(self.rest)]
+    return [name.strip(' %') for names in found for name in names.split(',')]
+
+
+class CompiledText:
+  """The text of a compiled program (`compiled.as_text()`), for one device.
+
+  A loop of unknown length counts as one round, and every branch of a condition counts.
+  """
+
+  def __init__(self, text: str):
+    self._computations = defaultdict[str, dict[str, _Instruction]](dict)
+    entry = name = ''
+    for line in text.splitlines():
+      if start := _COMPUTATION.match(line):
+        name = start[2]
+        entry = name if start[1] else entry
+      elif found := _INSTRUCTION.match(line):
+        root, instruction, shape, operation, rest = found.groups()
+        computation = self._computations[name]
+        computation[instruction] = _Instruction(instruction, shape, operation, rest, bool(root))
+    self._times = defaultdict[str, int](int)
+    self._count(entry, 1)
+
+  def _count(self, name: str, rounds: int) -> None:
+    self._times[name] += rounds
+    for x in self._computations[name].values():
+      if x.operation in _RUNS:
+        trips = _TRIPS.search(x.rest)
+        for called in x.called:
+          self._count(called, rounds * (int(trips[1]) if trips else 1))
+
+  def collectives(self) -> list[Collective]:
+    """All collective operations of the program."""
+    found = []
+    for name, times in self._times.items():
+      computation = self._computations[name]
+      for x in computation.values():
+        kind = x.operation.removesuffix('-start')  # of an asynchronous pair, only the start counts
+        if kind in _KINDS:
+          shapes = [x.shape, *(computation[y].shape for y in x.operands if y in computation)]
+          arrays = [found for shape in shapes for found in _ARRAY.findall(shape)]
+          size, shape = max((_size(dtype, dims), f'{dtype}[{dims}]') for dtype, dims, _ in arrays)
+          source = _SOURCE.search(x.rest)
+          found.append(Collective(kind, shape, size, times, source[1] if source else ''))
+    return found
+
+  def bytes_moved(self) -> int:
+    """Bytes that all operations read from and write to the device's memory.
+
+    Each operation of the optimised program reads its operands and writes its result once. Of an operand of
+    which it uses only a slice, it reads the slice; of a result that it updates in place, it writes the
+    update. Caches are not considered.
+    """
+    return sum(
+      times * self._moved(x, self._computations[name])
+      for name, times in self._times.items()
+      for x in self._computations[name].values()
+    )
+
+  def _moved(self, x: _Instruction, computation: dict[str, _Instruction]) -> int:
+    if x.operation in _MOVES_NOTHING or x.operation.endswith('-done'):
+      return 0
+    operands = [computation[name] for name in x.operands if name in computation]
+    if x.operation == 'fusion' and x.called:
+      return self._moved_by_fusion(x, operands)
+    if x.operation in _SLICES:
+      return 2 * _bytes(x.shape)
+    if x.operation == 'dynamic-update-slice':
+      return 2 * _bytes(operands[1].shape)
+    return _bytes(x.shape) + sum(_bytes(y.shape) for y in operands)
+
+  def _moved_by_fusion(self, x: _Instruction, operands: list[_Instruction]) -> int:
+    inside = self._computations[x.called[0]]
+    users = defaultdict[str, list[_Instruction]](list)
+    for y in inside.values():
+      for name in y.operands:
+        users[name].append(y)
+    moved = _bytes(x.shape)
+    for y in inside.values():
+      if y.operation == 'dynamic-update-slice' and self._reaches_root(y, users):
+        moved -= _bytes(y.shape) - _bytes(inside[y.operands[1]].shape)
+    parameters = [y for y in inside.values() if y.operation == 'parameter']
+    for parameter in parameters:
+      index = int(parameter.rest.split(')')[0])
+      if index < len(operands):
+        moved += min(_bytes(operands[index].shape), self._read(parameter, users))
+    return max(moved, 0)
+
+  def _read(self, x: _Instruction, users: dict[str, list[_Instruction]]) -> int:
+    """Bytes that the users of x inside a fusion read of it."""
+    total = 0
+    for user in users[x.name]:
+      first = user.operands[0] == x.name
+      if user.operation == 'bitcast':
+        total += self._read(user, users)
+      elif user.operation in _SLICES and first:
+        total += _bytes(user.shape)
+      elif user.operation == 'dynamic-update-slice' and first:
+        continue
+      else:
+        return _bytes(x.shape)
+    return total
+
+  def _reaches_root(self, x: _Instruction, users: dict[str, list[_Instruction]]) -> bool:
+    return x.root or any(
+      y.operation in ('bitcast', 'tuple') and self._reaches_root(y, users) for y in users[x.name]
+    )
+
+
+def _bytes(shape: str) -> int:
+  """Bytes of all arrays of a shape, except those in a memory of their own, such as a TPU's VMEM: S(1)."""
+  return sum(_size(dtype, dims) for dtype, dims, layout in _ARRAY.findall(shape) if 'S(1)' not in layout)
+
+
+def _size(dtype: str, dims: str) -> int:
+  bits = re.search(r'\d+', dtype)  # pred has none
+  return math.prod(int(n) for n in dims.split(',') if n) * max(int(bits[0]) if bits else 8, 8) // 8

@@ -1,0 +1,291 @@
+"""The programs of a run, compiled from shapes alone: memory of all, and what they compute, read and send.
+
+Programs are compiled by the compiler of the target (`machine.targets`), if it is installed, and otherwise for
+as many simulated CPU devices as the mesh has. For these, three passes of the CPU backend are disabled, since
+their effects are those of a CPU: it computes in fp32 and converts the bf16 weights of all layers before the
+loop over layers; it combines the all-reduces of all gradients into one, which needs all gradients at once;
+and it removes the barriers that make it recompute a layer instead of keeping it. fp32 copies of arrays in use
+remain. Operations always have the form for accelerators.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.machine import mesh
+from adapt_jax.machine.compiled_text import CompiledText
+from adapt_jax.machine.mesh import rows_at_once
+from adapt_jax.machine.progress import Progress
+from adapt_jax.models.config import LayerShape, ModelConfig
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.backend import made_for
+from adapt_jax.models.network.sharding import device_count, placed, row_sharding
+from adapt_jax.pipeline import flops
+from adapt_jax.pipeline.schedule import Schedule
+from adapt_jax.pruning import programs as pruning_programs
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.widths import Allocator, Widths
+from adapt_jax.training.optim import optimizer
+from adapt_jax.training.step import batch_shapes, make_step
+from adapt_jax.training.teacher_cache import likeliest
+
+# Disabled passes of the CPU backend, see above.
+_NOT_ON_CPU = 'while-loop-invariant-code-motion,cpu-all-reduce-combiner,cse_barrier_expander'
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on one device: a program's arguments, temporary buffers, results that do not replace arguments."""
+
+  arguments: float
+  temporary: float
+  results: float
+
+  @property
+  def total(self) -> float:
+    return self.arguments + self.temporary + self.results
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled program, on one device.
+
+  Attributes:
+    memory: as the compiler plans it.
+    flops: floating-point operations (`pipeline.flops`).
+    moved: bytes that its operations read from and write to the device's memory.
+    sent: by kind of collective, bytes of the largest array of each operation, all together.
+    operations: by kind of collective, how many are executed.
+  """
+
+  memory: Memory
+  flops: float = 0.0
+  moved: float = 0.0
+  sent: dict[str, float] = dataclasses.field(default_factory=dict)
+  operations: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def extrapolated(self, shallow: 'Program', depth: int, shallow_depth: int, layers: int) -> 'Program':
+    """Extrapolates to `layers` from this one at `depth` and a shallower one: all is linear in the depth."""
+    steps = (layers - depth) / (depth - shallow_depth)
+
+    def further(deep: float, less: float) -> float:
+      return deep + steps * (deep - less)
+
+    def each(deep: dict[str, float], less: dict[str, float]) -> dict[str, float]:
+      return {kind: further(deep.get(kind, 0.0), less.get(kind, 0.0)) for kind in {**deep, **less}}
+
+    pairs = zip(dataclasses.astuple(self.memory), dataclasses.astuple(shallow.memory), strict=True)
+    return Program(
+      Memory(*(further(deep, less) for deep, less in pairs)),
+      further(self.flops, shallow.flops),
+      further(self.moved, shallow.moved),
+      each(self.sent, shallow.sent),
+      each(self.operations, shallow.operations),
+    )
+
+
+def compile_for(
+  platform: str, fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
+) -> Program:
+  """`fn` compiled for `args` (of `jax.ShapeDtypeStruct`) on the devices of the current mesh.
+
+  platform: of these devices; `cpu` if they simulate accelerators.
+  """
+  simulated = platform == 'cpu' and jax.default_backend() == 'cpu'
+  options = {'xla_disable_hlo_passes': _NOT_ON_CPU} if simulated else {}
+
+  def traced_anew(*args: Any) -> Any:  # not a trace that JAX may have made for a CPU
+    return fn(*args)
+
+  with made_for('gpu' if platform == 'cpu' else platform):
+    lowered = mesh.jit(traced_anew, *args, donate_argnums=donate_argnums).lower(*args)
+  compiled = lowered.compile(compiler_options=options)
+  found: Any = compiled.memory_analysis()
+  fresh = found.output_size_in_bytes - found.alias_size_in_bytes
+  memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, fresh)
+  text = CompiledText(compiled.as_text())
+  sent, operations = defaultdict[str, float](float), defaultdict[str, float](float)
+  for x in text.collectives():
+    sent[x.kind] += x.bytes * x.times
+    operations[x.kind] += x.times
+  return Program(memory, 0.0, text.bytes_moved(), dict(sent), dict(operations))
+
+
+def bytes_of(tree: Any) -> int:
+  """Bytes that a tree of `jax.ShapeDtypeStruct` with shardings takes on one device."""
+
+  def size(x: Any) -> int:
+    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    return int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
+
+  return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]:
+  """The model after each stage if all layers were pruned equally; in a run, scores make them differ."""
+  prune = options.prune
+  allocator = Allocator(config, prune.align_ffn, prune.align_kv)
+  widths, found = allocator.full, []
+  for target in Schedule.of(options, config).targets:
+    widths = allocator.one_shot(widths, np.ones(config.num_layers), target)
+    found.append(config.with_layers(_shapes(config, widths)))
+  return found
+
+
+def _shapes(config: ModelConfig, widths: Widths) -> tuple[LayerShape, ...]:
+  return tuple(
+    LayerShape(int(k) * s.group_size, int(k), int(f))
+    for s, k, f in zip(config.layers, widths.kv, widths.ffn, strict=True)
+  )
+
+
+class Footprint:
+  """Compiles the programs of a run.
+
+  Args:
+    options: checked options.
+    config: of the dense model.
+    dtype: of activations and products.
+    platform: of the devices of the current mesh; `cpu` if they simulate accelerators.
+  """
+
+  def __init__(self, options: RunOptions, config: ModelConfig, dtype: Any, platform: str = 'cpu'):
+    self.options, self.config, self.dtype, self._platform = options, config, dtype, platform
+    self._optimizer = optimizer(options.train, Schedule.of(options, config).train_steps)
+
+  def state(self, config: ModelConfig, moments: bool) -> Any:
+    """Arrays on the devices throughout a stage: weights (fp32 if trained) and, if `moments`, Adam's."""
+    dtype = jnp.float32 if self.options.train.tokens else self.dtype
+    params = llama.abstract_params(config, dtype)
+    if not self.options.train.tokens or not moments:
+      return placed({'params': params})
+    return placed({'params': params, 'optimizer': jax.eval_shape(self._optimizer.init, params)})
+
+  def stacked(self, config: ModelConfig) -> Any:
+    """The input of scoring and compensation: all layers' weights at their original widths."""
+    params = llama.abstract_params(config)
+    plan = PrunePlan.dense(config)
+    return placed(jax.eval_shape(lambda p: surgery.stack(p, plan, self.dtype), params))
+
+  def scoring(self, layers: int) -> Program:
+    """One scoring pass with this many layers."""
+    config, prune = self.config.with_layers(self.config.layers[:layers]), self.options.prune
+    scorer = pruning_programs.scoring(config, prune, self.dtype)
+    tokens = pruning_programs.calibration_tokens(prune.calibration)
+    return compile_for(self._platform, scorer, self.stacked(config), tokens)
+
+  def compensation(self, layers: int) -> Program:
+    """The least squares or biases after the last step of a stage."""
+    config, prune = self.config.with_layers(self.config.layers[:layers]), self.options.prune
+    program = pruning_programs.compensation(config, prune, self.dtype)
+    masks = tuple(
+      jax.ShapeDtypeStruct(m.shape, m.dtype) for m in surgery.padded_masks(PrunePlan.dense(config))
+    )
+    tokens = pruning_programs.calibration_tokens(prune.calibration)
+    return compile_for(self._platform, program, self.stacked(config), masks, tokens)
+
+  def training(self, config: ModelConfig, layers: int) -> Program:
+    """One optimizer step of a stage with this model, including the teacher."""
+    t = self.options.train
+    config = config.with_layers(config.layers[:layers])
+    dense = self.config.with_layers(self.config.layers[:layers]) if t.distill.teacher_beside else None
+    teacher = [placed(llama.abstract_params(dense, self.dtype))] if dense else []
+    step = make_step(config, t, self._optimizer, self.dtype, dense)
+    return compile_for(
+      self._platform, step, self.state(config, True), batch_shapes(t), *teacher, donate_argnums=(0,)
+    )
+
+  def teacher(self, layers: int) -> Program:
+    """Computing the teacher's cached predictions, with distill.cache."""
+    t, config = self.options.train, self.config.with_layers(self.config.layers[:layers])
+    params = placed(llama.abstract_params(config, self.dtype))
+    shape = (rows_at_once(t.batch, t.micro_batch), t.length)
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding())
+    return compile_for(self._platform, likeliest(config, t, self.dtype), params, rows, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+  """A program of a run.
+
+  Attributes:
+    program: compiled, or only its memory if it just moves weights.
+    other: bytes on the device that are not among the program's arguments.
+    times: how often the run executes it; training counts less in later stages, whose model is smaller.
+  """
+
+  program: Program
+  other: int
+  times: float = 0.0
+
+
+def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Planned]:
+  """All programs of a run, by title."""
+  options, config = footprint.options, footprint.config
+  layers, calibration, t = config.num_layers, options.prune.calibration, options.train
+  rows = calibration.samples * calibration.length
+  teacher = 0
+  if t.tokens and t.distill.teacher_beside:
+    teacher = bytes_of(placed(llama.abstract_params(config, footprint.dtype)))
+  beside = bytes_of(footprint.state(config, False)) + teacher
+  later = bytes_of(footprint.state(stages[0], True)) + teacher
+  # The pruned state and the one before are both held: only weights in the first stage, then moments too.
+  cut = [(beside, bytes_of(footprint.state(stages[0], False)))]
+  cut += [(later, bytes_of(footprint.state(stages[1], True)))] if len(stages) > 1 else []
+  found: dict[str, Planned] = {}
+  with Progress('compiling', 2 + bool(t.tokens), 'programs') as progress:
+    stacked = footprint.stacked(config)
+    largest = max(map(bytes_of, jax.tree.leaves(stacked)))  # leaf by leaf: that of all layers, then stacked
+    moved = Program(Memory(beside - teacher, largest, bytes_of(stacked)))
+    found['stacking, first stage'] = Planned(moved, teacher)
+    scoring = _measure(options, layers, footprint.scoring, flops.scoring(options, config) * rows)
+    # The unstacked weights are read again after the first stage has been pruned.
+    title = f'scoring, {calibration.samples} x {calibration.length} tokens, first stage'
+    found[title] = Planned(scoring, teacher, flops.scoring_passes(options, config))
+    if len(stages) > 1:
+      found['scoring, second stage'] = Planned(scoring, later)
+    progress.update(1)
+    if options.prune.compensate != 'none':
+      work = flops.compensation(options, config) * rows
+      compensation = _measure(options, layers, footprint.compensation, work)
+      title = f'compensation ({options.prune.compensate})'
+      found[title] = Planned(compensation, max(beside, later), len(stages))
+      corrected = Memory(compensation.memory.results, 0.0, bytes_of(footprint.state(config, False)))
+      found['correction'] = Planned(Program(corrected), max(beside, later))
+    before, after = max(cut, key=sum)
+    found['compaction'] = Planned(Program(Memory(before - teacher, 0.0, after)), teacher)
+    progress.update(1)
+    if t.tokens and t.distill.kept_ids:
+      batch = rows_at_once(t.batch, t.micro_batch) * t.length
+      asked = _measure(options, layers, footprint.teacher, flops.forward(config, t.length) * batch)
+      found['teacher, before anything else'] = Planned(asked, 0, t.tokens / batch)
+    if t.tokens:
+      per_token = [flops.training(options, config, flops.forward(stage, t.length)) for stage in stages]
+      schedule = Schedule.of(options, config)
+      times = sum(
+        (schedule.end(k) - schedule.start(k)) * per_token[k - 1] / per_token[0]
+        for k in range(1, len(stages) + 1)
+      )
+      of_batch = per_token[0] * t.batch * t.length
+      training = _measure(options, layers, lambda depth: footprint.training(stages[0], depth), of_batch)
+      title = f'training, {t.batch} x {t.length} tokens, first stage'
+      found[title] = Planned(training, 0, times)
+      progress.update(1)
+  return found
+
+
+def _measure(options: RunOptions, layers: int, measure: Callable[[int], Program], work: float) -> Program:
+  """`measure` at the full depth, or extrapolated to it from two (estimate.depths); `work`: its FLOPs."""
+  if options.estimate.depths:
+    shallow, deep = options.estimate.depths
+    found = measure(deep).extrapolated(measure(shallow), deep, shallow, layers)
+  else:
+    found = measure(layers)
+  return dataclasses.replace(found, flops=work / device_count())

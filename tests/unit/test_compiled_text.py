@@ -1,0 +1,121 @@
+"""What a program reads, writes and sends between devices, from its text."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from adapt_jax.machine.compiled_text import Collective, CompiledText
+
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%add.1 (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%sliced (whole: f32[6,8,128], more: f32[8,128]) -> f32[8,128] {
+  %whole = f32[6,8,128]{2,1,0} parameter(0)
+  %more = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %one = f32[1,8,128]{2,1,0} dynamic-slice(%whole, %i), dynamic_slice_sizes={1,8,128}
+  %flat = f32[8,128]{1,0} bitcast(%one)
+  ROOT %both = f32[8,128]{1,0} add(%flat, %more)
+}
+
+%updated (whole: f32[6,8,128], part: f32[1,8,128]) -> f32[6,8,128] {
+  %whole = f32[6,8,128]{2,1,0} parameter(0)
+  %part = f32[1,8,128]{2,1,0} parameter(1)
+  ROOT %new = f32[6,8,128]{2,1,0} dynamic-update-slice(%whole, %part, %i, %zero, %zero)
+}
+
+%body.2 (arg: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %half = bf16[64,4]{1,0} get-tuple-element(%arg), index=1
+  %gathered = bf16[64,32]{1,0} all-gather(%half), dimensions={1}, metadata={op_name="jit(step)/while/head"}
+  %start = (f32[4]{0}, f32[4]{0}) all-reduce-start(%a, %b), to_apply=%add.1
+  %done = (f32[4]{0}, f32[4]{0}) all-reduce-done(%start)
+}
+
+%branch.5 (arg: f32[2]) -> f32[2] {
+  ROOT %moved = f32[2] collective-permute(%arg), source_target_pairs={{0,1}}
+}
+
+%other.6 (arg: f32[2]) -> f32[2] {
+  ROOT %copy = f32[2] bitcast(%arg)
+}
+
+%outer.3 (arg: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %inner = f32[8,4] while(%arg), body=%body.2, backend_config={"known_trip_count":{"n":"5"}}
+  %either = f32[2] conditional(%which, %a, %b), branch_computations={%branch.5, %other.6}
+}
+
+%unused.7 (arg: f32[8]) -> f32[8] {
+  ROOT %never = f32[8] all-to-all(%arg), dimensions={0}
+}
+
+ENTRY %main.9 (p: f32[16,4]) -> f32[2,4] {
+  %p = f32[16,4]{1,0} parameter(0)
+  %loop = f32[8,4] while(%t), body=%outer.3, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %scattered = f32[2,4]{1,0} reduce-scatter(%p), dimensions={0}, to_apply=%add.1
+}
+"""
+
+
+def test_operations_in_nested_loops_are_counted_with_their_rounds():
+  assert sorted(CompiledText(TEXT).collectives(), key=lambda x: x.kind) == [
+    Collective('all-gather', 'bf16[64,32]', 64 * 32 * 2, 15, 'jit(step)/while/head'),
+    Collective('all-reduce', 'f32[4]', 16, 15, ''),
+    Collective('collective-permute', 'f32[2]', 8, 3, ''),
+    Collective('reduce-scatter', 'f32[16,4]', 16 * 4 * 4, 1, ''),
+  ]
+
+
+@pytest.mark.parametrize(
+  'fusion,moved',
+  [
+    ('f32[8,128]{1,0} fusion(%whole, %more), kind=kLoop, calls=%sliced', 3 * 8 * 128),  # one slice, twice one
+    ('f32[6,8,128]{2,1,0} fusion(%whole, %part), kind=kLoop, calls=%updated', 2 * 8 * 128),  # in place
+    ('f32[8,128]{1,0:T(8,128)S(1)} negate(%more)', 8 * 128),  # the result stays on the chip
+  ],
+)
+def test_of_a_slice_only_the_slice_is_moved(fusion, moved):
+  body = f"""
+ENTRY %main.1 (whole: f32[6,8,128], more: f32[8,128], part: f32[1,8,128]) -> f32[2] {{
+  %whole = f32[6,8,128]{{2,1,0}} parameter(0)
+  %more = f32[8,128]{{1,0:T(8,128)}} parameter(1)
+  %part = f32[1,8,128]{{2,1,0}} parameter(2)
+  ROOT %result = {fusion}
+}}
+"""
+  assert CompiledText(TEXT.split('%body.2')[0] + body).bytes_moved() == 4 * moved
+
+
+def test_a_compiled_program_is_read():
+  """A sum over rows that are split over four devices, in a loop of seven rounds."""
+  mesh = jax.make_mesh((4,), ('rows',), axis_types=(AxisType.Auto,))
+  split, copied = NamedSharding(mesh, PartitionSpec('rows')), NamedSharding(mesh, PartitionSpec())
+
+  def f(x, y):
+    def step(total, row):
+      summed = jax.lax.with_sharding_constraint((x * row).sum(0), copied)
+      return jnp.sin(total + summed), None
+
+    return jax.lax.scan(step, jnp.zeros(6), y)[0]
+
+  x = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=split)
+  y = jax.ShapeDtypeStruct((7,), jnp.float32, sharding=copied)
+  text = CompiledText(jax.jit(f).lower(x, y).compile().as_text())
+  (found,) = text.collectives()
+  assert (found.kind, found.shape, found.bytes, found.times) == ('all-reduce', 'f32[6]', 24, 7)
+
+
+def test_a_loop_over_stacked_weights_reads_each_once():
+  """Not the whole stack in each round; and the products' inputs and outputs."""
+  layers, tokens, width = 20, 64, 128
+
+  def f(x, weights):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+  shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, width), (layers, width, width)))
+  moved = CompiledText(jax.jit(f).lower(*shapes).compile().as_text()).bytes_moved()
+  weights, activations = 4 * layers * width * width, 4 * layers * tokens * width
+  # A backend may copy the slice before the product, and run tanh as an operation of its own.
+  assert weights + 2 * activations <= moved < 4 * weights + 8 * activations
