@@ -6,7 +6,7 @@ PY := .venv/bin/python
 PIP := set -o pipefail; $(PY) -m pip --disable-pip-version-check install
 SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) collected packages.*/  \1/p'
 
-.PHONY: help demo test test-fast fuzz test-parity test-serving docs bench bench-gpu check clean fetch .venv
+.PHONY: help demo test test-fast fuzz test-parity test-serving test-accelerators docs bench bench-gpu check clean fetch .venv
 
 help:
 	@echo 'make demo    prune and retrain a small model here, and print what it cost'
@@ -15,6 +15,7 @@ help:
 	@echo 'make fuzz CASES=10000  damaged inputs of every kind: about ten minutes on two cores'
 	@echo 'make test-parity  eleven steps beside those of the authors'\'' program: about eight minutes'
 	@echo 'make test-serving  exports in the real vLLM and MLX-LM: 4 GB of packages, then one to five minutes'
+	@echo 'make test-accelerators  programs compiled for NVIDIA GPUs and TPUs: 0.4 GB of packages, then ten minutes'
 	@echo 'make docs    the documentation as a site, into out/docs'
 	@echo 'make bench   ours beside PyTorch, into benchmarks/RESULTS.md: one to two hours on two cores, nothing else running'
 	@echo 'make bench-gpu  one NVIDIA GPU, beside PyTorch: some GB of packages, then eight minutes'
@@ -44,6 +45,10 @@ test-parity: .venv/installed-test fetch
 # With the demo's model too, where make demo has left it.
 test-serving: .venv/installed-test .venv-serving/mlx/installed .venv-serving/vllm/installed
 	$(PY) -m pytest -q -rP -m serving tests/formats/test_serving.py
+
+# Their compilers run without the devices. They are not in .venv itself, since JAX would look for the devices in all else.
+test-accelerators: .venv/accelerators/installed
+	PYTHONPATH=$(<D) $(PY) -m pytest -q -m accelerators tests/accelerators
 
 docs: .venv/installed-test
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict
@@ -105,6 +110,12 @@ CUDA ?= cuda12
 .venv/transformers-4.57/installed: .venv/installed-test
 	@rm -rf $(@D)
 	@$(PIP) --target $(@D) --no-deps transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 $(SHOW)
+	@touch $@
+
+.venv/accelerators/installed: .venv/installed-test constraints.txt
+	@echo 'installing the compilers for NVIDIA GPUs and TPUs: about 0.4 GB to download'
+	@rm -rf $(@D)
+	@$(PIP) --target $(@D) --no-deps -c constraints.txt jax-cuda12-plugin jax-cuda12-pjrt libtpu $(SHOW)
 	@touch $@
 
 # Each program with the packages that it asks for, which are not ours.

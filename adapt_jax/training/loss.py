@@ -6,7 +6,7 @@ chunk's gradients, so the logits are not computed again in the backward pass.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,33 +57,18 @@ def _shards(tokens: int) -> int:
   return row_shards() if tokens % row_shards() == 0 else 1
 
 
-class Head(NamedTuple):
-  """The output projection as a loop over chunks needs it: each device has all of D, and its own gradient.
-
-  Otherwise every chunk would gather the weights and sum their gradient over the devices.
-
-  Attributes:
-    whole_VD: the weights, in the dtype of activations. They receive no gradient.
-    own_BDV: zeros that receive it, in the weights' dtype: of each device from its own tokens, [shards, D, V].
-  """
-
-  whole_VD: jax.Array
-  own_BDV: jax.Array
-
-
-def spread(head_VD: jax.Array, dtype: Any, shards: int | None = None) -> Head:
-  """The head for activations in `dtype` whose tokens are split into `shards`; by default as rows are."""
-  shape = (row_shards() if shards is None else shards, *head_VD.shape[::-1])
-  return Head(whole(head_VD, dtype), constrain(jnp.zeros(shape, head_VD.dtype), 'B.V'))
-
-
 def whole(head_VD: jax.Array, dtype: Any) -> jax.Array:
-  """The head in `dtype` with all of D on each device."""
+  """The head in `dtype` with all of D on each device: for a loop, whose every round would gather it."""
   return constrain(head_VD.astype(dtype), 'V.')
 
 
+def own_gradients(head_VD: jax.Array, shards: int) -> jax.Array:
+  """Zeros [shards, D, V] for the head's gradient, which each device sums over its own tokens at first."""
+  return constrain(jnp.zeros((shards, *head_VD.shape[::-1]), head_VD.dtype), 'B.V')
+
+
 def summed(own_BDV: jax.Array) -> jax.Array:
-  """The gradient of the head [V, D], split as the head is, from that of `Head.own_BDV`."""
+  """The head's gradient [V, D], split as the head is, from that of each device's own tokens."""
   return constrain(own_BDV.sum(0), 'DV').T
 
 
@@ -94,46 +79,49 @@ def sum_over_chunks(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras
   `extras` is a pytree of arrays whose leading axis is tokens, including weights: a loss must be zero for
   tokens of weight zero, which pad the last chunk. No gradient flows into `extras`.
   """
-  return sum_with_head(loss, x_TD, spread(head_VD, x_TD.dtype, _shards(len(x_TD))), extras)
+  whole_VD = whole(head_VD, x_TD.dtype)
+
+  def step(total: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+    return total + loss(head_logits(whole_VD, xs[0]), xs[1]), None
+
+  return jax.lax.scan(step, jnp.zeros(()), _split((x_TD, extras), len(x_TD), len(head_VD)))[0]
 
 
-def _sum_forward(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras: Any) -> Any:
-  total, (dx_TD, own_BDV) = _forward(loss, x_TD, spread(head_VD, x_TD.dtype, _shards(len(x_TD))), extras)
-  return total, (dx_TD, summed(own_BDV))
+def _forward(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras: Any) -> Any:
+  own_BDV = own_gradients(head_VD, _shards(len(x_TD)))
+  value, dx_TD, own_BDV = sum_and_gradients(loss, x_TD, whole(head_VD, x_TD.dtype), own_BDV, extras)
+  return value, (dx_TD, summed(own_BDV))
 
 
-def _sum_backward(loss: ChunkLoss, residuals: Any, g: jax.Array) -> Any:
+def _backward(loss: ChunkLoss, residuals: Any, g: jax.Array) -> Any:
   return *(g.astype(x.dtype) * x for x in residuals), None
 
 
-sum_over_chunks.defvjp(_sum_forward, _sum_backward)
+sum_over_chunks.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def sum_with_head(loss: ChunkLoss, x_TD: jax.Array, head: Head, extras: Any) -> jax.Array:
-  """`sum_over_chunks` with a head that is used for several sums, whose gradients are summed later."""
+def sum_and_gradients(
+  loss: ChunkLoss, x_TD: jax.Array, whole_VD: jax.Array, own_BDV: jax.Array, extras: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The value of `sum_over_chunks`, its gradient to x [T, D], and own_BDV with that to the head added.
 
-  def step(total: jax.Array, xs: Any) -> tuple[jax.Array, None]:
-    return total + loss(head_logits(head.whole_VD, xs[0]), xs[1]), None
-
-  return jax.lax.scan(step, jnp.zeros(()), _split((x_TD, extras), len(x_TD), len(head.whole_VD)))[0]
-
-
-def _forward(loss: ChunkLoss, x_TD: jax.Array, head: Head, extras: Any) -> Any:
-  tokens, shards = len(x_TD), len(head.own_BDV)
+  whole_VD: from `whole`. own_BDV: from `own_gradients`, with as many shards as split the tokens. Several sums
+  can add to it before the devices' parts are `summed`.
+  """
+  tokens, shards = len(x_TD), len(own_BDV)
 
   def step(carry: Any, xs: Any) -> tuple[Any, jax.Array]:
     total, own_BDV = carry
     chunk_TD, chunk_extras = xs
-    value, gradient_TV = jax.value_and_grad(loss)(head_logits(head.whole_VD, chunk_TD), chunk_extras)
+    value, gradient_TV = jax.value_and_grad(loss)(head_logits(whole_VD, chunk_TD), chunk_extras)
     gradient_TV = gradient_TV.astype(x_TD.dtype)
-    dx_TD = dot(gradient_TV, head.whole_VD, 0, x_TD.dtype)
+    dx_TD = dot(gradient_TV, whole_VD, 0, x_TD.dtype)
     own_BDV += _of_each_device(chunk_TD, gradient_TV, shards, own_BDV.dtype)
     return (total + value, constrain(own_BDV, 'B.V')), dx_TD
 
-  start = (jnp.zeros(()), constrain(jnp.zeros_like(head.own_BDV), 'B.V'))
-  (total, own_BDV), dx = jax.lax.scan(step, start, _split((x_TD, extras), tokens, len(head.whole_VD)))
-  return total, (_join(dx, tokens), own_BDV)
+  start = (jnp.zeros(()), own_BDV)
+  (total, own_BDV), dx = jax.lax.scan(step, start, _split((x_TD, extras), tokens, len(whole_VD)))
+  return total, _join(dx, tokens), own_BDV
 
 
 def _of_each_device(x_TD: jax.Array, gradient_TV: jax.Array, shards: int, dtype: Any) -> jax.Array:
@@ -145,14 +133,6 @@ def _of_each_device(x_TD: jax.Array, gradient_TV: jax.Array, shards: int, dtype:
     return dot(x_TD.T, gradient_TV, 0, dtype)[None]
   x_B1TD, gradient_B1TV = (x.reshape(shards, 1, -1, x.shape[1]) for x in (x_TD, gradient_TV))
   return batch_product(x_B1TD.swapaxes(2, 3), gradient_B1TV, -2, dtype)[:, 0]
-
-
-def _backward(loss: ChunkLoss, residuals: Any, g: jax.Array) -> Any:
-  dx_TD, own_BDV = (g.astype(x.dtype) * x for x in residuals)
-  return dx_TD, Head(jnp.zeros((own_BDV.shape[2], own_BDV.shape[1]), dx_TD.dtype), own_BDV), None
-
-
-sum_with_head.defvjp(_forward, _backward)
 
 
 def _cross_entropy(logits_TV: jax.Array, labels_T: jax.Array) -> jax.Array:

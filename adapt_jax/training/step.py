@@ -14,16 +14,15 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.models.network.llama import Params
-from adapt_jax.models.network.sharding import constrain, constrain_params, row_sharding
+from adapt_jax.models.network.sharding import constrain, constrain_params, row_sharding, row_shards
 from adapt_jax.training.loss import (
   ChunkLoss,
-  Head,
   cached_distillation,
   cross_entropy,
   distillation,
+  own_gradients,
   shift,
-  spread,
-  sum_with_head,
+  sum_and_gradients,
   summed,
   whole,
 )
@@ -60,55 +59,52 @@ def make_step(
   alpha, temperature = options.distill.alpha, options.distill.temperature
   micro_batch = rows_at_once(options.batch, options.micro_batch)
 
-  def micro_loss(
-    params: Params, own_BDV: jax.Array, head_VD: jax.Array, rows: Rows, scale: jax.Array, teacher: Any
-  ) -> jax.Array:
+  def losses(x_TD: jax.Array, rows: Rows, scale: jax.Array, teacher: Any) -> tuple[ChunkLoss, Any]:
+    """The loss of a micro-batch whose final hidden states are x, and its other arguments."""
     tokens_BT, targets_BT, segments_BT, *taught = rows
-    x_BTD = llama.hidden_states(
-      config, params, tokens_BT, segments=segments_BT, dtype=dtype, remat=options.remat
-    )
-    x_TD = x_BTD.reshape(-1, config.hidden_size)
     labels, weights = shift(tokens_BT, targets_BT)
-    loss: ChunkLoss = cross_entropy
     extras: tuple[jax.Array, ...] = (labels, weights * scale)
     if taught:
-      loss = cached_distillation(alpha, temperature)
       extras += tuple(x.reshape(len(x_TD), -1) for x in taught)
-    elif teacher is not None and teacher_config is not None:
-      teacher_params, teacher_head_VD = teacher
-      loss = distillation(alpha, temperature, teacher_head_VD)
-      y_BTD = llama.hidden_states(
-        teacher_config, teacher_params, tokens_BT, segments=segments_BT, dtype=dtype
-      )
-      extras += (jax.lax.stop_gradient(y_BTD.reshape(x_TD.shape)),)
-    return sum_with_head(loss, x_TD, Head(head_VD, own_BDV), extras)
+      return cached_distillation(alpha, temperature), extras
+    if teacher is None or teacher_config is None:
+      return cross_entropy, extras
+    params, head_VD = teacher
+    y_BTD = llama.hidden_states(teacher_config, params, tokens_BT, segments=segments_BT, dtype=dtype)
+    return distillation(alpha, temperature, head_VD), (*extras, y_BTD.reshape(x_TD.shape))
 
   def gradients(params: Params, rows: Rows, teacher: Params | None) -> tuple[jax.Array, Params]:
     scale = 1 / jnp.maximum(shift(*rows[:2])[1].sum(), 1)
     # For all micro-batches, both heads are gathered once, and the gradient is summed over devices once.
-    head = spread(llama.head(params), dtype)
+    head_VD = llama.head(params)
+    whole_VD, own_BDV = whole(head_VD, dtype), own_gradients(head_VD, row_shards())
     taught_by = teacher and (teacher, whole(llama.head(teacher), dtype))
 
-    def value_and_grad(micro_rows: Rows) -> tuple[jax.Array, tuple[Params, jax.Array]]:
-      of_both = jax.value_and_grad(micro_loss, argnums=(0, 1))
-      loss, (gradient, own_BDV) = of_both(params, head.own_BDV, head.whole_VD, micro_rows, scale, taught_by)
-      return loss, (constrain_params(gradient), constrain(own_BDV, 'B.V'))
+    def add(total: Any, micro_rows: Rows) -> tuple[Any, None]:
+      def hidden(params: Params) -> jax.Array:
+        tokens_BT, _, segments_BT, *_ = micro_rows
+        x_BTD = llama.hidden_states(
+          config, params, tokens_BT, segments=segments_BT, dtype=dtype, remat=options.remat
+        )
+        return x_BTD.reshape(-1, config.hidden_size)
+
+      loss, gradient, own_BDV = total
+      x_TD, back = jax.vjp(hidden, params)
+      of_chunk, extras = losses(x_TD, micro_rows, scale, taught_by)
+      value, dx_TD, own_BDV = sum_and_gradients(of_chunk, x_TD, whole_VD, own_BDV, extras)
+      new = back(dx_TD)[0]
+      gradient = new if gradient is None else jax.tree.map(jnp.add, gradient, new)
+      return (loss + value, constrain_params(gradient), own_BDV), None
 
     count = len(rows[0]) // micro_batch
     if count == 1:
-      loss, (gradient, own_BDV) = value_and_grad(rows)
+      loss, gradient, own_BDV = add((jnp.zeros(()), None, own_BDV), rows)[0]
     else:
-
-      def accumulate(total: Any, micro_rows: Rows) -> tuple[Any, None]:
-        loss, (gradient, own_BDV) = jax.tree.map(jnp.add, total, value_and_grad(micro_rows))
-        return (loss, (constrain_params(gradient), constrain(own_BDV, 'B.V'))), None
-
       micro = tuple(
         constrain(x.reshape(count, micro_batch, *x.shape[1:]), '.B' + '.' * (x.ndim - 1)) for x in rows
       )
       zeros = constrain_params(jax.tree.map(jnp.zeros_like, params))
-      start = (jnp.zeros(()), (zeros, head.own_BDV))
-      loss, (gradient, own_BDV) = jax.lax.scan(accumulate, start, micro)[0]
+      loss, gradient, own_BDV = jax.lax.scan(add, (jnp.zeros(()), zeros, own_BDV), micro)[0]
     name = 'lm_head' if 'lm_head' in params else 'embed'
     return loss, constrain_params({**gradient, name: gradient[name] + summed(own_BDV)})
 

@@ -1,0 +1,97 @@
+"""A run's programs, compiled by the compilers of NVIDIA GPUs and TPUs on a machine that has neither.
+
+make test-accelerators installs the compilers and runs these tests; make test leaves them out.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.options import MeshOptions
+from adapt_jax.configs import adapt, base
+from adapt_jax.machine import mesh, targets
+from adapt_jax.machine.compiled_text import CompiledText
+from adapt_jax.machine.targets import TARGETS
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.modes.estimate_programs import Footprint, programs, stage_configs
+
+pytestmark = pytest.mark.skipif(
+  any(map(targets.missing, TARGETS.values())),
+  reason='the compilers are not installed: make test-accelerators',
+)
+SMALL = ModelConfig('llama', 32_000, 1024, 64, (LayerShape(16, 8, 4096),) * 2, RopeConfig(5e5), 1e-5, True)
+# One layer of LLaMA-3.1-8B.
+LAYER = ModelConfig(
+  'llama', 128_256, 4096, 128, (LayerShape(32, 8, 14_336),), RopeConfig(5e5), 1e-5, tie_embeddings=False
+)
+EIGHT = [('h100', 8), ('tpu-v5p', 8)]
+
+
+@contextlib.contextmanager
+def described(target, devices):
+  """A mesh of such devices; platform of the target."""
+  found = mesh.make_mesh(MeshOptions(), targets.devices(TARGETS[target], devices))
+  with jax.set_mesh(found):
+    yield TARGETS[target].platform
+
+
+def options(recipe, **train):
+  values = recipe.get_config()
+  values.prune.target = 0.8
+  values.prune.calibration.samples, values.prune.calibration.length = 16, 256
+  values.train.update({'tokens': 10**8, 'batch': 64, 'micro_batch': 4, 'length': 512, **train})
+  return from_dict(values.to_dict())
+
+
+def training_step(plan):
+  """What a training step on the current mesh sends, and its memory."""
+  texts = []
+
+  def keep(text):
+    texts.append(CompiledText(text))
+    return texts[0]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('adapt_jax.modes.estimate_programs.CompiledText', keep)
+    program = plan.training(plan.config, plan.config.num_layers)
+  return texts[0].collectives(), program.memory
+
+
+@pytest.mark.parametrize('recipe', [base, adapt], ids=['base', 'adapt'])
+@pytest.mark.parametrize('target,devices', [('h100', 1), *EIGHT])
+def test_every_program_compiles(target, devices, recipe):
+  """Curvature, least squares and distillation; Taylor scores and cross-entropy."""
+  asked = options(recipe)
+  with described(target, devices) as platform:
+    found = programs(Footprint(asked, SMALL, jnp.bfloat16, platform), stage_configs(asked, SMALL))
+  compiled = {name.split()[0].strip(','): x.program for name, x in found.items() if x.program.flops}
+  assert set(compiled) == {'scoring', 'training'} | ({'compensation'} if recipe is base else set())
+  for program in compiled.values():
+    # Each reads its weights, and keeps less than forty times their size while it runs.
+    assert program.moved > program.memory.arguments
+    assert 0 < program.memory.temporary < 40 * 4 * count_params(SMALL)
+    assert bool(program.sent) == (devices > 1)
+
+
+@pytest.mark.parametrize('target,devices', EIGHT)
+def test_a_step_of_a_layer_of_8b_holds_shares_and_sends_the_head_once(target, devices):
+  """Two micro-batches with many chunks of tokens each. Moments and weights are split over eight devices."""
+  asked = options(base, batch=128, micro_batch=8, length=1024)
+  with described(target, devices) as platform:
+    sent, memory = training_step(Footprint(asked, LAYER, jnp.bfloat16, platform))
+  V, D = LAYER.vocab_size, LAYER.hidden_size
+  share = (12 * count_params(LAYER) + 2 * count_params(LAYER)) / devices  # and the teacher in bfloat16
+  assert memory.arguments == pytest.approx(share, rel=0.02)
+  # The logits of all tokens of a micro-batch would be 4 GB; the whole head's gradient in fp32 is 2.1 GB.
+  assert memory.temporary < 16e9
+  heads = [x for x in sent if x.bytes >= 2 * V * D]
+  gathered = [x for x in heads if x.kind == 'all-gather']
+  assert sum(x.times for x in gathered) == 2  # the student's and the teacher's
+  reduced = [x for x in heads if 'reduce' in x.kind]
+  assert sum(x.times for x in reduced) == 1
+  of_head = sum(x.bytes * x.times for x in heads)
+  of_layer = sum(x.bytes * x.times for x in sent) - of_head
+  assert of_head < 0.05 * 32 * of_layer  # of all 32 layers
