@@ -24,7 +24,7 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import constrain, constrain_params
-from adapt_jax.pruning import curvature
+from adapt_jax.pruning import algebra
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 
@@ -102,10 +102,10 @@ class Compensator:
       own_BTD, inputs_TC = run(xs[1])
       pull_TD = (before_BTD - own_BTD).astype(jnp.float32).reshape(-1, D)
       kept_TC = jnp.where(mask_C, inputs_TC, 0)
-      with curvature.exact():
+      with algebra.exact():
         missing_TD = jnp.where(mask_C, 0, inputs_TC) @ weight_DC.T
         products_DC = (missing_TD + PULL * pull_TD).T @ kept_TC
-      new = [curvature.second_moment(kept_TC), products_DC, missing_TD.sum(0)]
+      new = [algebra.second_moment(kept_TC), products_DC, missing_TD.sum(0)]
       return jax.tree.map(jnp.add, sums, new), before_BTD
 
     sums, before_MBTD = jax.lax.scan(measure, [jnp.zeros(s) for s in ((C, C), (D, C), (D,))], streams)
@@ -113,13 +113,12 @@ class Compensator:
     if self.kind == 'bias':
       change_D = sums[2] / (before_MBTD.size // D)
     else:
-      factor = jax.scipy.linalg.cho_factor(curvature.damped(sums[0], RIDGE))
-      change_DC = jax.scipy.linalg.cho_solve(factor, sums[1].T).T
+      change_DC = algebra.solve(algebra.damped(sums[0], RIDGE), sums[1].T).T
 
     def corrected(x_BTD: jax.Array) -> jax.Array:
       own_BTD, inputs_TC = run(x_BTD)
       kept_TC = jnp.where(mask_C, inputs_TC, 0)
-      with curvature.exact():
+      with algebra.exact():
         difference_TD = (kept_TC - inputs_TC) @ weight_DC.T + kept_TC @ change_DC.T + change_D
       after_BTD = own_BTD + difference_TD.astype(own_BTD.dtype).reshape(own_BTD.shape)
       return jnp.where(mask_C.any(), after_BTD, x_BTD)  # a removed layer has no bias either

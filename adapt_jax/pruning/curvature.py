@@ -9,42 +9,18 @@ H = mean c cᵀ [C, C] and gradients G = mean g gᵀ [D, D], setting columns B o
 correcting the others costs tr(G · W_B · ([H⁻¹]_BB)⁻¹ · W_Bᵀ) / 2, here without the half. All in fp32.
 """
 
-import contextlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from adapt_jax.pruning.algebra import damped, exact, inverse
 
 # Share of the mean diagonal that is added to the diagonal. H needs it to be invertible, and because it is
 # estimated from few tokens; without it in G, single outputs with large gradients would dominate the costs.
 DAMPING_INPUTS, DAMPING_GRADIENTS = 0.1, 3.0
 # Number of rounds in which channels are removed; those of one round are treated as independent.
 ROUNDS = 32
-
-
-def exact() -> contextlib.AbstractContextManager[Any]:
-  """Products traced inside are in fp32; by default GPUs round the factors to TF32 and TPUs to bfloat16."""
-  return jax.default_matmul_precision('highest')
-
-
-def second_moment(x_TC: jax.Array) -> jax.Array:
-  """Σ over tokens of x xᵀ, [C, C]."""
-  x_TC = x_TC.astype(jnp.float32)
-  with exact():
-    return x_TC.T @ x_TC
-
-
-def damped(matrix_CC: jax.Array, damping: float) -> jax.Array:
-  """Adds damping · (mean of the positive diagonal entries) to the diagonal of the matrix."""
-  diagonal_C = jnp.diagonal(matrix_CC)
-  mean = diagonal_C.sum() / jnp.maximum((diagonal_C > 0).sum(), 1)
-  return matrix_CC + jnp.maximum(damping * mean, 1e-30) * jnp.eye(len(diagonal_C))
-
-
-def inverse(matrix_CC: jax.Array) -> jax.Array:
-  """The inverse of a symmetric positive definite matrix."""
-  factor = jax.scipy.linalg.cho_factor(matrix_CC)
-  return jax.scipy.linalg.cho_solve(factor, jnp.eye(matrix_CC.shape[0]))
 
 
 def _remove(weight_DC: jax.Array, inverse_CC: jax.Array, columns_B: jax.Array, present_B: Any) -> Any:

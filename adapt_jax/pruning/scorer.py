@@ -20,6 +20,7 @@ from adapt_jax.models.network.layers import rms_norm
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import constrain, constrain_params, row_shards
 from adapt_jax.pruning import curvature
+from adapt_jax.pruning.algebra import second_moment
 from adapt_jax.pruning.criteria import DISTANCES, Importance, find_importance, fold_heads, group_scores
 from adapt_jax.pruning.scores import Scores
 from adapt_jax.training.loss import (
@@ -295,7 +296,7 @@ class Scorer:
       middle_g_BTD = pull_feed(g_BTD)[0]
       # Gradients of the sum over tokens: squared gradients of the mean would leave the range of fp32.
       outputs = [tokens * g.reshape(-1, D) for g in (middle_g_BTD, g_BTD)]
-      moments = [curvature.second_moment(x) for x in (o_TC, down_TF, *outputs)]
+      moments = [second_moment(x) for x in (o_TC, down_TF, *outputs)]
       return jax.tree.map(jnp.add, sums, moments), pull_attend(middle_g_BTD)[0]
 
     start = [jnp.zeros((n, n)) for n in self._moment_sizes()]

@@ -16,7 +16,16 @@ _CPU_OPTIONS = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
 
 def on_cpu() -> bool:
   """Whether the code being traced is to run on a CPU."""
-  return (_planned_for[-1] if _planned_for else jax.default_backend()) == 'cpu'
+  return _platform() == 'cpu'
+
+
+def on_tpu() -> bool:
+  """Whether the code being traced is to run on a TPU."""
+  return _platform() == 'tpu'
+
+
+def _platform() -> str:
+  return _planned_for[-1] if _planned_for else jax.default_backend()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ import pytest
 
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.network import backend, llama
-from adapt_jax.pruning import curvature, surgery
+from adapt_jax.pruning import algebra, curvature, surgery
+from adapt_jax.pruning.algebra import second_moment
 from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
@@ -158,7 +159,7 @@ def test_the_algebra_is_in_fp32_on_accelerators(platform):
   def algebra(weight, inputs, gradients):
     costs = curvature.channel_costs(weight, inputs, gradients)
     groups = curvature.group_costs(weight.reshape(D, 3, 2, 2), inputs, gradients)
-    return costs, groups, curvature.second_moment(weight)
+    return costs, groups, second_moment(weight)
 
   lowered = jax.jit(algebra).trace(weight, inputs, gradients).lower(lowering_platforms=(platform,))
   found = products(lowered)
@@ -179,3 +180,34 @@ def test_least_squares_are_in_fp32_on_accelerators(platform):
     traced = jax.jit(program).trace(stacked, surgery.padded_masks(plan), tokens)
     found = products(traced.lower(lowering_platforms=(platform,)))
   assert len(found) >= 8 and set(found) == {'HIGHEST'}
+
+
+@pytest.mark.parametrize('size,block', [(7, 16), (64, 16), (70, 16), (96, 96)])
+def test_sweeping_inverts_block_by_block(size, block):
+  """As precisely as the Cholesky factorisation, which all but TPUs use, for inputs of few tokens too."""
+  rng = np.random.default_rng(size)
+  inputs = rng.standard_normal((size // 2, size)) * np.exp(rng.standard_normal(size))
+  matrix = np.asarray(algebra.damped(jnp.float32(inputs.T @ inputs), 0.1))
+  right = rng.standard_normal((size, 5)).astype(np.float32)
+  swept = jax.jit(algebra.swept_inverse, static_argnums=1)(matrix, block)
+  exact = np.linalg.inv(matrix.astype(np.float64))
+  error = np.abs(swept - exact).max() / np.abs(exact).max()
+  assert error < 4 * np.abs(algebra.inverse(matrix) - exact).max() / np.abs(exact).max() + 1e-6
+  np.testing.assert_allclose(swept, np.asarray(swept).T, atol=1e-6 * np.abs(exact).max())
+  np.testing.assert_allclose(algebra.solve(matrix, right), exact @ right, rtol=2e-3, atol=1e-5)
+
+
+def test_on_tpus_large_matrices_are_swept(monkeypatch):
+  monkeypatch.setattr(algebra, '_BLOCK', 16)
+  matrix = 2 * np.eye(40, dtype=np.float32) + 0.5
+  right = np.ones((40, 3), np.float32)
+
+  def both(matrix, right):
+    return algebra.inverse(matrix), algebra.solve(matrix, right)
+
+  expected = jax.jit(both)(matrix, right)
+  with backend.made_for('tpu'):
+    lowered = jax.jit(lambda *args: both(*args)).lower(matrix, right)
+  assert lowered.as_text().count('stablehlo.while') == 2  # one for each
+  for found, there in zip(lowered.compile()(matrix, right), expected, strict=True):
+    np.testing.assert_allclose(found, there, rtol=1e-5, atol=1e-6)
