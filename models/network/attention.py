@@ -9,7 +9,8 @@ from adapt_jax.models.network import flash
 from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.models.network.matmul import batch_product
 
-WHOLE = 2048  # the attention of rows with more tokens is computed in a loop over blocks of queries
+# The attention of rows with more tokens is computed in a loop over blocks of queries.
+WHOLE, WHOLE_ON_CPU = 1024, 2048
 BLOCK, BLOCKS = 256, 4  # for shorter rows on a CPU: minimum queries per block, maximum number of blocks
 
 
@@ -30,10 +31,11 @@ def causal_attention(
   T = q_BTNH.shape[1]
   if flash.takes(q_BTNH, segments_BT is not None):
     return flash.flash_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT)
-  if T <= WHOLE:
+  most = WHOLE_ON_CPU if on_cpu() else WHOLE
+  if most >= T:
     attend_row = _in_blocks if on_cpu() and T >= 2 * BLOCK else _whole
     return attend_row(q_BTNH, k_BSKH, v_BSKH, segments_BT)
-  size = max(1, WHOLE * WHOLE // (1 << (T - 1).bit_length()))
+  size = max(1, most * most // (1 << (T - 1).bit_length()))
   padded = -(-T // size) * size
 
   def blocks(x: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from adapt_jax.models.network import attention
-from adapt_jax.models.network.backend import compiler_options
+from adapt_jax.models.network.backend import compiler_options, made_for
 
 B, N, K, H = 2, 6, 2, 8
 
@@ -20,7 +20,7 @@ def inputs(length, segments):
 
 @pytest.mark.parametrize('segments', [False, True])
 @pytest.mark.parametrize('length', [17, 40, 64])
-@pytest.mark.parametrize(('limit', 'value'), [('WHOLE', 16), ('BLOCK', 8)])
+@pytest.mark.parametrize(('limit', 'value'), [('WHOLE_ON_CPU', 16), ('BLOCK', 8)])
 def test_blocks_of_queries_change_nothing(limit, value, length, segments, monkeypatch):
   """Outputs and gradients; lengths that the blocks divide and that they do not."""
   *qkv, ids = inputs(length, segments)
@@ -35,6 +35,15 @@ def test_blocks_of_queries_change_nothing(limit, value, length, segments, monkey
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
   for a, b in zip(blocked, gradients, strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(('length', 'blocks'), [(1024, False), (1025, True), (2048, True)])
+def test_accelerators_hold_no_logits_of_long_rows(length, blocks):
+  """Without cuDNN's kernels: up to 1,024 tokens all at once, beyond that 512 queries or fewer."""
+  shapes = [jax.ShapeDtypeStruct((1, length, heads, H), jnp.bfloat16) for heads in (N, K, K)]
+  with made_for('gpu'):
+    lowered = jax.jit(lambda *qkv: attention.causal_attention(*qkv)).lower(*shapes).as_text()
+  assert (f'{length}x{length}x' not in lowered) == blocks == ('stablehlo.while' in lowered)
 
 
 def test_queries_do_not_meet_most_later_keys(monkeypatch):
