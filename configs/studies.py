@@ -3,6 +3,7 @@
     python main.py --mode=compare --config=configs/studies.py:loss --workdir=out/loss
 
 rates: highest learning rates, 2e-5 to 5e-4, at 80 % kept.
+schedules: half a cosine instead of a constant rate that decays in the last tenth, at 1e-4 and 2e-4.
 loss: cross-entropy, KL divergence from the dense model, and KL from 64 ids cached on disk; with and without
   least squares.
 control: 80 % kept and the dense model, trained equally, to separate recovery from learning the text.
@@ -26,6 +27,7 @@ _FEW = 100 * 1024
 
 _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
   'rates': ({'train.lr': (2e-5, 5e-5, 1e-4, 2e-4, 5e-4)},),
+  'schedules': ({'train.lr': (1e-4, 2e-4), 'train.schedule': ('cosine',)},),
   'loss': (
     {'prune.compensate': ('least_squares', 'none'), 'train.distill.alpha': (0.0, 1.0)},
     {'prune.compensate': ('least_squares',), 'train.distill.alpha': (1.0,), 'train.distill.cache': (64,)},
@@ -41,6 +43,7 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
 }
 _X = {
   'rates': 'train.lr',
+  'schedules': 'train.lr',
   'loss': 'train.distill.alpha',
   'control': 'prune.target',
   'interleave': 'prune.stages',
