@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 import pathlib
+import re
 import struct
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import regular
+from adapt_jax.models.files import exists, regular
 
 # The supported tensor types: the first three are read as stored, the others are dequantised to float32.
 _NAMES = 'F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K'
@@ -25,15 +26,17 @@ TENSOR_TYPES = {int(kind): kind for kind in (GGMLQuantizationType[name] for name
 _SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}
 _STRING, _ARRAY = 8, 9
 _REQUIRED = object()
+_PART = re.compile(r'(.+)-(\d{5})-of-(\d{5})\.gguf')
 
 
 class GgufTensor(NamedTuple):
-  """Location of one tensor in the file."""
+  """Location of one tensor."""
 
   type: int  # a GGMLQuantizationType, or a number that this version of gguf does not know
   shape: tuple[int, ...]  # in the order of numpy and Hugging Face: rows first
   offset: int  # bytes from the start of the file
   nbytes: int  # 0 for unsupported types
+  path: pathlib.Path  # of the file, which is one of several for a split model
 
 
 class GgufFile(NamedTuple):
@@ -42,6 +45,7 @@ class GgufFile(NamedTuple):
   path: pathlib.Path
   metadata: dict[str, Any]
   tensors: dict[str, GgufTensor]
+  parts: tuple[pathlib.Path, ...]  # all files of the model; `path` is the first
 
   def field(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
     """A metadata value of the given type; InputError for another type, or if it is absent without default."""
@@ -98,21 +102,53 @@ def _code(kind: int) -> str:
 
 
 def open_file(path: str | os.PathLike[str]) -> GgufFile:
-  """Parses the header, reading no tensor; InputError for a missing, corrupt or truncated file."""
+  """Parses the header, reading no tensor, and those of the other parts if the model is split.
+
+  Raises InputError for a missing, corrupt or truncated file, and for parts that do not belong together.
+  """
   path = pathlib.Path(path)
+  metadata, tensors = _open_part(path)
+  count = metadata.get('split.count', 1)
+  if not isinstance(count, int) or count <= 1:
+    return GgufFile(path, metadata, tensors, (path,))
+  parts = _parts(path, count)
+  for number, part in enumerate(parts[1:], 1):
+    if not exists(part):
+      raise InputError(f'{path} is the first of {count} files, but {part.name} is missing: download it too')
+    more, found = _open_part(part)
+    if (more.get('split.no'), more.get('split.count')) != (number, count) or found.keys() & tensors.keys():
+      raise InputError(f'{part} is not part {number + 1} of the {count} files of {path}: download it again')
+    tensors |= found
+  if metadata.get('split.tensors.count', len(tensors)) != len(tensors):
+    raise InputError(
+      f'{path}: its {count} files hold {len(tensors)} tensors, not {metadata["split.tensors.count"]}: '
+      f'download them again'
+    )
+  return GgufFile(path, metadata, tensors, parts)
+
+
+def _parts(path: pathlib.Path, count: int) -> tuple[pathlib.Path, ...]:
+  """The files of a split model, by llama.cpp's names. Raises InputError if `path` is not the first."""
+  named = _PART.fullmatch(path.name)
+  if not named or int(named[2]) != 1 or int(named[3]) != count:
+    first = f'{named[1] if named else path.stem}-{1:05}-of-{count:05}.gguf'
+    raise InputError(f'{path} is one of {count} files of a split model: name the first, {first}')
+  return tuple(path.with_name(f'{named[1]}-{number:05}-of-{count:05}.gguf') for number in range(1, count + 1))
+
+
+def _open_part(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
   try:
     with open(regular(path), 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-      metadata, tensors = _parse(_Cursor(data))
+      return _parse(_Cursor(data), path)
   except OSError as error:
     raise InputError(f'{path}: cannot be opened ({error.strerror}): check the path') from None
   except InputError:
     raise
   except ValueError as error:
     raise InputError(f'{path}: corrupt or truncated GGUF file ({error}): download it again') from None
-  return GgufFile(path, metadata, tensors)
 
 
-def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+def _parse(cursor: _Cursor, path: pathlib.Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
   if cursor.take(4) != b'GGUF':
     raise ValueError('it does not start with GGUF')
   version = cursor.scalar('I')
@@ -123,7 +159,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
   for _ in range(field_count):
     key = cursor.string()
     metadata[key] = cursor.value(cursor.scalar('I'))
-  infos = [_tensor_info(cursor) for _ in range(tensor_count)]
+  infos = [_tensor_info(cursor, path) for _ in range(tensor_count)]
   alignment = metadata.get('general.alignment', 32)
   if not isinstance(alignment, int) or alignment < 1:
     raise ValueError(f'general.alignment = {alignment!r}')
@@ -139,7 +175,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
   return metadata, tensors
 
 
-def _tensor_info(cursor: _Cursor) -> tuple[str, GgufTensor]:
+def _tensor_info(cursor: _Cursor, path: pathlib.Path) -> tuple[str, GgufTensor]:
   name = cursor.string()
   rank = cursor.scalar('I')
   if not 1 <= rank <= 4:
@@ -152,4 +188,4 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, GgufTensor]:
     if dims[0] % block:
       raise ValueError(f'tensor {name!r} of shape {dims[::-1]} does not fit blocks of {block}')
     nbytes = math.prod(dims) // block * size
-  return name, GgufTensor(kind, tuple(dims[::-1]), offset, nbytes)
+  return name, GgufTensor(kind, tuple(dims[::-1]), offset, nbytes, path)

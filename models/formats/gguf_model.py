@@ -1,7 +1,6 @@
 """GGUF input: the config and the weights of a .gguf file, in Hugging Face's names and layout."""
 
 import os
-import pathlib
 import re
 from typing import Any
 
@@ -239,7 +238,7 @@ def _read_array(file: GgufFile, name: str, index: tuple[slice, ...] = ()) -> np.
   block, nbytes = GGML_QUANT_SIZES[kind]  # elements and bytes of a block; blocks run along the last axis
   first, end = start // block, -(-stop // block)
   # Mapped only for this copy: pages of a file that stays mapped count as this process's memory.
-  mapped = np.memmap(file.path, np.uint8, 'r', tensor.offset, (*outer, width // block * nbytes))
+  mapped = np.memmap(tensor.path, np.uint8, 'r', tensor.offset, (*outer, width // block * nbytes))
   raw = np.array(mapped[(*index[:-1], slice(first * nbytes, end * nbytes))])
   if kind in STORED_DTYPES:
     return raw.view(STORED_DTYPES[kind])
@@ -250,8 +249,8 @@ class GgufReader:
   """The weights of a .gguf file by Hugging Face name, each read from disk on request."""
 
   def __init__(self, path: str | os.PathLike[str]):
-    self.where, self.files = str(path), [pathlib.Path(path)]
     self._file = open_file(path)
+    self.where, self.files = str(path), list(self._file.parts)
     arch = _architecture(self._file)
     self._permuted_head = _head_dim(self._file, arch) if arch in PERMUTED_ARCHITECTURES else None
     self._gguf_name = {}

@@ -63,12 +63,14 @@ def permute(weight: np.ndarray, head_dim: int) -> np.ndarray:
   return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def new_writer(path: pathlib.Path, config: ModelConfig, arch: str | None = None) -> gguf_package.GGUFWriter:
+def new_writer(
+  path: pathlib.Path, config: ModelConfig, arch: str | None = None, **split
+) -> gguf_package.GGUFWriter:
   def widths(attribute: str) -> int | list[int]:
     values = [getattr(shape, attribute) for shape in config.layers]
     return values[0] if config.uniform else values
 
-  writer = gguf_package.GGUFWriter(path, arch or config.family)
+  writer = gguf_package.GGUFWriter(path, arch or config.family, **split)
   writer.add_block_count(config.num_layers)
   writer.add_context_length(config.max_position)
   writer.add_embedding_length(config.hidden_size)
@@ -104,11 +106,11 @@ def add_weights(writer, config: ModelConfig, weights: dict[str, np.ndarray], kin
 
 
 def write_model(
-  path: pathlib.Path, config: ModelConfig, kind: Type = Type.F32, extra=None, arch: str | None = None
+  path: pathlib.Path, config: ModelConfig, kind: Type = Type.F32, extra=None, arch: str | None = None, **split
 ) -> dict[str, np.ndarray]:
   """Writes a random model; `extra` may add to the writer. Returns the weights in Hugging Face's layout."""
   weights = random_weights(config, PLAIN.get(kind, np.float32))
-  writer = new_writer(path, config, arch)
+  writer = new_writer(path, config, arch, **split)
   add_weights(writer, config, weights, kind)
   if extra:
     extra(writer)
@@ -288,6 +290,44 @@ def test_harmless_values_of_those_features_pass(tmp_path):
   path = tmp_path / 'tiny.gguf'
   write_model(path, tiny_config('llama'), extra=extra)
   assert gguf_model.read_config(path) == tiny_config('llama')
+
+
+@pytest.fixture
+def split(tmp_path):
+  """The first file of a model in files of at most eight tensors, written by the gguf package."""
+  write_model(tmp_path / 'tiny.gguf', tiny_config('llama'), Type.Q8_0, split_max_tensors=8)
+  found = sorted(tmp_path.iterdir())
+  assert [path.name for path in found] == [f'tiny-{n:05}-of-00003.gguf' for n in (1, 2, 3)]
+  return found[0]
+
+
+def test_a_split_model_is_read_from_all_its_files(split, tmp_path):
+  path = split
+  write_model(tmp_path / 'whole.gguf', tiny_config('llama'), Type.Q8_0)
+  assert gguf_model.read_config(path) == gguf_model.read_config(tmp_path / 'whole.gguf')
+  ours, whole = gguf_model.open_tensors(path), gguf_model.open_tensors(tmp_path / 'whole.gguf')
+  assert ours.names() == whole.names() and len(ours.files) == 3
+  for name in whole.names():
+    np.testing.assert_array_equal(ours.read(name), whole.read(name))
+    rows = (slice(1, 3),)
+    np.testing.assert_array_equal(ours.read(name, rows), whole.read(name, rows))
+
+
+def test_a_split_model_must_be_whole_and_named_by_its_first_file(split, tmp_path):
+  first = split
+  second, third = sorted(tmp_path.iterdir())[1:]
+  assert_refused(second, 'one of 3 files', 'name the first, tiny-00001-of-00003.gguf')
+  renamed = tmp_path / 'other.gguf'
+  renamed.write_bytes(first.read_bytes())
+  assert_refused(renamed, 'one of 3 files', 'other-00001-of-00003.gguf')
+  content = third.read_bytes()
+  third.write_bytes(second.read_bytes())
+  assert_refused(first, 'is not part 3 of the 3 files')
+  third.write_bytes(content[:-40])
+  with pytest.raises(InputError, match=f'{third.name}: corrupt or truncated'):
+    gguf_model.read_config(first)
+  third.unlink()
+  assert_refused(first, 'first of 3 files', f'{third.name} is missing: download it too')
 
 
 def test_unsupported_architecture_is_refused(tmp_path):
