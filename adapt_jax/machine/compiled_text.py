@@ -21,6 +21,8 @@ _ARRAY = re.compile(r'([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
 _CALLED = re.compile(r'(body|calls|to_apply|branch_computations|true_computation|false_computation)='
                      r'(?:\{(.*?)\}|%?([\w.-]+))')  # fmt: skip
 _TRIPS = re.compile(r'known_trip_count\W+n\W+(\d+)')
+_CONDITION = re.compile(r'condition=%?([\w.-]+)')
+_INDEX = re.compile(r'index=(\d+)')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 # Operations that run the computations that they call once; others run them for each element.
 _RUNS = ('while', 'conditional', 'call', 'async-start')
@@ -92,9 +94,33 @@ class CompiledText:
     self._times[name] += rounds
     for x in self._computations[name].values():
       if x.operation in _RUNS:
-        trips = _TRIPS.search(x.rest)
+        trips = self._trips(x) if x.operation == 'while' else 1
         for called in x.called:
-          self._count(called, rounds * (int(trips[1]) if trips else 1))
+          self._count(called, rounds * trips)
+
+  def _trips(self, loop: _Instruction) -> int:
+    """Rounds of a loop that counts from 0, by XLA's note or, without one as on TPUs, by its condition."""
+    if noted := _TRIPS.search(loop.rest):
+      return int(noted[1])
+    named = _CONDITION.search(loop.rest)
+    condition = self._computations[named[1]] if named else {}
+    for x in condition.values():
+      if x.root and x.operation == 'compare' and 'direction=LT' in x.rest:
+        counter, bound = (condition.get(name) for name in x.operands)
+        if counter and bound and bound.operation == 'constant' and (index := _INDEX.search(counter.rest)):
+          return -(-_value(bound) // self._step(loop.called[0], int(index[1])))
+    return 1
+
+  def _step(self, body: str, index: int) -> int:
+    """What a loop's body adds to its counter, an element of the tuple that it returns."""
+    computation = self._computations[body]
+    root = next((x for x in computation.values() if x.root and x.operation == 'tuple'), None)
+    counter = computation.get(root.operands[index]) if root and index < len(root.operands) else None
+    if counter and counter.operation == 'add':
+      for name in counter.operands:
+        if (added := computation.get(name)) and added.operation == 'constant':
+          return max(_value(added), 1)
+    return 1
 
   def collectives(self) -> list[Collective]:
     """All collective operations of the program."""
@@ -172,6 +198,10 @@ class CompiledText:
     return x.root or any(
       y.operation in ('bitcast', 'tuple') and self._reaches_root(y, users) for y in users[x.name]
     )
+
+
+def _value(constant: _Instruction) -> int:
+  return int(constant.rest.split(')')[0])
 
 
 def _bytes(shape: str) -> int:

@@ -28,9 +28,6 @@ from adapt_jax.pipeline.forecast import duration
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import slicegpt
 
-# Bytes that a device sends in each kind of collective, in multiples of its largest array times (n - 1) / n.
-_PASSES = {'all-reduce': 2.0}
-
 
 def prepare(options: EstimateOptions) -> list[Any] | None:
   """The described devices of the target; None if CPU devices are simulated or used.
@@ -145,13 +142,15 @@ def limit(program: Program, target: Target, devices: int) -> Limit:
   """The roofline of a program (Williams et al., 10.1145/1498765.1498785), with the network as a third roof.
 
   Of an all-gather or reduce-scatter over n devices, a device sends (n - 1) / n of the whole array; of an
-  all-reduce twice that.
+  all-reduce twice that, of a collective-permute all.
   """
-  sent = sum(_PASSES.get(kind, 1.0) * size for kind, size in program.sent.items())
+  others = (devices - 1) / devices
+  shares = {'all-reduce': 2 * others, 'collective-permute': 1.0}
+  sent = sum(shares.get(kind, others) * size for kind, size in program.sent.items())
   return Limit(
     program.flops / (target.peak_tflops * 1e12),
     program.moved / (target.memory_gb_per_s * 1e9),
-    sent * (devices - 1) / devices / (target.link_gb_per_s * 1e9),
+    sent / (target.link_gb_per_s * 1e9),
   )
 
 

@@ -119,3 +119,32 @@ def test_a_loop_over_stacked_weights_reads_each_once():
   weights, activations = 4 * layers * width * width, 4 * layers * tokens * width
   # A backend may copy the slice before the product, and run tanh as an operation of its own.
   assert weights + 2 * activations <= moved < 4 * weights + 8 * activations
+
+
+@pytest.mark.parametrize('step,rounds', [(1, 7), (2, 4)])
+def test_loops_without_a_note_are_counted_by_their_condition(step, rounds):
+  """As the compiler of TPUs writes them."""
+  text = f"""
+%condition.1 (arg: (u32[], f32[8])) -> pred[] {{
+  %arg = (u32[], f32[8]) parameter(0)
+  %bound = u32[]{{:T(128)}} constant(7), metadata={{op_name="while"}}
+  %counter = u32[]{{:T(128)}} get-tuple-element(%arg), index=0
+  ROOT %less = pred[]{{:T(512)}} compare(%counter, %bound), direction=LT
+}}
+
+%body.2 (arg: (u32[], f32[8])) -> (u32[], f32[8]) {{
+  %arg = (u32[], f32[8]) parameter(0)
+  %old = u32[]{{:T(128)}} get-tuple-element(%arg), index=0
+  %step = u32[]{{:T(128)}} constant({step})
+  %new = u32[]{{:T(128)}} add(%old, %step)
+  %half = f32[8]{{0}} get-tuple-element(%arg), index=1
+  %sent = f32[8]{{0}} collective-permute(%half), source_target_pairs={{{{0,1}}}}
+  ROOT %result = (u32[], f32[8]) tuple(%new, %sent)
+}}
+
+ENTRY %main.9 (p: (u32[], f32[8])) -> (u32[], f32[8]) {{
+  %p = (u32[], f32[8]) parameter(0)
+  ROOT %loop = (u32[]{{:T(128)}}, f32[8]{{0}}) while(%p), condition=%condition.1, body=%body.2, metadata={{}}
+}}
+"""
+  assert [x.times for x in CompiledText(text).collectives()] == [rounds]
