@@ -30,6 +30,8 @@ _MOVES_NOTHING = (
   'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'after-all', 'partition-id',
   'opt-barrier', 'add-dependency', *_RUNS,
 )  # fmt: skip
+# Of these asynchronous operations the result is a tuple of the operands and of what is given.
+_WITH_OPERANDS = ('all-gather-start', 'collective-permute-start')
 _SLICES = ('dynamic-slice', 'slice', 'gather')  # read as much of their first operand as they write
 
 
@@ -40,7 +42,8 @@ class Collective:
   Attributes:
     kind: such as `all-gather`.
     shape: of its largest array on one device, such as `bf16[128256,4096]`.
-    bytes: of that array.
+    bytes: of the whole arrays on one device, all together: what an all-gather gives, a reduce-scatter takes.
+    devices: how many exchange their data.
     times: how often one run of the program executes it.
     source: the names of the JAX functions that it comes from.
   """
@@ -48,8 +51,19 @@ class Collective:
   kind: str
   shape: str
   bytes: int
+  devices: int
   times: int
   source: str
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends in one execution.
+
+    Of n devices each sends (n - 1) / n of the whole arrays; in an all-reduce twice that, in a
+    collective-permute all.
+    """
+    others = (self.devices - 1) / self.devices
+    return self.bytes * {'all-reduce': 2 * others, 'collective-permute': 1.0}.get(self.kind, others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +101,9 @@ class CompiledText:
         root, instruction, shape, operation, rest = found.groups()
         computation = self._computations[name]
         computation[instruction] = _Instruction(instruction, shape, operation, rest, bool(root))
+    partitions = re.search(r'num_partitions=(\d+)', text)
+    self._partitions = int(partitions[1]) if partitions else 1
+    self._users_of: dict[str, dict[str, list[_Instruction]]] = {}
     self._times = defaultdict[str, int](int)
     self._count(entry, 1)
 
@@ -108,7 +125,7 @@ class CompiledText:
       if x.root and x.operation == 'compare' and 'direction=LT' in x.rest:
         counter, bound = (condition.get(name) for name in x.operands)
         if counter and bound and bound.operation == 'constant' and (index := _INDEX.search(counter.rest)):
-          return -(-_value(bound) // self._step(loop.called[0], int(index[1])))
+          return max(-(-_value(bound) // self._step(loop.called[0], int(index[1]))), 1)
     return 1
 
   def _step(self, body: str, index: int) -> int:
@@ -126,16 +143,27 @@ class CompiledText:
     """All collective operations of the program."""
     found = []
     for name, times in self._times.items():
-      computation = self._computations[name]
-      for x in computation.values():
-        kind = x.operation.removesuffix('-start')  # of an asynchronous pair, only the start counts
-        if kind in _KINDS:
-          shapes = [x.shape, *(computation[y].shape for y in x.operands if y in computation)]
-          arrays = [found for shape in shapes for found in _ARRAY.findall(shape)]
-          size, shape = max((_size(dtype, dims), f'{dtype}[{dims}]') for dtype, dims, _ in arrays)
+      for x in self._computations[name].values():
+        if (
+          kind := x.operation.removesuffix('-start')
+        ) in _KINDS:  # of an asynchronous pair, the start counts
+          taken, given = self._exchanged(x, name)
+          shapes = [x.shape, *(y.shape for y in self._operands(x, name))]
+          shape = max((_size(*y[:2]), f'{y[0]}[{y[1]}]') for y in _ARRAY.findall(' '.join(shapes)))[1]
           source = _SOURCE.search(x.rest)
-          found.append(Collective(kind, shape, size, times, source[1] if source else ''))
+          group = _group_size(x.rest) or self._partitions
+          found.append(Collective(kind, shape, max(taken, given), group, times, source[1] if source else ''))
     return found
+
+  def _exchanged(self, x: _Instruction, computation: str) -> tuple[int, int]:
+    """Bytes that a collective takes and gives; the results of some asynchronous ones name what they take."""
+    taken = sum(_bytes(y.shape) for y in self._operands(x, computation))
+    given = _bytes(x.shape)
+    return taken, given - taken if x.operation in _WITH_OPERANDS else given
+
+  def _operands(self, x: _Instruction, computation: str) -> list[_Instruction]:
+    inside = self._computations[computation]
+    return [inside[name] for name in x.operands if name in inside]
 
   def bytes_moved(self) -> int:
     """Bytes that all operations read from and write to the device's memory.
@@ -145,47 +173,62 @@ class CompiledText:
     update. Caches are not considered.
     """
     return sum(
-      times * self._moved(x, self._computations[name])
+      times * self._moved(x, name)
       for name, times in self._times.items()
       for x in self._computations[name].values()
     )
 
-  def _moved(self, x: _Instruction, computation: dict[str, _Instruction]) -> int:
+  def _moved(self, x: _Instruction, computation: str) -> int:
     if x.operation in _MOVES_NOTHING or x.operation.endswith('-done'):
       return 0
-    operands = [computation[name] for name in x.operands if name in computation]
+    operands = self._operands(x, computation)
     if x.operation == 'fusion' and x.called:
       return self._moved_by_fusion(x, operands)
+    if x.operation.removesuffix('-start') in _KINDS:
+      return sum(self._exchanged(x, computation))
     if x.operation in _SLICES:
-      return 2 * _bytes(x.shape)
+      return _bytes(x.shape) + _read_slice(x.shape, operands)
+    if x.operation in ('copy-start', 'slice-start'):  # the result begins with what is written
+      written = _ARRAY.search(x.shape)
+      return _bytes(written[0]) + _read_slice(written[0], operands) if written else 0
     if x.operation == 'dynamic-update-slice':
       return 2 * _bytes(operands[1].shape)
     return _bytes(x.shape) + sum(_bytes(y.shape) for y in operands)
 
   def _moved_by_fusion(self, x: _Instruction, operands: list[_Instruction]) -> int:
-    inside = self._computations[x.called[0]]
-    users = defaultdict[str, list[_Instruction]](list)
-    for y in inside.values():
-      for name in y.operands:
-        users[name].append(y)
+    name = x.called[0]
+    inside = self._computations[name]
     moved = _bytes(x.shape)
     for y in inside.values():
-      if y.operation == 'dynamic-update-slice' and self._reaches_root(y, users):
+      if y.operation == 'dynamic-update-slice' and self._reaches_root(y, name):
         moved -= _bytes(y.shape) - _bytes(inside[y.operands[1]].shape)
-    parameters = [y for y in inside.values() if y.operation == 'parameter']
-    for parameter in parameters:
-      index = int(parameter.rest.split(')')[0])
+    for index, parameter in self._parameters(name).items():
       if index < len(operands):
-        moved += min(_bytes(operands[index].shape), self._read(parameter, users))
+        moved += min(_bytes(operands[index].shape), self._read(parameter, name))
     return max(moved, 0)
 
-  def _read(self, x: _Instruction, users: dict[str, list[_Instruction]]) -> int:
-    """Bytes that the users of x inside a fusion read of it."""
+  def _parameters(self, computation: str) -> dict[int, _Instruction]:
+    found = self._computations[computation].values()
+    return {_value(x): x for x in found if x.operation == 'parameter'}
+
+  def _users(self, computation: str) -> dict[str, list[_Instruction]]:
+    if computation not in self._users_of:
+      users = self._users_of[computation] = defaultdict[str, list[_Instruction]](list)
+      for y in self._computations[computation].values():
+        for name in y.operands:
+          users[name].append(y)
+    return self._users_of[computation]
+
+  def _read(self, x: _Instruction, computation: str) -> int:
+    """Bytes that the users of x inside a fusion read of it, and those in fusions inside that one."""
     total = 0
-    for user in users[x.name]:
+    for user in self._users(computation)[x.name]:
       first = user.operands[0] == x.name
       if user.operation == 'bitcast':
-        total += self._read(user, users)
+        total += self._read(user, computation)
+      elif user.operation == 'fusion' and user.called:
+        inner = self._parameters(user.called[0]).get(user.operands.index(x.name))
+        total += self._read(inner, user.called[0]) if inner else _bytes(x.shape)
       elif user.operation in _SLICES and first:
         total += _bytes(user.shape)
       elif user.operation == 'dynamic-update-slice' and first:
@@ -194,14 +237,35 @@ class CompiledText:
         return _bytes(x.shape)
     return total
 
-  def _reaches_root(self, x: _Instruction, users: dict[str, list[_Instruction]]) -> bool:
+  def _reaches_root(self, x: _Instruction, computation: str) -> bool:
     return x.root or any(
-      y.operation in ('bitcast', 'tuple') and self._reaches_root(y, users) for y in users[x.name]
+      y.operation in ('bitcast', 'tuple') and self._reaches_root(y, computation)
+      for y in self._users(computation)[x.name]
     )
 
 
-def _value(constant: _Instruction) -> int:
-  return int(constant.rest.split(')')[0])
+def _group_size(attributes: str) -> int:
+  """How many devices exchange their data in a collective; 0 if its text names no groups."""
+  if named := re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', attributes):
+    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    return math.prod(sizes[axis] for axis in re.findall(r"'(\w+)'", named[2]))
+  if tiled := re.search(r'replica_groups=\[(?:\d+,)*(\d+)\]<=', attributes):
+    return int(tiled[1])
+  if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
+    return listed[1].count(',') + 1
+  return 0
+
+
+def _read_slice(slice_shape: str, operands: list[_Instruction]) -> int:
+  """Bytes that an operation reads of its first operand, if it reads as much as this shape."""
+  in_memory = not operands or 'S(1)' not in operands[0].shape
+  return sum(_size(*found[:2]) for found in _ARRAY.findall(slice_shape)) if in_memory else 0
+
+
+def _value(x: _Instruction) -> int:
+  """The whole number that a constant or parameter has in brackets; 0 for another constant."""
+  text = x.rest.split(')')[0]
+  return int(text) if text.isdigit() else 0
 
 
 def _bytes(shape: str) -> int:

@@ -5,6 +5,7 @@ No weights, texts or accelerators are needed. `modes.estimate_programs` compiles
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,13 +36,15 @@ def prepare(options: EstimateOptions) -> list[Any] | None:
   Call it before any other use of JAX. Raises InputError.
   """
   target = TARGETS[options.target]
-  if target.platform == 'cpu' or targets.missing(target):
-    targets.simulate(options.devices)
-    return None
-  if not options.devices:
+  if target.platform != 'cpu' and not options.devices:
     raise InputError(
       'config.estimate.devices = 0 needs config.estimate.target = cpu: name a number of devices'
     )
+  if target.platform == 'tpu':
+    targets.slice_name(target, options.devices)  # raises InputError
+  if target.platform == 'cpu' or targets.missing(target):
+    targets.simulate(options.devices)
+    return None
   jax.config.update('jax_platforms', 'cpu')
   return targets.devices(target, options.devices)
 
@@ -64,6 +67,8 @@ def run(options: RunOptions) -> None:
   target = _with_overrides(TARGETS[estimate.target], estimate)
   install = targets.missing(target)
   platform = 'cpu' if install else target.platform
+  if not estimate.devices:
+    platform = jax.default_backend()  # of this machine's own devices
   dtype = compute_dtype(options.model.dtype)
   if options.model.dtype == 'auto' and estimate.devices:
     dtype = jnp.dtype(jnp.bfloat16)  # the value of auto on the planned devices
@@ -73,6 +78,8 @@ def run(options: RunOptions) -> None:
   start = time.monotonic()
   found = programs(Footprint(options, config, dtype, platform), stages)
   compiler = 'simulated CPU devices' if platform == 'cpu' else estimate.target
+  if not estimate.devices:
+    compiler = "this machine's devices"
   print(
     f'{options.model.source}: {count_params(config):,} parameters on {_devices()} devices '
     f'({_mesh_text()}), products in {dtype.name}; compiled for {compiler} in {time.monotonic() - start:.0f} s'
@@ -138,19 +145,12 @@ class Limit:
     return self.products + self.memory + self.network
 
 
-def limit(program: Program, target: Target, devices: int) -> Limit:
-  """The roofline of a program (Williams et al., 10.1145/1498765.1498785), with the network as a third roof.
-
-  Of an all-gather or reduce-scatter over n devices, a device sends (n - 1) / n of the whole array; of an
-  all-reduce twice that, of a collective-permute all.
-  """
-  others = (devices - 1) / devices
-  shares = {'all-reduce': 2 * others, 'collective-permute': 1.0}
-  sent = sum(shares.get(kind, others) * size for kind, size in program.sent.items())
+def limit(program: Program, target: Target) -> Limit:
+  """The roofline of a program (Williams et al., 10.1145/1498765.1498785), with the network too."""
   return Limit(
     program.flops / (target.peak_tflops * 1e12),
     program.moved / (target.memory_gb_per_s * 1e9),
-    sent / (target.link_gb_per_s * 1e9),
+    sum(program.sent.values()) / (target.link_gb_per_s * 1e9),
   )
 
 
@@ -160,18 +160,18 @@ def _limit_table(found: dict[str, Planned], target: Target) -> list[str]:
     f'Seconds at the published peaks of {target.peak_tflops:g} TFLOP/s, {target.memory_gb_per_s:g} GB/s of '
     f'memory and {target.link_gb_per_s:g} GB/s sent:',
     '',
-    '| a device, one execution | TFLOP | GB read and written | GB sent | products | memory | network | MFU |',
+    '| a device, one execution | TFLOP | GB read and written | GB sent | products | memory | network | HFU |',
     '|---|---|---|---|---|---|---|---|',
   ]
   for title, planned in found.items():
     if not (program := planned.program).flops:
       continue
-    at = limit(program, target, _devices())
+    at = limit(program, target)
     sent = sum(program.sent.values())
-    mfu = f'{at.products / at.longest:.0%} to {at.products / at.shortest:.0%}'
+    hfu = f'{at.products / at.longest:.0%} to {at.products / at.shortest:.0%}'
     lines.append(
       f'| {title} | {program.flops / 1e12:.3g} | {program.moved / 1e9:.3g} | {sent / 1e9:.3g} | '
-      f'{at.products:.3g} | {at.memory:.3g} | {at.network:.3g} | {mfu} |'
+      f'{at.products:.3g} | {at.memory:.3g} | {at.network:.3g} | {hfu} |'
     )
   return lines
 
@@ -215,17 +215,18 @@ def _stage_table(
 
 def _total(found: dict[str, Planned], target: Target, price: float, traffic: bool) -> str:
   """The last line: time and cost of the whole run; without `traffic` by its products alone."""
-  devices, times = _devices(), [planned for planned in found.values() if planned.times]
-  limits = [(limit(planned.program, target, devices), planned.times) for planned in times]
+  limits = [(limit(planned.program, target), planned.times) for planned in found.values() if planned.times]
+
+  def whole(bound: Callable[[Limit], float]) -> float:
+    return sum(times * bound(at) for at, times in limits)
+
   if traffic:
-    bounds = [
-      sum(times * at.shortest for at, times in limits),
-      sum(times * at.longest for at, times in limits),
-    ]
+    seconds = [whole(lambda at: at.shortest), whole(lambda at: at.longest)]
   else:
-    bounds = [sum(times * at.products for at, times in limits)]
-  hours = ' to '.join(f'{seconds * devices / 3600:.3g}' for seconds in bounds)
-  text = f'\nthe whole run at these peaks: {hours} device-hours, {" to ".join(map(duration, bounds))}'
+    seconds = [whole(lambda at: at.products)]
+  hours = [_devices() * x / 3600 for x in seconds]
+  text = f'\nthe whole run at these peaks: {" to ".join(f"{x:.3g}" for x in hours)} device-hours, '
+  text += ' to '.join(map(duration, seconds))
   if price:
-    text += f', costs {" to ".join(f"{seconds * devices / 3600 * price:,.2f}" for seconds in bounds)}'
+    text += f', costs {" to ".join(f"{x * price:,.2f}" for x in hours)}'
   return text + ('' if traffic else ', for products alone')

@@ -61,7 +61,7 @@ class Program:
     memory: as the compiler plans it.
     flops: floating-point operations (`pipeline.flops`).
     moved: bytes that its operations read from and write to the device's memory.
-    sent: by kind of collective, bytes of the largest array of each operation, all together.
+    sent: by kind of collective, bytes that the device sends.
     operations: by kind of collective, how many are executed.
   """
 
@@ -104,7 +104,7 @@ def compile_for(
   def traced_anew(*args: Any) -> Any:  # not a trace that JAX may have made for a CPU
     return fn(*args)
 
-  with made_for('gpu' if platform == 'cpu' else platform):
+  with made_for('gpu' if simulated else platform):
     lowered = mesh.jit(traced_anew, *args, donate_argnums=donate_argnums).lower(*args)
   compiled = lowered.compile(compiler_options=options)
   found: Any = compiled.memory_analysis()
@@ -113,7 +113,7 @@ def compile_for(
   text = CompiledText(compiled.as_text())
   sent, operations = defaultdict[str, float](float), defaultdict[str, float](float)
   for x in text.collectives():
-    sent[x.kind] += x.bytes * x.times
+    sent[x.kind] += x.sent * x.times
     operations[x.kind] += x.times
   return Program(memory, 0.0, text.bytes_moved(), dict(sent), dict(operations))
 
@@ -264,7 +264,7 @@ def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Plann
     progress.update(1)
     if t.tokens and t.distill.kept_ids:
       batch = rows_at_once(t.batch, t.micro_batch) * t.length
-      asked = _measure(options, layers, footprint.teacher, flops.forward(config, t.length) * batch)
+      asked = _measure(options, layers, footprint.teacher, flops.teacher(options, config) * batch)
       found['teacher, before anything else'] = Planned(asked, 0, t.tokens / batch)
     if t.tokens:
       per_token = [flops.training(options, config, flops.forward(stage, t.length)) for stage in stages]

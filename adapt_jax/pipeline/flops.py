@@ -52,11 +52,14 @@ def scoring_passes(options: RunOptions, dense: ModelConfig) -> int:
 
 
 def training(options: RunOptions, dense: ModelConfig, student: float) -> float:
-  """FLOPs per token: forward, backward of twice that, with remat another forward; the teacher's forward.
+  """FLOPs per token of a step: forward, backward of twice that, with remat another forward; the teacher's.
 
-  student: those of the student's forward pass. With distill.cache, the teacher processes each row only once,
-  but every use of a row is counted here.
+  student: those of the student's forward pass. With distill.cache, the teacher does not run in the step.
   """
   t = options.train
-  teacher = forward(dense, t.length) if t.distill.alpha else 0.0
-  return student * (4 if t.remat else 3) + teacher
+  return student * (4 if t.remat else 3) + (teacher(options, dense) if t.distill.teacher_beside else 0.0)
+
+
+def teacher(options: RunOptions, dense: ModelConfig) -> float:
+  """FLOPs per token of the teacher's forward pass; 0 without a teacher."""
+  return forward(dense, options.train.length) if options.train.distill.alpha else 0.0

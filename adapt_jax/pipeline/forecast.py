@@ -46,6 +46,8 @@ def operations(options: RunOptions, inputs: Inputs) -> float:
       tokens = (schedule.end(stage) - schedule.start(stage)) * train.batch * train.length
       student = flops.forward(config, train.length) * params / dense
       found += tokens * flops.training(options, config, student)
+      if train.distill.kept_ids:  # at most: rows that come again are in the cache
+        found += tokens * flops.teacher(options, config)
   return found
 
 

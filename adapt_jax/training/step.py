@@ -105,7 +105,7 @@ def make_step(
       )
       zeros = constrain_params(jax.tree.map(jnp.zeros_like, params))
       loss, gradient, own_BDV = jax.lax.scan(add, (jnp.zeros(()), zeros, own_BDV), micro)[0]
-    name = 'lm_head' if 'lm_head' in params else 'embed'
+    name = llama.head_name(params)
     return loss, constrain_params({**gradient, name: gradient[name] + summed(own_BDV)})
 
   def step(

@@ -71,7 +71,13 @@ def rope(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
 
 def head(params: Params) -> jax.Array:
   """Output projection [V, D]: `lm_head`, or the tied embedding."""
-  return params['lm_head'] if 'lm_head' in params else params['embed']
+  head_VD: jax.Array = params[head_name(params)]
+  return head_VD
+
+
+def head_name(params: Params) -> str:
+  """The leaf that is the output projection."""
+  return 'lm_head' if 'lm_head' in params else 'embed'
 
 
 def embed(params: Params, tokens_BT: jax.Array, dtype: Any) -> jax.Array:

@@ -132,11 +132,12 @@ def test_a_teacher_that_is_asked_before_lies_beside_nothing(tmp_path):
   training = list(found.values())[-1].program.memory
   state = estimate_programs.bytes_of(plan.state(stages[0], True))
   assert training.arguments == state + tokens * (4 + 1 + 4 + 4 * 8 + 4 * 9)
-  # The arithmetic of the dense model is done all the same.
+  # The step does not run the dense model, which one that distils from it directly does.
   plain = runs.make_config(tmp_path)
   beside_options = from_dict(plain.to_dict() | {'train': plain.train.to_dict() | {'distill': {'alpha': 1.0}}})
   student = flops.forward(stages[0], options.train.length)
-  assert flops.training(options, dense, student) == flops.training(beside_options, dense, student)
+  in_step = flops.training(beside_options, dense, student) - flops.training(options, dense, student)
+  assert in_step == pytest.approx(flops.forward(dense, options.train.length))
 
 
 def test_every_program_of_a_run_with_a_teacher(tmp_path):
@@ -185,14 +186,13 @@ def test_biases_are_planned_too(tmp_path, capsys):
 
 
 def test_a_program_is_limited_by_its_slowest_part():
-  """An H100: 989 TFLOP/s, 3,350 GB/s, 450 GB/s; of eight devices each sends 7/8 of what is gathered."""
-  sent = {'all-gather': 80e9, 'all-reduce': 10e9, 'collective-permute': 2e9}
+  """An H100: 989 TFLOP/s, 3,350 GB/s, 450 GB/s."""
+  sent = {'all-gather': 80e9, 'all-reduce': 9e9}
   program = Program(Memory(0, 0, 0), 98.9e12, 670e9, sent, {})
-  found = estimate.limit(program, TARGETS['h100'], 8)
+  found = estimate.limit(program, TARGETS['h100'])
   assert found.products == pytest.approx(0.1) and found.memory == pytest.approx(0.2)
-  assert found.network == pytest.approx(((80 + 2 * 10) * 7 / 8 + 2) / 450)
+  assert found.network == pytest.approx(89 / 450)
   assert found.shortest == found.memory and found.longest == pytest.approx(0.3 + found.network)
-  assert estimate.limit(Program(Memory(0, 0, 0)), TARGETS['h100'], 1).network == 0
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,6 @@ def test_training_counts_less_in_later_stages(tmp_path):
   found = estimate_programs.programs(plan, stages)
   schedule = Schedule.of(options, dense)
   times = {name.split()[0].strip(','): x.times for name, x in found.items() if x.times}
-  assert times['scoring'] == flops.scoring_passes(options, dense)
-  assert times['compensation'] == schedule.stages == 2
+  assert times['scoring'] == times['compensation'] == 2  # stages, each in one shot
   in_first = schedule.end(1) - schedule.start(1)
   assert in_first < times['training'] < schedule.train_steps

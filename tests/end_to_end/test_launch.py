@@ -105,11 +105,14 @@ def test_two_processes_of_srun_are_one_run(slurm, tmp_path):
 @pytest.mark.parametrize('mounts', ['', '/data:/data'])
 def test_slurm_starts_containers_by_pyxis(slurm, tmp_path, mounts):
   write_program(tmp_path / 'srun', '#!/bin/sh\nprintf "%s\\n" "$@"\nexit 2\n')
-  given = {'CONTAINER': 'registry/adapt-jax:1', 'MOUNTS': mounts, 'PYTHON': ''}
+  given = {'CONTAINER': 'registry/adapt-jax:1', 'MOUNTS': mounts, 'PYTHON': '', 'HF_HOME': '/hub'}
   _, output, _ = slurm(tmp_path / 'out', '--config=base', **given)
   lines, here = output.splitlines(), str(runs.ROOT)
   assert '--container-image=registry/adapt-jax:1' in lines and f'--container-workdir={here}' in lines
-  assert f'--container-mounts={here}:{here}' + (',' + mounts) * bool(mounts) in lines
+  (found,) = [line for line in lines if line.startswith('--container-mounts=')]
+  cache = tmp_path / '.cache/adapt-jax/xla'
+  assert found == f'--container-mounts={here}:{here},{cache}:{cache},/hub:/hub' + f',{mounts}' * bool(mounts)
+  assert cache.is_dir()
   assert lines[-4:] == ['python', 'main.py', f'--workdir={tmp_path / "out"}', '--config=base']
   _, output, _ = slurm(tmp_path / 'out', '--config=base', PYTHON='')
   assert '--container' not in output and '.venv/bin/python' in output.splitlines()

@@ -38,7 +38,10 @@ _WORDS = (
   'tensor_parallel=2', 'gguf', 'x=train.txt', '=', 'a=train.txt,b=valid.txt', 'a=b=c', 'org/name',
   'org/name:a:b',
 )  # fmt: skip
-_MODES = ('accel', 'prune', 'evaluate', 'export', 'generate', 'bench', 'compare', 'sensitivity', 'plan', 'x')
+_MODES = (
+  'accel', 'prune', 'evaluate', 'export', 'generate', 'bench', 'compare', 'sensitivity', 'estimate', 'plan',
+  'x',
+)  # fmt: skip
 _RECIPES = (
   'base', 'bse', 'demo:x', 'recipe.py:x', 'raises.py', 'broken.py', 'none.py', 'model', 'absent.py', '',
   '.py', 'a\nb',
@@ -161,7 +164,7 @@ def _stop_at_work(seen: list[RunOptions]) -> None:
   cli._options = options
   accel.run_class = lambda options: _reach  # type: ignore[assignment]
   compare.Compare.execute = _reach  # type: ignore[method-assign]
-  estimate.compiled_memory = _reach
+  estimate.programs = _reach  # type: ignore[assignment]
   loader.self_text.draw = _reach
   export.Writer = _reach  # type: ignore[assignment,misc]
   sensitivity.LayerEvaluator = _reach  # type: ignore[assignment,misc]

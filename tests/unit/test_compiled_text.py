@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adapt_jax.machine.compiled_text import Collective, CompiledText
 
-TEXT = """HloModule jit_step, is_scheduled=true
+TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %add.1 (x: f32[], y: f32[]) -> f32[] {
   ROOT %sum = f32[] add(%x, %y)
@@ -21,6 +21,12 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %both = f32[8,128]{1,0} add(%flat, %more)
 }
 
+%around (whole: f32[6,8,128], more: f32[8,128]) -> f32[8,128] {
+  %whole = f32[6,8,128]{2,1,0} parameter(0)
+  %more = f32[8,128]{1,0:T(8,128)} parameter(1)
+  ROOT %inner = f32[8,128]{1,0} fusion(%whole, %more), kind=kLoop, calls=%sliced
+}
+
 %updated (whole: f32[6,8,128], part: f32[1,8,128]) -> f32[6,8,128] {
   %whole = f32[6,8,128]{2,1,0} parameter(0)
   %part = f32[1,8,128]{2,1,0} parameter(1)
@@ -28,9 +34,11 @@ TEXT = """HloModule jit_step, is_scheduled=true
 }
 
 %body.2 (arg: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
-  %half = bf16[64,4]{1,0} get-tuple-element(%arg), index=1
-  %gathered = bf16[64,32]{1,0} all-gather(%half), dimensions={1}, metadata={op_name="jit(step)/while/head"}
-  %start = (f32[4]{0}, f32[4]{0}) all-reduce-start(%a, %b), to_apply=%add.1
+  %h = bf16[64,4] get-tuple-element(%arg), index=1
+  %all = bf16[64,32] all-gather(%h), replica_groups=mesh['a'=2,'b'=4] {'b'}, metadata={op_name="head"}
+  %a = f32[4]{0} get-tuple-element(%arg), index=2
+  %b = f32[4]{0} get-tuple-element(%arg), index=3
+  %start = (f32[4]{0}, f32[4]{0}) all-reduce-start(%a, %b), replica_groups={{0,1},{2,3},{4,5},{6,7}}
   %done = (f32[4]{0}, f32[4]{0}) all-reduce-done(%start)
 }
 
@@ -61,11 +69,31 @@ ENTRY %main.9 (p: f32[16,4]) -> f32[2,4] {
 
 def test_operations_in_nested_loops_are_counted_with_their_rounds():
   assert sorted(CompiledText(TEXT).collectives(), key=lambda x: x.kind) == [
-    Collective('all-gather', 'bf16[64,32]', 64 * 32 * 2, 15, 'jit(step)/while/head'),
-    Collective('all-reduce', 'f32[4]', 16, 15, ''),
-    Collective('collective-permute', 'f32[2]', 8, 3, ''),
-    Collective('reduce-scatter', 'f32[16,4]', 16 * 4 * 4, 1, ''),
+    Collective('all-gather', 'bf16[64,32]', 64 * 32 * 2, 4, 15, 'head'),
+    Collective('all-reduce', 'f32[4]', 32, 2, 15, ''),  # of two arrays
+    Collective('collective-permute', 'f32[2]', 8, 8, 3, ''),
+    Collective('reduce-scatter', 'f32[16,4]', 16 * 4 * 4, 8, 1, ''),
   ]
+
+
+@pytest.mark.parametrize(
+  'kind,sent', [('all-gather', 75), ('reduce-scatter', 75), ('all-reduce', 150), ('collective-permute', 100)]
+)
+def test_a_device_sends_to_the_others_of_its_group(kind, sent):
+  assert Collective(kind, 'f32[25]', 100, 4, 1, '').sent == sent
+
+
+def test_an_asynchronous_gather_names_its_operand_too():
+  text = """
+ENTRY %main.1 (p: bf16[8,4]) -> bf16[64,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %start = (bf16[8,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%p), replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %done = bf16[64,4]{1,0} all-gather-done(%start)
+}
+"""
+  (found,) = CompiledText(text).collectives()
+  assert (found.bytes, found.devices) == (64 * 4 * 2, 8)
+  assert CompiledText(text).bytes_moved() == (8 + 64) * 4 * 2
 
 
 @pytest.mark.parametrize(
@@ -74,6 +102,12 @@ def test_operations_in_nested_loops_are_counted_with_their_rounds():
     ('f32[8,128]{1,0} fusion(%whole, %more), kind=kLoop, calls=%sliced', 3 * 8 * 128),  # one slice, twice one
     ('f32[6,8,128]{2,1,0} fusion(%whole, %part), kind=kLoop, calls=%updated', 2 * 8 * 128),  # in place
     ('f32[8,128]{1,0:T(8,128)S(1)} negate(%more)', 8 * 128),  # the result stays on the chip
+    (
+      'f32[8,128]{1,0} fusion(%whole, %more), kind=kOutput, calls=%around',
+      3 * 8 * 128,
+    ),  # a fusion in it slices
+    ('f32[1,8,128]{2,1,0:S(1)} dynamic-slice(%whole, %i)', 8 * 128),  # read, and kept on the chip
+    ('(f32[8,128]{1,0:S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%more)', 8 * 128),
   ],
 )
 def test_of_a_slice_only_the_slice_is_moved(fusion, moved):
@@ -104,7 +138,8 @@ def test_a_compiled_program_is_read():
   y = jax.ShapeDtypeStruct((7,), jnp.float32, sharding=copied)
   text = CompiledText(jax.jit(f).lower(x, y).compile().as_text())
   (found,) = text.collectives()
-  assert (found.kind, found.shape, found.bytes, found.times) == ('all-reduce', 'f32[6]', 24, 7)
+  assert (found.kind, found.shape, found.bytes) == ('all-reduce', 'f32[6]', 24)
+  assert (found.devices, found.times) == (4, 7)
 
 
 def test_a_loop_over_stacked_weights_reads_each_once():
