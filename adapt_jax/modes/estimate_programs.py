@@ -228,64 +228,74 @@ class Planned:
 
 def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Planned]:
   """All programs of a run, by title."""
-  options, config = footprint.options, footprint.config
-  layers, calibration, t = config.num_layers, options.prune.calibration, options.train
-  rows = calibration.samples * calibration.length
-  teacher = 0
-  if t.tokens and t.distill.teacher_beside:
-    teacher = bytes_of(placed(llama.abstract_params(config, footprint.dtype)))
-  beside = bytes_of(footprint.state(config, False)) + teacher
-  later = bytes_of(footprint.state(stages[0], True)) + teacher
-  # The pruned state and the one before are both held: only weights in the first stage, then moments too.
-  cut = [(beside, bytes_of(footprint.state(stages[0], False)))]
-  cut += [(later, bytes_of(footprint.state(stages[1], True)))] if len(stages) > 1 else []
-  found: dict[str, Planned] = {}
-  with Progress('compiling', 2 + bool(t.tokens), 'programs') as progress:
-    stacked = footprint.stacked(config)
-    largest = max(map(bytes_of, jax.tree.leaves(stacked)))  # leaf by leaf: that of all layers, then stacked
-    moved = Program(Memory(beside - teacher, largest, bytes_of(stacked)))
-    found['stacking, first stage'] = Planned(moved, teacher)
-    scoring = _measure(options, layers, footprint.scoring, flops.scoring(options, config) * rows)
-    # The unstacked weights are read again after the first stage has been pruned.
-    title = f'scoring, {calibration.samples} x {calibration.length} tokens, first stage'
-    found[title] = Planned(scoring, teacher, flops.scoring_passes(options, config))
-    if len(stages) > 1:
-      found['scoring, second stage'] = Planned(scoring, later)
-    progress.update(1)
-    if options.prune.compensate != 'none':
-      work = flops.compensation(options, config) * rows
-      compensation = _measure(options, layers, footprint.compensation, work)
-      title = f'compensation ({options.prune.compensate})'
-      found[title] = Planned(compensation, max(beside, later), len(stages))
-      corrected = Memory(compensation.memory.results, 0.0, bytes_of(footprint.state(config, False)))
-      found['correction'] = Planned(Program(corrected), max(beside, later))
-    before, after = max(cut, key=sum)
-    found['compaction'] = Planned(Program(Memory(before - teacher, 0.0, after)), teacher)
-    progress.update(1)
-    if t.tokens and t.distill.kept_ids:
-      batch = rows_at_once(t.batch, t.micro_batch) * t.length
-      asked = _measure(options, layers, footprint.teacher, flops.teacher(options, config) * batch)
-      found['teacher, before anything else'] = Planned(asked, 0, t.tokens / batch)
+  t = footprint.options.train
+  with Progress('compiling', 3 if t.tokens else 2, 'programs') as progress:
+    found = _of_pruning(footprint, stages, progress)
     if t.tokens:
-      per_token = [flops.training(options, config, flops.forward(stage, t.length)) for stage in stages]
-      schedule = Schedule.of(options, config)
-      times = sum(
-        (schedule.end(k) - schedule.start(k)) * per_token[k - 1] / per_token[0]
-        for k in range(1, len(stages) + 1)
-      )
-      of_batch = per_token[0] * t.batch * t.length
-      training = _measure(options, layers, lambda depth: footprint.training(stages[0], depth), of_batch)
-      title = f'training, {t.batch} x {t.length} tokens, first stage'
-      found[title] = Planned(training, 0, times)
+      found |= _of_training(footprint, stages)
       progress.update(1)
   return found
 
 
-def _measure(options: RunOptions, layers: int, measure: Callable[[int], Program], work: float) -> Program:
+def _of_pruning(footprint: Footprint, stages: list[ModelConfig], progress: Progress) -> dict[str, Planned]:
+  options, config = footprint.options, footprint.config
+  calibration, t = options.prune.calibration, options.train
+  rows, teacher = calibration.samples * calibration.length, 0
+  if t.tokens and t.distill.teacher_beside:
+    teacher = bytes_of(placed(llama.abstract_params(config, footprint.dtype)))
+  beside = bytes_of(footprint.state(config, False)) + teacher
+  later = bytes_of(footprint.state(stages[0], True)) + teacher
+
+  stacked = footprint.stacked(config)
+  largest = max(map(bytes_of, jax.tree.leaves(stacked)))  # leaf by leaf: that of all layers, then stacked
+  moved = Program(Memory(beside - teacher, largest, bytes_of(stacked)))
+  found = {'stacking, first stage': Planned(moved, teacher)}
+  scoring = _measure(footprint, footprint.scoring, flops.scoring(options, config) * rows)
+  # The unstacked weights are read again after the first stage has been pruned.
+  title = f'scoring, {calibration.samples} x {calibration.length} tokens, first stage'
+  found[title] = Planned(scoring, teacher, flops.scoring_passes(options, config))
+  if len(stages) > 1:
+    found['scoring, second stage'] = Planned(scoring, later)
+  progress.update(1)
+  if options.prune.compensate != 'none':
+    work = flops.compensation(options, config) * rows
+    compensation = _measure(footprint, footprint.compensation, work)
+    title = f'compensation ({options.prune.compensate})'
+    found[title] = Planned(compensation, max(beside, later), len(stages))
+    corrected = Memory(compensation.memory.results, 0.0, bytes_of(footprint.state(config, False)))
+    found['correction'] = Planned(Program(corrected), max(beside, later))
+  # The pruned state and the one before are both held: only weights in the first stage, then moments too.
+  cut = [(beside, bytes_of(footprint.state(stages[0], False)))]
+  cut += [(later, bytes_of(footprint.state(stages[1], True)))] if len(stages) > 1 else []
+  before, after = max(cut, key=sum)
+  found['compaction'] = Planned(Program(Memory(before - teacher, 0.0, after)), teacher)
+  progress.update(1)
+  return found
+
+
+def _of_training(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Planned]:
+  options, config, found = footprint.options, footprint.config, {}
+  t, schedule = options.train, Schedule.of(options, config)
+  if t.distill.kept_ids:
+    batch = rows_at_once(t.batch, t.micro_batch) * t.length
+    asked = _measure(footprint, footprint.teacher, flops.teacher(options, config) * batch)
+    # At most: rows that come again are not asked again.
+    found['teacher, before anything else'] = Planned(asked, 0, t.tokens / batch)
+  per_token = [flops.training(options, config, flops.forward(stage, t.length)) for stage in stages]
+  times = sum(
+    (schedule.end(k) - schedule.start(k)) * work / per_token[0] for k, work in enumerate(per_token, 1)
+  )
+  of_batch = per_token[0] * t.batch * t.length
+  training = _measure(footprint, lambda depth: footprint.training(stages[0], depth), of_batch)
+  found[f'training, {t.batch} x {t.length} tokens, first stage'] = Planned(training, 0, times)
+  return found
+
+
+def _measure(footprint: Footprint, measure: Callable[[int], Program], work: float) -> Program:
   """`measure` at the full depth, or extrapolated to it from two (estimate.depths); `work`: its FLOPs."""
-  if options.estimate.depths:
-    shallow, deep = options.estimate.depths
-    found = measure(deep).extrapolated(measure(shallow), deep, shallow, layers)
-  else:
-    found = measure(layers)
+  layers, depths = footprint.config.num_layers, footprint.options.estimate.depths
+  found = measure(depths[-1] if depths else layers)
+  if depths:
+    shallow, deep = depths
+    found = found.extrapolated(measure(shallow), deep, shallow, layers)
   return dataclasses.replace(found, flops=work / device_count())

@@ -220,6 +220,7 @@ def test_other_numbers_of_tpus_are_refused(target, count):
 def test_training_counts_less_in_later_stages(tmp_path):
   """Their model is smaller; scoring, and corrections, count as often as a run executes them."""
   config = runs.make_config(runs.make_files(tmp_path))
+  config.prune.method = 'obs'
   options = from_dict(config.to_dict())
   dense = open_config(options.model.source)
   plan = Footprint(options, dense, jnp.dtype(jnp.float32))

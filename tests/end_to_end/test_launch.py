@@ -105,7 +105,13 @@ def test_two_processes_of_srun_are_one_run(slurm, tmp_path):
 @pytest.mark.parametrize('mounts', ['', '/data:/data'])
 def test_slurm_starts_containers_by_pyxis(slurm, tmp_path, mounts):
   write_program(tmp_path / 'srun', '#!/bin/sh\nprintf "%s\\n" "$@"\nexit 2\n')
-  given = {'CONTAINER': 'registry/adapt-jax:1', 'MOUNTS': mounts, 'PYTHON': '', 'HF_HOME': '/hub'}
+  given = {
+    'CONTAINER': 'registry/adapt-jax:1',
+    'MOUNTS': mounts,
+    'PYTHON': '',
+    'HF_HOME': '/hub',
+    'JAX_COMPILATION_CACHE_DIR': '',
+  }
   _, output, _ = slurm(tmp_path / 'out', '--config=base', **given)
   lines, here = output.splitlines(), str(runs.ROOT)
   assert '--container-image=registry/adapt-jax:1' in lines and f'--container-workdir={here}' in lines
