@@ -48,7 +48,7 @@ test-serving: .venv/installed-test .venv-serving/mlx/installed .venv-serving/vll
 
 # Their compilers run without the devices. They are not in .venv itself, since JAX would look for the devices in all else.
 test-accelerators: .venv/accelerators/installed
-	PYTHONPATH=$(<D) $(PY) -m pytest -q -m accelerators tests/accelerators
+	JAX_PLATFORMS=cpu PYTHONPATH=$(<D) $(PY) -m pytest -q -m accelerators tests/accelerators
 
 docs: .venv/installed-test
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict
