@@ -1,5 +1,6 @@
 """The documentation: what is generated is up to date, every page is in the menu, and the site builds."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -9,7 +10,11 @@ import sys
 import pytest
 
 from adapt_jax import cli_help
+from adapt_jax.config.build import from_dict
+from adapt_jax.configs import base
+from adapt_jax.pipeline.checks import check_run
 from tests.support import runs
+from tests.support.helpers import tiny_config
 
 DOCS = runs.ROOT / 'docs'
 
@@ -32,6 +37,21 @@ def test_links_lead_to_files(path):
 
 def test_readme_is_short():
   assert len((runs.ROOT / 'README.md').read_text().split()) <= 900
+
+
+@pytest.mark.parametrize('page', ['README.md', 'docs/index.md'])
+@pytest.mark.parametrize('on_a_cpu', [False, True])
+def test_the_first_command_can_train(page, on_a_cpu):
+  """Its tokens suffice for its stages, and so do those that the page advises for CPUs."""
+  text = (runs.ROOT / page).read_text(encoding='utf-8')
+  command, rest = text.split('adapt-jax --config=base --workdir=out/run', 1)[1].split('evaluate.source=', 1)
+  numbers = dict(re.findall(r'config\.((?:prune|train)\.\w+)=([\d._]+)', command))
+  if on_a_cpu:
+    numbers |= re.findall(r'\b(train\.\w+)=([\d_]+)', rest.split('On a CPU begin with')[1].split('. ')[0])
+    assert numbers['train.tokens'] == '100_000'
+  values = base.get_config()
+  values.update_from_flattened_dict({name: ast.literal_eval(value) for name, value in numbers.items()})
+  check_run(from_dict(values.to_dict()), tiny_config())
 
 
 @pytest.mark.skipif(importlib.util.find_spec('mkdocs') is None, reason="pip install '.[docs]'")
