@@ -1,0 +1,84 @@
+"""Every program that is compiled also lowers for GPUs and TPUs, which needs none of their packages.
+
+The library prunes, trains, measures and generates here; what it compiles is lowered for both before.
+make test-accelerators also compiles the programs of a run for them.
+"""
+
+import jax
+import pytest
+
+import adapt_jax as aj
+from adapt_jax.generation.generator import Generator
+from adapt_jax.generation.sampling import Sampling
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.network.backend import made_for
+from adapt_jax.training.teacher_cache import likeliest
+from tests.programs.test_sharding import SHAPES, make_model, tokens_of, train_options
+
+PLATFORMS = ('cuda', 'tpu')
+
+
+def lower(fn, *args):
+  """Raises if the program cannot be written for one of the platforms."""
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+  for platform in PLATFORMS:
+    with made_for(platform):
+      text = jax.jit(lambda *args: fn(*args)).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+      assert 'LayoutConstraint' not in text  # the form of products for CPUs
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+  """The names of all programs that are compiled, each of which is lowered first."""
+  names, compile_ = set(), Compiler.__call__
+
+  def call(self, name, fn, *args, **options):
+    lower(fn, *args)
+    names.add(name)
+    return compile_(self, name, fn, *args, **options)
+
+  monkeypatch.setattr(Compiler, '__call__', call)
+  return names
+
+
+@pytest.fixture(scope='module')
+def model():
+  config, params = make_model()
+  return aj.Model(config, params)
+
+
+@pytest.mark.parametrize(
+  'method,compensate',
+  [
+    ('obs', 'least_squares'), ('adapt', 'none'), ('flap', 'bias'), ('wanda_sp', 'none'),
+    ('llm_pruner', 'none'), ('shortgpt', 'none'),
+  ],
+)  # fmt: skip
+def test_pruning(method, compensate, model, lowered):
+  if method == 'llm_pruner':  # it leaves six layers whole
+    model = aj.Model(*make_model(layers=SHAPES * 3))
+  aj.prune(model, tokens_of(model.config), target=0.9, method=method, compensate=compensate)
+  expected = {'compensation'} if compensate != 'none' else set()
+  assert expected <= lowered and lowered - {'compensation'}
+
+
+@pytest.mark.parametrize('distilled', [False, True])
+@pytest.mark.parametrize('micro_batch', [2, 4])
+def test_training(micro_batch, distilled, model, lowered):
+  rows = tokens_of(model.config)
+  options = {'batch': 4, 'micro_batch': micro_batch, 'tokens': 2 * rows[:4].size}
+  aj.recover(model, rows, teacher=model if distilled else None, **options)
+  assert lowered == {'training'}
+
+
+def test_a_teacher_whose_ids_are_kept(model):
+  options = train_options(distill={'alpha': 1.0, 'cache': 8})
+  rows = tokens_of(model.config)
+  lower(likeliest(model.config, options, 'bfloat16'), model.params, rows, rows)
+
+
+def test_perplexity_and_generation(model, lowered):
+  aj.perplexity(model, tokens_of(model.config))
+  generator = Generator(model.config, model.params, compiler=Compiler(), dtype='float32')
+  generator.generate([[1, 2, 3], [4, 5]], 4, Sampling(0.7, 5, 0.9), frozenset(), 0)
+  assert {'prefill', 'decode'} < lowered and len(lowered) == 3
