@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
     if argument.encode(errors='replace').decode() != argument:
       raise InputError(f'{argument!r} is not UTF-8, which reports cannot quote: rename the file')
   logging.set_verbosity(logging.WARNING)  # orbax logs a page per checkpoint
-  mode = 'estimate' if _MODE.value == 'plan' else _MODE.value  # its name in version 0.2
+  mode = 'estimate' if _MODE.value == 'plan' else _MODE.value  # its name in version 0.1
   options = _options(mode)
   described = estimate.prepare(options.estimate) if mode == 'estimate' else None
   processes.start(_DISTRIBUTED.value, _ADDRESS.value, _PROCESSES.value, _PROCESS.value)

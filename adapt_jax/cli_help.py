@@ -62,7 +62,7 @@ def asked_for(arguments: list[str]) -> str:
 
 def _mode(argument: str) -> str:
   mode = argument.partition('=')[2] if argument.lstrip('-').startswith('mode=') else ''
-  return 'estimate' if mode == 'plan' else mode  # its name in version 0.2
+  return 'estimate' if mode == 'plan' else mode  # its name in version 0.1
 
 
 def _usage() -> str:

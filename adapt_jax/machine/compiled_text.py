@@ -144,10 +144,9 @@ class CompiledText:
     found = []
     for name, times in self._times.items():
       for x in self._computations[name].values():
-        if (
-          kind := x.operation.removesuffix('-start')
-        ) in _KINDS:  # of an asynchronous pair, the start counts
-          taken, given = self._exchanged(x, name)
+        kind = x.operation.removesuffix('-start')  # of an asynchronous pair, only the start counts
+        if kind in _KINDS:
+          taken, given = self._exchanged(x, name, on_chip=True)
           shapes = [x.shape, *(y.shape for y in self._operands(x, name))]
           shape = max((_size(*y[:2]), f'{y[0]}[{y[1]}]') for y in _ARRAY.findall(' '.join(shapes)))[1]
           source = _SOURCE.search(x.rest)
@@ -155,10 +154,10 @@ class CompiledText:
           found.append(Collective(kind, shape, max(taken, given), group, times, source[1] if source else ''))
     return found
 
-  def _exchanged(self, x: _Instruction, computation: str) -> tuple[int, int]:
+  def _exchanged(self, x: _Instruction, computation: str, on_chip: bool = False) -> tuple[int, int]:
     """Bytes that a collective takes and gives; the results of some asynchronous ones name what they take."""
-    taken = sum(_bytes(y.shape) for y in self._operands(x, computation))
-    given = _bytes(x.shape)
+    taken = sum(_bytes(y.shape, on_chip) for y in self._operands(x, computation))
+    given = _bytes(x.shape, on_chip)
     return taken, given - taken if x.operation in _WITH_OPERANDS else given
 
   def _operands(self, x: _Instruction, computation: str) -> list[_Instruction]:
@@ -259,7 +258,7 @@ def _group_size(attributes: str) -> int:
 def _read_slice(slice_shape: str, operands: list[_Instruction]) -> int:
   """Bytes that an operation reads of its first operand, if it reads as much as this shape."""
   in_memory = not operands or 'S(1)' not in operands[0].shape
-  return sum(_size(*found[:2]) for found in _ARRAY.findall(slice_shape)) if in_memory else 0
+  return _bytes(slice_shape, on_chip=True) if in_memory else 0
 
 
 def _value(x: _Instruction) -> int:
@@ -268,9 +267,10 @@ def _value(x: _Instruction) -> int:
   return int(text) if text.isdigit() else 0
 
 
-def _bytes(shape: str) -> int:
-  """Bytes of all arrays of a shape, except those in a memory of their own, such as a TPU's VMEM: S(1)."""
-  return sum(_size(dtype, dims) for dtype, dims, layout in _ARRAY.findall(shape) if 'S(1)' not in layout)
+def _bytes(shape: str, on_chip: bool = False) -> int:
+  """Bytes of all arrays of a shape in the device's memory; with `on_chip` also of those in VMEM, S(1)."""
+  found = _ARRAY.findall(shape)
+  return sum(_size(dtype, dims) for dtype, dims, layout in found if on_chip or 'S(1)' not in layout)
 
 
 def _size(dtype: str, dims: str) -> int:

@@ -113,12 +113,10 @@ def devices(target: Target, count: int) -> list[Any]:
 
 def slice_name(target: Target, count: int) -> str:
   """The topology with at least this many TPUs, such as v5p:2x2x2: no axis is over twice another."""
-  axes = 3 if target.kind == 'v5p' else 2
-  sizes = [2, 2, 1][:axes]
-  if count & (count - 1) or count > (8192 if axes == 3 else 256):
+  sizes, most = ([2, 2, 1], 8192) if target.kind == 'v5p' else ([2, 2], 256)
+  if count & (count - 1) or count > most:
     raise InputError(
-      f'config.estimate.devices = {count}: a slice of these TPUs has a power of two of them, at most '
-      f'{8192 if axes == 3 else 256}'
+      f'config.estimate.devices = {count}: a slice of these TPUs has a power of two of them, at most {most}'
     )
   while math.prod(sizes) < count:
     smallest = min(sizes)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from adapt_jax.config.build import from_dict
+from adapt_jax.config.build import declarations, from_dict
 from adapt_jax.configs import adapt, base
 from adapt_jax.machine import targets
 from adapt_jax.machine.targets import TARGETS
@@ -209,6 +209,11 @@ def test_a_program_is_limited_by_its_slowest_part():
 )
 def test_a_slice_of_tpus_has_the_shape_that_is_sold(target, count, name):
   assert targets.slice_name(TARGETS[target], count) == name
+
+
+def test_every_target_can_be_named():
+  choices = {field: declared.choices for field, declared in declarations()}
+  assert choices['estimate.target'] == tuple(TARGETS)
 
 
 @pytest.mark.parametrize('target,count', [('tpu-v5e', 6), ('tpu-v6e', 512), ('tpu-v5p', 3)])

@@ -83,6 +83,18 @@ def test_a_device_sends_to_the_others_of_its_group(kind, sent):
   assert Collective(kind, 'f32[25]', 100, 4, 1, '').sent == sent
 
 
+def test_what_is_gathered_into_the_chip_is_sent_but_not_written():
+  text = """
+ENTRY %main.1 (p: bf16[8,4]) -> bf16[64,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  ROOT %all = bf16[64,4]{1,0:T(8,128)S(1)} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}
+}
+"""
+  (found,) = CompiledText(text).collectives()
+  assert found.bytes == 64 * 4 * 2
+  assert CompiledText(text).bytes_moved() == 8 * 4 * 2
+
+
 def test_an_asynchronous_gather_names_its_operand_too():
   text = """
 ENTRY %main.1 (p: bf16[8,4]) -> bf16[64,4] {
