@@ -62,27 +62,32 @@ def evaluate(model: Any, s: dict[str, Any], batches: list[int]) -> dict[str, Any
 
 
 def generate(model: Any, s: dict[str, Any], rows: int, caches: list[str | None]) -> dict[str, float]:
-  """Tokens/s of prefill and of decoding with this many rows, and extra seconds of the first calls."""
+  """Tokens/s of prefill and of decoding with this many rows, and extra seconds of the first calls.
+
+  The prefill ends, and decoding begins, when the first new token is there.
+  """
   ids = random_ids(model.config.vocab_size, rows, s['prompt'])
+  options = {'max_new_tokens': s['new'], 'min_new_tokens': s['new'], 'do_sample': False, 'pad_token_id': 0}
+  mask = torch.ones_like(ids)
 
-  def work(new: int, cache: str | None) -> None:
-    # Room for all new tokens even if one is made: a static cache of another size would be recompiled.
-    def enough(found: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-      return torch.full((rows,), found.shape[1] >= s['prompt'] + new)
+  def seconds(cache: str | None) -> tuple[float, float]:
+    stamps = [time.perf_counter()]
 
-    options = {'max_new_tokens': s['new'], 'min_new_tokens': s['new'], 'do_sample': False, 'pad_token_id': 0}
-    mask = torch.ones_like(ids)
-    model.generate(
-      ids, attention_mask=mask, cache_implementation=cache, stopping_criteria=[enough], **options
-    )
+    def stamp(*_: Any, **__: Any) -> torch.Tensor:  # called after each token; never stops
+      stamps.append(time.perf_counter())
+      return torch.zeros(rows, dtype=torch.bool)
 
-  prefill, decode, first = [], [], 0.0
+    model.generate(ids, attention_mask=mask, cache_implementation=cache, stopping_criteria=[stamp], **options)
+    return stamps[1] - stamps[0], stamps[-1] - stamps[1]
+
+  prefill, decode, extra = [], [], 0.0
   for cache in caches:
-    whole, one = (timed(lambda n=new, c=cache: work(n, c), s['repeats']) for new in (s['new'], 1))
-    prefill.append(ids.numel() / one[1])
-    decode.append(rows * (s['new'] - 1) / (whole[1] - one[1]))
-    first += sum(pair[0] - pair[1] for pair in (whole, one))
-  return {f'prefill_{rows}': max(prefill), f'decode_{rows}': max(decode), f'generate_{rows}_compile': first}
+    first, *others = [seconds(cache) for _ in range(1 + s['repeats'])]
+    usual = [statistics.median(column) for column in zip(*others, strict=True)]
+    prefill.append(ids.numel() / usual[0])
+    decode.append(rows * (s['new'] - 1) / usual[1])
+    extra += sum(first) - sum(usual)
+  return {f'prefill_{rows}': max(prefill), f'decode_{rows}': max(decode), f'generate_{rows}_compile': extra}
 
 
 def main(directory: str, settings: str) -> None:

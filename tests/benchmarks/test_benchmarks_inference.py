@@ -1,6 +1,8 @@
 """The benchmark of evaluation and generation runs end to end on a toy model, and its figures are sane."""
 
 import re
+import time
+import types
 
 import numpy as np
 import pytest
@@ -64,3 +66,24 @@ def test_flops_and_bytes_are_those_of_the_weights_that_are_used():
   attention = sum(shape.num_heads for shape in config.layers) * config.head_dim
   assert found['decode_1_flops'] == 2 * (count_params(config) + attention)
   assert found['evaluation_flops'] == 2 * (count_params(config) + 16 * attention)
+
+
+def test_a_slow_first_call_does_not_enter_the_rates():
+  programs = pytest.importorskip('benchmarks.programs.inference_torch')
+
+  class Model:
+    """The first call takes long, whatever it is asked for; a token takes a millisecond, a prompt four."""
+
+    config = types.SimpleNamespace(vocab_size=10)
+    calls = 0
+
+    def generate(self, ids, max_new_tokens, stopping_criteria, **_):
+      time.sleep(0.3 if self.calls == 0 else 0.004)
+      self.calls += 1
+      for token in range(max_new_tokens):
+        time.sleep(0.001 * (token > 0))
+        assert not stopping_criteria[0](ids, None).any()
+
+  found = programs.generate(Model(), SETTINGS | {'repeats': 3}, 2, [None])
+  assert Model.calls == 0 and found['generate_2_compile'] > 0.2
+  assert 0 < found['decode_2'] <= 2 / 0.001 and 0 < found['prefill_2'] <= 2 * 8 / 0.004
