@@ -24,6 +24,8 @@ from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
 from adapt_jax.data.windows import POOL_TOKENS, Blocks, read_for, spread
 from adapt_jax.evaluation.perplexity import Evaluator
+from adapt_jax.export.push import check_hub
+from adapt_jax.export.push import push as upload
 from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, lineage, written_dtype
 from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import Sampling, stop_ids
@@ -51,7 +53,7 @@ class Model:
   """A decoder: parameters as a plain pytree (`adapt_jax.models.network.llama`), and their description.
 
   dtype: dtype of the original checkpoint, also used by `save`. generation: fields of generation_config.json.
-  dense: number of parameters before pruning; 0 if the model was not pruned.
+  dense: number of parameters before pruning; 0 if the model was not pruned. license: fields of a model card.
   """
 
   config: ModelConfig
@@ -61,6 +63,7 @@ class Model:
   dtype: str = 'float32'
   generation: dict[str, Any] = dataclasses.field(default_factory=dict)
   dense: int = 0
+  license: dict[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def num_params(self) -> int:
@@ -89,7 +92,10 @@ def load(
     params = mesh.load_source(found, None if dtype is None else jnp.dtype(dtype))
   model = Model(found.config, params, tokenizer, found.name, found.dtype, found.generation)
   origin = (lineage(found) or {'model': {'source': found.name}})['model']
-  return dataclasses.replace(model, name=origin['source'], dense=origin.get('params_before', 0))
+  license = origin.get('license', found.license)
+  return dataclasses.replace(
+    model, name=origin['source'], dense=origin.get('params_before', 0), license=license
+  )
 
 
 @as_library
@@ -307,19 +313,28 @@ def save(
   formats: str | Sequence[str] = ('hf',),
   dtype: str = 'auto',
   gguf_types: str | Sequence[str] = ('auto',),
+  push: str = '',
   progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
   """Writes directory/FORMAT for each format, reads it back and compares it; returns facts about each.
 
   formats: hf (transformers, vLLM, MLX-LM), hf_padded, gguf (llama.cpp). dtype auto: `model.dtype`. A
-  directory is complete or absent, and replaces an older one; `load(directory)` reads its hf/. Raises
-  InputError for a format that cannot represent the model.
+  directory is complete or absent, and replaces an older one; `load(directory)` reads its hf/. push: hub
+  repository org/name to upload them to afterwards, as `export.push`. Raises InputError for a format that
+  cannot represent the model, and if the hub refuses the upload.
   """
-  asked = {'formats': formats, 'dtype': dtype, 'gguf_types': gguf_types}  # a single one may be a string
+  asked = {
+    'formats': formats,
+    'dtype': dtype,
+    'gguf_types': gguf_types,
+    'push': push,
+  }  # a single one may be a string
   options = from_dict({'export': asked}).export
   check_formats(options, model.config)
   check_tokenizer(options, model.tokenizer)
-  report: RunReport = {'model': {'source': model.name, 'params_before': model.dense or model.num_params}}
+  check_hub(options)
+  before = model.dense or model.num_params
+  report: RunReport = {'model': {'source': model.name, 'license': model.license, 'params_before': before}}
   writer = Writer(
     options,
     pathlib.Path(directory),
@@ -329,4 +344,6 @@ def save(
     report=report,
   )
   with processes.silent(not progress):
-    return writer.write(model.config, model.params)
+    written = writer.write(model.config, model.params)
+    upload(options, pathlib.Path(directory), again='call save again')
+  return written

@@ -22,9 +22,10 @@ from ml_collections import config_flags
 
 from adapt_jax import cli_help
 from adapt_jax.config.build import defaults, flatten, from_dict
-from adapt_jax.config.identity import identity
+from adapt_jax.config.identity import identity, reads
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data import demo_files
+from adapt_jax.export.push import push
 from adapt_jax.machine import mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
 from adapt_jax.models.errors import InputError, disk_full, write_denied
@@ -127,7 +128,7 @@ def main(argv: list[str]) -> None:
     if mode != 'compare':  # it does this for each cell
       options = aligned(options)
     workdir = Workdir(_WORKDIR.value, identity(mode, options)) if mode in _RUN else None
-    if workdir and _finished(workdir, mode):
+    if workdir and _finished(workdir, mode, options):
       return
     processes.decide(lambda: _fetch_demo(mode, options))
     if mode == 'estimate':
@@ -140,13 +141,17 @@ def main(argv: list[str]) -> None:
     _RUN[mode](options, workdir, _command())
 
 
-def _finished(workdir: Workdir, mode: str) -> bool:
-  """Checks that the workdir is new or belongs to this run; if the run is finished, says so."""
+def _finished(workdir: Workdir, mode: str, options: RunOptions) -> bool:
+  """Checks that the workdir is new or belongs to this run; says so of a finished run, and uploads it."""
   processes.decide(workdir.check)
   if mode == 'compare' or not processes.decide(workdir.report.exists):  # its cells record what is finished
     return False
   more = f'; --mode=export --config.model.source={workdir.path} writes its model in other formats'
   processes.say(f'this run is finished: see {workdir.report}{more * (mode in ("accel", "prune"))}')
+  if reads(
+    mode, 'export.push'
+  ):  # a finished run has exports; an upload may have failed, or be asked only now
+    processes.decide(lambda: push(options.export, workdir.path))
   return True
 
 

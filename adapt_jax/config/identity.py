@@ -30,6 +30,7 @@ _READS = {
 _BESIDE = {
   **dict.fromkeys(('accel', 'prune'), ('mesh', 'tracker')),
   'evaluate': ('mesh',),
+  'export': ('export.push',),
   'compare': ('compare', 'mesh', 'tracker'),
   'generate': ('seed', 'model', 'data.chat_template', 'generate', 'mesh'),
   'estimate': ('model', 'prune', 'train', 'evaluate.batch', 'evaluate.length', 'estimate', 'mesh'),

@@ -332,6 +332,13 @@ class ExportOptions:
     choices=('auto', 'F32', 'F16', 'BF16', 'Q8_0', 'Q4_0'),
     result=False,
   )
+  push: str = option(
+    '',
+    'Hub repository org/name to upload the formats to: hf to org/name, hf_padded to org/name-padded, gguf to '
+    'org/name-GGUF. Those that do not exist are created when the run starts, which needs a token that may '
+    'write (hf auth login, or HF_TOKEN).',
+    result=False,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,17 @@
 
 import dataclasses
 import math
+import re
 
 from adapt_jax.config.mode_options import SensitivityOptions
-from adapt_jax.config.options import PROGRESSIVE, MeshOptions, PruneOptions, RunOptions, TrainOptions
+from adapt_jax.config.options import (
+  PROGRESSIVE,
+  ExportOptions,
+  MeshOptions,
+  PruneOptions,
+  RunOptions,
+  TrainOptions,
+)
 from adapt_jax.config.values import serving_multiples
 from adapt_jax.models.errors import InputError
 
@@ -15,6 +23,7 @@ def check(options: RunOptions) -> None:
   _check_train(options.train)
   _check_mesh(options.mesh)
   _check_sensitivity(options.sensitivity)
+  _check_export(options.export)
   depths = options.estimate.depths
   if depths and (len(depths) != 2 or not 0 < depths[0] < depths[1]):
     raise InputError(f'config.estimate.depths = {depths}: give two increasing numbers of layers, or none')
@@ -70,3 +79,8 @@ def _check_sensitivity(options: SensitivityOptions) -> None:
   bases = options.bases
   if not bases or len(set(bases)) < len(bases):
     raise InputError(f'config.sensitivity.bases = {bases!r}: give one or more numbers, each once')
+
+
+def _check_export(options: ExportOptions) -> None:
+  if options.push and not re.fullmatch(r'[\w.-]+/[\w.-]+', options.push, re.ASCII):
+    raise InputError(f'config.export.push = {options.push!r}: give a repository of the hub, as org/name')

@@ -89,6 +89,12 @@ def fingerprint(entry: str, field: str) -> list[Any]:
   return found
 
 
+def hub_name(entry: str) -> str:
+  """The name `org/name` of the hub data set that an entry is written as; '' if it is written as a path."""
+  written = _HUB.fullmatch(entry) and pathlib.PurePath(entry).suffix.lower() not in _NEVER_HUB
+  return entry.partition(':')[0] if written else ''
+
+
 def _hub_revision(name: str) -> str:
   import huggingface_hub
 
@@ -150,7 +156,7 @@ def _origins_of(entry: str, field: str, matched: bool = False) -> Iterator[pathl
   elif not matched and (matches := _matches(entry)):
     for match in matches:
       yield from _origins_of(match, field, matched=True)
-  elif _HUB.fullmatch(entry) and path.suffix.lower() not in _NEVER_HUB:
+  elif hub_name(entry):
     yield entry
   else:
     raise InputError(f'{field} {entry!r}: no such file (a hub data set is written org/name:config:split)')

@@ -1,13 +1,11 @@
 """The README.md of an export: the model, its origin, its loss of quality, and how to load it."""
 
-import json
-import os
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from adapt_jax.config.options import PROGRESSIVE
+from adapt_jax.export.card_metadata import is_quantised, metadata, source_name
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.reports.report import RunReport, known_perplexities
 from adapt_jax.reports.summary import texts_rows
@@ -15,10 +13,9 @@ from adapt_jax.reports.summary import texts_rows
 # Settings that only progressive methods read.
 _SCHEDULE = 'steps', 'ratio', 'amplitude', 'importance', 'layer_distance'
 _MARKUP = re.compile(r'[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])')
-_HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+')
 
 
-def model_card(report: RunReport, config: ModelConfig, files: Sequence[str]) -> str:
+def model_card(report: RunReport, config: ModelConfig, files: Sequence[str], repo: str = '') -> str:
   """Markdown with YAML front matter, as the Hugging Face hub reads it.
 
   Args:
@@ -28,47 +25,24 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str]) -> 
       {'dense': {task: {metric: value}}, 'pruned': …, 'recovered': …}.
     config: of the exported model.
     files: names in the export's directory, which determine how it is loaded.
+    repo: repository of the hub that the export is uploaded to, if it is.
   """
   parts = [
-    _front_matter(report, files),
+    f'---\n{metadata(report, files, repo).to_yaml()}\n---',
     _title(report, config),
     _lineage(report),
     _widths(report, config),
     _perplexity(report),
     _tasks(report.get('tasks') or {}),
-    _loading(files),
+    _quantised(report, files),
+    _loading(files, repo),
     _made(report),
   ]
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
-def _source(report: RunReport) -> str:
-  """The base model's hub id, or only the name of a local one: its path is of no use to others."""
-  name = report['model']['source']
-  path = pathlib.Path(os.path.expanduser(name))
-  return name if _HUB_ID.fullmatch(name) and not path.exists() and path.suffix != '.gguf' else path.name
-
-
-def _front_matter(report: RunReport, files: Sequence[str]) -> str:
-  source = _source(report)
-  fields: dict[str, Any] = {'base_model': source} if '/' in source else {}
-  if any(name.endswith('.safetensors') for name in files):
-    fields['library_name'] = 'transformers'
-  tags = ['adapt-jax']
-  if 'stages' in report:
-    tags.append('pruned')
-  if any(name.startswith('modeling_') for name in files):
-    tags.append('custom_code')
-  if any(name.endswith('.gguf') for name in files):
-    tags.append('gguf')
-  fields |= {'pipeline_tag': 'text-generation', 'tags': tags}
-  # Every JSON value is valid YAML, with quotes where necessary.
-  lines = [f'{name}: {json.dumps(value, ensure_ascii=False)}' for name, value in fields.items()]
-  return '\n'.join(['---', *lines, '---'])
-
-
 def _title(report: RunReport, config: ModelConfig) -> str:
-  source, params = _text(_source(report)), count_params(config)
+  source, params = _text(source_name(report)), count_params(config)
   before = report['model'].get('params_before', params)
   if before == params:
     return f'# {source}\n\n{params:,} parameters, written by adapt-jax.'
@@ -90,7 +64,9 @@ def _tokens(report: RunReport) -> int:
 
 
 def _lineage(report: RunReport) -> str:
-  rows = [f'- Base model: {_code(report["model"]["source"] if "/" in _source(report) else _source(report))}']
+  rows = [
+    f'- Base model: {_code(report["model"]["source"] if "/" in source_name(report) else source_name(report))}'
+  ]
   for given, title in ((report.get('prune') or {}, 'Pruning'), (report.get('train') or {}, 'Training')):
     ignored = _SCHEDULE if title == 'Pruning' and given.get('method') not in PROGRESSIVE else ()
     fields = [(k, v) for k, v in given.items() if k not in ignored]
@@ -156,8 +132,15 @@ def _tasks(tasks: dict[str, dict[str, dict[str, Any]]]) -> str:
   return '## Tasks\n\n' + _table(['task', 'metric', *models], cells, '.4f')
 
 
-def _loading(files: Sequence[str]) -> str:
-  blocks = []
+def _quantised(report: RunReport, files: Sequence[str]) -> str:
+  measured = known_perplexities(report) or report.get('tasks')
+  if not measured or not any(map(is_quantised, files)):
+    return ''
+  return 'These figures are of the weights before they were quantised.'
+
+
+def _loading(files: Sequence[str], repo: str) -> str:
+  blocks, where = [], repo or 'DIRECTORY'
   if any(name.endswith('.safetensors') for name in files):
     remote = any(name.startswith('modeling_') for name in files)
     trust, flag = (', trust_remote_code=True', ' --trust-remote-code') if remote else ('', '')
@@ -165,17 +148,19 @@ def _loading(files: Sequence[str]) -> str:
     blocks += [
       'With transformers 4.57 or newer:',
       '```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
-      f"tokenizer = AutoTokenizer.from_pretrained('DIRECTORY'{trust})\n"
-      f"model = AutoModelForCausalLM.from_pretrained('DIRECTORY'{trust}, device_map='auto')\n```",
-      f'With vLLM: `vllm serve DIRECTORY{flag}`',
+      f"tokenizer = AutoTokenizer.from_pretrained('{where}'{trust})\n"
+      f"model = AutoModelForCausalLM.from_pretrained('{where}'{trust}, device_map='auto')\n```",
+      f'With vLLM: `vllm serve {where}{flag}`',
     ]
     if mlx or not remote:
-      blocks.append(f"With MLX-LM: `mlx_lm.generate --model DIRECTORY{mlx} --prompt 'Hello'`")
+      blocks.append(f"With MLX-LM: `mlx_lm.generate --model {where}{mlx} --prompt 'Hello'`")
     if remote:
       blocks.append('The Python files next to the weights define the model class.')
   for name in files:
     if name.endswith('.gguf'):
-      blocks.append(f"With llama.cpp: `llama-cli -m {name} -p 'Hello'`")
+      kind = name.removeprefix('model-').removesuffix('.gguf')
+      given = f'-hf {repo}:{kind}' if repo else f'-m {name}'
+      blocks.append(f"With llama.cpp: `llama-cli {given} -p 'Hello'`")
   return '## Load it\n\n' + '\n\n'.join(blocks) if blocks else ''
 
 

@@ -16,6 +16,7 @@ from adapt_jax.export.gguf import check_gguf, write_gguf
 from adapt_jax.export.gguf_vocab import check_gguf_tokenizer
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.padded import pad, padded_config
+from adapt_jax.export.push import repositories
 from adapt_jax.export.verify import check
 from adapt_jax.machine import mesh
 from adapt_jax.machine.processes import decide, is_first, say
@@ -113,6 +114,7 @@ class Writer:
     Every process must call it; the parameters may be sharded over processes.
     """
     found: Written = {}
+    repos = repositories(self._options)
     for name in self._options.formats:
       path = self._directory / name
       with new_directory(path) if is_first() else contextlib.nullcontext(beside(path)) as new:
@@ -121,7 +123,7 @@ class Writer:
         if is_first():
           write_text(new / LINEAGE, json.dumps(self._report, indent=2) + '\n')
           files = sorted(file.name for file in new.iterdir())
-          write_text(new / 'README.md', model_card(self._report, config, files))
+          write_text(new / 'README.md', model_card(self._report, config, files, repos.get(name, '')))
       for file, values in written.items():
         found[f'{name}/{file}'.rstrip('/')] = values
         say(_line(path / file, values))

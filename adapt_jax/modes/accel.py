@@ -2,6 +2,7 @@
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks
+from adapt_jax.export.push import push
 from adapt_jax.machine.processes import decide, say
 from adapt_jax.pipeline import forecast
 from adapt_jax.pipeline.inputs import prepare
@@ -21,3 +22,4 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       forecast.announce([(options, inputs)])
     report = run_class(options)(options, inputs, workdir, command).execute()
     say(table(report))
+    decide(lambda: push(options.export, workdir.path))

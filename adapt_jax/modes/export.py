@@ -7,6 +7,7 @@ from typing import Any
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data.chat_templates import with_template
+from adapt_jax.export.push import check_hub, push
 from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, lineage, written_dtype
 from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.models.config import ModelConfig, count_params
@@ -37,6 +38,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   check_formats(options.export, model.config)
   check_tokenizer(options.export, tokenizer)
   check_model(model.config)
+  check_hub(options.export)
   with workdir.claimed():
     dtype = written_dtype(options.export, model.source.dtype, model.trained)
     writer = Writer(
@@ -55,6 +57,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       'versions': versions(),
     }
     write_report(workdir.report, report)
+    push(options.export, workdir.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,13 @@ class _Model:
 
 def _from_source(options: RunOptions) -> _Model:
   source = open_source(options.model.source)
-  named: RunReport = {'model': {'source': source.name, 'params_before': count_params(source.config)}}
+  named: RunReport = {
+    'model': {
+      'source': source.name,
+      'license': source.license,
+      'params_before': count_params(source.config),
+    }
+  }
   return _Model(source.config, source, False, options.data.chat_template, lineage(source) or named)
 
 

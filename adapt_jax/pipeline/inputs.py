@@ -6,7 +6,9 @@ from typing import Any
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data.train_set import TrainSet
 from adapt_jax.data.windows import Blocks
+from adapt_jax.export.push import check_hub
 from adapt_jax.export.writer import check_tokenizer
+from adapt_jax.machine.processes import decide
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
@@ -51,6 +53,7 @@ def prepare(options: RunOptions) -> Inputs:
   check_sources(options)
   source = open_source(options.model.source)
   check_run(options, source.config)
+  decide(lambda: check_hub(options.export))
   return load(options, source, Loader(options, source, source.load_tokenizer()))
 
 

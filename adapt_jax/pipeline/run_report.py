@@ -39,6 +39,7 @@ def run_report(
   return {
     'model': {
       'source': model.source.name,
+      'license': model.source.license,
       'params_before': dense,
       'params_after': last['params'],
       'params_target': schedule.targets[-1],

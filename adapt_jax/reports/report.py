@@ -23,9 +23,13 @@ Tasks = dict[str, dict[str, dict[str, Any]]]  # {'dense': {task: {metric: value}
 
 
 class ModelReport(TypedDict, total=False):
-  """A model and its widths by layer, before pruning; parameter counts are of stored parameters."""
+  """A model and its widths by layer, before pruning; parameter counts are of stored parameters.
+
+  license: the fields of a model card that name it.
+  """
 
   source: Required[str]
+  license: dict[str, str]
   params_before: int
   params_after: int
   params_target: int

@@ -259,6 +259,11 @@ class GgufReader:
       if name != ROPE_FREQS:
         self._gguf_name[_hf_name(self._file, name)] = name
 
+  @property
+  def metadata(self) -> dict[str, Any]:
+    """The fields of the header."""
+    return self._file.metadata
+
   def names(self) -> set[str]:
     """Hugging Face names of all tensors."""
     return set(self._gguf_name)

@@ -24,10 +24,11 @@ from adapt_jax.models.formats.hf_weights import (
   load_params,
   stored_params,
 )
+from adapt_jax.models.formats.license import license_of_card, license_of_gguf
 from adapt_jax.models.formats.safetensors import SafetensorsReader
 from adapt_jax.models.network.llama import Params
 
-_HUB_FILES = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
+_HUB_FILES = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja', 'README.md']
 _TOKENIZER_SUFFIXES = ('.json', '.model', '.txt', '.jinja')
 # Subfolders hold other formats; Mistral's and Meta's own files hold the same weights again.
 _NOT_FROM_HUB = ['*/*', 'consolidated*']
@@ -45,6 +46,7 @@ class Source:
   dtype: str  # of the largest stored tensor; float32 for quantised files
   # Fields of generation_config.json, such as a chat model's several end tokens; empty for GGUF.
   generation: dict[str, Any]
+  license: dict[str, str]  # fields of a model card; empty if it is not known
 
   def abstract_params(self, dtype: Any = None, shardings: Any = None) -> Params:
     """The tree of `load_params` as jax.ShapeDtypeStruct, read from the headers."""
@@ -109,6 +111,7 @@ def open_source(name: str) -> Source:
   generation: dict[str, Any] = {}
   if path.suffix == '.gguf':
     config, reader = gguf_model.read_config(path), gguf_model.open_tensors(path)
+    license = license_of_gguf(reader.metadata)
   else:
     path = _of_run(path) if exists(path) else _download(name)
     if path.is_file():
@@ -117,9 +120,10 @@ def open_source(name: str) -> Source:
     if exists(path / 'generation_config.json'):
       generation = _read_generation(path / 'generation_config.json')
       _check_text(generation, path / 'generation_config.json')
+    license = license_of_card(path / 'README.md')
   check_tensors(config, reader)
   largest = max(leaves(config), key=lambda leaf: math.prod(leaf.shape))
-  return Source(name, config, reader, path, reader.dtype(largest.name), generation)
+  return Source(name, config, reader, path, reader.dtype(largest.name), generation, license)
 
 
 def open_config(name: str) -> ModelConfig:

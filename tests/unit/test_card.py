@@ -26,6 +26,7 @@ STAGE = {
 REPORT = {
   'model': {
     'source': 'org/Base-1.5B',
+    'license': {'license': 'other', 'license_name': 'base', 'license_link': 'LICENSE'},
     'params_before': count_params(DENSE),
     'params_after': count_params(CONFIG),
     'num_heads': [6, 6],
@@ -35,6 +36,9 @@ REPORT = {
   'perplexity': {'dense': 9.876, 'pruned': 12.345, 'recovered': 10.5, 'definition': 'exp of the mean loss'},
   'prune': {'method': 'obs', 'target': 0.8, 'amplitude': 0.02, 'compat': '', 'calibration': {'samples': 8}},
   'data': {'calibration': ['calibration.txt'], 'train': ['org/corpus:train'], 'evaluate': ['heldout.txt']},
+  'texts': {
+    'text': {'dense': 9.876, 'pruned': 12.345, 'recovered': 10.5, 'definition': 'exp of the mean loss'},
+  },
   'tasks': {
     'dense': {'piqa': {'acc': 0.71, 'acc_norm': 0.72, 'version': 1.0, 'n': 1838}},
     'recovered': {'piqa': {'acc': 0.69}, 'lambada': {'perplexity': 20.0}},
@@ -56,8 +60,14 @@ def row(text, *cells):
 
 def test_a_run_tells_all():
   fields, text = parsed(REPORT)
+  del fields['model-index']
   assert fields == {
     'base_model': 'org/Base-1.5B',
+    'base_model_relation': 'finetune',
+    'license': 'other',
+    'license_name': 'base',
+    'license_link': 'LICENSE',
+    'datasets': ['org/corpus'],
     'library_name': 'transformers',
     'pipeline_tag': 'text-generation',
     'tags': ['adapt-jax', 'pruned', 'custom_code'],
@@ -74,6 +84,57 @@ def test_a_run_tells_all():
   assert "AutoModelForCausalLM.from_pretrained('DIRECTORY', trust_remote_code=True" in text
   assert 'vllm serve DIRECTORY --trust-remote-code' in text
   assert 'mlx_lm.generate --model DIRECTORY --trust-remote-code' in text and 'llama' not in text
+
+
+def test_results_are_in_the_schema_of_the_hub(tmp_path):
+  """As huggingface_hub itself reads them from a file."""
+  report = copy.deepcopy(REPORT)
+  report['data']['evaluate'] = ['web=org/pages:en:validation', 'books=org/books', 'heldout.txt', 'a/more.txt']
+  report['texts'] = {
+    'web': {'dense': 9.0, 'pruned': 12.0, 'recovered': 10.5},
+    'books': {'dense': 5.0, 'pruned': 6.5},
+    'text': {'dense': 4.0},
+  }
+  (tmp_path / 'README.md').write_text(model_card(report, CONFIG, FILES, 'me/small'))
+  data = huggingface_hub.ModelCard.load(tmp_path / 'README.md').data
+  found = [
+    (r.dataset_type, r.dataset_name, r.dataset_config, r.dataset_split, r.metric_type, r.metric_value)
+    for r in data.eval_results
+  ]
+  assert data.model_name == 'small' and {r.task_type for r in data.eval_results} == {'text-generation'}
+  assert found == [
+    ('org/pages', 'web', 'en', 'validation', 'perplexity', 10.5),
+    ('org/books', 'books', None, 'train', 'perplexity', 6.5),
+    ('piqa', 'piqa', None, None, 'acc', 0.69),
+    ('lambada', 'lambada', None, None, 'perplexity', 20.0),
+  ]
+  report['texts']['text']['recovered'] = 4.5
+  *_, last = [
+    r for r in parsed_results(report, FILES) if r.metric_type == 'perplexity' and r.dataset_type != 'lambada'
+  ]
+  assert last.dataset_type == last.dataset_name == 'heldout.txt, more.txt' and last.metric_value == 4.5
+
+
+def parsed_results(report, files):
+  return huggingface_hub.ModelCard(model_card(report, CONFIG, files)).data.eval_results
+
+
+def test_results_are_not_those_of_quantised_files():
+  sentence = 'before they were quantised'
+  for files, quantised, others in ((('model-Q8_0.gguf',), True, False), (('model-F16.gguf',), False, True),
+                                   (('model-Q4_0.gguf', 'model-BF16.gguf'), True, True)):  # fmt: skip
+    assert bool(parsed_results(REPORT, files)) == others
+    assert (sentence in model_card(REPORT, CONFIG, files)) == quantised
+  unpruned = {'model': {'source': 'org/Base'}}
+  assert parsed(unpruned, files=('model-Q8_0.gguf',))[0]['base_model_relation'] == 'quantized'
+  assert 'base_model_relation' not in parsed(unpruned)[0]
+
+
+def test_a_repository_is_named_where_the_model_is_loaded():
+  card = model_card(REPORT, CONFIG, FILES, 'me/small')
+  assert "from_pretrained('me/small'" in card and 'vllm serve me/small ' in card and 'DIRECTORY' not in card
+  card = model_card(REPORT, CONFIG, ('model-Q8_0.gguf',), 'me/small-GGUF')
+  assert "`llama-cli -hf me/small-GGUF:Q8_0 -p 'Hello'`" in card
 
 
 def test_a_bare_checkpoint_invents_nothing():

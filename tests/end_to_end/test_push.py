@@ -1,0 +1,133 @@
+"""Uploads to the hub, a stand-in of which runs here: refused early, complete at the end, repeated alone."""
+
+import json
+import os
+import subprocess
+
+import pytest
+
+import adapt_jax as aj
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.identity import identity
+from adapt_jax.models.errors import InputError
+from adapt_jax.modes import accel
+from adapt_jax.modes import export as export_mode
+from adapt_jax.pipeline import inputs
+from adapt_jax.pipeline.workdir import Workdir
+from tests.support import hub as stand_in
+from tests.support import runs
+from tests.support.helpers import refused
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  return runs.make_files(tmp_path_factory.mktemp('files'))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+  with stand_in.hub() as server:
+    stand_in.use(server, monkeypatch)
+    yield server
+
+
+def pruning(files, path, **export):
+  """Options and workdir of a run that only prunes, in one stage."""
+  config = runs.make_config(files)
+  config.prune.update({'method': 'wanda_sp', 'compensate': 'none', 'stages': 1})
+  config.evaluate.source, config.train.tokens = (), 0
+  config.export.update({'push': 'org/small'} | export)
+  options = from_dict(config.to_dict())
+  return options, Workdir(str(path), identity('prune', options))
+
+
+def content(directory):
+  return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_every_format_arrives_byte_for_byte_in_its_repository(files, hub, tmp_path, capsys):
+  config = runs.make_config(files)
+  config.export.update({'push': 'org/small', 'formats': ('hf', 'hf_padded', 'gguf')})
+  export_mode.run(from_dict(config.to_dict()), Workdir(str(tmp_path / 'out'), {}), 'the command')
+  names = {'hf': 'org/small', 'hf_padded': 'org/small-padded', 'gguf': 'org/small-GGUF'}
+  assert hub.repos == {repo: content(tmp_path / 'out' / name) for name, repo in names.items()}
+  assert {'model.safetensors', 'tokenizer.json', 'README.md'} <= hub.repos['org/small'].keys()
+  out = capsys.readouterr().out
+  for name, repo in names.items():
+    assert f'uploading {tmp_path}/out/{name}, 0.' in out
+    assert f'{tmp_path}/out/{name}: uploaded to {hub.url}/{repo}\n' in out
+    card = (tmp_path / 'out' / name / 'README.md').read_text()
+    assert repo in card and 'DIRECTORY' not in card
+
+
+def test_an_upload_replaces_weights_and_code_and_keeps_other_files(files, hub, tmp_path):
+  old = {'model-00001-of-00002.safetensors': b'old', 'modeling_adapt.py': b'old', 'LICENSE': b'theirs'}
+  hub.repos['org/small'] = old | {'README.md': b'old'}
+  aj.save(aj.load(files / 'model'), tmp_path / 'out', push='org/small')
+  assert hub.repos['org/small'] == content(tmp_path / 'out/hf') | {'LICENSE': b'theirs'}
+
+
+@pytest.mark.parametrize(
+  'token, push, reason',
+  [
+    ('hf_wrong', 'org/small', 'Invalid username or password'),
+    (stand_in.READS, 'org/small', 'rights to create'),
+    (stand_in.READS, 'org/there', 'write access'),
+    (stand_in.WRITES, 'others/small', 'rights to create'),
+    (stand_in.WRITES, 'others/there', 'write access'),
+  ],
+)
+def test_a_name_that_may_not_be_written_is_refused_before_texts_are_read(
+  files, hub, tmp_path, monkeypatch, token, push, reason
+):
+  hub.repos |= {'org/there': {}, 'others/there': {}}
+  monkeypatch.setenv('HF_TOKEN', token)
+  monkeypatch.setattr(inputs, 'load', None)
+  options, workdir = pruning(files, tmp_path / 'out', push=push)
+  message = refused(accel.run, options, workdir, 'the command')
+  assert f'config.export.push = {push!r}' in message and reason in message and 'HF_TOKEN' in message
+  assert not workdir.path.exists()
+  with pytest.raises(InputError, match=f"^push = '{push}': the hub does not let this user write"):
+    aj.save(aj.load(files / 'model'), tmp_path / 'out', push=push)
+
+
+def test_without_a_token_nothing_starts(files, hub, tmp_path, monkeypatch):
+  monkeypatch.delenv('HF_TOKEN')
+  monkeypatch.setattr('huggingface_hub.constants.HF_TOKEN_PATH', str(tmp_path / 'none'))
+  options, workdir = pruning(files, tmp_path / 'out')
+  message = refused(accel.run, options, workdir, 'the command')
+  assert 'no token' in message and '`hf auth login`' in message and not hub.repos
+
+
+@pytest.mark.parametrize('push', ['name', 'a/b/c', 'org/', 'org/näme', 'https://hub/org/name'])
+def test_a_name_is_of_an_owner_and_a_repository(files, tmp_path, push):
+  assert 'config.export.push' in refused(pruning, files, tmp_path, push=push)
+
+
+def test_a_name_that_the_hub_forbids_is_refused(files, hub, tmp_path):
+  options, workdir = pruning(files, tmp_path / 'out', push='org/a--b')
+  assert 'a--b' in refused(accel.run, options, workdir, 'the command')
+
+
+def test_a_failed_upload_keeps_the_exports_and_is_repeated_alone(files, hub, tmp_path):
+  options, workdir = pruning(files, tmp_path / 'out')
+  hub.broken = True
+  message = refused(accel.run, options, workdir, 'the command')
+  assert message.startswith("config.export.push = 'org/small'") and 'the exports are complete' in message
+  assert message.endswith('run the same command again, which only uploads') and not hub.repos['org/small']
+  written, report = content(workdir.hf), workdir.report.read_text()
+  assert json.loads(report)['exports']['hf']
+  flags = ['--mode=prune', '--config.evaluate.source=', '--config.export.push=org/small']
+  flags += [f'--config.prune.{x}' for x in ('method=wanda_sp', 'compensate=none', 'stages=1')]
+  command = runs.command(files, workdir.path, *flags)
+
+  def again():
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | stand_in.environment(hub))
+
+  failed = again()
+  assert failed.returncode == 2 and failed.stderr.splitlines()[-1] == f'error: {message}', failed.stderr
+  hub.broken = False
+  repeated = again()
+  assert repeated.returncode == 0, repeated.stderr
+  assert 'this run is finished' in repeated.stdout and 'uploaded to' in repeated.stdout
+  assert hub.repos['org/small'] == written == content(workdir.hf) and workdir.report.read_text() == report
