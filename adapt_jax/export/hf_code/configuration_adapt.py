@@ -2,7 +2,8 @@
 
 The ordinary fields hold the widest layer's values; `per_layer_config` holds what differs:
 {"5": {"num_attention_heads": 6, "num_key_value_heads": 2}, "7": {"intermediate_size": 1024}}.
-Late releases of transformers 5 define that field themselves; in earlier ones it is a plain dict. With
+Late releases of transformers 5 define that field themselves, though their stock classes do not build layers
+from it yet; in earlier ones it is a plain dict. With
 `output_bias`, o_proj and down_proj have biases regardless of the other fields. With `sliced_from`,
 SliceGPT has sliced the residual stream from that width to `hidden_size`.
 """
