@@ -35,7 +35,7 @@ def described(target, devices):
   """A mesh of such devices; platform of the target."""
   found = mesh.make_mesh(MeshOptions(), targets.devices(TARGETS[target], devices))
   with jax.set_mesh(found):
-    yield TARGETS[target].platform
+    yield TARGETS[target].compiled_for
 
 
 def options(recipe, **train):
