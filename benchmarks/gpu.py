@@ -117,7 +117,7 @@ def measured(command: list[str], seconds: float) -> Iterator[dict[str, Any]]:
     'PYTHONWARNINGS': 'ignore',
     'JAX_ENABLE_COMPILATION_CACHE': '0',
   }
-  env = {'CUDA_VISIBLE_DEVICES': '0', 'ADAPT_JAX_CUDNN': '1'} | os.environ | fixed
+  env = {'CUDA_VISIBLE_DEVICES': '0'} | os.environ | fixed
   if 'XLA_PYTHON_CLIENT_MEM_FRACTION' not in env:
     env.setdefault('XLA_CLIENT_MEM_FRACTION', '0.92')
   with tempfile.TemporaryFile() as errors:

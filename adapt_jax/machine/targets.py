@@ -16,6 +16,7 @@ import jax
 from jax.experimental import topologies
 
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.network.backend import Platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Target:
   memory_gb_per_s: float
   link_gb_per_s: float
   kind: Any = None
+
+  @property
+  def compiled_for(self) -> Platform:
+    """What its programs are traced for."""
+    return Platform(self.platform, self.kind[0]) if self.platform == 'cuda' else Platform(self.platform)
 
 
 _H100 = Target('cuda', 80, 989, 3350, 450, ((9, 0), 132, 50 * 2**20, 1.98, 'NVIDIA H100 80GB HBM3'))

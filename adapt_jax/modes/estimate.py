@@ -18,8 +18,8 @@ from adapt_jax.machine.targets import TARGETS, Target
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_config
-from adapt_jax.models.network import sharding
-from adapt_jax.models.network.backend import compute_dtype
+from adapt_jax.models.network import backend, sharding
+from adapt_jax.models.network.backend import CPU, compute_dtype
 from adapt_jax.models.network.sharding import device_count
 from adapt_jax.modes.estimate_programs import Footprint, Planned, Program, programs, stage_configs
 from adapt_jax.pipeline import flops
@@ -66,9 +66,9 @@ def run(options: RunOptions) -> None:
     )
   target = _with_overrides(TARGETS[estimate.target], estimate)
   install = targets.missing(target)
-  platform = 'cpu' if install else target.platform
+  platform = CPU if install else target.compiled_for
   if not estimate.devices:
-    platform = jax.default_backend()  # of this machine's own devices
+    platform = backend.platform()  # of this machine's own devices
   dtype = compute_dtype(options.model.dtype)
   if options.model.dtype == 'auto' and estimate.devices:
     dtype = jnp.dtype(jnp.bfloat16)  # the value of auto on the planned devices
@@ -77,7 +77,7 @@ def run(options: RunOptions) -> None:
   stages = stage_configs(options, config)
   start = time.monotonic()
   found = programs(Footprint(options, config, dtype, platform), stages)
-  compiler = 'simulated CPU devices' if platform == 'cpu' else estimate.target
+  compiler = 'simulated CPU devices' if platform.name == 'cpu' else estimate.target
   if not estimate.devices:
     compiler = "this machine's devices"
   print(
@@ -87,11 +87,11 @@ def run(options: RunOptions) -> None:
   if estimate.depths:
     print(f'extrapolated to {config.num_layers} layers from {" and ".join(map(str, estimate.depths))}')
   print('\n'.join(_memory_table(found, target)))
-  if platform != 'cpu':
+  if platform.name != 'cpu':
     print('\n'.join(_limit_table(found, target)))
     print('\n'.join(_collectives_table(found)))
   print('\n'.join(_stage_table(options, config, stages, target)))
-  print(_total(found, target, estimate.price, traffic=platform != 'cpu'))
+  print(_total(found, target, estimate.price, traffic=platform.name != 'cpu'))
 
 
 def _with_overrides(target: Target, options: EstimateOptions) -> Target:

@@ -24,7 +24,7 @@ from adapt_jax.machine.mesh import rows_at_once
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import LayerShape, ModelConfig
 from adapt_jax.models.network import llama
-from adapt_jax.models.network.backend import made_for
+from adapt_jax.models.network.backend import CPU, Platform, made_for
 from adapt_jax.models.network.sharding import device_count, placed, row_sharding
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.schedule import Schedule
@@ -92,19 +92,20 @@ class Program:
 
 
 def compile_for(
-  platform: str, fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
+  platform: Platform, fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
 ) -> Program:
   """`fn` compiled for `args` (of `jax.ShapeDtypeStruct`) on the devices of the current mesh.
 
   platform: of these devices; `cpu` if they simulate accelerators.
   """
-  simulated = platform == 'cpu' and jax.default_backend() == 'cpu'
+  simulated = platform.name == 'cpu' and jax.default_backend() == 'cpu'
   options = {'xla_disable_hlo_passes': _NOT_ON_CPU} if simulated else {}
 
   def traced_anew(*args: Any) -> Any:  # not a trace that JAX may have made for a CPU
     return fn(*args)
 
-  with made_for('gpu' if simulated else platform):
+  made = Platform('gpu') if simulated else platform
+  with made_for(made.name, made.capability):
     lowered = mesh.jit(traced_anew, *args, donate_argnums=donate_argnums).lower(*args)
   compiled = lowered.compile(compiler_options=options)
   found: Any = compiled.memory_analysis()
@@ -156,7 +157,7 @@ class Footprint:
     platform: of the devices of the current mesh; `cpu` if they simulate accelerators.
   """
 
-  def __init__(self, options: RunOptions, config: ModelConfig, dtype: Any, platform: str = 'cpu'):
+  def __init__(self, options: RunOptions, config: ModelConfig, dtype: Any, platform: Platform = CPU):
     self.options, self.config, self.dtype, self._platform = options, config, dtype, platform
     self._optimizer = optimizer(options.train, Schedule.of(options, config).train_steps)
 

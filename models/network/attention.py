@@ -1,13 +1,16 @@
 """Grouped-query attention: over whole rows, in blocks of queries, and with a KV cache."""
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adapt_jax.models.network import flash
+from adapt_jax.models.network import flash, splash
 from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.models.network.matmul import batch_product
+from adapt_jax.models.network.sharding import divides, on_each_device
 
 # The attention of rows with more tokens is computed in a loop over blocks of queries.
 WHOLE, WHOLE_ON_CPU = 1024, 2048
@@ -20,17 +23,19 @@ def causal_attention(
   """Softmax(q kᵀ / √H, causal) v with query head n on KV head n // G: [B, T, N, H], softmax in fp32.
 
   With `segments_BT`, a token attends only to its own segment. Long rows are computed in blocks of queries,
-  which the backward pass recomputes, so that memory grows with T, not T². On NVIDIA GPUs cuDNN is used if
-  enabled (`models.network.flash`). On a CPU, shorter rows are also computed in blocks, each with the keys up
-  to its last query, because softmax passes over all logits several times there.
+  which the backward pass recomputes, so that memory grows with T, not T². Where they can, NVIDIA GPUs use
+  cuDNN's kernels and TPUs splash attention (`flash`, `splash`), unless ADAPT_JAX_FUSED_ATTENTION=0 is in the
+  environment. On a CPU, shorter rows are also computed in blocks, each with the keys up to its last query,
+  because softmax passes over all logits several times there.
 
   Equivalent to `jax.nn.dot_product_attention(..., is_causal=True)`, but written as batched products over
   B and K, which XLA's CPU backend runs twice as fast, including the gradient. B and K remain two axes, so
   that each can be split over devices.
   """
   T = q_BTNH.shape[1]
-  if flash.takes(q_BTNH, segments_BT is not None):
-    return flash.flash_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+  if fused := _fused(q_BTNH, k_BSKH, segments_BT is not None):
+    letters = ('B.N.', 'B.K.', 'B.K.', 'B.')
+    return on_each_device(fused, letters, q_BTNH, k_BSKH, v_BSKH, segments_BT)
   most = WHOLE_ON_CPU if on_cpu() else WHOLE
   if most >= T:
     attend_row = _in_blocks if on_cpu() and T >= 2 * BLOCK else _whole
@@ -51,6 +56,15 @@ def causal_attention(
     queries['segments'] = blocks(segments_BT)
   out = jnp.moveaxis(jax.lax.map(attend, queries), 0, 1)
   return out.reshape(out.shape[0], padded, *out.shape[3:])[:, :T]
+
+
+def _fused(q_BTNH: jax.Array, k_BSKH: jax.Array, segmented: bool) -> Callable[..., jax.Array] | None:
+  """The kernel for these queries on what is compiled for, if there is one."""
+  if os.environ.get('ADAPT_JAX_FUSED_ATTENTION') == '0' or not divides('B.K.', k_BSKH.shape):
+    return None
+  if flash.takes(q_BTNH, segmented):
+    return flash.flash_attention
+  return splash.splash_attention if splash.takes(q_BTNH) else None
 
 
 def _whole(

@@ -7,32 +7,27 @@ in its segment number j. Their product is exactly 0 if j has all bits of i: for 
 Segments are numbered along the row, and causal attention excludes later keys.
 """
 
-import os
-
 import jax
 import jax.numpy as jnp
+
+from adapt_jax.models.network import backend
 
 _BITS = 16  # a multiple of 8, as head_dim must be
 _FAR = 2.0**16
 
 
 def widest_head() -> int:
-  """The largest head_dim that cuDNN supports here, forward and backward; 0 without cuDNN.
+  """The largest head_dim that cuDNN supports, forward and backward, on what is compiled for; 0 without cuDNN.
 
-  As of cuDNN 9.18 (docs.nvidia.com/cudnn/operations/Attention). Enabled only by ADAPT_JAX_CUDNN=1 in
-  the environment: it has been compiled for such GPUs, but not yet run on one.
+  As of cuDNN 9.18 (docs.nvidia.com/cudnn/operations/Attention).
   """
-  if os.environ.get('ADAPT_JAX_CUDNN') != '1':
-    return 0
-  device = jax.local_devices()[0]
-  if 'cuda' not in device.client.platform_version:
-    return 0
-  generation = int(device.compute_capability.split('.')[0])
+  platform = backend.platform()
+  generation = platform.capability[0] if platform.name == 'cuda' else 0
   return 0 if generation < 8 else 256 if generation == 9 else 128
 
 
 def takes(q_BTNH: jax.Array, segmented: bool) -> bool:
-  """Whether `flash_attention` supports these queries here; otherwise it raises or mixes up segments."""
+  """Whether `flash_attention` supports these queries; otherwise it raises or mixes up segments."""
   T, _, H = q_BTNH.shape[1:]
   # JAX does not support the gradient for an odd T.
   if q_BTNH.dtype != jnp.bfloat16 or H % 8 or T % 2 or (segmented and T > 1 << _BITS):

@@ -8,6 +8,7 @@ split over `data` and `fsdp` together.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,6 +69,24 @@ def constrain_params(tree: Any) -> Any:
   if jax.sharding.get_abstract_mesh().empty:
     return tree
   return jax.lax.with_sharding_constraint(tree, jax.tree_util.tree_map_with_path(_leaf_spec, tree))
+
+
+def divides(letters: str, shape: tuple[int, ...]) -> bool:
+  """Whether the current mesh divides all axes of such an array that it should split."""
+  return all(size % _size(_AXIS_OF.get(letter)) == 0 for letter, size in zip(letters, shape, strict=True))
+
+
+def on_each_device(
+  fn: Callable[..., jax.Array], letters: tuple[str, ...], *args: jax.Array | None
+) -> jax.Array:
+  """`fn` of each device's own part of the arguments, split as `letters` specify, inside a jitted function.
+
+  The result is split like the first argument. For kernels, which the compiler cannot split by itself.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return fn(*args)
+  specs = tuple(PartitionSpec(*(_AXIS_OF.get(letter) for letter in axes)) for axes in letters)
+  return jax.shard_map(fn, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
 
 
 def gather_no_earlier(layer: Any, x: jax.Array) -> tuple[Any, jax.Array]:

@@ -4,6 +4,8 @@ make test-accelerators installs the compilers and runs these tests; make test le
 """
 
 import contextlib
+import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +33,11 @@ EIGHT = [('h100', 8), ('tpu-v5p', 8)]
 
 
 @contextlib.contextmanager
-def described(target, devices):
+def described(target, devices, sizes=MeshOptions()):  # noqa: B008
   """A mesh of such devices; platform of the target."""
-  found = mesh.make_mesh(MeshOptions(), targets.devices(TARGETS[target], devices))
+  found = mesh.make_mesh(sizes, targets.devices(TARGETS[target], devices))
   with jax.set_mesh(found):
-    yield TARGETS[target].platform
+    yield TARGETS[target].compiled_for
 
 
 def options(recipe, **train):
@@ -47,17 +49,13 @@ def options(recipe, **train):
 
 
 def training_step(plan):
-  """What a training step on the current mesh sends, and its memory."""
+  """The text of a training step compiled on the current mesh, and its memory."""
   texts = []
-
-  def keep(text):
-    texts.append(CompiledText(text))
-    return texts[0]
-
   with pytest.MonkeyPatch.context() as patch:
+    keep = lambda text: texts.append(text) or CompiledText(text)  # noqa: E731
     patch.setattr('adapt_jax.modes.estimate_programs.CompiledText', keep)
     program = plan.training(plan.config, plan.config.num_layers)
-  return texts[0].collectives(), program.memory
+  return texts[0], program.memory
 
 
 @pytest.mark.parametrize('recipe', [base, adapt], ids=['base', 'adapt'])
@@ -81,7 +79,8 @@ def test_a_step_of_a_layer_of_8b_holds_shares_and_sends_the_head_once(target, de
   """Two micro-batches with many chunks of tokens each. Moments and weights are split over eight devices."""
   asked = options(base, batch=128, micro_batch=8, length=1024)
   with described(target, devices) as platform:
-    sent, memory = training_step(Footprint(asked, LAYER, jnp.bfloat16, platform))
+    text, memory = training_step(Footprint(asked, LAYER, jnp.bfloat16, platform))
+  sent = CompiledText(text).collectives()
   V, D = LAYER.vocab_size, LAYER.hidden_size
   share = (12 * count_params(LAYER) + 2 * count_params(LAYER)) / devices  # and the teacher in bfloat16
   assert memory.arguments == pytest.approx(share, rel=0.02)
@@ -95,3 +94,25 @@ def test_a_step_of_a_layer_of_8b_holds_shares_and_sends_the_head_once(target, de
   of_head = sum(x.bytes * x.times for x in heads)
   of_layer = sum(x.bytes * x.times for x in sent) - of_head
   assert of_head < 0.05 * 32 * of_layer  # of all 32 layers
+
+
+# Both targets' kernels of a layer: forward, once more with train.remat, backward.
+KERNELS = {
+  'h100': ['__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmaxBackward'],
+  'tpu-v5p': ['tpu_custom_call'] * 4,  # of which two are backward
+}
+
+
+@pytest.mark.parametrize('target', KERNELS)
+def test_attention_is_fused_and_each_device_computes_its_own(target):
+  """Rows split over four devices, heads over two: no logits of whole rows, and no heads gathered."""
+  asked, T = options(adapt, length=768, remat=True), 768
+  sizes = MeshOptions(data=1, fsdp=4, tensor=2)
+  with described(target, 8, sizes) as platform:
+    layer = dataclasses.replace(SMALL, layers=SMALL.layers[:1])
+    text, _ = training_step(Footprint(asked, layer, jnp.bfloat16, platform))
+  kernels = re.findall(r'custom_call_target="(__cudnn\$\w+|tpu_custom_call)"', text)
+  assert sorted(kernels) == KERNELS[target]
+  assert not re.search(rf'\[[\d,]*{T},{T}\]', text)
+  for sent in CompiledText(text).collectives():  # such as bf16[4,768,4,64]
+    assert f'{T},' not in sent.shape or not sent.shape.endswith(f',{SMALL.head_dim}]')

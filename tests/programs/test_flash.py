@@ -18,6 +18,7 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.configs import base
 from adapt_jax.machine import mesh
 from adapt_jax.models.network import attention, flash
+from adapt_jax.models.network.backend import made_for
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
@@ -115,7 +116,7 @@ class Device:
 
   def __init__(self, version, capability):
     self.client, self.compute_capability = self, capability
-    self.platform_version = version
+    self.platform_version, self.platform = version, 'gpu'
 
 
 @pytest.mark.parametrize(
@@ -129,14 +130,16 @@ class Device:
   ],
 )
 def test_by_generation(version, capability, expected, monkeypatch):
+  """Of the device at hand; what the code is made for takes precedence."""
   monkeypatch.setattr(jax, 'local_devices', lambda: [Device(version, capability)])
-  assert flash.widest_head() == 0  # only where it is asked for
-  monkeypatch.setenv('ADAPT_JAX_CUDNN', '1')
   assert flash.widest_head() == expected
+  with made_for('tpu'):
+    assert flash.widest_head() == 0
+  with made_for('cuda', (9, 0)):
+    assert flash.widest_head() == 256
 
 
-def test_not_on_cpu(monkeypatch):
-  monkeypatch.setenv('ADAPT_JAX_CUDNN', '1')
+def test_not_on_cpu():
   (q, k, v), segments = inputs(16, 6, 2, 64, 3)
   assert flash.widest_head() == 0
   text = jax.jit(attention.causal_attention).lower(q, k, v, segments).as_text()
@@ -194,7 +197,7 @@ def test_large_logits_do_not_leak_into_other_segments(card):
 
 
 @pytest.mark.parametrize('segmented', [False, True])
-def test_lowered_for_cuda(segmented, card):
+def test_lowered_for_cuda(segmented):
   """Both of cuDNN's kernels, causal, and nothing of T²: no blocks of queries though the row is long."""
   T = 3 * attention.WHOLE
   qkv = [jax.ShapeDtypeStruct((1, T, heads, 64), jnp.bfloat16) for heads in (9, 3, 3)]
@@ -203,7 +206,8 @@ def test_lowered_for_cuda(segmented, card):
   def run(q, k, v, segments):
     return attention.causal_attention(q, k, v, segments).sum().astype(jnp.float32)
 
-  text = for_cuda(jax.grad(run, (0, 1, 2)), *qkv, segments)
+  with made_for('cuda', (9, 0)):
+    text = for_cuda(jax.grad(run, (0, 1, 2)), *qkv, segments)
   assert sorted(re.findall(r'call @(__cudnn\$\w+)', text)) == [
     '__cudnn$fmhaSoftmax',
     '__cudnn$fmhaSoftmaxBackward',

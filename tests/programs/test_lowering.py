@@ -4,7 +4,12 @@ The library prunes, trains, measures and generates here; what it compiles is low
 make test-accelerators also compiles the programs of a run for them.
 """
 
+import re
+
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import adapt_jax as aj
@@ -12,19 +17,28 @@ from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import Sampling
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.network.backend import made_for
+from adapt_jax.pruning import surgery
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.scorer import Scorer
+from adapt_jax.training.step import make_step
 from adapt_jax.training.teacher_cache import likeliest
 from tests.programs.test_sharding import SHAPES, make_model, tokens_of, train_options
 
-PLATFORMS = ('cuda', 'tpu')
+LONG = 130
+# With the compute capability of an H100.
+PLATFORMS = {'cuda': (9, 0), 'tpu': (0, 0)}
 
 
 def lower(fn, *args):
-  """Raises if the program cannot be written for one of the platforms."""
+  """The program's text for each platform; raises if it cannot be written for one."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-  for platform in PLATFORMS:
-    with made_for(platform):
-      text = jax.jit(lambda *args: fn(*args)).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
-      assert 'LayoutConstraint' not in text  # the form of products for CPUs
+  texts = {}
+  for platform, capability in PLATFORMS.items():
+    with made_for(platform, capability):
+      traced = jax.jit(lambda *args: fn(*args)).trace(*shapes)
+      texts[platform] = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert 'LayoutConstraint' not in texts[platform]  # the form of products for CPUs
+  return texts
 
 
 @pytest.fixture
@@ -82,3 +96,40 @@ def test_perplexity_and_generation(model, lowered):
   generator = Generator(model.config, model.params, compiler=Compiler(), dtype='float32')
   generator.generate([[1, 2, 3], [4, 5]], 4, Sampling(0.7, 5, 0.9), frozenset(), 0)
   assert {'prefill', 'decode'} < lowered and len(lowered) == 3
+
+
+def of_scoring(importance):
+  def make(config, params, rows):
+    stacked = surgery.stack(params, PrunePlan.dense(config), jnp.bfloat16)
+    return Scorer(config, importance, 'cosine', 4, jnp.bfloat16), stacked, rows
+
+  return make
+
+
+def of_training(config, params, rows):
+  options, tx = train_options(batch=4, micro_batch=2, length=LONG), optax.adam(1e-3)
+  state = {'params': params, 'optimizer': tx.init(params)}
+  return make_step(config, options, tx, jnp.bfloat16), state, (rows, np.ones(rows.shape, bool), rows)
+
+
+@pytest.mark.parametrize(
+  'make,backward',
+  [
+    (of_scoring('wanda'), False),
+    (of_scoring('taylor'), True),
+    (of_scoring('taylor_second'), True),
+    (of_scoring('curvature'), True),
+    (of_training, True),
+  ],
+  ids=['wanda', 'taylor', 'taylor_second', 'curvature', 'training'],
+)
+def test_attention_of_long_rows_is_fused(make, backward):
+  """Under scans, vmap and checkpoints, in bfloat16: kernels of both passes, and no logits of whole rows."""
+  config, params = make_model(layers=SHAPES[:1])
+  texts = lower(*make(config, params, tokens_of(config, rows=4, length=LONG)))
+  cudnn = {'__cudnn$fmhaSoftmax', *(['__cudnn$fmhaSoftmaxBackward'] if backward else [])}
+  assert set(re.findall(r'__cudnn\$\w+', texts['cuda'])) == cudnn
+  phases = {'fwd', *(['dq', 'dkv'] if backward else [])}
+  assert set(re.findall(r'splash_mha_(fwd|dq|dkv)', texts['tpu'])) == phases
+  for text in texts.values():
+    assert f'{LONG}x{LONG}x' not in text
