@@ -18,7 +18,7 @@ import numpy as np
 from adapt_jax import api_arguments as arguments
 from adapt_jax.api_arguments import Text, as_library
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.options import DataOptions, TrainOptions
+from adapt_jax.config.options import DataOptions, RunOptions, TrainOptions
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
@@ -36,7 +36,8 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.models.network.llama import Params
-from adapt_jax.pipeline.schedule import target_params
+from adapt_jax.pipeline.budgets import budget_of
+from adapt_jax.pipeline.schedule import target_cost
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.criteria import Importance
 from adapt_jax.pruning.methods.base import Method
@@ -129,6 +130,7 @@ def prune(
   rows: np.ndarray | jax.Array,
   *,
   target: float = 0.8,
+  budget: str = 'params',
   method: str | type[Method] = 'obs',
   importance: str | Importance = '',
   seed: int = 0,
@@ -139,7 +141,9 @@ def prune(
 
   Args:
     rows: token ids [S, T] of the kinds of text that the model should stay good at; all are scored on.
-    target: fraction of the parameters to keep (up to 1), or their number (above 1).
+    target: what to keep: a fraction of `model` (up to 1), or a number in the unit of `budget` (above 1).
+    budget: params, flops, kv_cache, memory or latency, as `prune.budget`; latency also needs latency_table.
+      Bytes are those of `model.dtype`; the request is one prompt of 512 tokens that is continued by 64.
     method: a name that `prune.method` may have, or a subclass of `adapt_jax.pruning.methods.base.Method`.
     importance: for `adapt`, `uniform` and methods without one of their own; a name, or an `Importance`.
       Empty: taylor.
@@ -149,7 +153,7 @@ def prune(
   """
   arguments.check_model(model.config)
   tokens = arguments.token_ids(rows, model.config, 'rows')
-  named: dict[str, Any] = {'target': target, **options}
+  named: dict[str, Any] = {'target': target, 'budget': budget, **options}
   named |= {'method': method} if isinstance(method, str) else {}
   named |= {'importance': importance} if isinstance(importance, str) and importance else {}
   settings = arguments.prune_options(named, tokens, model.config)
@@ -157,16 +161,18 @@ def prune(
   config, params = model.config, model.params
   if settings.compensate == 'bias' and not config.output_bias:
     config, params = surgery.with_output_bias(config, params)
-  dense, wanted = PrunePlan.dense(config), target_params(model.config, target)
+  limit = budget_of(RunOptions(prune=settings), model.config, model.dtype)
+  dense, wanted = PrunePlan.dense(config), target_cost(limit, target)
   with processes.silent(not progress):
     blocks = Blocks(tokens, np.ones(tokens.shape, bool), 0)
     dtype, compiler = compute_dtype('auto'), Compiler()
-    pruner = Pruner(config, settings, blocks, seed=seed, compiler=compiler, dtype=dtype, method=kind)
+    common: dict[str, Any] = {'seed': seed, 'compiler': compiler, 'dtype': dtype}
+    pruner = Pruner(config, settings, blocks, method=kind, budget=limit, **common)
     if wanted < (smallest := pruner.smallest):
       by = kind.__name__ if kind else f'method {settings.method}'
       raise InputError(
-        f'target = {target:g} asks for {wanted:,} parameters, but {by} always keeps '
-        f'{smallest:,}: raise it (up to 1 it is a fraction, above 1 a number of parameters)'
+        f'target = {target:g} asks for {limit.text(wanted)}, but {by} always keeps {limit.text(smallest)}: '
+        f'raise it (up to 1 it is a fraction, above 1 a number of {limit.unit.name})'
       )
     steps = pruner.prune(pruner.stack(params, dense), dense, PruneState.start(config), wanted, 'prune')
     *_, state = (PruneState.start(config), *(after for after, _ in steps))

@@ -23,7 +23,7 @@ MODES = {
   'evaluate': 'measure perplexity and task scores of model.source',
   'export': 'write model.source in the formats of export.formats',
   'generate': 'continue --prompt=TEXT, which may be repeated, with model.source',
-  'bench': 'compare speed and memory of model.source with a dense model',
+  'bench': 'compare speed and memory of model.source with a dense model, or measure latencies by width',
   'compare': 'run a grid over config fields',
   'sensitivity': 'measure perplexity with only one layer pruned, for every layer',
   'estimate': 'estimate memory, traffic, time and cost of a run from shapes alone',

@@ -6,7 +6,8 @@ from typing import Any
 from adapt_jax.config.build import declarations, get
 from adapt_jax.config.options import RunOptions
 
-_PRUNE = ('seed', 'model', 'data', 'prune', 'evaluate', 'export')
+_REQUEST = ('bench.batch', 'bench.prompt_length', 'bench.new_tokens')  # of prune.budget
+_PRUNE = ('seed', 'model', 'data', 'prune', 'evaluate', 'export', *_REQUEST)
 # Groups and fields that each mode with a workdir reads. In a group, only options that the result depends on
 # (`Declaration.result`) count; a field that is named individually always counts. A grid may grow, and its
 # plots may change, since each of its cells is a run with its own identity.
@@ -33,7 +34,17 @@ _BESIDE = {
   'export': ('export.push',),
   'compare': ('compare', 'mesh', 'tracker'),
   'generate': ('seed', 'model', 'data.chat_template', 'generate', 'mesh'),
-  'estimate': ('model', 'prune', 'train', 'evaluate.batch', 'evaluate.length', 'estimate', 'mesh'),
+  'estimate': (
+    'model',
+    'prune',
+    'train',
+    'evaluate.batch',
+    'evaluate.length',
+    'estimate',
+    'mesh',
+    'export.dtype',
+    *_REQUEST,
+  ),
 }
 
 

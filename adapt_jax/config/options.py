@@ -19,6 +19,7 @@ from adapt_jax.config.mode_options import (
   GenerateOptions,
   SensitivityOptions,
 )
+from adapt_jax.config.units import UNITS
 from adapt_jax.config.values import named_texts
 
 
@@ -130,10 +131,24 @@ class PruneOptions:
     'and down_proj on the calibration rows; bias adds biases to them, as in FLAP.',
     choices=('none', 'least_squares', 'bias'),
   )
-  target: float = option(0.8, 'Fraction of the parameters to keep (up to 1), or their number (above 1).')
+  budget: str = option(
+    'params',
+    'What target limits (docs/methods.md): stored parameters; operations per token; bytes of KV cache per '
+    'token; bytes of weights and KV cache; milliseconds of a request. The request of flops, memory and '
+    'latency is that of mode bench: bench.batch, bench.prompt_length and bench.new_tokens.',
+    choices=tuple(UNITS),
+  )
+  target: float = option(
+    0.8, 'What to keep: a fraction of the dense model (up to 1), or a number in the unit of budget (> 1).'
+  )
+  latency_table: str = option(
+    '',
+    'For budget = latency: the report.json that mode bench wrote for the dense model, on the machine that '
+    'will run the result; or h100, h200, a100, tpu-v5e, tpu-v5p or tpu-v6e, by its published peaks.',
+  )
   stages: int = option(1, 'Rounds of pruning and recovery (N in the paper).', within=(1, 10_000))
   stage_targets: str = option(
-    'linear', 'How the number of parameters decreases from stage to stage.', choices=('linear', 'geometric')
+    'linear', 'How the cost of the model decreases from stage to stage.', choices=('linear', 'geometric')
   )
   steps: int = option(
     50,

@@ -44,8 +44,13 @@ def _check_prune(prune: PruneOptions) -> None:
     )
   if not 0 < prune.target < math.inf:
     raise InputError(
-      f'config.prune.target = {prune.target!r} must be positive: a fraction kept (≤ 1) or a number of '
-      f'parameters (> 1)'
+      f'config.prune.target = {prune.target!r} must be positive: a fraction kept (≤ 1) or a number in the '
+      f'unit of config.prune.budget (> 1)'
+    )
+  if prune.budget == 'latency' and not prune.latency_table:
+    raise InputError(
+      f'config.prune.budget = {prune.budget!r} needs config.prune.latency_table: name the report.json of '
+      f'--mode=bench on the dense model, or a device such as h100'
     )
 
 

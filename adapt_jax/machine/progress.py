@@ -13,7 +13,7 @@ from adapt_jax.machine.processes import OutputClosed, shows, write
 
 _TICK_SECONDS, _LINE_SECONDS = 1.0, 10.0
 _FEW = 10  # units; of fewer, the time that is left cannot be told: one may take longer than all before
-_SCALED = ('tokens', 'parameters removed')  # counts that are shown as 3.4M
+_SCALED = ('tokens', 'removed')  # the last words of counts that are shown as 3.4M
 _active: list['Progress'] = []
 
 
@@ -41,7 +41,7 @@ class Progress:
     if sys.stderr.isatty():
       layout = None if self._unit else '{desc}: {elapsed}{postfix}'
       self._bar = tqdm(
-        total=self._total, desc=self._title, unit=f' {self._unit}', unit_scale=self._unit in _SCALED,
+        total=self._total, desc=self._title, unit=f' {self._unit}', unit_scale=self._unit.endswith(_SCALED),
         bar_format=layout, dynamic_ncols=True, leave=bool(self._unit), file=sys.stderr,
       )  # fmt: skip
     if self._bar is not None and self._bar.disable:  # as TQDM_DISABLE asks

@@ -2,7 +2,7 @@
 
 Prompts are random ids: the time of a step depends on shapes, not on the tokens. The models run in turn, so
 that other load on the machine affects both, and each ratio is of two consecutive runs. Both models are kept
-in memory.
+in memory. Without a dense model, `bench_widths` measures model.source alone.
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ import numpy as np
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.export.writer import lineage
-from adapt_jax.generation.generator import Generator, Timings
-from adapt_jax.machine import preemption
+from adapt_jax.generation.generator import Generator
+from adapt_jax.generation.in_turn import time_in_turn
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import check_model, load_source
-from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import write_text
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
+from adapt_jax.modes import bench_widths
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.report import BenchReport, versions, write_report
 
@@ -52,15 +52,11 @@ def _memory_stats() -> dict[str, int]:
 
 
 def _open(options: RunOptions) -> dict[str, Source]:
+  """The models; without 'dense' if it is not named, and model.source does not record its origin."""
   b, pruned = options.bench, open_source(options.model.source)
   made_by = lineage(pruned)
   dense = b.dense or (made_by and made_by['model']['source'])
-  if not dense:
-    raise InputError(
-      f'config.bench.dense is empty, and {pruned.name} does not record its origin: name the model '
-      f'before pruning'
-    )
-  found = {'dense': open_source(dense), 'pruned': pruned}
+  found = ({'dense': open_source(dense)} if dense else {}) | {'pruned': pruned}
   for source in found.values():
     config = source.config
     check_model(config)
@@ -87,21 +83,19 @@ def _load(source: Source, options: RunOptions, prompts: list[list[int]]) -> _Mod
 
 
 def _measure(models: dict[str, _Model], options: RunOptions, prompts: list[list[int]]) -> None:
-  b = options.bench
-  with Progress('bench', b.repeats * len(models), 'runs') as progress:
-    for _ in range(b.repeats):
-      for model in models.values():
-        preemption.check()
-        model.generator.timings = Timings()
-        model.generator.generate(prompts, b.new_tokens)
-        model.prefill.append(model.generator.timings.prefill_rate)
-        model.decode.append(model.generator.timings.decode_rate)
-        progress.update(1)
+  b, generators = options.bench, [model.generator for model in models.values()]
+  found = time_in_turn(generators, prompts, b.new_tokens, b.repeats, 'bench')
+  for model, timings in zip(models.values(), found, strict=True):
+    model.prefill = [one.prefill_rate for one in timings]
+    model.decode = [one.decode_rate for one in timings]
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Measures both models, writes report.json and bench.md, and prints the table."""
   sources = _open(options)
+  if 'dense' not in sources:
+    bench_widths.run(options, sources['pruned'], workdir, command)
+    return
   with workdir.claimed():
     b, rng = options.bench, np.random.default_rng(options.seed)
     ids = min(source.config.vocab_size for source in sources.values())

@@ -119,7 +119,7 @@ def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
       run.workdir.check()
       check_sources(run.options)
       check_tasks(run.options.evaluate)
-      check_run(run.options, source.config)
+      check_run(run.options, source.config, source.dtype)
   tokenizer, cache, found = source.load_tokenizer(), dict[Any, Any](), []
   for run in runs:
     with _named(run.cell):

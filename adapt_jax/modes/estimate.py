@@ -23,6 +23,7 @@ from adapt_jax.models.network.backend import CPU, compute_dtype
 from adapt_jax.models.network.sharding import device_count
 from adapt_jax.modes.estimate_programs import Footprint, Planned, Program, programs, stage_configs
 from adapt_jax.pipeline import flops
+from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pipeline.forecast import duration
@@ -201,7 +202,7 @@ def _stage_table(
     '| stage | parameters | of dense | GFLOP per token | tokens | time at peak |',
     '|---|---|---|---|---|---|',
   ]
-  schedule = Schedule.of(options, dense)
+  schedule = Schedule.of(options, budget_of(options, dense))
   for k, config in enumerate(stages):
     tokens = (schedule.end(k + 1) - schedule.start(k + 1)) * t.batch * t.length
     work = flops.training(options, dense, flops.forward(config, t.length))

@@ -27,6 +27,7 @@ from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import CPU, Platform, made_for
 from adapt_jax.models.network.sharding import device_count, placed, row_sharding
 from adapt_jax.pipeline import flops
+from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import programs as pruning_programs
 from adapt_jax.pruning import surgery
@@ -131,10 +132,10 @@ def bytes_of(tree: Any) -> int:
 
 def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]:
   """The model after each stage if all layers were pruned equally; in a run, scores make them differ."""
-  prune = options.prune
-  allocator = Allocator(config, prune.align_ffn, prune.align_kv)
+  prune, budget = options.prune, budget_of(options, config)
+  allocator = Allocator(config, prune.align_ffn, prune.align_kv, budget=budget)
   widths, found = allocator.full, []
-  for target in Schedule.of(options, config).targets:
+  for target in Schedule.of(options, budget).targets:
     widths = allocator.one_shot(widths, np.ones(config.num_layers), target)
     found.append(config.with_layers(_shapes(config, widths)))
   return found
@@ -159,7 +160,9 @@ class Footprint:
 
   def __init__(self, options: RunOptions, config: ModelConfig, dtype: Any, platform: Platform = CPU):
     self.options, self.config, self.dtype, self._platform = options, config, dtype, platform
-    self._optimizer = optimizer(options.train, Schedule.of(options, config).train_steps)
+    self.budget = budget_of(options, config)
+    self.schedule = Schedule.of(options, self.budget)
+    self._optimizer = optimizer(options.train, self.schedule.train_steps)
 
   def state(self, config: ModelConfig, moments: bool) -> Any:
     """Arrays on the devices throughout a stage: weights (fp32 if trained) and, if `moments`, Adam's."""
@@ -254,7 +257,7 @@ def _of_pruning(footprint: Footprint, stages: list[ModelConfig], progress: Progr
   scoring = _measure(footprint, footprint.scoring, flops.scoring(options, config) * rows)
   # The unstacked weights are read again after the first stage has been pruned.
   title = f'scoring, {calibration.samples} x {calibration.length} tokens, first stage'
-  found[title] = Planned(scoring, teacher, flops.scoring_passes(options, config))
+  found[title] = Planned(scoring, teacher, flops.scoring_passes(options, config, footprint.budget))
   if len(stages) > 1:
     found['scoring, second stage'] = Planned(scoring, later)
   progress.update(1)
@@ -276,7 +279,7 @@ def _of_pruning(footprint: Footprint, stages: list[ModelConfig], progress: Progr
 
 def _of_training(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Planned]:
   options, config, found = footprint.options, footprint.config, {}
-  t, schedule = options.train, Schedule.of(options, config)
+  t, schedule = options.train, footprint.schedule
   if t.distill.kept_ids:
     batch = rows_at_once(t.batch, t.micro_batch) * t.length
     asked = _measure(footprint, footprint.teacher, flops.teacher(options, config) * batch)

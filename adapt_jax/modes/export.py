@@ -15,6 +15,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import exists, local, read_json
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.llama import Params
+from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.checkpoint import Checkpoints
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.run_report import run_report
@@ -110,8 +111,9 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   trained = ran.train.tokens > 0
   shapes = array_shapes(model, state.compacted, optimizer(ran.train, 1) if trained else None)
   config = state.compacted.pruned_config(model.config)
-  report, template = run_report(ran, model, state), ran.data.chat_template
-  if state.row is not None and state.train_step > Schedule.of(ran, model.source.config).start(state.stage):
+  budget = budget_of(ran, model.source.config, model.source.dtype)
+  report, template = run_report(ran, model, budget, state), ran.data.chat_template
+  if state.row is not None and state.train_step > Schedule.of(ran, budget).start(state.stage):
     report['perplexity']['pruned'] = None  # the weights have been trained since
     for text in report['texts'].values():
       text.pop('pruned', None)

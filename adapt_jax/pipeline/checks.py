@@ -14,15 +14,25 @@ from adapt_jax.machine import mesh
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import sharding
+from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pipeline.loader import evaluation_field
-from adapt_jax.pipeline.schedule import stage_steps, target_params
+from adapt_jax.pipeline.schedule import stage_steps, target_cost
+from adapt_jax.pruning import budget as budgets
 from adapt_jax.pruning import serving_widths, slicegpt
+from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.methods import METHODS
 
 _MAY_BE_OWN = ('prune.calibration.source', 'train.source')  # may be text that the model generates
 # The only values of these fields of prune that a run of SliceGPT supports.
-_SLICING = {'compensate': 'none', 'stages': 1, 'align_kv': 1, 'align_ffn': 1, 'serve': 'any'}
+_SLICING = {
+  'budget': 'params',
+  'compensate': 'none',
+  'stages': 1,
+  'align_kv': 1,
+  'align_ffn': 1,
+  'serve': 'any',
+}
 
 
 def check_sources(options: RunOptions, without: Collection[str] = ()) -> None:
@@ -49,10 +59,10 @@ def check_sources(options: RunOptions, without: Collection[str] = ()) -> None:
     )
 
 
-def check_run(options: RunOptions, config: ModelConfig) -> None:
+def check_run(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16') -> None:
   """Checks widths for prune.serve, target, batches of each stage, export formats and mesh. Raises InputError.
 
-  config: config of the source.
+  config: config of the source. stored: dtype of its weights, as for `budget_of`.
   """
   for group, of in (('prune.calibration', options.prune.calibration), ('train', options.train)):
     self_text.check(of.source, of.length, config.max_position, group)
@@ -65,7 +75,7 @@ def check_run(options: RunOptions, config: ModelConfig) -> None:
     _check_slicing(options, config)
     return
   serving_widths.check_model(options.prune.serve, config)
-  _check_target(options, config)
+  _check_target(options, config, budget_of(options, config, stored))
   _check_steps(options)
   _check_teacher(options, config)
   check_result(options.export, with_output_bias(config, options.prune.compensate == 'bias'))
@@ -73,15 +83,15 @@ def check_run(options: RunOptions, config: ModelConfig) -> None:
   mesh.check_batches(options)
 
 
-def _check_target(options: RunOptions, config: ModelConfig) -> None:
-  target = target_params(config, options.prune.target)
+def _check_target(options: RunOptions, config: ModelConfig, budget: Budget) -> None:
+  target = target_cost(budget, options.prune.target)
   pruned = with_output_bias(config, options.prune.compensate == 'bias')
-  smallest = METHODS[options.prune.method](pruned, options.prune).smallest()
+  smallest = METHODS[options.prune.method](pruned, options.prune, budget).smallest()
   if target < smallest:
     raise InputError(
-      f'config.prune.target = {options.prune.target:g} asks for {target:,} parameters, but '
-      f'config.prune.method = {options.prune.method!r} always keeps {smallest:,}: raise it (up to 1 it is a '
-      f'fraction, above 1 a number of parameters)'
+      f'config.prune.target = {options.prune.target:g} asks for {budget.text(target)}, but '
+      f'config.prune.method = {options.prune.method!r} always keeps {budget.text(smallest)}: raise it (up to '
+      f'1 it is a fraction, above 1 a number of {budget.unit.name})'
     )
 
 
@@ -102,7 +112,7 @@ def _check_slicing(options: RunOptions, config: ModelConfig) -> None:
     )
   if (found := sharding.mesh()) is not None:
     raise InputError(f'{method} runs on one device, but there are {found.size}: show it only one')
-  if not slicegpt.width_for(config, target_params(config, options.prune.target)):
+  if not slicegpt.width_for(config, target_cost(budgets.params(config), options.prune.target)):
     raise InputError(
       f'config.prune.target = {options.prune.target:g} is below the size of a residual stream of width 1: '
       f'raise it'

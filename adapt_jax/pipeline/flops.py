@@ -3,21 +3,17 @@
 import math
 
 from adapt_jax.config.options import PROGRESSIVE, RunOptions
-from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.models.config import ModelConfig
 from adapt_jax.pipeline.schedule import Schedule
+from adapt_jax.pruning import budget as budgets
 from adapt_jax.pruning import programs, slicegpt
+from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.methods import METHODS
 
 
 def forward(config: ModelConfig, length: int) -> float:
-  """FLOPs of a forward pass per token: two per weight of every product, and attention.
-
-  Attention over `length` positions costs 4 · T · N · H per layer, and half of it with causal masks.
-  """
-  table = config.vocab_size * config.hidden_size
-  weights = count_params(config) - (0 if config.tie_embeddings else table)
-  attention = sum(2 * length * s.num_heads * config.head_dim for s in config.layers)
-  return 2.0 * weights + attention
+  """FLOPs of a forward pass per token of rows of `length` tokens: see `pruning.budget.flops`."""
+  return float(budgets.flops(config, length).dense)
 
 
 def scoring(options: RunOptions, dense: ModelConfig) -> float:
@@ -42,11 +38,11 @@ def compensation(options: RunOptions, dense: ModelConfig) -> float:
   return 3 * forward(dense, options.prune.calibration.length)
 
 
-def scoring_passes(options: RunOptions, dense: ModelConfig) -> int:
+def scoring_passes(options: RunOptions, dense: ModelConfig, budget: Budget) -> int:
   """How many times a run scores the model, or a method that goes layer by layer passes it forward."""
-  prune, schedule = options.prune, Schedule.of(options, dense)
+  prune, schedule = options.prune, Schedule.of(options, budget)
   if prune.method in PROGRESSIVE:
-    return math.ceil(prune.steps * (1 - schedule.targets[-1] / count_params(dense)) / prune.ratio)
+    return math.ceil(prune.steps * (1 - schedule.targets[-1] / budget.dense) / prune.ratio)
   layer_by_layer = prune.method in METHODS and METHODS[prune.method].layer_by_layer
   return schedule.stages * (dense.num_layers if layer_by_layer else 1)
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.machine.processes import say
-from adapt_jax.models.config import count_params
 from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.inputs import Inputs
@@ -33,18 +32,19 @@ def announce(runs: list[tuple[RunOptions, Inputs]]) -> None:
 def operations(options: RunOptions, inputs: Inputs) -> float:
   """Floating-point operations of a run, without moments, solves and the tasks of the harness."""
   config, prune, train = inputs.source.config, options.prune, options.train
-  dense, schedule = count_params(config), Schedule.of(options, config)
+  schedule = Schedule.of(options, inputs.budget)
   rows = prune.calibration.samples * prune.calibration.length
-  found = flops.scoring_passes(options, config) * rows * flops.scoring(options, config)
+  found = flops.scoring_passes(options, config, inputs.budget) * rows * flops.scoring(options, config)
   if prune.compensate == 'least_squares':
     found += schedule.stages * rows * flops.compensation(options, config)
   windows = sum(blocks.tokens.size for blocks in inputs.evaluate.values())
   measured = 3 + schedule.stages * (2 if inputs.train else 1)  # with both models of the divergence
   found += measured * windows * flops.forward(config, options.evaluate.length)
   if inputs.train:
-    for stage, params in enumerate(schedule.targets, 1):
+    # The student is taken to shrink as its cost does, which says too little if only the KV cache counts.
+    for stage, cost in enumerate(schedule.targets, 1):
       tokens = (schedule.end(stage) - schedule.start(stage)) * train.batch * train.length
-      student = flops.forward(config, train.length) * params / dense
+      student = flops.forward(config, train.length) * cost / inputs.budget.dense
       found += tokens * flops.training(options, config, student)
       if train.distill.kept_ids:  # at most: rows that come again are in the cache
         found += tokens * flops.teacher(options, config)

@@ -12,9 +12,11 @@ from adapt_jax.machine.processes import decide
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
+from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.loader import Loader, evaluation_field
+from adapt_jax.pruning.budget import Budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Inputs:
   """The dense model and the data of a run; `train` may be None.
 
   evaluate: windows of each text by its name; empty if nothing is measured.
-  dtype: dtype of activations and matrix products.
+  dtype: dtype of activations and matrix products. budget: what targets limit.
   """
 
   model: DenseModel
@@ -31,12 +33,15 @@ class Inputs:
   train: TrainSet | None
   evaluate: dict[str, Blocks]
   dtype: Any
+  budget: Budget
 
   def digests(self) -> dict[str, str]:
     """A digest of the windows of each text, by option, to notice that a text has changed before a resume."""
     found = {'prune.calibration.source': self.calibration.digest()}
     if self.train is not None:
       found['train.source'] = self.train.digest()
+    if self.budget.kind == 'latency':
+      found['prune.latency_table'] = self.budget.digest()
     return found | {evaluation_field(name): blocks.digest() for name, blocks in self.evaluate.items()}
 
   @property
@@ -52,7 +57,7 @@ def prepare(options: RunOptions) -> Inputs:
   """The inputs of modes accel and prune. Raises InputError for anything that a user must correct."""
   check_sources(options)
   source = open_source(options.model.source)
-  check_run(options, source.config)
+  check_run(options, source.config, source.dtype)
   decide(lambda: check_hub(options.export))
   return load(options, source, Loader(options, source, source.load_tokenizer()))
 
@@ -66,4 +71,5 @@ def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
   train = loader.train_set() if options.train.tokens else None
   dtype = compute_dtype(options.model.dtype)
   model = DenseModel(source, options.prune.compensate == 'bias')
-  return Inputs(model, loader.tokenizer, blocks, train, loader.evaluation(), dtype)
+  budget = budget_of(options, source.config, source.dtype)
+  return Inputs(model, loader.tokenizer, blocks, train, loader.evaluation(), dtype, budget)

@@ -16,6 +16,7 @@ from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.pipeline.forecast import duration
 from adapt_jax.pipeline.inputs import Inputs
+from adapt_jax.pipeline.measured import measured_latency
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
 from adapt_jax.pipeline.run_report import first, run_report, with_recovered
@@ -57,7 +58,7 @@ class Run:
     self._compiler = Compiler(shared.programs if shared else None)
     self._metrics = MetricsLog(workdir.metrics)
     self._store = StateStore(workdir, inputs.config, self._metrics)
-    self._schedule = Schedule.of(options, inputs.source.config)
+    self._schedule = Schedule.of(options, inputs.budget)
     self._trains = inputs.train is not None
     tx = optimizer(options.train, self._schedule.train_steps) if self._trains else None
     args = options, inputs, self._schedule
@@ -117,7 +118,7 @@ class Run:
 
   def _prune_stage(self, stage: int, state: RunState) -> None:
     """Prunes to the stage's target, compacts, measures and saves."""
-    start, last = time.monotonic(), stage == self._schedule.stages
+    start, last, budget = time.monotonic(), stage == self._schedule.stages, self._inputs.budget
     for record in self._pruning.steps(stage, state):
       self._metrics.write('prune', stage=stage, **dataclasses.asdict(record))
       self._store.save_plan(state, stage)
@@ -131,12 +132,14 @@ class Run:
       self._measure_tasks(state, 'pruned')
     row: StageReport = {
       'stage': stage,
-      'target': self._schedule.target(stage),
+      'target': budget.number(self._schedule.target(stage)),
       'params': count_params(self._config(state)),
       'perplexity_pruned': first(perplexity),
       'texts': {name: {'pruned': value} for name, value in perplexity.items()},
       'seconds': time.monotonic() - start,
     }
+    if budget.kind != 'params':
+      row['cost'] = budget.number(state.compacted.cost(budget))
     state.open_stage(row, self._pruning.next_schedule(state))
     self._save(state)
 
@@ -227,7 +230,9 @@ class Run:
     return names if self.options.evaluate.has_tasks else ()
 
   def _report(self, state: RunState) -> RunReport:
-    report = run_report(self.options, self._inputs.model, state, self._quality.definitions)
+    report = run_report(
+      self.options, self._inputs.model, self._inputs.budget, state, self._quality.definitions
+    )
     report |= {'command': self._command, 'versions': versions(*self._harness('lm_eval'))}
     return report
 
@@ -251,8 +256,11 @@ class Run:
   def _finish(self, state: RunState) -> RunReport:
     self._store.save_plan(state, self._schedule.stages)
     divergence, examples = self._quality.compare_with_dense(self._config(state), state.params)
+    measured = measured_latency(self.options, self._inputs, self._config(state), state.params)
     self._record_cost(state)
     report = self._report(state)
+    if measured:
+      report['budget']['measured'] = measured
     for name, value in divergence.items():
       report['texts'][name]['kl'] = value
     if self._export:

@@ -9,8 +9,16 @@ from adapt_jax.models.config import count_params
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState
+from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.reports.report import PerplexityReport, RunReport, StageReport, TextReport, settings
+from adapt_jax.reports.report import (
+  ModelReport,
+  PerplexityReport,
+  RunReport,
+  StageReport,
+  TextReport,
+  settings,
+)
 
 _T = TypeVar('_T')
 
@@ -18,6 +26,7 @@ _T = TypeVar('_T')
 def run_report(
   options: RunOptions,
   model: DenseModel,
+  budget: Budget,
   state: RunState,
   definitions: Mapping[str, str] = MappingProxyType({}),
 ) -> RunReport:
@@ -26,30 +35,39 @@ def run_report(
   definitions: the definition of perplexity on each text, in words.
   """
   dense, rows = count_params(model.source.config), [*state.rows]
-  schedule = Schedule.of(options, model.source.config)
+  schedule = Schedule.of(options, budget)
   if state.row is not None:
     rows.append({**state.row, **state.compacted.widths(model.config)})
-  last: StageReport = rows[-1] if rows else {'stage': 0, 'params': dense}
+  last: StageReport = rows[-1] if rows else {'stage': 0, 'params': dense, 'cost': budget.number(budget.dense)}
   perplexity: PerplexityReport = {
     'dense': first(state.dense),
     'pruned': last.get('perplexity_pruned'),
     'recovered': last.get('perplexity_recovered'),
     'definition': first(definitions),
   }
+  described: ModelReport = {
+    'source': model.source.name,
+    'license': model.source.license,
+    'params_before': dense,
+    'params_after': last['params'],
+    **PrunePlan.dense(model.config).widths(model.config),
+  }
+  if budget.kind == 'params':
+    described['params_target'] = schedule.targets[-1]
   return {
-    'model': {
-      'source': model.source.name,
-      'license': model.source.license,
-      'params_before': dense,
-      'params_after': last['params'],
-      'params_target': schedule.targets[-1],
-      **PrunePlan.dense(model.config).widths(model.config),
-    },
+    'model': described,
     'perplexity': perplexity,
     'texts': _texts(state, last, definitions),
     'tasks': state.tasks,
+    'budget': {
+      'kind': budget.kind,
+      'unit': budget.unit.name,
+      'dense': budget.number(budget.dense),
+      'asked': budget.number(schedule.targets[-1]),
+      'reached': last.get('cost', last['params']),
+    },
     'schedule': {
-      'targets': list(schedule.targets),
+      'targets': [budget.number(target) for target in schedule.targets],
       'train_steps': schedule.train_steps,
       'tokens_per_step': options.train.batch * options.train.length,
     },

@@ -1,27 +1,26 @@
-"""Stages of Adapt-Accel: the parameters at the end of each and the training steps in it (paper section 4)."""
+"""Stages of Adapt-Accel: the cost of the model and the training steps at the end of each (section 4)."""
 
 import dataclasses
 import math
 
 from adapt_jax.config.options import RunOptions, TrainOptions
-from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
+from adapt_jax.pruning.budget import Budget
 
 
-def target_params(config: ModelConfig, target: float) -> int:
-  """`prune.target` as a number of stored parameters: a fraction kept (≤ 1) or the number itself."""
-  total = count_params(config)
-  params = int(total * target) if target <= 1 else int(target)
-  if params > total:
+def target_cost(budget: Budget, target: float) -> int:
+  """`prune.target` as a cost: a fraction of the dense model's (≤ 1), or in the budget's unit."""
+  cost = budget.target(target)
+  if cost > budget.dense:
     raise InputError(
-      f'config.prune.target = {target:,.0f} is above the {total:,} parameters of the model: lower it'
+      f'config.prune.target = {target:,.10g} is above the {budget.text(budget.dense)} of the model: lower it'
     )
-  return params
+  return cost
 
 
-def stage_targets(config: ModelConfig, target: float, stages: int, rule: str) -> list[int]:
-  """Parameters at the end of each stage: linear P0 − (P0 − P*)·k/N, geometric P0·(P*/P0)^(k/N)."""
-  dense, last = count_params(config), target_params(config, target)
+def stage_targets(budget: Budget, target: float, stages: int, rule: str) -> list[int]:
+  """Cost at the end of each stage: linear P0 − (P0 − P*)·k/N, geometric P0·(P*/P0)^(k/N)."""
+  dense, last = budget.dense, target_cost(budget, target)
   shares = [k / stages for k in range(1, stages)]
   if rule == 'linear':
     return [int(dense - (dense - last) * x) for x in shares] + [last]
@@ -47,17 +46,18 @@ def stage_steps(options: TrainOptions, stages: int) -> list[int]:
 class Schedule:
   """A run's stages.
 
-  targets: parameters at the end of each. ends: the global training step at which each ends.
+  targets: the highest cost at the end of each, in the parts of the budget's unit. ends: the global training
+    step at which each ends.
   """
 
   targets: tuple[int, ...]
   ends: tuple[int, ...]
 
   @classmethod
-  def of(cls, options: RunOptions, config: ModelConfig) -> 'Schedule':
-    """The schedule of the options; `config` is the dense model's."""
+  def of(cls, options: RunOptions, budget: Budget) -> 'Schedule':
+    """The schedule of the options, for the run's budget."""
     prune = options.prune
-    targets = stage_targets(config, prune.target, prune.stages, prune.stage_targets)
+    targets = stage_targets(budget, prune.target, prune.stages, prune.stage_targets)
     return cls(tuple(targets), tuple(stage_steps(options.train, prune.stages)))
 
   @property
@@ -70,7 +70,7 @@ class Schedule:
     return self.ends[-1]
 
   def target(self, stage: int) -> int:
-    """Parameters at the end of a stage, 1-based."""
+    """The highest cost at the end of a stage, 1-based."""
     return self.targets[stage - 1]
 
   def start(self, stage: int) -> int:

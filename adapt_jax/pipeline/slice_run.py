@@ -21,7 +21,7 @@ from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
 from adapt_jax.pipeline.run import Run
 from adapt_jax.pipeline.run_report import first, run_report
-from adapt_jax.pipeline.schedule import target_params
+from adapt_jax.pipeline.schedule import target_cost
 from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.state import RunState
 from adapt_jax.pipeline.workdir import Workdir
@@ -75,7 +75,8 @@ class SliceRun:
 
   def _run(self) -> RunReport:
     options, config = self._options, self._inputs.config
-    target = target_params(config, options.prune.target)
+    budget = self._inputs.budget
+    target = target_cost(budget, options.prune.target)
     dtype = written_dtype(options.export, self._inputs.source.dtype, trained=False)
     params = self._inputs.model.load_params(dtype)
     state = RunState({'params': params}, (start := PruneState.start(config)).plan, start)
@@ -110,7 +111,7 @@ class SliceRun:
     state.close_stage(row)
     divergence, examples = self._quality.compare_with_dense(small, params)
     state.record_cost(time.monotonic() - self._started, dict(self._compiler.counts))
-    report = run_report(options, self._inputs.model, state, self._quality.definitions)
+    report = run_report(options, self._inputs.model, budget, state, self._quality.definitions)
     report |= {'command': self._command, 'versions': versions()}
     for name, value in divergence.items():
       report['texts'][name]['kl'] = value

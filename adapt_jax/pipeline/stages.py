@@ -60,6 +60,7 @@ class Pruning:
       compiler=compiler,
       dtype=inputs.dtype,
       memo=memo,
+      budget=inputs.budget,
     )
 
   def start(self) -> TrainState:
@@ -74,7 +75,7 @@ class Pruning:
   def steps(self, stage: int, state: RunState) -> Iterator[StepRecord]:
     """Prunes to the stage's target; yields each step after recording it in the state."""
     target = self._schedule.target(stage)
-    if state.pruning.plan.params(self._inputs.config) <= target:
+    if state.pruning.plan.cost(self._inputs.budget) <= target:
       return
     stacked = self._pruner.stack(state.params, state.compacted)
     if stage == 1:  # not trained yet: read again below, so that scoring holds only one copy

@@ -97,7 +97,7 @@ class Workdir:
     for field, digest in now.items():
       if then.get(field, digest) != digest:
         raise InputError(
-          f'config.{field} is not the text that the run in --workdir={self.path} was started with: restore '
+          f'config.{field} is not what the run in --workdir={self.path} was started with: restore '
           f'it, or use another workdir'
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from adapt_jax.models.config import LayerShape, ModelConfig, count_params
 from adapt_jax.models.errors import InputError
+from adapt_jax.pruning.budget import Budget
 
 
 class LayerWidths(TypedDict):
@@ -85,6 +86,10 @@ class PrunePlan:
   def params(self, config: ModelConfig) -> int:
     """Stored parameters of the compacted model."""
     return count_params(self.pruned_config(config))
+
+  def cost(self, budget: Budget) -> int:
+    """Cost of the compacted model, in the parts of the budget's unit."""
+    return budget.cost(self.kv_widths, self.ffn_widths)
 
   def relative_to(self, earlier: 'PrunePlan') -> 'PrunePlan':
     """This plan in the numbering of the model compacted to `earlier`, without the layers removed there."""

@@ -25,6 +25,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.backend import loop_options
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning import programs, surgery
+from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.compensate import add
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.methods.base import Method
@@ -38,6 +39,7 @@ from adapt_jax.pruning.scores import Scores
 class StepRecord:
   """The scores and the result of one pruning step.
 
+  `cost` is that of the model in the unit of the budget, which `params` are by default.
   `layer_importance` is I of section 3, larger = more important. `layer_cost` is what a method that ranks the
   groups of all layers together decides by (`Method.layer_cost`); else it is empty. `sparsity` is that of the
   schedule, or the removed share of a layer's prunable parameters. Widths are given for every layer of the
@@ -46,6 +48,7 @@ class StepRecord:
 
   step: int
   params: int
+  cost: float
   loss: float
   layer_importance: list[float]
   layer_cost: list[float]
@@ -61,14 +64,14 @@ def steps(
   target: int,
   score: Callable[[PruneState], Scores],
 ) -> Iterator[tuple[Scores, PruneState]]:
-  """Runs steps of `method` until at most `target` parameters remain; yields each step's scores and new state.
+  """Runs steps of `method` until the model costs at most `target`; yields each step's scores and new state.
 
   Args:
     config: the dense model, whose numbering `state.plan` uses.
-    target: stored parameters; the method determines how closely it is reached.
+    target: in the parts of the budget's unit; the method determines how closely it is reached.
     score: returns the scores of the model at a state's plan, on the host.
   """
-  while state.plan.params(config) > target:
+  while state.plan.cost(method.budget) > target:
     scores = score(state)
     state = _agreed(method.step(scores, state, target), config)
     yield scores, state
@@ -98,6 +101,7 @@ class Pruner:
     dtype: dtype of weights and activations during scoring.
     memo: cache of scores, shared with pruners of the same weights.
     method: overrides the method in `options`.
+    budget: what targets limit, of the model `config`; None: the number of parameters.
 
   The attributes `importance` and `distance` are the names of the groups' and layers' scores.
   """
@@ -113,11 +117,12 @@ class Pruner:
     dtype: Any,
     memo: ScoreMemo | None = None,
     method: type[Method] | None = None,
+    budget: Budget | None = None,
   ):
     self.config, self.options, self.blocks = config, options, blocks
     self._as_reference = options.compat == 'reference'
     self._kind = method or METHODS[options.method]
-    self._method = self._kind(config, options)
+    self._method = self._kind(config, options, budget)
     self._seed, self._compiler, self._dtype = seed, compiler, dtype
     self._scorer = programs.scoring(config, options, dtype, method)
     importance, self.distance = self._scorer.importance, self._scorer.distance
@@ -129,7 +134,7 @@ class Pruner:
 
   @property
   def smallest(self) -> int:
-    """The lowest target, in parameters, that can always be reached."""
+    """The lowest target that can always be reached."""
     return self._method.smallest()
 
   def score(self, stacked: Params, step: int, plan: PrunePlan | None = None) -> Scores:
@@ -194,9 +199,11 @@ class Pruner:
     return self._zero(stacked, *masks)
 
   def _record(self, scores: Scores, before: PrunePlan, state: PruneState) -> StepRecord:
+    budget = self._method.budget
     return StepRecord(
       step=state.step,
       params=state.plan.params(self.config),
+      cost=budget.number(state.plan.cost(budget)),
       loss=float(scores.loss),
       layer_importance=np.asarray(scores.distance, np.float64).tolist(),
       layer_cost=self._method.layer_cost(scores, before),
@@ -219,19 +226,18 @@ class Pruner:
     target: int,
     title: str,
   ) -> Iterator[tuple[PruneState, StepRecord]]:
-    """Runs steps until the model has at most `target` parameters; yields each state and its record.
+    """Runs steps until the model costs at most `target`; yields each state and its record.
 
     Args:
       stacked: from `stack`; donated.
       compacted: the plan of `stacked`; `state.plan` may already keep less (after a resume).
-      target: stored parameters; the method determines how closely it is reached.
+      target: in the parts of the budget's unit; the method determines how closely it is reached.
       title: title of the progress bar.
     """
-    plan, before = state.plan, state.plan.params(self.config)
-    method = self._method
+    plan, method, budget = state.plan, self._method, self._method.budget
     if self._as_reference:
       # The reference restarts its schedule at every stage, from the current widths.
-      method = self._kind(compacted.pruned_config(self.config), self.options)
+      method = self._kind(compacted.pruned_config(self.config), self.options, budget)
     # Until the first compaction the weights are the original ones: nothing has trained them.
     own = compacted.equals(PrunePlan.dense(self.config))
 
@@ -241,11 +247,14 @@ class Pruner:
       return self.score(stacked, state.step, state.plan if own else None)
 
     taken = steps(method, self.config, state, target, score)
-    with Progress(title, before - target, 'parameters removed') as progress:
+    parts = budget.unit.counted_parts
+    before = plan.cost(budget) // parts
+    with Progress(title, before - target // parts, f'{budget.unit.counted} removed') as progress:
       for scores, state in taken:
         record, plan = self._record(scores, plan, state), state.plan
-        progress.update(before - max(record.params, target), step=str(record.step), loss=f'{record.loss:.3f}')
-        before = record.params
+        left = max(plan.cost(budget), target) // parts
+        progress.update(before - left, step=str(record.step), loss=f'{record.loss:.3f}')
+        before = left
         yield state, record
 
   def _changes(

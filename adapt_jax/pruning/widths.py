@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from adapt_jax.config.declare import MAX_SPARSITY
-from adapt_jax.models.config import ModelConfig, channel_params, count_params, kv_group_params, layer_params
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.pruning import budget as budgets
+from adapt_jax.pruning.budget import Budget
 
 # The most steps that the landing may take on one set of scores, if a KV group had to be skipped.
 MAX_LANDING = 2.0
@@ -52,33 +54,36 @@ class Widths:
 
 
 class Allocator:
-  """Turns sparsities into widths of one model, and stops exactly at a parameter budget.
+  """Turns sparsities into widths of one model, and stops exactly at a target.
+
+  Costs and targets are in the parts of the budget's unit. If MLP channels cost nothing in it, all are kept.
 
   Args:
     config: the model that sparsities refer to (the start of the whole schedule).
     align_ffn: MLP widths are multiples of this (a layer's full width is also allowed).
     align_kv: the same for KV heads.
-    exact: land on the budget; if False, stop at the first step at or below it, as the reference does.
+    exact: land on the target; if False, stop at the first step at or below it, as the reference does.
+    budget: what a target limits; None: the number of parameters.
   """
 
-  def __init__(self, config: ModelConfig, align_ffn: int = 1, align_kv: int = 1, *, exact: bool = True):
-    self.config = config
+  def __init__(
+    self,
+    config: ModelConfig,
+    align_ffn: int = 1,
+    align_kv: int = 1,
+    *,
+    exact: bool = True,
+    budget: Budget | None = None,
+  ):
+    self.config, self.budget = config, budget or budgets.params(config)
     self.align, self.align_kv, self.exact = align_ffn, align_kv, exact
     self.full = Widths(
       np.array([s.num_kv_heads for s in config.layers]), np.array([s.ffn for s in config.layers])
     )
-    self.kv_cost = np.array([kv_group_params(config, s.group_size) for s in config.layers])
-    self.ffn_cost = channel_params(config)
-    fixed = sum(
-      layer_params(config, s) - s.num_kv_heads * kv - s.ffn * self.ffn_cost
-      for s, kv in zip(config.layers, self.kv_cost, strict=True)
-    )
-    tables = count_params(config) - sum(layer_params(config, s) for s in config.layers)
-    self._fixed = tables + fixed
 
-  def params(self, widths: Widths) -> int:
-    """Stored parameters of the model at these widths."""
-    return int(self._fixed + widths.kv @ self.kv_cost + widths.ffn.sum() * self.ffn_cost)
+  def cost(self, widths: Widths) -> int:
+    """Cost of the model at these widths."""
+    return self.budget.cost(widths.kv, widths.ffn)
 
   def widths(self, sparsity: np.ndarray) -> Widths:
     """keep = floor(width · (1 − s)); removes only whole KV groups; keeps at least one block of each."""
@@ -88,14 +93,17 @@ class Allocator:
     kv = self.full.kv - (self.full.kv * head_dim - kept_rows) // head_dim
     ffn = np.floor(self.full.ffn * (1 - sparsity) + 1e-9).astype(int)
     ffn = np.minimum(_align_up(np.maximum(ffn, 1), self.align), self.full.ffn)
+    ffn = ffn if self.budget.counts_mlp else self.full.ffn
     return Widths(np.minimum(_align_up(np.maximum(kv, 1), self.align_kv), self.full.kv), ffn)
 
   def smallest(self) -> int:
-    """Parameters of the smallest model that the schedule can reach (every s at 0.99)."""
-    return self.params(self.widths(np.full(self.config.num_layers, MAX_SPARSITY)))
+    """Cost of the smallest model that the schedule can reach (every s at 0.99)."""
+    return self.cost(self.widths(np.full(self.config.num_layers, MAX_SPARSITY)))
 
   def narrower(self, is_kv: bool, width: int) -> int:
-    """The width after removing one more block of KV groups or MLP channels; 0 after the last."""
+    """The width after removing one more block of KV groups or MLP channels; 0 if none may go."""
+    if not is_kv and not self.budget.counts_mlp:
+      return 0
     align = self.align_kv if is_kv else self.align
     return int(_align_up(width, align)) - align if width > align else 0
 
@@ -132,11 +140,11 @@ class Allocator:
   def take(
     self, widths: Widths, removals: Iterable[Removal], target: int, limit: float = np.inf
   ) -> tuple[Widths, float]:
-    """Removes groups in the given order until the model has at most `target` parameters.
+    """Removes groups in the given order until the model costs at most `target`.
 
     A KV group that would overshoot is skipped, so the result is below the target by less than one MLP
     block. Skipped groups are removed only if every MLP is at its last block; the result may then be below by
-    up to one group.
+    up to one group. So it may in a coarse budget, in which no group is skipped.
 
     Args:
       removals: in ascending order of position; each removes one group or block of a layer and module.
@@ -146,19 +154,21 @@ class Allocator:
       The widths, and the position reached.
     """
     kv, ffn = widths.kv.copy(), widths.ffn.copy()
-    params, reached = self.params(widths), 0.0
+    cost, reached, coarse = self.cost(widths), 0.0, self.budget.coarse
     passed_over = []
     for at, layer, is_kv, width in removals:
-      if params <= target:
+      if cost <= target:
         break
       if at >= limit:
         reached = limit
         break
       if not is_kv:
-        params -= (ffn[layer] - width) * self.ffn_cost
+        cost -= int(self.budget.layers[layer].mlp[ffn[layer]] - self.budget.layers[layer].mlp[width])
         ffn[layer] = width
-      elif width == self.narrower(True, kv[layer]) and params - self._lost(kv, layer, width) >= target:
-        params -= self._lost(kv, layer, width)
+      elif width == self.narrower(True, kv[layer]) and (
+        coarse or cost - self._lost(kv, layer, width) >= target
+      ):
+        cost -= self._lost(kv, layer, width)
         kv[layer] = width
       else:
         passed_over.append(layer)
@@ -167,14 +177,15 @@ class Allocator:
         reached = at
     else:  # every MLP is at its last block: only KV groups can be removed
       for layer in passed_over:
-        if params > target and (width := self.narrower(True, kv[layer])):
-          params -= self._lost(kv, layer, width)
+        if cost > target and (width := self.narrower(True, kv[layer])):
+          cost -= self._lost(kv, layer, width)
           kv[layer] = width
     return Widths(kv, ffn), reached
 
   def _lost(self, kv: np.ndarray, layer: int, width: int) -> int:
-    """Parameters of a layer's KV groups beyond `width`."""
-    return int((kv[layer] - width) * self.kv_cost[layer])
+    """Cost of a layer's KV groups beyond `width`."""
+    attention = self.budget.layers[layer].attention
+    return int(attention[kv[layer]] - attention[width])
 
   def land(
     self,
@@ -184,7 +195,7 @@ class Allocator:
     target: int,
     limit: float = MAX_LANDING,
   ) -> tuple[Widths, np.ndarray]:
-    """Solves the last step: the widths at which the model has at most `target` parameters.
+    """Solves the last step: the widths at which the model costs at most `target`.
 
     Groups are removed in the order of the step (see `take`). If the model is still above the target after
     `limit` steps, the landing stops there, and the next step uses new scores.
@@ -204,12 +215,9 @@ class Allocator:
     return self.take(widths, (e for e in events if shares[e[1]] > 0), target)[0]
 
   def removed(self, widths: Widths) -> np.ndarray:
-    """Share of every layer's prunable parameters that is removed at these widths, float64 [L]."""
-
-    def prunable(w: Widths) -> np.ndarray:
-      return w.kv * self.kv_cost + w.ffn * self.ffn_cost
-
-    return 1 - prunable(widths) / prunable(self.full)
+    """Share of every layer's prunable cost that is removed at these widths, float64 [L]."""
+    prunable = self.budget.prunable
+    return 1 - prunable(widths.kv, widths.ffn) / prunable(self.full.kv, self.full.ffn)
 
   def _reached(self, ffn: np.ndarray) -> np.ndarray:
     """The sparsities above which layers have these MLP widths."""
@@ -225,9 +233,9 @@ class Allocator:
       sparsity = np.maximum(sparsity, self._reached(widths.ffn))
     moved = advance(sparsity, rate)
     wanted = widths.minimum(self.widths(moved))
-    if self.params(wanted) >= target or not self.exact:
+    if self.cost(wanted) >= target or not self.exact:
       return wanted, moved
     landed, reached = self.land(widths, sparsity, rate, target)
-    if np.array_equal(reached, sparsity) and self.params(landed) == self.params(widths):
+    if np.array_equal(reached, sparsity) and self.cost(landed) == self.cost(widths):
       return self.land(widths, sparsity, rate, target, limit=np.inf)
     return landed, reached

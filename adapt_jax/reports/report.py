@@ -69,15 +69,33 @@ class ExampleReport(TypedDict):
   result: str
 
 
+class BudgetReport(TypedDict, total=False):
+  """What prune.target limits, by the costs of layers: of the dense model, as asked, and of the last stage.
+
+  kind: prune.budget. unit: of the numbers. measured: what a budget of latency measures on this machine at the
+  end, in ms: medians of the dense and the finished model, which run in turn, and the median of their ratios.
+  """
+
+  kind: Required[str]
+  unit: Required[str]
+  dense: Required[float]
+  asked: float
+  reached: float
+  measured: dict[str, float]
+
+
 class StageReport(TypedDict, total=False):
   """A stage so far; the widths at its end are by layer of the dense model, 0 for a removed layer.
+
+  target, cost: in the unit of the budget; cost is missing where params are the budget.
 
   perplexity_pruned, perplexity_recovered: on the first text; texts: on all, {'web': {'pruned': …}, …}.
   hidden_size: of the residual stream, if it was sliced.
   """
 
   stage: Required[int]
-  target: int
+  target: float
+  cost: float
   hidden_size: int
   params: Required[int]
   perplexity_pruned: float | None
@@ -91,9 +109,9 @@ class StageReport(TypedDict, total=False):
 
 
 class ScheduleReport(TypedDict):
-  """targets: parameters at the end of each stage. train_steps: of the whole run."""
+  """targets: at the end of each stage, in the unit of the budget. train_steps: of the whole run."""
 
-  targets: list[int]
+  targets: list[float]
   train_steps: int
   tokens_per_step: int
 
@@ -122,6 +140,7 @@ class RunReport(TypedDict, total=False):
   perplexity: PerplexityReport
   texts: dict[str, TextReport]
   tasks: Tasks
+  budget: BudgetReport
   schedule: ScheduleReport
   stages: list[StageReport]
   prune: dict[str, Any]
@@ -214,6 +233,20 @@ class BenchReport(TypedDict, total=False):
   models: Required[dict[str, dict[str, Any]]]
   ratio: Required[dict[str, dict[str, float]]]
   warning: str
+  command: str
+  versions: dict[str, str]
+
+
+class WidthsReport(TypedDict):
+  """Report of mode bench without a dense model; latency: the table of `pruning.latency` as JSON."""
+
+  device: str
+  backend: str
+  dtype: str
+  date: str
+  source: str
+  repeats: int
+  latency: dict[str, dict[str, Any]]
   command: str
   versions: dict[str, str]
 

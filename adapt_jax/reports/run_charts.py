@@ -5,10 +5,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from adapt_jax.config.units import amount
 from adapt_jax.config.values import TEXT
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
 from adapt_jax.reports.report import (
+  BudgetReport,
   ModelReport,
   RunReport,
   StageReport,
@@ -39,6 +41,12 @@ class RunData:
   @property
   def model(self) -> ModelReport:
     return self.report['model']
+
+  @property
+  def budget(self) -> BudgetReport:
+    """The budget; the number of parameters in reports that name none."""
+    of_params: BudgetReport = {'kind': 'params', 'unit': 'parameters', 'dense': self.model['params_before']}
+    return self.report.get('budget', of_params)
 
   @property
   def stages(self) -> list[StageReport]:
@@ -190,16 +198,18 @@ def excess_chart(report: RunReport) -> str:
 
 
 def budget_chart(data: RunData) -> str:
-  dense = data.model['params_before']
-  points, first = [(0, dense, f'dense: {dense:,} parameters')], dict[int, int]()
+  """The cost after each pruning step: the number of parameters, or that of another budget."""
+  kind, unit, dense = data.budget['kind'], data.budget['unit'], data.budget['dense']
+  points, first = [(0, dense, f'dense: {amount(kind, dense)} {unit}')], dict[int, int]()
   for e in data.of('prune'):
     first.setdefault(e['stage'], e['step'] - 1)
-    share = f'{e["params"]:,} parameters, {100 * e["params"] / dense:.1f} %, calibration loss {e["loss"]:.3f}'
-    points.append((e['step'], e['params'], f'stage {e["stage"]}, step {e["step"]}: {share}'))
+    cost: float = e['cost'] if 'cost' in e else e['params']
+    share = f'{amount(kind, cost)} {unit}, {100 * cost / dense:.1f} %, calibration loss {e["loss"]:.3f}'
+    points.append((e['step'], cost, f'stage {e["stage"]}, step {e["step"]}: {share}'))
   targets = data.schedule.get('targets', [s['target'] for s in data.stages])
   return charts.line_chart(
-    'Parameters and the targets of the stages',
-    ('pruning step', 'parameters'),
+    f'{"Parameters" if kind == "params" else "Budget"} and the targets of the stages',
+    ('pruning step', unit),
     [Series('', points, 0, 'step')],
     marks=[(step, f'stage {stage}') for stage, step in first.items()],
     levels=[
@@ -232,7 +242,8 @@ def heat_maps(data: RunData) -> list[str]:
   method = data.settings.get('method')
   if events and events[0].get('layer_cost'):  # methods with one ranking over all layers
     importance = [e['layer_cost'] for e in events]
-    name = f'Median {"cost per parameter" if method == "obs" else "score"} of the groups of a layer'
+    unit = 'parameter' if data.budget['kind'] == 'params' else 'unit of the budget'
+    name = f'Median {f"cost per {unit}" if method == "obs" else "score"} of the groups of a layer'
   else:
     distance = 'cosine' if method == 'shortgpt' else distance
     importance = [layer_importance(distance, e['layer_importance']) for e in events]

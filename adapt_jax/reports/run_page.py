@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from adapt_jax.config.build import flatten
+from adapt_jax.config.units import amount
 from adapt_jax.config.values import TEXT
 from adapt_jax.models.files import write_text
 from adapt_jax.reports.page import cards, html_table, page
@@ -27,7 +28,7 @@ from adapt_jax.reports.run_charts import (
   text_names,
   training_chart,
 )
-from adapt_jax.reports.summary import tasks_rows, texts_rows, warning
+from adapt_jax.reports.summary import cost_cells, cost_columns, tasks_rows, texts_rows, warning
 
 Json = dict[str, Any]
 
@@ -92,6 +93,14 @@ def _facts(data: RunData) -> Iterator[tuple[str, str]]:
   after = min([before, *(row['params'] for row in (*data.stages, *data.of('prune')))])
   target = f', target {model["params_target"]:,}' if 'params_target' in model else ''
   yield f'{before:,} → {after:,}', f'parameters, {100 * after / before:.1f} % left{target}'
+  budget = report.get('budget')
+  if budget and budget['kind'] != 'params':
+    figures = [amount(budget['kind'], budget[name]) for name in ('dense', 'reached', 'asked')]
+    of_dense = f'{100 * budget["reached"] / budget["dense"]:.1f} % left'
+    yield f'{figures[0]} → {figures[1]}', f'{budget["unit"]}, {of_dense}, target {figures[2]}'
+    if found := budget.get('measured'):
+      measured = [amount(budget['kind'], found[name]) for name in ('dense', 'finished')]
+      yield ' → '.join(measured), f'{budget["unit"]} measured in turn, {100 * found["ratio"]:.1f} % of dense'
   if rates := [e['tokens_per_second'] for e in data.of('train') if 'tokens_per_second' in e]:
     yield f'{statistics.median(rates):,.0f}', 'training tokens per second, median of the steps'
   if 'seconds' in report:
@@ -101,13 +110,11 @@ def _facts(data: RunData) -> Iterator[tuple[str, str]]:
 
 
 def _table(data: RunData) -> str:
-  dense = data.model['params_before']
-  names = ('stage', 'parameters', 'of dense', 'perplexity pruned', 'recovered', 'tokens', 'seconds')
-  rows = [
-    ['dense', f'{dense:,}', '100.0 %', '', _decimal(known_perplexities(data.report).get('dense')), '', '']
-  ]
+  report, dense = data.report, known_perplexities(data.report).get('dense')
+  names = ('stage', *cost_columns(report), 'perplexity pruned', 'recovered', 'tokens', 'seconds')
+  rows = [['dense', *cost_cells(report), '', _decimal(dense), '', '']]
   for s in data.stages:
-    row = [str(s['stage']), f'{s["params"]:,}', f'{100 * s["params"] / dense:.1f} %']
+    row = [str(s['stage']), *cost_cells(report, s)]
     row += [_decimal(s.get('perplexity_pruned')), _decimal(s.get('perplexity_recovered'))]
     row += [_whole(s.get('tokens')), _whole(s.get('seconds'))]
     rows.append(row)

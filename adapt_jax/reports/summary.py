@@ -2,7 +2,8 @@
 
 import math
 
-from adapt_jax.reports.report import RunReport, Tasks, TextReport
+from adapt_jax.config.units import amount
+from adapt_jax.reports.report import BudgetReport, RunReport, StageReport, Tasks, TextReport
 
 _LITTLE = 0.05  # nats per token: a difference too small for a warning
 
@@ -24,19 +25,14 @@ def _widths(values: list[int]) -> str:
 
 def table(report: RunReport) -> str:
   """The report as text: a table with a row per stage, then widths, compiles and seconds."""
-  model, perplexity = report['model'], report['perplexity']
-  lines = [
-    '',
-    '| stage | parameters | of dense | perplexity pruned | recovered | tokens | seconds |',
-    '|---|---|---|---|---|---|---|',
-    f'| dense | {model["params_before"]:,} | 100.0 % | | {_number(perplexity["dense"])} | | |',
-  ]
+  perplexity = report['perplexity']
+  head = ['stage', *cost_columns(report), 'perplexity pruned', 'recovered', 'tokens', 'seconds']
+  rows = [head, ['dense', *cost_cells(report), '', _number(perplexity['dense']), '', '']]
   for stage in report['stages']:
-    share = 100 * stage['params'] / model['params_before']
-    lines.append(
-      f'| {stage["stage"]} | {stage["params"]:,} | {share:.1f} % | {_number(stage["perplexity_pruned"])} '
-      f'| {_number(stage["perplexity_recovered"])} | {stage["tokens"]:,} | {stage["seconds"]:.0f} |'
-    )
+    measured = [_number(stage['perplexity_pruned']), _number(stage['perplexity_recovered'])]
+    spent = [f'{stage["tokens"]:,}', f'{stage["seconds"]:.0f}']
+    rows.append([str(stage['stage']), *cost_cells(report, stage), *measured, *spent])
+  lines = ['', _markdown(rows)]
   if len(report['texts']) > 1:
     lines += ['', _markdown(texts_rows(report['texts']))]
   if report.get('tasks'):
@@ -49,12 +45,50 @@ def table(report: RunReport) -> str:
       lines.append(f'stage {stage["stage"]} residual stream: width {stage["hidden_size"]}')
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
   lines += [
-    f'target {model["params_target"]:,} parameters, reached {model["params_after"]:,}',
+    *budget_lines(report['budget']),
     f'compiled programs: {compiles}; the run took {report["seconds"]:.0f} s',
   ]
   if warned := warning(report['texts']):
     lines.append(warned)
   return '\n'.join(lines)
+
+
+def cost_columns(report: RunReport) -> list[str]:
+  """Names of the columns of `cost_cells`."""
+  return ['parameters', 'of dense', *([] if _of_params(report) else [report['budget']['unit'], 'of dense'])]
+
+
+def cost_cells(report: RunReport, stage: StageReport | None = None) -> list[str]:
+  """Parameters of a stage or the dense model, and the cost of another budget; each with its share of it."""
+  dense = report['model']['params_before']
+  params = stage['params'] if stage else dense
+  cells = [f'{params:,}', f'{100 * params / dense:.1f} %']
+  if _of_params(report):
+    return cells
+  budget = report['budget']
+  cost = stage['cost'] if stage else budget['dense']
+  return [*cells, amount(budget['kind'], cost), f'{100 * cost / budget["dense"]:.1f} %']
+
+
+def _of_params(report: RunReport) -> bool:
+  """Whether the budget is the number of parameters, as in reports that name none."""
+  return 'budget' not in report or report['budget']['kind'] == 'params'
+
+
+def budget_lines(budget: BudgetReport) -> list[str]:
+  """What was asked, what the last stage reached and, of a latency, what it measured."""
+  kind, dense = budget['kind'], budget['dense']
+  asked, reached = (amount(kind, budget[name]) for name in ('asked', 'reached'))
+  if kind == 'params':
+    return [f'target {asked} {budget["unit"]}, reached {reached}']
+  shares = [f'{100 * budget[name] / dense:.1f} %' for name in ('asked', 'reached')]
+  unit = budget['unit']
+  lines = [f'target {asked} {unit} ({shares[0]} of dense), reached {reached} ({shares[1]})']
+  if found := budget.get('measured'):
+    before, after = (amount(kind, found[name]) for name in ('dense', 'finished'))
+    share = f'{100 * found["ratio"]:.1f} % of dense'
+    lines.append(f'measured in turn on this machine: dense {before} {unit}, finished {after}, {share}')
+  return lines
 
 
 def tasks_rows(tasks: Tasks) -> list[list[str]]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
@@ -13,6 +14,7 @@ from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.modes import bench
 from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning import latency
 from tests.support import runs
 from tests.support.helpers import random_params, tiny_config
 
@@ -23,7 +25,8 @@ NARROW = WIDE.with_layers((LayerShape(2, 2, 64),) * 2)
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
   root = tmp_path_factory.mktemp('models')
-  for name, config in (('wide', WIDE), ('narrow', NARROW)):
+  uneven = WIDE.with_layers((LayerShape(8, 8, 1024), LayerShape(8, 8, 512)))
+  for name, config in (('wide', WIDE), ('narrow', NARROW), ('uneven', uneven)):
     write_hf(config, random_params(config), root / name)
   return root
 
@@ -131,7 +134,10 @@ def test_an_export_tells_which_model_it_came_from(models, tmp_path):
 @pytest.mark.parametrize(
   'fields,words',
   [
-    ({'dense': ''}, 'config.bench.dense is empty, and .* does not record its origin: name'),
+    (
+      {'dense': '', 'pruned': 'uneven'},
+      'config.bench.dense is empty, and .*, whose layers differ in width, does not record its origin: name',
+    ),
     (
       {'prompt_length': 2045},
       r'config.bench.prompt_length = 2,045 and bench.new_tokens = 8 .*\(2,048 tokens\)',
@@ -143,6 +149,29 @@ def test_bad_input_is_refused_before_weights_are_read(models, tmp_path, monkeypa
   with pytest.raises(InputError, match=words):
     run(make_options(models, **fields), tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
+
+
+def test_a_dense_model_alone_gives_a_table_of_latencies(models, tmp_path, capsys):
+  """It adds up to the whole model, narrower blocks take less, and prune.budget = latency reads it."""
+  options = make_options(models, dense='', pruned='wide', prompt_length=256, new_tokens=16, repeats=5)
+  report = run(options, tmp_path / 'out')
+  assert 'latency_table=' in capsys.readouterr().out
+  assert report['latency']['request'] == {'batch': 1, 'prompt_length': 256, 'new_tokens': 16}
+  for kind in ('prefill', 'decode'):
+    found = report['latency'][kind]
+    assert found['attention']['widths'] == [1, 2, 4, 6, 8] and found['mlp']['widths'] == [
+      128,
+      256,
+      512,
+      768,
+      1024,
+    ]
+    assert found['mlp']['seconds'][0] < found['mlp']['seconds'][-1]
+  table = latency.find_table(str(tmp_path / 'out/report.json'), WIDE, options.bench)
+  assert table.where == latency.here('float32')
+  budget = latency.budget(table, WIDE)
+  kv, ffn = np.full(2, 8), np.full(2, 1024)
+  assert budget.cost(kv, ffn) == budget.dense > budget.cost(kv // 2, ffn // 2) > 0
 
 
 def test_what_was_measured_is_part_of_a_workdirs_identity(models):

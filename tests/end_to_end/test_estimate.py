@@ -17,6 +17,7 @@ from adapt_jax.models.network import llama
 from adapt_jax.modes import estimate, estimate_programs
 from adapt_jax.modes.estimate_programs import Footprint, Memory, Program
 from adapt_jax.pipeline import flops
+from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import Schedule
 from tests.support import runs
 
@@ -231,7 +232,7 @@ def test_training_counts_less_in_later_stages(tmp_path):
   plan = Footprint(options, dense, jnp.dtype(jnp.float32))
   stages = estimate_programs.stage_configs(options, dense)
   found = estimate_programs.programs(plan, stages)
-  schedule = Schedule.of(options, dense)
+  schedule = Schedule.of(options, budget_of(options, dense))
   times = {name.split()[0].strip(','): x.times for name, x in found.items() if x.times}
   assert times['scoring'] == times['compensation'] == 2  # stages, each in one shot
   in_first = schedule.end(1) - schedule.start(1)

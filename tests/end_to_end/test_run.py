@@ -351,7 +351,7 @@ def test_a_text_that_has_changed_since_the_start_is_refused(finished, files, tmp
   before = source.read_text()
   try:
     source.write_text(before.replace('a', 'e', 1))
-    with pytest.raises(InputError, match=r'config\.evaluate\.source is not the text that the run'):
+    with pytest.raises(InputError, match=r'config\.evaluate\.source is not what the run'):
       start(runs.make_config(files), path)
   finally:
     source.write_text(before)

@@ -24,6 +24,7 @@ from adapt_jax.models.files import json_checksum
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network.backend import made_for
 from adapt_jax.modes import export
+from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.run_report import run_report
@@ -113,12 +114,13 @@ class SavedState(_Workdir):
     options = _options(place / 'asked.json')
     source = open_source(options.model.source)
     model = DenseModel(source)
-    tx = optimizer(options.train, Schedule.of(options, source.config).train_steps)
+    budget = budget_of(options, source.config, source.dtype)
+    tx = optimizer(options.train, Schedule.of(options, budget).train_steps)
     workdir = Workdir('run', identity('accel', options))
     log = MetricsLog(workdir.metrics)
     store = StateStore(workdir, model.config, log)
     state = store.resume(lambda plan: array_shapes(model, plan, tx), dict)
-    report, rows = run_report(options, model, state), log.read()
+    report, rows = run_report(options, model, budget, state), log.read()
     run_page.write(workdir.page, report, rows, command='', running=True)
     store.close()
     found = {'plan': json.dumps(state.pruning.to_json()), 'report': json.dumps(report, sort_keys=True)}

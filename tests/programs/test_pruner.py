@@ -11,8 +11,8 @@ from adapt_jax.config.options import CalibrationOptions, PruneOptions
 from adapt_jax.data.windows import Blocks
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
-from adapt_jax.pipeline.schedule import target_params
-from adapt_jax.pruning import surgery
+from adapt_jax.pipeline.schedule import target_cost
+from adapt_jax.pruning import budget, surgery
 from adapt_jax.pruning.criteria import IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner
@@ -75,7 +75,7 @@ def test_bfloat16_weights_are_gone_over_as_they_are():
 def test_lands_on_the_target_with_one_compile(model, importance):
   config, params = model
   pruner = make_pruner(config, importance=importance)
-  target = target_params(config, 0.7)
+  target = target_cost(budget.params(config), 0.7)
   state, records = prune(pruner, params, target)
   assert target - channel_params(config) < records[-1].params <= target
   assert state.plan.params(config) == records[-1].params
@@ -85,7 +85,7 @@ def test_lands_on_the_target_with_one_compile(model, importance):
 def test_a_draw_depends_on_seed_and_step_alone(model):
   """Stopping in between and going on from the saved state ends with the same plan."""
   config, params = model
-  target = target_params(config, 0.7)
+  target = target_cost(budget.params(config), 0.7)
   whole, records = prune(make_pruner(config), params, target)
   half, _ = prune(make_pruner(config), params, records[1].params)
   resumed = PruneState.from_json(half.to_json(), config)
@@ -98,15 +98,15 @@ def test_a_draw_depends_on_seed_and_step_alone(model):
 
 def test_reference_overshoots_and_starts_anew_at_every_stage(model):
   config, params = model
-  target = target_params(config, 0.9)
+  target = target_cost(budget.params(config), 0.9)
   pruner = make_pruner(config, compat='reference')
   state, records = prune(pruner, params, target)
   assert records[-1].params < target - channel_params(config)  # the whole last step is taken
   small = surgery.compact(params, state.plan)
   second_start = pruner.next_stage(state)
-  _, second = prune(pruner, small, target_params(config, 0.8), second_start, state.plan)
+  _, second = prune(pruner, small, target_cost(budget.params(config), 0.8), second_start, state.plan)
   assert max(second[0].sparsity) < 2 * max(records[0].sparsity)  # one step's worth: s began at 0 again
-  _, carried = prune(make_pruner(config), small, target_params(config, 0.8), state, state.plan)
+  _, carried = prune(make_pruner(config), small, target_cost(budget.params(config), 0.8), state, state.plan)
   assert max(carried[0].sparsity) > max(records[-1].sparsity)
 
 
@@ -130,7 +130,7 @@ def test_wanda_sp_scores_a_layer_on_the_outputs_of_the_pruned_layers_before_it(t
   params = random_params(config)
   save_checkpoint(tmp_path, config, params)
   pruner = make_pruner(config, rows=16, method='wanda_sp')
-  found, _ = prune(pruner, params, target_params(config, 0.5))
+  found, _ = prune(pruner, params, target_cost(budget.params(config), 0.5))
   assert (found.plan.kv_widths < 3).all() and (found.plan.ffn_widths < 64).all()
 
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).double().eval()
@@ -162,7 +162,7 @@ def test_wanda_sp_scores_a_layer_on_the_outputs_of_the_pruned_layers_before_it(t
 )
 def test_a_memo_saves_passes_and_changes_nothing(model, options):
   config, params = model
-  target, memo = target_params(config, 0.8), ScoreMemo()
+  target, memo = target_cost(budget.params(config), 0.8), ScoreMemo()
   whole, records = prune(make_pruner(config, **options), params, target)
   for passes in (len(records), 0):
     before = memo.computed
@@ -190,8 +190,8 @@ def test_a_memo_tells_the_same_tokens_in_other_rows_apart(model):
 def test_a_memo_is_only_for_the_models_own_weights(model):
   """After the first compaction training may have changed them: equal plans no longer mean equal scores."""
   config, params = model
-  memo, target = ScoreMemo(), target_params(config, 0.8)
-  state, _ = prune(make_pruner(config, memo=memo), params, target_params(config, 0.9))
+  memo, target = ScoreMemo(), target_cost(budget.params(config), 0.8)
+  state, _ = prune(make_pruner(config, memo=memo), params, target_cost(budget.params(config), 0.9))
   small, known = surgery.compact(params, state.plan), (memo.computed, memo.remembered)
   prune(make_pruner(config, memo=memo), small, target, state, state.plan)
   assert (memo.computed, memo.remembered) == known

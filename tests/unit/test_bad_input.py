@@ -122,6 +122,20 @@ def test_target_above_and_below_what_can_be_reached(files):
   refuse(config, 'prune.target', '0.05', 'raise it')
 
 
+def test_budgets_name_what_they_need_and_their_smallest_target(files):
+  config = runs.make_config(files)
+  config.prune.budget = 'latency'
+  refuse(config, "config.prune.budget = 'latency'", 'prune.latency_table', '--mode=bench')
+  config.prune.latency_table = str(files / 'absent.json')
+  refuse(config, 'config.prune.latency_table', 'absent.json')
+  config.prune.latency_table = str(files / 'model/config.json')
+  refuse(config, 'config.prune.latency_table', 'config.json', 'holds no table', 'h100')
+  config.prune.budget, config.prune.target = 'kv_cache', 0.2  # of 768 bytes; each layer keeps 64
+  refuse(config, 'config.prune.target = 0.2', '153 bytes', 'always keeps 256 bytes of KV cache', 'raise it')
+  config.prune.target = 1000
+  refuse(config, 'config.prune.target = 1,000', '768 bytes', 'lower it')
+
+
 def test_methods_that_do_not_go_with_the_rest(files):
   config = runs.make_config(files)
   config.prune.method = 'llm_pruner'  # the model has four layers
@@ -135,6 +149,9 @@ def test_methods_that_do_not_go_with_the_rest(files):
 def test_what_slicegpt_cannot_do(files, tmp_path):
   config = runs.make_config(files)
   config.prune.method, config.prune.compensate = 'slicegpt', 'none'
+  config.prune.budget = 'flops'
+  refuse(config, "config.prune.budget = 'flops'", 'slicegpt', "set it to 'params'")
+  config.prune.budget = 'params'
   refuse(config, 'config.prune.stages = 2', 'slicegpt', 'set it to 1')
   config.prune.stages = 1
   refuse(config, 'config.train.tokens', 'slicegpt', '--mode=prune')

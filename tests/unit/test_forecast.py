@@ -7,6 +7,7 @@ import pytest
 
 from adapt_jax.config.build import choices, from_dict
 from adapt_jax.pipeline import flops, forecast
+from adapt_jax.pruning import budget
 from tests.support.helpers import tiny_config
 
 CONFIG = tiny_config()
@@ -24,6 +25,7 @@ def run(tokens: int = 0, alpha: float = 0.0, **prune: object):
     evaluate={'text': types.SimpleNamespace(tokens=np.zeros((3, 16)))},
     train='rows' if tokens else None,
     dtype=np.float32,
+    budget=budget.params(CONFIG),
   )
   return options, inputs
 

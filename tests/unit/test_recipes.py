@@ -22,7 +22,7 @@ from adapt_jax.modes.compare import list_cells
 from adapt_jax.pipeline import inputs
 from adapt_jax.pipeline.schedule import stage_steps, stage_targets
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.pruning import surgery
+from adapt_jax.pruning import budget, surgery
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import steps
@@ -132,7 +132,7 @@ def walk(options, config, kind):
   prune = options.prune
   method, state = METHODS[prune.method](config, prune), PruneState.start(config)
   params = abstract_params(config)
-  for target in stage_targets(config, prune.target, prune.stages, prune.stage_targets):
+  for target in stage_targets(budget.params(config), prune.target, prune.stages, prune.stage_targets):
     compacted = state.plan
     taken = steps(method, config, state, target, lambda now: draw_scores(config, kind, now.step))
     for _, state in taken:
@@ -193,7 +193,7 @@ def test_the_plan_is_accepted_and_every_stage_trains_its_share(name):
 def test_published_settings_are_the_papers(name):
   row, options = PAPER[name], options_of(name)
   config, prune, t = model_of(options), options.prune, options.train
-  targets = stage_targets(config, prune.target, prune.stages, prune.stage_targets)
+  targets = stage_targets(budget.params(config), prune.target, prune.stages, prune.stage_targets)
   assert options.model.source == row.source
   assert count_params(config) / 1e6 == pytest.approx(row.before, abs=0.05)
   assert targets[-1] / 1e6 == pytest.approx(row.after, abs=0.05)

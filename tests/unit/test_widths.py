@@ -62,10 +62,10 @@ def test_rounding_of_the_sparsity_costs_no_kv_group():
 def test_params_agree_with_the_config(output_bias):
   config = make_config(qkv_bias=True, qk_norm=True, output_bias=output_bias)
   a = Allocator(config)
-  assert a.params(a.full) == count_params(config)
+  assert a.cost(a.full) == count_params(config)
   w = a.widths(np.linspace(0, 0.9, 6))
   shapes = tuple(LayerShape(2 * int(k), int(k), int(f)) for k, f in zip(w.kv, w.ffn, strict=True))
-  assert a.params(w) == count_params(config.with_layers(shapes))
+  assert a.cost(w) == count_params(config.with_layers(shapes))
 
 
 @pytest.mark.parametrize('align', [1, 7, 32])
@@ -75,7 +75,7 @@ def test_every_target_is_landed_on(align, seed):
   rng = np.random.default_rng(seed)
   config = make_config(layers=5, kv=int(rng.integers(1, 5)), ffn=int(rng.integers(80, 140)))
   a = Allocator(config, align)
-  low, high = a.smallest() + 3 * align * channel_params(config), a.params(a.full)
+  low, high = a.smallest() + 3 * align * channel_params(config), a.cost(a.full)
   target = int(rng.integers(low, high))
   widths, s = a.full, np.zeros(5)
   for _ in range(500):
@@ -84,9 +84,9 @@ def test_every_target_is_landed_on(align, seed):
     assert (new.kv <= widths.kv).all() and (new.ffn <= widths.ffn).all()
     assert all(f % align == 0 or f == full for f, full in zip(new.ffn, a.full.ffn, strict=True))
     widths = new
-    if a.params(widths) <= target:
+    if a.cost(widths) <= target:
       break
-  assert target - align * channel_params(config) < a.params(widths) <= target
+  assert target - align * channel_params(config) < a.cost(widths) <= target
 
 
 def test_smallest_target_is_reached_and_never_passes_it():
@@ -95,7 +95,7 @@ def test_smallest_target_is_reached_and_never_passes_it():
   widths, s = a.full, np.zeros(6)
   for _ in range(200):
     widths, s = a.step(widths, s, np.full(6, 0.02), a.smallest())
-  assert a.params(widths) == a.smallest()
+  assert a.cost(widths) == a.smallest()
 
 
 def test_layers_that_the_rate_spares_give_way_when_nothing_else_is_left():
@@ -106,9 +106,9 @@ def test_layers_that_the_rate_spares_give_way_when_nothing_else_is_left():
   widths, s = a.full, np.zeros(2)
   for _ in range(200):
     widths, s = a.step(widths, s, np.array([-0.08, 0.12]), target)
-    if a.params(widths) <= target:
+    if a.cost(widths) <= target:
       break
-  assert target - channel_params(config) < a.params(widths) <= target
+  assert target - channel_params(config) < a.cost(widths) <= target
 
 
 def test_a_stall_takes_ordinary_steps_and_keeps_its_books():
@@ -116,16 +116,16 @@ def test_a_stall_takes_ordinary_steps_and_keeps_its_books():
   config = make_config(layers=4, kv=1)
   a = Allocator(config)
   widths, s = a.full, np.zeros(4)
-  target = a.params(a.full) // 2
+  target = a.cost(a.full) // 2
   removed = []
   for _ in range(400):
-    before = a.params(widths)
+    before = a.cost(widths)
     widths, s = a.step(widths, s, np.array([-0.015, -0.015, -0.015, -0.001]), target)
-    removed.append((before - a.params(widths)) / a.params(a.full))
+    removed.append((before - a.cost(widths)) / a.cost(a.full))
     np.testing.assert_array_less(1 - widths.ffn / a.full.ffn - 2 / a.full.ffn, s)
-    if a.params(widths) <= target:
+    if a.cost(widths) <= target:
       break
-  assert target - channel_params(config) < a.params(widths) <= target
+  assert target - channel_params(config) < a.cost(widths) <= target
   assert max(removed) < 0.03
 
 
@@ -133,7 +133,7 @@ def test_kv_group_that_would_overshoot_is_passed_over():
   config = make_config(layers=1, kv=2, ffn=64)
   a = Allocator(config)
   # Both a KV group and channels are due; the room is for two channels only.
-  target = a.params(a.full) - 2 * channel_params(config)
+  target = a.cost(a.full) - 2 * channel_params(config)
   widths, _ = a.land(a.full, np.array([0.49]), np.array([0.2]), target)
   assert widths.kv.tolist() == [2] and widths.ffn.tolist() == [62]
 
@@ -143,10 +143,10 @@ def test_kv_group_that_lands_exactly_on_the_target_goes():
   a = Allocator(make_config(layers=1, kv=2, ffn=100))
   s = np.array([0.435])  # the group falls at 0.4375, the next channel at 0.44
   widths = a.widths(s)
-  target = a.params(Widths(np.array([1]), widths.ffn))
+  target = a.cost(Widths(np.array([1]), widths.ffn))
   landed, _ = a.land(widths, s, np.array([0.2]), target)
   assert landed.kv.tolist() == [1] and landed.ffn.tolist() == widths.ffn.tolist() == [56]
-  assert a.params(landed) == target
+  assert a.cost(landed) == target
 
 
 def test_what_a_passed_over_kv_group_leaves_goes_in_ordinary_steps():
@@ -155,13 +155,13 @@ def test_what_a_passed_over_kv_group_leaves_goes_in_ordinary_steps():
   a = Allocator(config)
   s = np.array([0.42])  # the group falls at 0.4375
   widths = a.widths(s)
-  target = a.params(widths) - 15 * channel_params(config)
+  target = a.cost(widths) - 15 * channel_params(config)
   cuts = []
-  while a.params(widths) > target:
+  while a.cost(widths) > target:
     before = widths
     widths, s = a.step(widths, s, np.array([0.02]), target)
     cuts.append(int(before.ffn[0] - widths.ffn[0]))
-  assert widths.kv.tolist() == [2] and a.params(widths) == target
+  assert widths.kv.tolist() == [2] and a.cost(widths) == target
   # 8 channels are two steps' worth; the ninth lies on the border, to rounding.
   assert sum(cuts) == 15 and len(cuts) == 2 and max(cuts) <= 2 * 0.02 * 200 + 1
 

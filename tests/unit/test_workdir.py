@@ -62,7 +62,7 @@ def test_a_text_that_has_changed_is_named(tmp_path):
   with workdir.claimed(lambda: {'train.source': 'a', 'evaluate.source (web)': 'b'}):
     pass
   changed = workdir.claimed(lambda: {'train.source': 'a', 'evaluate.source (web)': 'c'})
-  with pytest.raises(InputError, match=r'config\.evaluate\.source \(web\) is not the text'), changed:
+  with pytest.raises(InputError, match=r'config\.evaluate\.source \(web\) is not what the run'), changed:
     pass
   with workdir.claimed(lambda: {'train.source': 'a'}):  # free again, and another mode's texts do not matter
     pass

@@ -12,6 +12,7 @@ import numpy as np
 
 from adapt_jax.config.options import PruneOptions
 from adapt_jax.models.config import ModelConfig
+from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.plan import PrunePlan, PruneState, keep_best
 from adapt_jax.pruning.scores import Scores
 from adapt_jax.pruning.widths import Allocator, Removal, Widths
@@ -23,6 +24,8 @@ class Method(abc.ABC):
   Args:
     config: the model that widths and sparsities refer to: the dense one, or the one a stage starts from.
     options: `config.prune`.
+    budget: what targets limit, of a model with these layers; None: the number of parameters. Costs and
+      targets are in the parts of its unit.
   """
 
   # The scores of groups (an Importance or a name in criteria.IMPORTANCES) and of layers (a name in
@@ -32,12 +35,18 @@ class Method(abc.ABC):
   # Whether every step prunes the next layer of the model, all on the calibration rows of the first step.
   layer_by_layer: ClassVar[bool] = False
 
-  def __init__(self, config: ModelConfig, options: PruneOptions):
+  def __init__(self, config: ModelConfig, options: PruneOptions, budget: Budget | None = None):
     self.config, self.options = config, options
-    self.allocator = Allocator(config, options.align_ffn, options.align_kv, exact=not options.compat)
+    exact = not options.compat
+    self.allocator = Allocator(config, options.align_ffn, options.align_kv, exact=exact, budget=budget)
+
+  @property
+  def budget(self) -> Budget:
+    """What targets limit."""
+    return self.allocator.budget
 
   def smallest(self) -> int:
-    """The lowest target, in parameters, that can always be reached."""
+    """The lowest target that can always be reached."""
     return self.allocator.smallest()
 
   def layer_cost(self, scores: Scores, plan: PrunePlan) -> list[float]:
@@ -46,12 +55,12 @@ class Method(abc.ABC):
 
   @abc.abstractmethod
   def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
-    """The state after one more step; it may still have more than `target` parameters.
+    """The state after one more step; it may still cost more than `target`.
 
     Args:
       scores: scores of the model at `state.plan`, on the host; padded to the widest layer.
       state: the groups kept so far, in the numbering of the dense model.
-      target: stored parameters.
+      target: the highest cost allowed.
     """
 
 
@@ -93,8 +102,10 @@ class GlobalOneShot(OneShot):
   def layer_cost(self, scores: Scores, plan: PrunePlan) -> list[float]:
     """The median of what is ranked, over the groups and channels that a layer has at `plan`."""
     ranked = self.comparable(scores, plan)
-    rows = zip(ranked.kv, plan.kv, ranked.ffn, plan.ffn, strict=True)
-    values = [np.concatenate([kv[np.flatnonzero(k)], ffn[np.flatnonzero(f)]]) for kv, k, ffn, f in rows]
+    values = [kv[np.flatnonzero(kept)] for kv, kept in zip(ranked.kv, plan.kv, strict=True)]
+    if self.budget.counts_mlp:
+      channels = [ffn[np.flatnonzero(kept)] for ffn, kept in zip(ranked.ffn, plan.ffn, strict=True)]
+      values = [np.concatenate(of_layer) for of_layer in zip(values, channels, strict=True)]
     return [float(np.median(of_layer)) for of_layer in values]
 
   def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:

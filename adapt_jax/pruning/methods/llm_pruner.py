@@ -6,6 +6,7 @@ from adapt_jax.config.declare import MAX_SPARSITY
 from adapt_jax.config.options import PruneOptions
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
+from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.methods.base import UniformOneShot
 
 # Decoder layers at either end that are never pruned, as in the paper's runs on LLaMA-7B.
@@ -24,8 +25,8 @@ class LlmPruner(UniformOneShot):
 
   importance = 'taylor'
 
-  def __init__(self, config: ModelConfig, options: PruneOptions):
-    super().__init__(config, options)
+  def __init__(self, config: ModelConfig, options: PruneOptions, budget: Budget | None = None):
+    super().__init__(config, options, budget)
     if config.num_layers <= FIRST + LAST:
       raise InputError(
         f'config.prune.method = {options.method!r} leaves the first {FIRST} and last {LAST} layers alone, '
@@ -37,4 +38,4 @@ class LlmPruner(UniformOneShot):
     return (layers >= FIRST) & (layers < len(layers) - LAST)
 
   def smallest(self) -> int:
-    return self.allocator.params(self.allocator.widths(MAX_SPARSITY * self.touched()))
+    return self.allocator.cost(self.allocator.widths(MAX_SPARSITY * self.touched()))

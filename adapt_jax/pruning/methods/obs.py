@@ -6,7 +6,7 @@ from adapt_jax.pruning.scores import Scores
 
 
 class Obs(GlobalOneShot):
-  """Removes what increases the loss least per parameter, over all layers and modules, in one shot.
+  """Removes what increases the loss least per unit of the budget, over all layers and modules, in one shot.
 
   The cost of a KV group or channel is that of `adapt_jax.pruning.curvature`: second order, with the remaining
   weights corrected for the removed ones, as in the LLM Surgeon (van der Ouderaa et al., arXiv 2312.17244).
@@ -17,5 +17,6 @@ class Obs(GlobalOneShot):
   importance = 'curvature'
 
   def comparable(self, scores: Scores, plan: PrunePlan) -> Scores:
-    costs = self.allocator.kv_cost[:, None], self.allocator.ffn_cost
-    return scores._replace(kv=scores.kv / costs[0], ffn=scores.ffn / costs[1])
+    # Channels are ranked in the precision of their scores.
+    channel = self.budget.channel_costs[:, None].astype(scores.ffn.dtype)
+    return scores._replace(kv=scores.kv / self.budget.group_costs[:, None], ffn=scores.ffn / channel)

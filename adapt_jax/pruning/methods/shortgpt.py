@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from adapt_jax.models.config import count_params, layer_params
 from adapt_jax.pruning.methods.base import Method
 from adapt_jax.pruning.plan import PruneState
 from adapt_jax.pruning.scores import Scores
@@ -20,14 +19,13 @@ class ShortGpt(Method):
   distance = 'cosine'
 
   def smallest(self) -> int:
-    layers = [layer_params(self.config, shape) for shape in self.config.layers]
-    return count_params(self.config) - sum(layers) + max(layers)
+    return self.budget.fixed + max(c.rest + int(c.attention[-1] + c.mlp[-1]) for c in self.budget.layers)
 
   def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
     influence = 1 + scores.distance
     plan = state.plan
     for layer in np.argsort(influence, kind='stable'):
-      if plan.params(self.config) <= target:
+      if plan.cost(self.budget) <= target:
         break
       if plan.present[layer]:
         plan = plan.without_layer(layer)

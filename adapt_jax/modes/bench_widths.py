@@ -1,0 +1,170 @@
+"""Mode bench without a dense model to compare with: seconds of a request by the widths of the layers.
+
+The model is run with all layers at one smaller width after another, and with half of its layers; each runs in
+turn with the whole model, so that other load on the machine affects both. Differences of these times are the
+table that prune.budget = latency reads (`pruning.latency`). Whole models are measured, because a block by
+itself finds its weights in the caches of the processor.
+"""
+
+import datetime
+import statistics
+from typing import Any
+
+import numpy as np
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.generation.generator import Generator, Timings
+from adapt_jax.generation.in_turn import time_in_turn
+from adapt_jax.machine import mesh
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.mesh import load_source
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import write_text
+from adapt_jax.models.formats.source import Source
+from adapt_jax.models.network import sharding
+from adapt_jax.models.network.backend import compute_dtype
+from adapt_jax.models.network.llama import Params
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning import latency, surgery
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.reports.report import WidthsReport, versions, write_report
+
+_SHARES = (0.125, 0.25, 0.5, 0.75)  # of the full width
+_KINDS = ('prefill', 'decode')
+Seconds = dict[str, float]  # of a prefill, and of a decoding step
+
+
+def widths_of(full: int) -> list[int]:
+  """The smaller widths that are measured, ascending: round ones that the mesh can split."""
+  found = sharding.mesh()
+  tensor = found.shape['tensor'] if found is not None else 1
+  step = max(
+    (step for step in (64, 32, 16, 8, 4, 2) if full >= 8 * step and not step % tensor), default=tensor
+  )
+  return sorted({max(round(share * full / step), 1) * step for share in _SHARES} - {full})
+
+
+def narrowed(config: ModelConfig, kv: int, ffn: int, layers: int) -> PrunePlan:
+  """The plan that keeps the first groups and channels of the first layers."""
+  kept = np.arange(config.num_layers) < layers
+  return PrunePlan(
+    tuple((np.arange(s.num_kv_heads) < kv) & there for s, there in zip(config.layers, kept, strict=True)),
+    tuple((np.arange(s.ffn) < ffn) & there for s, there in zip(config.layers, kept, strict=True)),
+  )
+
+
+class _Bench:
+  """The whole model, loaded, beside which narrower ones are timed."""
+
+  def __init__(self, source: Source, options: RunOptions, prompts: list[list[int]]):
+    self._options, self._prompts, self.config = options.bench, prompts, source.config
+    self._dtype = compute_dtype(options.model.dtype)
+    self._params = load_source(source, self._dtype)
+    self._whole = self._generator(self.config, self._params)
+    self.whole: list[Seconds] = []
+
+  def _generator(self, config: ModelConfig, params: Params) -> Generator:
+    b = self._options
+    generator = Generator(config, params, compiler=Compiler(), dtype=self._dtype, max_batch=b.batch)
+    generator.generate(self._prompts, b.new_tokens)  # compiles
+    return generator
+
+  def ratio(self, plan: PrunePlan, title: str) -> Seconds:
+    """The time of a part of the model over that of the whole: medians of consecutive runs."""
+
+    def cut(params: Params) -> Params:
+      return surgery.compact(params, plan)
+
+    b, params = self._options, mesh.jit(cut, self._params, once=True)(self._params)
+    both = self._whole, self._generator(plan.pruned_config(self.config), params)
+    timings = time_in_turn(both, self._prompts, b.new_tokens, b.repeats, title)
+    whole, part = ([_seconds(one, b.new_tokens - 1) for one in model] for model in timings)
+    self.whole += whole
+    pairs = list(zip(part, whole, strict=True))
+    return {kind: statistics.median(p[kind] / w[kind] for p, w in pairs) for kind in _KINDS}
+
+
+def _seconds(timings: Timings, steps: int) -> Seconds:
+  return {'prefill': timings.prefill_seconds, 'decode': timings.decode_seconds / steps}
+
+
+def measure(source: Source, options: RunOptions, prompts: list[list[int]]) -> dict[str, dict[str, Any]]:
+  """The phases of a `latency.Table` as JSON."""
+  bench, config = _Bench(source, options, prompts), source.config
+  shape, layers = config.layers[0], config.num_layers
+  kv, ffn = shape.num_kv_heads, shape.ffn
+  groups = {k: bench.ratio(narrowed(config, k, ffn, layers), f'{k} KV heads') for k in widths_of(kv)}
+  channels = {f: bench.ratio(narrowed(config, kv, f, layers), f'{f:,} channels') for f in widths_of(ffn)}
+  half = max(layers // 2, 1)
+  fewer = bench.ratio(narrowed(config, kv, ffn, half), f'{half} layers') if half < layers else None
+
+  def phase(kind: str) -> dict[str, Any]:
+    whole = statistics.median(seconds[kind] for seconds in bench.whole)
+    layer = whole * (1 - fewer[kind]) / (layers - half) if fewer else whole / layers
+
+    def curve(ratios: dict[int, Seconds], full: int) -> dict[str, list[Any]]:
+      """Seconds of a block of one layer, such that none of it takes none: by the line of the two lowest."""
+      saved = [*(whole * (1 - ratio[kind]) / layers for ratio in ratios.values()), 0.0]
+      widths = [*ratios, full]
+      slope = (saved[0] - saved[1]) / (widths[1] - widths[0]) if ratios else 0.0
+      most = saved[0] + slope * widths[0]
+      return {'widths': widths, 'seconds': [most - x for x in saved]}
+
+    attention, mlp = curve(groups, kv), curve(channels, ffn)
+    rest = layer - attention['seconds'][-1] - mlp['seconds'][-1]
+    return {'fixed': whole - layers * layer, 'rest': rest, 'attention': attention, 'mlp': mlp}
+
+  return {kind: phase(kind) for kind in _KINDS}
+
+
+def run(options: RunOptions, source: Source, workdir: Workdir, command: str) -> None:
+  """Measures the model, writes report.json and bench.md, and prints the table. Raises InputError."""
+  if not source.config.uniform:
+    raise InputError(
+      f'config.bench.dense is empty, and {source.name}, whose layers differ in width, does not record its '
+      f'origin: name the model before pruning'
+    )
+  with workdir.claimed():
+    b, rng = options.bench, np.random.default_rng(options.seed)
+    prompts = rng.integers(0, source.config.vocab_size, (b.batch, b.prompt_length)).tolist()
+    report: WidthsReport = {
+      **latency.here(compute_dtype(options.model.dtype)),  # type: ignore[typeddict-item]
+      'date': datetime.date.today().isoformat(),
+      'source': source.name,
+      'repeats': b.repeats,
+      'latency': {
+        'model': latency.likeness(source.config),
+        'request': latency.request_of(b),
+        **measure(source, options, prompts),
+      },
+      'command': command,
+      'versions': versions(),
+    }
+    table = _table(report, source.config.num_layers)
+    write_text(workdir.path / 'bench.md', table)
+    write_report(workdir.report, report)
+    flags = f'--config.prune.budget=latency --config.prune.latency_table={workdir.report}'
+    print(f'\n{table}\nto prune for such requests: {flags}')
+
+
+def _table(report: WidthsReport, layers: int) -> str:
+  """Milliseconds of all layers' blocks by width, and of what is outside them."""
+  found = report['latency']
+  lines = ['| all layers, ms | prefill | decoding step |', '|---|---|---|']
+
+  def row(title: str, values: list[float]) -> str:
+    return f'| {title} | ' + ' | '.join(f'{1000 * x:,.4g}' for x in values) + ' |'
+
+  for block, name in (('attention', 'KV heads'), ('mlp', 'MLP channels')):
+    for i, width in enumerate(found['prefill'][block]['widths']):
+      lines.append(row(f'{width:,} {name}', [layers * found[kind][block]['seconds'][i] for kind in _KINDS]))
+  lines.append(row('norms and the rest of the layers', [layers * found[kind]['rest'] for kind in _KINDS]))
+  lines.append(row('embedding and head', [found[kind]['fixed'] for kind in _KINDS]))
+  request = found['request']
+  return '\n'.join([
+    *lines, '',
+    f'{report["source"]} on {report["device"]}, {report["dtype"]}, {report["date"]}; {request["batch"]} x '
+    f'{request["prompt_length"]} random ids, {request["new_tokens"]} new tokens each; from medians of '
+    f'{report["repeats"]} runs, each beside one of the whole model.', '',
+  ])  # fmt: skip

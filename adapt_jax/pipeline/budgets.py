@@ -1,0 +1,42 @@
+"""The budget of a run (`prune.budget`) from its options and its model."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from adapt_jax.config.options import RunOptions
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.pipeline.dense_model import with_output_bias
+from adapt_jax.pruning import budget as budgets
+from adapt_jax.pruning import latency
+from adapt_jax.pruning.budget import Budget
+
+
+def budget_of(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16') -> Budget:
+  """What prune.target limits in a run on this model.
+
+  Args:
+    config: of the source. Biases that the run adds to it count, but not in the dense model.
+    stored: dtype of the source's weights, which the export keeps if export.dtype is auto; by default that of
+      most models, for estimates without weights.
+
+  Raises InputError for a bad or foreign prune.latency_table.
+  """
+  biased = with_output_bias(config, options.prune.compensate == 'bias')
+  return dataclasses.replace(_budget(options, biased, stored), dense=_budget(options, config, stored).dense)
+
+
+def _budget(options: RunOptions, config: ModelConfig, stored: str) -> Budget:
+  kind, request = options.prune.budget, options.bench
+  context = request.prompt_length + request.new_tokens
+  itemsize = jnp.dtype(stored if options.export.dtype == 'auto' else options.export.dtype).itemsize
+  if kind == 'flops':
+    return budgets.flops(config, context)
+  if kind == 'kv_cache':
+    return budgets.kv_cache(config, itemsize)
+  if kind == 'memory':
+    return budgets.memory(config, itemsize, request.batch * context)
+  if kind == 'latency':
+    table = latency.find_table(options.prune.latency_table, config, request)
+    return latency.budget(table, config)
+  return budgets.params(config)

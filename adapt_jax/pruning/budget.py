@@ -1,0 +1,165 @@
+"""What a model costs in the unit of `prune.budget`, layer by layer: the quantity that pruning reduces.
+
+A cost is a whole number of small parts of the unit, so that sums are exact: parameters, operations, bytes, or
+picoseconds. NumPy only.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from adapt_jax.config.units import UNITS, Unit, amount
+from adapt_jax.models.config import (
+  LayerShape,
+  ModelConfig,
+  channel_params,
+  count_params,
+  kv_group_params,
+  layer_params,
+)
+
+
+class LayerCost(NamedTuple):
+  """The cost of one layer: of what no width changes, and of attention [K + 1] and MLP [F + 1] by width.
+
+  `attention[k]` is the cost of k KV groups with their query heads, `mlp[f]` that of f channels; both are 0 at
+  width 0 and never fall as the width grows. `rest` is paid unless the layer is removed.
+  """
+
+  rest: int
+  attention: np.ndarray
+  mlp: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Budget:
+  """The cost of every model that pruning can make of one: fixed + Σ over layers of `LayerCost`.
+
+  kind: a name in `UNITS`, as in prune.budget. fixed: what lies outside the layers, such as the embedding.
+  dense: the cost of the model before pruning, which fractions refer to.
+  """
+
+  kind: str
+  fixed: int
+  layers: tuple[LayerCost, ...]
+  dense: int
+
+  @classmethod
+  def of(
+    cls, kind: str, config: ModelConfig, fixed: int, layer_cost: Callable[[LayerShape], LayerCost]
+  ) -> 'Budget':
+    """The budget of a model, from the cost of a layer of each shape."""
+    found = {shape: layer_cost(shape) for shape in dict.fromkeys(config.layers)}
+    layers = tuple(found[shape] for shape in config.layers)
+    dense = fixed + sum(int(c.rest + c.attention[-1] + c.mlp[-1]) for c in layers)
+    return cls(kind, fixed, layers, dense)
+
+  @property
+  def unit(self) -> Unit:
+    return UNITS[self.kind]
+
+  @property
+  def counts_mlp(self) -> bool:
+    """Whether MLP channels cost anything; if not, only attention is pruned."""
+    return any(layer.mlp[-1] for layer in self.layers)
+
+  @property
+  def coarse(self) -> bool:
+    """Whether a KV group costs more than all channels of its layer.
+
+    Then a target is missed by up to a group, since too many channels would have to go instead of one.
+    """
+    return any(layer.attention[1] > layer.mlp[-1] for layer in self.layers)
+
+  @property
+  def group_costs(self) -> np.ndarray:
+    """The mean cost of one KV group of each layer, at least 1, float64 [L]."""
+    return np.array([max(c.attention[-1] / (len(c.attention) - 1), 1) for c in self.layers])
+
+  @property
+  def channel_costs(self) -> np.ndarray:
+    """The mean cost of one MLP channel of each layer, at least 1, float64 [L]."""
+    return np.array([max(c.mlp[-1] / (len(c.mlp) - 1), 1) for c in self.layers])
+
+  def prunable(self, kv: np.ndarray, ffn: np.ndarray) -> np.ndarray:
+    """Cost of the KV groups and MLP channels of every layer at these widths, int [L]."""
+    return np.array([c.attention[k] + c.mlp[f] for c, k, f in zip(self.layers, kv, ffn, strict=True)])
+
+  def cost(self, kv: np.ndarray, ffn: np.ndarray) -> int:
+    """Cost of the model with these KV groups and MLP channels, int [L]; a layer with neither is removed."""
+    rests = sum(c.rest for c, k, f in zip(self.layers, kv, ffn, strict=True) if k or f)
+    return int(self.fixed + rests + self.prunable(kv, ffn).sum())
+
+  def digest(self) -> str:
+    """A digest of all costs."""
+    found = hashlib.sha256(str(self.fixed).encode())
+    for layer in self.layers:
+      found.update(str(layer.rest).encode() + layer.attention.tobytes() + layer.mlp.tobytes())
+    return found.hexdigest()
+
+  def target(self, asked: float) -> int:
+    """The cost that `prune.target` asks for: a fraction of the dense model's (up to 1), or in the unit."""
+    return int(self.dense * asked) if asked <= 1 else int(asked * self.unit.parts)
+
+  def number(self, cost: int) -> float:
+    """A cost in the unit: whole, except in ms."""
+    return cost if self.unit.parts == 1 else cost / self.unit.parts
+
+  def text(self, cost: int) -> str:
+    """A cost for readers, such as '110,602,944 parameters' or '812.5 ms'."""
+    return f'{amount(self.kind, self.number(cost))} {self.unit.name}'
+
+
+def _linear(rest: int, group: int, channel: int, shape: LayerShape) -> LayerCost:
+  """The cost of a layer whose KV groups all cost the same, and whose channels do."""
+  return LayerCost(rest, group * np.arange(shape.num_kv_heads + 1), channel * np.arange(shape.ffn + 1))
+
+
+def params(config: ModelConfig) -> Budget:
+  """Stored parameters; a tied embedding counts once."""
+  channel = channel_params(config)
+
+  def of_layer(shape: LayerShape) -> LayerCost:
+    group = kv_group_params(config, shape.group_size)
+    rest = layer_params(config, shape) - shape.num_kv_heads * group - shape.ffn * channel
+    return _linear(rest, group, channel, shape)
+
+  tables = count_params(config) - sum(layer_params(config, shape) for shape in config.layers)
+  return Budget.of('params', config, tables, of_layer)
+
+
+def flops(config: ModelConfig, length: int) -> Budget:
+  """Floating-point operations of a forward pass per token: two per weight of every product, and attention.
+
+  The products of queries with keys and of weights with values cost 4 · T · N · H per layer for T = `length`
+  positions, and half of it with causal masks. Norms, rotations and softmax are not counted.
+  """
+  D, H = config.hidden_size, config.head_dim
+
+  def of_layer(shape: LayerShape) -> LayerCost:
+    G = shape.group_size
+    group = 2 * (2 + 2 * G) * H * D + 2 * length * G * H
+    return _linear(4 * D * D if config.sliced_from else 0, group, 6 * D, shape)
+
+  return Budget.of('flops', config, 2 * config.vocab_size * D, of_layer)
+
+
+def kv_cache(config: ModelConfig, itemsize: int) -> Budget:
+  """Bytes of the KV cache for one token: a key and a value of H numbers for each KV group of each layer."""
+  group = 2 * config.head_dim * itemsize
+  return Budget.of('kv_cache', config, 0, lambda shape: _linear(0, group, 0, shape))
+
+
+def memory(config: ModelConfig, itemsize: int, tokens: int) -> Budget:
+  """Bytes of the weights, and of the KV cache of so many tokens."""
+  weights, cache = params(config), 2 * config.head_dim * itemsize * tokens
+
+  def of_layer(shape: LayerShape) -> LayerCost:
+    found = weights.layers[config.layers.index(shape)]
+    groups = itemsize * found.attention + cache * np.arange(shape.num_kv_heads + 1)
+    return LayerCost(itemsize * found.rest, groups, itemsize * found.mlp)
+
+  return Budget.of('memory', config, itemsize * weights.fixed, of_layer)

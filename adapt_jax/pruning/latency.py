@@ -1,0 +1,224 @@
+"""Seconds of a request by the widths of the layers: measured by mode bench, or by the roofline of a device.
+
+A request is a batch of prompts of which every row generates some tokens, as in mode bench. Its latency is one
+prefill and a decoding step for each new token after the first. Both are taken to be a sum over blocks, each
+linear between the widths that were measured.
+"""
+
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from adapt_jax.config.mode_options import BenchOptions
+from adapt_jax.config.units import UNITS
+from adapt_jax.machine.targets import TARGETS, Target
+from adapt_jax.models.config import LayerShape, ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import local, read_json
+from adapt_jax.pruning.budget import Budget, LayerCost
+
+FIELD = 'config.prune.latency_table'
+DEVICES = tuple(name for name in TARGETS if name != 'cpu')
+_PARTS_PER_SECOND = 1000 * UNITS['latency'].parts
+_BYTES = 2  # of a number in bfloat16, which the published peaks are for
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """Seconds of a block at some widths, ascending; linear in between, and below the first."""
+
+  widths: tuple[int, ...]
+  seconds: tuple[float, ...]
+
+  def at(self, most: int) -> np.ndarray:
+    """Seconds at the widths 0 … most, [most + 1]."""
+    x, y = np.array(self.widths, float), np.array(self.seconds)
+    slope = (y[1] - y[0]) / (x[1] - x[0]) if len(x) > 1 else 0.0
+    return np.interp(np.arange(most + 1), [0.0, *x], [y[0] - slope * x[0], *y])
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """Seconds of a prefill or a decoding step: outside the layers, and of the blocks of each layer.
+
+  rest: of a layer besides what changes with the widths.
+  """
+
+  fixed: float
+  rest: float
+  attention: Curve
+  mlp: Curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Latencies of models that differ from one in the widths of layers only.
+
+  name: the file or device. model: what the models have in common, as in `likeness`. request: batch,
+  prompt_length and new_tokens. where: the device, backend and dtype of the measurements; empty if none.
+  """
+
+  name: str
+  model: dict[str, int]
+  request: dict[str, int]
+  prefill: Phase
+  decode: Phase
+  where: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def likeness(config: ModelConfig) -> dict[str, int]:
+  """What two models need to share for a layer of one to be as fast as an equal layer of the other."""
+  return {
+    'hidden_size': config.hidden_size,
+    'head_dim': config.head_dim,
+    'group_size': config.layers[0].group_size,
+    'vocab_size': config.vocab_size,
+  }
+
+
+def here(dtype: Any) -> dict[str, str]:
+  """The device, backend and dtype of programs of this process, as in `Table.where`."""
+  device = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+  return {'device': device, 'backend': jax.default_backend(), 'dtype': np.dtype(dtype).name}
+
+
+def request_of(options: BenchOptions) -> dict[str, int]:
+  """The request of the options, as in `Table.request`."""
+  return {name: getattr(options, name) for name in ('batch', 'prompt_length', 'new_tokens')}
+
+
+def budget(table: Table, config: ModelConfig) -> Budget:
+  """The budget of a request's latency on this model. Raises InputError if the table says nothing of it."""
+  steps = table.request['new_tokens'] - 1
+
+  def seconds(of: str, most: int) -> np.ndarray:
+    prefill, decode = (getattr(phase, of).at(most) for phase in (table.prefill, table.decode))
+    return prefill + steps * decode
+
+  def of_layer(shape: LayerShape) -> LayerCost:
+    attention, mlp = seconds('attention', shape.num_kv_heads), seconds('mlp', shape.ffn)
+    rest = table.prefill.rest + steps * table.decode.rest + attention[0] + mlp[0]
+    # A wider block that was measured as faster is taken to be as slow: a removal must never cost time.
+    grown = (np.maximum.accumulate(x - x[0]) for x in (attention, mlp))
+    return LayerCost(_parts(rest), *(np.rint(x * _PARTS_PER_SECOND).astype(np.int64) for x in grown))
+
+  found = Budget.of('latency', config, _parts(table.prefill.fixed + steps * table.decode.fixed), of_layer)
+  if not found.counts_mlp or found.dense <= 0:
+    raise InputError(
+      f'{FIELD} = {table.name!r}: narrower layers are no faster in it: measure on an idle machine'
+    )
+  return found
+
+
+def _parts(seconds: float) -> int:
+  return round(seconds * _PARTS_PER_SECOND)
+
+
+def find_table(name: str, config: ModelConfig, request: BenchOptions) -> Table:
+  """The table of prune.latency_table: of a named device, or a file that mode bench has written.
+
+  Raises InputError for a file without a table, and for one of another model.
+  """
+  if name in DEVICES:
+    return roofline(name, config, request)
+  table, mine = _read(name, config), likeness(config)
+  for field, value in table.model.items():
+    if mine[field] != value:
+      raise InputError(
+        f'{FIELD} = {name!r} is of a model with {field} {value:,}, but model.source has {mine[field]:,}: '
+        f'measure model.source with --mode=bench'
+      )
+  widest = max(s.num_kv_heads for s in config.layers), max(s.ffn for s in config.layers)
+  for title, curve, width in zip(
+    ('KV heads', 'MLP channels'), (table.prefill.attention, table.prefill.mlp), widest, strict=True
+  ):
+    if width > curve.widths[-1]:
+      raise InputError(
+        f'{FIELD} = {name!r} goes up to {curve.widths[-1]:,} {title}, but model.source has {width:,}: '
+        f'measure model.source with --mode=bench'
+      )
+  return table
+
+
+def _read(name: str, config: ModelConfig) -> Table:
+  try:
+    report = read_json(pathlib.Path(local(name)), 'write one with --mode=bench')
+  except InputError as error:
+    raise InputError(f'{FIELD}: {error}') from None
+  try:
+    found = report['latency']
+    request = {key: int(found['request'][key]) for key in request_of(BenchOptions())}
+    model = {key: int(value) for key, value in found['model'].items()}
+    where = {key: str(report[key]) for key in ('device', 'backend', 'dtype')}
+    prefill, decode = _phase(found['prefill']), _phase(found['decode'])
+    if min(request.values()) < 1 or model.keys() != likeness(config).keys():
+      raise ValueError('another format')
+  except (AttributeError, IndexError, LookupError, OverflowError, TypeError, ValueError):
+    raise InputError(
+      f'{FIELD} = {name!r} holds no table of latencies: name the report.json that --mode=bench wrote for a '
+      f'dense model, or one of {", ".join(DEVICES)}'
+    ) from None
+  return Table(name, model, request, prefill, decode, where)
+
+
+def _phase(found: Any) -> Phase:
+  """A phase from JSON; raises ValueError, LookupError or TypeError."""
+  curves = []
+  for block in ('attention', 'mlp'):
+    widths, seconds = found[block]['widths'], found[block]['seconds']
+    ascending = all(type(w) is int for w in widths) and sorted(set(widths)) == widths and widths[0] > 0
+    if not ascending or len(widths) != len(seconds):
+      raise ValueError('widths')
+    curves.append(Curve(tuple(widths), tuple(map(_number, seconds))))
+  return Phase(_number(found['fixed']), _number(found['rest']), *curves)
+
+
+def _number(value: Any) -> float:
+  if type(value) not in (int, float) or not math.isfinite(value):
+    raise ValueError('no number')
+  return float(value)
+
+
+def roofline(name: str, config: ModelConfig, request: BenchOptions) -> Table:
+  """A table from published peaks: a block takes the longer of its products and its reads.
+
+  The model is that of Williams et al., 10.1145/1498765.1498785.
+
+  All in bfloat16, on one device, without norms, rotations and the time to start kernels. The cache is read as
+  it is half-way through the decoding.
+  """
+  target, D, H, G = TARGETS[name], config.hidden_size, config.head_dim, config.layers[0].group_size
+  B, P = request.batch, request.prompt_length
+  widest = max(s.num_kv_heads for s in config.layers), max(s.ffn for s in config.layers)
+  head = _Work(2 * config.vocab_size * D * B, _BYTES * config.vocab_size * D)
+
+  def phase(tokens: int, slots: float) -> Phase:
+    """A pass over so many tokens of every row, each of which attends to so many slots."""
+    weights = (2 + 2 * G) * H * D
+    products = 2 * weights * B * tokens + 4 * slots * G * H * B * tokens
+    cache = 2 * H * B * (P if tokens > 1 else slots)
+    group = _Work(products, _BYTES * (weights + cache))
+    channel = _Work(6 * D * B * tokens, _BYTES * 3 * D)
+    curves = [
+      Curve((1, width + 1), (work.seconds(target), (width + 1) * work.seconds(target)))
+      for work, width in zip((group, channel), widest, strict=True)
+    ]
+    return Phase(head.seconds(target), 0.0, *curves)
+
+  steps = phase(1, P + request.new_tokens / 2)
+  return Table(name, likeness(config), request_of(request), phase(P, P / 2), steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+  """Operations, and bytes that are read or written."""
+
+  operations: float
+  moved: float
+
+  def seconds(self, target: Target) -> float:
+    return max(self.operations / (target.peak_tflops * 1e12), self.moved / (target.memory_gb_per_s * 1e9))
