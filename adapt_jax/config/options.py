@@ -131,6 +131,11 @@ class PruneOptions:
     choices=('none', 'least_squares', 'bias'),
   )
   target: float = option(0.8, 'Fraction of the parameters to keep (up to 1), or their number (above 1).')
+  vocab: tuple[str, ...] = option(
+    (),
+    'Text whose tokens remain in the vocabulary, all of which is read; the rows of all other tokens are '
+    'removed from embedding and head before anything else is pruned. Empty: the vocabulary stays whole.',
+  )
   stages: int = option(1, 'Rounds of pruning and recovery (N in the paper).', within=(1, 10_000))
   stage_targets: str = option(
     'linear', 'How the number of parameters decreases from stage to stage.', choices=('linear', 'geometric')

@@ -42,9 +42,12 @@ def compensation(options: RunOptions, dense: ModelConfig) -> float:
   return 3 * forward(dense, options.prune.calibration.length)
 
 
-def scoring_passes(options: RunOptions, dense: ModelConfig) -> int:
-  """How many times a run scores the model, or a method that goes layer by layer passes it forward."""
-  prune, schedule = options.prune, Schedule.of(options, dense)
+def scoring_passes(options: RunOptions, dense: ModelConfig, original: ModelConfig | None = None) -> int:
+  """How many times a run scores the model, or a method that goes layer by layer passes it forward.
+
+  original: the config before the vocabulary was trimmed, if it was.
+  """
+  prune, schedule = options.prune, Schedule.of(options, dense, original)
   if prune.method in PROGRESSIVE:
     return math.ceil(prune.steps * (1 - schedule.targets[-1] / count_params(dense)) / prune.ratio)
   layer_by_layer = prune.method in METHODS and METHODS[prune.method].layer_by_layer

@@ -11,6 +11,7 @@ from adapt_jax.machine.processes import say
 from adapt_jax.models.config import count_params
 from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.pipeline import flops
+from adapt_jax.pipeline.dense_model import original
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.schedule import Schedule
 
@@ -33,9 +34,10 @@ def announce(runs: list[tuple[RunOptions, Inputs]]) -> None:
 def operations(options: RunOptions, inputs: Inputs) -> float:
   """Floating-point operations of a run, without moments, solves and the tasks of the harness."""
   config, prune, train = inputs.source.config, options.prune, options.train
-  dense, schedule = count_params(config), Schedule.of(options, config)
+  whole = original(inputs.source).config
+  dense, schedule = count_params(config), Schedule.of(options, config, whole)
   rows = prune.calibration.samples * prune.calibration.length
-  found = flops.scoring_passes(options, config) * rows * flops.scoring(options, config)
+  found = flops.scoring_passes(options, config, whole) * rows * flops.scoring(options, config)
   if prune.compensate == 'least_squares':
     found += schedule.stages * rows * flops.compensation(options, config)
   windows = sum(blocks.tokens.size for blocks in inputs.evaluate.values())

@@ -57,7 +57,7 @@ class Run:
     self._compiler = Compiler(shared.programs if shared else None)
     self._metrics = MetricsLog(workdir.metrics)
     self._store = StateStore(workdir, inputs.config, self._metrics)
-    self._schedule = Schedule.of(options, inputs.source.config)
+    self._schedule = Schedule.of(options, inputs.source.config, inputs.model.original.config)
     self._trains = inputs.train is not None
     tx = optimizer(options.train, self._schedule.train_steps) if self._trains else None
     args = options, inputs, self._schedule
@@ -99,7 +99,10 @@ class Run:
   def _run_stages(self, state: RunState) -> None:
     if not state.dense:
       state.record_dense(self._perplexity(state, 'dense'))
-    if self._measure_tasks(state, 'dense'):
+    if self._inputs.untrimmed and not state.trimmed:
+      state.record_trimmed(self._perplexity(state, 'trimmed'))
+    measured = [self._measure_tasks(state, of) for of in self._quality.before]
+    if any(measured):
       self._store.save_plan(state, 1)
     for stage in range(max(state.stage, 1), self._schedule.stages + 1):
       if state.stage < stage:
@@ -229,6 +232,9 @@ class Run:
   def _report(self, state: RunState) -> RunReport:
     report = run_report(self.options, self._inputs.model, state, self._quality.definitions)
     report |= {'command': self._command, 'versions': versions(*self._harness('lm_eval'))}
+    for name, values in self._quality.tokens_per_byte.items():
+      if name in report['texts']:
+        report['texts'][name]['tokens_per_byte'] = values
     return report
 
   def _write_page(self, state: RunState) -> None:

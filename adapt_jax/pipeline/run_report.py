@@ -10,7 +10,14 @@ from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState
 from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.reports.report import PerplexityReport, RunReport, StageReport, TextReport, settings
+from adapt_jax.reports.report import (
+  ModelReport,
+  PerplexityReport,
+  RunReport,
+  StageReport,
+  TextReport,
+  settings,
+)
 
 _T = TypeVar('_T')
 
@@ -25,25 +32,34 @@ def run_report(
 
   definitions: the definition of perplexity on each text, in words.
   """
-  dense, rows = count_params(model.source.config), [*state.rows]
-  schedule = Schedule.of(options, model.source.config)
+  config, whole = model.source.config, model.original.config
+  dense, rows = count_params(whole), [*state.rows]
+  schedule = Schedule.of(options, config, whole)
   if state.row is not None:
     rows.append({**state.row, **state.compacted.widths(model.config)})
-  last: StageReport = rows[-1] if rows else {'stage': 0, 'params': dense}
+  last: StageReport = rows[-1] if rows else {'stage': 0, 'params': count_params(config)}
   perplexity: PerplexityReport = {
     'dense': first(state.dense),
     'pruned': last.get('perplexity_pruned'),
     'recovered': last.get('perplexity_recovered'),
     'definition': first(definitions),
   }
+  described: ModelReport = {
+    'source': model.source.name,
+    'params_before': dense,
+    'params_after': last['params'],
+    'params_target': schedule.targets[-1],
+    **PrunePlan.dense(model.config).widths(model.config),
+  }
+  if whole != config:
+    perplexity['trimmed'] = first(state.trimmed)
+    described |= {
+      'params_trimmed': count_params(config),
+      'vocab_size': whole.vocab_size,
+      'vocab_trimmed': config.vocab_size,
+    }
   return {
-    'model': {
-      'source': model.source.name,
-      'params_before': dense,
-      'params_after': last['params'],
-      'params_target': schedule.targets[-1],
-      **PrunePlan.dense(model.config).widths(model.config),
-    },
+    'model': described,
     'perplexity': perplexity,
     'texts': _texts(state, last, definitions),
     'tasks': state.tasks,
@@ -75,6 +91,8 @@ def _texts(state: RunState, last: StageReport, definitions: Mapping[str, str]) -
   found: dict[str, TextReport] = {}
   for name, dense in state.dense.items():
     found[name] = {'dense': dense, **last.get('texts', {}).get(name, {})}
+    if name in state.trimmed:
+      found[name]['trimmed'] = state.trimmed[name]
     if name in definitions:
       found[name]['definition'] = definitions[name]
   return found

@@ -19,9 +19,16 @@ def target_params(config: ModelConfig, target: float) -> int:
   return params
 
 
-def stage_targets(config: ModelConfig, target: float, stages: int, rule: str) -> list[int]:
-  """Parameters at the end of each stage: linear P0 − (P0 − P*)·k/N, geometric P0·(P*/P0)^(k/N)."""
-  dense, last = count_params(config), target_params(config, target)
+def stage_targets(
+  config: ModelConfig, target: float, stages: int, rule: str, original: ModelConfig | None = None
+) -> list[int]:
+  """Parameters at the end of each stage: linear P0 − (P0 − P*)·k/N, geometric P0·(P*/P0)^(k/N).
+
+  original: of the model that the target is a fraction of, if that is not `config`, because its vocabulary was
+  trimmed. If that alone reaches the target, there is nothing left to prune.
+  """
+  dense = count_params(config)
+  last = min(dense, target_params(original or config, target))
   shares = [k / stages for k in range(1, stages)]
   if rule == 'linear':
     return [int(dense - (dense - last) * x) for x in shares] + [last]
@@ -54,10 +61,10 @@ class Schedule:
   ends: tuple[int, ...]
 
   @classmethod
-  def of(cls, options: RunOptions, config: ModelConfig) -> 'Schedule':
-    """The schedule of the options; `config` is the dense model's."""
+  def of(cls, options: RunOptions, config: ModelConfig, original: ModelConfig | None = None) -> 'Schedule':
+    """The schedule of the options; `config` is the dense model's. original: as for `stage_targets`."""
     prune = options.prune
-    targets = stage_targets(config, prune.target, prune.stages, prune.stage_targets)
+    targets = stage_targets(config, prune.target, prune.stages, prune.stage_targets, original)
     return cls(tuple(targets), tuple(stage_steps(options.train, prune.stages)))
 
   @property

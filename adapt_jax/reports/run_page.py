@@ -27,7 +27,7 @@ from adapt_jax.reports.run_charts import (
   text_names,
   training_chart,
 )
-from adapt_jax.reports.summary import tasks_rows, texts_rows, warning
+from adapt_jax.reports.summary import bytes_rows, tasks_rows, texts_rows, warning
 
 Json = dict[str, Any]
 
@@ -106,6 +106,9 @@ def _table(data: RunData) -> str:
   rows = [
     ['dense', f'{dense:,}', '100.0 %', '', _decimal(known_perplexities(data.report).get('dense')), '', '']
   ]
+  if (trimmed := data.model.get('params_trimmed')) is not None:
+    perplexity = _decimal(known_perplexities(data.report).get('trimmed'))
+    rows.append(['trimmed', f'{trimmed:,}', f'{100 * trimmed / dense:.1f} %', '', perplexity, '', ''])
   for s in data.stages:
     row = [str(s['stage']), f'{s["params"]:,}', f'{100 * s["params"] / dense:.1f} %']
     row += [_decimal(s.get('perplexity_pruned')), _decimal(s.get('perplexity_recovered'))]
@@ -135,6 +138,8 @@ def _body(data: RunData, command: str, running: bool, written: str) -> Iterator[
   if len(texts := report.get('texts', {})) > 1:
     warned = f'<p>{e(text)}</p>' if (text := warning(texts)) else ''
     yield f'<h2>Texts</h2><div class="card scroll">{html_table(texts_rows(texts))}</div>{warned}'
+  if rows := bytes_rows(texts):
+    yield f'<h2>Bits per byte</h2><div class="card scroll">{html_table(rows)}</div>'
   if report.get('tasks'):
     yield f'<h2>Tasks</h2><div class="card scroll">{html_table(tasks_rows(report["tasks"]))}</div>'
   figures = [perplexity_over_tokens(data, text) for text in text_names(data)] if trained else []

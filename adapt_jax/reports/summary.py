@@ -31,6 +31,12 @@ def table(report: RunReport) -> str:
     '|---|---|---|---|---|---|---|',
     f'| dense | {model["params_before"]:,} | 100.0 % | | {_number(perplexity["dense"])} | | |',
   ]
+  if 'params_trimmed' in model:
+    size = model['params_trimmed']
+    lines.append(
+      f'| trimmed | {size:,} | {100 * size / model["params_before"]:.1f} % | '
+      f'| {_number(perplexity.get("trimmed"))} | | |'
+    )
   for stage in report['stages']:
     share = 100 * stage['params'] / model['params_before']
     lines.append(
@@ -39,6 +45,8 @@ def table(report: RunReport) -> str:
     )
   if len(report['texts']) > 1:
     lines += ['', _markdown(texts_rows(report['texts']))]
+  if rows := bytes_rows(report['texts']):
+    lines += ['', _markdown(rows)]
   if report.get('tasks'):
     lines += ['', tasks_table(report['tasks'])]
   lines.append('')
@@ -48,6 +56,8 @@ def table(report: RunReport) -> str:
     if 'hidden_size' in stage:
       lines.append(f'stage {stage["stage"]} residual stream: width {stage["hidden_size"]}')
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
+  if 'vocab_trimmed' in model:
+    lines.append(f'vocabulary: {model["vocab_trimmed"]:,} of {model["vocab_size"]:,} tokens')
   lines += [
     f'target {model["params_target"]:,} parameters, reached {model["params_after"]:,}',
     f'compiled programs: {compiles}; the run took {report["seconds"]:.0f} s',
@@ -90,10 +100,26 @@ def texts_rows(texts: dict[str, TextReport]) -> list[list[str]]:
   return rows
 
 
+def bytes_rows(texts: dict[str, TextReport]) -> list[list[str]]:
+  """Column names, then a row per text: bits per byte of each model; none if the vocabulary is whole."""
+  rows = []
+  for name, text in texts.items():
+    if rates := text.get('tokens_per_byte'):
+      values = [text.get('dense'), text.get('trimmed'), text.get('pruned'), text.get('recovered')]
+      scales = [rates['dense'], *3 * [rates['trimmed']]]
+      bits = [None if x is None else scale * math.log2(x) for x, scale in zip(values, scales, strict=True)]
+      rows.append([name, *('–' if x is None else f'{x:.3f}' for x in bits)])
+  head = ['text', 'bits per byte dense', 'trimmed', 'pruned', 'recovered']
+  return [head, *rows] if rows else []
+
+
 def excess(text: TextReport) -> float | None:
-  """ln(perplexity of the final model / dense), nats per token."""
-  final = text.get('recovered', text.get('pruned'))
-  return None if final is None or 'dense' not in text else math.log(final / text['dense'])
+  """ln(perplexity of the final model / dense), nats per token.
+
+  If the vocabulary was trimmed, the dense model is that with the trimmed one.
+  """
+  final, dense = text.get('recovered', text.get('pruned')), text.get('trimmed', text.get('dense'))
+  return None if final is None or dense is None else math.log(final / dense)
 
 
 def warning(texts: dict[str, TextReport]) -> str:
