@@ -16,6 +16,7 @@ from typing import Any
 
 __all__ = (
   'InputError', 'Model', 'generate', 'load', 'perplexity', 'prune', 'recover', 'rows', 'save',
+  'trim_vocabulary',
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from adapt_jax.config.options import DataOptions, RunOptions, TrainOptions
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
+from adapt_jax.data.used_ids import used_ids
 from adapt_jax.data.windows import POOL_TOKENS, Blocks, read_for, spread
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.export.push import check_hub
@@ -34,6 +35,8 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.formats.trimmed_source import trimmed_config, trimmed_generation
+from adapt_jax.models.formats.trimmed_tokenizer import needed_ids, trim_tokenizer
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.budgets import budget_of
@@ -122,6 +125,47 @@ def rows(
     data = arguments.data_options(text_field, messages_field)
     blocks = arguments.blocks(text, data, model.config, model.tokenizer, length, POOL_TOKENS)
     return blocks.tokens[blocks.draw(samples, seed, 0)]
+
+
+@as_library
+def trim_vocabulary(
+  model: Model,
+  text: Text,
+  *,
+  text_field: str = 'text',
+  messages_field: str = 'messages',
+  progress: bool = False,
+) -> Model:
+  """The model with only the tokens of a text in its vocabulary, and those that these need.
+
+  `model` stays as it is. On this text the new tokenizer gives the same tokens, with other ids; on others,
+  words whose tokens are gone become more tokens. Predictions are those of the model, on the condition that
+  the next token is one of the kept (docs/methods.md).
+
+  text: all of it is read; as for `rows`, or token ids [N, T]. text_field, messages_field: as for `rows`.
+  Raises InputError for a tokenizer that cannot be trimmed.
+  """
+  arguments.check_tokenizer(model.tokenizer)
+  if arguments.is_ids(text):
+    used = np.unique(arguments.token_ids(text, model.config, 'text')).tolist()
+  else:
+    fields = {'text_field': text_field, 'messages_field': messages_field}
+    with processes.silent(not progress):
+      used = used_ids(arguments.entries(text), model.tokenizer, 'text', **fields)
+  ids = needed_ids(model.tokenizer, {*used, *stop_ids(model.generation, model.tokenizer)})
+  config, kept = trimmed_config(model.config, ids), np.array(ids)
+
+  def cut(params: Params) -> Params:
+    return params | {name: params[name][kept] for name in ('embed', 'lm_head') if name in params}
+
+  return dataclasses.replace(
+    model,
+    config=config,
+    params=mesh.jit(cut, model.params, once=True)(model.params),
+    tokenizer=trim_tokenizer(model.tokenizer, ids),
+    generation=trimmed_generation(model.generation, ids),
+    dense=model.dense or model.num_params,
+  )
 
 
 @as_library

@@ -158,7 +158,9 @@ def _finished(workdir: Workdir, mode: str, options: RunOptions) -> bool:
 def _fetch_demo(mode: str, options: RunOptions) -> None:
   """Fetches what is missing of the demo's files, if the options name them, once all else can be read."""
   texts = [source for sources in options.evaluate.texts.values() for source in sources]
-  sources = [options.model.source, *options.prune.calibration.source, *options.train.source, *texts]
+  prune = options.prune
+  texts += [*prune.vocab, *prune.calibration.source, *options.train.source]
+  sources = [options.model.source, *texts]
   if not (absent := demo_files.missing(sources)):
     return
   if options.model.source not in absent:

@@ -146,6 +146,11 @@ class PruneOptions:
     'For budget = latency: the report.json that mode bench wrote for the dense model, on the machine that '
     'will run the result; or h100, h200, a100, tpu-v5e, tpu-v5p or tpu-v6e, by its published peaks.',
   )
+  vocab: tuple[str, ...] = option(
+    (),
+    'Text whose tokens remain in the vocabulary, all of which is read; the rows of all other tokens are '
+    'removed from embedding and head before anything else is pruned. Empty: the vocabulary stays whole.',
+  )
   stages: int = option(1, 'Rounds of pruning and recovery (N in the paper).', within=(1, 10_000))
   stage_targets: str = option(
     'linear', 'How the cost of the model decreases from stage to stage.', choices=('linear', 'geometric')

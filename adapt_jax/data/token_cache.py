@@ -223,7 +223,7 @@ def _build(
         for encoded in encode_all(feed.batches(), tokenizer):
           refused += encoded.refused
           writer.append(encoded)
-          _check_refused(refused, writer.documents)
+          check_refused(refused, writer.documents)
           feed.arrived()
           bar.update(len(encoded.tokens))
         complete = feed.complete
@@ -251,7 +251,7 @@ def _last_written(path: pathlib.Path) -> float:
     return time.time()
 
 
-def _check_refused(refused: tuple[str, ...], documents: int) -> None:
+def check_refused(refused: tuple[str, ...], documents: int) -> None:
   """Raises InputError if the chat template refuses many conversations, a sign that it is the wrong one."""
   if len(refused) > _MOST_REFUSED * (documents + len(refused)):
     raise InputError(

@@ -52,10 +52,21 @@ def _title(report: RunReport, config: ModelConfig) -> str:
       f'{params:,} of {before:,} parameters: the residual stream was reduced from {config.sliced_from} to '
       f'{config.hidden_size} principal components (SliceGPT, arXiv 2401.15024). Sliced by adapt-jax.'
     )
+  if (trimmed := report['model'].get('params_trimmed')) == params:
+    return f'# {source}, its vocabulary trimmed\n\n{params:,} of {before:,} parameters: {_vocabulary(report)}'
   return (
     f'# {source}, pruned to {params / before:.1%}\n\n'
     f'{params:,} of {before:,} parameters: whole KV-head groups and MLP channels were removed, and '
     f'layers may differ in width. Pruned{" and retrained" if _tokens(report) else ""} by adapt-jax.'
+    + (f'\n\n{_vocabulary(report)}' if trimmed else '')
+  )
+
+
+def _vocabulary(report: RunReport) -> str:
+  model = report['model']
+  return (
+    f'The vocabulary was trimmed to {model["vocab_trimmed"]:,} of {model["vocab_size"]:,} tokens, those of a '
+    f'text; the tokenizer here is part of the model, and other words have more tokens.'
   )
 
 
@@ -123,7 +134,7 @@ def _perplexity(report: RunReport) -> str:
 
 
 def _tasks(tasks: dict[str, dict[str, dict[str, Any]]]) -> str:
-  models = [name for name in ('dense', 'pruned', 'recovered') if tasks.get(name)]
+  models = [name for name in ('dense', 'trimmed', 'pruned', 'recovered') if tasks.get(name)]
   rows = list(dict.fromkeys((t, m) for name in models for t, metrics in tasks[name].items()
     for m in metrics if m not in ('version', 'n')))  # fmt: skip
   if not rows:

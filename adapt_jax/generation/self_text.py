@@ -32,6 +32,7 @@ from adapt_jax.machine.progress import Progress
 from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.formats.npy import open_npy
 from adapt_jax.models.formats.source import Source
+from adapt_jax.models.formats.trimmed_source import TrimmedSource
 
 _VERSION = 1  # of how rows are drawn
 _BATCH = 16  # rows at once
@@ -190,5 +191,6 @@ def _join(parts: pathlib.Path, batches: list[_Batch], tokens: np.ndarray, path: 
 
 def _key(source: Source, tokenizer: Any, *values: Any) -> str:
   files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.reader.files]
-  parts = [_VERSION, files, tokenizer.chat_template, jax.default_backend(), *map(str, values)]
+  vocabulary = [source.digest()] if isinstance(source, TrimmedSource) else []
+  parts = [_VERSION, files, tokenizer.chat_template, jax.default_backend(), *map(str, values), *vocabulary]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -29,17 +29,25 @@ from adapt_jax.pipeline import forecast
 from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.inputs import Inputs, load
 from adapt_jax.pipeline.loader import Loader
-from adapt_jax.pipeline.quality import dense_key
+from adapt_jax.pipeline.quality import BEFORE, dense_key
 from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.slice_run import run_class
+from adapt_jax.pipeline.vocabulary import with_vocabulary
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.reports import trackers
-from adapt_jax.reports.report import CellReport, ComparisonReport, read_report, versions, write_report
+from adapt_jax.reports.report import (
+  CellReport,
+  ComparisonReport,
+  RunReport,
+  read_report,
+  versions,
+  write_report,
+)
 
 CELLS, ERROR = 'cells', 'error.txt'
 # Fields that a grid cannot vary: cells share model, devices and trackers.
-_SHARED = ('model.source', 'mesh.', 'tracker')
+_SHARED = ('model.source', 'prune.vocab', 'mesh.', 'tracker')
 # Fields that cells read, but that change nothing in their reports.
 _WITHOUT_EFFECT = ('export.formats', 'export.gguf_types', 'data.cache')
 
@@ -120,6 +128,7 @@ def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
       check_sources(run.options)
       check_tasks(run.options.evaluate)
       check_run(run.options, source.config, source.dtype)
+  source = with_vocabulary(runs[0].options, source) if runs else source  # that of all cells
   tokenizer, cache, found = source.load_tokenizer(), dict[Any, Any](), []
   for run in runs:
     with _named(run.cell):
@@ -173,11 +182,7 @@ class Compare:
     for run in self._runs:
       if run.finished:
         _clean(run)
-        found, key = read_report(run.workdir.report), dense_key(run.options)
-        if texts := found.get('texts'):  # reports of version 0.1 have none
-          self._shared.dense[key] = {name: text['dense'] for name, text in texts.items()}
-        if 'dense' in found['tasks']:
-          self._shared.tasks[key] = found['tasks']['dense']
+        self._remember(run.options, read_report(run.workdir.report))
     if len(todo) < len(self._runs):
       print(f'{len(self._runs) - len(todo)} of {len(self._runs)} cells are finished', flush=True)
     if todo:
@@ -188,6 +193,15 @@ class Compare:
     if all(cell['state'] == 'finished' for cell in report['cells']):
       write_report(self._workdir.report, report)
     return report
+
+  def _remember(self, options: RunOptions, found: RunReport) -> None:
+    """Shares what a finished cell has measured before its pruning."""
+    for of in BEFORE:
+      key, texts = dense_key(options, of), found.get('texts', {})  # reports of version 0.1 have none
+      if texts and all(of in text for text in texts.values()):
+        self._shared.dense[key] = {name: text[of] for name, text in texts.items()}
+      if of in found['tasks']:
+        self._shared.tasks[key] = found['tasks'][of]
 
   def _execute_all(self, todo: list[CellRun], inputs: list[Inputs]) -> None:
     for number, run in enumerate(todo, 1):
@@ -279,7 +293,7 @@ def _entry(run: CellRun, *, running: bool) -> CellReport:
     perplexity: Any = report['perplexity']
     entry |= {
       'state': 'finished',
-      'perplexity_dense': perplexity['dense'],
+      'perplexity_dense': perplexity.get('trimmed', perplexity['dense']),  # with the cell's vocabulary
       'perplexity_pruned': perplexity['pruned'],
       'perplexity_recovered': perplexity['recovered'],
       'texts': report.get('texts', {}),

@@ -57,6 +57,11 @@ def run(options: RunOptions) -> None:
     raise InputError(
       f'config.prune.method = {slicegpt.METHOD!r}: mode estimate needs a method that removes groups'
     )
+  if options.prune.vocab:
+    raise InputError(
+      f'config.prune.vocab = {options.prune.vocab!r} is not for mode estimate, which reads no text: leave it '
+      f'empty, for memory and time with the whole vocabulary'
+    )
   check_run(options, config)
   config = with_output_bias(config, options.prune.compensate == 'bias')
   estimate = options.estimate

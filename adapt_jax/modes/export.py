@@ -14,6 +14,7 @@ from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import exists, local, read_json
 from adapt_jax.models.formats.source import Source, open_source
+from adapt_jax.models.formats.trimmed_source import TrimmedSource
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.checkpoint import Checkpoints
@@ -21,6 +22,7 @@ from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.run_report import run_report
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import array_shapes, from_meta
+from adapt_jax.pipeline.vocabulary import with_vocabulary
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.report import RunReport, versions, write_report
 from adapt_jax.training.optim import optimizer
@@ -94,6 +96,16 @@ def _from_source(options: RunOptions) -> _Model:
   return _Model(source.config, source, False, options.data.chat_template, lineage(source) or named)
 
 
+def _source_of(ran: RunOptions, saved: dict[str, Any]) -> Source:
+  """The model that a run started from. Raises InputError if the text of its vocabulary has changed."""
+  source = with_vocabulary(ran, open_source(ran.model.source))
+  texts = saved.get('texts')
+  then = texts.get('prune.vocab') if isinstance(texts, dict) else None
+  if isinstance(source, TrimmedSource) and source.digest() != then:
+    raise InputError('config.prune.vocab is not the text that the run was started with: restore it')
+  return source
+
+
 def _from_checkpoint(path: pathlib.Path) -> _Model:
   """The model with the widths and weights that the run in `path` saved last."""
   saved = read_json(path / 'run.json')
@@ -103,7 +115,7 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
     ran = from_dict(saved.get('config'))
   except InputError as error:
     raise InputError(f'{path / "run.json"}: {error}: restore the file') from None
-  model = DenseModel(open_source(ran.model.source), ran.prune.compensate == 'bias')
+  model = DenseModel(_source_of(ran, saved), ran.prune.compensate == 'bias')
   checkpoints = Checkpoints(path / 'checkpoints', read_only=True)
   if (number := checkpoints.latest()) is None:
     raise InputError(f'model.source = {str(path)!r}: this run has no complete checkpoint yet: wait for one')
@@ -111,7 +123,7 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   trained = ran.train.tokens > 0
   shapes = array_shapes(model, state.compacted, optimizer(ran.train, 1) if trained else None)
   config = state.compacted.pruned_config(model.config)
-  budget = budget_of(ran, model.source.config, model.source.dtype)
+  budget = budget_of(ran, model.source.config, model.source.dtype, model.original.config)
   report, template = run_report(ran, model, budget, state), ran.data.chat_template
   if state.row is not None and state.train_step > Schedule.of(ran, budget).start(state.stage):
     report['perplexity']['pruned'] = None  # the weights have been trained since

@@ -9,6 +9,7 @@ from adapt_jax.machine import mesh
 from adapt_jax.machine.mesh import load_source
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import Source
+from adapt_jax.models.formats.trimmed_source import TrimmedSource
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning import surgery
 
@@ -22,6 +23,11 @@ class DenseModel:
 
   source: Source
   output_bias: bool = False
+
+  @property
+  def original(self) -> Source:
+    """The source before its vocabulary was trimmed; the source itself if it was not."""
+    return original(self.source)
 
   @property
   def config(self) -> ModelConfig:
@@ -39,6 +45,11 @@ class DenseModel:
 
   def _with_biases(self, params: Params) -> Params:
     return surgery.with_output_bias(self.source.config, params)[1]
+
+
+def original(source: Source) -> Source:
+  """The source before its vocabulary was trimmed; the source itself if it was not."""
+  return source.original if isinstance(source, TrimmedSource) else source
 
 
 def with_output_bias(config: ModelConfig, biased: bool) -> ModelConfig:

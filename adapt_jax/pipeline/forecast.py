@@ -44,7 +44,7 @@ def operations(options: RunOptions, inputs: Inputs) -> float:
     # The student is taken to shrink as its cost does, which says too little if only the KV cache counts.
     for stage, cost in enumerate(schedule.targets, 1):
       tokens = (schedule.end(stage) - schedule.start(stage)) * train.batch * train.length
-      student = flops.forward(config, train.length) * cost / inputs.budget.dense
+      student = flops.forward(config, train.length) * cost / inputs.budget.start
       found += tokens * flops.training(options, config, student)
       if train.distill.kept_ids:  # at most: rows that come again are in the cache
         found += tokens * flops.teacher(options, config)

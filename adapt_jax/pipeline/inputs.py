@@ -11,12 +11,23 @@ from adapt_jax.export.writer import check_tokenizer
 from adapt_jax.machine.processes import decide
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import Source, open_source
+from adapt_jax.models.formats.trimmed_source import TrimmedSource
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.pipeline.budgets import budget_of
-from adapt_jax.pipeline.checks import check_run, check_sources
-from adapt_jax.pipeline.dense_model import DenseModel
+from adapt_jax.pipeline.checks import check_run, check_size, check_sources
+from adapt_jax.pipeline.dense_model import DenseModel, original
 from adapt_jax.pipeline.loader import Loader, evaluation_field
+from adapt_jax.pipeline.vocabulary import with_vocabulary
 from adapt_jax.pruning.budget import Budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Untrimmed:
+  """The dense model with its whole vocabulary, and the windows of each text in its own tokens."""
+
+  source: Source
+  tokenizer: Any
+  evaluate: dict[str, Blocks]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +36,7 @@ class Inputs:
 
   evaluate: windows of each text by its name; empty if nothing is measured.
   dtype: dtype of activations and matrix products. budget: what targets limit.
+  untrimmed: what the model was before prune.vocab, if that is set.
   """
 
   model: DenseModel
@@ -34,10 +46,13 @@ class Inputs:
   evaluate: dict[str, Blocks]
   dtype: Any
   budget: Budget
+  untrimmed: Untrimmed | None = None
 
   def digests(self) -> dict[str, str]:
     """A digest of the windows of each text, by option, to notice that a text has changed before a resume."""
-    found = {'prune.calibration.source': self.calibration.digest()}
+    # First the vocabulary, which changes the tokens of all texts.
+    found = {'prune.vocab': self.source.digest()} if isinstance(self.source, TrimmedSource) else {}
+    found['prune.calibration.source'] = self.calibration.digest()
     if self.train is not None:
       found['train.source'] = self.train.digest()
     if self.budget.kind == 'latency':
@@ -59,11 +74,15 @@ def prepare(options: RunOptions) -> Inputs:
   source = open_source(options.model.source)
   check_run(options, source.config, source.dtype)
   decide(lambda: check_hub(options.export))
+  source = with_vocabulary(options, source)
   return load(options, source, Loader(options, source, source.load_tokenizer()))
 
 
 def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
   """Loads and tokenises inputs that have passed `check_sources` and `check_run`."""
+  budget = budget_of(options, source.config, source.dtype, original(source).config)
+  if isinstance(source, TrimmedSource):
+    check_size(options, source.config, budget)
   check_tokenizer(options.export, loader.tokenizer)
   calibration = options.prune.calibration
   blocks = loader.calibration()
@@ -71,5 +90,10 @@ def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
   train = loader.train_set() if options.train.tokens else None
   dtype = compute_dtype(options.model.dtype)
   model = DenseModel(source, options.prune.compensate == 'bias')
-  budget = budget_of(options, source.config, source.dtype)
-  return Inputs(model, loader.tokenizer, blocks, train, loader.evaluation(), dtype, budget)
+  untrimmed = _untrimmed(options, source.original) if isinstance(source, TrimmedSource) else None
+  return Inputs(model, loader.tokenizer, blocks, train, loader.evaluation(), dtype, budget, untrimmed)
+
+
+def _untrimmed(options: RunOptions, source: Source) -> Untrimmed:
+  loader = Loader(options, source, source.load_tokenizer())
+  return Untrimmed(source, loader.tokenizer, loader.evaluation())

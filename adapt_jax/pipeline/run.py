@@ -100,7 +100,10 @@ class Run:
   def _run_stages(self, state: RunState) -> None:
     if not state.dense:
       state.record_dense(self._perplexity(state, 'dense'))
-    if self._measure_tasks(state, 'dense'):
+    if self._inputs.untrimmed and not state.trimmed:
+      state.record_trimmed(self._perplexity(state, 'trimmed'))
+    measured = [self._measure_tasks(state, of) for of in self._quality.before]
+    if any(measured):
       self._store.save_plan(state, 1)
     for stage in range(max(state.stage, 1), self._schedule.stages + 1):
       if state.stage < stage:
@@ -234,6 +237,9 @@ class Run:
       self.options, self._inputs.model, self._inputs.budget, state, self._quality.definitions
     )
     report |= {'command': self._command, 'versions': versions(*self._harness('lm_eval'))}
+    for name, values in self._quality.tokens_per_byte.items():
+      if name in report['texts']:
+        report['texts'][name]['tokens_per_byte'] = values
     return report
 
   def _write_page(self, state: RunState) -> None:

@@ -12,6 +12,7 @@ from adapt_jax.pipeline.state import RunState
 from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.reports.report import (
+  BudgetReport,
   ModelReport,
   PerplexityReport,
   RunReport,
@@ -34,11 +35,13 @@ def run_report(
 
   definitions: the definition of perplexity on each text, in words.
   """
-  dense, rows = count_params(model.source.config), [*state.rows]
+  config, whole = model.source.config, model.original.config
+  dense, rows = count_params(whole), [*state.rows]
   schedule = Schedule.of(options, budget)
   if state.row is not None:
     rows.append({**state.row, **state.compacted.widths(model.config)})
-  last: StageReport = rows[-1] if rows else {'stage': 0, 'params': dense, 'cost': budget.number(budget.dense)}
+  unpruned: StageReport = {'stage': 0, 'params': count_params(config), 'cost': budget.number(budget.start)}
+  last = rows[-1] if rows else unpruned
   perplexity: PerplexityReport = {
     'dense': first(state.dense),
     'pruned': last.get('perplexity_pruned'),
@@ -54,18 +57,28 @@ def run_report(
   }
   if budget.kind == 'params':
     described['params_target'] = schedule.targets[-1]
+  if whole != config:
+    perplexity['trimmed'] = first(state.trimmed)
+    described |= {
+      'params_trimmed': count_params(config),
+      'vocab_size': whole.vocab_size,
+      'vocab_trimmed': config.vocab_size,
+    }
+  limited: BudgetReport = {
+    'kind': budget.kind,
+    'unit': budget.unit.name,
+    'dense': budget.number(budget.dense),
+    'asked': budget.number(schedule.targets[-1]),
+    'reached': last.get('cost', last['params']),
+  }
+  if whole != config and budget.kind != 'params':
+    limited['trimmed'] = budget.number(budget.start)
   return {
     'model': described,
     'perplexity': perplexity,
     'texts': _texts(state, last, definitions),
     'tasks': state.tasks,
-    'budget': {
-      'kind': budget.kind,
-      'unit': budget.unit.name,
-      'dense': budget.number(budget.dense),
-      'asked': budget.number(schedule.targets[-1]),
-      'reached': last.get('cost', last['params']),
-    },
+    'budget': limited,
     'schedule': {
       'targets': [budget.number(target) for target in schedule.targets],
       'train_steps': schedule.train_steps,
@@ -94,6 +107,8 @@ def _texts(state: RunState, last: StageReport, definitions: Mapping[str, str]) -
   found: dict[str, TextReport] = {}
   for name, dense in state.dense.items():
     found[name] = {'dense': dense, **last.get('texts', {}).get(name, {})}
+    if name in state.trimmed:
+      found[name]['trimmed'] = state.trimmed[name]
     if name in definitions:
       found[name]['definition'] = definitions[name]
   return found

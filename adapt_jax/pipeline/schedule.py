@@ -19,12 +19,17 @@ def target_cost(budget: Budget, target: float) -> int:
 
 
 def stage_targets(budget: Budget, target: float, stages: int, rule: str) -> list[int]:
-  """Cost at the end of each stage: linear P0 − (P0 − P*)·k/N, geometric P0·(P*/P0)^(k/N)."""
-  dense, last = budget.dense, target_cost(budget, target)
+  """Cost at the end of each stage: linear P0 − (P0 − P*)·k/N, geometric P0·(P*/P0)^(k/N).
+
+  P0 is the cost at the start, and P* the target. The vocabulary may have been trimmed; if that alone reaches
+  the target, there is nothing left to prune.
+  """
+  start = budget.start
+  last = min(start, target_cost(budget, target))
   shares = [k / stages for k in range(1, stages)]
   if rule == 'linear':
-    return [int(dense - (dense - last) * x) for x in shares] + [last]
-  return [int(dense * (last / dense) ** x) for x in shares] + [last]
+    return [int(start - (start - last) * x) for x in shares] + [last]
+  return [int(start * (last / start) ** x) for x in shares] + [last]
 
 
 def stage_steps(options: TrainOptions, stages: int) -> list[int]:

@@ -39,8 +39,8 @@ class RunState:
   pruning: the schedule; ahead of `compacted` while a stage is being pruned.
   stage: 1-based, 0 before the first one is pruned. train_step: global steps done.
   complete: the stage's training is finished.
-  dense: perplexity of the source by text. tasks: scores 'dense', 'pruned' and 'recovered', as far as they are
-    known.
+  dense: perplexity of the source by text; trimmed: with a trimmed vocabulary, if the run has one.
+  tasks: scores 'dense', 'trimmed', 'pruned' and 'recovered', as far as they are known.
   rows: finished stages, as in report.json. row: the row of the open stage.
   seconds, compiles: spent up to the last save.
   """
@@ -52,6 +52,7 @@ class RunState:
   train_step: int = 0
   complete: bool = True
   dense: dict[str, float] = dataclasses.field(default_factory=dict)
+  trimmed: dict[str, float] = dataclasses.field(default_factory=dict)
   tasks: Tasks = dataclasses.field(default_factory=dict)
   rows: list[StageReport] = dataclasses.field(default_factory=list)
   row: StageReport | None = None
@@ -64,6 +65,9 @@ class RunState:
 
   def record_dense(self, perplexity: dict[str, float]) -> None:
     self.dense = perplexity
+
+  def record_trimmed(self, perplexity: dict[str, float]) -> None:
+    self.trimmed = perplexity
 
   def record_tasks(self, of: Of, scores: dict[str, dict[str, Any]]) -> None:
     self.tasks = self.tasks | {of: scores}
@@ -113,7 +117,7 @@ def _bound(arrays: TrainState) -> TrainState:
 
 
 _IN_JSON = (
-  'stage', 'train_step', 'complete', 'dense', 'tasks', 'rows', 'seconds', 'compiles',
+  'stage', 'train_step', 'complete', 'dense', 'trimmed', 'tasks', 'rows', 'seconds', 'compiles',
 )  # fmt: skip
 
 
@@ -134,7 +138,7 @@ def array_shapes(model: DenseModel, plan: PrunePlan, optimizer: optax.GradientTr
 def from_meta(meta: dict[str, Any], config: ModelConfig) -> RunState:
   """The state that a checkpoint's JSON describes, without its arrays; `config` is the dense model's."""
   pruning = PruneState.from_json(meta['pruning'], config)
-  known = {'dense': _dense(meta)} | meta
+  known = {'dense': _dense(meta), 'trimmed': {}} | meta
   fields = {name: known[name] for name in _IN_JSON} | {'row': meta['row'] or None}
   return RunState({}, pruning.plan, pruning, **fields)
 
@@ -177,6 +181,7 @@ class StateStore:
       'stage': stage,
       'params': state.pruning.plan.params(self._config),
       'dense': state.dense,
+      'trimmed': state.trimmed,
       'tasks': state.tasks,
       'metrics_lines': self._metrics.lines,
     }
@@ -220,8 +225,9 @@ class StateStore:
       if saved['stage'] != state.stage + 1:
         return lines
       pruning, lines = PruneState.from_json(saved, self._config), int(saved['metrics_lines'])
-      dense, tasks = _dense(saved), saved['tasks']
-      if lines < 0 or not _figures(dense) or not all(isinstance(x, dict) for x in (tasks, *tasks.values())):
+      dense, trimmed, tasks = _dense(saved), saved.get('trimmed', {}), saved['tasks']
+      figures = _figures(dense) and _figures(trimmed)
+      if lines < 0 or not figures or not all(isinstance(x, dict) for x in (tasks, *tasks.values())):
         raise ValueError('values')
     except InputError as error:
       raise InputError(f'{self._plan}: {error}: delete it to start this stage again') from None
@@ -231,6 +237,7 @@ class StateStore:
       ) from None
     state.take_step(pruning)
     state.record_dense(dense)
+    state.record_trimmed(trimmed)
     for of, scores in tasks.items():
       state.record_tasks(of, scores)
     say(f'resuming the pruning of stage {saved["stage"]}, after step {saved["step"]}')

@@ -39,12 +39,14 @@ class Budget:
   """The cost of every model that pruning can make of one: fixed + Σ over layers of `LayerCost`.
 
   kind: a name in `UNITS`, as in prune.budget. fixed: what lies outside the layers, such as the embedding.
-  dense: the cost of the model before pruning, which fractions refer to.
+  start: the cost of the model before pruning. dense: the cost that fractions refer to; above `start` if the
+  vocabulary was trimmed.
   """
 
   kind: str
   fixed: int
   layers: tuple[LayerCost, ...]
+  start: int
   dense: int
 
   @classmethod
@@ -55,7 +57,7 @@ class Budget:
     found = {shape: layer_cost(shape) for shape in dict.fromkeys(config.layers)}
     layers = tuple(found[shape] for shape in config.layers)
     dense = fixed + sum(int(c.rest + c.attention[-1] + c.mlp[-1]) for c in layers)
-    return cls(kind, fixed, layers, dense)
+    return cls(kind, fixed, layers, dense, dense)
 
   @property
   def unit(self) -> Unit:

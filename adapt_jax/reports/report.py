@@ -17,8 +17,9 @@ from adapt_jax.models.files import read_json, write_text
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'numpy')
 
-# The model that was measured: the dense one, one just pruned, or one recovered from it.
-Of = Literal['dense', 'pruned', 'recovered']
+# The model that was measured: the dense one, the same with a trimmed vocabulary, one just pruned, or one
+# recovered from it.
+Of = Literal['dense', 'trimmed', 'pruned', 'recovered']
 Tasks = dict[str, dict[str, dict[str, Any]]]  # {'dense': {task: {metric: value}}, 'pruned': …}
 
 
@@ -26,6 +27,7 @@ class ModelReport(TypedDict, total=False):
   """A model and its widths by layer, before pruning; parameter counts are of stored parameters.
 
   license: the fields of a model card that name it.
+  vocab_size, vocab_trimmed, params_trimmed: token ids before and after prune.vocab, and parameters after it.
   """
 
   source: Required[str]
@@ -33,15 +35,22 @@ class ModelReport(TypedDict, total=False):
   params_before: int
   params_after: int
   params_target: int
+  params_trimmed: int
+  vocab_size: int
+  vocab_trimmed: int
   num_heads: list[int]
   num_kv_heads: list[int]
   ffn: list[int]
 
 
 class PerplexityReport(TypedDict, total=False):
-  """Perplexities of the dense model and the last stage on the first text; `definition` describes them."""
+  """Perplexities of the dense model and the last stage on the first text; `definition` describes them.
+
+  trimmed: of the dense model with a trimmed vocabulary.
+  """
 
   dense: float | None
+  trimmed: float | None
   pruned: float | None
   recovered: float | None
   definition: str | None
@@ -50,10 +59,14 @@ class PerplexityReport(TypedDict, total=False):
 class TextReport(TypedDict, total=False):
   """Measurements on one text: perplexities, and kl, the mean KL(dense ‖ final model) in nats per token.
 
-  definition: describes how perplexity is measured.
+  trimmed: of the dense model with a trimmed vocabulary. tokens_per_byte: tokens of the windows per byte of
+    their text, of the whole vocabulary ('dense') and the trimmed one ('trimmed'); perplexities of different
+    vocabularies are per different tokens. definition: describes how perplexity is measured.
   """
 
   dense: float
+  trimmed: float
+  tokens_per_byte: dict[str, float]
   pruned: float
   recovered: float
   kl: float
@@ -74,11 +87,13 @@ class BudgetReport(TypedDict, total=False):
 
   kind: prune.budget. unit: of the numbers. measured: what a budget of latency measures on this machine at the
   end, in ms: medians of the dense and the finished model, which run in turn, and the median of their ratios.
+  trimmed: after prune.vocab, where params are not the budget.
   """
 
   kind: Required[str]
   unit: Required[str]
   dense: Required[float]
+  trimmed: float
   asked: float
   reached: float
   measured: dict[str, float]
@@ -263,10 +278,11 @@ def read_report(path: pathlib.Path) -> RunReport:
 
 
 def known_perplexities(report: RunReport) -> dict[Of, float]:
-  """Perplexities of a run measured so far, in the order dense, pruned, recovered."""
+  """Perplexities of a run measured so far, in the order dense, trimmed, pruned, recovered."""
   found = report.get('perplexity') or {}
   values: list[tuple[Of, float | None]] = [
     ('dense', found.get('dense')),
+    ('trimmed', found.get('trimmed')),
     ('pruned', found.get('pruned')),
     ('recovered', found.get('recovered')),
   ]

@@ -28,7 +28,15 @@ from adapt_jax.reports.run_charts import (
   text_names,
   training_chart,
 )
-from adapt_jax.reports.summary import cost_cells, cost_columns, tasks_rows, texts_rows, warning
+from adapt_jax.reports.summary import (
+  bytes_rows,
+  cost_cells,
+  cost_columns,
+  tasks_rows,
+  texts_rows,
+  trimmed_model,
+  warning,
+)
 
 Json = dict[str, Any]
 
@@ -113,6 +121,9 @@ def _table(data: RunData) -> str:
   report, dense = data.report, known_perplexities(data.report).get('dense')
   names = ('stage', *cost_columns(report), 'perplexity pruned', 'recovered', 'tokens', 'seconds')
   rows = [['dense', *cost_cells(report), '', _decimal(dense), '', '']]
+  if trimmed := trimmed_model(report):
+    perplexity = _decimal(known_perplexities(report).get('trimmed'))
+    rows.append(['trimmed', *cost_cells(report, trimmed), '', perplexity, '', ''])
   for s in data.stages:
     row = [str(s['stage']), *cost_cells(report, s)]
     row += [_decimal(s.get('perplexity_pruned')), _decimal(s.get('perplexity_recovered'))]
@@ -142,6 +153,8 @@ def _body(data: RunData, command: str, running: bool, written: str) -> Iterator[
   if len(texts := report.get('texts', {})) > 1:
     warned = f'<p>{e(text)}</p>' if (text := warning(texts)) else ''
     yield f'<h2>Texts</h2><div class="card scroll">{html_table(texts_rows(texts))}</div>{warned}'
+  if rows := bytes_rows(texts):
+    yield f'<h2>Bits per byte</h2><div class="card scroll">{html_table(rows)}</div>'
   if report.get('tasks'):
     yield f'<h2>Tasks</h2><div class="card scroll">{html_table(tasks_rows(report["tasks"]))}</div>'
   figures = [perplexity_over_tokens(data, text) for text in text_names(data)] if trained else []

@@ -25,9 +25,11 @@ def _widths(values: list[int]) -> str:
 
 def table(report: RunReport) -> str:
   """The report as text: a table with a row per stage, then widths, compiles and seconds."""
-  perplexity = report['perplexity']
+  model, perplexity = report['model'], report['perplexity']
   head = ['stage', *cost_columns(report), 'perplexity pruned', 'recovered', 'tokens', 'seconds']
   rows = [head, ['dense', *cost_cells(report), '', _number(perplexity['dense']), '', '']]
+  if trimmed := trimmed_model(report):
+    rows.append(['trimmed', *cost_cells(report, trimmed), '', _number(perplexity.get('trimmed')), '', ''])
   for stage in report['stages']:
     measured = [_number(stage['perplexity_pruned']), _number(stage['perplexity_recovered'])]
     spent = [f'{stage["tokens"]:,}', f'{stage["seconds"]:.0f}']
@@ -35,6 +37,8 @@ def table(report: RunReport) -> str:
   lines = ['', _markdown(rows)]
   if len(report['texts']) > 1:
     lines += ['', _markdown(texts_rows(report['texts']))]
+  if rows := bytes_rows(report['texts']):
+    lines += ['', _markdown(rows)]
   if report.get('tasks'):
     lines += ['', tasks_table(report['tasks'])]
   lines.append('')
@@ -44,6 +48,8 @@ def table(report: RunReport) -> str:
     if 'hidden_size' in stage:
       lines.append(f'stage {stage["stage"]} residual stream: width {stage["hidden_size"]}')
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
+  if 'vocab_trimmed' in model:
+    lines.append(f'vocabulary: {model["vocab_trimmed"]:,} of {model["vocab_size"]:,} tokens')
   lines += [
     *budget_lines(report['budget']),
     f'compiled programs: {compiles}; the run took {report["seconds"]:.0f} s',
@@ -68,6 +74,15 @@ def cost_cells(report: RunReport, stage: StageReport | None = None) -> list[str]
   budget = report['budget']
   cost = stage['cost'] if stage else budget['dense']
   return [*cells, amount(budget['kind'], cost), f'{100 * cost / budget["dense"]:.1f} %']
+
+
+def trimmed_model(report: RunReport) -> StageReport | None:
+  """The model after prune.vocab, as a stage before the first; None if the vocabulary is whole."""
+  model = report['model']
+  if 'params_trimmed' not in model:
+    return None
+  params = model['params_trimmed']
+  return {'stage': 0, 'params': params, 'cost': report.get('budget', {}).get('trimmed', params)}
 
 
 def _of_params(report: RunReport) -> bool:
@@ -124,10 +139,26 @@ def texts_rows(texts: dict[str, TextReport]) -> list[list[str]]:
   return rows
 
 
+def bytes_rows(texts: dict[str, TextReport]) -> list[list[str]]:
+  """Column names, then a row per text: bits per byte of each model; none if the vocabulary is whole."""
+  rows = []
+  for name, text in texts.items():
+    if rates := text.get('tokens_per_byte'):
+      values = [text.get('dense'), text.get('trimmed'), text.get('pruned'), text.get('recovered')]
+      scales = [rates['dense'], *3 * [rates['trimmed']]]
+      bits = [None if x is None else scale * math.log2(x) for x, scale in zip(values, scales, strict=True)]
+      rows.append([name, *('–' if x is None else f'{x:.3f}' for x in bits)])
+  head = ['text', 'bits per byte dense', 'trimmed', 'pruned', 'recovered']
+  return [head, *rows] if rows else []
+
+
 def excess(text: TextReport) -> float | None:
-  """ln(perplexity of the final model / dense), nats per token."""
-  final = text.get('recovered', text.get('pruned'))
-  return None if final is None or 'dense' not in text else math.log(final / text['dense'])
+  """ln(perplexity of the final model / dense), nats per token.
+
+  If the vocabulary was trimmed, the dense model is that with the trimmed one.
+  """
+  final, dense = text.get('recovered', text.get('pruned')), text.get('trimmed', text.get('dense'))
+  return None if final is None or dense is None else math.log(final / dense)
 
 
 def warning(texts: dict[str, TextReport]) -> str:

@@ -33,7 +33,9 @@ NO_JAX = (
 CLI = ('adapt_jax/cli.py', 'adapt_jax/cli_help.py')
 # Nothing imports them but main.py, each other and, at its first use, the package.
 TOP = (*CLI, 'adapt_jax/api.py', 'adapt_jax/api_arguments.py')
-TOKENIZER_FILES = ('models/formats/source.py', 'models/formats/gguf_tokenizer.py')
+TOKENIZER_FILES = tuple(
+  f'models/formats/{name}.py' for name in ('source', 'gguf_tokenizer', 'trimmed_tokenizer')
+)
 
 SOURCES = {
   path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding='utf-8'), str(path))

@@ -1,0 +1,132 @@
+"""Models with a trimmed vocabulary: predictions on the condition of the kept tokens, in every export."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import adapt_jax as aj
+from adapt_jax.export.hf import write_hf
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.formats.trimmed_source import trimmed_generation, trimmed_source
+from adapt_jax.models.formats.trimmed_tokenizer import needed_ids, trim_tokenizer
+from tests.formats.test_trimmed_tokenizer import OTHER, PAGES, byte_level, converted
+from tests.support.helpers import logits, random_params, refused, tiny_config
+from tests.support.llama_cpp import Job, ask, needs_llama_cpp
+
+TEXT = PAGES[0][:2000]
+MODELS = {'byte level, tied': (byte_level, True), 'SentencePiece, a head': (converted, False)}
+PADDING = 7  # rows of the embedding without a token
+
+
+class Case:
+  """A model, the same with the tokens of TEXT, and its exports."""
+
+  def __init__(self, name, root):
+    make, tied = MODELS[name]
+    tokenizer = make()
+    rows = len(tokenizer) + PADDING
+    self.config = tiny_config('llama', vocab_size=rows, tie_embeddings=tied, max_position=4096)
+    self.params = random_params(self.config)
+    self.tokenizer, end = tokenizer, tokenizer.convert_tokens_to_ids('</s>')
+    generation = {'eos_token_id': [end, rows - 1], 'top_k': 3}
+    write_hf(self.config, self.params, root / 'model', tokenizer=tokenizer, generation=generation)
+    (root / 'text.txt').write_text(TEXT)
+    self.whole = aj.load(root / 'model')
+    self.trimmed = aj.trim_vocabulary(self.whole, root / 'text.txt')
+    aj.save(self.trimmed, root / 'out', formats=('hf', 'hf_padded', 'gguf'))
+    self.out = root / 'out'
+    self.ids = self.trimmed.tokenizer(TEXT)['input_ids'][:48]
+    self.before = tokenizer(TEXT)['input_ids'][:48]
+    tokens = self.trimmed.tokenizer.convert_ids_to_tokens(range(len(self.trimmed.tokenizer)))
+    self.kept = tokenizer.convert_tokens_to_ids(tokens)
+
+  @property
+  def expected(self):
+    """Logits [T, V] of the original at the kept ids."""
+    found = logits(self.config, self.params, np.array([self.before]))
+    return np.asarray(found)[0][:, self.kept]
+
+
+@pytest.fixture(scope='module', params=MODELS)
+def case(request, tmp_path_factory):
+  return Case(request.param, tmp_path_factory.mktemp('case'))
+
+
+def test_it_predicts_the_kept_tokens_as_before(case):
+  found = logits(case.trimmed.config, case.trimmed.params, np.array([case.ids]))[0]
+  np.testing.assert_allclose(found, case.expected, atol=2e-5)
+  assert case.trimmed.config.vocab_size == len(case.trimmed.tokenizer) < len(case.tokenizer)
+  rows = case.config.vocab_size - case.trimmed.config.vocab_size
+  tables = 1 if case.config.tie_embeddings else 2
+  assert case.whole.num_params - case.trimmed.num_params == rows * case.config.hidden_size * tables
+  assert case.trimmed.dense == case.whole.num_params
+
+
+def test_end_tokens_have_their_new_ids(case):
+  end = case.trimmed.tokenizer.convert_tokens_to_ids('</s>')
+  assert case.trimmed.generation.items() >= {'eos_token_id': [end], 'pad_token_id': end, 'top_k': 3}.items()
+  for form in ('hf', 'hf_padded'):
+    config, generation = (
+      json.loads((case.out / form / f'{name}.json').read_text()) for name in ('config', 'generation_config')
+    )
+    assert config['eos_token_id'] == end and config['vocab_size'] == len(case.kept)
+    assert config['bos_token_id'] == case.trimmed.tokenizer.convert_tokens_to_ids('<s>')
+    assert generation['eos_token_id'] == [end] and generation['top_k'] == 3
+
+
+@pytest.mark.parametrize('form', ['hf', 'hf_padded'])
+def test_transformers_gives_the_same_tokens_and_predictions(case, form):
+  path = case.out / form
+  tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+  for text in (TEXT, OTHER):
+    assert tokenizer(text).input_ids == case.trimmed.tokenizer(text)['input_ids']
+  assert tokenizer.chat_template == case.tokenizer.chat_template
+  model = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype='float32')
+  with torch.no_grad():
+    found = model(torch.tensor([case.ids])).logits[0].numpy()
+  np.testing.assert_allclose(found, case.expected, atol=1e-4)
+
+
+@needs_llama_cpp
+def test_llama_cpp_gives_the_same_tokens_and_predictions(case):
+  texts = [TEXT, 'Many words here were never seen: qwertz.']
+  job = Job(case.out / 'gguf/model-F32.gguf', texts, [case.ids])
+  found = ask({'it': job})['it']
+  assert found.ids == case.trimmed.tokenizer(texts)['input_ids']
+  np.testing.assert_allclose(found.logits[0], case.expected, atol=1e-3)
+
+
+def test_the_view_of_a_checkpoint_reads_the_same_rows(case):
+  source = open_source(str(case.out.parent / 'model'))
+  ids = needed_ids(case.tokenizer, set(case.tokenizer(TEXT)['input_ids']))
+  view = trimmed_source(source, ids, trim_tokenizer(case.tokenizer, ids))
+  params = view.load_params()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(case.trimmed.params):
+    found = params
+    for key in path:
+      found = found[getattr(key, 'key', getattr(key, 'idx', None))]
+    np.testing.assert_array_equal(found, leaf)
+  name = 'model.embed_tokens.weight'
+  part = view.reader.read(name, (slice(3, 40), slice(8, 16)))
+  np.testing.assert_array_equal(part, view.reader.read(name)[3:40, 8:16])
+  assert view.config == case.trimmed.config and view.generation == case.trimmed.generation
+  other = trimmed_source(source, ids[:-1], None)
+  assert other.digest() != view.digest() == trimmed_source(source, ids, None).digest()
+
+
+def test_ids_instead_of_a_text(case):
+  found = aj.trim_vocabulary(case.whole, np.array([case.tokenizer(TEXT)['input_ids']]))
+  assert found.tokenizer.get_vocab() == case.trimmed.tokenizer.get_vocab()
+
+
+def test_ids_of_ordinary_tokens_in_generation_config_are_refused():
+  message = refused(trimmed_generation, {'suppress_tokens': [3]}, [0, 1])
+  assert 'generation_config.json has suppress_tokens' in message and 'remove it' in message
+  assert trimmed_generation({'pad_token_id': 9, 'bos_token_id': 4}, [4, 2]) == {
+    'pad_token_id': None,
+    'bos_token_id': 0,
+  }
