@@ -122,11 +122,11 @@ def test_a_changed_text_is_noticed(files, finished, tmp_path):
   before = text.read_text()
   text.write_text(before + ' zebra zebra brown fox quick fox jumps lazy dog')
   try:
-    assert 'prune.vocab is not the text' in refused(run, files, path)
+    assert 'prune.vocab is not what the run' in refused(run, files, path)
     config = runs.make_config(files)
     config.model.source = str(path)
     export = Workdir(str(tmp_path / 'export'), {})
-    assert 'prune.vocab is not the text' in refused(export_mode.run, from_dict(config.to_dict()), export, '')
+    assert 'prune.vocab is not what the run' in refused(export_mode.run, from_dict(config.to_dict()), export, '')
   finally:
     text.write_text(before)
 
