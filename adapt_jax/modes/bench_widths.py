@@ -141,11 +141,25 @@ def run(options: RunOptions, source: Source, workdir: Workdir, command: str) -> 
       'command': command,
       'versions': versions(),
     }
+    report['warning'] = warning(report)
     table = _table(report, source.config.num_layers)
     write_text(workdir.path / 'bench.md', table)
     write_report(workdir.report, report)
     flags = f'--config.prune.budget=latency --config.prune.latency_table={workdir.report}'
     print(f'\n{table}\nto prune for such requests: {flags}')
+
+
+def warning(report: WidthsReport) -> str:
+  """A warning if some narrower block took as long as a wider one, or longer; else ''."""
+  for kind in _KINDS:
+    for block, name in (('attention', 'KV heads'), ('mlp', 'MLP channels')):
+      widths, seconds = (report['latency'][kind][block][of] for of in ('widths', 'seconds'))
+      if wrong := [i for i in range(1, len(widths)) if seconds[i] <= seconds[i - 1]]:
+        return (
+          f'warning: in the {kind}, {widths[wrong[0] - 1]:,} {name} took no less time than '
+          f'{widths[wrong[0]]:,}: measure again on an idle machine, or with a larger bench.repeats'
+        )
+  return ''
 
 
 def _table(report: WidthsReport, layers: int) -> str:
@@ -166,5 +180,6 @@ def _table(report: WidthsReport, layers: int) -> str:
     *lines, '',
     f'{report["source"]} on {report["device"]}, {report["dtype"]}, {report["date"]}; {request["batch"]} x '
     f'{request["prompt_length"]} random ids, {request["new_tokens"]} new tokens each; from medians of '
-    f'{report["repeats"]} runs, each beside one of the whole model.', '',
+    f'{report["repeats"]} runs, each beside one of the whole model.',
+    *([report['warning']] if report['warning'] else []), '',
   ])  # fmt: skip

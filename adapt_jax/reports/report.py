@@ -252,7 +252,7 @@ class BenchReport(TypedDict, total=False):
   versions: dict[str, str]
 
 
-class WidthsReport(TypedDict):
+class WidthsReport(TypedDict, total=False):
   """Report of mode bench without a dense model; latency: the table of `pruning.latency` as JSON."""
 
   device: str
@@ -261,7 +261,8 @@ class WidthsReport(TypedDict):
   date: str
   source: str
   repeats: int
-  latency: dict[str, dict[str, Any]]
+  latency: Required[dict[str, dict[str, Any]]]
+  warning: str
   command: str
   versions: dict[str, str]
 

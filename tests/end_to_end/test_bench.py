@@ -12,7 +12,7 @@ from adapt_jax.export.hf import write_hf
 from adapt_jax.export.writer import LINEAGE
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
-from adapt_jax.modes import bench
+from adapt_jax.modes import bench, bench_widths
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import latency
 from tests.support import runs
@@ -179,3 +179,18 @@ def test_what_was_measured_is_part_of_a_workdirs_identity(models):
     identity(mode, make_options(models, repeats=n)) for n in (1, 2) for mode in ('bench', 'accel')
   ]
   assert identities[0] != identities[2] and identities[1] == identities[3]
+
+
+def test_a_table_in_which_narrower_is_not_faster_says_so():
+  def phase(*mlp):
+    return {
+      'attention': {'widths': [4], 'seconds': [0.0]},
+      'mlp': {'widths': [128, 256, 512], 'seconds': [*mlp]},
+    }
+
+  found = {'latency': {'prefill': phase(1.0, 2.0, 4.0), 'decode': phase(1.0, 3.0, 2.5)}}
+  assert bench_widths.warning(found).startswith(
+    'warning: in the decode, 256 MLP channels took no less time than 512: measure again'
+  )
+  found['latency']['decode'] = phase(1.0, 2.0, 2.5)
+  assert bench_widths.warning(found) == ''
