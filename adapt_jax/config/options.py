@@ -348,8 +348,9 @@ class ExportOptions:
   )
   gguf_types: tuple[str, ...] = option(
     ('auto',),
-    'Tensor types, each a GGUF file; auto: as dtype.',
-    choices=('auto', 'F32', 'F16', 'BF16', 'Q8_0', 'Q4_0'),
+    'Tensor types, each a GGUF file; auto: as dtype. Q4_K_M, Q5_K_M and Q6_K are made by llama.cpp, which is '
+    'installed by the extra quantise (docs/serving.md).',
+    choices=('auto', 'F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_K_M', 'Q5_K_M', 'Q6_K'),
     result=False,
   )
   push: str = option(

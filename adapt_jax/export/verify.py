@@ -26,8 +26,9 @@ _TEXTS = (
 )
 _LENGTH = 64  # tokens of a text, at most
 # RMS of the logit differences over RMS of the logits. A larger difference than rounding explains is an export
-# error; blocks of 8 and 4 bits lose more, especially in small models.
-_LIMIT, _LIMITS = 1e-3, {'Q8_0': 0.1, 'Q4_0': 0.7}
+# error; blocks of 8 to 4 bits lose more, especially in small models.
+_LIMIT = 1e-3
+_LIMITS = {'Q8_0': 0.1, 'Q6_K': 0.4, 'Q5_K_M': 0.6, 'Q4_K_M': 0.7, 'Q4_0': 0.7}
 _CHUNK = 1 << 22  # elements that are compared at once
 # GGUF types of matrices; vectors are F32 in every such file.
 _DTYPES = {kind.name: dtype for kind, dtype in STORED_DTYPES.items()}

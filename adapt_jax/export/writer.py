@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from adapt_jax.config.options import ExportOptions
 from adapt_jax.export.card import model_card
 from adapt_jax.export.gguf import check_gguf, write_gguf
+from adapt_jax.export.gguf_quantise import K_QUANTS, check_quantiser, quantise
 from adapt_jax.export.gguf_vocab import check_gguf_tokenizer
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.padded import pad, padded_config
@@ -40,6 +41,7 @@ def check_formats(options: ExportOptions, config: ModelConfig) -> None:
     padded_config(config)
   if 'gguf' in options.formats:
     check_gguf(config)
+    check_quantiser(options.gguf_types)
 
 
 def check_result(options: ExportOptions, config: ModelConfig) -> None:
@@ -144,13 +146,21 @@ class Writer:
     write_hf(config, params, new, code=code, **options)
 
   def _write_gguf(self, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
-    found, auto = {}, _GGUF_TYPES[self._dtype_name(params)]
-    for kind in dict.fromkeys(auto if kind == 'auto' else kind for kind in self._options.gguf_types):
-      file = new / f'model-{kind}.gguf'
-      name = pathlib.Path(self._report['model']['source']).name
-      write_gguf(config, params, file, tokenizer=self._tokenizer, kind=kind, name=name)
-      found[file.name] = {'type': kind} | self._compare(config, params, file, kind)
-    return found
+    auto = _GGUF_TYPES[self._dtype_name(params)]
+    kinds = list(dict.fromkeys(auto if kind == 'auto' else kind for kind in self._options.gguf_types))
+    files = {kind: new / f'model-{kind}.gguf' for kind in (*kinds, auto)}
+    quantised = [kind for kind in kinds if kind in K_QUANTS]
+    name = pathlib.Path(self._report['model']['source']).name
+    for kind in dict.fromkeys([*(k for k in kinds if k not in K_QUANTS), *([auto] if quantised else [])]):
+      write_gguf(config, params, files[kind], tokenizer=self._tokenizer, kind=kind, name=name)
+    for kind in quantised:
+      with phase(f'quantising to {kind}'):
+        decide(functools.partial(quantise, files[auto], files[kind], kind))
+    if quantised and auto not in kinds and is_first():
+      files[auto].unlink()
+    return {
+      files[kind].name: {'type': kind} | self._compare(config, params, files[kind], kind) for kind in kinds
+    }
 
   def _dtype_name(self, params: Params) -> str:
     return jnp.dtype(self._dtype or params['embed'].dtype).name

@@ -126,7 +126,7 @@ def test_a_changed_text_is_noticed(files, finished, tmp_path):
     config = runs.make_config(files)
     config.model.source = str(path)
     export = Workdir(str(tmp_path / 'export'), {})
-    assert 'prune.vocab is not what the run' in refused(export_mode.run, from_dict(config.to_dict()), export, '')
+    assert 'prune.vocab is not the text' in refused(export_mode.run, from_dict(config.to_dict()), export, '')
   finally:
     text.write_text(before)
 

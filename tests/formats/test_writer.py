@@ -12,6 +12,7 @@ from adapt_jax.config.options import ExportOptions
 from adapt_jax.export import hf, verify
 from adapt_jax.export import writer as writer_module
 from adapt_jax.export.gguf import KINDS
+from adapt_jax.export.gguf_quantise import K_QUANTS
 from adapt_jax.export.padded import pad, padded_config
 from adapt_jax.export.writer import LINEAGE, Writer, check_formats, check_result
 from adapt_jax.models.config import LayerShape, count_params
@@ -42,7 +43,7 @@ def writer(path, names, tokenizer=None, **options):
 
 def test_every_form_can_be_asked_for():
   assert tuple(writer_module._WRITERS) == choices('export.formats')
-  assert ('auto', *KINDS) == choices('export.gguf_types')
+  assert ('auto', *KINDS, *K_QUANTS) == choices('export.gguf_types')
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -1,0 +1,53 @@
+"""K-quants of a .gguf file by llama.cpp's own quantiser, in a process of its own, which it ends if it fails.
+
+As a program: python -m adapt_jax.export.gguf_quantise FILE OUT TYPE.
+"""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from gguf import LlamaFileType
+
+from adapt_jax.models.errors import InputError
+
+K_QUANTS = {
+  'Q4_K_M': LlamaFileType.MOSTLY_Q4_K_M,
+  'Q5_K_M': LlamaFileType.MOSTLY_Q5_K_M,
+  'Q6_K': LlamaFileType.MOSTLY_Q6_K,
+}
+_PACKAGE = 'llama_cpp_py_sync'
+
+
+def check_quantiser(kinds: Sequence[str]) -> None:
+  """Raises InputError if one of these types needs llama.cpp and its package is not installed."""
+  asked = [kind for kind in kinds if kind in K_QUANTS]
+  if asked and importlib.util.find_spec(_PACKAGE) is None:
+    raise InputError(
+      f'config.export.gguf_types has {asked[0]!r}, which llama.cpp makes: install it with '
+      f"pip install 'adapt-jax[quantise]', or leave the type out"
+    )
+
+
+def quantise(path: pathlib.Path, out: pathlib.Path, kind: str) -> None:
+  """Writes `out`, of a type of `K_QUANTS`, from an unquantised file. Raises InputError if llama.cpp fails."""
+  command = [sys.executable, '-m', 'adapt_jax.export.gguf_quantise', str(path), str(out), kind]
+  done = subprocess.run(command, capture_output=True, text=True, errors='replace')
+  if done.returncode:
+    reason = next(iter(done.stderr.strip().splitlines()[-1:]), f'code {done.returncode}')
+    raise InputError(f'{out}: llama.cpp could not write type {kind} ({reason}): choose another')
+
+
+def _quantise(path: str, out: str, kind: str) -> int:
+  from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+  library, ffi = get_lib(), get_ffi()
+  options = ffi.new('llama_model_quantize_params *', library.llama_model_quantize_default_params())
+  options.ftype = K_QUANTS[kind]
+  return int(library.llama_model_quantize(path.encode(), out.encode(), options))
+
+
+if __name__ == '__main__':
+  sys.exit(_quantise(*sys.argv[1:]))
