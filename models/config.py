@@ -9,10 +9,8 @@ group, H head_dim, F MLP width, V vocabulary, L layers.
 import dataclasses
 
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.families import FAMILIES, Family
 
-FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
-# Hugging Face's `attention_bias` adds biases to q, k, v and o in these; Qwen2 always has them on q, k and v.
-ATTENTION_BIAS_FAMILIES = ('llama', 'qwen3')
 # The largest sizes that are accepted, each far above those of every published model: a larger one is damage,
 # and building the arrays' shapes for it would take all time and memory.
 MOST = {
@@ -76,8 +74,7 @@ class RopeConfig:
 class ModelConfig:
   """A LLaMA-like decoder, layer by layer.
 
-  `family` names the Hugging Face architecture that computes the same function;
-  MobileLLM, SmolLM2 and DeepSeek-R1 distillations are `llama` or `qwen2`.
+  `family` names the Hugging Face architecture that computes the same function: a key of `FAMILIES`.
   """
 
   family: str
@@ -108,6 +105,11 @@ class ModelConfig:
       raise InputError(f'head_dim {self.head_dim} must be even: rotary embeddings pair its halves')
 
   @property
+  def traits(self) -> Family:
+    """What distinguishes the family from Llama."""
+    return FAMILIES[self.family]
+
+  @property
   def num_layers(self) -> int:
     return len(self.layers)
 
@@ -118,8 +120,8 @@ class ModelConfig:
 
   @property
   def o_bias(self) -> bool:
-    """Whether o_proj has a bias: with `output_bias`, or in Llama and Qwen3 if q, k and v have biases."""
-    return self.output_bias or (self.qkv_bias and self.family in ATTENTION_BIAS_FAMILIES)
+    """Whether o_proj has a bias: with `output_bias`, or with q, k and v if the family makes that optional."""
+    return self.output_bias or (self.qkv_bias and self.traits.qkv_bias == 'optional')
 
   def with_layers(self, layers: tuple[LayerShape, ...]) -> 'ModelConfig':
     """The same model with other widths."""

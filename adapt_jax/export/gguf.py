@@ -111,7 +111,7 @@ def _architecture(config: ModelConfig) -> str:
           f'export.formats: a .gguf file cannot hold a {config.family} model with {what}: '
           f'export it as hf or hf_padded instead of gguf'
         )
-    return 'qwen3'
+    return config.traits.gguf
   if not config.uniform:
     return 'deci'
   # llama.cpp's qwen2 has no bias on down_proj and no scaling, and in older versions its heads must add up to
@@ -119,7 +119,7 @@ def _architecture(config: ModelConfig) -> str:
   shape = config.layers[0]
   square = shape.num_heads * config.head_dim == config.hidden_size
   plain = config.qkv_bias and not config.output_bias and not config.rope.scaling
-  return 'qwen2' if config.family == 'qwen2' and plain and square else 'llama'
+  return config.traits.gguf if plain and square else 'llama'
 
 
 def _add_fields(writer: GGUFWriter, config: ModelConfig, kind: str, name: str) -> None:

@@ -82,27 +82,25 @@ def write_hf(
 def _stock(config: ModelConfig) -> bool:
   """Whether a stock class of transformers computes this model.
 
-  None has a bias only on down_proj, or a sliced stream, and Llama's refuses heads that do not divide
-  hidden_size.
+  None has a bias only on down_proj, or a sliced stream, and some refuse heads that do not divide hidden_size.
   """
-  refused = config.family == 'llama' and config.hidden_size % config.layers[0].num_heads
+  refused = config.traits.heads_divide and config.hidden_size % config.layers[0].num_heads
   return config.uniform and not config.output_bias and not config.sliced_from and not refused
 
 
 def _stock_in_mlx(config: ModelConfig) -> bool:
-  """Whether a stock model of MLX-LM also computes this model.
-
-  Its Qwen2 assumes head_dim = hidden_size / heads, and its Qwen3 has no biases.
-  """
-  odd_head_dim = config.hidden_size != config.layers[0].num_heads * config.head_dim
-  refused = (config.family == 'qwen2' and odd_head_dim) or (config.family == 'qwen3' and config.qkv_bias)
-  return _stock(config) and not refused
+  """Whether a stock model of MLX-LM also computes this model."""
+  lacking = {
+    'head_dim': config.hidden_size != config.layers[0].num_heads * config.head_dim,
+    'biases': config.qkv_bias,
+  }
+  return _stock(config) and not lacking.get(config.traits.mlx, False)
 
 
 def _own_architecture(config: ModelConfig) -> dict[str, Any]:
   """Fields of config.json that name the exported code and describe how it differs from the stock class."""
   widest = config_to_hf(config)
-  prefix = widest['architectures'][0].removesuffix('ForCausalLM')
+  prefix = config.traits.stock
   narrower = {
     str(i): {k: getattr(shape, name) for k, name in _WIDTHS.items() if getattr(shape, name) != widest[k]}
     for i, shape in enumerate(config.layers)

@@ -3,31 +3,15 @@
 import math
 from typing import Any
 
-from adapt_jax.models.config import (
-  ATTENTION_BIAS_FAMILIES,
-  FAMILIES,
-  MOST,
-  LayerShape,
-  Llama3Scaling,
-  ModelConfig,
-  RopeConfig,
-)
+from adapt_jax.models.config import MOST, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.families import FAMILIES
 
 # model_type in config.json -> the family that computes the same function. `adapt_*` are our own
 # exports: the stock architecture with per-layer widths or output biases.
 _MODEL_TYPES = {
-  **{f: f for f in FAMILIES},
-  **{f'adapt_{f}': f for f in FAMILIES},
-  'mobilellm': 'llama',
+  name: family for family, traits in FAMILIES.items() for name in (family, f'adapt_{family}', *traits.aliases)
 }
-_ARCHITECTURES = {
-  'llama': 'LlamaForCausalLM',
-  'mistral': 'MistralForCausalLM',
-  'qwen2': 'Qwen2ForCausalLM',
-  'qwen3': 'Qwen3ForCausalLM',
-}
-
 
 _SIZES = {  # names that differ in `MOST`
   'num_hidden_layers': 'num_layers',
@@ -58,20 +42,21 @@ def _parse(raw: Any) -> ModelConfig:
   if not isinstance(raw, dict):
     raise InputError(f'holds a {type(raw).__name__}, not an object')
   family = _supported_family(raw)
+  traits = FAMILIES[family]
+  raw = raw | {name: value for name, value in traits.defaults.items() if raw.get(name) is None}
   hidden, layers = _count(raw, 'hidden_size'), _layer_shapes(raw)
-  usual_head_dim = 128 if family == 'qwen3' else hidden // _count(raw, 'num_attention_heads')
   return ModelConfig(
     family=family,
     vocab_size=_count(raw, 'vocab_size'),
     hidden_size=hidden,
-    head_dim=_count(raw, 'head_dim', usual_head_dim),
+    head_dim=_count(raw, 'head_dim', hidden // _count(raw, 'num_attention_heads')),
     layers=layers,
     rope=_rope(raw),
     rms_norm_eps=_number(raw, 'rms_norm_eps', 1e-6),
     tie_embeddings=bool(raw.get('share_embedding') or raw.get('tie_word_embeddings', False)),
-    qkv_bias=family == 'qwen2' or bool(raw.get('attention_bias')),
+    qkv_bias=traits.qkv_bias == 'always' or bool(raw.get('attention_bias')),
     output_bias=bool(raw.get('output_bias')),
-    qk_norm=family == 'qwen3',
+    qk_norm=traits.qk_norm,
     max_position=_max_position(raw),
     sliced_from=_count(raw, 'sliced_from') if raw.get('sliced_from') else 0,
   )
@@ -148,7 +133,7 @@ def _supported_family(raw: dict[str, Any]) -> str:
     )
   refused = {
     'hidden_act': raw.get('hidden_act', 'silu') not in ('silu', 'swish'),
-    'attention_bias': bool(raw.get('attention_bias')) and family not in ATTENTION_BIAS_FAMILIES,
+    'attention_bias': bool(raw.get('attention_bias')) and FAMILIES[family].qkv_bias != 'optional',
     'mlp_bias': bool(raw.get('mlp_bias')),
     'quantization_config': bool(raw.get('quantization_config')),
     'num_experts': bool(raw.get('num_experts')),
@@ -169,7 +154,7 @@ def _sliding_window_in_use(raw: dict[str, Any], family: str) -> bool:
     raise InputError(f'layer_types = {kinds!r} should be a list')
   if 'sliding_attention' in kinds:
     return True
-  if family != 'mistral' and not raw.get('use_sliding_window'):
+  if FAMILIES[family].optional_window and not raw.get('use_sliding_window'):
     return False
   window = {'sliding_window': 4096} | raw  # transformers' default for all of them
   return window['sliding_window'] is not None and _count(window, 'sliding_window') < _max_position(raw)
@@ -210,7 +195,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
       'original_max_position_embeddings': s.original_max_position,
     }
   fields: dict[str, Any] = {
-    'architectures': [_ARCHITECTURES[config.family]],
+    'architectures': [f'{config.traits.stock}ForCausalLM'],
     'model_type': config.family,
     'vocab_size': config.vocab_size,
     'hidden_size': config.hidden_size,
@@ -228,10 +213,6 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
   }
   if config.rope.scaling:  # a null here would only cause a deprecation warning
     fields['rope_scaling'] = rope
-  if config.family == 'mistral':
-    fields['sliding_window'] = None
-  if config.family in ('qwen2', 'qwen3'):
-    fields['use_sliding_window'] = False
-  if config.family in ATTENTION_BIAS_FAMILIES:
+  if config.traits.qkv_bias == 'optional':
     fields['attention_bias'] = config.qkv_bias
-  return fields
+  return fields | dict(config.traits.constants)

@@ -5,25 +5,13 @@ is overridden, so the features of the installed version (caches, attention kerne
 Only a model sliced by SliceGPT has its own layers, around the stock attention and MLP.
 """
 
-import torch
-from torch import nn
-from transformers import (
-  LlamaForCausalLM,
-  LlamaModel,
-  MistralForCausalLM,
-  MistralModel,
-  Qwen2ForCausalLM,
-  Qwen2Model,
-  Qwen3ForCausalLM,
-  Qwen3Model,
-)
+import re
 
-from .configuration_adapt import (
-  AdaptLlamaConfig,
-  AdaptMistralConfig,
-  AdaptQwen2Config,
-  AdaptQwen3Config,
-)
+import torch
+import transformers
+from torch import nn
+
+from .configuration_adapt import configuration_class
 
 
 def build_layers(model, config):
@@ -87,7 +75,7 @@ def add_bias(linear):
 
 
 class PerLayerModel:
-  """Mixin of the four decoders."""
+  """Mixin of a decoder."""
 
   def __init__(self, config):
     super().__init__(config)
@@ -96,7 +84,7 @@ class PerLayerModel:
 
 
 class PerLayerForCausalLM:
-  """Mixin of the four decoders with a language modelling head."""
+  """Mixin of a decoder with a language modelling head."""
 
   def __init__(self, config):
     super().__init__(config)
@@ -105,33 +93,16 @@ class PerLayerForCausalLM:
     self.post_init()
 
 
-class AdaptLlamaModel(PerLayerModel, LlamaModel):
-  config_class = AdaptLlamaConfig
+def __getattr__(name):
+  """AdaptLlamaModel, AdaptLlamaForCausalLM and the like: the stock class of the same name, with our layers.
 
-
-class AdaptLlamaForCausalLM(PerLayerForCausalLM, LlamaForCausalLM):
-  config_class = AdaptLlamaConfig
-
-
-class AdaptMistralModel(PerLayerModel, MistralModel):
-  config_class = AdaptMistralConfig
-
-
-class AdaptMistralForCausalLM(PerLayerForCausalLM, MistralForCausalLM):
-  config_class = AdaptMistralConfig
-
-
-class AdaptQwen2Model(PerLayerModel, Qwen2Model):
-  config_class = AdaptQwen2Config
-
-
-class AdaptQwen2ForCausalLM(PerLayerForCausalLM, Qwen2ForCausalLM):
-  config_class = AdaptQwen2Config
-
-
-class AdaptQwen3Model(PerLayerModel, Qwen3Model):
-  config_class = AdaptQwen3Config
-
-
-class AdaptQwen3ForCausalLM(PerLayerForCausalLM, Qwen3ForCausalLM):
-  config_class = AdaptQwen3Config
+  transformers imports classes by name, and only the stock classes of this model need to exist there.
+  """
+  found = re.fullmatch(r'Adapt(\w+?)(Model|ForCausalLM)', name)
+  if not found:
+    raise AttributeError(name)
+  mixin = PerLayerModel if found[2] == 'Model' else PerLayerForCausalLM
+  stock = getattr(transformers, found[1] + found[2])
+  fields = {'config_class': configuration_class(f'Adapt{found[1]}Config'), '__module__': __name__}
+  globals()[name] = type(name, (mixin, stock), fields)
+  return globals()[name]
