@@ -99,6 +99,12 @@ def _architecture(config: ModelConfig) -> str:
     raise InputError(
       "config.export.formats has 'gguf', but llama.cpp does not support SliceGPT: leave it out"
     )
+  if not config.traits.gguf or any(shape.window for shape in config.layers):
+    what = 'sliding windows' if config.traits.gguf else 'layers of different widths'
+    raise InputError(
+      f"config.export.formats has 'gguf', but llama.cpp has no architecture for {config.family} models with "
+      f'{what}: export as hf or hf_padded instead'
+    )
   if config.qk_norm:
     refused = {
       'widths that differ by layer': not config.uniform,

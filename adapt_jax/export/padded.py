@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from adapt_jax.models.config import LayerShape, ModelConfig
+from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.llama import Params
 
@@ -42,7 +42,10 @@ def padded_config(config: ModelConfig) -> ModelConfig:
       )
     else:
       family = config.traits.padded_as
-  uniform = (LayerShape(kv_heads * group, kv_heads, ffn),) * config.num_layers
+  uniform = tuple(
+    dataclasses.replace(shape, num_heads=kv_heads * group, num_kv_heads=kv_heads, ffn=ffn)
+    for shape in config.layers
+  )
   return dataclasses.replace(config.with_layers(uniform), family=family)
 
 

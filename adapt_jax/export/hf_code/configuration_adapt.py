@@ -24,7 +24,10 @@ class PerLayerWidths:
   def __init__(self, rope_parameters=None, **fields):
     """For transformers 4, which knows only the older names; 5 generates its own initialiser."""
     if rope_parameters:
-      scaling = dict(rope_parameters)
+      # Gemma 3 has a rotary embedding for each type of layer.
+      scaling = dict(rope_parameters.get('full_attention', rope_parameters))
+      if 'sliding_attention' in rope_parameters:
+        fields['rope_local_base_freq'] = rope_parameters['sliding_attention']['rope_theta']
       fields['rope_theta'] = scaling.pop('rope_theta')
       fields['rope_scaling'] = None if scaling['rope_type'] == 'default' else scaling
     super().__init__(**fields)

@@ -26,6 +26,8 @@ def build_layers(model, config):
       if hasattr(module, 'config'):
         # The attention implementation is read from here at every call, and may be changed later.
         module.config = config
+    if hasattr(layer.self_attn, 'qkv_proj'):  # it reads its number of heads at every call
+      layer.self_attn.config = LayerView(config, config.layer_config(index).num_attention_heads)
     if config.output_bias:
       add_bias(layer.self_attn.o_proj)
       add_bias(layer.mlp.down_proj)
@@ -35,6 +37,18 @@ def build_layers(model, config):
     # A device map keeps a layer whole by this name.
     model._no_split_modules = [type(layers[0]).__name__]
     model.norm = SlicedNorm(config, rotated=config.tie_word_embeddings)
+
+
+class LayerView:
+  """A layer's configuration: its own number of heads, and all else from `whole`, that of the model."""
+
+  def __init__(self, whole, num_attention_heads):
+    self.whole, self.num_attention_heads = whole, num_attention_heads
+
+  def __getattr__(self, name):
+    if name == 'whole':  # not set yet, in a copy
+      raise AttributeError(name)
+    return getattr(self.whole, name)
 
 
 class SlicedNorm(nn.Module):
@@ -103,6 +117,7 @@ def __getattr__(name):
     raise AttributeError(name)
   mixin = PerLayerModel if found[2] == 'Model' else PerLayerForCausalLM
   stock = getattr(transformers, found[1] + found[2])
-  fields = {'config_class': configuration_class(f'Adapt{found[1]}Config'), '__module__': __name__}
+  config_class = configuration_class(f'Adapt{stock.config_class.__name__}')
+  fields = {'config_class': config_class, '__module__': __name__}
   globals()[name] = type(name, (mixin, stock), fields)
   return globals()[name]
