@@ -9,10 +9,8 @@ group, H head_dim, F MLP width, V vocabulary, L layers.
 import dataclasses
 
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.families import FAMILIES, Family
 
-FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
-# Hugging Face's `attention_bias` adds biases to q, k, v and o in these; Qwen2 always has them on q, k and v.
-ATTENTION_BIAS_FAMILIES = ('llama', 'qwen3')
 # The largest sizes that are accepted, each far above those of every published model: a larger one is damage,
 # and building the arrays' shapes for it would take all time and memory.
 MOST = {
@@ -25,6 +23,7 @@ MOST = {
   'vocab_size': 2**24,
   'max_position': 2**31 - 1,
   'sliced_from': 2**18,
+  'window': 2**31 - 1,
 }
 
 
@@ -36,17 +35,31 @@ def check_size(name: str, value: int, least: int = 1) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-  """Widths of one decoder layer, which pruning changes."""
+  """Widths of one decoder layer, which pruning changes, and its kind of attention."""
 
   num_heads: int  # N, query heads
   num_kv_heads: int  # K, key/value heads; divides num_heads
   ffn: int  # F, MLP channels
+  window: int = 0  # tokens that a query sees, its own included; 0: all before it
+  rotary: bool = True  # whether queries and keys are rotated
 
   def __post_init__(self) -> None:
     for name in ('num_heads', 'num_kv_heads', 'ffn'):
       check_size(name, getattr(self, name))
+    check_size('window', self.window, 0)
     if self.num_heads % self.num_kv_heads:
       raise InputError(f'num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}')
+
+  @property
+  def widths(self) -> tuple[int, int, int]:
+    """N, K and F."""
+    return self.num_heads, self.num_kv_heads, self.ffn
+
+  def with_widths(self, num_kv_heads: int, ffn: int) -> 'LayerShape':
+    """The same layer with other widths and as many query heads for each KV head."""
+    return dataclasses.replace(
+      self, num_heads=num_kv_heads * self.group_size, num_kv_heads=num_kv_heads, ffn=ffn
+    )
 
   @property
   def group_size(self) -> int:
@@ -76,8 +89,7 @@ class RopeConfig:
 class ModelConfig:
   """A LLaMA-like decoder, layer by layer.
 
-  `family` names the Hugging Face architecture that computes the same function;
-  MobileLLM, SmolLM2 and DeepSeek-R1 distillations are `llama` or `qwen2`.
+  `family` names the Hugging Face architecture that computes the same function: a key of `FAMILIES`.
   """
 
   family: str
@@ -95,6 +107,16 @@ class ModelConfig:
   # SliceGPT: width of the residual stream before it was sliced to `hidden_size`; 0 if not sliced. The norms
   # of a sliced model have no gains and divide by this width; every residual connection has a matrix.
   sliced_from: int = 0
+  # Factors of the embeddings and of what a block adds to the stream, and a divisor of the logits.
+  embedding_scale: float = 1.0
+  residual_scale: float = 1.0
+  logit_divisor: float = 1.0
+  attention_scale: float = 0.0  # of the products of queries and keys; 0: 1 / sqrt(head_dim)
+  attention_cap: float = (
+    0.0  # bounds of the attention's logits and of the model's (cap · tanh(x / cap)); 0: none
+  )
+  logit_cap: float = 0.0
+  local_rope: RopeConfig | None = None  # of layers with a window; None: as the others
 
   def __post_init__(self) -> None:
     if self.family not in FAMILIES:
@@ -104,8 +126,25 @@ class ModelConfig:
     for name in ('num_layers', 'hidden_size', 'head_dim', 'vocab_size', 'max_position'):
       check_size(name, getattr(self, name))
     check_size('sliced_from', self.sliced_from, 0)
+    if self.traits.joint_qk_norm and len({s.widths[:2] for s in self.layers}) > 1:
+      raise InputError(f'{self.family} norms all heads of a layer together: all layers need the same heads')
     if self.head_dim % 2:
       raise InputError(f'head_dim {self.head_dim} must be even: rotary embeddings pair its halves')
+
+  @property
+  def norm_offset(self) -> float:
+    """What is added to the weights of all norms."""
+    return self.traits.norm_offset
+
+  @property
+  def attention_factor(self) -> float:
+    """The factor of the products of queries and keys."""
+    return self.attention_scale or self.head_dim**-0.5
+
+  @property
+  def traits(self) -> Family:
+    """What distinguishes the family from Llama."""
+    return FAMILIES[self.family]
 
   @property
   def num_layers(self) -> int:
@@ -114,12 +153,12 @@ class ModelConfig:
   @property
   def uniform(self) -> bool:
     """True if all layers have the same widths, as stock checkpoints do."""
-    return len(set(self.layers)) == 1
+    return len({shape.widths for shape in self.layers}) == 1
 
   @property
   def o_bias(self) -> bool:
-    """Whether o_proj has a bias: with `output_bias`, or in Llama and Qwen3 if q, k and v have biases."""
-    return self.output_bias or (self.qkv_bias and self.family in ATTENTION_BIAS_FAMILIES)
+    """Whether o_proj has a bias: with `output_bias`, or with q, k and v if the family makes that optional."""
+    return self.output_bias or (self.qkv_bias and self.traits.qkv_bias == 'optional')
 
   def with_layers(self, layers: tuple[LayerShape, ...]) -> 'ModelConfig':
     """The same model with other widths."""
@@ -141,7 +180,10 @@ def channel_params(config: ModelConfig) -> int:
 def layer_params(config: ModelConfig, shape: LayerShape) -> int:
   """Stored parameters of one decoder layer, with biases and norms (or the matrices that replace norms)."""
   D = config.hidden_size
-  norms = (2 * D * D if config.sliced_from else 2 * D) + (2 * config.head_dim if config.qk_norm else 0)
+  norms = 2 * D * D if config.sliced_from else 2 * D * (config.traits.pre_norm + config.traits.post_norm)
+  if config.qk_norm:
+    heads = shape.num_heads + shape.num_kv_heads if config.traits.joint_qk_norm else 2
+    norms += heads * config.head_dim
   attention = shape.num_kv_heads * kv_group_params(config, shape.group_size)
   biases = (config.o_bias + config.output_bias) * config.hidden_size
   return attention + shape.ffn * channel_params(config) + norms + biases

@@ -103,7 +103,7 @@ class _Score:
     x_BTD = llama.hidden_states(self.config, params, tokens_BT, dtype=self.dtype)
     x_BPD = jnp.take_along_axis(x_BTD, positions_BP[:, :, None], axis=1)
     x_TD = x_BPD.reshape(-1, x_BPD.shape[-1])
-    found = loss.label_log_probs(x_TD, llama.head(params), labels_BP.reshape(-1))
+    found = loss.label_log_probs(x_TD, llama.head(params), labels_BP.reshape(-1), self.config.logit_cap)
     return found[0].reshape(labels_BP.shape), found[1].reshape(labels_BP.shape)
 
 

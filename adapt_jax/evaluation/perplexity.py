@@ -18,7 +18,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import row_shards
-from adapt_jax.training.loss import distillation, next_token_loss, shift, sum_over_chunks, whole
+from adapt_jax.training.loss import capped, distillation, next_token_loss, shift, sum_over_chunks, whole
 
 
 def definition(blocks: Blocks) -> str:
@@ -72,7 +72,7 @@ class _Loss:
     self, params: Params, tokens_BT: jax.Array, targets_BT: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     x_BTD = llama.hidden_states(self.config, params, tokens_BT, dtype=self.dtype)
-    total = next_token_loss(x_BTD, llama.head(params), tokens_BT, targets_BT)
+    total = next_token_loss(x_BTD, llama.head(params), tokens_BT, targets_BT, self.config.logit_cap)
     return total, shift(tokens_BT, targets_BT)[1].sum()
 
 
@@ -112,7 +112,8 @@ class _Divergence:
     x_BTD = llama.hidden_states(self.config, params, tokens_BT, dtype=self.dtype)
     x_TD, reference_TD = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, reference_BTD))
     labels, weights = shift(tokens_BT, targets_BT)
-    kl = distillation(1.0, 1.0, whole(head_VD, reference_TD.dtype))
+    cap = self.config.logit_cap  # that of the reference too
+    kl = capped(distillation(1.0, 1.0, whole(head_VD, reference_TD.dtype), cap), cap)
     return sum_over_chunks(kl, x_TD, llama.head(params), (labels, weights, reference_TD)), weights.sum()
 
 

@@ -99,6 +99,12 @@ def _architecture(config: ModelConfig) -> str:
     raise InputError(
       "config.export.formats has 'gguf', but llama.cpp does not support SliceGPT: leave it out"
     )
+  if not config.traits.gguf or any(shape.window for shape in config.layers):
+    what = 'sliding windows' if config.traits.gguf else 'layers of different widths'
+    raise InputError(
+      f"config.export.formats has 'gguf', but llama.cpp has no architecture for {config.family} models with "
+      f'{what}: export as hf or hf_padded instead'
+    )
   if config.qk_norm:
     refused = {
       'widths that differ by layer': not config.uniform,
@@ -111,7 +117,7 @@ def _architecture(config: ModelConfig) -> str:
           f'export.formats: a .gguf file cannot hold a {config.family} model with {what}: '
           f'export it as hf or hf_padded instead of gguf'
         )
-    return 'qwen3'
+    return config.traits.gguf
   if not config.uniform:
     return 'deci'
   # llama.cpp's qwen2 has no bias on down_proj and no scaling, and in older versions its heads must add up to
@@ -119,7 +125,7 @@ def _architecture(config: ModelConfig) -> str:
   shape = config.layers[0]
   square = shape.num_heads * config.head_dim == config.hidden_size
   plain = config.qkv_bias and not config.output_bias and not config.rope.scaling
-  return 'qwen2' if config.family == 'qwen2' and plain and square else 'llama'
+  return config.traits.gguf if plain and square else 'llama'
 
 
 def _add_fields(writer: GGUFWriter, config: ModelConfig, kind: str, name: str) -> None:

@@ -64,7 +64,7 @@ def write_hf(
         fields.pop('rope_scaling', None)
         for file in ('configuration_adapt.py', 'modeling_adapt.py'):
           shutil.copy(_CODE / file, new)
-      if code and not _stock_in_mlx(config) and not config.sliced_from:  # no MLX code for sliced models
+      if code and _needs_mlx_code(config):
         fields['model_file'] = _MLX_FILE
         shutil.copy(_CODE / _MLX_FILE, new)
       _write_json(new / 'config.json', fields)
@@ -82,38 +82,38 @@ def write_hf(
 def _stock(config: ModelConfig) -> bool:
   """Whether a stock class of transformers computes this model.
 
-  None has a bias only on down_proj, or a sliced stream, and Llama's refuses heads that do not divide
-  hidden_size.
+  None has a bias only on down_proj, or a sliced stream, and some refuse heads that do not divide hidden_size.
   """
-  refused = config.family == 'llama' and config.hidden_size % config.layers[0].num_heads
+  refused = config.traits.heads_divide and config.hidden_size % config.layers[0].num_heads
   return config.uniform and not config.output_bias and not config.sliced_from and not refused
 
 
-def _stock_in_mlx(config: ModelConfig) -> bool:
-  """Whether a stock model of MLX-LM also computes this model.
-
-  Its Qwen2 assumes head_dim = hidden_size / heads, and its Qwen3 has no biases.
-  """
-  odd_head_dim = config.hidden_size != config.layers[0].num_heads * config.head_dim
-  refused = (config.family == 'qwen2' and odd_head_dim) or (config.family == 'qwen3' and config.qkv_bias)
-  return _stock(config) and not refused
+def _needs_mlx_code(config: ModelConfig) -> bool:
+  """Whether our code for MLX-LM computes this model, and no stock model of MLX-LM does."""
+  if config.traits.mlx is None or config.sliced_from:
+    return False
+  lacking = {
+    'head_dim': config.hidden_size != config.layers[0].num_heads * config.head_dim,
+    'biases': config.qkv_bias,
+  }
+  return not _stock(config) or lacking.get(config.traits.mlx, False)
 
 
 def _own_architecture(config: ModelConfig) -> dict[str, Any]:
   """Fields of config.json that name the exported code and describe how it differs from the stock class."""
   widest = config_to_hf(config)
-  prefix = widest['architectures'][0].removesuffix('ForCausalLM')
+  traits = config.traits
   narrower = {
     str(i): {k: getattr(shape, name) for k, name in _WIDTHS.items() if getattr(shape, name) != widest[k]}
     for i, shape in enumerate(config.layers)
   }
   return {
     'model_type': f'adapt_{config.family}',
-    'architectures': [f'Adapt{prefix}ForCausalLM'],
+    'architectures': [f'Adapt{traits.stock}ForCausalLM'],
     'auto_map': {
-      'AutoConfig': f'configuration_adapt.Adapt{prefix}Config',
-      'AutoModel': f'modeling_adapt.Adapt{prefix}Model',  # vLLM builds this one
-      'AutoModelForCausalLM': f'modeling_adapt.Adapt{prefix}ForCausalLM',
+      'AutoConfig': f'configuration_adapt.Adapt{traits.base_name}Config',
+      'AutoModel': f'modeling_adapt.Adapt{traits.base_name}Model',  # vLLM builds this one
+      'AutoModelForCausalLM': f'modeling_adapt.Adapt{traits.stock}ForCausalLM',
     },
     'per_layer_config': {i: widths for i, widths in narrower.items() if widths},
     'output_bias': config.output_bias,

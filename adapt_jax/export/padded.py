@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from adapt_jax.models.config import LayerShape, ModelConfig
+from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.llama import Params
 
@@ -13,8 +13,8 @@ from adapt_jax.models.network.llama import Params
 def padded_config(config: ModelConfig) -> ModelConfig:
   """The uniform config that fits all layers and that a stock class supports.
 
-  Stock Llama refuses heads that do not divide the hidden size: KV groups are added up to a number that
-  does, and if there is none, Mistral's class is used, which computes the same function.
+  Some stock classes, such as Llama's, refuse heads that do not divide the hidden size: KV groups are added up
+  to a number that does, and if there is none, another class is used that computes the same function.
 
   Raises InputError if no stock class has the model's biases or its sliced residual stream.
   """
@@ -30,18 +30,22 @@ def padded_config(config: ModelConfig) -> ModelConfig:
   group = max(s.group_size for s in config.layers)
   kv_heads, ffn = max(s.num_kv_heads for s in config.layers), max(s.ffn for s in config.layers)
   family = config.family
-  if family == 'llama':
+  if config.traits.heads_divide:
     dividing = [n for n in range(kv_heads, 2 * kv_heads + 1) if config.hidden_size % (n * group) == 0]
     if dividing:
       kv_heads = dividing[0]
-    elif config.qkv_bias:
+    elif config.qkv_bias or not config.traits.padded_as:
       raise InputError(
-        f"config.export.formats has 'hf_padded', but stock Llama refuses {kv_heads * group} heads at hidden "
-        f"size {config.hidden_size}, and Mistral has no biases: leave 'hf_padded' out"
+        f"config.export.formats has 'hf_padded', but stock {config.traits.stock} refuses {kv_heads * group} "
+        f'heads at hidden size {config.hidden_size}, and no other class computes the model: leave '
+        f"'hf_padded' out"
       )
     else:
-      family = 'mistral'
-  uniform = (LayerShape(kv_heads * group, kv_heads, ffn),) * config.num_layers
+      family = config.traits.padded_as
+  uniform = tuple(
+    dataclasses.replace(shape, num_heads=kv_heads * group, num_kv_heads=kv_heads, ffn=ffn)
+    for shape in config.layers
+  )
   return dataclasses.replace(config.with_layers(uniform), family=family)
 
 

@@ -143,8 +143,7 @@ def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]
 
 def _shapes(config: ModelConfig, widths: Widths) -> tuple[LayerShape, ...]:
   return tuple(
-    LayerShape(int(k) * s.group_size, int(k), int(f))
-    for s, k, f in zip(config.layers, widths.kv, widths.ffn, strict=True)
+    s.with_widths(int(k), int(f)) for s, k, f in zip(config.layers, widths.kv, widths.ffn, strict=True)
   )
 
 

@@ -24,7 +24,6 @@ from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import loop_options
-from adapt_jax.models.network.layers import rms_norm
 from adapt_jax.models.network.llama import Params
 from adapt_jax.modes import sensitivity_page
 from adapt_jax.pipeline.inputs import Inputs, prepare
@@ -127,20 +126,21 @@ class LayerEvaluator:
     """Applies layers start … stop-1, the first one masked; also the summed loss, 0 before the last layer."""
     config, layers, tables = self._config, stacked['layers'], llama.rope(self._config, tokens_BT.shape[1])
 
-    def apply(layer: Params, x_BTD: jax.Array) -> jax.Array:
-      return llama.apply_layer(config, self._shape, layer, x_BTD, tables)
+    def apply(i: jax.Array, layer: Params, x_BTD: jax.Array) -> jax.Array:
+      return llama.apply_layer(config, self._shape, layer, x_BTD, tables.of(i))
 
     def base(i: jax.Array, x_BTD: jax.Array) -> jax.Array:
-      return apply(jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), layers), x_BTD)
+      layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), layers)
+      return apply(i, layer, x_BTD)
 
     def loss() -> jax.Array:
-      normed_BTD = rms_norm(x_BTD, stacked['norm'], config.rms_norm_eps)
-      return next_token_loss(normed_BTD, llama.head(stacked), tokens_BT, targets_BT)
+      normed_BTD = llama.final_norm(config, stacked, x_BTD)
+      return next_token_loss(normed_BTD, llama.head(stacked), tokens_BT, targets_BT, config.logit_cap)
 
-    x_BTD = jnp.where(start == 0, llama.embed(stacked, tokens_BT, x_BTD.dtype), x_BTD)
+    x_BTD = jnp.where(start == 0, llama.embed(config, stacked, tokens_BT, x_BTD.dtype), x_BTD)
     first = {'layers': jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, start, 1), layers)}
     first = surgery.zero_stacked(first, kv_K[None], ffn_F[None])
-    x_BTD = apply(jax.tree.map(lambda w: w[0], first['layers']), x_BTD)
+    x_BTD = apply(start, jax.tree.map(lambda w: w[0], first['layers']), x_BTD)
     x_BTD = jax.lax.fori_loop(start + 1, stop, base, x_BTD)
     return x_BTD, jax.lax.cond(stop == config.num_layers, loss, lambda: jnp.zeros(()))
 

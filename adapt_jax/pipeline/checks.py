@@ -117,6 +117,8 @@ def check_size(options: RunOptions, config: ModelConfig, budget: Budget) -> None
 def _check_slicing(options: RunOptions, config: ModelConfig) -> None:
   """Raises InputError, naming the option, for anything that `SliceRun` does not support."""
   method = f'config.prune.method = {slicegpt.METHOD!r}'
+  if not config.traits.sliceable or any(shape.window for shape in config.layers):
+    raise InputError(f'{method} does not support {config.family} models: choose another method')
   for field, value in _SLICING.items():
     if (given := getattr(options.prune, field)) != value:
       raise InputError(f'config.prune.{field} = {given!r} is not for {method}: set it to {value!r}')

@@ -9,8 +9,11 @@ this pruning. `least_squares` solves for each output projection W [D, C] on its 
 
 where c₀ is the input with nothing pruned in this layer, x the residual stream that the projection adds to,
 and r₀ the stream after the projection in the model before this pruning. The target t preserves the layer's
-output and pulls the stream back to r₀. `bias` instead adds the mean of W (c₀ − c) to a bias, as FLAP does (An
-et al., arXiv 2312.11983, section 3.3, with the means of the unpruned model). Solved in fp32.
+output and pulls the stream back to r₀. Where the output is scaled before it is added (Granite), r₀ − x is
+divided by the scale; where it is normed (Gemma, OLMo 2), it is replaced by the output in the model before.
+
+`bias` instead adds the mean of W (c₀ − c) to a bias, as FLAP does (An et al., arXiv 2312.11983, section 3.3,
+with the means of the unpruned model). Solved in fp32.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ import numpy as np
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.positions import Positions
 from adapt_jax.models.network.sharding import constrain, constrain_params
 from adapt_jax.pruning import algebra
 from adapt_jax.pruning.plan import PrunePlan
@@ -67,19 +71,22 @@ class Compensator:
     tables = llama.rope(self.config, tokens_ST.shape[1])
 
     def step(
-      streams: Streams, xs: tuple[Params, jax.Array, jax.Array]
+      streams: Streams, xs: tuple[jax.Array, Params, jax.Array, jax.Array]
     ) -> tuple[Streams, dict[str, jax.Array]]:
-      layer, kv_K, ffn_F = xs
+      i, layer, kv_K, ffn_F = xs
       o_mask = jnp.broadcast_to(kv_K[:, None, None], layer['attention']['o'].shape[1:]).reshape(-1)
-      streams, o_change = self._half('o', layer, o_mask, streams, tables)
+      streams, o_change = self._half('o', layer, o_mask, streams, tables.of(i))
       streams, down_change = self._half('down', layer, ffn_F, streams)
       return streams, o_change | down_change
 
-    x_MBTD = jax.lax.map(lambda tokens_BT: llama.embed(stacked, tokens_BT, self.dtype), tokens_MBT)
-    return jax.lax.scan(step, (x_MBTD, x_MBTD), (stacked['layers'], *masks))[1]
+    x_MBTD = jax.lax.map(
+      lambda tokens_BT: llama.embed(self.config, stacked, tokens_BT, self.dtype), tokens_MBT
+    )
+    over = (jnp.arange(self.config.num_layers), stacked['layers'], *masks)
+    return jax.lax.scan(step, (x_MBTD, x_MBTD), over)[1]
 
   def _half(
-    self, name: str, layer: Params, mask_C: jax.Array, streams: Streams, *tables: Any
+    self, name: str, layer: Params, mask_C: jax.Array, streams: Streams, *positions: Positions
   ) -> tuple[Streams, dict[str, jax.Array]]:
     """Both streams after one projection, and the change of its weight or bias.
 
@@ -93,14 +100,20 @@ class Compensator:
     (D, C), shape = weight_DC.shape, Scorer(self.config).shape
 
     def run(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-      half: Any = llama.attend if name == 'o' else llama.feed
-      y_BTD, inputs_TC = half(self.config, shape, layer, x_BTD, *tables)
-      return y_BTD, inputs_TC.astype(jnp.float32)
+      out_BTD, inputs_TC = llama.output(block, self.config, shape, layer, x_BTD, *positions)
+      return out_BTD, inputs_TC.astype(jnp.float32)
+
+    def add(x_BTD: jax.Array, out_BTD: jax.Array) -> jax.Array:
+      return llama.add(block, self.config, shape, layer, x_BTD, out_BTD)
 
     def measure(sums: list[jax.Array], xs: Streams) -> tuple[list[jax.Array], jax.Array]:
-      before_BTD = run(xs[0])[0]
-      own_BTD, inputs_TC = run(xs[1])
-      pull_TD = (before_BTD - own_BTD).astype(jnp.float32).reshape(-1, D)
+      (given_BTD, _), (own_BTD, inputs_TC) = run(xs[0]), run(xs[1])
+      before_BTD = add(xs[0], given_BTD)
+      if self.config.traits.post_norm:
+        pull_BTD = given_BTD - own_BTD
+      else:
+        pull_BTD = (before_BTD - add(xs[1], own_BTD)) / self.config.residual_scale
+      pull_TD = pull_BTD.astype(jnp.float32).reshape(-1, D)
       kept_TC = jnp.where(mask_C, inputs_TC, 0)
       with algebra.exact():
         missing_TD = jnp.where(mask_C, 0, inputs_TC) @ weight_DC.T
@@ -120,7 +133,7 @@ class Compensator:
       kept_TC = jnp.where(mask_C, inputs_TC, 0)
       with algebra.exact():
         difference_TD = (kept_TC - inputs_TC) @ weight_DC.T + kept_TC @ change_DC.T + change_D
-      after_BTD = own_BTD + difference_TD.astype(own_BTD.dtype).reshape(own_BTD.shape)
+      after_BTD = add(x_BTD, own_BTD + difference_TD.astype(own_BTD.dtype).reshape(own_BTD.shape))
       return jnp.where(mask_C.any(), after_BTD, x_BTD)  # a removed layer has no bias either
 
     after_MBTD = jax.lax.map(corrected, streams[1])

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from adapt_jax.models.config import LayerShape, ModelConfig, count_params
+from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.pruning.budget import Budget
 
@@ -63,7 +63,7 @@ class PrunePlan:
     widths = list(zip(config.layers, self.kv_widths, self.ffn_widths, strict=True))
     return config.with_layers(
       tuple(
-        LayerShape(int(k) * s.group_size, int(k), int(f))
+        s.with_widths(int(k), int(f))
         for (s, k, f), present in zip(widths, self.present, strict=True)
         if present
       )

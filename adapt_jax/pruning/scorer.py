@@ -7,6 +7,7 @@ weights, the layers' inputs on the calibration batch and one layer's gradient.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 from adapt_jax.models.config import LayerShape, ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
-from adapt_jax.models.network.layers import rms_norm
 from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.positions import Positions, PositionTables
 from adapt_jax.models.network.sharding import constrain, constrain_params, row_shards
 from adapt_jax.pruning import curvature
 from adapt_jax.pruning.algebra import second_moment
@@ -25,6 +26,7 @@ from adapt_jax.pruning.criteria import DISTANCES, Importance, find_importance, f
 from adapt_jax.pruning.scores import Scores
 from adapt_jax.training.loss import (
   ChunkLoss,
+  capped,
   cross_entropy,
   fisher_cross_entropy,
   shift,
@@ -78,6 +80,10 @@ class Scorer:
     kv = max(s.num_kv_heads for s in self.config.layers)
     return LayerShape(kv * sizes.pop(), kv, max(s.ffn for s in self.config.layers))
 
+  @property
+  def _indices(self) -> jax.Array:
+    return jnp.arange(self.config.num_layers)
+
   def __call__(self, stacked: Params, tokens_ST: jax.Array) -> Scores:
     """Scores of S rows of T tokens. The gradient is that of the mean loss over the whole batch."""
     S, T = tokens_ST.shape
@@ -91,8 +97,8 @@ class Scorer:
       kv, ffn, o_columns = self._column_scores(stacked['layers'], moments_L)
       return Scores(kv, ffn, distance_L, loss, o_columns)
 
-    def run(layer: Params, x_BTD: jax.Array) -> jax.Array:
-      return llama.apply_layer(self.config, self.shape, layer, x_BTD, tables)
+    def run(i: jax.Array, layer: Params, x_BTD: jax.Array) -> jax.Array:
+      return llama.apply_layer(self.config, self.shape, layer, x_BTD, tables.of(i))
 
     kv, ffn = self._group_scores(run, stacked['layers'], inputs_LMBTD, gradient_MBTD)
     return Scores(kv, ffn, distance_L, loss)
@@ -113,9 +119,9 @@ class Scorer:
       labels, weights = shift(tokens_BT)
 
       def value(x: jax.Array) -> jax.Array:
-        x_TD = rms_norm(x, stacked['norm'], self.config.rms_norm_eps).reshape(-1, self.config.hidden_size)
+        x_TD = llama.final_norm(self.config, stacked, x).reshape(-1, self.config.hidden_size)
         given = (labels, scale * weights, *(extra.reshape(-1) for extra in extras))
-        return sum_over_chunks(loss, x_TD, llama.head(stacked), given)
+        return sum_over_chunks(capped(loss, self.config.logit_cap), x_TD, llama.head(stacked), given)
 
       return jax.value_and_grad(value)(x_BTD)
 
@@ -123,30 +129,32 @@ class Scorer:
     return losses_M.sum(), gradient_MBTD
 
   def _forward(
-    self, stacked: Params, tokens_MBT: jax.Array, tables: tuple[jax.Array, jax.Array]
+    self, stacked: Params, tokens_MBT: jax.Array, tables: PositionTables
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
     """The last layer's output and, for every layer, the input, the distance and the moments for `columns`."""
     config, shape, measure = self.config, self.shape, DISTANCES[self.distance]
     collect = find_importance(self.importance).columns is not None
 
-    def run(layer: Params, x_BTD: jax.Array) -> tuple[jax.Array, Moments]:
+    def run(i: jax.Array, layer: Params, x_BTD: jax.Array) -> tuple[jax.Array, Moments]:
       if not collect:
-        return llama.apply_layer(config, shape, layer, x_BTD, tables), {}
-      x_BTD, o_inputs = llama.attend(config, shape, layer, x_BTD, tables)
+        return llama.apply_layer(config, shape, layer, x_BTD, tables.of(i)), {}
+      x_BTD, o_inputs = llama.attend(config, shape, layer, x_BTD, tables.of(i))
       y_BTD, down_inputs = llama.feed(config, shape, layer, x_BTD)
       return y_BTD, {'o': _moments(o_inputs), 'down': _moments(down_inputs)}
 
-    def forward(x_MBTD: jax.Array, layer: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
+    def forward(
+      x_MBTD: jax.Array, xs: tuple[jax.Array, Params]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
       def micro(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, Moments]:
-        y_BTD, moments = run(layer, x_BTD)
+        y_BTD, moments = run(*xs, x_BTD)
         return y_BTD, measure(x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32)).sum(), moments
 
       y_MBTD, distance_M, moments_M = jax.lax.map(micro, x_MBTD)
       moments = {name: _merge(*parts) for name, parts in moments_M.items()}
       return y_MBTD, (x_MBTD, distance_M.sum() / tokens_MBT.size, moments)
 
-    x_MBTD = jax.lax.map(lambda tokens_BT: llama.embed(stacked, tokens_BT, self.dtype), tokens_MBT)
-    return jax.lax.scan(forward, x_MBTD, stacked['layers'])
+    x_MBTD = jax.lax.map(lambda tokens_BT: llama.embed(config, stacked, tokens_BT, self.dtype), tokens_MBT)
+    return jax.lax.scan(forward, x_MBTD, (self._indices, stacked['layers']))
 
   def _column_scores(self, layers: Params, moments_L: Moments) -> list[jax.Array]:
     """[kv [L, K], ffn [L, F], o_proj's columns [L, K, G, H]]."""
@@ -173,13 +181,16 @@ class Scorer:
     if not importance.gradient:
       return jax.lax.scan(lambda _, layer: (None, score(layer, layer, layer)), None, layers)[1]
 
-    def pull(layer: Params, x_BTD: jax.Array, g_BTD: jax.Array) -> tuple[Params, Params, jax.Array]:
+    def pull(
+      i: jax.Array, layer: Params, x_BTD: jax.Array, g_BTD: jax.Array
+    ) -> tuple[Params, Params, jax.Array]:
+      of_layer = functools.partial(run, i)
       if not importance.fisher:
-        layer_gradient, x_gradient = jax.vjp(run, layer, x_BTD)[1](g_BTD)
+        layer_gradient, x_gradient = jax.vjp(of_layer, layer, x_BTD)[1](g_BTD)
         return _to_fp32(layer_gradient), {}, x_gradient
 
       def one(x_TD: jax.Array, g_TD: jax.Array) -> tuple[Params, jax.Array]:
-        layer_gradient, x_gradient = jax.vjp(run, layer, x_TD[None])[1](g_TD[None])
+        layer_gradient, x_gradient = jax.vjp(of_layer, layer, x_TD[None])[1](g_TD[None])
         return _to_fp32(layer_gradient), x_gradient[0]
 
       each, x_gradient = jax.vmap(one)(x_BTD, g_BTD)
@@ -188,11 +199,13 @@ class Scorer:
       fisher = jax.tree.map(lambda g: samples * jnp.square(g).sum(0), each)
       return total, fisher, x_gradient
 
-    def backward(g_MBTD: jax.Array, xs: tuple[Params, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-      layer, x_MBTD = xs
+    def backward(
+      g_MBTD: jax.Array, xs: tuple[jax.Array, Params, jax.Array]
+    ) -> tuple[jax.Array, list[jax.Array]]:
+      i, layer, x_MBTD = xs
 
       def micro(sums: tuple[Params, Params], xg: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        gradient, fisher, x_gradient = pull(layer, *xg)
+        gradient, fisher, x_gradient = pull(i, layer, *xg)
         return constrain_params(jax.tree.map(jnp.add, sums, (gradient, fisher))), x_gradient
 
       zeros = constrain_params(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), layer))
@@ -200,11 +213,9 @@ class Scorer:
       (gradient, fisher), g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))
       return g_MBTD, score(layer, gradient, fisher or gradient)
 
-    return jax.lax.scan(backward, gradient_MBTD, (layers, inputs_LMBTD), reverse=True)[1]
+    return jax.lax.scan(backward, gradient_MBTD, (self._indices, layers, inputs_LMBTD), reverse=True)[1]
 
-  def _curvature_scores(
-    self, stacked: Params, tokens_MBT: jax.Array, tables: tuple[jax.Array, jax.Array]
-  ) -> Scores:
+  def _curvature_scores(self, stacked: Params, tokens_MBT: jax.Array, tables: PositionTables) -> Scores:
     """Scores without any weight gradients; processes many rows in parts, to hold fewer of them at once."""
     layers, (M, B, T) = stacked['layers'], tokens_MBT.shape
     # The draws are always the same, so that equal rows have equal scores.
@@ -217,8 +228,10 @@ class Scorer:
       loss, gradient_MBTD = self._head(stacked, x_MBTD, tokens_MBT, fisher_cross_entropy, scale, uniform_MBT)
       return inputs_LMBTD, gradient_MBTD, distance_L * (len(tokens_MBT) / M), loss
 
-    def moments(layer: Params, x_MBTD: jax.Array, g_MBTD: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-      return self._layer_moments(layer, x_MBTD, g_MBTD, tables, M * B * T)
+    def moments(
+      i: jax.Array, layer: Params, x_MBTD: jax.Array, g_MBTD: jax.Array
+    ) -> tuple[jax.Array, list[jax.Array]]:
+      return self._layer_moments(layer, x_MBTD, g_MBTD, tables.of(i), M * B * T)
 
     if (parts := self._parts(M, B, T)) > 1:
       split = [x.reshape(parts, M // parts, B, T) for x in (tokens_MBT, uniform_MBT)]
@@ -228,11 +241,14 @@ class Scorer:
 
     inputs_LMBTD, gradient_MBTD, distance_L, loss = forward(tokens_MBT, uniform_MBT)
 
-    def backward(g_MBTD: jax.Array, xs: tuple[Params, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    def backward(
+      g_MBTD: jax.Array, xs: tuple[jax.Array, Params, jax.Array]
+    ) -> tuple[jax.Array, list[jax.Array]]:
       g_MBTD, sums = moments(*xs, g_MBTD)
-      return g_MBTD, self._costs(xs[0], sums)
+      return g_MBTD, self._costs(xs[1], sums)
 
-    kv, ffn = jax.lax.scan(backward, gradient_MBTD, (layers, inputs_LMBTD), reverse=True)[1]
+    over = (self._indices, layers, inputs_LMBTD)
+    kv, ffn = jax.lax.scan(backward, gradient_MBTD, over, reverse=True)[1]
     return Scores(kv, ffn, distance_L, loss)
 
   def _summed(
@@ -247,11 +263,11 @@ class Scorer:
 
       def backward(carry: Any, xs: Any) -> tuple[Any, None]:
         (g_MBTD, sums_L), (index, layer, x_MBTD) = carry, xs
-        g_MBTD, sums = moments(layer, x_MBTD, g_MBTD)
+        g_MBTD, sums = moments(index, layer, x_MBTD, g_MBTD)
         added = [constrain(total.at[index].add(x), '.D.') for total, x in zip(sums_L, sums, strict=True)]
         return (g_MBTD, added), None
 
-      over = (jnp.arange(L), layers, inputs_LMBTD)
+      over = (self._indices, layers, inputs_LMBTD)
       (_, sums_L), _ = jax.lax.scan(backward, (gradient_MBTD, sums_L), over, reverse=True)
       return (sums_L, distance_L + own_L, loss + own), None
 
@@ -281,23 +297,40 @@ class Scorer:
     layer: Params,
     x_MBTD: jax.Array,
     g_MBTD: jax.Array,
-    tables: tuple[jax.Array, jax.Array],
+    positions: Positions,
     tokens: int,
   ) -> tuple[jax.Array, list[jax.Array]]:
     """The gradient at a layer's input, and its second moments: shares of means over `tokens` tokens."""
     config, shape, D = self.config, self.shape, self.config.hidden_size
 
+    def half(block: str, x_BTD: jax.Array, *positions: Positions) -> tuple[jax.Array, Any, jax.Array]:
+      """The stream after a block, its pullback to the stream before it and the block's output, and inputs."""
+
+      def output(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return llama.output(block, config, shape, layer, x, *positions)
+
+      def add(x: jax.Array, out: jax.Array) -> jax.Array:
+        return llama.add(block, config, shape, layer, x, out)
+
+      out_BTD, pull_output, inputs_TC = jax.vjp(output, x_BTD, has_aux=True)
+      y_BTD, pull_add = jax.vjp(add, x_BTD, out_BTD)
+
+      def pull(g_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        past_BTD, out_g_BTD = pull_add(g_BTD)
+        return past_BTD + pull_output(out_g_BTD)[0], out_g_BTD
+
+      return y_BTD, pull, inputs_TC
+
     def micro(sums: list[jax.Array], xg: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
       x_BTD, g_BTD = xg
-      middle, pull_attend, o_TC = jax.vjp(
-        lambda x: llama.attend(config, shape, layer, x, tables), x_BTD, has_aux=True
-      )
-      _, pull_feed, down_TF = jax.vjp(lambda x: llama.feed(config, shape, layer, x), middle, has_aux=True)
-      middle_g_BTD = pull_feed(g_BTD)[0]
+      middle_BTD, pull_attention, o_TC = half('attention', x_BTD, positions)
+      _, pull_mlp, down_TF = half('mlp', middle_BTD)
+      g_BTD, down_g_BTD = pull_mlp(g_BTD)
+      g_BTD, o_g_BTD = pull_attention(g_BTD)
       # Gradients of the sum over tokens: squared gradients of the mean would leave the range of fp32.
-      outputs = [tokens * g.reshape(-1, D) for g in (middle_g_BTD, g_BTD)]
+      outputs = [tokens * g.reshape(-1, D) for g in (o_g_BTD, down_g_BTD)]
       moments = [second_moment(x) for x in (o_TC, down_TF, *outputs)]
-      return jax.tree.map(jnp.add, sums, moments), pull_attend(middle_g_BTD)[0]
+      return jax.tree.map(jnp.add, sums, moments), g_BTD
 
     start = [jnp.zeros((n, n)) for n in self._moment_sizes()]
     sums, g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))

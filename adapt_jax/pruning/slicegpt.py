@@ -112,7 +112,7 @@ class _Stream:
 
   def start(self) -> None:
     """Resets the stream to the embeddings, before the first block."""
-    self._x = jnp.stack([llama.embed(self._params, rows, self._dtype) for rows in self._tokens])
+    self._x = jnp.stack([llama.embed(self.config, self._params, rows, self._dtype) for rows in self._tokens])
     self.moment = jax.jit(_moment)(self._x)
 
   def through(self, block: str, layer: int, rotation_Dd: np.ndarray | None = None) -> None:
@@ -127,7 +127,8 @@ class _Stream:
         x_BTD = jnp.matmul(x_BTD.astype(jnp.float32), left_DD, precision='highest').astype(x_BTD.dtype)
         if block == 'mlp':
           return llama.feed(self.config, shape, layer, x_BTD)[0]
-        return llama.attend(self.config, shape, layer, x_BTD, llama.rope(self.config, x_BTD.shape[1]))[0]
+        positions = llama.rope(self.config, x_BTD.shape[1]).of(0)  # the same in all layers
+        return llama.attend(self.config, shape, layer, x_BTD, positions)[0]
 
       y_MBTD = jax.lax.map(one, x_MBTD)
       return y_MBTD, _moment(y_MBTD)

@@ -77,6 +77,8 @@ class Allocator:
   ):
     self.config, self.budget = config, budget or budgets.params(config)
     self.align, self.align_kv, self.exact = align_ffn, align_kv, exact
+    if config.traits.joint_qk_norm:  # no group can be removed
+      self.align_kv = max(s.num_kv_heads for s in config.layers)
     self.full = Widths(
       np.array([s.num_kv_heads for s in config.layers]), np.array([s.ffn for s in config.layers])
     )

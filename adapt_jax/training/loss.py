@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adapt_jax.models.network.attention import soft_cap
 from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.models.network.llama import head_logits
 from adapt_jax.models.network.matmul import batch_product, dot
@@ -164,7 +165,14 @@ def fisher_cross_entropy(logits_TV: jax.Array, extras: Any) -> jax.Array:
   return value + gradient - jax.lax.stop_gradient(gradient)
 
 
-def distillation(alpha: float, temperature: float, teacher_head_VD: jax.Array) -> ChunkLoss:
+def capped(loss: ChunkLoss, cap: float) -> ChunkLoss:
+  """The loss of logits that are bounded to ±cap first (`ModelConfig.logit_cap`; 0: not)."""
+  return (lambda logits_TV, extras: loss(soft_cap(logits_TV, cap), extras)) if cap else loss
+
+
+def distillation(
+  alpha: float, temperature: float, teacher_head_VD: jax.Array, teacher_cap: float = 0.0
+) -> ChunkLoss:
   """Σ of α·T²·KL(teacher‖student) at temperature T + (1−α)·CE; extras = (labels, weights, teacher x [T, D]).
 
   Hinton et al., arXiv 1503.02531; paper section 4. KL alone at T = 1, the default, as in Minitron
@@ -173,7 +181,8 @@ def distillation(alpha: float, temperature: float, teacher_head_VD: jax.Array) -
 
   def loss(logits_TV: jax.Array, extras: Any) -> jax.Array:
     labels_T, weights_T, teacher_TD = extras
-    teacher = jax.nn.log_softmax(head_logits(teacher_head_VD, teacher_TD) / temperature)
+    taught_TV = soft_cap(head_logits(teacher_head_VD, teacher_TD), teacher_cap)
+    teacher = jax.nn.log_softmax(taught_TV / temperature)
     student = jax.nn.log_softmax(logits_TV / temperature)
     kl_T = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
     loss_T = alpha * temperature**2 * kl_T
@@ -212,7 +221,7 @@ def _top_and_rest(logits_TV: jax.Array, ids_Tk: jax.Array) -> jax.Array:
 
 
 def teacher_top(
-  x_TD: jax.Array, head_VD: jax.Array, k: int, temperature: float
+  x_TD: jax.Array, head_VD: jax.Array, k: int, temperature: float, cap: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
   """The k most likely ids of each token [T, k], in descending order, and their log p in fp32 [T, k+1].
 
@@ -223,7 +232,7 @@ def teacher_top(
   whole_VD = whole(head_VD, x_TD.dtype)
 
   def step(_: None, chunk_TD: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-    logits_TV = head_logits(whole_VD, chunk_TD) / temperature
+    logits_TV = soft_cap(head_logits(whole_VD, chunk_TD), cap) / temperature
     ids_Tk = jax.lax.top_k(logits_TV, k)[1]
     return None, (ids_Tk, _top_and_rest(logits_TV, ids_Tk))
 
@@ -243,15 +252,21 @@ def shift(tokens_BT: jax.Array, targets_BT: jax.Array | None = None) -> tuple[ja
 
 
 def next_token_loss(
-  x_BTD: jax.Array, head_VD: jax.Array, tokens_BT: jax.Array, targets_BT: jax.Array | None = None
+  x_BTD: jax.Array,
+  head_VD: jax.Array,
+  tokens_BT: jax.Array,
+  targets_BT: jax.Array | None = None,
+  cap: float = 0.0,
 ) -> jax.Array:
   """Σ of next-token cross-entropy in nats over the targets, from final normed hidden states."""
   labels, weights = shift(tokens_BT, targets_BT)
   x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
-  return sum_over_chunks(cross_entropy, x_TD, head_VD, (labels, weights))
+  return sum_over_chunks(capped(cross_entropy, cap), x_TD, head_VD, (labels, weights))
 
 
-def label_log_probs(x_TD: jax.Array, head_VD: jax.Array, labels_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+def label_log_probs(
+  x_TD: jax.Array, head_VD: jax.Array, labels_T: jax.Array, cap: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
   """Log-probability of each label, nats in fp32 [T], and whether it is the most likely id [T].
 
   Takes final normed hidden states; `row_shards` must divide the number of tokens.
@@ -259,7 +274,7 @@ def label_log_probs(x_TD: jax.Array, head_VD: jax.Array, labels_T: jax.Array) ->
   tokens, whole_VD = len(labels_T), whole(head_VD, x_TD.dtype)
 
   def step(_: None, xs: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
-    logits_TV = head_logits(whole_VD, xs[0])
+    logits_TV = soft_cap(head_logits(whole_VD, xs[0]), cap)
     return None, (-_cross_entropy(logits_TV, xs[1]), jnp.argmax(logits_TV, axis=-1) == xs[1])
 
   found = jax.lax.scan(step, None, _split((x_TD, labels_T), tokens, head_VD.shape[0]))[1]

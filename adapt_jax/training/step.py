@@ -18,6 +18,7 @@ from adapt_jax.models.network.sharding import constrain, constrain_params, row_s
 from adapt_jax.training.loss import (
   ChunkLoss,
   cached_distillation,
+  capped,
   cross_entropy,
   distillation,
   own_gradients,
@@ -66,12 +67,13 @@ def make_step(
     extras: tuple[jax.Array, ...] = (labels, weights * scale)
     if taught:
       extras += tuple(x.reshape(len(x_TD), -1) for x in taught)
-      return cached_distillation(alpha, temperature), extras
+      return capped(cached_distillation(alpha, temperature), config.logit_cap), extras
     if teacher is None or teacher_config is None:
-      return cross_entropy, extras
+      return capped(cross_entropy, config.logit_cap), extras
     params, head_VD = teacher
     y_BTD = llama.hidden_states(teacher_config, params, tokens_BT, segments=segments_BT, dtype=dtype)
-    return distillation(alpha, temperature, head_VD), (*extras, y_BTD.reshape(x_TD.shape))
+    of_chunk = distillation(alpha, temperature, head_VD, teacher_config.logit_cap)
+    return capped(of_chunk, config.logit_cap), (*extras, y_BTD.reshape(x_TD.shape))
 
   def gradients(params: Params, rows: Rows, teacher: Params | None) -> tuple[jax.Array, Params]:
     scale = 1 / jnp.maximum(shift(*rows[:2])[1].sum(), 1)

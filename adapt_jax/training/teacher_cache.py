@@ -165,7 +165,9 @@ def likeliest(
 
   def top(params: Params, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_BTD = llama.hidden_states(config, params, tokens_BT, segments=segments_BT, dtype=dtype)
-    found = teacher_top(x_BTD.reshape(-1, x_BTD.shape[-1]), llama.head(params), k, temperature)
+    found = teacher_top(
+      x_BTD.reshape(-1, x_BTD.shape[-1]), llama.head(params), k, temperature, config.logit_cap
+    )
     ids, log_p = (x.reshape(*tokens_BT.shape, -1) for x in found)
     return ids, jnp.maximum(log_p, _LOWEST)
 

@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-from adapt_jax.models.config import FAMILIES, MOST, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from adapt_jax.models.config import MOST, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.formats.gguf_header import TENSOR_TYPES, GgufFile, open_file
 from adapt_jax.models.network.rope import inverse_frequencies
 

@@ -1,34 +1,24 @@
 """Reads and writes Hugging Face's `config.json`; errors name each unsupported field."""
 
+import dataclasses
 import math
 from typing import Any
 
-from adapt_jax.models.config import (
-  ATTENTION_BIAS_FAMILIES,
-  FAMILIES,
-  MOST,
-  LayerShape,
-  Llama3Scaling,
-  ModelConfig,
-  RopeConfig,
-)
+from adapt_jax.models.config import MOST, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.families import FAMILIES, Family
 
 # model_type in config.json -> the family that computes the same function. `adapt_*` are our own
 # exports: the stock architecture with per-layer widths or output biases.
 _MODEL_TYPES = {
-  **{f: f for f in FAMILIES},
-  **{f'adapt_{f}': f for f in FAMILIES},
-  'mobilellm': 'llama',
+  name: family for family, traits in FAMILIES.items() for name in (family, f'adapt_{family}', *traits.aliases)
 }
-_ARCHITECTURES = {
-  'llama': 'LlamaForCausalLM',
-  'mistral': 'MistralForCausalLM',
-  'qwen2': 'Qwen2ForCausalLM',
-  'qwen3': 'Qwen3ForCausalLM',
+# Activation -> its field in config.json, and its names there; the first one is written.
+_ACTIVATIONS = {
+  'silu': ('hidden_act', ('silu', 'swish')),
+  'gelu_tanh': ('hidden_activation', ('gelu_pytorch_tanh',)),
 }
-
-
+_TYPES = ('full_attention', 'sliding_attention')
 _SIZES = {  # names that differ in `MOST`
   'num_hidden_layers': 'num_layers',
   'num_attention_heads': 'num_heads',
@@ -57,24 +47,29 @@ def config_from_hf(raw: Any, where: str) -> ModelConfig:
 def _parse(raw: Any) -> ModelConfig:
   if not isinstance(raw, dict):
     raise InputError(f'holds a {type(raw).__name__}, not an object')
-  family = _supported_family(raw)
-  hidden, layers = _count(raw, 'hidden_size'), _layer_shapes(raw)
-  usual_head_dim = 128 if family == 'qwen3' else hidden // _count(raw, 'num_attention_heads')
-  return ModelConfig(
+  family = _family(raw)
+  traits = FAMILIES[family]
+  raw = {**traits.defaults, **raw}
+  _refuse_unsupported(raw, traits)
+  hidden = _count(raw, 'hidden_size')
+  config = ModelConfig(
     family=family,
     vocab_size=_count(raw, 'vocab_size'),
     hidden_size=hidden,
-    head_dim=_count(raw, 'head_dim', usual_head_dim),
-    layers=layers,
-    rope=_rope(raw),
+    head_dim=_count(raw, 'head_dim', hidden // _count(raw, 'num_attention_heads')),
+    layers=_layers(raw, traits),
+    rope=_rope(raw, traits.usual_theta, _TYPES[0] if traits.local_rope else ''),
+    local_rope=_local_rope(raw) if traits.local_rope else None,
+    embedding_scale=hidden**0.5 if traits.root_embedding else 1.0,
     rms_norm_eps=_number(raw, 'rms_norm_eps', 1e-6),
     tie_embeddings=bool(raw.get('share_embedding') or raw.get('tie_word_embeddings', False)),
-    qkv_bias=family == 'qwen2' or bool(raw.get('attention_bias')),
+    qkv_bias=traits.qkv_bias == 'always' or bool(raw.get('attention_bias')),
     output_bias=bool(raw.get('output_bias')),
-    qk_norm=family == 'qwen3',
+    qk_norm=traits.qk_norm,
     max_position=_max_position(raw),
     sliced_from=_count(raw, 'sliced_from') if raw.get('sliced_from') else 0,
   )
+  return dataclasses.replace(config, **_numbers(raw, traits))
 
 
 def _value(fields: dict[str, Any], name: str, default: Any) -> Any:
@@ -105,6 +100,14 @@ def _number(fields: dict[str, Any], name: str, default: float | None = None) -> 
   return float(value)
 
 
+def _numbers(raw: dict[str, Any], traits: Family) -> dict[str, Any]:
+  """The fields of `ModelConfig` that the family has as numbers in config.json."""
+  found = {
+    field: 0.0 if raw.get(n.name) is None else _number(raw, n.name) for field, n in traits.numbers.items()
+  }
+  return {f: value**-0.5 if value and traits.numbers[f].inverse_root else value for f, value in found.items()}
+
+
 def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
   """An object; empty if the field is absent or null."""
   value = fields.get(name)
@@ -117,7 +120,8 @@ def _max_position(raw: dict[str, Any]) -> int:
   return _count({'max_position_embeddings': 2048} | raw, 'max_position_embeddings')
 
 
-def _layer_shapes(raw: dict[str, Any]) -> tuple[LayerShape, ...]:
+def _layers(raw: dict[str, Any], traits: Family) -> tuple[LayerShape, ...]:
+  """The widths of all layers, and the kind of their attention."""
   heads, depth = _count(raw, 'num_attention_heads'), _count(raw, 'num_hidden_layers')
   widest = {
     'num_attention_heads': heads,
@@ -134,11 +138,39 @@ def _layer_shapes(raw: dict[str, Any]) -> tuple[LayerShape, ...]:
       raise InputError(f'per_layer_config has {found} in layer {key}, which is not supported')
     layers[int(key)] = widest | {name: _count(fields, name) for name in fields}
   return tuple(
-    LayerShape(w['num_attention_heads'], w['num_key_value_heads'], w['intermediate_size']) for w in layers
+    LayerShape(w['num_attention_heads'], w['num_key_value_heads'], w['intermediate_size'], window, rotary)
+    for w, window, rotary in zip(
+      layers, _windows(raw, traits, depth), _rotary(raw, traits, depth), strict=True
+    )
   )
 
 
-def _supported_family(raw: dict[str, Any]) -> str:
+def _windows(raw: dict[str, Any], traits: Family, depth: int) -> list[int]:
+  """The window of each layer's attention; 0 for none."""
+  if traits.windows == 'unsupported':
+    return [0] * depth
+  if traits.windows == 'all':
+    return [_window(raw)] * depth
+  window, every = _count(raw, 'sliding_window'), _count(raw, 'sliding_window_pattern')
+  usual = [_TYPES[i % every > 0] for i in range(1, depth + 1)]
+  types = _layer_types(raw) or usual
+  if len(types) != depth or set(types) - set(_TYPES):
+    raise InputError(f'layer_types = {types!r} should have {" or ".join(_TYPES)} for each of {depth} layers')
+  return [window if kind == _TYPES[1] else 0 for kind in types]
+
+
+def _rotary(raw: dict[str, Any], traits: Family, depth: int) -> list[bool]:
+  """Whether each layer has rotary embeddings."""
+  if not traits.unrotated:
+    return [True] * depth
+  every = _count(raw, 'no_rope_layer_interval', 4)
+  found = raw.get('no_rope_layers') or [int(i % every != 0) for i in range(1, depth + 1)]
+  if not isinstance(found, list) or len(found) != depth or not all(flag in (0, 1) for flag in found):
+    raise InputError(f'no_rope_layers = {found!r} should have 1 (rotary) or 0 for each of {depth} layers')
+  return [bool(flag) for flag in found]
+
+
+def _family(raw: dict[str, Any]) -> str:
   model_type = raw.get('model_type')
   family = _MODEL_TYPES.get(str(model_type))
   if family is None:
@@ -146,39 +178,67 @@ def _supported_family(raw: dict[str, Any]) -> str:
     raise InputError(
       f'model_type {model_type!r} is not supported{asks}; supported: {", ".join(sorted(_MODEL_TYPES))}'
     )
+  return family
+
+
+def _refuse_unsupported(raw: dict[str, Any], traits: Family) -> None:
+  activation, names = _ACTIVATIONS[traits.activation]
   refused = {
-    'hidden_act': raw.get('hidden_act', 'silu') not in ('silu', 'swish'),
-    'attention_bias': bool(raw.get('attention_bias')) and family not in ATTENTION_BIAS_FAMILIES,
+    activation: raw.get(activation, names[0]) not in names,
+    'use_bidirectional_attention': bool(raw.get('use_bidirectional_attention')),
+    'attention_bias': bool(raw.get('attention_bias')) and traits.qkv_bias != 'optional',
     'mlp_bias': bool(raw.get('mlp_bias')),
     'quantization_config': bool(raw.get('quantization_config')),
     'num_experts': bool(raw.get('num_experts')),
     'num_local_experts': bool(raw.get('num_local_experts')),
     'layer_sharing': bool(raw.get('layer_sharing')),
     'partial_rotary_factor': raw.get('partial_rotary_factor', 1.0) != 1.0,
-    'sliding_window': _sliding_window_in_use(raw, family),
+    'sliding_window': traits.windows == 'unsupported' and _sliding_window_in_use(raw),
   }
   for field, found in refused.items():
     if found:
       raise InputError(f'{field} = {raw.get(field)!r} is not supported; use a checkpoint without it')
-  return family
 
 
-def _sliding_window_in_use(raw: dict[str, Any], family: str) -> bool:
+def _sliding_window_in_use(raw: dict[str, Any]) -> bool:
+  window = {'sliding_window': 4096} | raw  # transformers' default
+  return 'sliding_attention' in _layer_types(raw) or (
+    bool(raw.get('use_sliding_window')) and _window(window) > 0
+  )
+
+
+def _layer_types(raw: dict[str, Any]) -> list[Any]:
   kinds = raw.get('layer_types') or []
   if not isinstance(kinds, list):
     raise InputError(f'layer_types = {kinds!r} should be a list')
-  if 'sliding_attention' in kinds:
-    return True
-  if family != 'mistral' and not raw.get('use_sliding_window'):
-    return False
-  window = {'sliding_window': 4096} | raw  # transformers' default for all of them
-  return window['sliding_window'] is not None and _count(window, 'sliding_window') < _max_position(raw)
+  return kinds
 
 
-def _rope(raw: dict[str, Any]) -> RopeConfig:
+def _window(raw: dict[str, Any]) -> int:
+  """`sliding_window`; 0 if it is null, or if no row is longer."""
+  if raw.get('sliding_window') is None:
+    return 0
+  window = _count(raw, 'sliding_window')
+  return window if window < _max_position(raw) else 0
+
+
+def _local_rope(raw: dict[str, Any]) -> RopeConfig:
+  """The rotary embedding of layers with a window; the old field has only its base frequency."""
+  parameters = _object(_object(raw, 'rope_parameters'), _TYPES[1])
+  return _rope({'rope_parameters': parameters}, _number(raw, 'rope_local_base_freq'))
+
+
+def _rope(raw: dict[str, Any], usual_theta: float, layer_type: str = '') -> RopeConfig:
+  """The rotary embedding, of layers of one type if transformers 5 has stored it for each."""
+  if layer_type in (by_type := _object(raw, 'rope_parameters')):
+    parameters = _object(by_type, layer_type)
+    raw = raw | {
+      'rope_parameters': parameters,
+      'rope_theta': parameters.get('rope_theta', raw.get('rope_theta')),
+    }
   # If both are present, transformers 5 uses the old one.
   parameters = _object(raw, 'rope_parameters') | _object(raw, 'rope_scaling')
-  theta = _number(raw, 'rope_theta', _number(parameters, 'rope_theta', 10000.0))
+  theta = _number(raw, 'rope_theta', _number(parameters, 'rope_theta', usual_theta))
   kind = parameters.get('rope_type', parameters.get('type', 'default'))
   if parameters.get('partial_rotary_factor', 1.0) != 1.0:
     raise InputError('partial_rotary_factor is not supported; use a checkpoint without it')
@@ -210,7 +270,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
       'original_max_position_embeddings': s.original_max_position,
     }
   fields: dict[str, Any] = {
-    'architectures': [_ARCHITECTURES[config.family]],
+    'architectures': [f'{config.traits.stock}ForCausalLM'],
     'model_type': config.family,
     'vocab_size': config.vocab_size,
     'hidden_size': config.hidden_size,
@@ -219,7 +279,6 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     'num_attention_heads': max(s.num_heads for s in config.layers),
     'num_key_value_heads': max(s.num_kv_heads for s in config.layers),
     'head_dim': config.head_dim,
-    'hidden_act': 'silu',
     'max_position_embeddings': config.max_position,
     'rms_norm_eps': config.rms_norm_eps,
     'rope_theta': config.rope.theta,
@@ -228,10 +287,29 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
   }
   if config.rope.scaling:  # a null here would only cause a deprecation warning
     fields['rope_scaling'] = rope
-  if config.family == 'mistral':
-    fields['sliding_window'] = None
-  if config.family in ('qwen2', 'qwen3'):
-    fields['use_sliding_window'] = False
-  if config.family in ATTENTION_BIAS_FAMILIES:
+  return fields | _family_fields(config, fields['rope_parameters'])
+
+
+def _family_fields(config: ModelConfig, rope: dict[str, Any]) -> dict[str, Any]:
+  """What the family has in config.json besides Llama's fields. `rope` is that of layers without a window."""
+  fields: dict[str, Any] = {}
+  traits = config.traits
+  activation, names = _ACTIVATIONS[traits.activation]
+  fields[activation] = names[0]
+  if traits.qkv_bias == 'optional':
     fields['attention_bias'] = config.qkv_bias
-  return fields
+  if traits.windows == 'all':
+    fields['sliding_window'] = config.layers[0].window or None
+  if traits.windows == 'some':
+    fields['sliding_window'] = max(s.window for s in config.layers) or traits.defaults['sliding_window']
+    fields['layer_types'] = [_TYPES[s.window > 0] for s in config.layers]
+  if traits.unrotated:
+    fields['no_rope_layers'] = [int(s.rotary) for s in config.layers]
+  if local := config.local_rope:
+    fields['rope_local_base_freq'] = local.theta
+    by_type = (rope, {'rope_type': 'default', 'rope_theta': local.theta})
+    fields['rope_parameters'] = dict(zip(_TYPES, by_type, strict=True))
+  for field, number in traits.numbers.items():
+    value = getattr(config, field)
+    fields[number.name] = round(value**-2) if number.inverse_root else value or None
+  return fields | dict(traits.constants)

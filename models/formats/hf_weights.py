@@ -48,11 +48,13 @@ _LAYER_RULES = (
   Rule('self_attn.o_proj.bias', ('attention', 'o_bias'), None),
   Rule('self_attn.q_norm.weight', ('attention', 'q_norm'), None),
   Rule('self_attn.k_norm.weight', ('attention', 'k_norm'), None),
-  Rule('post_attention_layernorm.weight', ('mlp_norm',), None),
+  Rule('post_attention_layernorm.weight', ('attention_post_norm',), None),
+  Rule('', ('mlp_norm',), None),  # see `Family.mlp_norm`
   Rule('mlp.gate_proj.weight', ('mlp', 'gate'), 1),
   Rule('mlp.up_proj.weight', ('mlp', 'up'), 1),
   Rule('mlp.down_proj.weight', ('mlp', 'down'), 1),
   Rule('mlp.down_proj.bias', ('mlp', 'down_bias'), None),
+  Rule('post_feedforward_layernorm.weight', ('mlp_post_norm',), None),
   Rule('attention_shortcut.weight', ('attention_shortcut',), 1),
   Rule('mlp_shortcut.weight', ('mlp_shortcut',), 1),
 )
@@ -115,10 +117,22 @@ def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
   add(_TOP_RULES[0], _TOP_RULES[0].name, _TOP_RULES[0].path)
   for i in range(config.num_layers):
     for rule in _LAYER_RULES:
-      add(rule, f'model.layers.{i}.{rule.name}', ('layers', i, *rule.path))
+      name = rule.name or f'{config.traits.mlp_norm}.weight'
+      add(rule, f'model.layers.{i}.{name}', ('layers', i, *rule.path))
   for rule in _TOP_RULES[1:]:
     add(rule, rule.name, rule.path)
   return tuple(found)
+
+
+def _stored(config: ModelConfig) -> dict[str, list[Leaf]]:
+  """The tensors of a Hugging Face file in order, and the leaves whose rows each holds, one after another."""
+  fused = {part: name for name, parts in config.traits.fused.items() for part in parts}
+  found: dict[str, list[Leaf]] = {}
+  for leaf in leaves(config):
+    *layer, part = leaf.name.removesuffix('.weight').split('.', 3) if leaf.path[0] == 'layers' else ('',)
+    name = '.'.join([*layer, fused[part], 'weight']) if part in fused else leaf.name
+    found.setdefault(name, []).append(leaf)
+  return found
 
 
 class TensorReader(Protocol):
@@ -146,7 +160,7 @@ def check_tensors(config: ModelConfig, reader: TensorReader) -> None:
   if len(stored) < config.num_layers:  # told before shapes are made for layers that do not exist
     missing = next(i for i in range(config.num_layers) if str(i) not in stored)
     raise InputError(
-      f'{reader.where}: tensor model.layers.{missing}.input_layernorm.weight is missing: config.json has '
+      f'{reader.where}: tensor model.layers.{missing}.mlp.down_proj.weight is missing: config.json has '
       f'{config.num_layers} layers, the weights {len(stored)}: config.json and weights do not match'
     )
   expected = {leaf.name: leaf for leaf in leaves(config)}
@@ -284,12 +298,14 @@ def save_params(
   Parameters that are sharded over processes are gathered tensor by tensor: every process calls this;
   those that do not write pass `directory` None. Raises OSError.
   """
-  by_name = {leaf.name: leaf for leaf in leaves(config)}
-  dtypes = {n: np.dtype(dtype or lookup(params, leaf.path).dtype) for n, leaf in by_name.items()}
-  sizes = {n: math.prod(leaf.hf_shape) * dtypes[n].itemsize for n, leaf in by_name.items()}
+  parts = _stored(config)
+  shapes = {n: (sum(p.hf_shape[0] for p in found), *found[0].hf_shape[1:]) for n, found in parts.items()}
+  dtypes = {n: np.dtype(dtype or lookup(params, found[0].path).dtype) for n, found in parts.items()}
+  sizes = {n: math.prod(shape) * dtypes[n].itemsize for n, shape in shapes.items()}
 
   def read(name: str) -> np.ndarray:
-    return _on_host(lookup(params, by_name[name].path)).reshape(by_name[name].hf_shape)
+    rows = [_on_host(lookup(params, leaf.path)).reshape(leaf.hf_shape) for leaf in parts[name]]
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
   shards = _plan_shards(sizes, shard_bytes)
   weight_map: dict[str, str] = {}
@@ -301,7 +317,7 @@ def save_params(
     # Wide dtypes first: all tensors are then aligned to their item size, as other programs require.
     names = sorted(names, key=lambda name: -dtypes[name].itemsize)
     if directory is not None:
-      write_tensors(directory / file, {n: (by_name[n].hf_shape, dtypes[n]) for n in names}, read)
+      write_tensors(directory / file, {n: (shapes[n], dtypes[n]) for n in names}, read)
       continue
     for name in names:
       read(name)

@@ -15,6 +15,7 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.files import exists, local, read_json, regular
 from adapt_jax.models.formats import gguf_model, gguf_tokenizer
+from adapt_jax.models.formats.fused import SplitReader
 from adapt_jax.models.formats.hf_config import config_from_hf
 from adapt_jax.models.formats.hf_weights import (
   TensorReader,
@@ -117,6 +118,8 @@ def open_source(name: str) -> Source:
     if path.is_file():
       raise InputError(f'model.source {name!r} is a file but not .gguf: give its directory')
     config, reader = config_from_hf(_read_config(path), str(path)), SafetensorsReader(path)
+    if config.traits.fused:
+      reader = SplitReader(config, reader)
     if exists(path / 'generation_config.json'):
       generation = _read_generation(path / 'generation_config.json')
       _check_text(generation, path / 'generation_config.json')

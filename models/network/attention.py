@@ -1,8 +1,9 @@
 """Grouped-query attention: over whole rows, in blocks of queries, and with a KV cache."""
 
+import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +18,55 @@ WHOLE, WHOLE_ON_CPU = 1024, 2048
 BLOCK, BLOCKS = 256, 4  # for shorter rows on a CPU: minimum queries per block, maximum number of blocks
 
 
+class Logits(NamedTuple):
+  """How logits are made of the products of queries and keys: times `scale`, then bounded to ±`cap`."""
+
+  scale: float
+  cap: float = 0.0  # 0: not bounded
+
+  def of(self, products: jax.Array) -> jax.Array:
+    return soft_cap(products * self.scale, self.cap)
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+  """cap · tanh(x / cap), as in Gemma 2 (arXiv 2408.00118); x for a cap of 0."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
 def causal_attention(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None = None
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  segments_BT: jax.Array | None = None,
+  form: Logits | None = None,
+  window: int | jax.Array | None = None,
 ) -> jax.Array:
   """Softmax(q kᵀ / √H, causal) v with query head n on KV head n // G: [B, T, N, H], softmax in fp32.
 
-  With `segments_BT`, a token attends only to its own segment. Long rows are computed in blocks of queries,
-  which the backward pass recomputes, so that memory grows with T, not T². Where they can, NVIDIA GPUs use
-  cuDNN's kernels and TPUs splash attention (`flash`, `splash`), unless ADAPT_JAX_FUSED_ATTENTION=0 is in the
-  environment. On a CPU, shorter rows are also computed in blocks, each with the keys up to its last query,
-  because softmax passes over all logits several times there.
+  `form` replaces the factor 1 / √H. With `segments_BT`, a token attends only to its own segment; with
+  `window`, only to that many tokens, itself included. Long rows are computed in blocks of queries, which the
+  backward pass recomputes, so that memory grows with T, not T². Without cap and window, GPUs use cuDNN's
+  kernels and TPUs splash attention where they can (`flash`, `splash`), unless ADAPT_JAX_FUSED_ATTENTION=0 is
+  in the environment. On a CPU, shorter rows are also computed in blocks, each with the keys up to its last
+  query, because softmax passes over all logits several times there.
 
   Equivalent to `jax.nn.dot_product_attention(..., is_causal=True)`, but written as batched products over
   B and K, which XLA's CPU backend runs twice as fast, including the gradient. B and K remain two axes, so
   that each can be split over devices.
   """
   T = q_BTNH.shape[1]
-  if fused := _fused(q_BTNH, k_BSKH, segments_BT is not None):
+  form = form or Logits(q_BTNH.shape[3] ** -0.5)
+  if isinstance(window, int) and window >= T:
+    window = None
+  plain = not form.cap and window is None
+  if plain and (fused := _fused(q_BTNH, k_BSKH, segments_BT is not None)):
     letters = ('B.N.', 'B.K.', 'B.K.', 'B.')
-    return on_each_device(fused, letters, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    scale = form.scale
+    return on_each_device(lambda *own: fused(*own, scale), letters, q_BTNH, k_BSKH, v_BSKH, segments_BT)
   most = WHOLE_ON_CPU if on_cpu() else WHOLE
   if most >= T:
     attend_row = _in_blocks if on_cpu() and T >= 2 * BLOCK else _whole
-    return attend_row(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    return attend_row(form, q_BTNH, k_BSKH, v_BSKH, segments_BT, window)
   size = max(1, most * most // (1 << (T - 1).bit_length()))
   padded = -(-T // size) * size
 
@@ -49,7 +76,8 @@ def causal_attention(
 
   @jax.checkpoint
   def attend(block: Any) -> jax.Array:
-    return _attend(block['q'], k_BSKH, v_BSKH, block.get('segments'), segments_BT, block['positions'])
+    of_queries, positions_T = block.get('segments'), block['positions']
+    return _attend(form, block['q'], k_BSKH, v_BSKH, of_queries, segments_BT, positions_T, window)
 
   queries = {'q': blocks(q_BTNH), 'positions': jnp.minimum(jnp.arange(padded), T - 1).reshape(-1, size)}
   if segments_BT is not None:
@@ -68,13 +96,24 @@ def _fused(q_BTNH: jax.Array, k_BSKH: jax.Array, segmented: bool) -> Callable[..
 
 
 def _whole(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
+  form: Logits,
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  segments_BT: jax.Array | None,
+  window: Any,
 ) -> jax.Array:
-  return _attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT, jnp.arange(q_BTNH.shape[1]))
+  positions_T = jnp.arange(q_BTNH.shape[1])
+  return _attend(form, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT, positions_T, window)
 
 
 def _blocks(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
+  form: Logits,
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  segments_BT: jax.Array | None,
+  window: Any,
 ) -> jax.Array:
   T = q_BTNH.shape[1]
   count = min(BLOCKS, T // BLOCK)
@@ -85,49 +124,58 @@ def _blocks(
     if segments_BT is not None:
       of_queries, of_keys = segments_BT[:, start:end], segments_BT[:, :end]
     q, k, v = q_BTNH[:, start:end], k_BSKH[:, :end], v_BSKH[:, :end]
-    parts.append(_attend(q, k, v, of_queries, of_keys, jnp.arange(start, end)))
+    parts.append(_attend(form, q, k, v, of_queries, of_keys, jnp.arange(start, end), window))
   return jnp.concatenate(parts, axis=1)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_blocks(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
+  form: Logits,
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  segments_BT: jax.Array | None,
+  window: Any,
 ) -> jax.Array:
   """On a CPU: each block of queries uses the keys up to its own end; the backward pass recomputes it."""
-  return _blocks(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+  return _blocks(form, q_BTNH, k_BSKH, v_BSKH, segments_BT, window)
 
 
-def _forward(*args: Any) -> tuple[jax.Array, Any]:
-  return _blocks(*args), args
+def _forward(form: Logits, *args: Any) -> tuple[jax.Array, Any]:
+  return _blocks(form, *args), args
 
 
-def _backward(args: Any, g_BTNH: jax.Array) -> tuple[Any, ...]:
-  q_BTNH, k_BSKH, v_BSKH, segments_BT = args
+def _backward(form: Logits, args: Any, g_BTNH: jax.Array) -> tuple[Any, ...]:
+  q_BTNH, k_BSKH, v_BSKH, segments_BT, window = args
   # XLA's CPU backend would merge what `jax.checkpoint` recomputes with the forward pass, as a common
   # subexpression, and keep the logits of all layers. Adding 0 times the gradient to the queries prevents it.
   q_BTNH += 0 * g_BTNH
-  _, gradient = jax.vjp(lambda q, k, v: _blocks(q, k, v, segments_BT), q_BTNH, k_BSKH, v_BSKH)
-  return *gradient(g_BTNH), None
+  _, gradient = jax.vjp(lambda q, k, v: _blocks(form, q, k, v, segments_BT, window), q_BTNH, k_BSKH, v_BSKH)
+  return *gradient(g_BTNH), None, None
 
 
 _in_blocks.defvjp(_forward, _backward)
 
 
 def _attend(
+  form: Logits,
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   segments_BT: jax.Array | None,
   segments_BS: jax.Array | None,
   positions_T: jax.Array,
+  window: Any,
 ) -> jax.Array:
   """Causal attention of queries at the given positions of the row."""
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
   q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
   k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
-  logits_BKRS = batch_product(q_BKRH, k_BKSH, -1) * H**-0.5
+  logits_BKRS = form.of(batch_product(q_BKRH, k_BKSH, -1))
   visible = positions_T[:, None] >= jnp.arange(S)
+  if window is not None:
+    visible &= positions_T[:, None] - jnp.arange(S) < window
   if segments_BT is not None and segments_BS is not None:
     visible &= segments_BT[:, :, None] == segments_BS[:, None, :]
     visible = visible[:, None, None]  # [B, 1, 1, T, S]
@@ -144,16 +192,16 @@ def cached_attention(
   k_BKSH: jax.Array,
   v_BKSH: jax.Array,
   before_BS: jax.Array,
+  form: Logits,
 ) -> jax.Array:
   """Attention of one token per row (T = 1) to itself and to the cache slots in `before_BS`: [B, T, N, H].
 
   The token is written to the cache after it is read, so that the write can happen in place.
   """
-  K, H = k_BKSH.shape[1], k_BKSH.shape[3]
-  q_BKGH = q_BTNH.reshape(q_BTNH.shape[0], K, -1, H)
+  q_BKGH = q_BTNH.reshape(q_BTNH.shape[0], k_BKSH.shape[1], -1, k_BKSH.shape[3])
 
   def logits(k: jax.Array) -> jax.Array:
-    return jnp.einsum('bkgh,bksh->bkgs', q_BKGH, k, preferred_element_type=jnp.float32) * H**-0.5
+    return form.of(jnp.einsum('bkgh,bksh->bkgs', q_BKGH, k, preferred_element_type=jnp.float32))
 
   before_BKGS = jnp.where(before_BS[:, None, None], logits(k_BKSH), -jnp.inf)
   weights = jax.nn.softmax(jnp.concatenate([before_BKGS, logits(k_BKTH)], axis=-1), axis=-1)

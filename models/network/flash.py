@@ -36,7 +36,7 @@ def takes(q_BTNH: jax.Array, segmented: bool) -> bool:
 
 
 def flash_attention(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None, scale: float
 ) -> jax.Array:
   """Same as `models.network.attention.causal_attention`; tokens of one segment must be contiguous."""
   H = q_BTNH.shape[-1]
@@ -47,7 +47,7 @@ def flash_attention(
     q_BTNH, k_BSKH = _append(q_BTNH, bits_BTC), _append(k_BSKH, _FAR * (bits_BTC - 1))
     v_BSKH = jnp.pad(v_BSKH, ((0, 0), (0, 0), (0, 0), (0, _BITS)))  # must have the same width
   out = jax.nn.dot_product_attention(
-    q_BTNH, k_BSKH, v_BSKH, scale=H**-0.5, is_causal=True, implementation='cudnn'
+    q_BTNH, k_BSKH, v_BSKH, scale=scale, is_causal=True, implementation='cudnn'
   )
   return out[..., :H]
 

@@ -17,7 +17,7 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.layers import DecoderLayer
 from adapt_jax.models.network.llama import Params
-from adapt_jax.models.network.rope import rope_tables
+from adapt_jax.models.network.positions import PositionTables
 from adapt_jax.models.network.sharding import constrain
 
 Cache = list[dict[str, jax.Array]]
@@ -44,13 +44,13 @@ def prefill(
 
   def run(i: int, layer: Params, x_BTD: jax.Array) -> jax.Array:
     module: Any = DecoderLayer(config, config.layers[i])
-    x_BTD, made = module.apply({'params': layer}, x_BTD, tables, mutable=['cache'])
+    x_BTD, made = module.apply({'params': layer}, x_BTD, tables.of(i), mutable=['cache'])
     room = ((0, 0), (0, 0), (0, slots - P), (0, 0))
     cache.append({k: constrain(jnp.pad(v, room), 'BK..') for k, v in made['cache']['attention'].items()})
     return x_BTD
 
-  x_BTD = llama.through_layers(config, params, llama.embed(params, tokens_BP, dtype), run)
-  return llama.logits(params, x_BTD[jnp.arange(B), lengths_B - 1]), cache
+  x_BTD = llama.through_layers(config, params, llama.embed(config, params, tokens_BP, dtype), run)
+  return llama.logits(config, params, x_BTD[jnp.arange(B), lengths_B - 1]), cache
 
 
 def decode_step(
@@ -75,18 +75,24 @@ def decode_step(
   index = padded_length + step
   slots_S = jnp.arange(cache[0]['k_cache'].shape[2])
   before_BS = (slots_S < lengths_B[:, None]) | ((slots_S >= padded_length) & (slots_S < index))
-  tables = rope_tables(config.rope, config.head_dim, (lengths_B + step)[:, None])
+  position_B1 = (lengths_B + step)[:, None]
+  tables = PositionTables(config, position_B1)
+  # Of the token in each slot: those after the prompts continue each row's own.
+  of_slots_BS = jnp.where(slots_S < padded_length, slots_S, lengths_B[:, None] + slots_S - padded_length)
   new: Cache = []
 
   def run(i: int, layer: Params, x_BTD: jax.Array) -> jax.Array:
     module: Any = DecoderLayer(config, config.layers[i])
-    variables = {'params': layer, 'cache': {'attention': cache[i]}}
-    x_BTD, changed = module.apply(variables, x_BTD, tables, before_BS=before_BS, mutable=['cache'])
+    variables, positions = {'params': layer, 'cache': {'attention': cache[i]}}, tables.of(i)
+    seen_BS = before_BS
+    if positions.window is not None:
+      seen_BS &= position_B1 - of_slots_BS < positions.window
+    x_BTD, changed = module.apply(variables, x_BTD, positions, before_BS=seen_BS, mutable=['cache'])
     new.append(changed['cache']['attention'])
     return x_BTD
 
-  x_BTD = llama.through_layers(config, params, llama.embed(params, tokens_B[:, None], dtype), run)
-  logits_BV = llama.logits(params, x_BTD[:, 0])
+  x_BTD = llama.through_layers(config, params, llama.embed(config, params, tokens_B[:, None], dtype), run)
+  logits_BV = llama.logits(config, params, x_BTD[:, 0])
   return logits_BV, _write(cache, new, index, after=logits_BV[0, 0])
 
 

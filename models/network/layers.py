@@ -6,24 +6,36 @@ is a reshape. Matrix products run on flattened tokens: XLA's CPU backend takes
 twice as long for the gradient of a product with a three-dimensional activation.
 """
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from adapt_jax.models.config import LayerShape, ModelConfig
-from adapt_jax.models.network.attention import cached_attention, causal_attention
+from adapt_jax.models.network.attention import Logits, cached_attention, causal_attention
 from adapt_jax.models.network.matmul import is_single_row, product
+from adapt_jax.models.network.positions import Positions
 from adapt_jax.models.network.rope import apply_rope
 from adapt_jax.models.network.sharding import constrain
 
 _init = nn.initializers.normal(0.02)
+_ACTIVATIONS: dict[str, Any] = {
+  'silu': jax.nn.silu,
+  'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-  """Root-mean-square norm over the last axis (Zhang and Sennrich, arXiv 1910.07467), in fp32."""
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+  """Root-mean-square norm over the last axis (Zhang and Sennrich, arXiv 1910.07467), in fp32.
+
+  Multiplies by weight + offset.
+  """
   x32 = x.astype(jnp.float32)
   scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-  return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+  gains = weight.astype(jnp.float32)
+  return (x32 * scale * (gains + offset if offset else gains)).astype(x.dtype)
 
 
 def sliced_norm(x: jax.Array, width: int, eps: float) -> jax.Array:
@@ -39,7 +51,7 @@ def project(x_TD: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
 
 
 class Attention(nn.Module):
-  """Causal grouped-query attention with rotary positions; optional biases and QK norm.
+  """Causal grouped-query attention; optional rotary positions, window, biases, QK norm and bounded logits.
 
   With `before_BS`, x has one token per row, which attends to itself and to the given slots of `k_cache` and
   `v_cache` [B, K, S, H] in the collection `cache`. If it is mutable, x's own keys and values replace them.
@@ -52,7 +64,7 @@ class Attention(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
+    positions: Positions,
     segments_BT: jax.Array | None = None,
     before_BS: jax.Array | None = None,
   ) -> jax.Array:
@@ -69,18 +81,21 @@ class Attention(nn.Module):
       q += self.param('q_bias', nn.initializers.zeros, (K, G, H)).astype(q.dtype).reshape(-1)
       k += self.param('k_bias', nn.initializers.zeros, (K, H)).astype(k.dtype).reshape(-1)
       v += self.param('v_bias', nn.initializers.zeros, (K, H)).astype(v.dtype).reshape(-1)
+    if c.qk_norm and c.traits.joint_qk_norm:
+      q, k = self._norm('q_norm', q), self._norm('k_norm', k)
     q_BTNH, k_BSKH, v_BSKH = (constrain(x.reshape(B, T, -1, H), 'B.N.') for x in (q, k, v))
-    if c.qk_norm:
-      q_BTNH = rms_norm(q_BTNH, self.param('q_norm', nn.initializers.ones, (H,)), c.rms_norm_eps)
-      k_BSKH = rms_norm(k_BSKH, self.param('k_norm', nn.initializers.ones, (H,)), c.rms_norm_eps)
-    q_BTNH, k_BSKH = apply_rope(q_BTNH, *rope), apply_rope(k_BSKH, *rope)
+    if c.qk_norm and not c.traits.joint_qk_norm:
+      q_BTNH, k_BSKH = self._norm('q_norm', q_BTNH), self._norm('k_norm', k_BSKH)
+    if positions.cos is not None and positions.sin is not None:
+      q_BTNH, k_BSKH = (apply_rope(x, positions.cos, positions.sin) for x in (q_BTNH, k_BSKH))
     k_BKTH, v_BKTH = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
+    form = Logits(c.attention_factor, c.attention_cap)
     if before_BS is None:
-      mixed_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+      mixed_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, form, positions.window)
     else:
       cache: tuple[jax.Array, jax.Array]
       cache = self.get_variable('cache', 'k_cache'), self.get_variable('cache', 'v_cache')
-      mixed_BTNH = cached_attention(q_BTNH, k_BKTH, v_BKTH, *cache, before_BS)
+      mixed_BTNH = cached_attention(q_BTNH, k_BKTH, v_BKTH, *cache, before_BS, form)
     if self.is_mutable_collection('cache'):
       self.put_variable('cache', 'k_cache', k_BKTH)
       self.put_variable('cache', 'v_cache', v_BKTH)
@@ -94,9 +109,21 @@ class Attention(nn.Module):
       out_TD += self.param('o_bias', nn.initializers.zeros, (D,)).astype(out_TD.dtype)
     return out_TD.reshape(B, T, D)
 
+  def _norm(self, name: str, x: jax.Array) -> jax.Array:
+    return rms_norm(
+      x, norm_weight(self, name, x.shape[-1]), self.config.rms_norm_eps, self.config.norm_offset
+    )
+
+
+def norm_weight(module: nn.Module, name: str, size: int) -> jax.Array:
+  """The weight of a norm, which starts as one that changes nothing."""
+  offset = module.config.norm_offset
+  weight: jax.Array = module.param(name, nn.initializers.constant(1 - offset), (size,))
+  return weight
+
 
 class Mlp(nn.Module):
-  """Gated MLP: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202), optionally + a bias."""
+  """Gated MLP with SiLU or GELU: down(act(gate x) * up x) (Shazeer, arXiv 2002.05202), + a bias if asked."""
 
   config: ModelConfig
   shape: LayerShape
@@ -108,7 +135,8 @@ class Mlp(nn.Module):
     up_FD = self.param('up', _init, (F, D))
     down_DF = self.param('down', _init, (D, F))
     x_TD = x_BTD.reshape(-1, D)
-    hidden_TF = constrain(jax.nn.silu(project(x_TD, gate_FD, D)) * project(x_TD, up_FD, D), 'BF')
+    activation = _ACTIVATIONS[self.config.traits.activation]
+    hidden_TF = constrain(activation(project(x_TD, gate_FD, D)) * project(x_TD, up_FD, D), 'BF')
     self.sow('intermediates', 'inputs', hidden_TF)
     out_TD = project(hidden_TF, down_DF, F)
     if self.config.output_bias:
@@ -117,56 +145,82 @@ class Mlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-  """Pre-norm residual layer: x + attention(norm x), then + mlp(norm x).
+  """Residual layer: x + attention(norm x), then + mlp(norm x); some families norm the outputs too.
 
-  Applied functionally: `DecoderLayer(config, shape).apply({'params': p}, x_BTD, rope)`
+  Applied functionally: `DecoderLayer(config, shape).apply({'params': p}, x_BTD, positions)`
   gives the layer's output [B, T, D], residual included; `method='attend'` and then `method='feed'`
-  give its two halves. Flax raises `ScopeParamShapeError` if a parameter does not have the shape
-  given by `shape`. In a sliced model, x is multiplied by a matrix in both residual connections, and the norms
-  have no gains.
+  give its two halves, each of which adds the output of a block to the residual stream. Flax raises
+  `ScopeParamShapeError` if a parameter does not have the shape given by `shape`.
+  In a sliced model, x is multiplied by a matrix in both residual connections, and the norms have no gains.
   """
 
   config: ModelConfig
   shape: LayerShape
 
   def setup(self) -> None:
-    D, ones = self.config.hidden_size, nn.initializers.ones
+    D, traits = self.config.hidden_size, self.config.traits
     if self.config.sliced_from:
       self.attention_shortcut = self.param('attention_shortcut', _init, (D, D))
       self.mlp_shortcut = self.param('mlp_shortcut', _init, (D, D))
-    else:
-      self.attention_norm = self.param('attention_norm', ones, (D,))
-      self.mlp_norm = self.param('mlp_norm', ones, (D,))
+    elif traits.pre_norm:
+      self.attention_norm, self.mlp_norm = (norm_weight(self, f'{b}_norm', D) for b in ('attention', 'mlp'))
+    if traits.post_norm:
+      self.attention_post_norm = norm_weight(self, 'attention_post_norm', D)
+      self.mlp_post_norm = norm_weight(self, 'mlp_post_norm', D)
     self.attention = Attention(self.config, self.shape)
     self.mlp = Mlp(self.config, self.shape)
 
   def attend(
     self,
     x_BTD: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
+    positions: Positions,
     segments_BT: jax.Array | None = None,
     before_BS: jax.Array | None = None,
   ) -> jax.Array:
-    past_BTD, normed_BTD = self._split(x_BTD, 'attention')
-    return constrain(past_BTD + self.attention(normed_BTD, rope, segments_BT, before_BS), 'B..')
+    return self.add('attention', x_BTD, self.attention_output(x_BTD, positions, segments_BT, before_BS))
 
   def feed(self, x_BTD: jax.Array) -> jax.Array:
-    past_BTD, normed_BTD = self._split(x_BTD, 'mlp')
-    return constrain(past_BTD + self.mlp(normed_BTD), 'B..')
+    return self.add('mlp', x_BTD, self.mlp_output(x_BTD))
 
-  def _split(self, x_BTD: jax.Array, block: str) -> tuple[jax.Array, jax.Array]:
-    """The residual that bypasses a block, and the input of the block."""
-    D, eps, width = self.config.hidden_size, self.config.rms_norm_eps, self.config.sliced_from
-    if not width:
-      return x_BTD, rms_norm(x_BTD, getattr(self, f'{block}_norm'), eps)
-    past_TD = project(x_BTD.reshape(-1, D), getattr(self, f'{block}_shortcut'), D)
-    return past_TD.reshape(x_BTD.shape), sliced_norm(x_BTD, width, eps)
+  def attention_output(
+    self,
+    x_BTD: jax.Array,
+    positions: Positions,
+    segments_BT: jax.Array | None = None,
+    before_BS: jax.Array | None = None,
+  ) -> jax.Array:
+    """The output of o_proj for the residual stream x."""
+    return self.attention(self._normed('attention', x_BTD), positions, segments_BT, before_BS)
+
+  def mlp_output(self, x_BTD: jax.Array) -> jax.Array:
+    """The output of down_proj for the residual stream x."""
+    return self.mlp(self._normed('mlp', x_BTD))
+
+  def add(self, block: str, x_BTD: jax.Array, out_BTD: jax.Array) -> jax.Array:
+    """The residual stream after a block, from the stream before it and the output of its last projection."""
+    c = self.config
+    if c.sliced_from:
+      x_TD = project(x_BTD.reshape(-1, c.hidden_size), getattr(self, f'{block}_shortcut'), c.hidden_size)
+      x_BTD = x_TD.reshape(x_BTD.shape)
+    if c.traits.post_norm:
+      out_BTD = rms_norm(out_BTD, getattr(self, f'{block}_post_norm'), c.rms_norm_eps, c.norm_offset)
+    if c.residual_scale != 1:
+      out_BTD *= c.residual_scale
+    return constrain(x_BTD + out_BTD, 'B..')
+
+  def _normed(self, block: str, x_BTD: jax.Array) -> jax.Array:
+    c = self.config
+    if c.sliced_from:
+      return sliced_norm(x_BTD, c.sliced_from, c.rms_norm_eps)
+    if not c.traits.pre_norm:
+      return x_BTD
+    return rms_norm(x_BTD, getattr(self, f'{block}_norm'), c.rms_norm_eps, c.norm_offset)
 
   def __call__(
     self,
     x_BTD: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
+    positions: Positions,
     segments_BT: jax.Array | None = None,
     before_BS: jax.Array | None = None,
   ) -> jax.Array:
-    return self.feed(self.attend(x_BTD, rope, segments_BT, before_BS))
+    return self.feed(self.attend(x_BTD, positions, segments_BT, before_BS))

@@ -9,6 +9,9 @@ with each layer as `models.network.layers.DecoderLayer` defines it:
                    'q_bias', 'k_bias', 'v_bias' (Qwen2), 'q_norm', 'k_norm' (Qwen3)},
      'mlp': {'gate': [F, D], 'up': [F, D], 'down': [D, F]}}
 
+Families that norm the outputs of the blocks have 'attention_post_norm' and 'mlp_post_norm' [D]; OLMo 2 has no
+other norms in a layer. Its 'q_norm' [K·G·H] and 'k_norm' [K·H] are over all heads.
+
 and, with `ModelConfig.output_bias`, 'o_bias' [D] in attention and 'down_bias' [D] in mlp. Llama and
 Qwen3 checkpoints with `attention_bias` have 'q_bias', 'k_bias', 'v_bias' and 'o_bias'.
 
@@ -24,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax.models.config import LayerShape, ModelConfig
+from adapt_jax.models.network.attention import soft_cap
 from adapt_jax.models.network.layers import DecoderLayer, project, rms_norm, sliced_norm
 from adapt_jax.models.network.matmul import PRODUCT, dot
-from adapt_jax.models.network.rope import rope_tables
+from adapt_jax.models.network.positions import Positions, PositionTables
 from adapt_jax.models.network.sharding import constrain, gather_no_earlier
 
 Params = dict[str, Any]
@@ -34,7 +38,7 @@ Params = dict[str, Any]
 
 def _init_layer(config: ModelConfig, shape: LayerShape, key: jax.Array) -> Params:
   x = jnp.zeros((1, 1, config.hidden_size))
-  variables: Any = DecoderLayer(config, shape).init(key, x, rope(config, 1))
+  variables: Any = DecoderLayer(config, shape).init(key, x, rope(config, 1).of(0))
   return variables['params']
 
 
@@ -47,7 +51,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     'layers': [_init_layer(config, s, k) for s, k in zip(config.layers, keys[2:], strict=True)],
   }
   if not config.sliced_from:
-    params['norm'] = jnp.ones(config.hidden_size)
+    params['norm'] = jnp.full(config.hidden_size, 1 - config.norm_offset)
   elif config.tie_embeddings:
     params['head_rotation'] = jnp.eye(config.hidden_size)
   if not config.tie_embeddings:
@@ -64,9 +68,9 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
   return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), shapes)
 
 
-def rope(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
-  """Rotary tables for positions 0 … length-1."""
-  return rope_tables(config.rope, config.head_dim, np.arange(length))
+def rope(config: ModelConfig, length: int) -> PositionTables:
+  """What the layers know of positions 0 … length-1."""
+  return PositionTables(config, np.arange(length))
 
 
 def head(params: Params) -> jax.Array:
@@ -80,9 +84,10 @@ def head_name(params: Params) -> str:
   return 'lm_head' if 'lm_head' in params else 'embed'
 
 
-def embed(params: Params, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+def embed(config: ModelConfig, params: Params, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
   """Embeddings [B, T, D] of token ids [B, T]."""
-  return constrain(params['embed'][tokens_BT].astype(dtype), 'B..')
+  x_BTD = params['embed'][tokens_BT].astype(dtype)
+  return constrain(x_BTD * config.embedding_scale if config.embedding_scale != 1 else x_BTD, 'B..')
 
 
 def hidden_states(
@@ -107,11 +112,11 @@ def hidden_states(
 
   def run(i: int, layer: Params, x_BTD: jax.Array) -> jax.Array:
     def of_layer(layer: Params, x_BTD: jax.Array) -> jax.Array:
-      return apply_layer(config, config.layers[i], layer, x_BTD, tables, segments=segments)
+      return apply_layer(config, config.layers[i], layer, x_BTD, tables.of(i), segments=segments)
 
     return jax.checkpoint(of_layer, policy=policy)(layer, x_BTD)
 
-  return through_layers(config, params, embed(params, tokens_BT, dtype), run)
+  return through_layers(config, params, embed(config, params, tokens_BT, dtype), run)
 
 
 def through_layers(
@@ -126,12 +131,14 @@ def through_layers(
     if i + 1 < len(layers):  # gather one layer ahead, while this one computes
       layers[i + 1], x_BTD = gather_no_earlier(layers[i + 1], x_BTD)
     x_BTD = run(i, layers[i], x_BTD)
-  return _final_norm(config, params, x_BTD)
+  return final_norm(config, params, x_BTD)
 
 
-def _final_norm(config: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+def final_norm(config: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+  """The final hidden states, whose products with the head are the logits, from the last layer's output."""
   if not config.sliced_from:
-    return rms_norm(x_BTD, params['norm'], config.rms_norm_eps)
+    normed_BTD = rms_norm(x_BTD, params['norm'], config.rms_norm_eps, config.norm_offset)
+    return normed_BTD / config.logit_divisor if config.logit_divisor != 1 else normed_BTD
   normed_BTD = sliced_norm(x_BTD, config.sliced_from, config.rms_norm_eps)
   if 'head_rotation' not in params:
     return normed_BTD
@@ -144,12 +151,12 @@ def apply_layer(
   shape: LayerShape,
   layer: Params,
   x_BTD: jax.Array,
-  tables: tuple[jax.Array, jax.Array],
+  positions: Positions,
   *,
   segments: jax.Array | None = None,
 ) -> jax.Array:
   """One decoder layer on x [B, T, D], as a pure function of its parameters."""
-  y_BTD: Any = DecoderLayer(config, shape).apply({'params': layer}, x_BTD, tables, segments)
+  y_BTD: Any = DecoderLayer(config, shape).apply({'params': layer}, x_BTD, positions, segments)
   return y_BTD
 
 
@@ -158,38 +165,57 @@ def attend(
   shape: LayerShape,
   layer: Params,
   x_BTD: jax.Array,
-  tables: tuple[jax.Array, jax.Array],
+  positions: Positions,
 ) -> tuple[jax.Array, jax.Array]:
-  """The first half of a layer, x + attention(norm x), and the input of o_proj, [B·T, K·G·H]."""
-  return _half('attention', config, shape, layer, x_BTD, tables)
+  """The stream after the first half of a layer, and the input of o_proj, [B·T, K·G·H]."""
+  out_BTD, inputs_TC = output('attention', config, shape, layer, x_BTD, positions)
+  return add('attention', config, shape, layer, x_BTD, out_BTD), inputs_TC
 
 
 def feed(
   config: ModelConfig, shape: LayerShape, layer: Params, x_BTD: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The second half of a layer, x + mlp(norm x), and the input of down_proj, [B·T, F]."""
-  return _half('mlp', config, shape, layer, x_BTD)
+  """The stream after the second half of a layer, and the input of down_proj, [B·T, F]."""
+  out_BTD, inputs_TF = output('mlp', config, shape, layer, x_BTD)
+  return add('mlp', config, shape, layer, x_BTD, out_BTD), inputs_TF
 
 
-def _half(block: str, config: ModelConfig, shape: LayerShape, layer: Params, *args: Any) -> tuple[Any, Any]:
-  method = {'attention': 'attend', 'mlp': 'feed'}[block]
+def output(
+  block: str, config: ModelConfig, shape: LayerShape, layer: Params, x_BTD: jax.Array, *positions: Positions
+) -> tuple[jax.Array, jax.Array]:
+  """The output [B, T, D] of a block's last projection, o_proj or down_proj, and that projection's input.
+
+  block: 'attention', which needs the layer's positions, or 'mlp'.
+  """
   module: Any = DecoderLayer(config, shape)
-  y_BTD, collected = module.apply({'params': layer}, *args, method=method, mutable=['intermediates'])
-  return y_BTD, collected['intermediates'][block]['inputs'][0]
+  out_BTD, collected = module.apply(
+    {'params': layer}, x_BTD, *positions, method=f'{block}_output', mutable=['intermediates']
+  )
+  return out_BTD, collected['intermediates'][block]['inputs'][0]
+
+
+def add(
+  block: str, config: ModelConfig, shape: LayerShape, layer: Params, x_BTD: jax.Array, out_BTD: jax.Array
+) -> jax.Array:
+  """The stream after a block, from the stream x before it and what `output` gives."""
+  module: Any = DecoderLayer(config, shape)
+  y_BTD: jax.Array = module.apply({'params': layer}, block, x_BTD, out_BTD, method='add')
+  return y_BTD
 
 
 def apply(
   config: ModelConfig, params: Params, tokens_BT: jax.Array, *, dtype: Any = jnp.float32
 ) -> jax.Array:
   """Logits [B, T, V] in fp32 for token ids [B, T]."""
-  return logits(params, hidden_states(config, params, tokens_BT, dtype=dtype))
+  return logits(config, params, hidden_states(config, params, tokens_BT, dtype=dtype))
 
 
-def logits(params: Params, x: jax.Array) -> jax.Array:
+def logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
   """Logits [..., V] in fp32 of final hidden states [..., D]."""
-  return head_logits(head(params), x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+  logits_TV = soft_cap(head_logits(head(params), x.reshape(-1, x.shape[-1])), config.logit_cap)
+  return logits_TV.reshape(*x.shape[:-1], -1)
 
 
 def head_logits(head_VD: jax.Array, x_TD: jax.Array) -> jax.Array:
-  """Logits [T, V] in fp32 of final hidden states; the head is cast to their dtype."""
+  """Logits [T, V] in fp32 of final hidden states, before `logit_cap`; the head is cast to their dtype."""
   return dot(x_TD, head_VD.astype(x_TD.dtype), 1)

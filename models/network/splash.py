@@ -27,15 +27,19 @@ def splash_attention(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   segments_BT: jax.Array | None,
+  scale: float,
   interpret: bool = False,
 ) -> jax.Array:
-  """Same as `models.network.attention.causal_attention`; with `interpret` it runs on any device, slowly."""
-  _, T, N, H = q_BTNH.shape
+  """Same as `models.network.attention.causal_attention`, with this factor of the logits.
+
+  With `interpret` it runs on any device, slowly.
+  """
+  T, N = q_BTNH.shape[1:3]
   length = -(-T // _LEAST) * _LEAST
   # Keys that are appended come after all queries.
   q_BNTH, k_BKSH, v_BKSH = (
     jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
-    for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH)
+    for x in (q_BTNH * scale, k_BSKH, v_BSKH)
   )
   segments = None
   if segments_BT is not None:

@@ -17,6 +17,7 @@ from adapt_jax.export.padded import pad, padded_config
 from adapt_jax.export.writer import LINEAGE, Writer, check_formats, check_result
 from adapt_jax.models.config import LayerShape, count_params
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.formats.hf_weights import save_params
 from adapt_jax.models.formats.source import open_source
 from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, tiny_config
@@ -27,7 +28,7 @@ REPORT = {'model': {'source': 'a/b'}}
 # Of hidden size 48. Groups of five heads never divide it; nine heads in three groups do with a fourth.
 FIVES = (LayerShape(5, 1, 24), LayerShape(10, 2, 40))
 MODELS = {
-  **{family: tiny_config(family, vocab_size=VOCAB) for family in ('llama', 'mistral', 'qwen2', 'qwen3')},
+  **{family: tiny_config(family, vocab_size=VOCAB) for family in FAMILIES},
   'llama-biases': tiny_config('llama', vocab_size=VOCAB, qkv_bias=True),
   'llama-undividing': tiny_config('llama', FIVES, vocab_size=VOCAB),
 }

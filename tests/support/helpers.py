@@ -1,6 +1,8 @@
 """Small models shared by the tests."""
 
+import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -14,6 +16,7 @@ import pytest
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import LayerShape, Llama3Scaling, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.formats.hf_config import config_to_hf
 from adapt_jax.models.formats.hf_weights import save_params
 from adapt_jax.models.network import llama
@@ -24,6 +27,26 @@ from adapt_jax.pruning.plan import PrunePlan
 # takes all layers for the first, the last or the widest one passes.
 VARIED = (LayerShape(3, 1, 24), LayerShape(6, 2, 40), LayerShape(3, 1, 64), LayerShape(9, 3, 48))
 UNIFORM = (LayerShape(6, 2, 40),) * 2
+# What tiny models have of the numbers that only some families have.
+NUMBERS: dict[str, dict[str, Any]] = {
+  'granite': {
+    'embedding_scale': 1.5,
+    'residual_scale': 0.6,
+    'attention_scale': 0.4,
+    'logit_divisor': 2.0,
+  },
+  'gemma3_text': {
+    'embedding_scale': 48**0.5,
+    'attention_scale': 20**-0.5,
+    'local_rope': RopeConfig(10000.0),
+  },
+  'gemma2': {
+    'embedding_scale': 48**0.5,
+    'attention_scale': 20**-0.5,
+    'attention_cap': 4.0,
+    'logit_cap': 9.0,
+  },
+}
 
 
 class KeepingCompiler(Compiler):
@@ -38,6 +61,15 @@ class KeepingCompiler(Compiler):
     return self.made[name]
 
 
+# The kinds of their layers, in turn: a window of 5 tokens, or no rotary embeddings.
+KINDS: dict[str, tuple[dict[str, Any], ...]] = {
+  'smollm3': ({}, {'rotary': False}),
+  'phi3': ({'window': 5},),
+  'gemma3_text': ({'window': 5}, {}),
+  'gemma2': ({'window': 5}, {}),
+}
+
+
 def tiny_config(family: str = 'llama', layers: tuple[LayerShape, ...] = VARIED, **fields: Any) -> ModelConfig:
   """Hidden size 48, 64 ids; head_dim is not D / N. LLaMA scales its frequencies, two families tie."""
   scaling = Llama3Scaling(8.0, 1.0, 4.0, 32) if family == 'llama' else None
@@ -47,11 +79,16 @@ def tiny_config(family: str = 'llama', layers: tuple[LayerShape, ...] = VARIED, 
     'head_dim': 12,
     'rope': RopeConfig(50000.0, scaling),
     'rms_norm_eps': 1e-5,
-    'tie_embeddings': family in ('llama', 'qwen3'),
+    'tie_embeddings': family in ('llama', 'qwen3', 'smollm3', 'gemma3_text'),
     'qkv_bias': family == 'qwen2',
-    'qk_norm': family == 'qwen3',
+    'qk_norm': FAMILIES[family].qk_norm,
     'max_position': 128,
+    **NUMBERS.get(family, {}),
   }
+  kinds = itertools.cycle(KINDS.get(family, ({},)))
+  layers = tuple(dataclasses.replace(shape, **kind) for shape, kind in zip(layers, kinds, strict=False))
+  if FAMILIES[family].joint_qk_norm:  # whose heads are never pruned
+    layers = tuple(shape.with_widths(2, shape.ffn) for shape in layers)
   return ModelConfig(family=family, layers=layers, **(defaults | fields))
 
 
@@ -60,7 +97,7 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -
   rng = np.random.default_rng(seed)
 
   def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-    centre = 1.0 if 'norm' in jax.tree_util.keystr(path) else 0.0
+    centre = 1.0 - config.norm_offset if 'norm' in jax.tree_util.keystr(path) else 0.0
     return (centre + 0.25 * rng.standard_normal(leaf.shape)).astype(dtype)
 
   return jax.tree_util.tree_map_with_path(draw, llama.abstract_params(config))
@@ -103,9 +140,10 @@ def randomise(model: Any, seed: int = 0) -> Any:
   import torch
 
   generator = torch.Generator().manual_seed(seed)
+  centre = 0.0 if 'Gemma' in type(model).__name__ else 1.0  # of the norms
   with torch.no_grad():
     for name, weight in model.named_parameters():
-      weight.normal_(1.0 if 'norm' in name else 0.0, 0.25, generator=generator)
+      weight.normal_(centre if 'norm' in name else 0.0, 0.25, generator=generator)
   return model.eval()
 
 

@@ -52,7 +52,7 @@ def compensated(config, params, plan, kind, tokens, micro_batch=4):
 
 def streams(config, params, tokens):
   """Of every layer: before, what enters o_proj, between, what enters down_proj, after."""
-  x, tables, out = params['embed'][tokens], llama.rope(config, tokens.shape[1]), []
+  x, tables, out = params['embed'][tokens], llama.rope(config, tokens.shape[1]).of(0), []
   for shape, layer in zip(config.layers, params['layers'], strict=True):
     middle, o_inputs = attend(config, shape, layer, x, tables)
     y, down_inputs = feed(config, shape, layer, middle)
@@ -77,7 +77,7 @@ def test_least_squares_solve_the_stated_problem_layer_by_layer():
     ):
       # The layer's own inputs, nothing pruned in it, on the stream it sees.
       run = jnp.float32(after[i][x])
-      tables = llama.rope(config, tokens.shape[1])
+      tables = llama.rope(config, tokens.shape[1]).of(0)
       half = attend(config, config.layers[i], layer, run, tables)
       if name == 'down':
         half = feed(config, config.layers[i], layer, run)

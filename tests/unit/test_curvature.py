@@ -123,7 +123,7 @@ def test_moments_are_those_of_the_whole_models_gradient():
 
     def loss(noise, layer=layer):
       """Mean loss with `noise` [2, B, T, D] added to both blocks' outputs, so its gradient is that there."""
-      x, tables, inputs = params['embed'][tokens], llama.rope(config, 8), None
+      x, tables, inputs = params['embed'][tokens], llama.rope(config, 8).of(0), None
       for i, (shape, tree) in enumerate(zip(config.layers, params['layers'], strict=True)):
         x, o_inputs = llama.attend(config, shape, tree, x, tables)
         x += noise[0] * (i == layer)

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.network import kv_cache
 from tests.support.helpers import VARIED, logits, random_params, random_tokens, tiny_config
 
 CONFIGS = {
-  **{family: tiny_config(family, VARIED[:2]) for family in ('llama', 'mistral', 'qwen2', 'qwen3')},
+  **{family: tiny_config(family, VARIED[:2]) for family in FAMILIES},
   'all-biases': tiny_config('llama', VARIED[:2], qkv_bias=True, output_bias=True),
 }
 LENGTHS = np.array([9, 3, 1], np.int32)

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from adapt_jax.models.config import Llama3Scaling, RopeConfig
-from adapt_jax.models.formats.hf_config import config_from_hf
-from adapt_jax.models.formats.hf_weights import load_params
-from adapt_jax.models.formats.safetensors import SafetensorsReader
+from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.rope import inverse_frequencies
 from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, randomise, tiny_config
@@ -36,6 +34,14 @@ SHAPE = {
   'max_position_embeddings': 256,
   'rms_norm_eps': 1e-5,
 }
+GEMMA = {'head_dim': 16, 'query_pre_attn_scalar': 20, 'sliding_window': 7}
+CAPS = {'attn_logit_softcapping': 4.0, 'final_logit_softcapping': 9.0}
+GRANITE = {
+  'embedding_multiplier': 2.5,
+  'residual_multiplier': 0.6,
+  'attention_multiplier': 0.4,
+  'logits_scaling': 1.5,
+}
 CASES = {
   'llama-mha': ('Llama', {'num_key_value_heads': 6}),
   'llama-gqa-tied': ('Llama', {'tie_word_embeddings': True}),
@@ -53,19 +59,31 @@ CASES = {
   'qwen2-tied': ('Qwen2', {'tie_word_embeddings': True, 'num_attention_heads': 12, 'num_key_value_heads': 4}),
   'qwen3': ('Qwen3', {'head_dim': 16}),
   'qwen3-biases': ('Qwen3', {'head_dim': 16, 'attention_bias': True}),
+  'granite': ('Granite', GRANITE),
+  'granite-biases-tied': ('Granite', GRANITE | {'attention_bias': True, 'tie_word_embeddings': True}),
+  'smollm3': ('SmolLM3', {'no_rope_layers': [0, 1, 0]}),
+  'smollm3-every-second': ('SmolLM3', {'no_rope_layer_interval': 2, 'attention_bias': True}),
+  'phi3': ('Phi3', {}),
+  'phi3-window': ('Phi3', {'sliding_window': 7, 'num_key_value_heads': 6}),
+  'mistral-window': ('Mistral', {'sliding_window': 7, 'head_dim': 12}),
+  'gemma3': ('Gemma3', GEMMA | {'sliding_window_pattern': 2}),
+  'gemma3-all-local': ('Gemma3', GEMMA | CAPS | {'layer_types': ['sliding_attention'] * 3}),
+  'gemma2': ('Gemma2', GEMMA | CAPS),
+  'gemma2-no-caps': ('Gemma2', GEMMA | dict.fromkeys(CAPS)),
+  'olmo2': ('Olmo2', {}),
+  'olmo2-biases': ('Olmo2', {'attention_bias': True, 'num_key_value_heads': 6}),
   'qwen3-tied': ('Qwen3', {'head_dim': 6, 'tie_word_embeddings': True}),
 }
 
 
 def stock_model(name, fields):
-  config = getattr(transformers, f'{name}Config')(**(SHAPE | fields))
-  return randomise(getattr(transformers, f'{name}ForCausalLM')(config))
+  kind = getattr(transformers, f'{name}ForCausalLM')
+  return randomise(kind(kind.config_class(**(SHAPE | {'pad_token_id': None} | fields))))
 
 
 def load(directory):
-  raw = json.loads((directory / 'config.json').read_text())
-  config = config_from_hf(raw, str(directory))
-  return config, load_params(config, SafetensorsReader(directory))
+  source = open_source(str(directory))
+  return source.config, source.load_params()
 
 
 def assert_same_function(model, config, params, seed=0):

@@ -55,7 +55,9 @@ def test_distances_are_means_over_all_tokens(name):
   scores = jax.jit(Scorer(config, distance=name, micro_batch=2))(stacked, tokens)
   x = params['embed'][tokens]
   for i, (shape, layer) in enumerate(zip(config.layers, params['layers'], strict=True)):
-    y = jax.jit(llama.apply_layer, static_argnums=(0, 1))(config, shape, layer, x, llama.rope(config, 16))
+    y = jax.jit(llama.apply_layer, static_argnums=(0, 1))(
+      config, shape, layer, x, llama.rope(config, 16).of(0)
+    )
     a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
     expected = {
       'cosine': -(a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1),

@@ -9,8 +9,9 @@ SliceGPT has sliced the residual stream from that width to `hidden_size`.
 """
 
 import copy
+import re
 
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+import transformers
 
 
 class PerLayerWidths:
@@ -24,7 +25,10 @@ class PerLayerWidths:
   def __init__(self, rope_parameters=None, **fields):
     """For transformers 4, which knows only the older names; 5 generates its own initialiser."""
     if rope_parameters:
-      scaling = dict(rope_parameters)
+      # Gemma 3 has a rotary embedding for each type of layer.
+      scaling = dict(rope_parameters.get('full_attention', rope_parameters))
+      if 'sliding_attention' in rope_parameters:
+        fields['rope_local_base_freq'] = rope_parameters['sliding_attention']['rope_theta']
       fields['rope_theta'] = scaling.pop('rope_theta')
       fields['rope_scaling'] = None if scaling['rope_type'] == 'default' else scaling
     super().__init__(**fields)
@@ -45,17 +49,17 @@ class PerLayerWidths:
     return layer
 
 
-class AdaptLlamaConfig(PerLayerWidths, LlamaConfig):
-  model_type = 'adapt_llama'
+def configuration_class(name):
+  """AdaptLlamaConfig and the like: the stock class of the same name, with widths for each layer."""
+  if name in globals():
+    return globals()[name]
+  found = re.fullmatch(r'Adapt(\w+)Config', name)
+  if not found:
+    raise AttributeError(name)
+  stock = getattr(transformers, f'{found[1]}Config')
+  fields = {'model_type': f'adapt_{stock.model_type}', '__module__': __name__}
+  globals()[name] = type(name, (PerLayerWidths, stock), fields)
+  return globals()[name]
 
 
-class AdaptMistralConfig(PerLayerWidths, MistralConfig):
-  model_type = 'adapt_mistral'
-
-
-class AdaptQwen2Config(PerLayerWidths, Qwen2Config):
-  model_type = 'adapt_qwen2'
-
-
-class AdaptQwen3Config(PerLayerWidths, Qwen3Config):
-  model_type = 'adapt_qwen3'
+__getattr__ = configuration_class  # of this module: transformers imports classes by name

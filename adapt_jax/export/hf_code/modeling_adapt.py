@@ -5,25 +5,13 @@ is overridden, so the features of the installed version (caches, attention kerne
 Only a model sliced by SliceGPT has its own layers, around the stock attention and MLP.
 """
 
-import torch
-from torch import nn
-from transformers import (
-  LlamaForCausalLM,
-  LlamaModel,
-  MistralForCausalLM,
-  MistralModel,
-  Qwen2ForCausalLM,
-  Qwen2Model,
-  Qwen3ForCausalLM,
-  Qwen3Model,
-)
+import re
 
-from .configuration_adapt import (
-  AdaptLlamaConfig,
-  AdaptMistralConfig,
-  AdaptQwen2Config,
-  AdaptQwen3Config,
-)
+import torch
+import transformers
+from torch import nn
+
+from .configuration_adapt import configuration_class
 
 
 def build_layers(model, config):
@@ -38,6 +26,8 @@ def build_layers(model, config):
       if hasattr(module, 'config'):
         # The attention implementation is read from here at every call, and may be changed later.
         module.config = config
+    if hasattr(layer.self_attn, 'qkv_proj'):  # it reads its number of heads at every call
+      layer.self_attn.config = LayerView(config, config.layer_config(index).num_attention_heads)
     if config.output_bias:
       add_bias(layer.self_attn.o_proj)
       add_bias(layer.mlp.down_proj)
@@ -47,6 +37,18 @@ def build_layers(model, config):
     # A device map keeps a layer whole by this name.
     model._no_split_modules = [type(layers[0]).__name__]
     model.norm = SlicedNorm(config, rotated=config.tie_word_embeddings)
+
+
+class LayerView:
+  """A layer's configuration: its own number of heads, and all else from `whole`, that of the model."""
+
+  def __init__(self, whole, num_attention_heads):
+    self.whole, self.num_attention_heads = whole, num_attention_heads
+
+  def __getattr__(self, name):
+    if name == 'whole':  # not set yet, in a copy
+      raise AttributeError(name)
+    return getattr(self.whole, name)
 
 
 class SlicedNorm(nn.Module):
@@ -87,7 +89,7 @@ def add_bias(linear):
 
 
 class PerLayerModel:
-  """Mixin of the four decoders."""
+  """Mixin of a decoder."""
 
   def __init__(self, config):
     super().__init__(config)
@@ -96,7 +98,7 @@ class PerLayerModel:
 
 
 class PerLayerForCausalLM:
-  """Mixin of the four decoders with a language modelling head."""
+  """Mixin of a decoder with a language modelling head."""
 
   def __init__(self, config):
     super().__init__(config)
@@ -105,33 +107,17 @@ class PerLayerForCausalLM:
     self.post_init()
 
 
-class AdaptLlamaModel(PerLayerModel, LlamaModel):
-  config_class = AdaptLlamaConfig
+def __getattr__(name):
+  """AdaptLlamaModel, AdaptLlamaForCausalLM and the like: the stock class of the same name, with our layers.
 
-
-class AdaptLlamaForCausalLM(PerLayerForCausalLM, LlamaForCausalLM):
-  config_class = AdaptLlamaConfig
-
-
-class AdaptMistralModel(PerLayerModel, MistralModel):
-  config_class = AdaptMistralConfig
-
-
-class AdaptMistralForCausalLM(PerLayerForCausalLM, MistralForCausalLM):
-  config_class = AdaptMistralConfig
-
-
-class AdaptQwen2Model(PerLayerModel, Qwen2Model):
-  config_class = AdaptQwen2Config
-
-
-class AdaptQwen2ForCausalLM(PerLayerForCausalLM, Qwen2ForCausalLM):
-  config_class = AdaptQwen2Config
-
-
-class AdaptQwen3Model(PerLayerModel, Qwen3Model):
-  config_class = AdaptQwen3Config
-
-
-class AdaptQwen3ForCausalLM(PerLayerForCausalLM, Qwen3ForCausalLM):
-  config_class = AdaptQwen3Config
+  transformers imports classes by name, and only the stock classes of this model need to exist there.
+  """
+  found = re.fullmatch(r'Adapt(\w+?)(Model|ForCausalLM)', name)
+  if not found:
+    raise AttributeError(name)
+  mixin = PerLayerModel if found[2] == 'Model' else PerLayerForCausalLM
+  stock = getattr(transformers, found[1] + found[2])
+  config_class = configuration_class(f'Adapt{stock.config_class.__name__}')
+  fields = {'config_class': config_class, '__module__': __name__}
+  globals()[name] = type(name, (mixin, stock), fields)
+  return globals()[name]
