@@ -46,8 +46,8 @@ def check_hub(options: ExportOptions) -> None:
       hub.auth_check(repo, write=True)
     except Exception as error:  # as in `push`
       raise InputError(
-        f'config.export.push = {options.push!r}: the hub does not let this user write to {repo} '
-        f'({_reason(error)}): run `hf auth login`, or set HF_TOKEN to a token that may'
+        f'config.export.push = {options.push!r}: {repo} cannot be written ({_reason(error)}): check name and '
+        f'network, run `hf auth login`, or set HF_TOKEN to a token that may write'
       ) from None
 
 
@@ -65,7 +65,10 @@ def push(options: ExportOptions, directory: pathlib.Path, again: str = _AGAIN) -
         f'config.export.push = {options.push!r}: there is no {directory / name} to upload: write it with '
         f'--mode=export --config.model.source={directory}'
       )
-  check_hub(options)
+  try:
+    check_hub(options)
+  except InputError as error:
+    raise InputError(f'{error}; the exports are complete: {again}') from None
   for name, repo in repos.items():
     folder = directory / name
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
@@ -84,7 +87,9 @@ def push(options: ExportOptions, directory: pathlib.Path, again: str = _AGAIN) -
 
 
 def _reason(error: Exception) -> str:
-  return ' '.join(str(error).split()) or type(error).__name__
+  """In one line, with the cause: an error of the storage only names the file."""
+  found = [' '.join(str(e).split()) or type(e).__name__ for e in (error, error.__cause__) if e is not None]
+  return ', '.join(dict.fromkeys(found))
 
 
 @contextlib.contextmanager
