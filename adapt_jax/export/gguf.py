@@ -100,10 +100,10 @@ def _architecture(config: ModelConfig) -> str:
       "config.export.formats has 'gguf', but llama.cpp does not support SliceGPT: leave it out"
     )
   if not config.traits.gguf or any(shape.window for shape in config.layers):
-    what = 'sliding windows' if config.traits.gguf else 'layers of different widths'
+    what = ' with sliding windows' if config.traits.gguf else ''
     raise InputError(
-      f"config.export.formats has 'gguf', but llama.cpp has no architecture for {config.family} models with "
-      f'{what}: export as hf or hf_padded instead'
+      f"config.export.formats has 'gguf', but llama.cpp has no architecture for {config.family} models{what} "
+      f'whose layers differ: export as hf or hf_padded instead'
     )
   if config.qk_norm:
     refused = {

@@ -20,7 +20,7 @@ from adapt_jax.models.formats.hf_weights import leaves
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
-from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, tiny_config
+from tests.support.helpers import UNIFORM, VARIED, logits, random_params, random_tokens, tiny_config
 from tests.support.llama_cpp import Job, ask, needs_llama_cpp
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
@@ -53,6 +53,7 @@ MODELS = {
   'qwen2 not square': ('llama', config_of('qwen2', UNIFORM)),
   'qwen2 output_bias': ('deci', config_of('qwen2', output_bias=True)),
   'qwen2 scaled': ('llama', config_of('qwen2', SQUARE, rope=SCALED)),
+  'phi3 without window': ('deci', config_of('phi3').with_layers(VARIED)),
   'qwen3 uniform': ('qwen3', config_of('qwen3', UNIFORM)),
 }
 # Rows of 64 and 96 are whole blocks, those of 40 are not.
@@ -184,6 +185,12 @@ def test_what_llama_cpp_has_no_architecture_for_is_refused(config, word, tmp_pat
     with pytest.raises(InputError, match=f'qwen3.*{word}.*hf_padded'):
       call(config)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('family', ['phi3', 'gemma2', 'gemma3_text', 'olmo2', 'granite', 'smollm3'])
+def test_families_that_llama_cpp_lacks_are_refused(family):
+  with pytest.raises(InputError, match=f"'gguf'.*{family} models.*hf_padded"):
+    check_gguf(tiny_config(family))
 
 
 def test_all_models_that_are_written_pass_the_check():

@@ -131,6 +131,15 @@ def test_both_spellings_of_rope_are_read(fields, expected):
   assert config_from_hf(base() | fields, 'here').rope == expected
 
 
+def test_both_spellings_of_gemma3_are_read():
+  config = tiny_config('gemma3_text', UNIFORM)
+  raw = config_to_hf(config)
+  old = {k: v for k, v in raw.items() if k not in ('rope_parameters', 'layer_types')}
+  assert config_from_hf(old | {'sliding_window_pattern': 2}, 'here') == config
+  new = {k: v for k, v in raw.items() if k not in ('rope_theta', 'rope_local_base_freq')}
+  assert config_from_hf(new, 'here') == config
+
+
 def test_per_layer_widths_are_read_with_padded_keys():
   """transformers 5 saves "05" for layer 5 of a model of more than ten."""
   widths = {'05': {'num_attention_heads': 3, 'num_key_value_heads': 1}, '11': {'intermediate_size': 7}}
@@ -148,6 +157,14 @@ def base(family='llama', **fields):
 
 REFUSED = [
   ('model_type', {'model_type': 'gpt2'}),
+  ("'gemma3'", {'model_type': 'gemma3'}),
+  ("'granitemoe'", {'model_type': 'granitemoe'}),
+  ('use_bidirectional_attention', base('gemma3_text', use_bidirectional_attention=True)),
+  ('layer_types', base('gemma2', layer_types=['chunked_attention'] * 2)),
+  ('hidden_activation', base('gemma2', hidden_activation='relu')),
+  ('no_rope_layers', base('smollm3', no_rope_layers=[1])),
+  ('longrope', base('phi3', rope_scaling={'type': 'longrope'})),
+  ('same heads', base('olmo2', per_layer_config={'0': {'num_attention_heads': 3, 'num_key_value_heads': 1}})),
   ('never run', {'model_type': 'mystery', 'auto_map': {'AutoModel': 'modeling_mystery.Model'}}),
   ('model_type', {'model_type': None}),
   ('yarn', {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}}),
@@ -235,7 +252,7 @@ def test_odd_values_are_refused_with_the_file(named, fields):
 
 
 def test_sliding_windows_out_of_use_are_accepted():
-  config_from_hf(base('mistral', sliding_window=128), 'here')
+  assert config_from_hf(base('mistral', sliding_window=128), 'here').layers == UNIFORM
   config_from_hf(base('mistral', sliding_window=None, max_position_embeddings=32768), 'here')
   config_from_hf(base('qwen2', use_sliding_window=False, sliding_window=64), 'here')
   config_from_hf(base('qwen3', layer_types=['full_attention'] * 2), 'here')

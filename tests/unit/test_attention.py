@@ -37,6 +37,34 @@ def test_blocks_of_queries_change_nothing(limit, value, length, segments, monkey
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('traced', [False, True])
+@pytest.mark.parametrize('limit', ['', 'WHOLE_ON_CPU', 'BLOCK'])
+def test_window_and_cap(limit, traced, monkeypatch):
+  """Against the definition, all at once and in blocks; a window may be traced, as in a scan over layers."""
+  *qkv, ids = inputs(40, True)
+  form = attention.Logits(0.7, 2.0)
+  if limit:
+    monkeypatch.setattr(attention, limit, 8)
+
+  def run(q, k, v, window):
+    out = attention.causal_attention(q, k, v, ids, form, window if traced else 7)
+    return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
+
+  def defined(q, k, v):
+    logits = jnp.einsum('btnh,bsnh->bnts', q, jnp.repeat(k, N // K, axis=2))
+    back = jnp.arange(40)[:, None] - jnp.arange(40)
+    seen = (back >= 0) & (back < 7) & (ids[:, None, :, None] == ids[:, None, None])
+    weights = jax.nn.softmax(jnp.where(seen, 2 * jnp.tanh(0.35 * logits), -jnp.inf), axis=-1)
+    out = jnp.einsum('bnts,bsnh->btnh', weights, jnp.repeat(v, N // K, axis=2))
+    return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
+
+  (_, expected), gradients = jax.jit(jax.value_and_grad(defined, (0, 1, 2), has_aux=True))(*qkv)
+  (_, found), blocked = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(*qkv, 7)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+  for a, b in zip(blocked, gradients, strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(('length', 'blocks'), [(1024, False), (1025, True), (2048, True)])
 def test_accelerators_hold_no_logits_of_long_rows(length, blocks):
   """Without cuDNN's kernels: up to 1,024 tokens all at once, beyond that 512 queries or fewer."""

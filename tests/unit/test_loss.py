@@ -36,6 +36,21 @@ def test_cross_entropy(chunk):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_bounded_logits(chunk):
+  x, head, labels, weights = arrays()
+
+  def ours(x, head):
+    return loss.sum_over_chunks(loss.capped(loss.cross_entropy, 1.5), x, head, (labels, weights))
+
+  def plain(x, head):
+    logp = jax.nn.log_softmax(1.5 * jnp.tanh(x @ head.T / 1.5))
+    return -(logp[jnp.arange(23), labels] * weights).sum()
+
+  np.testing.assert_allclose(ours(x, head), plain(x, head), rtol=1e-6)
+  for a, b in zip(jax.grad(ours, (0, 1))(x, head), jax.grad(plain, (0, 1))(x, head), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_distillation(chunk):
   x, head, labels, weights = arrays()
   teacher, teacher_head = (

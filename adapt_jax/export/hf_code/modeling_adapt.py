@@ -91,6 +91,8 @@ def add_bias(linear):
 class PerLayerModel:
   """Mixin of a decoder."""
 
+  base_model_prefix = 'model'  # transformers 4.57 has none for Gemma 3
+
   def __init__(self, config):
     super().__init__(config)
     build_layers(self, config)
@@ -119,5 +121,7 @@ def __getattr__(name):
   stock = getattr(transformers, found[1] + found[2])
   config_class = configuration_class(f'Adapt{stock.config_class.__name__}')
   fields = {'config_class': config_class, '__module__': __name__}
+  if found[1] == 'Gemma2':  # transformers 4.57 uses it there, without bounds on the attention's logits
+    fields['_supports_sdpa'] = False
   globals()[name] = type(name, (mixin, stock), fields)
   return globals()[name]
