@@ -148,7 +148,7 @@ def test_not_on_cpu():
 
 def plain_named():
   def causal_attention(q, k, v, segments):
-    return attention._attend(q, k, v, segments, segments, jnp.arange(q.shape[1]))
+    return attention._whole(attention.Logits(q.shape[3] ** -0.5), q, k, v, segments, None)
 
   return causal_attention
 

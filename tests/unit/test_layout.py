@@ -161,7 +161,8 @@ def test_planning_never_reaches_jax(name: str) -> None:
 def test_third_party_imports_are_declared() -> None:
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   extras = project['optional-dependencies']
-  lines = project['dependencies'] + extras['tensorboard'] + extras['wandb'] + extras['eval']
+  optional = ('tensorboard', 'wandb', 'eval', 'quantise')
+  lines = [*project['dependencies'], *(line for extra in optional for line in extras[extra])]
   declared = {re.split(r'[\[<>=~]', line)[0].replace('_', '-').lower() for line in lines}
   ours = {name.split('/')[0].removesuffix('.py') for name in SOURCES}
   used = {i.split('.')[0] for name in OURS for i in imports(SOURCES[name])} - sys.stdlib_module_names - ours
