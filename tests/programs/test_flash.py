@@ -145,7 +145,8 @@ def test_not_on_cpu(monkeypatch):
 
 def plain_named():
   def causal_attention(q, k, v, segments):
-    return attention._attend(q, k, v, segments, segments, jnp.arange(q.shape[1]))
+    form, positions = attention.Logits(q.shape[3] ** -0.5), jnp.arange(q.shape[1])
+    return attention._attend(form, q, k, v, segments, segments, positions, None)
 
   return causal_attention
 
