@@ -210,10 +210,14 @@ def failures_of(report: ComparisonReport) -> list[str]:
 
 
 def dense_perplexity(report: ComparisonReport, text: str = '') -> list[float]:
-  """The dense model's perplexities on a text ('': the first): one, unless the grid varies the texts."""
+  """The dense model's perplexities on a text ('': the first): one, unless the grid varies the texts.
+
+  If the vocabulary was trimmed, those with the trimmed one, as for `perplexity_dense`.
+  """
   done = [cell for cell in report['cells'] if cell['state'] == 'finished']
   if text:
-    return list(dict.fromkeys(cell['texts'][text]['dense'] for cell in done if text in cell['texts']))
+    found = [cell['texts'][text] for cell in done if text in cell['texts']]
+    return list(dict.fromkeys(of.get('trimmed', of['dense']) for of in found))
   return list(dict.fromkeys(cell['perplexity_dense'] for cell in done))
 
 

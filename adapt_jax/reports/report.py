@@ -205,7 +205,10 @@ class SensitivityReport(TypedDict):
 
 
 class CellReport(TypedDict, total=False):
-  """A cell of a grid. values: of all fields that vary. state: finished, running, failed or waiting."""
+  """A cell of a grid. values: of all fields that vary. state: finished, running, failed or waiting.
+
+  perplexity_dense: of the dense model with the cell's vocabulary, which may be trimmed.
+  """
 
   name: Required[str]
   values: Required[dict[str, Any]]

@@ -166,12 +166,12 @@ def perplexity_chart(report: RunReport, height: int = 250) -> str:
   for colour, (name, rows) in enumerate((('pruned', pruned), ('recovered', recovered)), 1):
     points = [(k, value, f'stage {k} {name}: {value:.3f}') for k, value in rows if value is not None]
     series.append(Series(name, points, colour))
-  dense = known_perplexities(report).get('dense')
+  before = {of: value for of, value in known_perplexities(report).items() if of in ('dense', 'trimmed')}
   return charts.line_chart(
     'Perplexity on held-out text',
     ('stage', 'perplexity'),
     series,
-    levels=[(dense, f'dense {dense:.2f}')] if dense is not None else [],
+    levels=[(value, f'{of} {value:.2f}') for of, value in before.items()],
     log=_wide([p for s in series for p in s.points]),
     integer=True,
     height=height,

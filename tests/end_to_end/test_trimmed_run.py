@@ -14,7 +14,7 @@ from adapt_jax.data.windows import load_blocks
 from adapt_jax.evaluation.perplexity import tokens_per_byte
 from adapt_jax.models.config import count_params
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.modes import accel
+from adapt_jax.modes import accel, compare
 from adapt_jax.modes import export as export_mode
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
@@ -129,6 +129,26 @@ def test_a_changed_text_is_noticed(files, finished, tmp_path):
     assert 'prune.vocab is not the text' in refused(export_mode.run, from_dict(config.to_dict()), export, '')
   finally:
     text.write_text(before)
+
+
+def test_cells_share_the_vocabulary(files, tmp_path):
+  config = make_config(files, **{'train.tokens': 0})
+  config.compare.grid = ({'prune.target': (0.9, 0.8)},)
+  options = from_dict(config.to_dict())
+  workdir = Workdir(str(tmp_path / 'out'), identity('compare', options))
+  compare.run(options, workdir, 'python main.py')
+  report, whole = (
+    json.loads(workdir.report.read_text()),
+    count_params(open_source(str(files / 'model')).config),
+  )
+  first = json.loads((workdir.path / 'cells' / report['cells'][0]['name'] / 'report.json').read_text())
+  for cell, target in zip(report['cells'], (0.9, 0.8), strict=True):
+    assert cell['state'] == 'finished' and 0.96 * target < cell['params'] / whole <= target
+    assert cell['perplexity_dense'] == first['perplexity']['trimmed'] != first['perplexity']['dense']
+  config.compare.grid = ({'prune.vocab': ((), ('x.txt',)), 'prune.target': (0.9, 0.8)},)
+  assert "varies 'prune.vocab', which all cells of a grid share" in refused(
+    compare.list_cells, from_dict(config.to_dict()), workdir
+  )
 
 
 def test_what_cannot_be_is_refused(files, tmp_path):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from adapt_jax.models.formats.trimmed_tokenizer import needed_ids, trim_tokenizer
 from tests.formats.test_gguf_vocab import DIGITS, LLAMA3, published, split
@@ -153,6 +153,16 @@ def test_special_tokens_template_and_settings_stay(tokenizer, tmp_path):
       tokenizer('a').input_ids
     )
     assert found(OTHER).input_ids == trimmed(OTHER).input_ids
+
+
+@pytest.mark.parametrize(('kind', 'make'), [(LlamaTokenizer, converted), (Qwen2Tokenizer, byte_level)])
+def test_classes_that_build_their_tokenizer_themselves(kind, make, tmp_path):
+  model = json.loads(make().backend_tokenizer.to_str())['model']
+  kind(vocab=model['vocab'], merges=[tuple(merge) for merge in model['merges']]).save_pretrained(tmp_path)
+  tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+  ids, trimmed = trim(tokenizer, PAGES[:1])
+  assert type(trimmed) is type(tokenizer) is kind and len(ids) < len(tokenizer)
+  assert trimmed.tokenize(PAGES[0]) == tokenizer.tokenize(PAGES[0])
 
 
 def test_only_what_is_needed_stays():
