@@ -12,11 +12,13 @@ from adapt_jax.models.config import MOST, LayerShape, Llama3Scaling, ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.formats.gguf_header import TENSOR_TYPES, GgufFile, open_file
+from adapt_jax.models.formats.hf_config import config_from_hf
 from adapt_jax.models.network.rope import inverse_frequencies
 
 # Architectures that this decoder implements; Mistral models are stored as llama, and deci is a llama
 # whose widths differ by layer.
-_ARCHITECTURES = ('llama', 'deci', 'qwen2', 'qwen3')
+_ARCHITECTURES = ('llama', 'deci', 'qwen2', 'qwen3', 'gemma3')
+_GEMMA = 'gemma3'
 # llama.cpp rotates neighbouring pairs in these graphs, so q and k have each head's halves interleaved;
 # the qwen graphs rotate halves as Hugging Face does.
 PERMUTED_ARCHITECTURES = ('llama', 'deci')
@@ -48,6 +50,11 @@ _LAYER_NAMES = {
   'ffn_down.weight': 'mlp.down_proj.weight',
   'ffn_down.bias': 'mlp.down_proj.bias',
 }
+_GEMMA_NAMES = {
+  'post_attention_norm.weight': 'post_attention_layernorm.weight',
+  'ffn_norm.weight': 'pre_feedforward_layernorm.weight',
+  'post_ffw_norm.weight': 'post_feedforward_layernorm.weight',
+}
 STORED_DTYPES = {
   GGMLQuantizationType.F32: np.dtype(np.float32),
   GGMLQuantizationType.F16: np.dtype(np.float16),
@@ -74,6 +81,8 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
       f'{file.path}: tokenizer.ggml.tokens has {tokens} entries, but token_embd.weight has only '
       f'{vocab_size} rows: tokenizer and weights do not match'
     )
+  if arch == _GEMMA:
+    return _gemma(file, vocab_size)
   return ModelConfig(
     family=_family(file, arch),
     vocab_size=vocab_size,
@@ -88,6 +97,34 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     qk_norm='blk.0.attn_q_norm.weight' in file.tensors,
     max_position=_size(file, f'{arch}.context_length', 'max_position'),
   )
+
+
+def _gemma(file: GgufFile, vocab_size: int) -> ModelConfig:
+  """The config of a Gemma 3. What its header leaves out is in llama.cpp's code, the same for all of them."""
+  kinds, hidden = set(_layers(file, _GEMMA)), _size(file, f'{_GEMMA}.embedding_length', 'hidden_size')
+  if len(kinds) > 1:
+    raise InputError(
+      f'{file.path}: layers of {_GEMMA} that differ in width are not supported: use safetensors'
+    )
+  (shape,), depth = kinds, file.field(f'{_GEMMA}.block_count', int)
+  head_dim, largest = _head_dim(file, _GEMMA), depth == 62  # the 27B scales by hidden_size / heads
+  fields = {
+    'model_type': 'gemma3_text',
+    'vocab_size': vocab_size,
+    'hidden_size': hidden,
+    'num_hidden_layers': depth,
+    'num_attention_heads': shape.num_heads,
+    'num_key_value_heads': shape.num_kv_heads,
+    'intermediate_size': shape.ffn,
+    'head_dim': head_dim,
+    'query_pre_attn_scalar': hidden // shape.num_heads if largest else head_dim,
+    'rms_norm_eps': _decimal(file.field(f'{_GEMMA}.attention.layer_norm_rms_epsilon', float)),
+    'rope_theta': _decimal(file.field(f'{_GEMMA}.rope.freq_base', float, 1e6)),
+    'max_position_embeddings': _size(file, f'{_GEMMA}.context_length', 'max_position'),
+    'sliding_window': file.field(f'{_GEMMA}.attention.sliding_window', int),
+    'tie_word_embeddings': 'output.weight' not in file.tensors,
+  }
+  return config_from_hf(fields, str(file.path))
 
 
 def _size(file: GgufFile, key: str, name: str) -> int:
@@ -140,7 +177,7 @@ def _refuse_unsupported(file: GgufFile, arch: str) -> None:
     'rope.scale_linear': get('rope.scale_linear', float, 1.0) != 1.0,
     'rope.dimension_count': get('rope.dimension_count', int, head_dim) != head_dim,
     'attention.value_length': get('attention.value_length', int, head_dim) != head_dim,
-    'attention.sliding_window': 0 < window < get('context_length', int, 0),
+    'attention.sliding_window': arch != _GEMMA and 0 < window < get('context_length', int, 0),
     'attention.causal': not get('attention.causal', bool, True),
   }
   for key, found in refused.items():
@@ -253,6 +290,7 @@ class GgufReader:
     self._file = open_file(path)
     self.where, self.files = str(path), list(self._file.parts)
     arch = _architecture(self._file)
+    self._norm_offset = FAMILIES['gemma3_text'].norm_offset if arch == _GEMMA else 0.0
     self._permuted_head = _head_dim(self._file, arch) if arch in PERMUTED_ARCHITECTURES else None
     self._gguf_name = {}
     for name in self._file.tensors:
@@ -283,6 +321,8 @@ class GgufReader:
     float32 unless stored as F16 or BF16.
     """
     stored, head = self._gguf_name[name], self._permuted_head
+    if self._norm_offset and name.endswith('norm.weight'):  # GGUF has the sum
+      return _read_array(self._file, stored, index) - np.float32(self._norm_offset)
     if not head or not name.endswith(PERMUTED):
       return _read_array(self._file, stored, index)
     rows, *columns = index or (slice(None),)
@@ -295,8 +335,9 @@ class GgufReader:
 
 def _hf_name(file: GgufFile, name: str) -> str:
   layer = re.fullmatch(r'blk\.(\d+)\.(.+)', name)
-  if layer and layer[2] in _LAYER_NAMES:
-    return f'model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}'
+  known = _LAYER_NAMES | (_GEMMA_NAMES if _architecture(file) == _GEMMA else {})
+  if layer and layer[2] in known:
+    return f'model.layers.{layer[1]}.{known[layer[2]]}'
   if name not in _TOP_NAMES:
     raise InputError(f'{file.path}: tensor {name!r} is unknown: the model has unsupported parts')
   return _TOP_NAMES[name]

@@ -1,0 +1,94 @@
+"""Gemma 3 from GGUF, as llama.cpp's converter writes it: the function of transformers' model."""
+
+import gguf as gguf_package
+import jax
+import numpy as np
+import pytest
+
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.gguf_model import read_config
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.network import llama
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+LAYERS, WINDOW, VOCAB = 7, 5, 64  # every sixth layer sees all tokens
+NAMES = {
+  'model.embed_tokens': 'token_embd',
+  'model.norm': 'output_norm',
+  'input_layernorm': 'attn_norm',
+  'self_attn.q_proj': 'attn_q',
+  'self_attn.k_proj': 'attn_k',
+  'self_attn.v_proj': 'attn_v',
+  'self_attn.o_proj': 'attn_output',
+  'self_attn.q_norm': 'attn_q_norm',
+  'self_attn.k_norm': 'attn_k_norm',
+  'post_attention_layernorm': 'post_attention_norm',
+  'pre_feedforward_layernorm': 'ffn_norm',
+  'mlp.gate_proj': 'ffn_gate',
+  'mlp.up_proj': 'ffn_up',
+  'mlp.down_proj': 'ffn_down',
+  'post_feedforward_layernorm': 'post_ffw_norm',
+}
+
+
+@pytest.fixture(scope='module')
+def model():
+  torch.manual_seed(0)
+  config = transformers.Gemma3TextConfig(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+    num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW,
+    max_position_embeddings=128, attn_implementation='eager',
+  )  # fmt: skip
+  made = transformers.Gemma3ForCausalLM(config).eval()
+  with torch.no_grad():
+    for parameter in made.parameters():
+      parameter.copy_(0.3 * torch.randn_like(parameter))
+  return made
+
+
+def write(model, path, widths=48):
+  writer = gguf_package.GGUFWriter(path, 'gemma3')
+  writer.add_context_length(128)
+  writer.add_embedding_length(32)
+  writer.add_block_count(LAYERS)
+  writer.add_feed_forward_length(widths)
+  writer.add_head_count(4)
+  writer.add_head_count_kv(1)
+  writer.add_key_length(16)
+  writer.add_value_length(16)
+  writer.add_layer_norm_rms_eps(1e-6)
+  writer.add_rope_freq_base(1e6)
+  writer.add_sliding_window(WINDOW)
+  for name, tensor in model.state_dict().items():
+    if name == 'lm_head.weight':  # tied
+      continue
+    part = name.removesuffix('.weight')
+    layer = ''
+    if part.startswith('model.layers.'):
+      _, _, number, part = part.split('.', 3)
+      layer = f'blk.{number}.'
+    array = tensor.numpy() + np.float32(name.endswith('norm.weight'))  # llama.cpp's norms multiply by w
+    writer.add_tensor(f'{layer}{NAMES[part]}.weight', array)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+def test_logits_are_those_of_transformers(model, tmp_path):
+  """Beyond the window, over layers with and without it."""
+  write(model, tmp_path / 'gemma.gguf')
+  source = open_source(str(tmp_path / 'gemma.gguf'))
+  tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 24)).astype(np.int32)
+  ours = jax.jit(lambda p: llama.apply(source.config, p, tokens))(source.load_params(np.float32, None))
+  with torch.no_grad():
+    theirs = model(torch.from_numpy(tokens).long()).logits
+  np.testing.assert_allclose(ours, theirs, atol=1e-4)
+  assert [shape.window for shape in source.config.layers] == [WINDOW] * 5 + [0, WINDOW]
+
+
+def test_layers_of_different_widths_are_refused(model, tmp_path):
+  write(model, tmp_path / 'gemma.gguf', widths=[48] * (LAYERS - 1) + [32])
+  with pytest.raises(InputError, match='layers of gemma3 that differ in width'):
+    read_config(tmp_path / 'gemma.gguf')
