@@ -51,6 +51,8 @@ from adapt_jax.training.loop import run_steps
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import Teacher, batch_shapes, make_step
 
+_TRIMMED = ('vocab_size', 'vocab_trimmed', 'params_trimmed')  # fields of a report's model
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
@@ -58,6 +60,7 @@ class Model:
 
   dtype: dtype of the original checkpoint, also used by `save`. generation: fields of generation_config.json.
   dense: number of parameters before pruning; 0 if the model was not pruned. license: fields of a model card.
+  trimmed: vocab_size, vocab_trimmed and params_trimmed of report.json, if the vocabulary was trimmed.
   """
 
   config: ModelConfig
@@ -68,6 +71,7 @@ class Model:
   generation: dict[str, Any] = dataclasses.field(default_factory=dict)
   dense: int = 0
   license: dict[str, str] = dataclasses.field(default_factory=dict)
+  trimmed: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def num_params(self) -> int:
@@ -95,10 +99,14 @@ def load(
   with processes.silent(not progress):
     params = mesh.load_source(found, None if dtype is None else jnp.dtype(dtype))
   model = Model(found.config, params, tokenizer, found.name, found.dtype, found.generation)
-  origin = (lineage(found) or {'model': {'source': found.name}})['model']
+  origin: Any = (lineage(found) or {'model': {'source': found.name}})['model']
   license = origin.get('license', found.license)
   return dataclasses.replace(
-    model, name=origin['source'], dense=origin.get('params_before', 0), license=license
+    model,
+    name=origin['source'],
+    dense=origin.get('params_before', 0),
+    license=license,
+    trimmed={name: value for name, value in origin.items() if name in _TRIMMED},
   )
 
 
@@ -165,6 +173,7 @@ def trim_vocabulary(
     tokenizer=trim_tokenizer(model.tokenizer, ids),
     generation=trimmed_generation(model.generation, ids),
     dense=model.dense or model.num_params,
+    trimmed=dict(zip(_TRIMMED, (model.config.vocab_size, len(ids), count_params(config)), strict=True)),
   )
 
 
@@ -384,7 +393,8 @@ def save(
   check_tokenizer(options, model.tokenizer)
   check_hub(options)
   before = model.dense or model.num_params
-  report: RunReport = {'model': {'source': model.name, 'license': model.license, 'params_before': before}}
+  described: Any = {'source': model.name, 'license': model.license, 'params_before': before, **model.trimmed}
+  report: RunReport = {'model': described}
   writer = Writer(
     options,
     pathlib.Path(directory),

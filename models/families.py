@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 
 
 class Number(NamedTuple):
-  """A number of config.json: its name there, and whether it stands for one over its square root."""
+  """A number of config.json: its name there, whether it stands for one over its square root, and for a cap.
+
+  A cap may be null, which is 0 here.
+  """
 
   name: str
   inverse_root: bool = False
+  is_cap: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +42,7 @@ class Family:
     sliceable: whether SliceGPT supports the layers.
 
   config.json:
-    numbers: fields of `ModelConfig` -> the numbers in config.json; null there is 0 here.
+    numbers: fields of `ModelConfig` -> the numbers in config.json.
     defaults: transformers' values of fields that a file leaves out, where they are not Llama's.
     usual_theta: the base frequency of rotary embeddings in a file that has none.
     constants: fields that are written in addition, always with these values.
@@ -99,7 +103,7 @@ _GEMMA_DEFAULTS: dict[str, Any] = {
 }
 _GEMMA_NUMBERS = {
   'attention_scale': Number('query_pre_attn_scalar', inverse_root=True),
-  'logit_cap': Number('final_logit_softcapping'),
+  'logit_cap': Number('final_logit_softcapping', is_cap=True),
 }
 # What both Gemmas have.
 _GEMMA: dict[str, Any] = {
@@ -177,7 +181,7 @@ FAMILIES = {
   ),
   'gemma2': Family(
     'Gemma2',
-    numbers={**_GEMMA_NUMBERS, 'attention_cap': Number('attn_logit_softcapping')},
+    numbers={**_GEMMA_NUMBERS, 'attention_cap': Number('attn_logit_softcapping', is_cap=True)},
     defaults={
       'sliding_window_pattern': 2,
       'attn_logit_softcapping': 50.0,

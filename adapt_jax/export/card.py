@@ -28,7 +28,7 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str], rep
     repo: repository of the hub that the export is uploaded to, if it is.
   """
   parts = [
-    f'---\n{metadata(report, files, repo).to_yaml()}\n---',
+    f'---\n{metadata(report, config, files, repo).to_yaml()}\n---',
     _title(report, config),
     _lineage(report),
     _widths(report, config),

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from adapt_jax.config.values import TEXT, named_texts
 from adapt_jax.data.documents import hub_name
+from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.files import exists
 from adapt_jax.reports.report import RunReport
 
@@ -18,12 +19,13 @@ _QUANTISED = re.compile(r'Q\d.*\.gguf')
 _TASK = 'text-generation'
 
 
-def metadata(report: RunReport, files: Sequence[str], repo: str = '') -> ModelCardData:
+def metadata(report: RunReport, config: ModelConfig, files: Sequence[str], repo: str = '') -> ModelCardData:
   """The metadata; arguments as of `model_card`. Results are those of the weights that were measured.
 
   Files that are all quantised have no results, since only the weights before that were measured.
   """
-  source, pruned = source_name(report), 'stages' in report
+  source, params = source_name(report), count_params(config)
+  pruned = 'stages' in report or report['model'].get('params_before', params) > params
   ours = [name for name in files if name.endswith(('.safetensors', '.gguf'))]
   quantised = bool(ours) and all(map(is_quantised, ours))
   tags = ['adapt-jax']

@@ -19,7 +19,10 @@ from adapt_jax.models.errors import InputError
 
 _SUFFIXES = {'hf': '', 'hf_padded': '-padded', 'gguf': '-GGUF'}
 # An earlier upload may have left these; loaders would mix them with the new files.
-_REPLACED = ('*.safetensors', '*.safetensors.index.json', '*.gguf', '*.py')
+_REPLACED = (
+  '*.safetensors', '*.safetensors.index.json', '*.gguf', '*.py',
+  'tokenizer*', 'vocab.json', 'merges.txt', 'added_tokens.json', 'special_tokens_map.json', 'chat_template*',
+)  # fmt: skip
 _AGAIN = 'run the same command again, which only uploads'
 
 
@@ -28,27 +31,41 @@ def repositories(options: ExportOptions) -> dict[str, str]:
   return {name: options.push + _SUFFIXES[name] for name in options.formats} if options.push else {}
 
 
+def check_token(options: ExportOptions) -> None:
+  """Raises InputError if there is something to upload, and no token that the hub accepts."""
+  if not options.push:
+    return
+  if huggingface_hub.get_token() is None:
+    raise InputError(
+      f'config.export.push = {options.push!r}, but there is no token of the hub: run `hf auth login`, set '
+      f'HF_TOKEN, or leave push empty'
+    )
+  try:
+    huggingface_hub.HfApi().whoami()
+  except Exception as error:  # as in `push`
+    raise _refusal(options, options.push, error) from None
+
+
 def check_hub(options: ExportOptions) -> None:
   """Creates the repositories that do not exist, and checks that the user may write to all of them.
 
   Raises InputError without a token, and for a repository that refuses this user or cannot be reached.
   """
-  repos = repositories(options)
-  if repos and huggingface_hub.get_token() is None:
-    raise InputError(
-      f'config.export.push = {options.push!r}, but there is no token of the hub: run `hf auth login`, set '
-      f'HF_TOKEN, or leave push empty'
-    )
-  for repo in repos.values():
+  check_token(options)
+  for repo in repositories(options).values():
     try:
       hub = huggingface_hub.HfApi()
       hub.create_repo(repo, exist_ok=True)
       hub.auth_check(repo, write=True)
     except Exception as error:  # as in `push`
-      raise InputError(
-        f'config.export.push = {options.push!r}: {repo} cannot be written ({_reason(error)}): check name and '
-        f'network, run `hf auth login`, or set HF_TOKEN to a token that may write'
-      ) from None
+      raise _refusal(options, repo, error) from None
+
+
+def _refusal(options: ExportOptions, repo: str, error: Exception) -> InputError:
+  return InputError(
+    f'config.export.push = {options.push!r}: {repo} cannot be written ({_reason(error)}): check name and '
+    f'network, run `hf auth login`, or set HF_TOKEN to a token that may write'
+  )
 
 
 def push(options: ExportOptions, directory: pathlib.Path, again: str = _AGAIN) -> None:

@@ -138,8 +138,13 @@ def bucket(size: int, smallest: int = 16) -> int:
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-  """Checks that prompts have tokens and leave room for the new ones. Raises InputError."""
+  """Checks that prompts have tokens of the model and leave room for the new ones. Raises InputError."""
   for i, prompt in enumerate(prompts):
+    if prompt and (highest := max(prompt)) >= config.vocab_size:
+      raise InputError(
+        f'prompt {i + 1} has the token id {highest}, but the embedding has only {config.vocab_size} rows: '
+        f'leave that token out'
+      )
     if not prompt:
       raise InputError(f'prompt {i + 1} has no tokens, and the tokenizer adds none: give some text')
     if len(prompt) + max_new_tokens > config.max_position:

@@ -2,7 +2,7 @@
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks
-from adapt_jax.export.push import push
+from adapt_jax.export.push import check_hub, check_token, push
 from adapt_jax.machine.processes import decide, say
 from adapt_jax.pipeline import forecast
 from adapt_jax.pipeline.inputs import prepare
@@ -16,7 +16,9 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Runs or resumes, then prints the table. Raises InputError before any work."""
   check_tasks(options.evaluate)
   decide(lambda: trackers.check(options.tracker))
+  decide(lambda: check_token(options.export))
   inputs = prepare(options)
+  decide(lambda: check_hub(options.export))  # it creates repositories: last
   with workdir.claimed(inputs.digests):
     if not decide(workdir.metrics.exists):  # of a run that goes on, the time of its steps tells
       forecast.announce([(options, inputs)])

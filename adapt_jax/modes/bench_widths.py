@@ -94,7 +94,8 @@ def measure(source: Source, options: RunOptions, prompts: list[list[int]]) -> di
   bench, config = _Bench(source, options, prompts), source.config
   shape, layers = config.layers[0], config.num_layers
   kv, ffn = shape.num_kv_heads, shape.ffn
-  groups = {k: bench.ratio(narrowed(config, k, ffn, layers), f'{k} KV heads') for k in widths_of(kv)}
+  fewer_groups = () if config.traits.joint_qk_norm else widths_of(kv)  # such groups cannot be removed
+  groups = {k: bench.ratio(narrowed(config, k, ffn, layers), f'{k} KV heads') for k in fewer_groups}
   channels = {f: bench.ratio(narrowed(config, kv, f, layers), f'{f:,} channels') for f in widths_of(ffn)}
   half = max(layers // 2, 1)
   fewer = bench.ratio(narrowed(config, kv, ffn, half), f'{half} layers') if half < layers else None

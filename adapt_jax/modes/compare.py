@@ -27,6 +27,7 @@ from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.modes import compare_grid, compare_page, compare_tables
 from adapt_jax.pipeline import forecast
 from adapt_jax.pipeline.checks import check_run, check_sources
+from adapt_jax.pipeline.dense_model import original
 from adapt_jax.pipeline.inputs import Inputs, load
 from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.quality import BEFORE, dense_key
@@ -49,7 +50,9 @@ CELLS, ERROR = 'cells', 'error.txt'
 # Fields that a grid cannot vary: cells share model, devices and trackers.
 _SHARED = ('model.source', 'prune.vocab', 'mesh.', 'tracker')
 # Fields that cells read, but that change nothing in their reports.
-_WITHOUT_EFFECT = ('export.formats', 'export.gguf_types', 'data.cache')
+_WITHOUT_EFFECT = ('export.formats', 'export.gguf_types', 'export.push', 'data.cache')
+# Fields that change which tokens prune.vocab keeps, and cells share the vocabulary.
+_OF_VOCABULARY = ('data.text_field', 'data.messages_field', 'data.chat_template')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,11 @@ def _check(options: RunOptions, base: dict[str, Any]) -> None:
     compare_grid.get(base, field)
     if field.startswith(_SHARED):
       raise InputError(f'config.compare.grid varies {field!r}, which all cells of a grid share: leave it out')
+    if options.prune.vocab and field in _OF_VOCABULARY:
+      raise InputError(
+        f'config.compare.grid varies {field!r}, on which config.prune.vocab depends, but all cells share the '
+        f'vocabulary: leave one of them out'
+      )
     if field in _WITHOUT_EFFECT or not reads('accel', field):
       raise InputError(f'config.compare.grid varies {field!r}, which changes nothing in a cell: leave it out')
     if field.startswith('train.') and not o.recover:
@@ -129,10 +137,11 @@ def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
       check_tasks(run.options.evaluate)
       check_run(run.options, source.config, source.dtype)
   source = with_vocabulary(runs[0].options, source) if runs else source  # that of all cells
-  tokenizer, cache, found = source.load_tokenizer(), dict[Any, Any](), []
+  own, whole, found = (source, source.load_tokenizer(), dict[Any, Any]()), original(source), []
+  of_whole = own if whole is source else (whole, whole.load_tokenizer(), dict[Any, Any]())
   for run in runs:
     with _named(run.cell):
-      found.append(load(run.options, source, Loader(run.options, source, tokenizer, cache)))
+      found.append(load(run.options, source, Loader(run.options, *own), Loader(run.options, *of_whole)))
   return found
 
 

@@ -157,8 +157,10 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       f'leave the others out'
     )
   # Nothing is removed permanently, so nothing compensates for it; `bias` would count in the sizes. A recipe's
-  # target and stages are for other modes.
-  prune = dataclasses.replace(options.prune, compensate='none', target=1.0, stages=1)
+  # target, stages, budget and vocabulary are for other modes.
+  prune = dataclasses.replace(
+    options.prune, compensate='none', target=1.0, stages=1, budget='params', vocab=()
+  )
   options = dataclasses.replace(options, prune=prune)
   inputs = prepare(options)
   _check_cuts(options, inputs.config)

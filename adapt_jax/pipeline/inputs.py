@@ -6,9 +6,7 @@ from typing import Any
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data.train_set import TrainSet
 from adapt_jax.data.windows import Blocks
-from adapt_jax.export.push import check_hub
 from adapt_jax.export.writer import check_tokenizer
-from adapt_jax.machine.processes import decide
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.formats.trimmed_source import TrimmedSource
@@ -73,13 +71,17 @@ def prepare(options: RunOptions) -> Inputs:
   check_sources(options)
   source = open_source(options.model.source)
   check_run(options, source.config, source.dtype)
-  decide(lambda: check_hub(options.export))
   source = with_vocabulary(options, source)
-  return load(options, source, Loader(options, source, source.load_tokenizer()))
+  loader, whole = Loader(options, source, source.load_tokenizer()), original(source)
+  of_whole = loader if whole is source else Loader(options, whole, whole.load_tokenizer())
+  return load(options, source, loader, of_whole)
 
 
-def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
-  """Loads and tokenises inputs that have passed `check_sources` and `check_run`."""
+def load(options: RunOptions, source: Source, loader: Loader, whole: Loader) -> Inputs:
+  """Loads and tokenises inputs that have passed `check_sources` and `check_run`.
+
+  whole: the loader of the source before its vocabulary was trimmed; used if it was.
+  """
   budget = budget_of(options, source.config, source.dtype, original(source).config)
   if isinstance(source, TrimmedSource):
     check_size(options, source.config, budget)
@@ -90,10 +92,7 @@ def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
   train = loader.train_set() if options.train.tokens else None
   dtype = compute_dtype(options.model.dtype)
   model = DenseModel(source, options.prune.compensate == 'bias')
-  untrimmed = _untrimmed(options, source.original) if isinstance(source, TrimmedSource) else None
+  untrimmed = None
+  if isinstance(source, TrimmedSource):
+    untrimmed = Untrimmed(source.original, whole.tokenizer, whole.evaluation())
   return Inputs(model, loader.tokenizer, blocks, train, loader.evaluation(), dtype, budget, untrimmed)
-
-
-def _untrimmed(options: RunOptions, source: Source) -> Untrimmed:
-  loader = Loader(options, source, source.load_tokenizer())
-  return Untrimmed(source, loader.tokenizer, loader.evaluation())

@@ -34,13 +34,20 @@ class LayerCost(NamedTuple):
   mlp: np.ndarray
 
 
+class Measured(NamedTuple):
+  """What the costs of latency are of, as in `latency.Table`: the request, and where it was measured."""
+
+  request: dict[str, int]
+  where: dict[str, str]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Budget:
   """The cost of every model that pruning can make of one: fixed + Σ over layers of `LayerCost`.
 
   kind: a name in `UNITS`, as in prune.budget. fixed: what lies outside the layers, such as the embedding.
   start: the cost of the model before pruning. dense: the cost that fractions refer to; above `start` if the
-  vocabulary was trimmed.
+  vocabulary was trimmed. measured: of a latency.
   """
 
   kind: str
@@ -48,6 +55,7 @@ class Budget:
   layers: tuple[LayerCost, ...]
   start: int
   dense: int
+  measured: Measured | None = None
 
   @classmethod
   def of(

@@ -19,7 +19,7 @@ from adapt_jax.machine.targets import TARGETS, Target
 from adapt_jax.models.config import LayerShape, ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import local, read_json
-from adapt_jax.pruning.budget import Budget, LayerCost
+from adapt_jax.pruning.budget import Budget, LayerCost, Measured
 
 FIELD = 'config.prune.latency_table'
 DEVICES = tuple(name for name in TARGETS if name != 'cpu')
@@ -111,7 +111,7 @@ def budget(table: Table, config: ModelConfig) -> Budget:
     raise InputError(
       f'{FIELD} = {table.name!r}: narrower layers are no faster in it: measure on an idle machine'
     )
-  return found
+  return dataclasses.replace(found, measured=Measured(table.request, table.where))
 
 
 def _parts(seconds: float) -> int:

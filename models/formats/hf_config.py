@@ -102,10 +102,14 @@ def _number(fields: dict[str, Any], name: str, default: float | None = None) -> 
 
 def _numbers(raw: dict[str, Any], traits: Family) -> dict[str, Any]:
   """The fields of `ModelConfig` that the family has as numbers in config.json."""
-  found = {
-    field: 0.0 if raw.get(n.name) is None else _number(raw, n.name) for field, n in traits.numbers.items()
-  }
-  return {f: value**-0.5 if value and traits.numbers[f].inverse_root else value for f, value in found.items()}
+  found = {}
+  for field, number in traits.numbers.items():
+    if number.is_cap and raw.get(number.name) is None:
+      found[field] = 0.0
+      continue
+    value = _number(raw, number.name)
+    found[field] = value**-0.5 if number.inverse_root else value
+  return found
 
 
 def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:

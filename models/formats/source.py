@@ -75,7 +75,10 @@ class Source:
     load = gguf_tokenizer.load_tokenizer if self.path.suffix == '.gguf' else _tokenizer_from_directory
     try:
       tokenizer = load(self.path)
-      ids = [*tokenizer.get_vocab().values(), *tokenizer('a')['input_ids']]  # also those that are added
+      # Added tokens may lie beyond the embedding, as Gemma 3's image token: what reads texts checks ids.
+      vocab, extra = {*tokenizer.get_vocab().values()}, tokenizer.added_tokens_decoder.keys()
+      ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
+      ids = [*(vocab - extra), *(i for i in ends if i is not None), *tokenizer('a')['input_ids']]
     except InputError:
       raise
     except Exception as error:  # tokenizers raises bare Exceptions for a broken tokenizer.json

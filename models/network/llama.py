@@ -9,11 +9,11 @@ with each layer as `models.network.layers.DecoderLayer` defines it:
                    'q_bias', 'k_bias', 'v_bias' (Qwen2), 'q_norm', 'k_norm' (Qwen3)},
      'mlp': {'gate': [F, D], 'up': [F, D], 'down': [D, F]}}
 
-Families that norm the outputs of the blocks have 'attention_post_norm' and 'mlp_post_norm' [D]; OLMo 2 has no
-other norms in a layer. Its 'q_norm' [K·G·H] and 'k_norm' [K·H] are over all heads.
-
 and, with `ModelConfig.output_bias`, 'o_bias' [D] in attention and 'down_bias' [D] in mlp. Llama and
 Qwen3 checkpoints with `attention_bias` have 'q_bias', 'k_bias', 'v_bias' and 'o_bias'.
+
+Families that norm the outputs of the blocks have 'attention_post_norm' and 'mlp_post_norm' [D]; OLMo 2 has no
+other norms in a layer. Its 'q_norm' [K·G·H] and 'k_norm' [K·H] are over all heads.
 
 A model sliced by SliceGPT (`ModelConfig.sliced_from`) has no norm weights. Instead, each layer has
 'attention_shortcut' and 'mlp_shortcut' [D, D], and a model with tied tables has 'head_rotation' [D, D].

@@ -47,6 +47,8 @@ class PositionTables:
     # Without rotation: an angle of 0.
     cos = jnp.stack([jnp.ones_like(given.cos) if p.cos is None else p.cos for p in self._kinds])
     sin = jnp.stack([jnp.zeros_like(given.sin) if p.sin is None else p.sin for p in self._kinds])
+    if not any(p.window for p in self._kinds):
+      return Positions(cos[kind], sin[kind], None)
     window = jnp.asarray([p.window or _ALL for p in self._kinds])
     return Positions(cos[kind], sin[kind], window[kind])
 

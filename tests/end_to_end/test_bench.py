@@ -45,6 +45,14 @@ def run(options, path):
   return json.loads((path / 'report.json').read_text())
 
 
+def test_a_model_whose_heads_are_normed_together_is_measured_by_its_channels(tmp_path):
+  config = tiny_config('olmo2', (LayerShape(4, 2, 64),) * 2)
+  write_hf(config, random_params(config), tmp_path / 'olmo')
+  options = make_options(tmp_path, dense='', pruned='olmo', prompt_length=16, new_tokens=2, repeats=1)
+  table = run(options, tmp_path / 'out')['latency']
+  assert table['decode']['attention']['widths'] == [2] and len(table['decode']['mlp']['widths']) > 1
+
+
 def test_a_narrow_model_beside_a_wide_one(models, tmp_path, capsys):
   report = run(make_options(models, batch=2), tmp_path / 'out')
   for figures in report['models'].values():

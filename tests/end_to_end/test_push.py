@@ -13,7 +13,6 @@ from adapt_jax.export.push import push as upload
 from adapt_jax.models.errors import InputError
 from adapt_jax.modes import accel
 from adapt_jax.modes import export as export_mode
-from adapt_jax.pipeline import inputs
 from adapt_jax.pipeline.workdir import Workdir
 from tests.support import hub as stand_in
 from tests.support import runs
@@ -63,6 +62,7 @@ def test_every_format_arrives_byte_for_byte_in_its_repository(files, hub, tmp_pa
 
 def test_an_upload_replaces_weights_and_code_and_keeps_other_files(files, hub, tmp_path):
   old = {'model-00001-of-00002.safetensors': b'old', 'modeling_adapt.py': b'old', 'LICENSE': b'theirs'}
+  old |= {'tokenizer.model': b'old', 'vocab.json': b'old', 'chat_template.jinja': b'old'}
   hub.repos['org/small'] = old | {'README.md': b'old'}
   aj.save(aj.load(files / 'model'), tmp_path / 'out', push='org/small')
   assert hub.repos['org/small'] == content(tmp_path / 'out/hf') | {'LICENSE': b'theirs'}
@@ -78,12 +78,12 @@ def test_an_upload_replaces_weights_and_code_and_keeps_other_files(files, hub, t
     (stand_in.WRITES, 'others/there', 'write access'),
   ],
 )
-def test_a_name_that_may_not_be_written_is_refused_before_texts_are_read(
+def test_a_name_that_may_not_be_written_is_refused_before_the_run_starts(
   files, hub, tmp_path, monkeypatch, token, push, reason
 ):
   hub.repos |= {'org/there': {}, 'others/there': {}}
   monkeypatch.setenv('HF_TOKEN', token)
-  monkeypatch.setattr(inputs, 'load', None)
+  monkeypatch.setattr(accel, 'run_class', None)
   options, workdir = pruning(files, tmp_path / 'out', push=push)
   message = refused(accel.run, options, workdir, 'the command')
   assert f'config.export.push = {push!r}' in message and reason in message and 'HF_TOKEN' in message
@@ -98,6 +98,14 @@ def test_without_a_token_nothing_starts(files, hub, tmp_path, monkeypatch):
   options, workdir = pruning(files, tmp_path / 'out')
   message = refused(accel.run, options, workdir, 'the command')
   assert 'no token' in message and '`hf auth login`' in message and not hub.repos
+
+
+def test_a_run_that_is_refused_creates_no_repository(files, hub, tmp_path):
+  config = runs.make_config(files)
+  config.export.push, config.prune.calibration.samples = 'org/small', 10**6
+  options = from_dict(config.to_dict())
+  workdir = Workdir(str(tmp_path / 'out'), identity('accel', options))
+  assert 'calibration.samples' in refused(accel.run, options, workdir, 'the command') and not hub.repos
 
 
 @pytest.mark.parametrize('push', ['name', 'a/b/c', 'org/', 'org/näme', 'https://hub/org/name'])

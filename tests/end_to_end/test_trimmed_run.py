@@ -149,6 +149,10 @@ def test_cells_share_the_vocabulary(files, tmp_path):
   assert "varies 'prune.vocab', which all cells of a grid share" in refused(
     compare.list_cells, from_dict(config.to_dict()), workdir
   )
+  config.compare.grid = ({'data.text_field': ('text', 'body'), 'prune.target': (0.9, 0.8)},)
+  assert "varies 'data.text_field', on which config.prune.vocab depends" in refused(
+    compare.list_cells, from_dict(config.to_dict()), workdir
+  )
 
 
 def test_what_cannot_be_is_refused(files, tmp_path):

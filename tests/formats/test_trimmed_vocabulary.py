@@ -118,6 +118,15 @@ def test_the_view_of_a_checkpoint_reads_the_same_rows(case):
   assert other.digest() != view.digest() == trimmed_source(source, ids, None).digest()
 
 
+def test_the_card_tells_of_the_vocabulary(case, tmp_path):
+  """Also after the export is loaded and saved again."""
+  aj.save(aj.load(case.out / 'hf'), tmp_path / 'again')
+  for directory in (case.out / 'hf', tmp_path / 'again/hf'):
+    card = (directory / 'README.md').read_text()
+    assert f'vocabulary was trimmed to {len(case.kept):,} of {case.config.vocab_size:,} tokens' in card
+    assert 'channels were removed' not in card
+
+
 def test_ids_instead_of_a_text(case):
   found = aj.trim_vocabulary(case.whole, np.array([case.tokenizer(TEXT)['input_ids']]))
   assert found.tokenizer.get_vocab() == case.trimmed.tokenizer.get_vocab()

@@ -84,19 +84,32 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       {'error': message}, status, X_Error_Message=message, **({'X_Error_Code': code} if code else {})
     )
 
+  def _token(self) -> str:
+    return self.headers.get('Authorization', '').removeprefix('Bearer ')
+
+  def _unknown(self) -> bool:
+    """Refuses a token that is nobody's."""
+    if self._token() in (WRITES, READS):
+      return False
+    self._refuse(401, 'Invalid username or password.')
+    return True
+
   def _refused(self, repo: str, write: bool) -> bool:
-    token = self.headers.get('Authorization', '').removeprefix('Bearer ')
-    if token not in (WRITES, READS):
-      self._refuse(401, 'Invalid username or password.')
-    elif repo not in self.server.repos:
+    if self._unknown():
+      return True
+    if repo not in self.server.repos:
       self._refuse(404, 'Repository not found', 'RepoNotFound')
-    elif write and (token != WRITES or not repo.startswith('org/')):
+    elif write and (self._token() != WRITES or not repo.startswith('org/')):
       self._refuse(403, 'You do not have write access to this repository')
     else:
       return False
     return True
 
   def do_GET(self) -> None:
+    if self.path == '/api/whoami-v2':
+      if not self._unknown():
+        self._answer({'name': 'user'})
+      return
     repo, _, rest = self.path.removeprefix('/api/models/').partition('/auth-check')
     write = rest == '/write'
     repo, listed, _ = repo.partition('/tree/main')

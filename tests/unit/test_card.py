@@ -128,6 +128,9 @@ def test_results_are_not_those_of_quantised_files():
   unpruned = {'model': {'source': 'org/Base'}}
   assert parsed(unpruned, files=('model-Q8_0.gguf',))[0]['base_model_relation'] == 'quantized'
   assert 'base_model_relation' not in parsed(unpruned)[0]
+  saved = {'model': {'source': 'org/Base', 'params_before': 10**12}}  # pruned in the library: without stages
+  fields = parsed(saved, files=('model-Q8_0.gguf',))[0]
+  assert fields['base_model_relation'] == 'finetune' and 'pruned' in fields['tags']
 
 
 def test_a_repository_is_named_where_the_model_is_loaded():

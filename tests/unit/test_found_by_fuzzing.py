@@ -12,6 +12,7 @@ from adapt_jax.config.options import DistillOptions, ModelOptions, RunOptions, T
 from adapt_jax.data.documents import check_source
 from adapt_jax.data.token_cache import Need, open_cache
 from adapt_jax.export.hf import write_hf
+from adapt_jax.generation.generator import check_prompts
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import json_checksum
@@ -182,6 +183,21 @@ def test_a_tokenizer_that_adds_an_id_without_a_row(tmp_path):
 
   source = damaged_tokenizer(tmp_path / 'model', 'tokenizer.json', change)
   assert 'ids up to 99999' in refused(source.load_tokenizer)
+
+
+def test_an_added_token_beyond_the_embedding_is_refused_only_in_a_text(tmp_path):
+  """Gemma 3's text checkpoints have one, for images."""
+
+  def change(fields):
+    token = {'id': 99_999, 'content': '<image>', 'special': True}
+    fields['added_tokens'].append({**fields['added_tokens'][0], **token})
+
+  source = damaged_tokenizer(tmp_path / 'model', 'tokenizer.json', change)
+  tokenizer = source.load_tokenizer()
+  assert tokenizer('<image>')['input_ids'][-1] >= source.config.vocab_size
+  check_prompts(source.config, [tokenizer('the')['input_ids']], 1)
+  message = refused(check_prompts, source.config, [tokenizer('a <image>')['input_ids']], 1)
+  assert 'prompt 1 has the token id' in message and 'leave that token out' in message
 
 
 class Rows:
