@@ -100,14 +100,9 @@ def load(
     params = mesh.load_source(found, None if dtype is None else jnp.dtype(dtype))
   model = Model(found.config, params, tokenizer, found.name, found.dtype, found.generation)
   origin: Any = (lineage(found) or {'model': {'source': found.name}})['model']
-  license = origin.get('license', found.license)
-  return dataclasses.replace(
-    model,
-    name=origin['source'],
-    dense=origin.get('params_before', 0),
-    license=license,
-    trimmed={name: value for name, value in origin.items() if name in _TRIMMED},
-  )
+  license, trimmed = origin.get('license', found.license), {k: origin[k] for k in _TRIMMED if k in origin}
+  known = {'name': origin['source'], 'dense': origin.get('params_before', 0)}
+  return dataclasses.replace(model, **known, license=license, trimmed=trimmed)
 
 
 @as_library
@@ -382,18 +377,13 @@ def save(
   repository org/name to upload them to afterwards, as `export.push`. Raises InputError for a format that
   cannot represent the model, and if the hub refuses the upload.
   """
-  asked = {
-    'formats': formats,
-    'dtype': dtype,
-    'gguf_types': gguf_types,
-    'push': push,
-  }  # a single one may be a string
+  asked = {'formats': formats, 'dtype': dtype, 'gguf_types': gguf_types, 'push': push}
   options = from_dict({'export': asked}).export
   check_formats(options, model.config)
   check_tokenizer(options, model.tokenizer)
   check_hub(options)
-  before = model.dense or model.num_params
-  described: Any = {'source': model.name, 'license': model.license, 'params_before': before, **model.trimmed}
+  described: Any = {'source': model.name, 'license': model.license, **model.trimmed}
+  described['params_before'] = model.dense or model.num_params
   report: RunReport = {'model': described}
   writer = Writer(
     options,

@@ -78,11 +78,11 @@ class Budget:
 
   @property
   def coarse(self) -> bool:
-    """Whether a KV group costs more than all channels of its layer.
+    """Whether a KV group costs more than all channels of its layer, in another unit than parameters.
 
     Then a target is missed by up to a group, since too many channels would have to go instead of one.
     """
-    return any(layer.attention[1] > layer.mlp[-1] for layer in self.layers)
+    return self.kind != 'params' and any(layer.attention[1] > layer.mlp[-1] for layer in self.layers)
 
   @property
   def group_costs(self) -> np.ndarray:

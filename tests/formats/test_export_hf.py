@@ -228,7 +228,7 @@ def test_stock_classes_read_the_widths_of_layers_but_do_not_build_them(family, t
   (tmp_path / 'config.json').write_text(json.dumps(stock | {'allow_global_per_layer_attribute_access': True}))
   layers = transformers.AutoConfig.from_pretrained(tmp_path).per_layer_config
   assert [layer.intermediate_size for layer in layers] == [40, 64, 24]
-  assert [layer.num_key_value_heads for layer in layers] == [2, 1, 2]
+  assert [layer.num_key_value_heads for layer in layers] == [s.num_kv_heads for s in config.layers]
   with pytest.raises(
     RuntimeError, match='ignore_mismatched_sizes'
   ):  # all layers have the widest one's shapes

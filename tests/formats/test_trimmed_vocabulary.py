@@ -5,8 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 
 import adapt_jax as aj
 from adapt_jax.export.hf import write_hf
@@ -17,6 +15,8 @@ from tests.formats.test_trimmed_tokenizer import OTHER, PAGES, byte_level, conve
 from tests.support.helpers import logits, random_params, refused, tiny_config
 from tests.support.llama_cpp import Job, ask, needs_llama_cpp
 
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
 TEXT = PAGES[0][:2000]
 MODELS = {'byte level, tied': (byte_level, True), 'SentencePiece, a head': (converted, False)}
 PADDING = 7  # rows of the embedding without a token
