@@ -112,9 +112,8 @@ class ModelConfig:
   residual_scale: float = 1.0
   logit_divisor: float = 1.0
   attention_scale: float = 0.0  # of the products of queries and keys; 0: 1 / sqrt(head_dim)
-  attention_cap: float = (
-    0.0  # bounds of the attention's logits and of the model's (cap · tanh(x / cap)); 0: none
-  )
+  # Bounds of the attention's logits and of the model's (cap · tanh(x / cap)); 0: none.
+  attention_cap: float = 0.0
   logit_cap: float = 0.0
   local_rope: RopeConfig | None = None  # of layers with a window; None: as the others
 
