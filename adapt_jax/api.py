@@ -18,10 +18,9 @@ import numpy as np
 from adapt_jax import api_arguments as arguments
 from adapt_jax.api_arguments import Text, as_library
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.options import DataOptions, RunOptions, TrainOptions
+from adapt_jax.config.options import RunOptions
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.tokenise import encode_prompts
-from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
 from adapt_jax.data.used_ids import used_ids
 from adapt_jax.data.windows import POOL_TOKENS, Blocks, read_for, spread
 from adapt_jax.evaluation.perplexity import Evaluator
@@ -272,7 +271,7 @@ def recover(
     given = Teacher(teacher.config, jax.tree.map(lambda x: x.astype(dtype), teacher.params))
   with processes.silent(not progress):
     data = arguments.data_options(text_field, messages_field)
-    rows = _train_set(model, text, settings, data, seed)
+    rows = arguments.train_set(text, settings, data, model.config, model.tokenizer, seed)
 
     def start(params: Params) -> dict[str, Any]:
       copied = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
@@ -290,14 +289,6 @@ def recover(
     for done in taken:
       trained = done.state or trained
   return dataclasses.replace(model, params=trained['params'])
-
-
-def _train_set(model: Model, text: Text, train: TrainOptions, data: DataOptions, seed: int) -> TrainSet:
-  if not arguments.is_ids(text):
-    arguments.check_tokenizer(model.tokenizer)
-    return open_train_set(train, data, model.tokenizer, model.config.vocab_size, seed)
-  rows = ArrayRows(arguments.token_ids(text, model.config, 'text'))
-  return TrainSet([rows], [1.0], length=train.length, batch=train.batch, seed=seed)
 
 
 @as_library

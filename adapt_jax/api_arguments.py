@@ -11,7 +11,8 @@ import numpy as np
 
 from adapt_jax.config.build import declarations, from_dict
 from adapt_jax.config.options import DataOptions, PruneOptions, RunOptions, TrainOptions
-from adapt_jax.data.windows import Blocks, check_vocab, load_blocks
+from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
+from adapt_jax.data.windows import Blocks, check_vocab, first_of_rows, load_blocks
 from adapt_jax.machine import mesh
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
@@ -160,6 +161,19 @@ def blocks(
   check_tokenizer(tokenizer)
   length = from_dict({'evaluate': {'length': length}}).evaluate.length
   fields = {'text_field': data.text_field, 'messages_field': data.messages_field, 'field': 'text'}
-  found = load_blocks(entries(text), tokenizer, length, **fields, max_tokens=most)
+  first = first_of_rows(config.traits, tokenizer)
+  found = load_blocks(entries(text), tokenizer, length, **fields, max_tokens=most, first=first)
   check_vocab(int(found.tokens.max()), config.vocab_size, 'text')
   return found
+
+
+def train_set(
+  text: Text, train: TrainOptions, data: DataOptions, config: ModelConfig, tokenizer: Any, seed: int
+) -> TrainSet:
+  """The rows of training of a text, or the given rows."""
+  if is_ids(text):
+    rows = ArrayRows(token_ids(text, config, 'text'))
+    return TrainSet([rows], [1.0], length=train.length, batch=train.batch, seed=seed)
+  check_tokenizer(tokenizer)
+  first = first_of_rows(config.traits, tokenizer)
+  return open_train_set(train, data, tokenizer, config.vocab_size, seed, first)

@@ -50,6 +50,7 @@ class Family:
       every `sliding_window_pattern`th; 'unsupported' if a file that uses it is refused.
     local_rope: whether layers with a window have their own base frequency.
     unrotated: whether `no_rope_layers` lists the layers without rotary embeddings.
+    needs_bos: whether the model is only good at tokens that follow BOS, so that every row must begin with it.
 
   Tensors:
     mlp_norm: the name of the norm before the MLP.
@@ -82,6 +83,7 @@ class Family:
   windows: str = 'unsupported'
   local_rope: bool = False
   unrotated: bool = False
+  needs_bos: bool = False
   mlp_norm: str = 'post_attention_layernorm'
   fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   heads_divide: bool = False
@@ -113,6 +115,7 @@ _GEMMA: dict[str, Any] = {
   'activation': 'gelu_tanh',
   'root_embedding': True,
   'windows': 'some',
+  'needs_bos': True,
   'mlp_norm': 'pre_feedforward_layernorm',
   'heads_divide': True,
 }

@@ -118,10 +118,22 @@ class ArrayRows:
 
 
 class TrainSet:
-  """Rows of `length` tokens from groups that are mixed by weight; `len()` is the total number of rows."""
+  """Rows of `length` tokens from groups that are mixed by weight; `len()` is the total number of rows.
 
-  def __init__(self, groups: Sequence[Rows], weights: Sequence[float], *, length: int, batch: int, seed: int):
-    self._groups, self._length = groups, length
+  first: takes the place of every row's first token, which is never a target; None: nothing does.
+  """
+
+  def __init__(
+    self,
+    groups: Sequence[Rows],
+    weights: Sequence[float],
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    first: int | None = None,
+  ):
+    self._groups, self._length, self._first = groups, length, first
     self._starts = np.cumsum([0] + [len(group) for group in groups])
     self._order = Order([len(group) for group in groups], weights, batch=batch, seed=seed)
 
@@ -158,16 +170,23 @@ class TrainSet:
     segments *= np.arange(self._length) < counts[:, None]
     targets = flags == TARGET  # and not FIRST
     targets[:, 0] = False
+    if self._first is not None:
+      tokens[:, 0] = self._first
     return tokens, targets, segments
 
 
 def open_train_set(
-  train: TrainOptions, data: DataOptions, tokenizer: Any, vocab_size: int, seed: int
+  train: TrainOptions,
+  data: DataOptions,
+  tokenizer: Any,
+  vocab_size: int,
+  seed: int,
+  first: int | None = None,
 ) -> TrainSet:
   """The train set of the config; tokenises what is not on disk yet. Raises InputError.
 
   Without weights, the entries of train.source are concatenated. No entry is read much further than
-  `train.tokens` requires.
+  `train.tokens` requires. Rows begin with `first`, as in `TrainSet`, but for those of a .npy file.
   """
   order: dict[str, int] = {'length': train.length, 'batch': train.batch, 'seed': seed}
   if is_blocks(train.source):
@@ -178,7 +197,7 @@ def open_train_set(
     shares = [weight / sum(train.weights) for weight in train.weights]
     used = [((entry,), share) for entry, share in zip(train.source, shares, strict=True) if share]
   groups = [opener.open(entries, share) for entries, share in used]
-  return TrainSet(groups, [share for _, share in used], **order)
+  return TrainSet(groups, [share for _, share in used], **order, first=first)
 
 
 class _Opener:

@@ -13,6 +13,7 @@ from adapt_jax.data.documents import Source, is_blocks, open_blocks, read_docume
 from adapt_jax.data.tokenise import BATCH_CHARS, encode, take
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.families import Family
 
 # At least this many tokens of a source are read, so that draws cover more than its first documents. It is
 # also a limit, for streams of hub data sets.
@@ -83,15 +84,19 @@ def mixed(names: Sequence[str], parts: Sequence[Blocks], shares: Sequence[float]
 
 @dataclasses.dataclass(frozen=True)
 class TokenStream:
-  """A source's documents one after another: `tokens` int32 [n], `targets` bool [n], `ends` int64 [d]."""
+  """A source's documents one after another: `tokens` int32 [n], `targets` bool [n], `ends` int64 [d].
+
+  first: takes the place of every window's first token, which is never a target; None: nothing does.
+  """
 
   tokens: np.ndarray
   targets: np.ndarray
   ends: np.ndarray
+  first: int | None = None
 
   def blocks(self, length: int, field: str) -> Blocks:
     """Non-overlapping windows of `length` tokens, without the tail. Raises InputError if there are none."""
-    return _cut(self.tokens, self.targets, length, sys.maxsize, len(self.ends), field)
+    return self._begun(_cut(self.tokens, self.targets, length, sys.maxsize, len(self.ends), field))
 
   def spans(self, length: int, seed: int, field: str) -> Blocks:
     """One window from each document of at least `length` tokens, at a random place. Raises InputError."""
@@ -109,7 +114,19 @@ class TokenStream:
     index = (starts + places)[:, None] + np.arange(length)
     targets = self.targets[index]
     targets[:, 0] = False
-    return Blocks(self.tokens[index], targets, len(self.ends))
+    return self._begun(Blocks(self.tokens[index], targets, len(self.ends)))
+
+  def _begun(self, blocks: Blocks) -> Blocks:
+    if self.first is None:
+      return blocks
+    tokens = blocks.tokens.copy()
+    tokens[:, 0] = self.first
+    return dataclasses.replace(blocks, tokens=tokens)
+
+
+def first_of_rows(family: Family, tokenizer: Any) -> int | None:
+  """The token that every row must begin with: the tokenizer's BOS if the family needs it; else None."""
+  return tokenizer.bos_token_id if family.needs_bos else None
 
 
 def load_blocks(
@@ -121,13 +138,15 @@ def load_blocks(
   messages_field: str,
   field: str,
   max_tokens: int | None = None,
+  first: int | None = None,
 ) -> Blocks:
   """Reads and tokenises `source` and cuts it into non-overlapping windows of `length` tokens.
 
   Documents are concatenated, each with the tokenizer's special tokens (BOS) before it and an EOS after it,
   if the tokenizer has them; a conversation has those of its chat template, and only the assistant's tokens
   are targets. A tail shorter than a window is dropped. At most `max_tokens` tokens are kept, and no document
-  beyond them is tokenised. A .npy source is used unchanged, without `tokenizer`.
+  beyond them is tokenised. Windows begin with `first`, as in `TokenStream`. A .npy source is used unchanged,
+  without `tokenizer`.
 
   Raises InputError, naming `field` or the file, for a source that cannot be read or is shorter than one
   window, and for conversations that the tokenizer's chat template cannot render.
@@ -135,7 +154,8 @@ def load_blocks(
   if is_blocks(source):
     return _load_npy(source, length, sys.maxsize if max_tokens is None else max_tokens, field)
   fields = {'text_field': text_field, 'messages_field': messages_field}
-  return load_stream(source, tokenizer, **fields, field=field, max_tokens=max_tokens).blocks(length, field)
+  stream = load_stream(source, tokenizer, **fields, field=field, max_tokens=max_tokens, first=first)
+  return stream.blocks(length, field)
 
 
 def load_stream(
@@ -146,6 +166,7 @@ def load_stream(
   messages_field: str,
   field: str,
   max_tokens: int | None = None,
+  first: int | None = None,
 ) -> TokenStream:
   """The tokens that `load_blocks` cuts into windows; several lengths need no second tokenisation."""
   limit = sys.maxsize if max_tokens is None else max_tokens
@@ -162,7 +183,7 @@ def load_stream(
   tokens = np.concatenate([x.tokens for x in found]).view(np.int32)[:limit]
   targets = np.concatenate([x.targets for x in found])[:limit]
   ends = np.cumsum(np.concatenate([x.lengths for x in found])).clip(max=limit)
-  return TokenStream(tokens, targets, ends)
+  return TokenStream(tokens, targets, ends, first)
 
 
 def read_for(max_tokens: int) -> int:

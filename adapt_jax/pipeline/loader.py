@@ -16,6 +16,7 @@ from adapt_jax.data.windows import (
   POOL_TOKENS,
   Blocks,
   check_vocab,
+  first_of_rows,
   load_blocks,
   load_stream,
   mixed,
@@ -56,7 +57,8 @@ class Loader:
     name, limit = f'config.{field}', max(tokens, POOL_TOKENS)
     data = self._options.data
     fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
-    fields |= {'field': name, 'max_tokens': limit}
+    first = first_of_rows(self._config.traits, self.tokenizer)
+    fields |= {'field': name, 'max_tokens': limit, 'first': first}
     key = (data, source, limit)
     if is_blocks(source):
       blocks = self._once((*key, length), lambda: load_blocks(source, self.tokenizer, length, **fields))
@@ -98,7 +100,8 @@ class Loader:
     if self_text.is_self(train.source):
       rows = -(-train.tokens // train.length)
       train = dataclasses.replace(train, source=self._own_text(rows, train.length, _TRAINING))
-    return open_train_set(train, o.data, self.tokenizer, self._config.vocab_size, o.seed)
+    vocab_size, first = self._config.vocab_size, first_of_rows(self._config.traits, self.tokenizer)
+    return open_train_set(train, o.data, self.tokenizer, vocab_size, o.seed, first)
 
   def _own_text(self, rows: int, length: int, use: int) -> tuple[str, ...]:
     """The source of rows that the model generates; each `use` has different rows."""

@@ -1,4 +1,4 @@
-"""The windows that evaluation takes from a text."""
+"""The windows that evaluation takes from a text, and the token that all rows begin with."""
 
 import types
 
@@ -7,10 +7,14 @@ import pytest
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.data import windows
+from adapt_jax.models.config import LayerShape
+from adapt_jax.models.families import FAMILIES
 from adapt_jax.pipeline.loader import Loader
+from tests.support.helpers import tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 POOL = 400
+SHAPE = LayerShape(6, 2, 40)
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ def text(tmp_path, monkeypatch):
     path = tmp_path / 'text.npy'
     np.save(path, np.arange(tokens, dtype=np.int32).reshape(-1, 10) % len(tokenizer))
     evaluate = {'source': [str(path)], 'length': 10, 'max_tokens': max_tokens}
-    source = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=len(tokenizer)))
+    source = types.SimpleNamespace(config=tiny_config(vocab_size=len(tokenizer)))
     loader = Loader(from_dict({'evaluate': evaluate}), source, tokenizer)
     return next(iter(loader.evaluation().values())).tokens[:, 0], len(tokenizer)
 
@@ -50,3 +54,34 @@ def test_all_that_is_asked_for_is_measured(text, capsys, max_tokens):
   starts, _ = text(tokens=1000, max_tokens=max_tokens)
   assert len(starts) == (max_tokens or 1000) // 10
   assert 'spread over' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('layout', ['packed', 'documents'])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_all_rows_of_a_gemma_begin_with_bos(tmp_path, family, layout):
+  """Also those from the middle of a document. Nothing else changes, and neither do other families' rows."""
+  tokenizer = tiny_tokenizer()
+  path = tmp_path / 'text.jsonl'
+  path.write_text('{"text": "The lazy dog sleeps. It was the worst of times."}\n' * 20)
+
+  def rows(family):
+    options = {
+      'data': {'cache': str(tmp_path / 'cache')},
+      'prune': {'calibration': {'source': [str(path)], 'length': 8, 'layout': layout}},
+      'train': {'source': [str(path)], 'length': 8, 'tokens': 100},
+      'evaluate': {'source': [str(path)], 'length': 8},
+    }
+    source = types.SimpleNamespace(config=tiny_config(family, (SHAPE,) * 2, vocab_size=len(tokenizer)))
+    loader = Loader(from_dict(options), source, tokenizer)
+    train = loader.train_set()
+    texts = {'calibration': loader.calibration(), **loader.evaluation()}
+    found = {name: (x.tokens, x.targets) for name, x in texts.items()}
+    return found | {'training': train.read(np.arange(len(train)))}
+
+  usual, found = rows('llama'), rows(family)
+  for name, (tokens, *others) in found.items():
+    starts = {tokenizer.bos_token_id} if family.startswith('gemma') else set(usual[name][0][:, 0])
+    assert set(tokens[:, 0]) == starts, name
+    for ours, theirs in zip([tokens[:, 1:], *others], [usual[name][0][:, 1:], *usual[name][1:]], strict=True):
+      np.testing.assert_array_equal(ours, theirs, name)
+  assert len(set(usual['training'][0][:, 0])) > 1

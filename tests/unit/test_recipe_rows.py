@@ -17,6 +17,7 @@ from adapt_jax.data.train_set import open_train_set
 from adapt_jax.data.windows import TokenStream
 from adapt_jax.models.errors import InputError
 from adapt_jax.pipeline.loader import Loader
+from tests.support.helpers import tiny_config
 from tests.support.tokenizers_for_tests import CHATML_DEFAULT_SYSTEM, tiny_tokenizer
 
 DEFAULT = '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n'
@@ -146,7 +147,7 @@ def test_a_long_answer_is_cut_without_an_end(tmp_path):
 
 
 def calibration(options, tokenizer):
-  source: Any = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=320))
+  source: Any = types.SimpleNamespace(config=tiny_config(vocab_size=320))
   return Loader(options, source, tokenizer).calibration()
 
 
