@@ -34,7 +34,7 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.models.formats.trimmed_source import trimmed_config, trimmed_generation
+from adapt_jax.models.formats.trimmed_source import ids_with_rows, trimmed_generation
 from adapt_jax.models.formats.trimmed_tokenizer import needed_ids, trim_tokenizer
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.models.network.llama import Params
@@ -155,7 +155,8 @@ def trim_vocabulary(
     with processes.silent(not progress):
       used = used_ids(arguments.entries(text), model.tokenizer, 'text', **fields)
   ids = needed_ids(model.tokenizer, {*used, *stop_ids(model.generation, model.tokenizer)})
-  config, kept = trimmed_config(model.config, ids), np.array(ids)
+  kept = np.array(ids_with_rows(model.config, ids))
+  config = dataclasses.replace(model.config, vocab_size=len(kept))
 
   def cut(params: Params) -> Params:
     return params | {name: params[name][kept] for name in ('embed', 'lm_head') if name in params}
@@ -167,7 +168,7 @@ def trim_vocabulary(
     tokenizer=trim_tokenizer(model.tokenizer, ids),
     generation=trimmed_generation(model.generation, ids),
     dense=model.dense or model.num_params,
-    trimmed=dict(zip(_TRIMMED, (model.config.vocab_size, len(ids), count_params(config)), strict=True)),
+    trimmed=dict(zip(_TRIMMED, (model.config.vocab_size, len(kept), count_params(config)), strict=True)),
   )
 
 

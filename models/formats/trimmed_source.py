@@ -41,10 +41,10 @@ class TrimmedSource(Source):
 
 def trimmed_source(source: Source, ids: list[int], tokenizer: Any) -> TrimmedSource:
   """The view of `source` with these ids; in the tokenizer, ids[i] has the id i. Raises InputError."""
-  kept = np.array(ids, np.int64)
+  kept = np.array(ids_with_rows(source.config, ids), np.int64)
   return TrimmedSource(
     source.name,
-    trimmed_config(source.config, ids),
+    dataclasses.replace(source.config, vocab_size=len(kept)),
     _Rows(source.reader, kept),
     source.path,
     source.dtype,
@@ -56,11 +56,12 @@ def trimmed_source(source: Source, ids: list[int], tokenizer: Any) -> TrimmedSou
   )
 
 
-def trimmed_config(config: ModelConfig, ids: list[int]) -> ModelConfig:
-  """The config with as many token ids. Raises InputError for ids without a row in the embedding."""
-  if max(ids) >= config.vocab_size:
-    raise InputError(f'the tokenizer has the id {max(ids)}, but the embedding only {config.vocab_size} rows')
-  return dataclasses.replace(config, vocab_size=len(ids))
+def ids_with_rows(config: ModelConfig, ids: list[int]) -> list[int]:
+  """Those of the ids that the embedding has rows for.
+
+  The others are added tokens such as Gemma 3's image token, which come last: they keep lying beyond it.
+  """
+  return [i for i in ids if i < config.vocab_size]
 
 
 def trimmed_generation(fields: dict[str, Any], ids: list[int]) -> dict[str, Any]:

