@@ -196,8 +196,9 @@ class PruneOptions:
   serve: str = option(
     'any',
     'The program that will run the pruned model (docs/serving.md). gguf keeps multiples of 32 MLP channels '
-    'for the quantised types of llama.cpp (set align_ffn = 256 for K-quants). tensor_parallel=n keeps KV '
-    'heads and MLP channels that n devices can split evenly.',
+    'for the quantised types of llama.cpp (set align_ffn = 256 for K-quants). awq keeps multiples of 128 for '
+    'the groups of AWQ and GPTQ. tensor_parallel=n keeps KV heads and MLP channels that n devices can split '
+    'evenly.',
   )
   compat: str = option(
     '',

@@ -66,17 +66,20 @@ def serving_multiples(serve: str) -> Multiples:
   """The multiples for a value of `prune.serve`; InputError for an unknown value.
 
   gguf: llama.cpp's 4- and 8-bit types store rows in blocks of 32 numbers, and fall back to larger types
-  for rows not divisible by 32. tensor_parallel=n: n devices split every layer evenly.
+  for rows not divisible by 32. awq: GPTQ and AWQ have groups of 128. tensor_parallel=n: n devices split every
+  layer evenly.
   """
   if serve == 'any':
     return Multiples(1, 1)
   if serve == 'gguf':
     return Multiples(1, 32)
+  if serve == 'awq':
+    return Multiples(1, 128)
   count = serve.removeprefix(TENSOR_PARALLEL)
   if count != serve and count.isdecimal() and ALIGNMENT[0] <= int(count) <= ALIGNMENT[1]:
     return Multiples(int(count), int(count))
   raise InputError(
-    f'config.prune.serve = {serve!r}: choose any, gguf, or {TENSOR_PARALLEL}n for a number n of devices'
+    f'config.prune.serve = {serve!r}: choose any, gguf, awq, or {TENSOR_PARALLEL}n for a number n of devices'
   )
 
 

@@ -32,7 +32,9 @@ def check_model(serve: str, config: ModelConfig) -> None:
       ('MLP channels', shape.ffn, asked.ffn),
     ):
       if width % of:
-        remedy = 'any' if serve == 'gguf' else f'any, or {TENSOR_PARALLEL}n with an n that divides them'
+        remedy = (
+          'any' if serve in ('gguf', 'awq') else f'any, or {TENSOR_PARALLEL}n with an n that divides them'
+        )
         raise InputError(
           f'config.prune.serve = {serve!r} asks for multiples of {of}, but layer {i} of model.source has '
           f'{width} {name}: choose {remedy}'

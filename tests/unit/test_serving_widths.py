@@ -48,7 +48,8 @@ def pruned(config, options):
 
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize(
-  'serve,align,kv,ffn', [('gguf', 1, 1, 32), ('gguf', 48, 1, 96), ('tensor_parallel=2', 3, 2, 6)]
+  'serve,align,kv,ffn',
+  [('gguf', 1, 1, 32), ('gguf', 48, 1, 96), ('tensor_parallel=2', 3, 2, 6)],
 )
 def test_plans_keep_to_it(method, serve, align, kv, ffn):
   """Together with the multiples of prune.align_ffn; a layer may also stay whole."""
@@ -58,6 +59,12 @@ def test_plans_keep_to_it(method, serve, align, kv, ffn):
   assert not (plan.kv_widths % kv).any()
   assert all(width % ffn == 0 or width == 128 for width in plan.ffn_widths)
   serving_widths.check_model(serve, plan.pruned_config(config))
+
+
+@pytest.mark.parametrize(('align', 'ffn'), [(1, 128), (48, 384)])
+def test_awq_keeps_whole_groups(align, ffn):
+  found = serving_widths.aligned(make_options(serve='awq', align_ffn=align)).prune
+  assert (found.align_kv, found.align_ffn) == (1, ffn)
 
 
 @pytest.mark.parametrize('method', [m for m in METHODS if m != 'shortgpt'])
@@ -72,7 +79,9 @@ def test_without_it_they_do_not(method):
 @pytest.mark.parametrize('value', ['', 'vllm', 'tensor_parallel', 'tensor_parallel=', 'tensor_parallel=1.5',
                                    'tensor_parallel=-2', 'tensor_parallel=0'])  # fmt: skip
 def test_other_values_are_refused(value):
-  with pytest.raises(InputError, match=r'config\.prune\.serve = .*: choose any, gguf, or tensor_parallel=n'):
+  with pytest.raises(
+    InputError, match=r'config\.prune\.serve = .*: choose any, gguf, awq, or tensor_parallel=n'
+  ):
     make_options(serve=value)
 
 
@@ -82,6 +91,7 @@ def test_a_model_that_does_not_fit_is_refused_before_the_run(files, method):
   config.prune.method = method
   for serve, found, remedy in (
     ('gguf', 'layer 0 of model.source has 48 MLP channels', 'choose any$'),
+    ('awq', 'layer 0 of model.source has 48 MLP channels', 'choose any$'),
     ('tensor_parallel=2', 'layer 0 of model.source has 3 KV heads', 'an n that divides them$'),
     ('tensor_parallel=9', 'layer 0 of model.source has 3 KV heads', 'an n that divides them$'),
   ):
