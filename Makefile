@@ -14,7 +14,7 @@ help:
 	@echo 'make test-fast  unit tests: about three minutes on two cores'
 	@echo 'make fuzz CASES=10000  damaged inputs of every kind: about ten minutes on two cores'
 	@echo 'make test-parity  eleven steps beside those of the authors'\'' program: about eight minutes'
-	@echo 'make test-serving  exports in the real vLLM and MLX-LM: 4 GB of packages, then one to five minutes'
+	@echo 'make test-serving  exports in the real vLLM, MLX-LM and LLM Compressor: 5 GB of packages, then one to five minutes'
 	@echo 'make test-accelerators  programs compiled for NVIDIA GPUs and TPUs: 0.4 GB of packages, then ten minutes'
 	@echo 'make docs    the documentation as a site, into out/docs'
 	@echo 'make bench   ours beside PyTorch, into benchmarks/RESULTS.md: one to two hours on two cores, nothing else running'
@@ -43,7 +43,7 @@ test-parity: .venv/installed-test fetch
 	$(PY) -m pytest -q -m parity
 
 # With the demo's model too, where make demo has left it.
-test-serving: .venv/installed-test .venv-serving/mlx/installed .venv-serving/vllm/installed
+test-serving: .venv/installed-test $(patsubst %,.venv-serving/%/installed,mlx vllm llmcompressor)
 	$(PY) -m pytest -q -rP -m serving tests/formats/test_serving.py
 
 # Their compilers run without the devices. They are not in .venv itself, since JAX would look for the devices in all else.
@@ -125,6 +125,11 @@ SERVING = rm -rf $(@D) && $(PY) -m venv --without-pip $(@D) && set -o pipefail &
 .venv-serving/mlx/installed: | .venv/created
 	@echo 'installing MLX-LM for CPUs: about 100 MB to download'
 	@$(SERVING) install 'mlx-lm[cpu]==0.32.2' mlx==0.32.4 mlx-cpu==0.32.4 transformers==5.24.0 $(SHOW)
+	@touch $@
+
+.venv-serving/llmcompressor/installed: | .venv/created
+	@echo 'installing LLM Compressor: about 1 GB to download'
+	@$(SERVING) install llmcompressor==0.14.0.1 transformers==5.17.0 $(SHOW)
 	@touch $@
 
 # Without the two packages for sound, which ask for libraries of the system.

@@ -15,7 +15,7 @@ import math
 import pathlib
 import sys
 import tempfile
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -28,12 +28,17 @@ GROUPS = (128, 64, 32)
 HEAD = 'lm_head'
 
 
+def refuse(message: str) -> NoReturn:
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(2)
+
+
 def windows(tokenizer: Any, text: str, count: int, length: int) -> torch.Tensor:
   """At most `count` windows of `length` tokens, spread evenly over a text file: int64 [N, T]."""
   ids = tokenizer(pathlib.Path(text).read_text(encoding='utf-8'), verbose=False)['input_ids']
   rows = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
   if not len(rows):
-    sys.exit(f'error: {text} has only {len(ids)} tokens, fewer than one window of {length}')
+    refuse(f'{text} has only {len(ids)} tokens, fewer than one window of {length}: give more text')
   return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
 
 
@@ -50,9 +55,7 @@ def group_size(model: Any) -> int:
     if not any(x.in_features % size for x in linear.values()):
       return size
   name, x = next((n, x) for n, x in linear.items() if x.in_features % GROUPS[-1])
-  sys.exit(
-    f'error: {name} has {x.in_features} inputs, no multiple of {GROUPS[-1]}: prune with prune.serve=awq'
-  )
+  refuse(f'{name} has {x.in_features} inputs, no multiple of {GROUPS[-1]}: prune with prune.serve=awq')
 
 
 def quantise(model: Any, rows: torch.Tensor, trusted: bool) -> int:
@@ -90,7 +93,7 @@ def main() -> None:
   parser.add_argument('--trust-remote-code', action='store_true')
   o = parser.parse_args()
   if o.out.exists():
-    sys.exit(f'error: {o.out} exists: name a new directory')
+    refuse(f'{o.out} exists: name a new directory')
   options = {'trust_remote_code': o.trust_remote_code, 'local_files_only': True}
   tokenizer = AutoTokenizer.from_pretrained(o.model, **options)
   rows = windows(tokenizer, o.text, o.samples, o.length)

@@ -1,13 +1,15 @@
-"""Exports in the real vLLM and MLX-LM, each in a virtual environment of its own: make test-serving."""
+"""Exports in the real vLLM, MLX-LM and LLM Compressor, each in its own environment: make test-serving."""
 
 import json
 import os
 import pathlib
+import re
 import subprocess
 
 import jax
 import numpy as np
 import pytest
+import safetensors
 
 from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape
@@ -100,3 +102,42 @@ def test_mlx_lm_takes_what_transformers_saved(tmp_path):
   tiny_tokenizer().save_pretrained(tmp_path / 'hf')
   (tmp_path / 'hf/mlx_adapt.py').write_bytes((tmp_path / 'export/mlx_adapt.py').read_bytes())
   check('mlx', tmp_path / 'hf', prompts, 2e-4)
+
+
+# The second layer is narrow; 128 is the group of weights that share a scale.
+IN_GROUPS = (LayerShape(4, 2, 256), LayerShape(2, 1, 128))
+
+
+def quantise(tmp_path, layers, *more):
+  """Runs the example on a tiny export; returns its exit code, stdout and stderr."""
+  python = ROOT / '.venv-serving/llmcompressor/bin/python'
+  if not python.exists():
+    pytest.skip('LLM Compressor is not installed: make test-serving does it')
+  config = tiny_config('llama', layers, vocab_size=320, head_dim=64, hidden_size=128)
+  write_hf(config, random_params(config), tmp_path / 'hf', tokenizer=tiny_tokenizer())
+  text = tmp_path / 'text.txt'
+  text.write_text('It was the best of times, it was the worst of times. The lazy dog sleeps. ' * 200)
+  command = [python, ROOT / 'examples/quantise_4bit.py', tmp_path / 'hf', tmp_path / 'out', f'--text={text}']
+  options = ['--samples=8', '--length=64', '--trust-remote-code', *more]
+  done = subprocess.run([str(x) for x in command] + options, capture_output=True, text=True)
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_4_bits_of_layers_of_different_widths(tmp_path):
+  """Written, read back by transformers, and nearly as good; matrices take a quarter of 16 bits."""
+  code, out, err = quantise(tmp_path, IN_GROUPS, f'--held-out={tmp_path / "text.txt"}')
+  assert code == 0, err[-3000:]
+  assert '4 bits in groups of 128' in out
+  before, after = map(float, re.search(r'([\d.]+) before, ([\d.]+) after', out).groups())
+  assert 0.8 < after / before < 1.25 and after != before
+  with safetensors.safe_open(tmp_path / 'out/model.safetensors', 'np') as file:
+    packed = file.get_tensor('model.layers.1.mlp.down_proj.weight_packed')
+  assert packed.nbytes == 128 * 128 // 2
+
+
+def test_rows_that_no_group_divides_are_refused(tmp_path):
+  code, _, err = quantise(tmp_path, (LayerShape(4, 2, 250), LayerShape(2, 1, 128)))
+  assert code == 2 and err.splitlines()[-1] == (
+    'error: model.layers.0.mlp.down_proj has 250 inputs, no multiple of 32: prune with prune.serve=awq'
+  )
+  assert not (tmp_path / 'out').exists()
