@@ -7,7 +7,6 @@ a subclass of ValueError.
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,11 +91,14 @@ def load(
   chat_template: empty for the tokenizer's own; plain, paper or a Jinja file. Raises InputError for what
   cannot be read or is not supported.
   """
+  if not isinstance(source, (str, os.PathLike)):
+    raise InputError(f'source is a {type(source).__name__}: give a hub id, a directory or a file')
+  wanted = None if dtype is None else arguments.dtype(dtype)
   found = open_source(os.fspath(source))
   tokenizer = with_template(found.load_tokenizer(), chat_template)
   mesh.check_model(found.config)
   with processes.silent(not progress):
-    params = mesh.load_source(found, None if dtype is None else jnp.dtype(dtype))
+    params = mesh.load_source(found, wanted)
   model = Model(found.config, params, tokenizer, found.name, found.dtype, found.generation)
   origin: Any = (lineage(found) or {'model': {'source': found.name}})['model']
   license, trimmed = origin.get('license', found.license), {k: origin[k] for k in _TRIMMED if k in origin}
@@ -123,7 +125,7 @@ def rows(
   chat. Raises InputError if there are fewer rows.
   """
   with processes.silent(not progress):
-    samples = arguments.calibration_samples(samples)
+    samples = arguments.calibration_samples(samples, seed)
     data = arguments.data_options(text_field, messages_field)
     blocks = arguments.blocks(text, data, model.config, model.tokenizer, length, POOL_TOKENS)
     return blocks.tokens[blocks.draw(samples, seed, 0)]
@@ -204,7 +206,7 @@ def prune(
   named: dict[str, Any] = {'target': target, 'budget': budget, **options}
   named |= {'method': method} if isinstance(method, str) else {}
   named |= {'importance': importance} if isinstance(importance, str) and importance else {}
-  settings = arguments.prune_options(named, tokens, model.config)
+  settings = arguments.prune_options(named, tokens, model.config, seed)
   kind = arguments.pruning_method(settings, method, importance)
   config, params = model.config, model.params
   if settings.compensate == 'bias' and not config.output_bias:
@@ -264,7 +266,7 @@ def recover(
       f'the teacher has {teacher.config.vocab_size:,} token ids, the model {model.config.vocab_size:,}: use '
       f'the model that it was pruned from'
     )
-  settings = arguments.train_options(text, tokens, teacher is not None, options, model.config)
+  settings = arguments.train_options(text, tokens, teacher is not None, options, model.config, seed)
   steps = settings.tokens // (settings.batch * settings.length)
   dtype, compiler, tx = compute_dtype('auto'), Compiler(), optimizer(settings, steps)
   given = None
@@ -311,8 +313,10 @@ def perplexity(
   all. text_field, messages_field: as for `rows`. Raises InputError.
   """
   with processes.silent(not progress):
+    options = arguments.evaluate_options(length=length, max_tokens=max_tokens, batch=batch)
     data = arguments.data_options(text_field, messages_field)
-    found = arguments.blocks(text, data, model.config, model.tokenizer, length, read_for(max_tokens))
+    most = read_for(options.max_tokens)
+    found = arguments.blocks(text, data, model.config, model.tokenizer, length, most)
     blocks = spread(found, max_tokens)
     evaluator = Evaluator(blocks, batch, compiler=Compiler(), dtype=compute_dtype('auto'))
     return evaluator.perplexity(model.config, model.params, 'perplexity')
@@ -334,13 +338,13 @@ def generate(
   """The continuation of a prompt as a string, or a list of continuations for several prompts.
 
   chat: whether to render prompts with the chat template, if there is one, as user messages; otherwise they
-  are continued as plain text. temperature 0 takes the most likely tokens. Raises InputError for an empty or
-  too long prompt.
+  are continued as plain text. temperature 0 takes the most likely tokens. Raises InputError for a prompt
+  that is too long or, without a template, empty.
   """
   arguments.check_tokenizer(model.tokenizer)
   drawn = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
   options = arguments.generate_options(seed, max_new_tokens=max_new_tokens, chat=chat, **drawn).generate
-  prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+  prompts = arguments.texts('prompt', prompt)
   ids = encode_prompts(prompts, model.tokenizer, chat)
   sampling = Sampling(options.temperature, options.top_k, options.top_p)
   stop = stop_ids(model.generation, model.tokenizer)
@@ -369,6 +373,7 @@ def save(
   repository org/name to upload them to afterwards, as `export.push`. Raises InputError for a format that
   cannot represent the model, and if the hub refuses the upload.
   """
+  target = arguments.directory(directory)
   asked = {'formats': formats, 'dtype': dtype, 'gguf_types': gguf_types, 'push': push}
   options = from_dict({'export': asked}).export
   check_formats(options, model.config)
@@ -379,7 +384,7 @@ def save(
   report: RunReport = {'model': described}
   writer = Writer(
     options,
-    pathlib.Path(directory),
+    target,
     tokenizer=model.tokenizer,
     dtype=written_dtype(options, model.dtype, trained=True),
     generation=model.generation,
@@ -387,5 +392,5 @@ def save(
   )
   with processes.silent(not progress):
     written = writer.write(model.config, model.params)
-    upload(options, pathlib.Path(directory), again='call save again')
+    upload(options, target, again='call save again')
   return written

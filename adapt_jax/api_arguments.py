@@ -1,16 +1,27 @@
 """Arguments of the library (`adapt_jax.api`), checked and turned into the options of the command."""
 
+import dataclasses
 import functools
+import inspect
 import os
+import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax.config.build import declarations, from_dict
-from adapt_jax.config.options import DataOptions, PruneOptions, RunOptions, TrainOptions
+from adapt_jax.config.options import (
+  DataOptions,
+  DistillOptions,
+  EvaluateOptions,
+  PruneOptions,
+  RunOptions,
+  TrainOptions,
+)
 from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
 from adapt_jax.data.windows import Blocks, check_vocab, first_of_rows, load_blocks
 from adapt_jax.machine import mesh
@@ -18,33 +29,57 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.pruning import serving_widths, slicegpt
-from adapt_jax.pruning.criteria import Importance
+from adapt_jax.pruning.criteria import IMPORTANCES, Importance
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.methods.base import Method
 
 Text = str | os.PathLike[str] | Sequence[str] | np.ndarray | jax.Array
+DTYPES = ('float32', 'bfloat16', 'float16')
 _P = ParamSpec('_P')
 _T = TypeVar('_T')
 _FIELD = re.compile(r'\bconfig\.((?:\w+\.)*)(\w+)')
 _NAMES = {name for field, _ in declarations() for name in field.split('.')}
+# Arguments of the library that are called otherwise in the config.
+_OTHER_NAMES = {'config.train.source': 'text'}
+# Options of the command that functions of the library stand for.
+_OF_COMMAND = {
+  'stages': 'call prune and recover in a loop',
+  'stage_targets': 'call prune and recover in a loop',
+  'calibration': 'draw rows by rows()',
+  'samples': 'it is an argument of rows()',
+  'length': 'it is an argument of rows()',
+  'vocab': 'call trim_vocabulary first',
+}
 
 
 def as_library(function: Callable[_P, _T]) -> Callable[_P, _T]:
-  """Makes messages name arguments instead of config fields."""
+  """Makes messages name arguments instead of config fields; checks that models are models."""
+  signature = inspect.signature(function)
 
   def argument(match: re.Match[str]) -> str:
+    if match[0] in _OTHER_NAMES:
+      return _OTHER_NAMES[match[0]]
     known = {match[2], match[1].partition('.')[0]} & _NAMES  # not config.json
     return match[2] if known else match[0]
 
   @functools.wraps(function)
   def call(*args: _P.args, **options: _P.kwargs) -> _T:
+    given = signature.bind(*args, **options).arguments
     try:
+      for name in {'model', 'teacher'} & given.keys():
+        _check_is_model(name, given[name])
       return function(*args, **options)
     except InputError as error:
       message = _FIELD.sub(argument, str(error)).replace('model.source', 'source')
       raise InputError(message) from None
 
   return call
+
+
+def _check_is_model(name: str, value: Any) -> None:
+  """Raises InputError for anything but a Model, or None as teacher."""
+  if not hasattr(value, 'params') and not (name == 'teacher' and value is None):
+    raise InputError(f'{name} is a {type(value).__name__}: pass a Model, as load() returns')
 
 
 def check_model(config: ModelConfig) -> None:
@@ -60,13 +95,13 @@ def check_tokenizer(tokenizer: Any) -> None:
     raise InputError('the model has no tokenizer: give token ids, or a Model with a tokenizer')
 
 
-def prune_options(named: dict[str, Any], tokens: np.ndarray, config: ModelConfig) -> PruneOptions:
+def prune_options(named: dict[str, Any], tokens: np.ndarray, config: ModelConfig, seed: int) -> PruneOptions:
   """The options of `config.prune` with these values, for these rows; aligned for `serve` and the mesh."""
-  for name in ('stages', 'stage_targets', 'calibration'):
+  for name, remedy in _OF_COMMAND.items():
     if name in named:
-      raise InputError(f'{name} = {named[name]!r} is for the CLI: call prune and recover in a loop')
+      raise InputError(f'{name} = {named[name]!r} is no option of prune(): {remedy}')
   calibration = {'samples': len(tokens), 'length': tokens.shape[1]}
-  options = serving_widths.aligned(from_dict({'prune': named | {'calibration': calibration}}))
+  options = serving_widths.aligned(from_dict({'seed': seed, 'prune': named | {'calibration': calibration}}))
   if options.prune.method == slicegpt.METHOD:
     raise InputError(f'method = {slicegpt.METHOD!r} is for the CLI only: choose another')
   serving_widths.check_model(options.prune.serve, config)
@@ -84,7 +119,11 @@ def pruning_method(
 ) -> type[Method] | None:
   """The class, if it differs from that of `options`: a user's class, or one with another importance."""
   found = None if isinstance(method, str) else method
+  if found and not (isinstance(found, type) and issubclass(found, Method)):
+    raise InputError(f'method = {found!r}: give a name or a subclass of Method, not an object of it')
   base = found or METHODS[options.method]
+  if isinstance(base.importance, str) and base.importance not in ('', *IMPORTANCES):
+    raise InputError(f'{base.__name__}.importance = {base.importance!r}: choose {", ".join(IMPORTANCES)}')
   if importance != '' and base.importance:
     raise InputError(
       f'importance: {base.__name__} has its own: leave it out, or choose the method adapt or uniform'
@@ -95,16 +134,23 @@ def pruning_method(
 
 
 def train_options(
-  text: Text, tokens: int, distils: bool, options: dict[str, Any], config: ModelConfig
+  text: Text, tokens: int, distils: bool, options: dict[str, Any], config: ModelConfig, seed: int
 ) -> TrainOptions:
   """The options of `config.train`; `distils`: whether there is a teacher."""
   length = token_ids(text, config, 'text').shape[1] if is_ids(text) else 0
+  hidden = {'source', 'save_every'}
+  for name in options.keys() - ({field.name for field in dataclasses.fields(TrainOptions)} - hidden):
+    inside = name in {field.name for field in dataclasses.fields(DistillOptions)}
+    remedy = f'write distill={{{name!r}: ...}}' if inside else 'config.train in docs/options.md lists them'
+    raise InputError(f'{name} is no option of recover(): {remedy}')
   given = {'tokens': tokens, 'save_every': 10**9, **options}
   given |= {'length': length} if length else {'source': entries(text)}
   distill = {'alpha': float(distils)} | dict(options.get('distill', {}))
-  if distill.get('cache') or (distill['alpha'] and not distils):
-    raise InputError(f'distill = {distill}: pass a model as teacher= and leave cache at 0')
-  train = from_dict({'train': given | {'distill': distill}}).train
+  if distill.get('cache'):
+    raise InputError(f'distill = {distill}: a cache is for the command; the teacher is in memory here: set 0')
+  if distill['alpha'] and not distils:
+    raise InputError(f'distill = {distill} needs a teacher: pass a Model as teacher=')
+  train = from_dict({'seed': seed, 'train': given | {'distill': distill}}).train
   if tokens < train.batch * train.length:
     raise InputError(
       f'tokens = {tokens:,} is less than one batch of {train.batch} x {train.length}: give at least '
@@ -123,9 +169,40 @@ def is_ids(text: Text) -> bool:
   return isinstance(text, (np.ndarray, jax.Array))
 
 
+def texts(name: str, value: Any) -> list[str]:
+  """A string or several as a list. Raises InputError for anything else, naming the argument."""
+  found = [value] if isinstance(value, str) else value
+  if not isinstance(found, Sequence) or not all(isinstance(x, str) for x in found):
+    raise InputError(f'{name} is a {type(value).__name__}: give a string or a list of strings')
+  return list(found)
+
+
+def directory(value: Any) -> pathlib.Path:
+  """The path of a directory that may not exist yet. Raises InputError for anything else."""
+  if not isinstance(value, (str, os.PathLike)):
+    raise InputError(f'directory is a {type(value).__name__}: give a path')
+  if (found := pathlib.Path(value)).exists() and not found.is_dir():
+    raise InputError(f'directory = {str(found)!r} is a file: name a directory')
+  return found
+
+
+def dtype(value: Any) -> Any:
+  """The dtype of weights that a value such as 'bfloat16' names. Raises InputError for others."""
+  try:
+    found = jnp.dtype(value)
+  except TypeError:
+    found = None
+  if found not in map(jnp.dtype, DTYPES):
+    raise InputError(f'dtype = {value!r}: choose {", ".join(DTYPES)}')
+  return found
+
+
 def entries(text: Any) -> tuple[str, ...]:
-  """The entries of a source."""
-  return (os.fspath(text),) if isinstance(text, (str, os.PathLike)) else tuple(map(os.fspath, text))
+  """The entries of a source. Raises InputError for anything that names no text."""
+  found = [text] if isinstance(text, (str, os.PathLike)) else text
+  if not isinstance(found, Sequence) or not all(isinstance(x, (str, os.PathLike)) for x in found):
+    raise InputError(f'text is a {type(text).__name__}: give a file, several, or token ids [N, T]')
+  return tuple(map(os.fspath, found))
 
 
 def token_ids(tokens: Any, config: ModelConfig, name: str) -> np.ndarray:
@@ -139,9 +216,14 @@ def token_ids(tokens: Any, config: ModelConfig, name: str) -> np.ndarray:
   return found.astype(np.int32)
 
 
-def calibration_samples(samples: int) -> int:
-  """The number of rows, if `prune.calibration.samples` may have it. Raises InputError."""
-  return from_dict({'prune': {'calibration': {'samples': samples}}}).prune.calibration.samples
+def calibration_samples(samples: int, seed: int) -> int:
+  """The number of rows, if `prune.calibration.samples` and `seed` may have these. Raises InputError."""
+  return from_dict({'seed': seed, 'prune': {'calibration': {'samples': samples}}}).prune.calibration.samples
+
+
+def evaluate_options(**options: Any) -> EvaluateOptions:
+  """Options with these values of `config.evaluate`."""
+  return from_dict({'evaluate': options}).evaluate
 
 
 def data_options(text_field: str, messages_field: str) -> DataOptions:

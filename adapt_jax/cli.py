@@ -73,7 +73,7 @@ _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Prompt for --mode=generate; m
 _NO_CONFIG = '--config is missing: name a recipe such as base; adapt-jax --help lists them'
 _KINDS = {  # a sign in Python's message -> what the option takes
   'invalid literal for int': 'a whole number, such as 10_000_000',
-  'convert string to float': 'a number, such as 1e-4',
+  'convert string to float': 'a number, such as 0.8 or 1e-4',
   'boolean flag': 'True or False',
 }
 _TYPES = {'int': 'a whole number', 'float': 'a number', 'bool': 'True or False', 'tuple': 'a tuple'}
@@ -230,7 +230,8 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    if not any(argument.lstrip('-').startswith('config=') for argument in argv):
+    given = any(argument.lstrip('-').startswith('config=') for argument in argv)
+    if not given and not difflib.get_close_matches(error.flagname, ['config']):
       raise InputError(_NO_CONFIG) from None
     raise InputError(f'--{error.flagname} is unknown{_like(error.flagname)}') from None
   except flags.Error as error:

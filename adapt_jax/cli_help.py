@@ -13,6 +13,7 @@ from adapt_jax.config.build import declarations, get
 from adapt_jax.config.declare import Declaration
 from adapt_jax.config.identity import reads
 from adapt_jax.config.options import RunOptions
+from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import exists, regular
 
 # Recipes are next to this file: a folder in the wheel, a link to configs/ in a checkout.
@@ -24,14 +25,14 @@ MODES = {
   'export': 'write model.source in the formats of export.formats',
   'generate': 'continue --prompt=TEXT, which may be repeated, with model.source',
   'bench': 'compare speed and memory of model.source with a dense model, or measure latencies by width',
-  'compare': 'run a grid over config fields',
+  'compare': 'run a grid over options',
   'sensitivity': 'measure perplexity with only one layer pruned, for every layer',
   'estimate': 'estimate memory, traffic, time and cost of a run from shapes alone',
 }
 _USAGE = """\
 Prunes a LLaMA-family model and recovers its quality by interleaved training.
 
-    adapt-jax --config=RECIPE --workdir=DIRECTORY [--mode=MODE] [--config.FIELD=VALUE ...]
+    adapt-jax --config=RECIPE --workdir=DIRECTORY [--mode=MODE] [--config.OPTION=VALUE ...]
 
 `python main.py` does the same in a checkout.
 
@@ -41,7 +42,7 @@ Modes:
 Recipes (a name or your own file; RECIPE:VARIANT if a recipe has variants):
 {recipes}
 
-Fields: --mode=MODE --help lists the fields of a mode, with defaults and meanings.
+Options: --mode=MODE --help lists the options of a mode, with defaults and meanings.
 Several processes: --distributed, --coordinator_address, --num_processes, --process_id (docs/cluster.md).
 Guides: README.md and docs/ in the repository.
 """
@@ -51,13 +52,15 @@ several values with commas. This page is generated from the declarations (`pytho
 
 
 def asked_for(arguments: list[str]) -> str:
-  """The text that these arguments request; '' if they request a run."""
+  """The text that these arguments request; '' if they request a run. Raises InputError for unknown modes."""
   if '--version' in arguments:
     return f'adapt-jax {importlib.metadata.version("adapt-jax")}'
   if not {'--help', '-h', '-help', '--helpfull'} & set(arguments):
     return ''
-  given = [value for value in map(_mode, arguments) if value in MODES]
-  return _fields(given[-1]) if given else _usage()
+  given = [mode for mode in map(_mode, arguments) if mode]
+  if unknown := [mode for mode in given if mode not in MODES]:
+    raise InputError(f'--mode={unknown[0]} is unknown: choose {", ".join(MODES)}')
+  return _options(given[-1]) if given else _usage()
 
 
 def _mode(argument: str) -> str:
@@ -83,9 +86,9 @@ def _table(rows: dict[str, str]) -> str:
   )
 
 
-def _fields(mode: str) -> str:
+def _options(mode: str) -> str:
   """The options of a mode: name, default, range or choices, meaning."""
-  options, lines = RunOptions(), [f'--mode={mode}: {MODES[mode]}. Its fields:', '']
+  options, lines = RunOptions(), [f'--mode={mode}: {MODES[mode]}. Its options:', '']
   for field, declared in declarations():
     if not reads(mode, field):
       continue

@@ -39,7 +39,7 @@ _X = {
 def get_config(variant: str = '') -> ConfigDict:
   """The recipe of a variant. Raises ValueError for an unknown one."""
   if variant not in _GRIDS:
-    raise ValueError(f'variant {variant!r}: write configs/ablations.py:NAME, a NAME of {", ".join(_GRIDS)}')
+    raise ValueError(f'variant {variant!r}: write ablations:NAME, a NAME of {", ".join(_GRIDS)}')
   config = demo.get_config()
   config.prune.method, config.prune.compensate = 'adapt', 'none'
   config.prune.calibration.length, config.prune.calibration.batch = 64, 8

@@ -25,7 +25,7 @@ _METHODS = ('obs', 'adapt', 'uniform', 'llm_pruner', 'flap', 'wanda_sp', 'shortg
 def get_config(draws: str = '3') -> ConfigDict:
   """The recipe with so many draws of calibration rows. Raises ValueError if it is no number above 0."""
   if not draws.isdecimal() or not (seeds := tuple(range(int(draws)))):
-    raise ValueError(f'variant {draws!r}: write configs/methods_table.py:N, a number of draws above 0')
+    raise ValueError(f'variant {draws!r}: write methods_table:N, a number of draws above 0')
   config = demo.get_config()
   config.prune.stages = 1
   config.prune.calibration.source = ('data/wikitext-2/wiki.train.tokens',)

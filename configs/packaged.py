@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 from adapt_jax.configs import demo
 
-_TOKENS = {'gemma-3-270m': 2**15, 'qwen2.5-coder-0.5b': 2**15, 'qwen2.5-coder-1.5b': 0}
+_TOKENS = {'gemma-3-270m': 2**15, 'qwen2.5-coder-0.5b': 2**14, 'qwen2.5-coder-1.5b': 0}
 
 
 def get_config(name: str = '') -> ConfigDict:
   """The recipe of a model. Raises ValueError for an unknown one."""
   if name not in _TOKENS:
-    raise ValueError(f'variant {name!r}: write configs/packaged.py:NAME, a NAME of {", ".join(_TOKENS)}')
+    raise ValueError(f'variant {name!r}: write packaged:NAME, a NAME of {", ".join(_TOKENS)}')
   config = demo.get_config()
   config.model.source, config.model.dtype = f'data/{name}.gguf', 'bfloat16'
   texts, alike = ('data/sotu/train', 'data/encyclopedia/train'), (1.0, 1.0)

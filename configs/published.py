@@ -58,7 +58,7 @@ RUNS = {
 def get_config(variant: str = '') -> ConfigDict:
   """The recipe of a variant. Raises ValueError for an unknown one."""
   if variant not in RUNS:
-    raise ValueError(f'variant {variant!r}: write configs/published.py:NAME, a NAME of {", ".join(RUNS)}')
+    raise ValueError(f'variant {variant!r}: write published:NAME, a NAME of {", ".join(RUNS)}')
   run = RUNS[variant]
   config = adapt.get_config()
   config.model.source = run.source

@@ -56,7 +56,7 @@ _X = {
 def get_config(variant: str = '') -> ConfigDict:
   """The recipe of a variant. Raises ValueError for an unknown one."""
   if variant not in _GRIDS:
-    raise ValueError(f'variant {variant!r}: write configs/studies.py:NAME, a NAME of {", ".join(_GRIDS)}')
+    raise ValueError(f'variant {variant!r}: write studies:NAME, a NAME of {", ".join(_GRIDS)}')
   config = demo.get_config()
   config.model.dtype = 'bfloat16'  # as on accelerators; also faster on a CPU with AVX-512 BF16
   train, alike = tuple(f'data/mixed/train/{name}' for name in KINDS.values()), (1.0,) * len(KINDS)

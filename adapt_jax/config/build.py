@@ -37,7 +37,7 @@ def _build(cls: Any, values: Any, where: str) -> Any:
   kinds = typing.get_type_hints(cls)
   if unknown := sorted(values.keys() - kinds.keys()):
     close = difflib.get_close_matches(str(unknown[0]), kinds, 1)
-    hint = f': did you mean {close[0]}?' if close else f'; fields here: {", ".join(kinds)}'
+    hint = f': did you mean {close[0]}?' if close else f'; options here: {", ".join(kinds)}'
     raise InputError(f'{where}.{unknown[0]} is unknown{hint}')
   return cls(**{k: _convert(kinds[k], value, f'{where}.{k}') for k, value in values.items()})
 

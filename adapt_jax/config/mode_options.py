@@ -30,7 +30,7 @@ class SensitivityOptions:
 
 @dataclasses.dataclass(frozen=True)
 class CompareOptions:
-  """Mode compare: a grid over any fields except model.source; each cell is a run of its own."""
+  """Mode compare: a grid over any options except model.source; each cell is a run of its own."""
 
   grid: tuple[dict[str, Any], ...] = option(
     (),
@@ -41,10 +41,10 @@ class CompareOptions:
   recover: bool = option(
     False, 'Whether cells are also trained, as set in train; otherwise they are only pruned.'
   )
-  x: str = option('prune.target', 'The field on the x axis of the plots.', result=False)
+  x: str = option('prune.target', 'The option on the x axis of the plots.', result=False)
   over: str = option(
     'seed',
-    'The field whose values are repetitions: tables and plots show their median and range.',
+    'The option whose values are repetitions: tables and plots show their median and range.',
     result=False,
   )
 

@@ -218,8 +218,8 @@ def draw_rows(num_rows: int, count: int, seed: int, step: int, part: int = 0) ->
   """
   if count > num_rows:
     raise InputError(
-      f'config.prune.calibration.samples = {count}, but the data has {num_rows} rows: lower it or give more '
-      f'data'
+      f'config.prune.calibration.samples = {count}, but the text is only long enough for {num_rows} rows: '
+      f'lower it, shorten the rows, or give more text'
     )
   if count == num_rows:
     return np.arange(num_rows)

@@ -70,10 +70,18 @@ def steps(
     config: the dense model, whose numbering `state.plan` uses.
     target: in the parts of the budget's unit; the method determines how closely it is reached.
     score: returns the scores of the model at a state's plan, on the host.
+
+  Raises InputError if the method stops removing groups above the target.
   """
-  while state.plan.cost(method.budget) > target:
+  idle, patience = 0, config.num_layers if method.layer_by_layer else 1
+  while (cost := state.plan.cost(method.budget)) > target:
     scores = score(state)
-    state = _agreed(method.step(scores, state, target), config)
+    before, state = state, _agreed(method.step(scores, state, target), config)
+    same = state.plan.equals(before.plan) and np.array_equal(state.sparsity, before.sparsity)
+    idle = idle + 1 if same else 0
+    if idle >= patience:
+      stopped, wanted = method.budget.text(cost), method.budget.text(target)
+      raise InputError(f'{type(method).__name__} removes nothing more at {stopped}: the target is {wanted}')
     yield scores, state
 
 

@@ -172,6 +172,32 @@ def _other(model):
   return dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=7))
 
 
+class _Scored(UniformOneShot):
+  importance = 'l3'
+
+
+class _Misshapen(UniformOneShot):
+  importance = 'taylor'
+
+  def touched(self):
+    return np.ones(9, bool)
+
+
+class _LastLayer(UniformOneShot):
+  importance = 'taylor'
+
+  def touched(self):
+    return np.arange(self.config.num_layers) == self.config.num_layers - 1
+
+
+class _Idle(_LastLayer):
+  def smallest(self):
+    return 0
+
+  def step(self, scores, state, target):
+    return dataclasses.replace(state, step=state.step + 1)
+
+
 def _sliced(model):
   return dataclasses.replace(model, config=dataclasses.replace(model.config, sliced_from=48))
 
@@ -207,6 +233,41 @@ def _sliced(model):
     (lambda m, r, f: aj.prune(m, r, targt=0.5), ('targt is unknown: did you mean target?',)),
     (lambda m, r, f: aj.prune(m, r, target=1.5), ('target = 1.5', 'method obs always keeps')),
     (lambda m, r, f: aj.recover(_sliced(m), r, tokens=64, batch=4), ('SliceGPT',)),
+    (lambda m, r, f: aj.prune(m, r, vocab='text.txt'), ('vocab', 'trim_vocabulary first')),
+    (lambda m, r, f: aj.prune(m, r, samples=4), ('samples = 4', 'rows()')),
+    (lambda m, r, f: aj.prune(r, m), ('model is a ndarray', 'pass a Model')),
+    (lambda m, r, f: aj.prune(m, r, seed=-1), ('seed = -1', 'between')),
+    (lambda m, r, f: aj.prune(m, r, method=_Scored.__new__(_Scored)), ('method', 'subclass')),
+    (lambda m, r, f: aj.prune(m, r, method=_Scored), ("_Scored.importance = 'l3'", 'taylor')),
+    (lambda m, r, f: aj.prune(m, r, method=_Misshapen), ('_Misshapen.touched()', 'shape (9,)')),
+    (
+      lambda m, r, f: aj.prune(m, r, target=0.2, method=_LastLayer),
+      ('target = 0.2', '_LastLayer always keeps'),
+    ),
+    (lambda m, r, f: aj.prune(m, r, target=0.5, method=_Idle), ('_Idle removes nothing more',)),
+    (lambda m, r, f: aj.rows('out', f / 'train.txt'), ('model is a str', 'load()')),
+    (lambda m, r, f: aj.rows(m, None), ('text is a NoneType', 'give a file')),
+    (lambda m, r, f: aj.rows(m, f / 'train.txt', seed='a'), ("seed = 'a'", 'int')),
+    (
+      lambda m, r, f: aj.recover(m, r, tokens=64, batch=4, teacher='out'),
+      ('teacher is a str', 'pass a Model'),
+    ),
+    (lambda m, r, f: aj.recover(m, r, tokens=64, alpha=0.5), ('alpha', "distill={'alpha': ...}")),
+    (lambda m, r, f: aj.recover(m, r, tokens=64, source='a.txt'), ('source is no option', 'docs/options.md')),
+    (lambda m, r, f: aj.recover(m, r, tokens=64, batch=4, distill={'alpha': 0.5}), ('teacher=',)),
+    (
+      lambda m, r, f: aj.recover(m, f / 'train.txt', tokens=10**6, batch=1, length=10**6),
+      ('text', 'shorter'),
+    ),
+    (lambda m, r, f: aj.load(None), ('source is a NoneType',)),
+    (lambda m, r, f: aj.load(f / 'model', dtype='int32'), ("dtype = 'int32'", 'bfloat16')),
+    (lambda m, r, f: aj.load(f / 'model', dtype='float3'), ("dtype = 'float3'", 'bfloat16')),
+    (lambda m, r, f: aj.perplexity(m, r, batch=0), ('batch = 0', 'between')),
+    (lambda m, r, f: aj.perplexity(m, r, max_tokens=-1), ('max_tokens = -1', 'between')),
+    (lambda m, r, f: aj.perplexity(m, r, max_tokens=64.5), ('max_tokens = 64.5', 'int')),
+    (lambda m, r, f: aj.generate(m, 3), ('prompt is a int', 'give a string')),
+    (lambda m, r, f: aj.save(m, f / 'valid.txt'), ('directory', 'is a file')),
+    (lambda m, r, f: aj.save('out', m), ('model is a str',)),
   ],
 )
 def test_a_wrong_argument_is_named_as_it_was_given(files, model, rows, call, words):

@@ -101,7 +101,7 @@ def test_unknown_field(files):
   del values['prune']['targt']
   values['prune']['quantise'] = True
   with pytest.raises(
-    InputError, match=r'config\.prune\.quantise is unknown; fields here: method, compensate'
+    InputError, match=r'config\.prune\.quantise is unknown; options here: method, compensate'
   ):
     from_dict(values)
 

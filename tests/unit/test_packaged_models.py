@@ -60,5 +60,5 @@ def test_an_unknown_name(pip, capsys):
 def test_every_model_has_a_recipe():
   for name in packaged_models.MODELS:
     assert from_dict(packaged.get_config(name).to_dict()).model.source == f'data/{name}.gguf'
-  with pytest.raises(ValueError, match=r'configs/packaged.py:NAME'):
+  with pytest.raises(ValueError, match=r'packaged:NAME'):
     packaged.get_config('huge')

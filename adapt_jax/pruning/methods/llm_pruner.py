@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from adapt_jax.config.declare import MAX_SPARSITY
 from adapt_jax.config.options import PruneOptions
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
@@ -36,6 +35,3 @@ class LlmPruner(UniformOneShot):
   def touched(self) -> np.ndarray:
     layers = np.arange(self.config.num_layers)
     return (layers >= FIRST) & (layers < len(layers) - LAST)
-
-  def smallest(self) -> int:
-    return self.allocator.cost(self.allocator.widths(MAX_SPARSITY * self.touched()))
