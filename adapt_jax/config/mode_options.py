@@ -35,7 +35,7 @@ class CompareOptions:
   grid: tuple[dict[str, Any], ...] = option(
     (),
     "Groups such as {'prune.method': ('adapt', 'flap'), 'prune.target': (0.9, 0.8)}: all combinations of "
-    'each group, without duplicates. Fields that a group does not name keep their values.',
+    'each group, without duplicates. Options that a group does not name keep their values.',
     result=False,
   )
   recover: bool = option(
