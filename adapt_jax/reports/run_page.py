@@ -35,7 +35,7 @@ from adapt_jax.reports.summary import (
   tasks_rows,
   texts_rows,
   trimmed_model,
-  warning,
+  warnings,
 )
 
 Json = dict[str, Any]
@@ -151,8 +151,8 @@ def _body(data: RunData, command: str, running: bool, written: str) -> Iterator[
   if definition := report.get('perplexity', {}).get('definition'):
     yield f'<p>Perplexity is {e(definition)}.</p>'
   if len(texts := report.get('texts', {})) > 1:
-    warned = f'<p>{e(text)}</p>' if (text := warning(texts)) else ''
-    yield f'<h2>Texts</h2><div class="card scroll">{html_table(texts_rows(texts))}</div>{warned}'
+    yield f'<h2>Texts</h2><div class="card scroll">{html_table(texts_rows(texts))}</div>'
+  yield from (f'<p>{e(line)}</p>' for line in warnings(texts))
   if rows := bytes_rows(texts):
     yield f'<h2>Bits per byte</h2><div class="card scroll">{html_table(rows)}</div>'
   if report.get('tasks'):

@@ -54,8 +54,7 @@ def table(report: RunReport) -> str:
     *budget_lines(report['budget']),
     f'compiled programs: {compiles}; the run took {report["seconds"]:.0f} s',
   ]
-  if warned := warning(report['texts']):
-    lines.append(warned)
+  lines += warnings(report['texts'])
   return '\n'.join(lines)
 
 
@@ -161,8 +160,29 @@ def excess(text: TextReport) -> float | None:
   return None if final is None or dense is None else math.log(final / dense)
 
 
-def warning(texts: dict[str, TextReport]) -> str:
-  """A warning line if some text lost more than twice as much as the best one; '' otherwise.
+def warnings(texts: dict[str, TextReport]) -> list[str]:
+  """Lines about what a user should not overlook; empty if there is nothing."""
+  return [line for line in (_uneven(texts), _worsened(texts)) if line]
+
+
+def _worsened(texts: dict[str, TextReport]) -> str:
+  """A warning if training made the model worse on some text; '' otherwise."""
+  pairs = {
+    name: (x['pruned'], x['recovered']) for name, x in texts.items() if {'pruned', 'recovered'} <= x.keys()
+  }
+  lost = {name: math.log(after / before) for name, (before, after) in pairs.items()}
+  if not lost or max(lost.values()) < _LITTLE:
+    return ''
+  worst = max(lost, key=lost.__getitem__)
+  before, after = pairs[worst]
+  return (
+    f'warning: training raised the perplexity on {worst} from {before:.2f} to {after:.2f}: lower '
+    f'config.train.lr, and train on more tokens, or use --mode=prune'
+  )
+
+
+def _uneven(texts: dict[str, TextReport]) -> str:
+  """A warning if some text lost more than twice as much as the best one; '' otherwise.
 
   The text that lost least is assumed to be of the kind used for calibration or training.
   """

@@ -9,7 +9,7 @@ from adapt_jax.config.values import named_texts
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.reports.summary import texts_rows, warning
+from adapt_jax.reports.summary import texts_rows, warnings
 from tests.support.helpers import UNIFORM, VARIED, logits, random_params, random_tokens, tiny_config
 
 
@@ -63,10 +63,21 @@ def test_a_row_a_text():
 
 
 def test_a_text_that_lost_more_than_twice_as_much_is_told():
-  line = warning(TEXTS)
+  (line,) = warnings(TEXTS)
   assert line.startswith('warning: the model lost 0.405 nats per token on web, but 0.095 on wiki')
   assert 'config.prune.calibration.source' in line and '\n' not in line
   even = TEXTS | {'web': TEXTS['web'] | {'recovered': 34.0}}
-  assert warning(even) == warning({'wiki': TEXTS['wiki']}) == warning({}) == ''
+  assert warnings(even) == warnings({'wiki': TEXTS['wiki']}) == warnings({}) == []
   gained = {'wiki': {'dense': 20.0, 'pruned': 18.0}, 'web': {'dense': 30.0, 'pruned': 30.5}}
-  assert warning(gained) == ''  # within what is no loss to speak of
+  assert warnings(gained) == []  # within what is no loss to speak of
+
+
+def test_training_that_made_a_model_worse_is_told():
+  """On any text, and even if all texts lost alike; not for a difference that means nothing."""
+  worse = {'a': {'dense': 30.0, 'pruned': 40.0, 'recovered': 60.0}}
+  worse['b'] = {'dense': 20.0, 'pruned': 25.0, 'recovered': 39.0}
+  (line,) = warnings(worse)
+  assert line.startswith(
+    'warning: training raised the perplexity on b from 25.00 to 39.00: lower config.train.lr'
+  )
+  assert warnings({'a': worse['a'] | {'recovered': 41.0}}) == []
