@@ -157,7 +157,7 @@ def trim_vocabulary(
     with processes.silent(not progress):
       used = used_ids(arguments.entries(text), model.tokenizer, 'text', **fields)
   ids = needed_ids(model.tokenizer, {*used, *stop_ids(model.generation, model.tokenizer)})
-  kept = np.array(ids_with_rows(model.config, ids))
+  kept = np.array(ids_with_rows(model.config, ids, model.tokenizer))
   config = dataclasses.replace(model.config, vocab_size=len(kept))
 
   def cut(params: Params) -> Params:

@@ -29,7 +29,7 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.pruning import serving_widths, slicegpt
-from adapt_jax.pruning.criteria import IMPORTANCES, Importance
+from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES, Importance
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.methods.base import Method
 
@@ -50,6 +50,13 @@ _OF_COMMAND = {
   'length': 'it is an argument of rows()',
   'vocab': 'call trim_vocabulary first',
 }
+_NOT_IN_RECOVER = {
+  'source': 'it is the argument text',
+  'save_every': 'nothing is saved before the end',
+  'split': 'there is one stage',
+  'optimizer_state': 'there is one stage',
+  **{field.name: f'write distill={{{field.name!r}: ...}}' for field in dataclasses.fields(DistillOptions)},
+}
 
 
 def as_library(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -64,7 +71,10 @@ def as_library(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
   @functools.wraps(function)
   def call(*args: _P.args, **options: _P.kwargs) -> _T:
-    given = signature.bind(*args, **options).arguments
+    try:
+      given = signature.bind(*args, **options).arguments
+    except TypeError:
+      given = {}  # the call below says what is wrong
     try:
       for name in {'model', 'teacher'} & given.keys():
         _check_is_model(name, given[name])
@@ -122,8 +132,11 @@ def pruning_method(
   if found and not (isinstance(found, type) and issubclass(found, Method)):
     raise InputError(f'method = {found!r}: give a name or a subclass of Method, not an object of it')
   base = found or METHODS[options.method]
-  if isinstance(base.importance, str) and base.importance not in ('', *IMPORTANCES):
-    raise InputError(f'{base.__name__}.importance = {base.importance!r}: choose {", ".join(IMPORTANCES)}')
+  if base.distance not in ('', *DISTANCES):
+    raise InputError(f'{base.__name__}.distance = {base.distance!r}: choose {", ".join(DISTANCES)}')
+  for where, value in (('importance', importance), (f'{base.__name__}.importance', base.importance)):
+    if not isinstance(value, Importance) and value not in ('', *IMPORTANCES):
+      raise InputError(f'{where} = {value!r}: give an Importance, or choose {", ".join(IMPORTANCES)}')
   if importance != '' and base.importance:
     raise InputError(
       f'importance: {base.__name__} has its own: leave it out, or choose the method adapt or uniform'
@@ -138,11 +151,11 @@ def train_options(
 ) -> TrainOptions:
   """The options of `config.train`; `distils`: whether there is a teacher."""
   length = token_ids(text, config, 'text').shape[1] if is_ids(text) else 0
-  hidden = {'source', 'save_every'}
-  for name in options.keys() - ({field.name for field in dataclasses.fields(TrainOptions)} - hidden):
-    inside = name in {field.name for field in dataclasses.fields(DistillOptions)}
-    remedy = f'write distill={{{name!r}: ...}}' if inside else 'config.train in docs/options.md lists them'
-    raise InputError(f'{name} is no option of recover(): {remedy}')
+  for name, value in options.items():
+    if name in _NOT_IN_RECOVER:
+      raise InputError(f'{name} = {value!r} is no option of recover(): {_NOT_IN_RECOVER[name]}')
+  if not isinstance(options.get('distill', {}), dict):
+    raise InputError(f"distill = {options['distill']!r}: give a dict, such as {{'alpha': 0.5}}")
   given = {'tokens': tokens, 'save_every': 10**9, **options}
   given |= {'length': length} if length else {'source': entries(text)}
   distill = {'alpha': float(distils)} | dict(options.get('distill', {}))

@@ -231,7 +231,8 @@ def _parse(argv: list[str]) -> list[str]:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     given = any(argument.lstrip('-').startswith('config=') for argument in argv)
-    if not given and not difflib.get_close_matches(error.flagname, ['config']):
+    misspelt = '.' not in error.flagname and difflib.get_close_matches(error.flagname, ['config'])
+    if not given and not misspelt:
       raise InputError(_NO_CONFIG) from None
     raise InputError(f'--{error.flagname} is unknown{_like(error.flagname)}') from None
   except flags.Error as error:

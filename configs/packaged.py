@@ -4,7 +4,8 @@
     python main.py --config=configs/packaged.py:gemma-3-270m --workdir=out/gemma-3-270m
 
 The names are gemma-3-270m, qwen2.5-coder-0.5b and qwen2.5-coder-1.5b. The texts are those of the demo, half
-of each kind. The largest is not trained: its weights, gradients and moments do not fit into 24 GB.
+of each kind. The largest needs --mode=prune: for training, its weights, gradients and moments do not fit into
+24 GB.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,14 @@
 """Quantises an exported model's weights to 4 bits for vLLM, by GPTQ, with LLM Compressor.
 
-    python -m venv .venv-quantise && .venv-quantise/bin/pip install llmcompressor==0.14.0.1
+    python -m venv .venv-quantise
+    .venv-quantise/bin/pip install llmcompressor==0.14.0.1 transformers==5.17.0
     .venv-quantise/bin/python examples/quantise_4bit.py MODEL OUT --text=calibration.txt [--held-out=b.txt]
 
 MODEL is a directory of the format hf or hf_padded; the former needs --trust-remote-code. OUT is a directory
 of the format compressed-tensors, which vLLM and transformers read. All linear layers but the head are
 quantised (Frantar et al., arXiv 2210.17323), in groups of 128, 64 or 32 weights: the most of which every row
-is a multiple. Prune with prune.serve=awq for 128. With --held-out, perplexity before and after is printed.
-This program needs only LLM Compressor's environment, not adapt-jax.
+is a multiple. prune.serve=awq makes MLP widths multiples of 128. With --held-out, perplexity before and after
+is printed. This program needs only LLM Compressor's environment, not adapt-jax.
 """
 
 import argparse
@@ -34,11 +35,16 @@ def refuse(message: str) -> NoReturn:
 
 
 def windows(tokenizer: Any, text: str, count: int, length: int) -> torch.Tensor:
-  """At most `count` windows of `length` tokens, spread evenly over a text file: int64 [N, T]."""
+  """At most `count` windows of `length` tokens, spread evenly over a text file: int64 [N, T].
+
+  If the tokenizer begins texts with BOS, every window begins with it: a Gemma needs that.
+  """
   ids = tokenizer(pathlib.Path(text).read_text(encoding='utf-8'), verbose=False)['input_ids']
   rows = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
   if not len(rows):
     refuse(f'{text} has only {len(ids)} tokens, fewer than one window of {length}: give more text')
+  if ids[0] == tokenizer.bos_token_id:
+    rows[:, 0] = ids[0]
   return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
 
 
@@ -55,7 +61,7 @@ def group_size(model: Any) -> int:
     if not any(x.in_features % size for x in linear.values()):
       return size
   name, x = next((n, x) for n, x in linear.items() if x.in_features % GROUPS[-1])
-  refuse(f'{name} has {x.in_features} inputs, no multiple of {GROUPS[-1]}: prune with prune.serve=awq')
+  refuse(f'{name} has {x.in_features} inputs, no multiple of {GROUPS[-1]}: prune.serve=awq aligns MLPs')
 
 
 def quantise(model: Any, rows: torch.Tensor, trusted: bool) -> int:

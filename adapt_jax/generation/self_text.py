@@ -22,6 +22,7 @@ import numpy as np
 
 from adapt_jax.config.values import SELF
 from adapt_jax.data.chats import render_prompts
+from adapt_jax.data.windows import first_of_rows
 from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import Sampling
 from adapt_jax.machine import preemption
@@ -29,12 +30,13 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import load_source
 from adapt_jax.machine.processes import WAITS, decide, say
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.formats.npy import open_npy
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.formats.trimmed_source import TrimmedSource
 
-_VERSION = 1  # of how rows are drawn
+_VERSION = 2  # of how rows are drawn
 _BATCH = 16  # rows at once
 _USER = 'a0b1c2'  # placeholder for the user's words in a template
 
@@ -98,7 +100,7 @@ def draw(
     decide(attempt)
 
   if not decide(path.exists):
-    batches = list(_batches(tokenizer, source.config.vocab_size, rows, length, seed))
+    batches = list(_batches(tokenizer, source.config, rows, length, seed))
     by_first(lambda: parts.mkdir(parents=True, exist_ok=True))
     say(f'{source.name} generates {rows:,} rows of {length:,} tokens')
     generator = None
@@ -130,17 +132,26 @@ class _Batch(NamedTuple):
   starts: list[list[int]]
 
 
-def _batches(tokenizer: Any, vocab_size: int, rows: int, length: int, seed: list[int]) -> Iterator[_Batch]:
-  """Yields the batches; the first ids of a row depend only on the seed and the row's index."""
-  chat = _before_user(tokenizer)[: length - 1]
+def _batches(
+  tokenizer: Any, config: ModelConfig, rows: int, length: int, seed: list[int]
+) -> Iterator[_Batch]:
+  """Yields the batches; the first ids of a row depend only on the seed and the row's index.
+
+  Rows of a family that needs BOS begin with it.
+  """
+  first_id, chat = first_of_rows(config.traits, tokenizer), _before_user(tokenizer)
+  before = [] if first_id is None else [first_id]
+  if chat and chat[:1] != before:
+    chat = before + chat
+  chat = chat[: length - 1]
   kinds = [range(0, rows, 2), range(1, rows, 2)] if chat else [range(rows)]
   # The ids of the tokenizer, not of the embedding table, which may be padded with unused rows.
-  ids = min(len(tokenizer), vocab_size)
+  ids = min(len(tokenizer), config.vocab_size)
   for kind, of_kind in enumerate(kinds):
     for at in range(0, len(of_kind), _BATCH):
       chosen = list(of_kind[at : at + _BATCH])
       first = [int(np.random.default_rng([*seed, row]).integers(ids)) for row in chosen]
-      yield _Batch(chosen, [chat if kind else [token] for token in first])
+      yield _Batch(chosen, [chat if kind else (before + [token])[: length - 1] for token in first])
 
 
 def _continue(

@@ -27,7 +27,7 @@ def with_vocabulary(options: RunOptions, source: Source) -> Source:
   used = decide(lambda: used_ids(entries, rendering, field, **fields))
   try:
     ids = needed_ids(tokenizer, {*used, *stop_ids(source.generation, tokenizer)})
-    found = trimmed_source(source, ids, trim_tokenizer(tokenizer, ids))
+    found = trimmed_source(source, ids, tokenizer, trim_tokenizer(tokenizer, ids))
   except InputError as error:
     raise InputError(f'{field}: {error}') from None
   say(

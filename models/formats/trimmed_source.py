@@ -39,9 +39,12 @@ class TrimmedSource(Source):
     return hashlib.sha256(self.kept.astype('<i8').tobytes()).hexdigest()[:32]
 
 
-def trimmed_source(source: Source, ids: list[int], tokenizer: Any) -> TrimmedSource:
-  """The view of `source` with these ids; in the tokenizer, ids[i] has the id i. Raises InputError."""
-  kept = np.array(ids_with_rows(source.config, ids), np.int64)
+def trimmed_source(source: Source, ids: list[int], original: Any, tokenizer: Any) -> TrimmedSource:
+  """The view of `source` with these ids of its `original` tokenizer; in `tokenizer`, ids[i] has the id i.
+
+  Raises InputError for ids without a row, and for fields of generation_config.json that name tokens.
+  """
+  kept = np.array(ids_with_rows(source.config, ids, original), np.int64)
   return TrimmedSource(
     source.name,
     dataclasses.replace(source.config, vocab_size=len(kept)),
@@ -56,12 +59,17 @@ def trimmed_source(source: Source, ids: list[int], tokenizer: Any) -> TrimmedSou
   )
 
 
-def ids_with_rows(config: ModelConfig, ids: list[int]) -> list[int]:
-  """Those of the ids that the embedding has rows for.
+def ids_with_rows(config: ModelConfig, ids: list[int], tokenizer: Any) -> list[int]:
+  """Those of the ids of `needed_ids` that the embedding has rows for.
 
   The others are added tokens such as Gemma 3's image token, which come last: they keep lying beyond it.
+  Raises InputError for other ids without a row. tokenizer: the original one.
   """
-  return [i for i in ids if i < config.vocab_size]
+  kept = [i for i in ids if i < config.vocab_size]
+  beyond = ids[len(kept) :]
+  if ids[: len(kept)] != kept or not {*beyond} <= tokenizer.added_tokens_decoder.keys():
+    raise InputError(f'the tokenizer has the id {max(ids)}, but the embedding only {config.vocab_size} rows')
+  return kept
 
 
 def trimmed_generation(fields: dict[str, Any], ids: list[int]) -> dict[str, Any]:

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 import adapt_jax as aj
+from adapt_jax import api_arguments
 from adapt_jax.config.build import from_dict
+from adapt_jax.config.options import DataOptions, TrainOptions
 from adapt_jax.models.config import count_params
+from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network import llama
 from adapt_jax.modes import accel
@@ -176,6 +179,10 @@ class _Scored(UniformOneShot):
   importance = 'l3'
 
 
+class _Far(UniformOneShot):
+  importance, distance = 'taylor', 'l9'
+
+
 class _Misshapen(UniformOneShot):
   importance = 'taylor'
 
@@ -253,7 +260,11 @@ def _sliced(model):
       ('teacher is a str', 'pass a Model'),
     ),
     (lambda m, r, f: aj.recover(m, r, tokens=64, alpha=0.5), ('alpha', "distill={'alpha': ...}")),
-    (lambda m, r, f: aj.recover(m, r, tokens=64, source='a.txt'), ('source is no option', 'docs/options.md')),
+    (lambda m, r, f: aj.recover(m, r, tokens=64, source='a.txt'), ("source = 'a.txt'", 'argument text')),
+    (lambda m, r, f: aj.recover(m, r, tokens=64, warmp=3), ('warmp is unknown: did you mean warmup?',)),
+    (lambda m, r, f: aj.recover(m, r, tokens=64, distill=0.5), ('distill = 0.5', 'a dict')),
+    (lambda m, r, f: aj.prune(m, r, method='uniform', importance=3), ('importance = 3', 'an Importance')),
+    (lambda m, r, f: aj.prune(m, r, method=_Far), ("_Far.distance = 'l9'", 'cosine')),
     (lambda m, r, f: aj.recover(m, r, tokens=64, batch=4, distill={'alpha': 0.5}), ('teacher=',)),
     (
       lambda m, r, f: aj.recover(m, f / 'train.txt', tokens=10**6, batch=1, length=10**6),
@@ -276,6 +287,26 @@ def test_a_wrong_argument_is_named_as_it_was_given(files, model, rows, call, wor
   assert 'config.' not in str(error.value) and '\n' not in str(error.value)
   for word in words:
     assert word in str(error.value)
+
+
+def test_a_missing_argument_is_pythons_error_and_names_the_function(model):
+  with pytest.raises(TypeError, match=r'perplexity\(\) missing'):
+    aj.perplexity(model)
+
+
+def test_the_library_begins_the_rows_of_a_gemma_with_bos(files, model, monkeypatch):
+  family = dataclasses.replace(FAMILIES[model.config.family], needs_bos=True)
+  asked = {'samples': 4, 'length': 16}
+  usual = aj.rows(model, files / 'train.txt', **asked)
+  monkeypatch.setattr(type(model.config), 'traits', family)
+  found = aj.rows(model, files / 'train.txt', **asked)
+  bos = model.tokenizer.bos_token_id
+  assert set(found[:, 0]) == {bos} != set(usual[:, 0])
+  np.testing.assert_array_equal(found[:, 1:], usual[:, 1:])
+  text = str(files / 'train.txt')
+  train = TrainOptions(source=(text,), tokens=64, length=16, batch=4)
+  taken = api_arguments.train_set(text, train, DataOptions(), model.config, model.tokenizer, 0)
+  assert set(taken.read(np.arange(4))[0][:, 0]) == {bos}
 
 
 def test_the_package_says_what_it_has():

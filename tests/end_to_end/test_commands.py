@@ -39,6 +39,7 @@ COMMANDS = [
   (['--config=configs/absent.py', '--config.train.lr=1e-4'], '--config=configs/absent.py: no such file'),
   (['--config', 'bse', '--config.train.lr=1e-4'], '--config=bse: no such file or recipe'),
   (['--mode=walk'], 'walk'),
+  (['--mode=prun', '--help'], '--mode=prun is unknown: choose accel, prune'),
   (['--workdri=x'], '--workdri is unknown: did you mean --workdir?'),
   (['stray'], 'stray'),
   (['--flagfile'], '--flagfile with no argument'),

@@ -107,6 +107,8 @@ def test_version_and_help_say_what_there_is(installed, place):
     (['--config=mine'], ['mine', 'end with .py']),
     (['--config=base', '--config.prune.tagret=0.5'], ['tagret', 'target']),
     (['--config.model.source=a'], ['--config is missing']),
+    (['--config.seed=1'], ['--config is missing']),
+    (['--confg=demo'], ['--confg is unknown: did you mean --config?']),
     (['--config=base', '--mod=prune'], ['--mod is unknown', '--mode?']),
   ],
 )

@@ -138,6 +138,6 @@ def test_4_bits_of_layers_of_different_widths(tmp_path):
 def test_rows_that_no_group_divides_are_refused(tmp_path):
   code, _, err = quantise(tmp_path, (LayerShape(4, 2, 250), LayerShape(2, 1, 128)))
   assert code == 2 and err.splitlines()[-1] == (
-    'error: model.layers.0.mlp.down_proj has 250 inputs, no multiple of 32: prune with prune.serve=awq'
+    'error: model.layers.0.mlp.down_proj has 250 inputs, no multiple of 32: prune.serve=awq aligns MLPs'
   )
   assert not (tmp_path / 'out').exists()

@@ -103,7 +103,7 @@ def test_llama_cpp_gives_the_same_tokens_and_predictions(case):
 def test_the_view_of_a_checkpoint_reads_the_same_rows(case):
   source = open_source(str(case.out.parent / 'model'))
   ids = needed_ids(case.tokenizer, set(case.tokenizer(TEXT)['input_ids']))
-  view = trimmed_source(source, ids, trim_tokenizer(case.tokenizer, ids))
+  view = trimmed_source(source, ids, case.tokenizer, trim_tokenizer(case.tokenizer, ids))
   params = view.load_params()
   for path, leaf in jax.tree_util.tree_leaves_with_path(case.trimmed.params):
     found = params
@@ -114,8 +114,8 @@ def test_the_view_of_a_checkpoint_reads_the_same_rows(case):
   part = view.reader.read(name, (slice(3, 40), slice(8, 16)))
   np.testing.assert_array_equal(part, view.reader.read(name)[3:40, 8:16])
   assert view.config == case.trimmed.config and view.generation == case.trimmed.generation
-  other = trimmed_source(source, ids[:-1], None)
-  assert other.digest() != view.digest() == trimmed_source(source, ids, None).digest()
+  other = trimmed_source(source, ids[:-1], case.tokenizer, None)
+  assert other.digest() != view.digest() == trimmed_source(source, ids, case.tokenizer, None).digest()
 
 
 def test_the_card_tells_of_the_vocabulary(case, tmp_path):
@@ -152,6 +152,15 @@ def test_an_added_token_beyond_the_embedding_stays_beyond(tmp_path):
   assert again.tokenizer.get_vocab() == found.tokenizer.get_vocab()
   (tmp_path / 'image.txt').write_text(TEXT + '<image>' + TEXT)
   assert 'has only' in refused(aj.perplexity, again, tmp_path / 'image.txt', length=16)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+  tokenizer = byte_level()
+  config = tiny_config('llama', vocab_size=len(tokenizer) // 2)
+  model = aj.Model(config, random_params(config), tokenizer)
+  (tmp_path / 'text.txt').write_text(TEXT)
+  message = refused(aj.trim_vocabulary, model, tmp_path / 'text.txt')
+  assert f'the embedding only {config.vocab_size} rows' in message
 
 
 def test_ids_of_ordinary_tokens_in_generation_config_are_refused():

@@ -13,6 +13,7 @@ from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network import llama
 from adapt_jax.pipeline.inputs import prepare
 from tests.support import runs
+from tests.support.helpers import UNIFORM, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 ROWS, LENGTH = 24, 48
@@ -44,6 +45,20 @@ def test_rows_follow_the_models_own_distribution(files, tmp_path):
   difference = surprise - entropy
   assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(difference.size)
   assert difference.std() > 0.1 and entropy.mean() < 0.97 * np.log(source.config.vocab_size)
+
+
+@pytest.mark.parametrize('template', [None, '{% for m in messages %}<s>{{ m.content }}{% endfor %}'])
+def test_rows_of_a_gemma_begin_with_bos(template):
+  tokenizer = tiny_tokenizer(chat_template=template)
+  asked = {'rows': 6, 'length': 8, 'seed': [0]}
+  starts = {}
+  for family in ('llama', 'gemma3_text'):
+    config = tiny_config(family, UNIFORM, vocab_size=len(tokenizer))
+    starts[family] = [x for batch in self_text._batches(tokenizer, config, **asked) for x in batch.starts]
+  assert len({start[0] for start in starts['llama']}) > 1
+  assert {start[0] for start in starts['gemma3_text']} == {tokenizer.bos_token_id}
+  drawn = len(starts['llama']) // (2 if template else 1)
+  assert [start[1:] for start in starts['gemma3_text'][:drawn]] == starts['llama'][:drawn]
 
 
 def test_equal_seeds_give_equal_rows_and_others_give_others(files, tmp_path, monkeypatch):

@@ -59,6 +59,8 @@ def test_an_unknown_name(pip, capsys):
 
 def test_every_model_has_a_recipe():
   for name in packaged_models.MODELS:
-    assert from_dict(packaged.get_config(name).to_dict()).model.source == f'data/{name}.gguf'
+    options = from_dict(packaged.get_config(name).to_dict())
+    assert options.model.source == f'data/{name}.gguf'
+    assert options.train.tokens >= 8 * options.train.batch * options.train.length or name.endswith('1.5b')
   with pytest.raises(ValueError, match=r'packaged:NAME'):
     packaged.get_config('huge')

@@ -59,6 +59,9 @@ class Method(abc.ABC):
   def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
     """The state after one more step; it may still cost more than `target`.
 
+    Every step must change the plan or the sparsity: a run whose method does neither is stopped with an error
+    (with `layer_by_layer`, after as many such steps as the model has layers).
+
     Args:
       scores: scores of the model at `state.plan`, on the host; padded to the widest layer.
       state: the groups kept so far, in the numbering of the dense model.
