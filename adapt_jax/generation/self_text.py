@@ -36,7 +36,7 @@ from adapt_jax.models.formats.npy import open_npy
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.formats.trimmed_source import TrimmedSource
 
-_VERSION = 2  # of how rows are drawn
+_VERSION = 1  # of how rows are drawn
 _BATCH = 16  # rows at once
 _USER = 'a0b1c2'  # placeholder for the user's words in a template
 
