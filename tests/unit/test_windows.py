@@ -396,4 +396,4 @@ def test_rows_drawn_are_distinct_and_fresh_at_each_step():
   assert set(draw_rows(100, 30, 2, 5)) != set(draws[5])
   assert set(np.concatenate(draws)) == set(range(100))
   np.testing.assert_array_equal(draw_rows(100, 100, 1, 5), np.arange(100))
-  assert 'samples = 101, but the text is only long enough for 100 rows' in message_of(draw_rows, 100, 101, 1, 0)
+  assert 'samples = 101, but the text is only long enough for 100' in message_of(draw_rows, 100, 101, 1, 0)
