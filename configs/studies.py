@@ -11,6 +11,7 @@ interleave: the same training, in batches of 2 rows, in 1, 2, 4, 8 and 16 rounds
   and 60 % kept (Fig. 4).
 methods: adapt as published, recovered by cross-entropy, compared with the defaults.
 tokens: recovery with 100 thousand, 300 thousand and a million tokens.
+hidden: a hidden size of 512 instead of 576, as many parameters pruned from the layers instead, and a mixture.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
 
 All calibrate and train on equal shares of three kinds of text, and measure each kind separately on held-out
@@ -39,6 +40,7 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     {'prune.method': ('adapt',), 'prune.compensate': ('none',), 'train.distill.alpha': (0.0,)},
   ),
   'tokens': ({'train.tokens': (_FEW, 3 * _FEW, 10 * _FEW)},),
+  'hidden': ({'prune.hidden': (0, 512, 544), 'prune.target': (119_568_896,)},),
   'sizes': ({'prune.target': (110_602_944, 98_157_312, 79_757_568), 'prune.calibration.samples': (24, 128)},),
 }
 _X = {
@@ -49,6 +51,7 @@ _X = {
   'interleave': 'prune.stages',
   'methods': 'prune.method',
   'tokens': 'train.tokens',
+  'hidden': 'prune.hidden',
   'sizes': 'prune.target',
 }
 

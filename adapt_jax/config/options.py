@@ -151,6 +151,12 @@ class PruneOptions:
     'Text whose tokens remain in the vocabulary, all of which is read; the rows of all other tokens are '
     'removed from embedding and head before anything else is pruned. Empty: the vocabulary stays whole.',
   )
+  hidden: int = option(
+    0,
+    'Hidden size to which the whole model is narrowed before anything else is pruned, by principal '
+    'components of its residual stream on the calibration rows (docs/methods.md). 0: it stays as it is.',
+    within=(0, 2**18),
+  )
   stages: int = option(1, 'Rounds of pruning and recovery (N in the paper).', within=(1, 10_000))
   stage_targets: str = option(
     'linear', 'How the cost of the model decreases from stage to stage.', choices=('linear', 'geometric')

@@ -52,11 +52,12 @@ def _check_prune(prune: PruneOptions) -> None:
       f'config.prune.budget = {prune.budget!r} needs config.prune.latency_table: name the report.json of '
       f'--mode=bench on the dense model, or a device such as h100'
     )
-  if prune.budget == 'latency' and prune.vocab:
-    raise InputError(
-      f'config.prune.vocab = {prune.vocab!r} conflicts with config.prune.budget = {prune.budget!r}, which is '
-      f'measured with the whole vocabulary: leave one of them out'
-    )
+  for name in ('vocab', 'hidden'):
+    if prune.budget == 'latency' and (value := getattr(prune, name)):
+      raise InputError(
+        f'config.prune.{name} = {value!r} conflicts with config.prune.budget = {prune.budget!r}, which is '
+        f'measured with the whole vocabulary and hidden size: leave one of them out'
+      )
 
 
 def _check_train(train: TrainOptions) -> None:

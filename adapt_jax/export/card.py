@@ -59,6 +59,14 @@ def _title(report: RunReport, config: ModelConfig) -> str:
     f'{params:,} of {before:,} parameters: whole KV-head groups and MLP channels were removed, and '
     f'layers may differ in width. Pruned{" and retrained" if _tokens(report) else ""} by adapt-jax.'
     + (f'\n\n{_vocabulary(report)}' if trimmed else '')
+    + (f'\n\n{_hidden(report, config)}' if 'hidden_size' in report['model'] else '')
+  )
+
+
+def _hidden(report: RunReport, config: ModelConfig) -> str:
+  return (
+    f'Its hidden size is {config.hidden_size}, before {report["model"]["hidden_size"]}: the principal '
+    f'components of the residual stream.'
   )
 
 

@@ -62,6 +62,11 @@ def run(options: RunOptions) -> None:
       f'config.prune.vocab = {options.prune.vocab!r} is not for mode estimate, which reads no text: leave it '
       f'empty, for memory and time with the whole vocabulary'
     )
+  if options.prune.hidden:
+    raise InputError(
+      f'config.prune.hidden = {options.prune.hidden} is not for mode estimate: set it to 0, for memory and '
+      f'time with the whole hidden size'
+    )
   check_run(options, config)
   config = with_output_bias(config, options.prune.compensate == 'bias')
   estimate = options.estimate

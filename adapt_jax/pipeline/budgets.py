@@ -21,7 +21,7 @@ def budget_of(
     config: of the source. Biases that the run adds to it count, but not before it is pruned.
     stored: dtype of the source's weights, which the export keeps if export.dtype is auto; by default that of
       most models, for estimates without weights.
-    original: the config before the vocabulary was trimmed, if it was: fractions refer to it.
+    original: the config before the vocabulary was trimmed or the model narrowed: fractions refer to it.
 
   Raises InputError for a bad or foreign prune.latency_table.
   """

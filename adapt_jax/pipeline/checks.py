@@ -19,7 +19,7 @@ from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pipeline.loader import evaluation_field
 from adapt_jax.pipeline.schedule import stage_steps, target_cost
 from adapt_jax.pruning import budget as budgets
-from adapt_jax.pruning import serving_widths, slicegpt
+from adapt_jax.pruning import narrow, serving_widths, slicegpt
 from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.methods import METHODS
 
@@ -33,6 +33,7 @@ _SLICING = {
   'align_ffn': 1,
   'serve': 'any',
   'vocab': (),
+  'hidden': 0,
 }
 
 
@@ -89,8 +90,9 @@ def check_run(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16'
     _check_slicing(options, config)
     return
   serving_widths.check_model(options.prune.serve, config)
+  original, config = config, _narrowed(options, config)
   if not options.prune.vocab:
-    check_size(options, config, budget_of(options, config, stored))
+    check_size(options, config, budget_of(options, config, stored, original))
   _check_steps(options)
   check_result(options.export, with_output_bias(config, options.prune.compensate == 'bias'))
   mesh.check_model(config)
@@ -138,6 +140,14 @@ def _check_slicing(options: RunOptions, config: ModelConfig) -> None:
       f'config.prune.target = {options.prune.target:g} is below the size of a residual stream of width 1: '
       f'raise it'
     )
+
+
+def _narrowed(options: RunOptions, config: ModelConfig) -> ModelConfig:
+  """The config after prune.hidden. Raises InputError if the model cannot be narrowed to it."""
+  if not (hidden := options.prune.hidden):
+    return config
+  narrow.check(config, hidden, 'config.prune.hidden')
+  return narrow.narrowed_config(config, hidden)
 
 
 def _check_teacher(options: RunOptions, config: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""The model that a run starts from: a source, and the biases that the run adds to it."""
+"""The model that a run starts from: a source, the biases that the run adds to it, and its hidden size."""
 
 import dataclasses
 from typing import Any
@@ -10,8 +10,10 @@ from adapt_jax.machine.mesh import load_source
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.formats.trimmed_source import TrimmedSource
+from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning import surgery
+from adapt_jax.pruning.narrow import narrowed_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +21,12 @@ class DenseModel:
   """The dense model, opened but not loaded.
 
   output_bias: whether the run needs biases on the output projections; missing ones are added as zeros.
+  hidden: prune.hidden, the hidden size to which the run narrows the model first; 0 if it does not.
   """
 
   source: Source
   output_bias: bool = False
+  hidden: int = 0
 
   @property
   def original(self) -> Source:
@@ -30,18 +34,28 @@ class DenseModel:
     return original(self.source)
 
   @property
-  def config(self) -> ModelConfig:
+  def whole(self) -> ModelConfig:
+    """The config before the model is narrowed."""
     return with_output_bias(self.source.config, self.output_bias)
 
+  @property
+  def config(self) -> ModelConfig:
+    """The config of what is pruned."""
+    return narrowed_config(self.whole, self.hidden)
+
   def load_params(self, dtype: Any) -> Params:
-    """The source's parameters with the run's biases, in `dtype`; None keeps each tensor's own dtype."""
+    """The parameters of `whole` in `dtype`; None keeps each tensor's own dtype."""
     params = load_source(self.source, dtype)
     return mesh.jit(self._with_biases, params)(params) if self.output_bias else params
 
   def abstract_params(self, dtype: Any) -> Params:
-    """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`."""
+    """Shapes and dtypes of the parameters of `config`, as `jax.ShapeDtypeStruct`."""
     shapes = self.source.abstract_params(dtype)
-    return jax.eval_shape(self._with_biases, shapes) if self.output_bias else shapes
+    shapes = jax.eval_shape(self._with_biases, shapes) if self.output_bias else shapes
+    if not self.hidden:
+      return shapes
+    narrow = llama.abstract_params(self.config)
+    return jax.tree.map(lambda x, of: jax.ShapeDtypeStruct(x.shape, of.dtype), narrow, shapes)
 
   def _with_biases(self, params: Params) -> Params:
     return surgery.with_output_bias(self.source.config, params)[1]

@@ -17,11 +17,12 @@ from adapt_jax.pipeline.dense_model import DenseModel, original
 from adapt_jax.pipeline.loader import Loader, evaluation_field
 from adapt_jax.pipeline.vocabulary import with_vocabulary
 from adapt_jax.pruning.budget import Budget
+from adapt_jax.pruning.narrow import narrowed_config
 
 
 @dataclasses.dataclass(frozen=True)
-class Untrimmed:
-  """The dense model with its whole vocabulary, and the windows of each text in its own tokens."""
+class WholeModel:
+  """The dense model before its vocabulary is trimmed, and the windows of each text in its own tokens."""
 
   source: Source
   tokenizer: Any
@@ -44,7 +45,7 @@ class Inputs:
   evaluate: dict[str, Blocks]
   dtype: Any
   budget: Budget
-  untrimmed: Untrimmed | None = None
+  untrimmed: WholeModel | None = None
 
   def digests(self) -> dict[str, str]:
     """A digest of the windows of each text, by option, to notice that a text has changed before a resume."""
@@ -82,17 +83,18 @@ def load(options: RunOptions, source: Source, loader: Loader, whole: Loader) -> 
 
   whole: the loader of the source before its vocabulary was trimmed; used if it was.
   """
-  budget = budget_of(options, source.config, source.dtype, original(source).config)
+  narrowed = narrowed_config(source.config, options.prune.hidden)
+  budget = budget_of(options, narrowed, source.dtype, original(source).config)
   if isinstance(source, TrimmedSource):
-    check_size(options, source.config, budget)
+    check_size(options, narrowed, budget)
   check_tokenizer(options.export, loader.tokenizer)
   calibration = options.prune.calibration
   blocks = loader.calibration()
   blocks.draw(calibration.samples, options.seed, 0)  # raises if there are too few rows
   train = loader.train_set() if options.train.tokens else None
   dtype = compute_dtype(options.model.dtype)
-  model = DenseModel(source, options.prune.compensate == 'bias')
+  model = DenseModel(source, options.prune.compensate == 'bias', options.prune.hidden)
   untrimmed = None
   if isinstance(source, TrimmedSource):
-    untrimmed = Untrimmed(source.original, whole.tokenizer, whole.evaluation())
+    untrimmed = WholeModel(source.original, whole.tokenizer, whole.evaluation())
   return Inputs(model, loader.tokenizer, blocks, train, loader.evaluation(), dtype, budget, untrimmed)

@@ -91,14 +91,20 @@ class Quality:
     elif of == 'dense' and (whole := self._inputs.untrimmed):
       params = load_source(whole.source, self._inputs.dtype)
       found = self._measure(self._evaluators_of(whole.evaluate), whole.source.config, params, of)
+    elif of in BEFORE:
+      found = self._measure(self._evaluators, *self._unpruned(config, params), of)
     else:
-      title = of if of in BEFORE else f'stage {stage} {of}'
-      found = self._measure(self._evaluators, config, params, title)
+      found = self._measure(self._evaluators, config, params, f'stage {stage} {of}')
     if of in BEFORE:
       known[key] = found
     for name, value in found.items():
       self._metrics.write('evaluate', of=of, stage=stage, step=step, text=name, perplexity=value)
     return found
+
+  def _unpruned(self, config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The model before it is narrowed; the given one, with which the run begins, if it is not."""
+    model = self._inputs.model
+    return (model.whole, model.load_params(self._inputs.dtype)) if model.hidden else (config, params)
 
   def _measure(
     self, evaluators: dict[str, Evaluator], config: ModelConfig, params: Params, title: str
@@ -134,7 +140,7 @@ class Quality:
 
   def _reference(self) -> DenseReference:
     """What the dense model, which is read again, says on each text."""
-    dense, config = self._inputs.model.load_params(self._inputs.dtype), self._inputs.config
+    dense, config = self._inputs.model.load_params(self._inputs.dtype), self._inputs.model.whole
     texts = {
       name: evaluator.reference(config, dense, self._title('divergence: dense', name))
       for name, evaluator in self._evaluators.items()
@@ -156,6 +162,8 @@ class Quality:
       if of == 'dense' and (whole := self._inputs.untrimmed):
         source, tokenizer, config = whole.source, whole.tokenizer, whole.source.config
         params = load_source(source, self._inputs.dtype)
+      elif of in BEFORE:
+        config, params = self._unpruned(config, params)
       args = config, params, tokenizer, source.generation
       scores = evaluate_tasks(options, *args, title=f'{of}: tasks', **self._common)
     if of in BEFORE:

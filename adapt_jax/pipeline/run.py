@@ -141,6 +141,8 @@ class Run:
       'texts': {name: {'pruned': value} for name, value in perplexity.items()},
       'seconds': time.monotonic() - start,
     }
+    if self.options.prune.hidden:
+      row['hidden_size'] = self._inputs.config.hidden_size
     if budget.kind != 'params':
       row['cost'] = budget.number(state.compacted.cost(budget))
     state.open_stage(row, self._pruning.next_schedule(state))

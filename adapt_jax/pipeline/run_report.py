@@ -6,10 +6,12 @@ from typing import TypeVar
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.models.config import count_params
+from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState
 from adapt_jax.pruning.budget import Budget
+from adapt_jax.pruning.narrow import narrowed_config
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.reports.report import (
   BudgetReport,
@@ -35,7 +37,7 @@ def run_report(
 
   definitions: the definition of perplexity on each text, in words.
   """
-  config, whole = model.source.config, model.original.config
+  config, whole = narrowed_config(model.source.config, model.hidden), model.original.config
   dense, rows = count_params(whole), [*state.rows]
   schedule = Schedule.of(options, budget)
   if state.row is not None:
@@ -57,10 +59,13 @@ def run_report(
   }
   if budget.kind == 'params':
     described['params_target'] = schedule.targets[-1]
-  if whole != config:
+  if model.hidden:
+    described['hidden_size'] = whole.hidden_size
+  trimmed = whole.vocab_size != config.vocab_size
+  if trimmed:
     perplexity['trimmed'] = first(state.trimmed)
     described |= {
-      'params_trimmed': count_params(config),
+      'params_trimmed': count_params(model.source.config),
       'vocab_size': whole.vocab_size,
       'vocab_trimmed': config.vocab_size,
     }
@@ -71,8 +76,8 @@ def run_report(
     'asked': budget.number(schedule.targets[-1]),
     'reached': last.get('cost', last['params']),
   }
-  if whole != config and budget.kind != 'params':
-    limited['trimmed'] = budget.number(budget.start)
+  if trimmed and budget.kind != 'params':
+    limited['trimmed'] = budget.number(budget_of(options, model.source.config, model.source.dtype).start)
   return {
     'model': described,
     'perplexity': perplexity,

@@ -22,7 +22,9 @@ from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState, array_shapes
 from adapt_jax.pruning import surgery
+from adapt_jax.pruning.narrow import narrow
 from adapt_jax.pruning.plan import PrunePlan, PruneState
+from adapt_jax.pruning.programs import micro_batch
 from adapt_jax.pruning.pruner import Pruner, StepRecord
 from adapt_jax.pruning.score_memo import ScoreMemo
 from adapt_jax.training.loop import Trained, run_steps
@@ -37,7 +39,7 @@ class Pruning:
   Args:
     options, inputs, schedule: those of the run.
     optimizer: the optimizer of training; None if the run only prunes.
-    compiler: counts compiles as `scoring` and `compensation`.
+    compiler: counts compiles as `narrowing`, `scoring` and `compensation`.
     memo: cache of scores, shared with other runs on the same model.
   """
 
@@ -52,6 +54,7 @@ class Pruning:
     memo: ScoreMemo | None,
   ):
     self._options, self._inputs, self._schedule, self._optimizer = options, inputs, schedule, optimizer
+    self._compiler = compiler
     self._pruner = Pruner(
       inputs.config,
       options.prune,
@@ -59,14 +62,31 @@ class Pruning:
       seed=options.seed,
       compiler=compiler,
       dtype=inputs.dtype,
-      memo=memo,
+      # Its keys do not tell narrowed weights apart.
+      memo=None if options.prune.hidden else memo,
       budget=inputs.budget,
     )
 
   def start(self) -> TrainState:
-    """The dense parameters, fp32 if they are trained; moments are created for the first, smaller model."""
+    """The dense parameters, narrowed by prune.hidden; fp32 if they are trained.
+
+    Moments are created for the first, smaller model.
+    """
     dtype = jnp.float32 if self._optimizer else None  # None: each tensor's own
-    return {'params': self._inputs.model.load_params(dtype)}
+    model = self._inputs.model
+    params = model.load_params(dtype)
+    if not model.hidden:
+      return {'params': params}
+    narrowed = narrow(
+      model.whole,
+      params,
+      self._pruner.tokens(0),
+      model.hidden,
+      micro_batch=micro_batch(self._options.prune.calibration),
+      dtype=self._inputs.dtype,
+      compiler=self._compiler,
+    )
+    return {'params': narrowed}
 
   def shapes(self, plan: PrunePlan) -> Any:
     """Shapes, dtypes and shardings of the run's arrays at the plan's widths."""
@@ -78,7 +98,9 @@ class Pruning:
     if state.pruning.plan.cost(self._inputs.budget) <= target:
       return
     stacked = self._pruner.stack(state.params, state.compacted)
-    if stage == 1:  # not trained yet: read again below, so that scoring holds only one copy
+    # Not trained yet: read again below, so that scoring holds only one copy. Narrowing again takes too long.
+    again = stage == 1 and not self._inputs.model.hidden
+    if again:
       state.release_params()
     title = f'stage {stage} prune'
     taken = self._pruner.prune(stacked, state.compacted, state.pruning, target, title)
@@ -86,7 +108,7 @@ class Pruning:
     for pruning, record in taken:
       state.take_step(pruning)
       yield record
-    if stage == 1:
+    if again:
       state.hold(self.start())
 
   def finish(self, stage: int, state: RunState) -> None:

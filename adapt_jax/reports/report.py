@@ -28,6 +28,7 @@ class ModelReport(TypedDict, total=False):
 
   license: the fields of a model card that name it.
   vocab_size, vocab_trimmed, params_trimmed: token ids before and after prune.vocab, and parameters after it.
+  hidden_size: before prune.hidden; that after it is in the stages.
   """
 
   source: Required[str]
@@ -38,6 +39,7 @@ class ModelReport(TypedDict, total=False):
   params_trimmed: int
   vocab_size: int
   vocab_trimmed: int
+  hidden_size: int
   num_heads: list[int]
   num_kv_heads: list[int]
   ffn: list[int]

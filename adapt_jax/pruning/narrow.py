@@ -1,0 +1,328 @@
+"""Narrows the residual stream of a whole model: fewer numbers in every layer, and still a plain model.
+
+A norm whose gains are folded into the projections after it commutes with a rotation (SliceGPT: Ashkboos et
+al., arXiv 2401.15024). SliceGPT rotates each block by itself, which needs a matrix in every shortcut. Here
+all layers have one basis Q [D, d]: the principal components of the normed stream before every block and, L
+times as heavy, after the last. So the result has the same modules as before, and loads wherever they do.
+
+    embed' = embed Q        norm' = 1        q' = q γ √(D/d) Q, and so k, v, gate, up        o' = Qᵀ o, down'
+
+√(D/d) and the new epsilon ε D/d make the norm of the d numbers divide by the root mean square of D. A tied
+table cannot take the final gains γ. There norm' is the diagonal of √(D/d) Qᵀ γ Q, and an eighth of the
+columns of Q are axes of the old stream: those where γ differs most from its median, times the size of the
+stream there. Without them, SmolLM2's few extreme gains ruin the model.
+
+Then the weights are fitted, layer by layer on the calibration rows, to the dense model's stream, by ridge
+regression that draws them to the values above: what reads the stream, to the dense normed stream; what
+writes to it, half to the dense block's output and half to the difference of both streams after it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adapt_jax.machine import mesh
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.processes import say
+from adapt_jax.machine.progress import phase
+from adapt_jax.models.config import LayerShape, ModelConfig
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import llama
+from adapt_jax.models.network.backend import loop_options
+from adapt_jax.models.network.layers import rms_norm
+from adapt_jax.models.network.llama import Params
+from adapt_jax.models.network.positions import Positions
+from adapt_jax.models.network.sharding import constrain, constrain_params
+from adapt_jax.pruning import algebra, surgery
+from adapt_jax.pruning.plan import PrunePlan
+from adapt_jax.pruning.scorer import Scorer
+
+# Of what reads the stream and of what writes to it: λ as a share of the mean of Σ x². Share of the streams'
+# difference in the target. One in `_AXES` columns is an old axis, with tied tables.
+_READ_RIDGE, _WRITE_RIDGE, _PULL, _AXES = 0.1, 0.2, 0.5, 8
+
+# Block -> its norm, the weights that read the stream and those that write to it.
+_BLOCKS = {
+  'attention': ('attention_norm', ('q', 'k', 'v'), ('o', 'o_bias')),
+  'mlp': ('mlp_norm', ('gate', 'up'), ('down', 'down_bias')),
+}
+# The residual streams of the dense model [M, B, T, D] and of the narrowed one [M, B, T, d].
+Streams = tuple[jax.Array, jax.Array]
+
+
+def check(config: ModelConfig, width: int, field: str) -> None:
+  """Raises InputError, naming `field`, for a model that cannot be narrowed and for a width out of range."""
+  if not config.traits.pre_norm or config.traits.post_norm:
+    raise InputError(
+      f'{field} = {width} is not for {config.family} models, which norm the outputs of their blocks: their '
+      f'stream cannot be rotated; leave it out'
+    )
+  if not 0 < width < config.hidden_size:
+    raise InputError(f'{field} = {width} must be from 1 to {config.hidden_size - 1}, below the hidden size')
+
+
+def narrowed_config(config: ModelConfig, width: int) -> ModelConfig:
+  """The config of the model with a residual stream of `width` numbers; 0 leaves it as it is."""
+  if not width:
+    return config
+  eps = config.rms_norm_eps * config.hidden_size / width
+  return dataclasses.replace(config, hidden_size=width, rms_norm_eps=eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrower:
+  """The program `narrower(stacked, tokens)`: the parameters of the narrowed model, still stacked, in fp32.
+
+  Args:
+    config: the dense model. width: d, below its hidden size.
+    micro_batch: rows that a layer processes at once; must divide the number of rows.
+    dtype: dtype of activations.
+  """
+
+  config: ModelConfig
+  width: int
+  micro_batch: int
+  dtype: Any = jnp.float32
+
+  @property
+  def small(self) -> ModelConfig:
+    """The narrowed model."""
+    return narrowed_config(self.config, self.width)
+
+  @property
+  def _scale(self) -> float:
+    return float((self.config.hidden_size / self.width) ** 0.5)
+
+  @property
+  def _shape(self) -> LayerShape:
+    return Scorer(self.config).shape
+
+  def __call__(self, stacked: Params, tokens_ST: jax.Array) -> Params:
+    """stacked: from `surgery.stack`. tokens_ST: the calibration rows."""
+    tokens_MBT = constrain(tokens_ST.reshape(-1, self.micro_batch, tokens_ST.shape[1]), '.B.')
+    tables = llama.rope(self.config, tokens_ST.shape[1])
+    x_MBTD = self._embed(self.config, stacked, tokens_MBT)
+    indexed = jnp.arange(self.config.num_layers), stacked['layers']
+
+    def measure(
+      streams: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, Params]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+      return self._through(*streams, xs[1], tables.of(xs[0])), None
+
+    D = self.config.hidden_size
+    (last_MBTD, moment_DD), _ = jax.lax.scan(measure, (x_MBTD, jnp.zeros((D, D))), indexed)
+    final_DD = self._moment(last_MBTD)
+    basis_Dd = self._basis(stacked, moment_DD, final_DD)
+
+    out = self._outside(stacked, basis_Dd)
+    y_MBTd = self._embed(self.small, out, tokens_MBT)
+
+    def fit(streams: Streams, xs: tuple[jax.Array, Params]) -> tuple[Streams, Params]:
+      return self._fitted(xs[1], basis_Dd, streams, tables.of(xs[0]))
+
+    streams, layers = jax.lax.scan(fit, (x_MBTD, y_MBTd), indexed)
+    if 'lm_head' in stacked:
+      gains = stacked['norm'].astype(jnp.float32)
+      out['lm_head'] = _read(stacked['lm_head'], gains, self._reader(streams, basis_Dd))
+    return constrain_params(out | {'layers': layers})
+
+  def _embed(self, config: ModelConfig, params: Params, tokens_MBT: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda tokens_BT: llama.embed(config, params, tokens_BT, self.dtype), tokens_MBT)
+
+  # -- the basis ------------------------------------------------------------------------------------
+
+  def _through(
+    self, x_MBTD: jax.Array, moment_DD: jax.Array, layer: Params, positions: Positions
+  ) -> tuple[jax.Array, jax.Array]:
+    """The dense stream after a layer, and the moment with that of the inputs of its two blocks."""
+
+    def micro(total_DD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+      between_BTD = llama.attend(self.config, self._shape, layer, x_BTD, positions)[0]
+      after_BTD = llama.feed(self.config, self._shape, layer, between_BTD)[0]
+      return total_DD + sum(algebra.second_moment(self._normed(x)) for x in (x_BTD, between_BTD)), after_BTD
+
+    moment_DD, x_MBTD = jax.lax.scan(micro, moment_DD, x_MBTD)
+    return x_MBTD, constrain(moment_DD, '..')
+
+  def _moment(self, x_MBTD: jax.Array) -> jax.Array:
+    def micro(total_DD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, None]:
+      return total_DD + algebra.second_moment(self._normed(x_BTD)), None
+
+    D = self.config.hidden_size
+    return constrain(jax.lax.scan(micro, jnp.zeros((D, D)), x_MBTD)[0], '..')
+
+  def _normed(self, x_BTd: jax.Array) -> jax.Array:
+    """The stream of either model, normed without gains, [B·T, D or d]."""
+    width = x_BTd.shape[-1]
+    eps = narrowed_config(self.config, width).rms_norm_eps
+    return rms_norm(x_BTd.astype(jnp.float32), jnp.ones(width), eps).reshape(-1, width)
+
+  def _basis(self, stacked: Params, moment_DD: jax.Array, final_DD: jax.Array) -> jax.Array:
+    """Q: orthonormal columns [D, d]."""
+    D, d = self.config.hidden_size, self.width
+    total_DD = moment_DD + self.config.num_layers * final_DD
+    axes = d // _AXES if self.config.tie_embeddings else 0
+    gains_D = stacked['norm'].astype(jnp.float32)
+    order_D = jnp.argsort(-jnp.abs(gains_D - jnp.median(gains_D)) * jnp.sqrt(jnp.diagonal(final_DD)))
+    kept, rest = order_D[:axes], jnp.sort(order_D[axes:])
+    vectors = jnp.linalg.eigh(total_DD[rest][:, rest])[1][:, ::-1][:, : d - axes]
+    basis_Dd = jnp.zeros((D, d)).at[kept, jnp.arange(axes)].set(1.0)
+    return basis_Dd.at[rest[:, None], axes + jnp.arange(d - axes)].set(vectors)
+
+  # -- the weights ----------------------------------------------------------------------------------
+
+  def _outside(self, stacked: Params, basis_Dd: jax.Array) -> Params:
+    """Embedding and final norm."""
+    out: Params = {'embed': _read(stacked['embed'], 1.0, basis_Dd), 'norm': jnp.ones(self.width)}
+    if 'lm_head' not in stacked:
+      gains = stacked['norm'].astype(jnp.float32)
+      out['norm'] = self._scale * jnp.sum(jnp.square(basis_Dd) * gains[:, None], 0)
+    return out
+
+  def _reader(self, streams: Streams, basis_Dd: jax.Array) -> jax.Array:
+    """The matrix [D, d] that takes the narrowed model's normed stream to the dense one's."""
+    D, d = basis_Dd.shape
+
+    def micro(sums: Streams, xs: Streams) -> tuple[Streams, None]:
+      dense_TD, own_Td = self._normed(xs[0]), self._normed(xs[1])
+      with algebra.exact():
+        new = algebra.second_moment(own_Td), dense_TD.T @ own_Td
+      return (sums[0] + new[0], sums[1] + new[1]), None
+
+    (own_dd, both_Dd), _ = jax.lax.scan(micro, (jnp.zeros((d, d)), jnp.zeros((D, d))), streams)
+    ridge = _READ_RIDGE * jnp.trace(own_dd) / d
+    right_Dd = both_Dd + ridge * self._scale * basis_Dd
+    return algebra.solve(own_dd + ridge * jnp.eye(d), right_Dd.T).T
+
+  def _fitted(
+    self, layer: Params, basis_Dd: jax.Array, streams: Streams, positions: Positions
+  ) -> tuple[Streams, Params]:
+    """Both streams after a layer, and the layer of the narrowed model."""
+    fitted = dict(layer)
+    for norm, *_ in _BLOCKS.values():
+      fitted[norm] = jnp.ones(self.width)
+    for block, (norm, reads, writes) in _BLOCKS.items():
+      reader_Dd, inner = self._reader(streams, basis_Dd), dict(layer[block])
+      for name in reads:
+        inner[name] = _read(inner[name], layer[norm].astype(jnp.float32), reader_Dd)
+      for name in writes:
+        if name in inner:
+          with algebra.exact():
+            inner[name] = jnp.tensordot(basis_Dd.T, inner[name].astype(jnp.float32), 1)
+      fitted[block] = constrain_params(inner)
+      at = (positions,) if block == 'attention' else ()
+      streams, change = self._written(block, layer, fitted, basis_Dd, streams, *at)
+      output = writes[0]
+      fitted[block] = inner | {output: inner[output] + change.reshape(inner[output].shape)}
+    return streams, constrain_params(jax.tree.map(lambda x: x.astype(jnp.float32), fitted))
+
+  def _written(
+    self,
+    block: str,
+    layer: Params,
+    fitted: Params,
+    basis_Dd: jax.Array,
+    streams: Streams,
+    *positions: Positions,
+  ) -> tuple[Streams, jax.Array]:
+    """Both streams after a block, and the change [d, C] of the weight that writes its output."""
+    d, small, shape = self.width, self.small, self._shape
+    C = fitted[block][_BLOCKS[block][2][0]].size // d
+
+    def run(x_BTD: jax.Array, y_BTd: jax.Array) -> tuple[jax.Array, ...]:
+      dense_BTD, _ = llama.output(block, self.config, shape, layer, x_BTD, *positions)
+      own_BTd, inputs_TC = llama.output(block, small, shape, fitted, y_BTd, *positions)
+      return dense_BTD, own_BTd, inputs_TC.astype(jnp.float32)
+
+    def measure(sums: Streams, xs: Streams) -> tuple[Streams, None]:
+      dense_BTD, own_BTd, inputs_TC = run(*xs)
+      after_BTD = llama.add(block, self.config, shape, layer, xs[0], dense_BTD)
+      with algebra.exact():
+        dense_Td, after_Td = (_flat(x) @ basis_Dd for x in (dense_BTD, after_BTD))
+        pull_Td = (after_Td - _flat(xs[1])) / small.residual_scale
+        missing_Td = (1 - _PULL) * dense_Td + _PULL * pull_Td - _flat(own_BTd)
+        new = algebra.second_moment(inputs_TC), missing_Td.T @ inputs_TC
+      return (sums[0] + new[0], sums[1] + new[1]), None
+
+    (inputs_CC, products_dC), _ = jax.lax.scan(measure, (jnp.zeros((C, C)), jnp.zeros((d, C))), streams)
+    change_dC = algebra.solve(algebra.damped(inputs_CC, _WRITE_RIDGE), products_dC.T).T
+
+    def advance(xs: Streams) -> Streams:
+      dense_BTD, own_BTd, inputs_TC = run(*xs)
+      with algebra.exact():
+        more_Td = inputs_TC @ change_dC.T
+      own_BTd += more_Td.astype(own_BTd.dtype).reshape(own_BTd.shape)
+      return (
+        llama.add(block, self.config, shape, layer, xs[0], dense_BTD),
+        llama.add(block, small, shape, fitted, xs[1], own_BTd),
+      )
+
+    return jax.lax.map(advance, streams), change_dC
+
+
+def _read(weight: jax.Array, gains: Any, reader_Dd: jax.Array) -> jax.Array:
+  """A weight that reads the stream: [..., D] times the gains and a matrix, in fp32."""
+  with algebra.exact():
+    return jnp.tensordot(weight.astype(jnp.float32) * gains, reader_Dd, 1)
+
+
+def _flat(x_BTd: jax.Array) -> jax.Array:
+  return x_BTd.astype(jnp.float32).reshape(-1, x_BTd.shape[-1])
+
+
+def unstacked(config: ModelConfig, stacked: Params, like: Params) -> Params:
+  """The parameters of `config` from stacked ones, each in the dtype of its leaf in `like`."""
+
+  def layer(i: int, shape: LayerShape) -> Params:
+    own = jax.tree.map(lambda x: x[i], stacked['layers'])
+    widths = {'attention': shape.num_kv_heads, 'mlp': shape.ffn}
+    return surgery.map_groups(
+      lambda x, axis, block: jax.lax.slice_in_dim(x, 0, widths[block], axis=axis), own
+    )
+
+  whole = stacked | {'layers': [layer(i, shape) for i, shape in enumerate(config.layers)]}
+  return jax.tree.map(lambda x, kept: x.astype(kept.dtype), whole, like)
+
+
+def narrow(
+  config: ModelConfig,
+  params: Params,
+  tokens_ST: jax.Array,
+  width: int,
+  *,
+  micro_batch: int,
+  dtype: Any,
+  compiler: Compiler,
+) -> Params:
+  """The parameters of `narrowed_config(config, width)`, each in its original dtype.
+
+  Args:
+    params: those of the dense model, placed on the mesh if there is one.
+    tokens_ST: the calibration rows. micro_batch, dtype: as for `Narrower`.
+    compiler: counts the compile as `narrowing`.
+
+  Raises InputError if the result is not finite.
+  """
+  program, plan = Narrower(config, width, micro_batch, dtype), PrunePlan.dense(config)
+
+  def stack(params: Params) -> Params:
+    return surgery.stack(params, plan, dtype)
+
+  def unstack(stacked: Params) -> Params:
+    return unstacked(config, stacked, params)
+
+  stacked = mesh.jit(stack, params, once=True)(params)
+  run = compiler('narrowing', program, stacked, tokens_ST, xla_options=loop_options())
+  say(f'narrowing the residual stream from {config.hidden_size} to {width} on {tokens_ST.size:,} tokens')
+  with phase('narrowing'):
+    narrowed = jax.block_until_ready(run(stacked, tokens_ST))
+    del stacked
+    small: Params = mesh.jit(unstack, narrowed, once=True)(narrowed)
+  if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(small)):
+    raise InputError(
+      f'config.prune.hidden = {width} gives weights that are not finite: check the model, the calibration '
+      f'text and config.model.dtype'
+    )
+  return small
