@@ -15,7 +15,7 @@ import importlib
 from typing import Any
 
 __all__ = (
-  'InputError', 'Model', 'generate', 'load', 'perplexity', 'prune', 'recover', 'rows', 'save',
+  'InputError', 'Model', 'generate', 'load', 'narrow', 'perplexity', 'prune', 'recover', 'rows', 'save',
   'trim_vocabulary',
 )  # fmt: skip
 

@@ -6,7 +6,6 @@ a subclass of ValueError.
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,23 +15,18 @@ import numpy as np
 
 from adapt_jax import api_arguments as arguments
 from adapt_jax.api_arguments import Text, as_library
-from adapt_jax.config.build import from_dict
+from adapt_jax.api_model import TRIMMED, Model, load, save
 from adapt_jax.config.options import RunOptions
-from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.used_ids import used_ids
 from adapt_jax.data.windows import POOL_TOKENS, Blocks, read_for, spread
 from adapt_jax.evaluation.perplexity import Evaluator
-from adapt_jax.export.push import check_hub
-from adapt_jax.export.push import push as upload
-from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, lineage, written_dtype
 from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import Sampling, stop_ids
 from adapt_jax.machine import mesh, processes
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.formats.trimmed_source import ids_with_rows, trimmed_generation
 from adapt_jax.models.formats.trimmed_tokenizer import needed_ids, trim_tokenizer
 from adapt_jax.models.network.backend import compute_dtype
@@ -42,68 +36,19 @@ from adapt_jax.pipeline.schedule import target_cost
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.criteria import Importance
 from adapt_jax.pruning.methods.base import Method
+from adapt_jax.pruning.narrow import check as check_width
+from adapt_jax.pruning.narrow import narrow as narrow_params
+from adapt_jax.pruning.narrow import narrowed_config
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner
-from adapt_jax.reports.report import RunReport
 from adapt_jax.training.loop import run_steps
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import Teacher, batch_shapes, make_step
 
-_TRIMMED = ('vocab_size', 'vocab_trimmed', 'params_trimmed')  # fields of a report's model
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Model:
-  """A decoder: parameters as a plain pytree (`adapt_jax.models.network.llama`), and their description.
-
-  dtype: dtype of the original checkpoint, also used by `save`. generation: fields of generation_config.json.
-  dense: number of parameters before pruning; 0 if the model was not pruned. license: fields of a model card.
-  trimmed: vocab_size, vocab_trimmed and params_trimmed of report.json, if the vocabulary was trimmed.
-  """
-
-  config: ModelConfig
-  params: Params
-  tokenizer: Any = None
-  name: str = 'model'
-  dtype: str = 'float32'
-  generation: dict[str, Any] = dataclasses.field(default_factory=dict)
-  dense: int = 0
-  license: dict[str, str] = dataclasses.field(default_factory=dict)
-  trimmed: dict[str, int] = dataclasses.field(default_factory=dict)
-
-  @property
-  def num_params(self) -> int:
-    """Stored parameters; a tied embedding counts once."""
-    return count_params(self.config)
-
-  def __repr__(self) -> str:
-    layers = f'{self.config.num_layers} layers of width {self.config.hidden_size}'
-    return f'Model({self.name!r}, {self.num_params:,} parameters, {layers}, {self.config.family})'
-
-
-@as_library
-def load(
-  source: str | os.PathLike[str], dtype: Any = None, *, chat_template: str = '', progress: bool = False
-) -> Model:
-  """A model from a hub id, a Hugging Face directory, a .gguf file or the workdir of a run.
-
-  `dtype` None keeps each tensor's own; GGUF files, whose weights may be quantised, are read as float32.
-  chat_template: empty for the tokenizer's own; plain, paper or a Jinja file. Raises InputError for what
-  cannot be read or is not supported.
-  """
-  if not isinstance(source, (str, os.PathLike)):
-    raise InputError(f'source is a {type(source).__name__}: give a hub id, a directory or a file')
-  wanted = None if dtype is None else arguments.dtype(dtype)
-  found = open_source(os.fspath(source))
-  tokenizer = with_template(found.load_tokenizer(), chat_template)
-  mesh.check_model(found.config)
-  with processes.silent(not progress):
-    params = mesh.load_source(found, wanted)
-  model = Model(found.config, params, tokenizer, found.name, found.dtype, found.generation)
-  origin: Any = (lineage(found) or {'model': {'source': found.name}})['model']
-  license, trimmed = origin.get('license', found.license), {k: origin[k] for k in _TRIMMED if k in origin}
-  known = {'name': origin['source'], 'dense': origin.get('params_before', 0)}
-  return dataclasses.replace(model, **known, license=license, trimmed=trimmed)
+__all__ = (
+  'InputError', 'Model', 'generate', 'load', 'narrow', 'perplexity', 'prune', 'recover', 'rows', 'save',
+  'trim_vocabulary',
+)  # fmt: skip
 
 
 @as_library
@@ -170,8 +115,39 @@ def trim_vocabulary(
     tokenizer=trim_tokenizer(model.tokenizer, ids),
     generation=trimmed_generation(model.generation, ids),
     dense=model.dense or model.num_params,
-    trimmed=dict(zip(_TRIMMED, (model.config.vocab_size, len(kept), count_params(config)), strict=True)),
+    trimmed=dict(zip(TRIMMED, (model.config.vocab_size, len(kept), count_params(config)), strict=True)),
   )
+
+
+@as_library
+def narrow(
+  model: Model, rows: np.ndarray | jax.Array, *, hidden_size: int, batch: int = 8, progress: bool = False
+) -> Model:
+  """The model with a smaller hidden size, the same in all layers (docs/methods.md). `model` stays as it is.
+
+  Args:
+    rows: token ids [S, T] of the kinds of text that the model should stay good at.
+    hidden_size: of the result, below that of the model.
+    batch: rows that a layer processes at once on each device.
+
+  `prune` can follow. Raises InputError for a family whose stream cannot be rotated.
+  """
+  arguments.check_model(model.config)
+  check_width(model.config, hidden_size, 'hidden_size')
+  config = narrowed_config(model.config, hidden_size)
+  arguments.check_model(config)  # the mesh may split the hidden size
+  tokens = arguments.calibration_rows(rows, model.config)
+  with processes.silent(not progress):
+    params = narrow_params(
+      model.config,
+      model.params,
+      mesh.put_rows(np.arange(len(tokens)), lambda ids: (tokens[ids],))[0],
+      hidden_size,
+      micro_batch=mesh.rows_at_once(len(tokens), batch),
+      dtype=compute_dtype('auto'),
+      compiler=Compiler(),
+    )
+  return dataclasses.replace(model, config=config, params=params, dense=model.dense or model.num_params)
 
 
 @as_library
@@ -202,7 +178,7 @@ def prune(
   A model may be pruned again after `recover`. Raises InputError for wrong options and unreachable targets.
   """
   arguments.check_model(model.config)
-  tokens = arguments.token_ids(rows, model.config, 'rows')
+  tokens = arguments.calibration_rows(rows, model.config)
   named: dict[str, Any] = {'target': target, 'budget': budget, **options}
   named |= {'method': method} if isinstance(method, str) else {}
   named |= {'importance': importance} if isinstance(importance, str) and importance else {}
@@ -353,44 +329,3 @@ def generate(
     new = generator.generate(ids, max_new_tokens, sampling, stop, seed)
   texts = [model.tokenizer.decode(x, skip_special_tokens=True) for x in new]
   return texts[0] if isinstance(prompt, str) else texts
-
-
-@as_library
-def save(
-  model: Model,
-  directory: str | os.PathLike[str],
-  *,
-  formats: str | Sequence[str] = ('hf',),
-  dtype: str = 'auto',
-  gguf_types: str | Sequence[str] = ('auto',),
-  push: str = '',
-  progress: bool = False,
-) -> dict[str, dict[str, Any]]:
-  """Writes directory/FORMAT for each format, reads it back and compares it; returns facts about each.
-
-  formats: hf (transformers, vLLM, MLX-LM), hf_padded, gguf (llama.cpp). dtype auto: `model.dtype`. A
-  directory is complete or absent, and replaces an older one; `load(directory)` reads its hf/. push: hub
-  repository org/name to upload them to afterwards, as `export.push`. Raises InputError for a format that
-  cannot represent the model, and if the hub refuses the upload.
-  """
-  target = arguments.directory(directory)
-  asked = {'formats': formats, 'dtype': dtype, 'gguf_types': gguf_types, 'push': push}
-  options = from_dict({'export': asked}).export
-  check_formats(options, model.config)
-  check_tokenizer(options, model.tokenizer)
-  check_hub(options)
-  described: Any = {'source': model.name, 'license': model.license, **model.trimmed}
-  described['params_before'] = model.dense or model.num_params
-  report: RunReport = {'model': described}
-  writer = Writer(
-    options,
-    target,
-    tokenizer=model.tokenizer,
-    dtype=written_dtype(options, model.dtype, trained=True),
-    generation=model.generation,
-    report=report,
-  )
-  with processes.silent(not progress):
-    written = writer.write(model.config, model.params)
-    upload(options, target, again='call save again')
-  return written

@@ -49,6 +49,7 @@ _OF_COMMAND = {
   'samples': 'it is an argument of rows()',
   'length': 'it is an argument of rows()',
   'vocab': 'call trim_vocabulary first',
+  'hidden': 'call narrow first',
 }
 _NOT_IN_RECOVER = {
   'source': 'it is the argument text',
@@ -115,8 +116,14 @@ def prune_options(named: dict[str, Any], tokens: np.ndarray, config: ModelConfig
   if options.prune.method == slicegpt.METHOD:
     raise InputError(f'method = {slicegpt.METHOD!r} is for the CLI only: choose another')
   serving_widths.check_model(options.prune.serve, config)
-  _check_rows('rows', len(tokens))
   return options.prune
+
+
+def calibration_rows(rows: Any, config: ModelConfig) -> np.ndarray:
+  """Token ids [S, T] of calibration rows, which the devices of the mesh can split."""
+  tokens = token_ids(rows, config, 'rows')
+  _check_rows('rows', len(tokens))
+  return tokens
 
 
 def _check_rows(name: str, count: int) -> None:

@@ -223,7 +223,13 @@ class Run:
 
   def _record_cost(self, state: RunState) -> None:
     seconds, compiles = self._before
-    names = ['scoring', 'compensation', 'training', 'evaluation']
+    names = [
+      *(['narrowing'] if self.options.prune.hidden else []),
+      'scoring',
+      'compensation',
+      'training',
+      'evaluation',
+    ]
     names += ['divergence', *(['prefill', 'decode'] if self._export else [])] if self._inputs.evaluate else []
     names += ['teacher'] if self._trains and self.options.train.distill.kept_ids else []
     names += self._harness('harness', 'prefill', 'decode')

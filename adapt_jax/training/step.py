@@ -73,7 +73,7 @@ def make_step(
     params, head_VD = teacher
     y_BTD = llama.hidden_states(teacher_config, params, tokens_BT, segments=segments_BT, dtype=dtype)
     of_chunk = distillation(alpha, temperature, head_VD, teacher_config.logit_cap)
-    return capped(of_chunk, config.logit_cap), (*extras, y_BTD.reshape(x_TD.shape))
+    return capped(of_chunk, config.logit_cap), (*extras, y_BTD.reshape(len(x_TD), -1))
 
   def gradients(params: Params, rows: Rows, teacher: Params | None) -> tuple[jax.Array, Params]:
     scale = 1 / jnp.maximum(shift(*rows[:2])[1].sum(), 1)

@@ -32,7 +32,7 @@ NO_JAX = (
 )
 CLI = ('adapt_jax/cli.py', 'adapt_jax/cli_help.py')
 # Nothing imports them but main.py, each other and, at its first use, the package.
-TOP = (*CLI, 'adapt_jax/api.py', 'adapt_jax/api_arguments.py')
+TOP = (*CLI, 'adapt_jax/api.py', 'adapt_jax/api_arguments.py', 'adapt_jax/api_model.py')
 TOKENIZER_FILES = tuple(
   f'models/formats/{name}.py' for name in ('source', 'gguf_tokenizer', 'trimmed_tokenizer')
 )

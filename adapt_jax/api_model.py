@@ -1,0 +1,117 @@
+"""The library's model: a `Model` in memory, read by `load` and written by `save`."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from adapt_jax import api_arguments as arguments
+from adapt_jax.api_arguments import as_library
+from adapt_jax.config.build import from_dict
+from adapt_jax.data.chat_templates import with_template
+from adapt_jax.export.push import check_hub
+from adapt_jax.export.push import push as upload
+from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, lineage, written_dtype
+from adapt_jax.machine import mesh, processes
+from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.network.llama import Params
+from adapt_jax.reports.report import RunReport
+
+TRIMMED = ('vocab_size', 'vocab_trimmed', 'params_trimmed')  # fields of a report's model
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A decoder: parameters as a plain pytree (`adapt_jax.models.network.llama`), and their description.
+
+  dtype: dtype of the original checkpoint, also used by `save`. generation: fields of generation_config.json.
+  dense: number of parameters before pruning; 0 if the model was not pruned. license: fields of a model card.
+  trimmed: vocab_size, vocab_trimmed and params_trimmed of report.json, if the vocabulary was trimmed.
+  """
+
+  config: ModelConfig
+  params: Params
+  tokenizer: Any = None
+  name: str = 'model'
+  dtype: str = 'float32'
+  generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+  dense: int = 0
+  license: dict[str, str] = dataclasses.field(default_factory=dict)
+  trimmed: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def num_params(self) -> int:
+    """Stored parameters; a tied embedding counts once."""
+    return count_params(self.config)
+
+  def __repr__(self) -> str:
+    layers = f'{self.config.num_layers} layers of width {self.config.hidden_size}'
+    return f'Model({self.name!r}, {self.num_params:,} parameters, {layers}, {self.config.family})'
+
+
+@as_library
+def load(
+  source: str | os.PathLike[str], dtype: Any = None, *, chat_template: str = '', progress: bool = False
+) -> Model:
+  """A model from a hub id, a Hugging Face directory, a .gguf file or the workdir of a run.
+
+  `dtype` None keeps each tensor's own; GGUF files, whose weights may be quantised, are read as float32.
+  chat_template: empty for the tokenizer's own; plain, paper or a Jinja file. Raises InputError for what
+  cannot be read or is not supported.
+  """
+  if not isinstance(source, (str, os.PathLike)):
+    raise InputError(f'source is a {type(source).__name__}: give a hub id, a directory or a file')
+  wanted = None if dtype is None else arguments.dtype(dtype)
+  found = open_source(os.fspath(source))
+  tokenizer = with_template(found.load_tokenizer(), chat_template)
+  mesh.check_model(found.config)
+  with processes.silent(not progress):
+    params = mesh.load_source(found, wanted)
+  model = Model(found.config, params, tokenizer, found.name, found.dtype, found.generation)
+  origin: Any = (lineage(found) or {'model': {'source': found.name}})['model']
+  license, trimmed = origin.get('license', found.license), {k: origin[k] for k in TRIMMED if k in origin}
+  known = {'name': origin['source'], 'dense': origin.get('params_before', 0)}
+  return dataclasses.replace(model, **known, license=license, trimmed=trimmed)
+
+
+@as_library
+def save(
+  model: Model,
+  directory: str | os.PathLike[str],
+  *,
+  formats: str | Sequence[str] = ('hf',),
+  dtype: str = 'auto',
+  gguf_types: str | Sequence[str] = ('auto',),
+  push: str = '',
+  progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+  """Writes directory/FORMAT for each format, reads it back and compares it; returns facts about each.
+
+  formats: hf (transformers, vLLM, MLX-LM), hf_padded, gguf (llama.cpp). dtype auto: `model.dtype`. A
+  directory is complete or absent, and replaces an older one; `load(directory)` reads its hf/. push: hub
+  repository org/name to upload them to afterwards, as `export.push`. Raises InputError for a format that
+  cannot represent the model, and if the hub refuses the upload.
+  """
+  target = arguments.directory(directory)
+  asked = {'formats': formats, 'dtype': dtype, 'gguf_types': gguf_types, 'push': push}
+  options = from_dict({'export': asked}).export
+  check_formats(options, model.config)
+  check_tokenizer(options, model.tokenizer)
+  check_hub(options)
+  described: Any = {'source': model.name, 'license': model.license, **model.trimmed}
+  described['params_before'] = model.dense or model.num_params
+  report: RunReport = {'model': described}
+  writer = Writer(
+    options,
+    target,
+    tokenizer=model.tokenizer,
+    dtype=written_dtype(options, model.dtype, trained=True),
+    generation=model.generation,
+    report=report,
+  )
+  with processes.silent(not progress):
+    written = writer.write(model.config, model.params)
+    upload(options, target, again='call save again')
+  return written
