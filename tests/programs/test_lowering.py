@@ -76,6 +76,11 @@ def test_pruning(method, compensate, model, lowered):
   assert expected <= lowered and lowered - {'compensation'}
 
 
+def test_narrowing(model, lowered):
+  aj.narrow(model, tokens_of(model.config), hidden_size=model.config.hidden_size - 8)
+  assert lowered == {'narrowing'}
+
+
 @pytest.mark.parametrize('distilled', [False, True])
 @pytest.mark.parametrize('micro_batch', [2, 4])
 def test_training(micro_batch, distilled, model, lowered):

@@ -23,7 +23,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import made_for
 from adapt_jax.models.network.sharding import placed, shardings
-from adapt_jax.pruning import surgery
+from adapt_jax.pruning import narrow, surgery
 from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.criteria import IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan
@@ -230,6 +230,25 @@ def test_compensation_is_that_of_one_device(kind, sizes):
   assert_close(changes, expected, rtol=1e-3)
   if kind == 'least_squares':
     assert share(changes['down']) * sizes[1] * sizes[2] == changes['down'].size
+
+
+@pytest.mark.parametrize('sizes', [(1, 2, 2), (1, 4, 1)])
+def test_narrowing_is_that_of_one_device(sizes):
+  """The signs of eigenvectors are free, so the functions are compared; the weights are split as others."""
+  config, params = make_model()
+  width, tokens = config.hidden_size - 8, tokens_of(config)
+  small = narrow.narrowed_config(config, width)
+  options = {'micro_batch': 8, 'dtype': jnp.float32, 'compiler': Compiler()}
+  alone = narrow.narrow(config, params, tokens, width, **options)
+  with set_mesh(*sizes):
+    found = narrow.narrow(
+      config, put(params), put_tokens(tokens), width, **options | {'compiler': Compiler()}
+    )
+    down = found['layers'][0]['mlp']['down']
+    assert share(down) * sizes[1] * sizes[2] == down.size
+    found = jax.device_get(found)
+  expected = llama.apply(small, alone, tokens)
+  np.testing.assert_allclose(llama.apply(small, found, tokens), expected, rtol=0, atol=2e-3)
 
 
 def test_perplexity_is_that_of_one_device():
