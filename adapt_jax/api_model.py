@@ -89,10 +89,10 @@ def save(
 ) -> dict[str, dict[str, Any]]:
   """Writes directory/FORMAT for each format, reads it back and compares it; returns facts about each.
 
-  formats: hf (transformers, vLLM, MLX-LM), hf_padded, gguf (llama.cpp). dtype auto: `model.dtype`. A
-  directory is complete or absent, and replaces an older one; `load(directory)` reads its hf/. push: hub
-  repository org/name to upload them to afterwards, as `export.push`. Raises InputError for a format that
-  cannot represent the model, and if the hub refuses the upload.
+  formats: hf (transformers, vLLM, MLX-LM), hf_padded, gguf (llama.cpp), gguf_padded, as `export.formats`.
+  dtype auto: `model.dtype`. A directory is complete or absent, and replaces an older one; `load(directory)`
+  reads its hf/. push: hub repository org/name to upload them to afterwards, as `export.push`. Raises
+  InputError for a format that cannot represent the model, and if the hub refuses the upload.
   """
   target = arguments.directory(directory)
   asked = {'formats': formats, 'dtype': dtype, 'gguf_types': gguf_types, 'push': push}

@@ -344,8 +344,9 @@ class ExportOptions:
   formats: tuple[str, ...] = option(
     ('hf',),
     'hf: transformers, vLLM, MLX-LM. hf_padded: layers padded with zeros to equal widths, for programs that '
-    'support only stock classes. gguf: llama.cpp.',
-    choices=('hf', 'hf_padded', 'gguf'),
+    'support only stock classes. gguf: llama.cpp. gguf_padded: llama.cpp, layers padded likewise, for builds '
+    'and families that need equal widths.',
+    choices=('hf', 'hf_padded', 'gguf', 'gguf_padded'),
     result=False,
   )
   dtype: str = option(
@@ -363,8 +364,8 @@ class ExportOptions:
   push: str = option(
     '',
     'Hub repository org/name to upload the formats to: hf to org/name, hf_padded to org/name-padded, gguf to '
-    'org/name-GGUF. Those that do not exist are created when the run starts, which needs a token that may '
-    'write (hf auth login, or HF_TOKEN).',
+    'org/name-GGUF, gguf_padded to org/name-padded-GGUF. Those that do not exist are created when the run '
+    'starts, which needs a token that may write (hf auth login, or HF_TOKEN).',
     result=False,
   )
 

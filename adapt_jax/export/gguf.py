@@ -42,9 +42,9 @@ _QUANTISED = ('Q8_0', 'Q4_0')
 _BLOCK = 32  # weights of a row that share a scale, in both types
 
 
-def check_gguf(config: ModelConfig) -> None:
-  """Raises InputError if llama.cpp has no architecture that computes this model."""
-  _architecture(config)
+def check_gguf(config: ModelConfig, form: str = 'gguf') -> None:
+  """Raises InputError, naming the format, if llama.cpp has no architecture that computes this model."""
+  _architecture(config, form)
 
 
 def write_gguf(
@@ -93,17 +93,17 @@ def write_gguf(
     raise InputError(f'{path}: cannot be written ({first_line(error)}): choose another place') from None
 
 
-def _architecture(config: ModelConfig) -> str:
+def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
   """The architecture of llama.cpp that computes this model."""
   if config.sliced_from:
     raise InputError(
-      "config.export.formats has 'gguf', but llama.cpp does not support SliceGPT: leave it out"
+      f'config.export.formats has {form!r}, but llama.cpp does not support SliceGPT: leave it out'
     )
   if not config.traits.gguf or any(shape.window for shape in config.layers):
     what = ' with sliding windows' if config.traits.gguf else ''
     raise InputError(
-      f"config.export.formats has 'gguf', but llama.cpp has no architecture for {config.family} models{what} "
-      f'whose layers differ: export as hf or hf_padded instead'
+      f'config.export.formats has {form!r}, but llama.cpp has no architecture for {config.family} '
+      f'models{what} whose layers differ: export as hf or hf_padded instead'
     )
   if config.qk_norm:
     refused = {
@@ -113,9 +113,10 @@ def _architecture(config: ModelConfig) -> str:
     }
     for what, found in refused.items():
       if found:
+        padded = ', or as gguf_padded' if what == 'widths that differ by layer' else ''
         raise InputError(
-          f'export.formats: a .gguf file cannot hold a {config.family} model with {what}: '
-          f'export it as hf or hf_padded instead of gguf'
+          f'config.export.formats has {form!r}, but a .gguf file cannot hold a {config.family} model with '
+          f'{what}: export it as hf or hf_padded{padded} instead'
         )
     return config.traits.gguf
   if not config.uniform:

@@ -1,17 +1,31 @@
-"""Pads every layer with zeros to the widest one, so that stock classes compute the same function."""
+"""Pads every layer with zeros to the widest one, for programs that need layers of equal widths."""
 
 import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 
-from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.config import LayerShape, ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.llama import Params
 
 
+def widest_config(config: ModelConfig) -> ModelConfig:
+  """The uniform config whose layers all have the largest widths of any layer."""
+  group = max(s.group_size for s in config.layers)
+  kv_heads, ffn = max(s.num_kv_heads for s in config.layers), max(s.ffn for s in config.layers)
+  return _with_widths(config, kv_heads, group, ffn)
+
+
+def _with_widths(config: ModelConfig, kv_heads: int, group: int, ffn: int) -> ModelConfig:
+  def wide(shape: LayerShape) -> LayerShape:
+    return dataclasses.replace(shape, num_heads=kv_heads * group, num_kv_heads=kv_heads, ffn=ffn)
+
+  return config.with_layers(tuple(wide(shape) for shape in config.layers))
+
+
 def padded_config(config: ModelConfig) -> ModelConfig:
-  """The uniform config that fits all layers and that a stock class supports.
+  """The uniform config that fits all layers and that a stock class of transformers supports.
 
   Some stock classes, such as Llama's, refuse heads that do not divide the hidden size: KV groups are added up
   to a number that does, and if there is none, another class is used that computes the same function.
@@ -27,9 +41,8 @@ def padded_config(config: ModelConfig) -> ModelConfig:
       "config.export.formats has 'hf_padded', but no stock class has the biases of o_proj and down_proj that "
       "this model has or config.prune.compensate = 'bias' adds: leave 'hf_padded' out"
     )
-  group = max(s.group_size for s in config.layers)
-  kv_heads, ffn = max(s.num_kv_heads for s in config.layers), max(s.ffn for s in config.layers)
-  family = config.family
+  shape, family = widest_config(config).layers[0], config.family
+  kv_heads, group = shape.num_kv_heads, shape.group_size
   if config.traits.heads_divide:
     dividing = [n for n in range(kv_heads, 2 * kv_heads + 1) if config.hidden_size % (n * group) == 0]
     if dividing:
@@ -42,16 +55,12 @@ def padded_config(config: ModelConfig) -> ModelConfig:
       )
     else:
       family = config.traits.padded_as
-  uniform = tuple(
-    dataclasses.replace(shape, num_heads=kv_heads * group, num_kv_heads=kv_heads, ffn=ffn)
-    for shape in config.layers
-  )
-  return dataclasses.replace(config.with_layers(uniform), family=family)
+  return dataclasses.replace(_with_widths(config, kv_heads, group, shape.ffn), family=family)
 
 
-def pad(config: ModelConfig, params: Params) -> Params:
-  """The parameters of `padded_config`: all added entries are zeros, including o_proj's columns."""
-  shape = padded_config(config).layers[0]
+def pad(wide: ModelConfig, params: Params) -> Params:
+  """The parameters at the widths of a uniform config; added entries, o_proj's columns too, are zeros."""
+  shape = wide.layers[0]
   widths = {'K': shape.num_kv_heads, 'G': shape.group_size, 'F': shape.ffn}
 
   def widen(layer: Params) -> Params:

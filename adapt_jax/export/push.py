@@ -17,7 +17,7 @@ from adapt_jax.machine.processes import say, shows
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.errors import InputError
 
-_SUFFIXES = {'hf': '', 'hf_padded': '-padded', 'gguf': '-GGUF'}
+_SUFFIXES = {'hf': '', 'hf_padded': '-padded', 'gguf': '-GGUF', 'gguf_padded': '-padded-GGUF'}
 # An earlier upload may have left these; loaders would mix them with the new files.
 _REPLACED = (
   '*.safetensors', '*.safetensors.index.json', '*.gguf', '*.py',

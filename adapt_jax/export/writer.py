@@ -16,7 +16,7 @@ from adapt_jax.export.gguf import check_gguf, write_gguf
 from adapt_jax.export.gguf_quantise import K_QUANTS, check_quantiser, quantise
 from adapt_jax.export.gguf_vocab import check_gguf_tokenizer
 from adapt_jax.export.hf import write_hf
-from adapt_jax.export.padded import pad, padded_config
+from adapt_jax.export.padded import pad, padded_config, widest_config
 from adapt_jax.export.push import repositories
 from adapt_jax.export.verify import check
 from adapt_jax.machine import mesh
@@ -41,6 +41,9 @@ def check_formats(options: ExportOptions, config: ModelConfig) -> None:
     padded_config(config)
   if 'gguf' in options.formats:
     check_gguf(config)
+  if 'gguf_padded' in options.formats:
+    check_gguf(widest_config(config), 'gguf_padded')
+  if {'gguf', 'gguf_padded'} & {*options.formats}:
     check_quantiser(options.gguf_types)
 
 
@@ -52,7 +55,7 @@ def check_result(options: ExportOptions, config: ModelConfig) -> None:
 
 def check_tokenizer(options: ExportOptions, tokenizer: Any) -> None:
   """Checks that the requested formats can hold the tokenizer. Raises InputError."""
-  if 'gguf' in options.formats:
+  if {'gguf', 'gguf_padded'} & {*options.formats}:
     check_gguf_tokenizer(tokenizer)
 
 
@@ -136,10 +139,9 @@ class Writer:
     return {'': self._compare_hf(config, params, new)}
 
   def _write_padded(self, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
-    wide, widen = padded_config(config), functools.partial(pad, config)
-    self._hf(wide, mesh.jit(widen, params)(params), new, code=False)
-    found = self._compare_hf(config, params, new)
-    return {'': found | {'params': count_params(wide), 'params_without_zeros': count_params(config)}}
+    wide = padded_config(config)
+    self._hf(wide, _padded(wide, params), new, code=False)
+    return {'': self._compare_hf(config, params, new) | _zeros(wide, config)}
 
   def _hf(self, config: ModelConfig, params: Params, new: pathlib.Path, code: bool) -> None:
     options = {'tokenizer': self._tokenizer, 'dtype': self._dtype, 'generation': self._generation}
@@ -162,6 +164,11 @@ class Writer:
       files[kind].name: {'type': kind} | self._compare(config, params, files[kind], kind) for kind in kinds
     }
 
+  def _write_gguf_padded(self, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
+    wide = widest_config(config)
+    found = self._write_gguf(wide, _padded(wide, params), new)
+    return {file: facts | _zeros(wide, config) for file, facts in found.items()}
+
   def _dtype_name(self, params: Params) -> str:
     return jnp.dtype(self._dtype or params['embed'].dtype).name
 
@@ -176,6 +183,15 @@ class Writer:
     agreement = check(config, params, path, self._tokenizer, kind)
     size = decide(lambda: open_source(str(path)).stored_bytes())
     return {'bytes': size, **dataclasses.asdict(agreement)}
+
+
+def _padded(wide: ModelConfig, params: Params) -> Params:
+  padded: Params = mesh.jit(functools.partial(pad, wide), params)(params)
+  return padded
+
+
+def _zeros(wide: ModelConfig, config: ModelConfig) -> dict[str, int]:
+  return {'params': count_params(wide), 'params_without_zeros': count_params(config)}
 
 
 def _line(path: pathlib.Path, found: dict[str, Any]) -> str:
@@ -195,4 +211,5 @@ _WRITERS: dict[str, Callable[[Writer, ModelConfig, Params, pathlib.Path], Writte
   'hf': Writer._write_hf,
   'hf_padded': Writer._write_padded,
   'gguf': Writer._write_gguf,
+  'gguf_padded': Writer._write_gguf_padded,
 }

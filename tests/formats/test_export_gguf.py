@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, dequantize, quantize
 
+import adapt_jax as aj
 from adapt_jax.export import gguf as export
 from adapt_jax.export.gguf import KINDS, check_gguf, write_gguf
+from adapt_jax.export.padded import widest_config
 from adapt_jax.models.config import LayerShape, Llama3Scaling, RopeConfig
 from adapt_jax.models.errors import InputError, disk_full
 from adapt_jax.models.formats.gguf_header import open_file
@@ -66,6 +68,10 @@ BLOCKS = tiny_config(
 )
 
 
+# Models whose layers differ, in the architecture of their family: padded with zeros.
+PADDED = {name: config_of(name) for name in ('llama', 'mistral', 'qwen2', 'qwen3')}
+
+
 def write(path, config, params, kind='F32', **options):
   write_gguf(config, params, path, tokenizer=tiny_tokenizer(), kind=kind, name='tiny', **options)
 
@@ -77,6 +83,10 @@ def files(tmp_path_factory):
     write(root / f'{name}.gguf', config, random_params(config))
   for kind in KINDS:
     write(root / f'{kind}.gguf', BLOCKS, random_params(BLOCKS), kind)
+  for name, config in PADDED.items():
+    model = aj.Model(config, random_params(config), tiny_tokenizer())
+    aj.save(model, root / name, formats=('gguf_padded',))
+    (root / name / 'gguf_padded/model-F32.gguf').rename(root / f'{name} padded.gguf')
   return root
 
 
@@ -86,6 +96,10 @@ def answers(files):
   jobs = {
     name: Job(files / f'{name}.gguf', TEXTS, random_tokens(config), GENERATED)
     for name, (_, config) in MODELS.items()
+  }
+  jobs |= {
+    f'{name} padded': Job(files / f'{name} padded.gguf', TEXTS, random_tokens(config), GENERATED)
+    for name, config in PADDED.items()
   }
   return ask(jobs | {kind: Job(files / f'{kind}.gguf', [], random_tokens(BLOCKS)) for kind in KINDS})
 
@@ -121,6 +135,20 @@ def test_llama_cpp_computes_the_same(name, answers):
   np.testing.assert_allclose(perplexity(answer.logits, tokens), perplexity(expected, tokens), rtol=1e-5)
   assert answer.greedy == continuation
   assert answer.ids == [tiny_tokenizer()(text).input_ids for text in TEXTS]
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize('name', PADDED)
+def test_llama_cpp_computes_padded_layers(name, files, answers):
+  """Also Qwen3, for which llama.cpp has no architecture with layers that differ."""
+  config, answer = PADDED[name], answers[f'{name} padded']
+  params, tokens = random_params(config), random_tokens(config)
+  expected, continuation = ours(config, params, tokens, GENERATED)
+  np.testing.assert_allclose(answer.logits, expected, rtol=0, atol=1e-4)
+  assert answer.greedy == continuation
+  found = open_source(str(files / f'{name} padded.gguf'))
+  assert open_file(found.path).metadata['general.architecture'] != 'deci'
+  assert found.config == widest_config(config) and found.config.uniform
 
 
 # The mean difference in standard deviations of the logits: on a CPU, llama.cpp multiplies by F16 and BF16
@@ -182,7 +210,7 @@ def test_every_kind_reads_back_as_it_is_rounded(kind, dtype, tmp_path):
 )
 def test_what_llama_cpp_has_no_architecture_for_is_refused(config, word, tmp_path):
   for call in (check_gguf, lambda config: write(tmp_path / 'tiny.gguf', config, random_params(config))):
-    with pytest.raises(InputError, match=f'qwen3.*{word}.*hf_padded'):
+    with pytest.raises(InputError, match=f"'gguf'.*qwen3.*{word}.*hf_padded"):
       call(config)
   assert not list(tmp_path.iterdir())
 
