@@ -171,7 +171,7 @@ def _limit_table(found: dict[str, Planned], target: Target) -> list[str]:
     f'Seconds at the published peaks of {target.peak_tflops:g} TFLOP/s, {target.memory_gb_per_s:g} GB/s of '
     f'memory and {target.link_gb_per_s:g} GB/s sent:',
     '',
-    '| a device, one execution | TFLOP | GB read and written | GB sent | products | memory | network | HFU |',
+    '| a device, one execution | TFLOP | GB read and written | GB sent | products | memory | network | MFU |',
     '|---|---|---|---|---|---|---|---|',
   ]
   for title, planned in found.items():
@@ -179,10 +179,11 @@ def _limit_table(found: dict[str, Planned], target: Target) -> list[str]:
       continue
     at = limit(program, target)
     sent = sum(program.sent.values())
-    hfu = f'{at.products / at.longest:.0%} to {at.products / at.shortest:.0%}'
+    needed = planned.useful * at.products
+    mfu = f'{needed / at.longest:.0%} to {needed / at.shortest:.0%}'
     lines.append(
       f'| {title} | {program.flops / 1e12:.3g} | {program.moved / 1e9:.3g} | {sent / 1e9:.3g} | '
-      f'{at.products:.3g} | {at.memory:.3g} | {at.network:.3g} | {hfu} |'
+      f'{at.products:.3g} | {at.memory:.3g} | {at.network:.3g} | {mfu} |'
     )
   return lines
 

@@ -222,11 +222,13 @@ class Planned:
     program: compiled, or only its memory if it just moves weights.
     other: bytes on the device that are not among the program's arguments.
     times: how often the run executes it; training counts less in later stages, whose model is smaller.
+    useful: share of its operations that are needed; the others compute again what was not kept.
   """
 
   program: Program
   other: int
   times: float = 0.0
+  useful: float = 1.0
 
 
 def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Planned]:
@@ -290,7 +292,9 @@ def _of_training(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, P
   )
   of_batch = per_token[0] * t.batch * t.length
   training = _measure(footprint, lambda depth: footprint.training(stages[0], depth), of_batch)
-  found[f'training, {t.batch} x {t.length} tokens, first stage'] = Planned(training, 0, times)
+  once = dataclasses.replace(options, train=dataclasses.replace(t, remat=False))
+  useful = flops.training(once, config, flops.forward(stages[0], t.length)) / per_token[0]
+  found[f'training, {t.batch} x {t.length} tokens, first stage'] = Planned(training, 0, times, useful)
   return found
 
 

@@ -15,7 +15,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_config
 from adapt_jax.models.network import llama
 from adapt_jax.modes import estimate, estimate_programs
-from adapt_jax.modes.estimate_programs import Footprint, Memory, Program
+from adapt_jax.modes.estimate_programs import Footprint, Memory, Planned, Program
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import Schedule
@@ -237,3 +237,18 @@ def test_training_counts_less_in_later_stages(tmp_path):
   assert times['scoring'] == times['compensation'] == 2  # stages, each in one shot
   in_first = schedule.end(1) - schedule.start(1)
   assert in_first < times['training'] < schedule.train_steps
+
+
+def test_what_is_computed_again_takes_time_but_does_not_count(tmp_path):
+  """Without a teacher, recomputation is a fourth of the operations of a step."""
+  config = runs.make_config(runs.make_files(tmp_path))
+  config.train.remat, config.train.distill.alpha, config.prune.stages = True, 0.0, 1
+  options = from_dict(config.to_dict())
+  dense = open_config(options.model.source)
+  plan = Footprint(options, dense, jnp.dtype(jnp.float32))
+  found = estimate_programs.programs(plan, estimate_programs.stage_configs(options, dense))
+  useful = {name.split()[0].strip(','): planned.useful for name, planned in found.items()}
+  assert useful['scoring'] == 1.0 and useful['training'] == pytest.approx(0.75)
+  program = Program(Memory(0, 0, 0), 98.9e12, 670e9, {}, {})  # 0.1 and 0.2 seconds of an H100
+  *_, row = estimate._limit_table({'training': Planned(program, 0, 1, 0.75)}, TARGETS['h100'])
+  assert row.endswith('| 25% to 38% |')
