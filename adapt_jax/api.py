@@ -16,6 +16,7 @@ import numpy as np
 from adapt_jax import api_arguments as arguments
 from adapt_jax.api_arguments import Text, as_library
 from adapt_jax.api_model import TRIMMED, Model, load, save
+from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.used_ids import used_ids
@@ -104,6 +105,7 @@ def trim_vocabulary(
   ids = needed_ids(model.tokenizer, {*used, *stop_ids(model.generation, model.tokenizer)})
   kept = np.array(ids_with_rows(model.config, ids, model.tokenizer))
   config = dataclasses.replace(model.config, vocab_size=len(kept))
+  sizes = model.config.vocab_size, len(kept), count_params(config)
 
   def cut(params: Params) -> Params:
     return params | {name: params[name][kept] for name in ('embed', 'lm_head') if name in params}
@@ -115,7 +117,7 @@ def trim_vocabulary(
     tokenizer=trim_tokenizer(model.tokenizer, ids),
     generation=trimmed_generation(model.generation, ids),
     dense=model.dense or model.num_params,
-    trimmed=dict(zip(TRIMMED, (model.config.vocab_size, len(kept), count_params(config)), strict=True)),
+    origin=model.origin | dict(zip(TRIMMED, sizes, strict=True)),
   )
 
 
@@ -133,21 +135,24 @@ def narrow(
   `prune` can follow. Raises InputError for a family whose stream cannot be rotated.
   """
   arguments.check_model(model.config)
-  check_width(model.config, hidden_size, 'hidden_size')
-  config = narrowed_config(model.config, hidden_size)
-  arguments.check_model(config)  # the mesh may split the hidden size
   tokens = arguments.calibration_rows(rows, model.config)
+  options = from_dict({'prune': {'hidden': hidden_size, 'calibration': {'batch': batch}}}).prune
+  check_width(model.config, options.hidden, 'hidden_size')
+  config = narrowed_config(model.config, options.hidden)
+  arguments.check_model(config)  # the mesh may split the hidden size
   with processes.silent(not progress):
     params = narrow_params(
       model.config,
       model.params,
       mesh.put_rows(np.arange(len(tokens)), lambda ids: (tokens[ids],))[0],
-      hidden_size,
-      micro_batch=mesh.rows_at_once(len(tokens), batch),
+      options.hidden,
+      micro_batch=mesh.rows_at_once(len(tokens), options.calibration.batch),
       dtype=compute_dtype('auto'),
       compiler=Compiler(),
     )
-  return dataclasses.replace(model, config=config, params=params, dense=model.dense or model.num_params)
+  origin = {'hidden_size': model.config.hidden_size} | model.origin
+  dense = model.dense or model.num_params
+  return dataclasses.replace(model, config=config, params=params, dense=dense, origin=origin)
 
 
 @as_library

@@ -40,7 +40,11 @@ _T = TypeVar('_T')
 _FIELD = re.compile(r'\bconfig\.((?:\w+\.)*)(\w+)')
 _NAMES = {name for field, _ in declarations() for name in field.split('.')}
 # Arguments of the library that are called otherwise in the config.
-_OTHER_NAMES = {'config.train.source': 'text'}
+_OTHER_NAMES = {
+  'config.train.source': 'text',
+  'config.prune.hidden': 'hidden_size',
+  'config.prune.calibration.batch': 'batch',
+}
 # Options of the command that functions of the library stand for.
 _OF_COMMAND = {
   'stages': 'call prune and recover in a loop',

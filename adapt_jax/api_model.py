@@ -28,7 +28,8 @@ class Model:
 
   dtype: dtype of the original checkpoint, also used by `save`. generation: fields of generation_config.json.
   dense: number of parameters before pruning; 0 if the model was not pruned. license: fields of a model card.
-  trimmed: vocab_size, vocab_trimmed and params_trimmed of report.json, if the vocabulary was trimmed.
+  origin: fields of the model in report.json: vocab_size, vocab_trimmed and params_trimmed, if the vocabulary
+    was trimmed; hidden_size, if the model was narrowed.
   """
 
   config: ModelConfig
@@ -39,7 +40,7 @@ class Model:
   generation: dict[str, Any] = dataclasses.field(default_factory=dict)
   dense: int = 0
   license: dict[str, str] = dataclasses.field(default_factory=dict)
-  trimmed: dict[str, int] = dataclasses.field(default_factory=dict)
+  origin: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def num_params(self) -> int:
@@ -70,10 +71,10 @@ def load(
   with processes.silent(not progress):
     params = mesh.load_source(found, wanted)
   model = Model(found.config, params, tokenizer, found.name, found.dtype, found.generation)
-  origin: Any = (lineage(found) or {'model': {'source': found.name}})['model']
-  license, trimmed = origin.get('license', found.license), {k: origin[k] for k in TRIMMED if k in origin}
-  known = {'name': origin['source'], 'dense': origin.get('params_before', 0)}
-  return dataclasses.replace(model, **known, license=license, trimmed=trimmed)
+  before: Any = (lineage(found) or {'model': {'source': found.name}})['model']
+  origin = {name: before[name] for name in (*TRIMMED, 'hidden_size') if name in before}
+  known = {'name': before['source'], 'dense': before.get('params_before', 0)}
+  return dataclasses.replace(model, **known, license=before.get('license', found.license), origin=origin)
 
 
 @as_library
@@ -100,7 +101,7 @@ def save(
   check_formats(options, model.config)
   check_tokenizer(options, model.tokenizer)
   check_hub(options)
-  described: Any = {'source': model.name, 'license': model.license, **model.trimmed}
+  described: Any = {'source': model.name, 'license': model.license, **model.origin}
   described['params_before'] = model.dense or model.num_params
   report: RunReport = {'model': described}
   writer = Writer(

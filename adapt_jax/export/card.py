@@ -1,5 +1,6 @@
 """The README.md of an export: the model, its origin, its loss of quality, and how to load it."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -54,20 +55,28 @@ def _title(report: RunReport, config: ModelConfig) -> str:
     )
   if (trimmed := report['model'].get('params_trimmed')) == params:
     return f'# {source}, its vocabulary trimmed\n\n{params:,} of {before:,} parameters: {_vocabulary(report)}'
+  if (wide := report['model'].get('hidden_size')) and _is_only_narrowed(report, config, wide):
+    counts = f'{params:,} of {before:,} parameters'
+    return f'# {source}, narrowed to {params / before:.1%}\n\n{counts}. {_hidden(wide, config)}'
   return (
     f'# {source}, pruned to {params / before:.1%}\n\n'
     f'{params:,} of {before:,} parameters: whole KV-head groups and MLP channels were removed, and '
     f'layers may differ in width. Pruned{" and retrained" if _tokens(report) else ""} by adapt-jax.'
     + (f'\n\n{_vocabulary(report)}' if trimmed else '')
-    + (f'\n\n{_hidden(report, config)}' if 'hidden_size' in report['model'] else '')
+    + (f'\n\n{_hidden(wide, config)}' if wide else '')
   )
 
 
-def _hidden(report: RunReport, config: ModelConfig) -> str:
+def _hidden(wide: int, config: ModelConfig) -> str:
   return (
-    f'Its hidden size is {config.hidden_size}, before {report["model"]["hidden_size"]}: the principal '
-    f'components of the residual stream.'
+    f'The hidden size was reduced from {wide} to {config.hidden_size}, by principal components of the '
+    f'residual stream.'
   )
+
+
+def _is_only_narrowed(report: RunReport, config: ModelConfig, wide: int) -> bool:
+  whole = count_params(dataclasses.replace(config, hidden_size=wide))
+  return whole == report['model'].get('params_trimmed', report['model'].get('params_before'))
 
 
 def _vocabulary(report: RunReport) -> str:

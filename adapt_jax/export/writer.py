@@ -148,6 +148,10 @@ class Writer:
     write_hf(config, params, new, code=code, **options)
 
   def _write_gguf(self, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
+    return self._compare_gguf(config, params, self._gguf_files(config, params, new))
+
+  def _gguf_files(self, config: ModelConfig, params: Params, new: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Writes a file for each type; returns them by type."""
     auto = _GGUF_TYPES[self._dtype_name(params)]
     kinds = list(dict.fromkeys(auto if kind == 'auto' else kind for kind in self._options.gguf_types))
     files = {kind: new / f'model-{kind}.gguf' for kind in (*kinds, auto)}
@@ -160,13 +164,17 @@ class Writer:
         decide(functools.partial(quantise, files[auto], files[kind], kind))
     if quantised and auto not in kinds and is_first():
       files[auto].unlink()
+    return {kind: files[kind] for kind in kinds}
+
+  def _compare_gguf(self, config: ModelConfig, params: Params, files: dict[str, pathlib.Path]) -> Written:
     return {
-      files[kind].name: {'type': kind} | self._compare(config, params, files[kind], kind) for kind in kinds
+      file.name: {'type': kind} | self._compare(config, params, file, kind) for kind, file in files.items()
     }
 
   def _write_gguf_padded(self, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
     wide = widest_config(config)
-    found = self._write_gguf(wide, _padded(wide, params), new)
+    files = self._gguf_files(wide, _padded(wide, params), new)
+    found = self._compare_gguf(config, params, files)
     return {file: facts | _zeros(wide, config) for file, facts in found.items()}
 
   def _dtype_name(self, params: Params) -> str:

@@ -170,6 +170,13 @@ def decide(find: Callable[[], Any]) -> Any:
   return told['found']
 
 
+def of_first(array: np.ndarray) -> np.ndarray:
+  """The first process's array, in all processes, which give arrays of one shape and dtype."""
+  if jax.process_count() == 1:
+    return array
+  return np.frombuffer(_broadcast(array.tobytes()), array.dtype).reshape(array.shape)
+
+
 def _broadcast(payload: bytes) -> bytes:
   size = int(multihost_utils.broadcast_one_to_all(np.array(len(payload), np.int32)))
   buffer = np.zeros(size, np.uint8)

@@ -147,6 +147,11 @@ def _narrowed(options: RunOptions, config: ModelConfig) -> ModelConfig:
   if not (hidden := options.prune.hidden):
     return config
   narrow.check(config, hidden, 'config.prune.hidden')
+  serving_widths.check_hidden(options.prune.serve, hidden)
+  mesh.check_model(config)  # of the teacher
+  devices = sharding.mesh()
+  if devices is not None and hidden % (fsdp := devices.shape['fsdp']):
+    raise InputError(f'config.prune.hidden = {hidden} must be a multiple of config.mesh.fsdp = {fsdp}')
   return narrow.narrowed_config(config, hidden)
 
 

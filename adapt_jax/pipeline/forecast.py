@@ -17,6 +17,7 @@ _LONG = 3600.0  # seconds from which a run announces itself
 _SHARE = 0.6  # of the speed of a lone product, which whole programs reach
 _SIZE, _SIZE_ON_ACCELERATORS = 1024, 8192  # of the product that is timed
 _REPEATS = 3
+_NARROWING = 5  # passes of the calibration rows through the model
 
 
 def announce(runs: list[tuple[RunOptions, Inputs]]) -> None:
@@ -31,23 +32,25 @@ def announce(runs: list[tuple[RunOptions, Inputs]]) -> None:
 
 def operations(options: RunOptions, inputs: Inputs) -> float:
   """Floating-point operations of a run, without moments, solves and the tasks of the harness."""
-  config, prune, train = inputs.source.config, options.prune, options.train
+  config, whole, prune, train = inputs.config, inputs.source.config, options.prune, options.train
   schedule = Schedule.of(options, inputs.budget)
   rows = prune.calibration.samples * prune.calibration.length
   found = flops.scoring_passes(options, config, inputs.budget) * rows * flops.scoring(options, config)
   if prune.compensate == 'least_squares':
     found += schedule.stages * rows * flops.compensation(options, config)
+  if prune.hidden:  # both streams, measured, fitted to, and corrected
+    found += _NARROWING * rows * flops.forward(whole, prune.calibration.length)
   windows = sum(blocks.tokens.size for blocks in inputs.evaluate.values())
   measured = 3 + schedule.stages * (2 if inputs.train else 1)  # with both models of the divergence
-  found += measured * windows * flops.forward(config, options.evaluate.length)
+  found += measured * windows * flops.forward(whole, options.evaluate.length)
   if inputs.train:
     # The student is taken to shrink as its cost does, which says too little if only the KV cache counts.
     for stage, cost in enumerate(schedule.targets, 1):
       tokens = (schedule.end(stage) - schedule.start(stage)) * train.batch * train.length
       student = flops.forward(config, train.length) * cost / inputs.budget.start
-      found += tokens * flops.training(options, config, student)
+      found += tokens * flops.training(options, whole, student)
       if train.distill.kept_ids:  # at most: rows that come again are in the cache
-        found += tokens * flops.teacher(options, config)
+        found += tokens * flops.teacher(options, whole)
   return found
 
 

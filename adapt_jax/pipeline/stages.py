@@ -74,12 +74,11 @@ class Pruning:
     """
     dtype = jnp.float32 if self._optimizer else None  # None: each tensor's own
     model = self._inputs.model
-    params = model.load_params(dtype)
     if not model.hidden:
-      return {'params': params}
+      return {'params': model.load_params(dtype)}
     narrowed = narrow(
       model.whole,
-      params,
+      model.load_params(dtype),  # not held here, so that it can be freed
       self._pruner.tokens(0),
       model.hidden,
       micro_batch=micro_batch(self._options.prune.calibration),
@@ -98,7 +97,8 @@ class Pruning:
     if state.pruning.plan.cost(self._inputs.budget) <= target:
       return
     stacked = self._pruner.stack(state.params, state.compacted)
-    # Not trained yet: read again below, so that scoring holds only one copy. Narrowing again takes too long.
+    # Not trained yet: read again below, so that scoring holds only one copy. Narrowed weights are kept: to
+    # narrow again would take longer.
     again = stage == 1 and not self._inputs.model.hidden
     if again:
       state.release_params()

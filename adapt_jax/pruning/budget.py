@@ -47,7 +47,7 @@ class Budget:
 
   kind: a name in `UNITS`, as in prune.budget. fixed: what lies outside the layers, such as the embedding.
   start: the cost of the model before pruning. dense: the cost that fractions refer to; above `start` if the
-  vocabulary was trimmed. measured: of a latency.
+  vocabulary was trimmed or the model narrowed. measured: of a latency.
   """
 
   kind: str

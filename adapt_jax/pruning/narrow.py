@@ -3,14 +3,14 @@
 A norm whose gains are folded into the projections after it commutes with a rotation (SliceGPT: Ashkboos et
 al., arXiv 2401.15024). SliceGPT rotates each block by itself, which needs a matrix in every shortcut. Here
 all layers have one basis Q [D, d]: the principal components of the normed stream before every block and, L
-times as heavy, after the last. So the result has the same modules as before, and loads wherever they do.
+times as heavy, after the last. So the result has the same modules as before.
 
     embed' = embed Q        norm' = 1        q' = q γ √(D/d) Q, and so k, v, gate, up        o' = Qᵀ o, down'
 
 √(D/d) and the new epsilon ε D/d make the norm of the d numbers divide by the root mean square of D. A tied
 table cannot take the final gains γ. There norm' is the diagonal of √(D/d) Qᵀ γ Q, and an eighth of the
-columns of Q are axes of the old stream: those where γ differs most from its median, times the size of the
-stream there. Without them, SmolLM2's few extreme gains ruin the model.
+columns of Q are axes of the old stream: those with the largest |γ − median γ| · σ, where σ is the root mean
+square of the final stream on that axis. Without them, SmolLM2's few extreme gains ruin the model.
 
 Then the weights are fitted, layer by layer on the calibration rows, to the dense model's stream, by ridge
 regression that draws them to the values above: what reads the stream, to the dense normed stream; what
@@ -22,10 +22,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.machine.processes import say
+from adapt_jax.machine.processes import of_first, say
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import LayerShape, ModelConfig
 from adapt_jax.models.errors import InputError
@@ -56,8 +57,12 @@ def check(config: ModelConfig, width: int, field: str) -> None:
   """Raises InputError, naming `field`, for a model that cannot be narrowed and for a width out of range."""
   if not config.traits.pre_norm or config.traits.post_norm:
     raise InputError(
-      f'{field} = {width} is not for {config.family} models, which norm the outputs of their blocks: their '
-      f'stream cannot be rotated; leave it out'
+      f'{field} = {width} does not work for {config.family} models: they norm the outputs of their blocks, '
+      f'so the stream cannot be rotated; leave it out'
+    )
+  if len({shape.group_size for shape in config.layers}) > 1:
+    raise InputError(
+      f'{field} = {width} needs layers with equally many query heads for each KV head: leave it out'
     )
   if not 0 < width < config.hidden_size:
     raise InputError(f'{field} = {width} must be from 1 to {config.hidden_size - 1}, below the hidden size')
@@ -72,19 +77,80 @@ def narrowed_config(config: ModelConfig, width: int) -> ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Narrower:
-  """The program `narrower(stacked, tokens)`: the parameters of the narrowed model, still stacked, in fp32.
+class StreamMoments:
+  """The program `moments(stacked, tokens)`: second moments of the normed stream, Σ over tokens of x xᵀ.
 
   Args:
-    config: the dense model. width: d, below its hidden size.
+    config: the dense model.
     micro_batch: rows that a layer processes at once; must divide the number of rows.
     dtype: dtype of activations.
   """
 
   config: ModelConfig
-  width: int
   micro_batch: int
   dtype: Any = jnp.float32
+
+  def __call__(self, stacked: Params, tokens_ST: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the inputs of all blocks together, and of the final norm's output without gains, each [D, D]."""
+    tokens_MBT = _micro(tokens_ST, self.micro_batch)
+    tables, shape = llama.rope(self.config, tokens_ST.shape[1]), Scorer(self.config).shape
+    D = self.config.hidden_size
+
+    def moment(x_BTD: jax.Array) -> jax.Array:
+      return algebra.second_moment(_normed(x_BTD, self.config.rms_norm_eps))
+
+    def step(
+      carry: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, Params]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+      i, layer = xs
+
+      def micro(total_DD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        between_BTD = llama.attend(self.config, shape, layer, x_BTD, tables.of(i))[0]
+        after_BTD = llama.feed(self.config, shape, layer, between_BTD)[0]
+        return total_DD + moment(x_BTD) + moment(between_BTD), after_BTD
+
+      x_MBTD, total_DD = carry
+      total_DD, x_MBTD = jax.lax.scan(micro, total_DD, x_MBTD)
+      return (x_MBTD, constrain(total_DD, '..')), None
+
+    def last(total_DD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, None]:
+      return total_DD + moment(x_BTD), None
+
+    zeros_DD = jnp.zeros((D, D))
+    x_MBTD = _embedded(self.config, stacked, tokens_MBT, self.dtype)
+    indexed = jnp.arange(self.config.num_layers), stacked['layers']
+    (x_MBTD, blocks_DD), _ = jax.lax.scan(step, (x_MBTD, zeros_DD), indexed)
+    final_DD = jax.lax.scan(last, zeros_DD, x_MBTD)[0]
+    return blocks_DD, constrain(final_DD, '..')
+
+
+def basis(
+  config: ModelConfig, gains_D: np.ndarray, blocks_DD: np.ndarray, final_DD: np.ndarray, width: int
+) -> np.ndarray:
+  """Q: orthonormal columns, float32 [D, width], from the final gains and the results of `StreamMoments`."""
+  total_DD = np.asarray(blocks_DD, np.float64) + config.num_layers * np.asarray(final_DD, np.float64)
+  axes = width // _AXES if config.tie_embeddings else 0
+  unlike_D = np.abs(gains_D - np.median(gains_D)) * np.sqrt(np.diagonal(final_DD))
+  order_D = np.argsort(-unlike_D, kind='stable')
+  kept, rest = order_D[:axes], np.sort(order_D[axes:])
+  vectors = np.linalg.eigh(total_DD[np.ix_(rest, rest)])[1][:, ::-1][:, : width - axes]
+  basis_Dd = np.zeros((config.hidden_size, width), np.float32)
+  basis_Dd[kept, np.arange(axes)] = 1.0
+  basis_Dd[rest, axes:] = vectors
+  return basis_Dd
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrower:
+  """The program `narrower(stacked, basis, tokens)`: the narrowed model's parameters, still stacked, in fp32.
+
+  Args: those of `StreamMoments`, and width: d, below the hidden size.
+  """
+
+  config: ModelConfig
+  micro_batch: int
+  dtype: Any
+  width: int
 
   @property
   def small(self) -> ModelConfig:
@@ -99,79 +165,23 @@ class Narrower:
   def _shape(self) -> LayerShape:
     return Scorer(self.config).shape
 
-  def __call__(self, stacked: Params, tokens_ST: jax.Array) -> Params:
-    """stacked: from `surgery.stack`. tokens_ST: the calibration rows."""
-    tokens_MBT = constrain(tokens_ST.reshape(-1, self.micro_batch, tokens_ST.shape[1]), '.B.')
+  def __call__(self, stacked: Params, basis_Dd: jax.Array, tokens_ST: jax.Array) -> Params:
+    """stacked: from `surgery.stack`. basis_Dd: from `basis`. tokens_ST: the calibration rows."""
+    tokens_MBT = _micro(tokens_ST, self.micro_batch)
     tables = llama.rope(self.config, tokens_ST.shape[1])
-    x_MBTD = self._embed(self.config, stacked, tokens_MBT)
-    indexed = jnp.arange(self.config.num_layers), stacked['layers']
-
-    def measure(
-      streams: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, Params]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-      return self._through(*streams, xs[1], tables.of(xs[0])), None
-
-    D = self.config.hidden_size
-    (last_MBTD, moment_DD), _ = jax.lax.scan(measure, (x_MBTD, jnp.zeros((D, D))), indexed)
-    final_DD = self._moment(last_MBTD)
-    basis_Dd = self._basis(stacked, moment_DD, final_DD)
-
     out = self._outside(stacked, basis_Dd)
-    y_MBTd = self._embed(self.small, out, tokens_MBT)
+    x_MBTD = _embedded(self.config, stacked, tokens_MBT, self.dtype)
+    y_MBTd = _embedded(self.small, out, tokens_MBT, self.dtype)
 
     def fit(streams: Streams, xs: tuple[jax.Array, Params]) -> tuple[Streams, Params]:
       return self._fitted(xs[1], basis_Dd, streams, tables.of(xs[0]))
 
+    indexed = jnp.arange(self.config.num_layers), stacked['layers']
     streams, layers = jax.lax.scan(fit, (x_MBTD, y_MBTd), indexed)
     if 'lm_head' in stacked:
-      gains = stacked['norm'].astype(jnp.float32)
-      out['lm_head'] = _read(stacked['lm_head'], gains, self._reader(streams, basis_Dd))
+      gains_D = stacked['norm'].astype(jnp.float32)
+      out['lm_head'] = _read(stacked['lm_head'], gains_D, self._reader(streams, basis_Dd))
     return constrain_params(out | {'layers': layers})
-
-  def _embed(self, config: ModelConfig, params: Params, tokens_MBT: jax.Array) -> jax.Array:
-    return jax.lax.map(lambda tokens_BT: llama.embed(config, params, tokens_BT, self.dtype), tokens_MBT)
-
-  # -- the basis ------------------------------------------------------------------------------------
-
-  def _through(
-    self, x_MBTD: jax.Array, moment_DD: jax.Array, layer: Params, positions: Positions
-  ) -> tuple[jax.Array, jax.Array]:
-    """The dense stream after a layer, and the moment with that of the inputs of its two blocks."""
-
-    def micro(total_DD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-      between_BTD = llama.attend(self.config, self._shape, layer, x_BTD, positions)[0]
-      after_BTD = llama.feed(self.config, self._shape, layer, between_BTD)[0]
-      return total_DD + sum(algebra.second_moment(self._normed(x)) for x in (x_BTD, between_BTD)), after_BTD
-
-    moment_DD, x_MBTD = jax.lax.scan(micro, moment_DD, x_MBTD)
-    return x_MBTD, constrain(moment_DD, '..')
-
-  def _moment(self, x_MBTD: jax.Array) -> jax.Array:
-    def micro(total_DD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, None]:
-      return total_DD + algebra.second_moment(self._normed(x_BTD)), None
-
-    D = self.config.hidden_size
-    return constrain(jax.lax.scan(micro, jnp.zeros((D, D)), x_MBTD)[0], '..')
-
-  def _normed(self, x_BTd: jax.Array) -> jax.Array:
-    """The stream of either model, normed without gains, [B·T, D or d]."""
-    width = x_BTd.shape[-1]
-    eps = narrowed_config(self.config, width).rms_norm_eps
-    return rms_norm(x_BTd.astype(jnp.float32), jnp.ones(width), eps).reshape(-1, width)
-
-  def _basis(self, stacked: Params, moment_DD: jax.Array, final_DD: jax.Array) -> jax.Array:
-    """Q: orthonormal columns [D, d]."""
-    D, d = self.config.hidden_size, self.width
-    total_DD = moment_DD + self.config.num_layers * final_DD
-    axes = d // _AXES if self.config.tie_embeddings else 0
-    gains_D = stacked['norm'].astype(jnp.float32)
-    order_D = jnp.argsort(-jnp.abs(gains_D - jnp.median(gains_D)) * jnp.sqrt(jnp.diagonal(final_DD)))
-    kept, rest = order_D[:axes], jnp.sort(order_D[axes:])
-    vectors = jnp.linalg.eigh(total_DD[rest][:, rest])[1][:, ::-1][:, : d - axes]
-    basis_Dd = jnp.zeros((D, d)).at[kept, jnp.arange(axes)].set(1.0)
-    return basis_Dd.at[rest[:, None], axes + jnp.arange(d - axes)].set(vectors)
-
-  # -- the weights ----------------------------------------------------------------------------------
 
   def _outside(self, stacked: Params, basis_Dd: jax.Array) -> Params:
     """Embedding and final norm."""
@@ -186,7 +196,8 @@ class Narrower:
     D, d = basis_Dd.shape
 
     def micro(sums: Streams, xs: Streams) -> tuple[Streams, None]:
-      dense_TD, own_Td = self._normed(xs[0]), self._normed(xs[1])
+      dense_TD = _normed(xs[0], self.config.rms_norm_eps)
+      own_Td = _normed(xs[1], self.small.rms_norm_eps)
       with algebra.exact():
         new = algebra.second_moment(own_Td), dense_TD.T @ own_Td
       return (sums[0] + new[0], sums[1] + new[1]), None
@@ -262,6 +273,20 @@ class Narrower:
     return jax.lax.map(advance, streams), change_dC
 
 
+def _micro(tokens_ST: jax.Array, micro_batch: int) -> jax.Array:
+  return constrain(tokens_ST.reshape(-1, micro_batch, tokens_ST.shape[1]), '.B.')
+
+
+def _embedded(config: ModelConfig, params: Params, tokens_MBT: jax.Array, dtype: Any) -> jax.Array:
+  return jax.lax.map(lambda tokens_BT: llama.embed(config, params, tokens_BT, dtype), tokens_MBT)
+
+
+def _normed(x_BTD: jax.Array, eps: float) -> jax.Array:
+  """A stream, normed without gains, in fp32 [B·T, D]."""
+  width = x_BTD.shape[-1]
+  return rms_norm(x_BTD.astype(jnp.float32), jnp.ones(width), eps).reshape(-1, width)
+
+
 def _read(weight: jax.Array, gains: Any, reader_Dd: jax.Array) -> jax.Array:
   """A weight that reads the stream: [..., D] times the gains and a matrix, in fp32."""
   with algebra.exact():
@@ -300,24 +325,33 @@ def narrow(
 
   Args:
     params: those of the dense model, placed on the mesh if there is one.
-    tokens_ST: the calibration rows. micro_batch, dtype: as for `Narrower`.
-    compiler: counts the compile as `narrowing`.
+    tokens_ST: the calibration rows. micro_batch, dtype: as for `StreamMoments`.
+    compiler: counts both compiles as `narrowing`.
 
   Raises InputError if the result is not finite.
   """
-  program, plan = Narrower(config, width, micro_batch, dtype), PrunePlan.dense(config)
+  plan, like = PrunePlan.dense(config), jax.eval_shape(lambda tree: tree, params)
 
   def stack(params: Params) -> Params:
-    return surgery.stack(params, plan, dtype)
+    return surgery.stack(params, plan)  # in their own dtypes: what is not fitted keeps its precision
 
   def unstack(stacked: Params) -> Params:
-    return unstacked(config, stacked, params)
+    return unstacked(config, stacked, like)
 
-  stacked = mesh.jit(stack, params, once=True)(params)
-  run = compiler('narrowing', program, stacked, tokens_ST, xla_options=loop_options())
   say(f'narrowing the residual stream from {config.hidden_size} to {width} on {tokens_ST.size:,} tokens')
+  stacked = mesh.jit(stack, params, once=True)(params)
+  del params
+  moments = StreamMoments(config, micro_batch, dtype)
+  measure = compiler('narrowing', moments, stacked, tokens_ST, xla_options=loop_options())
+  with phase('measuring the residual stream'):
+    blocks_DD, final_DD = jax.device_get(measure(stacked, tokens_ST))
+    gains_D = np.asarray(stacked['norm'], np.float32)
+    # Eigenvectors may differ by sign, or more, on other hosts.
+    basis_Dd = of_first(basis(config, gains_D, blocks_DD, final_DD, width))
+  fit = Narrower(config, micro_batch, dtype, width)
+  program = compiler('narrowing', fit, stacked, basis_Dd, tokens_ST, xla_options=loop_options())
   with phase('narrowing'):
-    narrowed = jax.block_until_ready(run(stacked, tokens_ST))
+    narrowed = jax.block_until_ready(program(stacked, basis_Dd, tokens_ST))
     del stacked
     small: Params = mesh.jit(unstack, narrowed, once=True)(narrowed)
   if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(small)):

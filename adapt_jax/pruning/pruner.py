@@ -133,6 +133,7 @@ class Pruner:
     self._method = self._kind(config, options, budget)
     self._seed, self._compiler, self._dtype = seed, compiler, dtype
     self._scorer = programs.scoring(config, options, dtype, method)
+    _ = self._scorer.shape  # raises InputError for layers that cannot be stacked
     importance, self.distance = self._scorer.importance, self._scorer.distance
     self.importance = importance if isinstance(importance, str) else 'custom'
     self._program: Any = None

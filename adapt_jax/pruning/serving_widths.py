@@ -23,6 +23,14 @@ def aligned(options: RunOptions) -> RunOptions:
   return dataclasses.replace(options, prune=prune)
 
 
+def check_hidden(serve: str, hidden: int) -> None:
+  """Raises InputError if prune.hidden, the length of most rows, does not fit the blocks of `serve`."""
+  if serve in ('gguf', 'awq') and hidden % (of := serving_multiples(serve).ffn):
+    raise InputError(
+      f'config.prune.hidden = {hidden} must be a multiple of {of} for config.prune.serve = {serve!r}'
+    )
+
+
 def check_model(serve: str, config: ModelConfig) -> None:
   """Raises InputError if `serve` does not allow a layer's widths, which pruning may leave unchanged."""
   asked = serving_multiples(serve)

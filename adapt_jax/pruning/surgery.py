@@ -68,12 +68,12 @@ def _mask_axis(x: jax.Array, mask: Any, axis: int) -> jax.Array:
   return jnp.where(jnp.asarray(mask).reshape(shape), x, jnp.zeros((), x.dtype))
 
 
-def stack(params: Params, plan: PrunePlan, dtype: Any) -> Params:
+def stack(params: Params, plan: PrunePlan, dtype: Any = None) -> Params:
   """Puts compacted parameters back at their original indices, with zeros between, and stacks all layers.
 
   Layer leaves become [L, ...] at the widest layer's width: the fixed shape that scoring is compiled for.
-  A removed layer is all zeros and returns its input unchanged. `params` are compacted to `plan`; other
-  leaves are also cast to `dtype`.
+  A removed layer is all zeros and returns its input unchanged. `params` are compacted to `plan`; all
+  leaves are cast to `dtype`, or keep their own if it is None.
   """
   widest = {'attention': max(map(len, plan.kv)), 'mlp': max(map(len, plan.ffn))}
 
@@ -84,7 +84,7 @@ def stack(params: Params, plan: PrunePlan, dtype: Any) -> Params:
       shape = list(x.shape)
       shape[axis] = widest[block]
       index = (slice(None),) * axis + (kept[block],)
-      return jnp.zeros(shape, dtype).at[index].set(x.astype(dtype))
+      return jnp.zeros(shape, dtype or x.dtype).at[index].set(x.astype(dtype or x.dtype))
 
     return map_groups(restore, tree)
 
@@ -92,8 +92,12 @@ def stack(params: Params, plan: PrunePlan, dtype: Any) -> Params:
   restored = {i: layer(tree, i) for i, tree in zip(kept, params['layers'], strict=True)}
   gone = jax.tree.map(jnp.zeros_like, restored[kept[0]])
   layers = [restored.get(i, gone) for i in range(len(plan.kv))]
-  cast = {k: v.astype(dtype) for k, v in params.items() if k != 'layers'}
-  return cast | {'layers': jax.tree.map(lambda *xs: jnp.stack([x.astype(dtype) for x in xs]), *layers)}
+
+  def cast(x: jax.Array) -> jax.Array:
+    return x.astype(dtype or x.dtype)
+
+  outside = {name: cast(x) for name, x in params.items() if name != 'layers'}
+  return outside | {'layers': jax.tree.map(lambda *xs: jnp.stack([cast(x) for x in xs]), *layers)}
 
 
 def zero_stacked(stacked: Params, kv_LK: jax.Array, ffn_LF: jax.Array) -> Params:

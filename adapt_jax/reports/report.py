@@ -107,7 +107,7 @@ class StageReport(TypedDict, total=False):
   target, cost: in the unit of the budget; cost is missing where params are the budget.
 
   perplexity_pruned, perplexity_recovered: on the first text; texts: on all, {'web': {'pruned': …}, …}.
-  hidden_size: of the residual stream, if it was sliced.
+  hidden_size: of the residual stream, if it was sliced or narrowed.
   """
 
   stage: Required[int]

@@ -16,7 +16,7 @@ import adapt_jax as aj
 from adapt_jax import api_arguments
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import DataOptions, TrainOptions
-from adapt_jax.models.config import count_params
+from adapt_jax.models.config import LayerShape, count_params
 from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network import llama
@@ -25,6 +25,7 @@ from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.criteria import Importance
 from adapt_jax.pruning.methods.base import UniformOneShot
 from tests.support import runs
+from tests.support.helpers import random_params, tiny_config
 
 
 @pytest.fixture(scope='module')
@@ -209,6 +210,11 @@ def _sliced(model):
   return dataclasses.replace(model, config=dataclasses.replace(model.config, sliced_from=48))
 
 
+def _with_other_groups():
+  config = tiny_config('llama', (LayerShape(4, 2, 32), LayerShape(6, 2, 32)))
+  return aj.Model(config, random_params(config))
+
+
 @pytest.mark.parametrize(
   ('call', 'words'),
   [
@@ -237,6 +243,8 @@ def _sliced(model):
     (lambda m, r, f: aj.rows(dataclasses.replace(m, tokenizer=None), f / 'train.txt'), ('no tokenizer',)),
     (lambda m, r, f: aj.prune(_sliced(m), r), ('SliceGPT',)),
     (lambda m, r, f: aj.rows(m, f / 'train.txt', samples=0), ('samples = 0', 'between')),
+    (lambda m, r, f: aj.prune(_with_other_groups(), r * 0), ('different query heads per KV head',)),
+    (lambda m, r, f: aj.narrow(_with_other_groups(), r * 0, hidden_size=8), ('hidden_size = 8 needs',)),
     (lambda m, r, f: aj.prune(m, r, targt=0.5), ('targt is unknown: did you mean target?',)),
     (lambda m, r, f: aj.prune(m, r, target=1.5), ('target = 1.5', 'method obs always keeps')),
     (lambda m, r, f: aj.recover(_sliced(m), r, tokens=64, batch=4), ('SliceGPT',)),

@@ -59,9 +59,10 @@ def test_the_model_is_narrow_and_as_large_as_asked(files, finished):
   assert 0.66 < count_params(result) / count_params(whole) <= 0.7
   assert count_params(result) == report['model']['params_after'] == report['stages'][-1]['params']
   assert min(shape.ffn for shape in result.layers) < whole.layers[0].ffn
-  assert report['compiles']['narrowing'] == 1
+  assert report['compiles']['narrowing'] == 2
   card = (finished / 'hf/README.md').read_text()
-  assert f'Its hidden size is {result.hidden_size}, before {whole.hidden_size}' in card
+  assert f'The hidden size was reduced from {whole.hidden_size} to {result.hidden_size}' in card
+  assert 'pruned to 70.0%' in card
   assert open_source(str(finished / 'gguf/model-F32.gguf')).config.hidden_size == result.hidden_size
 
 
@@ -84,6 +85,13 @@ def test_narrowing_alone(files, tmp_path):
   calibration = make_config(files).prune.calibration
   rows = aj.rows(model, files / 'train.txt', samples=calibration.samples, length=calibration.length)
   found = aj.narrow(model, rows, hidden_size=small.hidden_size)
+  aj.save(found, tmp_path / 'saved')
+  for card in (tmp_path / 'out/hf/README.md', tmp_path / 'saved/hf/README.md'):
+    text = card.read_text()
+    assert f'narrowed to {count_params(small) / count_params(whole):.1%}' in text
+    assert f'reduced from {whole.hidden_size} to {small.hidden_size}' in text
+    assert 'channels were removed' not in text
+  assert aj.load(tmp_path / 'saved').origin == {'hidden_size': whole.hidden_size}
   assert found.config == small and found.dense == count_params(whole)
   value = aj.perplexity(found, files / 'valid.txt', length=32)
   assert value == pytest.approx(report['perplexity']['pruned'], rel=1e-4)
@@ -141,7 +149,7 @@ def test_cells_of_a_grid_may_have_other_widths(files, tmp_path):
   whole = open_source(str(files / 'model')).config
   for cell, width in zip(found, widths, strict=True):
     result = json.loads((workdir.path / 'cells' / cell['name'] / 'report.json').read_text())
-    assert result['stages'][-1].get('hidden_size', whole.hidden_size) == width or whole.hidden_size
+    assert result['stages'][-1].get('hidden_size', whole.hidden_size) == (width or whole.hidden_size)
     assert cell['state'] == 'finished' and 0.65 < cell['params'] / count_params(whole) <= 0.7
   assert found[0]['perplexity_dense'] == found[1]['perplexity_dense']
   assert found[0]['perplexity_pruned'] != found[1]['perplexity_pruned']
@@ -161,5 +169,8 @@ def test_what_cannot_be_is_refused(files):
   assert "conflicts with config.prune.budget = 'latency'" in conflict
   model = aj.load(files / 'model')
   rows = aj.rows(model, files / 'train.txt', samples=2, length=16)
+  for bad in (24.5, '24x', True):
+    assert f'hidden_size = {bad!r}' in refused(aj.narrow, model, rows, hidden_size=bad)
+  assert 'batch = 0' in refused(aj.narrow, model, rows, hidden_size=24, batch=0)
   assert f'hidden_size = {width} must be from 1' in refused(aj.narrow, model, rows, hidden_size=width)
   assert 'hidden = 8 is no option of prune(): call narrow first' in refused(aj.prune, model, rows, hidden=8)

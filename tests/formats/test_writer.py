@@ -60,6 +60,22 @@ def test_padded_model_is_the_same_function(name):
   np.testing.assert_allclose(found, logits(config, params, tokens), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize('form', ['hf_padded', 'gguf_padded'])
+def test_wrong_padding_is_noticed(form, tmp_path, monkeypatch):
+  config = MODELS['mistral']
+  params = random_params(config)
+
+  def wrong(wide, params):
+    padded = pad(wide, params)
+    padded['layers'][0]['mlp']['down'] *= 0.5
+    return padded
+
+  monkeypatch.setattr(writer_module, 'pad', wrong)
+  with pytest.raises(InputError, match='its logits, read back'):
+    writer(tmp_path, (form,)).write(config, params)
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_padded_directory_loads_in_a_stock_class(name, tmp_path):
   torch = pytest.importorskip('torch')

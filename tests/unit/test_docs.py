@@ -30,9 +30,13 @@ def test_every_page_is_in_the_menu():
 
 
 @pytest.mark.parametrize('path', [runs.ROOT / 'README.md', runs.ROOT / 'CONTRIBUTING.md', *DOCS.glob('*.md')])
-def test_links_lead_to_files(path):
+def test_links_lead_to_files_and_their_headings(path):
   for link in re.findall(r'\]\(([^)#]+)', path.read_text(encoding='utf-8')):
     assert link.startswith('http') or (path.parent / link).exists(), link
+  for link, anchor in re.findall(r'\]\(((?!http)[^)#]*)#([^)]+)\)', path.read_text(encoding='utf-8')):
+    page = (path.parent / link if link else path).read_text(encoding='utf-8')
+    headings = [x.lower() for x in re.findall(r'^#+ (.+)$', page, re.MULTILINE)]
+    assert anchor in {re.sub(r'[^\w -]', '', x).replace(' ', '-') for x in headings}, anchor
 
 
 def test_readme_is_short():

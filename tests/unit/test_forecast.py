@@ -1,5 +1,6 @@
 """A run that takes hours says so at its start, and a short one does not."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from adapt_jax.config.build import choices, from_dict
 from adapt_jax.pipeline import flops, forecast
 from adapt_jax.pruning import budget
+from adapt_jax.pruning.narrow import narrowed_config
 from tests.support.helpers import tiny_config
 
 CONFIG = tiny_config()
@@ -20,12 +22,15 @@ def run(tokens: int = 0, alpha: float = 0.0, **prune: object):
       'train': {'tokens': tokens, 'batch': 2, 'length': 16, 'distill': {'alpha': alpha}},
     }
   )
+  small = narrowed_config(CONFIG, options.prune.hidden)
+  limit = dataclasses.replace(budget.params(small), dense=budget.params(CONFIG).dense)
   inputs = types.SimpleNamespace(
+    config=small,
     source=types.SimpleNamespace(config=CONFIG),
     evaluate={'text': types.SimpleNamespace(tokens=np.zeros((3, 16)))},
     train='rows' if tokens else None,
     dtype=np.float32,
-    budget=budget.params(CONFIG),
+    budget=limit,
   )
   return options, inputs
 
@@ -44,6 +49,20 @@ def test_progressive_methods_score_at_every_step() -> None:
   many = forecast.operations(*run(method='adapt', steps=40, **plain))
   pass_ = 32 * 4 * flops.forward(CONFIG, 8)  # forward twice, and the backward
   assert many - few == pytest.approx(10 * pass_)  # half of the steps reach a half
+
+
+def test_a_narrowed_model_is_cheaper_to_train_and_its_teacher_is_not() -> None:
+  def step(**options: object) -> float:
+    return forecast.operations(*run(64_000, **options)) - forecast.operations(*run(32_000, **options))
+
+  whole = 32_000 * flops.forward(CONFIG, 16)
+  assert step(alpha=1.0, target=1.0) == pytest.approx(4 * whole)
+  student = 32_000 * flops.forward(narrowed_config(CONFIG, 24), 16)
+  assert step(alpha=1.0, target=1.0, hidden=24) == pytest.approx(whole + 3 * student)
+  plain = {'compensate': 'none', 'target': 1.0}
+  passes = forecast.operations(*run(hidden=24, **plain)) - forecast.operations(*run(**plain))
+  scoring = 3 * 4 * 8 * (flops.forward(CONFIG, 8) - flops.forward(narrowed_config(CONFIG, 24), 8))
+  assert passes == pytest.approx(5 * 4 * 8 * flops.forward(CONFIG, 8) - scoring)
 
 
 @pytest.mark.parametrize('method', choices('prune.method'))

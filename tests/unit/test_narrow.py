@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.models.config import count_params
+from adapt_jax.models.config import LayerShape, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.network import llama
@@ -121,7 +121,7 @@ def test_extreme_gains_of_a_tied_model_stay_on_their_axes():
 def test_every_family_is_narrowed_or_refused(family):
   config = tiny_config(family, UNIFORM)
   if config.traits.post_norm:
-    with pytest.raises(InputError, match=f'field = 8 is not for {family} models'):
+    with pytest.raises(InputError, match=f'field = 8 does not work for {family} models'):
       narrow.check(config, 8, 'field')
     return
   narrow.check(config, 8, 'field')
@@ -129,6 +129,21 @@ def test_every_family_is_narrowed_or_refused(family):
   assert np.isfinite(
     np.asarray(logits(narrow.narrowed_config(config, 8), found, random_tokens(config)))
   ).all()
+
+
+def test_layers_with_other_groups_of_query_heads_are_refused():
+  layers = LayerShape(4, 2, 32), LayerShape(6, 2, 32)
+  with pytest.raises(InputError, match='field = 8 needs layers with equally many query heads'):
+    narrow.check(tiny_config('llama', layers), 8, 'field')
+
+
+def test_weights_keep_their_precision_when_activations_have_less():
+  config = CONFIGS['untied']
+  larger, given = widened(config, random_params(config), config.hidden_size + 12)
+  found = narrowed(larger, given, config.hidden_size, dtype=jnp.bfloat16)
+  # The rotated embeddings of two tokens have the product of the original ones.
+  expected = given['embed'] @ given['embed'].T
+  np.testing.assert_allclose(found['embed'] @ found['embed'].T, expected, rtol=0, atol=1e-4 * expected.max())
 
 
 @pytest.mark.parametrize('width', [0, 10_000])

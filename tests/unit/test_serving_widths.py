@@ -85,6 +85,14 @@ def test_other_values_are_refused(value):
     make_options(serve=value)
 
 
+def test_a_hidden_size_that_does_not_fit_is_refused():
+  serving_widths.check_hidden('gguf', 96)
+  serving_widths.check_hidden('tensor_parallel=7', 96)
+  for serve, of in (('gguf', 32), ('awq', 128)):
+    with pytest.raises(InputError, match=f'prune.hidden = 90 must be a multiple of {of} for .* = {serve!r}'):
+      serving_widths.check_hidden(serve, 90)
+
+
 @pytest.mark.parametrize('method', METHODS)
 def test_a_model_that_does_not_fit_is_refused_before_the_run(files, method):
   config = runs.make_config(files)  # 3 KV heads, 48 channels
