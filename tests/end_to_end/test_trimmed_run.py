@@ -14,7 +14,7 @@ from adapt_jax.data.windows import load_blocks
 from adapt_jax.evaluation.perplexity import tokens_per_byte
 from adapt_jax.models.config import count_params
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.modes import accel, compare
+from adapt_jax.modes import compare
 from adapt_jax.modes import export as export_mode
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
@@ -41,10 +41,7 @@ def make_config(files, **fields):
 
 
 def run(files, path, mode='accel', **fields):
-  options = from_dict(make_config(files, **fields).to_dict())
-  workdir = Workdir(str(path), identity(mode, options))
-  accel.run(options, workdir, 'python main.py')
-  return json.loads((path / 'report.json').read_text())
+  return runs.in_process(make_config(files, **fields), path, mode)
 
 
 @pytest.fixture(scope='module')

@@ -4,15 +4,20 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from adapt_jax.config.build import from_dict
+from adapt_jax.config.identity import identity
 from adapt_jax.configs import base
 from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.network import llama
+from adapt_jax.modes import accel
+from adapt_jax.pipeline.workdir import Workdir
 from tests.support import forks
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
@@ -92,6 +97,13 @@ def get_config():
 def main(files: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
   """Runs `main.py` to its end, in a process forked from one that has imported it."""
   return forks.main(command(files, workdir, *flags)[1:])
+
+
+def in_process(config: ConfigDict, path: pathlib.Path, mode: str = 'accel') -> dict[str, Any]:
+  """The report of a run of mode accel or prune in this process."""
+  options = from_dict(config.to_dict())
+  accel.run(options, Workdir(str(path), identity(mode, options)), 'python main.py')
+  return json.loads((path / 'report.json').read_text())
 
 
 def assert_same_end(path: pathlib.Path, reference: pathlib.Path) -> None:
