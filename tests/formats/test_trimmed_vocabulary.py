@@ -145,7 +145,7 @@ def test_an_added_token_beyond_the_embedding_stays_beyond(tmp_path):
   assert (
     found.tokenizer.convert_tokens_to_ids('<image>')
     == found.config.vocab_size
-    == found.trimmed['vocab_trimmed']
+    == found.origin['vocab_trimmed']
   )
   aj.save(found, tmp_path / 'out')
   again = aj.load(tmp_path / 'out/hf')
