@@ -53,18 +53,21 @@ def _title(report: RunReport, config: ModelConfig) -> str:
       f'{params:,} of {before:,} parameters: the residual stream was reduced from {config.sliced_from} to '
       f'{config.hidden_size} principal components (SliceGPT, arXiv 2401.15024). Sliced by adapt-jax.'
     )
-  if (trimmed := report['model'].get('params_trimmed')) == params:
-    return f'# {source}, its vocabulary trimmed\n\n{params:,} of {before:,} parameters: {_vocabulary(report)}'
-  if (wide := report['model'].get('hidden_size')) and _is_only_narrowed(report, config, wide):
-    counts = f'{params:,} of {before:,} parameters'
-    return f'# {source}, narrowed to {params / before:.1%}\n\n{counts}. {_hidden(wide, config)}'
-  return (
-    f'# {source}, pruned to {params / before:.1%}\n\n'
-    f'{params:,} of {before:,} parameters: whole KV-head groups and MLP channels were removed, and '
+  model = report['model']
+  trimmed, wide = model.get('params_trimmed'), model.get('hidden_size')
+  reduced = ([_vocabulary(report)] if trimmed else []) + ([_hidden(wide, config)] if wide else [])
+  counts = f'{params:,} of {before:,} parameters'
+  unpruned = trimmed or before
+  if params == unpruned and not wide:
+    return f'# {source}, its vocabulary trimmed\n\n{counts}: {reduced[0]}'
+  if wide and unpruned in (params, count_params(dataclasses.replace(config, hidden_size=wide))):
+    done = f'Narrowed{" and retrained" if _tokens(report) else ""} by adapt-jax.'
+    return '\n\n'.join([f'# {source}, narrowed to {params / before:.1%}', f'{counts}. {done}', *reduced])
+  pruned = (
+    f'{counts}: whole KV-head groups and MLP channels were removed, and '
     f'layers may differ in width. Pruned{" and retrained" if _tokens(report) else ""} by adapt-jax.'
-    + (f'\n\n{_vocabulary(report)}' if trimmed else '')
-    + (f'\n\n{_hidden(wide, config)}' if wide else '')
   )
+  return '\n\n'.join([f'# {source}, pruned to {params / before:.1%}', pruned, *reduced])
 
 
 def _hidden(wide: int, config: ModelConfig) -> str:
@@ -72,11 +75,6 @@ def _hidden(wide: int, config: ModelConfig) -> str:
     f'The hidden size was reduced from {wide} to {config.hidden_size}, by principal components of the '
     f'residual stream.'
   )
-
-
-def _is_only_narrowed(report: RunReport, config: ModelConfig, wide: int) -> bool:
-  whole = count_params(dataclasses.replace(config, hidden_size=wide))
-  return whole == report['model'].get('params_trimmed', report['model'].get('params_before'))
 
 
 def _vocabulary(report: RunReport) -> str:

@@ -102,8 +102,8 @@ def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
   if not config.traits.gguf or any(shape.window for shape in config.layers):
     what = ' with sliding windows' if config.traits.gguf else ''
     raise InputError(
-      f'config.export.formats has {form!r}, but llama.cpp has no architecture for {config.family} '
-      f'models{what} whose layers differ: export as hf or hf_padded instead'
+      f'config.export.formats has {form!r}, but .gguf files of {config.family} models{what} are not '
+      f'supported: export as hf or hf_padded instead'
     )
   if config.qk_norm:
     refused = {

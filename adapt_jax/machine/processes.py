@@ -170,7 +170,7 @@ def decide(find: Callable[[], Any]) -> Any:
   return told['found']
 
 
-def of_first(array: np.ndarray) -> np.ndarray:
+def from_first_process(array: np.ndarray) -> np.ndarray:
   """The first process's array, in all processes, which give arrays of one shape and dtype."""
   if jax.process_count() == 1:
     return array

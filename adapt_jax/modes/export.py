@@ -24,7 +24,6 @@ from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import array_shapes, from_meta
 from adapt_jax.pipeline.vocabulary import with_vocabulary
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.pruning.narrow import narrowed_config
 from adapt_jax.reports.report import RunReport, versions, write_report
 from adapt_jax.training.optim import optimizer
 
@@ -124,8 +123,7 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   trained = ran.train.tokens > 0
   shapes = array_shapes(model, state.compacted, optimizer(ran.train, 1) if trained else None)
   config = state.compacted.pruned_config(model.config)
-  start = narrowed_config(model.source.config, ran.prune.hidden)
-  budget = budget_of(ran, start, model.source.dtype, model.original.config)
+  budget = budget_of(ran, model.start, model.source.dtype, model.original.config)
   report, template = run_report(ran, model, budget, state), ran.data.chat_template
   if state.row is not None and state.train_step > Schedule.of(ran, budget).start(state.stage):
     report['perplexity']['pruned'] = None  # the weights have been trained since

@@ -39,9 +39,14 @@ class DenseModel:
     return with_output_bias(self.source.config, self.output_bias)
 
   @property
+  def start(self) -> ModelConfig:
+    """The config of what is pruned, without the run's biases."""
+    return narrowed_config(self.source.config, self.hidden)
+
+  @property
   def config(self) -> ModelConfig:
     """The config of what is pruned."""
-    return narrowed_config(self.whole, self.hidden)
+    return with_output_bias(self.start, self.output_bias)
 
   def load_params(self, dtype: Any) -> Params:
     """The parameters of `whole` in `dtype`; None keeps each tensor's own dtype."""

@@ -17,7 +17,6 @@ from adapt_jax.pipeline.dense_model import DenseModel, original
 from adapt_jax.pipeline.loader import Loader, evaluation_field
 from adapt_jax.pipeline.vocabulary import with_vocabulary
 from adapt_jax.pruning.budget import Budget
-from adapt_jax.pruning.narrow import narrowed_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +82,16 @@ def load(options: RunOptions, source: Source, loader: Loader, whole: Loader) -> 
 
   whole: the loader of the source before its vocabulary was trimmed; used if it was.
   """
-  narrowed = narrowed_config(source.config, options.prune.hidden)
-  budget = budget_of(options, narrowed, source.dtype, original(source).config)
+  model = DenseModel(source, options.prune.compensate == 'bias', options.prune.hidden)
+  budget = budget_of(options, model.start, source.dtype, model.original.config)
   if isinstance(source, TrimmedSource):
-    check_size(options, narrowed, budget)
+    check_size(options, model.start, budget)
   check_tokenizer(options.export, loader.tokenizer)
   calibration = options.prune.calibration
   blocks = loader.calibration()
   blocks.draw(calibration.samples, options.seed, 0)  # raises if there are too few rows
   train = loader.train_set() if options.train.tokens else None
   dtype = compute_dtype(options.model.dtype)
-  model = DenseModel(source, options.prune.compensate == 'bias', options.prune.hidden)
   untrimmed = None
   if isinstance(source, TrimmedSource):
     untrimmed = WholeModel(source.original, whole.tokenizer, whole.evaluation())

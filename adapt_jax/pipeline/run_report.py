@@ -11,7 +11,6 @@ from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState
 from adapt_jax.pruning.budget import Budget
-from adapt_jax.pruning.narrow import narrowed_config
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.reports.report import (
   BudgetReport,
@@ -37,7 +36,7 @@ def run_report(
 
   definitions: the definition of perplexity on each text, in words.
   """
-  config, whole = narrowed_config(model.source.config, model.hidden), model.original.config
+  config, whole = model.start, model.original.config
   dense, rows = count_params(whole), [*state.rows]
   schedule = Schedule.of(options, budget)
   if state.row is not None:

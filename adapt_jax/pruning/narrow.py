@@ -1,4 +1,4 @@
-"""Narrows the residual stream of a whole model: fewer numbers in every layer, and still a plain model.
+"""Narrows the residual stream of a whole model: a smaller hidden size, the same in all layers.
 
 A norm whose gains are folded into the projections after it commutes with a rotation (SliceGPT: Ashkboos et
 al., arXiv 2401.15024). SliceGPT rotates each block by itself, which needs a matrix in every shortcut. Here
@@ -26,7 +26,7 @@ import numpy as np
 
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.machine.processes import of_first, say
+from adapt_jax.machine.processes import from_first_process, say
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import LayerShape, ModelConfig
 from adapt_jax.models.errors import InputError
@@ -130,8 +130,8 @@ def basis(
   """Q: orthonormal columns, float32 [D, width], from the final gains and the results of `StreamMoments`."""
   total_DD = np.asarray(blocks_DD, np.float64) + config.num_layers * np.asarray(final_DD, np.float64)
   axes = width // _AXES if config.tie_embeddings else 0
-  unlike_D = np.abs(gains_D - np.median(gains_D)) * np.sqrt(np.diagonal(final_DD))
-  order_D = np.argsort(-unlike_D, kind='stable')
+  deviation_D = np.abs(gains_D - np.median(gains_D)) * np.sqrt(np.diagonal(final_DD))
+  order_D = np.argsort(-deviation_D, kind='stable')
   kept, rest = order_D[:axes], np.sort(order_D[axes:])
   vectors = np.linalg.eigh(total_DD[np.ix_(rest, rest)])[1][:, ::-1][:, : width - axes]
   basis_Dd = np.zeros((config.hidden_size, width), np.float32)
@@ -347,7 +347,7 @@ def narrow(
     blocks_DD, final_DD = jax.device_get(measure(stacked, tokens_ST))
     gains_D = np.asarray(stacked['norm'], np.float32)
     # Eigenvectors may differ by sign, or more, on other hosts.
-    basis_Dd = of_first(basis(config, gains_D, blocks_DD, final_DD, width))
+    basis_Dd = from_first_process(basis(config, gains_D, blocks_DD, final_DD, width))
   fit = Narrower(config, micro_batch, dtype, width)
   program = compiler('narrowing', fit, stacked, basis_Dd, tokens_ST, xla_options=loop_options())
   with phase('narrowing'):

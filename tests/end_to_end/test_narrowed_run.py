@@ -36,14 +36,10 @@ def make_config(files, **fields):
   return config
 
 
-def run(files, path, mode='accel', **fields):
-  return runs.in_process(make_config(files, **fields), path, mode)
-
-
 @pytest.fixture(scope='module')
 def finished(files, tmp_path_factory):
   path = tmp_path_factory.mktemp('finished') / 'out'
-  run(files, path, **{'prune.target': 0.7})
+  runs.in_process(make_config(files, **{'prune.target': 0.7}), path)
   return path
 
 
@@ -74,7 +70,9 @@ def test_figures_are_measured_against_the_dense_model(files, finished):
 def test_narrowing_alone(files, tmp_path):
   """A target that narrowing reaches prunes nothing more; the library gives the same model."""
   whole = open_source(str(files / 'model')).config
-  report = run(files, tmp_path / 'out', 'prune', **{'prune.target': 1.0, 'train.tokens': 0})
+  report = runs.in_process(
+    make_config(files, **{'prune.target': 1.0, 'train.tokens': 0}), tmp_path / 'out', 'prune'
+  )
   small = narrowed_config(whole, whole.hidden_size - 8)
   assert report['model']['params_after'] == count_params(small) < count_params(whole)
   assert open_source(str(tmp_path / 'out/hf')).config.layers == whole.layers
@@ -103,7 +101,7 @@ def test_a_run_resumes_to_the_same_bits(files, finished, tmp_path):
   lines = (path / 'metrics.jsonl').read_text().splitlines(keepends=True)
   last = max(i for i, line in enumerate(lines) if json.loads(line)['event'] == 'prune')
   (path / 'metrics.jsonl').write_text(''.join(lines[: last + 1]))
-  run(files, path, **{'prune.target': 0.7})
+  runs.in_process(make_config(files, **{'prune.target': 0.7}), path)
   runs.assert_same_end(path, finished)
 
 
@@ -122,7 +120,7 @@ def test_a_checkpoint_is_exported(files, finished, tmp_path):
 def test_with_a_trimmed_vocabulary(files, tmp_path):
   (files / 'vocab.txt').write_text((files / 'train.txt').read_text()[:2000])
   fields = {'prune.vocab': (str(files / 'vocab.txt'),), 'prune.target': 0.7, 'prune.budget': 'memory'}
-  report = run(files, tmp_path / 'out', 'prune', **fields, **{'train.tokens': 0})
+  report = runs.in_process(make_config(files, **fields, **{'train.tokens': 0}), tmp_path / 'out', 'prune')
   whole, result = (open_source(str(path)).config for path in (files / 'model', tmp_path / 'out/hf'))
   assert result.vocab_size < whole.vocab_size and result.hidden_size == whole.hidden_size - 8
   budget = report['budget']
