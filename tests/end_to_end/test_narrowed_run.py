@@ -169,3 +169,18 @@ def test_what_cannot_be_is_refused(files):
   assert 'batch = 0' in refused(aj.narrow, model, rows, hidden_size=24, batch=0)
   assert f'hidden_size = {width} must be from 1' in refused(aj.narrow, model, rows, hidden_size=width)
   assert 'hidden = 8 is no option of prune(): call narrow first' in refused(aj.prune, model, rows, hidden=8)
+
+
+def test_a_card_names_both_reductions_in_either_order(files, tmp_path):
+  (files / 'vocab.txt').write_text((files / 'train.txt').read_text()[:2000])
+  model = aj.load(files / 'model')
+  rows = aj.rows(model, files / 'train.txt', samples=4, length=16)
+  narrow_first = aj.trim_vocabulary(aj.narrow(model, rows, hidden_size=24), files / 'vocab.txt')
+  trimmed = aj.trim_vocabulary(model, files / 'vocab.txt')
+  rows = aj.rows(trimmed, files / 'train.txt', samples=4, length=16)
+  for found in (narrow_first, aj.narrow(trimmed, rows, hidden_size=24)):
+    aj.save(found, tmp_path / 'out')
+    card = (tmp_path / 'out/hf/README.md').read_text()
+    assert f'narrowed to {found.num_params / model.num_params:.1%}' in card
+    assert 'vocabulary was trimmed' in card and f'from {model.config.hidden_size} to 24' in card
+    assert 'channels were removed' not in card
