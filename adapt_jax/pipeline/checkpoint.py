@@ -39,11 +39,10 @@ class Checkpoints:
     keep: dict[str, Any] = {'max_to_keep': 2, 'create': True, 'cleanup_tmp_directories': True}
     if read_only:  # the run may be active and save meanwhile
       keep = {'read_only': True}
-    self._manager = _Manager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **keep),
-      item_handlers={'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()},
-    )
+    handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
+    with _silent():  # orbax warns of what `read_only` implies
+      options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **keep)
+      self._manager = _Manager(self._directory, options=options, item_handlers=handlers)
 
   def latest(self) -> int | None:
     """Number of the newest complete checkpoint."""
@@ -147,6 +146,13 @@ def _one_error() -> Iterator[None]:
 
   sys.unraisablehook = hook
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  with _silent():
+    yield
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+  """Logs nothing."""
   logging.disable(logging.CRITICAL)
   try:
     yield

@@ -81,7 +81,9 @@ def unfinished(finished, tmp_path):
   return path
 
 
-def test_a_run_that_is_not_finished_is_taken_at_its_newest_checkpoint(files, finished, unfinished, tmp_path):
+def test_a_run_that_is_not_finished_is_taken_at_its_newest_checkpoint(
+  files, finished, unfinished, tmp_path, caplog
+):
   before = {p: p.stat().st_mtime_ns for p in unfinished.rglob('*') if p.is_file()}
   report = export(files, unfinished, tmp_path / 'out')
   assert_same_weights(tmp_path / 'out/hf', finished / 'hf')
@@ -94,6 +96,7 @@ def test_a_run_that_is_not_finished_is_taken_at_its_newest_checkpoint(files, fin
   assert report['perplexity']['dense'] == ran['perplexity']['dense']
   card = (tmp_path / 'out/hf/README.md').read_text()
   assert f'{ran["model"]["params_after"]:,} of {ran["model"]["params_before"]:,} parameters' in card
+  assert not caplog.records, caplog.text  # orbax has notices about what it only reads
   # The run may go on meanwhile: nothing of it is touched.
   assert {p: p.stat().st_mtime_ns for p in unfinished.rglob('*') if p.is_file()} == before
 
