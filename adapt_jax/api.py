@@ -193,7 +193,7 @@ def prune(
   if settings.compensate == 'bias' and not config.output_bias:
     config, params = surgery.with_output_bias(config, params)
   limit = budget_of(RunOptions(prune=settings), model.config, model.dtype)
-  dense, wanted = PrunePlan.dense(config), target_cost(limit, target)
+  start, wanted = PruneState.start(config, limit.removes), target_cost(limit, target)
   with processes.silent(not progress):
     blocks = Blocks(tokens, np.ones(tokens.shape, bool), 0)
     dtype, compiler = compute_dtype('auto'), Compiler()
@@ -205,9 +205,9 @@ def prune(
         f'target = {target:g} asks for {limit.text(wanted)}, but {by} always keeps {limit.text(smallest)}: '
         f'raise it (up to 1 it is a fraction, above 1 a number of {limit.unit.name})'
       )
-    steps = pruner.prune(pruner.stack(params, dense), dense, PruneState.start(config), wanted, 'prune')
-    *_, state = (PruneState.start(config), *(after for after, _ in steps))
-    params = pruner.compensate(params, dense, state.plan, state.step - 1)
+    steps = pruner.prune(pruner.stack(params, start.plan), start.plan, start, wanted, 'prune')
+    *_, state = (start, *(after for after, _ in steps))
+    params = pruner.compensate(params, start.plan, state.plan, state.step - 1)
 
   def cut(params: Params) -> Params:
     return surgery.compact(params, state.plan)

@@ -14,14 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax.config.build import declarations, from_dict
-from adapt_jax.config.options import (
-  DataOptions,
-  DistillOptions,
-  EvaluateOptions,
-  PruneOptions,
-  RunOptions,
-  TrainOptions,
-)
+from adapt_jax.config.options import DataOptions, DistillOptions, EvaluateOptions, RunOptions, TrainOptions
+from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
 from adapt_jax.data.windows import Blocks, check_vocab, first_of_rows, load_blocks
 from adapt_jax.machine import mesh

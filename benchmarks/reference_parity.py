@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.config.options import CalibrationOptions, PruneOptions
+from adapt_jax.config.prune_options import CalibrationOptions, PruneOptions
 from adapt_jax.data.windows import Blocks
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.formats.source import Source, open_source

@@ -13,7 +13,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from adapt_jax.models.files import write_text  # noqa: E402
 from adapt_jax.reports import charts  # noqa: E402
-from adapt_jax.reports.report import RunReport, read_report  # noqa: E402
+from adapt_jax.reports.report import RunReport, heads_of, read_report  # noqa: E402
 from adapt_jax.reports.run_charts import perplexity_chart, width_charts  # noqa: E402
 
 _GAP = 16
@@ -26,8 +26,9 @@ def draw(report: RunReport) -> str:
   if 'ffn' not in model:
     raise ValueError('the report does not have the widths of the dense model: run again to write it anew')
   left = perplexity_chart(report, _HEIGHTS[0])
-  before, after = ((shape['num_kv_heads'], shape['ffn']) for shape in (model, last))
-  right = width_charts(before, after, ('dense', f'after stage {last["stage"]}'), _HEIGHTS[1])
+  field, title = heads_of(report)
+  before, after = ((shape[field], shape['ffn']) for shape in (model, last))  # type: ignore[literal-required]
+  right = width_charts(before, after, ('dense', f'after stage {last["stage"]}'), title, _HEIGHTS[1])
   start = (2 if left else 1) * _GAP + (charts.WIDTH if left else 0)
   width, height = start + charts.WIDTH + _GAP, _HEIGHTS[0] + 2 * _GAP
   parts = [_place(left, _GAP, _GAP, _HEIGHTS[0])] if left else []

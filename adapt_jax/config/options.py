@@ -1,9 +1,9 @@
 """Every option of a run, declared once: type, default, meaning, range and choices.
 
-`config.prune.target` on the command line is the field `target` of `PruneOptions`. Options that only one mode
-reads are in `mode_options.py`. `configs/base.py` and the recipes are based on these declarations,
-`build.py` creates and checks the dataclasses, and `rules.py` checks the rules that involve several fields.
-Only the command line uses ConfigDict.
+`config.prune.target` on the command line is the field `target` of `PruneOptions`. Those of pruning are in
+`prune_options.py`, and those that only one mode reads in `mode_options.py`. `configs/base.py` and the recipes
+are based on these declarations, `build.py` creates and checks the dataclasses, and `rules.py` checks the rules
+that involve several fields. Only the command line uses ConfigDict.
 
 A source is a tuple of .txt, .jsonl, .json or .parquet files, directories or globs of such files, or hub data
 sets `org/name`, `org/name:split` or `org/name:config:split`; on the command line, separated by commas.
@@ -11,7 +11,7 @@ sets `org/name`, `org/name:split` or `org/name:config:split`; on the command lin
 
 import dataclasses
 
-from adapt_jax.config.declare import ALIGNMENT, COUNT, LENGTH, TOKENS, group, option
+from adapt_jax.config.declare import COUNT, LENGTH, TOKENS, group, option
 from adapt_jax.config.mode_options import (
   BenchOptions,
   CompareOptions,
@@ -19,7 +19,7 @@ from adapt_jax.config.mode_options import (
   GenerateOptions,
   SensitivityOptions,
 )
-from adapt_jax.config.units import UNITS
+from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.config.values import named_texts
 
 
@@ -73,146 +73,6 @@ class DataOptions:
     '$XDG_CACHE_HOME or ~/.cache.',
     result=False,
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class CalibrationOptions:
-  """The rows used for scoring and for compensation."""
-
-  source: tuple[str, ...] = option(
-    (),
-    'Text of the kinds that the model should stay good at; rows are drawn from the first 4 million tokens. '
-    'self: the dense model generates the rows, as many as samples.',
-  )
-  weights: tuple[float, ...] = option(
-    (),
-    'Share of the rows for each entry of source. Empty: the entries are concatenated, and their first 4 '
-    'million tokens are used.',
-  )
-  layout: str = option(
-    'packed',
-    'packed: documents are concatenated and cut into rows. documents: one row from each document that is '
-    'long enough, at a random place, as in the paper. Rows of a .npy file and of self are used as they are.',
-    choices=('packed', 'documents'),
-  )
-  samples: int = option(32, 'Number of rows, redrawn at every pruning step (512 in the paper).', within=COUNT)
-  length: int = option(
-    1024,
-    'Tokens per row; best as long as the texts that the model will see (64 in the paper).',
-    within=LENGTH,
-  )
-  batch: int = option(
-    4, 'Maximum rows per device that pass through a layer at once.', within=COUNT, result=False
-  )
-
-
-# Methods that follow the paper's schedule step by step; the authors' code has these two.
-PROGRESSIVE = ('adapt', 'uniform')
-
-
-@dataclasses.dataclass(frozen=True)
-class PruneOptions:
-  """What is removed, and how the remaining weights are adjusted (docs/methods.md)."""
-
-  method: str = option(
-    'obs',
-    'obs removes the groups whose removal raises the loss least per parameter, in one shot per stage. adapt '
-    'is Adapt-Pruner, the method of the paper: it prunes step by step, and important layers less. uniform '
-    'follows the same schedule with equal sparsity in all layers. The others are baselines, in one shot per '
-    'stage (wanda_sp: layer by layer); slicegpt narrows the residual stream instead, and its model cannot be '
-    'trained or compensated.',
-    choices=(
-      'obs', 'adapt', 'uniform', 'llm_pruner', 'flap', 'wanda_sp', 'magnitude', 'shortgpt', 'slicegpt',
-    ),
-  )  # fmt: skip
-  compensate: str = option(
-    'least_squares',
-    'How the remaining weights compensate for removed groups, without training. least_squares refits o_proj '
-    'and down_proj on the calibration rows; bias adds biases to them, as in FLAP.',
-    choices=('none', 'least_squares', 'bias'),
-  )
-  budget: str = option(
-    'params',
-    'What target limits (docs/methods.md): stored parameters; operations per token; bytes of KV cache per '
-    'token; bytes of weights and KV cache; milliseconds of a request. The request of flops, memory and '
-    'latency is that of mode bench: bench.batch, bench.prompt_length and bench.new_tokens.',
-    choices=tuple(UNITS),
-  )
-  target: float = option(
-    0.8, 'What to keep: a fraction of the dense model (up to 1), or a number in the unit of budget (> 1).'
-  )
-  latency_table: str = option(
-    '',
-    'For budget = latency: the report.json that mode bench wrote for the dense model, on the machine that '
-    'will run the result; or h100, h200, a100, tpu-v5e, tpu-v5p or tpu-v6e, by its published peaks.',
-  )
-  vocab: tuple[str, ...] = option(
-    (),
-    'Text whose tokens remain in the vocabulary, all of which is read; the rows of all other tokens are '
-    'removed from embedding and head before anything else is pruned. Empty: the vocabulary stays whole.',
-  )
-  hidden: int = option(
-    0,
-    'Hidden size to which the whole model is narrowed before anything else is pruned, by principal '
-    'components of its residual stream on the calibration rows (docs/methods.md). 0: it stays as it is.',
-    within=(0, 2**18),
-  )
-  stages: int = option(1, 'Rounds of pruning and recovery (N in the paper).', within=(1, 10_000))
-  stage_targets: str = option(
-    'linear', 'How the cost of the model decreases from stage to stage.', choices=('linear', 'geometric')
-  )
-  steps: int = option(
-    50,
-    'For adapt and uniform: number of steps to reach the sparsity ratio (T in the paper).',
-    within=(1, 1_000_000),
-  )
-  ratio: float = option(
-    1.0,
-    'For adapt and uniform: overall sparsity after all steps (rho in the paper); pruning ends at the target.',
-    within=(1e-6, 1),
-  )
-  amplitude: float = option(
-    0.02,
-    "For adapt: how much a layer's importance changes its sparsity at each step (A in the paper).",
-    within=(0, 1),
-  )
-  importance: str = option(
-    'taylor',
-    'For adapt and uniform: the score of a group. The other methods have their own.',
-    choices=(
-      'taylor', 'taylor_vectorize', 'taylor_second', 'taylor_mix', 'l1', 'l2', 'fluctuation', 'wanda',
-      'curvature', 'random',
-    ),
-  )  # fmt: skip
-  layer_distance: str = option(
-    'cosine',
-    "Distance between a layer's input and output, its importance for adapt. Other methods only report it "
-    '(shortgpt always uses cosine).',
-    choices=('cosine', 'euclidean', 'manhattan'),
-  )
-  align_kv: int = option(
-    1, 'Each layer keeps a multiple of this many KV heads, or all of them.', within=ALIGNMENT
-  )
-  align_ffn: int = option(
-    1,
-    'Each layer keeps a multiple of this many MLP channels, or all of them; 64 to 256 suit tensor cores and '
-    'quantisation.',
-    within=ALIGNMENT,
-  )
-  serve: str = option(
-    'any',
-    'The program that will run the pruned model (docs/serving.md). gguf keeps multiples of 32 MLP channels '
-    'for the quantised types of llama.cpp (set align_ffn = 256 for K-quants). awq keeps multiples of 128 for '
-    'the groups of AWQ and GPTQ. tensor_parallel=n keeps KV heads and MLP channels that n devices can split '
-    'evenly.',
-  )
-  compat: str = option(
-    '',
-    "reference reproduces the bugs of the authors' code, for comparison. Needs the method adapt or uniform, "
-    'and compensate = none.',
-    choices=('', 'reference'),
-  )
-  calibration: CalibrationOptions = group(CalibrationOptions)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,8 @@ import math
 import re
 
 from adapt_jax.config.mode_options import SensitivityOptions
-from adapt_jax.config.options import (
-  PROGRESSIVE,
-  ExportOptions,
-  MeshOptions,
-  PruneOptions,
-  RunOptions,
-  TrainOptions,
-)
+from adapt_jax.config.options import ExportOptions, MeshOptions, RunOptions, TrainOptions
+from adapt_jax.config.prune_options import PROGRESSIVE, PruneOptions
 from adapt_jax.config.values import serving_multiples
 from adapt_jax.models.errors import InputError
 
@@ -42,6 +36,21 @@ def _check_prune(prune: PruneOptions) -> None:
       f'config.prune.compensate = {prune.compensate!r} conflicts with config.prune.compat = '
       f"{prune.compat!r}: set it to 'none'"
     )
+  if prune.attention == 'query_heads':
+    for name, bad, why in (
+      ('budget', ('kv_cache', 'latency'), 'counts KV heads'),
+      ('compat', ('reference',), 'removes KV groups'),
+    ):
+      if (value := getattr(prune, name)) in bad:
+        raise InputError(
+          f'config.prune.attention = {prune.attention!r} conflicts with config.prune.{name} = {value!r}, '
+          f'which {why}: set it to kv_groups'
+        )
+    if prune.align_kv > 1:
+      raise InputError(
+        f'config.prune.align_kv = {prune.align_kv} conflicts with config.prune.attention = '
+        f'{prune.attention!r}, which keeps all KV heads: leave one of them out'
+      )
   if not 0 < prune.target < math.inf:
     raise InputError(
       f'config.prune.target = {prune.target!r} must be positive: a fraction kept (≤ 1) or a number in the '

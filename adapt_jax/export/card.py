@@ -5,10 +5,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from adapt_jax.config.options import PROGRESSIVE
+from adapt_jax.config.prune_options import PROGRESSIVE
 from adapt_jax.export.card_metadata import is_quantised, metadata, source_name
 from adapt_jax.models.config import ModelConfig, count_params
-from adapt_jax.reports.report import RunReport, known_perplexities
+from adapt_jax.reports.report import RunReport, heads_of, known_perplexities
 from adapt_jax.reports.summary import texts_rows
 
 # Settings that only progressive methods read.
@@ -117,10 +117,11 @@ def _widths(report: RunReport, config: ModelConfig) -> str:
   """Remaining and original widths by layer; only the remaining ones, if the report has no stages."""
   if config.sliced_from:
     return ''
+  field, title = heads_of(report)
   if stages := report.get('stages'):
     last, dense = stages[-1], report['model']
     columns = [
-      zip(last['num_kv_heads'], dense['num_kv_heads'], strict=True),
+      zip(last[field], dense[field], strict=True),  # type: ignore[literal-required]
       zip(last['ffn'], dense['ffn'], strict=True),
     ]
     rows = [[i, f'{k} of {dense_k}', f'{f} of {dense_f}']
@@ -128,8 +129,8 @@ def _widths(report: RunReport, config: ModelConfig) -> str:
   elif config.uniform:
     return ''
   else:
-    rows = [[i, s.num_kv_heads, s.ffn] for i, s in enumerate(config.layers)]
-  return '## Widths\n\n' + _table(['layer', 'KV heads', 'MLP channels'], rows)
+    rows = [[i, getattr(s, field), s.ffn] for i, s in enumerate(config.layers)]
+  return '## Widths\n\n' + _table(['layer', title, 'MLP channels'], rows)
 
 
 def _perplexity(report: RunReport) -> str:

@@ -31,6 +31,7 @@ from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import programs as pruning_programs
 from adapt_jax.pruning import surgery
+from adapt_jax.pruning.attention_units import AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.widths import Allocator, Widths
 from adapt_jax.training.optim import optimizer
@@ -137,13 +138,13 @@ def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]
   widths, found = allocator.full, []
   for target in Schedule.of(options, budget).targets:
     widths = allocator.one_shot(widths, np.ones(config.num_layers), target)
-    found.append(config.with_layers(_shapes(config, widths)))
+    found.append(config.with_layers(_shapes(config, widths, budget.removes)))
   return found
 
 
-def _shapes(config: ModelConfig, widths: Widths) -> tuple[LayerShape, ...]:
+def _shapes(config: ModelConfig, widths: Widths, unit: AttentionUnit) -> tuple[LayerShape, ...]:
   return tuple(
-    s.with_widths(int(k), int(f)) for s, k, f in zip(config.layers, widths.kv, widths.ffn, strict=True)
+    unit.narrowed(s, int(k), int(f)) for s, k, f in zip(config.layers, widths.kv, widths.ffn, strict=True)
   )
 
 
@@ -174,7 +175,7 @@ class Footprint:
   def stacked(self, config: ModelConfig) -> Any:
     """The input of scoring and compensation: all layers' weights at their original widths."""
     params = llama.abstract_params(config)
-    plan = PrunePlan.dense(config)
+    plan = PrunePlan.dense(config, self.budget.removes)
     return placed(jax.eval_shape(lambda p: surgery.stack(p, plan, self.dtype), params))
 
   def scoring(self, layers: int) -> Program:
@@ -188,9 +189,8 @@ class Footprint:
     """The least squares or biases after the last step of a stage."""
     config, prune = self.config.with_layers(self.config.layers[:layers]), self.options.prune
     program = pruning_programs.compensation(config, prune, self.dtype)
-    masks = tuple(
-      jax.ShapeDtypeStruct(m.shape, m.dtype) for m in surgery.padded_masks(PrunePlan.dense(config))
-    )
+    plan = PrunePlan.dense(config, self.budget.removes)
+    masks = tuple(jax.ShapeDtypeStruct(m.shape, m.dtype) for m in surgery.padded_masks(plan))
     tokens = pruning_programs.calibration_tokens(prune.calibration)
     return compile_for(self._platform, program, self.stacked(config), masks, tokens)
 

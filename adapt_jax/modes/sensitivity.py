@@ -157,9 +157,15 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       f'leave the others out'
     )
   # Nothing is removed permanently, so nothing compensates for it; `bias` would count in the sizes. A recipe's
-  # target, stages, budget and vocabulary are for other modes.
+  # target, stages, budget and vocabulary are for other modes. Attention is pruned by KV groups.
   prune = dataclasses.replace(
-    options.prune, compensate='none', target=1.0, stages=1, budget='params', vocab=()
+    options.prune,
+    compensate='none',
+    target=1.0,
+    stages=1,
+    budget='params',
+    attention='kv_groups',
+    vocab=(),
   )
   options = dataclasses.replace(options, prune=prune)
   inputs = prepare(options)

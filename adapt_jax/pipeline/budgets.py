@@ -9,6 +9,7 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pruning import budget as budgets
 from adapt_jax.pruning import latency
+from adapt_jax.pruning.attention_units import find_unit
 from adapt_jax.pruning.budget import Budget
 
 
@@ -35,13 +36,14 @@ def _budget(options: RunOptions, config: ModelConfig, stored: str) -> Budget:
   kind, request = options.prune.budget, options.bench
   context = request.prompt_length + request.new_tokens
   itemsize = jnp.dtype(stored if options.export.dtype == 'auto' else options.export.dtype).itemsize
+  unit = find_unit(options.prune.attention, kind, config)
   if kind == 'flops':
-    return budgets.flops(config, context)
+    return budgets.flops(config, context, unit)
   if kind == 'kv_cache':
     return budgets.kv_cache(config, itemsize)
   if kind == 'memory':
-    return budgets.memory(config, itemsize, request.batch * context)
+    return budgets.memory(config, itemsize, request.batch * context, unit)
   if kind == 'latency':
     table = latency.find_table(options.prune.latency_table, config, request)
     return latency.budget(table, config)
-  return budgets.params(config)
+  return budgets.params(config, unit)

@@ -2,7 +2,8 @@
 
 import math
 
-from adapt_jax.config.options import PROGRESSIVE, RunOptions
+from adapt_jax.config.options import RunOptions
+from adapt_jax.config.prune_options import PROGRESSIVE
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import budget as budgets

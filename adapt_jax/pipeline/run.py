@@ -57,7 +57,7 @@ class Run:
     self._export, self._started, self._estimated = export, time.monotonic(), False
     self._compiler = Compiler(shared.programs if shared else None)
     self._metrics = MetricsLog(workdir.metrics)
-    self._store = StateStore(workdir, inputs.config, self._metrics)
+    self._store = StateStore(workdir, inputs.config, self._metrics, inputs.budget.removes)
     self._schedule = Schedule.of(options, inputs.budget)
     self._trains = inputs.train is not None
     tx = optimizer(options.train, self._schedule.train_steps) if self._trains else None

@@ -68,6 +68,8 @@ def run_report(
       'vocab_size': whole.vocab_size,
       'vocab_trimmed': config.vocab_size,
     }
+  described_settings = settings(options)
+  described_settings['prune']['attention'] = budget.removes.name  # not auto
   limited: BudgetReport = {
     'kind': budget.kind,
     'unit': budget.unit.name,
@@ -89,7 +91,7 @@ def run_report(
       'tokens_per_step': options.train.batch * options.train.length,
     },
     'stages': rows,
-    **settings(options),
+    **described_settings,
     'compiles': state.compiles,
     'seconds': state.seconds,
   }

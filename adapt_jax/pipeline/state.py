@@ -26,6 +26,7 @@ from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import surgery
+from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.reports.report import Of, StageReport, Tasks
 from adapt_jax.training.step import TrainState
@@ -162,10 +163,13 @@ class StateStore:
     workdir: directory of the run.
     config: config of the dense model, whose numbering plans use.
     metrics: the log; when resuming, it is cut to the lines that the saved state includes.
+    unit: what pruning removes from attention.
   """
 
-  def __init__(self, workdir: Workdir, config: ModelConfig, metrics: MetricsLog):
-    self._plan, self._config, self._metrics = workdir.plan, config, metrics
+  def __init__(
+    self, workdir: Workdir, config: ModelConfig, metrics: MetricsLog, unit: AttentionUnit = KV_GROUPS
+  ):
+    self._plan, self._config, self._unit, self._metrics = workdir.plan, config, unit, metrics
     self._checkpoints = Checkpoints(workdir.checkpoints)
 
   def save(self, state: RunState) -> None:
@@ -198,7 +202,7 @@ class StateStore:
     """
     number, lines = decide(self._checkpoints.latest), 0
     if number is None:
-      dense = PruneState.start(self._config)
+      dense = PruneState.start(self._config, self._unit)
       state = RunState({}, dense.plan, dense)
       state.hold(start())
     else:

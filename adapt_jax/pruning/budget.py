@@ -17,16 +17,17 @@ from adapt_jax.models.config import (
   ModelConfig,
   channel_params,
   count_params,
-  kv_group_params,
   layer_params,
 )
+from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 
 
 class LayerCost(NamedTuple):
   """The cost of one layer: of what no width changes, and of attention [K + 1] and MLP [F + 1] by width.
 
-  `attention[k]` is the cost of k KV groups with their query heads, `mlp[f]` that of f channels; both are 0 at
-  width 0 and never fall as the width grows. `rest` is paid unless the layer is removed.
+  `attention[k]` is the cost of k KV groups with their query heads, or of k query heads of every KV head (the
+  KV heads are then in `rest`), `mlp[f]` that of f channels; both are 0 at width 0 and never fall as the width
+  grows. `rest` is paid unless the layer is removed.
   """
 
   rest: int
@@ -47,7 +48,7 @@ class Budget:
 
   kind: a name in `UNITS`, as in prune.budget. fixed: what lies outside the layers, such as the embedding.
   start: the cost of the model before pruning. dense: the cost that fractions refer to; above `start` if the
-  vocabulary was trimmed or the model narrowed. measured: of a latency.
+  vocabulary was trimmed or the model narrowed. measured: of a latency. removes: the unit of attention.
   """
 
   kind: str
@@ -56,16 +57,22 @@ class Budget:
   start: int
   dense: int
   measured: Measured | None = None
+  removes: AttentionUnit = KV_GROUPS
 
   @classmethod
   def of(
-    cls, kind: str, config: ModelConfig, fixed: int, layer_cost: Callable[[LayerShape], LayerCost]
+    cls,
+    kind: str,
+    config: ModelConfig,
+    fixed: int,
+    layer_cost: Callable[[LayerShape], LayerCost],
+    unit: AttentionUnit = KV_GROUPS,
   ) -> 'Budget':
     """The budget of a model, from the cost of a layer of each shape."""
     found = {shape: layer_cost(shape) for shape in dict.fromkeys(config.layers)}
     layers = tuple(found[shape] for shape in config.layers)
     dense = fixed + sum(int(c.rest + c.attention[-1] + c.mlp[-1]) for c in layers)
-    return cls(kind, fixed, layers, dense, dense)
+    return cls(kind, fixed, layers, dense, dense, removes=unit)
 
   @property
   def unit(self) -> Unit:
@@ -78,7 +85,7 @@ class Budget:
 
   @property
   def coarse(self) -> bool:
-    """Whether a KV group costs more than all channels of its layer, in another unit than parameters.
+    """Whether a unit of attention costs more than all channels of its layer, not in parameters.
 
     Then a target is missed by up to a group, since too many channels would have to go instead of one.
     """
@@ -86,7 +93,7 @@ class Budget:
 
   @property
   def group_costs(self) -> np.ndarray:
-    """The mean cost of one KV group of each layer, at least 1, float64 [L]."""
+    """The mean cost of one unit of attention of each layer, at least 1, float64 [L]."""
     return np.array([max(c.attention[-1] / (len(c.attention) - 1), 1) for c in self.layers])
 
   @property
@@ -95,11 +102,11 @@ class Budget:
     return np.array([max(c.mlp[-1] / (len(c.mlp) - 1), 1) for c in self.layers])
 
   def prunable(self, kv: np.ndarray, ffn: np.ndarray) -> np.ndarray:
-    """Cost of the KV groups and MLP channels of every layer at these widths, int [L]."""
+    """Cost of the units of attention and MLP channels of every layer at these widths, int [L]."""
     return np.array([c.attention[k] + c.mlp[f] for c, k, f in zip(self.layers, kv, ffn, strict=True)])
 
   def cost(self, kv: np.ndarray, ffn: np.ndarray) -> int:
-    """Cost of the model with these KV groups and MLP channels, int [L]; a layer with neither is removed."""
+    """Cost of the model with these units of attention and channels [L]; a layer with neither is removed."""
     rests = sum(c.rest for c, k, f in zip(self.layers, kv, ffn, strict=True) if k or f)
     return int(self.fixed + rests + self.prunable(kv, ffn).sum())
 
@@ -123,25 +130,25 @@ class Budget:
     return f'{amount(self.kind, self.number(cost))} {self.unit.name}'
 
 
-def _linear(rest: int, group: int, channel: int, shape: LayerShape) -> LayerCost:
-  """The cost of a layer whose KV groups all cost the same, and whose channels do."""
-  return LayerCost(rest, group * np.arange(shape.num_kv_heads + 1), channel * np.arange(shape.ffn + 1))
+def _linear(rest: int, group: int, channel: int, shape: LayerShape, unit: AttentionUnit) -> LayerCost:
+  """The cost of a layer whose units of attention all cost the same, and whose channels do."""
+  return LayerCost(rest, group * np.arange(unit.count(shape) + 1), channel * np.arange(shape.ffn + 1))
 
 
-def params(config: ModelConfig) -> Budget:
+def params(config: ModelConfig, unit: AttentionUnit = KV_GROUPS) -> Budget:
   """Stored parameters; a tied embedding counts once."""
   channel = channel_params(config)
 
   def of_layer(shape: LayerShape) -> LayerCost:
-    group = kv_group_params(config, shape.group_size)
-    rest = layer_params(config, shape) - shape.num_kv_heads * group - shape.ffn * channel
-    return _linear(rest, group, channel, shape)
+    group = unit.params(config, shape)
+    rest = layer_params(config, shape) - unit.count(shape) * group - shape.ffn * channel
+    return _linear(rest, group, channel, shape, unit)
 
   tables = count_params(config) - sum(layer_params(config, shape) for shape in config.layers)
-  return Budget.of('params', config, tables, of_layer)
+  return Budget.of('params', config, tables, of_layer, unit)
 
 
-def flops(config: ModelConfig, length: int) -> Budget:
+def flops(config: ModelConfig, length: int, unit: AttentionUnit = KV_GROUPS) -> Budget:
   """Floating-point operations of a forward pass per token: two per weight of every product, and attention.
 
   The products of queries with keys and of weights with values cost 4 · T · N · H per layer for T = `length`
@@ -150,26 +157,30 @@ def flops(config: ModelConfig, length: int) -> Budget:
   D, H = config.hidden_size, config.head_dim
 
   def of_layer(shape: LayerShape) -> LayerCost:
-    G = shape.group_size
-    group = 2 * (2 + 2 * G) * H * D + 2 * length * G * H
-    return _linear(4 * D * D if config.sliced_from else 0, group, 6 * D, shape)
+    kv_head, head = 4 * H * D, 4 * H * D + 2 * length * H
+    rest = 4 * D * D if config.sliced_from else 0
+    if unit is KV_GROUPS:
+      return _linear(rest, kv_head + shape.group_size * head, 6 * D, shape, unit)
+    return _linear(rest + shape.num_kv_heads * kv_head, shape.num_kv_heads * head, 6 * D, shape, unit)
 
-  return Budget.of('flops', config, 2 * config.vocab_size * D, of_layer)
+  return Budget.of('flops', config, 2 * config.vocab_size * D, of_layer, unit)
 
 
 def kv_cache(config: ModelConfig, itemsize: int) -> Budget:
   """Bytes of the KV cache for one token: a key and a value of H numbers for each KV group of each layer."""
   group = 2 * config.head_dim * itemsize
-  return Budget.of('kv_cache', config, 0, lambda shape: _linear(0, group, 0, shape))
+  return Budget.of('kv_cache', config, 0, lambda shape: _linear(0, group, 0, shape, KV_GROUPS))
 
 
-def memory(config: ModelConfig, itemsize: int, tokens: int) -> Budget:
+def memory(config: ModelConfig, itemsize: int, tokens: int, unit: AttentionUnit = KV_GROUPS) -> Budget:
   """Bytes of the weights, and of the KV cache of so many tokens."""
-  weights, cache = params(config), 2 * config.head_dim * itemsize * tokens
+  weights, cache = params(config, unit), 2 * config.head_dim * itemsize * tokens
 
   def of_layer(shape: LayerShape) -> LayerCost:
     found = weights.layers[config.layers.index(shape)]
-    groups = itemsize * found.attention + cache * np.arange(shape.num_kv_heads + 1)
-    return LayerCost(itemsize * found.rest, groups, itemsize * found.mlp)
+    rest, attention, mlp = itemsize * found.rest, itemsize * found.attention, itemsize * found.mlp
+    if unit is KV_GROUPS:
+      return LayerCost(rest, attention + cache * np.arange(shape.num_kv_heads + 1), mlp)
+    return LayerCost(rest + cache * shape.num_kv_heads, attention, mlp)
 
-  return Budget.of('memory', config, itemsize * weights.fixed, of_layer)
+  return Budget.of('memory', config, itemsize * weights.fixed, of_layer, unit)

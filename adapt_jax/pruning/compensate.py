@@ -29,6 +29,7 @@ from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.positions import Positions
 from adapt_jax.models.network.sharding import constrain, constrain_params
 from adapt_jax.pruning import algebra
+from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 
@@ -50,12 +51,14 @@ class Compensator:
     kind: least_squares or bias; the latter needs `config.output_bias`.
     micro_batch: rows that a layer processes at once; must divide the number of rows.
     dtype: dtype of weights and activations.
+    unit: what is removed from attention.
   """
 
   config: ModelConfig
   kind: str
   micro_batch: int
   dtype: Any = jnp.float32
+  unit: AttentionUnit = KV_GROUPS
 
   def __call__(
     self, stacked: Params, masks: tuple[jax.Array, jax.Array], tokens_ST: jax.Array
@@ -74,7 +77,9 @@ class Compensator:
       streams: Streams, xs: tuple[jax.Array, Params, jax.Array, jax.Array]
     ) -> tuple[Streams, dict[str, jax.Array]]:
       i, layer, kv_K, ffn_F = xs
-      o_mask = jnp.broadcast_to(kv_K[:, None, None], layer['attention']['o'].shape[1:]).reshape(-1)
+      sizes_KGH = layer['attention']['o'].shape[1:]
+      along = jnp.expand_dims(kv_K, [axis for axis in range(3) if axis != self.unit.axis])
+      o_mask = jnp.broadcast_to(along, sizes_KGH).reshape(-1)
       streams, o_change = self._half('o', layer, o_mask, streams, tables.of(i))
       streams, down_change = self._half('down', layer, ffn_F, streams)
       return streams, o_change | down_change
@@ -97,7 +102,7 @@ class Compensator:
     block, bias = _OUTPUTS[name]
     weight = layer[block][name].astype(jnp.float32)
     weight_DC = weight.reshape(len(weight), -1)
-    (D, C), shape = weight_DC.shape, Scorer(self.config).shape
+    (D, C), shape = weight_DC.shape, Scorer(self.config, unit=self.unit).shape
 
     def run(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
       out_BTD, inputs_TC = llama.output(block, self.config, shape, layer, x_BTD, *positions)
@@ -149,7 +154,8 @@ def add(params: Params, compacted: PrunePlan, changes: dict[str, jax.Array]) -> 
     layer = dict(tree)
     for name, (block, bias) in _OUTPUTS.items():
       if name in changes:
-        leaf, change = name, changes[name][i][:, kept[name]]
+        axis = 1 + compacted.unit.axis if name == 'o' else 1
+        leaf, change = name, jnp.take(changes[name][i], kept[name], axis=axis)
       else:
         leaf, change = bias, changes[bias][i]
       layer[block] = layer[block] | {leaf: layer[block][leaf] + change.astype(layer[block][leaf].dtype)}

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from adapt_jax.models.network.llama import Params
-from adapt_jax.pruning.surgery import GROUP_AXES
+from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
+from adapt_jax.pruning.surgery import group_axes
 
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -93,14 +94,22 @@ def fold_heads(heads_KG: jax.Array, reference: bool) -> jax.Array:
 
 
 def group_scores(
-  layer: Params, gradient: Params, fisher: Params, importance: Importance, *, reference_fold: bool = False
+  layer: Params,
+  gradient: Params,
+  fisher: Params,
+  importance: Importance,
+  *,
+  unit: AttentionUnit = KV_GROUPS,
+  reference_fold: bool = False,
 ) -> list[jax.Array]:
   """[scores [K] of the KV groups, scores [F] of the channels]: sums over all member weights, in fp32.
+
+  With query heads as `unit`, the first are theirs, [G].
 
   `reference_fold` credits query head h to group h mod K, as the authors' program does, not to h // G.
   """
   totals = []
-  for block, axes in GROUP_AXES.items():
+  for block, axes in group_axes(unit).items():
     total = jnp.zeros(())
     for name, axis in axes.items():
       if name not in layer[block]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from adapt_jax.pruning.algebra import damped, exact, inverse
+from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 
 # Share of the mean diagonal that is added to the diagonal. H needs it to be invertible, and because it is
 # estimated from few tokens; without it in G, single outputs with large gradients would dominate the costs.
@@ -70,10 +71,18 @@ def channel_costs(weight_DF: jax.Array, inputs_FF: jax.Array, gradients_DD: jax.
     return jax.lax.fori_loop(0, -(-F // size), round_, start)[3]
 
 
-def group_costs(weight_DKGH: jax.Array, inputs_CC: jax.Array, gradients_DD: jax.Array) -> jax.Array:
-  """Cost of each KV group [K] in the order of removal, as in `channel_costs`; C = K·G·H columns in all."""
-  D, K = weight_DKGH.shape[:2]
-  columns_KB = jnp.arange(weight_DKGH[0].size).reshape(K, -1)
+def group_costs(
+  weight_DKGH: jax.Array,
+  inputs_CC: jax.Array,
+  gradients_DD: jax.Array,
+  unit: AttentionUnit = KV_GROUPS,
+) -> jax.Array:
+  """Cost of each KV group [K] in the order of removal, as in `channel_costs`; C = K·G·H columns in all.
+
+  With query heads as the unit, the costs are theirs, [G].
+  """
+  columns_KB = jnp.asarray(unit.columns(weight_DKGH.shape[1:]))
+  K = len(columns_KB)
   gradients_DD = damped(gradients_DD, DAMPING_GRADIENTS)
 
   def round_(_: int, state: Any) -> Any:
@@ -91,7 +100,7 @@ def group_costs(weight_DKGH: jax.Array, inputs_CC: jax.Array, gradients_DD: jax.
     return weight_DC, inverse_CC, present_K.at[group].set(False), cost_K.at[group].set(floor), floor
 
   start = (
-    weight_DKGH.reshape(D, -1),
+    weight_DKGH.reshape(len(weight_DKGH), -1),
     inverse(damped(inputs_CC, DAMPING_INPUTS)),
     jnp.ones(K, bool),
     jnp.zeros(K),

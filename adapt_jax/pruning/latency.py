@@ -121,8 +121,14 @@ def _parts(seconds: float) -> int:
 def find_table(name: str, config: ModelConfig, request: BenchOptions) -> Table:
   """The table of prune.latency_table: of a named device, or a file that mode bench has written.
 
-  Raises InputError for a file without a table, and for one of another model.
+  Raises InputError for a file without a table, for one of another model, and for a model whose layers
+  differ in the number of query heads per KV head.
   """
+  if len(groups := {shape.group_size for shape in config.layers}) > 1:
+    raise InputError(
+      f"config.prune.budget = 'latency' needs as many query heads per KV head in every layer, but "
+      f'model.source has {sorted(groups)}: choose another budget'
+    )
   if name in DEVICES:
     return roofline(name, config, request)
   table, mine = _read(name, config), likeness(config)

@@ -10,6 +10,7 @@ import numpy as np
 
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
+from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS, AttentionUnit
 from adapt_jax.pruning.budget import Budget
 
 
@@ -23,25 +24,28 @@ class LayerWidths(TypedDict):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrunePlan:
-  """Masks of kept groups: `kv[l]` over the KV groups [K_l] of layer l, `ffn[l]` over its channels [F_l].
+  """Masks of kept groups: `kv[l]` over the units of attention of layer l, `ffn[l]` over its channels [F_l].
 
-  A layer that keeps no groups and no channels is removed, including its norms.
+  `unit` says what the units are: KV groups [K_l], or query heads [G_l] of every KV head. A layer that keeps
+  no units and no channels is removed, including its norms.
   """
 
   kv: tuple[np.ndarray, ...]
   ffn: tuple[np.ndarray, ...]
+  unit: AttentionUnit = KV_GROUPS
 
   @classmethod
-  def dense(cls, config: ModelConfig) -> 'PrunePlan':
+  def dense(cls, config: ModelConfig, unit: AttentionUnit = KV_GROUPS) -> 'PrunePlan':
     """The plan that keeps everything."""
     return cls(
-      tuple(np.ones(s.num_kv_heads, bool) for s in config.layers),
+      tuple(np.ones(unit.count(s), bool) for s in config.layers),
       tuple(np.ones(s.ffn, bool) for s in config.layers),
+      unit,
     )
 
   @property
   def kv_widths(self) -> np.ndarray:
-    """Kept KV groups per layer, int [L]."""
+    """Kept units of attention per layer, int [L]."""
     return np.array([m.sum() for m in self.kv])
 
   @property
@@ -63,7 +67,7 @@ class PrunePlan:
     widths = list(zip(config.layers, self.kv_widths, self.ffn_widths, strict=True))
     return config.with_layers(
       tuple(
-        s.with_widths(int(k), int(f))
+        self.unit.narrowed(s, int(k), int(f))
         for (s, k, f), present in zip(widths, self.present, strict=True)
         if present
       )
@@ -71,9 +75,9 @@ class PrunePlan:
 
   def widths(self, config: ModelConfig) -> LayerWidths:
     """num_heads, num_kv_heads and ffn of every layer of the original model `config`; 0 if removed."""
-    kv = self.kv_widths.tolist()
-    heads = [k * s.group_size for k, s in zip(kv, config.layers, strict=True)]
-    return {'num_heads': heads, 'num_kv_heads': kv, 'ffn': self.ffn_widths.tolist()}
+    pairs = zip(config.layers, self.kv_widths.tolist(), strict=True)
+    heads, kv_heads = zip(*(self.unit.heads(shape, units) for shape, units in pairs), strict=True)
+    return {'num_heads': list(heads), 'num_kv_heads': list(kv_heads), 'ffn': self.ffn_widths.tolist()}
 
   def without_layer(self, layer: int) -> 'PrunePlan':
     """This plan with one more layer removed."""
@@ -81,7 +85,7 @@ class PrunePlan:
     def emptied(masks: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
       return tuple(np.zeros_like(m) if i == layer else m for i, m in enumerate(masks))
 
-    return PrunePlan(emptied(self.kv), emptied(self.ffn))
+    return PrunePlan(emptied(self.kv), emptied(self.ffn), self.unit)
 
   def params(self, config: ModelConfig) -> int:
     """Stored parameters of the compacted model."""
@@ -99,17 +103,20 @@ class PrunePlan:
         raise ValueError('a later plan cannot keep what an earlier one removed')
       return tuple(n[t] for n, t, there in zip(now, then, earlier.present, strict=True) if there)
 
-    return PrunePlan(renumber(self.kv, earlier.kv), renumber(self.ffn, earlier.ffn))
+    return PrunePlan(renumber(self.kv, earlier.kv), renumber(self.ffn, earlier.ffn), self.unit)
 
   def equals(self, other: 'PrunePlan') -> bool:
     """True if both keep the same groups."""
     return all(map(np.array_equal, self.kv + self.ffn, other.kv + other.ffn))
 
   def to_json(self) -> dict[str, Any]:
-    """{'layers': [{'kv_groups': kept indices, 'ffn_channels': kept indices}, ...]}; both empty if removed."""
+    """{'layers': [{'kv_groups': kept indices, 'ffn_channels': kept indices}, ...]}; both empty if removed.
+
+    With query heads as units, 'query_heads' takes the place of 'kv_groups'.
+    """
     return {
       'layers': [
-        {'kv_groups': np.flatnonzero(k).tolist(), 'ffn_channels': np.flatnonzero(f).tolist()}
+        {self.unit.name: np.flatnonzero(k).tolist(), 'ffn_channels': np.flatnonzero(f).tolist()}
         for k, f in zip(self.kv, self.ffn, strict=True)
       ]
     }
@@ -118,7 +125,9 @@ class PrunePlan:
   def from_json(cls, data: dict[str, Any], config: ModelConfig) -> 'PrunePlan':
     """Reads the result of `to_json`; raises InputError if it does not fit `config`."""
     layers = data['layers']
-    if not isinstance(layers, list) or not all(map(_is_layer, layers)):
+    by_head = isinstance(layers, list) and any(isinstance(x, dict) and QUERY_HEADS.name in x for x in layers)
+    unit = QUERY_HEADS if by_head else KV_GROUPS
+    if not isinstance(layers, list) or not all(_is_layer(layer, unit) for layer in layers):
       raise InputError('the plan has layers that are no lists of groups and channels')
     if len(layers) != config.num_layers:
       raise InputError(f'the plan has {len(layers)} layers, the model {config.num_layers}')
@@ -131,14 +140,15 @@ class PrunePlan:
       return m
 
     for i, p in enumerate(layers):
-      if bool(p['kv_groups']) != bool(p['ffn_channels']):
-        raise InputError(f'layer {i} of the plan keeps only one of KV groups and channels: both, or neither')
-    if not any(p['kv_groups'] for p in layers):
+      if bool(p[unit.name]) != bool(p['ffn_channels']):
+        raise InputError(f'layer {i} of the plan keeps only one of attention and channels: both, or neither')
+    if not any(p[unit.name] for p in layers):
       raise InputError('the plan keeps no layer')
     pairs = list(enumerate(zip(layers, config.layers, strict=True)))
     return cls(
-      tuple(mask(p['kv_groups'], s.num_kv_heads, i) for i, (p, s) in pairs),
+      tuple(mask(p[unit.name], unit.count(s), i) for i, (p, s) in pairs),
       tuple(mask(p['ffn_channels'], s.ffn, i) for i, (p, s) in pairs),
+      unit,
     )
 
 
@@ -154,8 +164,8 @@ class PruneState:
   step: int
 
   @classmethod
-  def start(cls, config: ModelConfig) -> 'PruneState':
-    return cls(PrunePlan.dense(config), np.zeros(config.num_layers), 0)
+  def start(cls, config: ModelConfig, unit: AttentionUnit = KV_GROUPS) -> 'PruneState':
+    return cls(PrunePlan.dense(config, unit), np.zeros(config.num_layers), 0)
 
   def to_json(self) -> dict[str, Any]:
     return {'step': self.step, 'sparsity': self.sparsity.tolist()} | self.plan.to_json()
@@ -170,9 +180,9 @@ class PruneState:
     return cls(plan, np.array(sparsity, dtype=np.float64), step)
 
 
-def _is_layer(found: Any) -> bool:
+def _is_layer(found: Any, unit: AttentionUnit) -> bool:
   """Whether a value of JSON holds the kept indices of a layer."""
-  kept = [found.get(name) for name in ('kv_groups', 'ffn_channels')] if isinstance(found, dict) else [None]
+  kept = [found.get(name) for name in (unit.name, 'ffn_channels')] if isinstance(found, dict) else [None]
   return all(isinstance(indices, list) and all(type(i) is int for i in indices) for indices in kept)
 
 
@@ -197,5 +207,7 @@ def keep_best(
     return out
 
   return PrunePlan(
-    tuple(map(best, plan.kv, kv_scores, kv_widths)), tuple(map(best, plan.ffn, ffn_scores, ffn_widths))
+    tuple(map(best, plan.kv, kv_scores, kv_widths)),
+    tuple(map(best, plan.ffn, ffn_scores, ffn_widths)),
+    plan.unit,
   )

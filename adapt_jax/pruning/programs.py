@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adapt_jax.config.options import CalibrationOptions, PruneOptions
+from adapt_jax.config.prune_options import CalibrationOptions, PruneOptions
 from adapt_jax.machine.mesh import rows_at_once
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network.sharding import row_sharding
+from adapt_jax.pruning.attention_units import find_unit
 from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.criteria import Importance, find_importance
 from adapt_jax.pruning.methods import METHODS
@@ -28,6 +29,7 @@ def scoring(
     micro_batch(options.calibration),
     dtype,
     reference_fold=options.compat == 'reference',
+    unit=find_unit(options.attention, options.budget, config),
   )
 
 
@@ -38,7 +40,8 @@ def importance(options: PruneOptions) -> Importance:
 
 def compensation(config: ModelConfig, options: PruneOptions, dtype: Any) -> Compensator:
   """The program that adjusts the remaining weights; for prune.compensate other than none."""
-  return Compensator(config, options.compensate, micro_batch(options.calibration), dtype)
+  unit = find_unit(options.attention, options.budget, config)
+  return Compensator(config, options.compensate, micro_batch(options.calibration), dtype, unit)
 
 
 def calibration_tokens(options: CalibrationOptions) -> jax.ShapeDtypeStruct:

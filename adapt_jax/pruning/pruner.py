@@ -6,6 +6,7 @@ never change inside the loop.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.config.options import PruneOptions
+from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.data.windows import Blocks
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler
@@ -24,7 +25,9 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.backend import loop_options
 from adapt_jax.models.network.llama import Params
+from adapt_jax.pruning import budget as budgets
 from adapt_jax.pruning import programs, surgery
+from adapt_jax.pruning.attention_units import AttentionUnit
 from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.compensate import add
 from adapt_jax.pruning.methods import METHODS
@@ -53,6 +56,7 @@ class StepRecord:
   layer_importance: list[float]
   layer_cost: list[float]
   sparsity: list[float]
+  query_heads: list[int]
   kv_groups: list[int]
   ffn: list[int]
 
@@ -109,7 +113,8 @@ class Pruner:
     dtype: dtype of weights and activations during scoring.
     memo: cache of scores, shared with pruners of the same weights.
     method: overrides the method in `options`.
-    budget: what targets limit, of the model `config`; None: the number of parameters.
+    budget: what targets limit, of the model `config`, with the unit of prune.attention; None: the number of
+      parameters.
 
   The attributes `importance` and `distance` are the names of the groups' and layers' scores.
   """
@@ -130,16 +135,21 @@ class Pruner:
     self.config, self.options, self.blocks = config, options, blocks
     self._as_reference = options.compat == 'reference'
     self._kind = method or METHODS[options.method]
-    self._method = self._kind(config, options, budget)
     self._seed, self._compiler, self._dtype = seed, compiler, dtype
     self._scorer = programs.scoring(config, options, dtype, method)
     _ = self._scorer.shape  # raises InputError for layers that cannot be stacked
+    self._method = self._kind(config, options, budget or budgets.params(config, self.unit))
     importance, self.distance = self._scorer.importance, self._scorer.distance
     self.importance = importance if isinstance(importance, str) else 'custom'
     self._program: Any = None
     self._compensation: Any = None
     self._memo = memo
     self._zero: Any = None
+
+  @property
+  def unit(self) -> AttentionUnit:
+    """What is removed from attention."""
+    return self._scorer.unit
 
   @property
   def smallest(self) -> int:
@@ -208,11 +218,12 @@ class Pruner:
     """`stacked`, which is donated, with the groups that the plan removes set to zero."""
     masks = surgery.padded_masks(plan)
     if self._zero is None:
-      self._zero = mesh.jit(surgery.zero_stacked, stacked, *masks, donate_argnums=(0,))
+      zero = functools.partial(surgery.zero_stacked, unit=self.unit)
+      self._zero = mesh.jit(zero, stacked, *masks, donate_argnums=(0,))
     return self._zero(stacked, *masks)
 
   def _record(self, scores: Scores, before: PrunePlan, state: PruneState) -> StepRecord:
-    budget = self._method.budget
+    budget, widths = self._method.budget, state.plan.widths(self.config)
     return StepRecord(
       step=state.step,
       params=state.plan.params(self.config),
@@ -221,8 +232,9 @@ class Pruner:
       layer_importance=np.asarray(scores.distance, np.float64).tolist(),
       layer_cost=self._method.layer_cost(scores, before),
       sparsity=state.sparsity.tolist(),
-      kv_groups=state.plan.kv_widths.tolist(),
-      ffn=state.plan.ffn_widths.tolist(),
+      query_heads=widths['num_heads'],
+      kv_groups=widths['num_kv_heads'],
+      ffn=widths['ffn'],
     )
 
   def next_stage(self, state: PruneState) -> PruneState:
@@ -252,7 +264,7 @@ class Pruner:
       # The reference restarts its schedule at every stage, from the current widths.
       method = self._kind(compacted.pruned_config(self.config), self.options, budget)
     # Until the first compaction the weights are the original ones: nothing has trained them.
-    own = compacted.equals(PrunePlan.dense(self.config))
+    own = compacted.equals(PrunePlan.dense(self.config, self.unit))
 
     def score(state: PruneState) -> Scores:
       nonlocal stacked
@@ -301,7 +313,7 @@ class Pruner:
       return self._changes(params, compacted, plan, rows)
 
     # As for scores: until the first compaction the weights are the original ones.
-    if self._memo is None or not compacted.equals(PrunePlan.dense(self.config)):
+    if self._memo is None or not compacted.equals(PrunePlan.dense(self.config, self.unit)):
       changes: Any = compute()
     else:
       key = programs.compensation(self.config, self.options, self._dtype), self._key(plan, rows)

@@ -22,6 +22,7 @@ from adapt_jax.models.network.positions import Positions, PositionTables
 from adapt_jax.models.network.sharding import constrain, constrain_params, row_shards
 from adapt_jax.pruning import curvature
 from adapt_jax.pruning.algebra import second_moment
+from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS, AttentionUnit
 from adapt_jax.pruning.criteria import DISTANCES, Importance, find_importance, fold_heads, group_scores
 from adapt_jax.pruning.scores import Scores
 from adapt_jax.training.loss import (
@@ -54,11 +55,13 @@ class Scorer:
   """The scoring program: `scorer(stacked, tokens)` on parameters from `surgery.stack`.
 
   Args:
-    config: the model at its original widths; all layers need the same number of query heads per KV head.
+    config: the model at its original widths; all layers need as many query heads per KV head or, with query
+      heads as `unit`, as many KV heads.
     micro_batch: rows that a layer processes at once; must divide the number of calibration rows.
     importance: a name in `criteria.IMPORTANCES`, or an `Importance`.
     dtype: dtype of weights and activations; gradients are summed and scored in fp32.
     reference_fold: see `group_scores`.
+    unit: what is removed from attention.
   """
 
   config: ModelConfig
@@ -67,18 +70,23 @@ class Scorer:
   micro_batch: int = 8
   dtype: Any = jnp.float32
   reference_fold: bool = False
+  unit: AttentionUnit = KV_GROUPS
 
   @property
   def shape(self) -> LayerShape:
     """The shape to which all layers are padded: the largest widths of any layer."""
-    sizes = {s.group_size for s in self.config.layers}
-    if len(sizes) > 1:
+    layers, by_head = self.config.layers, self.unit is QUERY_HEADS
+    fixed = {s.num_kv_heads if by_head else s.group_size for s in layers}
+    if len(fixed) > 1:
+      what, other = 'query heads per KV head', QUERY_HEADS.name
+      if by_head:
+        what, other = 'KV heads', KV_GROUPS.name
       raise InputError(
-        f'model.source has layers with different query heads per KV head ({sorted(sizes)}): such a '
-        f'model cannot be pruned again'
+        f'model.source has layers with different numbers of {what} ({sorted(fixed)}): such a model can only '
+        f'be pruned with config.prune.attention = {other!r}'
       )
-    kv = max(s.num_kv_heads for s in self.config.layers)
-    return LayerShape(kv * sizes.pop(), kv, max(s.ffn for s in self.config.layers))
+    kv, group = max(s.num_kv_heads for s in layers), max(s.group_size for s in layers)
+    return LayerShape(kv * group, kv, max(s.ffn for s in layers))
 
   @property
   def _indices(self) -> jax.Array:
@@ -157,7 +165,7 @@ class Scorer:
     return jax.lax.scan(forward, x_MBTD, (self._indices, stacked['layers']))
 
   def _column_scores(self, layers: Params, moments_L: Moments) -> list[jax.Array]:
-    """[kv [L, K], ffn [L, F], o_proj's columns [L, K, G, H]]."""
+    """[kv [L, K], ffn [L, F], o_proj's columns [L, K, G, H], or [L, G, K, H] by query head]."""
     columns = find_importance(self.importance).columns
     assert columns is not None
 
@@ -165,7 +173,9 @@ class Scorer:
       layer, moments = xs
       o_DKGH, down_DF = (x.astype(jnp.float32) for x in (layer['attention']['o'], layer['mlp']['down']))
       o_KGH = columns(o_DKGH, *(m.reshape(o_DKGH.shape[1:]) for m in moments['o']))
-      return None, [fold_heads(o_KGH.sum(2), self.reference_fold), columns(down_DF, *moments['down']), o_KGH]
+      by_unit = jnp.moveaxis(o_KGH, self.unit.axis, 0)
+      kv = fold_heads(by_unit.sum(2), self.reference_fold)
+      return None, [kv, columns(down_DF, *moments['down']), by_unit]
 
     return jax.lax.scan(score, None, (layers, moments_L))[1]
 
@@ -176,7 +186,8 @@ class Scorer:
     importance, samples = find_importance(self.importance), gradient_MBTD.shape[0] * self.micro_batch
 
     def score(layer: Params, gradient: Params, fisher: Params) -> list[jax.Array]:
-      return group_scores(layer, gradient, fisher, importance, reference_fold=self.reference_fold)
+      fold = self.reference_fold
+      return group_scores(layer, gradient, fisher, importance, unit=self.unit, reference_fold=fold)
 
     if not importance.gradient:
       return jax.lax.scan(lambda _, layer: (None, score(layer, layer, layer)), None, layers)[1]
@@ -340,7 +351,7 @@ class Scorer:
     """[kv [K], ffn [F]] of one layer from its second moments."""
     o_CC, down_FF, middle_DD, output_DD = moments
     o_DKGH, down_DF = (x.astype(jnp.float32) for x in (layer['attention']['o'], layer['mlp']['down']))
-    kv_K = curvature.group_costs(o_DKGH, o_CC, middle_DD)
+    kv_K = curvature.group_costs(o_DKGH, o_CC, middle_DD, self.unit)
     return [kv_K, curvature.channel_costs(down_DF, down_FF, output_DD)]
 
 

@@ -2,11 +2,12 @@
 
 They work on parameters, gradients and optimizer moments alike, since all have the same tree structure.
 A group's members (paper section 3.1): KV group k is index k of the K axis of q, k, v, o and the biases of
-q, k, v; MLP channel c is index c of the F axis of gate, up, down.
+q, k, v; MLP channel c is index c of the F axis of gate, up, down. With query heads as the unit of attention,
+unit g is index g of the G axis of q, its bias and o.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,19 +16,23 @@ import numpy as np
 
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network.llama import Params
+from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
 
-# Leaf -> its group axis. Leaves not named here are never pruned.
-GROUP_AXES = {
-  'attention': {'q': 0, 'k': 0, 'v': 0, 'o': 1, 'q_bias': 0, 'k_bias': 0, 'v_bias': 0},
-  'mlp': {'gate': 0, 'up': 0, 'down': 1},
-}
+_MLP_AXES = {'gate': 0, 'up': 0, 'down': 1}
 
 
-def map_groups(fn: Callable[[jax.Array, int, str], Any], layer: Params) -> Params:
+def group_axes(unit: AttentionUnit) -> dict[str, Mapping[str, int]]:
+  """Block -> leaf -> its group axis. Leaves not named here are never pruned."""
+  return {'attention': unit.axes, 'mlp': _MLP_AXES}
+
+
+def map_groups(
+  fn: Callable[[jax.Array, int, str], Any], layer: Params, unit: AttentionUnit = KV_GROUPS
+) -> Params:
   """Applies fn(leaf, group axis, 'attention' or 'mlp') to a layer's prunable leaves; keeps the others."""
   out = dict(layer)
-  for block, axes in GROUP_AXES.items():
+  for block, axes in group_axes(unit).items():
     out[block] = {n: fn(x, axes[n], block) if n in axes else x for n, x in layer[block].items()}
   return out
 
@@ -44,7 +49,7 @@ def compact(params: Params, plan: PrunePlan) -> Params:
 
   def layer(tree: Params, i: int) -> Params:
     kept = {block: np.flatnonzero(m) for block, m in _masks(plan, i).items()}
-    return map_groups(lambda x, axis, block: jnp.take(x, kept[block], axis=axis), tree)
+    return map_groups(lambda x, axis, block: jnp.take(x, kept[block], axis=axis), tree, plan.unit)
 
   return params | {'layers': [layer(params['layers'][i], i) for i in np.flatnonzero(plan.present).tolist()]}
 
@@ -57,7 +62,7 @@ def zero(params: Params, plan: PrunePlan) -> Params:
 
   def layer(tree: Params, i: int) -> Params:
     masks = _masks(plan, i)
-    return map_groups(lambda x, axis, block: _mask_axis(x, masks[block], axis), tree)
+    return map_groups(lambda x, axis, block: _mask_axis(x, masks[block], axis), tree, plan.unit)
 
   return params | {'layers': [layer(tree, i) for i, tree in enumerate(params['layers'])]}
 
@@ -86,7 +91,7 @@ def stack(params: Params, plan: PrunePlan, dtype: Any = None) -> Params:
       index = (slice(None),) * axis + (kept[block],)
       return jnp.zeros(shape, dtype or x.dtype).at[index].set(x.astype(dtype or x.dtype))
 
-    return map_groups(restore, tree)
+    return map_groups(restore, tree, plan.unit)
 
   kept = np.flatnonzero(plan.present).tolist()
   restored = {i: layer(tree, i) for i, tree in zip(kept, params['layers'], strict=True)}
@@ -100,7 +105,9 @@ def stack(params: Params, plan: PrunePlan, dtype: Any = None) -> Params:
   return outside | {'layers': jax.tree.map(lambda *xs: jnp.stack([cast(x) for x in xs]), *layers)}
 
 
-def zero_stacked(stacked: Params, kv_LK: jax.Array, ffn_LF: jax.Array) -> Params:
+def zero_stacked(
+  stacked: Params, kv_LK: jax.Array, ffn_LF: jax.Array, unit: AttentionUnit = KV_GROUPS
+) -> Params:
   """`zero` on parameters from `stack`, with masks padded to the widest layer."""
   masks = {'attention': kv_LK, 'mlp': ffn_LF}
 
@@ -110,7 +117,7 @@ def zero_stacked(stacked: Params, kv_LK: jax.Array, ffn_LF: jax.Array) -> Params
     shape[0], shape[axis + 1] = mask.shape
     return jnp.where(mask.reshape(shape), x, jnp.zeros((), x.dtype))
 
-  return stacked | {'layers': map_groups(apply, stacked['layers'])}
+  return stacked | {'layers': map_groups(apply, stacked['layers'], unit)}
 
 
 def padded_masks(plan: PrunePlan) -> tuple[np.ndarray, np.ndarray]:

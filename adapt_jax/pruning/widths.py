@@ -12,6 +12,7 @@ import numpy as np
 from adapt_jax.config.declare import MAX_SPARSITY
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.pruning import budget as budgets
+from adapt_jax.pruning.attention_units import KV_GROUPS
 from adapt_jax.pruning.budget import Budget
 
 # The most steps that the landing may take on one set of scores, if a KV group had to be skipped.
@@ -44,7 +45,7 @@ def _align_up(width: np.ndarray | int, align: int) -> np.ndarray | int:
 
 @dataclasses.dataclass(frozen=True)
 class Widths:
-  """Kept KV groups and MLP channels of every layer, int [L]."""
+  """Kept units of attention (`Budget.removes`) and MLP channels of every layer, int [L]."""
 
   kv: np.ndarray
   ffn: np.ndarray
@@ -61,9 +62,9 @@ class Allocator:
   Args:
     config: the model that sparsities refer to (the start of the whole schedule).
     align_ffn: MLP widths are multiples of this (a layer's full width is also allowed).
-    align_kv: the same for KV heads.
+    align_kv: the same for KV heads; query heads may have any number.
     exact: land on the target; if False, stop at the first step at or below it, as the reference does.
-    budget: what a target limits; None: the number of parameters.
+    budget: what a target limits, and the unit of attention; None: the number of parameters, and KV groups.
   """
 
   def __init__(
@@ -76,12 +77,13 @@ class Allocator:
     budget: Budget | None = None,
   ):
     self.config, self.budget = config, budget or budgets.params(config)
-    self.align, self.align_kv, self.exact = align_ffn, align_kv, exact
-    if config.traits.joint_qk_norm:  # no group can be removed
-      self.align_kv = max(s.num_kv_heads for s in config.layers)
-    self.full = Widths(
-      np.array([s.num_kv_heads for s in config.layers]), np.array([s.ffn for s in config.layers])
-    )
+    self.unit = self.budget.removes
+    units = np.array([self.unit.count(s) for s in config.layers])
+    self.align, self.exact = align_ffn, exact
+    self.align_kv = align_kv if self.unit is KV_GROUPS else 1
+    if config.traits.joint_qk_norm:  # no unit can be removed
+      self.align_kv = int(units.max())
+    self.full = Widths(units, np.array([s.ffn for s in config.layers]))
 
   def cost(self, widths: Widths) -> int:
     """Cost of the model at these widths."""

@@ -311,6 +311,12 @@ def versions(*more: str) -> dict[str, str]:
   return {'python': platform.python_version()} | found
 
 
+def heads_of(report: RunReport) -> tuple[str, str]:
+  """The field of a stage, and its title, with the heads that pruning reduces (`prune.attention`)."""
+  by_head = (report.get('prune') or {}).get('attention') == 'query_heads'
+  return ('num_heads', 'query heads') if by_head else ('num_kv_heads', 'KV heads')
+
+
 def settings(options: RunOptions) -> RunReport:
   """The parts `prune`, `train` and `data` of a run's report: how it prunes and trains, and on which data."""
   trains, found = options.train.tokens > 0, identity.settings(options, ('prune', 'train'))

@@ -15,6 +15,7 @@ from adapt_jax.reports.report import (
   RunReport,
   StageReport,
   TextReport,
+  heads_of,
   importance_name,
   known_perplexities,
   layer_importance,
@@ -87,10 +88,11 @@ class RunData:
     return {'marks': marks, 'x_range': (0, self.x_of(self.schedule.get('train_steps', 0)))}
 
   def widths(self) -> list[tuple[int, list[int], list[int]]]:
-    """(stage, KV heads, MLP channels) of the dense model, as stage 0, and after each pruned stage."""
-    dense = {'stage': 0} | self.model
-    found = {e['stage']: (e['kv_groups'], e['ffn']) for e in self.of('prune')}
-    found |= {s['stage']: (s['num_kv_heads'], s['ffn']) for s in (dense, *self.stages) if 'ffn' in s}
+    """(stage, heads of `heads_of`, MLP channels) of the dense model, stage 0, and after each pruned stage."""
+    dense, field = {'stage': 0} | self.model, heads_of(self.report)[0]
+    logged = {'num_heads': 'query_heads', 'num_kv_heads': 'kv_groups'}[field]
+    found = {e['stage']: (e[logged], e['ffn']) for e in self.of('prune')}
+    found |= {s['stage']: (s[field], s['ffn']) for s in (dense, *self.stages) if 'ffn' in s}
     return [(stage, *found[stage]) for stage in sorted(found)]
 
 
@@ -220,18 +222,24 @@ def budget_chart(data: RunData) -> str:
 
 
 def width_charts(
-  before: Sequence[list[int]], after: Sequence[list[int]], names: tuple[str, str], height: int = 180
+  before: Sequence[list[int]],
+  after: Sequence[list[int]],
+  names: tuple[str, str],
+  heads: str = 'KV heads',
+  height: int = 180,
 ) -> tuple[str, str]:
-  """Charts of (MLP channels, KV heads) by layer; before, after: (KV heads, MLP channels)."""
+  """Charts of (MLP channels, heads) by layer; before, after: (heads, MLP channels); heads: their title."""
   mlp = charts.bar_chart(f'MLP channels, {names[1]}', 'channels', before[1], after[1], names, 0, height)
-  return mlp, charts.bar_chart(f'KV heads, {names[1]}', 'KV heads', before[0], after[0], names, 3, height)
+  title = f'{heads[0].upper()}{heads[1:]}, {names[1]}'
+  return mlp, charts.bar_chart(title, heads, before[0], after[0], names, 3, height)
 
 
 def stage_widths(data: RunData) -> list[tuple[str, str]]:
   widths, done, found = data.widths(), {s['stage'] for s in data.stages}, []
+  title = heads_of(data.report)[1]
   for (was, *before), (stage, *after) in _spread(list(zip(widths, widths[1:], strict=False)), MOST_STAGES):
     now = f'after stage {stage}' if stage in done else f'stage {stage} so far'
-    found.append(width_charts(before, after, (f'after stage {was}' if was else 'dense', now)))
+    found.append(width_charts(before, after, (f'after stage {was}' if was else 'dense', now), title))
   return found
 
 

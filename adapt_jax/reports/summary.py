@@ -3,7 +3,7 @@
 import math
 
 from adapt_jax.config.units import amount
-from adapt_jax.reports.report import BudgetReport, RunReport, StageReport, Tasks, TextReport
+from adapt_jax.reports.report import BudgetReport, RunReport, StageReport, Tasks, TextReport, heads_of
 
 _LITTLE = 0.05  # nats per token: a difference too small for a warning
 
@@ -42,8 +42,9 @@ def table(report: RunReport) -> str:
   if report.get('tasks'):
     lines += ['', tasks_table(report['tasks'])]
   lines.append('')
+  field, title = heads_of(report)
   for stage in report['stages']:
-    lines.append(f'stage {stage["stage"]} KV heads by layer: {_widths(stage["num_kv_heads"])}')
+    lines.append(f'stage {stage["stage"]} {title} by layer: {_widths(stage[field])}')  # type: ignore[literal-required]
     lines.append(f'stage {stage["stage"]} MLP widths by layer: {_widths(stage["ffn"])}')
     if 'hidden_size' in stage:
       lines.append(f'stage {stage["stage"]} residual stream: width {stage["hidden_size"]}')

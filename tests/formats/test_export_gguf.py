@@ -31,6 +31,7 @@ DEMO = ROOT / 'data/SmolLM2-135M-Instruct.Q4_1.gguf'
 TEXTS = ["<|im_start|>It's the quick brown fox, 2024!<|im_end|>\n", '  two  spaces\n\n\n', 'déjà vu: 你好 🙂']
 GENERATED = 8
 SQUARE = (LayerShape(4, 2, 40),) * 2  # heads · head_dim = hidden_size
+BY_HEAD = (LayerShape(4, 1, 24), LayerShape(1, 1, 40), LayerShape(3, 1, 24))  # pruned by query heads
 SCALED = RopeConfig(50000.0, Llama3Scaling(8.0, 1.0, 4.0, 32))
 
 
@@ -48,6 +49,7 @@ MODELS = {
   'llama output_bias': ('deci', config_of('llama', output_bias=True)),
   'llama all biases': ('deci', config_of('llama', qkv_bias=True, output_bias=True)),
   'llama uniform, all biases': ('llama', config_of('llama', UNIFORM, qkv_bias=True, output_bias=True)),
+  'llama by query heads': ('deci', config_of('llama', BY_HEAD)),
   'mistral': ('deci', config_of('mistral')),
   'mistral uniform': ('llama', config_of('mistral', UNIFORM)),
   'qwen2': ('deci', config_of('qwen2')),
@@ -70,6 +72,7 @@ BLOCKS = tiny_config(
 
 # Models whose layers differ, in the architecture of their family: padded with zeros.
 PADDED = {name: config_of(name) for name in ('llama', 'mistral', 'qwen2', 'qwen3')}
+PADDED['qwen3 by query heads'] = config_of('qwen3', BY_HEAD)
 
 
 def write(path, config, params, kind='F32', **options):

@@ -23,9 +23,12 @@ pytestmark = pytest.mark.usefixtures('code_cache')
 
 OLD_TRANSFORMERS = pathlib.Path(sys.prefix) / 'transformers-4.57'
 LOGITS = 'expected_logits.npy'
+BY_HEAD = (LayerShape(4, 1, 24), LayerShape(1, 1, 40), LayerShape(3, 1, 24))  # pruned by query heads
 # One pruned model of each family, and what stock classes have no option for: biases of o_proj and down_proj.
 EXPORTS = {
   **{family: tiny_config(family, vocab_size=320) for family in FAMILIES},
+  'gemma3_text-by-query-heads': tiny_config('gemma3_text', BY_HEAD, vocab_size=320),
+  'phi3-by-query-heads': tiny_config('phi3', BY_HEAD, vocab_size=320),
   'llama-output-bias': tiny_config('llama', UNIFORM, vocab_size=320, output_bias=True),
   'llama-all-biases': tiny_config('llama', vocab_size=320, qkv_bias=True, output_bias=True),
   'qwen2-output-bias': tiny_config('qwen2', vocab_size=320, output_bias=True),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_jax.config.options import CalibrationOptions, PruneOptions
+from adapt_jax.config.prune_options import CalibrationOptions, PruneOptions
 from adapt_jax.data.windows import Blocks
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params

@@ -25,6 +25,7 @@ from adapt_jax.models.network.backend import made_for
 from adapt_jax.models.network.sharding import placed, shardings
 from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pruning import narrow, surgery
+from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS
 from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.criteria import IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan
@@ -218,20 +219,29 @@ def test_a_step_gathers_the_head_once_and_reduces_its_gradient_once(sizes, disti
   assert in_chunks  # otherwise the loop over chunks was not found
 
 
-@pytest.mark.parametrize('kind,sizes', [('least_squares', (1, 2, 2)), ('bias', (1, 4, 1))])
-def test_compensation_is_that_of_one_device(kind, sizes):
-  config, params = make_model()
+@pytest.mark.parametrize(
+  'kind,sizes,unit',
+  [
+    ('least_squares', (1, 2, 2), KV_GROUPS),
+    ('least_squares', (1, 2, 2), QUERY_HEADS),
+    ('bias', (1, 4, 1), KV_GROUPS),
+  ],
+)
+def test_compensation_is_that_of_one_device(kind, sizes, unit):
+  by_head = (LayerShape(8, 2, 24), LayerShape(6, 2, 32))
+  config, params = make_model(layers=SHAPES if unit is KV_GROUPS else by_head)
   if kind == 'bias':
     config, params = surgery.with_output_bias(config, params)
-  plan = PrunePlan.dense(config)
+  plan = PrunePlan.dense(config, unit)
   masks = tuple(m.copy() for m in surgery.padded_masks(plan))
   masks[0][0, 1:3] = False
   masks[1][:, ::4] = False
   stacked, tokens = jax.jit(lambda p: surgery.stack(p, plan, jnp.float32))(params), tokens_of(config)
-  expected = jax.jit(Compensator(config, kind, 8))(stacked, masks, tokens)
+  program = Compensator(config, kind, 8, unit=unit)
+  expected = jax.jit(program)(stacked, masks, tokens)
   with set_mesh(*sizes):
     stacked, tokens = put(stacked), put_tokens(tokens)
-    changes = Compiler()('x', Compensator(config, kind, 8), stacked, masks, tokens)(stacked, masks, tokens)
+    changes = Compiler()('x', program, stacked, masks, tokens)(stacked, masks, tokens)
   assert_close(changes, expected, rtol=1e-3)
   if kind == 'least_squares':
     assert share(changes['down']) * sizes[1] * sizes[2] == changes['down'].size

@@ -22,6 +22,7 @@ from adapt_jax.pruning import latency
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.scores import Scores
+from tests.support.helpers import tiny_config
 
 KV, G, HEAD, FFN, HIDDEN = 3, 2, 8, 52, 32
 REQUEST = BenchOptions(prompt_length=24, new_tokens=9, batch=2)
@@ -123,6 +124,12 @@ def test_a_latency_is_the_sum_of_its_table():
   budget = latency.budget(table, dense)
   assert budget.number(budget.cost(*widths(config))) == pytest.approx(1000 * found, rel=1e-9)
   assert latency.Curve((2, 4, 8), (3.0, 4.0, 8.0)).at(8).tolist() == [2, 2.5, 3, 3.5, 4, 5, 6, 7, 8]
+
+
+def test_a_latency_needs_equal_groups():
+  mixed = tiny_config('llama', (LayerShape(4, 1, 32), LayerShape(2, 1, 32)))
+  with pytest.raises(InputError, match="'latency' needs as many query heads per KV head .* has \\[2, 4\\]"):
+    latency.find_table('h100', mixed, BenchOptions())
 
 
 def test_a_roofline_takes_the_longer_of_products_and_reads():

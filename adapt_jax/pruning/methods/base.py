@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from adapt_jax.config.declare import MAX_SPARSITY
-from adapt_jax.config.options import PruneOptions
+from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.pruning.budget import Budget

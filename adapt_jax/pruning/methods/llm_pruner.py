@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from adapt_jax.config.options import PruneOptions
+from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.pruning.budget import Budget

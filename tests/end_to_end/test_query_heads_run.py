@@ -1,0 +1,122 @@
+"""Runs that remove query heads (prune.attention): figures, exports, resume, another pruning, one KV head."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adapt_jax as aj
+from adapt_jax.config.build import from_dict
+from adapt_jax.export.hf import write_hf
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.network import llama
+from adapt_jax.modes.estimate_programs import Footprint, stage_configs
+from adapt_jax.pipeline.inputs import prepare
+from tests.support import runs
+from tests.support.helpers import refused
+from tests.support.tokenizers_for_tests import tiny_tokenizer
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  """The files of all runs, and single/: a model whose layers have one KV head."""
+  path = runs.make_files(tmp_path_factory.mktemp('files'))
+  tokenizer, shapes = tiny_tokenizer(), (LayerShape(4, 1, 48),) * 4
+  config = ModelConfig('llama', len(tokenizer), runs.HIDDEN, 8, shapes, RopeConfig(1e4), 1e-5, True)
+  params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(1))))()
+  write_hf(config, params, path / 'single', tokenizer=tokenizer)
+  return path
+
+
+def make_config(files, **fields):
+  config = runs.make_config(files)
+  config.prune.attention, config.prune.method = 'query_heads', 'adapt'
+  config.prune.steps, config.prune.compensate, config.train.tokens = 10, 'least_squares', 4 * 4 * 32
+  config.export.formats = ('hf', 'hf_padded', 'gguf', 'gguf_padded')
+  config.update_from_flattened_dict(fields)
+  return config
+
+
+@pytest.fixture(scope='module')
+def finished(files, tmp_path_factory):
+  path = tmp_path_factory.mktemp('finished') / 'out'
+  runs.in_process(make_config(files, **{'prune.target': 0.7}), path)
+  return path
+
+
+def test_query_heads_go_and_kv_heads_stay(files, finished):
+  report, whole = json.loads((finished / 'report.json').read_text()), open_source(str(files / 'model')).config
+  result = open_source(str(finished / 'hf')).config
+  assert 0.66 < count_params(result) / count_params(whole) <= 0.7
+  assert all(shape.num_kv_heads == 3 for shape in result.layers)
+  heads = [shape.num_heads for shape in result.layers]
+  assert set(heads) == {3, 6}  # one or two for each KV head
+  last = report['stages'][-1]
+  assert last['num_heads'] == heads and last['num_kv_heads'] == [3] * 4
+  assert report['prune']['attention'] == 'query_heads'
+  card = (finished / 'hf/README.md').read_text()
+  assert '| layer | query heads | MLP channels |' in card and f'| 0 | {heads[0]} of 6 |' in card
+  page = (finished / 'report.html').read_text()
+  assert 'Query heads, after stage 2' in page and 'KV heads, after' not in page
+  assert 'query_heads' in json.loads((finished / 'plan.json').read_text())['layers'][0]
+
+
+def test_every_export_is_the_same_model(files, finished):
+  valid = files / 'valid.txt'
+  expected = aj.perplexity(aj.load(finished / 'hf'), valid, length=32)
+  for form in ('hf_padded', 'gguf/model-F32.gguf', 'gguf_padded/model-F32.gguf'):
+    assert aj.perplexity(aj.load(finished / form), valid, length=32) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_resumes_to_the_same_bits(files, finished, tmp_path):
+  path = tmp_path / 'out'
+  shutil.copytree(finished, path)
+  for name in ('hf', 'hf_padded', 'gguf', 'gguf_padded'):
+    shutil.rmtree(path / name)
+  (path / 'report.json').unlink()
+  numbers = sorted(int(p.name) for p in (path / 'checkpoints').iterdir())
+  shutil.rmtree(path / f'checkpoints/{numbers[-1]}')
+  runs.in_process(make_config(files, **{'prune.target': 0.7}), path)
+  runs.assert_same_end(path, finished)
+
+
+def test_the_result_is_pruned_again_by_query_heads_and_not_by_groups(files, finished):
+  model = aj.load(finished)
+  rows = aj.rows(model, files / 'train.txt', samples=4, length=16)
+  small, plan = aj.prune(model, rows, target=0.9, attention='query_heads')
+  assert 0.87 < small.num_params / model.num_params <= 0.9
+  assert [len(mask) for mask in plan.kv] == [s.group_size for s in model.config.layers]
+  assert np.isfinite(aj.perplexity(small, files / 'valid.txt', length=32))
+  if len({s.group_size for s in model.config.layers}) > 1:
+    assert "attention = 'query_heads'" in refused(aj.prune, model, rows, target=0.9)
+
+
+def test_a_model_with_one_kv_head_loses_query_heads_by_default(files, tmp_path):
+  fields = {'model.source': str(files / 'single'), 'prune.attention': 'auto', 'prune.method': 'obs'}
+  fields |= {'prune.target': 0.7, 'prune.stages': 1, 'train.tokens': 0, 'export.formats': ('hf',)}
+  report = runs.in_process(make_config(files, **fields), tmp_path / 'out', 'prune')
+  assert report['prune']['attention'] == 'query_heads'
+  assert sum(report['stages'][-1]['num_heads']) < 16 and report['stages'][-1]['num_kv_heads'] == [1] * 4
+  model = aj.load(files / 'single')
+  rows = aj.rows(model, files / 'train.txt', samples=16, length=16)
+  small, _ = aj.prune(model, rows, target=0.7)
+  assert [s.widths for s in small.config.layers] == [
+    s.widths for s in open_source(str(tmp_path / 'out/hf')).config.layers
+  ]
+  # The KV cache cannot shrink: nothing but whole layers could go.
+  cached = {**fields, 'prune.budget': 'kv_cache', 'prune.target': 0.5}
+  assert 'always keeps' in refused(prepare, from_dict(make_config(files, **cached).to_dict()))
+
+
+def test_mode_estimate_compiles_its_programs(files):
+  fields = {'model.source': str(files / 'single'), 'prune.attention': 'auto', 'prune.method': 'obs'}
+  options = from_dict(make_config(files, **fields, **{'prune.target': 0.6}).to_dict())
+  config = open_source(str(files / 'single')).config
+  last = stage_configs(options, config)[-1]
+  assert all(s.num_kv_heads == 1 and s.num_heads < 4 for s in last.layers)
+  footprint = Footprint(options, config, jnp.float32)
+  assert footprint.scoring(2).memory.total > 0 and footprint.compensation(2).memory.total > 0
