@@ -2,7 +2,7 @@
 
 `config.prune.target` on the command line is the field `target` of `PruneOptions`. Those of pruning are in
 `prune_options.py`, and those that only one mode reads in `mode_options.py`. `configs/base.py` and the recipes
-are based on these declarations, `build.py` creates and checks the dataclasses, and `rules.py` checks the rules
+are based on these declarations, `build.py` creates and checks the dataclasses, and `rules.py` checks rules
 that involve several fields. Only the command line uses ConfigDict.
 
 A source is a tuple of .txt, .jsonl, .json or .parquet files, directories or globs of such files, or hub data
