@@ -44,6 +44,7 @@ from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner
 from adapt_jax.training.loop import run_steps
 from adapt_jax.training.optim import optimizer
+from adapt_jax.training.rate import with_rate
 from adapt_jax.training.step import Teacher, batch_shapes, make_step
 
 __all__ = (
@@ -168,7 +169,7 @@ def prune(
   progress: bool = False,
   **options: Any,
 ) -> tuple[Model, PrunePlan]:
-  """The model with fewer KV groups and MLP channels, and which of them it keeps. `model` stays as it is.
+  """The model with fewer KV groups (or query heads) and MLP channels, and what it keeps. `model` stays.
 
   Args:
     rows: token ids [S, T] of the kinds of text that the model should stay good at; all are scored on.
@@ -236,7 +237,8 @@ def recover(
     text: as `train.source`, several entries for a mixture; or token ids [N, T].
     teacher: the dense model, to distil from. None: cross-entropy on the text.
     text_field, messages_field: as for `rows`.
-    options: other options of `config.train`, by name: lr, batch, length, schedule, weights and so on.
+    options: other options of `config.train`, by name: lr, batch, length, schedule, weights and so on. Without
+      lr, the learning rate follows from the weights of `model`.
 
   Weights are float32 afterwards. The tokens of the text are kept in the user's cache directory. Raises
   InputError.
@@ -248,6 +250,7 @@ def recover(
       f'the model that it was pruned from'
     )
   settings = arguments.train_options(text, tokens, teacher is not None, options, model.config, seed)
+  settings = with_rate(settings, model.params)
   steps = settings.tokens // (settings.batch * settings.length)
   dtype, compiler, tx = compute_dtype('auto'), Compiler(), optimizer(settings, steps)
   given = None

@@ -2,8 +2,9 @@
 
     python scripts/plot_report.py WORKDIR out.svg
 
-Left: pruned and recovered perplexity by stage, with a line for the dense model. Right: MLP channels and
-KV heads of every layer after the last stage, against the dense model. It reads WORKDIR/report.json.
+Left: pruned and recovered perplexity by stage, with a line for the dense model. Right: MLP channels and KV
+heads (or query heads) of every layer after the last stage, against the dense model. It reads
+WORKDIR/report.json.
 """
 
 import pathlib

@@ -125,8 +125,14 @@ class TrainOptions:
     8, 'Maximum rows per device at once; gradients are accumulated.', within=COUNT, result=False
   )
   length: int = option(1024, 'Tokens per row.', within=LENGTH)
-  lr: float = option(1e-4, 'Peak learning rate (2e-5 in the paper).', within=(0, 1))
-  min_lr: float = option(1e-5, 'Learning rate at the end of the schedule.', within=(0, 1))
+  lr: float = option(
+    -1.0,
+    'Peak learning rate (2e-5 in the paper). -1: in proportion to the weights of the model (docs/texts.md).',
+    within=(-1, 1),
+  )
+  min_lr: float = option(
+    -1.0, 'Learning rate at the end of the schedule; -1: a tenth of the peak.', within=(-1, 1)
+  )
   schedule: str = option(
     'wsd', 'Learning rate schedule: warmup-stable-decay or cosine.', choices=('wsd', 'cosine')
   )

@@ -37,6 +37,8 @@ class CalibrationOptions:
   )
 
 
+# The budgets that query heads do not change (the cache), or whose tables are by KV heads.
+WITHOUT_QUERY_HEADS = ('kv_cache', 'latency')
 # Methods that follow the paper's schedule step by step; the authors' code has these two.
 PROGRESSIVE = ('adapt', 'uniform')
 
@@ -91,8 +93,8 @@ class PruneOptions:
   attention: str = option(
     'auto',
     'What is removed from attention: whole KV heads with their query heads (kv_groups), or query heads, '
-    'equally many of each KV head in a layer (query_heads). auto: query_heads if every layer has one KV head '
-    'and budget is neither kv_cache nor latency, otherwise kv_groups.',
+    'equally many of each KV head in a layer (query_heads). auto: query_heads for models with one KV head '
+    'per layer, unless budget is kv_cache or latency or compat is set; otherwise kv_groups.',
     choices=('auto', 'kv_groups', 'query_heads'),
   )
   stages: int = option(1, 'Rounds of pruning and recovery (N in the paper).', within=(1, 10_000))
@@ -129,7 +131,9 @@ class PruneOptions:
     choices=('cosine', 'euclidean', 'manhattan'),
   )
   align_kv: int = option(
-    1, 'Each layer keeps a multiple of this many KV heads, or all of them.', within=ALIGNMENT
+    1,
+    'Each layer keeps a multiple of this many KV heads, or all of them; no effect on query heads.',
+    within=ALIGNMENT,
   )
   align_ffn: int = option(
     1,

@@ -6,7 +6,7 @@ import re
 
 from adapt_jax.config.mode_options import SensitivityOptions
 from adapt_jax.config.options import ExportOptions, MeshOptions, RunOptions, TrainOptions
-from adapt_jax.config.prune_options import PROGRESSIVE, PruneOptions
+from adapt_jax.config.prune_options import PROGRESSIVE, WITHOUT_QUERY_HEADS, PruneOptions
 from adapt_jax.config.values import serving_multiples
 from adapt_jax.models.errors import InputError
 
@@ -38,19 +38,14 @@ def _check_prune(prune: PruneOptions) -> None:
     )
   if prune.attention == 'query_heads':
     for name, bad, why in (
-      ('budget', ('kv_cache', 'latency'), 'counts KV heads'),
-      ('compat', ('reference',), 'removes KV groups'),
+      ('budget', prune.budget in WITHOUT_QUERY_HEADS, 'counts KV heads'),
+      ('compat', bool(prune.compat), 'removes KV groups'),
     ):
-      if (value := getattr(prune, name)) in bad:
+      if bad:
         raise InputError(
-          f'config.prune.attention = {prune.attention!r} conflicts with config.prune.{name} = {value!r}, '
-          f'which {why}: set it to kv_groups'
+          f'config.prune.attention = {prune.attention!r} conflicts with config.prune.{name} = '
+          f'{getattr(prune, name)!r}, which {why}: set attention to kv_groups, or change {name}'
         )
-    if prune.align_kv > 1:
-      raise InputError(
-        f'config.prune.align_kv = {prune.align_kv} conflicts with config.prune.attention = '
-        f'{prune.attention!r}, which keeps all KV heads: leave one of them out'
-      )
   if not 0 < prune.target < math.inf:
     raise InputError(
       f'config.prune.target = {prune.target!r} must be positive: a fraction kept (≤ 1) or a number in the '
@@ -70,7 +65,12 @@ def _check_prune(prune: PruneOptions) -> None:
 
 
 def _check_train(train: TrainOptions) -> None:
-  if train.min_lr > train.lr:
+  for name in ('lr', 'min_lr'):
+    if -1 < (rate := getattr(train, name)) < 0:
+      raise InputError(
+        f'config.train.{name} = {rate} is below 0: give a learning rate, or -1 for the default'
+      )
+  if 0 <= train.lr < train.min_lr:
     raise InputError(f'config.train.min_lr = {train.min_lr} is above config.train.lr = {train.lr}: lower it')
   _check_weights('train', train.weights, train.source)
 

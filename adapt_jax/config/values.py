@@ -56,7 +56,7 @@ def grid(value: Any, where: str) -> tuple[dict[str, Any], ...]:
 
 
 class Multiples(NamedTuple):
-  """The numbers that the widths of every layer must be multiples of; query heads follow their KV heads."""
+  """The numbers that the widths of every layer must be multiples of; kv: KV heads, with their query heads."""
 
   kv: int
   ffn: int

@@ -63,8 +63,9 @@ def _title(report: RunReport, config: ModelConfig) -> str:
   if wide and unpruned in (params, count_params(dataclasses.replace(config, hidden_size=wide))):
     done = f'Narrowed{" and retrained" if _tokens(report) else ""} by adapt-jax.'
     return '\n\n'.join([f'# {source}, narrowed to {params / before:.1%}', f'{counts}. {done}', *reduced])
+  heads = 'query heads' if heads_of(report)[0] == 'num_heads' else 'whole KV-head groups'
   pruned = (
-    f'{counts}: whole KV-head groups and MLP channels were removed, and '
+    f'{counts}: {heads} and MLP channels were removed, and '
     f'layers may differ in width. Pruned{" and retrained" if _tokens(report) else ""} by adapt-jax.'
   )
   return '\n\n'.join([f'# {source}, pruned to {params / before:.1%}', pruned, *reduced])

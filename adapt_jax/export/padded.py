@@ -27,8 +27,9 @@ def _with_widths(config: ModelConfig, kv_heads: int, group: int, ffn: int) -> Mo
 def padded_config(config: ModelConfig) -> ModelConfig:
   """The uniform config that fits all layers and that a stock class of transformers supports.
 
-  Some stock classes, such as Llama's, refuse heads that do not divide the hidden size: KV groups are added up
-  to a number that does, and if there is none, another class is used that computes the same function.
+  Some stock classes, such as Llama's, refuse heads that do not divide the hidden size: as few KV groups and
+  query heads as possible are added to divide it, at most as many as there are, and if that does not help,
+  another class is used that computes the same function.
 
   Raises InputError if no stock class has the model's biases or its sliced residual stream.
   """
@@ -44,9 +45,14 @@ def padded_config(config: ModelConfig) -> ModelConfig:
   shape, family = widest_config(config).layers[0], config.family
   kv_heads, group = shape.num_kv_heads, shape.group_size
   if config.traits.heads_divide:
-    dividing = [n for n in range(kv_heads, 2 * kv_heads + 1) if config.hidden_size % (n * group) == 0]
+    dividing = [
+      (n * g, g, n)
+      for n in range(kv_heads, 2 * kv_heads + 1)
+      for g in range(group, 2 * group + 1)
+      if config.hidden_size % (n * g) == 0
+    ]
     if dividing:
-      kv_heads = dividing[0]
+      _, group, kv_heads = min(dividing)
     elif config.qkv_bias or not config.traits.padded_as:
       raise InputError(
         f"config.export.formats has 'hf_padded', but stock {config.traits.stock} refuses {kv_heads * group} "

@@ -181,14 +181,14 @@ class Footprint:
   def scoring(self, layers: int) -> Program:
     """One scoring pass with this many layers."""
     config, prune = self.config.with_layers(self.config.layers[:layers]), self.options.prune
-    scorer = pruning_programs.scoring(config, prune, self.dtype)
+    scorer = pruning_programs.scoring(config, prune, self.dtype, self.budget.removes)
     tokens = pruning_programs.calibration_tokens(prune.calibration)
     return compile_for(self._platform, scorer, self.stacked(config), tokens)
 
   def compensation(self, layers: int) -> Program:
     """The least squares or biases after the last step of a stage."""
     config, prune = self.config.with_layers(self.config.layers[:layers]), self.options.prune
-    program = pruning_programs.compensation(config, prune, self.dtype)
+    program = pruning_programs.compensation(config, prune, self.dtype, self.budget.removes)
     plan = PrunePlan.dense(config, self.budget.removes)
     masks = tuple(jax.ShapeDtypeStruct(m.shape, m.dtype) for m in surgery.padded_masks(plan))
     tokens = pruning_programs.calibration_tokens(prune.calibration)

@@ -18,7 +18,7 @@ from adapt_jax.models.formats.trimmed_source import TrimmedSource
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.checkpoint import Checkpoints
-from adapt_jax.pipeline.dense_model import DenseModel
+from adapt_jax.pipeline.dense_model import DenseModel, with_learning_rate
 from adapt_jax.pipeline.run_report import run_report
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import array_shapes, from_meta
@@ -115,11 +115,14 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
     ran = from_dict(saved.get('config'))
   except InputError as error:
     raise InputError(f'{path / "run.json"}: {error}: restore the file') from None
-  model = DenseModel(_source_of(ran, saved), ran.prune.compensate == 'bias', ran.prune.hidden)
+  ran = with_learning_rate(ran, source := _source_of(ran, saved))
+  model = DenseModel(source, ran.prune.compensate == 'bias', ran.prune.hidden)
   checkpoints = Checkpoints(path / 'checkpoints', read_only=True)
   if (number := checkpoints.latest()) is None:
     raise InputError(f'model.source = {str(path)!r}: this run has no complete checkpoint yet: wait for one')
   state = from_meta(checkpoints.meta(number), model.config)
+  prune = dataclasses.replace(ran.prune, attention=state.compacted.unit.name)
+  ran = dataclasses.replace(ran, prune=prune)  # earlier versions always removed KV groups
   trained = ran.train.tokens > 0
   shapes = array_shapes(model, state.compacted, optimizer(ran.train, 1) if trained else None)
   config = state.compacted.pruned_config(model.config)

@@ -36,7 +36,7 @@ def _budget(options: RunOptions, config: ModelConfig, stored: str) -> Budget:
   kind, request = options.prune.budget, options.bench
   context = request.prompt_length + request.new_tokens
   itemsize = jnp.dtype(stored if options.export.dtype == 'auto' else options.export.dtype).itemsize
-  unit = find_unit(options.prune.attention, kind, config)
+  unit = find_unit(options.prune, config)
   if kind == 'flops':
     return budgets.flops(config, context, unit)
   if kind == 'kv_cache':

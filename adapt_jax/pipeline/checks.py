@@ -34,6 +34,7 @@ _SLICING = {
   'serve': 'any',
   'vocab': (),
   'hidden': 0,
+  'attention': 'auto',
 }
 
 

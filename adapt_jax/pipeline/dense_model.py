@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 
+from adapt_jax.config.options import RunOptions
 from adapt_jax.machine import mesh
 from adapt_jax.machine.mesh import load_source
+from adapt_jax.machine.processes import decide
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.formats.trimmed_source import TrimmedSource
@@ -14,6 +16,7 @@ from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.narrow import narrowed_config
+from adapt_jax.training.rate import with_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,18 @@ class DenseModel:
 
   def _with_biases(self, params: Params) -> Params:
     return surgery.with_output_bias(self.source.config, params)[1]
+
+
+def with_learning_rate(options: RunOptions, source: Source) -> RunOptions:
+  """The options with the learning rate that fits the source's weights, if the run trains and names none.
+
+  It is that of the first process, on all. Raises InputError if train.min_lr is above it.
+  """
+  if not options.train.tokens:
+    return options
+  train = with_rate(options.train, source.stored_params())
+  lr, low = decide(lambda: [train.lr, train.min_lr])
+  return dataclasses.replace(options, train=dataclasses.replace(train, lr=lr, min_lr=low))
 
 
 def original(source: Source) -> Source:

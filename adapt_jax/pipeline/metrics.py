@@ -19,6 +19,7 @@ _NUMBERS = {
   'evaluate': ('step', 'perplexity'),
 }
 _OF_LAYERS = ('layer_importance', 'sparsity', 'kv_groups', 'ffn')
+_OF_LAYERS_NOW = ('query_heads',)  # that earlier versions did not write
 
 
 class MetricsLog:
@@ -92,7 +93,9 @@ def _drawable(row: Any) -> bool:
   if not isinstance(row, dict) or not isinstance(event := row.get('event'), str):
     return False
   numbers = [row.get('stage', 0), *(row.get(name) for name in _NUMBERS.get(event, ()))]
-  of_layers: list[Any] = [row.get(name) for name in (_OF_LAYERS if event == 'prune' else ())]
+  of_layers: list[Any] = []
+  if event == 'prune':
+    of_layers = [row.get(name) for name in _OF_LAYERS] + [row[name] for name in _OF_LAYERS_NOW if name in row]
   names = [row.get('of'), row.get('text', TEXT)] if event == 'evaluate' else []
   if not all(isinstance(found, list) for found in of_layers) or len(set(map(len, of_layers))) > 1:
     return False

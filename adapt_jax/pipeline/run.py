@@ -14,6 +14,7 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.preemption import Preempted
 from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.pipeline.dense_model import with_learning_rate
 from adapt_jax.pipeline.forecast import duration
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.measured import measured_latency
@@ -53,6 +54,7 @@ class Run:
     shared: Shared | None = None,
     export: bool = True,
   ):
+    options = with_learning_rate(options, inputs.source)
     self.options, self._inputs, self._workdir, self._command = options, inputs, workdir, command
     self._export, self._started, self._estimated = export, time.monotonic(), False
     self._compiler = Compiler(shared.programs if shared else None)

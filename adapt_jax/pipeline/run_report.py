@@ -11,6 +11,7 @@ from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState
 from adapt_jax.pruning.budget import Budget
+from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.reports.report import (
   BudgetReport,
@@ -69,7 +70,8 @@ def run_report(
       'vocab_trimmed': config.vocab_size,
     }
   described_settings = settings(options)
-  described_settings['prune']['attention'] = budget.removes.name  # not auto
+  if options.prune.method in METHODS:  # SliceGPT removes none
+    described_settings['prune']['attention'] = budget.removes.name  # not auto
   limited: BudgetReport = {
     'kind': budget.kind,
     'unit': budget.unit.name,

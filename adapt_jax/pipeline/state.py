@@ -208,12 +208,20 @@ class StateStore:
     else:
       meta = self._checkpoints.meta(number)
       state, lines = from_meta(meta, self._config), meta['metrics_lines']
+      self._check_unit(state.compacted)
       state.hold(self._checkpoints.restore(number, shapes(state.compacted)))
       say(f'resuming at stage {state.stage}, training step {state.train_step}')
     if state.complete and decide(self._plan.exists):
       lines = self._resume_pruning(state, lines)
     self._metrics.cut(lines)
     return state
+
+  def _check_unit(self, plan: PrunePlan) -> None:
+    if plan.unit is not self._unit:
+      raise InputError(
+        f'this run began by removing {plan.unit.name}, as earlier versions always did, but now '
+        f'config.prune.attention means {self._unit.name} for this model: start in a new workdir'
+      )
 
   def _saved_plan(self) -> Any:
     return json.loads(read_text(self._plan))
@@ -229,6 +237,7 @@ class StateStore:
       if saved['stage'] != state.stage + 1:
         return lines
       pruning, lines = PruneState.from_json(saved, self._config), int(saved['metrics_lines'])
+      self._check_unit(pruning.plan)
       dense, trimmed, tasks = _dense(saved), saved.get('trimmed', {}), saved['tasks']
       figures = _figures(dense) and _figures(trimmed)
       if lines < 0 or not figures or not all(isinstance(x, dict) for x in (tasks, *tasks.values())):

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from adapt_jax.config.prune_options import WITHOUT_QUERY_HEADS, PruneOptions
 from adapt_jax.models.config import LayerShape, ModelConfig, kv_group_params
-
-# The budgets that query heads do not change (the cache), or whose tables are by KV heads.
-WITHOUT_QUERY_HEADS = ('kv_cache', 'latency')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,12 +58,16 @@ KV_GROUPS = AttentionUnit(
 QUERY_HEADS = AttentionUnit('query_heads', 1, {'q': 1, 'o': 2, 'q_bias': 1})
 
 
-def find_unit(asked: str, budget: str, config: ModelConfig) -> AttentionUnit:
-  """The unit for prune.attention, prune.budget and a model.
+def find_unit(options: PruneOptions, config: ModelConfig) -> AttentionUnit:
+  """The unit for prune.attention and a model.
 
-  auto: query heads if every layer has a single KV head, which cannot go, and the budget counts query heads.
+  auto: query heads if every layer has a single KV head, which cannot go, or if the model has been pruned by
+  query heads before; but not for budgets that do not count them, nor for prune.compat.
   """
-  if asked != 'auto':
-    return QUERY_HEADS if asked == QUERY_HEADS.name else KV_GROUPS
-  single = all(shape.num_kv_heads == 1 for shape in config.layers)
-  return QUERY_HEADS if single and budget not in WITHOUT_QUERY_HEADS else KV_GROUPS
+  if options.attention != 'auto':
+    return QUERY_HEADS if options.attention == QUERY_HEADS.name else KV_GROUPS
+  kv_heads = {shape.num_kv_heads for shape in config.layers}
+  groups = {shape.group_size for shape in config.layers}
+  suits = kv_heads == {1} or (len(kv_heads) == 1 and len(groups) > 1)
+  counted = options.budget not in WITHOUT_QUERY_HEADS and not options.compat
+  return QUERY_HEADS if suits and counted else KV_GROUPS

@@ -62,7 +62,8 @@ def check(config: ModelConfig, width: int, field: str) -> None:
     )
   if len({shape.group_size for shape in config.layers}) > 1:
     raise InputError(
-      f'{field} = {width} needs layers with equally many query heads for each KV head: leave it out'
+      f'{field} = {width} needs layers with equally many query heads for each KV head: narrow the model '
+      f'before its query heads are pruned, or leave it out'
     )
   if not 0 < width < config.hidden_size:
     raise InputError(f'{field} = {width} must be from 1 to {config.hidden_size - 1}, below the hidden size')

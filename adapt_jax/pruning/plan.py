@@ -128,7 +128,7 @@ class PrunePlan:
     by_head = isinstance(layers, list) and any(isinstance(x, dict) and QUERY_HEADS.name in x for x in layers)
     unit = QUERY_HEADS if by_head else KV_GROUPS
     if not isinstance(layers, list) or not all(_is_layer(layer, unit) for layer in layers):
-      raise InputError('the plan has layers that are no lists of groups and channels')
+      raise InputError('the plan has layers that are no lists of groups and channels, all of one kind')
     if len(layers) != config.num_layers:
       raise InputError(f'the plan has {len(layers)} layers, the model {config.num_layers}')
 

@@ -9,7 +9,7 @@ from adapt_jax.config.prune_options import CalibrationOptions, PruneOptions
 from adapt_jax.machine.mesh import rows_at_once
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network.sharding import row_sharding
-from adapt_jax.pruning.attention_units import find_unit
+from adapt_jax.pruning.attention_units import AttentionUnit
 from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.criteria import Importance, find_importance
 from adapt_jax.pruning.methods import METHODS
@@ -18,7 +18,11 @@ from adapt_jax.pruning.scorer import Scorer
 
 
 def scoring(
-  config: ModelConfig, options: PruneOptions, dtype: Any, method: type[Method] | None = None
+  config: ModelConfig,
+  options: PruneOptions,
+  dtype: Any,
+  unit: AttentionUnit,
+  method: type[Method] | None = None,
 ) -> Scorer:
   """The program that scores groups and layers for the method; `method` overrides the one in `options`."""
   found = method or METHODS[options.method]
@@ -29,7 +33,7 @@ def scoring(
     micro_batch(options.calibration),
     dtype,
     reference_fold=options.compat == 'reference',
-    unit=find_unit(options.attention, options.budget, config),
+    unit=unit,
   )
 
 
@@ -38,9 +42,8 @@ def importance(options: PruneOptions) -> Importance:
   return find_importance(METHODS[options.method].importance or options.importance)
 
 
-def compensation(config: ModelConfig, options: PruneOptions, dtype: Any) -> Compensator:
+def compensation(config: ModelConfig, options: PruneOptions, dtype: Any, unit: AttentionUnit) -> Compensator:
   """The program that adjusts the remaining weights; for prune.compensate other than none."""
-  unit = find_unit(options.attention, options.budget, config)
   return Compensator(config, options.compensate, micro_batch(options.calibration), dtype, unit)
 
 

@@ -27,7 +27,7 @@ from adapt_jax.models.network.backend import loop_options
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning import budget as budgets
 from adapt_jax.pruning import programs, surgery
-from adapt_jax.pruning.attention_units import AttentionUnit
+from adapt_jax.pruning.attention_units import AttentionUnit, find_unit
 from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.compensate import add
 from adapt_jax.pruning.methods import METHODS
@@ -75,12 +75,17 @@ def steps(
     target: in the parts of the budget's unit; the method determines how closely it is reached.
     score: returns the scores of the model at a state's plan, on the host.
 
-  Raises InputError if the method stops removing groups above the target.
+  Raises InputError if the method stops removing groups above the target, or returns a plan of another unit.
   """
   idle, patience = 0, config.num_layers if method.layer_by_layer else 1
   while (cost := state.plan.cost(method.budget)) > target:
     scores = score(state)
     before, state = state, _agreed(method.step(scores, state, target), config)
+    if state.plan.unit is not method.budget.removes:
+      raise InputError(
+        f'{type(method).__name__} returned a plan of {state.plan.unit.name} instead of '
+        f'{method.budget.removes.name}: make it with the unit of state.plan'
+      )
     same = state.plan.equals(before.plan) and np.array_equal(state.sparsity, before.sparsity)
     idle = idle + 1 if same else 0
     if idle >= patience:
@@ -136,9 +141,10 @@ class Pruner:
     self._as_reference = options.compat == 'reference'
     self._kind = method or METHODS[options.method]
     self._seed, self._compiler, self._dtype = seed, compiler, dtype
-    self._scorer = programs.scoring(config, options, dtype, method)
+    budget = budget or budgets.params(config, find_unit(options, config))
+    self._scorer = programs.scoring(config, options, dtype, budget.removes, method)
     _ = self._scorer.shape  # raises InputError for layers that cannot be stacked
-    self._method = self._kind(config, options, budget or budgets.params(config, self.unit))
+    self._method = self._kind(config, options, budget)
     importance, self.distance = self._scorer.importance, self._scorer.distance
     self.importance = importance if isinstance(importance, str) else 'custom'
     self._program: Any = None
@@ -289,7 +295,7 @@ class Pruner:
     stacked, masks = self.stack(params, compacted), surgery.padded_masks(plan)
     tokens = self._tokens(rows)
     if self._compensation is None:
-      program = programs.compensation(self.config, self.options, self._dtype)
+      program = programs.compensation(self.config, self.options, self._dtype, self.unit)
       self._compensation = self._compiler(
         'compensation', program, stacked, masks, tokens, xla_options=loop_options()
       )
@@ -316,7 +322,7 @@ class Pruner:
     if self._memo is None or not compacted.equals(PrunePlan.dense(self.config, self.unit)):
       changes: Any = compute()
     else:
-      key = programs.compensation(self.config, self.options, self._dtype), self._key(plan, rows)
+      key = programs.compensation(self.config, self.options, self._dtype, self.unit), self._key(plan, rows)
       changes = self._memo.changes(key, lambda: jax.device_get(compute()))
     if not all(bool(jnp.isfinite(change).all()) for change in changes.values()):
       raise InputError(

@@ -76,14 +76,16 @@ class Scorer:
   def shape(self) -> LayerShape:
     """The shape to which all layers are padded: the largest widths of any layer."""
     layers, by_head = self.config.layers, self.unit is QUERY_HEADS
-    fixed = {s.num_kv_heads if by_head else s.group_size for s in layers}
+    sizes = {s.num_kv_heads for s in layers}, {s.group_size for s in layers}
+    fixed, others = sizes if by_head else sizes[::-1]
     if len(fixed) > 1:
-      what, other = 'query heads per KV head', QUERY_HEADS.name
-      if by_head:
-        what, other = 'KV heads', KV_GROUPS.name
+      what = 'KV heads' if by_head else 'query heads per KV head'
+      unit = KV_GROUPS if by_head else QUERY_HEADS
+      remedy = 'cannot be pruned again'
+      if len(others) == 1:
+        remedy = f'can only be pruned with config.prune.attention = {unit.name!r}'
       raise InputError(
-        f'model.source has layers with different numbers of {what} ({sorted(fixed)}): such a model can only '
-        f'be pruned with config.prune.attention = {other!r}'
+        f'model.source has layers with different numbers of {what} ({sorted(fixed)}): such a model {remedy}'
       )
     kv, group = max(s.num_kv_heads for s in layers), max(s.group_size for s in layers)
     return LayerShape(kv * group, kv, max(s.ffn for s in layers))

@@ -91,7 +91,7 @@ class RunData:
     """(stage, heads of `heads_of`, MLP channels) of the dense model, stage 0, and after each pruned stage."""
     dense, field = {'stage': 0} | self.model, heads_of(self.report)[0]
     logged = {'num_heads': 'query_heads', 'num_kv_heads': 'kv_groups'}[field]
-    found = {e['stage']: (e[logged], e['ffn']) for e in self.of('prune')}
+    found: dict[Any, Any] = {e['stage']: (e.get(logged, e['kv_groups']), e['ffn']) for e in self.of('prune')}
     found |= {s['stage']: (s[field], s['ffn']) for s in (dense, *self.stages) if 'ffn' in s}
     return [(stage, *found[stage]) for stage in sorted(found)]
 

@@ -12,10 +12,15 @@ import adapt_jax as aj
 from adapt_jax.config.build import from_dict
 from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network import llama
+from adapt_jax.modes import export
 from adapt_jax.modes.estimate_programs import Footprint, stage_configs
 from adapt_jax.pipeline.inputs import prepare
+from adapt_jax.pipeline.metrics import MetricsLog
+from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning.pruner import Pruner
 from tests.support import runs
 from tests.support.helpers import refused
 from tests.support.tokenizers_for_tests import tiny_tokenizer
@@ -60,6 +65,7 @@ def test_query_heads_go_and_kv_heads_stay(files, finished):
   assert report['prune']['attention'] == 'query_heads'
   card = (finished / 'hf/README.md').read_text()
   assert '| layer | query heads | MLP channels |' in card and f'| 0 | {heads[0]} of 6 |' in card
+  assert 'query heads and MLP channels were removed' in card and 'KV-head groups' not in card
   page = (finished / 'report.html').read_text()
   assert 'Query heads, after stage 2' in page and 'KV heads, after' not in page
   assert 'query_heads' in json.loads((finished / 'plan.json').read_text())['layers'][0]
@@ -84,6 +90,87 @@ def test_a_run_resumes_to_the_same_bits(files, finished, tmp_path):
   runs.assert_same_end(path, finished)
 
 
+def test_a_kill_while_pruning_changes_nothing(files, finished, tmp_path, monkeypatch):
+  score, passes = Pruner.score, iter(range(100))
+
+  def dies(self, *args, **options):
+    if next(passes) == 3:
+      raise KeyboardInterrupt
+    return score(self, *args, **options)
+
+  path, config = tmp_path / 'out', make_config(files, **{'prune.target': 0.7})
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(Pruner, 'score', dies)
+    runs.in_process(config, path)
+  assert json.loads((path / 'plan.json').read_text())['step'] == 3
+  runs.in_process(config, path)
+  runs.assert_same_end(path, finished)
+
+
+def test_a_checkpoint_is_exported(files, finished, tmp_path):
+  path = tmp_path / 'unfinished'
+  shutil.copytree(finished, path)
+  shutil.rmtree(path / 'hf')
+  (path / 'report.json').unlink()
+  config = runs.make_config(files)
+  config.model.source = str(path)
+  workdir = Workdir(str(tmp_path / 'out'), {})
+  export.run(from_dict(config.to_dict()), workdir, 'python main.py')
+  assert json.loads(workdir.report.read_text())['prune']['attention'] == 'query_heads'
+  for name in ('model.safetensors', 'config.json'):
+    assert (tmp_path / 'out/hf' / name).read_bytes() == (finished / 'hf' / name).read_bytes(), name
+
+
+def test_a_run_that_began_with_kv_groups_is_not_mixed_with_query_heads(files, tmp_path):
+  """As one of an earlier version is, whose run.json has no prune.attention."""
+  fields = {'model.source': str(files / 'single'), 'export.formats': ('hf',), 'prune.target': 0.8}
+  path, config = tmp_path / 'out', make_config(files, **fields, **{'prune.attention': 'kv_groups'})
+  report = runs.in_process(config, path)
+  assert report['stages'][-1]['num_heads'] == [4] * 4  # no KV head could go
+  shutil.rmtree(path / 'hf')
+  (path / 'report.json').unlink()
+  saved = json.loads((path / 'run.json').read_text())
+  del saved['config']['prune']['attention']
+  (path / 'run.json').write_text(json.dumps(saved))
+  rows = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+  for row in rows:
+    row.pop('query_heads', None)
+  (path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  config = make_config(files, **fields, **{'prune.attention': 'auto'})
+  with pytest.raises(InputError, match='began by removing kv_groups, .* means query_heads .* new workdir'):
+    runs.in_process(config, path)
+  config = runs.make_config(files)
+  config.model.source = str(path)
+  workdir = Workdir(str(tmp_path / 'export'), {})
+  export.run(from_dict(config.to_dict()), workdir, 'python main.py')
+  found = json.loads(workdir.report.read_text())
+  assert found['prune']['attention'] == 'kv_groups' and found['stages'][-1]['num_heads'] == [4] * 4
+  damaged = tmp_path / 'metrics.jsonl'
+  damaged.write_text(json.dumps(next(r for r in rows if r['event'] == 'prune') | {'query_heads': 3}) + '\n')
+  assert 'is damaged' in refused(MetricsLog, damaged)
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'prune.compensate': 'bias'},
+    {'prune.hidden': 24},
+    {'prune.budget': 'flops'},
+    {'prune.budget': 'memory', 'bench.prompt_length': 8, 'bench.new_tokens': 2, 'bench.batch': 1},
+  ],
+)
+def test_with_other_options(files, tmp_path, fields):
+  common = {'prune.method': 'obs', 'prune.stages': 1, 'train.tokens': 0, 'prune.target': 0.6}
+  report = runs.in_process(
+    make_config(files, **common, **fields, **{'export.formats': ('hf',)}), tmp_path / 'out', 'prune'
+  )
+  budget, last = report['budget'], report['stages'][-1]
+  assert 0.5 * budget['dense'] < budget['reached'] <= 0.6 * budget['dense']
+  assert last['num_kv_heads'] == [3] * 4 and sum(last['num_heads']) < 24
+  measured = aj.perplexity(aj.load(tmp_path / 'out'), files / 'valid.txt', length=32)
+  assert measured == pytest.approx(report['perplexity']['pruned'], rel=1e-5)
+
+
 def test_the_result_is_pruned_again_by_query_heads_and_not_by_groups(files, finished):
   model = aj.load(finished)
   rows = aj.rows(model, files / 'train.txt', samples=4, length=16)
@@ -91,8 +178,11 @@ def test_the_result_is_pruned_again_by_query_heads_and_not_by_groups(files, fini
   assert 0.87 < small.num_params / model.num_params <= 0.9
   assert [len(mask) for mask in plan.kv] == [s.group_size for s in model.config.layers]
   assert np.isfinite(aj.perplexity(small, files / 'valid.txt', length=32))
-  if len({s.group_size for s in model.config.layers}) > 1:
-    assert "attention = 'query_heads'" in refused(aj.prune, model, rows, target=0.9)
+  assert len({s.group_size for s in model.config.layers}) > 1
+  by_default, _ = aj.prune(model, rows, target=0.9)
+  assert [s.widths for s in by_default.config.layers] == [s.widths for s in small.config.layers]
+  message = refused(aj.prune, model, rows, target=0.9, attention='kv_groups')
+  assert "can only be pruned with attention = 'query_heads'" in message
 
 
 def test_a_model_with_one_kv_head_loses_query_heads_by_default(files, tmp_path):

@@ -15,10 +15,11 @@ from adapt_jax.config.identity import identity
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.modes import accel, evaluate
+from adapt_jax.modes import accel, evaluate, export
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
+from adapt_jax.training.rate import with_rate
 from tests.support import runs
 
 
@@ -280,6 +281,26 @@ def test_pruned_model_can_be_pruned_again(finished, files, tmp_path):
   again = start(config, tmp_path / 'out', mode='prune')
   assert again['model']['params_before'] == report['model']['params_after']
   assert again['model']['params_after'] <= int(0.8 * again['model']['params_before'])
+
+
+def test_the_learning_rate_follows_from_the_weights(files, tmp_path):
+  """Where none is given; after a kill it is the same, also in an export of the unfinished run."""
+  config = runs.make_config(files)
+  config.train.lr = config.train.min_lr = -1.0
+  config.prune.stages, config.train.tokens, config.prune.compensate = 1, 10 * 4 * 32, 'none'
+  path = tmp_path / 'out'
+  report = start(config, path)
+  options = from_dict(config.to_dict())
+  expected = with_rate(options.train, open_source(str(files / 'model')).stored_params())
+  assert report['train']['lr'] == expected.lr > 0 and report['train']['min_lr'] == expected.min_lr
+  rates = [e['learning_rate'] for e in MetricsLog(path / 'metrics.jsonl').read() if e['event'] == 'train']
+  np.testing.assert_allclose([max(rates), rates[-1]], [expected.lr, expected.min_lr], rtol=1e-6)
+  shutil.rmtree(path / 'hf')
+  (path / 'report.json').unlink()
+  config.model.source = str(path)
+  workdir = Workdir(str(tmp_path / 'export'), {})
+  export.run(from_dict(config.to_dict()), workdir, 'python main.py')
+  assert json.loads(workdir.report.read_text())['train']['lr'] == expected.lr
 
 
 def test_reset_optimizer_state_differs_from_carried(finished, files, tmp_path):

@@ -1,13 +1,18 @@
 """Schedules and the split of the data over stages."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import DistillOptions, TrainOptions
 from adapt_jax.configs import base
+from adapt_jax.models.errors import InputError
 from adapt_jax.pipeline.schedule import stage_steps
 from adapt_jax.training.optim import learning_rate, optimizer, reset_moments
+from adapt_jax.training.rate import SHARE, root_mean_square, with_rate
+from tests.support.helpers import random_params, tiny_config
 
 
 def options(**kw):
@@ -80,3 +85,32 @@ def test_no_weight_decay():
   params = {'w': jnp.full(3, 100.0)}
   updates, _ = tx.update({'w': jnp.zeros(3)}, tx.init(params), params)
   np.testing.assert_array_equal(updates['w'], 0)
+
+
+def test_the_rate_follows_from_the_weights():
+  config = tiny_config('llama')
+  params = random_params(config)
+  middle = params['layers'][2]
+  matrices = [middle['attention'][name] for name in 'qkvo'] + list(middle['mlp'].values())
+  flat = np.concatenate([np.ravel(x) for x in matrices]).astype(np.float64)
+  assert root_mean_square(params) == pytest.approx(np.sqrt(np.mean(flat**2)), rel=1e-6)
+
+  def rate(scale=1.0, **fields):
+    given = {'lr': -1.0, 'min_lr': -1.0, 'batch': 4, 'length': 512} | fields
+    return with_rate(options(**given), jax.tree.map(lambda x: scale * x, params))
+
+  base = rate()
+  assert base.lr == pytest.approx(SHARE * np.sqrt(np.mean(flat**2)), rel=0.05)
+  assert base.lr == float(f'{base.lr:.1e}') and base.min_lr == base.lr / 10
+  assert rate(0.125).lr == pytest.approx(base.lr / 8, rel=0.1)
+  assert rate(batch=16).lr == pytest.approx(2 * base.lr, rel=0.1)
+  assert rate(lr=1e-3).lr == 1e-3 and rate(lr=1e-3).min_lr == 1e-4 and rate(lr=1e-3, min_lr=0.0).min_lr == 0
+  assert rate(0.125, lr=1e-3).lr == 1e-3
+  with pytest.raises(InputError, match='min_lr = 0.01 is above the learning rate .* from the weights'):
+    rate(min_lr=1e-2)
+
+
+@pytest.mark.parametrize('name', ['lr', 'min_lr'])
+def test_a_negative_rate_is_refused(name):
+  with pytest.raises(InputError, match=f'config.train.{name} = -0.5 is below 0: .* or -1'):
+    from_dict({'train': {name: -0.5}})

@@ -10,14 +10,18 @@ import pytest
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.prune_options import PruneOptions
+from adapt_jax.export.padded import pad, padded_config
 from adapt_jax.models.config import LayerShape, count_params
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import llama
 from adapt_jax.pruning import budget as budgets
 from adapt_jax.pruning import compensate, curvature, surgery
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS, find_unit
 from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.methods import METHODS
+from adapt_jax.pruning.methods.obs import Obs
 from adapt_jax.pruning.plan import PrunePlan, PruneState
+from adapt_jax.pruning.pruner import steps
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.scores import Scores
 from adapt_jax.pruning.widths import Allocator, Widths
@@ -103,11 +107,17 @@ def test_costs_are_those_of_the_smaller_model(family, layers, kind):
 
 def test_auto_takes_query_heads_where_no_kv_head_can_go():
   single, pair = tiny_config('gemma3_text', SINGLE), tiny_config('qwen2', PAIR)
-  assert find_unit('auto', 'params', single) is find_unit('auto', 'flops', single) is QUERY_HEADS
-  assert find_unit('auto', 'kv_cache', single) is find_unit('auto', 'latency', single) is KV_GROUPS
-  assert find_unit('auto', 'params', pair) is KV_GROUPS
-  assert find_unit('query_heads', 'params', pair) is QUERY_HEADS
-  assert find_unit('kv_groups', 'params', single) is KV_GROUPS
+  mixed = tiny_config('llama', (LayerShape(6, 2, 32), LayerShape(4, 2, 32)))  # pruned by query heads before
+
+  def found(config, **fields):
+    return find_unit(PruneOptions(**fields), config)
+
+  assert found(single) is found(single, budget='flops') is found(mixed) is QUERY_HEADS
+  assert found(single, budget='kv_cache') is found(single, budget='latency') is KV_GROUPS
+  assert found(single, compat='reference') is KV_GROUPS  # which credits scores to KV heads in its own way
+  assert found(pair) is KV_GROUPS
+  assert found(pair, attention='query_heads') is QUERY_HEADS
+  assert found(single, attention='kv_groups') is KV_GROUPS
 
 
 @pytest.mark.parametrize(
@@ -115,7 +125,6 @@ def test_auto_takes_query_heads_where_no_kv_head_can_go():
   [
     ({'budget': 'kv_cache'}, "conflicts with config.prune.budget = 'kv_cache'"),
     ({'budget': 'latency', 'latency_table': 'h100'}, "conflicts with config.prune.budget = 'latency'"),
-    ({'align_kv': 2}, 'config.prune.align_kv = 2 conflicts with'),
     ({'compat': 'reference', 'method': 'adapt', 'compensate': 'none'}, 'config.prune.compat'),
   ],
 )
@@ -149,15 +158,24 @@ def test_scores_are_those_of_the_heads_alone():
       np.testing.assert_allclose(ours.o_columns, theirs.o_columns, rtol=1e-4)
 
 
-def test_taylor_scores_sum_the_weights_of_a_head():
+@pytest.mark.parametrize('importance', ['l1', 'taylor'])
+def test_scores_sum_the_weights_of_a_head(importance):
   config = tiny_config('qwen2', PAIR)
   params, tokens = random_params(config), jnp.asarray(random_tokens(config, rows=4))
   stacked = stacked_params(params, PrunePlan.dense(config, QUERY_HEADS))
-  scores = jax.jit(Scorer(config, 'l1', micro_batch=2, unit=QUERY_HEADS))(stacked, tokens)
-  for i, layer in enumerate(params['layers']):
+  scores = jax.jit(Scorer(config, importance, micro_batch=2, unit=QUERY_HEADS))(stacked, tokens)
+  scored = params
+  if importance == 'taylor':
+
+    def loss(params):
+      log_p = jax.nn.log_softmax(llama.apply(config, params, tokens)[:, :-1])
+      return -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).mean()
+
+    scored = jax.tree.map(jnp.multiply, params, jax.jit(jax.grad(loss))(params))
+  for i, layer in enumerate(scored['layers']):
     q, o, bias = (np.abs(layer['attention'][name]) for name in ('q', 'o', 'q_bias'))
     np.testing.assert_allclose(
-      scores.kv[i], q.sum((0, 2, 3)) + o.sum((0, 1, 3)) + bias.sum((0, 2)), rtol=1e-5
+      scores.kv[i], q.sum((0, 2, 3)) + o.sum((0, 1, 3)) + bias.sum((0, 2)), rtol=1e-3
     )
 
 
@@ -179,6 +197,32 @@ def test_layers_of_other_heads_stack_and_those_of_other_kv_heads_do_not():
     _ = Scorer(mixed).shape
   with pytest.raises(InputError, match="numbers of KV heads .* = 'kv_groups'"):
     _ = Scorer(tiny_config('llama', (LayerShape(4, 1, 32), LayerShape(8, 2, 32))), unit=QUERY_HEADS).shape
+  both = tiny_config('llama', (LayerShape(4, 1, 32), LayerShape(4, 2, 32)))
+  for unit in (KV_GROUPS, QUERY_HEADS):
+    with pytest.raises(InputError, match='cannot be pruned again'):
+      _ = Scorer(both, unit=unit).shape
+
+
+def test_a_stock_class_gets_as_many_heads_as_it_can_divide():
+  config = tiny_config('gemma3_text', (LayerShape(3, 1, 24), LayerShape(2, 1, 40)), hidden_size=64)
+  wide = padded_config(config)
+  assert wide.family == 'gemma3_text' and [s.widths for s in wide.layers] == [(4, 1, 40)] * 2
+  params, tokens = random_params(config), random_tokens(config)
+  np.testing.assert_allclose(
+    logits(wide, pad(wide, params), tokens), logits(config, params, tokens), atol=1e-5
+  )
+
+
+def test_a_plan_of_another_unit_is_refused():
+  class Careless(Obs):
+    def step(self, scores, state, target):
+      return dataclasses.replace(state, plan=PrunePlan(state.plan.kv, state.plan.ffn))
+
+  config = tiny_config('llama', SINGLE)
+  method = Careless(config, PruneOptions(), budgets.params(config, QUERY_HEADS))
+  state = PruneState.start(config, QUERY_HEADS)
+  with pytest.raises(InputError, match='Careless returned a plan of kv_groups instead of query_heads'):
+    next(steps(method, config, state, 1, lambda state: None))
 
 
 def test_least_squares_bring_the_logits_closer():
