@@ -45,7 +45,7 @@ def options(source: tuple[str, ...], cache: pathlib.Path, **train: Any) -> RunOp
   """Options for training on every document of the sources."""
   config = base.get_config()
   config.data.cache = str(cache)
-  config.train.update(source=source, tokens=10**12, **train)
+  config.train.update(source=source, tokens=10**12, lr=1e-4, **train)
   return from_dict(config.to_dict())
 
 

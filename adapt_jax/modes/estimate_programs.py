@@ -162,7 +162,8 @@ class Footprint:
     self.options, self.config, self.dtype, self._platform = options, config, dtype, platform
     self.budget = budget_of(options, config)
     self.schedule = Schedule.of(options, self.budget)
-    self._optimizer = optimizer(options.train, self.schedule.train_steps)
+    train = dataclasses.replace(options.train, lr=1e-4, min_lr=1e-5)  # the weights are not read
+    self._optimizer = optimizer(train, self.schedule.train_steps)
 
   def state(self, config: ModelConfig, moments: bool) -> Any:
     """Arrays on the devices throughout a stage: weights (fp32 if trained) and, if `moments`, Adam's."""

@@ -13,10 +13,13 @@ def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
   """Step (0-based) -> learning rate, over the whole run.
 
   `wsd`: linear warm-up, constant, linear decay over the last tenth to `min_lr` (Hu et al., arXiv
-  2404.06395). `cosine`: the same warm-up, then half a cosine to `min_lr`.
+  2404.06395). `cosine`: the same warm-up, then half a cosine to `min_lr`. Raises ValueError for -1, which
+  stands for a rate that follows from the weights (`rate.with_rate`).
   """
+  if options.lr < 0:
+    raise ValueError(f'lr = {options.lr} is no learning rate yet')
   warmup = int(round(options.warmup * total_steps))
-  lr, low = options.lr, options.min_lr
+  lr, low = options.lr, options.min_lr if options.min_lr >= 0 else options.lr / 10
   # Step s uses the value at s+1 while warming up, so that the first step is not wasted at rate 0.
   rising = optax.linear_schedule(lr / max(warmup, 1), lr, max(warmup - 1, 1))
   if options.schedule == 'cosine':

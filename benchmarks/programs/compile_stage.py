@@ -53,6 +53,7 @@ def train_options(shape: dict[str, Any]) -> TrainOptions:
   config.train.source = config.prune.calibration.source = ('shapes alone',)
   config.train.batch, config.train.micro_batch = shape['rows'], shape['micro']
   config.train.length = shape['length']
+  config.train.lr = 1e-4
   config.train.tokens = 100 * shape['rows'] * shape['length']
   return from_dict(config.to_dict()).train
 

@@ -21,7 +21,7 @@ BATCH, LENGTH = 4, 256
 
 def main(directory: str, form: str, steps: str) -> None:
   config, (dtype, _, variant) = base.get_config(), form.partition('-')
-  config.train.update(batch=BATCH, micro_batch=BATCH, length=LENGTH, tokens=10**6)
+  config.train.update(batch=BATCH, micro_batch=BATCH, length=LENGTH, tokens=10**6, lr=1e-4)
   config.train.update({'remat': {'remat': True}, 'mu': {'mu_dtype': 'bfloat16'}, '': {}}[variant])
   options = from_dict(config.to_dict()).train
   source = open_source(directory)

@@ -110,6 +110,11 @@ def test_the_rate_follows_from_the_weights():
     rate(min_lr=1e-2)
 
 
+def test_a_rate_that_is_still_open_trains_nothing():
+  with pytest.raises(ValueError, match='no learning rate yet'):
+    optimizer(options(lr=-1.0), 10)
+
+
 @pytest.mark.parametrize('name', ['lr', 'min_lr'])
 def test_a_negative_rate_is_refused(name):
   with pytest.raises(InputError, match=f'config.train.{name} = -0.5 is below 0: .* or -1'):
