@@ -8,7 +8,7 @@ import jax
 from adapt_jax.config.options import RunOptions
 from adapt_jax.machine import mesh
 from adapt_jax.machine.mesh import load_source
-from adapt_jax.machine.processes import decide
+from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.formats.trimmed_source import TrimmedSource
@@ -78,6 +78,8 @@ def with_learning_rate(options: RunOptions, source: Source) -> RunOptions:
     return options
   train = with_rate(options.train, source.stored_params())
   lr, low = decide(lambda: [train.lr, train.min_lr])
+  if options.train.lr < 0:
+    say(f'learning rate: {lr:g}, in proportion to the weights (config.train.lr)')
   return dataclasses.replace(options, train=dataclasses.replace(train, lr=lr, min_lr=low))
 
 
