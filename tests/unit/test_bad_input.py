@@ -70,7 +70,7 @@ FIELDS = [
   ('train.split', 'even'),
   ('train.optimizer_state', 'keep'),
   ('train.mu_dtype', 'int8'),
-  ('train.lr', -1.0),
+  ('train.lr', -2.0),
   ('train.lr', float('nan')),
   ('train.min_lr', 0.5),
   ('train.clip', 0.0),
