@@ -27,9 +27,9 @@ def _with_widths(config: ModelConfig, kv_heads: int, group: int, ffn: int) -> Mo
 def padded_config(config: ModelConfig) -> ModelConfig:
   """The uniform config that fits all layers and that a stock class of transformers supports.
 
-  Some stock classes, such as Llama's, refuse heads that do not divide the hidden size: as few KV groups and
-  query heads as possible are added to divide it, at most as many as there are, and if that does not help,
-  another class is used that computes the same function.
+  Some stock classes, such as Llama's, refuse heads that do not divide the hidden size: KV groups are added
+  up to a number that does. If there is none, another class is used that computes the same function, or else
+  query heads are added too.
 
   Raises InputError if no stock class has the model's biases or its sliced residual stream.
   """
@@ -45,22 +45,23 @@ def padded_config(config: ModelConfig) -> ModelConfig:
   shape, family = widest_config(config).layers[0], config.family
   kv_heads, group = shape.num_kv_heads, shape.group_size
   if config.traits.heads_divide:
-    dividing = [
-      (n * g, g, n)
-      for n in range(kv_heads, 2 * kv_heads + 1)
-      for g in range(group, 2 * group + 1)
-      if config.hidden_size % (n * g) == 0
-    ]
-    if dividing:
-      _, group, kv_heads = min(dividing)
-    elif config.qkv_bias or not config.traits.padded_as:
+
+    def dividing(group: int) -> list[int]:
+      return [n for n in range(kv_heads, 2 * kv_heads + 1) if config.hidden_size % (n * group) == 0]
+
+    wider = [(n * g, g, n) for g in range(group, 2 * group + 1) for n in dividing(g)]
+    if found := dividing(group):
+      kv_heads = found[0]
+    elif config.traits.padded_as and not config.qkv_bias:
+      family = config.traits.padded_as
+    elif wider:
+      _, group, kv_heads = min(wider)
+    else:
       raise InputError(
         f"config.export.formats has 'hf_padded', but stock {config.traits.stock} refuses {kv_heads * group} "
         f'heads at hidden size {config.hidden_size}, and no other class computes the model: leave '
         f"'hf_padded' out"
       )
-    else:
-      family = config.traits.padded_as
   return dataclasses.replace(_with_widths(config, kv_heads, group, shape.ffn), family=family)
 
 

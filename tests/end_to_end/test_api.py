@@ -243,7 +243,10 @@ def _with_other_groups():
     (lambda m, r, f: aj.rows(dataclasses.replace(m, tokenizer=None), f / 'train.txt'), ('no tokenizer',)),
     (lambda m, r, f: aj.prune(_sliced(m), r), ('SliceGPT',)),
     (lambda m, r, f: aj.rows(m, f / 'train.txt', samples=0), ('samples = 0', 'between')),
-    (lambda m, r, f: aj.prune(_with_other_groups(), r * 0), ('different query heads per KV head',)),
+    (
+      lambda m, r, f: aj.prune(_with_other_groups(), r * 0, attention='kv_groups'),
+      ('numbers of query heads per KV head',),
+    ),
     (lambda m, r, f: aj.narrow(_with_other_groups(), r * 0, hidden_size=8), ('hidden_size = 8 needs',)),
     (lambda m, r, f: aj.prune(m, r, targt=0.5), ('targt is unknown: did you mean target?',)),
     (lambda m, r, f: aj.prune(m, r, target=1.5), ('target = 1.5', 'method obs always keeps')),
