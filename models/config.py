@@ -55,12 +55,6 @@ class LayerShape:
     """N, K and F."""
     return self.num_heads, self.num_kv_heads, self.ffn
 
-  def with_widths(self, num_kv_heads: int, ffn: int) -> 'LayerShape':
-    """The same layer with other widths and as many query heads for each KV head."""
-    return dataclasses.replace(
-      self, num_heads=num_kv_heads * self.group_size, num_kv_heads=num_kv_heads, ffn=ffn
-    )
-
   @property
   def group_size(self) -> int:
     """G, the query heads that share one KV head."""

@@ -164,6 +164,11 @@ class TrainOptions:
   )
   distill: DistillOptions = group(DistillOptions)
 
+  @property
+  def end_lr(self) -> float:
+    """`min_lr`, or a tenth of `lr` if it is -1."""
+    return self.min_lr if self.min_lr >= 0 else self.lr / 10
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:

@@ -19,7 +19,7 @@ def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
   if options.lr < 0:
     raise ValueError(f'lr = {options.lr} is no learning rate yet')
   warmup = int(round(options.warmup * total_steps))
-  lr, low = options.lr, options.min_lr if options.min_lr >= 0 else options.lr / 10
+  lr, low = options.lr, options.end_lr
   # Step s uses the value at s+1 while warming up, so that the first step is not wasted at rate 0.
   rising = optax.linear_schedule(lr / max(warmup, 1), lr, max(warmup - 1, 1))
   if options.schedule == 'cosine':

@@ -36,13 +36,12 @@ def with_rate(options: TrainOptions, params: Mapping[str, Any]) -> TrainOptions:
 
   params: those of the dense model. Raises InputError if min_lr is above the rate.
   """
-  lr, low = options.lr, options.min_lr
-  if lr < 0:
+  if options.lr < 0:
     share = SHARE * (options.batch * options.length / TOKENS) ** 0.5
-    lr = float(f'{share * root_mean_square(params):.1e}')
-  if low > lr:
+    options = dataclasses.replace(options, lr=float(f'{share * root_mean_square(params):.1e}'))
+  if options.min_lr > options.lr:
     raise InputError(
-      f'config.train.min_lr = {low} is above the learning rate {lr}, which follows from the weights: lower '
-      f'it, or set config.train.lr'
+      f'config.train.min_lr = {options.min_lr} is above the learning rate {options.lr}, which follows from '
+      f'the weights: lower it, or set config.train.lr'
     )
-  return dataclasses.replace(options, lr=lr, min_lr=low if low >= 0 else lr / 10)
+  return dataclasses.replace(options, min_lr=options.end_lr)

@@ -21,6 +21,7 @@ from adapt_jax.models.formats.hf_config import config_to_hf
 from adapt_jax.models.formats.hf_weights import save_params
 from adapt_jax.models.network import llama
 from adapt_jax.pruning import surgery
+from adapt_jax.pruning.attention_units import KV_GROUPS
 from adapt_jax.pruning.plan import PrunePlan
 
 # The first layer is narrow, the last one has most heads, the widest MLP is between: nothing that
@@ -88,7 +89,7 @@ def tiny_config(family: str = 'llama', layers: tuple[LayerShape, ...] = VARIED, 
   kinds = itertools.cycle(KINDS.get(family, ({},)))
   layers = tuple(dataclasses.replace(shape, **kind) for shape, kind in zip(layers, kinds, strict=False))
   if FAMILIES[family].joint_qk_norm:  # whose heads are never pruned
-    layers = tuple(shape.with_widths(2, shape.ffn) for shape in layers)
+    layers = tuple(KV_GROUPS.narrowed(shape, 2, shape.ffn) for shape in layers)
   return ModelConfig(family=family, layers=layers, **(defaults | fields))
 
 
