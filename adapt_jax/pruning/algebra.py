@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from adapt_jax.models.network.backend import on_tpu
+from adapt_jax.models.network.sharding import constrain, row_shards
 
 _BLOCK = 512  # of a matrix that a TPU inverts block by block
 
@@ -16,11 +17,29 @@ def exact() -> contextlib.AbstractContextManager[Any]:
   return jax.default_matmul_precision('highest')
 
 
-def second_moment(x_TC: jax.Array) -> jax.Array:
-  """Σ over tokens of x xᵀ, [C, C]."""
-  x_TC = x_TC.astype(jnp.float32)
+def own_products(x_TC: jax.Array, y_TD: jax.Array) -> jax.Array:
+  """Σ of x yᵀ over each device's own tokens, [devices, C, D], which a loop adds up without communication.
+
+  Tokens are rows first. Without a mesh there is one device. `total` adds the devices' sums.
+  """
+  devices = _parts(len(x_TC))
+  x_RTC, y_RTD = (x.reshape(devices, -1, x.shape[-1]).astype(jnp.float32) for x in (x_TC, y_TD))
   with exact():
-    return x_TC.T @ x_TC
+    return constrain(jnp.einsum('rtc,rtd->rcd', x_RTC, y_RTD), 'B.F')
+
+
+def no_products(tokens: int, columns: int, others: int) -> jax.Array:
+  """Zeros to which a loop adds `own_products` of that many tokens."""
+  return constrain(jnp.zeros((_parts(tokens), columns, others)), 'B.F')
+
+
+def total(own_RCD: jax.Array) -> jax.Array:
+  """Σ over all devices' tokens, [C, D]: they communicate here, once."""
+  return constrain(own_RCD.sum(0), 'DF')
+
+
+def _parts(tokens: int) -> int:
+  return row_shards() if tokens % row_shards() == 0 else 1
 
 
 def damped(matrix_CC: jax.Array, damping: float) -> jax.Array:
@@ -34,7 +53,7 @@ def inverse(matrix_CC: jax.Array) -> jax.Array:
   """The inverse of a symmetric positive definite matrix."""
   if on_tpu() and len(matrix_CC) > _BLOCK:
     return swept_inverse(matrix_CC, _BLOCK)
-  return _cholesky_solve(matrix_CC, jnp.eye(len(matrix_CC)))
+  return _cholesky_solve(*(constrain(x, '..') for x in (matrix_CC, jnp.eye(len(matrix_CC)))))
 
 
 def solve(matrix_CC: jax.Array, right_CD: jax.Array) -> jax.Array:
@@ -58,6 +77,7 @@ def swept_inverse(matrix_CC: jax.Array, block: int) -> jax.Array:
   """
   size = len(matrix_CC)
   missing = -size % block
+  matrix_CC = constrain(matrix_CC, '..')
   padded = jnp.pad(matrix_CC, (0, missing)) + jnp.diag(jnp.arange(size + missing) >= size)
 
   def sweep(k: jax.Array, matrix_CC: jax.Array) -> jax.Array:
@@ -65,12 +85,12 @@ def swept_inverse(matrix_CC: jax.Array, block: int) -> jax.Array:
     rows_BC = jax.lax.dynamic_slice_in_dim(matrix_CC, start, block)
     pivot_BB = jax.lax.dynamic_slice_in_dim(rows_BC, start, block, axis=1)
     inverse_BB = _cholesky_solve(pivot_BB, jnp.eye(block))
-    new_BC = inverse_BB @ rows_BC
-    matrix_CC -= rows_BC.T @ new_BC
+    new_BC = constrain(inverse_BB @ rows_BC, '..')
+    matrix_CC = constrain(matrix_CC - rows_BC.T @ new_BC, '..')
     new_BC = jax.lax.dynamic_update_slice_in_dim(new_BC, -inverse_BB, start, axis=1)
     matrix_CC = jax.lax.dynamic_update_slice_in_dim(matrix_CC, new_BC, start, axis=0)
-    return jax.lax.dynamic_update_slice_in_dim(matrix_CC, new_BC.T, start, axis=1)
+    return constrain(jax.lax.dynamic_update_slice_in_dim(matrix_CC, new_BC.T, start, axis=1), '..')
 
   with exact():
     swept_CC = jax.lax.fori_loop(0, len(padded) // block, sweep, padded)
-  return -swept_CC[:size, :size]
+  return constrain(-swept_CC[:size, :size], '..')

@@ -27,7 +27,7 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.positions import Positions
-from adapt_jax.models.network.sharding import constrain, constrain_params
+from adapt_jax.models.network.sharding import constrain, constrain_params, gathered
 from adapt_jax.pruning import algebra
 from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
@@ -77,6 +77,7 @@ class Compensator:
       streams: Streams, xs: tuple[jax.Array, Params, jax.Array, jax.Array]
     ) -> tuple[Streams, dict[str, jax.Array]]:
       i, layer, kv_K, ffn_F = xs
+      layer = gathered(layer)
       sizes_KGH = layer['attention']['o'].shape[1:]
       along = jnp.expand_dims(kv_K, [axis for axis in range(3) if axis != self.unit.axis])
       o_mask = jnp.broadcast_to(along, sizes_KGH).reshape(-1)
@@ -122,16 +123,20 @@ class Compensator:
       kept_TC = jnp.where(mask_C, inputs_TC, 0)
       with algebra.exact():
         missing_TD = jnp.where(mask_C, 0, inputs_TC) @ weight_DC.T
-        products_DC = (missing_TD + PULL * pull_TD).T @ kept_TC
-      new = [algebra.second_moment(kept_TC), products_DC, missing_TD.sum(0)]
+      products_RDC = algebra.own_products(missing_TD + PULL * pull_TD, kept_TC)
+      new = [algebra.own_products(kept_TC, kept_TC), products_RDC, missing_TD.sum(0)]
       return jax.tree.map(jnp.add, sums, new), before_BTD
 
-    sums, before_MBTD = jax.lax.scan(measure, [jnp.zeros(s) for s in ((C, C), (D, C), (D,))], streams)
+    at_once = streams[0][0].size // D
+    start = [algebra.no_products(at_once, C, C), algebra.no_products(at_once, D, C), jnp.zeros(D)]
+    (kept_RCC, products_RDC, missing_D), before_MBTD = jax.lax.scan(measure, start, streams)
     change_DC, change_D = jnp.zeros((D, C)), jnp.zeros(D)
     if self.kind == 'bias':
-      change_D = sums[2] / (before_MBTD.size // D)
+      change_D = missing_D / (before_MBTD.size // D)
     else:
-      change_DC = algebra.solve(algebra.damped(sums[0], RIDGE), sums[1].T).T
+      kept_CC, products_DC = algebra.total(kept_RCC), algebra.total(products_RDC)
+      # `constrain`: every device needs the whole in the loop below.
+      change_DC = constrain(algebra.solve(algebra.damped(kept_CC, RIDGE), products_DC.T).T, '..')
 
     def corrected(x_BTD: jax.Array) -> jax.Array:
       own_BTD, inputs_TC = run(x_BTD)

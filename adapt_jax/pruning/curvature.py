@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adapt_jax.models.network.sharding import constrain
 from adapt_jax.pruning.algebra import damped, exact, inverse
 from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 
@@ -41,7 +42,11 @@ def channel_costs(weight_DF: jax.Array, inputs_FF: jax.Array, gradients_DD: jax.
   """Cost of each channel [F] after removing those of lower cost; it never decreases in that order."""
   F = weight_DF.shape[1]
   size = -(-F // ROUNDS)
-  gradients_DD = damped(gradients_DD, DAMPING_GRADIENTS)
+  gradients_DD = constrain(damped(gradients_DD, DAMPING_GRADIENTS), '..')
+
+  def by_columns(*matrices: jax.Array) -> list[jax.Array]:
+    """Each device computes its share of the columns; the D x D x F products of a round need nothing else."""
+    return [constrain(x, '.C') for x in matrices]
 
   def round_(_: int, state: Any) -> Any:
     weight_DF, inverse_FF, present_F, cost_F, floor = state
@@ -50,7 +55,7 @@ def channel_costs(weight_DF: jax.Array, inputs_FF: jax.Array, gradients_DD: jax.
     lowest_B, columns_B = jax.lax.top_k(jnp.where(present_F, -now_F, -jnp.inf), size)
     present_B = present_F[columns_B]
     raised_B = jnp.where(present_B, jnp.maximum(-lowest_B, floor), cost_F[columns_B])
-    weight_DF, inverse_FF = _remove(weight_DF, inverse_FF, columns_B, present_B)
+    weight_DF, inverse_FF = by_columns(*_remove(weight_DF, inverse_FF, columns_B, present_B))
     cost_F = cost_F.at[columns_B].set(raised_B)
     return (
       weight_DF,
@@ -61,8 +66,7 @@ def channel_costs(weight_DF: jax.Array, inputs_FF: jax.Array, gradients_DD: jax.
     )
 
   start = (
-    weight_DF,
-    inverse(damped(inputs_FF, DAMPING_INPUTS)),
+    *by_columns(weight_DF, inverse(damped(inputs_FF, DAMPING_INPUTS))),
     jnp.ones(F, bool),
     jnp.zeros(F),
     jnp.zeros(()),
@@ -83,7 +87,7 @@ def group_costs(
   """
   columns_KB = jnp.asarray(unit.columns(weight_DKGH.shape[1:]))
   K = len(columns_KB)
-  gradients_DD = damped(gradients_DD, DAMPING_GRADIENTS)
+  gradients_DD = constrain(damped(gradients_DD, DAMPING_GRADIENTS), '..')
 
   def round_(_: int, state: Any) -> Any:
     weight_DC, inverse_CC, present_K, cost_K, floor = state

@@ -35,7 +35,7 @@ from adapt_jax.models.network.backend import loop_options
 from adapt_jax.models.network.layers import rms_norm
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.positions import Positions
-from adapt_jax.models.network.sharding import constrain, constrain_params
+from adapt_jax.models.network.sharding import constrain, constrain_params, gathered
 from adapt_jax.pruning import algebra, surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
@@ -98,31 +98,33 @@ class StreamMoments:
     D = self.config.hidden_size
 
     def moment(x_BTD: jax.Array) -> jax.Array:
-      return algebra.second_moment(_normed(x_BTD, self.config.rms_norm_eps))
+      x_TD = _normed(x_BTD, self.config.rms_norm_eps)
+      return algebra.own_products(x_TD, x_TD)
 
     def step(
       carry: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, Params]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-      i, layer = xs
+      i, layer = xs[0], gathered(xs[1])
 
-      def micro(total_DD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+      def micro(sum_RDD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         between_BTD = llama.attend(self.config, shape, layer, x_BTD, tables.of(i))[0]
         after_BTD = llama.feed(self.config, shape, layer, between_BTD)[0]
-        return total_DD + moment(x_BTD) + moment(between_BTD), after_BTD
+        return sum_RDD + moment(x_BTD) + moment(between_BTD), after_BTD
 
-      x_MBTD, total_DD = carry
-      total_DD, x_MBTD = jax.lax.scan(micro, total_DD, x_MBTD)
-      return (x_MBTD, constrain(total_DD, '..')), None
+      x_MBTD, sum_RDD = carry
+      sum_RDD, x_MBTD = jax.lax.scan(micro, sum_RDD, x_MBTD)
+      return (x_MBTD, sum_RDD), None
 
-    def last(total_DD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, None]:
-      return total_DD + moment(x_BTD), None
+    def last(sum_RDD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, None]:
+      return sum_RDD + moment(x_BTD), None
 
-    zeros_DD = jnp.zeros((D, D))
+    zeros_RDD = algebra.no_products(tokens_MBT[0].size, D, D)
     x_MBTD = _embedded(self.config, stacked, tokens_MBT, self.dtype)
     indexed = jnp.arange(self.config.num_layers), stacked['layers']
-    (x_MBTD, blocks_DD), _ = jax.lax.scan(step, (x_MBTD, zeros_DD), indexed)
-    final_DD = jax.lax.scan(last, zeros_DD, x_MBTD)[0]
-    return blocks_DD, constrain(final_DD, '..')
+    (x_MBTD, blocks_RDD), _ = jax.lax.scan(step, (x_MBTD, zeros_RDD), indexed)
+    final_RDD = jax.lax.scan(last, zeros_RDD, x_MBTD)[0]
+    blocks_DD, final_DD = (constrain(algebra.total(x), '..') for x in (blocks_RDD, final_RDD))
+    return blocks_DD, final_DD
 
 
 def basis(
@@ -175,7 +177,7 @@ class Narrower:
     y_MBTd = _embedded(self.small, out, tokens_MBT, self.dtype)
 
     def fit(streams: Streams, xs: tuple[jax.Array, Params]) -> tuple[Streams, Params]:
-      return self._fitted(xs[1], basis_Dd, streams, tables.of(xs[0]))
+      return self._fitted(gathered(xs[1]), basis_Dd, streams, tables.of(xs[0]))
 
     indexed = jnp.arange(self.config.num_layers), stacked['layers']
     streams, layers = jax.lax.scan(fit, (x_MBTD, y_MBTd), indexed)
@@ -199,14 +201,15 @@ class Narrower:
     def micro(sums: Streams, xs: Streams) -> tuple[Streams, None]:
       dense_TD = _normed(xs[0], self.config.rms_norm_eps)
       own_Td = _normed(xs[1], self.small.rms_norm_eps)
-      with algebra.exact():
-        new = algebra.second_moment(own_Td), dense_TD.T @ own_Td
+      new = algebra.own_products(own_Td, own_Td), algebra.own_products(dense_TD, own_Td)
       return (sums[0] + new[0], sums[1] + new[1]), None
 
-    (own_dd, both_Dd), _ = jax.lax.scan(micro, (jnp.zeros((d, d)), jnp.zeros((D, d))), streams)
+    tokens = streams[0][0].size // D
+    start = algebra.no_products(tokens, d, d), algebra.no_products(tokens, D, d)
+    own_dd, both_Dd = map(algebra.total, jax.lax.scan(micro, start, streams)[0])
     ridge = _READ_RIDGE * jnp.trace(own_dd) / d
     right_Dd = both_Dd + ridge * self._scale * basis_Dd
-    return algebra.solve(own_dd + ridge * jnp.eye(d), right_Dd.T).T
+    return constrain(algebra.solve(own_dd + ridge * jnp.eye(d), right_Dd.T).T, '..')
 
   def _fitted(
     self, layer: Params, basis_Dd: jax.Array, streams: Streams, positions: Positions
@@ -241,6 +244,7 @@ class Narrower:
   ) -> tuple[Streams, jax.Array]:
     """Both streams after a block, and the change [d, C] of the weight that writes its output."""
     d, small, shape = self.width, self.small, self._shape
+    fitted = gathered(fitted)
     C = fitted[block][_BLOCKS[block][2][0]].size // d
 
     def run(x_BTD: jax.Array, y_BTd: jax.Array) -> tuple[jax.Array, ...]:
@@ -248,18 +252,22 @@ class Narrower:
       own_BTd, inputs_TC = llama.output(block, small, shape, fitted, y_BTd, *positions)
       return dense_BTD, own_BTd, inputs_TC.astype(jnp.float32)
 
+    basis_Dd = constrain(basis_Dd, '..')
+
     def measure(sums: Streams, xs: Streams) -> tuple[Streams, None]:
       dense_BTD, own_BTd, inputs_TC = run(*xs)
       after_BTD = llama.add(block, self.config, shape, layer, xs[0], dense_BTD)
       with algebra.exact():
         dense_Td, after_Td = (_flat(x) @ basis_Dd for x in (dense_BTD, after_BTD))
         pull_Td = (after_Td - _flat(xs[1])) / small.residual_scale
-        missing_Td = (1 - _PULL) * dense_Td + _PULL * pull_Td - _flat(own_BTd)
-        new = algebra.second_moment(inputs_TC), missing_Td.T @ inputs_TC
+      missing_Td = (1 - _PULL) * dense_Td + _PULL * pull_Td - _flat(own_BTd)
+      new = algebra.own_products(inputs_TC, inputs_TC), algebra.own_products(missing_Td, inputs_TC)
       return (sums[0] + new[0], sums[1] + new[1]), None
 
-    (inputs_CC, products_dC), _ = jax.lax.scan(measure, (jnp.zeros((C, C)), jnp.zeros((d, C))), streams)
-    change_dC = algebra.solve(algebra.damped(inputs_CC, _WRITE_RIDGE), products_dC.T).T
+    tokens = streams[1][0].size // d
+    start = algebra.no_products(tokens, C, C), algebra.no_products(tokens, d, C)
+    inputs_CC, products_dC = map(algebra.total, jax.lax.scan(measure, start, streams)[0])
+    change_dC = constrain(algebra.solve(algebra.damped(inputs_CC, _WRITE_RIDGE), products_dC.T).T, '..')
 
     def advance(xs: Streams) -> Streams:
       dense_BTD, own_BTd, inputs_TC = run(*xs)

@@ -19,9 +19,9 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.positions import Positions, PositionTables
-from adapt_jax.models.network.sharding import constrain, constrain_params, row_shards
+from adapt_jax.models.network.sharding import constrain, constrain_params, gathered, row_shards
 from adapt_jax.pruning import curvature
-from adapt_jax.pruning.algebra import second_moment
+from adapt_jax.pruning.algebra import no_products, own_products, total
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS, AttentionUnit
 from adapt_jax.pruning.criteria import DISTANCES, Importance, find_importance, fold_heads, group_scores
 from adapt_jax.pruning.scores import Scores
@@ -32,6 +32,7 @@ from adapt_jax.training.loss import (
   fisher_cross_entropy,
   shift,
   sum_over_chunks,
+  whole,
 )
 
 # Mean and variance over tokens of the inputs of o_proj and down_proj, by column: {'o': …, 'down': …}.
@@ -124,6 +125,8 @@ class Scorer:
   ) -> tuple[jax.Array, jax.Array]:
     """`scale` times the sum of a loss over all next tokens, and its gradient in x; the loss gets `extras`."""
 
+    head_VD = whole(llama.head(stacked), self.dtype)
+
     def micro(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
       x_BTD, tokens_BT, *extras = xs
       labels, weights = shift(tokens_BT)
@@ -131,7 +134,7 @@ class Scorer:
       def value(x: jax.Array) -> jax.Array:
         x_TD = llama.final_norm(self.config, stacked, x).reshape(-1, self.config.hidden_size)
         given = (labels, scale * weights, *(extra.reshape(-1) for extra in extras))
-        return sum_over_chunks(capped(loss, self.config.logit_cap), x_TD, llama.head(stacked), given)
+        return sum_over_chunks(capped(loss, self.config.logit_cap), x_TD, head_VD, given)
 
       return jax.value_and_grad(value)(x_BTD)
 
@@ -155,8 +158,10 @@ class Scorer:
     def forward(
       x_MBTD: jax.Array, xs: tuple[jax.Array, Params]
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
+      i, layer = xs[0], gathered(xs[1])
+
       def micro(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, Moments]:
-        y_BTD, moments = run(*xs, x_BTD)
+        y_BTD, moments = run(i, layer, x_BTD)
         return y_BTD, measure(x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32)).sum(), moments
 
       y_MBTD, distance_M, moments_M = jax.lax.map(micro, x_MBTD)
@@ -216,9 +221,10 @@ class Scorer:
       g_MBTD: jax.Array, xs: tuple[jax.Array, Params, jax.Array]
     ) -> tuple[jax.Array, list[jax.Array]]:
       i, layer, x_MBTD = xs
+      used = gathered(layer)
 
       def micro(sums: tuple[Params, Params], xg: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        gradient, fisher, x_gradient = pull(i, layer, *xg)
+        gradient, fisher, x_gradient = pull(i, gathered(used), *xg)
         return constrain_params(jax.tree.map(jnp.add, sums, (gradient, fisher))), x_gradient
 
       zeros = constrain_params(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), layer))
@@ -315,6 +321,7 @@ class Scorer:
   ) -> tuple[jax.Array, list[jax.Array]]:
     """The gradient at a layer's input, and its second moments: shares of means over `tokens` tokens."""
     config, shape, D = self.config, self.shape, self.config.hidden_size
+    layer = gathered(layer)
 
     def half(block: str, x_BTD: jax.Array, *positions: Positions) -> tuple[jax.Array, Any, jax.Array]:
       """The stream after a block, its pullback to the stream before it and the block's output, and inputs."""
@@ -342,16 +349,18 @@ class Scorer:
       g_BTD, o_g_BTD = pull_attention(g_BTD)
       # Gradients of the sum over tokens: squared gradients of the mean would leave the range of fp32.
       outputs = [tokens * g.reshape(-1, D) for g in (o_g_BTD, down_g_BTD)]
-      moments = [second_moment(x) for x in (o_TC, down_TF, *outputs)]
+      moments = [own_products(x, x) for x in (o_TC, down_TF, *outputs)]
       return jax.tree.map(jnp.add, sums, moments), g_BTD
 
-    start = [jnp.zeros((n, n)) for n in self._moment_sizes()]
+    at_once = x_MBTD[0].size // D
+    start = [no_products(at_once, n, n) for n in self._moment_sizes()]
     sums, g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))
-    return g_MBTD, [x / tokens for x in sums]
+    return g_MBTD, [total(x) / tokens for x in sums]
 
   def _costs(self, layer: Params, moments: list[jax.Array]) -> list[jax.Array]:
     """[kv [K], ffn [F]] of one layer from its second moments."""
     o_CC, down_FF, middle_DD, output_DD = moments
+    layer = gathered(layer)
     o_DKGH, down_DF = (x.astype(jnp.float32) for x in (layer['attention']['o'], layer['mlp']['down']))
     kv_K = curvature.group_costs(o_DKGH, o_CC, middle_DD, self.unit)
     return [kv_K, curvature.channel_costs(down_DF, down_FF, output_DD)]

@@ -16,9 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'tensor')
 _ROWS = ('data', 'fsdp')
-# B: rows of a batch, or all their tokens, rows first. Other axes of activations, '.', are not split.
+# B: rows of a batch, or all their tokens, rows first. C: columns of a matrix, over all devices. Other axes of
+# activations, '.', are not split.
 _AXIS_OF: dict[str, Any] = {
   'B': _ROWS,
+  'C': AXES,
   'D': 'fsdp',
   'K': 'tensor',
   'N': 'tensor',
@@ -99,6 +101,20 @@ def gather_no_earlier(layer: Any, x: jax.Array) -> tuple[Any, jax.Array]:
     return layer, x
   layer, x = jax.lax.optimization_barrier((layer, x))
   return constrain_params(layer), x
+
+
+def gathered(tree: Any) -> Any:
+  """The parameters with all of D on each device, inside a jitted function.
+
+  For weights that a loop over micro-batches uses: otherwise each of its rounds may gather them.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return tree
+
+  def whole(path: Any, leaf: Any) -> PartitionSpec:
+    return PartitionSpec(*(None if axis == _AXIS_OF['D'] else axis for axis in _leaf_spec(path, leaf)))
+
+  return jax.lax.with_sharding_constraint(tree, jax.tree_util.tree_map_with_path(whole, tree))
 
 
 def shardings(tree: Any) -> Any:

@@ -48,14 +48,18 @@ def options(recipe, **train):
   return from_dict(values.to_dict())
 
 
-def training_step(plan):
-  """The text of a training step compiled on the current mesh, and its memory."""
+def compiled(compile_program):
+  """The text of a program of a `Footprint`, compiled on the current mesh, and its memory."""
   texts = []
   with pytest.MonkeyPatch.context() as patch:
     keep = lambda text: texts.append(text) or CompiledText(text)  # noqa: E731
     patch.setattr('adapt_jax.modes.estimate_programs.CompiledText', keep)
-    program = plan.training(plan.config, plan.config.num_layers)
+    program = compile_program()
   return texts[0], program.memory
+
+
+def training_step(plan):
+  return compiled(lambda: plan.training(plan.config, plan.config.num_layers))
 
 
 @pytest.mark.parametrize('recipe', [base, adapt], ids=['base', 'adapt'])
@@ -94,6 +98,23 @@ def test_a_step_of_a_layer_of_8b_holds_shares_and_sends_the_head_once(target, de
   of_head = sum(x.bytes * x.times for x in heads)
   of_layer = sum(x.bytes * x.times for x in sent) - of_head
   assert of_head < 0.05 * 32 * of_layer  # of all 32 layers
+
+
+@pytest.mark.parametrize('name', ['scoring', 'compensation'])
+@pytest.mark.parametrize('target,devices', EIGHT)
+def test_pruning_a_layer_of_8b_sends_weights_and_moments_once(target, devices, name):
+  """In four micro-batches. What is sent more often are rows of tokens and, in rounds, blocks of columns."""
+  asked = options(base)
+  asked = dataclasses.replace(asked, prune=dataclasses.replace(
+    asked.prune, calibration=dataclasses.replace(asked.prune.calibration, samples=128, length=256, batch=4)
+  ))  # fmt: skip
+  with described(target, devices) as platform:
+    plan = Footprint(asked, LAYER, jnp.bfloat16, platform)
+    text, _ = compiled(lambda: getattr(plan, name)(1))
+  often = [x for x in CompiledText(text).collectives() if x.times > 1]
+  F, D = LAYER.layers[0].ffn, LAYER.hidden_size
+  assert all(x.bytes < 2 * D * F / 2 for x in often), often  # half of an MLP's matrix in bfloat16
+  assert any(x.times == 4 for x in often)  # otherwise the loop over micro-batches was not found
 
 
 # Both targets' kernels of a layer: forward, once more with train.remat, backward.

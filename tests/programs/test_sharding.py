@@ -247,6 +247,35 @@ def test_compensation_is_that_of_one_device(kind, sizes, unit):
     assert share(changes['down']) * sizes[1] * sizes[2] == changes['down'].size
 
 
+@pytest.mark.parametrize('what', ['curvature', 'taylor', 'least squares', 'moments', 'narrowing'])
+def test_pruning_sends_weights_and_sums_once_however_many_micro_batches(what):
+  """Each layer's weights are gathered once in each direction, and the devices' second moments added once."""
+  config, _ = make_model(layers=SHAPES[:1] * 3)
+  plan, width = PrunePlan.dense(config), 24
+
+  def bytes_sent(micro_batch):
+    masks, basis = surgery.padded_masks(plan), jax.ShapeDtypeStruct((config.hidden_size, width), jnp.float32)
+    program, others = {
+      'curvature': (Scorer(config, 'curvature', micro_batch=micro_batch), ()),
+      'taylor': (Scorer(config, 'taylor', micro_batch=micro_batch), ()),
+      'least squares': (Compensator(config, 'least_squares', micro_batch), (masks,)),
+      'moments': (narrow.StreamMoments(config, micro_batch), ()),
+      'narrowing': (narrow.Narrower(config, micro_batch, jnp.float32, width), (basis,)),
+    }[what]
+    with set_mesh(1, 4, 1), made_for('gpu'):
+      params = placed(llama.abstract_params(config))
+      stacked = placed(jax.eval_shape(lambda p: surgery.stack(p, plan, jnp.float32), params))
+      args = stacked, *others, jax.ShapeDtypeStruct((16, 12), jnp.int32, sharding=mesh.row_sharding())
+      lowered = mesh.jit(program, *args).lower(*args)
+    # Only the CPU's compiler moves what a loop gathers in front of it.
+    text = lowered.compile({'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}).as_text()
+    # Taylor scores add the gradients of each micro-batch.
+    sent = CompiledText(text).collectives()
+    return sum(x.bytes * x.times for x in sent if what != 'taylor' or x.kind == 'all-gather')
+
+  assert 0 < bytes_sent(4) <= 1.02 * bytes_sent(16)
+
+
 @pytest.mark.parametrize('sizes', [(1, 2, 2), (1, 4, 1)])
 def test_narrowing_is_that_of_one_device(sizes):
   """The signs of eigenvectors are free, so the functions are compared; the weights are split as others."""
