@@ -27,7 +27,7 @@ def announce(runs: list[tuple[RunOptions, Inputs]]) -> None:
     return
   seconds = work / (_SHARE * _speed(runs[0][1]) * jax.device_count())
   if seconds > _LONG:
-    say(f'this will take hours: about {duration(seconds)}, by a rough estimate')
+    say(f'this will take about {duration(seconds)}, by a rough estimate')
 
 
 def operations(options: RunOptions, inputs: Inputs) -> float:

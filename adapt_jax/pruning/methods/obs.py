@@ -8,8 +8,9 @@ from adapt_jax.pruning.scores import Scores
 class Obs(GlobalOneShot):
   """Removes what increases the loss least per unit of the budget, over all layers and modules, in one shot.
 
-  The cost of a KV group or channel is that of `adapt_jax.pruning.curvature`: second order, with the remaining
-  weights corrected for the removed ones, as in the LLM Surgeon (van der Ouderaa et al., arXiv 2312.17244).
+  The cost of a channel, KV group or query head (prune.attention) is that of `adapt_jax.pruning.curvature`:
+  second order, with the remaining weights corrected for the removed ones, as in the LLM Surgeon (van der
+  Ouderaa et al., arXiv 2312.17244).
   Differences: whole KV groups and channels instead of rows and columns of every matrix, one shot instead of
   many, and prune.compensate does the correction; its least squares account for the pruned earlier layers.
   """

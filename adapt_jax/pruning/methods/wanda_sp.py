@@ -12,7 +12,8 @@ class WandaSp(OneShot):
   """|w| · norm of the input, summed over a group's columns of o_proj or down_proj; uniform.
 
   As in the authors' program, every layer is scored on the outputs of the pruned layers before it. Differs
-  from it in that a KV group has the columns of all its query heads.
+  from it in that a KV group has the columns of all its query heads, and a query head (prune.attention) those
+  of one head in each KV group.
   """
 
   importance = 'wanda'
