@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from adapt_jax.models.network.backend import on_tpu
-from adapt_jax.models.network.sharding import constrain, row_shards
+from adapt_jax.models.network.sharding import constrain, token_shards
 
 _BLOCK = 512  # of a matrix that a TPU inverts block by block
 
@@ -22,7 +22,7 @@ def own_products(x_TC: jax.Array, y_TD: jax.Array) -> jax.Array:
 
   Tokens are rows first. Without a mesh there is one device. `total` adds the devices' sums.
   """
-  devices = _parts(len(x_TC))
+  devices = token_shards(len(x_TC))
   x_RTC, y_RTD = (x.reshape(devices, -1, x.shape[-1]).astype(jnp.float32) for x in (x_TC, y_TD))
   with exact():
     return constrain(jnp.einsum('rtc,rtd->rcd', x_RTC, y_RTD), 'B.F')
@@ -30,16 +30,12 @@ def own_products(x_TC: jax.Array, y_TD: jax.Array) -> jax.Array:
 
 def no_products(tokens: int, columns: int, others: int) -> jax.Array:
   """Zeros to which a loop adds `own_products` of that many tokens."""
-  return constrain(jnp.zeros((_parts(tokens), columns, others)), 'B.F')
+  return constrain(jnp.zeros((token_shards(tokens), columns, others)), 'B.F')
 
 
 def total(own_RCD: jax.Array) -> jax.Array:
   """Σ over all devices' tokens, [C, D]: they communicate here, once."""
   return constrain(own_RCD.sum(0), 'DF')
-
-
-def _parts(tokens: int) -> int:
-  return row_shards() if tokens % row_shards() == 0 else 1
 
 
 def damped(matrix_CC: jax.Array, damping: float) -> jax.Array:
@@ -50,7 +46,7 @@ def damped(matrix_CC: jax.Array, damping: float) -> jax.Array:
 
 
 def inverse(matrix_CC: jax.Array) -> jax.Array:
-  """The inverse of a symmetric positive definite matrix."""
+  """The inverse of a symmetric positive definite matrix, computed whole on every device."""
   if on_tpu() and len(matrix_CC) > _BLOCK:
     return swept_inverse(matrix_CC, _BLOCK)
   return _cholesky_solve(*(constrain(x, '..') for x in (matrix_CC, jnp.eye(len(matrix_CC)))))
@@ -73,7 +69,8 @@ def swept_inverse(matrix_CC: jax.Array, block: int) -> jax.Array:
 
   (Goodnight, The American Statistician 1979.) XLA writes a Cholesky factorisation for TPUs as straight code
   that grows with the square of the size: 2,048 columns compile for 14 seconds, 14,336 for a quarter of an
-  hour, and triangular solves for longer. This is one loop.
+  hour, and triangular solves for longer. This is one loop. All of it is whole on every device: a matrix split
+  over devices would be gathered in every round.
   """
   size = len(matrix_CC)
   missing = -size % block

@@ -15,7 +15,7 @@ from adapt_jax.models.network.attention import soft_cap
 from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.models.network.llama import head_logits
 from adapt_jax.models.network.matmul import batch_product, dot
-from adapt_jax.models.network.sharding import constrain, row_shards
+from adapt_jax.models.network.sharding import constrain, token_shards
 
 # Logits held at once on a device, in fp32: 32 MiB on a CPU; elsewhere 16 times that, since each chunk
 # reads and writes the gradient of the whole head.
@@ -30,7 +30,7 @@ def _split(tree: Any, tokens: int, vocab: int) -> Any:
 
   If rows are split over devices, every chunk takes the same share from each device.
   """
-  shards = _shards(tokens)
+  shards = token_shards(tokens)
   own = tokens // shards
   elements = _CHUNK_ELEMENTS if on_cpu() else _ACCELERATOR * _CHUNK_ELEMENTS
   chunks = -(-own * vocab // elements)
@@ -48,14 +48,10 @@ def _split(tree: Any, tokens: int, vocab: int) -> Any:
 
 def _join(chunks: jax.Array, tokens: int) -> jax.Array:
   """Reverses `_split`: [tokens, ...]."""
-  shards = _shards(tokens)
+  shards = token_shards(tokens)
   x = chunks.reshape(len(chunks), shards, -1, *chunks.shape[2:]).swapaxes(0, 1)
   x = x.reshape(shards, -1, *x.shape[3:])[:, : tokens // shards]
   return constrain(x.reshape(tokens, *x.shape[2:]), 'B')
-
-
-def _shards(tokens: int) -> int:
-  return row_shards() if tokens % row_shards() == 0 else 1
 
 
 def whole(head_VD: jax.Array, dtype: Any) -> jax.Array:
@@ -89,7 +85,7 @@ def sum_over_chunks(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras
 
 
 def _forward(loss: ChunkLoss, x_TD: jax.Array, head_VD: jax.Array, extras: Any) -> Any:
-  own_BDV = own_gradients(head_VD, _shards(len(x_TD)))
+  own_BDV = own_gradients(head_VD, token_shards(len(x_TD)))
   value, dx_TD, own_BDV = sum_and_gradients(loss, x_TD, whole(head_VD, x_TD.dtype), own_BDV, extras)
   return value, (dx_TD, summed(own_BDV))
 

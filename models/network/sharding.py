@@ -53,6 +53,11 @@ def row_shards() -> int:
   return _size(_ROWS)
 
 
+def token_shards(tokens: int) -> int:
+  """The number of equal shards of that many tokens, rows first: 1 if the devices cannot split them."""
+  return row_shards() if tokens % row_shards() == 0 else 1
+
+
 def row_sharding() -> NamedSharding | None:
   """Sharding of arrays whose first axis is the rows of a batch; None without a mesh."""
   found = mesh()
