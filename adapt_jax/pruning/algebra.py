@@ -18,12 +18,13 @@ def exact() -> contextlib.AbstractContextManager[Any]:
 
 
 def own_products(x_TC: jax.Array, y_TD: jax.Array) -> jax.Array:
-  """Σ of x yᵀ over each device's own tokens, [devices, C, D], which a loop adds up without communication.
+  """Σ of x yᵀ over the tokens of each shard, [shards, C, D], in fp32.
 
-  Tokens are rows first. Without a mesh there is one device. `total` adds the devices' sums.
+  A loop adds these up without sending anything over the axes that split tokens (see `token_shards`); `total`
+  adds the shards. A `tensor` axis splits D. Tokens are rows first.
   """
-  devices = token_shards(len(x_TC))
-  x_RTC, y_RTD = (x.reshape(devices, -1, x.shape[-1]).astype(jnp.float32) for x in (x_TC, y_TD))
+  shards = token_shards(len(x_TC))
+  x_RTC, y_RTD = (x.reshape(shards, -1, x.shape[-1]).astype(jnp.float32) for x in (x_TC, y_TD))
   with exact():
     return constrain(jnp.einsum('rtc,rtd->rcd', x_RTC, y_RTD), 'B.F')
 
@@ -34,7 +35,7 @@ def no_products(tokens: int, columns: int, others: int) -> jax.Array:
 
 
 def total(own_RCD: jax.Array) -> jax.Array:
-  """Σ over all devices' tokens, [C, D]: they communicate here, once."""
+  """Σ over all shards, [C, D], for which the devices communicate; split over `fsdp` and `tensor`."""
   return constrain(own_RCD.sum(0), 'DF')
 
 

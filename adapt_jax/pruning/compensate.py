@@ -135,8 +135,8 @@ class Compensator:
       change_D = missing_D / (before_MBTD.size // D)
     else:
       kept_CC, products_DC = algebra.total(kept_RCC), algebra.total(products_RDC)
-      # `constrain`: every device needs the whole in the loop below.
-      change_DC = constrain(algebra.solve(algebra.damped(kept_CC, RIDGE), products_DC.T).T, '..')
+      # All of D on each device, for the loop below.
+      change_DC = constrain(algebra.solve(algebra.damped(kept_CC, RIDGE), products_DC.T).T, '.F')
 
     def corrected(x_BTD: jax.Array) -> jax.Array:
       own_BTD, inputs_TC = run(x_BTD)

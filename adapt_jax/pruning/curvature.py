@@ -45,7 +45,10 @@ def channel_costs(weight_DF: jax.Array, inputs_FF: jax.Array, gradients_DD: jax.
   gradients_DD = constrain(damped(gradients_DD, DAMPING_GRADIENTS), '..')
 
   def by_columns(*matrices: jax.Array) -> list[jax.Array]:
-    """Each device computes its share of the columns; the D x D x F products of a round need nothing else."""
+    """Splits columns over all devices, which then multiply by the gradients without communication.
+
+    Columns that the devices do not divide equally are all on every device.
+    """
     return [constrain(x, '.C') for x in matrices]
 
   def round_(_: int, state: Any) -> Any:
@@ -89,6 +92,10 @@ def group_costs(
   K = len(columns_KB)
   gradients_DD = constrain(damped(gradients_DD, DAMPING_GRADIENTS), '..')
 
+  def whole(*matrices: jax.Array) -> list[jax.Array]:
+    """These are small: every device computes all of them."""
+    return [constrain(x, '..') for x in matrices]
+
   def round_(_: int, state: Any) -> Any:
     weight_DC, inverse_CC, present_K, cost_K, floor = state
 
@@ -100,12 +107,11 @@ def group_costs(
     now_K = jax.lax.map(lambda xs: cost(*xs), (columns_KB, present_K))
     group = jnp.argmin(now_K)
     floor = jnp.maximum(floor, now_K[group])
-    weight_DC, inverse_CC = _remove(weight_DC, inverse_CC, columns_KB[group], True)
+    weight_DC, inverse_CC = whole(*_remove(weight_DC, inverse_CC, columns_KB[group], True))
     return weight_DC, inverse_CC, present_K.at[group].set(False), cost_K.at[group].set(floor), floor
 
   start = (
-    weight_DKGH.reshape(len(weight_DKGH), -1),
-    inverse(damped(inputs_CC, DAMPING_INPUTS)),
+    *whole(weight_DKGH.reshape(len(weight_DKGH), -1), inverse(damped(inputs_CC, DAMPING_INPUTS))),
     jnp.ones(K, bool),
     jnp.zeros(K),
     jnp.zeros(()),

@@ -267,7 +267,7 @@ class Narrower:
     tokens = streams[1][0].size // d
     start = algebra.no_products(tokens, C, C), algebra.no_products(tokens, d, C)
     inputs_CC, products_dC = map(algebra.total, jax.lax.scan(measure, start, streams)[0])
-    change_dC = constrain(algebra.solve(algebra.damped(inputs_CC, _WRITE_RIDGE), products_dC.T).T, '..')
+    change_dC = constrain(algebra.solve(algebra.damped(inputs_CC, _WRITE_RIDGE), products_dC.T).T, '.F')
 
     def advance(xs: Streams) -> Streams:
       dense_BTD, own_BTd, inputs_TC = run(*xs)

@@ -20,8 +20,7 @@ from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.positions import Positions, PositionTables
 from adapt_jax.models.network.sharding import constrain, constrain_params, gathered, row_shards
-from adapt_jax.pruning import curvature
-from adapt_jax.pruning.algebra import no_products, own_products, total
+from adapt_jax.pruning import algebra, curvature
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS, AttentionUnit
 from adapt_jax.pruning.criteria import DISTANCES, Importance, find_importance, fold_heads, group_scores
 from adapt_jax.pruning.scores import Scores
@@ -224,6 +223,7 @@ class Scorer:
       used = gathered(layer)
 
       def micro(sums: tuple[Params, Params], xg: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        # Gathered again: else the compiler splits the weights as the sums are, and gathers them every time.
         gradient, fisher, x_gradient = pull(i, gathered(used), *xg)
         return constrain_params(jax.tree.map(jnp.add, sums, (gradient, fisher))), x_gradient
 
@@ -283,14 +283,14 @@ class Scorer:
       def backward(carry: Any, xs: Any) -> tuple[Any, None]:
         (g_MBTD, sums_L), (index, layer, x_MBTD) = carry, xs
         g_MBTD, sums = moments(index, layer, x_MBTD, g_MBTD)
-        added = [constrain(total.at[index].add(x), '.D.') for total, x in zip(sums_L, sums, strict=True)]
+        added = [constrain(total.at[index].add(x), '.DF') for total, x in zip(sums_L, sums, strict=True)]
         return (g_MBTD, added), None
 
       over = (self._indices, layers, inputs_LMBTD)
       (_, sums_L), _ = jax.lax.scan(backward, (gradient_MBTD, sums_L), over, reverse=True)
       return (sums_L, distance_L + own_L, loss + own), None
 
-    zeros = [constrain(jnp.zeros((L, n, n)), '.D.') for n in self._moment_sizes()]
+    zeros = [constrain(jnp.zeros((L, n, n)), '.DF') for n in self._moment_sizes()]
     start: Any = zeros, jnp.zeros(L), jnp.zeros(())
     return jax.lax.scan(part, start, parts)[0]
 
@@ -349,13 +349,13 @@ class Scorer:
       g_BTD, o_g_BTD = pull_attention(g_BTD)
       # Gradients of the sum over tokens: squared gradients of the mean would leave the range of fp32.
       outputs = [tokens * g.reshape(-1, D) for g in (o_g_BTD, down_g_BTD)]
-      moments = [own_products(x, x) for x in (o_TC, down_TF, *outputs)]
+      moments = [algebra.own_products(x, x) for x in (o_TC, down_TF, *outputs)]
       return jax.tree.map(jnp.add, sums, moments), g_BTD
 
     at_once = x_MBTD[0].size // D
-    start = [no_products(at_once, n, n) for n in self._moment_sizes()]
+    start = [algebra.no_products(at_once, n, n) for n in self._moment_sizes()]
     sums, g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))
-    return g_MBTD, [total(x) / tokens for x in sums]
+    return g_MBTD, [algebra.total(x) / tokens for x in sums]
 
   def _costs(self, layer: Params, moments: list[jax.Array]) -> list[jax.Array]:
     """[kv [K], ffn [F]] of one layer from its second moments."""

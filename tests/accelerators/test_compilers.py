@@ -102,8 +102,8 @@ def test_a_step_of_a_layer_of_8b_holds_shares_and_sends_the_head_once(target, de
 
 @pytest.mark.parametrize('name', ['scoring', 'compensation'])
 @pytest.mark.parametrize('target,devices', EIGHT)
-def test_pruning_a_layer_of_8b_sends_weights_and_moments_once(target, devices, name):
-  """In four micro-batches. What is sent more often are rows of tokens and, in rounds, blocks of columns."""
+def test_pruning_a_layer_of_8b_sends_its_mlp_and_moments_once(target, devices, name):
+  """In four micro-batches. Only rows of tokens, blocks of columns and smaller weights are sent more often."""
   asked = options(base)
   asked = dataclasses.replace(asked, prune=dataclasses.replace(
     asked.prune, calibration=dataclasses.replace(asked.prune.calibration, samples=128, length=256, batch=4)

@@ -24,7 +24,7 @@ from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import made_for
 from adapt_jax.models.network.sharding import placed, shardings
 from adapt_jax.pipeline.checks import check_run
-from adapt_jax.pruning import narrow, surgery
+from adapt_jax.pruning import curvature, narrow, surgery
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS
 from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.criteria import IMPORTANCES
@@ -153,6 +153,23 @@ def test_scores_are_those_of_one_device(importance, sizes):
     scores = program(stacked, tokens)
   assert_close(scores, expected, rtol=2e-4 if IMPORTANCES[importance].curvature else 2e-5)
   assert all(x.is_fully_replicated for x in jax.tree.leaves(scores))  # every process reads them
+
+
+@pytest.mark.parametrize('sizes', [(2, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize('channels', [128, 102])
+def test_costs_of_channels_are_those_of_one_device(channels, sizes):
+  """Several channels a round, split over all devices; 102 channels are whole on each of the four."""
+  rng = np.random.default_rng(0)
+  weight, x, g = (
+    rng.normal(size=shape).astype(np.float32) for shape in ((32, channels), (400, channels), (90, 32))
+  )
+  args = weight, x.T @ x, g.T @ g
+  expected = jax.jit(curvature.channel_costs)(*args)
+  with set_mesh(*sizes):
+    program = mesh.jit(curvature.channel_costs, *args).lower(*args).compile()
+    found = program(*args)
+  assert_close(found, expected, rtol=1e-4)
+  assert bool(CompiledText(program.as_text()).collectives()) == (channels % 4 == 0)
 
 
 def train_options(**kw):
