@@ -36,8 +36,8 @@ class Flap(GlobalOneShot):
   The metric of a column is the variance of its input over the calibration tokens times its squared norm.
   Differs from the authors' program: a plain variance instead of weighted deviations from a running mean; KV
   groups with all their query heads, or an equal number of heads in each (prune.attention), instead of single
-  heads; every layer keeps a group and an MLP block. The
-  biases that replace removed columns are prune.compensate = 'bias', available for any method.
+  heads; every layer keeps a group and an MLP block. The biases that replace removed columns are
+  prune.compensate = 'bias', available for any method.
   """
 
   importance = 'fluctuation'
