@@ -9,7 +9,7 @@ loss: cross-entropy, KL divergence from the dense model, and KL from 64 ids cach
 control: 80 % kept and the dense model, trained equally, to separate recovery from learning the text.
 interleave: the same training, in batches of 2 rows, in 1, 2, 4, 8 and 16 rounds of prune and recover, at 80
   and 60 % kept (Fig. 4).
-methods: the paper's adapt, recovered by cross-entropy and by distillation, in 1 and 4 rounds, and the defaults.
+methods: the paper's adapt, recovered by both losses, in 1 and 4 rounds, compared with the defaults.
 tokens: recovery with 100 thousand, 300 thousand and a million tokens.
 hidden: a hidden size of 512 instead of 576, as many parameters pruned from the layers instead, and a mixture.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
@@ -25,7 +25,7 @@ from adapt_jax.configs import demo
 
 KINDS = {'wiki': 'wiki.txt', 'web': 'web.jsonl', 'chat': 'chat.jsonl'}
 _FEW = 100 * 1024
-# The paper's method, scored on the authors' 128 rows of 64 tokens, in half of its 50 steps, each twice as large.
+# The paper's method: scored on 128 rows of 64 tokens, in half of its 50 steps, each twice as large.
 _ADAPT = {
   'prune.method': ('adapt',),
   'prune.compensate': ('none',),
