@@ -3,24 +3,18 @@
     python -m benchmarks.harness_parity [--model=out/demo/hf] [--data=../shared/data] [--limit=300]
                                          [--tasks=piqa,openbookqa,lambada]
 
-PIQA, OpenBookQA and LAMBADA are read from files and converted to JSON lines, each with a task file that has
-the prompts and metrics of the harness's task. Both models compute in fp32 on the CPU. Prints a Markdown
+The tasks are those of scripts/local_tasks.py. Both models compute in fp32 on the CPU. Prints a Markdown
 table. Needs PyTorch, transformers and accelerate (`pip install '.[test]'`).
 """
 
 import argparse
-import csv
-import json
 import pathlib
-import re
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import yaml
 
 from adapt_jax.config.options import EvaluateOptions
 from adapt_jax.evaluation.harness import check_tasks, evaluate_lm
@@ -28,60 +22,9 @@ from adapt_jax.evaluation.harness_lm import FlaxLM
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import load_source
 from adapt_jax.models.formats.source import open_source
+from scripts.local_tasks import TASKS, write_tasks
 
 ROOT = pathlib.Path(__file__).parent.parent
-_CHOICE = {'output_type': 'multiple_choice', 'metric_list': [{'metric': 'acc'}, {'metric': 'acc_norm'}]}
-# As in the harness's piqa, openbookqa and lambada_openai.
-_TASKS: dict[str, dict[str, Any]] = {
-  'piqa': _CHOICE
-  | {
-    'doc_to_text': 'Question: {{goal}}\nAnswer:',
-    'doc_to_choice': '{{[sol1, sol2]}}',
-    'doc_to_target': 'label',
-  },
-  'openbookqa': _CHOICE
-  | {'doc_to_text': '{{question}}', 'doc_to_choice': '{{choices}}', 'doc_to_target': 'label'},
-  'lambada': {
-    'output_type': 'loglikelihood',
-    'doc_to_text': "{{text.split(' ')[:-1]|join(' ')}}",
-    'doc_to_target': "{{' '+text.split(' ')[-1]}}",
-    'metric_list': [{'metric': 'acc'}, {'metric': 'perplexity'}],
-  },
-}
-
-
-def _piqa(data: pathlib.Path) -> Iterator[dict[str, Any]]:
-  labels = (data / 'piqa/valid-labels.lst').read_text().split()
-  for line, label in zip((data / 'piqa/valid.jsonl').read_text().splitlines(), labels, strict=True):
-    yield json.loads(line) | {'label': int(label)}
-
-
-def _openbookqa(data: pathlib.Path) -> Iterator[dict[str, Any]]:
-  with open(data / 'openbookqa/test.tsv', encoding='utf-8', newline='') as file:
-    for row in csv.DictReader(file, delimiter='\t'):
-      parts = re.split(r'\s*\(([A-D])\)\s*', row['Choices'])
-      letters, choices = parts[1::2], parts[2::2]
-      label = letters.index(row['Answer Key'].strip())
-      yield {'question': row['Question Stem'], 'choices': choices, 'label': label}
-
-
-def _lambada(data: pathlib.Path) -> Iterator[dict[str, Any]]:
-  for line in (data / 'lambada/lambada_test.jsonl').read_text().splitlines():
-    yield json.loads(line)
-
-
-def write_tasks(data: pathlib.Path, path: pathlib.Path) -> None:
-  """Writes task files and data of local_piqa, local_openbookqa and local_lambada to `path`."""
-  for name, read in (('piqa', _piqa), ('openbookqa', _openbookqa), ('lambada', _lambada)):
-    file = path / f'{name}.jsonl'
-    file.write_text(''.join(json.dumps(row) + '\n' for row in read(data)))
-    fields = {
-      'task': f'local_{name}',
-      'dataset_path': 'json',
-      'dataset_kwargs': {'data_files': {'validation': str(file)}},
-      'validation_split': 'validation',
-    }
-    (path / f'{name}.yaml').write_text(yaml.safe_dump(fields | _TASKS[name]))
 
 
 def answers(samples: list[dict[str, Any]]) -> list[np.ndarray]:
@@ -107,7 +50,7 @@ def main() -> None:
   parser.add_argument('--model', type=pathlib.Path, default=ROOT / 'out/demo/hf')
   parser.add_argument('--data', type=pathlib.Path, default=ROOT.parent / 'shared/data')
   parser.add_argument('--limit', type=int, default=300, help='examples of each task; 0 = all')
-  parser.add_argument('--tasks', default=','.join(_TASKS))
+  parser.add_argument('--tasks', default=','.join(TASKS))
   parser.add_argument('--rows', type=int, default=16, help='of a batch; ours: of 128 tokens')
   args = parser.parse_args()
   for name in ('model', 'data'):

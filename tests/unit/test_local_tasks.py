@@ -1,0 +1,59 @@
+"""PIQA, OpenBookQA and LAMBADA as tasks of the harness, from files in their original formats."""
+
+import json
+
+import pytest
+
+pytest.importorskip('yaml', reason='PyYAML comes with lm-evaluation-harness')
+
+from scripts import local_tasks
+
+
+@pytest.fixture
+def data(tmp_path):
+  """The three data sets, two rows each, in the format of their authors."""
+  piqa, openbookqa, lambada = (tmp_path / name for name in ('piqa', 'openbookqa', 'lambada'))
+  for folder in (piqa, openbookqa, lambada):
+    folder.mkdir()
+  goals = [{'goal': f'Open box {i}', 'sol1': 'lift', 'sol2': 'push'} for i in range(2)]
+  (piqa / 'valid.jsonl').write_text('\n'.join(map(json.dumps, goals)) + '\n')
+  (piqa / 'valid-labels.lst').write_text('1\n0\n')
+  (openbookqa / 'test.tsv').write_text(
+    'ID\tQuestion Stem\tChoices\tComplete Question\tAnswer Key\n'
+    '1\tFog is near\t(A) a marsh (B) a tundra (C) the plains (D) a desert\tFog is near …\tA\n'
+    '2\tA plant (green) needs\t(A) salt (B) light (C) noise (D) sand\tA plant …\tB\n'
+  )
+  (lambada / 'lambada_test.jsonl').write_text('{"text": "He saw the dog"}\n{"text": "She sat down"}\n')
+  return tmp_path
+
+
+def rows(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_answer_is_the_one_of_its_label(data, tmp_path):
+  assert local_tasks.main([str(data), str(tmp_path / 'tasks')]) == 0
+  assert [row['label'] for row in rows(tmp_path / 'tasks/piqa.jsonl')] == [1, 0]
+  found = [(r['choices'][r['label']], len(r['choices'])) for r in rows(tmp_path / 'tasks/openbookqa.jsonl')]
+  assert found == [('a marsh', 4), ('light', 4)]
+  assert [r['text'] for r in rows(tmp_path / 'tasks/lambada.jsonl')] == ['He saw the dog', 'She sat down']
+
+
+def test_the_harness_scores_the_tasks(data, tmp_path):
+  pytest.importorskip('lm_eval', reason='the extra eval is not installed')
+  from adapt_jax.config.options import EvaluateOptions
+  from adapt_jax.evaluation.harness import check_tasks
+
+  local_tasks.main([str(data), str(tmp_path / 'tasks')])
+  names = tuple(f'local_{name}' for name in local_tasks.TASKS)
+  check_tasks(EvaluateOptions((), 128, 1, 0, names, '', str(tmp_path / 'tasks'), 0, 0))
+
+
+@pytest.mark.parametrize(
+  'missing', ['piqa/valid-labels.lst', 'openbookqa/test.tsv', 'lambada/lambada_test.jsonl']
+)
+def test_nothing_is_written_without_all_data_sets(data, tmp_path, capsys, missing):
+  (data / missing).unlink()
+  assert local_tasks.main([str(data), str(tmp_path / 'tasks')]) == 2
+  assert missing in capsys.readouterr().err
+  assert not (tmp_path / 'tasks').exists()
