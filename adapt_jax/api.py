@@ -45,7 +45,7 @@ from adapt_jax.pruning.pruner import Pruner
 from adapt_jax.training.loop import run_steps
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.rate import with_rate
-from adapt_jax.training.step import Teacher, batch_shapes, make_step
+from adapt_jax.training.step import Teacher, TrainingStep, batch_shapes
 
 __all__ = (
   'InputError', 'Model', 'generate', 'load', 'narrow', 'perplexity', 'prune', 'recover', 'rows', 'save',
@@ -265,7 +265,7 @@ def recover(
       return {'params': copied, 'optimizer': tx.init(copied)}
 
     state = mesh.jit(start, model.params, once=True)(model.params)
-    step = make_step(model.config, settings, tx, dtype, given.config if given else None)
+    step = TrainingStep(model.config, settings, tx, dtype, given.config if given else None)
     args = (state, batch_shapes(settings), *((given.params,) if given else ()))
     program = compiler('training', step, *args, donate_argnums=(0,))
     taken = run_steps(

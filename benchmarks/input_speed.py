@@ -26,7 +26,7 @@ from adapt_jax.data.train_set import TrainSet, open_train_set
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.training.optim import optimizer as make_optimizer
-from adapt_jax.training.step import make_step
+from adapt_jax.training.step import TrainingStep
 from benchmarks import side_by_side
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -93,7 +93,7 @@ def training(source: Source, repeats: int) -> list[float]:
   optimizer = make_optimizer(o.train, 100)
   params = jax.tree.map(jnp.asarray, source.load_params('float32'))
   state = {'params': params, 'optimizer': optimizer.init(params)}
-  step = make_step(source.config, o.train, optimizer, jnp.float32)
+  step = TrainingStep(source.config, o.train, optimizer, jnp.float32)
   tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (4, 256)).astype(np.int32)
   batch = tokens, np.ones_like(tokens, bool), np.ones_like(tokens)
   step = Compiler()('training', step, state, batch, donate_argnums=(0,))

@@ -35,7 +35,7 @@ from adapt_jax.pruning.attention_units import AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.widths import Allocator, Widths
 from adapt_jax.training.optim import optimizer
-from adapt_jax.training.step import batch_shapes, make_step
+from adapt_jax.training.step import TrainingStep, batch_shapes
 from adapt_jax.training.teacher_cache import likeliest
 
 # Disabled passes of the CPU backend, see above.
@@ -201,7 +201,7 @@ class Footprint:
     config = config.with_layers(config.layers[:layers])
     dense = self.config.with_layers(self.config.layers[:layers]) if t.distill.teacher_beside else None
     teacher = [placed(llama.abstract_params(dense, self.dtype))] if dense else []
-    step = make_step(config, t, self._optimizer, self.dtype, dense)
+    step = TrainingStep(config, t, self._optimizer, self.dtype, dense)
     return compile_for(
       self._platform, step, self.state(config, True), batch_shapes(t), *teacher, donate_argnums=(0,)
     )

@@ -29,7 +29,7 @@ from adapt_jax.pruning.pruner import Pruner, StepRecord
 from adapt_jax.pruning.score_memo import ScoreMemo
 from adapt_jax.training.loop import Trained, run_steps
 from adapt_jax.training.optim import reset_moments
-from adapt_jax.training.step import Teacher, TrainState, batch_shapes, make_step
+from adapt_jax.training.step import Teacher, TrainingStep, TrainState, batch_shapes
 from adapt_jax.training.teacher_cache import TaughtSet, open_taught
 
 
@@ -219,7 +219,7 @@ class Recovery:
   def _compile(self, state: RunState) -> Any:
     options, teacher = self._options.train, self._teacher
     config = state.compacted.pruned_config(self._inputs.config)
-    step = make_step(
+    step = TrainingStep(
       config, options, self._optimizer, self._inputs.dtype, teacher.config if teacher else None
     )
     args = (state.arrays, batch_shapes(options), *((teacher.params,) if teacher else ()))

@@ -1,7 +1,6 @@
 """The compiled step of recovery training."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,13 +41,8 @@ class Teacher:
   params: Params
 
 
-def make_step(
-  config: ModelConfig,
-  options: TrainOptions,
-  optimizer: optax.GradientTransformation,
-  dtype: Any,
-  teacher_config: ModelConfig | None = None,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+@dataclasses.dataclass(frozen=True)
+class TrainingStep:
   """step(state, rows, teacher_params) -> (state, {'loss', 'gradient_norm'}).
 
   `rows` are those of `batch_shapes`, with `distill.cache` including the teacher's predictions; otherwise the
@@ -57,66 +51,20 @@ def make_step(
   that of activations and matrix products; weights, gradients and the second moment are fp32, the first moment
   is in `options.mu_dtype`.
   """
-  alpha, temperature = options.distill.alpha, options.distill.temperature
-  micro_batch = rows_at_once(options.batch, options.micro_batch)
 
-  def losses(x_TD: jax.Array, rows: Rows, scale: jax.Array, teacher: Any) -> tuple[ChunkLoss, Any]:
-    """The loss of a micro-batch whose final hidden states are x, and its other arguments."""
-    tokens_BT, targets_BT, segments_BT, *taught = rows
-    labels, weights = shift(tokens_BT, targets_BT)
-    extras: tuple[jax.Array, ...] = (labels, weights * scale)
-    if taught:
-      extras += tuple(x.reshape(len(x_TD), -1) for x in taught)
-      return capped(cached_distillation(alpha, temperature), config.logit_cap), extras
-    if teacher is None or teacher_config is None:
-      return capped(cross_entropy, config.logit_cap), extras
-    params, head_VD = teacher
-    y_BTD = llama.hidden_states(teacher_config, params, tokens_BT, segments=segments_BT, dtype=dtype)
-    of_chunk = distillation(alpha, temperature, head_VD, teacher_config.logit_cap)
-    return capped(of_chunk, config.logit_cap), (*extras, y_BTD.reshape(len(x_TD), -1))
+  config: ModelConfig
+  options: TrainOptions
+  optimizer: optax.GradientTransformation
+  dtype: Any
+  teacher_config: ModelConfig | None = None
 
-  def gradients(params: Params, rows: Rows, teacher: Params | None) -> tuple[jax.Array, Params]:
-    scale = 1 / jnp.maximum(shift(*rows[:2])[1].sum(), 1)
-    # For all micro-batches, both heads are gathered once, and the gradient is summed over devices once.
-    head_VD = llama.head(params)
-    whole_VD, own_BDV = whole(head_VD, dtype), own_gradients(head_VD, row_shards())
-    taught_by = teacher and (teacher, whole(llama.head(teacher), dtype))
-
-    def add(total: Any, micro_rows: Rows) -> tuple[Any, None]:
-      def hidden(params: Params) -> jax.Array:
-        tokens_BT, _, segments_BT, *_ = micro_rows
-        x_BTD = llama.hidden_states(
-          config, params, tokens_BT, segments=segments_BT, dtype=dtype, remat=options.remat
-        )
-        return x_BTD.reshape(-1, config.hidden_size)
-
-      loss, gradient, own_BDV = total
-      x_TD, back = jax.vjp(hidden, params)
-      of_chunk, extras = losses(x_TD, micro_rows, scale, taught_by)
-      value, dx_TD, own_BDV = sum_and_gradients(of_chunk, x_TD, whole_VD, own_BDV, extras)
-      new = back(dx_TD)[0]
-      gradient = new if gradient is None else jax.tree.map(jnp.add, gradient, new)
-      return (loss + value, constrain_params(gradient), own_BDV), None
-
-    count = len(rows[0]) // micro_batch
-    if count == 1:
-      loss, gradient, own_BDV = add((jnp.zeros(()), None, own_BDV), rows)[0]
-    else:
-      micro = tuple(
-        constrain(x.reshape(count, micro_batch, *x.shape[1:]), '.B' + '.' * (x.ndim - 1)) for x in rows
-      )
-      zeros = constrain_params(jax.tree.map(jnp.zeros_like, params))
-      loss, gradient, own_BDV = jax.lax.scan(add, (jnp.zeros(()), zeros, own_BDV), micro)[0]
-    name = llama.head_name(params)
-    return loss, constrain_params({**gradient, name: gradient[name] + summed(own_BDV)})
-
-  def step(
-    state: TrainState, rows: Rows, teacher: Params | None = None
+  def __call__(
+    self, state: TrainState, rows: Rows, teacher: Params | None = None
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    loss, gradient = gradients(state['params'], rows, teacher)
+    loss, gradient = self._gradients(state['params'], rows, teacher)
 
     def update(state: TrainState, gradient: Params) -> tuple[TrainState, jax.Array]:
-      updates, optimizer_state = optimizer.update(gradient, state['optimizer'], state['params'])
+      updates, optimizer_state = self.optimizer.update(gradient, state['optimizer'], state['params'])
       params = optax.apply_updates(state['params'], updates)
       return {'params': params, 'optimizer': optimizer_state}, optax.tree.norm(gradient)
 
@@ -131,7 +79,67 @@ def make_step(
       state, norm = update(state, gradient)
     return state, {'loss': loss, 'gradient_norm': norm}
 
-  return step
+  def _gradients(self, params: Params, rows: Rows, teacher: Params | None) -> tuple[jax.Array, Params]:
+    """The loss of a batch and its gradient, summed over micro-batches."""
+    scale = 1 / jnp.maximum(shift(*rows[:2])[1].sum(), 1)
+    # For all micro-batches, both heads are gathered once, and the gradient is summed over devices once.
+    head_VD = llama.head(params)
+    whole_VD, own_BDV = whole(head_VD, self.dtype), own_gradients(head_VD, row_shards())
+    taught_by = None if teacher is None else (teacher, whole(llama.head(teacher), self.dtype))
+
+    def add(total: Any, micro_rows: Rows) -> tuple[Any, None]:
+      loss, gradient, own_BDV = total
+      x_TD, back = jax.vjp(lambda params: self._hidden(params, micro_rows), params)
+      of_chunk, extras = self._losses(x_TD, micro_rows, scale, taught_by)
+      value, dx_TD, own_BDV = sum_and_gradients(of_chunk, x_TD, whole_VD, own_BDV, extras)
+      new = back(dx_TD)[0]
+      gradient = new if gradient is None else jax.tree.map(jnp.add, gradient, new)
+      return (loss + value, constrain_params(gradient), own_BDV), None
+
+    micro_batch = rows_at_once(self.options.batch, self.options.micro_batch)
+    count = len(rows[0]) // micro_batch
+    if count == 1:
+      loss, gradient, own_BDV = add((jnp.zeros(()), None, own_BDV), rows)[0]
+    else:
+      micro = tuple(
+        constrain(x.reshape(count, micro_batch, *x.shape[1:]), '.B' + '.' * (x.ndim - 1)) for x in rows
+      )
+      zeros = constrain_params(jax.tree.map(jnp.zeros_like, params))
+      loss, gradient, own_BDV = jax.lax.scan(add, (jnp.zeros(()), zeros, own_BDV), micro)[0]
+    name = llama.head_name(params)
+    return loss, constrain_params({**gradient, name: gradient[name] + summed(own_BDV)})
+
+  def _hidden(self, params: Params, rows: Rows) -> jax.Array:
+    """The student's final hidden states of a micro-batch, [tokens, D]."""
+    tokens_BT, _, segments_BT, *_ = rows
+    x_BTD = llama.hidden_states(
+      self.config, params, tokens_BT, segments=segments_BT, dtype=self.dtype, remat=self.options.remat
+    )
+    return x_BTD.reshape(-1, self.config.hidden_size)
+
+  def _losses(
+    self, x_TD: jax.Array, rows: Rows, scale: jax.Array, teacher: tuple[Params, jax.Array] | None
+  ) -> tuple[ChunkLoss, tuple[jax.Array, ...]]:
+    """The loss of a micro-batch with final hidden states x, and its other arguments.
+
+    teacher: its parameters, and its whole head.
+    """
+    alpha, temperature = self.options.distill.alpha, self.options.distill.temperature
+    cap = self.config.logit_cap
+    tokens_BT, targets_BT, segments_BT, *taught = rows
+    labels, weights = shift(tokens_BT, targets_BT)
+    extras: tuple[jax.Array, ...] = (labels, weights * scale)
+    if taught:
+      extras += tuple(x.reshape(len(x_TD), -1) for x in taught)
+      return capped(cached_distillation(alpha, temperature), cap), extras
+    if teacher is None or self.teacher_config is None:
+      return capped(cross_entropy, cap), extras
+    params, head_VD = teacher
+    y_BTD = llama.hidden_states(
+      self.teacher_config, params, tokens_BT, segments=segments_BT, dtype=self.dtype
+    )
+    of_chunk = distillation(alpha, temperature, head_VD, self.teacher_config.logit_cap)
+    return capped(of_chunk, cap), (*extras, y_BTD.reshape(len(x_TD), -1))
 
 
 def batch_shapes(options: TrainOptions) -> Rows:

@@ -25,7 +25,7 @@ from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.training.optim import optimizer
-from adapt_jax.training.step import make_step
+from adapt_jax.training.step import TrainingStep
 
 
 def dense_config(shape: dict[str, Any]) -> ModelConfig:
@@ -85,7 +85,7 @@ def programs(shape: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple
   scorer = Scorer(dense, 'taylor', 'cosine', 8, jnp.float32)
   calibration = jax.ShapeDtypeStruct((64, 64), jnp.int32)
   return {
-    'training': (make_step(config, options, tx, jnp.float32), (after, batch), {'donate_argnums': (0,)}),
+    'training': (TrainingStep(config, options, tx, jnp.float32), (after, batch), {'donate_argnums': (0,)}),
     'evaluation': (_Loss(config, jnp.float32), (after['params'], *windows), {}),
     'compaction': (compaction, (before,), once),
     'stacking': (stacking, (after['params'],), once),

@@ -33,7 +33,7 @@ from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.training.optim import optimizer
-from adapt_jax.training.step import make_step
+from adapt_jax.training.step import TrainingStep
 from benchmarks.gpu import ROWS, TOY, Row
 
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -214,7 +214,7 @@ def _training(row: Row, micro: int, remat: bool, toy: bool) -> dict[str, Any]:
   counted = np.ones((row.rows, row.length), bool)
   batch = tuple(jnp.asarray(x) for x in (tokens(row, config), counted, segments(row)))
   start = time.perf_counter()
-  step = make_step(config, options, tx, BF16)
+  step = TrainingStep(config, options, tx, BF16)
   program = Compiler()('training', step, state, batch, donate_argnums=(0,))
   compiled = time.perf_counter() - start
   plan = program.memory_analysis()

@@ -20,7 +20,7 @@ from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.training.optim import optimizer
-from adapt_jax.training.step import make_step
+from adapt_jax.training.step import TrainingStep
 from benchmarks.programs.compile_stage import train_options
 
 LENGTH, HEAD_DIM, VOCAB, MICRO = 128, 32, 512, 8
@@ -57,7 +57,7 @@ def training(config: ModelConfig, tokens: jax.Array) -> tuple[Any, tuple[Any, ..
 
   rows = tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape, jnp.int32)
   args = jax.jit(state)(), rows
-  step = make_step(config, options, tx, jnp.float32)
+  step = TrainingStep(config, options, tx, jnp.float32)
   return jax.jit(step, donate_argnums=(0,)).lower(*args).compile(compiler_options()), args
 
 

@@ -14,7 +14,7 @@ from adapt_jax.configs import base
 from adapt_jax.machine.compiler import Compiler, forget_traces
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.training.optim import optimizer as make_optimizer
-from adapt_jax.training.step import make_step
+from adapt_jax.training.step import TrainingStep
 
 BATCH, LENGTH = 4, 256
 
@@ -31,7 +31,7 @@ def main(directory: str, form: str, steps: str) -> None:
   tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (BATCH, LENGTH)).astype(np.int32)
   batch = tuple(jnp.asarray(x) for x in (tokens, np.ones_like(tokens, bool), np.ones_like(tokens)))
   start = time.perf_counter()
-  step = make_step(source.config, options, optimizer, jnp.dtype(dtype))
+  step = TrainingStep(source.config, options, optimizer, jnp.dtype(dtype))
   program = Compiler()('training', step, state, batch, donate_argnums=(0,))
   forget_traces()
   result = {'compile_seconds': time.perf_counter() - start, 'tokens_per_second': []}

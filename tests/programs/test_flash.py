@@ -22,7 +22,7 @@ from adapt_jax.models.network.backend import made_for
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
-from adapt_jax.training.step import make_step
+from adapt_jax.training.step import TrainingStep
 from tests.programs.test_sharding import SHAPES, assert_close, make_model, put, set_mesh, tokens_of
 
 ROWS = 2
@@ -235,7 +235,7 @@ def train(config, params, batch, **fields):
   values.train.update({'batch': 8, 'micro_batch': 8, 'length': 12} | fields)
   tx = optax.sgd(1.0)
   state = {'params': params, 'optimizer': tx.init(params)}
-  step = make_step(config, from_dict(values.to_dict()).train, tx, jnp.float32)
+  step = TrainingStep(config, from_dict(values.to_dict()).train, tx, jnp.float32)
   after, metrics = mesh.jit(step, state, batch)(state, batch)
   return metrics['loss'], jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, after['params'])
 

@@ -20,7 +20,7 @@ from adapt_jax.models.network.backend import made_for
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
-from adapt_jax.training.step import make_step
+from adapt_jax.training.step import TrainingStep
 from adapt_jax.training.teacher_cache import likeliest
 from tests.programs.test_sharding import SHAPES, make_model, tokens_of, train_options
 
@@ -114,7 +114,7 @@ def of_scoring(importance):
 def of_training(config, params, rows):
   options, tx = train_options(batch=4, micro_batch=2, length=LONG), optax.adam(1e-3)
   state = {'params': params, 'optimizer': tx.init(params)}
-  return make_step(config, options, tx, jnp.bfloat16), state, (rows, np.ones(rows.shape, bool), rows)
+  return TrainingStep(config, options, tx, jnp.bfloat16), state, (rows, np.ones(rows.shape, bool), rows)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.training.optim import optimizer
-from adapt_jax.training.step import batch_shapes, make_step
+from adapt_jax.training.step import TrainingStep, batch_shapes
 
 SHAPES = (LayerShape(8, 4, 24), LayerShape(4, 2, 32), LayerShape(8, 4, 16))
 
@@ -189,12 +189,14 @@ def test_a_training_step_is_that_of_one_device(family, sizes, monkeypatch):
   options = train_options(remat=True)
   tx = optax.sgd(1.0, momentum=0.9)  # Adam would make rounding of tiny gradients visible
   state = {'params': params, 'optimizer': tx.init(params)}
-  expected, metrics = jax.jit(make_step(config, options, tx, jnp.float32))(state, (tokens, targets, segments))
+  expected, metrics = jax.jit(TrainingStep(config, options, tx, jnp.float32))(
+    state, (tokens, targets, segments)
+  )
   with set_mesh(*sizes):
     placed_state = {'params': put(params)}
     placed_state['optimizer'] = mesh.jit(tx.init, placed_state['params'])(placed_state['params'])
     batch = put_tokens(tokens), put_tokens(targets), put_tokens(segments)
-    step = make_step(config, options, tx, jnp.float32)
+    step = TrainingStep(config, options, tx, jnp.float32)
     program = Compiler()('training', step, placed_state, batch, donate_argnums=(0,))
     before = jax.tree.map(lambda x: x.sharding, placed_state)
     ours, our_metrics = program(placed_state, batch)
@@ -224,7 +226,7 @@ def test_a_step_gathers_the_head_once_and_reduces_its_gradient_once(sizes, disti
     params = placed(llama.abstract_params(config))
     state = {'params': params, 'optimizer': jax.eval_shape(tx.init, params)}
     args = state, batch_shapes(options), *([params] if distilled else [])
-    step = make_step(config, options, tx, jnp.float32, config if distilled else None)
+    step = TrainingStep(config, options, tx, jnp.float32, config if distilled else None)
     sent = CompiledText(mesh.jit(step, *args).lower(*args).compile().as_text()).collectives()
   # [D, V] is the order of axes of no array but the head's gradient.
   reduced = [x for x in sent if 'reduce' in x.kind and x.shape.endswith(f',{V // tensor}]')]

@@ -14,7 +14,7 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.network import llama
 from adapt_jax.training import loop
-from adapt_jax.training.step import make_step
+from adapt_jax.training.step import TrainingStep
 from tests.support.helpers import factors
 
 CONFIG = ModelConfig(
@@ -47,7 +47,7 @@ def gradient_of(params, opts, dtype=jnp.float32, teacher=None, rows=None):
   """What one step of plain gradient descent at rate 1 takes away, and the loss."""
   tx = optax.sgd(1.0)
   state = {'params': params, 'optimizer': tx.init(params)}
-  step = jax.jit(make_step(CONFIG, opts, tx, dtype, CONFIG if teacher else None))
+  step = jax.jit(TrainingStep(CONFIG, opts, tx, dtype, CONFIG if teacher else None))
   new, metrics = step(state, (rows or batch()), *([teacher] if teacher else []))
   return jax.tree.map(lambda a, b: np.asarray(a - b), params, new['params']), metrics, new
 
@@ -77,7 +77,7 @@ def test_bfloat16_computes_in_bfloat16_on_fp32_masters(params):
   a, b = exact['layers'][0]['mlp']['gate'], rough['layers'][0]['mlp']['gate']
   error = np.linalg.norm(a - b) / np.linalg.norm(a)
   assert 1e-4 < error < 0.1  # rounded products, not fp32 ones, and not noise
-  step = jax.jit(make_step(CONFIG, options(), optax.sgd(1.0), jnp.bfloat16))
+  step = jax.jit(TrainingStep(CONFIG, options(), optax.sgd(1.0), jnp.bfloat16))
   state = {'params': params, 'optimizer': optax.sgd(1.0).init(params)}
   found = factors(step.lower(state, batch()))
   assert len(found) > 40 and found == [['bfloat16'] * 2] * len(found)  # attention's and the head's too
@@ -88,7 +88,7 @@ def test_a_loss_that_is_not_finite_is_told(params):
   bad = jax.tree.map(jnp.copy, params | {'norm': params['norm'].at[0].set(jnp.nan)})  # to be donated
   tx = optax.adam(1.0)
   state = {'params': bad, 'optimizer': tx.init(bad)}
-  step = jax.jit(make_step(CONFIG, options(), tx, jnp.float32), donate_argnums=0)
+  step = jax.jit(TrainingStep(CONFIG, options(), tx, jnp.float32), donate_argnums=0)
   metrics = step(state, batch())[1]
   assert not np.isfinite(metrics['loss']) and not np.isfinite(metrics['gradient_norm'])
 
@@ -103,7 +103,7 @@ def test_planned_memory_holds_no_attention_weights_of_all_layers(dtype, remat):
   params = llama.abstract_params(config)
   state = {'params': params, 'optimizer': jax.eval_shape(tx.init, params)}
   shapes = tuple(jax.ShapeDtypeStruct((rows, length), t) for t in (jnp.int32, jnp.bool_, jnp.int32))
-  step = make_step(config, opts, tx, dtype)
+  step = TrainingStep(config, opts, tx, dtype)
   planned = Compiler()('training', step, state, shapes, donate_argnums=(0,)).memory_analysis()
   attention = 4 * rows * 8 * length**2  # bytes of a layer's, in fp32
   gradients = sum(4 * x.size for x in jax.tree.leaves(params))
@@ -115,7 +115,7 @@ def test_planned_memory_holds_no_attention_weights_of_all_layers(dtype, remat):
 def test_rotary_tables_are_constants_of_the_program(params):
   """Else XLA's CPU backend takes sines anew in every fusion that uses them, forward and backward."""
   tx = optax.sgd(1.0)
-  step = make_step(CONFIG, options(), tx, jnp.float32)
+  step = TrainingStep(CONFIG, options(), tx, jnp.float32)
   text = jax.jit(step).lower({'params': params, 'optimizer': tx.init(params)}, batch()).as_text()
   assert 'dot_general' in text and 'sine' not in text
 
