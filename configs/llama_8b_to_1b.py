@@ -29,7 +29,6 @@ def get_config() -> ConfigDict:
 
   config.train.source = text
   config.train.batch = 512
-  config.train.micro_batch = 4
   config.train.length = 2048
   config.train.tokens = STEPS * config.train.batch * config.train.length
   # Highest and final rate as in Minitron's runs on LLaMA-3.1-8B, arXiv 2408.11796, which also only distil.
