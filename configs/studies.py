@@ -25,7 +25,7 @@ from adapt_jax.configs import demo
 
 KINDS = {'wiki': 'wiki.txt', 'web': 'web.jsonl', 'chat': 'chat.jsonl'}
 _FEW = 100 * 1024
-# The paper's method: scored on 128 rows of 64 tokens, in half of its 50 steps, each twice as large.
+# The paper's method, but scored on 128 rows instead of 512, in half of its 50 steps, each twice as large.
 _ADAPT = {
   'prune.method': ('adapt',),
   'prune.compensate': ('none',),

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
   target = pathlib.Path(arguments[1]) if arguments[1:] else root / 'data/tasks'
   try:
     write_tasks(pathlib.Path(arguments[0]), target)
-  except (OSError, ValueError, KeyError) as error:
+  except (OSError, ValueError) as error:
     print(f'local_tasks: {" ".join(str(error).split())}', file=sys.stderr)
     return 2
   return 0
@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> int:
 def write_tasks(data: pathlib.Path, target: pathlib.Path) -> None:
   """Writes a task file and the questions of each task to `target`; all data sets are read first.
 
-  Raises OSError if a data set is missing, and ValueError or KeyError if it has another format.
+  Raises OSError if a data set is missing, and ValueError if it has another format.
   """
-  rows = {name: list(read(data)) for name, read in _READ.items()}
+  rows = {name: _rows(name, data) for name in TASKS}
   target.mkdir(parents=True, exist_ok=True)
   for name, found in rows.items():
     file = target.resolve() / f'{name}.jsonl'
@@ -75,11 +75,19 @@ def write_tasks(data: pathlib.Path, target: pathlib.Path) -> None:
     (target / f'{name}.yaml').write_text(yaml.safe_dump(fields | _FIELDS[name]), encoding='utf-8')
 
 
+def _rows(name: str, data: pathlib.Path) -> list[dict[str, Any]]:
+  try:
+    return list(_READ[name](data))
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f'the files of {name} in {data} are not in its published format: {error!r}') from None
+
+
 def _piqa(data: pathlib.Path) -> Iterator[dict[str, Any]]:
   labels = (data / 'piqa/valid-labels.lst').read_text().split()
   lines = (data / 'piqa/valid.jsonl').read_text(encoding='utf-8').splitlines()
   for line, label in zip(lines, labels, strict=True):
-    yield json.loads(line) | {'label': int(label)}
+    row = json.loads(line)
+    yield {name: row[name] for name in ('goal', 'sol1', 'sol2')} | {'label': int(label)}
 
 
 def _openbookqa(data: pathlib.Path) -> Iterator[dict[str, Any]]:
@@ -93,7 +101,7 @@ def _openbookqa(data: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 def _lambada(data: pathlib.Path) -> Iterator[dict[str, Any]]:
   for line in (data / 'lambada/lambada_test.jsonl').read_text(encoding='utf-8').splitlines():
-    yield json.loads(line)
+    yield {'text': json.loads(line)['text']}
 
 
 _READ: dict[str, Callable[[pathlib.Path], Iterator[dict[str, Any]]]] = {

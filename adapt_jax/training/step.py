@@ -41,7 +41,6 @@ class Teacher:
   params: Params
 
 
-@dataclasses.dataclass(frozen=True)
 class TrainingStep:
   """step(state, rows, teacher_params) -> (state, {'loss', 'gradient_norm'}).
 
@@ -52,11 +51,18 @@ class TrainingStep:
   is in `options.mu_dtype`.
   """
 
-  config: ModelConfig
-  options: TrainOptions
-  optimizer: optax.GradientTransformation
-  dtype: Any
-  teacher_config: ModelConfig | None = None
+  __name__ = 'step'  # of the compiled program
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    options: TrainOptions,
+    optimizer: optax.GradientTransformation,
+    dtype: Any,
+    teacher_config: ModelConfig | None = None,
+  ):
+    self.config, self.options, self.optimizer = config, options, optimizer
+    self.dtype, self.teacher_config = dtype, teacher_config
 
   def __call__(
     self, state: TrainState, rows: Rows, teacher: Params | None = None

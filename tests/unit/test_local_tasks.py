@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-pytest.importorskip('yaml', reason='PyYAML comes with lm-evaluation-harness')
-
 from scripts import local_tasks
 
 
@@ -39,14 +37,21 @@ def test_every_answer_is_the_one_of_its_label(data, tmp_path):
   assert [r['text'] for r in rows(tmp_path / 'tasks/lambada.jsonl')] == ['He saw the dog', 'She sat down']
 
 
-def test_the_harness_scores_the_tasks(data, tmp_path):
-  pytest.importorskip('lm_eval', reason='the extra eval is not installed')
-  from adapt_jax.config.options import EvaluateOptions
-  from adapt_jax.evaluation.harness import check_tasks
+def test_the_harness_asks_as_in_its_own_tasks(data, tmp_path):
+  tasks = pytest.importorskip('lm_eval.tasks', reason='the extra eval is not installed')
+  assert local_tasks.main([str(data), str(tmp_path / 'tasks')]) == 0
+  manager = tasks.TaskManager(include_path=str(tmp_path / 'tasks'), include_defaults=False)
+  names = [f'local_{name}' for name in local_tasks.TASKS]
+  found = tasks.get_task_dict(names, manager)
+  piqa, openbookqa, lambada = ((task, next(iter(task.eval_docs))) for task in map(found.get, names))
 
-  local_tasks.main([str(data), str(tmp_path / 'tasks')])
-  names = tuple(f'local_{name}' for name in local_tasks.TASKS)
-  check_tasks(EvaluateOptions((), 128, 1, 0, names, '', str(tmp_path / 'tasks'), 0, 0))
+  def asked(task, row):
+    choices = task.doc_to_choice(row) if task.OUTPUT_TYPE == 'multiple_choice' else None
+    return task.doc_to_text(row), choices, task.doc_to_target(row)
+
+  assert asked(*piqa) == ('Question: Open box 0\nAnswer:', ['lift', 'push'], 1)
+  assert asked(*openbookqa) == ('Fog is near', ['a marsh', 'a tundra', 'the plains', 'a desert'], 0)
+  assert asked(*lambada) == ('He saw the', None, ' dog')
 
 
 @pytest.mark.parametrize(
@@ -56,4 +61,21 @@ def test_nothing_is_written_without_all_data_sets(data, tmp_path, capsys, missin
   (data / missing).unlink()
   assert local_tasks.main([str(data), str(tmp_path / 'tasks')]) == 2
   assert missing in capsys.readouterr().err
+  assert not (tmp_path / 'tasks').exists()
+
+
+@pytest.mark.parametrize(
+  ('file', 'text'),
+  [
+    ('piqa/valid-labels.lst', '1\n'),
+    ('piqa/valid.jsonl', '{"goal": "Open box"}\n{"goal": "Close box"}\n'),
+    ('openbookqa/test.tsv', 'ID\tQuestion Stem\tChoices\tAnswer Key\n1\tFog is near\n'),
+    ('lambada/lambada_test.jsonl', '["He saw the dog"]\n'),
+  ],
+)
+def test_another_format_is_refused_in_a_line_that_names_the_data_set(data, tmp_path, capsys, file, text):
+  (data / file).write_text(text)
+  assert local_tasks.main([str(data), str(tmp_path / 'tasks')]) == 2
+  message = capsys.readouterr().err
+  assert file.split('/')[0] in message and message.count('\n') == 1
   assert not (tmp_path / 'tasks').exists()
