@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from adapt_jax.models.files import write_text
+
 _CHOICE = {'output_type': 'multiple_choice', 'metric_list': [{'metric': 'acc'}, {'metric': 'acc_norm'}]}
 _FIELDS: dict[str, dict[str, Any]] = {
   'piqa': _CHOICE
@@ -65,14 +67,14 @@ def write_tasks(data: pathlib.Path, target: pathlib.Path) -> None:
   target.mkdir(parents=True, exist_ok=True)
   for name, found in rows.items():
     file = target.resolve() / f'{name}.jsonl'
-    file.write_text(''.join(json.dumps(row) + '\n' for row in found), encoding='utf-8')
+    write_text(file, ''.join(json.dumps(row) + '\n' for row in found))
     fields = {
       'task': f'local_{name}',
       'dataset_path': 'json',
       'dataset_kwargs': {'data_files': {'validation': str(file)}},
       'validation_split': 'validation',
     }
-    (target / f'{name}.yaml').write_text(yaml.safe_dump(fields | _FIELDS[name]), encoding='utf-8')
+    write_text(target / f'{name}.yaml', yaml.safe_dump(fields | _FIELDS[name]))
 
 
 def _rows(name: str, data: pathlib.Path) -> list[dict[str, Any]]:
@@ -82,11 +84,15 @@ def _rows(name: str, data: pathlib.Path) -> list[dict[str, Any]]:
     raise ValueError(f'the files of {name} in {data} are not in its published format: {error!r}') from None
 
 
+def _json_lines(file: pathlib.Path) -> Iterator[Any]:
+  # Not splitlines(), which also splits at separators that stand within JSON's strings.
+  for line in file.read_text(encoding='utf-8').strip().split('\n'):
+    yield json.loads(line)
+
+
 def _piqa(data: pathlib.Path) -> Iterator[dict[str, Any]]:
   labels = (data / 'piqa/valid-labels.lst').read_text().split()
-  lines = (data / 'piqa/valid.jsonl').read_text(encoding='utf-8').splitlines()
-  for line, label in zip(lines, labels, strict=True):
-    row = json.loads(line)
+  for row, label in zip(_json_lines(data / 'piqa/valid.jsonl'), labels, strict=True):
     yield {name: row[name] for name in ('goal', 'sol1', 'sol2')} | {'label': int(label)}
 
 
@@ -100,8 +106,8 @@ def _openbookqa(data: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def _lambada(data: pathlib.Path) -> Iterator[dict[str, Any]]:
-  for line in (data / 'lambada/lambada_test.jsonl').read_text(encoding='utf-8').splitlines():
-    yield {'text': json.loads(line)['text']}
+  for row in _json_lines(data / 'lambada/lambada_test.jsonl'):
+    yield {'text': row['text']}
 
 
 _READ: dict[str, Callable[[pathlib.Path], Iterator[dict[str, Any]]]] = {

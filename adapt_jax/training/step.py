@@ -49,6 +49,9 @@ class TrainingStep:
   targets, in nats, summed over micro-batches of at most `options.micro_batch` rows per device. `dtype` is
   that of activations and matrix products; weights, gradients and the second moment are fp32, the first moment
   is in `options.mu_dtype`.
+
+  It is no dataclass, since two steps never compare equal: a grid would keep the program of every cell
+  (`machine.compiler.Compiler`).
   """
 
   __name__ = 'step'  # of the compiled program

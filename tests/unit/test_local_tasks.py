@@ -21,7 +21,8 @@ def data(tmp_path):
     '1\tFog is near\t(A) a marsh (B) a tundra (C) the plains (D) a desert\tFog is near …\tA\n'
     '2\tA plant (green) needs\t(A) salt (B) light (C) noise (D) sand\tA plant …\tB\n'
   )
-  (lambada / 'lambada_test.jsonl').write_text('{"text": "He saw the dog"}\n{"text": "She sat down"}\n')
+  # U+2028 separates lines, but not those of JSON.
+  (lambada / 'lambada_test.jsonl').write_text('{"text": "He saw the dog"}\n{"text": "She\u2028sat down"}\n')
   return tmp_path
 
 
@@ -34,7 +35,10 @@ def test_every_answer_is_the_one_of_its_label(data, tmp_path):
   assert [row['label'] for row in rows(tmp_path / 'tasks/piqa.jsonl')] == [1, 0]
   found = [(r['choices'][r['label']], len(r['choices'])) for r in rows(tmp_path / 'tasks/openbookqa.jsonl')]
   assert found == [('a marsh', 4), ('light', 4)]
-  assert [r['text'] for r in rows(tmp_path / 'tasks/lambada.jsonl')] == ['He saw the dog', 'She sat down']
+  assert [r['text'] for r in rows(tmp_path / 'tasks/lambada.jsonl')] == [
+    'He saw the dog',
+    'She\u2028sat down',
+  ]
 
 
 def test_the_harness_asks_as_in_its_own_tasks(data, tmp_path):
@@ -42,7 +46,7 @@ def test_the_harness_asks_as_in_its_own_tasks(data, tmp_path):
   assert local_tasks.main([str(data), str(tmp_path / 'tasks')]) == 0
   manager = tasks.TaskManager(include_path=str(tmp_path / 'tasks'), include_defaults=False)
   names = [f'local_{name}' for name in local_tasks.TASKS]
-  found = tasks.get_task_dict(names, manager)
+  found = manager.load(names)['tasks']
   piqa, openbookqa, lambada = ((task, next(iter(task.eval_docs))) for task in map(found.get, names))
 
   def asked(task, row):
