@@ -56,6 +56,11 @@ def _check_prune(prune: PruneOptions) -> None:
       f'config.prune.budget = {prune.budget!r} needs config.prune.latency_table: name the report.json of '
       f'--mode=bench on the dense model, or a device such as h100'
     )
+  if prune.latency_table and prune.budget != 'latency':
+    raise InputError(
+      f'config.prune.latency_table = {prune.latency_table!r} is only read with config.prune.budget = '
+      f"'latency', not with {prune.budget!r}: set the budget, or leave the table empty"
+    )
   for name in ('vocab', 'hidden'):
     if prune.budget == 'latency' and (value := getattr(prune, name)):
       raise InputError(

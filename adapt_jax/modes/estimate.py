@@ -23,11 +23,9 @@ from adapt_jax.models.network.backend import CPU, compute_dtype
 from adapt_jax.models.network.sharding import device_count
 from adapt_jax.modes.estimate_programs import Footprint, Planned, Program, programs, stage_configs
 from adapt_jax.pipeline import flops
-from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pipeline.forecast import duration
-from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import slicegpt
 
 
@@ -62,11 +60,6 @@ def run(options: RunOptions) -> None:
       f'config.prune.vocab = {options.prune.vocab!r} is not for mode estimate, which reads no text: leave it '
       f'empty, for memory and time with the whole vocabulary'
     )
-  if options.prune.hidden:
-    raise InputError(
-      f'config.prune.hidden = {options.prune.hidden} is not for mode estimate: set it to 0, for memory and '
-      f'time with the whole hidden size'
-    )
   check_run(options, config)
   config = with_output_bias(config, options.prune.compensate == 'bias')
   estimate = options.estimate
@@ -87,7 +80,8 @@ def run(options: RunOptions) -> None:
     print(f'config.estimate.target = {estimate.target}: its compiler is not installed; {install} installs it')
   stages = stage_configs(options, config)
   start = time.monotonic()
-  found = programs(Footprint(options, config, dtype, platform), stages)
+  footprint = Footprint(options, config, dtype, platform)
+  found = programs(footprint, stages)
   compiler = 'simulated CPU devices' if platform.name == 'cpu' else estimate.target
   if not estimate.devices:
     compiler = "this machine's devices"
@@ -101,7 +95,7 @@ def run(options: RunOptions) -> None:
   if platform.name != 'cpu':
     print('\n'.join(_limit_table(found, target)))
     print('\n'.join(_collectives_table(found)))
-  print('\n'.join(_stage_table(options, config, stages, target)))
+  print('\n'.join(_stage_table(footprint, stages, target)))
   print(_total(found, target, estimate.price, traffic=platform.name != 'cpu'))
 
 
@@ -198,12 +192,10 @@ def _collectives_table(found: dict[str, Planned]) -> list[str]:
   return ['', '| collectives of | kind | operations | GB |', '|---|---|---|---|', *rows] if rows else []
 
 
-def _stage_table(
-  options: RunOptions, dense: ModelConfig, stages: list[ModelConfig], target: Target
-) -> list[str]:
-  rate = target.peak_tflops * 1e12 * _devices()
-  calibration, t = options.prune.calibration, options.train
-  scoring = flops.scoring(options, dense)
+def _stage_table(footprint: Footprint, stages: list[ModelConfig], target: Target) -> list[str]:
+  rate, options, dense = target.peak_tflops * 1e12 * _devices(), footprint.options, footprint.whole
+  calibration, t, schedule = options.prune.calibration, options.train, footprint.schedule
+  scoring = flops.scoring(options, footprint.config)
   passed = scoring * calibration.samples * calibration.length
   lines = [
     '',
@@ -213,7 +205,6 @@ def _stage_table(
     '| stage | parameters | of dense | GFLOP per token | tokens | time at peak |',
     '|---|---|---|---|---|---|',
   ]
-  schedule = Schedule.of(options, budget_of(options, dense))
   for k, config in enumerate(stages):
     tokens = (schedule.end(k + 1) - schedule.start(k + 1)) * t.batch * t.length
     work = flops.training(options, dense, flops.forward(config, t.length))

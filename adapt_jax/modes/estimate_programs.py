@@ -29,8 +29,8 @@ from adapt_jax.models.network.sharding import device_count, placed, row_sharding
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import Schedule
+from adapt_jax.pruning import narrow, surgery
 from adapt_jax.pruning import programs as pruning_programs
-from adapt_jax.pruning import surgery
 from adapt_jax.pruning.attention_units import AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.widths import Allocator, Widths
@@ -132,8 +132,12 @@ def bytes_of(tree: Any) -> int:
 
 
 def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]:
-  """The model after each stage if all layers were pruned equally; in a run, scores make them differ."""
-  prune, budget = options.prune, budget_of(options, config)
+  """The model after each stage if all layers were pruned equally; in a run, scores make them differ.
+
+  config: of the dense model, which prune.hidden narrows first.
+  """
+  prune, dense, config = options.prune, config, narrow.narrowed_config(config, options.prune.hidden)
+  budget = budget_of(options, config, original=dense)
   allocator = Allocator(config, prune.align_ffn, prune.align_kv, budget=budget)
   widths, found = allocator.full, []
   for target in Schedule.of(options, budget).targets:
@@ -153,22 +157,29 @@ class Footprint:
 
   Args:
     options: checked options.
-    config: of the dense model.
+    whole: the config of the dense model.
     dtype: of activations and products.
     platform: of the devices of the current mesh; `cpu` if they simulate accelerators.
+
+  `config` is that of the model that is pruned: the dense one, or what prune.hidden makes of it.
   """
 
-  def __init__(self, options: RunOptions, config: ModelConfig, dtype: Any, platform: Platform = CPU):
-    self.options, self.config, self.dtype, self._platform = options, config, dtype, platform
-    self.budget = budget_of(options, config)
+  def __init__(self, options: RunOptions, whole: ModelConfig, dtype: Any, platform: Platform = CPU):
+    self.options, self.whole, self.dtype, self._platform = options, whole, dtype, platform
+    self.config = narrow.narrowed_config(whole, options.prune.hidden)
+    self.budget = budget_of(options, self.config, original=whole)
     self.schedule = Schedule.of(options, self.budget)
     train = dataclasses.replace(options.train, lr=1e-4, min_lr=1e-5)  # the weights are not read
     self._optimizer = optimizer(train, self.schedule.train_steps)
 
+  @property
+  def _loaded(self) -> Any:
+    """The dtype of the weights that are pruned."""
+    return jnp.float32 if self.options.train.tokens else self.dtype
+
   def state(self, config: ModelConfig, moments: bool) -> Any:
     """Arrays on the devices throughout a stage: weights (fp32 if trained) and, if `moments`, Adam's."""
-    dtype = jnp.float32 if self.options.train.tokens else self.dtype
-    params = llama.abstract_params(config, dtype)
+    params = llama.abstract_params(config, self._loaded)
     if not self.options.train.tokens or not moments:
       return placed({'params': params})
     return placed({'params': params, 'optimizer': jax.eval_shape(self._optimizer.init, params)})
@@ -178,6 +189,30 @@ class Footprint:
     params = llama.abstract_params(config)
     plan = PrunePlan.dense(config, self.budget.removes)
     return placed(jax.eval_shape(lambda p: surgery.stack(p, plan, self.dtype), params))
+
+  def unnarrowed(self, layers: int) -> Any:
+    """The input of narrowing: the dense model's weights, stacked in the dtype that they are loaded in."""
+    config = self.whole.with_layers(self.whole.layers[:layers])
+    params = llama.abstract_params(config, self._loaded)
+    plan = PrunePlan.dense(config)
+    return placed(jax.eval_shape(lambda p: surgery.stack(p, plan), params))
+
+  def stream_moments(self, layers: int) -> Program:
+    """The second moments of the residual stream, before it is narrowed."""
+    calibration = self.options.prune.calibration
+    config = self.whole.with_layers(self.whole.layers[:layers])
+    program = narrow.StreamMoments(config, pruning_programs.micro_batch(calibration), self.dtype)
+    tokens = pruning_programs.calibration_tokens(calibration)
+    return compile_for(self._platform, program, self.unnarrowed(layers), tokens)
+
+  def narrowing(self, layers: int) -> Program:
+    """The narrowed and fitted weights."""
+    prune, config = self.options.prune, self.whole.with_layers(self.whole.layers[:layers])
+    micro_batch = pruning_programs.micro_batch(prune.calibration)
+    program = narrow.Narrower(config, micro_batch, self.dtype, prune.hidden)
+    basis = jax.ShapeDtypeStruct((config.hidden_size, prune.hidden), jnp.float32)
+    tokens = pruning_programs.calibration_tokens(prune.calibration)
+    return compile_for(self._platform, program, self.unnarrowed(layers), basis, tokens)
 
   def scoring(self, layers: int) -> Program:
     """One scoring pass with this many layers."""
@@ -199,7 +234,7 @@ class Footprint:
     """One optimizer step of a stage with this model, including the teacher."""
     t = self.options.train
     config = config.with_layers(config.layers[:layers])
-    dense = self.config.with_layers(self.config.layers[:layers]) if t.distill.teacher_beside else None
+    dense = self.whole.with_layers(self.whole.layers[:layers]) if t.distill.teacher_beside else None
     teacher = [placed(llama.abstract_params(dense, self.dtype))] if dense else []
     step = TrainingStep(config, t, self._optimizer, self.dtype, dense)
     return compile_for(
@@ -208,7 +243,7 @@ class Footprint:
 
   def teacher(self, layers: int) -> Program:
     """Computing the teacher's cached predictions, with distill.cache."""
-    t, config = self.options.train, self.config.with_layers(self.config.layers[:layers])
+    t, config = self.options.train, self.whole.with_layers(self.whole.layers[:layers])
     params = placed(llama.abstract_params(config, self.dtype))
     shape = (rows_at_once(t.batch, t.micro_batch), t.length)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding())
@@ -234,21 +269,48 @@ class Planned:
 
 def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Planned]:
   """All programs of a run, by title."""
-  t = footprint.options.train
-  with Progress('compiling', 3 if t.tokens else 2, 'programs') as progress:
-    found = _of_pruning(footprint, stages, progress)
+  t, hidden = footprint.options.train, footprint.options.prune.hidden
+  with Progress('compiling', 2 + bool(t.tokens) + bool(hidden), 'programs') as progress:
+    found: dict[str, Planned] = {}
+    if hidden:
+      found |= _of_narrowing(footprint)
+      progress.update(1)
+    found |= _of_pruning(footprint, stages, progress)
     if t.tokens:
       found |= _of_training(footprint, stages)
       progress.update(1)
   return found
 
 
+def _teacher_beside(footprint: Footprint) -> int:
+  """Bytes of a teacher that is on the devices throughout the run."""
+  t = footprint.options.train
+  if not t.tokens or not t.distill.teacher_beside:
+    return 0
+  return bytes_of(placed(llama.abstract_params(footprint.whole, footprint.dtype)))
+
+
+def _of_narrowing(footprint: Footprint) -> dict[str, Planned]:
+  options, whole, teacher = footprint.options, footprint.whole, _teacher_beside(footprint)
+  rows = options.prune.calibration.samples * options.prune.calibration.length
+  stacked = footprint.unnarrowed(whole.num_layers)
+  leaves = list(map(bytes_of, jax.tree.leaves(stacked)))
+  moved = Program(Memory(bytes_of(footprint.state(whole, False)), max(leaves), sum(leaves)))
+  measuring = flops.forward(whole, options.prune.calibration.length) * rows
+  fitting = flops.narrowing(options, whole, footprint.config) * rows
+  return {
+    'stacking, before narrowing': Planned(moved, teacher),
+    'moments of the residual stream': Planned(
+      _measure(footprint, footprint.stream_moments, measuring), teacher, 1
+    ),
+    'narrowing': Planned(_measure(footprint, footprint.narrowing, fitting), teacher, 1),
+  }
+
+
 def _of_pruning(footprint: Footprint, stages: list[ModelConfig], progress: Progress) -> dict[str, Planned]:
-  options, config = footprint.options, footprint.config
-  calibration, t = options.prune.calibration, options.train
-  rows, teacher = calibration.samples * calibration.length, 0
-  if t.tokens and t.distill.teacher_beside:
-    teacher = bytes_of(placed(llama.abstract_params(config, footprint.dtype)))
+  options, config, teacher = footprint.options, footprint.config, _teacher_beside(footprint)
+  calibration = options.prune.calibration
+  rows = calibration.samples * calibration.length
   beside = bytes_of(footprint.state(config, False)) + teacher
   later = bytes_of(footprint.state(stages[0], True)) + teacher
 
@@ -257,9 +319,10 @@ def _of_pruning(footprint: Footprint, stages: list[ModelConfig], progress: Progr
   moved = Program(Memory(beside - teacher, largest, bytes_of(stacked)))
   found = {'stacking, first stage': Planned(moved, teacher)}
   scoring = _measure(footprint, footprint.scoring, flops.scoring(options, config) * rows)
-  # The unstacked weights are read again after the first stage has been pruned.
+  # The unstacked weights are read again after the first stage has been pruned; narrowed ones are kept.
+  first = beside if options.prune.hidden else teacher
   title = f'scoring, {calibration.samples} x {calibration.length} tokens, first stage'
-  found[title] = Planned(scoring, teacher, flops.scoring_passes(options, config, footprint.budget))
+  found[title] = Planned(scoring, first, flops.scoring_passes(options, config, footprint.budget))
   if len(stages) > 1:
     found['scoring, second stage'] = Planned(scoring, later)
   progress.update(1)
@@ -280,21 +343,21 @@ def _of_pruning(footprint: Footprint, stages: list[ModelConfig], progress: Progr
 
 
 def _of_training(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Planned]:
-  options, config, found = footprint.options, footprint.config, {}
+  options, whole, found = footprint.options, footprint.whole, {}
   t, schedule = options.train, footprint.schedule
   if t.distill.kept_ids:
     batch = rows_at_once(t.batch, t.micro_batch) * t.length
-    asked = _measure(footprint, footprint.teacher, flops.teacher(options, config) * batch)
+    asked = _measure(footprint, footprint.teacher, flops.teacher(options, whole) * batch)
     # At most: rows that come again are not asked again.
     found['teacher, before anything else'] = Planned(asked, 0, t.tokens / batch)
-  per_token = [flops.training(options, config, flops.forward(stage, t.length)) for stage in stages]
+  per_token = [flops.training(options, whole, flops.forward(stage, t.length)) for stage in stages]
   times = sum(
     (schedule.end(k) - schedule.start(k)) * work / per_token[0] for k, work in enumerate(per_token, 1)
   )
   of_batch = per_token[0] * t.batch * t.length
   training = _measure(footprint, lambda depth: footprint.training(stages[0], depth), of_batch)
   once = dataclasses.replace(options, train=dataclasses.replace(t, remat=False))
-  useful = flops.training(once, config, flops.forward(stages[0], t.length)) / per_token[0]
+  useful = flops.training(once, whole, flops.forward(stages[0], t.length)) / per_token[0]
   found[f'training, {t.batch} x {t.length} tokens, first stage'] = Planned(training, 0, times, useful)
   return found
 

@@ -39,6 +39,15 @@ def compensation(options: RunOptions, dense: ModelConfig) -> float:
   return 3 * forward(dense, options.prune.calibration.length)
 
 
+def narrowing(options: RunOptions, whole: ModelConfig, small: ModelConfig) -> float:
+  """FLOPs per calibration token of fitting the model of prune.hidden, `small`, without moments and solves.
+
+  Each block of both models runs to be fitted, and again to advance the streams.
+  """
+  length = options.prune.calibration.length
+  return 2 * (forward(whole, length) + forward(small, length))
+
+
 def scoring_passes(options: RunOptions, dense: ModelConfig, budget: Budget) -> int:
   """How many times a run scores the model, or a method that goes layer by layer passes it forward."""
   prune, schedule = options.prune, Schedule.of(options, budget)

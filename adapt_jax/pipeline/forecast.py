@@ -17,7 +17,6 @@ _LONG = 3600.0  # seconds from which a run announces itself
 _SHARE = 0.6  # of the speed of a lone product, which whole programs reach
 _SIZE, _SIZE_ON_ACCELERATORS = 1024, 8192  # of the product that is timed
 _REPEATS = 3
-_NARROWING = 5  # passes of the calibration rows through the model
 
 
 def announce(runs: list[tuple[RunOptions, Inputs]]) -> None:
@@ -38,8 +37,9 @@ def operations(options: RunOptions, inputs: Inputs) -> float:
   found = flops.scoring_passes(options, config, inputs.budget) * rows * flops.scoring(options, config)
   if prune.compensate == 'least_squares':
     found += schedule.stages * rows * flops.compensation(options, config)
-  if prune.hidden:  # both streams, measured, fitted to, and corrected
-    found += _NARROWING * rows * flops.forward(whole, prune.calibration.length)
+  if prune.hidden:
+    found += rows * flops.forward(whole, prune.calibration.length)  # the moments of the stream
+    found += rows * flops.narrowing(options, whole, config)
   windows = sum(blocks.tokens.size for blocks in inputs.evaluate.values())
   measured = 3 + schedule.stages * (2 if inputs.train else 1)  # with both models of the divergence
   found += measured * windows * flops.forward(whole, options.evaluate.length)

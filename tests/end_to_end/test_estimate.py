@@ -19,6 +19,7 @@ from adapt_jax.modes.estimate_programs import Footprint, Memory, Planned, Progra
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import Schedule
+from adapt_jax.pruning.narrow import narrowed_config
 from tests.support import runs
 
 LLAMA_8B = ModelConfig(
@@ -252,3 +253,37 @@ def test_what_is_computed_again_takes_time_but_does_not_count(tmp_path):
   program = Program(Memory(0, 0, 0), 98.9e12, 670e9, {}, {})  # 0.1 and 0.2 seconds of an H100
   *_, row = estimate._limit_table({'training': Planned(program, 0, 1, 0.75)}, TARGETS['h100'])
   assert row.endswith('| 25% to 38% |')
+
+
+def test_a_narrowed_run_is_planned_with_the_whole_model_as_its_teacher(tmp_path, capsys):
+  """Its two more programs are those of the run; the narrowed weights stay while they are first scored."""
+  config = runs.make_config(runs.make_files(tmp_path))
+  whole = open_config(config.model.source)
+  config.train.distill.alpha, config.prune.hidden = 1.0, whole.hidden_size - 8
+  options = from_dict(config.to_dict())
+  stages = estimate_programs.stage_configs(options, whole)
+  plan = Footprint(options, whole, jnp.dtype(jnp.float32))
+  found = estimate_programs.programs(plan, stages)
+  narrowed = narrowed_config(whole, options.prune.hidden)
+  assert {stage.hidden_size for stage in stages} == {narrowed.hidden_size}
+  assert count_params(stages[-1]) <= options.prune.target * count_params(whole)  # the target is of the whole
+
+  def size(config, dtype=jnp.float32):
+    return estimate_programs.bytes_of(llama.abstract_params(config, dtype))
+
+  names = [name.split()[0].strip(',') for name in found]
+  assert names[:5] == ['stacking', 'moments', 'narrowing', 'stacking', 'scoring']
+  narrowing = found['narrowing'].program.memory
+  assert size(whole) <= narrowing.arguments < 1.1 * size(whole)  # the basis and the rows too
+  assert size(narrowed) <= narrowing.results < 1.02 * size(narrowed)
+  scoring = next(x for name, x in found.items() if name.startswith('scoring'))
+  assert scoring.other == size(whole) + size(narrowed)  # the teacher, and the weights
+  assert scoring.program.memory.arguments < narrowing.arguments
+  training, batch = list(found.values())[-1], options.train.batch * options.train.length * (4 + 1 + 4)
+  state = estimate_programs.bytes_of(plan.state(stages[0], True))
+  assert training.program.memory.arguments == state + size(whole) + batch
+  for name in ('moments of the residual stream', 'narrowing'):
+    assert found[name].program.flops > 0 and found[name].times == 1
+  config.estimate.devices = 0
+  estimate.run(from_dict(config.to_dict()))
+  assert '| narrowing |' in capsys.readouterr().out

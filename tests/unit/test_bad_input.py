@@ -130,7 +130,9 @@ def test_budgets_name_what_they_need_and_their_smallest_target(files):
   refuse(config, 'config.prune.latency_table', 'absent.json')
   config.prune.latency_table = str(files / 'model/config.json')
   refuse(config, 'config.prune.latency_table', 'config.json', 'holds no table', 'h100')
-  config.prune.budget, config.prune.target = 'kv_cache', 0.2  # of 768 bytes; each layer keeps 64
+  config.prune.budget = 'kv_cache'
+  refuse(config, 'config.prune.latency_table', 'config.json', "not with 'kv_cache'", 'leave the table empty')
+  config.prune.latency_table, config.prune.target = '', 0.2  # of 768 bytes; each layer keeps 64
   refuse(config, 'config.prune.target = 0.2', '153 bytes', 'always keeps 256 bytes of KV cache', 'raise it')
   config.prune.target = 1000
   refuse(config, 'config.prune.target = 1,000', '768 bytes', 'lower it')
