@@ -31,5 +31,5 @@ def get_config(name: str = '') -> ConfigDict:
   config.train.tokens = _TOKENS[name]
   config.train.lr = config.train.min_lr = -1.0  # the demo's is for its own model
   config.evaluate.length, config.evaluate.max_tokens = 512, 8 * 1024
-  config.export.formats = ('hf', 'hf_padded') if name.startswith('gemma') else ('hf', 'hf_padded', 'gguf')
+  config.export.formats = ('hf', 'hf_padded', 'gguf_padded' if name.startswith('gemma') else 'gguf')
   return config

@@ -59,12 +59,14 @@ class Family:
   Exports:
     heads_divide: whether the stock class requires that the heads divide hidden_size.
     padded_as: a family of the same function without that requirement; '' if there is none.
-    gguf: llama.cpp's architecture if all layers are equally wide; '' if it has none that takes other layers.
+    gguf: llama.cpp's architecture if all layers are equally wide (`formats.gguf_architectures`).
+    gguf_varied: whether llama.cpp's deci, whose layers may differ in width, computes the family.
     mlx: what the stock model of MLX-LM does not support: 'head_dim' (other than hidden_size / heads) or
       'biases'; '' if it supports all. None if there is no code for MLX-LM.
   """
 
   stock: str
+  gguf: str
   base: str = ''
   aliases: tuple[str, ...] = ()
   qkv_bias: str = 'never'
@@ -88,7 +90,7 @@ class Family:
   fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   heads_divide: bool = False
   padded_as: str = ''
-  gguf: str = ''
+  gguf_varied: bool = False
   mlx: str | None = None
 
   @property
@@ -130,10 +132,17 @@ FAMILIES = {
     heads_divide=True,
     padded_as='mistral',
     gguf='llama',
+    gguf_varied=True,
     mlx='',
   ),
   'mistral': Family(
-    'Mistral', sliceable=True, defaults={'sliding_window': 4096}, windows='all', gguf='llama', mlx=''
+    'Mistral',
+    sliceable=True,
+    defaults={'sliding_window': 4096},
+    windows='all',
+    gguf='llama',
+    gguf_varied=True,
+    mlx='',
   ),
   'qwen2': Family(
     'Qwen2',
@@ -141,6 +150,7 @@ FAMILIES = {
     sliceable=True,
     constants={'use_sliding_window': False},
     gguf='qwen2',
+    gguf_varied=True,
     mlx='head_dim',
   ),
   'qwen3': Family(
@@ -156,6 +166,7 @@ FAMILIES = {
   # Some layers have no rotary embeddings.
   'smollm3': Family(
     'SmolLM3',
+    gguf='smollm3',
     qkv_bias='optional',
     defaults={'tie_word_embeddings': True},
     usual_theta=2e6,
@@ -171,9 +182,11 @@ FAMILIES = {
       'mlp.gate_up_proj': ('mlp.gate_proj', 'mlp.up_proj'),
     },
     gguf='llama',
+    gguf_varied=True,
   ),
   'gemma3_text': Family(
     'Gemma3',
+    gguf='gemma3',
     base='Gemma3Text',
     qk_norm=True,
     defaults={'sliding_window_pattern': 6, 'rope_local_base_freq': 1e4, **_GEMMA_DEFAULTS},
@@ -184,6 +197,7 @@ FAMILIES = {
   ),
   'gemma2': Family(
     'Gemma2',
+    gguf='gemma2',
     numbers={**_GEMMA_NUMBERS, 'attention_cap': Number('attn_logit_softcapping', is_cap=True)},
     defaults={
       'sliding_window_pattern': 2,
@@ -195,6 +209,7 @@ FAMILIES = {
   ),
   'olmo2': Family(
     'Olmo2',
+    gguf='olmo2',
     qkv_bias='optional',
     qk_norm=True,
     joint_qk_norm=True,
@@ -204,6 +219,7 @@ FAMILIES = {
   ),
   'granite': Family(
     'Granite',
+    gguf='granite',
     qkv_bias='optional',
     numbers={
       'embedding_scale': Number('embedding_multiplier'),

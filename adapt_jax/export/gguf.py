@@ -4,6 +4,7 @@ llama.cpp's `llama` and qwen architectures assume that all layers have the width
 made for Nemotron-51B, supports a llama with per-layer widths, including biases.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -17,14 +18,13 @@ from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError, disk_full, first_line
 from adapt_jax.models.files import new_file
+from adapt_jax.models.formats.gguf_architectures import ARCHITECTURES
 from adapt_jax.models.formats.gguf_model import (
   FAMILY_KEY,
   PERMUTED,
-  PERMUTED_ARCHITECTURES,
   ROPE_FREQS,
   SCALING_KEY,
   STORED_DTYPES,
-  gguf_name,
   rope_divisors,
 )
 from adapt_jax.models.formats.hf_weights import Leaf, host_tensors, leaves, lookup
@@ -99,40 +99,53 @@ def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
     raise InputError(
       f'config.export.formats has {form!r}, but llama.cpp does not support SliceGPT: leave it out'
     )
-  if not config.traits.gguf or any(shape.window for shape in config.layers):
-    what = ' with sliding windows' if config.traits.gguf else ''
-    raise InputError(
-      f'config.export.formats has {form!r}, but .gguf files of {config.family} models{what} are not '
-      f'supported: export as hf or hf_padded instead'
-    )
-  if config.qk_norm:
+  name = config.traits.gguf
+  arch = ARCHITECTURES[name]
+  if config.traits.gguf_varied:
+    refused = {'sliding windows': any(shape.window for shape in config.layers)}
+  else:
     refused = {
       'widths that differ by layer': not config.uniform,
-      'biases': config.qkv_bias or config.output_bias,
+      'biases': (config.qkv_bias or config.output_bias) and not arch.biases,
       'llama3 rotary scaling': config.rope.scaling is not None,
+      'a head of its own': arch.tied is True and not config.tie_embeddings,
+      'tied embeddings': arch.tied is False and config.tie_embeddings,
+      'heads that do not add up to the hidden size': arch.square and not _square(config),
+      'no caps': any(usual and not getattr(config, field) for field, (_, usual) in arch.numbers.items()),
     }
-    for what, found in refused.items():
-      if found:
-        padded = ', or as gguf_padded' if what == 'widths that differ by layer' else ''
-        raise InputError(
-          f'config.export.formats has {form!r}, but a .gguf file cannot hold a {config.family} model with '
-          f'{what}: export it as hf or hf_padded{padded} instead'
-        )
-    return config.traits.gguf
+    fixed = arch.implied(config, max(shape.window for shape in config.layers))
+    differing = [
+      f.name for f in dataclasses.fields(fixed) if getattr(fixed, f.name) != getattr(config, f.name)
+    ]
+    # What llama.cpp's code fixes for all models of the architecture.
+    refused[f"other {', '.join(differing)} than llama.cpp's {name}"] = bool(differing)
+  for what, found in refused.items():
+    if found:
+      padded = ', or as gguf_padded' if what == 'widths that differ by layer' else ''
+      raise InputError(
+        f'config.export.formats has {form!r}, but a .gguf file cannot hold a {config.family} model with '
+        f'{what}: export it as hf or hf_padded{padded} instead'
+      )
+  if not config.traits.gguf_varied:
+    return name
   if not config.uniform:
     return 'deci'
   # llama.cpp's qwen2 has no bias on down_proj and no scaling, and in older versions its heads must add up to
   # the hidden size; its llama computes the same function with all of these, with q and k permuted.
-  shape = config.layers[0]
-  square = shape.num_heads * config.head_dim == config.hidden_size
   plain = config.qkv_bias and not config.output_bias and not config.rope.scaling
-  return config.traits.gguf if plain and square else 'llama'
+  return name if plain and _square(config) else 'llama'
+
+
+def _square(config: ModelConfig) -> bool:
+  return all(shape.num_heads * config.head_dim == config.hidden_size for shape in config.layers)
 
 
 def _add_fields(writer: GGUFWriter, config: ModelConfig, kind: str, name: str) -> None:
+  arch = ARCHITECTURES[writer.arch]
+
   def widths(attribute: str) -> int | list[int]:
     values = [getattr(shape, attribute) for shape in config.layers]
-    return values if writer.arch == 'deci' else values[0]
+    return values if arch.varied else values[0]
 
   writer.add_type('model')
   writer.add_name(name)
@@ -152,6 +165,10 @@ def _add_fields(writer: GGUFWriter, config: ModelConfig, kind: str, name: str) -
   writer.add_rope_dimension_count(config.head_dim)
   writer.add_rope_freq_base(config.rope.theta)
   writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+  if arch.window_every:
+    writer.add_sliding_window(max(shape.window for shape in config.layers))
+  for field, (key, _) in arch.numbers.items():
+    writer.add_float32(f'{writer.arch}.{key}', getattr(config, field))
   writer.add_string(FAMILY_KEY, config.family)
   if scaling := config.rope.scaling:
     parts = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position)
@@ -179,10 +196,11 @@ def _write(
   title: str,
 ) -> None:
   """Writes header, fields and tensors; GGUFWriter's own method holds all tensors, or a copy on disk."""
+  arch = ARCHITECTURES[writer.arch]
   for leaf in leaves(config):
     stored = types[leaf.name]
     nbytes = int(np.prod(quant_shape_to_byte_shape(leaf.hf_shape, stored)))
-    writer.add_tensor_info(gguf_name(leaf.name), leaf.hf_shape, np.dtype(np.float32), nbytes, stored)
+    writer.add_tensor_info(arch.gguf_name(leaf.name), leaf.hf_shape, np.dtype(np.float32), nbytes, stored)
   divisors = rope_divisors(config.rope, config.head_dim) if config.rope.scaling else None
   if divisors is not None:
     writer.add_tensor_info(ROPE_FREQS, divisors.shape, divisors.dtype, divisors.nbytes)
@@ -191,8 +209,10 @@ def _write(
   writer.write_ti_data_to_file()
   with Progress(title, len(types), 'tensors') as progress:
     for leaf, tensor in host_tensors(config, params):
-      if writer.arch in PERMUTED_ARCHITECTURES and leaf.name.endswith(PERMUTED):
+      if arch.permuted and leaf.name.endswith(PERMUTED):
         tensor = _interleaved(tensor, config.head_dim)
+      if config.norm_offset and leaf.name.endswith('norm.weight'):  # llama.cpp multiplies by the sum
+        tensor = tensor.astype(np.float32) + np.float32(config.norm_offset)
       _append(writer, _encoded(tensor, types[leaf.name]))
       del tensor  # free it before the next one is copied to the host
       progress.update(1)

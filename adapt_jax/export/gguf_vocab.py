@@ -166,8 +166,10 @@ def _pre_tokenizer(data: dict[str, Any]) -> str:
   # llama.cpp does not normalise; text that is not in Qwen's NFC form is rare.
   if normalizer and (normalizer, found) != (['NFC'], 'qwen2'):
     raise _refusal(f'its normalizer is {", ".join(normalizer)}')
-  if bool(data['model'].get('ignore_merges')) != (found == 'llama-bpe'):
-    raise _refusal(f'ignore_merges = {data["model"].get("ignore_merges")} beside pre-tokenizer {found}')
+  if not data['model'].get('ignore_merges'):
+    return 'dbrx' if found == 'llama-bpe' else found
+  if found != 'llama-bpe':
+    raise _refusal(f'ignore_merges = True beside pre-tokenizer {found}')
   return found
 
 

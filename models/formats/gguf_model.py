@@ -1,7 +1,8 @@
 """GGUF input: the config and the weights of a .gguf file, in Hugging Face's names and layout."""
 
+import dataclasses
+import math
 import os
-import re
 from typing import Any
 
 import ml_dtypes
@@ -11,50 +12,15 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from adapt_jax.models.config import MOST, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.families import FAMILIES
+from adapt_jax.models.formats.gguf_architectures import ARCHITECTURES
 from adapt_jax.models.formats.gguf_header import TENSOR_TYPES, GgufFile, open_file
-from adapt_jax.models.formats.hf_config import config_from_hf
 from adapt_jax.models.network.rope import inverse_frequencies
 
-# Architectures that this decoder implements; Mistral models are stored as llama, and deci is a llama
-# whose widths differ by layer.
-_ARCHITECTURES = ('llama', 'deci', 'qwen2', 'qwen3', 'gemma3')
-_GEMMA = 'gemma3'
-# llama.cpp rotates neighbouring pairs in these graphs, so q and k have each head's halves interleaved;
-# the qwen graphs rotate halves as Hugging Face does.
-PERMUTED_ARCHITECTURES = ('llama', 'deci')
 PERMUTED = ('q_proj.weight', 'k_proj.weight', 'q_proj.bias', 'k_proj.bias')
 ROPE_FREQS = 'rope_freqs.weight'
 # Fields that llama.cpp does not need, but that restore an equal ModelConfig; written by our own export.
 FAMILY_KEY = 'adapt_jax.family'
 SCALING_KEY = 'adapt_jax.llama3_scaling'
-_TOP_NAMES = {
-  'token_embd.weight': 'model.embed_tokens.weight',
-  'output_norm.weight': 'model.norm.weight',
-  'output.weight': 'lm_head.weight',
-}
-_LAYER_NAMES = {
-  'attn_norm.weight': 'input_layernorm.weight',
-  'attn_q.weight': 'self_attn.q_proj.weight',
-  'attn_k.weight': 'self_attn.k_proj.weight',
-  'attn_v.weight': 'self_attn.v_proj.weight',
-  'attn_output.weight': 'self_attn.o_proj.weight',
-  'attn_q.bias': 'self_attn.q_proj.bias',
-  'attn_k.bias': 'self_attn.k_proj.bias',
-  'attn_v.bias': 'self_attn.v_proj.bias',
-  'attn_output.bias': 'self_attn.o_proj.bias',
-  'attn_q_norm.weight': 'self_attn.q_norm.weight',
-  'attn_k_norm.weight': 'self_attn.k_norm.weight',
-  'ffn_norm.weight': 'post_attention_layernorm.weight',
-  'ffn_gate.weight': 'mlp.gate_proj.weight',
-  'ffn_up.weight': 'mlp.up_proj.weight',
-  'ffn_down.weight': 'mlp.down_proj.weight',
-  'ffn_down.bias': 'mlp.down_proj.bias',
-}
-_GEMMA_NAMES = {
-  'post_attention_norm.weight': 'post_attention_layernorm.weight',
-  'ffn_norm.weight': 'pre_feedforward_layernorm.weight',
-  'post_ffw_norm.weight': 'post_feedforward_layernorm.weight',
-}
 STORED_DTYPES = {
   GGMLQuantizationType.F32: np.dtype(np.float32),
   GGMLQuantizationType.F16: np.dtype(np.float16),
@@ -81,9 +47,9 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
       f'{file.path}: tokenizer.ggml.tokens has {tokens} entries, but token_embd.weight has only '
       f'{vocab_size} rows: tokenizer and weights do not match'
     )
-  if arch == _GEMMA:
-    return _gemma(file, vocab_size)
-  return ModelConfig(
+  known = ARCHITECTURES[arch]
+  window = _size(file, f'{arch}.attention.sliding_window', 'window') if known.window_every else 0
+  config = ModelConfig(
     family=_family(file, arch),
     vocab_size=vocab_size,
     hidden_size=_size(file, f'{arch}.embedding_length', 'hidden_size'),
@@ -97,34 +63,19 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     qk_norm='blk.0.attn_q_norm.weight' in file.tensors,
     max_position=_size(file, f'{arch}.context_length', 'max_position'),
   )
-
-
-def _gemma(file: GgufFile, vocab_size: int) -> ModelConfig:
-  """The config of a Gemma 3. What its header leaves out is in llama.cpp's code, the same for all of them."""
-  kinds, hidden = set(_layers(file, _GEMMA)), _size(file, f'{_GEMMA}.embedding_length', 'hidden_size')
-  if len(kinds) > 1:
-    raise InputError(
-      f'{file.path}: layers of {_GEMMA} that differ in width are not supported: use safetensors'
-    )
-  (shape,), depth = kinds, file.field(f'{_GEMMA}.block_count', int)
-  head_dim, largest = _head_dim(file, _GEMMA), depth == 62  # the 27B scales by hidden_size / heads
-  fields = {
-    'model_type': 'gemma3_text',
-    'vocab_size': vocab_size,
-    'hidden_size': hidden,
-    'num_hidden_layers': depth,
-    'num_attention_heads': shape.num_heads,
-    'num_key_value_heads': shape.num_kv_heads,
-    'intermediate_size': shape.ffn,
-    'head_dim': head_dim,
-    'query_pre_attn_scalar': hidden // shape.num_heads if largest else head_dim,
-    'rms_norm_eps': _decimal(file.field(f'{_GEMMA}.attention.layer_norm_rms_epsilon', float)),
-    'rope_theta': _decimal(file.field(f'{_GEMMA}.rope.freq_base', float, 1e6)),
-    'max_position_embeddings': _size(file, f'{_GEMMA}.context_length', 'max_position'),
-    'sliding_window': file.field(f'{_GEMMA}.attention.sliding_window', int),
-    'tie_word_embeddings': 'output.weight' not in file.tensors,
+  numbers: dict[str, Any] = {
+    field: _number(file, f'{arch}.{key}', usual) for field, (key, usual) in known.numbers.items()
   }
-  return config_from_hf(fields, str(file.path))
+  return known.implied(dataclasses.replace(config, **numbers), window)
+
+
+def _number(file: GgufFile, key: str, usual: float) -> float:
+  value = _decimal(file.field(key, float, usual))
+  if not (value == usual or 0 < value < math.inf):
+    raise InputError(
+      f'{file.path}: {key} = {value} should be a finite number above 0: convert the model again'
+    )
+  return value
 
 
 def _size(file: GgufFile, key: str, name: str) -> int:
@@ -142,16 +93,16 @@ def _bounded(file: GgufFile, what: str, value: int, name: str) -> int:
 
 def _architecture(file: GgufFile) -> str:
   arch = file.field('general.architecture', str)
-  if arch not in _ARCHITECTURES:
+  if arch not in ARCHITECTURES:
     raise InputError(
-      f'{file.path}: general.architecture {arch!r} is not supported, only {", ".join(_ARCHITECTURES)}'
+      f'{file.path}: general.architecture {arch!r} is not supported, only {", ".join(ARCHITECTURES)}'
     )
   return arch
 
 
 def _family(file: GgufFile, arch: str) -> str:
-  if arch not in PERMUTED_ARCHITECTURES:
-    return arch
+  if arch not in ('llama', 'deci'):
+    return ARCHITECTURES[arch].family
   # A llama with biases on q, k and v, but not on o, is what Hugging Face calls qwen2.
   biased = 'blk.0.attn_q.bias' in file.tensors and 'blk.0.attn_output.bias' not in file.tensors
   family = file.field(FAMILY_KEY, str, 'qwen2' if biased else 'llama')
@@ -169,7 +120,7 @@ def _refuse_unsupported(file: GgufFile, arch: str) -> None:
   def get(key: str, kind: type, default: Any) -> Any:
     return file.field(f'{arch}.{key}', kind, default)
 
-  head_dim = _head_dim(file, arch)
+  head_dim, known = _head_dim(file, arch), ARCHITECTURES[arch]
   window = get('attention.sliding_window', int, 0)
   refused = {
     'expert_count': get('expert_count', int, 0) > 0,
@@ -177,7 +128,8 @@ def _refuse_unsupported(file: GgufFile, arch: str) -> None:
     'rope.scale_linear': get('rope.scale_linear', float, 1.0) != 1.0,
     'rope.dimension_count': get('rope.dimension_count', int, head_dim) != head_dim,
     'attention.value_length': get('attention.value_length', int, head_dim) != head_dim,
-    'attention.sliding_window': arch != _GEMMA and 0 < window < get('context_length', int, 0),
+    'attention.sliding_window': not known.window_every and 0 < window < get('context_length', int, 0),
+    'rope.freq_base_swa': get('rope.freq_base_swa', float, known.local_theta) != known.local_theta,
     'attention.causal': not get('attention.causal', bool, True),
   }
   for key, found in refused.items():
@@ -289,14 +241,17 @@ class GgufReader:
   def __init__(self, path: str | os.PathLike[str]):
     self._file = open_file(path)
     self.where, self.files = str(path), list(self._file.parts)
-    arch = _architecture(self._file)
-    self._norm_offset = FAMILIES['gemma3_text'].norm_offset if arch == _GEMMA else 0.0
-    self._permuted_head = _head_dim(self._file, arch) if arch in PERMUTED_ARCHITECTURES else None
+    name = _architecture(self._file)
+    arch = ARCHITECTURES[name]
+    self._norm_offset = arch.traits.norm_offset
+    self._permuted_head = _head_dim(self._file, name) if arch.permuted else None
     self._gguf_name = {}
     for name in self._file.tensors:
       _type(self._file, name)  # raises before anything is read
       if name != ROPE_FREQS:
-        self._gguf_name[_hf_name(self._file, name)] = name
+        if (hf := arch.hf_name(name)) is None:
+          raise InputError(f'{path}: tensor {name!r} is unknown: the model has unsupported parts')
+        self._gguf_name[hf] = name
 
   @property
   def metadata(self) -> dict[str, Any]:
@@ -331,25 +286,6 @@ class GgufReader:
     array = _read_array(self._file, stored, (slice(first, -(-stop // head) * head), *columns))
     pairs = array.reshape(-1, head // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)[start - first : stop - first]
-
-
-def _hf_name(file: GgufFile, name: str) -> str:
-  layer = re.fullmatch(r'blk\.(\d+)\.(.+)', name)
-  known = _LAYER_NAMES | (_GEMMA_NAMES if _architecture(file) == _GEMMA else {})
-  if layer and layer[2] in known:
-    return f'model.layers.{layer[1]}.{known[layer[2]]}'
-  if name not in _TOP_NAMES:
-    raise InputError(f'{file.path}: tensor {name!r} is unknown: the model has unsupported parts')
-  return _TOP_NAMES[name]
-
-
-def gguf_name(name: str) -> str:
-  """llama.cpp's name of the tensor with this Hugging Face name."""
-  found = {hf: stored for stored, hf in _TOP_NAMES.items()}.get(name)
-  if found is None:
-    _, _, layer, part = name.split('.', 3)
-    found = f'blk.{layer}.' + {hf: stored for stored, hf in _LAYER_NAMES.items()}[part]
-  return found
 
 
 def open_tensors(path: str | os.PathLike[str]) -> GgufReader:

@@ -18,8 +18,15 @@ _LLAMA3 = (
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
 _QWEN2 = _LLAMA3.replace(r'\p{N}{1,3}', r'\p{N}')
-PATTERNS = {'llama-bpe': _LLAMA3, 'qwen2': _QWEN2, 'deepseek-r1-qwen': _QWEN2}
-_GPT2_STYLE = ('gpt-2', 'default', 'smollm')  # ByteLevel has GPT-2's expression built in
+PATTERNS = {
+  'llama-bpe': _LLAMA3,
+  'dbrx': _LLAMA3,  # without ignore_merges, as is the next
+  'smaug-bpe': _LLAMA3,
+  'qwen2': _QWEN2,
+  'deepseek-r1-qwen': _QWEN2,
+}
+_BY_DIGIT = ('smollm', 'starcoder', 'refact')
+_GPT2_STYLE = ('gpt-2', 'default', *_BY_DIGIT)  # ByteLevel has GPT-2's expression built in
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -75,7 +82,7 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> Any:
   backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == 'llama-bpe'))
   to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name in _GPT2_STYLE)
   cuts: list[Any] = [to_bytes]
-  if name == 'smollm':
+  if name in _BY_DIGIT:
     cuts.insert(0, pre_tokenizers.Digits(individual_digits=True))
   elif name in PATTERNS:
     cuts.insert(0, pre_tokenizers.Split(Regex(PATTERNS[name]), behavior='isolated'))

@@ -332,11 +332,11 @@ def test_a_split_model_must_be_whole_and_named_by_its_first_file(split, tmp_path
 
 def test_unsupported_architecture_is_refused(tmp_path):
   path = tmp_path / 'tiny.gguf'
-  writer = gguf_package.GGUFWriter(path, 'gemma2')
+  writer = gguf_package.GGUFWriter(path, 'gemma')
   writer.add_block_count(1)
   finish(writer)
-  assert_refused(path, "'gemma2'", 'llama')
-  assert_refused(path, "'gemma2'", call=gguf_model.open_tensors)
+  assert_refused(path, "'gemma'", 'llama')
+  assert_refused(path, "'gemma'", call=gguf_model.open_tensors)
 
 
 @pytest.mark.parametrize('kind', [Type.IQ4_NL, Type.TQ1_0], ids=lambda kind: kind.name)

@@ -6,6 +6,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from adapt_jax.export import gguf_vocab
 from adapt_jax.export.gguf import write_gguf
 from adapt_jax.export.gguf_vocab import check_gguf_tokenizer
 from adapt_jax.models.errors import InputError
@@ -24,6 +25,8 @@ COMPOSED = (
   '<|start|>hello<think> hello<|end|>',
 )
 ROWS = 600
+# Names of pre-tokenizers in files of others.
+BYTE_LEVEL = ('smollm', 'gpt-2', 'llama-bpe', 'qwen2', 'deepseek-r1-qwen', 'refact', 'starcoder', 'smaug-bpe')
 
 
 def published(cuts, ignore_merges=False, normalizer=None, bos=False, **special):
@@ -74,6 +77,7 @@ PLAIN = pre_tokenizers.ByteLevel(add_prefix_space=False)
 PUBLISHED = {
   'smollm': lambda: published(DIGITS, unk_token='<|end|>'),
   'llama-bpe': lambda: published(split(LLAMA3), ignore_merges=True, bos=True),
+  'dbrx': lambda: published(split(LLAMA3)),
   'qwen2': lambda: published(split(QWEN2), normalizer=normalizers.NFC(), bos_token=None, pad_token='<|end|>'),
   'gpt-2': lambda: published(PLAIN),
 }
@@ -82,10 +86,7 @@ PUBLISHED = {
 @pytest.fixture(scope='module')
 def tokenizers(tmp_path_factory):
   path = tmp_path_factory.mktemp('source') / 'tiny.gguf'
-  read = {
-    f'{pre} read': byte_level(path, pre)
-    for pre in ('smollm', 'gpt-2', 'llama-bpe', 'qwen2', 'deepseek-r1-qwen')
-  }
+  read = {f'{pre} read': byte_level(path, pre) for pre in BYTE_LEVEL}
   read['both ends'] = byte_level(path, 'smollm', add_add_bos_token=True, add_add_eos_token=True)
   read['spm read'] = sentence_piece(path)
   read['spm without prefix'] = sentence_piece(path, prefix=False)
@@ -93,7 +94,7 @@ def tokenizers(tmp_path_factory):
 
 
 NAMES = [
-  *(f'{pre} read' for pre in ('smollm', 'gpt-2', 'llama-bpe', 'qwen2', 'deepseek-r1-qwen', 'spm')),
+  *(f'{pre} read' for pre in (*BYTE_LEVEL, 'spm')),
   'both ends', 'spm without prefix', *PUBLISHED, 'spm',
 ]  # fmt: skip
 
@@ -122,6 +123,25 @@ def answers(files):
 @pytest.mark.parametrize('name', NAMES)
 def test_llama_cpp_gives_the_same_ids(name, tokenizers, answers):
   assert answers[name].ids == tokenizers[name](texts(name)).input_ids
+
+
+@needs_llama_cpp
+def test_names_that_only_others_write_mean_the_same_in_llama_cpp(tokenizers, tmp_path, monkeypatch):
+  config, jobs = tiny_config('llama', UNIFORM, vocab_size=ROWS), {}
+  for pre in ('refact', 'starcoder', 'smaug-bpe', 'deepseek-r1-qwen'):
+    jobs[pre] = Job(tmp_path / f'{pre}.gguf', COMPOSED)
+    monkeypatch.setattr(gguf_vocab, '_pre_tokenizer', lambda data, pre=pre: pre)
+    write_gguf(
+      config,
+      random_params(config),
+      jobs[pre].path,
+      tokenizer=tokenizers[f'{pre} read'],
+      kind='F32',
+      name=pre,
+    )
+    assert open_file(jobs[pre].path).metadata['tokenizer.ggml.pre'] == pre
+  for pre, answer in ask(jobs).items():
+    assert answer.ids == load_tokenizer(jobs[pre].path)(list(COMPOSED)).input_ids, pre
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -185,7 +205,6 @@ REFUSED = {
   'pre-tokenizer is': lambda: published(split(QWEN2.replace('N}|', 'N}+|'))),
   'NFKC': lambda: published(split(QWEN2), normalizer=normalizers.NFKC()),
   'normalizer is NFC': lambda: published(DIGITS, normalizer=normalizers.NFC()),
-  'ignore_merges = False': lambda: published(split(LLAMA3)),
   'ignore_merges = True': lambda: published(split(QWEN2), ignore_merges=True),
   'no token <0x00>': lambda: changed(
     metaspace(), lambda d: d['model']['vocab'].update({'zero': d['model']['vocab'].pop('<0x00>')})

@@ -2,11 +2,11 @@
 
 import pathlib
 import random
-import re
 
 from adapt_jax.export.gguf import write_gguf
 from adapt_jax.machine.processes import silent
 from adapt_jax.models.config import LayerShape
+from adapt_jax.models.formats.gguf_architectures import ARCHITECTURES
 from adapt_jax.models.formats.gguf_header import GgufFile, open_file
 from tests.fuzz.cases import Kind, Values
 from tests.fuzz.gguf_parts import ARRAY, CODES, STRING, Field, Parts, put_together, take_apart
@@ -86,6 +86,7 @@ class GgufFileKind(Kind):
         names = [name for end, names in _GIVES.items() if key.endswith(end) for name in names]
         found |= dict.fromkeys(_TOKENIZER if key.startswith('tokenizer.') else names, '')
     # The names of damaged tensors are those of the file; that of the rotary frequencies gives the config's.
+    arch = ARCHITECTURES[then.metadata['general.architecture']]
     damaged = {
       name for name in now.tensors.keys() | then.tensors.keys() if _data(now, name) != _data(then, name)
     }
@@ -94,7 +95,7 @@ class GgufFileKind(Kind):
     if 'output.weight' in damaged:
       found['config.tie_embeddings'] = ''  # a file without one says that it is the embedding
     if damaged:
-      found |= {f'tensor {name}': '' for name in map(_in_values, damaged)} | {'dtype': ''}
+      found |= {f'tensor {name}': '' for name in (arch.hf_name(x) or x for x in damaged)} | {'dtype': ''}
     return found | {'written': ''}
 
 
@@ -114,28 +115,6 @@ def _data(file: GgufFile, name: str) -> tuple[object, ...]:
   with open(file.path, 'rb') as opened:
     opened.seek(tensor.offset)
     return tensor.type, tensor.shape, opened.read(tensor.nbytes)
-
-
-def _in_values(name: str) -> str:
-  from adapt_jax.models.formats.gguf_model import gguf_name
-
-  layer = re.fullmatch(r'blk\.(\d+)\..*', name)
-  for part in _HF_PARTS:
-    hf = f'model.layers.{layer[1]}.{part}' if layer else part
-    try:
-      if gguf_name(hf) == name:
-        return hf
-    except (KeyError, ValueError):
-      continue
-  return name
-
-
-_HF_PARTS = (
-  *('model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight', 'input_layernorm.weight'),
-  *(f'self_attn.{x}_proj.{kind}' for x in 'qkvo' for kind in ('weight', 'bias')),
-  *(f'mlp.{x}_proj.weight' for x in ('gate', 'up', 'down')),
-  *('mlp.down_proj.bias', 'post_attention_layernorm.weight'),
-)
 
 
 def _damage_field(parts: Parts, rng: random.Random) -> str:

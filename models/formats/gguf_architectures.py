@@ -1,0 +1,151 @@
+"""llama.cpp's architectures: the names of their tensors, their fields, and what their code takes for granted.
+
+A .gguf file names its architecture, and its header leaves out what is the same in all models of it: which
+layers have a sliding window, for example. `implied` adds that when a file is read; when one is written, a
+model that is not as `implied` says would be computed wrongly, and is refused (`export.gguf`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.models.families import FAMILIES, Family
+
+_TOP_NAMES = {
+  'token_embd.weight': 'model.embed_tokens.weight',
+  'output_norm.weight': 'model.norm.weight',
+  'output.weight': 'lm_head.weight',
+}
+_LAYER_NAMES = {
+  'attn_norm.weight': 'input_layernorm.weight',
+  'attn_q.weight': 'self_attn.q_proj.weight',
+  'attn_k.weight': 'self_attn.k_proj.weight',
+  'attn_v.weight': 'self_attn.v_proj.weight',
+  'attn_output.weight': 'self_attn.o_proj.weight',
+  'attn_q.bias': 'self_attn.q_proj.bias',
+  'attn_k.bias': 'self_attn.k_proj.bias',
+  'attn_v.bias': 'self_attn.v_proj.bias',
+  'attn_output.bias': 'self_attn.o_proj.bias',
+  'attn_q_norm.weight': 'self_attn.q_norm.weight',
+  'attn_k_norm.weight': 'self_attn.k_norm.weight',
+  'ffn_norm.weight': 'post_attention_layernorm.weight',
+  'ffn_gate.weight': 'mlp.gate_proj.weight',
+  'ffn_up.weight': 'mlp.up_proj.weight',
+  'ffn_down.weight': 'mlp.down_proj.weight',
+  'ffn_down.bias': 'mlp.down_proj.bias',
+}
+# Where the outputs of the blocks are normed, Hugging Face's post_attention_layernorm is that of attention.
+_POST_NORMS = {
+  'post_attention_norm.weight': 'post_attention_layernorm.weight',
+  'ffn_norm.weight': 'pre_feedforward_layernorm.weight',
+  'post_ffw_norm.weight': 'post_feedforward_layernorm.weight',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """One architecture of llama.cpp.
+
+  Attributes:
+    family: the family of its models, unless the file says otherwise.
+    varied: whether its layers may have different widths.
+    permuted: whether it rotates neighbouring pairs, so that q and k have each head's halves interleaved;
+      otherwise it rotates halves, as Hugging Face does.
+    biases: whether it reads biases of projections.
+    tied: whether the head must be the embedding; None if it may be.
+    square: whether the query heads must add up to the hidden size.
+    numbers: fields of `ModelConfig` -> their key below the architecture's name, and the value without it.
+    window_every: all layers but every nth have the window; 0: none has.
+    local_theta: base frequency of rotary embeddings in layers with a window; 0: as in the others.
+    unrotated_every: every nth layer has no rotary embeddings; 0: all have.
+    scale_by_width: the depth of a model whose attention is scaled by the root of hidden size / heads.
+  """
+
+  family: str
+  varied: bool = False
+  permuted: bool = False
+  biases: bool = False
+  tied: bool | None = None
+  square: bool = False
+  numbers: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
+  window_every: int = 0
+  local_theta: float = 0.0
+  unrotated_every: int = 0
+  scale_by_width: int = 0
+
+  @property
+  def traits(self) -> Family:
+    return FAMILIES[self.family]
+
+  @property
+  def names(self) -> dict[str, str]:
+    """llama.cpp's names of a layer's tensors -> Hugging Face's."""
+    return _LAYER_NAMES | (_POST_NORMS if self.traits.post_norm else {})
+
+  def hf_name(self, name: str) -> str | None:
+    """Hugging Face's name of a tensor; None for one that the architecture does not have."""
+    kind, _, rest = name.partition('.')
+    layer, _, part = rest.partition('.')
+    if kind == 'blk' and layer.isdecimal() and part in self.names:
+      return f'model.layers.{layer}.{self.names[part]}'
+    return _TOP_NAMES.get(name)
+
+  def gguf_name(self, name: str) -> str:
+    """llama.cpp's name of the tensor with this Hugging Face name."""
+    found = {hf: stored for stored, hf in _TOP_NAMES.items()}.get(name)
+    if found is None:
+      _, _, layer, part = name.split('.', 3)
+      found = f'blk.{layer}.' + {hf: stored for stored, hf in self.names.items()}[part]
+    return found
+
+  def implied(self, config: ModelConfig, window: int) -> ModelConfig:
+    """The config with what the architecture fixes; `window` is that of the layers that have one."""
+
+    def layer(number: int, shape: LayerShape) -> LayerShape:
+      windowed = self.window_every and number % self.window_every
+      rotary = not self.unrotated_every or number % self.unrotated_every > 0
+      return dataclasses.replace(shape, window=window if windowed else 0, rotary=rotary)
+
+    layers = tuple(layer(number, shape) for number, shape in enumerate(config.layers, 1))
+    fixed = dataclasses.replace(config, layers=layers)
+    if self.traits.root_embedding:
+      fixed = dataclasses.replace(fixed, embedding_scale=config.hidden_size**0.5)
+    if self.local_theta:
+      fixed = dataclasses.replace(fixed, local_rope=RopeConfig(self.local_theta))
+    if self.scale_by_width:
+      by_width = config.num_layers == self.scale_by_width
+      size = config.hidden_size // layers[0].num_heads if by_width else config.head_dim
+      fixed = dataclasses.replace(fixed, attention_scale=size**-0.5)
+    return fixed
+
+
+# Mistral and Phi-3 are stored as llama; deci is a llama whose widths differ by layer.
+ARCHITECTURES = {
+  'llama': Architecture('llama', permuted=True, biases=True),
+  'deci': Architecture('llama', varied=True, permuted=True, biases=True),
+  'qwen2': Architecture('qwen2', biases=True),
+  'qwen3': Architecture('qwen3'),
+  'gemma2': Architecture(
+    'gemma2',
+    tied=True,
+    numbers={
+      'attention_cap': ('attn_logit_softcapping', 50.0),
+      'logit_cap': ('final_logit_softcapping', 30.0),
+    },
+    window_every=2,
+    scale_by_width=46,
+  ),
+  'gemma3': Architecture('gemma3_text', window_every=6, local_theta=1e4, scale_by_width=62),
+  'granite': Architecture(
+    'granite',
+    permuted=True,
+    numbers={
+      'embedding_scale': ('embedding_scale', 1.0),
+      'residual_scale': ('residual_scale', 1.0),
+      'attention_scale': ('attention.scale', 0.0),
+      'logit_divisor': ('logit_scale', 1.0),
+    },
+  ),
+  'smollm3': Architecture('smollm3', permuted=True, unrotated_every=4),
+  'olmo2': Architecture('olmo2', tied=False, square=True),
+}
