@@ -1,7 +1,7 @@
 """Writes a model as a .gguf file for llama.cpp and programs built on it.
 
-llama.cpp's `llama` and qwen architectures assume that all layers have the widths of the first; its `deci`,
-made for Nemotron-51B, supports a llama with per-layer widths, including biases.
+llama.cpp's architectures assume that all layers have the widths of the first; only its `deci`, made for
+Nemotron-51B, supports per-layer widths, of a llama, including biases.
 """
 
 import dataclasses
@@ -111,14 +111,17 @@ def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
       'a head of its own': arch.tied is True and not config.tie_embeddings,
       'tied embeddings': arch.tied is False and config.tie_embeddings,
       'heads that do not add up to the hidden size': arch.square and not _square(config),
-      'no caps': any(usual and not getattr(config, field) for field, (_, usual) in arch.numbers.items()),
+      'logits without caps': 'logit_cap' in arch.numbers and not (config.attention_cap and config.logit_cap),
+      'no sliding window': arch.window_every > 0 and not any(shape.window for shape in config.layers),
     }
     fixed = arch.implied(config, max(shape.window for shape in config.layers))
-    differing = [
-      f.name for f in dataclasses.fields(fixed) if getattr(fixed, f.name) != getattr(config, f.name)
-    ]
-    # What llama.cpp's code fixes for all models of the architecture.
-    refused[f"other {', '.join(differing)} than llama.cpp's {name}"] = bool(differing)
+    for field in dataclasses.fields(fixed):
+      here, there = getattr(config, field.name), getattr(fixed, field.name)
+      if field.name == 'layers':
+        what = f"windows or rotary embeddings in other layers than llama.cpp's {name}"
+      else:
+        what = f"{field.name} = {here}, which is {there} in llama.cpp's {name}"
+      refused[what] = here != there
   for what, found in refused.items():
     if found:
       padded = ', or as gguf_padded' if what == 'widths that differ by layer' else ''
@@ -145,7 +148,7 @@ def _add_fields(writer: GGUFWriter, config: ModelConfig, kind: str, name: str) -
 
   def widths(attribute: str) -> int | list[int]:
     values = [getattr(shape, attribute) for shape in config.layers]
-    return values if arch.varied else values[0]
+    return values if writer.arch == 'deci' else values[0]
 
   writer.add_type('model')
   writer.add_name(name)

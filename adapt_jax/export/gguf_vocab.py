@@ -21,6 +21,13 @@ from adapt_jax.models.formats.gguf_tokenizer import (
   USER_DEFINED,
 )
 
+# Gemma's tokenizer splits at spaces, of which its normalizer leaves none.
+_GEMMA_SPLIT = {
+  'type': 'Split',
+  'pattern': {'String': ' '},
+  'behavior': 'MergedWithPrevious',
+  'invert': False,
+}
 _SPECIAL = ('bos', 'eos', 'unk', 'pad')
 
 
@@ -179,6 +186,8 @@ def _space_prefix(data: dict[str, Any]) -> bool:
   prepend = {'type': 'Prepend', 'prepend': SPACE}
   normalizer = _steps(data['normalizer'], 'normalizers')
   cuts = _steps(data['pre_tokenizer'], 'pretokenizers')
+  if normalizer == [replace] and cuts == [_GEMMA_SPLIT]:
+    return False
   if not cuts and normalizer in ([replace], [prepend, replace]):
     return prepend in normalizer
   # Newer conversions write this. Unlike llama.cpp, it adds no space if the text begins with one.

@@ -296,7 +296,7 @@ def _of_narrowing(footprint: Footprint) -> dict[str, Planned]:
   stacked = footprint.unnarrowed(whole.num_layers)
   leaves = list(map(bytes_of, jax.tree.leaves(stacked)))
   moved = Program(Memory(bytes_of(footprint.state(whole, False)), max(leaves), sum(leaves)))
-  measuring = flops.forward(whole, options.prune.calibration.length) * rows
+  measuring = flops.layers(whole, options.prune.calibration.length) * rows
   fitting = flops.narrowing(options, whole, footprint.config) * rows
   return {
     'stacking, before narrowing': Planned(moved, teacher),
@@ -314,17 +314,19 @@ def _of_pruning(footprint: Footprint, stages: list[ModelConfig], progress: Progr
   beside = bytes_of(footprint.state(config, False)) + teacher
   later = bytes_of(footprint.state(stages[0], True)) + teacher
 
-  stacked = footprint.stacked(config)
-  largest = max(map(bytes_of, jax.tree.leaves(stacked)))  # leaf by leaf: that of all layers, then stacked
-  moved = Program(Memory(beside - teacher, largest, bytes_of(stacked)))
-  found = {'stacking, first stage': Planned(moved, teacher)}
-  scoring = _measure(footprint, footprint.scoring, flops.scoring(options, config) * rows)
-  # The unstacked weights are read again after the first stage has been pruned; narrowed ones are kept.
-  first = beside if options.prune.hidden else teacher
-  title = f'scoring, {calibration.samples} x {calibration.length} tokens, first stage'
-  found[title] = Planned(scoring, first, flops.scoring_passes(options, config, footprint.budget))
-  if len(stages) > 1:
-    found['scoring, second stage'] = Planned(scoring, later)
+  found: dict[str, Planned] = {}
+  if footprint.budget.start > footprint.schedule.targets[-1]:  # else narrowing alone reaches the target
+    stacked = footprint.stacked(config)
+    largest = max(map(bytes_of, jax.tree.leaves(stacked)))  # leaf by leaf: that of all layers, then stacked
+    moved = Program(Memory(beside - teacher, largest, bytes_of(stacked)))
+    found['stacking, first stage'] = Planned(moved, teacher)
+    scoring = _measure(footprint, footprint.scoring, flops.scoring(options, config) * rows)
+    # The unstacked weights are read again after the first stage has been pruned; narrowed ones are kept.
+    first = beside if options.prune.hidden else teacher
+    title = f'scoring, {calibration.samples} x {calibration.length} tokens, first stage'
+    found[title] = Planned(scoring, first, flops.scoring_passes(options, config, footprint.budget))
+    if len(stages) > 1:
+      found['scoring, second stage'] = Planned(scoring, later)
   progress.update(1)
   if options.prune.compensate != 'none':
     work = flops.compensation(options, config) * rows

@@ -17,6 +17,11 @@ def forward(config: ModelConfig, length: int) -> float:
   return float(budgets.flops(config, length).dense)
 
 
+def layers(config: ModelConfig, length: int) -> float:
+  """FLOPs of a forward pass per token without the vocabulary head."""
+  return forward(config, length) - 2 * config.vocab_size * config.hidden_size
+
+
 def scoring(options: RunOptions, dense: ModelConfig) -> float:
   """FLOPs per calibration token of one pass: one forward; with gradients two, and the backward.
 
@@ -45,7 +50,7 @@ def narrowing(options: RunOptions, whole: ModelConfig, small: ModelConfig) -> fl
   Each block of both models runs to be fitted, and again to advance the streams.
   """
   length = options.prune.calibration.length
-  return 2 * (forward(whole, length) + forward(small, length))
+  return 2 * (layers(whole, length) + layers(small, length))
 
 
 def scoring_passes(options: RunOptions, dense: ModelConfig, budget: Budget) -> int:

@@ -38,7 +38,7 @@ def operations(options: RunOptions, inputs: Inputs) -> float:
   if prune.compensate == 'least_squares':
     found += schedule.stages * rows * flops.compensation(options, config)
   if prune.hidden:
-    found += rows * flops.forward(whole, prune.calibration.length)  # the moments of the stream
+    found += rows * flops.layers(whole, prune.calibration.length)  # the moments of the stream
     found += rows * flops.narrowing(options, whole, config)
   windows = sum(blocks.tokens.size for blocks in inputs.evaluate.values())
   measured = 3 + schedule.stages * (2 if inputs.train else 1)  # with both models of the divergence

@@ -7,6 +7,7 @@ model that is not as `implied` says would be computed wrongly, and is refused (`
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.families import FAMILIES, Family
@@ -42,19 +43,30 @@ _POST_NORMS = {
 }
 
 
+# Numbers of `ModelConfig` that only some families have, and their values in the others.
+NUMBERS = {
+  'embedding_scale': 1.0,
+  'residual_scale': 1.0,
+  'logit_divisor': 1.0,
+  'attention_scale': 0.0,
+  'attention_cap': 0.0,
+  'logit_cap': 0.0,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
   """One architecture of llama.cpp.
 
   Attributes:
     family: the family of its models, unless the file says otherwise.
-    varied: whether its layers may have different widths.
     permuted: whether it rotates neighbouring pairs, so that q and k have each head's halves interleaved;
       otherwise it rotates halves, as Hugging Face does.
-    biases: whether it reads biases of projections.
+    biases: whether it reads biases of projections; not used for families that deci computes.
     tied: whether the head must be the embedding; None if it may be.
     square: whether the query heads must add up to the hidden size.
     numbers: fields of `ModelConfig` -> their key below the architecture's name, and the value without it.
+      The others of `NUMBERS` have no effect in it.
     window_every: all layers but every nth have the window; 0: none has.
     local_theta: base frequency of rotary embeddings in layers with a window; 0: as in the others.
     unrotated_every: every nth layer has no rotary embeddings; 0: all have.
@@ -62,7 +74,6 @@ class Architecture:
   """
 
   family: str
-  varied: bool = False
   permuted: bool = False
   biases: bool = False
   tied: bool | None = None
@@ -107,7 +118,8 @@ class Architecture:
       return dataclasses.replace(shape, window=window if windowed else 0, rotary=rotary)
 
     layers = tuple(layer(number, shape) for number, shape in enumerate(config.layers, 1))
-    fixed = dataclasses.replace(config, layers=layers)
+    without: dict[str, Any] = {name: usual for name, usual in NUMBERS.items() if name not in self.numbers}
+    fixed = dataclasses.replace(config, layers=layers, **without)
     if self.traits.root_embedding:
       fixed = dataclasses.replace(fixed, embedding_scale=config.hidden_size**0.5)
     if self.local_theta:
@@ -121,9 +133,9 @@ class Architecture:
 
 # Mistral and Phi-3 are stored as llama; deci is a llama whose widths differ by layer.
 ARCHITECTURES = {
-  'llama': Architecture('llama', permuted=True, biases=True),
-  'deci': Architecture('llama', varied=True, permuted=True, biases=True),
-  'qwen2': Architecture('qwen2', biases=True),
+  'llama': Architecture('llama', permuted=True),
+  'deci': Architecture('llama', permuted=True),
+  'qwen2': Architecture('qwen2'),
   'qwen3': Architecture('qwen3'),
   'gemma2': Architecture(
     'gemma2',
@@ -139,6 +151,7 @@ ARCHITECTURES = {
   'granite': Architecture(
     'granite',
     permuted=True,
+    biases=True,
     numbers={
       'embedding_scale': ('embedding_scale', 1.0),
       'residual_scale': ('residual_scale', 1.0),

@@ -32,7 +32,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
   """The ModelConfig that the metadata and tensor names describe.
 
   Raises InputError for a missing, corrupt or truncated file, and names a feature that this decoder
-  would compute wrongly: other architectures, experts, other rotary scalings, sliding windows.
+  would compute wrongly: other architectures, experts, other rotary scalings and sliding windows.
   """
   file = open_file(path)
   arch = _architecture(file)
@@ -122,14 +122,23 @@ def _refuse_unsupported(file: GgufFile, arch: str) -> None:
 
   head_dim, known = _head_dim(file, arch), ARCHITECTURES[arch]
   window = get('attention.sliding_window', int, 0)
+  depth, kind = get('block_count', int, 0), get('rope.scaling.type', str, 'linear')
+  every = known.window_every
+  caps = ('attn_logit_softcapping', 'final_logit_softcapping')
   refused = {
     'expert_count': get('expert_count', int, 0) > 0,
-    'rope.scaling.type': get('rope.scaling.type', str, 'none') != 'none',
+    'rope.scaling.type': kind not in ('none', 'linear'),
+    'rope.scaling.factor': kind == 'linear' and get('rope.scaling.factor', float, 1.0) not in (0.0, 1.0),
+    'rope.scaling.finetuned': arch == 'granite' and not get('rope.scaling.finetuned', bool, True),
     'rope.scale_linear': get('rope.scale_linear', float, 1.0) != 1.0,
     'rope.dimension_count': get('rope.dimension_count', int, head_dim) != head_dim,
     'attention.value_length': get('attention.value_length', int, head_dim) != head_dim,
     'attention.sliding_window': not known.window_every and 0 < window < get('context_length', int, 0),
+    'attention.sliding_window_pattern': every > 0
+    and file.metadata.get(f'{arch}.attention.sliding_window_pattern', every)
+    not in (every, [i % every > 0 for i in range(1, depth + 1)]),
     'rope.freq_base_swa': get('rope.freq_base_swa', float, known.local_theta) != known.local_theta,
+    **{key: get(key, float, 0.0) != 0 and key not in dict(known.numbers.values()) for key in caps},
     'attention.causal': not get('attention.causal', bool, True),
   }
   for key, found in refused.items():
@@ -180,7 +189,8 @@ def _head_dim(file: GgufFile, arch: str) -> int:
 
 def _rope(file: GgufFile, arch: str) -> RopeConfig:
   """Base frequency, and the llama3 scaling that matches the divisors in rope_freqs.weight."""
-  rope = RopeConfig(_decimal(file.field(f'{arch}.rope.freq_base', float, 10000.0)))
+  usual = {} if ARCHITECTURES[arch].local_theta else {'default': 10000.0}
+  rope = RopeConfig(_decimal(file.field(f'{arch}.rope.freq_base', float, **usual)))
   if ROPE_FREQS not in file.tensors:
     return rope
   head_dim = _head_dim(file, arch)
@@ -241,10 +251,10 @@ class GgufReader:
   def __init__(self, path: str | os.PathLike[str]):
     self._file = open_file(path)
     self.where, self.files = str(path), list(self._file.parts)
-    name = _architecture(self._file)
-    arch = ARCHITECTURES[name]
+    named = _architecture(self._file)
+    arch = ARCHITECTURES[named]
     self._norm_offset = arch.traits.norm_offset
-    self._permuted_head = _head_dim(self._file, name) if arch.permuted else None
+    self._permuted_head = _head_dim(self._file, named) if arch.permuted else None
     self._gguf_name = {}
     for name in self._file.tensors:
       _type(self._file, name)  # raises before anything is read

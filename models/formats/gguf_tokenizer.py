@@ -94,7 +94,7 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> Any:
 
 
 def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> Any:
-  """SentencePiece BPE with byte fallback (LLaMA 1 and 2, Mistral, MobileLLM)."""
+  """SentencePiece BPE with byte fallback (LLaMA 1 and 2, Mistral, MobileLLM, Gemma)."""
   from tokenizers import Tokenizer, decoders, models, normalizers
 
   scores = file.array('tokenizer.ggml.scores', float)

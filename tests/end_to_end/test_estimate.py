@@ -260,11 +260,12 @@ def test_a_narrowed_run_is_planned_with_the_whole_model_as_its_teacher(tmp_path,
   config = runs.make_config(runs.make_files(tmp_path))
   whole = open_config(config.model.source)
   config.train.distill.alpha, config.prune.hidden = 1.0, whole.hidden_size - 8
+  narrowed = narrowed_config(whole, config.prune.hidden)
+  config.prune.target = 0.8 * count_params(narrowed) / count_params(whole)
   options = from_dict(config.to_dict())
   stages = estimate_programs.stage_configs(options, whole)
   plan = Footprint(options, whole, jnp.dtype(jnp.float32))
   found = estimate_programs.programs(plan, stages)
-  narrowed = narrowed_config(whole, options.prune.hidden)
   assert {stage.hidden_size for stage in stages} == {narrowed.hidden_size}
   assert count_params(stages[-1]) <= options.prune.target * count_params(whole)  # the target is of the whole
 
@@ -287,3 +288,7 @@ def test_a_narrowed_run_is_planned_with_the_whole_model_as_its_teacher(tmp_path,
   config.estimate.devices = 0
   estimate.run(from_dict(config.to_dict()))
   assert '| narrowing |' in capsys.readouterr().out
+  config.prune.target, config.prune.stages, config.train.tokens = count_params(narrowed), 1, 0
+  estimate.run(from_dict(config.to_dict()))
+  table = capsys.readouterr().out
+  assert '| narrowing |' in table and '| scoring' not in table  # narrowing alone reaches the target

@@ -19,6 +19,7 @@ from adapt_jax.export.gguf import KINDS, check_gguf, write_gguf
 from adapt_jax.export.padded import widest_config
 from adapt_jax.models.config import LayerShape, Llama3Scaling, RopeConfig
 from adapt_jax.models.errors import InputError, disk_full
+from adapt_jax.models.formats.gguf_architectures import ARCHITECTURES
 from adapt_jax.models.formats.gguf_header import open_file
 from adapt_jax.models.formats.hf_weights import leaves
 from adapt_jax.models.formats.source import open_source
@@ -83,6 +84,7 @@ MODELS = {
   'gemma3 uniform': ('gemma3', gemma3(UNIFORM[:1] * 7)),
   'gemma3 untied': ('gemma3', gemma3(UNIFORM, tie_embeddings=False)),
   'granite uniform': ('granite', config_of('granite', UNIFORM)),
+  'granite all biases': ('granite', config_of('granite', UNIFORM, qkv_bias=True, output_bias=True)),
   'granite tied': ('granite', config_of('granite', UNIFORM, tie_embeddings=True, attention_scale=0.0)),
   'olmo2 uniform': ('olmo2', config_of('olmo2', (LayerShape(6, 2, 40),) * 2, **OLMO2)),
   'smollm3 uniform': ('smollm3', smollm3(UNIFORM[:1] * 5)),
@@ -193,7 +195,7 @@ def test_llama_cpp_computes_the_same(name, answers):
 @needs_llama_cpp
 @pytest.mark.parametrize('name', PADDED)
 def test_llama_cpp_computes_padded_layers(name, files, answers):
-  """Also Qwen3, for which llama.cpp has no architecture with layers that differ."""
+  """Also of families for which llama.cpp has no architecture with layers that differ."""
   config, answer = PADDED[name], answers[f'{name} padded']
   params, tokens = random_params(config), random_tokens(config)
   expected, continuation = ours(config, params, tokens, GENERATED)
@@ -278,20 +280,32 @@ def test_what_llama_cpp_has_no_architecture_for_is_refused(config, word, tmp_pat
   'config, word',
   [
     (tiny_config('phi3', UNIFORM), 'sliding windows'),
-    (tiny_config('gemma3_text', UNIFORM[:1] * 7), 'other layers, attention_scale than'),
-    (gemma3(UNIFORM, attention_scale=0.1), 'other attention_scale than'),
-    (gemma3(UNIFORM, local_rope=RopeConfig(2e4)), 'other local_rope than'),
+    (tiny_config('gemma3_text', UNIFORM[:1] * 7), 'windows or rotary embeddings in other layers'),
+    (gemma3(UNIFORM, attention_scale=0.1), 'attention_scale = 0.1, which is 0.288'),
+    (gemma3(UNIFORM, logit_cap=9.0), 'logit_cap = 9.0, which is 0.0'),
+    (config_of('gemma3_text').with_layers(UNIFORM), 'no sliding window'),
+    (gemma3(UNIFORM, local_rope=RopeConfig(2e4)), 'local_rope = '),
     (gemma2(UNIFORM, tie_embeddings=False), 'a head of its own'),
-    (gemma2(UNIFORM, logit_cap=0.0), 'no caps'),
-    (config_of('granite', UNIFORM, qkv_bias=True), 'biases'),
+    (gemma2(UNIFORM, logit_cap=0.0), 'logits without caps'),
+    (config_of('smollm3', UNIFORM, qkv_bias=True), 'biases'),
     (config_of('olmo2', UNIFORM, **OLMO2 | {'head_dim': 12}), 'heads that do not add up to the hidden size'),
     (config_of('olmo2', UNIFORM, **OLMO2 | {'tie_embeddings': True}), 'tied embeddings'),
-    (tiny_config('smollm3', UNIFORM), 'other layers than'),
+    (tiny_config('smollm3', UNIFORM), 'windows or rotary embeddings in other layers'),
   ],
 )
 def test_what_an_architecture_fixes_is_not_written_otherwise(config, word):
   with pytest.raises(InputError, match=f"'gguf'.*{config.family} model with {word}.*hf_padded"):
     check_gguf(config)
+
+
+@pytest.mark.parametrize('arch, depth', [('gemma2', 46), ('gemma3', 62)])
+def test_the_largest_gemmas_scale_attention_by_their_width(arch, depth):
+  """Gemma 2 and 3 27B: 4608 / 32 and 5376 / 32, not the head size of 128."""
+  family, width = ('gemma2', 4608) if arch == 'gemma2' else ('gemma3_text', 5376)
+  shapes = {'hidden_size': width, 'head_dim': 128}
+  for count, size in ((depth, width // 32), (depth - 1, 128)):
+    config = tiny_config(family, (LayerShape(32, 16, 64),) * count, **shapes)
+    assert ARCHITECTURES[arch].implied(config, 5).attention_scale == size**-0.5
 
 
 def test_all_models_that_are_written_pass_the_check():

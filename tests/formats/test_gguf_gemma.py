@@ -5,6 +5,8 @@ import jax
 import numpy as np
 import pytest
 
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.gguf_model import read_config
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network import llama
 
@@ -45,7 +47,7 @@ def model():
   return made
 
 
-def write(model, path):
+def write(model, path, **fields):
   writer = gguf_package.GGUFWriter(path, 'gemma3')
   writer.add_context_length(128)
   writer.add_embedding_length(32)
@@ -58,6 +60,8 @@ def write(model, path):
   writer.add_layer_norm_rms_eps(1e-6)
   writer.add_rope_freq_base(1e6)
   writer.add_sliding_window(WINDOW)
+  for key, value in fields.items():
+    getattr(writer, f'add_{type(value).__name__.replace("int", "uint")}32')(f'gemma3.{key}', value)
   for name, tensor in model.state_dict().items():
     if name == 'lm_head.weight':  # tied
       continue
@@ -84,3 +88,24 @@ def test_logits_are_those_of_transformers(model, tmp_path):
     theirs = model(torch.from_numpy(tokens).long()).logits
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
   assert [shape.window for shape in source.config.layers] == [WINDOW] * 5 + [0, WINDOW]
+
+
+@pytest.mark.parametrize(
+  'key, value',
+  [
+    ('rope.scaling.factor', 8.0),
+    ('attention.sliding_window_pattern', 3),
+    ('rope.freq_base_swa', 2e4),
+    ('final_logit_softcapping', 30.0),
+  ],
+)
+def test_what_would_change_the_function_is_refused(key, value, model, tmp_path):
+  write(model, tmp_path / 'gemma.gguf', **{key: value})
+  with pytest.raises(InputError, match=f'gemma3.{key} = {value}'):
+    read_config(tmp_path / 'gemma.gguf')
+
+
+def test_what_only_says_the_usual_is_read(model, tmp_path):
+  usual = {'rope.scaling.factor': 1.0, 'attention.sliding_window_pattern': 6, 'rope.freq_base_swa': 1e4}
+  write(model, tmp_path / 'gemma.gguf', **usual)
+  assert read_config(tmp_path / 'gemma.gguf').layers[5].window == 0

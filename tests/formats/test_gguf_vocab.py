@@ -58,6 +58,15 @@ def split(pattern):
   )
 
 
+def gemma():
+  """SentencePiece as transformers writes Gemma's: no space before the text, and a split that finds none."""
+  tokenizer = metaspace()
+  backend = tokenizer.backend_tokenizer
+  backend.normalizer = normalizers.Replace(' ', '▁')
+  backend.pre_tokenizer = pre_tokenizers.Split(' ', behavior='merged_with_previous')
+  return tokenizer
+
+
 def metaspace(scheme='first', merges=None, **options):
   """SentencePiece as newer conversions of Llama 2 and Mistral write it; merges are the pairs of PIECES."""
   tokens = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256)), *PIECES]
@@ -90,12 +99,12 @@ def tokenizers(tmp_path_factory):
   read['both ends'] = byte_level(path, 'smollm', add_add_bos_token=True, add_add_eos_token=True)
   read['spm read'] = sentence_piece(path)
   read['spm without prefix'] = sentence_piece(path, prefix=False)
-  return read | {n: make() for n, make in PUBLISHED.items()} | {'spm': metaspace('first')}
+  return read | {n: make() for n, make in PUBLISHED.items()} | {'spm': metaspace('first'), 'gemma': gemma()}
 
 
 NAMES = [
   *(f'{pre} read' for pre in (*BYTE_LEVEL, 'spm')),
-  'both ends', 'spm without prefix', *PUBLISHED, 'spm',
+  'both ends', 'spm without prefix', *PUBLISHED, 'spm', 'gemma',
 ]  # fmt: skip
 
 
