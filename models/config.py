@@ -72,11 +72,18 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearScaling:
+  """All frequencies divided by `factor` (rope type `linear`; Chen et al., arXiv 2306.15595)."""
+
+  factor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class RopeConfig:
   """Rotary position embedding: base frequency and optional scaling."""
 
   theta: float
-  scaling: Llama3Scaling | None = None
+  scaling: Llama3Scaling | LinearScaling | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quant_shape_to_byte_shape, quantize
+from gguf import (
+  GGMLQuantizationType,
+  GGUFWriter,
+  LlamaFileType,
+  RopeScalingType,
+  quant_shape_to_byte_shape,
+  quantize,
+)
 
 from adapt_jax.export.gguf_vocab import add_tokenizer, check_gguf_tokenizer
 from adapt_jax.machine.progress import Progress
-from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.config import LinearScaling, Llama3Scaling, ModelConfig
 from adapt_jax.models.errors import InputError, disk_full, first_line
 from adapt_jax.models.files import new_file
 from adapt_jax.models.formats.gguf_architectures import ARCHITECTURES
@@ -107,7 +114,7 @@ def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
     refused = {
       'widths that differ by layer': not config.uniform,
       'biases': (config.qkv_bias or config.output_bias) and not arch.biases,
-      'llama3 rotary scaling': config.rope.scaling is not None,
+      'llama3 rotary scaling': isinstance(config.rope.scaling, Llama3Scaling),
       'a head of its own': arch.tied is True and not config.tie_embeddings,
       'tied embeddings': arch.tied is False and config.tie_embeddings,
       'heads that do not add up to the hidden size': arch.square and not _square(config),
@@ -133,9 +140,10 @@ def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
     return name
   if not config.uniform:
     return 'deci'
-  # llama.cpp's qwen2 has no bias on down_proj and no scaling, and in older versions its heads must add up to
-  # the hidden size; its llama computes the same function with all of these, with q and k permuted.
-  plain = config.qkv_bias and not config.output_bias and not config.rope.scaling
+  # llama.cpp's qwen2 has no bias on down_proj and no llama3 scaling, and in older versions its heads must add
+  # up to the hidden size; its llama computes the same function with all of these, with q and k permuted.
+  scaled = isinstance(config.rope.scaling, Llama3Scaling)
+  plain = config.qkv_bias and not config.output_bias and not scaled
   return name if plain and _square(config) else 'llama'
 
 
@@ -173,7 +181,11 @@ def _add_fields(writer: GGUFWriter, config: ModelConfig, kind: str, name: str) -
   for field, (key, _) in arch.numbers.items():
     writer.add_float32(f'{writer.arch}.{key}', getattr(config, field))
   writer.add_string(FAMILY_KEY, config.family)
-  if scaling := config.rope.scaling:
+  scaling = config.rope.scaling
+  if isinstance(scaling, LinearScaling):
+    writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(scaling.factor)
+  elif scaling:
     parts = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position)
     writer.add_array(SCALING_KEY, [float(part) for part in parts])
 
@@ -204,7 +216,8 @@ def _write(
     stored = types[leaf.name]
     nbytes = int(np.prod(quant_shape_to_byte_shape(leaf.hf_shape, stored)))
     writer.add_tensor_info(arch.gguf_name(leaf.name), leaf.hf_shape, np.dtype(np.float32), nbytes, stored)
-  divisors = rope_divisors(config.rope, config.head_dim) if config.rope.scaling else None
+  llama3 = isinstance(config.rope.scaling, Llama3Scaling)
+  divisors = rope_divisors(config.rope, config.head_dim) if llama3 else None
   if divisors is not None:
     writer.add_tensor_info(ROPE_FREQS, divisors.shape, divisors.dtype, divisors.nbytes)
   writer.write_header_to_file()

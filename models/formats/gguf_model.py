@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-from adapt_jax.models.config import MOST, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from adapt_jax.models.config import MOST, LayerShape, LinearScaling, Llama3Scaling, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.formats.gguf_architectures import ARCHITECTURES
@@ -128,9 +128,9 @@ def _refuse_unsupported(file: GgufFile, arch: str) -> None:
   refused = {
     'expert_count': get('expert_count', int, 0) > 0,
     'rope.scaling.type': kind not in ('none', 'linear'),
-    'rope.scaling.factor': kind == 'linear' and get('rope.scaling.factor', float, 1.0) not in (0.0, 1.0),
+    'rope.scaling.factor': get('rope.scaling.factor', float, 0.0) < 0,
     'rope.scaling.finetuned': arch == 'granite' and not get('rope.scaling.finetuned', bool, True),
-    'rope.scale_linear': get('rope.scale_linear', float, 1.0) != 1.0,
+    'rope.scale_linear': get('rope.scale_linear', float, 0.0) < 0,
     'rope.dimension_count': get('rope.dimension_count', int, head_dim) != head_dim,
     'attention.value_length': get('attention.value_length', int, head_dim) != head_dim,
     'attention.sliding_window': not known.window_every and 0 < window < get('context_length', int, 0),
@@ -187,12 +187,27 @@ def _head_dim(file: GgufFile, arch: str) -> int:
   return head_dim
 
 
+def _linear_factor(file: GgufFile, arch: str) -> float:
+  """The factor of linear rotary scaling, 1 if there is none."""
+  key = f'{arch}.rope.scaling.factor'
+  if key not in file.metadata:
+    key = f'{arch}.rope.scale_linear'  # the name in old files
+  linear = file.field(f'{arch}.rope.scaling.type', str, 'linear') == 'linear'
+  return (_decimal(file.field(key, float, 1.0)) or 1.0) if linear else 1.0
+
+
 def _rope(file: GgufFile, arch: str) -> RopeConfig:
-  """Base frequency, and the llama3 scaling that matches the divisors in rope_freqs.weight."""
+  """Base frequency, and the linear scaling or the llama3 scaling that matches rope_freqs.weight."""
   usual = {} if ARCHITECTURES[arch].local_theta else {'default': 10000.0}
   rope = RopeConfig(_decimal(file.field(f'{arch}.rope.freq_base', float, **usual)))
+  factor = _linear_factor(file, arch)
   if ROPE_FREQS not in file.tensors:
-    return rope
+    return rope if factor == 1 else RopeConfig(rope.theta, LinearScaling(factor))
+  if factor != 1:
+    raise InputError(
+      f'{file.path}: linear rotary scaling by {factor} together with {ROPE_FREQS} is not supported; use a '
+      f'model with one of them'
+    )
   head_dim = _head_dim(file, arch)
   divisors = _read_array(file, ROPE_FREQS)
   # The longest wavelengths are divided by `factor`; LLaMA 3.1 and 3.2 differ in nothing else.

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from adapt_jax.models.config import MOST, LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from adapt_jax.models.config import MOST, LayerShape, LinearScaling, Llama3Scaling, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.families import FAMILIES, Family
 
@@ -248,8 +248,10 @@ def _rope(raw: dict[str, Any], usual_theta: float, layer_type: str = '') -> Rope
     raise InputError('partial_rotary_factor is not supported; use a checkpoint without it')
   if kind == 'default':
     return RopeConfig(theta)
+  if kind == 'linear':
+    return RopeConfig(theta, LinearScaling(_number(parameters, 'factor')))
   if kind != 'llama3':
-    raise InputError(f'rope_type {kind!r} is not supported: only default and llama3 are')
+    raise InputError(f'rope_type {kind!r} is not supported: only default, linear and llama3 are')
   low, high = (_number(parameters, f'{end}_freq_factor') for end in ('low', 'high'))
   if low >= high:
     raise InputError(f'low_freq_factor = {low} should be below high_freq_factor = {high}')
@@ -265,7 +267,10 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
   is a complete stock config.json; `adapt_jax/export/hf.py` adds what other models need.
   """
   rope: dict[str, Any] = {'rope_type': 'default'}
-  if s := config.rope.scaling:
+  s = config.rope.scaling
+  if isinstance(s, LinearScaling):
+    rope = {'rope_type': 'linear', 'factor': s.factor}
+  elif s:
     rope = {
       'rope_type': 'llama3',
       'factor': s.factor,

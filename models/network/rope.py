@@ -4,22 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.models.config import RopeConfig
+from adapt_jax.models.config import LinearScaling, RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-  """Angular frequencies [H/2] in radians per position, with the llama3 scaling if configured.
+  """Angular frequencies [H/2] in radians per position, with the scaling if configured.
 
   The scaling of LLaMA 3.1 (`transformers` rope type `llama3`) divides the
   frequencies of wavelengths beyond `original_max_position / low_freq_factor` by
   `factor`, keeps those below `original_max_position / high_freq_factor`, and
-  interpolates linearly in between.
+  interpolates linearly in between. Linear scaling divides all by `factor`.
   """
   exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
   freqs = (1.0 / (np.float32(rope.theta) ** exponents)).astype(np.float32)
   if rope.scaling is None:
     return freqs
   s = rope.scaling
+  if isinstance(s, LinearScaling):
+    return freqs / np.float32(s.factor)
   wavelengths = 2 * np.pi / freqs
   smooth = (s.original_max_position / wavelengths - s.low_freq_factor) / (
     s.high_freq_factor - s.low_freq_factor

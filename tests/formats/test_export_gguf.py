@@ -17,7 +17,7 @@ import adapt_jax as aj
 from adapt_jax.export import gguf as export
 from adapt_jax.export.gguf import KINDS, check_gguf, write_gguf
 from adapt_jax.export.padded import widest_config
-from adapt_jax.models.config import LayerShape, Llama3Scaling, RopeConfig
+from adapt_jax.models.config import LayerShape, LinearScaling, Llama3Scaling, RopeConfig
 from adapt_jax.models.errors import InputError, disk_full
 from adapt_jax.models.formats.gguf_architectures import ARCHITECTURES
 from adapt_jax.models.formats.gguf_header import open_file
@@ -37,6 +37,7 @@ GENERATED = 8
 SQUARE = (LayerShape(4, 2, 40),) * 2  # heads · head_dim = hidden_size
 BY_HEAD = (LayerShape(4, 1, 24), LayerShape(1, 1, 40), LayerShape(3, 1, 24))  # pruned by query heads
 SCALED = RopeConfig(50000.0, Llama3Scaling(8.0, 1.0, 4.0, 32))
+LINEAR = RopeConfig(50000.0, LinearScaling(8.0))
 
 
 def config_of(family, shapes=None, **fields):
@@ -78,11 +79,17 @@ MODELS = {
   'qwen2 not square': ('llama', config_of('qwen2', UNIFORM)),
   'qwen2 output_bias': ('deci', config_of('qwen2', output_bias=True)),
   'qwen2 scaled': ('llama', config_of('qwen2', SQUARE, rope=SCALED)),
+  'llama linear': ('deci', config_of('llama', rope=LINEAR)),
+  'qwen2 linear': ('qwen2', config_of('qwen2', SQUARE, rope=LINEAR)),
+  'qwen3 linear': ('qwen3', config_of('qwen3', UNIFORM, rope=LINEAR)),
   'phi3 without window': ('deci', config_of('phi3').with_layers(VARIED)),
   'qwen3 uniform': ('qwen3', config_of('qwen3', UNIFORM)),
   'gemma2 uniform': ('gemma2', gemma2(UNIFORM)),
   'gemma3 uniform': ('gemma3', gemma3(UNIFORM[:1] * 7)),
   'gemma3 untied': ('gemma3', gemma3(UNIFORM, tie_embeddings=False)),
+  'gemma2 linear': ('gemma2', gemma2(UNIFORM, rope=LINEAR)),
+  'gemma3 linear': ('gemma3', gemma3(UNIFORM[:1] * 7, rope=LINEAR)),
+  'granite linear': ('granite', config_of('granite', UNIFORM, rope=LINEAR)),
   'granite uniform': ('granite', config_of('granite', UNIFORM)),
   'granite all biases': ('granite', config_of('granite', UNIFORM, qkv_bias=True, output_bias=True)),
   'granite tied': ('granite', config_of('granite', UNIFORM, tie_embeddings=True, attention_scale=0.0)),

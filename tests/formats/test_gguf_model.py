@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from adapt_jax.models.config import LayerShape, Llama3Scaling, ModelConfig, RopeConfig
+from adapt_jax.models.config import LayerShape, LinearScaling, Llama3Scaling, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats import gguf_model, gguf_tokenizer
 from adapt_jax.models.formats.hf_weights import check_tensors, leaves
@@ -258,6 +258,23 @@ def test_another_llama3_rope_scaling_that_our_own_export_names(tmp_path):
     assert_refused(path, 'rope_freqs.weight')
 
 
+@pytest.mark.parametrize('key', ['rope.scaling.factor', 'rope.scale_linear'])
+def test_linear_rope_scaling_by_its_new_and_old_name(tmp_path, key):
+  path, config = tmp_path / 'tiny.gguf', tiny_config('llama')
+  for factor, scaling in ((4.0, LinearScaling(4.0)), (0.0, None), (1.0, None)):
+    write_model(path, config, extra=lambda w, f=factor: w.add_float32(f'llama.{key}', f))
+    assert gguf_model.read_config(path).rope == RopeConfig(config.rope.theta, scaling)
+
+
+def test_linear_rope_scaling_together_with_rope_factors_is_refused(tmp_path):
+  def extra(writer):
+    writer.add_float32('llama.rope.scaling.factor', 2.0)
+    writer.add_tensor('rope_freqs.weight', llama3_factors(500000.0, 16, 8.0))
+
+  write_model(tmp_path / 'tiny.gguf', tiny_config('llama'), extra=extra)
+  assert_refused(tmp_path / 'tiny.gguf', 'rope_freqs.weight', 'linear')
+
+
 def test_other_rope_factors_are_refused(tmp_path):
   factors = llama3_factors(500000.0, 16, 8.0)
   for i, wrong in enumerate((factors * np.float32(1.01), factors[:-1], np.full(8, np.nan, np.float32))):
@@ -267,6 +284,7 @@ def test_other_rope_factors_are_refused(tmp_path):
 
 
 UNSUPPORTED = {
+  'rope.scaling.factor': lambda w: w.add_rope_scaling_factor(-2.0),
   'expert_count': lambda w: w.add_expert_count(8),
   'rope.scaling.type': lambda w: w.add_rope_scaling_type(gguf_package.RopeScalingType.YARN),
   'attention.sliding_window': lambda w: w.add_sliding_window(128),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from adapt_jax.models.config import LayerShape, Llama3Scaling, RopeConfig, count_params
+from adapt_jax.models.config import LayerShape, LinearScaling, Llama3Scaling, RopeConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.formats.hf_config import config_from_hf, config_to_hf
@@ -121,6 +121,10 @@ SCALED = RopeConfig(5e5, Llama3Scaling(8.0, 1.0, 4.0, 32))
     ({'rope_theta': 5e5, 'rope_scaling': None}, RopeConfig(5e5)),
     ({'rope_theta': 5e5, 'rope_scaling': {'rope_type': 'default'}}, RopeConfig(5e5)),
     ({'rope_theta': 5e5, 'rope_scaling': LLAMA3 | {'rope_type': 'llama3'}}, SCALED),
+    (
+      {'rope_theta': 5e5, 'rope_scaling': {'type': 'linear', 'factor': 4}},
+      RopeConfig(5e5, LinearScaling(4.0)),
+    ),
     ({'rope_theta': 5e5, 'rope_scaling': LLAMA3 | {'type': 'llama3'}}, SCALED),
     ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}, RopeConfig(5e5)),
     ({'rope_parameters': {'rope_theta': 5e5}}, RopeConfig(5e5)),
@@ -168,13 +172,13 @@ REFUSED = [
   ('never run', {'model_type': 'mystery', 'auto_map': {'AutoModel': 'modeling_mystery.Model'}}),
   ('model_type', {'model_type': None}),
   ('yarn', {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}}),
-  ('linear', {'rope_scaling': {'type': 'linear', 'factor': 2.0}}),
   ('dynamic', {'rope_parameters': {'rope_type': 'dynamic', 'factor': 2.0, 'rope_theta': 1e4}}),
   (
     'yarn',
     {'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}},
   ),
   ('low_freq_factor', {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}),
+  ('factor', {'rope_scaling': {'type': 'linear'}}),
   ('sliding_window', base('qwen2', use_sliding_window=True, sliding_window=64)),
   ('sliding_window', base('qwen3', layer_types=['full_attention', 'sliding_attention'])),
   ('num_local_experts', {'num_local_experts': 8}),

@@ -24,6 +24,8 @@ LLAMA3 = {
   'high_freq_factor': 4.0,
   'original_max_position_embeddings': 32,
 }
+LINEAR = {'rope_type': 'linear', 'rope_theta': 1000.0, 'factor': 8.0}
+LOCAL = {'rope_type': 'default', 'rope_theta': 100.0}
 SHAPE = {
   'vocab_size': 64,
   'hidden_size': 48,
@@ -53,6 +55,11 @@ CASES = {
   'llama-wide-heads': ('Llama', {'head_dim': 20}),
   'llama-biases': ('Llama', {'attention_bias': True}),
   'llama3-scaling': ('Llama', {'rope_parameters': LLAMA3, 'head_dim': 16}),
+  'linear-scaling': ('Llama', {'rope_parameters': LINEAR}),
+  'gemma3-linear': (
+    'Gemma3',
+    GEMMA | {'rope_parameters': {'full_attention': LINEAR, 'sliding_attention': LOCAL}},
+  ),
   'mistral': ('Mistral', {'sliding_window': None, 'head_dim': 12}),
   'mistral-window-not-reached': ('Mistral', {'sliding_window': 256}),
   'qwen2': ('Qwen2', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e6}}),
