@@ -24,7 +24,7 @@ _READS = {
     'prune.compat', 'prune.calibration', 'evaluate.source', 'evaluate.length', 'evaluate.max_tokens',
     'sensitivity',
   ),
-  'bench': ('seed', 'model', 'bench'),
+  'bench': ('seed', 'model', 'bench', 'prune.attention'),
 }  # fmt: skip
 
 # What a mode reads in addition; for modes without a workdir, everything.

@@ -37,8 +37,6 @@ class CalibrationOptions:
   )
 
 
-# The budgets that query heads do not change (the cache), or whose tables are by KV heads.
-WITHOUT_QUERY_HEADS = ('kv_cache', 'latency')
 # Methods that follow the paper's schedule step by step; the authors' code has these two.
 PROGRESSIVE = ('adapt', 'uniform')
 
@@ -94,7 +92,7 @@ class PruneOptions:
     'auto',
     'What is removed from attention: whole KV heads with their query heads (kv_groups), or query heads, '
     'equally many of each KV head in a layer (query_heads). auto: query_heads for models with one KV head '
-    'per layer, unless budget is kv_cache or latency or compat is set; otherwise kv_groups.',
+    'per layer, unless budget is kv_cache or compat is set; otherwise kv_groups.',
     choices=('auto', 'kv_groups', 'query_heads'),
   )
   stages: int = option(1, 'Rounds of pruning and recovery (N in the paper).', within=(1, 10_000))

@@ -6,7 +6,7 @@ import re
 
 from adapt_jax.config.mode_options import SensitivityOptions
 from adapt_jax.config.options import ExportOptions, MeshOptions, RunOptions, TrainOptions
-from adapt_jax.config.prune_options import PROGRESSIVE, WITHOUT_QUERY_HEADS, PruneOptions
+from adapt_jax.config.prune_options import PROGRESSIVE, PruneOptions
 from adapt_jax.config.values import serving_multiples
 from adapt_jax.models.errors import InputError
 
@@ -38,7 +38,7 @@ def _check_prune(prune: PruneOptions) -> None:
     )
   if prune.attention == 'query_heads':
     for name, bad, why in (
-      ('budget', prune.budget in WITHOUT_QUERY_HEADS, 'counts KV heads'),
+      ('budget', prune.budget == 'kv_cache', 'counts KV heads'),
       ('compat', bool(prune.compat), 'removes KV groups'),
     ):
       if bad:

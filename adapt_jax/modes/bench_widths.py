@@ -27,6 +27,7 @@ from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import latency, surgery
+from adapt_jax.pruning.attention_units import UNITS_BY_NAME, AttentionUnit, find_unit
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.reports.report import WidthsReport, versions, write_report
 
@@ -45,12 +46,13 @@ def widths_of(full: int) -> list[int]:
   return sorted({max(round(share * full / step), 1) * step for share in _SHARES} - {full})
 
 
-def narrowed(config: ModelConfig, kv: int, ffn: int, layers: int) -> PrunePlan:
-  """The plan that keeps the first groups and channels of the first layers."""
+def narrowed(config: ModelConfig, units: int, ffn: int, layers: int, unit: AttentionUnit) -> PrunePlan:
+  """The plan that keeps the first units of attention and the first channels of the first layers."""
   kept = np.arange(config.num_layers) < layers
   return PrunePlan(
-    tuple((np.arange(s.num_kv_heads) < kv) & there for s, there in zip(config.layers, kept, strict=True)),
+    tuple((np.arange(unit.count(s)) < units) & there for s, there in zip(config.layers, kept, strict=True)),
     tuple((np.arange(s.ffn) < ffn) & there for s, there in zip(config.layers, kept, strict=True)),
+    unit,
   )
 
 
@@ -92,29 +94,33 @@ def _seconds(timings: Timings, steps: int) -> Seconds:
 def measure(source: Source, options: RunOptions, prompts: list[list[int]]) -> dict[str, dict[str, Any]]:
   """The phases of a `latency.Table` as JSON."""
   bench, config = _Bench(source, options, prompts), source.config
-  shape, layers = config.layers[0], config.num_layers
-  kv, ffn = shape.num_kv_heads, shape.ffn
-  fewer_groups = () if config.traits.joint_qk_norm else widths_of(kv)  # such groups cannot be removed
-  groups = {k: bench.ratio(narrowed(config, k, ffn, layers), f'{k} KV heads') for k in fewer_groups}
-  channels = {f: bench.ratio(narrowed(config, kv, f, layers), f'{f:,} channels') for f in widths_of(ffn)}
-  half = max(layers // 2, 1)
-  fewer = bench.ratio(narrowed(config, kv, ffn, half), f'{half} layers') if half < layers else None
+  unit, depth = find_unit(options.prune, config), config.num_layers
+  whole_units, ffn = unit.count(config.layers[0]), config.layers[0].ffn
+
+  def ratio(title: str, units: int = whole_units, channels: int = ffn, layers: int = depth) -> Seconds:
+    return bench.ratio(narrowed(config, units, channels, layers, unit), title)
+
+  fewer_units = () if config.traits.joint_qk_norm else widths_of(whole_units)  # such heads cannot be removed
+  units = {k: ratio(f'{k} {unit.title}', units=k) for k in fewer_units}
+  channels = {f: ratio(f'{f:,} channels', channels=f) for f in widths_of(ffn)}
+  half = max(depth // 2, 1)
+  fewer = ratio(f'{half} layers', layers=half) if half < depth else None
 
   def phase(kind: str) -> dict[str, Any]:
     whole = statistics.median(seconds[kind] for seconds in bench.whole)
-    layer = whole * (1 - fewer[kind]) / (layers - half) if fewer else whole / layers
+    layer = whole * (1 - fewer[kind]) / (depth - half) if fewer else whole / depth
 
     def curve(ratios: dict[int, Seconds], full: int) -> dict[str, list[Any]]:
       """Seconds of a block of one layer, such that none of it takes none: by the line of the two lowest."""
-      saved = [*(whole * (1 - ratio[kind]) / layers for ratio in ratios.values()), 0.0]
+      saved = [*(whole * (1 - ratio[kind]) / depth for ratio in ratios.values()), 0.0]
       widths = [*ratios, full]
       slope = (saved[0] - saved[1]) / (widths[1] - widths[0]) if ratios else 0.0
       most = saved[0] + slope * widths[0]
       return {'widths': widths, 'seconds': [most - x for x in saved]}
 
-    attention, mlp = curve(groups, kv), curve(channels, ffn)
+    attention, mlp = curve(units, whole_units), curve(channels, ffn)
     rest = layer - attention['seconds'][-1] - mlp['seconds'][-1]
-    return {'fixed': whole - layers * layer, 'rest': rest, 'attention': attention, 'mlp': mlp}
+    return {'fixed': whole - depth * layer, 'rest': rest, 'attention': attention, 'mlp': mlp}
 
   return {kind: phase(kind) for kind in _KINDS}
 
@@ -128,6 +134,7 @@ def run(options: RunOptions, source: Source, workdir: Workdir, command: str) -> 
     )
   with workdir.claimed():
     b, rng = options.bench, np.random.default_rng(options.seed)
+    unit = find_unit(options.prune, source.config)
     prompts = rng.integers(0, source.config.vocab_size, (b.batch, b.prompt_length)).tolist()
     report: WidthsReport = {
       **latency.here(compute_dtype(options.model.dtype)),  # type: ignore[typeddict-item]
@@ -135,7 +142,8 @@ def run(options: RunOptions, source: Source, workdir: Workdir, command: str) -> 
       'source': source.name,
       'repeats': b.repeats,
       'latency': {
-        'model': latency.likeness(source.config),
+        'unit': unit.name,
+        'model': latency.likeness(source.config, unit),
         'request': latency.request_of(b),
         **measure(source, options, prompts),
       },
@@ -150,10 +158,15 @@ def run(options: RunOptions, source: Source, workdir: Workdir, command: str) -> 
     print(f'\n{table}\nto prune for such requests: {flags}')
 
 
+def _titles(report: WidthsReport) -> tuple[tuple[str, str], ...]:
+  """The blocks, and what their widths are."""
+  return ('attention', UNITS_BY_NAME[report['latency']['unit']].title), ('mlp', 'MLP channels')
+
+
 def warning(report: WidthsReport) -> str:
   """A warning if some narrower block took as long as a wider one, or longer; else ''."""
   for kind in _KINDS:
-    for block, name in (('attention', 'KV heads'), ('mlp', 'MLP channels')):
+    for block, name in _titles(report):
       widths, seconds = (report['latency'][kind][block][of] for of in ('widths', 'seconds'))
       if wrong := [i for i in range(1, len(widths)) if seconds[i] <= seconds[i - 1]]:
         return (
@@ -171,7 +184,7 @@ def _table(report: WidthsReport, layers: int) -> str:
   def row(title: str, values: list[float]) -> str:
     return f'| {title} | ' + ' | '.join(f'{1000 * x:,.4g}' for x in values) + ' |'
 
-  for block, name in (('attention', 'KV heads'), ('mlp', 'MLP channels')):
+  for block, name in _titles(report):
     for i, width in enumerate(found['prefill'][block]['widths']):
       lines.append(row(f'{width:,} {name}', [layers * found[kind][block]['seconds'][i] for kind in _KINDS]))
   lines.append(row('norms and the rest of the layers', [layers * found[kind]['rest'] for kind in _KINDS]))

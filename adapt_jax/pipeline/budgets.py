@@ -44,6 +44,6 @@ def _budget(options: RunOptions, config: ModelConfig, stored: str) -> Budget:
   if kind == 'memory':
     return budgets.memory(config, itemsize, request.batch * context, unit)
   if kind == 'latency':
-    table = latency.find_table(options.prune.latency_table, config, request)
+    table = latency.find_table(options.prune.latency_table, config, request, unit)
     return latency.budget(table, config)
   return budgets.params(config, unit)

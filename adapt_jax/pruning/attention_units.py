@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from adapt_jax.config.prune_options import WITHOUT_QUERY_HEADS, PruneOptions
+from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.models.config import LayerShape, ModelConfig, kv_group_params
 
 
@@ -17,11 +17,13 @@ from adapt_jax.models.config import LayerShape, ModelConfig, kv_group_params
 class AttentionUnit:
   """A kind of unit.
 
-  name: as in prune.attention and in plans. axis: its axis among [K, G, H], those of o_proj's columns.
+  name: as in prune.attention and in plans. title: what a layer's width counts, in words.
+  axis: its axis among [K, G, H], those of o_proj's columns.
   axes: leaf of attention -> the axis along which its units lie; leaves not named here stay whole.
   """
 
   name: str
+  title: str
   axis: int
   axes: Mapping[str, int]
 
@@ -53,21 +55,22 @@ class AttentionUnit:
 
 
 KV_GROUPS = AttentionUnit(
-  'kv_groups', 0, {'q': 0, 'k': 0, 'v': 0, 'o': 1, 'q_bias': 0, 'k_bias': 0, 'v_bias': 0}
+  'kv_groups', 'KV heads', 0, {'q': 0, 'k': 0, 'v': 0, 'o': 1, 'q_bias': 0, 'k_bias': 0, 'v_bias': 0}
 )
-QUERY_HEADS = AttentionUnit('query_heads', 1, {'q': 1, 'o': 2, 'q_bias': 1})
+QUERY_HEADS = AttentionUnit('query_heads', 'query heads per KV head', 1, {'q': 1, 'o': 2, 'q_bias': 1})
+UNITS_BY_NAME = {unit.name: unit for unit in (KV_GROUPS, QUERY_HEADS)}
 
 
 def find_unit(options: PruneOptions, config: ModelConfig) -> AttentionUnit:
   """The unit for prune.attention and a model.
 
   auto: query heads if every layer has a single KV head, which cannot go, or if the model has been pruned by
-  query heads before; but not for budgets that do not count them, nor for prune.compat.
+  query heads before; but not for a budget of KV cache, which they do not change, nor for prune.compat.
   """
   if options.attention != 'auto':
     return QUERY_HEADS if options.attention == QUERY_HEADS.name else KV_GROUPS
   kv_heads = {shape.num_kv_heads for shape in config.layers}
   groups = {shape.group_size for shape in config.layers}
   suits = kv_heads == {1} or (len(kv_heads) == 1 and len(groups) > 1)
-  counted = options.budget not in WITHOUT_QUERY_HEADS and not options.compat
+  counted = options.budget != 'kv_cache' and not options.compat
   return QUERY_HEADS if suits and counted else KV_GROUPS

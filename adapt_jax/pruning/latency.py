@@ -19,6 +19,7 @@ from adapt_jax.machine.targets import TARGETS, Target
 from adapt_jax.models.config import LayerShape, ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import local, read_json
+from adapt_jax.pruning.attention_units import KV_GROUPS, UNITS_BY_NAME, AttentionUnit
 from adapt_jax.pruning.budget import Budget, LayerCost, Measured
 
 FIELD = 'config.prune.latency_table'
@@ -45,7 +46,7 @@ class Curve:
 class Phase:
   """Seconds of a prefill or a decoding step: outside the layers, and of the blocks of each layer.
 
-  rest: of a layer besides what changes with the widths.
+  rest: of a layer besides what changes with the widths. attention: by units of attention.
   """
 
   fixed: float
@@ -60,6 +61,7 @@ class Table:
 
   name: the file or device. model: what the models have in common, as in `likeness`. request: batch,
   prompt_length and new_tokens. where: the device, backend and dtype of the measurements; empty if none.
+  unit: the unit of attention.
   """
 
   name: str
@@ -68,14 +70,23 @@ class Table:
   prefill: Phase
   decode: Phase
   where: dict[str, str] = dataclasses.field(default_factory=dict)
+  unit: AttentionUnit = KV_GROUPS
 
 
-def likeness(config: ModelConfig) -> dict[str, int]:
+# The width of a layer that its units of attention do not change.
+_FIXED_WIDTH = {
+  'kv_groups': ('group_size', 'query heads per KV head'),
+  'query_heads': ('num_kv_heads', 'KV heads'),
+}
+
+
+def likeness(config: ModelConfig, unit: AttentionUnit = KV_GROUPS) -> dict[str, int]:
   """What two models need to share for a layer of one to be as fast as an equal layer of the other."""
+  fixed = _FIXED_WIDTH[unit.name][0]
   return {
     'hidden_size': config.hidden_size,
     'head_dim': config.head_dim,
-    'group_size': config.layers[0].group_size,
+    fixed: getattr(config.layers[0], fixed),
     'vocab_size': config.vocab_size,
   }
 
@@ -100,13 +111,14 @@ def budget(table: Table, config: ModelConfig) -> Budget:
     return prefill + steps * decode
 
   def of_layer(shape: LayerShape) -> LayerCost:
-    attention, mlp = seconds('attention', shape.num_kv_heads), seconds('mlp', shape.ffn)
+    attention, mlp = seconds('attention', table.unit.count(shape)), seconds('mlp', shape.ffn)
     rest = table.prefill.rest + steps * table.decode.rest + attention[0] + mlp[0]
     # A wider block that was measured as faster is taken to be as slow: a removal must never cost time.
     grown = (np.maximum.accumulate(x - x[0]) for x in (attention, mlp))
     return LayerCost(_parts(rest), *(np.rint(x * _PARTS_PER_SECOND).astype(np.int64) for x in grown))
 
-  found = Budget.of('latency', config, _parts(table.prefill.fixed + steps * table.decode.fixed), of_layer)
+  fixed = _parts(table.prefill.fixed + steps * table.decode.fixed)
+  found = Budget.of('latency', config, fixed, of_layer, table.unit)
   if not found.counts_mlp or found.dense <= 0:
     raise InputError(
       f'{FIELD} = {table.name!r}: narrower layers are no faster in it: measure on an idle machine'
@@ -118,29 +130,37 @@ def _parts(seconds: float) -> int:
   return round(seconds * _PARTS_PER_SECOND)
 
 
-def find_table(name: str, config: ModelConfig, request: BenchOptions) -> Table:
+def find_table(
+  name: str, config: ModelConfig, request: BenchOptions, unit: AttentionUnit = KV_GROUPS
+) -> Table:
   """The table of prune.latency_table: of a named device, or a file that mode bench has written.
 
-  Raises InputError for a file without a table, for one of another model, and for a model whose layers
-  differ in the number of query heads per KV head.
+  Raises InputError for a file without a table, for one of another model or unit of attention, and for a model
+  whose layers differ in the number of query heads per KV head (or of KV heads, if query heads are pruned).
   """
-  if len(groups := {shape.group_size for shape in config.layers}) > 1:
+  field, title = _FIXED_WIDTH[unit.name]
+  if len(found := {getattr(shape, field) for shape in config.layers}) > 1:
     raise InputError(
-      f"config.prune.budget = 'latency' needs as many query heads per KV head in every layer, but "
-      f'model.source has {sorted(groups)}: choose another budget'
+      f"config.prune.budget = 'latency' needs as many {title} in every layer, but model.source has "
+      f'{sorted(found)}: choose another budget'
     )
   if name in DEVICES:
-    return roofline(name, config, request)
-  table, mine = _read(name, config), likeness(config)
+    return roofline(name, config, request, unit)
+  table, mine = _read(name), likeness(config, unit)
+  if table.unit is not unit:
+    raise InputError(
+      f'{FIELD} = {name!r} has times by {table.unit.name}, but this run prunes {unit.name}: measure '
+      f'model.source with --mode=bench --config.prune.attention={unit.name}'
+    )
   for field, value in table.model.items():
     if mine[field] != value:
       raise InputError(
         f'{FIELD} = {name!r} is of a model with {field} {value:,}, but model.source has {mine[field]:,}: '
         f'measure model.source with --mode=bench'
       )
-  widest = max(s.num_kv_heads for s in config.layers), max(s.ffn for s in config.layers)
+  widest = max(unit.count(s) for s in config.layers), max(s.ffn for s in config.layers)
   for title, curve, width in zip(
-    ('KV heads', 'MLP channels'), (table.prefill.attention, table.prefill.mlp), widest, strict=True
+    (unit.title, 'MLP channels'), (table.prefill.attention, table.prefill.mlp), widest, strict=True
   ):
     if width > curve.widths[-1]:
       raise InputError(
@@ -150,7 +170,7 @@ def find_table(name: str, config: ModelConfig, request: BenchOptions) -> Table:
   return table
 
 
-def _read(name: str, config: ModelConfig) -> Table:
+def _read(name: str) -> Table:
   try:
     report = read_json(pathlib.Path(local(name)), 'write one with --mode=bench')
   except InputError as error:
@@ -161,14 +181,16 @@ def _read(name: str, config: ModelConfig) -> Table:
     model = {key: int(value) for key, value in found['model'].items()}
     where = {key: str(report[key]) for key in ('device', 'backend', 'dtype')}
     prefill, decode = _phase(found['prefill']), _phase(found['decode'])
-    if min(request.values()) < 1 or model.keys() != likeness(config).keys():
+    unit = UNITS_BY_NAME[found.get('unit', KV_GROUPS.name)]  # earlier versions had no other
+    fields = {'hidden_size', 'head_dim', _FIXED_WIDTH[unit.name][0], 'vocab_size'}
+    if min(request.values()) < 1 or model.keys() != fields:
       raise ValueError('another format')
   except (AttributeError, IndexError, LookupError, OverflowError, TypeError, ValueError):
     raise InputError(
       f'{FIELD} = {name!r} holds no table of latencies: name the report.json that --mode=bench wrote for a '
       f'dense model, or one of {", ".join(DEVICES)}'
     ) from None
-  return Table(name, model, request, prefill, decode, where)
+  return Table(name, model, request, prefill, decode, where, unit)
 
 
 def _phase(found: Any) -> Phase:
@@ -189,7 +211,7 @@ def _number(value: Any) -> float:
   return float(value)
 
 
-def roofline(name: str, config: ModelConfig, request: BenchOptions) -> Table:
+def roofline(name: str, config: ModelConfig, request: BenchOptions, unit: AttentionUnit = KV_GROUPS) -> Table:
   """A table from published peaks: a block takes the longer of its products and its reads.
 
   The model is that of Williams et al., 10.1145/1498765.1498785.
@@ -197,26 +219,33 @@ def roofline(name: str, config: ModelConfig, request: BenchOptions) -> Table:
   All in bfloat16, on one device, without norms, rotations and the time to start kernels. The cache is read as
   it is half-way through the decoding.
   """
-  target, D, H, G = TARGETS[name], config.hidden_size, config.head_dim, config.layers[0].group_size
+  target, D, H, shape = TARGETS[name], config.hidden_size, config.head_dim, config.layers[0]
   B, P = request.batch, request.prompt_length
-  widest = max(s.num_kv_heads for s in config.layers), max(s.ffn for s in config.layers)
-  head = _Work(2 * config.vocab_size * D * B, _BYTES * config.vocab_size * D)
+  widest = max(unit.count(s) for s in config.layers), max(s.ffn for s in config.layers)
+  vocabulary = _Work(2 * config.vocab_size * D * B, _BYTES * config.vocab_size * D)
 
   def phase(tokens: int, slots: float) -> Phase:
     """A pass over so many tokens of every row, each of which attends to so many slots."""
-    weights = (2 + 2 * G) * H * D
-    products = 2 * weights * B * tokens + 4 * slots * G * H * B * tokens
+    rows, H2D = B * tokens, 2 * H * D
     cache = 2 * H * B * (P if tokens > 1 else slots)
-    group = _Work(products, _BYTES * (weights + cache))
-    channel = _Work(6 * D * B * tokens, _BYTES * 3 * D)
+    kv_head = _Work(2 * H2D * rows, _BYTES * (H2D + cache))
+    head = _Work((2 * H2D + 4 * slots * H) * rows, _BYTES * H2D)
+    if unit is KV_GROUPS:
+      attention, rest = kv_head.plus(head, shape.group_size), _Work(0, 0)
+    else:
+      attention, rest = (
+        _Work(0, 0).plus(head, shape.num_kv_heads),
+        _Work(0, 0).plus(kv_head, shape.num_kv_heads),
+      )
+    channel = _Work(6 * D * rows, _BYTES * 3 * D)
     curves = [
       Curve((1, width + 1), (work.seconds(target), (width + 1) * work.seconds(target)))
-      for work, width in zip((group, channel), widest, strict=True)
+      for work, width in zip((attention, channel), widest, strict=True)
     ]
-    return Phase(head.seconds(target), 0.0, *curves)
+    return Phase(vocabulary.seconds(target), rest.seconds(target), *curves)
 
   steps = phase(1, P + request.new_tokens / 2)
-  return Table(name, likeness(config), request_of(request), phase(P, P / 2), steps)
+  return Table(name, likeness(config, unit), request_of(request), phase(P, P / 2), steps, unit=unit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +254,9 @@ class _Work:
 
   operations: float
   moved: float
+
+  def plus(self, other: '_Work', times: int) -> '_Work':
+    return _Work(self.operations + times * other.operations, self.moved + times * other.moved)
 
   def seconds(self, target: Target) -> float:
     return max(self.operations / (target.peak_tflops * 1e12), self.moved / (target.memory_gb_per_s * 1e9))

@@ -266,7 +266,7 @@ class WidthsReport(TypedDict, total=False):
   date: str
   source: str
   repeats: int
-  latency: Required[dict[str, dict[str, Any]]]
+  latency: Required[dict[str, Any]]
   warning: str
   command: str
   versions: dict[str, str]

@@ -1,5 +1,6 @@
 """Mode bench: figures of both models, their ratio, and a warning where pruning does not pay."""
 
+import dataclasses
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.modes import bench, bench_widths
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import latency
+from adapt_jax.pruning.attention_units import QUERY_HEADS
 from tests.support import runs
 from tests.support.helpers import random_params, tiny_config
 
@@ -51,6 +53,23 @@ def test_a_model_whose_heads_are_normed_together_is_measured_by_its_channels(tmp
   options = make_options(tmp_path, dense='', pruned='olmo', prompt_length=16, new_tokens=2, repeats=1)
   table = run(options, tmp_path / 'out')['latency']
   assert table['decode']['attention']['widths'] == [2] and len(table['decode']['mlp']['widths']) > 1
+
+
+def test_a_model_with_one_kv_head_is_measured_by_its_query_heads(tmp_path, capsys):
+  """As its pruning removes them; and by KV heads if it is asked to."""
+  config = WIDE.with_layers((LayerShape(8, 1, 256),) * 2)
+  write_hf(config, random_params(config), tmp_path / 'single')
+  options = make_options(tmp_path, dense='', pruned='single', prompt_length=16, new_tokens=2, repeats=1)
+  found = run(options, tmp_path / 'out')['latency']
+  assert found['prefill']['attention']['widths'] == [1, 2, 4, 6, 8]
+  assert '8 query heads per KV head' in capsys.readouterr().out
+  name = str(tmp_path / 'out/report.json')
+  table = latency.find_table(name, config, options.bench, QUERY_HEADS)
+  assert table.unit is QUERY_HEADS and table.model['num_kv_heads'] == 1
+  with pytest.raises(InputError, match='--mode=bench --config.prune.attention=kv_groups'):
+    latency.find_table(name, config, options.bench)
+  groups = dataclasses.replace(options, prune=dataclasses.replace(options.prune, attention='kv_groups'))
+  assert run(groups, tmp_path / 'groups')['latency']['prefill']['attention']['widths'] == [1]
 
 
 def test_a_narrow_model_beside_a_wide_one(models, tmp_path, capsys):
@@ -196,7 +215,8 @@ def test_a_table_in_which_narrower_is_not_faster_says_so():
       'mlp': {'widths': [128, 256, 512], 'seconds': [*mlp]},
     }
 
-  found = {'latency': {'prefill': phase(1.0, 2.0, 4.0), 'decode': phase(1.0, 3.0, 2.5)}}
+  phases = {'prefill': phase(1.0, 2.0, 4.0), 'decode': phase(1.0, 3.0, 2.5)}
+  found = {'latency': {'unit': 'kv_groups', **phases}}
   assert bench_widths.warning(found).startswith(
     'warning: in the decode, 256 MLP channels took no less time than 512: measure again'
   )

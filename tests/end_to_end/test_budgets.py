@@ -14,6 +14,7 @@ from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import accel
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import latency
+from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS
 from tests.support import runs
 
 REQUEST = {'batch': 2, 'prompt_length': 20, 'new_tokens': 4}
@@ -41,12 +42,13 @@ def start(config, path):
   return json.loads(workdir.report.read_text())
 
 
-def write_table(path, config, dtype='float32', channel=1e-6):
-  """A table of latencies that rise by the same time with each group, and with each channel."""
+def write_table(path, config, dtype='float32', channel=1e-6, unit=None):
+  """A table of latencies that rise by the same time with each unit of attention, and with each channel."""
   phase = {'fixed': 1e-4, 'rest': 1e-5}
   phase['attention'] = {'widths': [1, 3], 'seconds': [1e-5, 3e-5]}
   phase['mlp'] = {'widths': [12, 48], 'seconds': [12 * channel, 48 * channel]}
-  found = {'model': latency.likeness(config), 'request': REQUEST, 'prefill': phase, 'decode': phase}
+  found = {'model': latency.likeness(config, unit or KV_GROUPS), 'request': REQUEST}
+  found |= {'prefill': phase, 'decode': phase} | ({'unit': unit.name} if unit else {})
   path.write_text(json.dumps({**latency.here(dtype), 'latency': found}))
   return str(path)
 
@@ -107,6 +109,24 @@ def test_stages_end_at_their_targets_and_a_table_that_changes_is_refused(files, 
   write_table(tmp_path / 'table.json', dense, dtype='bfloat16', channel=2e-6)
   with pytest.raises(InputError, match=r'config\.prune\.latency_table is not what the run'):
     start(config, tmp_path / 'out')
+
+
+def test_a_latency_is_reached_by_query_heads(files, tmp_path):
+  """Which a run with a table by KV heads refuses, though that is what earlier versions wrote."""
+  dense = open_source(str(files / 'model')).config
+  table = write_table(tmp_path / 'table.json', dense, unit=QUERY_HEADS)
+  fields = {'latency_table': table, 'attention': 'query_heads', 'target': 0.6}
+  budget = start(make_config(files, 'latency', **fields), tmp_path / 'out')['budget']
+  exported = open_source(str(tmp_path / 'out/hf')).config
+  heads, channels = (sum(getattr(s, name) for s in exported.layers) for name in ('group_size', 'ffn'))
+  passes = REQUEST['new_tokens']
+  found = 1000 * passes * (1e-4 + exported.num_layers * 1e-5 + heads * 1e-5 + channels * 1e-6)
+  assert budget['reached'] == pytest.approx(found, rel=1e-9) and budget['reached'] <= budget['asked']
+  assert {s.num_kv_heads for s in exported.layers} == {s.num_kv_heads for s in dense.layers}
+  assert heads < sum(s.group_size for s in dense.layers)
+  write_table(tmp_path / 'table.json', dense)
+  with pytest.raises(InputError, match='has times by kv_groups, but this run prunes query_heads'):
+    start(make_config(files, 'latency', **fields), tmp_path / 'other')
 
 
 def test_the_library_prunes_to_a_budget(files):

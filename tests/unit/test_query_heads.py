@@ -9,13 +9,14 @@ import optax
 import pytest
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.config.mode_options import BenchOptions
 from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.export.padded import pad, padded_config
 from adapt_jax.models.config import LayerShape, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
 from adapt_jax.pruning import budget as budgets
-from adapt_jax.pruning import compensate, curvature, surgery
+from adapt_jax.pruning import compensate, curvature, latency, surgery
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS, find_unit
 from adapt_jax.pruning.compensate import Compensator
 from adapt_jax.pruning.methods import METHODS
@@ -105,6 +106,24 @@ def test_costs_are_those_of_the_smaller_model(family, layers, kind):
     assert plan.cost(budget) == count_params(plan.pruned_config(config))
 
 
+@pytest.mark.parametrize('family, layers', KINDS)
+def test_latencies_at_the_peaks_are_those_of_the_smaller_model(family, layers):
+  """By either unit, for a request so small that reading the weights takes longest."""
+  config, request, unit = tiny_config(family, layers), BenchOptions(prompt_length=8), QUERY_HEADS
+
+  def of(config, unit):
+    return latency.budget(latency.find_table('h100', config, request, unit), config)
+
+  budget, narrow = of(config, unit), [unit.narrowed(s, 2, s.ffn) for s in layers]
+  smaller = of(config.with_layers(narrow), KV_GROUPS)
+  rounding = 2 * config.num_layers  # the picoseconds of each block of a layer are whole
+  assert budget.removes is QUERY_HEADS and abs(of(config, KV_GROUPS).dense - budget.dense) <= rounding
+  assert abs(budget.cost([2] * 3, [s.ffn for s in layers]) - smaller.dense) <= rounding
+  mixed = config.with_layers([*layers[:2], LayerShape(4, 4, 32)])
+  with pytest.raises(InputError, match=r"'latency' needs as many KV heads in every layer, but .* has \["):
+    of(mixed, unit)
+
+
 def test_auto_takes_query_heads_where_no_kv_head_can_go():
   single, pair = tiny_config('gemma3_text', SINGLE), tiny_config('qwen2', PAIR)
   mixed = tiny_config('llama', (LayerShape(6, 2, 32), LayerShape(4, 2, 32)))  # pruned by query heads before
@@ -113,7 +132,8 @@ def test_auto_takes_query_heads_where_no_kv_head_can_go():
     return find_unit(PruneOptions(**fields), config)
 
   assert found(single) is found(single, budget='flops') is found(mixed) is QUERY_HEADS
-  assert found(single, budget='kv_cache') is found(single, budget='latency') is KV_GROUPS
+  assert found(single, budget='latency') is QUERY_HEADS
+  assert found(single, budget='kv_cache') is KV_GROUPS
   assert found(single, compat='reference') is KV_GROUPS  # which credits scores to KV heads in its own way
   assert found(pair) is KV_GROUPS
   assert found(pair, attention='query_heads') is QUERY_HEADS
@@ -124,7 +144,6 @@ def test_auto_takes_query_heads_where_no_kv_head_can_go():
   'fields, message',
   [
     ({'budget': 'kv_cache'}, "conflicts with config.prune.budget = 'kv_cache'"),
-    ({'budget': 'latency', 'latency_table': 'h100'}, "conflicts with config.prune.budget = 'latency'"),
     ({'compat': 'reference', 'method': 'adapt', 'compensate': 'none'}, 'config.prune.compat'),
   ],
 )
