@@ -1,6 +1,6 @@
 """Whether to pad neighbouring layers to one width, so that one compiled layer serves them all.
 
-    python -m benchmarks.equal_layers RUN [RUN ...] [--head_dim=64]
+    python -m benchmarks.equal_layers --head_dim=64 RUN [RUN ...]
 
 RUN is the workdir of a finished run. A program with a loop over each run of equal layers compiles in about
 the time of as many layers as there are runs. This prints, for a number of runs, the least extra arithmetic in
@@ -44,16 +44,17 @@ def padding(layers: list[Widths], head_dim: int) -> list[float]:
 def main(arguments: list[str]) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('runs', nargs='+', type=pathlib.Path)
-  parser.add_argument('--head_dim', type=int, default=64)
+  parser.add_argument('--head_dim', type=int, required=True)
   options = parser.parse_args(arguments)
   shares = (1, 3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 4)
   print('| run | ' + ' | '.join(f'{share:.0%} of the layers' for share in shares) + ' |')
   print('|---|' + '---|' * len(shares))
   for directory in options.runs:
     stage = json.loads((directory / 'report.json').read_text())['stages'][-1]
-    layers = list(zip(stage['num_heads'], stage['num_kv_heads'], stage['ffn'], strict=True))
+    every = zip(stage['num_heads'], stage['num_kv_heads'], stage['ffn'], strict=True)
+    layers = [widths for widths in every if any(widths)]  # the others were removed
     extra = padding(layers, options.head_dim)
-    cells = [f'{extra[round(share * len(layers)) - 1]:.1%}' for share in shares]
+    cells = [f'{extra[max(round(share * len(layers)), 1) - 1]:.1%}' for share in shares]
     print(f'| {directory.name} | ' + ' | '.join(cells) + ' |')
 
 

@@ -6,6 +6,7 @@ table that prune.budget = latency reads (`pruning.latency`). Whole models are me
 itself finds its weights in the caches of the processor.
 """
 
+import dataclasses
 import datetime
 import statistics
 from typing import Any
@@ -91,18 +92,20 @@ def _seconds(timings: Timings, steps: int) -> Seconds:
   return {'prefill': timings.prefill_seconds, 'decode': timings.decode_seconds / steps}
 
 
-def measure(source: Source, options: RunOptions, prompts: list[list[int]]) -> dict[str, dict[str, Any]]:
+def measure(
+  source: Source, options: RunOptions, prompts: list[list[int]], unit: AttentionUnit
+) -> dict[str, dict[str, Any]]:
   """The phases of a `latency.Table` as JSON."""
   bench, config = _Bench(source, options, prompts), source.config
-  unit, depth = find_unit(options.prune, config), config.num_layers
+  depth = config.num_layers
   whole_units, ffn = unit.count(config.layers[0]), config.layers[0].ffn
 
   def ratio(title: str, units: int = whole_units, channels: int = ffn, layers: int = depth) -> Seconds:
     return bench.ratio(narrowed(config, units, channels, layers, unit), title)
 
   fewer_units = () if config.traits.joint_qk_norm else widths_of(whole_units)  # such heads cannot be removed
-  units = {k: ratio(f'{k} {unit.title}', units=k) for k in fewer_units}
-  channels = {f: ratio(f'{f:,} channels', channels=f) for f in widths_of(ffn)}
+  by_units = {k: ratio(f'{k} {unit.title}', units=k) for k in fewer_units}
+  by_channels = {f: ratio(f'{f:,} channels', channels=f) for f in widths_of(ffn)}
   half = max(depth // 2, 1)
   fewer = ratio(f'{half} layers', layers=half) if half < depth else None
 
@@ -118,7 +121,7 @@ def measure(source: Source, options: RunOptions, prompts: list[list[int]]) -> di
       most = saved[0] + slope * widths[0]
       return {'widths': widths, 'seconds': [most - x for x in saved]}
 
-    attention, mlp = curve(units, whole_units), curve(channels, ffn)
+    attention, mlp = curve(by_units, whole_units), curve(by_channels, ffn)
     rest = layer - attention['seconds'][-1] - mlp['seconds'][-1]
     return {'fixed': whole - depth * layer, 'rest': rest, 'attention': attention, 'mlp': mlp}
 
@@ -134,7 +137,7 @@ def run(options: RunOptions, source: Source, workdir: Workdir, command: str) -> 
     )
   with workdir.claimed():
     b, rng = options.bench, np.random.default_rng(options.seed)
-    unit = find_unit(options.prune, source.config)
+    unit = find_unit(dataclasses.replace(options.prune, budget='latency', compat=''), source.config)
     prompts = rng.integers(0, source.config.vocab_size, (b.batch, b.prompt_length)).tolist()
     report: WidthsReport = {
       **latency.here(compute_dtype(options.model.dtype)),  # type: ignore[typeddict-item]
@@ -145,7 +148,7 @@ def run(options: RunOptions, source: Source, workdir: Workdir, command: str) -> 
         'unit': unit.name,
         'model': latency.likeness(source.config, unit),
         'request': latency.request_of(b),
-        **measure(source, options, prompts),
+        **measure(source, options, prompts, unit),
       },
       'command': command,
       'versions': versions(),

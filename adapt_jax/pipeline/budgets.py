@@ -44,6 +44,9 @@ def _budget(options: RunOptions, config: ModelConfig, stored: str) -> Budget:
   if kind == 'memory':
     return budgets.memory(config, itemsize, request.batch * context, unit)
   if kind == 'latency':
-    table = latency.find_table(options.prune.latency_table, config, request, unit)
+    name = options.prune.latency_table
+    if options.prune.attention == 'auto' and not options.prune.compat and name not in latency.DEVICES:
+      unit = latency.unit_of(name)
+    table = latency.find_table(name, config, request, unit)
     return latency.budget(table, config)
   return budgets.params(config, unit)

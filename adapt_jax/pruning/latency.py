@@ -19,7 +19,7 @@ from adapt_jax.machine.targets import TARGETS, Target
 from adapt_jax.models.config import LayerShape, ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import local, read_json
-from adapt_jax.pruning.attention_units import KV_GROUPS, UNITS_BY_NAME, AttentionUnit
+from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS, UNITS_BY_NAME, AttentionUnit
 from adapt_jax.pruning.budget import Budget, LayerCost, Measured
 
 FIELD = 'config.prune.latency_table'
@@ -73,20 +73,17 @@ class Table:
   unit: AttentionUnit = KV_GROUPS
 
 
-# The width of a layer that its units of attention do not change.
-_FIXED_WIDTH = {
-  'kv_groups': ('group_size', 'query heads per KV head'),
-  'query_heads': ('num_kv_heads', 'KV heads'),
-}
+# What removing a unit of attention leaves as it is: a field of a layer, and its name.
+_KEPT = {KV_GROUPS: ('group_size', QUERY_HEADS.title), QUERY_HEADS: ('num_kv_heads', KV_GROUPS.title)}
 
 
 def likeness(config: ModelConfig, unit: AttentionUnit = KV_GROUPS) -> dict[str, int]:
   """What two models need to share for a layer of one to be as fast as an equal layer of the other."""
-  fixed = _FIXED_WIDTH[unit.name][0]
+  kept = _KEPT[unit][0]
   return {
     'hidden_size': config.hidden_size,
     'head_dim': config.head_dim,
-    fixed: getattr(config.layers[0], fixed),
+    kept: getattr(config.layers[0], kept),
     'vocab_size': config.vocab_size,
   }
 
@@ -138,19 +135,19 @@ def find_table(
   Raises InputError for a file without a table, for one of another model or unit of attention, and for a model
   whose layers differ in the number of query heads per KV head (or of KV heads, if query heads are pruned).
   """
-  field, title = _FIXED_WIDTH[unit.name]
-  if len(found := {getattr(shape, field) for shape in config.layers}) > 1:
+  kept, kept_title = _KEPT[unit]
+  if len(counts := {getattr(shape, kept) for shape in config.layers}) > 1:
     raise InputError(
-      f"config.prune.budget = 'latency' needs as many {title} in every layer, but model.source has "
-      f'{sorted(found)}: choose another budget'
+      f"config.prune.budget = 'latency' needs as many {kept_title} in every layer, but model.source has "
+      f'{sorted(counts)}: choose another budget'
     )
   if name in DEVICES:
     return roofline(name, config, request, unit)
   table, mine = _read(name), likeness(config, unit)
   if table.unit is not unit:
     raise InputError(
-      f'{FIELD} = {name!r} has times by {table.unit.name}, but this run prunes {unit.name}: measure '
-      f'model.source with --mode=bench --config.prune.attention={unit.name}'
+      f'{FIELD} = {name!r} has times by {table.unit.title}, but {unit.name} are to be pruned: set '
+      f'config.prune.attention to {table.unit.name}, or measure the dense model with {unit.name}'
     )
   for field, value in table.model.items():
     if mine[field] != value:
@@ -170,6 +167,11 @@ def find_table(
   return table
 
 
+def unit_of(name: str) -> AttentionUnit:
+  """The unit of attention of the table in a file. Raises InputError for a file without one."""
+  return _read(name).unit
+
+
 def _read(name: str) -> Table:
   try:
     report = read_json(pathlib.Path(local(name)), 'write one with --mode=bench')
@@ -182,7 +184,7 @@ def _read(name: str) -> Table:
     where = {key: str(report[key]) for key in ('device', 'backend', 'dtype')}
     prefill, decode = _phase(found['prefill']), _phase(found['decode'])
     unit = UNITS_BY_NAME[found.get('unit', KV_GROUPS.name)]  # earlier versions had no other
-    fields = {'hidden_size', 'head_dim', _FIXED_WIDTH[unit.name][0], 'vocab_size'}
+    fields = {'hidden_size', 'head_dim', _KEPT[unit][0], 'vocab_size'}
     if min(request.values()) < 1 or model.keys() != fields:
       raise ValueError('another format')
   except (AttributeError, IndexError, LookupError, OverflowError, TypeError, ValueError):
@@ -231,12 +233,9 @@ def roofline(name: str, config: ModelConfig, request: BenchOptions, unit: Attent
     kv_head = _Work(2 * H2D * rows, _BYTES * (H2D + cache))
     head = _Work((2 * H2D + 4 * slots * H) * rows, _BYTES * H2D)
     if unit is KV_GROUPS:
-      attention, rest = kv_head.plus(head, shape.group_size), _Work(0, 0)
+      attention, rest = kv_head.plus(head.times(shape.group_size)), kv_head.times(0)
     else:
-      attention, rest = (
-        _Work(0, 0).plus(head, shape.num_kv_heads),
-        _Work(0, 0).plus(kv_head, shape.num_kv_heads),
-      )
+      attention, rest = head.times(shape.num_kv_heads), kv_head.times(shape.num_kv_heads)
     channel = _Work(6 * D * rows, _BYTES * 3 * D)
     curves = [
       Curve((1, width + 1), (work.seconds(target), (width + 1) * work.seconds(target)))
@@ -255,8 +254,11 @@ class _Work:
   operations: float
   moved: float
 
-  def plus(self, other: '_Work', times: int) -> '_Work':
-    return _Work(self.operations + times * other.operations, self.moved + times * other.moved)
+  def times(self, count: int) -> '_Work':
+    return _Work(count * self.operations, count * self.moved)
+
+  def plus(self, other: '_Work') -> '_Work':
+    return _Work(self.operations + other.operations, self.moved + other.moved)
 
   def seconds(self, target: Target) -> float:
     return max(self.operations / (target.peak_tflops * 1e12), self.moved / (target.memory_gb_per_s * 1e9))

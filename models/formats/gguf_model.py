@@ -128,9 +128,7 @@ def _refuse_unsupported(file: GgufFile, arch: str) -> None:
   refused = {
     'expert_count': get('expert_count', int, 0) > 0,
     'rope.scaling.type': kind not in ('none', 'linear'),
-    'rope.scaling.factor': get('rope.scaling.factor', float, 0.0) < 0,
     'rope.scaling.finetuned': arch == 'granite' and not get('rope.scaling.finetuned', bool, True),
-    'rope.scale_linear': get('rope.scale_linear', float, 0.0) < 0,
     'rope.dimension_count': get('rope.dimension_count', int, head_dim) != head_dim,
     'attention.value_length': get('attention.value_length', int, head_dim) != head_dim,
     'attention.sliding_window': not known.window_every and 0 < window < get('context_length', int, 0),
@@ -192,8 +190,12 @@ def _linear_factor(file: GgufFile, arch: str) -> float:
   key = f'{arch}.rope.scaling.factor'
   if key not in file.metadata:
     key = f'{arch}.rope.scale_linear'  # the name in old files
-  linear = file.field(f'{arch}.rope.scaling.type', str, 'linear') == 'linear'
-  return (_decimal(file.field(key, float, 1.0)) or 1.0) if linear else 1.0
+  if file.field(f'{arch}.rope.scaling.type', str, 'linear') != 'linear':
+    return 1.0
+  factor = _decimal(file.field(key, float, 1.0)) or 1.0
+  if not (math.isfinite(factor) and factor > 0):
+    raise InputError(f'{file.path}: {key} = {factor} should be a finite number above 0, or absent')
+  return factor
 
 
 def _rope(file: GgufFile, arch: str) -> RopeConfig:

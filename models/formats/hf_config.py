@@ -229,7 +229,12 @@ def _window(raw: dict[str, Any]) -> int:
 def _local_rope(raw: dict[str, Any]) -> RopeConfig:
   """The rotary embedding of layers with a window; the old field has only its base frequency."""
   parameters = _object(_object(raw, 'rope_parameters'), _TYPES[1])
-  return _rope({'rope_parameters': parameters}, _number(raw, 'rope_local_base_freq'))
+  rope = _rope({'rope_parameters': parameters}, _number(raw, 'rope_local_base_freq'))
+  if rope.scaling:
+    raise InputError(
+      f'rotary scaling of layers with {_TYPES[1]} is not supported; use a checkpoint without it'
+    )
+  return rope
 
 
 def _rope(raw: dict[str, Any], usual_theta: float, layer_type: str = '') -> RopeConfig:

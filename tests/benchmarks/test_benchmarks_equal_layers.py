@@ -35,8 +35,11 @@ def test_equal_neighbours_need_no_padding():
 
 
 def test_it_reads_the_report_of_a_run(tmp_path, capsys):
-  stage = {'num_heads': [6, 3, 3], 'num_kv_heads': [2, 1, 1], 'ffn': [8, 8, 4]}
+  """The second layer was removed. The others are two runs without padding, or one with 4 more channels."""
+  stage = {'num_heads': [6, 0, 6, 6], 'num_kv_heads': [2, 0, 2, 2], 'ffn': [8, 0, 8, 4]}
   (tmp_path / 'report.json').write_text(json.dumps({'stages': [{'num_heads': []}, stage]}))
   equal_layers.main([str(tmp_path), '--head_dim=4'])
   row = capsys.readouterr().out.splitlines()[-1]
-  assert row.startswith(f'| {tmp_path.name} | 0.0% | ')
+  weights = 3 * 2 * (6 + 2) * 4 + 3 * (8 + 8 + 4)
+  share = f'{3 * 4 / weights:.1%}'
+  assert row == f'| {tmp_path.name} | ' + ' | '.join(['0.0%'] * 4 + [share] * 2) + ' |' and share != '0.0%'

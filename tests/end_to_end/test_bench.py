@@ -66,7 +66,7 @@ def test_a_model_with_one_kv_head_is_measured_by_its_query_heads(tmp_path, capsy
   name = str(tmp_path / 'out/report.json')
   table = latency.find_table(name, config, options.bench, QUERY_HEADS)
   assert table.unit is QUERY_HEADS and table.model['num_kv_heads'] == 1
-  with pytest.raises(InputError, match='--mode=bench --config.prune.attention=kv_groups'):
+  with pytest.raises(InputError, match='has times by query heads per KV head, but kv_groups are to be'):
     latency.find_table(name, config, options.bench)
   groups = dataclasses.replace(options, prune=dataclasses.replace(options.prune, attention='kv_groups'))
   assert run(groups, tmp_path / 'groups')['latency']['prefill']['attention']['widths'] == [1]

@@ -112,10 +112,10 @@ def test_stages_end_at_their_targets_and_a_table_that_changes_is_refused(files, 
 
 
 def test_a_latency_is_reached_by_query_heads(files, tmp_path):
-  """Which a run with a table by KV heads refuses, though that is what earlier versions wrote."""
+  """By what the table says where nothing else is asked for; another table is refused."""
   dense = open_source(str(files / 'model')).config
   table = write_table(tmp_path / 'table.json', dense, unit=QUERY_HEADS)
-  fields = {'latency_table': table, 'attention': 'query_heads', 'target': 0.6}
+  fields = {'latency_table': table, 'target': 0.6}
   budget = start(make_config(files, 'latency', **fields), tmp_path / 'out')['budget']
   exported = open_source(str(tmp_path / 'out/hf')).config
   heads, channels = (sum(getattr(s, name) for s in exported.layers) for name in ('group_size', 'ffn'))
@@ -125,8 +125,14 @@ def test_a_latency_is_reached_by_query_heads(files, tmp_path):
   assert {s.num_kv_heads for s in exported.layers} == {s.num_kv_heads for s in dense.layers}
   assert heads < sum(s.group_size for s in dense.layers)
   write_table(tmp_path / 'table.json', dense)
-  with pytest.raises(InputError, match='has times by kv_groups, but this run prunes query_heads'):
-    start(make_config(files, 'latency', **fields), tmp_path / 'other')
+  with pytest.raises(
+    InputError, match=r'by KV heads, but query_heads .* set config.prune.attention to kv_gr'
+  ):
+    start(make_config(files, 'latency', attention='query_heads', **fields), tmp_path / 'other')
+  model = api.load(files / 'model')
+  rows = api.rows(model, files / 'train.txt', samples=8, length=16)
+  with pytest.raises(InputError, match='set attention to kv_groups'):
+    api.prune(model, rows, budget='latency', attention='query_heads', latency_table=table)
 
 
 def test_the_library_prunes_to_a_budget(files):

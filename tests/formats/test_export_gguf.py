@@ -89,6 +89,8 @@ MODELS = {
   'gemma3 untied': ('gemma3', gemma3(UNIFORM, tie_embeddings=False)),
   'gemma2 linear': ('gemma2', gemma2(UNIFORM, rope=LINEAR)),
   'gemma3 linear': ('gemma3', gemma3(UNIFORM[:1] * 7, rope=LINEAR)),
+  'olmo2 linear': ('olmo2', config_of('olmo2', (LayerShape(6, 2, 40),) * 2, **OLMO2, rope=LINEAR)),
+  'smollm3 linear': ('smollm3', smollm3(UNIFORM[:1] * 5, rope=LINEAR)),
   'granite linear': ('granite', config_of('granite', UNIFORM, rope=LINEAR)),
   'granite uniform': ('granite', config_of('granite', UNIFORM)),
   'granite all biases': ('granite', config_of('granite', UNIFORM, qkv_bias=True, output_bias=True)),

@@ -266,6 +266,14 @@ def test_linear_rope_scaling_by_its_new_and_old_name(tmp_path, key):
     assert gguf_model.read_config(path).rope == RopeConfig(config.rope.theta, scaling)
 
 
+@pytest.mark.parametrize('key', ['rope.scaling.factor', 'rope.scale_linear'])
+@pytest.mark.parametrize('factor', [-2.0, float('nan'), float('inf')])
+def test_a_linear_rope_scaling_that_is_no_factor_is_refused(tmp_path, key, factor):
+  path = tmp_path / 'tiny.gguf'
+  write_model(path, tiny_config('llama'), extra=lambda w: w.add_float32(f'llama.{key}', factor))
+  assert_refused(path, f'llama.{key} = {factor}', 'a finite number above 0')
+
+
 def test_linear_rope_scaling_together_with_rope_factors_is_refused(tmp_path):
   def extra(writer):
     writer.add_float32('llama.rope.scaling.factor', 2.0)
@@ -284,7 +292,6 @@ def test_other_rope_factors_are_refused(tmp_path):
 
 
 UNSUPPORTED = {
-  'rope.scaling.factor': lambda w: w.add_rope_scaling_factor(-2.0),
   'expert_count': lambda w: w.add_expert_count(8),
   'rope.scaling.type': lambda w: w.add_rope_scaling_type(gguf_package.RopeScalingType.YARN),
   'attention.sliding_window': lambda w: w.add_sliding_window(128),
@@ -303,6 +310,7 @@ def test_harmless_values_of_those_features_pass(tmp_path):
   def extra(writer):
     writer.add_expert_count(0)
     writer.add_rope_scaling_type(gguf_package.RopeScalingType.NONE)
+    writer.add_rope_scaling_factor(2.0)
     writer.add_sliding_window(512)
 
   path = tmp_path / 'tiny.gguf'

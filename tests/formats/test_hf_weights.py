@@ -178,6 +178,14 @@ REFUSED = [
     {'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}},
   ),
   ('low_freq_factor', {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}),
+  (
+    'rotary scaling of layers with sliding_attention',
+    base(
+      'gemma3_text',
+      rope_local_base_freq=1e4,
+      rope_parameters={'sliding_attention': {'rope_type': 'linear', 'factor': 2.0}},
+    ),
+  ),
   ('factor', {'rope_scaling': {'type': 'linear'}}),
   ('sliding_window', base('qwen2', use_sliding_window=True, sliding_window=64)),
   ('sliding_window', base('qwen3', layer_types=['full_attention', 'sliding_attention'])),
