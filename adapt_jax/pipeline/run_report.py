@@ -37,12 +37,14 @@ def run_report(
 
   definitions: the definition of perplexity on each text, in words.
   """
-  config, whole = model.start, model.original.config
-  dense, rows = count_params(whole), [*state.rows]
-  schedule = Schedule.of(options, budget)
+  schedule, rows = Schedule.of(options, budget), [*state.rows]
   if state.row is not None:
     rows.append({**state.row, **state.compacted.widths(model.config)})
-  unpruned: StageReport = {'stage': 0, 'params': count_params(config), 'cost': budget.number(budget.start)}
+  unpruned: StageReport = {
+    'stage': 0,
+    'params': count_params(model.start),
+    'cost': budget.number(budget.start),
+  }
   last = rows[-1] if rows else unpruned
   perplexity: PerplexityReport = {
     'dense': first(state.dense),
@@ -50,43 +52,17 @@ def run_report(
     'recovered': last.get('perplexity_recovered'),
     'definition': first(definitions),
   }
-  described: ModelReport = {
-    'source': model.source.name,
-    'license': model.source.license,
-    'params_before': dense,
-    'params_after': last['params'],
-    **PrunePlan.dense(model.config).widths(model.config),
-  }
-  if budget.kind == 'params':
-    described['params_target'] = schedule.targets[-1]
-  if model.hidden:
-    described['hidden_size'] = whole.hidden_size
-  trimmed = whole.vocab_size != config.vocab_size
-  if trimmed:
+  if _trimmed(model):
     perplexity['trimmed'] = first(state.trimmed)
-    described |= {
-      'params_trimmed': count_params(model.source.config),
-      'vocab_size': whole.vocab_size,
-      'vocab_trimmed': config.vocab_size,
-    }
   described_settings = settings(options)
   if options.prune.method in METHODS:  # SliceGPT removes none
     described_settings['prune']['attention'] = budget.removes.name  # not auto
-  limited: BudgetReport = {
-    'kind': budget.kind,
-    'unit': budget.unit.name,
-    'dense': budget.number(budget.dense),
-    'asked': budget.number(schedule.targets[-1]),
-    'reached': last.get('cost', last['params']),
-  }
-  if trimmed and budget.kind != 'params':
-    limited['trimmed'] = budget.number(budget_of(options, model.source.config, model.source.dtype).start)
   return {
-    'model': described,
+    'model': _model(model, budget, schedule, last),
     'perplexity': perplexity,
     'texts': _texts(state, last, definitions),
     'tasks': state.tasks,
-    'budget': limited,
+    'budget': _budget(options, model, budget, schedule, last),
     'schedule': {
       'targets': [budget.number(target) for target in schedule.targets],
       'train_steps': schedule.train_steps,
@@ -97,6 +73,49 @@ def run_report(
     'compiles': state.compiles,
     'seconds': state.seconds,
   }
+
+
+def _trimmed(model: DenseModel) -> bool:
+  return model.original.config.vocab_size != model.start.vocab_size
+
+
+def _model(model: DenseModel, budget: Budget, schedule: Schedule, last: StageReport) -> ModelReport:
+  """The dense model, and the size of the last stage's."""
+  config, whole = model.start, model.original.config
+  described: ModelReport = {
+    'source': model.source.name,
+    'license': model.source.license,
+    'params_before': count_params(whole),
+    'params_after': last['params'],
+    **PrunePlan.dense(model.config).widths(model.config),
+  }
+  if budget.kind == 'params':
+    described['params_target'] = schedule.targets[-1]
+  if model.hidden:
+    described['hidden_size'] = whole.hidden_size
+  if _trimmed(model):
+    described |= {
+      'params_trimmed': count_params(model.source.config),
+      'vocab_size': whole.vocab_size,
+      'vocab_trimmed': config.vocab_size,
+    }
+  return described
+
+
+def _budget(
+  options: RunOptions, model: DenseModel, budget: Budget, schedule: Schedule, last: StageReport
+) -> BudgetReport:
+  """What was asked of the budget, and what the last stage reached."""
+  limited: BudgetReport = {
+    'kind': budget.kind,
+    'unit': budget.unit.name,
+    'dense': budget.number(budget.dense),
+    'asked': budget.number(schedule.targets[-1]),
+    'reached': last.get('cost', last['params']),
+  }
+  if _trimmed(model) and budget.kind != 'params':
+    limited['trimmed'] = budget.number(budget_of(options, model.source.config, model.source.dtype).start)
+  return limited
 
 
 def first(of_texts: Mapping[str, _T]) -> _T | None:
