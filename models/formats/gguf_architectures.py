@@ -68,6 +68,7 @@ class Architecture:
     numbers: fields of `ModelConfig` -> their key below the architecture's name, and the value without it.
       The others of `NUMBERS` have no effect in it.
     window_every: all layers but every nth have the window; 0: none has.
+    window: its width in a file that does not say; 0: the file must.
     local_theta: base frequency of rotary embeddings in layers with a window; 0: as in the others.
     unrotated_every: every nth layer has no rotary embeddings; 0: all have.
     scale_by_width: the depth of a model whose attention is scaled by the root of hidden size / heads.
@@ -80,6 +81,7 @@ class Architecture:
   square: bool = False
   numbers: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
   window_every: int = 0
+  window: int = 0
   local_theta: float = 0.0
   unrotated_every: int = 0
   scale_by_width: int = 0
@@ -145,6 +147,7 @@ ARCHITECTURES = {
       'logit_cap': ('final_logit_softcapping', 30.0),
     },
     window_every=2,
+    window=4096,
     scale_by_width=46,
   ),
   'gemma3': Architecture('gemma3_text', window_every=6, local_theta=1e4, scale_by_width=62),

@@ -18,6 +18,7 @@ from adapt_jax.models.network.rope import inverse_frequencies
 
 PERMUTED = ('q_proj.weight', 'k_proj.weight', 'q_proj.bias', 'k_proj.bias')
 ROPE_FREQS = 'rope_freqs.weight'
+_WINDOW = '{}.attention.sliding_window'  # by architecture
 # Fields that llama.cpp does not need, but that restore an equal ModelConfig; written by our own export.
 FAMILY_KEY = 'adapt_jax.family'
 SCALING_KEY = 'adapt_jax.llama3_scaling'
@@ -48,7 +49,9 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
       f'{vocab_size} rows: tokenizer and weights do not match'
     )
   known = ARCHITECTURES[arch]
-  window = _size(file, f'{arch}.attention.sliding_window', 'window') if known.window_every else 0
+  window = known.window
+  if known.window_every and (not window or _WINDOW.format(arch) in file.metadata):
+    window = _size(file, _WINDOW.format(arch), 'window')
   config = ModelConfig(
     family=_family(file, arch),
     vocab_size=vocab_size,
@@ -123,7 +126,7 @@ def _refuse_unsupported(file: GgufFile, arch: str) -> None:
   head_dim, known = _head_dim(file, arch), ARCHITECTURES[arch]
   window = get('attention.sliding_window', int, 0)
   depth, kind = get('block_count', int, 0), get('rope.scaling.type', str, 'linear')
-  every = known.window_every
+  every, local_theta = known.window_every, known.local_theta or get('rope.freq_base', float, 10000.0)
   caps = ('attn_logit_softcapping', 'final_logit_softcapping')
   refused = {
     'expert_count': get('expert_count', int, 0) > 0,
@@ -135,7 +138,7 @@ def _refuse_unsupported(file: GgufFile, arch: str) -> None:
     'attention.sliding_window_pattern': every > 0
     and file.metadata.get(f'{arch}.attention.sliding_window_pattern', every)
     not in (every, [i % every > 0 for i in range(1, depth + 1)]),
-    'rope.freq_base_swa': get('rope.freq_base_swa', float, known.local_theta) != known.local_theta,
+    'rope.freq_base_swa': get('rope.freq_base_swa', float, local_theta) != local_theta,
     **{key: get(key, float, 0.0) != 0 and key not in dict(known.numbers.values()) for key in caps},
     'attention.causal': not get('attention.causal', bool, True),
   }

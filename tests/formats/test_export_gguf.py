@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, dequantize, quantize
+from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 
 import adapt_jax as aj
 from adapt_jax.export import gguf as export
@@ -19,6 +19,7 @@ from adapt_jax.export.gguf import KINDS, check_gguf, write_gguf
 from adapt_jax.export.padded import widest_config
 from adapt_jax.models.config import LayerShape, LinearScaling, Llama3Scaling, RopeConfig
 from adapt_jax.models.errors import InputError, disk_full
+from adapt_jax.models.formats import gguf_model
 from adapt_jax.models.formats.gguf_architectures import ARCHITECTURES
 from adapt_jax.models.formats.gguf_header import open_file
 from adapt_jax.models.formats.hf_weights import leaves
@@ -267,6 +268,20 @@ def test_every_kind_reads_back_as_it_is_rounded(kind, dtype, tmp_path):
     np.testing.assert_array_equal(
       np.asarray(theirs, np.float32).reshape(leaf.hf_shape), expected, err_msg=leaf.name
     )
+
+
+def test_a_gemma_2_without_a_window_has_that_of_llama_cpp(tmp_path, monkeypatch):
+  """As early converters wrote it; a base frequency of windows that is that of all layers changes nothing."""
+  config = gemma2(UNIFORM)
+  monkeypatch.setattr(GGUFWriter, 'add_sliding_window', lambda writer, _: None)
+
+  def add_base(writer, base):
+    writer.add_float32('gemma2.rope.freq_base', base)
+    writer.add_float32('gemma2.rope.freq_base_swa', base)
+
+  monkeypatch.setattr(GGUFWriter, 'add_rope_freq_base', add_base)
+  write(tmp_path / 'tiny.gguf', config, random_params(config))
+  assert [shape.window for shape in gguf_model.read_config(tmp_path / 'tiny.gguf').layers] == [4096, 0]
 
 
 @pytest.mark.parametrize(

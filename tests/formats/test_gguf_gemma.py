@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from adapt_jax.models.config import LinearScaling, RopeConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.gguf_model import read_config
 from adapt_jax.models.formats.source import open_source
@@ -93,7 +94,6 @@ def test_logits_are_those_of_transformers(model, tmp_path):
 @pytest.mark.parametrize(
   'key, value',
   [
-    ('rope.scaling.factor', 8.0),
     ('attention.sliding_window_pattern', 3),
     ('rope.freq_base_swa', 2e4),
     ('final_logit_softcapping', 30.0),
@@ -103,6 +103,12 @@ def test_what_would_change_the_function_is_refused(key, value, model, tmp_path):
   write(model, tmp_path / 'gemma.gguf', **{key: value})
   with pytest.raises(InputError, match=f'gemma3.{key} = {value}'):
     read_config(tmp_path / 'gemma.gguf')
+
+
+def test_linear_scaling_is_that_of_layers_without_a_window(model, tmp_path):
+  write(model, tmp_path / 'gemma.gguf', **{'rope.scaling.factor': 8.0})
+  config = read_config(tmp_path / 'gemma.gguf')
+  assert config.rope.scaling == LinearScaling(8.0) and config.local_rope == RopeConfig(1e4)
 
 
 def test_what_only_says_the_usual_is_read(model, tmp_path):
