@@ -45,8 +45,8 @@ def _budget(options: RunOptions, config: ModelConfig, stored: str) -> Budget:
     return budgets.memory(config, itemsize, request.batch * context, unit)
   if kind == 'latency':
     name = options.prune.latency_table
-    if options.prune.attention == 'auto' and not options.prune.compat and name not in latency.DEVICES:
-      unit = latency.unit_of(name)
+    if options.prune.attention == 'auto' and not options.prune.compat:
+      unit = latency.unit_for(name, config, unit)
     table = latency.find_table(name, config, request, unit)
     return latency.budget(table, config)
   return budgets.params(config, unit)

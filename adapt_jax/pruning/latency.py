@@ -135,20 +135,18 @@ def find_table(
   Raises InputError for a file without a table, for one of another model or unit of attention, and for a model
   whose layers differ in the number of query heads per KV head (or of KV heads, if query heads are pruned).
   """
-  kept, kept_title = _KEPT[unit]
-  if len(counts := {getattr(shape, kept) for shape in config.layers}) > 1:
+  found = None if name in DEVICES else _read(name)
+  if found and found.unit is not unit:
     raise InputError(
-      f"config.prune.budget = 'latency' needs as many {kept_title} in every layer, but model.source has "
+      f'{FIELD} = {name!r} has times by {found.unit.title}, but {unit.name} are to be pruned: measure the '
+      f'dense model with --mode=bench and config.prune.attention = {unit.name!r}'
+    )
+  if len(counts := _kept_counts(config, unit)) > 1:
+    raise InputError(
+      f"config.prune.budget = 'latency' needs as many {_KEPT[unit][1]} in every layer, but model.source has "
       f'{sorted(counts)}: choose another budget'
     )
-  if name in DEVICES:
-    return roofline(name, config, request, unit)
-  table, mine = _read(name), likeness(config, unit)
-  if table.unit is not unit:
-    raise InputError(
-      f'{FIELD} = {name!r} has times by {table.unit.title}, but {unit.name} are to be pruned: set '
-      f'config.prune.attention to {table.unit.name}, or measure the dense model with {unit.name}'
-    )
+  table, mine = found or roofline(name, config, request, unit), likeness(config, unit)
   for field, value in table.model.items():
     if mine[field] != value:
       raise InputError(
@@ -167,9 +165,18 @@ def find_table(
   return table
 
 
-def unit_of(name: str) -> AttentionUnit:
-  """The unit of attention of the table in a file. Raises InputError for a file without one."""
-  return _read(name).unit
+def _kept_counts(config: ModelConfig, unit: AttentionUnit) -> set[int]:
+  """What layers have of what the unit leaves as it is."""
+  return {getattr(shape, _KEPT[unit][0]) for shape in config.layers}
+
+
+def unit_for(name: str, config: ModelConfig, usual: AttentionUnit) -> AttentionUnit:
+  """The unit of a measured table, if the model's layers suit it; otherwise the usual one.
+
+  Raises InputError for a file without a table.
+  """
+  measured = usual if name in DEVICES else _read(name).unit
+  return measured if len(_kept_counts(config, measured)) == 1 else usual
 
 
 def _read(name: str) -> Table:

@@ -59,7 +59,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     head_dim=_head_dim(file, arch),
     layers=_layers(file, arch),
     rope=_rope(file, arch),
-    rms_norm_eps=_decimal(file.field(f'{arch}.attention.layer_norm_rms_epsilon', float)),
+    rms_norm_eps=_positive(file, f'{arch}.attention.layer_norm_rms_epsilon'),
     tie_embeddings='output.weight' not in file.tensors,
     qkv_bias='blk.0.attn_q.bias' in file.tensors,
     output_bias='blk.0.ffn_down.bias' in file.tensors,
@@ -73,8 +73,12 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def _number(file: GgufFile, key: str, usual: float) -> float:
-  value = _decimal(file.field(key, float, usual))
-  if not (value == usual or 0 < value < math.inf):
+  return usual if file.field(key, float, usual) == usual else _positive(file, key)
+
+
+def _positive(file: GgufFile, key: str, **default: float) -> float:
+  value = _decimal(file.field(key, float, **default))
+  if not 0 < value < math.inf:
     raise InputError(
       f'{file.path}: {key} = {value} should be a finite number above 0: convert the model again'
     )
@@ -126,7 +130,7 @@ def _refuse_unsupported(file: GgufFile, arch: str) -> None:
   head_dim, known = _head_dim(file, arch), ARCHITECTURES[arch]
   window = get('attention.sliding_window', int, 0)
   depth, kind = get('block_count', int, 0), get('rope.scaling.type', str, 'linear')
-  every, local_theta = known.window_every, known.local_theta or get('rope.freq_base', float, 10000.0)
+  every, local_theta = known.window_every, known.local_theta or _base(file, arch)
   caps = ('attn_logit_softcapping', 'final_logit_softcapping')
   refused = {
     'expert_count': get('expert_count', int, 0) > 0,
@@ -195,16 +199,18 @@ def _linear_factor(file: GgufFile, arch: str) -> float:
     key = f'{arch}.rope.scale_linear'  # the name in old files
   if file.field(f'{arch}.rope.scaling.type', str, 'linear') != 'linear':
     return 1.0
-  factor = _decimal(file.field(key, float, 1.0)) or 1.0
-  if not (math.isfinite(factor) and factor > 0):
-    raise InputError(f'{file.path}: {key} = {factor} should be a finite number above 0, or absent')
-  return factor
+  return _positive(file, key) if file.field(key, float, 0.0) else 1.0
+
+
+def _base(file: GgufFile, arch: str) -> float:
+  """The base frequency of rotary embeddings, which files with another one for windows must name."""
+  usual = {} if ARCHITECTURES[arch].local_theta else {'default': 10000.0}
+  return _positive(file, f'{arch}.rope.freq_base', **usual)
 
 
 def _rope(file: GgufFile, arch: str) -> RopeConfig:
   """Base frequency, and the linear scaling or the llama3 scaling that matches rope_freqs.weight."""
-  usual = {} if ARCHITECTURES[arch].local_theta else {'default': 10000.0}
-  rope = RopeConfig(_decimal(file.field(f'{arch}.rope.freq_base', float, **usual)))
+  rope = RopeConfig(_base(file, arch))
   factor = _linear_factor(file, arch)
   if ROPE_FREQS not in file.tensors:
     return rope if factor == 1 else RopeConfig(rope.theta, LinearScaling(factor))

@@ -230,11 +230,11 @@ def _local_rope(raw: dict[str, Any]) -> RopeConfig:
   """The rotary embedding of layers with a window; the old field has only its base frequency."""
   parameters = _object(_object(raw, 'rope_parameters'), _TYPES[1])
   rope = _rope({'rope_parameters': parameters}, _number(raw, 'rope_local_base_freq'))
-  if rope.scaling:
+  if rope.scaling not in (None, LinearScaling(1.0)):
     raise InputError(
       f'rotary scaling of layers with {_TYPES[1]} is not supported; use a checkpoint without it'
     )
-  return rope
+  return RopeConfig(rope.theta)
 
 
 def _rope(raw: dict[str, Any], usual_theta: float, layer_type: str = '') -> RopeConfig:

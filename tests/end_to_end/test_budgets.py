@@ -9,13 +9,16 @@ import pytest
 from adapt_jax import api
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
+from adapt_jax.models.config import LayerShape
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import accel
+from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import latency
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS
 from tests.support import runs
+from tests.support.helpers import tiny_config
 
 REQUEST = {'batch': 2, 'prompt_length': 20, 'new_tokens': 4}
 
@@ -125,14 +128,29 @@ def test_a_latency_is_reached_by_query_heads(files, tmp_path):
   assert {s.num_kv_heads for s in exported.layers} == {s.num_kv_heads for s in dense.layers}
   assert heads < sum(s.group_size for s in dense.layers)
   write_table(tmp_path / 'table.json', dense)
-  with pytest.raises(
-    InputError, match=r'by KV heads, but query_heads .* set config.prune.attention to kv_gr'
-  ):
+  with pytest.raises(InputError, match="by KV heads, but query_heads .*prune.attention = 'query_heads'"):
     start(make_config(files, 'latency', attention='query_heads', **fields), tmp_path / 'other')
   model = api.load(files / 'model')
   rows = api.rows(model, files / 'train.txt', samples=8, length=16)
-  with pytest.raises(InputError, match='set attention to kv_groups'):
+  with pytest.raises(InputError, match="--mode=bench and attention = 'query_heads'"):
     api.prune(model, rows, budget='latency', attention='query_heads', latency_table=table)
+
+
+def test_a_table_decides_what_attention_loses_where_the_model_suits_it(tmp_path):
+  """With prune.attention=auto; a table by KV heads thus stays of use for a model with one in each layer."""
+  single, mixed = (tiny_config('llama', (LayerShape(3, n, 32), LayerShape(3, 1, 32))) for n in (1, 3))
+  by_groups, by_heads = tmp_path / 'groups.json', tmp_path / 'heads.json'
+  write_table(by_groups, single)
+  write_table(by_heads, single, unit=QUERY_HEADS)
+
+  def found(table, config):
+    return budget_of(from_dict({'prune': {'budget': 'latency', 'latency_table': str(table)}}), config).removes
+
+  assert found(by_groups, single) is KV_GROUPS and found(by_heads, single) is QUERY_HEADS
+  assert found('h100', single) is QUERY_HEADS
+  for table in (by_groups, by_heads):  # which differ in what a unit of either kind has
+    with pytest.raises(InputError, match='as many query heads per KV head in every layer|measure the dense'):
+      found(table, mixed)
 
 
 def test_the_library_prunes_to_a_budget(files):

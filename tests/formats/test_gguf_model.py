@@ -274,6 +274,19 @@ def test_a_linear_rope_scaling_that_is_no_factor_is_refused(tmp_path, key, facto
   assert_refused(path, f'llama.{key} = {factor}', 'a finite number above 0')
 
 
+@pytest.mark.parametrize('key', ['rope.freq_base', 'attention.layer_norm_rms_epsilon'])
+@pytest.mark.parametrize('value', [0.0, -1.0, float('nan'), float('inf')])
+def test_a_base_or_epsilon_that_is_no_positive_number_is_refused(tmp_path, key, value):
+  path, metadata = tmp_path / 'tiny.gguf', f'llama.{key}'
+
+  def replace(writer):
+    del writer.kv_data[0][metadata]
+    writer.add_float32(metadata, value)
+
+  write_model(path, tiny_config('llama'), extra=replace)
+  assert_refused(path, f'{metadata} = {value}', 'a finite number above 0')
+
+
 def test_linear_rope_scaling_together_with_rope_factors_is_refused(tmp_path):
   def extra(writer):
     writer.add_float32('llama.rope.scaling.factor', 2.0)
