@@ -18,7 +18,6 @@ from adapt_jax.models.network.rope import inverse_frequencies
 
 PERMUTED = ('q_proj.weight', 'k_proj.weight', 'q_proj.bias', 'k_proj.bias')
 ROPE_FREQS = 'rope_freqs.weight'
-_WINDOW = '{}.attention.sliding_window'  # by architecture
 # Fields that llama.cpp does not need, but that restore an equal ModelConfig; written by our own export.
 FAMILY_KEY = 'adapt_jax.family'
 SCALING_KEY = 'adapt_jax.llama3_scaling'
@@ -49,9 +48,9 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
       f'{vocab_size} rows: tokenizer and weights do not match'
     )
   known = ARCHITECTURES[arch]
-  window = known.window
-  if known.window_every and (not window or _WINDOW.format(arch) in file.metadata):
-    window = _size(file, _WINDOW.format(arch), 'window')
+  window, key = known.window, f'{arch}.attention.sliding_window'
+  if known.window_every and (not window or key in file.metadata):
+    window = _size(file, key, 'window')
   config = ModelConfig(
     family=_family(file, arch),
     vocab_size=vocab_size,

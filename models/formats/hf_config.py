@@ -230,11 +230,11 @@ def _local_rope(raw: dict[str, Any]) -> RopeConfig:
   """The rotary embedding of layers with a window; the old field has only its base frequency."""
   parameters = _object(_object(raw, 'rope_parameters'), _TYPES[1])
   rope = _rope({'rope_parameters': parameters}, _number(raw, 'rope_local_base_freq'))
-  if rope.scaling not in (None, LinearScaling(1.0)):
+  if rope.scaling:
     raise InputError(
       f'rotary scaling of layers with {_TYPES[1]} is not supported; use a checkpoint without it'
     )
-  return RopeConfig(rope.theta)
+  return rope
 
 
 def _rope(raw: dict[str, Any], usual_theta: float, layer_type: str = '') -> RopeConfig:
@@ -254,7 +254,8 @@ def _rope(raw: dict[str, Any], usual_theta: float, layer_type: str = '') -> Rope
   if kind == 'default':
     return RopeConfig(theta)
   if kind == 'linear':
-    return RopeConfig(theta, LinearScaling(_number(parameters, 'factor')))
+    factor = _number(parameters, 'factor')
+    return RopeConfig(theta, LinearScaling(factor) if factor != 1 else None)
   if kind != 'llama3':
     raise InputError(f'rope_type {kind!r} is not supported: only default, linear and llama3 are')
   low, high = (_number(parameters, f'{end}_freq_factor') for end in ('low', 'high'))

@@ -9,8 +9,8 @@ from benchmarks import equal_layers
 HEAD_DIM = 4
 
 
-def by_trying_all(layers, runs):
-  """The same by every way to cut the layers into runs."""
+def brute_force(layers, runs):
+  """The least padding over all ways to cut the layers into so many runs."""
   totals = []
   for cuts in itertools.combinations(range(1, len(layers)), runs - 1):
     total = 0
@@ -26,7 +26,7 @@ def test_the_least_padding_is_found(seed):
   draw = np.random.default_rng(seed)
   layers = [(3 * groups, groups, channels) for groups, channels in draw.integers(1, 9, (7, 2)).tolist()]
   found = equal_layers.padding(layers, HEAD_DIM)
-  assert found == pytest.approx([by_trying_all(layers, runs) for runs in range(1, 8)])
+  assert found == pytest.approx([brute_force(layers, runs) for runs in range(1, 8)])
   assert found[-1] == 0 < found[0]
 
 

@@ -121,6 +121,7 @@ SCALED = RopeConfig(5e5, Llama3Scaling(8.0, 1.0, 4.0, 32))
     ({'rope_theta': 5e5, 'rope_scaling': None}, RopeConfig(5e5)),
     ({'rope_theta': 5e5, 'rope_scaling': {'rope_type': 'default'}}, RopeConfig(5e5)),
     ({'rope_theta': 5e5, 'rope_scaling': LLAMA3 | {'rope_type': 'llama3'}}, SCALED),
+    ({'rope_theta': 5e5, 'rope_scaling': {'type': 'linear', 'factor': 1.0}}, RopeConfig(5e5)),
     (
       {'rope_theta': 5e5, 'rope_scaling': {'type': 'linear', 'factor': 4}},
       RopeConfig(5e5, LinearScaling(4.0)),
