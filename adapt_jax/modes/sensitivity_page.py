@@ -1,4 +1,4 @@
-"""Reports of mode sensitivity: a Markdown table, a CSV file and a page with one line per base."""
+"""Reports of mode sensitivity: a Markdown table, a CSV file, a page and pictures with one line per base."""
 
 import csv
 import html
@@ -21,11 +21,13 @@ _WHAT = {
 
 
 def write(workdir: Workdir, report: SensitivityReport, *, running: bool) -> None:
-  """Writes report.html from the report so far; at the end also the table and the CSV file."""
+  """Writes report.html from the report so far; at the end also the table, the CSV file and the pictures."""
   write_text(workdir.page, page(f'{report["model"]["source"]} sensitivity', _body(report), running=running))
   if not running:
     write_text(workdir.path / MARKDOWN, table(report) + '\n')
     write_text(workdir.path / CSV, csv_text(report))
+    for name, chart in figures(report).items():
+      write_text(workdir.path / name, charts.picture(chart))
 
 
 def _row(cells: list[str]) -> str:
@@ -160,19 +162,28 @@ def _importance_chart(report: SensitivityReport) -> str:
   return charts.line_chart('Importance of the layers', names, series, log=log, integer=True)
 
 
+def figures(report: SensitivityReport) -> dict[str, str]:
+  """The charts as SVG, by name of file: perplexity for every block, and the importance of the layers."""
+  found = {
+    'perplexity.svg' if block == 'both' else f'perplexity-{block}.svg': _perplexity_chart(report, block)
+    for block in report['blocks']
+  }
+  found['importance.svg'] = _importance_chart(report)
+  return {name: chart for name, chart in found.items() if chart}
+
+
 def _body(report: SensitivityReport) -> str:
   e = html.escape
   bases = _bases(report)
   lines = [''.join(f'<th>{e(cell)}</th>' for cell in bases[0])]
   lines += [''.join(f'<td>{e(cell)}</td>' for cell in row) for row in bases[1:]]
   done = sum(len(base['layers']) for base in report['bases'])
-  figures = [_perplexity_chart(report, block) for block in report['blocks']] + [_importance_chart(report)]
   return '\n'.join(
     [
       f'<h1>{e(report["model"]["source"])}</h1>',
       f'<p class="state">sensitivity of the layers: {done} measured, {report["seconds"]:,.0f} s</p>',
       '<div class="card scroll"><table>' + '\n'.join(f'<tr>{x}</tr>' for x in lines) + '</table></div>',
-      cards('grid', figures),
+      cards('grid', list(figures(report).values())),
       *(f'<p>{e(text)}</p>' for block in report['blocks'] if (text := _clipped(report, block))),
       f'<p>{e(_note(report))}</p>',
       f'<h2>Command</h2><div class="card"><pre>{e(report["command"])}</pre></div>',

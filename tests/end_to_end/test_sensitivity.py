@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,10 @@ def test_report_table_csv_and_page(finished, capsys):
   chart = next(svg for svg in re.findall(r'<svg.*?</svg>', page, re.DOTALL) if 'MLP pruned' in svg)
   assert chart.count('<path') == 2 * len(BASES)  # each base, and a dashed line for itself
   assert chart.count('<circle') == len(BASES) * LAYERS
+  for name in ('perplexity.svg', 'perplexity-attention.svg', 'perplexity-mlp.svg', 'importance.svg'):
+    picture = ElementTree.fromstring((path / name).read_text())
+    circles = list(picture.iter('{http://www.w3.org/2000/svg}circle'))
+    assert len(circles) == len(BASES) * LAYERS
 
 
 def test_killed_run_goes_on_where_it_stopped(finished, files, tmp_path):
