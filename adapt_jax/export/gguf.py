@@ -114,7 +114,7 @@ def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
     refused = {
       'widths that differ by layer': not config.uniform,
       'biases': (config.qkv_bias or config.output_bias) and not arch.biases,
-      'llama3 rotary scaling': _by_llama3(config),
+      'llama3 rotary scaling': _has_llama3_scaling(config),
       'a head of its own': arch.tied is True and not config.tie_embeddings,
       'tied embeddings': arch.tied is False and config.tie_embeddings,
       'heads that do not add up to the hidden size': arch.square and not _square(config),
@@ -142,11 +142,11 @@ def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
     return 'deci'
   # llama.cpp's qwen2 has no bias on down_proj and no llama3 scaling, and in older versions its heads must add
   # up to the hidden size; its llama computes the same function with all of these, with q and k permuted.
-  plain = config.qkv_bias and not config.output_bias and not _by_llama3(config)
+  plain = config.qkv_bias and not config.output_bias and not _has_llama3_scaling(config)
   return name if plain and _square(config) else 'llama'
 
 
-def _by_llama3(config: ModelConfig) -> bool:
+def _has_llama3_scaling(config: ModelConfig) -> bool:
   return isinstance(config.rope.scaling, Llama3Scaling)
 
 
@@ -219,7 +219,7 @@ def _write(
     stored = types[leaf.name]
     nbytes = int(np.prod(quant_shape_to_byte_shape(leaf.hf_shape, stored)))
     writer.add_tensor_info(arch.gguf_name(leaf.name), leaf.hf_shape, np.dtype(np.float32), nbytes, stored)
-  divisors = rope_divisors(config.rope, config.head_dim) if _by_llama3(config) else None
+  divisors = rope_divisors(config.rope, config.head_dim) if _has_llama3_scaling(config) else None
   if divisors is not None:
     writer.add_tensor_info(ROPE_FREQS, divisors.shape, divisors.dtype, divisors.nbytes)
   writer.write_header_to_file()
