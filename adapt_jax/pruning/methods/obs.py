@@ -13,6 +13,8 @@ class Obs(GlobalOneShot):
   Ouderaa et al., arXiv 2312.17244).
   Differences: whole KV groups and channels instead of rows and columns of every matrix, one shot instead of
   many, and prune.compensate does the correction; its least squares account for the pruned earlier layers.
+  The first layer's attention is pruned last, after all else: its removal can break the attention sink, of
+  which the curvature says nothing (docs/results.md, "Recovery").
   """
 
   importance = 'curvature'
@@ -20,4 +22,6 @@ class Obs(GlobalOneShot):
   def comparable(self, scores: Scores, plan: PrunePlan) -> Scores:
     # Channels are ranked in the precision of their scores.
     channel = self.budget.channel_costs[:, None].astype(scores.ffn.dtype)
-    return scores._replace(kv=scores.kv / self.budget.group_costs[:, None], ffn=scores.ffn / channel)
+    kv, ffn = scores.kv / self.budget.group_costs[:, None], scores.ffn / channel
+    kv[0] += 2 * max(kv.max(), ffn.max())
+    return scores._replace(kv=kv, ffn=ffn)
