@@ -19,7 +19,7 @@ D, C = 6, 12
 
 
 def damped(matrix, damping):
-  return matrix + damping * np.diagonal(matrix).mean() * np.eye(len(matrix))
+  return matrix + damping * np.median(np.diagonal(matrix)) * np.eye(len(matrix))
 
 
 def problem(seed=0):
@@ -95,6 +95,19 @@ def test_of_two_channels_that_say_the_same_one_is_cheap(monkeypatch):
   weight, inputs = rng.normal(size=(D, C)), x.T @ x / 500
   costs = np.asarray(curvature.channel_costs(jnp.float32(weight), jnp.float32(inputs), jnp.eye(D)))
   assert min(costs[2], costs[7]) < 0.3 * np.median(costs) < np.median(costs) <= max(costs[2], costs[7]) * 2
+
+
+def test_a_massive_activation_does_not_protect_the_other_channels(monkeypatch):
+  """One channel a million times as large as the others, as in a layer that forms an attention sink."""
+  monkeypatch.setattr(curvature, 'ROUNDS', C)
+  weight, inputs, _ = problem(4)
+  inputs[5] = inputs[:, 5] = 0
+  inputs[5, 5] = np.median(np.diagonal(inputs))
+  usual = np.asarray(curvature.channel_costs(jnp.float32(weight), jnp.float32(inputs), jnp.eye(D)))
+  inputs[5, 5] *= 1e6
+  costs = np.asarray(curvature.channel_costs(jnp.float32(weight), jnp.float32(inputs), jnp.eye(D)))
+  assert costs.argmax() == 5
+  np.testing.assert_allclose(np.delete(costs, 5), np.delete(usual, 5), rtol=0.1)
 
 
 def test_moments_are_those_of_the_whole_models_gradient():
@@ -181,11 +194,13 @@ def test_least_squares_are_in_fp32_on_accelerators(platform):
   assert len(found) >= 8 and set(found) == {'HIGHEST'}
 
 
+@pytest.mark.parametrize('largest', [1, 1e3])
 @pytest.mark.parametrize('size,block', [(7, 16), (64, 16), (70, 16), (96, 96)])
-def test_sweeping_inverts_block_by_block(size, block):
-  """As precisely as the Cholesky factorisation, which all but TPUs use, for inputs of few tokens too."""
+def test_sweeping_inverts_block_by_block(size, block, largest):
+  """As precisely as the Cholesky factorisation, which all but TPUs use; for few tokens, massive activations."""
   rng = np.random.default_rng(size)
   inputs = rng.standard_normal((size // 2, size)) * np.exp(rng.standard_normal(size))
+  inputs[0, size // 3] *= largest
   matrix = np.asarray(algebra.damped(jnp.float32(inputs.T @ inputs), 0.1))
   right = rng.standard_normal((size, 5)).astype(np.float32)
   swept = jax.jit(algebra.swept_inverse, static_argnums=1)(matrix, block)
