@@ -197,7 +197,7 @@ def test_least_squares_are_in_fp32_on_accelerators(platform):
 @pytest.mark.parametrize('largest', [1, 1e3])
 @pytest.mark.parametrize('size,block', [(7, 16), (64, 16), (70, 16), (96, 96)])
 def test_sweeping_inverts_block_by_block(size, block, largest):
-  """As precisely as the Cholesky factorisation, which all but TPUs use; for few tokens, massive activations."""
+  """As precisely as Cholesky's, which all but TPUs use; also for few tokens and massive activations."""
   rng = np.random.default_rng(size)
   inputs = rng.standard_normal((size // 2, size)) * np.exp(rng.standard_normal(size))
   inputs[0, size // 3] *= largest
