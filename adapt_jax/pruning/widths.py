@@ -17,8 +17,8 @@ from adapt_jax.pruning.budget import Budget
 
 # The most steps that the landing may take on one set of scores, if a KV group had to be skipped.
 MAX_LANDING = 2.0
-# Position of removals in layers that a step does not prune: after all other removals.
-_SPARED = 1e18
+# Position of removals in what a step should not prune: after all other removals.
+SPARED = 1e18
 
 # (position in the order, layer, is_kv, remaining width)
 Removal = tuple[float, int, bool, int]
@@ -130,7 +130,7 @@ class Allocator:
       if rate[layer] > 0:
         fraction = max(0.0, (threshold - sparsity[layer]) / rate[layer])
       else:
-        fraction = _SPARED * (1 + threshold)
+        fraction = SPARED * (1 + threshold)
       heapq.heappush(heap, (fraction, layer, is_kv, width))
 
     for layer in range(self.config.num_layers):
@@ -177,7 +177,7 @@ class Allocator:
       else:
         passed_over.append(layer)
         continue
-      if at < _SPARED:
+      if at < SPARED:
         reached = at
     else:  # every MLP is at its last block: only KV groups can be removed
       for layer in passed_over:

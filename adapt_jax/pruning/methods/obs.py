@@ -1,8 +1,11 @@
 """Optimal Brain Surgeon over the whole model: Hassibi and Stork, NIPS 1992."""
 
+from collections.abc import Iterator
+
 from adapt_jax.pruning.methods.base import GlobalOneShot
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scores import Scores
+from adapt_jax.pruning.widths import SPARED, Removal
 
 
 class Obs(GlobalOneShot):
@@ -22,6 +25,8 @@ class Obs(GlobalOneShot):
   def comparable(self, scores: Scores, plan: PrunePlan) -> Scores:
     # Channels are ranked in the precision of their scores.
     channel = self.budget.channel_costs[:, None].astype(scores.ffn.dtype)
-    kv, ffn = scores.kv / self.budget.group_costs[:, None], scores.ffn / channel
-    kv[0] += 2 * max(kv.max(), ffn.max())
-    return scores._replace(kv=kv, ffn=ffn)
+    return scores._replace(kv=scores.kv / self.budget.group_costs[:, None], ffn=scores.ffn / channel)
+
+  def _removals(self, scores: Scores, plan: PrunePlan) -> Iterator[Removal]:
+    for at, layer, is_kv, width in super()._removals(scores, plan):
+      yield (SPARED if is_kv and layer == 0 else at), layer, is_kv, width
