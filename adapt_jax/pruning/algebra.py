@@ -10,6 +10,7 @@ from adapt_jax.models.network.backend import on_tpu
 from adapt_jax.models.network.sharding import constrain, token_shards
 
 _BLOCK = 512  # of a matrix that a TPU inverts block by block
+_OWN_SHARE = 1e-4  # of each diagonal entry that damping adds
 
 
 def exact() -> contextlib.AbstractContextManager[Any]:
@@ -40,14 +41,15 @@ def total(own_RCD: jax.Array) -> jax.Array:
 
 
 def damped(matrix_CC: jax.Array, damping: float) -> jax.Array:
-  """Adds damping · (median of the positive diagonal entries) to the diagonal of the matrix.
+  """Adds damping · (median of the positive diagonal entries), and a little of each entry, to the diagonal.
 
-  Not the mean: the massive activations of a few channels at a text's first token (Sun et al., arXiv
-  2402.17762) raise the mean of some layers up to 300 times above the median.
+  The median, because the massive activations of a few channels at a text's first token (Sun et al., arXiv
+  2402.17762) can raise the mean far above it. The share of each entry keeps the matrix invertible in fp32 where
+  such channels are massive together.
   """
   diagonal_C = jnp.diagonal(matrix_CC)
   median = jnp.nan_to_num(jnp.nanmedian(jnp.where(diagonal_C > 0, diagonal_C, jnp.nan)))
-  return matrix_CC + jnp.maximum(damping * median, 1e-30) * jnp.eye(len(diagonal_C))
+  return matrix_CC + jnp.diag(jnp.maximum(damping * median, 1e-30) + _OWN_SHARE * diagonal_C)
 
 
 def inverse(matrix_CC: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 
-# λ as a share of the mean of Σ c², and m above.
+# λ as a share of the median over channels of Σ c² (`algebra.damped`), and m above.
 RIDGE, PULL = 0.2, 0.5
 
 # The residual streams of the model before this pruning and of the pruned one, each [M, B, T, D].

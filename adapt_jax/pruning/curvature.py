@@ -18,7 +18,7 @@ from adapt_jax.models.network.sharding import constrain
 from adapt_jax.pruning.algebra import damped, exact, inverse
 from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 
-# Share of the mean diagonal that is added to the diagonal. H needs it to be invertible, and because it is
+# Share of the median diagonal entry that is added to the diagonal (`damped`). H needs it to be invertible, and because it is
 # estimated from few tokens; without it in G, single outputs with large gradients would dominate the costs.
 DAMPING_INPUTS, DAMPING_GRADIENTS = 0.1, 3.0
 # Number of rounds in which channels are removed; those of one round are treated as independent.

@@ -19,7 +19,11 @@ D, C = 6, 12
 
 
 def damped(matrix, damping):
-  return matrix + damping * np.median(np.diagonal(matrix)) * np.eye(len(matrix))
+  return (
+    matrix
+    + damping * np.median(np.diagonal(matrix)) * np.eye(len(matrix))
+    + np.diag(1e-4 * np.diagonal(matrix))
+  )
 
 
 def problem(seed=0):
@@ -97,17 +101,19 @@ def test_of_two_channels_that_say_the_same_one_is_cheap(monkeypatch):
   assert min(costs[2], costs[7]) < 0.3 * np.median(costs) < np.median(costs) <= max(costs[2], costs[7]) * 2
 
 
-def test_a_massive_activation_does_not_protect_the_other_channels(monkeypatch):
-  """One channel a million times as large as the others, as in a layer that forms an attention sink."""
+def test_massive_activations_do_not_protect_the_other_channels(monkeypatch):
+  """Three channels that one token makes ten million times as large, as in a layer with an attention sink."""
   monkeypatch.setattr(curvature, 'ROUNDS', C)
   weight, inputs, _ = problem(4)
-  inputs[5] = inputs[:, 5] = 0
-  inputs[5, 5] = np.median(np.diagonal(inputs))
+  massive, others = [1, 5, 6], np.delete(np.arange(C), [1, 5, 6])
+  inputs[massive] = inputs[:, massive] = 0
   usual = np.asarray(curvature.channel_costs(jnp.float32(weight), jnp.float32(inputs), jnp.eye(D)))
-  inputs[5, 5] *= 1e6
+  token = np.zeros(C)
+  token[massive] = np.array([3, 1, 2]) * np.sqrt(1e7 * np.median(np.diagonal(inputs)))
+  inputs += np.outer(token, token)
   costs = np.asarray(curvature.channel_costs(jnp.float32(weight), jnp.float32(inputs), jnp.eye(D)))
-  assert costs.argmax() == 5
-  np.testing.assert_allclose(np.delete(costs, 5), np.delete(usual, 5), rtol=0.1)
+  assert costs.argmax() in massive
+  np.testing.assert_allclose(costs[others], usual[others], rtol=0.3)
 
 
 def test_moments_are_those_of_the_whole_models_gradient():
@@ -194,13 +200,11 @@ def test_least_squares_are_in_fp32_on_accelerators(platform):
   assert len(found) >= 8 and set(found) == {'HIGHEST'}
 
 
-@pytest.mark.parametrize('largest', [1, 1e3])
 @pytest.mark.parametrize('size,block', [(7, 16), (64, 16), (70, 16), (96, 96)])
-def test_sweeping_inverts_block_by_block(size, block, largest):
-  """As precisely as Cholesky's, which all but TPUs use; also for few tokens and massive activations."""
+def test_sweeping_inverts_block_by_block(size, block):
+  """As precisely as the Cholesky factorisation, which all but TPUs use, for inputs of few tokens too."""
   rng = np.random.default_rng(size)
   inputs = rng.standard_normal((size // 2, size)) * np.exp(rng.standard_normal(size))
-  inputs[0, size // 3] *= largest
   matrix = np.asarray(algebra.damped(jnp.float32(inputs.T @ inputs), 0.1))
   right = rng.standard_normal((size, 5)).astype(np.float32)
   swept = jax.jit(algebra.swept_inverse, static_argnums=1)(matrix, block)
@@ -209,6 +213,18 @@ def test_sweeping_inverts_block_by_block(size, block, largest):
   assert error < 4 * np.abs(algebra.inverse(matrix) - exact).max() / np.abs(exact).max() + 1e-6
   np.testing.assert_allclose(swept, np.asarray(swept).T, atol=1e-6 * np.abs(exact).max())
   np.testing.assert_allclose(algebra.solve(matrix, right), exact @ right, rtol=2e-3, atol=1e-5)
+
+
+def test_massive_activations_leave_a_matrix_that_fp32_inverts():
+  """By either way: three channels that are massive at one token are nearly the same."""
+  rng = np.random.default_rng(0)
+  inputs = rng.standard_normal((200, 64))
+  inputs[0, :3] *= 1e5
+  matrix = np.asarray(algebra.damped(jnp.float32(inputs.T @ inputs), 0.1))
+  exact = np.linalg.inv(matrix.astype(np.float64))
+  sizes = np.sqrt(np.diagonal(exact))
+  for found in (algebra.inverse(matrix), jax.jit(algebra.swept_inverse, static_argnums=1)(matrix, 16)):
+    np.testing.assert_allclose(found / np.outer(sizes, sizes), exact / np.outer(sizes, sizes), atol=5e-3)
 
 
 def test_on_tpus_large_matrices_are_swept(monkeypatch):

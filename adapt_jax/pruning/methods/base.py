@@ -105,7 +105,7 @@ class UniformOneShot(OneShot):
 
 
 class GlobalOneShot(OneShot):
-  """One-shot, with one ranking of all groups and channels of all layers: removes the lowest.
+  """One-shot, with one ranking of the groups and channels of all layers: removes the lowest.
 
   With prune.align_ffn > 1, blocks of a layer's lowest channels are ranked by their mean.
   """

@@ -16,8 +16,8 @@ class Obs(GlobalOneShot):
   Ouderaa et al., arXiv 2312.17244).
   Differences: whole KV groups and channels instead of rows and columns of every matrix, one shot instead of
   many, and prune.compensate does the correction; its least squares account for the pruned earlier layers.
-  The first layer's attention is pruned last, after all else: its removal can break the attention sink, of
-  which the curvature says nothing (docs/results.md, "Recovery").
+  The first layer's attention is pruned last: its removal can break a model's attention sink, which its costs
+  did not show (docs/results.md, "Recovery").
   """
 
   importance = 'curvature'
