@@ -44,8 +44,8 @@ def damped(matrix_CC: jax.Array, damping: float) -> jax.Array:
   """Adds damping · (median of the positive diagonal entries), and a little of each entry, to the diagonal.
 
   The median, because the massive activations of a few channels at a text's first token (Sun et al., arXiv
-  2402.17762) can raise the mean far above it. The share of each entry keeps the matrix invertible in fp32 where
-  such channels are massive together.
+  2402.17762) can raise the mean far above it. The share of each entry keeps the matrix invertible in fp32
+  where such channels are massive together.
   """
   diagonal_C = jnp.diagonal(matrix_CC)
   median = jnp.nan_to_num(jnp.nanmedian(jnp.where(diagonal_C > 0, diagonal_C, jnp.nan)))

@@ -40,9 +40,9 @@ from adapt_jax.pruning import algebra, surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 
-# Of what reads the stream: λ as a share of the mean of Σ x²; of what writes to it, of the median over channels
-# (`algebra.damped`). Share of the streams' difference in the target. One in `_AXES` columns is an old axis, with
-# tied tables.
+# λ, as a share of the mean of Σ x² for what reads the stream, and of the median (`algebra.damped`) for what
+# writes to it. Share of the streams' difference in the target. One in `_AXES` columns is an old axis, with tied
+# tables.
 _READ_RIDGE, _WRITE_RIDGE, _PULL, _AXES = 0.1, 0.2, 0.5, 8
 
 # Block -> its norm, the weights that read the stream and those that write to it.
