@@ -18,8 +18,9 @@ from adapt_jax.models.network.sharding import constrain
 from adapt_jax.pruning.algebra import damped, exact, inverse
 from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 
-# Share of the median diagonal entry that `damped` adds to the diagonal. H needs it to be invertible, and because
-# it is estimated from few tokens; without it in G, single outputs with large gradients would dominate the costs.
+# Share of the median diagonal entry that is added to the diagonal. H needs it to be invertible, and because
+# it is estimated from few tokens; without it in G, single outputs with large gradients would dominate the
+# costs.
 DAMPING_INPUTS, DAMPING_GRADIENTS = 0.1, 3.0
 # Number of rounds in which channels are removed; those of one round are treated as independent.
 ROUNDS = 32

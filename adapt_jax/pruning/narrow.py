@@ -41,8 +41,8 @@ from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 
 # λ, as a share of the mean of Σ x² for what reads the stream, and of the median (`algebra.damped`) for what
-# writes to it. Share of the streams' difference in the target. One in `_AXES` columns is an old axis, with tied
-# tables.
+# writes to it. Share of the streams' difference in the target. One in `_AXES` columns is an old axis, with
+# tied tables.
 _READ_RIDGE, _WRITE_RIDGE, _PULL, _AXES = 0.1, 0.2, 0.5, 8
 
 # Block -> its norm, the weights that read the stream and those that write to it.
