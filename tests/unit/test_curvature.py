@@ -19,11 +19,8 @@ D, C = 6, 12
 
 
 def damped(matrix, damping):
-  return (
-    matrix
-    + damping * np.median(np.diagonal(matrix)) * np.eye(len(matrix))
-    + np.diag(1e-4 * np.diagonal(matrix))
-  )
+  diagonal = np.diagonal(matrix)
+  return matrix + np.diag(damping * np.median(diagonal) + 1e-4 * diagonal)
 
 
 def problem(seed=0):

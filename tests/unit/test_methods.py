@@ -147,7 +147,6 @@ def test_obs_takes_what_costs_least_per_parameter():
   plan = make_method('obs', config).step(scores, start, int(0.7 * count_params(config))).plan
   kept = [np.array(plan.kv), np.array(plan.ffn)]
   assert all((~mask).any() for mask in kept)
-  assert kept[0][0].all()
   highest = max(x[~mask].max() for x, mask in zip(per_parameter, kept, strict=True))
   for x, mask in zip(per_parameter, kept, strict=True):
     assert (x[mask & (mask.sum(1) > 1)[:, None]] >= highest).all()
