@@ -33,8 +33,7 @@ from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 
-# λ as a share of the median over channels of Σ c² (`algebra.damped`), and m above.
-RIDGE, PULL = 0.2, 0.5
+RIDGE, RIDGE_FOR_EVIDENCE, PULL = 0.1, 3.0, 0.5  # in `ridge`; the last is m above
 
 # The residual streams of the model before this pruning and of the pruned one, each [M, B, T, D].
 Streams = tuple[jax.Array, jax.Array]
@@ -127,16 +126,17 @@ class Compensator:
       new = [algebra.own_products(kept_TC, kept_TC), products_RDC, missing_TD.sum(0)]
       return jax.tree.map(jnp.add, sums, new), before_BTD
 
-    at_once = streams[0][0].size // D
+    at_once, tokens = streams[0][0].size // D, streams[0].size // D
     start = [algebra.no_products(at_once, C, C), algebra.no_products(at_once, D, C), jnp.zeros(D)]
     (kept_RCC, products_RDC, missing_D), before_MBTD = jax.lax.scan(measure, start, streams)
     change_DC, change_D = jnp.zeros((D, C)), jnp.zeros(D)
     if self.kind == 'bias':
-      change_D = missing_D / (before_MBTD.size // D)
+      change_D = missing_D / tokens
     else:
       kept_CC, products_DC = algebra.total(kept_RCC), algebra.total(products_RDC)
       # All of D on each device, for the loop below.
-      change_DC = constrain(algebra.solve(algebra.damped(kept_CC, RIDGE), products_DC.T).T, '.F')
+      damped_CC = algebra.damped(kept_CC, ridge(C, tokens))
+      change_DC = constrain(algebra.solve(damped_CC, products_DC.T).T, '.F')
 
     def corrected(x_BTD: jax.Array) -> jax.Array:
       own_BTD, inputs_TC = run(x_BTD)
@@ -149,6 +149,15 @@ class Compensator:
     after_MBTD = jax.lax.map(corrected, streams[1])
     change = {bias: change_D} if self.kind == 'bias' else {name: change_DC.reshape(weight.shape)}
     return (before_MBTD, after_MBTD), constrain_params(change)
+
+
+def ridge(channels: int, tokens: int) -> float:
+  """λ as a share of the median over channels of Σ c² (`algebra.damped`).
+
+  The first part is for text unlike the calibration rows. The second is for the noise of moments that few
+  tokens estimate, which grows with channels / tokens.
+  """
+  return RIDGE + RIDGE_FOR_EVIDENCE * channels / tokens
 
 
 def add(params: Params, compacted: PrunePlan, changes: dict[str, jax.Array]) -> Params:

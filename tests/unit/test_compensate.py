@@ -87,7 +87,8 @@ def test_least_squares_solve_the_stated_problem_layer_by_layer():
       np.testing.assert_allclose(c, after[i][inputs], atol=1e-4)
       t = (1 - compensate.PULL) * c0 @ w.T
       t += compensate.PULL * (before[i][goal] - after[i][x]).reshape(-1, D)
-      ridge = compensate.RIDGE * np.median(np.square(c).sum(0)[mask])
+      share = compensate.RIDGE + compensate.RIDGE_FOR_EVIDENCE * len(mask) / tokens.size
+      ridge = share * np.median(np.square(c).sum(0)[mask])
       kept = c[:, mask]
       expected = np.zeros_like(w)
       inner = np.linalg.inv(kept.T @ kept + ridge * np.eye(mask.sum()))
