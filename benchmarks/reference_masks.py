@@ -1,11 +1,13 @@
 """Compares our default method with the masks of the authors' program, at its sizes and with its tokens.
 
-    python -m benchmarks.reference_masks [--windows=20] [--row=1024] [--shared=../shared]
+    python -m benchmarks.reference_masks [--windows=20] [--row=1024] [--shared=../shared] [--text NAME=FILE]
 
 SmolLM2-135M-Instruct with 8,192 calibration tokens (the 128 x 64 of the reference; ours reads them as one
 stream, as 8 x 1024, or in rows of --row), without training. Perplexity is measured on windows of WikiText-2
-validation text that contain no calibration row. Prints a Markdown table with the excess log-perplexity, log
-of pruned over dense, and its ratio to the reference's. About a quarter of an hour on two cores.
+validation text that contain no calibration row, and on 8,192 tokens of each --text (one or more), for kinds
+that nothing was calibrated on. Prints a Markdown table per text with the excess log-perplexity, log of pruned
+over dense, and its ratio to the reference's. About a quarter of an hour on two cores; each --text takes some
+minutes more.
 """
 
 import argparse
@@ -17,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.data.windows import Blocks
+from adapt_jax import api_arguments as arguments
+from adapt_jax.data.windows import Blocks, read_for, spread
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.formats.source import Source
@@ -31,6 +34,8 @@ from benchmarks.reference_parity import ROOT, reference_options, reference_param
 # Pruning steps of the reference whose masks are available.
 STEPS = (15, 16, 29)
 LENGTH = 1024
+WIKITEXT = 'data/wikitext-2/wiki.valid.tokens'
+OTHER_TOKENS = 8192  # of each --text
 
 
 def clean_windows(text: pathlib.Path, calibration: np.ndarray, source: Source, count: int) -> Blocks:
@@ -56,6 +61,7 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument('--windows', type=int, default=20)
   parser.add_argument('--row', type=int, default=1024)
+  parser.add_argument('--text', nargs='*', default=[], metavar='NAME=FILE')
   parser.add_argument('--shared', type=pathlib.Path, default=ROOT.parent / 'shared')
   args = parser.parse_args()
   if not args.shared.is_dir():
@@ -64,12 +70,19 @@ def main() -> None:
   tokens = np.load(golden / 'calib.npy')[:128].astype(np.int32)
   source, params = reference_params()
   config, compiler = source.config, Compiler()
-  blocks = clean_windows(args.shared / 'data/wikitext-2/wiki.valid.tokens', tokens, source, args.windows)
-  evaluator = Evaluator(blocks, 4, compiler=compiler, dtype=jnp.float32)
+  texts = {'WikiText-2': clean_windows(args.shared / WIKITEXT, tokens, source, args.windows)}
+  for name, _, file in (entry.partition('=') for entry in args.text):
+    fields = arguments.data_options('text', 'messages')
+    found = arguments.blocks(file, fields, config, source.load_tokenizer(), LENGTH, read_for(OTHER_TOKENS))
+    texts[name] = spread(found, OTHER_TOKENS)
+  evaluators = {
+    name: Evaluator(blocks, 4, compiler=compiler, dtype=jnp.float32) for name, blocks in texts.items()
+  }
 
-  def perplexity(params: Params, plan: PrunePlan) -> float:
+  def perplexities(params: Params, plan: PrunePlan) -> dict[str, float]:
     jax.clear_caches()
-    return evaluator.perplexity(plan.pruned_config(config), surgery.compact(params, plan), 'evaluate')
+    pruned, weights = plan.pruned_config(config), surgery.compact(params, plan)
+    return {name: evaluator.perplexity(pruned, weights, name) for name, evaluator in evaluators.items()}
 
   packed = tokens.reshape(-1, args.row)
   options = reference_options(len(packed), args.row, batch=1024 // args.row)
@@ -78,28 +91,29 @@ def main() -> None:
   pruner = Pruner(config, options, rows_read, seed=0, compiler=compiler, dtype=jnp.float32)
   start = PruneState.start(config)
   scores = pruner.score(jax.jit(lambda p: surgery.stack(p, start.plan, jnp.float32))(params), 0)
-  dense = perplexity(params, start.plan)
-  rows = [f'| dense | {start.plan.params(config):,} | {dense:.2f} | | |']
+  dense = perplexities(params, start.plan)
+  rows = {name: [f'| dense | {start.plan.params(config):,} | {dense[name]:.2f} | | |'] for name in texts}
   for step in STEPS:
     masks = np.load(golden / f'reference_n128/kept_step{step:02d}.npz')
     theirs = PrunePlan(tuple(masks['kv']), tuple(masks['mlp']))
-    target = theirs.params(config)
-    state = METHODS['obs'](config, options).step(scores, start, target)
-    excess: dict[str, float] = {}
-    for name, plan, compensate in (
+    state = METHODS['obs'](config, options).step(scores, start, theirs.params(config))
+    reference: dict[str, float] = {}
+    for title, plan, compensate in (
       (f"reference's masks, step {step}", theirs, False),
       ("reference's masks, least squares", theirs, True),
       ('obs', state.plan, False),
       ('obs, least squares (default)', state.plan, True),
     ):
       weights = pruner.compensate(params, start.plan, plan, 0) if compensate else params
-      value = perplexity(weights, plan)
-      excess[name] = math.log(value / dense)
-      share = excess[name] / next(iter(excess.values()))
-      rows.append(f'| {name} | {plan.params(config):,} | {value:.2f} | {excess[name]:.3f} | {share:.2f} |')
-      print(rows[-1], flush=True)
-  print('\n| | parameters | perplexity | excess log-perplexity | share |\n|---|---|---|---|---|')
-  print('\n'.join(rows))
+      for name, value in perplexities(weights, plan).items():
+        excess = math.log(value / dense[name])
+        share = excess / reference.setdefault(name, excess)
+        row = f'| {title} | {plan.params(config):,} | {value:.2f} | {excess:.3f} | {share:.2f} |'
+        rows[name].append(row)
+        print(name, row, flush=True)
+  for name, table in rows.items():
+    print(f'\n{name}\n\n| | parameters | perplexity | excess log-perplexity | share |\n|---|---|---|---|---|')
+    print('\n'.join(table))
 
 
 if __name__ == '__main__':
