@@ -13,7 +13,7 @@ class CalibrationOptions:
   source: tuple[str, ...] = option(
     (),
     'Text of the kinds that the model should stay good at; rows are drawn from the first 4 million tokens. '
-    'self: the dense model generates the rows, as many as samples.',
+    'self: the dense model generates the rows, as many as samples; with weights, its share of them.',
   )
   weights: tuple[float, ...] = option(
     (),

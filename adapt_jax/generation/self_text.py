@@ -46,19 +46,23 @@ def is_self(source: tuple[str, ...]) -> bool:
   return source == (SELF,)
 
 
-def check(source: tuple[str, ...], length: int, max_position: int, field: str) -> None:
+def check(source: tuple[str, ...], length: int, max_position: int, field: str, shared: bool = False) -> None:
   """Raises InputError if the model is one of several entries, or if it was made for shorter rows.
 
   Args:
     field: the group of options, such as train.
     max_position: the model's longest sequence.
+    shared: whether weights give each entry a share of the rows, so that the model may be one of several.
   """
-  if SELF in source and not is_self(source):
-    raise InputError(f'config.{field}.source = {source}: {SELF!r} (generated text) must be the only entry')
-  if is_self(source) and length > max_position:
+  if SELF in source and not is_self(source) and not shared:
+    raise InputError(
+      f'config.{field}.source = {source}: {SELF!r} (generated text) must be the only entry, except in '
+      f'calibration with config.prune.calibration.weights'
+    )
+  if SELF in source and length > max_position:
     raise InputError(
       f'config.{field}.length = {length} exceeds the context of the model ({max_position} tokens), '
-      f'and config.{field}.source is {SELF!r}: lower it'
+      f'and config.{field}.source has {SELF!r}: lower it'
     )
 
 

@@ -20,6 +20,7 @@ from adapt_jax.data.windows import (
   load_blocks,
   load_stream,
   mixed,
+  quotas,
   read_for,
   spread,
 )
@@ -81,18 +82,17 @@ class Loader:
   def calibration(self) -> Blocks:
     """The rows that calibration draws from."""
     c = self._options.prune.calibration
-    source = c.source
-    if self_text.is_self(source):
-      source = self._own_text(c.samples, c.length, _CALIBRATION)
 
-    def load(source: tuple[str, ...]) -> Blocks:
+    def load(source: tuple[str, ...], rows: int) -> Blocks:
+      if self_text.is_self(source):
+        source = self._own_text(rows, c.length, _CALIBRATION)
       return self.load('prune.calibration.source', source, c.length, layout=c.layout)
 
     if not c.weights:
-      return load(source)
-    used = [(entry, share) for entry, share in zip(source, c.weights, strict=True) if share]
-    names, shares = zip(*used, strict=True)
-    return mixed(names, [load((name,)) for name in names], shares)
+      return load(c.source, c.samples)
+    each = zip(c.source, c.weights, quotas(c.weights, c.samples), strict=True)
+    names, shares, rows = zip(*(entry for entry in each if entry[1]), strict=True)
+    return mixed(names, [load((name,), max(1, n)) for name, n in zip(names, rows, strict=True)], shares)
 
   def train_set(self) -> TrainSet:
     """The rows of training, from the cache on disk."""

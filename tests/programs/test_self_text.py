@@ -1,5 +1,7 @@
 """Rows that a model has written itself: drawn from its distribution, the same for the same seed, kept."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,10 +135,44 @@ def test_calibration_and_training_read_rows_of_their_own(files):
   assert not (trained == inputs.calibration.tokens).all(1).any()
 
 
-@pytest.mark.parametrize('field', ['prune.calibration', 'train'])
-def test_own_text_is_not_mixed_with_others(files, field):
+def mixed_with_text(files, group, **more):
   config = runs.make_config(files).to_dict()
-  block = config['prune']['calibration'] if 'prune' in field else config['train']
-  block['source'] = ('self', str(files / 'train.txt'))
-  with pytest.raises(InputError, match=rf"config\.{field}\.source .*'self'.*only entry"):
-    prepare(from_dict(config))
+  block = config['prune']['calibration'] if group == 'prune.calibration' else config['train']
+  block.update(source=(str(files / 'train.txt'), 'self'), **more)
+  return from_dict(config)
+
+
+def test_calibration_takes_the_models_own_text_beside_others_by_weight(files):
+  """Its rows are generated, and a draw has its share of them; those of the file stay as they are."""
+  alone = prepare(mixed_with_text(files, 'prune.calibration', weights=(1.0, 0.0))).calibration
+  both = prepare(mixed_with_text(files, 'prune.calibration', weights=(3.0, 1.0), samples=8)).calibration
+  assert both.names == (str(files / 'train.txt'), 'self') and both.counts == (len(alone.tokens), 2)
+  np.testing.assert_array_equal(both.tokens[:-2], alone.tokens)
+  own = both.draw(8, 0, 0) >= len(alone.tokens)
+  assert own.sum() == 2
+  seen = {row.tobytes() for row in alone.tokens}
+  assert not any(row.tobytes() in seen for row in both.tokens[-2:])
+
+
+def test_other_entries_beside_the_models_own_text_are_still_checked(files):
+  options = mixed_with_text(files, 'prune.calibration', weights=(1.0, 1.0))
+  calibration = dataclasses.replace(options.prune.calibration, source=('absent.txt', 'self'))
+  options = dataclasses.replace(options, prune=dataclasses.replace(options.prune, calibration=calibration))
+  with pytest.raises(InputError, match=r'config\.prune\.calibration\.source.*absent\.txt'):
+    prepare(options)
+
+
+@pytest.mark.parametrize(
+  ('group', 'more'), [('prune.calibration', {}), ('train', {}), ('train', {'weights': (1.0, 1.0)})]
+)
+def test_own_text_is_mixed_with_others_only_by_weight_in_calibration(files, group, more):
+  with pytest.raises(InputError, match=rf"config\.{group}\.source .*'self'.*only entry"):
+    prepare(mixed_with_text(files, group, **more))
+
+
+def test_own_text_in_a_mixture_is_no_longer_than_the_models_context(files):
+  options = mixed_with_text(files, 'prune.calibration', weights=(1.0, 1.0), length=2049)
+  with pytest.raises(
+    InputError, match=r'config\.prune\.calibration\.length = 2049 exceeds .* \(2048 tokens\)'
+  ):
+    prepare(options)
