@@ -47,7 +47,7 @@ def is_self(source: tuple[str, ...]) -> bool:
 
 
 def check(source: tuple[str, ...], length: int, max_position: int, field: str, shared: bool = False) -> None:
-  """Raises InputError if the model is one of several entries, or if it was made for shorter rows.
+  """Raises InputError if the model is one of several entries, named twice, or made for shorter rows.
 
   Args:
     field: the group of options, such as train.
@@ -59,6 +59,8 @@ def check(source: tuple[str, ...], length: int, max_position: int, field: str, s
       f'config.{field}.source = {source}: {SELF!r} (generated text) must be the only entry, except in '
       f'calibration with config.prune.calibration.weights'
     )
+  if source.count(SELF) > 1:
+    raise InputError(f'config.{field}.source = {source}: name {SELF!r} once, with the sum of the weights')
   if SELF in source and length > max_position:
     raise InputError(
       f'config.{field}.length = {length} exceeds the context of the model ({max_position} tokens), '

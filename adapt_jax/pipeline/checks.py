@@ -66,9 +66,9 @@ def check_sources(options: RunOptions, without: Collection[str] = ()) -> None:
 
 def _check_no_ids(fields: dict[str, tuple[str, ...]]) -> None:
   for field, source in fields.items():
-    if is_blocks(source):
+    for entry in (entry for entry in source if is_blocks((entry,))):
       raise InputError(
-        f'config.{field} = {source[0]!r} holds token ids, which config.prune.vocab renumbers: give the text, '
+        f'config.{field} = {entry!r} holds token ids, which config.prune.vocab renumbers: give the text, '
         f'or leave config.prune.vocab empty'
       )
 

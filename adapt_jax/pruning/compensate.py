@@ -33,7 +33,7 @@ from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 
-RIDGE, RIDGE_FOR_EVIDENCE, PULL = 0.1, 3.0, 0.5  # in `ridge`; the last is m above
+RIDGE, RIDGE_FOR_EVIDENCE, LARGEST_RIDGE, PULL = 0.1, 3.0, 0.8, 0.5  # in `ridge`; the last is m above
 
 # The residual streams of the model before this pruning and of the pruned one, each [M, B, T, D].
 Streams = tuple[jax.Array, jax.Array]
@@ -155,9 +155,11 @@ def ridge(channels: int, tokens: int) -> float:
   """λ as a share of the median over channels of Σ c² (`algebra.damped`).
 
   The first part is for text unlike the calibration rows. The second is for the noise of moments that few
-  tokens estimate, which grows with channels / tokens.
+  tokens estimate, which grows with channels / tokens. No ridge above the largest was tried.
+
+  channels: inputs of the projection before this pruning, in the widest layer.
   """
-  return RIDGE + RIDGE_FOR_EVIDENCE * channels / tokens
+  return min(RIDGE + RIDGE_FOR_EVIDENCE * channels / tokens, LARGEST_RIDGE)
 
 
 def add(params: Params, compacted: PrunePlan, changes: dict[str, jax.Array]) -> Params:

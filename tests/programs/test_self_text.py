@@ -13,6 +13,7 @@ from adapt_jax.machine import preemption
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network import llama
+from adapt_jax.pipeline.checks import check_sources
 from adapt_jax.pipeline.inputs import prepare
 from tests.support import runs
 from tests.support.helpers import UNIFORM, tiny_config
@@ -159,7 +160,28 @@ def test_other_entries_beside_the_models_own_text_are_still_checked(files):
   calibration = dataclasses.replace(options.prune.calibration, source=('absent.txt', 'self'))
   options = dataclasses.replace(options, prune=dataclasses.replace(options.prune, calibration=calibration))
   with pytest.raises(InputError, match=r'config\.prune\.calibration\.source.*absent\.txt'):
+    check_sources(options)
+
+
+def test_own_text_is_named_once(files):
+  options = mixed_with_text(files, 'prune.calibration', weights=(1.0, 1.0))
+  calibration = dataclasses.replace(options.prune.calibration, source=('self', 'self'))
+  options = dataclasses.replace(options, prune=dataclasses.replace(options.prune, calibration=calibration))
+  with pytest.raises(InputError, match=r"config\.prune\.calibration\.source .*: name 'self' once"):
     prepare(options)
+
+
+def test_token_ids_beside_own_text_are_refused_if_the_vocabulary_is_trimmed(files, tmp_path):
+  """Their ids are those of the whole vocabulary."""
+  np.save(tmp_path / 'ids.npy', np.ones((16, 32), np.int32))
+  options = mixed_with_text(files, 'prune.calibration', weights=(1.0, 1.0))
+  calibration = dataclasses.replace(
+    options.prune.calibration, source=(str(tmp_path / 'ids.npy'), 'self'), length=32
+  )
+  vocab = (str(files / 'train.txt'),)
+  pruning = dataclasses.replace(options.prune, calibration=calibration, vocab=vocab)
+  with pytest.raises(InputError, match=r'config\.prune\.calibration\.source = .*ids\.npy.* renumbers'):
+    check_sources(dataclasses.replace(options, prune=pruning))
 
 
 @pytest.mark.parametrize(
