@@ -66,9 +66,10 @@ def check_sources(options: RunOptions, without: Collection[str] = ()) -> None:
 
 def _check_no_ids(fields: dict[str, tuple[str, ...]]) -> None:
   for field, source in fields.items():
-    for entry in (entry for entry in source if is_blocks((entry,))):
+    ids = [entry for entry in source if is_blocks((entry,))]
+    if ids:
       raise InputError(
-        f'config.{field} = {entry!r} holds token ids, which config.prune.vocab renumbers: give the text, '
+        f'config.{field} = {ids[0]!r} holds token ids, which config.prune.vocab renumbers: give the text, '
         f'or leave config.prune.vocab empty'
       )
 

@@ -136,17 +136,17 @@ def test_calibration_and_training_read_rows_of_their_own(files):
   assert not (trained == inputs.calibration.tokens).all(1).any()
 
 
-def mixed_with_text(files, group, **more):
+def mixed_with_text(files, group='prune.calibration', **more):
   config = runs.make_config(files).to_dict()
   block = config['prune']['calibration'] if group == 'prune.calibration' else config['train']
-  block.update(source=(str(files / 'train.txt'), 'self'), **more)
+  block.update({'source': (str(files / 'train.txt'), 'self')} | more)
   return from_dict(config)
 
 
 def test_calibration_takes_the_models_own_text_beside_others_by_weight(files):
   """Its rows are generated, and a draw has its share of them; those of the file stay as they are."""
-  alone = prepare(mixed_with_text(files, 'prune.calibration', weights=(1.0, 0.0))).calibration
-  both = prepare(mixed_with_text(files, 'prune.calibration', weights=(3.0, 1.0), samples=8)).calibration
+  alone = prepare(mixed_with_text(files, weights=(1.0, 0.0))).calibration
+  both = prepare(mixed_with_text(files, weights=(3.0, 1.0), samples=8)).calibration
   assert both.names == (str(files / 'train.txt'), 'self') and both.counts == (len(alone.tokens), 2)
   np.testing.assert_array_equal(both.tokens[:-2], alone.tokens)
   own = both.draw(8, 0, 0) >= len(alone.tokens)
@@ -156,30 +156,21 @@ def test_calibration_takes_the_models_own_text_beside_others_by_weight(files):
 
 
 def test_other_entries_beside_the_models_own_text_are_still_checked(files):
-  options = mixed_with_text(files, 'prune.calibration', weights=(1.0, 1.0))
-  calibration = dataclasses.replace(options.prune.calibration, source=('absent.txt', 'self'))
-  options = dataclasses.replace(options, prune=dataclasses.replace(options.prune, calibration=calibration))
   with pytest.raises(InputError, match=r'config\.prune\.calibration\.source.*absent\.txt'):
-    check_sources(options)
+    check_sources(mixed_with_text(files, source=('absent.txt', 'self'), weights=(1.0, 1.0)))
 
 
 def test_own_text_is_named_once(files):
-  options = mixed_with_text(files, 'prune.calibration', weights=(1.0, 1.0))
-  calibration = dataclasses.replace(options.prune.calibration, source=('self', 'self'))
-  options = dataclasses.replace(options, prune=dataclasses.replace(options.prune, calibration=calibration))
   with pytest.raises(InputError, match=r"config\.prune\.calibration\.source .*: name 'self' once"):
-    prepare(options)
+    prepare(mixed_with_text(files, source=('self', 'self'), weights=(1.0, 1.0)))
 
 
 def test_token_ids_beside_own_text_are_refused_if_the_vocabulary_is_trimmed(files, tmp_path):
   """Their ids are those of the whole vocabulary."""
   np.save(tmp_path / 'ids.npy', np.ones((16, 32), np.int32))
-  options = mixed_with_text(files, 'prune.calibration', weights=(1.0, 1.0))
-  calibration = dataclasses.replace(
-    options.prune.calibration, source=(str(tmp_path / 'ids.npy'), 'self'), length=32
-  )
-  vocab = (str(files / 'train.txt'),)
-  pruning = dataclasses.replace(options.prune, calibration=calibration, vocab=vocab)
+  options = mixed_with_text(files, source=(str(tmp_path / 'ids.npy'), 'self'), weights=(1.0, 1.0), length=32)
+  check_sources(options)
+  pruning = dataclasses.replace(options.prune, vocab=(str(files / 'train.txt'),))
   with pytest.raises(InputError, match=r'config\.prune\.calibration\.source = .*ids\.npy.* renumbers'):
     check_sources(dataclasses.replace(options, prune=pruning))
 
@@ -193,7 +184,7 @@ def test_own_text_is_mixed_with_others_only_by_weight_in_calibration(files, grou
 
 
 def test_own_text_in_a_mixture_is_no_longer_than_the_models_context(files):
-  options = mixed_with_text(files, 'prune.calibration', weights=(1.0, 1.0), length=2049)
+  options = mixed_with_text(files, weights=(1.0, 1.0), length=2049)
   with pytest.raises(
     InputError, match=r'config\.prune\.calibration\.length = 2049 exceeds .* \(2048 tokens\)'
   ):
