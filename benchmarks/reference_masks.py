@@ -3,17 +3,18 @@
     python -m benchmarks.reference_masks [--windows=20] [--row=1024] [--shared=../shared] [--text NAME=FILE]
 
 SmolLM2-135M-Instruct with 8,192 calibration tokens (the 128 x 64 of the reference; ours reads them as one
-stream, as 8 x 1024, or in rows of --row), without training. Perplexity is measured on windows of WikiText-2
-validation text that contain no calibration row, and on 8,192 tokens of each --text (one or more), for kinds
-that nothing was calibrated on. Prints a Markdown table per text with the excess log-perplexity, log of pruned
-over dense, and its ratio to the reference's. About a quarter of an hour on two cores; each --text takes some
-minutes more.
+stream, as 8 x 1024, or in rows of --row), without training; and with as many tokens more that the dense model
+generates itself. Perplexity is measured on windows of WikiText-2 validation text that contain no calibration
+row, and on 8,192 tokens of each --text (one or more), for kinds that nothing was calibrated on. Prints a
+Markdown table per text with the excess log-perplexity, log of pruned over dense, and its ratio to the
+reference's. About half an hour on two cores; each --text takes some minutes more.
 """
 
 import argparse
 import dataclasses
 import math
 import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ import numpy as np
 from adapt_jax import api_arguments as arguments
 from adapt_jax.data.windows import Blocks, read_for, spread
 from adapt_jax.evaluation.perplexity import Evaluator
+from adapt_jax.generation import self_text
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network.llama import Params
@@ -29,6 +31,7 @@ from adapt_jax.pruning import surgery
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner
+from adapt_jax.pruning.scores import Scores
 from benchmarks.reference_parity import ROOT, reference_options, reference_params
 
 # Pruning steps of the reference whose masks are available.
@@ -85,26 +88,39 @@ def main() -> None:
     return {name: evaluator.perplexity(pruned, weights, name) for name, evaluator in evaluators.items()}
 
   packed = tokens.reshape(-1, args.row)
-  options = reference_options(len(packed), args.row, batch=1024 // args.row)
-  options = dataclasses.replace(options, method='obs', compat='', compensate='least_squares')
-  rows_read = Blocks(packed, np.ones_like(packed, bool), 0)
-  pruner = Pruner(config, options, rows_read, seed=0, compiler=compiler, dtype=jnp.float32)
   start = PruneState.start(config)
-  scores = pruner.score(jax.jit(lambda p: surgery.stack(p, start.plan, jnp.float32))(params), 0)
+
+  def default_on(packed: np.ndarray) -> tuple[Pruner, Scores]:
+    options = reference_options(len(packed), args.row, batch=1024 // args.row)
+    options = dataclasses.replace(options, method='obs', compat='', compensate='least_squares')
+    rows = Blocks(packed, np.ones_like(packed, bool), 0)
+    pruner = Pruner(config, options, rows, seed=0, compiler=compiler, dtype=jnp.float32)
+    return pruner, pruner.score(jax.jit(lambda p: surgery.stack(p, start.plan, jnp.float32))(params), 0)
+
+  with tempfile.TemporaryDirectory() as cache:
+    tokenizer, directory = source.load_tokenizer(), pathlib.Path(cache)
+    own = np.load(
+      self_text.draw(source, tokenizer, *packed.shape, seed=[0], dtype=jnp.float32, directory=directory)
+    )
+  given, with_own = default_on(packed), default_on(np.concatenate([packed, own]))
   dense = perplexities(params, start.plan)
   rows = {name: [f'| dense | {start.plan.params(config):,} | {dense[name]:.2f} | | |'] for name in texts}
   for step in STEPS:
     masks = np.load(golden / f'reference_n128/kept_step{step:02d}.npz')
     theirs = PrunePlan(tuple(masks['kv']), tuple(masks['mlp']))
-    state = METHODS['obs'](config, options).step(scores, start, theirs.params(config))
+    ours, mixed = (
+      METHODS['obs'](config, pruner.options).step(scores, start, theirs.params(config)).plan
+      for pruner, scores in (given, with_own)
+    )
     reference: dict[str, float] = {}
-    for title, plan, compensate in (
-      (f"reference's masks, step {step}", theirs, False),
-      ("reference's masks, least squares", theirs, True),
-      ('obs', state.plan, False),
-      ('obs, least squares (default)', state.plan, True),
+    for title, plan, corrects in (
+      (f"reference's masks, step {step}", theirs, None),
+      ("reference's masks, least squares", theirs, given[0]),
+      ('obs', ours, None),
+      ('obs, least squares (default)', ours, given[0]),
+      ('the same, and as many tokens of its own', mixed, with_own[0]),
     ):
-      weights = pruner.compensate(params, start.plan, plan, 0) if compensate else params
+      weights = corrects.compensate(params, start.plan, plan, 0) if corrects else params
       for name, value in perplexities(weights, plan).items():
         excess = math.log(value / dense[name])
         share = excess / reference.setdefault(name, excess)

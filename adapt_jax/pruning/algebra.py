@@ -40,7 +40,7 @@ def total(own_RCD: jax.Array) -> jax.Array:
   return constrain(own_RCD.sum(0), 'DF')
 
 
-def damped(matrix_CC: jax.Array, damping: float) -> jax.Array:
+def damped(matrix_CC: jax.Array, damping: float | jax.Array) -> jax.Array:
   """Adds damping · (median of the positive diagonal entries), and a little of each entry, to the diagonal.
 
   The median, because the massive activations of a few channels at a text's first token (Sun et al., arXiv

@@ -33,7 +33,7 @@ from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 
-RIDGE, RIDGE_FOR_EVIDENCE, LARGEST_RIDGE, PULL = 0.1, 3.0, 0.8, 0.5  # in `ridge`; the last is m above
+RIDGE, RIDGE_FOR_EVIDENCE, LARGEST_RIDGE, PULL = 0.1, 4.0, 0.8, 0.5  # in `ridge`; the last is m above
 
 # The residual streams of the model before this pruning and of the pruned one, each [M, B, T, D].
 Streams = tuple[jax.Array, jax.Array]
@@ -135,7 +135,7 @@ class Compensator:
     else:
       kept_CC, products_DC = algebra.total(kept_RCC), algebra.total(products_RDC)
       # All of D on each device, for the loop below.
-      damped_CC = algebra.damped(kept_CC, ridge(C, tokens))
+      damped_CC = algebra.damped(kept_CC, ridge(mask_C.sum(), tokens))
       change_DC = constrain(algebra.solve(damped_CC, products_DC.T).T, '.F')
 
     def corrected(x_BTD: jax.Array) -> jax.Array:
@@ -151,15 +151,15 @@ class Compensator:
     return (before_MBTD, after_MBTD), constrain_params(change)
 
 
-def ridge(channels: int, tokens: int) -> float:
+def ridge(kept: jax.Array, tokens: int) -> jax.Array:
   """λ as a share of the median over channels of Σ c² (`algebra.damped`).
 
   The first part is for text unlike the calibration rows. The second is for the noise of moments that few
-  tokens estimate, which grows with channels / tokens. No ridge above the largest was tried.
+  tokens estimate, which grows with kept / tokens. No ridge above the largest was tried.
 
-  channels: inputs of the projection before this pruning, in the widest layer.
+  kept: inputs of the projection that remain, a scalar.
   """
-  return min(RIDGE + RIDGE_FOR_EVIDENCE * channels / tokens, LARGEST_RIDGE)
+  return jnp.minimum(RIDGE + RIDGE_FOR_EVIDENCE * kept / tokens, LARGEST_RIDGE)
 
 
 def add(params: Params, compacted: PrunePlan, changes: dict[str, jax.Array]) -> Params:
