@@ -13,6 +13,7 @@ methods: the paper's adapt, recovered by both losses, in 1 and 4 rounds, compare
 tokens: recovery with 100 thousand, 300 thousand and a million tokens.
 hidden: a hidden size of 512 instead of 576, as many parameters pruned from the layers instead, and a mixture.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
+own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind.
 qwen: both losses, least squares and the control again, on Qwen2.5-Coder-0.5B-Instruct and with fewer tokens.
 
 All calibrate and train on equal shares of three kinds of text, and measure each kind separately on held-out
@@ -27,6 +28,7 @@ from adapt_jax.configs import demo
 
 KINDS = {'wiki': 'wiki.txt', 'web': 'web.jsonl', 'chat': 'chat.jsonl'}
 _FEW = 100 * 1024
+_TRAIN = tuple(f'data/mixed/train/{name}' for name in KINDS.values())
 # The paper's method, but scored on 128 rows instead of 512, in half of its 50 steps, each twice as large.
 _ADAPT = {
   'prune.method': ('adapt',),
@@ -53,6 +55,15 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
   'tokens': ({'train.tokens': (_FEW, 3 * _FEW, 10 * _FEW)},),
   'hidden': ({'prune.hidden': (0, 512, 544), 'prune.target': (119_568_896,)},),
   'sizes': ({'prune.target': (110_602_944, 98_157_312, 79_757_568), 'prune.calibration.samples': (24, 128)},),
+  'own': tuple(
+    {
+      'prune.calibration.source': (source,),
+      'prune.calibration.weights': ((1.0,) * len(source),),
+      'prune.calibration.samples': (8 * len(source),),
+    }
+    for file in _TRAIN
+    for source in ((file,), (file, 'self'))
+  ),
   'qwen': (
     {'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},
     {'prune.compensate': ('least_squares', 'none'), 'train.distill.alpha': (1.0,)},
@@ -68,6 +79,7 @@ _X = {
   'tokens': 'train.tokens',
   'hidden': 'prune.hidden',
   'sizes': 'prune.target',
+  'own': 'prune.calibration.samples',
   'qwen': 'train.distill.alpha',
 }
 
@@ -78,13 +90,13 @@ def get_config(variant: str = '') -> ConfigDict:
     raise ValueError(f'variant {variant!r}: write studies:NAME, a NAME of {", ".join(_GRIDS)}')
   config = demo.get_config()
   config.model.dtype = 'bfloat16'  # as on accelerators; also faster on a CPU with AVX-512 BF16
-  train, alike = tuple(f'data/mixed/train/{name}' for name in KINDS.values()), (1.0,) * len(KINDS)
+  alike = (1.0,) * len(KINDS)
   config.prune.stages, config.prune.align_ffn = 1, 1
   calibration = config.prune.calibration
-  calibration.source, calibration.weights, calibration.samples = train, alike, 24
+  calibration.source, calibration.weights, calibration.samples = _TRAIN, alike, 24
   calibration.length = 1024
 
-  config.train.source, config.train.weights = train, alike
+  config.train.source, config.train.weights = _TRAIN, alike
   config.train.tokens, config.train.batch, config.train.micro_batch = _FEW, 4, 4
   config.train.length = 512
   if variant == 'interleave':  # so that each of 16 rounds has a batch to train on
@@ -100,5 +112,5 @@ def get_config(variant: str = '') -> ConfigDict:
     config.train.tokens, config.train.batch, config.train.micro_batch = 16 * 1024, 2, 2
     config.train.lr = config.train.min_lr = -1.0  # 1e-4 is too high for its weights
   config.compare.grid, config.compare.x = _GRIDS[variant], _X[variant]
-  config.compare.recover = variant != 'sizes'
+  config.compare.recover = variant not in ('sizes', 'own')
   return config
