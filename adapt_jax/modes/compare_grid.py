@@ -137,7 +137,7 @@ def _names(cells: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> Iterato
     values = {field: value for field, value in cell.items() if value != defaults[field]}
     parts, whole = [], True
     for field, value in values.items():
-      text = ','.join(pathlib.PurePath(x).stem for x in value) if isinstance(value, tuple) else str(value)
+      text = ','.join(map(_stem, value)) if isinstance(value, tuple) else str(value)
       slug = re.sub(r'[^A-Za-z0-9.+-]+', '-', text).strip('-.')
       whole &= slug == show(value)
       parts.append(f'{field}-{slug}')
@@ -146,3 +146,8 @@ def _names(cells: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> Iterato
       digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
       name = f'{name[: _LONGEST_NAME - 9]}_{digest[:8]}'
     yield name
+
+
+def _stem(value: Any) -> str:
+  """A text's name without directory and suffix; other values, such as weights, in full."""
+  return pathlib.PurePath(value).stem if isinstance(value, str) else str(value)

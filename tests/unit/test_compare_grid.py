@@ -10,7 +10,7 @@ BASE = {
   'prune': {
     'method': 'adapt',
     'target': 0.8,
-    'calibration': {'source': ('a.txt',), 'samples': 8},
+    'calibration': {'source': ('a.txt',), 'weights': (), 'samples': 8},
   },
   'train': {'source': (), 'lr': 1e-3},
 }
@@ -90,6 +90,15 @@ def test_names_of_files_and_of_long_values_are_told_apart():
   assert len({cell.name for cell in cells}) == len(sources)
   for cell in cells:
     assert len(cell.name) <= 80 and not set(cell.name) & set('/*? \'"') and cell.name.isascii()
+
+
+def test_lists_of_numbers_can_vary():
+  cells = compare_grid.expand(({'prune.calibration.weights': ((1.0,), (1.0, 0.5))},), BASE)
+  assert [cell.values['prune.calibration.weights'] for cell in cells] == [(1.0,), (1.0, 0.5)]
+  assert [cell.name.partition('_')[0] for cell in cells] == [
+    'prune.calibration.weights-1.0',
+    'prune.calibration.weights-1.0-0.5',
+  ]
 
 
 def test_short_names_of_fields():
