@@ -48,7 +48,8 @@ def test_values_that_mean_the_same_are_one_cell(field, same):
 
 def test_assigning_leaves_the_base_as_it_is():
   found = compare_grid.assign(BASE, {'prune.calibration.samples': 16, 'seed': 3})
-  assert found['prune']['calibration'] == {'source': ('a.txt',), 'samples': 16} and found['seed'] == 3
+  assert found['prune']['calibration'] == {'source': ('a.txt',), 'weights': (), 'samples': 16}
+  assert found['seed'] == 3
   assert BASE['prune']['calibration']['samples'] == 8 and BASE['seed'] == 0
 
 
@@ -58,7 +59,7 @@ def test_assigning_leaves_the_base_as_it_is():
     ('prune.targt', ("'prune.targt'", 'config.prune has no', 'method, target')),
     ('prunes.target', ('config has no', 'seed, prune')),
     ('seed.x', ('config.seed has no', 'none')),
-    ('prune.calibration', ('a group', 'source, samples')),
+    ('prune.calibration', ('a group', 'source, weights, samples')),
     ('', ('config has no',)),
   ],
 )
