@@ -22,6 +22,7 @@ from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.used_ids import used_ids
 from adapt_jax.data.windows import POOL_TOKENS, Blocks, read_for, spread
 from adapt_jax.evaluation.perplexity import Evaluator
+from adapt_jax.generation import self_text
 from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import Sampling, stop_ids
 from adapt_jax.machine import mesh, processes
@@ -68,11 +69,14 @@ def rows(
   """Calibration rows, int32 [samples, length], drawn from a text.
 
   text: a file, several, a directory, or a hub data set, as in `prune.calibration.source`; or token ids
-  [N, T]. text_field, messages_field: fields of .jsonl, .json, .parquet and hub rows that hold a text or a
-  chat. Raises InputError if there are fewer rows.
+  [N, T]; or 'self': the model generates the rows (docs/texts.md). text_field, messages_field: fields of
+  .jsonl, .json, .parquet and hub rows that hold a text or a chat. Raises InputError if there are fewer rows.
   """
   with processes.silent(not progress):
     samples = arguments.calibration_samples(samples, seed)
+    if arguments.is_self(text, length, model.config, model.tokenizer):
+      drawn = {'seed': [seed, self_text.CALIBRATION], 'dtype': compute_dtype('auto')}
+      return self_text.in_memory(model.config, model.params, model.tokenizer, samples, length, **drawn)
     data = arguments.data_options(text_field, messages_field)
     blocks = arguments.blocks(text, data, model.config, model.tokenizer, length, POOL_TOKENS)
     return blocks.tokens[blocks.draw(samples, seed, 0)]

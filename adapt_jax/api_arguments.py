@@ -16,6 +16,7 @@ import numpy as np
 from adapt_jax.config.build import declarations, from_dict
 from adapt_jax.config.options import DataOptions, DistillOptions, EvaluateOptions, RunOptions, TrainOptions
 from adapt_jax.config.prune_options import PruneOptions
+from adapt_jax.config.values import SELF
 from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
 from adapt_jax.data.windows import Blocks, check_vocab, first_of_rows, load_blocks
 from adapt_jax.machine import mesh
@@ -185,6 +186,23 @@ def generate_options(seed: int, **options: Any) -> RunOptions:
 
 def is_ids(text: Text) -> bool:
   return isinstance(text, (np.ndarray, jax.Array))
+
+
+def is_self(text: Text, length: int, config: ModelConfig, tokenizer: Any) -> bool:
+  """Whether the model is to generate the rows. Raises InputError if it cannot, or is one of several."""
+  if is_ids(text) or SELF not in (named := entries(text)):
+    return False
+  if named != (SELF,):
+    raise InputError(
+      f'text = {list(named)}: draw the rows of {SELF!r} by a call of their own, and join the arrays'
+    )
+  check_tokenizer(tokenizer)
+  length = from_dict({'prune': {'calibration': {'length': length}}}).prune.calibration.length
+  if length > config.max_position:
+    raise InputError(
+      f'length = {length} exceeds the context of the model ({config.max_position} tokens): lower it'
+    )
+  return True
 
 
 def texts(name: str, value: Any) -> list[str]:

@@ -35,7 +35,9 @@ from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.formats.npy import open_npy
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.formats.trimmed_source import TrimmedSource
+from adapt_jax.models.network.llama import Params
 
+CALIBRATION, TRAINING = 0, 1  # part of a seed, so that the rows differ from use to use
 _VERSION = 1  # of how rows are drawn
 _BATCH = 16  # rows at once
 _USER = 'a0b1c2'  # placeholder for the user's words in a template
@@ -129,6 +131,21 @@ def draw(
     f'config.data.cache: {path} cannot be read by process {jax.process_index()}: name a directory that all '
     f'processes see'
   )
+
+
+def in_memory(
+  config: ModelConfig, params: Params, tokenizer: Any, rows: int, length: int, *, seed: list[int], dtype: Any
+) -> np.ndarray:
+  """The rows that `draw` would keep in a file, of a model in memory: int32 [rows, length].
+
+  Raises InputError if the chat template fails.
+  """
+  tokens = np.zeros((rows, length), np.int32)
+  generator = Generator(config, params, compiler=Compiler(), dtype=dtype, max_batch=_BATCH)
+  with Progress('generate text', rows * length, 'tokens') as progress:
+    for batch in _batches(tokenizer, config, rows, length, seed):
+      tokens[batch.rows] = _continue(generator, batch, length, seed, progress)
+  return tokens
 
 
 class _Batch(NamedTuple):

@@ -30,9 +30,6 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network.backend import compute_dtype
 
-# Part of the seed, so that the rows that a model generates differ from use to use.
-_CALIBRATION, _TRAINING = 0, 1
-
 
 class Loader:
   """Loads token blocks of a run's sources; a source that is used at two lengths is tokenised once.
@@ -85,7 +82,7 @@ class Loader:
 
     def load(source: tuple[str, ...], rows: int) -> Blocks:
       if self_text.is_self(source):
-        source = self._own_text(rows, c.length, _CALIBRATION)
+        source = self._own_text(rows, c.length, self_text.CALIBRATION)
       return self.load('prune.calibration.source', source, c.length, layout=c.layout)
 
     if not c.weights:
@@ -99,7 +96,7 @@ class Loader:
     o, train = self._options, self._options.train
     if self_text.is_self(train.source):
       rows = -(-train.tokens // train.length)
-      train = dataclasses.replace(train, source=self._own_text(rows, train.length, _TRAINING))
+      train = dataclasses.replace(train, source=self._own_text(rows, train.length, self_text.TRAINING))
     vocab_size, first = self._config.vocab_size, first_of_rows(self._config.traits, self.tokenizer)
     return open_train_set(train, o.data, self.tokenizer, vocab_size, o.seed, first)
 

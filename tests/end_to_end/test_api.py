@@ -16,6 +16,7 @@ import adapt_jax as aj
 from adapt_jax import api_arguments
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import DataOptions, TrainOptions
+from adapt_jax.generation import self_text
 from adapt_jax.models.config import LayerShape, count_params
 from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.formats.source import open_source
@@ -57,6 +58,19 @@ def test_prune_gives_the_weights_that_the_command_writes(files, model, rows, tmp
   assert small.config == written.config
   chex.assert_trees_all_equal(jax.device_get(small.params), jax.device_get(written.load_params(None)))
   assert plan.params(model.config) == small.num_params <= 0.8 * model.num_params
+
+
+def test_the_model_generates_the_rows_that_the_command_would_calibrate_on(files, model, tmp_path):
+  found = aj.rows(model, 'self', samples=6, length=24, seed=3)
+  source = open_source(str(files / 'model'))
+  asked = {'seed': [3, self_text.CALIBRATION], 'dtype': jnp.float32, 'directory': tmp_path}
+  path = self_text.draw(source, source.load_tokenizer(), 6, 24, **asked)
+  np.testing.assert_array_equal(found, np.load(path))
+  assert found.dtype == np.int32
+  small, _ = aj.prune(
+    model, np.concatenate([found, aj.rows(model, files / 'train.txt', samples=6, length=24)])
+  )
+  assert small.num_params <= 0.8 * model.num_params
 
 
 def test_the_whole_job_in_memory(files, model, rows, tmp_path, capfd):
@@ -265,6 +279,10 @@ def _with_other_groups():
     (lambda m, r, f: aj.prune(m, r, target=0.5, method=_Idle), ('_Idle removes nothing more',)),
     (lambda m, r, f: aj.rows('out', f / 'train.txt'), ('model is a str', 'load()')),
     (lambda m, r, f: aj.rows(m, None), ('text is a NoneType', 'give a file')),
+    (lambda m, r, f: aj.rows(m, [f / 'train.txt', 'self']), ('text', "'self'", 'call of their own')),
+    (lambda m, r, f: aj.rows(m, 'self', length=10**6), ('length = 1000000', 'context of the model')),
+    (lambda m, r, f: aj.rows(m, 'self', length=0), ('length = 0', 'between')),
+    (lambda m, r, f: aj.rows(dataclasses.replace(m, tokenizer=None), 'self'), ('no tokenizer',)),
     (lambda m, r, f: aj.rows(m, f / 'train.txt', seed='a'), ("seed = 'a'", 'int')),
     (
       lambda m, r, f: aj.recover(m, r, tokens=64, batch=4, teacher='out'),
