@@ -189,13 +189,9 @@ def is_ids(text: Text) -> bool:
 
 
 def is_self(text: Text, length: int, config: ModelConfig, tokenizer: Any) -> bool:
-  """Whether the model is to generate the rows. Raises InputError if it cannot, or is one of several."""
-  if is_ids(text) or SELF not in (named := entries(text)):
+  """Whether the model is to generate the rows. Raises InputError if it cannot."""
+  if is_ids(text) or text != SELF:
     return False
-  if named != (SELF,):
-    raise InputError(
-      f'text = {list(named)}: draw the rows of {SELF!r} by a call of their own, and join the arrays'
-    )
   check_tokenizer(tokenizer)
   length = from_dict({'prune': {'calibration': {'length': length}}}).prune.calibration.length
   if length > config.max_position:
@@ -234,10 +230,14 @@ def dtype(value: Any) -> Any:
 
 
 def entries(text: Any) -> tuple[str, ...]:
-  """The entries of a source. Raises InputError for anything that names no text."""
+  """The entries of a source. Raises InputError for anything that names no text, or names the model."""
   found = [text] if isinstance(text, (str, os.PathLike)) else text
   if not isinstance(found, Sequence) or not all(isinstance(x, (str, os.PathLike)) for x in found):
     raise InputError(f'text is a {type(text).__name__}: give a file, several, or token ids [N, T]')
+  if SELF in found:
+    raise InputError(
+      f'text = {text!r}: pass token ids, rows(model, {SELF!r}), joined with those of other texts'
+    )
   return tuple(map(os.fspath, found))
 
 

@@ -118,7 +118,7 @@ def main() -> None:
       ("reference's masks, least squares", theirs, given[0]),
       ('obs', ours, None),
       ('obs, least squares (default)', ours, given[0]),
-      ('the same, and as many tokens of its own', mixed, with_own[0]),
+      ("the same, and as many tokens of the model's own", mixed, with_own[0]),
     ):
       weights = corrects.compensate(params, start.plan, plan, 0) if corrects else params
       for name, value in perplexities(weights, plan).items():

@@ -16,8 +16,8 @@ sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows
 own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind.
 qwen: both losses, least squares and the control again, on Qwen2.5-Coder-0.5B-Instruct and with fewer tokens.
 
-All calibrate and train on equal shares of three kinds of text, and measure each kind separately on held-out
-documents; scripts/mixed_texts.py makes the files. All but qwen take the model of configs/demo.py,
+All but own calibrate and train on equal shares of three kinds of text. All measure each kind separately on
+held-out documents; scripts/mixed_texts.py makes the files. All but qwen take the model of configs/demo.py,
 SmolLM2-135M-Instruct. On two cores, 100,000 tokens take ten minutes or more. To continue a grid that was
 killed, repeat the command.
 """

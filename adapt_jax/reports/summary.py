@@ -195,8 +195,8 @@ def _uneven(texts: dict[str, TextReport]) -> str:
     return ''
   return (
     f'warning: the model lost {lost[worst]:.3f} nats per token on {worst}, but {lost[best]:.3f} on {best}: '
-    f'add text like {worst} to config.prune.calibration.source and config.train.source, or, if you have '
-    f"none, 'self' to the first (docs/texts.md)"
+    f'add text like {worst} to config.prune.calibration.source and config.train.source '
+    f'(docs/texts.md says what helps if you have none)'
   )
 
 

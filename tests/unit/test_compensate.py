@@ -64,8 +64,8 @@ def streams(config, params, tokens):
 def test_least_squares_solve_the_stated_problem_layer_by_layer():
   """Every layer sees the stream that the corrected layers before it leave."""
   config, params = make_model()
-  plan, tokens = make_plan(config), make_tokens(rows=12)
-  new, _ = compensated(config, params, plan, 'least_squares', tokens)
+  plan, tokens = make_plan(config), make_tokens(rows=15)
+  new, _ = compensated(config, params, plan, 'least_squares', tokens, micro_batch=5)
   ours = surgery.zero(new, plan)
   after = streams(config, ours, tokens)  # the pruned model as it ends up
   before = streams(config, params, tokens)
@@ -87,7 +87,7 @@ def test_least_squares_solve_the_stated_problem_layer_by_layer():
       np.testing.assert_allclose(c, after[i][inputs], atol=1e-4)
       t = (1 - compensate.PULL) * c0 @ w.T
       t += compensate.PULL * (before[i][goal] - after[i][x]).reshape(-1, D)
-      # The 32 kept inputs of attention reach the largest ridge, the 24 of the MLP do not.
+      # The 32 kept inputs of attention reach the largest ridge; the 24 of 32 of the MLP do not.
       share = compensate.RIDGE + compensate.RIDGE_FOR_EVIDENCE * mask.sum() / tokens.size
       share = min(share, compensate.LARGEST_RIDGE)
       ridge = share * np.median(np.square(c).sum(0)[mask])
