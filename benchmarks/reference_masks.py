@@ -90,11 +90,11 @@ def main() -> None:
   packed = tokens.reshape(-1, args.row)
   start = PruneState.start(config)
 
-  def default_on(packed: np.ndarray) -> tuple[Pruner, Scores]:
-    options = reference_options(len(packed), args.row, batch=1024 // args.row)
+  def score_rows(ids: np.ndarray) -> tuple[Pruner, Scores]:
+    options = reference_options(len(ids), args.row, batch=1024 // args.row)
     options = dataclasses.replace(options, method='obs', compat='', compensate='least_squares')
-    rows = Blocks(packed, np.ones_like(packed, bool), 0)
-    pruner = Pruner(config, options, rows, seed=0, compiler=compiler, dtype=jnp.float32)
+    blocks = Blocks(ids, np.ones_like(ids, bool), 0)
+    pruner = Pruner(config, options, blocks, seed=0, compiler=compiler, dtype=jnp.float32)
     return pruner, pruner.score(jax.jit(lambda p: surgery.stack(p, start.plan, jnp.float32))(params), 0)
 
   with tempfile.TemporaryDirectory() as cache:
@@ -102,7 +102,7 @@ def main() -> None:
     own = np.load(
       self_text.draw(source, tokenizer, *packed.shape, seed=[0], dtype=jnp.float32, directory=directory)
     )
-  given, with_own = default_on(packed), default_on(np.concatenate([packed, own]))
+  given, mixture = score_rows(packed), score_rows(np.concatenate([packed, own]))
   dense = perplexities(params, start.plan)
   rows = {name: [f'| dense | {start.plan.params(config):,} | {dense[name]:.2f} | | |'] for name in texts}
   for step in STEPS:
@@ -110,17 +110,17 @@ def main() -> None:
     theirs = PrunePlan(tuple(masks['kv']), tuple(masks['mlp']))
     ours, mixed = (
       METHODS['obs'](config, pruner.options).step(scores, start, theirs.params(config)).plan
-      for pruner, scores in (given, with_own)
+      for pruner, scores in (given, mixture)
     )
     reference: dict[str, float] = {}
-    for title, plan, corrects in (
+    for title, plan, compensator in (
       (f"reference's masks, step {step}", theirs, None),
       ("reference's masks, least squares", theirs, given[0]),
       ('obs', ours, None),
       ('obs, least squares (default)', ours, given[0]),
-      ("the same, and as many tokens of the model's own", mixed, with_own[0]),
+      ("the same, and as many tokens of the model's own", mixed, mixture[0]),
     ):
-      weights = corrects.compensate(params, start.plan, plan, 0) if corrects else params
+      weights = compensator.compensate(params, start.plan, plan, 0) if compensator else params
       for name, value in perplexities(weights, plan).items():
         excess = math.log(value / dense[name])
         share = excess / reference.setdefault(name, excess)
