@@ -20,7 +20,7 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.used_ids import used_ids
-from adapt_jax.data.windows import POOL_TOKENS, Blocks, read_for, spread
+from adapt_jax.data.windows import POOL_TOKENS, Blocks, check_targets, read_for, spread
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.generation import self_text
 from adapt_jax.generation.generator import Generator
@@ -305,6 +305,7 @@ def perplexity(
     data = arguments.data_options(text_field, messages_field)
     most = read_for(options.max_tokens)
     found = arguments.blocks(text, data, model.config, model.tokenizer, length, most)
+    check_targets(found, 'text')
     blocks = spread(found, max_tokens)
     evaluator = Evaluator(blocks, batch, compiler=Compiler(), dtype=compute_dtype('auto'))
     return evaluator.perplexity(model.config, model.params, 'perplexity')

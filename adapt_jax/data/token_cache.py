@@ -44,6 +44,7 @@ _FILES = ('tokens', 'flags', 'ends')
 _CHECKED: set[tuple[object, ...]] = set()  # caches whose checksums this process has compared
 _PART = 2**24  # bytes that are read at once to compare checksums
 _MOST_REFUSED = 0.01  # share of a source's conversations that may be left out
+_FEW_REFUSED = 10  # so many at the start of a source do not tell its share
 _STALE_SECONDS = 86_400.0  # without a write, after which the files of a killed process are removed
 
 
@@ -223,10 +224,11 @@ def _build(
         for encoded in encode_all(feed.batches(), tokenizer):
           refused += encoded.refused
           writer.append(encoded)
-          check_refused(refused, writer.documents)
+          check_refused(refused, writer.documents, reading=True)
           feed.arrived()
           bar.update(len(encoded.tokens))
         complete = feed.complete
+      check_refused(refused, writer.documents)
       writer.finish(complete)
     if refused:
       say(f'{title}: {len(refused)} conversations are skipped, such as {refused[0]}')
@@ -251,9 +253,13 @@ def _last_written(path: pathlib.Path) -> float:
     return time.time()
 
 
-def check_refused(refused: tuple[str, ...], documents: int) -> None:
-  """Raises InputError if the chat template refuses many conversations, a sign that it is the wrong one."""
-  if len(refused) > _MOST_REFUSED * (documents + len(refused)):
+def check_refused(refused: tuple[str, ...], documents: int, reading: bool = False) -> None:
+  """Raises InputError if the chat template refuses many conversations, a sign that it is the wrong one.
+
+  reading: more follow, so a few say nothing yet.
+  """
+  few = _FEW_REFUSED if reading else 0
+  if len(refused) > max(few, _MOST_REFUSED * (documents + len(refused))):
     raise InputError(
       f'{refused[0]}; {len(refused)} of the first {documents + len(refused)} are rejected: remove such '
       f'rows, or set config.data.chat_template'

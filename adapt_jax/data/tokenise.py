@@ -8,6 +8,8 @@ import itertools
 import multiprocessing.context
 import os
 import signal
+import sys
+import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
@@ -107,7 +109,7 @@ def _encode_parallel(batches: Iterator[list[Document]], tokenizer: Any, workers:
   pending: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
   try:
     for batch in batches:
-      with _sigterm_blocked():
+      with _starting_workers():
         pending.append(pool.submit(_work, batch))
       if len(pending) > 2 * workers:
         yield pending.popleft().result()
@@ -123,12 +125,18 @@ def _encode_parallel(batches: Iterator[list[Document]], tokenizer: Any, workers:
 
 
 @contextlib.contextmanager
-def _sigterm_blocked() -> Iterator[None]:
-  """Processes started inside block SIGTERM: a scheduler may send it to all, but the run ends its workers."""
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+def _starting_workers() -> Iterator[None]:
+  """Processes started inside block SIGTERM, and do not import the caller's main module.
+
+  A scheduler may send SIGTERM to all processes, but the run ends its workers. A caller's script may have no
+  `if __name__ == '__main__'`, so that a worker that imports it would run it again.
+  """
+  before, main = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}), sys.modules['__main__']
+  sys.modules['__main__'] = types.ModuleType('__main__')
   try:
     yield
   finally:
+    sys.modules['__main__'] = main
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

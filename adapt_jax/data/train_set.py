@@ -86,6 +86,8 @@ class BlockRows:
   def __init__(self, source: tuple[str, ...], length: int, vocab_size: int):
     self._blocks = map_blocks(source, length, _FIELD)
     self._where, self._vocab_size = f'{_FIELD} {source[0]!r}', vocab_size
+    if not len(self._blocks):
+      raise InputError(f'{self._where}: it has no rows: give a file with some')
     self._ids(slice(0, _LEAST_TOKENS // length))
 
   def __len__(self) -> int:

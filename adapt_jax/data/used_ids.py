@@ -25,8 +25,9 @@ def used_ids(
     for encoded in encode_all(_batches(documents), tokenizer):
       found.update(np.unique(encoded.tokens).tolist())
       refused, count = refused + encoded.refused, count + len(encoded.lengths)
-      check_refused(refused, count)
+      check_refused(refused, count, reading=True)
       bar.update(len(encoded.tokens))
+  check_refused(refused, count)
   return sorted(found)
 
 

@@ -192,13 +192,23 @@ def read_for(max_tokens: int) -> int:
 
 
 def spread(blocks: Blocks, max_tokens: int) -> Blocks:
-  """Windows of at most `max_tokens` tokens in all, evenly spaced over `blocks`; at least one. 0: all."""
-  count, length = blocks.tokens.shape
-  wanted = max(1, max_tokens // length) if max_tokens else count
-  if wanted >= count:
-    return blocks
-  rows = np.linspace(0, count - 1, wanted).round().astype(int)
+  """Windows of at most `max_tokens` tokens in all, evenly spaced over `blocks`; at least one. 0: all.
+
+  Windows without a token to predict, such as those within a long prompt, are left out.
+  """
+  rows, length = np.flatnonzero(blocks.targets.any(axis=1)), blocks.tokens.shape[1]
+  if max_tokens and (wanted := max(1, max_tokens // length)) < len(rows):
+    rows = rows[np.linspace(0, len(rows) - 1, wanted).round().astype(int)]
   return dataclasses.replace(blocks, tokens=blocks.tokens[rows], targets=blocks.targets[rows])
+
+
+def check_targets(blocks: Blocks, field: str) -> None:
+  """Raises InputError if no token of the windows is a target."""
+  if not blocks.targets.any():
+    rows, length = blocks.tokens.shape
+    raise InputError(
+      f"{field}: no token to predict in {rows} rows of {length} tokens: chats need the assistant's messages"
+    )
 
 
 def check_vocab(highest: int, vocab_size: int, field: str) -> None:

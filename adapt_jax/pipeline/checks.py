@@ -1,5 +1,6 @@
 """Checks of a run before any heavy work, cheap ones first: texts, target, steps, exports, mesh."""
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Collection
@@ -175,7 +176,10 @@ def _check_steps(options: RunOptions) -> None:
     return all(start < stop for start, stop in itertools.pairwise(ends))
 
   if t.tokens and not enough(t.tokens // batch):
-    least = next(steps for steps in itertools.count(stages) if enough(steps)) * batch
+    most = stages  # steps that are enough, found by doubling, then by halving
+    while not enough(most):
+      most *= 2
+    least = bisect.bisect_left(range(most), True, key=enough) * batch
     raise InputError(
       f'config.train.tokens = {t.tokens:,} leaves a stage without a batch of {t.batch} x {t.length} tokens; '
       f'it is split over {stages} stages ({t.split}): give at least {least:,}, or lower train.batch or '

@@ -15,6 +15,7 @@ from adapt_jax.data.train_set import TrainSet, open_train_set
 from adapt_jax.data.windows import (
   POOL_TOKENS,
   Blocks,
+  check_targets,
   check_vocab,
   first_of_rows,
   load_blocks,
@@ -69,11 +70,7 @@ class Loader:
         blocks = self._once((*key, length), lambda: stream.blocks(length, name))
     check_vocab(int(blocks.tokens.max()), self._config.vocab_size, name)
     _check_same(blocks, name)
-    if not blocks.targets.any():
-      raise InputError(
-        f'{name}: no token to predict in {len(blocks.tokens)} rows of {length} tokens: chats need '
-        f"the assistant's messages"
-      )
+    check_targets(blocks, name)
     return blocks
 
   def calibration(self) -> Blocks:

@@ -271,6 +271,8 @@ class Run:
 
   def _finish(self, state: RunState) -> RunReport:
     self._store.save_plan(state, self._schedule.stages)
+    self._recovery = None  # the teacher and the optimizer's moments make room for the dense model
+    state.hold({'params': state.params})
     divergence, examples = self._quality.compare_with_dense(self._config(state), state.params)
     measured = measured_latency(self.options, self._inputs, self._config(state), state.params)
     self._record_cost(state)

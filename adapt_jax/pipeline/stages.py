@@ -27,7 +27,7 @@ from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.programs import micro_batch
 from adapt_jax.pruning.pruner import Pruner, StepRecord
 from adapt_jax.pruning.score_memo import ScoreMemo
-from adapt_jax.training.loop import Trained, run_steps
+from adapt_jax.training.loop import Diverged, Trained, run_steps
 from adapt_jax.training.optim import reset_moments
 from adapt_jax.training.step import Teacher, TrainingStep, TrainState, batch_shapes
 from adapt_jax.training.teacher_cache import TaughtSet, open_taught
@@ -211,10 +211,13 @@ class Recovery:
       teacher=self._teacher,
       title=f'stage {stage} recover',
     )
-    for done in taken:
-      if done.state is not None:
-        state.trained_to(done.step, done.state)
-      yield done
+    try:
+      for done in taken:
+        if done.state is not None:
+          state.trained_to(done.step, done.state)
+        yield done
+    except Diverged as error:
+      raise Diverged(f'{error} and start a new workdir; the last checkpoint is good') from None
 
   def _compile(self, state: RunState) -> Any:
     options, teacher = self._options.train, self._teacher

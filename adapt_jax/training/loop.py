@@ -21,6 +21,10 @@ from adapt_jax.training.teacher_cache import TaughtSet
 Metrics = dict[str, float]
 
 
+class Diverged(InputError):
+  """The loss or the gradient norm of a training step is not finite."""
+
+
 class Trained(NamedTuple):
   """A finished training step.
 
@@ -49,7 +53,7 @@ def run_steps(
 
   Metrics are read one step late, so the device does not wait for the host. The state is included every
   `options.save_every` steps, at the end and after SIGTERM, once its loss is known to be finite. Raises
-  `Preempted` after SIGTERM, and InputError, naming the step, if loss or gradient norm is not finite.
+  `Preempted` after SIGTERM, and `Diverged`, naming the step, if loss or gradient norm is not finite.
   """
   # On the host before the first step: a later computation would wait for the steps that are on the device.
   rates = np.asarray(learning_rate(options, total)(np.arange(total)))
@@ -62,9 +66,9 @@ def run_steps(
     nonlocal since
     metrics = {k: float(v) for k, v in device_metrics.items()}
     if not math.isfinite(metrics['loss']) or not math.isfinite(metrics['gradient_norm']):
-      raise InputError(
-        f'training step {step + 1}: loss {metrics["loss"]}, gradient norm {metrics["gradient_norm"]}; '
-        f'the last checkpoint is good: lower config.train.lr = {options.lr} and start a new workdir'
+      raise Diverged(
+        f'training step {step + 1}: loss {metrics["loss"]}, gradient norm {metrics["gradient_norm"]}: '
+        f'lower config.train.lr = {options.lr}'
       )
     seconds, since = time.monotonic() - since, time.monotonic()
     progress.update(tokens_per_step, loss=f'{metrics["loss"]:.3f}')

@@ -49,11 +49,6 @@ class TaughtSet:
     self._directory = directory
     self._ids, self._log_p, self._check = (open_npy(directory / f'{name}.npy') for name in _FILES)
 
-  @property
-  def shapes(self) -> tuple[tuple[int, ...], ...]:
-    """The shapes of ids, log p and checksums."""
-    return self._ids.shape, self._log_p.shape, self._check.shape
-
   def rows(self, step: int) -> np.ndarray:
     """The rows of batch number `step`, as in `TrainSet.rows`."""
     return self._data.rows(step)
@@ -102,17 +97,22 @@ def open_taught(
   """
   rows = np.unique(np.concatenate([data.rows(step) for step in range(steps)]))
   done = decide(lambda: _done(directory))
+  if done:
+    _check_files(directory, len(rows), options)  # before the teacher is loaded
   if done < len(rows):
     _ask(directory, data, options, rows, done, load_teacher(), dtype=dtype, compiler=compiler)
+  _check_files(directory, len(rows), options)
+  return TaughtSet(data, rows, directory)
+
+
+def _check_files(directory: pathlib.Path, rows: int, options: TrainOptions) -> None:
   try:
-    taught = TaughtSet(data, rows, directory)
-    if taught.shapes != _shapes(len(rows), options):
+    if tuple(open_npy(directory / f'{name}.npy').shape for name in _FILES) != _shapes(rows, options):
       raise ValueError('a file has another shape')
   except (OSError, ValueError) as error:
     raise InputError(
       f'{directory} is damaged ({first_line(error)}): delete it, and the teacher is asked again'
     ) from None
-  return taught
 
 
 def _done(directory: pathlib.Path) -> int:

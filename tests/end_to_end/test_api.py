@@ -158,6 +158,9 @@ def test_texts_and_chats_in_fields_of_other_names(files, tmp_path):
   named = aj.rows(model, tmp_path / 'texts.jsonl', text_field='body', **draw)
   np.testing.assert_array_equal(named, aj.rows(model, tmp_path / 'plain.jsonl', **draw))
   assert aj.perplexity(model, tmp_path / 'chats.jsonl', messages_field='talk', length=32) > 1
+  with pytest.raises(aj.InputError, match="text: no token to predict .* chats need the assistant's messages"):
+    (tmp_path / 'asked.jsonl').write_text(json.dumps({'messages': [turns[0][0]]}) + '\n')
+    aj.perplexity(model, tmp_path / 'asked.jsonl', length=16)
   better = aj.recover(
     model, str(tmp_path / 'chats.jsonl'), tokens=256, messages_field='talk', length=32, batch=4
   )

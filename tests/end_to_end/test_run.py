@@ -17,6 +17,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import accel, evaluate, export
 from adapt_jax.pipeline.metrics import MetricsLog
+from adapt_jax.pipeline.quality import Quality
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
 from adapt_jax.training.rate import with_rate
@@ -226,10 +227,31 @@ def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(files, tmp
   config.train.lr, config.train.min_lr, config.train.clip = 1.0, 1.0, 1e12
   config.train.warmup = 0.0
   config.model.source = str(runs.make_overflowing_model(files))
-  with pytest.raises(InputError, match=r'training step \d+: loss \S+, gradient norm (inf|nan)'):
+  line = (
+    r'training step \d+: loss \S+, gradient norm (inf|nan): lower config\.train\.lr = 1\.0 and start a new'
+  )
+  with pytest.raises(InputError, match=line):
     start(config, tmp_path / 'out')
   assert [p.name for p in (tmp_path / 'out/checkpoints').iterdir() if p.name.isdigit()]
   assert not (tmp_path / 'out/hf').exists() and not (tmp_path / 'out/report.json').exists()
+
+
+def test_at_the_end_only_the_pruned_model_is_on_the_devices(files, tmp_path, monkeypatch):
+  """There the dense model is loaded again, in the place of the teacher and the optimizer's moments."""
+  gc.collect()
+  before, held, compare = sum(x.nbytes for x in jax.live_arrays()), [], Quality.compare_with_dense
+
+  def noted(self, config, params):
+    gc.collect()
+    weights = sum(x.nbytes for x in jax.tree.leaves(params))
+    held.append((sum(x.nbytes for x in jax.live_arrays()) - before) / weights)
+    return compare(self, config, params)
+
+  monkeypatch.setattr(Quality, 'compare_with_dense', noted)
+  config = runs.make_config(files)
+  config.train.distill.alpha = 1.0
+  start(config, tmp_path / 'out')
+  assert len(held) == 1 and held[0] < 1.5
 
 
 def test_distillation_and_accumulation_and_remat_run_on_chats_and_text(files, tmp_path):

@@ -171,6 +171,7 @@ def test_a_memo_saves_passes_and_changes_nothing(model, options):
     assert memo.computed - before == passes
   other, _ = prune(make_pruner(config, seed=1, memo=memo, **options), params, target)
   assert other.plan.equals(prune(make_pruner(config, seed=1, **options), params, target)[0].plan)
+  assert not other.plan.equals(whole.plan)  # other rows, and with random scores other draws
 
 
 def test_a_memo_tells_the_same_tokens_in_other_rows_apart(model):

@@ -26,11 +26,15 @@ K, STEPS = 6, 10
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
+  path = runs.make_files(tmp_path_factory.mktemp('files'))
+  lines = (path / 'train.txt').read_text().splitlines()
+  (path / 'train.jsonl').write_text(''.join(json.dumps({'text': line}) + '\n' for line in lines))
+  return path
 
 
 def make_config(files, **distill):
   config = runs.make_config(files)
+  config.train.source = (str(files / 'train.jsonl'),)
   config.train.distill.update({'alpha': 1.0, 'cache': K, **distill})
   return config
 
@@ -68,6 +72,7 @@ def test_rows_come_with_what_the_teacher_says_of_them(files, tmp_path):
   tokens, targets, segments, ids, log_p = taught.read(rows)
   for ours, plain in zip((tokens, targets, segments), asked.inputs.train.read(rows), strict=True):
     np.testing.assert_array_equal(ours, plain)
+  assert segments.max() > 1  # a token sees only its own document
   assert ids.shape == (4, 32, K) and log_p.shape == (4, 32, K + 1)
   config = asked.inputs.source.config
   x = llama.hidden_states(config, asked.params, jnp.asarray(tokens), segments=jnp.asarray(segments))
@@ -97,6 +102,18 @@ def test_a_killed_cache_goes_on_where_it_was_and_the_teacher_is_not_asked_again(
   assert written[0] > done
   for name in ('ids.npy', 'log_p.npy', 'check.npy', 'done'):
     assert (tmp_path / 'cut' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+
+@pytest.mark.parametrize('complete', [True, False])
+def test_a_missing_file_is_named_before_the_teacher_is_loaded(files, tmp_path, complete):
+  asked = Asked(files, tmp_path / 'teacher')
+  asked.open()
+  (tmp_path / 'teacher/ids.npy').unlink()
+  if not complete:
+    (tmp_path / 'teacher/done').write_text('4')
+  with pytest.raises(InputError, match='teacher is damaged .*: delete it, and the teacher is asked again'):
+    asked.open()
+  assert asked.loads == 1
 
 
 def written_into(found, write):

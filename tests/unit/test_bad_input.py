@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import time
 
@@ -25,13 +26,14 @@ def files(tmp_path_factory):
 
 
 def refuse(config, *words):
-  """Preparing the run raises one line that has all the words."""
+  """Preparing the run raises one line that has all the words; returns it."""
   with pytest.raises(InputError) as error:
     prepare(from_dict(config.to_dict()))
   message = str(error.value)
   assert '\n' not in message
   for word in words:
     assert word in message, f'{word!r} not in {message!r}'
+  return message
 
 
 FIELDS = [
@@ -280,10 +282,30 @@ def test_chats_without_an_assistant(files):
   refuse(config, 'config.train.source', 'no token to predict')
 
 
-def test_a_stage_without_a_training_step(files):
+def test_a_file_without_rows(files):
+  np.save(files / 'empty.npy', np.zeros((0, 32), np.int32))
   config = runs.make_config(files)
-  config.prune.stages = 20
-  refuse(config, 'config.train.tokens', '20 stages')
+  config.train.source = (str(files / 'empty.npy'),)
+  refuse(config, 'config.train.source', 'it has no rows')
+
+
+@pytest.mark.parametrize('split', ['constant', 'linear', 'cosine'])
+def test_a_stage_without_a_training_step(files, split):
+  """The remedy is the smallest number that is enough."""
+  config = runs.make_config(files)
+  config.prune.stages, config.train.split, config.train.tokens = 20, split, 128 * 20 - 1
+  message = refuse(config, 'config.train.tokens', '20 stages')
+  least = int(re.search(r'give at least ([\d,]+)', message)[1].replace(',', ''))
+  config.train.tokens = least - 1
+  refuse(config, 'config.train.tokens', f'give at least {least:,}')
+  config.train.tokens = least
+  prepare(from_dict(config.to_dict()))
+
+
+def test_the_remedy_is_found_at_once_for_many_stages(files):
+  config = runs.make_config(files)
+  config.prune.stages, config.train.split = 10_000, 'linear'
+  refuse(config, 'config.train.tokens', '10000 stages')
 
 
 def test_workdir_of_a_run_that_was_killed_while_claiming(tmp_path):

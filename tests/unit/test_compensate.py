@@ -18,9 +18,9 @@ VOCAB = 61
 attend, feed = (jax.jit(f, static_argnums=(0, 1)) for f in (llama.attend, llama.feed))
 
 
-def make_model(output_bias=False):
+def make_model(output_bias=False, family='llama', **fields):
   shapes = (LayerShape(6, 3, 32),) * 3
-  config = ModelConfig('llama', VOCAB, 24, 8, shapes, RopeConfig(1e4), 1e-5, False)
+  config = ModelConfig(family, VOCAB, 24, 8, shapes, RopeConfig(1e4), 1e-5, False, **fields)
   params = new_params(config)
   return surgery.with_output_bias(config, params) if output_bias else (config, params)
 
@@ -61,9 +61,12 @@ def streams(config, params, tokens):
   return out
 
 
-def test_least_squares_solve_the_stated_problem_layer_by_layer():
+@pytest.mark.parametrize(
+  'model', [{}, {'family': 'granite', 'residual_scale': 0.5}, {'family': 'gemma2'}], ids=str
+)
+def test_least_squares_solve_the_stated_problem_layer_by_layer(model):
   """Every layer sees the stream that the corrected layers before it leave."""
-  config, params = make_model()
+  config, params = make_model(**model)
   plan, tokens = make_plan(config), make_tokens(rows=15)
   new, _ = compensated(config, params, plan, 'least_squares', tokens, micro_batch=5)
   ours = surgery.zero(new, plan)
@@ -86,7 +89,10 @@ def test_least_squares_solve_the_stated_problem_layer_by_layer():
       c = np.where(mask, c0, 0)
       np.testing.assert_allclose(c, after[i][inputs], atol=1e-4)
       t = (1 - compensate.PULL) * c0 @ w.T
-      t += compensate.PULL * (before[i][goal] - after[i][x]).reshape(-1, D)
+      if config.traits.post_norm:  # what the block itself adds is known only before its norm
+        t += compensate.PULL * before[i][inputs] @ w.T
+      else:
+        t += compensate.PULL * (before[i][goal] - after[i][x]).reshape(-1, D) / config.residual_scale
       # The 32 kept inputs of attention reach the largest ridge; the 24 of 32 of the MLP do not.
       share = compensate.RIDGE + compensate.RIDGE_FOR_EVIDENCE * mask.sum() / tokens.size
       share = min(share, compensate.LARGEST_RIDGE)

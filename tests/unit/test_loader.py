@@ -56,6 +56,22 @@ def test_all_that_is_asked_for_is_measured(text, capsys, max_tokens):
   assert 'spread over' not in capsys.readouterr().out
 
 
+def test_windows_within_a_long_prompt_are_not_taken():
+  """Of a chat only the answers are predicted."""
+  targets = np.zeros((100, 8), bool)
+  targets[[10, 50, 90], 5] = True
+  blocks = windows.Blocks(np.arange(800, dtype=np.int32).reshape(100, 8), targets, 1)
+  for max_tokens, taken in (
+    (8, [10]),
+    (16, [10, 90]),
+    (24, [10, 50, 90]),
+    (400, [10, 50, 90]),
+    (0, [10, 50, 90]),
+  ):
+    found = windows.spread(blocks, max_tokens)
+    assert found.tokens[:, 0].tolist() == [8 * row for row in taken] and found.targets.any(axis=1).all()
+
+
 @pytest.mark.parametrize('layout', ['packed', 'documents'])
 @pytest.mark.parametrize('family', FAMILIES)
 def test_all_rows_of_a_gemma_begin_with_bos(tmp_path, family, layout):

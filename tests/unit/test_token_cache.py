@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import datasets
@@ -186,6 +188,23 @@ def test_a_worker_process_that_is_killed_ends_it(tokenizer, monkeypatch, which):
   assert not multiprocessing.active_children()
 
 
+def test_worker_processes_do_not_run_the_script_again(tmp_path):
+  """As a user writes one for the library: without `if __name__ == '__main__'`."""
+  script = tmp_path / 'script.py'
+  script.write_text(
+    'from adapt_jax.data import tokenise\n'
+    'from adapt_jax.data.documents import Document\n'
+    'from tests.support.tokenizers_for_tests import tiny_tokenizer\n'
+    'print("begun", flush=True)\n'
+    'tokenise._ALONE_CHARS = 10\n'
+    'batches = iter([[Document("here", "The dog sleeps.")]] * 4)\n'
+    'print(len(list(tokenise.encode_all(batches, tiny_tokenizer(), 2))))\n'
+  )
+  env = os.environ | {'PYTHONPATH': os.getcwd(), 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=120)
+  assert (done.returncode, done.stdout) == (0, 'begun\n4\n'), done.stderr
+
+
 def test_conversations_beyond_the_template_are_left_out_if_they_are_few(source, tokenizer, capsys):
   whole = load(source, tokenizer)
   rows = [*ROWS, *ROWS, {'messages': CHAT[1:]}]
@@ -197,6 +216,16 @@ def test_conversations_beyond_the_template_are_left_out_if_they_are_few(source, 
   assert '1 conversations are skipped' in told and f'{source}:121: the conversation starts' in told
   source.write_text(''.join(json.dumps(row) + '\n' for row in [*rows, *rows[-1:]]))
   with pytest.raises(InputError, match='2 of the first 122 are rejected'):
+    load(source, tokenizer)
+
+
+def test_a_few_refused_at_the_start_of_many_are_left_out(source, tokenizer, monkeypatch):
+  monkeypatch.setattr(token_cache, 'BATCH_CHARS', 20)
+  rows = [{'messages': CHAT[1:]}, {'messages': CHAT}] * 2 + [{'messages': CHAT}] * 400
+  source.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  assert len(load(source, tokenizer).ends) == len(rows) - 2
+  source.write_text(''.join(json.dumps(row) + '\n' for row in [*rows[:2] * 20, *rows]))
+  with pytest.raises(InputError, match='11 of the first 22 are rejected'):
     load(source, tokenizer)
 
 
