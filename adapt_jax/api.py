@@ -219,6 +219,7 @@ def prune(
 
   small = mesh.jit(cut, params, once=True)(params)
   changed = {'config': state.plan.pruned_config(config), 'params': small}
+  changed['origin'] = model.origin | {'attention': limit.removes.name}
   return dataclasses.replace(model, **changed, dense=model.dense or model.num_params), state.plan
 
 

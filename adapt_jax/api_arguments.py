@@ -22,6 +22,7 @@ from adapt_jax.data.windows import Blocks, check_vocab, first_of_rows, load_bloc
 from adapt_jax.machine import mesh
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import local
 from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.pruning import serving_widths, slicegpt
 from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES, Importance
@@ -213,7 +214,7 @@ def directory(value: Any) -> pathlib.Path:
   """The path of a directory that may not exist yet. Raises InputError for anything else."""
   if not isinstance(value, (str, os.PathLike)):
     raise InputError(f'directory is a {type(value).__name__}: give a path')
-  if (found := pathlib.Path(value)).exists() and not found.is_dir():
+  if (found := local(os.fspath(value))).exists() and not found.is_dir():
     raise InputError(f'directory = {str(found)!r} is a file: name a directory')
   return found
 

@@ -17,7 +17,7 @@ from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network.llama import Params
-from adapt_jax.reports.report import RunReport
+from adapt_jax.reports.report import RunReport, base_of
 
 TRIMMED = ('vocab_size', 'vocab_trimmed', 'params_trimmed')  # fields of a report's model
 
@@ -28,8 +28,9 @@ class Model:
 
   dtype: dtype of the original checkpoint, also used by `save`. generation: fields of generation_config.json.
   dense: number of parameters before pruning; 0 if the model was not pruned. license: fields of a model card.
-  origin: fields of the model in report.json: vocab_size, vocab_trimmed and params_trimmed, if the vocabulary
-    was trimmed; hidden_size, if the model was narrowed.
+  origin: fields of report.json, as far as they are known: hub, whether `name` is an id of the hub; attention,
+    the heads that were pruned; vocab_size, vocab_trimmed and params_trimmed, if the vocabulary was trimmed;
+    hidden_size, if the model was narrowed.
   """
 
   config: ModelConfig
@@ -40,7 +41,7 @@ class Model:
   generation: dict[str, Any] = dataclasses.field(default_factory=dict)
   dense: int = 0
   license: dict[str, str] = dataclasses.field(default_factory=dict)
-  origin: dict[str, int] = dataclasses.field(default_factory=dict)
+  origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def num_params(self) -> int:
@@ -71,9 +72,13 @@ def load(
   with processes.silent(not progress):
     params = mesh.load_source(found, wanted)
   model = Model(found.config, params, tokenizer, found.name, found.dtype, found.generation)
-  before: Any = (lineage(found) or {'model': {'source': found.name}})['model']
+  made_by: Any = lineage(found) or {'model': {'source': found.name, 'hub': found.hub}}
+  before, base = made_by['model'], base_of(made_by['model'])
   origin = {name: before[name] for name in (*TRIMMED, 'hidden_size') if name in before}
-  known = {'name': before['source'], 'dense': before.get('params_before', 0)}
+  origin |= {'hub': base['hub']} if 'hub' in base else {}
+  attention = (made_by.get('prune') or {}).get('attention')
+  origin |= {'attention': attention} if attention else {}
+  known = {'name': base['source'], 'dense': base.get('params_before', 0)}
   return dataclasses.replace(model, **known, license=before.get('license', found.license), origin=origin)
 
 
@@ -103,7 +108,10 @@ def save(
   check_hub(options)
   described: Any = {'source': model.name, 'license': model.license, **model.origin}
   described['params_before'] = model.dense or model.num_params
+  attention = described.pop('attention', None)
   report: RunReport = {'model': described}
+  if attention:
+    report['prune'] = {'attention': attention}
   writer = Writer(
     options,
     target,

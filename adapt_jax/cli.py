@@ -44,7 +44,10 @@ class _Strings(flags.ArgumentParser):
     if not isinstance(argument, str):
       return tuple(argument)
     if argument.startswith(('(', '[')):
-      return tuple(ast.literal_eval(argument))
+      try:
+        return tuple(ast.literal_eval(argument))
+      except (SyntaxError, TypeError, ValueError):
+        raise ValueError('no list') from None
     return tuple(argument.split(','))
 
   def flag_type(self) -> str:
@@ -75,6 +78,7 @@ _KINDS = {  # a sign in Python's message -> what the option takes
   'invalid literal for int': 'a whole number, such as 10_000_000',
   'convert string to float': 'a number, such as 0.8 or 1e-4',
   'boolean flag': 'True or False',
+  'no list': "names separated by commas, or a list in Python syntax, such as ('a.txt', 'b.txt')",
 }
 _TYPES = {'int': 'a whole number', 'float': 'a number', 'bool': 'True or False', 'tuple': 'a tuple'}
 _OTHER_TYPE = re.compile(

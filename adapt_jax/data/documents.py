@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,12 @@ def hub_name(entry: str) -> str:
   """The name `org/name` of the hub data set that an entry is written as; '' if it is written as a path."""
   written = _HUB.fullmatch(entry) and pathlib.PurePath(entry).suffix.lower() not in _NEVER_HUB
   return entry.partition(':')[0] if written else ''
+
+
+def hub_sets(entries: Iterable[str]) -> tuple[str, ...]:
+  """The names of the hub data sets among the entries, each once; an entry that is here as a path is none."""
+  names = [hub_name(entry) for entry in entries if not exists(pathlib.Path(entry))]
+  return tuple(dict.fromkeys(filter(None, names)))
 
 
 def _hub_revision(name: str) -> str:

@@ -1,15 +1,18 @@
 """The README.md of an export: the model, its origin, its loss of quality, and how to load it."""
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from adapt_jax.config.prune_options import PROGRESSIVE
 from adapt_jax.export.card_metadata import is_quantised, metadata, source_name
+from adapt_jax.export.hf import needs_mlx_code
+from adapt_jax.export.padded import padded_config
 from adapt_jax.models.config import ModelConfig, count_params
-from adapt_jax.reports.report import RunReport, heads_of, known_perplexities
-from adapt_jax.reports.summary import texts_rows
+from adapt_jax.reports.report import RunReport, base_of, heads_of, known_perplexities
+from adapt_jax.reports.summary import bytes_rows, texts_rows
 
 # Settings that only progressive methods read.
 _SCHEDULE = 'steps', 'ratio', 'amplitude', 'importance', 'layer_distance'
@@ -36,7 +39,7 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str], rep
     _perplexity(report),
     _tasks(report.get('tasks') or {}),
     _quantised(report, files),
-    _loading(files, repo),
+    _loading(config, files, repo),
     _made(report),
   ]
   return '\n\n'.join(part for part in parts if part) + '\n'
@@ -44,7 +47,7 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str], rep
 
 def _title(report: RunReport, config: ModelConfig) -> str:
   source, params = _text(source_name(report)), count_params(config)
-  before = report['model'].get('params_before', params)
+  before = base_of(report['model']).get('params_before', params)
   if before == params:
     return f'# {source}\n\n{params:,} parameters, written by adapt-jax.'
   if config.sliced_from:
@@ -64,10 +67,12 @@ def _title(report: RunReport, config: ModelConfig) -> str:
     done = f'Narrowed{" and retrained" if _tokens(report) else ""} by adapt-jax.'
     return '\n\n'.join([f'# {source}, narrowed to {params / before:.1%}', f'{counts}. {done}', *reduced])
   heads = 'query heads' if heads_of(report)[0] == 'num_heads' else 'whole KV-head groups'
-  pruned = (
-    f'{counts}: {heads} and MLP channels were removed, and '
-    f'layers may differ in width. Pruned{" and retrained" if _tokens(report) else ""} by adapt-jax.'
-  )
+  removed = f'{heads} and MLP channels were removed, and layers may differ in width'
+  widths = [pair for _, *pairs in _widths_of(report) for pair in pairs]
+  if widths and 'base' not in model and all(now in (0, dense) for now, dense in widths):
+    removed = 'whole layers were removed'
+  retrained = ' and retrained' if _tokens(report) else ''
+  pruned = f'{counts}: {removed}. Pruned{retrained} by adapt-jax.'
   return '\n\n'.join([f'# {source}, pruned to {params / before:.1%}', pruned, *reduced])
 
 
@@ -91,9 +96,9 @@ def _tokens(report: RunReport) -> int:
 
 
 def _lineage(report: RunReport) -> str:
-  rows = [
-    f'- Base model: {_code(report["model"]["source"] if "/" in source_name(report) else source_name(report))}'
-  ]
+  rows = [f'- Base model: {_code(source_name(report))}']
+  if report['model'].get('base'):
+    rows.append(f'- Pruned from: {_code(pathlib.Path(report["model"]["source"]).name)}, written by adapt-jax')
   for given, title in ((report.get('prune') or {}, 'Pruning'), (report.get('train') or {}, 'Training')):
     ignored = _SCHEDULE if title == 'Pruning' and given.get('method') not in PROGRESSIVE else ()
     fields = [(k, v) for k, v in given.items() if k not in ignored]
@@ -119,19 +124,24 @@ def _widths(report: RunReport, config: ModelConfig) -> str:
   if config.sliced_from:
     return ''
   field, title = heads_of(report)
-  if stages := report.get('stages'):
-    last, dense = stages[-1], report['model']
-    columns = [
-      zip(last[field], dense[field], strict=True),  # type: ignore[literal-required]
-      zip(last['ffn'], dense['ffn'], strict=True),
-    ]
+  if 'stages' in report:
     rows = [[i, f'{k} of {dense_k}', f'{f} of {dense_f}']
-            for i, ((k, dense_k), (f, dense_f)) in enumerate(zip(*columns, strict=True))]  # fmt: skip
+            for i, (k, dense_k), (f, dense_f) in _widths_of(report)]  # fmt: skip
   elif config.uniform:
     return ''
   else:
     rows = [[i, getattr(s, field), s.ffn] for i, s in enumerate(config.layers)]
   return '## Widths\n\n' + _table(['layer', title, 'MLP channels'], rows)
+
+
+def _widths_of(report: RunReport) -> list[tuple[int, tuple[int, int], tuple[int, int]]]:
+  """Of each layer its number and, for heads and MLP channels, how many remain and how many there were."""
+  if not (stages := report.get('stages')):
+    return []
+  field, last, dense = heads_of(report)[0], stages[-1], report['model']
+  heads = zip(last[field], dense[field], strict=True)  # type: ignore[literal-required]
+  channels = zip(last['ffn'], dense['ffn'], strict=True)
+  return [(i, *pairs) for i, pairs in enumerate(zip(heads, channels, strict=True))]
 
 
 def _perplexity(report: RunReport) -> str:
@@ -142,12 +152,16 @@ def _perplexity(report: RunReport) -> str:
   if len(texts) > 1:
     head, *rows = texts_rows(texts)
     words = next(iter(texts.values())).get('definition')
-    return (
-      '## Perplexity\n\n' + _table(head, rows) + (f'\n\nOn the first text: {_text(words)}.' if words else '')
+    parts = [_table(head, rows), f'On the first text: {_text(words)}.' if words else '']
+  else:
+    words = report['perplexity'].get('definition')
+    parts = [_table(['model', 'perplexity'], found), f'{_paragraph(words)}.' if words else '']
+  if bits := bytes_rows(texts):
+    parts.append(
+      'Perplexities with different vocabularies count different tokens. Bits per byte can be compared:\n\n'
+      + _table(bits[0], bits[1:])
     )
-  words = report['perplexity'].get('definition')
-  definition = f'\n\n{_paragraph(words)}.' if words else ''
-  return '## Perplexity\n\n' + _table(['model', 'perplexity'], found) + definition
+  return '\n\n'.join(['## Perplexity', *filter(None, parts)])
 
 
 def _tasks(tasks: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -167,7 +181,7 @@ def _quantised(report: RunReport, files: Sequence[str]) -> str:
   return 'These figures are of the weights before they were quantised.'
 
 
-def _loading(files: Sequence[str], repo: str) -> str:
+def _loading(config: ModelConfig, files: Sequence[str], repo: str) -> str:
   blocks, where = [], repo or 'DIRECTORY'
   if any(name.endswith('.safetensors') for name in files):
     remote = any(name.startswith('modeling_') for name in files)
@@ -180,7 +194,7 @@ def _loading(files: Sequence[str], repo: str) -> str:
       f"model = AutoModelForCausalLM.from_pretrained('{where}'{trust}, device_map='auto')\n```",
       f'With vLLM: `vllm serve {where}{flag}`',
     ]
-    if mlx or not remote:
+    if mlx or (not remote and not needs_mlx_code(padded_config(config)) and config.traits.mlx is not None):
       blocks.append(f"With MLX-LM: `mlx_lm.generate --model {where}{mlx} --prompt 'Hello'`")
     if remote:
       blocks.append('The Python files next to the weights define the model class.')

@@ -9,10 +9,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from adapt_jax.config.values import TEXT, named_texts
-from adapt_jax.data.documents import hub_name
+from adapt_jax.data.documents import hub_name, hub_sets
 from adapt_jax.models.config import ModelConfig, count_params
-from adapt_jax.models.files import exists
-from adapt_jax.reports.report import RunReport
+from adapt_jax.reports.report import RunReport, base_of
 
 _HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+')
 _QUANTISED = re.compile(r'Q\d.*\.gguf')
@@ -50,9 +49,12 @@ def metadata(report: RunReport, config: ModelConfig, files: Sequence[str], repo:
 
 def source_name(report: RunReport) -> str:
   """The base model's hub id, or only the name of a local one: its path is of no use to others."""
-  name = report['model']['source']
-  path = pathlib.Path(os.path.expanduser(name))
-  return name if _HUB_ID.fullmatch(name) and not path.exists() and path.suffix != '.gguf' else path.name
+  base = base_of(report['model'])
+  name, path = base['source'], pathlib.Path(os.path.expanduser(base['source']))
+  hub = base.get('hub')
+  if hub is None:  # of version 0.1
+    hub = _HUB_ID.fullmatch(name) and not path.exists() and path.suffix != '.gguf'
+  return name if hub else path.name
 
 
 def is_quantised(file: str) -> bool:
@@ -64,13 +66,15 @@ def _datasets(report: RunReport) -> list[str]:
   """The hub data sets that the model was calibrated and trained on."""
   data = report.get('data') or {}
   entries = [entry for use in ('calibration', 'train') for entry in data.get(use) or ()]
-  return list(dict.fromkeys(filter(None, map(_hub_set, entries))))
+  return list(dict.fromkeys(name for entry in entries if (name := _hub_set(entry, report))))
 
 
-def _hub_set(entry: str) -> str:
+def _hub_set(entry: str, report: RunReport) -> str:
   """The data set's name; '' for an entry that is not one."""
-  name = hub_name(entry)
-  return '' if name and exists(pathlib.Path(entry)) else name
+  known = (report.get('data') or {}).get('hub')
+  if known is None:  # of version 0.1
+    known = hub_sets([entry])
+  return name if (name := hub_name(entry)) in known else ''
 
 
 def _perplexities(report: RunReport) -> Iterator[EvalResult]:
@@ -79,10 +83,12 @@ def _perplexities(report: RunReport) -> Iterator[EvalResult]:
   for name, found in (report.get('texts') or {}).items():
     value = found.get('recovered', found.get('pruned'))
     if value is not None:
-      yield EvalResult(**_text(name, sources.get(name, ())), metric_type='perplexity', metric_value=value)
+      yield EvalResult(
+        **_text(name, sources.get(name, ()), report), metric_type='perplexity', metric_value=value
+      )
 
 
-def _text(name: str, entries: tuple[str, ...]) -> dict[str, Any]:
+def _text(name: str, entries: tuple[str, ...], report: RunReport) -> dict[str, Any]:
   """A text as a data set: by its name, configuration and split on the hub, or by the names of its files."""
   names = _line(', '.join(entry.rstrip('/').rpartition('/')[2] for entry in entries) or name)
   fields: dict[str, Any] = {
@@ -90,7 +96,7 @@ def _text(name: str, entries: tuple[str, ...]) -> dict[str, Any]:
     'dataset_type': names,
     'dataset_name': names if name == TEXT else name,
   }
-  if len(entries) == 1 and (hub := _hub_set(entries[0])):
+  if len(entries) == 1 and (hub := _hub_set(entries[0], report)):
     *config, split = entries[0].split(':')[1:] or ['train']
     fields |= {'dataset_type': hub, 'dataset_split': split, 'dataset_config': config[0] if config else None}
   return fields

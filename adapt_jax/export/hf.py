@@ -64,7 +64,7 @@ def write_hf(
         fields.pop('rope_scaling', None)
         for file in ('configuration_adapt.py', 'modeling_adapt.py'):
           shutil.copy(_CODE / file, new)
-      if code and _needs_mlx_code(config):
+      if code and needs_mlx_code(config):
         fields['model_file'] = _MLX_FILE
         shutil.copy(_CODE / _MLX_FILE, new)
       _write_json(new / 'config.json', fields)
@@ -88,7 +88,7 @@ def _stock(config: ModelConfig) -> bool:
   return config.uniform and not config.output_bias and not config.sliced_from and not refused
 
 
-def _needs_mlx_code(config: ModelConfig) -> bool:
+def needs_mlx_code(config: ModelConfig) -> bool:
   """Whether our code for MLX-LM computes this model, and no stock model of MLX-LM does."""
   if config.traits.mlx is None or config.sliced_from:
     return False

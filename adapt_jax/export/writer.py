@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -62,12 +62,17 @@ def check_tokenizer(options: ExportOptions, tokenizer: Any) -> None:
 def lineage(source: Source) -> RunReport | None:
   """The report of the run that made a model, which our exports store with the weights; None for others.
 
-  Raises InputError for one that no model card can be made of.
+  It is of the files of weights that it names with their sizes; those of version 0.1 name none. Raises
+  InputError for one that no model card can be made of.
   """
   path = (source.path if source.path.is_dir() else source.path.parent) / LINEAGE
   found: Any = read_json(path) if exists(path) else {}
   model = found.get('model')
+  files = found.pop('files', None)
   if not isinstance(model, dict) or not isinstance(model.get('source'), str):
+    return None
+  if isinstance(files, dict) and not _sizes(source.reader.files).items() <= files.items():
+    say(f'{path} is of other weights: the origin of {source.name} is not known')
     return None
   try:
     model_card(found, source.config, ()).encode()
@@ -77,6 +82,11 @@ def lineage(source: Source) -> RunReport | None:
       f'the model without its origin'
     ) from None
   return found
+
+
+def _sizes(files: Iterable[pathlib.Path]) -> dict[str, int]:
+  """Bytes by name of the file."""
+  return {file.name: file.stat().st_size for file in files}
 
 
 def written_dtype(options: ExportOptions, source_dtype: str, trained: bool) -> Any:
@@ -126,7 +136,9 @@ class Writer:
         with phase(f'writing {name}'):
           written = _WRITERS[name](self, config, params, new)
         if is_first():
-          write_text(new / LINEAGE, json.dumps(self._report, indent=2) + '\n')
+          weights = [*new.glob('*.safetensors'), *new.glob('*.gguf')]
+          stored = {**self._report, 'files': _sizes(weights)}
+          write_text(new / LINEAGE, json.dumps(stored, indent=2) + '\n')
           files = sorted(file.name for file in new.iterdir())
           write_text(new / 'README.md', model_card(self._report, config, files, repos.get(name, '')))
       for file, values in written.items():

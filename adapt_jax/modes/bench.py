@@ -20,7 +20,7 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import write_text
+from adapt_jax.models.files import exists, local, write_text
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.modes import bench_widths
@@ -54,9 +54,8 @@ def _memory_stats() -> dict[str, int]:
 def _open(options: RunOptions) -> dict[str, Source]:
   """The models; without 'dense' if it is not named, and model.source does not record its origin."""
   b, pruned = options.bench, open_source(options.model.source)
-  made_by = lineage(pruned)
-  dense = b.dense or (made_by and made_by['model']['source'])
-  found = ({'dense': open_source(dense)} if dense else {}) | {'pruned': pruned}
+  dense = b.dense or _origin(pruned)
+  found = ({'dense': open_source(dense, 'bench.dense')} if dense else {}) | {'pruned': pruned}
   for source in found.values():
     config = source.config
     check_model(config)
@@ -66,6 +65,19 @@ def _open(options: RunOptions) -> dict[str, Source]:
         f'exceed the context of {source.name} ({config.max_position:,} tokens): lower them'
       )
   return found
+
+
+def _origin(pruned: Source) -> str:
+  """The name of the model that it was made from; '' if that is not recorded."""
+  if (made_by := lineage(pruned)) is None:
+    return ''
+  model = made_by['model']
+  if not model.get('hub', True) and not exists(local(model['source'])):
+    raise InputError(
+      f'config.bench.dense is empty, and {pruned.name} was made from {model["source"]!r}, which is not here: '
+      f'name the model before pruning'
+    )
+  return model['source']
 
 
 def _load(source: Source, options: RunOptions, prompts: list[list[int]]) -> _Model:

@@ -89,6 +89,7 @@ def _from_source(options: RunOptions) -> _Model:
   named: RunReport = {
     'model': {
       'source': source.name,
+      'hub': source.hub,
       'license': source.license,
       'params_before': count_params(source.config),
     }
@@ -128,8 +129,11 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   config = state.compacted.pruned_config(model.config)
   budget = budget_of(ran, model.start, model.source.dtype, model.original.config)
   report, template = run_report(ran, model, budget, state), ran.data.chat_template
-  if state.row is not None and state.train_step > Schedule.of(ran, budget).start(state.stage):
-    report['perplexity']['pruned'] = None  # the weights have been trained since
+  steps = state.train_step - Schedule.of(ran, budget).start(state.stage)
+  if state.row is not None and steps > 0:  # the weights have been trained since they were measured
+    report['stages'][-1]['tokens'] = steps * ran.train.batch * ran.train.length
+    report['perplexity']['pruned'] = None
     for text in report['texts'].values():
       text.pop('pruned', None)
+    report['tasks'] = {of: scores for of, scores in state.tasks.items() if of != 'pruned'}
   return _Model(config, model.source, trained, template, report, (checkpoints, number, shapes))

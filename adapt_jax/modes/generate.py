@@ -27,9 +27,9 @@ class _Opened:
   prompts: list[list[int]]
 
 
-def _open(options: RunOptions, name: str, prompts: Sequence[str]) -> _Opened:
+def _open(options: RunOptions, name: str, field: str, prompts: Sequence[str]) -> _Opened:
   g = options.generate
-  source = open_source(name)
+  source = open_source(name, field)
   check_model(source.config)
   tokenizer = with_template(source.load_tokenizer(), options.data.chat_template)
   ids = encode_prompts(prompts, tokenizer, g.chat)
@@ -60,8 +60,10 @@ def run(options: RunOptions, prompts: Sequence[str]) -> None:
   g = options.generate
   if not prompts or not all(prompts):
     raise InputError("--prompt is empty: --mode=generate needs --prompt='some text', one or more times")
-  names = [g.dense] if g.dense else []
-  models = [_open(options, name, prompts) for name in (*names, options.model.source)]
+  names = {'generate.dense': g.dense, 'model.source': options.model.source}
+  models = [
+    _open(options, name, field, prompts) for field, name in names.items() if name or field == 'model.source'
+  ]
   for model in models:
     chat = g.chat and model.tokenizer.chat_template
     form = 'rendered with the chat template' if chat else 'continued as plain text'

@@ -157,7 +157,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       f'leave the others out'
     )
   # Nothing is removed permanently, so nothing compensates for it; `bias` would count in the sizes. A recipe's
-  # target, stages, budget and vocabulary are for other modes. Attention is pruned by KV groups.
+  # target, stages, budget, vocabulary and hidden size are for other modes. Attention is pruned by KV groups.
   prune = dataclasses.replace(
     options.prune,
     compensate='none',
@@ -166,6 +166,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     budget='params',
     attention='kv_groups',
     vocab=(),
+    hidden=0,
   )
   options = dataclasses.replace(options, prune=prune)
   inputs = prepare(options)

@@ -1,11 +1,13 @@
 """The model that a run starts from: a source, the biases that the run adds to it, and its hidden size."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 
 from adapt_jax.config.options import RunOptions
+from adapt_jax.export.writer import lineage
 from adapt_jax.machine import mesh
 from adapt_jax.machine.mesh import load_source
 from adapt_jax.machine.processes import decide, say
@@ -16,6 +18,7 @@ from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.narrow import narrowed_config
+from adapt_jax.reports.report import base_of
 from adapt_jax.training.rate import with_rate
 
 
@@ -30,6 +33,12 @@ class DenseModel:
   source: Source
   output_bias: bool = False
   hidden: int = 0
+
+  @functools.cached_property
+  def base(self) -> dict[str, Any]:
+    """Name and size of the model from which earlier runs made the source; empty if we did not write it."""
+    made_by = lineage(self.original)
+    return base_of(made_by['model']) if made_by else {}
 
   @property
   def original(self) -> Source:

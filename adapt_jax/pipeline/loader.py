@@ -54,6 +54,7 @@ class Loader:
     layout: as `prune.calibration.layout`; the rows of a .npy file are used as they are.
     """
     name, limit = f'config.{field}', max(tokens, POOL_TOKENS)
+    self._tell_of_context(name, length)
     data = self._options.data
     fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
     first = first_of_rows(self._config.traits, self.tokenizer)
@@ -91,6 +92,7 @@ class Loader:
   def train_set(self) -> TrainSet:
     """The rows of training, from the cache on disk."""
     o, train = self._options, self._options.train
+    self._tell_of_context('config.train.source', train.length)
     if self_text.is_self(train.source):
       rows = -(-train.tokens // train.length)
       train = dataclasses.replace(train, source=self._own_text(rows, train.length, self_text.TRAINING))
@@ -107,6 +109,13 @@ class Loader:
       self._source, self.tokenizer, rows, length, seed=seed, dtype=dtype, directory=directory
     )
     return (str(path),)
+
+  def _tell_of_context(self, name: str, length: int) -> None:
+    """Tells once if the model was made for shorter rows: it may be meant to learn longer ones."""
+    longest = self._config.max_position
+    line = f'{name}: its rows of {length:,} tokens exceed the context of the model ({longest:,} tokens)'
+    if length > longest:
+      self._once(line, lambda: say(f'{line}, beyond which it may predict badly'))
 
   def _once(self, key: Any, make: Callable[[], Any]) -> Any:
     if key not in self._cache:

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TypeVar
 
+from adapt_jax.config import identity
 from adapt_jax.config.options import RunOptions
+from adapt_jax.data.documents import hub_sets
 from adapt_jax.models.config import count_params
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.dense_model import DenseModel
@@ -20,7 +22,6 @@ from adapt_jax.reports.report import (
   RunReport,
   StageReport,
   TextReport,
-  settings,
 )
 
 _T = TypeVar('_T')
@@ -54,7 +55,7 @@ def run_report(
   }
   if _trimmed(model):
     perplexity['trimmed'] = first(state.trimmed)
-  described_settings = settings(options)
+  described_settings = _settings(options)
   if options.prune.method in METHODS:  # SliceGPT removes none
     described_settings['prune']['attention'] = budget.removes.name  # not auto
   return {
@@ -84,6 +85,7 @@ def _model(model: DenseModel, budget: Budget, schedule: Schedule, last: StageRep
   config, whole = model.start, model.original.config
   described: ModelReport = {
     'source': model.source.name,
+    'hub': model.source.hub,
     'license': model.source.license,
     'params_before': count_params(whole),
     'params_after': last['params'],
@@ -91,6 +93,8 @@ def _model(model: DenseModel, budget: Budget, schedule: Schedule, last: StageRep
   }
   if budget.kind == 'params':
     described['params_target'] = schedule.targets[-1]
+  if model.base:
+    described['base'] = model.base
   if model.hidden:
     described['hidden_size'] = whole.hidden_size
   if _trimmed(model):
@@ -139,3 +143,19 @@ def _texts(state: RunState, last: StageReport, definitions: Mapping[str, str]) -
     if name in definitions:
       found[name]['definition'] = definitions[name]
   return found
+
+
+def _settings(options: RunOptions) -> RunReport:
+  """The parts `prune`, `train` and `data` of a run's report: how it prunes and trains, and on which data."""
+  texts = [entry for entries in options.evaluate.texts.values() for entry in entries]
+  trains, found = options.train.tokens > 0, identity.settings(options, ('prune', 'train'))
+  return {  # type: ignore[typeddict-item]
+    'prune': found['prune'],
+    'train': found['train'] if trains else None,
+    'data': {
+      'calibration': options.prune.calibration.source,
+      'train': options.train.source if trains else (),
+      'evaluate': options.evaluate.source,
+      'hub': hub_sets([*options.prune.calibration.source, *options.train.source, *texts]),
+    },
+  }

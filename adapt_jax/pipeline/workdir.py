@@ -13,7 +13,7 @@ from typing import Any
 from adapt_jax.config.build import defaults, flatten
 from adapt_jax.machine.processes import decide
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import read_json, read_text
+from adapt_jax.models.files import local, read_json, read_text
 
 
 class Workdir:
@@ -30,7 +30,7 @@ class Workdir:
   def __init__(self, path: str, identity: dict[str, Any]):
     if not path:
       raise InputError('--workdir is empty: name a directory for the results')
-    self.path, self._identity = pathlib.Path(path), identity
+    self.path, self._identity = local(path), identity
     self.run = self.path / 'run.json'
     self.report = self.path / 'report.json'
     self.page = self.path / 'report.html'

@@ -10,8 +10,6 @@ import platform
 from collections.abc import Mapping
 from typing import Any, Literal, Required, TypedDict
 
-from adapt_jax.config import identity
-from adapt_jax.config.options import RunOptions
 from adapt_jax.machine.processes import is_first
 from adapt_jax.models.files import read_json, write_text
 
@@ -29,9 +27,13 @@ class ModelReport(TypedDict, total=False):
   license: the fields of a model card that name it.
   vocab_size, vocab_trimmed, params_trimmed: token ids before and after prune.vocab, and parameters after it.
   hidden_size: before prune.hidden; that after it is in the stages.
+  hub: whether `source` is an id of the hub. base: if `source` is an export of ours, `source`, `hub` and
+    `params_before` of the model from which it was made.
   """
 
   source: Required[str]
+  hub: bool
+  base: dict[str, Any]
   license: dict[str, str]
   params_before: int
   params_after: int
@@ -149,7 +151,8 @@ class EvaluationReport(TypedDict, total=False):
 class RunReport(TypedDict, total=False):
   """Report of modes accel, prune and export; also stored with every export as its lineage.
 
-  prune, train: the settings that the result depends on. data: sources by use. exports: facts about each
+  prune, train: the settings that the result depends on. data: sources by use, and as `hub` the names of those
+  that are data sets of the hub. exports: facts about each
   format, {'hf': {'bytes': …}}. examples: not stored with exports, since they quote the held-out texts.
   """
 
@@ -311,21 +314,13 @@ def versions(*more: str) -> dict[str, str]:
   return {'python': platform.python_version()} | found
 
 
+def base_of(model: ModelReport) -> dict[str, Any]:
+  """`source`, `params_before` and `hub`, as far as they are known, of the model before any run pruned it."""
+  given: dict[str, Any] = {**model}
+  return model.get('base') or {k: given[k] for k in ('source', 'hub', 'params_before') if k in given}
+
+
 def heads_of(report: RunReport) -> tuple[str, str]:
   """The field of a stage, and its title, with the heads that pruning reduces (`prune.attention`)."""
   by_head = (report.get('prune') or {}).get('attention') == 'query_heads'
   return ('num_heads', 'query heads') if by_head else ('num_kv_heads', 'KV heads')
-
-
-def settings(options: RunOptions) -> RunReport:
-  """The parts `prune`, `train` and `data` of a run's report: how it prunes and trains, and on which data."""
-  trains, found = options.train.tokens > 0, identity.settings(options, ('prune', 'train'))
-  return {  # type: ignore[typeddict-item]
-    'prune': found['prune'],
-    'train': found['train'] if trains else None,
-    'data': {
-      'calibration': options.prune.calibration.source,
-      'train': options.train.source if trains else (),
-      'evaluate': options.evaluate.source,
-    },
-  }

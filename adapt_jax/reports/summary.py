@@ -3,7 +3,7 @@
 import math
 
 from adapt_jax.config.units import amount
-from adapt_jax.reports.report import BudgetReport, RunReport, StageReport, Tasks, TextReport, heads_of
+from adapt_jax.reports.report import BudgetReport, Of, RunReport, StageReport, Tasks, TextReport, heads_of
 
 _LITTLE = 0.05  # nats per token: a difference too small for a warning
 
@@ -130,10 +130,16 @@ def tasks_table(tasks: Tasks) -> str:
 
 
 def texts_rows(texts: dict[str, TextReport]) -> list[list[str]]:
-  """Column names, then a row per text: perplexities, the final excess loss, and the KL from dense."""
-  rows = [['text', 'perplexity dense', 'pruned', 'recovered', 'excess', 'KL from dense']]
+  """Column names, then a row per text: perplexities, the final excess loss, and the KL from dense.
+
+  With a trimmed vocabulary, whose perplexities count other tokens, also those of the dense model with it.
+  """
+  models: list[Of] = ['dense', 'trimmed', 'pruned', 'recovered']
+  if not any('trimmed' in text for text in texts.values()):
+    models.remove('trimmed')
+  rows = [['text', f'perplexity {models[0]}', *models[1:], 'excess', 'KL from dense']]
   for name, text in texts.items():
-    values = [text.get('dense'), text.get('pruned'), text.get('recovered')]
+    values = [text.get(of) for of in models]
     more = [excess(text), text.get('kl')]
     rows.append([name, *map(_number, values), *('–' if x is None else f'{x:.3f}' for x in more)])
   return rows

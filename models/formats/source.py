@@ -49,6 +49,11 @@ class Source:
   generation: dict[str, Any]
   license: dict[str, str]  # fields of a model card; empty if it is not known
 
+  @property
+  def hub(self) -> bool:
+    """Whether `name` is an id of the hub, and not a path."""
+    return self.path not in (local(self.name), local(self.name) / 'hf')
+
   def abstract_params(self, dtype: Any = None, shardings: Any = None) -> Params:
     """The tree of `load_params` as jax.ShapeDtypeStruct, read from the headers."""
     return abstract_stored_params(self.config, self.reader, dtype, shardings)
@@ -101,26 +106,24 @@ def _check_text(values: Any, where: pathlib.Path) -> None:
     raise InputError(f'{where}: has an unpaired surrogate (half a character): repair the file') from None
 
 
-def open_source(name: str) -> Source:
-  """Opens a checkpoint by name and checks it without reading any weights.
+def open_source(name: str, field: str = 'model.source') -> Source:
+  """Opens a checkpoint by name and checks it without reading any weights. `field`: its name in messages.
 
   Raises InputError for a missing path, an unsupported architecture, a corrupt or truncated file,
   for any tensor that is missing, extra, mis-shaped or of an unsupported dtype, and for a broken
   generation_config.json.
   """
-  if not name:
-    raise InputError('model.source is empty: give a hub id, a Hugging Face directory or a .gguf file')
-  path = _local(name)
+  path = _local(name, field)
   reader: TensorReader
   generation: dict[str, Any] = {}
   if path.suffix == '.gguf':
     config, reader = gguf_model.read_config(path), gguf_model.open_tensors(path)
     license = license_of_gguf(reader.metadata)
   else:
-    path = _of_run(path) if exists(path) else _download(name)
+    path = _of_run(path) if exists(path) else _download(name, field)
     if path.is_file():
-      raise InputError(f'model.source {name!r} is a file but not .gguf: give its directory')
-    config, reader = config_from_hf(_read_config(path), str(path)), SafetensorsReader(path)
+      raise InputError(f'{field} {name!r} is a file but not .gguf: give its directory')
+    config, reader = config_from_hf(_read_config(path, field), str(path)), SafetensorsReader(path)
     if config.traits.fused:
       reader = SplitReader(config, reader)
     if exists(path / 'generation_config.json'):
@@ -132,25 +135,27 @@ def open_source(name: str) -> Source:
   return Source(name, config, reader, path, reader.dtype(largest.name), generation, license)
 
 
-def open_config(name: str) -> ModelConfig:
+def open_config(name: str, field: str = 'model.source') -> ModelConfig:
   """Reads only the config of a checkpoint: from a hub id, a directory with config.json, or a .gguf file.
 
   Raises InputError as `open_source` does, but does not check the weights.
   """
-  path = _local(name)
+  path = _local(name, field)
   if path.suffix == '.gguf':
     return gguf_model.read_config(path)
   if exists(path):
     path = _of_run(path)
-    return config_from_hf(_read_config(path), str(path))
-  return _hub_config(name)
+    return config_from_hf(_read_config(path, field), str(path))
+  return _hub_config(name, field)
 
 
-def _local(name: str) -> pathlib.Path:
+def _local(name: str, field: str) -> pathlib.Path:
+  if not name:
+    raise InputError(f'{field} is empty: give a hub id, a Hugging Face directory or a .gguf file')
   try:
     return local(name)
   except InputError as error:
-    raise InputError(f'model.source {error}') from None
+    raise InputError(f'{field} {error}') from None
 
 
 def _of_run(path: pathlib.Path) -> pathlib.Path:
@@ -158,10 +163,14 @@ def _of_run(path: pathlib.Path) -> pathlib.Path:
   return path if exists(path / 'config.json') or not exists(path / 'hf/config.json') else path / 'hf'
 
 
-def _read_config(directory: pathlib.Path) -> dict[str, Any]:
+def _read_config(directory: pathlib.Path, field: str) -> dict[str, Any]:
   path = directory / 'config.json'
   if not exists(path):
-    raise InputError(f'model.source {str(directory)!r}: no config.json in this directory')
+    found = sorted(directory.glob('*.gguf')) or sorted(directory.glob('gguf*/*.gguf'))
+    remedy = f': give its file {str(found[0])!r}' if found else ''
+    if not found and exists(directory / 'run.json'):
+      remedy = ', and this run has no export that can be read: write one with --mode=export'
+    raise InputError(f'{field} {str(directory)!r}: no config.json in this directory{remedy}')
   return read_json(path)
 
 
@@ -180,34 +189,32 @@ def _read_generation(path: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def _download(name: str) -> pathlib.Path:
-  _hub_config(name)  # refuses an unsupported model after downloading only its config.json
+def _download(name: str, field: str) -> pathlib.Path:
+  _hub_config(name, field)  # refuses an unsupported model after downloading only its config.json
   import huggingface_hub  # imported here: local sources do not need it
 
   return _fetch(
-    name, huggingface_hub.snapshot_download, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB
+    name, field, huggingface_hub.snapshot_download, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB
   )
 
 
-def _hub_config(name: str) -> ModelConfig:
-  if not name or name.count('/') > 1 or name.startswith(('.', '/', '~')):
-    raise InputError(f'model.source {name!r}: no such file or directory')
+def _hub_config(name: str, field: str) -> ModelConfig:
+  if name.count('/') > 1 or name.startswith(('.', '/', '~')):
+    raise InputError(f'{field} {name!r}: no such file or directory')
   import huggingface_hub
 
-  config = _fetch(name, huggingface_hub.hf_hub_download, filename='config.json')
+  config = _fetch(name, field, huggingface_hub.hf_hub_download, filename='config.json')
   return config_from_hf(read_json(config), name)
 
 
-def _fetch(name: str, download: Callable[..., Any], **options: Any) -> pathlib.Path:
+def _fetch(name: str, field: str, download: Callable[..., Any], **options: Any) -> pathlib.Path:
   if offline := _no_hub():
     options['local_files_only'] = True
   try:
     return pathlib.Path(download(name, **options))
   except Exception as error:  # the hub's errors and those of its HTTP library share no other class
     reason = 'it cannot be reached, and its cache lacks the model' if offline else first_line(error)
-    raise InputError(
-      f'model.source {name!r}: no such directory, and the hub download failed ({reason})'
-    ) from None
+    raise InputError(f'{field} {name!r}: no such directory, and the hub download failed ({reason})') from None
 
 
 def _no_hub() -> bool:

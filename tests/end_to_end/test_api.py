@@ -142,7 +142,16 @@ def test_widths_suit_the_program_that_serves_them(model, rows):
 
 
 def test_a_message_about_a_file_names_it(tmp_path):
-  with pytest.raises(aj.InputError, match='no config.json in this directory'):
+  with pytest.raises(aj.InputError, match='no config.json in this directory$'):
+    aj.load(tmp_path)
+  (tmp_path / 'run.json').write_text('{}')
+  with pytest.raises(aj.InputError, match='no config.json .*: write one with --mode=export$'):
+    aj.load(tmp_path)
+  (tmp_path / 'gguf').mkdir()
+  (tmp_path / 'gguf/model-F32.gguf').touch()
+  with pytest.raises(
+    aj.InputError, match=f'no config.json .*: give its file .{tmp_path}/gguf/model-F32.gguf.$'
+  ):
     aj.load(tmp_path)
 
 

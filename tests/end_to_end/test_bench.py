@@ -222,3 +222,15 @@ def test_a_table_in_which_narrower_is_not_faster_says_so():
   )
   found['latency']['decode'] = phase(1.0, 2.0, 2.5)
   assert bench_widths.warning(found) == ''
+
+
+def test_an_origin_that_is_not_here_is_no_id_of_the_hub(models, tmp_path):
+  """A path is relative to the directory in which the model was pruned."""
+  shutil.copytree(models / 'narrow', tmp_path / 'hf')
+  (tmp_path / 'hf' / LINEAGE).write_text(json.dumps({'model': {'source': 'models/wide', 'hub': False}}))
+  with pytest.raises(
+    InputError, match='bench.dense is empty, .* from .models/wide., which is not here: name'
+  ):
+    run(make_options(models, dense='', pruned=tmp_path / 'hf'), tmp_path / 'out')
+  with pytest.raises(InputError, match="bench.dense '/nowhere': no such file or directory"):
+    run(make_options(models, dense='/nowhere'), tmp_path / 'out')

@@ -29,6 +29,11 @@ COMMANDS = [
   (['--config.prune.targt=0.5'], '--config.prune.targt is unknown: did you mean --config.prune.target?'),
   (['--target=0.5'], '--target is unknown: did you mean --config.prune.target?'),
   (['--config.prune.stages=many'], "config.prune.stages = 'many' must be a whole number"),
+  (
+    ['--config.evaluate.source=(a.txt'],
+    "config.evaluate.source = '(a.txt' must be names separated by commas",
+  ),
+  (['--config.evaluate.source=(1)'], "config.evaluate.source = '(1)' must be names separated by commas"),
   (['--config.train.tokens=10M'], "config.train.tokens = '10M' must be a whole number, such as 10_000_000"),
   (['--config.train.lr=high'], "config.train.lr = 'high' must be a number"),
   (['--config.compare.recover=maybe'], "config.compare.recover = 'maybe' must be True or False"),

@@ -6,14 +6,18 @@ import shutil
 import pytest
 from safetensors.numpy import load_file
 
+import adapt_jax as aj
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
-from adapt_jax.export.writer import LINEAGE
+from adapt_jax.export.writer import LINEAGE, lineage
+from adapt_jax.machine import preemption
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_config, open_source
 from adapt_jax.modes import accel
 from adapt_jax.modes import export as export_mode
+from adapt_jax.pipeline.metrics import MetricsLog
+from adapt_jax.pipeline.run import Run
 from adapt_jax.pipeline.workdir import Workdir
 from tests.support import runs
 
@@ -127,3 +131,53 @@ def test_on_the_command_line(files, finished, tmp_path):
   assert done.stdout.count('read back: largest logit difference') == 2
   assert {p.name for p in (tmp_path / 'out').iterdir()} == {'hf', 'hf_padded', 'report.json', 'run.json'}
   assert 'this run is finished' in runs.main(files, tmp_path / 'out', *flags).stdout
+
+
+def test_a_run_stopped_during_training_has_no_figures_of_what_it_was_before(files, tmp_path, monkeypatch):
+  stopped, write = [], MetricsLog.write
+
+  def noted(self, event, **fields):
+    write(self, event, **fields)
+    if event == 'train' and fields['step'] == 3:
+      stopped.append(True)
+
+  monkeypatch.setattr(MetricsLog, 'write', noted)
+  monkeypatch.setattr(preemption, 'requested', lambda: bool(stopped))
+  scores = {'task': {'acc': 1.0, 'n': 1}}
+  monkeypatch.setattr(Run, '_measure_tasks', lambda self, state, of: state.record_tasks(of, scores))
+  config = runs.make_config(files)
+  config.prune.stages, config.prune.steps = 1, 10
+  options = from_dict(config.to_dict())
+  workdir = Workdir(str(tmp_path / 'run'), identity('accel', options))
+  with pytest.raises(preemption.Preempted):
+    accel.run(options, workdir, 'python main.py')
+  report = export(files, workdir.path, tmp_path / 'out')
+  (stage,) = report['stages']
+  assert stage['tokens'] == stage['tokens'] // 128 * 128 >= 3 * 128
+  assert report['perplexity']['pruned'] is None and set(report['tasks']) == {'dense'}
+  card = (tmp_path / 'out/hf/README.md').read_text()
+  assert 'Pruned and retrained by' in card and f'Recovery training: {stage["tokens"]:,} tokens' in card
+  assert 'model-index' not in card
+
+
+def test_a_lineage_of_other_weights_is_not_taken(files, finished, tmp_path, capsys):
+  """As after a file was copied beside those of an export."""
+  (tmp_path / 'mixed').mkdir()
+  for path in (files / 'model').iterdir():
+    shutil.copy(path, tmp_path / 'mixed')
+  assert lineage(open_source(str(finished)))['command'] == 'python main.py'
+  shutil.copy(finished / 'hf' / LINEAGE, tmp_path / 'mixed')
+  assert lineage(open_source(str(tmp_path / 'mixed'))) is None
+  assert 'is of other weights' in capsys.readouterr().out
+
+
+def test_pruning_an_export_again_keeps_its_origin(files, finished, tmp_path):
+  config = runs.make_config(files)
+  config.model.source, config.prune.stages, config.prune.target = str(finished), 1, 0.9
+  config.train.tokens = 0
+  report = runs.in_process(config, tmp_path / 'again', 'prune')
+  first = json.loads((finished / 'report.json').read_text())['model']
+  assert report['model']['source'] == str(finished)
+  assert report['model']['base'] == {name: first[name] for name in ('source', 'hub', 'params_before')}
+  model = aj.load(tmp_path / 'again/hf')
+  assert (model.name, model.dense) == (first['source'], first['params_before'])

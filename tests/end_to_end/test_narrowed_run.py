@@ -86,7 +86,7 @@ def test_narrowing_alone(files, tmp_path):
     assert f'narrowed to {count_params(small) / count_params(whole):.1%}' in text
     assert f'reduced from {whole.hidden_size} to {small.hidden_size}' in text
     assert 'channels were removed' not in text
-  assert aj.load(tmp_path / 'saved').origin == {'hidden_size': whole.hidden_size}
+  assert aj.load(tmp_path / 'saved').origin == {'hub': False, 'hidden_size': whole.hidden_size}
   assert found.config == small and found.dense == count_params(whole)
   value = aj.perplexity(found, files / 'valid.txt', length=32)
   assert value == pytest.approx(report['perplexity']['pruned'], rel=1e-4)

@@ -194,6 +194,10 @@ def test_a_model_with_one_kv_head_loses_query_heads_by_default(files, tmp_path):
   model = aj.load(files / 'single')
   rows = aj.rows(model, files / 'train.txt', samples=16, length=16)
   small, _ = aj.prune(model, rows, target=0.7)
+  aj.save(small, tmp_path / 'saved')
+  aj.save(aj.load(tmp_path / 'saved'), tmp_path / 'again')
+  for path in (tmp_path / 'out/hf', tmp_path / 'saved/hf', tmp_path / 'again/hf'):
+    assert 'parameters: query heads and MLP channels were removed' in (path / 'README.md').read_text()
   assert [s.widths for s in small.config.layers] == [
     s.widths for s in open_source(str(tmp_path / 'out/hf')).config.layers
   ]

@@ -50,7 +50,7 @@ def make_config(files):
 def start(config, path):
   options = from_dict(config.to_dict())
   options = dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
-  prune = dataclasses.replace(options.prune, target=1e9)  # which other modes refuse
+  prune = dataclasses.replace(options.prune, target=1e9, hidden=8)  # which other modes refuse, or heed
   options = dataclasses.replace(options, prune=prune)
   workdir = Workdir(str(path), {'mode': 'sensitivity', 'config': dataclasses.asdict(options)})
   workdir.check()

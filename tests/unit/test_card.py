@@ -193,3 +193,62 @@ def test_gguf_files_are_loaded_by_llama_cpp():
   fields, text = parsed(REPORT, files=('model-q8_0.gguf', 'README.md'))
   assert fields['tags'] == ['adapt-jax', 'pruned', 'gguf'] and 'library_name' not in fields
   assert 'llama-cli -m model-q8_0.gguf' in text and 'transformers' not in text and 'vllm' not in text
+
+
+@pytest.mark.parametrize('hub', [True, False])
+def test_what_is_of_the_hub_was_decided_when_it_was_opened(tmp_path, monkeypatch, hub):
+  """A model and a text that were read as org/name from a directory, and the reverse."""
+  report = copy.deepcopy(REPORT)
+  report['model']['hub'] = hub
+  report['data']['hub'] = ['org/corpus'] if hub else []
+  for path in ('org/Base-1.5B', 'org/corpus:train') if hub else ():
+    (tmp_path / path).mkdir(parents=True)
+  monkeypatch.chdir(tmp_path)
+  fields, _ = parsed(report)
+  assert fields.get('base_model') == ('org/Base-1.5B' if hub else None)
+  assert fields.get('datasets') == (['org/corpus'] if hub else None)
+
+
+def test_a_model_pruned_twice_names_the_first(tmp_path):
+  report = copy.deepcopy(REPORT)
+  base = {'source': 'org/Base-1.5B', 'hub': True, 'params_before': 2 * count_params(DENSE)}
+  report['model'] |= {'source': str(tmp_path / 'pruned'), 'hub': False, 'base': base}
+  fields, text = parsed(report)
+  share = count_params(CONFIG) / count_params(DENSE) / 2
+  assert fields['base_model'] == 'org/Base-1.5B' and f'# org/Base-1.5B, pruned to {share:.1%}' in text
+  assert '- Pruned from: `pruned`, written by adapt-jax' in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+  ('family', 'heads', 'files', 'runs'),
+  [
+    ('llama', 4, ('model.safetensors',), True),
+    ('granite', 4, ('model.safetensors',), False),
+    ('qwen2', 4, ('model.safetensors',), True),
+    ('qwen2', 2, ('model.safetensors',), False),  # its attention is half as wide as the stream
+    ('qwen2', 2, ('model.safetensors', 'mlx_adapt.py'), True),
+  ],
+)
+def test_mlx_lm_is_named_where_it_runs_the_model(family, heads, files, runs):
+  shapes = (LayerShape(heads, heads // 2, 32),) * 2
+  config = ModelConfig(family, 61, 32, 8, shapes, RopeConfig(1e4), 1e-5, True, qkv_bias=family == 'qwen2')
+  assert ('mlx_lm.generate' in model_card(REPORT | {'stages': []}, config, files)) == runs
+
+
+def test_whole_layers_are_called_so():
+  report = copy.deepcopy(REPORT)
+  report['stages'][0] |= {'num_kv_heads': [0, 3], 'ffn': [0, 48]}
+  text = parsed(report, DENSE.with_layers(DENSE.layers[:1]))[1]
+  assert 'parameters: whole layers were removed. Pruned and retrained by' in text
+  del report['stages']  # as of the library, which does not know
+  assert 'KV-head groups and MLP channels were removed' in parsed(report)[1]
+
+
+def test_a_trimmed_vocabulary_has_bits_per_byte_and_its_own_dense_model():
+  report = copy.deepcopy(REPORT)
+  text = {'dense': 8.0, 'trimmed': 4.0, 'pruned': 16.0, 'tokens_per_byte': {'dense': 0.25, 'trimmed': 0.5}}
+  report['texts'] = {'a': text, 'b': text}
+  found = parsed(report)[1]
+  assert row(found, 'text', 'perplexity dense', 'trimmed', 'pruned', 'recovered', 'excess', 'KL from dense')
+  assert row(found, 'a', '8.00', '4.00', '16.00', '–', '1.386', '–')
+  assert row(found, 'a', '0.750', '1.000', '2.000', '–')
