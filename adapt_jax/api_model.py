@@ -71,8 +71,8 @@ def load(
   mesh.check_model(found.config)
   with processes.silent(not progress):
     params = mesh.load_source(found, wanted)
+    made_by: Any = lineage(found) or {'model': {'source': found.name, 'hub': found.hub}}
   model = Model(found.config, params, tokenizer, found.name, found.dtype, found.generation)
-  made_by: Any = lineage(found) or {'model': {'source': found.name, 'hub': found.hub}}
   before, base = made_by['model'], base_of(made_by['model'])
   origin = {name: before[name] for name in (*TRIMMED, 'hidden_size') if name in before}
   origin |= {'hub': base['hub']} if 'hub' in base else {}

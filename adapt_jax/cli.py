@@ -45,9 +45,12 @@ class _Strings(flags.ArgumentParser):
       return tuple(argument)
     if argument.startswith(('(', '[')):
       try:
-        return tuple(ast.literal_eval(argument))
-      except (SyntaxError, TypeError, ValueError):
-        raise ValueError('no list') from None
+        found = ast.literal_eval(argument)
+      except (SyntaxError, ValueError):
+        found = None
+      if not isinstance(found, (list, tuple)):  # ('a.txt') is a string
+        raise ValueError('no list')
+      return tuple(found)
     return tuple(argument.split(','))
 
   def flag_type(self) -> str:

@@ -83,6 +83,8 @@ def encode_all(
   """
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
   workers = workers or (cores if cores > _FEW_CORES else 1)
+  if type(tokenizer).__module__ == '__main__':  # a class of the caller's script, which workers do not import
+    workers = 1
   chars = 0
   for batch in batches:
     yield _encode_documents(batch, tokenizer)

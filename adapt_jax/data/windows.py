@@ -194,10 +194,14 @@ def read_for(max_tokens: int) -> int:
 def spread(blocks: Blocks, max_tokens: int) -> Blocks:
   """Windows of at most `max_tokens` tokens in all, evenly spaced over `blocks`; at least one. 0: all.
 
-  Windows without a token to predict, such as those within a long prompt, are left out.
+  If not all are taken, those without a token to predict, such as windows within a long prompt, are left out.
   """
-  rows, length = np.flatnonzero(blocks.targets.any(axis=1)), blocks.tokens.shape[1]
-  if max_tokens and (wanted := max(1, max_tokens // length)) < len(rows):
+  count, length = blocks.tokens.shape
+  wanted = max(1, max_tokens // length) if max_tokens else count
+  if wanted >= count:
+    return blocks
+  rows = np.flatnonzero(blocks.targets.any(axis=1))
+  if wanted < len(rows):
     rows = rows[np.linspace(0, len(rows) - 1, wanted).round().astype(int)]
   return dataclasses.replace(blocks, tokens=blocks.tokens[rows], targets=blocks.targets[rows])
 

@@ -61,7 +61,7 @@ def _title(report: RunReport, config: ModelConfig) -> str:
   reduced = ([_vocabulary(report)] if trimmed else []) + ([_hidden(wide, config)] if wide else [])
   counts = f'{params:,} of {before:,} parameters'
   unpruned = trimmed or before
-  if params == unpruned and not wide:
+  if params == unpruned and not wide and 'base' not in model:
     return f'# {source}, its vocabulary trimmed\n\n{counts}: {reduced[0]}'
   if wide and unpruned in (params, count_params(dataclasses.replace(config, hidden_size=wide))):
     done = f'Narrowed{" and retrained" if _tokens(report) else ""} by adapt-jax.'
@@ -98,7 +98,9 @@ def _tokens(report: RunReport) -> int:
 def _lineage(report: RunReport) -> str:
   rows = [f'- Base model: {_code(source_name(report))}']
   if report['model'].get('base'):
-    rows.append(f'- Pruned from: {_code(pathlib.Path(report["model"]["source"]).name)}, written by adapt-jax')
+    begun = report['model']['source']
+    begun = begun if report['model'].get('hub') else pathlib.Path(begun).name
+    rows.append(f'- Pruned from: {_code(begun)}, written by adapt-jax. It is what is called dense below.')
   for given, title in ((report.get('prune') or {}, 'Pruning'), (report.get('train') or {}, 'Training')):
     ignored = _SCHEDULE if title == 'Pruning' and given.get('method') not in PROGRESSIVE else ()
     fields = [(k, v) for k, v in given.items() if k not in ignored]
@@ -124,7 +126,7 @@ def _widths(report: RunReport, config: ModelConfig) -> str:
   if config.sliced_from:
     return ''
   field, title = heads_of(report)
-  if 'stages' in report:
+  if report.get('stages'):
     rows = [[i, f'{k} of {dense_k}', f'{f} of {dense_f}']
             for i, (k, dense_k), (f, dense_f) in _widths_of(report)]  # fmt: skip
   elif config.uniform:

@@ -38,7 +38,8 @@ class DenseModel:
   def base(self) -> dict[str, Any]:
     """Name and size of the model from which earlier runs made the source; empty if we did not write it."""
     made_by = lineage(self.original)
-    return base_of(made_by['model']) if made_by else {}
+    base = base_of(made_by['model']) if made_by else {}
+    return {} if self.source.hub and base.get('hub') is False else base  # an id is of more use than a path
 
   @property
   def original(self) -> Source:

@@ -83,6 +83,7 @@ def load(options: RunOptions, source: Source, loader: Loader, whole: Loader) -> 
   whole: the loader of the source before its vocabulary was trimmed; used if it was.
   """
   model = DenseModel(source, options.prune.compensate == 'bias', options.prune.hidden)
+  _ = model.base  # raises for a damaged lineage.json, which the report needs later
   budget = budget_of(options, model.start, source.dtype, model.original.config)
   if isinstance(source, TrimmedSource):
     check_size(options, model.start, budget)

@@ -33,6 +33,7 @@ COMMANDS = [
     ['--config.evaluate.source=(a.txt'],
     "config.evaluate.source = '(a.txt' must be names separated by commas",
   ),
+  (["--config.evaluate.source=('a.txt')"], """config.evaluate.source = "('a.txt')" must be names"""),
   (['--config.evaluate.source=(1)'], "config.evaluate.source = '(1)' must be names separated by commas"),
   (['--config.train.tokens=10M'], "config.train.tokens = '10M' must be a whole number, such as 10_000_000"),
   (['--config.train.lr=high'], "config.train.lr = 'high' must be a number"),

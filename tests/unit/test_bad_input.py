@@ -15,6 +15,7 @@ from adapt_jax.config.identity import identity
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import sensitivity
+from adapt_jax.pipeline import checks
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
 from tests.support import runs
@@ -302,10 +303,20 @@ def test_a_stage_without_a_training_step(files, split):
   prepare(from_dict(config.to_dict()))
 
 
-def test_the_remedy_is_found_at_once_for_many_stages(files):
+def test_the_remedy_is_found_at_once_for_many_stages(files, monkeypatch):
+  tried, steps = [], checks.stage_steps
+  monkeypatch.setattr(checks, 'stage_steps', lambda *args: tried.append(args) or steps(*args))
   config = runs.make_config(files)
   config.prune.stages, config.train.split = 10_000, 'linear'
   refuse(config, 'config.train.tokens', '10000 stages')
+  assert len(tried) < 100
+
+
+def test_a_damaged_lineage(files, tmp_path):
+  """It is read for the card, which is written at the end."""
+  shutil.copytree(files / 'model', tmp_path / 'model')
+  (tmp_path / 'model/lineage.json').write_text('{"model": {"source": "org/Base", "params_before": "many"}}')
+  refuse_model(files, tmp_path / 'model', 'lineage.json', 'is damaged')
 
 
 def test_workdir_of_a_run_that_was_killed_while_claiming(tmp_path):

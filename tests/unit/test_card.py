@@ -166,6 +166,15 @@ def test_parts_that_are_none_are_left_out():
   assert '## Perplexity' not in text and '## Tasks' not in text and '## Widths' in text
 
 
+def test_a_pruned_model_whose_vocabulary_is_trimmed_is_called_pruned():
+  report = copy.deepcopy(REPORT)
+  base = {'source': 'org/Base-1.5B', 'hub': True, 'params_before': count_params(DENSE)}
+  vocabulary = {'vocab_size': 81, 'vocab_trimmed': 61, 'params_trimmed': count_params(CONFIG)}
+  report['model'] |= {'source': 'pruned', 'hub': False, 'base': base, **vocabulary}
+  text = parsed(report)[1]
+  assert '# org/Base-1.5B, pruned to' in text and 'was trimmed to 61 of 81 tokens' in text
+
+
 def test_layers_that_are_gone_stay_where_they_were():
   report = copy.deepcopy(REPORT)
   report['stages'][0] |= {'num_kv_heads': [0, 3], 'ffn': [0, 48]}
@@ -216,7 +225,10 @@ def test_a_model_pruned_twice_names_the_first(tmp_path):
   fields, text = parsed(report)
   share = count_params(CONFIG) / count_params(DENSE) / 2
   assert fields['base_model'] == 'org/Base-1.5B' and f'# org/Base-1.5B, pruned to {share:.1%}' in text
-  assert '- Pruned from: `pruned`, written by adapt-jax' in text and str(tmp_path) not in text
+  assert (
+    '- Pruned from: `pruned`, written by adapt-jax. It is what is called dense below.' in text
+    and str(tmp_path) not in text
+  )
 
 
 @pytest.mark.parametrize(

@@ -199,10 +199,15 @@ def test_worker_processes_do_not_run_the_script_again(tmp_path):
     'tokenise._ALONE_CHARS = 10\n'
     'batches = iter([[Document("here", "The dog sleeps.")]] * 4)\n'
     'print(len(list(tokenise.encode_all(batches, tiny_tokenizer(), 2))))\n'
+    'class Own:\n'
+    '  def __getattr__(self, name): return getattr(tiny_tokenizer(), name)\n'
+    '  def __call__(self, *args, **options): return tiny_tokenizer()(*args, **options)\n'
+    'batches = iter([[Document("here", "The dog sleeps.")]] * 4)\n'
+    'print(len(list(tokenise.encode_all(batches, Own(), 2))))\n'
   )
   env = os.environ | {'PYTHONPATH': os.getcwd(), 'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=120)
-  assert (done.returncode, done.stdout) == (0, 'begun\n4\n'), done.stderr
+  assert (done.returncode, done.stdout) == (0, 'begun\n4\n4\n'), done.stderr
 
 
 def test_conversations_beyond_the_template_are_left_out_if_they_are_few(source, tokenizer, capsys):
