@@ -104,7 +104,8 @@ def test_what_is_told_of_an_export(tmp_path, capsys):
     size = (tmp_path / name / 'model.safetensors').stat().st_size
     assert values['bytes'] == size and values['type'] == 'float32'
     assert values['logit_difference'] < 1e-4 and values['same_token'] == 1
-    assert json.loads((tmp_path / name / LINEAGE).read_text()) == REPORT
+    stored = json.loads((tmp_path / name / LINEAGE).read_text())
+    assert stored == REPORT | {'files': {'model.safetensors': size}}
   assert found['hf']['logit_difference'] == 0  # the same bits
   told = capsys.readouterr().out.splitlines()
   assert 'largest logit difference 0, same token at 100.0% of positions' in told[0]

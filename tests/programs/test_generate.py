@@ -181,7 +181,7 @@ def test_a_prompt_is_a_chat_or_plain_text_and_ends_at_the_models_eos(files, caps
   tokenizer = tiny_tokenizer()
   ids = {}
   for chat in (True, False):
-    model = generate._open(make_options(files, chat=chat), str(files / 'model'), ['the dog'])
+    model = generate._open(make_options(files, chat=chat), str(files / 'model'), 'model.source', ['the dog'])
     ids[chat] = model.prompts[0]
   assert tokenizer.decode(ids[True]) == '<|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\n'
   assert ids[False] == tokenizer('the dog').input_ids and ids[False][0] == tokenizer.bos_token_id
@@ -200,7 +200,7 @@ def test_a_prompt_is_a_chat_or_plain_text_and_ends_at_the_models_eos(files, caps
     (['a', ''], {}, '--prompt is empty'),
     (['a', 'the dog ' * 1200], {}, 'prompt 2 has .* tokens: with 6 new ones .* 2,048'),
     (['a'], {'max_new_tokens': 2048}, 'prompt 1 has .*: shorten it, or lower the number of new tokens'),
-    (['a'], {'dense': 'nowhere/at/all'}, "model.source 'nowhere/at/all'"),
+    (['a'], {'dense': 'nowhere/at/all'}, "generate.dense 'nowhere/at/all'"),
   ],
 )
 def test_bad_input_is_refused_before_weights_are_read(files, monkeypatch, prompts, fields, words):
