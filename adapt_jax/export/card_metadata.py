@@ -91,11 +91,9 @@ def _perplexities(report: RunReport) -> Iterator[EvalResult]:
 def _text(name: str, entries: tuple[str, ...], report: RunReport) -> dict[str, Any]:
   """A text as a data set: by its name, configuration and split on the hub, or by the names of its files."""
   names = _line(', '.join(entry.rstrip('/').rpartition('/')[2] for entry in entries) or name)
-  fields: dict[str, Any] = {
-    'task_type': _TASK,
-    'dataset_type': names,
-    'dataset_name': names if name == TEXT else name,
-  }
+  # The hub puts results of one type under one name: two directories called valid are not one data set.
+  shown = names if name == TEXT else name
+  fields: dict[str, Any] = {'task_type': _TASK, 'dataset_type': shown, 'dataset_name': shown}
   if len(entries) == 1 and (hub := _hub_set(entries[0], report)):
     *config, split = entries[0].split(':')[1:] or ['train']
     fields |= {'dataset_type': hub, 'dataset_split': split, 'dataset_config': config[0] if config else None}

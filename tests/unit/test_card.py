@@ -115,6 +115,14 @@ def test_results_are_in_the_schema_of_the_hub(tmp_path):
   assert last.dataset_type == last.dataset_name == 'heldout.txt, more.txt' and last.metric_value == 4.5
 
 
+def test_texts_in_directories_of_one_name_are_two_results():
+  report = copy.deepcopy(REPORT)
+  report['data']['evaluate'] = ['addresses=data/a/valid', 'encyclopedia=data/b/valid']
+  report['texts'] = {'addresses': {'recovered': 10.5}, 'encyclopedia': {'recovered': 12.0}}
+  found = [(r.dataset_name, r.metric_value) for r in parsed_results(report, FILES)]
+  assert found[:2] == [('addresses', 10.5), ('encyclopedia', 12.0)]
+
+
 def parsed_results(report, files):
   return huggingface_hub.ModelCard(model_card(report, CONFIG, files)).data.eval_results
 
