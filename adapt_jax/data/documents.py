@@ -95,7 +95,7 @@ def hub_name(entry: str) -> str:
   return entry.partition(':')[0] if written else ''
 
 
-def hub_sets(entries: Iterable[str]) -> tuple[str, ...]:
+def hub_datasets(entries: Iterable[str]) -> tuple[str, ...]:
   """The names of the hub data sets among the entries, each once; an entry that is here as a path is none."""
   names = [hub_name(entry) for entry in entries if not exists(pathlib.Path(entry))]
   return tuple(dict.fromkeys(filter(None, names)))

@@ -98,9 +98,9 @@ def _tokens(report: RunReport) -> int:
 def _lineage(report: RunReport) -> str:
   rows = [f'- Base model: {_code(source_name(report))}']
   if report['model'].get('base'):
-    begun = report['model']['source']
-    begun = begun if report['model'].get('hub') else pathlib.Path(begun).name
-    rows.append(f'- Pruned from: {_code(begun)}, written by adapt-jax. It is what is called dense below.')
+    source = report['model']['source']
+    name = source if report['model'].get('hub') else pathlib.Path(source).name
+    rows.append(f'- Pruned from: {_code(name)}, an export of adapt-jax; it is the dense model below')
   for given, title in ((report.get('prune') or {}, 'Pruning'), (report.get('train') or {}, 'Training')):
     ignored = _SCHEDULE if title == 'Pruning' and given.get('method') not in PROGRESSIVE else ()
     fields = [(k, v) for k, v in given.items() if k not in ignored]

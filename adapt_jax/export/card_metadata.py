@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from adapt_jax.config.values import TEXT, named_texts
-from adapt_jax.data.documents import hub_name, hub_sets
+from adapt_jax.data.documents import hub_datasets, hub_name
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.reports.report import RunReport, base_of
 
@@ -52,7 +52,7 @@ def source_name(report: RunReport) -> str:
   base = base_of(report['model'])
   name, path = base['source'], pathlib.Path(os.path.expanduser(base['source']))
   hub = base.get('hub')
-  if hub is None:  # of version 0.1
+  if hub is None:  # not recorded, as by version 0.1
     hub = _HUB_ID.fullmatch(name) and not path.exists() and path.suffix != '.gguf'
   return name if hub else path.name
 
@@ -72,8 +72,8 @@ def _datasets(report: RunReport) -> list[str]:
 def _hub_set(entry: str, report: RunReport) -> str:
   """The data set's name; '' for an entry that is not one."""
   known = (report.get('data') or {}).get('hub')
-  if known is None:  # of version 0.1
-    known = hub_sets([entry])
+  if known is None:  # not recorded, as by version 0.1
+    known = hub_datasets([entry])
   return name if (name := hub_name(entry)) in known else ''
 
 
@@ -92,8 +92,8 @@ def _text(name: str, entries: tuple[str, ...], report: RunReport) -> dict[str, A
   """A text as a data set: by its name, configuration and split on the hub, or by the names of its files."""
   names = _line(', '.join(entry.rstrip('/').rpartition('/')[2] for entry in entries) or name)
   # The hub puts results of one type under one name: two directories called valid are not one data set.
-  shown = names if name == TEXT else name
-  fields: dict[str, Any] = {'task_type': _TASK, 'dataset_type': shown, 'dataset_name': shown}
+  label = names if name == TEXT else name
+  fields: dict[str, Any] = {'task_type': _TASK, 'dataset_type': label, 'dataset_name': label}
   if len(entries) == 1 and (hub := _hub_set(entries[0], report)):
     *config, split = entries[0].split(':')[1:] or ['train']
     fields |= {'dataset_type': hub, 'dataset_split': split, 'dataset_config': config[0] if config else None}

@@ -54,7 +54,7 @@ class Loader:
     layout: as `prune.calibration.layout`; the rows of a .npy file are used as they are.
     """
     name, limit = f'config.{field}', max(tokens, POOL_TOKENS)
-    self._tell_of_context(name, length)
+    self._warn_beyond_context(name, length)
     data = self._options.data
     fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
     first = first_of_rows(self._config.traits, self.tokenizer)
@@ -92,7 +92,7 @@ class Loader:
   def train_set(self) -> TrainSet:
     """The rows of training, from the cache on disk."""
     o, train = self._options, self._options.train
-    self._tell_of_context('config.train.source', train.length)
+    self._warn_beyond_context('config.train.source', train.length)
     if self_text.is_self(train.source):
       rows = -(-train.tokens // train.length)
       train = dataclasses.replace(train, source=self._own_text(rows, train.length, self_text.TRAINING))
@@ -110,8 +110,8 @@ class Loader:
     )
     return (str(path),)
 
-  def _tell_of_context(self, name: str, length: int) -> None:
-    """Tells once if the model was made for shorter rows: it may be meant to learn longer ones."""
+  def _warn_beyond_context(self, name: str, length: int) -> None:
+    """Warns once if rows exceed the context; that is no error, since training may extend it."""
     longest = self._config.max_position
     line = f'{name}: its rows of {length:,} tokens exceed the context of the model ({longest:,} tokens)'
     if length > longest:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from adapt_jax.config import identity
 from adapt_jax.config.options import RunOptions
-from adapt_jax.data.documents import hub_sets
+from adapt_jax.data.documents import hub_datasets
 from adapt_jax.models.config import count_params
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.dense_model import DenseModel
@@ -156,6 +156,6 @@ def _settings(options: RunOptions) -> RunReport:
       'calibration': options.prune.calibration.source,
       'train': options.train.source if trains else (),
       'evaluate': options.evaluate.source,
-      'hub': hub_sets([*options.prune.calibration.source, *options.train.source, *texts]),
+      'hub': hub_datasets([*options.prune.calibration.source, *options.train.source, *texts]),
     },
   }

@@ -97,9 +97,9 @@ def open_taught(
   """
   rows = np.unique(np.concatenate([data.rows(step) for step in range(steps)]))
   done = decide(lambda: _done(directory))
-  if done:
-    _check_files(directory, len(rows), options)  # before the teacher is loaded
   if done < len(rows):
+    if done:
+      _check_files(directory, len(rows), options)  # before the teacher is loaded
     _ask(directory, data, options, rows, done, load_teacher(), dtype=dtype, compiler=compiler)
   _check_files(directory, len(rows), options)
   return TaughtSet(data, rows, directory)

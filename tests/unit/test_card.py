@@ -234,7 +234,7 @@ def test_a_model_pruned_twice_names_the_first(tmp_path):
   share = count_params(CONFIG) / count_params(DENSE) / 2
   assert fields['base_model'] == 'org/Base-1.5B' and f'# org/Base-1.5B, pruned to {share:.1%}' in text
   assert (
-    '- Pruned from: `pruned`, written by adapt-jax. It is what is called dense below.' in text
+    '- Pruned from: `pruned`, an export of adapt-jax; it is the dense model below' in text
     and str(tmp_path) not in text
   )
 

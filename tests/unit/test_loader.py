@@ -49,18 +49,18 @@ def test_a_longer_text_is_said_not_to_be_read_whole(text, capsys):
   )
 
 
-def test_rows_longer_than_the_context_are_told_of_once(tmp_path, capsys):
+def test_rows_longer_than_the_context_are_warned_about_once(tmp_path, capsys):
   np.save(tmp_path / 'text.npy', np.ones((4, 10), np.int32))
   options = from_dict(
     {'evaluate': {'source': [f'{name}={tmp_path}/text.npy' for name in 'ab'], 'length': 10}}
   )
-  for longest, told in ((10, 0), (9, 2)):
+  for longest, warnings in ((10, 0), (9, 2)):
     source = types.SimpleNamespace(config=tiny_config(max_position=longest))
     loader = Loader(options, source, tiny_tokenizer())
     loader.evaluation()
     loader.evaluation()
     lines = capsys.readouterr().out.count('its rows of 10 tokens exceed the context of the model (9 tokens)')
-    assert lines == told
+    assert lines == warnings
 
 
 @pytest.mark.parametrize('max_tokens', [0, 700])

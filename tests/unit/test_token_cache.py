@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import user_cache
 from tests.support.tokenizers_for_tests import CHATML, CHATML_DEFAULT_SYSTEM, tiny_tokenizer
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 ALL = Need(2**62)
 CHAT = [{'role': 'user', 'content': 'What is two?'}, {'role': 'assistant', 'content': 'The sum is five.'}]
 ROWS = [{'text': 'The dog sleeps.'}, {'messages': CHAT}, {'text': 'It was 😀.'}] * 20
@@ -205,7 +207,7 @@ def test_worker_processes_do_not_run_the_script_again(tmp_path):
     'batches = iter([[Document("here", "The dog sleeps.")]] * 4)\n'
     'print(len(list(tokenise.encode_all(batches, Own(), 2))))\n'
   )
-  env = os.environ | {'PYTHONPATH': os.getcwd(), 'JAX_PLATFORMS': 'cpu'}
+  env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=120)
   assert (done.returncode, done.stdout) == (0, 'begun\n4\n4\n'), done.stderr
 
