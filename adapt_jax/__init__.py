@@ -2,7 +2,7 @@
 
     import adapt_jax as aj
 
-    model = aj.load('HuggingFaceTB/SmolLM2-135M')
+    model = aj.load('HuggingFaceTB/SmolLM2-135M-Instruct')
     rows = aj.rows(model, 'calibration.txt')
     small, plan = aj.prune(model, rows, target=0.75)
     small = aj.recover(small, 'corpus.jsonl', tokens=2_000_000, teacher=model)

@@ -362,7 +362,7 @@ def test_the_code_that_the_pages_show_runs(files, tmp_path, monkeypatch):
   """README's and the library page's, one after another, with a tiny model and short texts in their place."""
   monkeypatch.chdir(tmp_path)
   places = {
-    'HuggingFaceTB/SmolLM2-135M': str(files / 'model'),
+    'HuggingFaceTB/SmolLM2-135M-Instruct': str(files / 'model'),
     'calibration.txt': str(files / 'train.txt'),
     'corpus.jsonl': str(files / 'train.txt'),
     'heldout.txt': str(files / 'train.txt'),
