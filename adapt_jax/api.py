@@ -128,7 +128,7 @@ def trim_vocabulary(
 
 @as_library
 def narrow(
-  model: Model, rows: np.ndarray | jax.Array, *, hidden_size: int, batch: int = 8, progress: bool = False
+  model: Model, rows: np.ndarray | jax.Array, *, hidden_size: int, batch: int = 4, progress: bool = False
 ) -> Model:
   """The model with a smaller hidden size, the same in all layers (docs/methods.md). `model` stays as it is.
 

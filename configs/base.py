@@ -6,8 +6,8 @@
         --config.train.source=corpus.jsonl --config.train.tokens=10_000_000 \
         --config.evaluate.source=heldout.txt
 
-The meaning and allowed values of each option are declared in `adapt_jax/config/options.py` and, for options
-of a single mode, in `adapt_jax/config/mode_options.py`.
+The meaning and allowed values of each option are declared in `adapt_jax/config/options.py`, of pruning in
+`prune_options.py`, and of single modes in `mode_options.py`, in the same folder.
 """
 
 from ml_collections import ConfigDict

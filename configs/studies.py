@@ -4,12 +4,13 @@
 
 rates: highest learning rates, 2e-5 to 5e-4, at 80 % kept.
 schedules: half a cosine instead of a constant rate that decays in the last tenth, at 1e-4 and 2e-4.
-loss: cross-entropy, KL divergence from the dense model, and KL from 64 ids cached on disk; with and without
-  least squares.
+loss: cross-entropy and KL divergence from the dense model, with and without least squares; and KL from 64 ids
+  cached on disk.
 control: 80 % kept and the dense model, trained equally, to separate recovery from learning the text.
 interleave: the same training, in batches of 2 rows, in 1, 2, 4, 8 and 16 rounds of prune and recover, at 80
   and 60 % kept (Fig. 4).
-methods: the paper's adapt, recovered by both losses, in 1 and 4 rounds, compared with the defaults.
+methods: the paper's adapt, with fewer rows and steps, recovered by both losses, in 1 and 4 rounds, compared
+  with the defaults.
 tokens: recovery with 100 thousand, 300 thousand and a million tokens.
 hidden: a hidden size of 512 instead of 576, as many parameters pruned from the layers instead, and a mixture.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.

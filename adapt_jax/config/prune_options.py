@@ -92,8 +92,8 @@ class PruneOptions:
     'auto',
     'What is removed from attention: whole KV heads with their query heads (kv_groups), or query heads, '
     'equally many of each KV head in a layer (query_heads). auto: query_heads for models with one KV head '
-    'per layer, unless budget is kv_cache or compat is set; otherwise kv_groups. With a measured '
-    'latency_table, auto is what the table has times of.',
+    'per layer or pruned by query heads before, unless budget is kv_cache or compat is set; otherwise '
+    'kv_groups. With a measured latency_table, auto is the unit that the table was measured for.',
     choices=('auto', 'kv_groups', 'query_heads'),
   )
   stages: int = option(1, 'Rounds of pruning and recovery (N in the paper).', within=(1, 10_000))
