@@ -110,7 +110,7 @@ def trim_vocabulary(
   ids = needed_ids(model.tokenizer, {*used, *stop_ids(model.generation, model.tokenizer)})
   kept = np.array(ids_with_rows(model.config, ids, model.tokenizer))
   config = dataclasses.replace(model.config, vocab_size=len(kept))
-  sizes = model.config.vocab_size, len(kept), count_params(config)
+  sizes = model.origin.get('vocab_size', model.config.vocab_size), len(kept), count_params(config)
 
   def cut(params: Params) -> Params:
     return params | {name: params[name][kept] for name in ('embed', 'lm_head') if name in params}

@@ -74,8 +74,9 @@ def load(
     made_by: Any = lineage(found) or {'model': {'source': found.name, 'hub': found.hub}}
   model = Model(found.config, params, tokenizer, found.name, found.dtype, found.generation)
   before, base = made_by['model'], base_of(made_by['model'])
-  origin = {name: before[name] for name in (*TRIMMED, 'hidden_size') if name in before}
-  origin |= {'hub': base['hub']} if 'hub' in base else {}
+  origin = {name: before[name] for name in TRIMMED if name in before}
+  origin |= {name: base[name] for name in ('hub', 'vocab_size', 'hidden_size') if name in base}
+  origin |= {'vocab_trimmed': found.config.vocab_size} if 'vocab_size' in base else {}
   attention = (made_by.get('prune') or {}).get('attention')
   origin |= {'attention': attention} if attention else {}
   known = {'name': base['source'], 'dense': base.get('params_before', 0)}

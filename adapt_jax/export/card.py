@@ -47,7 +47,8 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str], rep
 
 def _title(report: RunReport, config: ModelConfig) -> str:
   source, params = _text(source_name(report)), count_params(config)
-  before = base_of(report['model']).get('params_before', params)
+  model, base = report['model'], base_of(report['model'])
+  before = base.get('params_before', params)
   if before == params:
     return f'# {source}\n\n{params:,} parameters, written by adapt-jax.'
   if config.sliced_from:
@@ -56,11 +57,10 @@ def _title(report: RunReport, config: ModelConfig) -> str:
       f'{params:,} of {before:,} parameters: the residual stream was reduced from {config.sliced_from} to '
       f'{config.hidden_size} principal components (SliceGPT, arXiv 2401.15024). Sliced by adapt-jax.'
     )
-  model = report['model']
-  trimmed, wide = model.get('params_trimmed'), model.get('hidden_size')
-  reduced = ([_vocabulary(report)] if trimmed else []) + ([_hidden(wide, config)] if wide else [])
+  tokens, wide = base.get('vocab_size'), base.get('hidden_size')
+  reduced = ([_vocabulary(tokens, config)] if tokens else []) + ([_hidden(wide, config)] if wide else [])
   counts = f'{params:,} of {before:,} parameters'
-  unpruned = trimmed or before
+  unpruned = model.get('params_trimmed', before)
   if params == unpruned and not wide and 'base' not in model:
     return f'# {source}, its vocabulary trimmed\n\n{counts}: {reduced[0]}'
   if wide and unpruned in (params, count_params(dataclasses.replace(config, hidden_size=wide))):
@@ -83,11 +83,10 @@ def _hidden(wide: int, config: ModelConfig) -> str:
   )
 
 
-def _vocabulary(report: RunReport) -> str:
-  model = report['model']
+def _vocabulary(before: int, config: ModelConfig) -> str:
   return (
-    f'The vocabulary was trimmed to {model["vocab_trimmed"]:,} of {model["vocab_size"]:,} tokens, those of a '
-    f'text; the tokenizer here is part of the model, and other words have more tokens.'
+    f'The vocabulary was trimmed to {config.vocab_size:,} of {before:,} tokens, those of a text; the '
+    f'tokenizer here is part of the model, and other words have more tokens.'
   )
 
 

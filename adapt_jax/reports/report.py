@@ -28,7 +28,7 @@ class ModelReport(TypedDict, total=False):
   vocab_size, vocab_trimmed, params_trimmed: token ids before and after prune.vocab, and parameters after it.
   hidden_size: before prune.hidden; that after it is in the stages.
   hub: whether `source` is an id of the hub. base: if `source` is an export of ours, `source`, `hub` and
-    `params_before` of the model from which it was made.
+    `params_before` of the model from which it was made; also `vocab_size` and `hidden_size`, if reduced.
   """
 
   source: Required[str]
@@ -315,9 +315,14 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def base_of(model: ModelReport) -> dict[str, Any]:
-  """`source`, `params_before` and `hub`, as far as they are known, of the model before any run pruned it."""
+  """`source`, `params_before` and `hub`, as far as they are known, of the model before any run pruned it.
+
+  Also its `vocab_size` and `hidden_size`, if a run reduced them.
+  """
   given: dict[str, Any] = {**model}
-  return model.get('base') or {k: given[k] for k in ('source', 'hub', 'params_before') if k in given}
+  reduced = {k: given[k] for k in ('vocab_size', 'hidden_size') if k in given}
+  base = model.get('base') or {k: given[k] for k in ('source', 'hub', 'params_before') if k in given}
+  return reduced | base
 
 
 def heads_of(report: RunReport) -> tuple[str, str]:

@@ -91,6 +91,18 @@ def test_a_target_that_trimming_reaches_prunes_nothing_more(files, tmp_path):
   assert report['perplexity']['pruned'] == pytest.approx(report['perplexity']['trimmed'], rel=1e-5)
 
 
+def test_pruning_the_result_again_does_not_forget_that_it_was_trimmed(files, finished, tmp_path):
+  fields = {'model.source': str(finished), 'prune.vocab': (), 'prune.target': 0.9, 'train.tokens': 0}
+  report = run(files, tmp_path / 'again', 'prune', **fields)
+  whole, config = open_source(str(files / 'model')).config, open_source(str(tmp_path / 'again/hf')).config
+  assert report['model']['base']['vocab_size'] == whole.vocab_size
+  told = f'The vocabulary was trimmed to {config.vocab_size:,} of {whole.vocab_size:,} tokens'
+  assert told in (tmp_path / 'again/hf/README.md').read_text()
+  small = aj.load(tmp_path / 'again/hf')
+  aj.save(aj.trim_vocabulary(small, files / 'vocab.txt'), tmp_path / 'library')
+  assert told in (tmp_path / 'library/hf/README.md').read_text()
+
+
 def resumed(finished, path):
   """A copy of the run without its end, as a kill before the export leaves it."""
   shutil.copytree(finished, path)
