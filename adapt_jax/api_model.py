@@ -29,8 +29,8 @@ class Model:
   dtype: dtype of the original checkpoint, also used by `save`. generation: fields of generation_config.json.
   dense: number of parameters before pruning; 0 if the model was not pruned. license: fields of a model card.
   origin: fields of report.json, as far as they are known: hub, whether `name` is an id of the hub; attention,
-    the heads that were pruned; vocab_size, vocab_trimmed and params_trimmed, if the vocabulary was trimmed;
-    hidden_size, if the model was narrowed.
+    the heads that were pruned; vocab_size (before), vocab_trimmed and params_trimmed, if the vocabulary was
+    trimmed; hidden_size (before), if the model was narrowed.
   """
 
   config: ModelConfig

@@ -47,7 +47,7 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str], rep
 
 def _title(report: RunReport, config: ModelConfig) -> str:
   source, params = _text(source_name(report)), count_params(config)
-  model, base = report['model'], base_of(report['model'])
+  base = base_of(report['model'])
   before = base.get('params_before', params)
   if before == params:
     return f'# {source}\n\n{params:,} parameters, written by adapt-jax.'
@@ -60,16 +60,17 @@ def _title(report: RunReport, config: ModelConfig) -> str:
   tokens, wide = base.get('vocab_size'), base.get('hidden_size')
   reduced = ([_vocabulary(tokens, config)] if tokens else []) + ([_hidden(wide, config)] if wide else [])
   counts = f'{params:,} of {before:,} parameters'
-  unpruned = model.get('params_trimmed', before)
-  if params == unpruned and not wide and 'base' not in model:
+  sizes = {name: size for name, size in (('vocab_size', tokens), ('hidden_size', wide)) if size}
+  layers_whole = count_params(dataclasses.replace(config, **sizes)) == before
+  if layers_whole and not wide:
     return f'# {source}, its vocabulary trimmed\n\n{counts}: {reduced[0]}'
-  if wide and unpruned in (params, count_params(dataclasses.replace(config, hidden_size=wide))):
+  if layers_whole:
     done = f'Narrowed{" and retrained" if _tokens(report) else ""} by adapt-jax.'
     return '\n\n'.join([f'# {source}, narrowed to {params / before:.1%}', f'{counts}. {done}', *reduced])
   heads = 'query heads' if heads_of(report)[0] == 'num_heads' else 'whole KV-head groups'
   removed = f'{heads} and MLP channels were removed, and layers may differ in width'
   widths = [pair for _, *pairs in _widths_of(report) for pair in pairs]
-  if widths and 'base' not in model and all(now in (0, dense) for now, dense in widths):
+  if widths and 'base' not in report['model'] and all(now in (0, dense) for now, dense in widths):
     removed = 'whole layers were removed'
   retrained = ' and retrained' if _tokens(report) else ''
   pruned = f'{counts}: {removed}. Pruned{retrained} by adapt-jax.'

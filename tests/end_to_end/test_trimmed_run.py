@@ -91,16 +91,25 @@ def test_a_target_that_trimming_reaches_prunes_nothing_more(files, tmp_path):
   assert report['perplexity']['pruned'] == pytest.approx(report['perplexity']['trimmed'], rel=1e-5)
 
 
-def test_pruning_the_result_again_does_not_forget_that_it_was_trimmed(files, finished, tmp_path):
+def test_the_card_of_a_result_that_is_pruned_again_tells_of_the_first_vocabulary(files, finished, tmp_path):
   fields = {'model.source': str(finished), 'prune.vocab': (), 'prune.target': 0.9, 'train.tokens': 0}
   report = run(files, tmp_path / 'again', 'prune', **fields)
   whole, config = open_source(str(files / 'model')).config, open_source(str(tmp_path / 'again/hf')).config
   assert report['model']['base']['vocab_size'] == whole.vocab_size
-  told = f'The vocabulary was trimmed to {config.vocab_size:,} of {whole.vocab_size:,} tokens'
-  assert told in (tmp_path / 'again/hf/README.md').read_text()
+
+  def check(path, vocab_size):
+    card = (path / 'README.md').read_text()
+    assert ', pruned to' in card
+    assert f'The vocabulary was trimmed to {vocab_size:,} of {whole.vocab_size:,} tokens' in card
+
+  check(tmp_path / 'again/hf', config.vocab_size)
   small = aj.load(tmp_path / 'again/hf')
-  aj.save(aj.trim_vocabulary(small, files / 'vocab.txt'), tmp_path / 'library')
-  assert told in (tmp_path / 'library/hf/README.md').read_text()
+  aj.save(small, tmp_path / 'same')
+  check(tmp_path / 'same/hf', config.vocab_size)
+  smaller = aj.trim_vocabulary(small, np.array([[5, 6, 7, 8]]))
+  assert smaller.config.vocab_size < config.vocab_size
+  aj.save(smaller, tmp_path / 'smaller')
+  check(tmp_path / 'smaller/hf', smaller.config.vocab_size)
 
 
 def resumed(finished, path):

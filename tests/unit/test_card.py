@@ -1,6 +1,7 @@
 """The model card of an export: valid for the hub, complete for a run, silent on what is not known."""
 
 import copy
+import dataclasses
 
 import huggingface_hub
 import pytest
@@ -181,6 +182,32 @@ def test_a_pruned_model_whose_vocabulary_is_trimmed_is_called_pruned():
   report['model'] |= {'source': 'pruned', 'hub': False, 'base': base, **vocabulary}
   text = parsed(report)[1]
   assert '# org/Base-1.5B, pruned to' in text and 'was trimmed to 61 of 81 tokens' in text
+
+
+@pytest.mark.parametrize(
+  ('config', 'model', 'base', 'title'),
+  [
+    (dict(vocab_size=50), {'vocab_size': 61}, {}, 'its vocabulary trimmed'),
+    (dict(vocab_size=50), {'vocab_size': 55}, {'vocab_size': 61}, 'its vocabulary trimmed'),
+    (dict(hidden_size=24), {}, {'hidden_size': 32}, 'narrowed to'),
+    (dict(vocab_size=50, hidden_size=24), {'hidden_size': 32}, {'vocab_size': 61}, 'narrowed to'),
+    (dict(hidden_size=16), {'hidden_size': 24}, {'hidden_size': 32}, 'narrowed to'),
+  ],
+)
+@pytest.mark.parametrize('pruned', [False, True])
+def test_what_several_runs_removed_is_told_by_the_first_sizes(config, model, base, title, pruned):
+  """Also where the last run only trimmed or narrowed a pruned model."""
+  whole = {'source': 'org/Base-1.5B', 'hub': True, 'params_before': count_params(DENSE)}
+  result = dataclasses.replace(CONFIG if pruned else DENSE, **config)
+  last = {'source': 'first', 'params_trimmed': count_params(result)} | model
+  report = {'model': last | {'base': whole | base}}
+  text = parsed(report, result)[1]
+  assert f'# org/Base-1.5B, {"pruned to" if pruned else title}' in text
+  first = model | base
+  if 'vocab_size' in first:
+    assert f'trimmed to {result.vocab_size} of 61 tokens' in text
+  if 'hidden_size' in first:
+    assert f'reduced from 32 to {result.hidden_size},' in text
 
 
 def test_layers_that_are_gone_stay_where_they_were():
