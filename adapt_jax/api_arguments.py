@@ -164,6 +164,8 @@ def train_options(
   if not isinstance(options.get('distill', {}), dict):
     raise InputError(f"distill = {options['distill']!r}: give a dict, such as {{'alpha': 0.5}}")
   given = {'tokens': tokens, 'save_every': 10**9, **options}
+  if length and options.get('length', length) != length:
+    raise InputError(f'length = {options["length"]!r}, but the rows of text have {length} ids: leave it out')
   given |= {'length': length} if length else {'source': entries(text)}
   distill = {'alpha': float(distils)} | dict(options.get('distill', {}))
   if distill.get('cache'):

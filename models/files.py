@@ -73,9 +73,17 @@ def read_json(path: pathlib.Path, remedy: str = 'download it again') -> dict[str
 
 
 def user_cache(name: str) -> pathlib.Path:
-  """A cache directory of the user, in $XDG_CACHE_HOME or ~/.cache; it may be deleted at any time."""
+  """A cache directory of the user, in $XDG_CACHE_HOME or ~/.cache; it may be deleted at any time.
+
+  Raises InputError for a user without a home directory.
+  """
   base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return pathlib.Path(base).expanduser() / 'adapt-jax' / name
+  try:
+    return pathlib.Path(base).expanduser() / 'adapt-jax' / name
+  except RuntimeError:
+    raise InputError(
+      f'XDG_CACHE_HOME is not set, and {base!r} has no home directory: set XDG_CACHE_HOME to a directory'
+    ) from None
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:

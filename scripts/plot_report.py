@@ -23,7 +23,9 @@ _HEIGHTS = 360, 180  # of the left chart, and of each on the right
 
 def draw(report: RunReport) -> str:
   """The picture as SVG, on white. Raises ValueError if the report lacks data that it shows."""
-  model, last = report['model'], report['stages'][-1]
+  if not (stages := report.get('stages')):
+    raise ValueError('the report is not of a run that pruned: give the workdir of mode accel or prune')
+  model, last = report['model'], stages[-1]
   if 'ffn' not in model:
     raise ValueError('the report does not have the widths of the dense model: run again to write it anew')
   left = perplexity_chart(report, _HEIGHTS[0])

@@ -31,15 +31,15 @@ _READS = {
 _BESIDE = {
   **dict.fromkeys(('accel', 'prune'), ('mesh', 'tracker')),
   'evaluate': ('mesh',),
-  'export': ('export.push',),
+  'export': ('export.push', 'mesh'),
+  'bench': ('mesh',),
+  'sensitivity': ('evaluate.batch', 'prune.serve'),
   'compare': ('compare', 'mesh', 'tracker'),
   'generate': ('seed', 'model', 'data.chat_template', 'generate', 'mesh'),
   'estimate': (
     'model',
     'prune',
     'train',
-    'evaluate.batch',
-    'evaluate.length',
     'estimate',
     'mesh',
     'export.dtype',

@@ -1,6 +1,7 @@
 """Conversations as text, by the tokenizer's chat template: code of others, with little time and memory."""
 
 import dataclasses
+import datetime
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,7 +10,16 @@ from adapt_jax.data.records import Message
 from adapt_jax.machine import bounded
 from adapt_jax.models.errors import InputError, first_line
 
-_DATE = '26 Jul 2024'  # Llama's own fallback: the tokens must not depend on the day of the run
+# The tokens must not depend on the day of the run, so this is the day: Llama's own fallback.
+_TODAY = datetime.datetime(2024, 7, 26)
+_DATE = _TODAY.strftime('%d %b %Y')
+_NOW = 'strftime_now'  # transformers' function for templates: the time of the call in a format
+# Defines it anew in a template; `trim_blocks`, which transformers sets, drops the newline.
+_FIXED = (
+  f'{{% macro {_NOW}(format) %}}{{{{ format'
+  + ''.join(f'.replace("%{c}", "{_TODAY.strftime("%" + c)}")' for c in 'aAbBdeFHIjmMpSTyY')
+  + f'.replace("%-d", "{_TODAY.day}").replace("%-m", "{_TODAY.month}") }}}}{{% endmacro %}}\n'
+)
 _PROBE = 'Eyjafjallajökull'  # an answer that occurs in no template
 _CHARS = 1 << 14, 1 << 20  # rendered at once: at first, so that little is read beyond the need, and at most
 
@@ -101,7 +111,7 @@ def render_prompts(prompts: Sequence[list[Message]], tokenizer: Any, **options: 
 
   def render(messages: list[Message]) -> dict[str, str]:
     try:
-      return {'text': _encodable(tokenizer.apply_chat_template(messages, tokenize=False, **options))}
+      return {'text': _apply(tokenizer, messages, **options)}
     except MemoryError:
       raise
     except Exception as error:  # anything that the template's code raises
@@ -117,14 +127,26 @@ def render_prompts(prompts: Sequence[list[Message]], tokenizer: Any, **options: 
   return [str(answer['text']) for answer in found]
 
 
-def dated_prompts(texts: Sequence[str], tokenizer: Any) -> list[str]:
+def user_prompts(texts: Sequence[str], tokenizer: Any) -> list[str]:
   """Users' messages, each up to the start of the answer. Raises InputError as `render_prompts`."""
   messages = [[{'role': 'user', 'content': text}] for text in texts]
-  return render_prompts(messages, tokenizer, add_generation_prompt=True, date_string=_DATE)
+  return render_prompts(messages, tokenizer, add_generation_prompt=True)
 
 
-def _encodable(text: str) -> str:
-  """The text itself; UnicodeEncodeError for half a surrogate pair, which no tokenizer accepts."""
+def day(tokenizer: Any) -> list[str]:
+  """The day in the texts of a chat template that asks for it, as a part of cache keys; else empty."""
+  return [_DATE] if _NOW in str(tokenizer.chat_template) else []
+
+
+def _apply(tokenizer: Any, messages: list[Message], **options: Any) -> str:
+  """What the chat template makes of the messages, on a fixed day.
+
+  Raises UnicodeEncodeError for half a surrogate pair, which no tokenizer accepts, and what the template's
+  code raises.
+  """
+  if day(tokenizer):
+    options['chat_template'] = _FIXED + tokenizer.get_chat_template()
+  text: str = tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE, **options)
   text.encode()
   return text
 
@@ -155,8 +177,7 @@ def _render(messages: Any, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
 
   def render(messages: list[Message], prompt: bool = False) -> str:
     bounded.restart()
-    options = {'add_generation_prompt': prompt, 'date_string': _DATE}
-    return _encodable(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    return _apply(tokenizer, messages, add_generation_prompt=prompt)
 
   spans = []
   whole = render(messages)

@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from adapt_jax.config.options import DataOptions
+from adapt_jax.data.chats import day
 from adapt_jax.data.documents import Document, fingerprint, read_documents
 from adapt_jax.data.tokenise import BATCH_CHARS, Encoded, encode_all, take
 from adapt_jax.machine.processes import WAITS, decide, say
@@ -136,7 +137,8 @@ def _key(data: list[Any], tokenizer: Any, fields: dict[str, str]) -> str:
     model = tokenizer.backend_tokenizer.to_str()
   else:
     model = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-  parts = [_VERSION, data, fields, model, tokenizer.special_tokens_map, tokenizer.chat_template]
+  template = [tokenizer.chat_template, *day(tokenizer)]
+  parts = [_VERSION, data, fields, model, tokenizer.special_tokens_map, *template]
   return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
 

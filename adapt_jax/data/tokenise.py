@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from adapt_jax.data.chats import Refused, Text, dated_prompts, try_to_render
+from adapt_jax.data.chats import Refused, Text, try_to_render, user_prompts
 from adapt_jax.data.documents import Document
 from adapt_jax.models.errors import InputError
 
@@ -196,7 +196,7 @@ def encode_prompts(texts: Sequence[str], tokenizer: Any, chat: bool) -> list[lis
   """
   if chat and tokenizer.chat_template:
     try:
-      prompts = dated_prompts(texts, tokenizer)
+      prompts = user_prompts(texts, tokenizer)
     except InputError as error:
       raise InputError(f'the chat template rejects a prompt ({error}): use plain text') from None
     return [tokenizer(prompt, add_special_tokens=False)['input_ids'] for prompt in prompts]

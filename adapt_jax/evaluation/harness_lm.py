@@ -145,12 +145,12 @@ class FlaxLM(TemplateLM):
   # -- tokens, as HFLM has them ---------------------------------------------------------------------
 
   @property
-  def eot_token_id(self) -> int:
-    """The end token."""
+  def eot_token_id(self) -> int | None:
+    """The end token; None if the tokenizer has only BOS."""
     return self.tokenizer.eos_token_id
 
   @property
-  def prefix_token_id(self) -> int:
+  def prefix_token_id(self) -> int | None:
     """The token before a text without context: BOS if there is one, else the end token."""
     bos = self.tokenizer.bos_token_id
     return self.eot_token_id if bos is None else bos
@@ -280,7 +280,8 @@ class FlaxLM(TemplateLM):
     encoded = [self.tokenizer.encode(stop, add_special_tokens=False) for stop in until]
     # Stop strings that decoding omits, such as <|im_end|>, end a text as the end token does.
     hidden = [ids[0] for ids in encoded if len(ids) == 1 and not self._decode(ids)]
-    stops = stop_ids(self._generation, self.tokenizer) | {self.eot_token_id, *hidden}
+    end = [] if self.eot_token_id is None else [self.eot_token_id]
+    stops = stop_ids(self._generation, self.tokenizer) | {*end, *hidden}
     written: list[list[int]] = [[] for _ in prompts]
     ended: set[int] = set()
     size = -(-new_tokens // -(-new_tokens // _PIECE))

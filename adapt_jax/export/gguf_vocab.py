@@ -55,12 +55,16 @@ def check_gguf_tokenizer(tokenizer: Any) -> None:
 def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
   """Adds the tokenizer's metadata; unused tokens fill the vocabulary up to the embedding's `vocab_size` rows.
 
-  Raises InputError as `check_gguf_tokenizer`, and for a tokenizer with more ids than rows.
+  Added tokens beyond those rows are left out, as in llama.cpp's converter: no text of this model has them.
+
+  Raises InputError as `check_gguf_tokenizer`, and for other ids beyond the rows.
   """
   described = _describe(tokenizer)
-  by_id = {i: token for token, i in described.tokens.items()}
-  if max(by_id) >= vocab_size:
-    raise _refusal(f'it has ids up to {max(by_id)}, but the embedding has {vocab_size} rows')
+  added = {token for token, kind in described.types.items() if kind in (CONTROL, USER_DEFINED)}
+  by_id = {i: t for t, i in described.tokens.items() if i < vocab_size or t not in added}
+  if max(by_id) >= vocab_size or max(described.special.values()) >= vocab_size:
+    highest = max(*by_id, *described.special.values())
+    raise _refusal(f'it has ids up to {highest}, but the embedding has {vocab_size} rows')
   tokens = [by_id.get(i, f'[PAD{i}]') for i in range(vocab_size)]
   types = [described.types.get(by_id[i], NORMAL) if i in by_id else UNUSED for i in range(vocab_size)]
   writer.add_tokenizer_model(described.model)

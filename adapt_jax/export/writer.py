@@ -47,10 +47,14 @@ def check_formats(options: ExportOptions, config: ModelConfig) -> None:
     check_quantiser(options.gguf_types)
 
 
-def check_result(options: ExportOptions, config: ModelConfig) -> None:
-  """Checks a run's result in advance: it has the biases of `config`, but layers of different widths."""
+def check_result(options: ExportOptions, config: ModelConfig, whole_layers: bool = False) -> None:
+  """Checks a run's result in advance: it has the biases of `config`, but layers of different widths.
+
+  With `whole_layers` it has fewer layers instead, the first of which may be gone. Raises InputError.
+  """
   first, *others = config.layers
-  check_formats(options, config.with_layers((dataclasses.replace(first, ffn=first.ffn + 1), *others)))
+  changed = () if whole_layers else (dataclasses.replace(first, ffn=first.ffn + 1),)
+  check_formats(options, config.with_layers((*changed, *others)))
 
 
 def check_tokenizer(options: ExportOptions, tokenizer: Any) -> None:

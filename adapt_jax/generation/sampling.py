@@ -64,7 +64,8 @@ def _draw(logits_BV: jax.Array, keys_B: jax.Array, settings: dict[str, jax.Array
   p_BV = jax.nn.softmax(below_BV / settings['temperature'], axis=-1)
   top_k = jnp.where(settings['top_k'] > 0, settings['top_k'], p_BV.shape[-1]).astype(jnp.float32)
   p_BV = _likeliest(p_BV, jnp.ones_like(p_BV), top_k)
-  p_BV = _likeliest(p_BV, p_BV, settings['top_p'] * p_BV.sum(-1))
+  need_B = jnp.maximum(settings['top_p'] * p_BV.sum(-1), jnp.finfo(jnp.float32).tiny)  # at least one
+  p_BV = _likeliest(p_BV, p_BV, need_B)
   return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
 
 

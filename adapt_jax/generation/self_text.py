@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from adapt_jax.config.values import SELF
-from adapt_jax.data.chats import render_prompts
+from adapt_jax.data.chats import day, render_prompts
 from adapt_jax.data.windows import first_of_rows
 from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import Sampling
@@ -226,5 +226,6 @@ def _join(parts: pathlib.Path, batches: list[_Batch], tokens: np.ndarray, path: 
 def _key(source: Source, tokenizer: Any, *values: Any) -> str:
   files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.reader.files]
   vocabulary = [source.digest()] if isinstance(source, TrimmedSource) else []
-  parts = [_VERSION, files, tokenizer.chat_template, jax.default_backend(), *map(str, values), *vocabulary]
+  template = [tokenizer.chat_template, *day(tokenizer)]
+  parts = [_VERSION, files, *template, jax.default_backend(), *map(str, values), *vocabulary]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

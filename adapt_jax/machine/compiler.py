@@ -14,6 +14,7 @@ import jax
 
 from adapt_jax.machine import mesh
 from adapt_jax.machine.progress import phase
+from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import user_cache
 from adapt_jax.models.network.backend import compiler_options
 
@@ -35,7 +36,7 @@ def keep_programs() -> None:
     try:
       directory = user_cache('programs')
       directory.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # the latter: no home
+    except (OSError, InputError):  # the latter: no home
       return
     if jax.process_count() > 1 or not os.access(directory, os.W_OK):
       return

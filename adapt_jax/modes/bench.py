@@ -68,10 +68,12 @@ def _open(options: RunOptions) -> dict[str, Source]:
 
 
 def _origin(pruned: Source) -> str:
-  """The name of the model that it was made from; '' if that is not recorded."""
+  """The name of the model that it was made from; '' if that is not recorded, or nothing was pruned."""
   if (made_by := lineage(pruned)) is None:
     return ''
   model = made_by['model']
+  if 'base' not in model and model.get('params_before') == count_params(pruned.config):
+    return ''
   if not model.get('hub', True) and not exists(local(model['source'])):
     raise InputError(
       f'config.bench.dense is empty, and {pruned.name} was made from {model["source"]!r}, which is not here: '

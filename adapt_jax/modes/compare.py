@@ -16,7 +16,7 @@ from typing import Any
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity, reads
 from adapt_jax.config.mode_options import CompareOptions
-from adapt_jax.config.options import RunOptions
+from adapt_jax.config.options import ExportOptions, RunOptions
 from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.machine import preemption
 from adapt_jax.machine.progress import prefixed
@@ -81,6 +81,7 @@ def list_cells(options: RunOptions, workdir: Workdir) -> list[CellRun]:
   """All cells in the order to run them, with checked options; opens nothing. Raises InputError."""
   base = dataclasses.asdict(dataclasses.replace(options, compare=CompareOptions()))
   _check(options, base)
+  base['export'] = dataclasses.asdict(ExportOptions(dtype=options.export.dtype))  # cells write no weights
   if not options.compare.recover:
     base['train']['tokens'] = 0
   runs = []
@@ -145,6 +146,28 @@ def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
   return found
 
 
+def _check_same_texts(finished: list[CellRun], todo: list[CellRun], inputs: list[Inputs]) -> None:
+  """Raises InputError if a text has changed since a cell with the same options for it was finished."""
+
+  def key(field: str, options: RunOptions) -> Any:
+    own = {'prune.calibration.source': options.prune.calibration, 'train.source': options.train}
+    return field, options.seed, options.model, options.data, own.get(field, options.evaluate)
+
+  known = {
+    key(field, run.options): (digest, run.cell)
+    for run in finished
+    for field, digest in run.workdir.texts().items()
+  }
+  for run, found in zip(todo, inputs, strict=True):
+    for field, digest in found.digests().items() if known else ():
+      before, cell = known.get(key(field, run.options), (digest, run.cell))
+      if before != digest and field != 'prune.latency_table':
+        raise InputError(
+          f'config.{field} is not what the finished cell {cell.label} was run with, so their figures cannot '
+          f'be compared: restore it, or use another workdir'
+        )
+
+
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Mode compare: runs the unfinished cells, writes the report in all formats, prints the table.
 
@@ -153,8 +176,12 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   trackers.check(options.tracker)
   runs = list_cells(options, workdir)
   source = open_source(options.model.source)
-  todo = [run for run in runs if not run.finished]
+  finished, todo = [run for run in runs if run.finished], [run for run in runs if not run.finished]
+  for run in finished:
+    with _named(run.cell):
+      run.workdir.check()
   inputs = open_inputs(todo, source)
+  _check_same_texts(finished, todo, inputs)
   with workdir.claimed():
     forecast.announce([(run.options, found) for run, found in zip(todo, inputs, strict=True)])
     compare = Compare(options, runs, source, workdir, command)

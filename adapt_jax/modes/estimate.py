@@ -60,7 +60,8 @@ def run(options: RunOptions) -> None:
       f'config.prune.vocab = {options.prune.vocab!r} is not for mode estimate, which reads no text: leave it '
       f'empty, for memory and time with the whole vocabulary'
     )
-  check_run(options, config)
+  written = dataclasses.replace(options.export, gguf_types=('auto',))  # by another machine, with llama.cpp
+  check_run(dataclasses.replace(options, export=written), config)
   config = with_output_bias(config, options.prune.compensate == 'bias')
   estimate = options.estimate
   if any(depth > config.num_layers for depth in estimate.depths):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.config.options import RunOptions
+from adapt_jax.config.options import ExportOptions, RunOptions
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import batch_size, batches, definition
 from adapt_jax.machine import preemption
@@ -157,7 +157,8 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       f'leave the others out'
     )
   # Nothing is removed permanently, so nothing compensates for it; `bias` would count in the sizes. A recipe's
-  # target, stages, budget, vocabulary and hidden size are for other modes. Attention is pruned by KV groups.
+  # target, stages, budget, vocabulary, hidden size, training and exports are for other modes. Attention is
+  # pruned by KV groups.
   prune = dataclasses.replace(
     options.prune,
     compensate='none',
@@ -168,7 +169,8 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     vocab=(),
     hidden=0,
   )
-  options = dataclasses.replace(options, prune=prune)
+  train = dataclasses.replace(options.train, tokens=0)
+  options = dataclasses.replace(options, prune=prune, train=train, export=ExportOptions())
   inputs = prepare(options)
   _check_cuts(options, inputs.config)
   measure = Sensitivity(options, inputs, workdir, command)

@@ -98,7 +98,8 @@ def check_run(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16'
   if not options.prune.vocab:
     check_size(options, config, budget_of(options, config, stored, original))
   _check_steps(options)
-  check_result(options.export, with_output_bias(config, options.prune.compensate == 'bias'))
+  result = with_output_bias(config, options.prune.compensate == 'bias')
+  check_result(options.export, result, METHODS[options.prune.method].whole_layers)
   mesh.check_model(config)
   mesh.check_batches(options)
 

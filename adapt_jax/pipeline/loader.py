@@ -81,7 +81,8 @@ class Loader:
     def load(source: tuple[str, ...], rows: int) -> Blocks:
       if self_text.is_self(source):
         source = self._own_text(rows, c.length, self_text.CALIBRATION)
-      return self.load('prune.calibration.source', source, c.length, layout=c.layout)
+      tokens = rows * (c.length + 1)  # a row of text and the target after it
+      return self.load('prune.calibration.source', source, c.length, tokens, c.layout)
 
     if not c.weights:
       return load(c.source, c.samples)

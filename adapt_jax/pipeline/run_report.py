@@ -10,7 +10,7 @@ from adapt_jax.data.documents import hub_datasets
 from adapt_jax.models.config import count_params
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.dense_model import DenseModel
-from adapt_jax.pipeline.schedule import Schedule
+from adapt_jax.pipeline.schedule import Schedule, target_cost
 from adapt_jax.pipeline.state import RunState
 from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.methods import METHODS
@@ -59,11 +59,11 @@ def run_report(
   if options.prune.method in METHODS:  # SliceGPT removes none
     described_settings['prune']['attention'] = budget.removes.name  # not auto
   return {
-    'model': _model(model, budget, schedule, last),
+    'model': _model(options, model, budget, last),
     'perplexity': perplexity,
     'texts': _texts(state, last, definitions),
     'tasks': state.tasks,
-    'budget': _budget(options, model, budget, schedule, last),
+    'budget': _budget(options, model, budget, last),
     'schedule': {
       'targets': [budget.number(target) for target in schedule.targets],
       'train_steps': schedule.train_steps,
@@ -80,7 +80,7 @@ def _trimmed(model: DenseModel) -> bool:
   return model.original.config.vocab_size != model.start.vocab_size
 
 
-def _model(model: DenseModel, budget: Budget, schedule: Schedule, last: StageReport) -> ModelReport:
+def _model(options: RunOptions, model: DenseModel, budget: Budget, last: StageReport) -> ModelReport:
   """The dense model, and the size of the last stage's."""
   config, whole = model.start, model.original.config
   described: ModelReport = {
@@ -92,7 +92,7 @@ def _model(model: DenseModel, budget: Budget, schedule: Schedule, last: StageRep
     **PrunePlan.dense(model.config).widths(model.config),
   }
   if budget.kind == 'params':
-    described['params_target'] = schedule.targets[-1]
+    described['params_target'] = target_cost(budget, options.prune.target)
   if model.base:
     described['base'] = model.base
   if model.hidden:
@@ -106,15 +106,13 @@ def _model(model: DenseModel, budget: Budget, schedule: Schedule, last: StageRep
   return described
 
 
-def _budget(
-  options: RunOptions, model: DenseModel, budget: Budget, schedule: Schedule, last: StageReport
-) -> BudgetReport:
+def _budget(options: RunOptions, model: DenseModel, budget: Budget, last: StageReport) -> BudgetReport:
   """What was asked of the budget, and what the last stage reached."""
   limited: BudgetReport = {
     'kind': budget.kind,
     'unit': budget.unit.name,
     'dense': budget.number(budget.dense),
-    'asked': budget.number(schedule.targets[-1]),
+    'asked': budget.number(target_cost(budget, options.prune.target)),
     'reached': last.get('cost', last['params']),
   }
   if _trimmed(model) and budget.kind != 'params':

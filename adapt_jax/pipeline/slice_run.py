@@ -78,7 +78,7 @@ class SliceRun:
     budget = self._inputs.budget
     target = target_cost(budget, options.prune.target)
     dtype = written_dtype(options.export, self._inputs.source.dtype, trained=False)
-    params = self._inputs.model.load_params(dtype)
+    params = self._inputs.model.load_params(None)
     state = RunState({'params': params}, (start := PruneState.start(config)).plan, start)
     state.record_dense(self._quality.perplexity(config, params, 'dense', 0, 0))
     if options.evaluate.has_tasks:
@@ -93,6 +93,8 @@ class SliceRun:
       dtype=self._inputs.dtype,
       compiler=self._compiler,
     )
+    if dtype is not None:  # measured as they will be written
+      params = jax.tree.map(lambda x: x.astype(dtype), params)
     perplexity = self._quality.perplexity(small, params, 'pruned', 1, 0)
     if options.evaluate.has_tasks:
       state.record_tasks('pruned', self._quality.tasks(small, params, 'pruned', 0))

@@ -90,10 +90,15 @@ class Workdir:
       for descriptor in held:
         os.close(descriptor)
 
-  def _check_texts(self, now: dict[str, str]) -> None:
+  def texts(self) -> dict[str, str]:
+    """The digests of the texts, by option, that the run in the directory was started with."""
     then = read_json(self.run, 'use another workdir').get('texts', {})  # older versions wrote none
     if not isinstance(then, dict):
       raise InputError(f'{self.run} is damaged: use another workdir')
+    return then
+
+  def _check_texts(self, now: dict[str, str]) -> None:
+    then = self.texts()
     for field, digest in now.items():
       if then.get(field, digest) != digest:
         raise InputError(

@@ -207,7 +207,9 @@ class Allocator:
     """
     landed, fraction = self.take(widths, self._events(widths, sparsity, rate), target, limit)
     # Layers that the rate does not prune may have been narrowed: their s must not fall behind their width.
-    return landed, np.maximum(advance(sparsity, rate, fraction), self._reached(landed.ffn))
+    # In others it may, and counts as credit.
+    reached = np.where(landed.ffn < widths.ffn, self._reached(landed.ffn), 0.0)
+    return landed, np.maximum(advance(sparsity, rate, fraction), reached)
 
   def one_shot(self, widths: Widths, shares: np.ndarray, target: int) -> Widths:
     """Widths that land on `target` in one step from `widths`, with sparsities in proportion to `shares` [L].

@@ -184,8 +184,11 @@ def _read_generation(path: pathlib.Path) -> dict[str, Any]:
     value = 1 if found.get(name) is None else found[name]
     if name == 'top_k' and value == -1:  # as other programs write that it is off
       found[name] = value = 0
-    if type(value) not in (int, float) or not 0 <= value <= _LARGEST:
-      raise InputError(f'{path}: {name} = {value!r} should be a number from 0 to {_LARGEST}: correct it')
+    least = 1e-6 if name == 'repetition_penalty' else 0  # it divides
+    if type(value) not in (int, float) or not least <= value <= _LARGEST:
+      raise InputError(
+        f'{path}: {name} = {value!r} should be a number from {least:g} to {_LARGEST}: correct it'
+      )
   return found
 
 

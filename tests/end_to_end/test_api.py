@@ -81,6 +81,8 @@ def test_the_whole_job_in_memory(files, model, rows, tmp_path, capfd):
   better = aj.recover(small, str(files / 'train.txt'), tokens=runs.TOKENS, teacher=model, **options)
   recovered = aj.perplexity(better, files / 'valid.txt', length=32)
   assert recovered < pruned
+  with pytest.raises(aj.InputError, match='^length = 8, but the rows of text have 16 ids'):
+    aj.recover(small, rows, tokens=runs.TOKENS, length=8)
   assert plan.kv_widths.tolist() == [shape.num_kv_heads for shape in small.config.layers]
   assert plan.ffn_widths.tolist() == [shape.ffn for shape in small.config.layers]
   assert set(aj.save(better, tmp_path / 'out', formats='gguf')) == {'gguf/model-F32.gguf'}

@@ -11,7 +11,7 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.writer import LINEAGE
-from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.modes import bench, bench_widths
 from adapt_jax.pipeline.workdir import Workdir
@@ -156,6 +156,14 @@ def test_an_export_tells_which_model_it_came_from(models, tmp_path):
   options = make_options(models, dense='', pruned=tmp_path / 'hf', prompt_length=8, repeats=1)
   report = run(options, tmp_path / 'out')
   assert [m['source'] for m in report['models'].values()] == [str(models / 'wide'), str(tmp_path / 'hf')]
+
+
+def test_an_export_of_which_nothing_was_pruned_is_dense(models, tmp_path):
+  shutil.copytree(models / 'wide', tmp_path / 'hf')
+  made = {'model': {'source': str(tmp_path / 'gone.gguf'), 'params_before': count_params(WIDE)}}
+  (tmp_path / 'hf' / LINEAGE).write_text(json.dumps(made))
+  options = make_options(models, dense='', pruned=tmp_path / 'hf', prompt_length=8, new_tokens=2, repeats=1)
+  assert 'latency' in run(options, tmp_path / 'out')
 
 
 @pytest.mark.parametrize(

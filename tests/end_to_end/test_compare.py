@@ -189,6 +189,30 @@ def test_a_finished_grid_runs_nothing_again_and_a_grown_one_only_what_is_new(fin
   assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+def test_a_text_that_has_changed_since_a_cell_was_finished(files, tmp_path):
+  """Otherwise a new cell's perplexity would be compared with the dense model's on the old text."""
+  config, path = make_config(files, ({'prune.method': ('flap',), 'prune.target': (0.9,)},)), tmp_path / 'out'
+  text = tmp_path / 'valid.txt'
+  text.write_text((files / 'valid.txt').read_text())
+  config.evaluate.source = (str(text),)
+  start(config, path)
+  text.write_text((files / 'train.txt').read_text())
+  start(config, path)  # nothing is left to run
+  config.compare.grid = ({'prune.method': ('flap',), 'prune.target': (0.9, 0.8)},)
+  with pytest.raises(InputError, match=r'config\.evaluate\.source is not what the finished cell .*0\.9'):
+    start(config, path)
+  assert not (path / 'cells').joinpath('prune.method-flap_prune.target-0.8').exists()
+
+
+def test_exports_of_a_recipe_are_not_for_cells(files, tmp_path):
+  """Cells write no weights, so the model may be one that the formats cannot hold."""
+  config = make_config(files, ({'prune.target': (0.9,)},))
+  config.export.formats, config.export.gguf_types = ('gguf', 'hf_padded'), ('Q4_K_M',)
+  config.prune.compensate = 'bias'  # no stock class has it
+  report = start(config, tmp_path / 'out')
+  assert [cell['state'] for cell in report['cells']] == ['finished']
+
+
 def test_cells_that_measure_several_texts(files, tmp_path):
   config = make_config(files, SMALL[:1])
   config.evaluate.source = (f'valid={files / "valid.txt"}', f'train={files / "train.txt"}')

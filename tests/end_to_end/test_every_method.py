@@ -103,6 +103,7 @@ def test_shortgpt_leaves_a_stock_model(shortened):
 def test_slicegpt_lands_below_the_target_and_its_export_is_evaluated_but_not_pruned(files, tmp_path):
   flags = ['--mode=prune', f'--config.model.source={files / "eight"}', '--config.prune.method=slicegpt']
   flags += ['--config.prune.compensate=none', '--config.prune.stages=1', '--config.prune.target=0.9']
+  flags += ['--config.export.dtype=bfloat16']
   result = runs.main(files, tmp_path / 'out', *flags)
   assert result.returncode == 0, result.stderr
   report = json.loads((tmp_path / 'out/report.json').read_text())

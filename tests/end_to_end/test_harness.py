@@ -148,6 +148,14 @@ def test_texts_follow_the_generation_config(source, tasks_path, tmp_path):
     assert ours == written(theirs) != plain
 
 
+def test_a_tokenizer_without_an_end_token_writes_up_to_the_limit(source, tasks_path):
+  lm = make_lm(source)
+  lm.tokenizer.eos_token = None
+  assert lm.eot_token_id is None and lm.prefix_token_id is not None
+  samples = harness.evaluate_lm(options_of(tasks_path, 'toy_write'), lm, log_samples=True)['samples']
+  assert all(sample['resps'][0][0] for sample in samples['toy_write'])
+
+
 @pytest.mark.parametrize('context, answer', [([5, 6], []), ([], [7])], ids=['no answer', 'no context'])
 def test_requests_without_tokens_are_refused(source, hf_lm, context, answer):
   """The harness's own model asserts that there are some; a tokenizer without BOS makes none of a blank."""

@@ -49,9 +49,10 @@ def make_config(files):
 
 def start(config, path):
   options = from_dict(config.to_dict())
-  options = dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
-  prune = dataclasses.replace(options.prune, target=1e9, hidden=8)  # which other modes refuse, or heed
-  options = dataclasses.replace(options, prune=prune)
+  # What other modes refuse, or heed.
+  prune = dataclasses.replace(options.prune, target=1e9, hidden=8)
+  train = dataclasses.replace(options.train, tokens=1, source=(str(path / 'absent.txt'),))
+  options = dataclasses.replace(options, prune=prune, train=train)
   workdir = Workdir(str(path), {'mode': 'sensitivity', 'config': dataclasses.asdict(options)})
   workdir.check()
   sensitivity.run(options, workdir, 'python main.py <x>')

@@ -88,6 +88,7 @@ def test_a_target_that_trimming_reaches_prunes_nothing_more(files, tmp_path):
   whole = count_params(open_source(str(files / 'model')).config)
   report = run(files, tmp_path / 'out', 'prune', **{'prune.target': 1.0, 'train.tokens': 0})
   assert report['model']['params_after'] == report['model']['params_trimmed'] < whole
+  assert report['model']['params_target'] == report['budget']['asked'] == whole
   assert report['perplexity']['pruned'] == pytest.approx(report['perplexity']['trimmed'], rel=1e-5)
 
 

@@ -170,6 +170,42 @@ def test_our_own_reader_gives_the_same_ids(name, tokenizers, files):
     assert metadata['tokenizer.ggml.pre'] == expected
 
 
+def with_image_token():
+  """A tokenizer with one added token beyond the rows, as Gemma 3's checkpoints have one for images."""
+  tokenizer = gemma()
+  rows = len(tokenizer)
+  tokenizer.add_special_tokens({'additional_special_tokens': ['<image>']})
+  return tokenizer, rows
+
+
+def test_an_added_token_beyond_the_embedding_is_left_out(tmp_path):
+  tokenizer, rows = with_image_token()
+  config = tiny_config('llama', UNIFORM, vocab_size=rows)
+  check_gguf_tokenizer(tokenizer)
+  path = tmp_path / 'model.gguf'
+  write_gguf(config, random_params(config), path, tokenizer=tokenizer, kind='F32', name='tiny')
+  assert len(open_file(path).metadata['tokenizer.ggml.tokens']) == rows
+  assert load_tokenizer(path)(list(TEXTS)).input_ids == tokenizer(list(TEXTS)).input_ids
+
+
+@needs_llama_cpp
+def test_llama_cpp_reads_a_file_without_the_token_beyond(tmp_path):
+  tokenizer, rows = with_image_token()
+  config = tiny_config('llama', UNIFORM, vocab_size=rows)
+  path = tmp_path / 'model.gguf'
+  write_gguf(config, random_params(config), path, tokenizer=tokenizer, kind='F32', name='tiny')
+  assert ask({'beyond': Job(path, TEXTS)})['beyond'].ids == tokenizer(list(TEXTS)).input_ids
+
+
+def test_an_end_of_text_beyond_the_embedding_is_refused(tmp_path):
+  tokenizer = gemma()
+  config = tiny_config('llama', UNIFORM, vocab_size=len(tokenizer))
+  tokenizer.add_special_tokens({'eos_token': '<end>'})
+  with pytest.raises(InputError, match=f'ids up to {config.vocab_size}'):
+    write_gguf(config, random_params(config), tmp_path / 'm.gguf', tokenizer=tokenizer, kind='F32', name='m')
+  assert not list(tmp_path.iterdir())
+
+
 def test_special_tokens_of_each_sort(files):
   metadata = open_file(files / 'smollm.gguf').metadata
   types = dict(zip(metadata['tokenizer.ggml.tokens'], metadata['tokenizer.ggml.token_type'], strict=True))

@@ -147,7 +147,7 @@ def test_an_added_token_beyond_the_embedding_stays_beyond(tmp_path):
     == found.config.vocab_size
     == found.origin['vocab_trimmed']
   )
-  aj.save(found, tmp_path / 'out')
+  aj.save(found, tmp_path / 'out', formats=('hf', 'gguf'))
   again = aj.load(tmp_path / 'out/hf')
   assert again.tokenizer.get_vocab() == found.tokenizer.get_vocab()
   (tmp_path / 'image.txt').write_text(TEXT + '<image>' + TEXT)

@@ -263,3 +263,13 @@ def test_forms_that_cannot_hold_the_model_are_refused_before():
   check_formats(options, uniform)
   with pytest.raises(InputError, match='cannot hold a qwen3 model with widths that differ by layer'):
     check_result(options, uniform)
+  check_result(options, uniform, whole_layers=True)
+
+
+def test_fewer_layers_break_a_pattern_that_llama_cpp_takes_for_granted():
+  """Every second layer of Gemma 2 has a window, beginning with the first."""
+  options = ExportOptions(('gguf_padded',), 'auto', ('auto',))
+  gemma = tiny_config('gemma2', attention_scale=12**-0.5, tie_embeddings=True)
+  check_result(options, gemma)
+  with pytest.raises(InputError, match='windows or rotary embeddings in other layers'):
+    check_result(options, gemma, whole_layers=True)

@@ -67,6 +67,7 @@ def test_a_long_message_keeps_its_end():
     ('top_k', 10**400),
     ('top_p', float('nan')),
     ('repetition_penalty', -1),
+    ('repetition_penalty', 0),
   ],
 )
 def test_settings_of_generation_of_another_type(model, field, value):

@@ -49,6 +49,17 @@ def test_a_longer_text_is_said_not_to_be_read_whole(text, capsys):
   )
 
 
+def test_calibration_may_need_more_than_is_read_otherwise(tmp_path, monkeypatch):
+  monkeypatch.setattr('adapt_jax.pipeline.loader.POOL_TOKENS', POOL)
+  np.save(tmp_path / 'text.npy', np.random.default_rng(0).integers(5, 50, (60, 10), np.int32))
+  (tmp_path / 'text.txt').write_text('the law of the union ' * 400)
+  for name in ('text.npy', 'text.txt'):
+    calibration = {'source': [str(tmp_path / name)], 'samples': 50, 'length': 10}
+    source = types.SimpleNamespace(config=tiny_config(vocab_size=len(tiny_tokenizer())))
+    loader = Loader(from_dict({'prune': {'calibration': calibration}}), source, tiny_tokenizer())
+    assert len(set(loader.calibration().draw(50, 0, 0))) == 50
+
+
 def test_rows_longer_than_the_context_are_warned_about_once(tmp_path, capsys):
   np.save(tmp_path / 'text.npy', np.ones((4, 10), np.int32))
   options = from_dict(

@@ -449,7 +449,9 @@ def test_the_picture_names_what_is_missing(
   (tmp_path / 'report.json').write_text(json.dumps(report))
   assert plot_report.main(['', str(tmp_path), str(tmp_path / 'out.svg')]) == 2
   assert plot_report.main(['', str(tmp_path / 'absent'), str(tmp_path / 'out.svg')]) == 2
-  assert capsys.readouterr().err.count('error: ') == 2
+  (tmp_path / 'report.json').write_text('{"models": {}}')  # of mode bench
+  assert plot_report.main(['', str(tmp_path), str(tmp_path / 'out.svg')]) == 2
+  assert capsys.readouterr().err.count('error: ') == 3
   assert not (tmp_path / 'out.svg').exists()
 
 

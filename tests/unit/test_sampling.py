@@ -44,8 +44,8 @@ def test_frequencies(sampling, expected):
 
 @pytest.mark.parametrize(
   'sampling',
-  [Sampling(), Sampling(1e-12), Sampling(1.5, top_k=1), Sampling(1.5, top_p=1e-6)],
-  ids=['0', 'low', 'top_k', 'top_p'],
+  [Sampling(), Sampling(1e-12), Sampling(1.5, top_k=1), Sampling(1.5, top_p=1e-6), Sampling(1.5, top_p=0)],
+  ids=['0', 'low', 'top_k', 'top_p', 'top_p 0'],
 )
 def test_the_likeliest_token_alone(sampling):
   p = np.random.default_rng(0).dirichlet(np.ones(1000))

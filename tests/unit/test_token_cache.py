@@ -28,6 +28,17 @@ CHAT = [{'role': 'user', 'content': 'What is two?'}, {'role': 'assistant', 'cont
 ROWS = [{'text': 'The dog sleeps.'}, {'messages': CHAT}, {'text': 'It was 😀.'}] * 20
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  monkeypatch.setattr(pathlib.Path, 'expanduser', lambda path: no_home())
+  with pytest.raises(InputError, match='XDG_CACHE_HOME to a directory'):
+    user_cache('tokens')
+
+
+def no_home():
+  raise RuntimeError('Could not determine home directory.')
+
+
 @pytest.fixture(scope='module')
 def tokenizer():
   return tiny_tokenizer()

@@ -1,5 +1,7 @@
 """Sparsity schedule and exact landing."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -127,6 +129,17 @@ def test_a_stall_takes_ordinary_steps_and_keeps_its_books():
       break
   assert target - channel_params(config) < a.cost(widths) <= target
   assert max(removed) < 0.03
+
+
+def test_a_landing_leaves_the_credit_of_layers_that_it_does_not_narrow():
+  """ALGORITHM 3: a layer of sparsity 0.3 that is half as wide waits until the sparsity passes a half."""
+  config = make_config(layers=3, ffn=1000)
+  a = Allocator(config)
+  widths = dataclasses.replace(a.full, ffn=np.array([500, 1000, 1000]))
+  s, rate = np.array([0.3, 0.0, 0.0]), np.array([-0.02, 0.04, 0.04])
+  landed, reached = a.land(widths, s, rate, a.cost(widths) - 20 * channel_params(config))
+  assert landed.ffn[0] == 500 and landed.ffn.sum() == 2480
+  assert 0.28 < reached[0] < 0.3
 
 
 def test_kv_group_that_would_overshoot_is_passed_over():

@@ -12,6 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from adapt_jax.data import documents, windows
+from adapt_jax.data.chats import render_prompts
 from adapt_jax.data.documents import check_source
 from adapt_jax.data.windows import Blocks, check_vocab, draw_rows, load_blocks
 from adapt_jax.models.errors import InputError
@@ -265,6 +266,23 @@ def test_the_day_does_not_change_the_tokens(tmp_path):
   )
   blocks = load(write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT}]), tokenizer)
   assert tokenizer.decode(blocks.tokens.ravel()).startswith('26 Jul 2024<|im_start|>')
+
+
+def test_the_day_of_a_template_that_asks_for_it_is_fixed_too(tmp_path):
+  """As in SmolLM3's and Granite's; in Llama 3.2's the text of the model's own begins with it."""
+  asks = '\n{%- set today = strftime_now("%d %B %Y") -%}{{ today }}{{ strftime_now("%-m/%y, %A %F") }}\n\n'
+  day = '26 July 20247/24, Friday 2024-07-26\n\n'
+  tokenizer = tiny_tokenizer(asks + CHATML)
+  template = tokenizer.chat_template
+  blocks = load(write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT}]), tokenizer)
+  assert tokenizer.decode(blocks.tokens.ravel()).startswith(day + '<|im_start|>')
+  assert tokenizer.chat_template == template
+  assert render_prompts([CHAT[:1]], tokenizer)[0].startswith(day)
+  other = tiny_tokenizer('\n  {% if true %}x{% endif %}\n' + CHATML)  # white space stays as it is
+  used = tiny_tokenizer(
+    '\n  {% if true %}x{% endif %}\n' + CHATML + '{% if false %}{{ strftime_now("") }}{% endif %}'
+  )
+  assert render_prompts([CHAT], other) == render_prompts([CHAT], used)
 
 
 def test_a_prompt_that_begins_the_answer(tmp_path):

@@ -36,6 +36,8 @@ class Method(abc.ABC):
   distance: ClassVar[str] = ''
   # Whether every step prunes the next layer of the model, all on the calibration rows of the first step.
   layer_by_layer: ClassVar[bool] = False
+  # Whether it removes whole layers, and nothing else.
+  whole_layers: ClassVar[bool] = False
 
   def __init__(self, config: ModelConfig, options: PruneOptions, budget: Budget | None = None):
     self.config, self.options = config, options

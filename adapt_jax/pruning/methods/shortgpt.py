@@ -17,6 +17,7 @@ class ShortGpt(Method):
 
   importance = 'l2'  # not used; needs no gradient
   distance = 'cosine'
+  whole_layers = True
 
   def smallest(self) -> int:
     return self.budget.fixed + max(c.rest + int(c.attention[-1] + c.mlp[-1]) for c in self.budget.layers)
