@@ -23,6 +23,7 @@ from adapt_jax.machine import mesh
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import local
+from adapt_jax.models.network import sharding
 from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.pruning import serving_widths, slicegpt
 from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES, Importance
@@ -61,7 +62,7 @@ _NOT_IN_RECOVER = {
 
 
 def as_library(function: Callable[_P, _T]) -> Callable[_P, _T]:
-  """Makes messages name arguments instead of config fields; checks that models are models."""
+  """Makes messages name arguments instead of config fields; checks models and the caller's mesh."""
   signature = inspect.signature(function)
 
   def argument(match: re.Match[str]) -> str:
@@ -77,6 +78,7 @@ def as_library(function: Callable[_P, _T]) -> Callable[_P, _T]:
     except TypeError:
       given = {}  # the call below says what is wrong
     try:
+      sharding.mesh()  # raises for one that is not ours
       for name in {'model', 'teacher'} & given.keys():
         _check_is_model(name, given[name])
       return function(*args, **options)

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from adapt_jax.config.options import MeshOptions, RunOptions
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError
+from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network import sharding
 from adapt_jax.models.network.backend import compiler_options
@@ -42,12 +43,35 @@ def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
 
 
 def make_mesh(options: MeshOptions, described: list[Any] | None = None) -> Mesh | None:
-  """The mesh of all devices of all processes, None for a single one; or that of described devices."""
-  sizes = mesh_shape(options, len(described) if described else jax.device_count())
-  if not described and jax.device_count() == 1:
+  """The mesh of all devices of all processes, None for a single one; or that of described devices.
+
+  Raises InputError if the devices cannot form it.
+  """
+  devices = described or jax.devices()
+  sizes = tuple(mesh_shape(options, len(devices)).values())
+  if not described and len(devices) == 1:
     return None
   kinds = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=described)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices > 1:  # which jax.make_mesh refuses; the hosts of a GPU cluster are slices too
+    return Mesh(_over_slices(sizes, slices, devices), AXES, axis_types=kinds)
+  return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+
+
+def _over_slices(sizes: tuple[int, ...], slices: int, devices: list[Any]) -> Any:
+  """The devices in the order of a mesh over several slices, which the first axes span."""
+  across, left = [], slices
+  for size in sizes:
+    across.append(math.gcd(size, left))
+    left //= across[-1]
+  within = [size // number for size, number in zip(sizes, across, strict=True)]
+  try:
+    return create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+  except ValueError as error:
+    raise InputError(
+      f'config.mesh: the {len(devices)} devices of {slices} hosts or slices cannot form a mesh '
+      f'({first_line(error)}): give each host as many devices'
+    ) from None
 
 
 def check_model(config: ModelConfig) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from adapt_jax.models.errors import InputError
+
 AXES = ('data', 'fsdp', 'tensor')
 _ROWS = ('data', 'fsdp')
 # B: rows of a batch, or all their tokens, rows first. C: columns of a matrix, over all devices. Other axes of
@@ -38,9 +40,16 @@ _LEAVES = {
 
 
 def mesh() -> Any:
-  """The current mesh, or None; for use outside jitted functions."""
+  """The current mesh, or None; for use outside jitted functions. Raises InputError for other axes."""
   found = jax.sharding.get_mesh()
-  return None if found.empty else found
+  if found.empty:
+    return None
+  if set(found.axis_names) != set(AXES) or not found.are_all_axes_auto:
+    raise InputError(
+      f'the mesh has the axes {found.axis_names} of types {tuple(map(str, found.axis_types))}: make it by '
+      f'jax.make_mesh((data, fsdp, tensor), {AXES}, axis_types=3 * (jax.sharding.AxisType.Auto,))'
+    )
+  return found
 
 
 def device_count() -> int:

@@ -200,6 +200,17 @@ def test_it_runs_on_the_callers_mesh(model, rows):
   chex.assert_trees_all_close(jax.device_get(alone.params), jax.device_get(sharded.params), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+  'axes, kind', [(('x', 'y', 'z'), 'Auto'), (('data', 'fsdp', 'tensor'), 'Explicit')], ids=['names', 'types']
+)
+def test_a_mesh_of_other_axes_is_refused(model, rows, axes, kind):
+  kinds = 3 * (getattr(jax.sharding.AxisType, kind),)
+  with jax.set_mesh(jax.make_mesh((1, 2, 1), axes, axis_types=kinds)):
+    for call in (lambda: aj.perplexity(model, rows), lambda: aj.prune(model, rows)):
+      with pytest.raises(aj.InputError, match=r'make it by jax\.make_mesh\(\(data, fsdp, tensor\)'):
+        call()
+
+
 def _other(model):
   return dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=7))
 

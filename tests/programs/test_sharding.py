@@ -1,5 +1,6 @@
 """Every program on meshes of four simulated devices: the same figures, and nothing gathered without need."""
 
+import dataclasses
 import functools
 import re
 
@@ -53,6 +54,28 @@ def make_model(family='llama', layers=SHAPES):
 
 def tokens_of(config, rows=8, length=12, seed=1):
   return np.asarray(jax.random.randint(jax.random.key(seed), (rows, length), 0, config.vocab_size), np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+  """A GPU of a host; JAX counts every host of a cluster as a slice."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = 'gpu'
+  device_kind: str = 'NVIDIA H100'
+
+
+@pytest.mark.parametrize('sizes', [(1, -1, 1), (2, 4, 1), (1, 2, 4), (4, 1, 2)])
+def test_a_mesh_over_several_hosts(sizes):
+  """The outer axes span hosts, so that what is exchanged most, `tensor`, stays within one."""
+  gpus = [Gpu(i, i // 4) for i in range(8)]
+  found = mesh.make_mesh(MeshOptions(*sizes), gpus)
+  assert found.devices.shape == (1, 8, 1) if -1 in sizes else sizes
+  assert found.devices.ravel().tolist() == gpus and found.are_all_axes_auto
+  with pytest.raises(InputError, match='7 devices of 2 hosts or slices .* give each host as many devices'):
+    mesh.make_mesh(MeshOptions(1, -1, 1), gpus[:7])
 
 
 def put(tree):
