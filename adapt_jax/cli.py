@@ -28,8 +28,8 @@ from adapt_jax.data import demo_files
 from adapt_jax.export.push import push
 from adapt_jax.machine import mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
-from adapt_jax.models.errors import InputError, disk_full, write_denied
-from adapt_jax.models.files import local, regular
+from adapt_jax.models.errors import InputError, Unreachable, disk_full, write_denied
+from adapt_jax.models.files import exists, local, regular
 from adapt_jax.models.formats.source import open_config
 from adapt_jax.modes import accel, bench, compare, estimate, evaluate, export, generate, sensitivity
 from adapt_jax.pipeline.checks import check_sources
@@ -87,6 +87,7 @@ _TYPES = {'int': 'a whole number', 'float': 'a number', 'bool': 'True or False',
 _OTHER_TYPE = re.compile(
   r"Could not override field '(\w+)'.*?\. (.*) is of original type .* casted to type <class '(\w+)'>"
 )
+_LATER = 75  # exit code of what may succeed later; schedulers start it again
 _ONE_DEVICE = ('sensitivity',)  # other modes use all devices; compare and export those of one process
 _DISTRIBUTED = flags.DEFINE_enum(
   'distributed', 'auto', processes.MODES, 'Whether the scheduler starts several processes.'
@@ -268,6 +269,8 @@ def run() -> None:
   """Runs the command line; the exit code is 2 if the user must correct something."""
   try:
     app.run(main, flags_parser=_parse)
+  except Unreachable as error:  # a run that was started has reached it before, and may again
+    _fail(str(error), _LATER if exists(local(_WORKDIR.value) / 'run.json') else 2)
   except InputError as error:
     _fail(str(error))
   except preemption.Preempted as stop:
@@ -302,6 +305,6 @@ def run() -> None:
     processes.leave(1)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
   print(f'error: {message}', file=sys.stderr)
-  processes.leave(2)
+  processes.leave(code)

@@ -24,6 +24,10 @@ class InputError(ValueError):
     super().__init__(plain if len(plain) <= _LONGEST else f'{plain[:_FIRST]} … {plain[_FIRST - _LONGEST :]}')
 
 
+class Unreachable(InputError):
+  """Raised for a name that may be of the hub, while the hub cannot be reached."""
+
+
 def first_line(error: BaseException) -> str:
   """The first line of an error's message, or the name of its class if it has none."""
   return next(iter(str(error).strip().splitlines()), type(error).__name__)

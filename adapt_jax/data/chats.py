@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from adapt_jax.data.documents import Document
@@ -179,21 +179,50 @@ def _render(messages: Any, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     bounded.restart()
     return _apply(tokenizer, messages, add_generation_prompt=prompt)
 
-  spans = []
-  whole = render(messages)
+  spans: list[tuple[int, int]] = []
+  whole, searched = render(messages), False
   for index in (i for i, message in enumerate(messages) if message['role'] == 'assistant'):
     prompt, answered = render(messages[:index], True), render(messages[: index + 1])
+    begun = prompt
     if not answered.startswith(prompt):
       # Some prompts already begin the answer, such as DeepSeek-R1's with <think>: use the place where
       # another answer would start.
       other = render([*messages[:index], messages[index] | {'content': _PROBE}])
-      prompt = other.partition(_PROBE)[0]
+      begun = other.partition(_PROBE)[0]
     if not whole.startswith(answered):  # some templates end every conversation with EOS, such as Phi-3's
       answered = answered.removesuffix(tokenizer.eos_token or '')
-    if not answered.startswith(prompt) or not whole.startswith(answered):
+    span: tuple[int, int] | None = len(begun), len(answered)
+    if not answered.startswith(begun) or not whole.startswith(answered):
+      # Some templates render an answer differently when a user message follows, such as Qwen3's.
+      span, searched = _search(whole, messages, index, prompt, render, tokenizer.eos_token or ''), True
+    if span is None or (searched and spans and span[0] < spans[-1][1]):
       raise Refused(
         f'cannot locate the tokens of assistant message {index + 1} (the chat template '
         'renders it differently when more follows): use another template or plain text'
       )
-    spans.append((len(prompt), len(answered)))
+    spans.append(span)
   return whole, spans
+
+
+def _search(
+  whole: str, messages: list[Message], index: int, prompt: str, render: Callable[..., str], eos: str
+) -> tuple[int, int] | None:
+  """The span of an answer in `whole`: what changes there with the answer, and the end marker after it.
+
+  As elsewhere, the span starts where `prompt` ends, if `whole` has it. Returns None if the span is in doubt.
+  """
+  probe = messages[index] | {'content': _PROBE}
+  # Two parts each, unless the template leaves the answer out or the probe occurs more than once.
+  parts = render([*messages[:index], probe, *messages[index + 1 :]]).split(_PROBE)
+  last = render([*messages[:index], probe]).split(_PROBE)
+  if len(parts) != 2 or len(last) != 2:
+    return None
+  (before, after), (_, end) = parts, last
+  stop = len(whole) - len(after)
+  if len(before) > stop or not whole.startswith(before) or not whole.endswith(after):
+    return None
+  start = len(prompt) if whole.startswith(prompt) and len(prompt) <= stop else len(before)
+  for marker in (end, end.strip() or end, end.removesuffix(eos)):
+    if after.startswith(marker):
+      return start, stop + len(marker)
+  return None

@@ -20,7 +20,7 @@ import orbax.checkpoint
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, Unreachable, first_line
 
 MODES = ('auto', 'on', 'off')
 _PATIENCE_MS = 7 * 24 * 3_600_000  # upper limit; a process that has died is detected sooner
@@ -157,7 +157,7 @@ def decide(find: Callable[[], Any]) -> Any:
     try:
       told = {'found': find()}
     except InputError as error:
-      told = {'error': str(error)}
+      told = {'error': str(error), 'unreachable': isinstance(error, Unreachable)}
     except (Exception, OutputClosed) as error:
       told, failure = {'error': f'process 0 failed: {first_line(error)}'}, error
   # A collective could time out while the first process tokenises.
@@ -166,7 +166,7 @@ def decide(find: Callable[[], Any]) -> Any:
   if failure:
     raise failure
   if 'error' in told:
-    raise InputError(told['error'])
+    raise (Unreachable if told.get('unreachable') else InputError)(told['error'])
   return told['found']
 
 

@@ -4,6 +4,7 @@ transformers' own conversion needs torch and ignores SmolLM's splitting of digit
 """
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from adapt_jax.models.errors import InputError
@@ -11,6 +12,7 @@ from adapt_jax.models.formats.gguf_header import GgufFile, open_file
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of tokenizer.ggml.token_type
 SPACE = '▁'  # how SentencePiece writes a space
+_TURN_ENDS = ('<|eot_id|>', '<|im_end|>', '<|end|>', '<end_of_turn>')
 
 # How text is split before merging, from the models' own tokenizer.json.
 _LLAMA3 = (
@@ -62,6 +64,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     **({'chat_template': template} if template else {}),
     **({'model_max_length': context} if context else {}),
   )
+
+
+def end_ids(metadata: Mapping[str, Any]) -> list[int]:
+  """EOS and the end of a turn in chats, if the file has both, as Gemma's and Llama 3's may; else empty.
+
+  As in llama.cpp, the end of a turn is recognised by its text if the file does not name it.
+  """
+  eos, turn = (metadata.get(f'tokenizer.ggml.{name}_token_id') for name in ('eos', 'eot'))
+  tokens = metadata.get('tokenizer.ggml.tokens')
+  if turn is None and isinstance(tokens, list):
+    turn = next((tokens.index(token) for token in _TURN_ENDS if token in tokens), None)
+  return [eos, turn] if isinstance(eos, int) and isinstance(turn, int) and eos != turn else []
 
 
 def _byte_level(file: GgufFile, vocab: dict[str, int]) -> Any:

@@ -45,7 +45,7 @@ class Source:
   reader: TensorReader
   path: pathlib.Path  # the directory or the .gguf file
   dtype: str  # of the largest stored tensor; float32 for quantised files
-  # Fields of generation_config.json, such as a chat model's several end tokens; empty for GGUF.
+  # Fields of generation_config.json, such as a chat model's several end tokens; of GGUF only these.
   generation: dict[str, Any]
   license: dict[str, str]  # fields of a model card; empty if it is not known
 
@@ -119,6 +119,8 @@ def open_source(name: str, field: str = 'model.source') -> Source:
   if path.suffix == '.gguf':
     config, reader = gguf_model.read_config(path), gguf_model.open_tensors(path)
     license = license_of_gguf(reader.metadata)
+    if ends := gguf_tokenizer.end_ids(reader.metadata):
+      generation = {'eos_token_id': ends}
   else:
     path = _of_run(path) if exists(path) else _download(name, field)
     if path.is_file():
@@ -234,15 +236,34 @@ def _no_hub() -> bool:
 
 
 def _tokenizer_from_directory(directory: pathlib.Path) -> Any:
+  """The tokenizer as tokenizer.json describes it, where that is byte-level BPE.
+
+  Classes of transformers 5 that a tokenizer_config.json names build their own pre-tokenizer instead of
+  reading the file's: GPT2Tokenizer leaves out the step that SmolLM2's has for digits.
+  """
   for path in directory.iterdir():
     if path.suffix in _TOKENIZER_SUFFIXES and exists(path):
       regular(path)
   # Slow to import, and used only for tokenizers; it warns about model types of ours that it does not know.
-  from transformers import AutoTokenizer, logging
+  from tokenizers import Tokenizer
+  from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
 
   before = logging.get_verbosity()
   logging.set_verbosity_error()
   try:
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    if not found.is_fast or not exists(file := directory / 'tokenizer.json'):
+      return found
+    stored = _splitting(Tokenizer.from_file(str(file)))
+    if 'ByteLevel' in stored and stored != _splitting(found.backend_tokenizer):
+      found = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    return found
   finally:
     logging.set_verbosity(before)
+
+
+def _splitting(backend: Any) -> str:
+  """How a tokenizer changes and splits texts before its vocabulary counts, as JSON."""
+  data = json.loads(backend.to_str())
+  ignores = data['model'].get('ignore_merges')
+  return json.dumps([data['normalizer'], data['pre_tokenizer'], ignores], sort_keys=True)

@@ -7,13 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from xml.etree import ElementTree
 
 import pytest
 
+from adapt_jax import cli
 from adapt_jax.configs import published
 from adapt_jax.machine import targets
 from adapt_jax.machine.targets import TARGETS
+from adapt_jax.models.errors import InputError, Unreachable
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.pruning import serving_widths
 from tests.support import runs
@@ -263,3 +266,25 @@ def test_the_picture_for_the_readme(tmp_path: pathlib.Path) -> None:
     assert_inside(picture)
     place = [float(picture.attrib[k]) for k in ('x', 'y', 'width', 'height')]
     assert place == [16 if i == 0 else 472, 196 if i == 2 else 16, 440, 360 if i == 0 else 180]
+
+
+@pytest.mark.parametrize(
+  'error, started, code', [(Unreachable, True, 75), (Unreachable, False, 2), (InputError, True, 2)]
+)
+def test_a_hub_that_is_away_at_a_restart_is_no_bad_input(tmp_path, monkeypatch, capsys, error, started, code):
+  """Schedulers start a run again unless it ends with code 2."""
+
+  def main(*_, **__):
+    raise error('org/texts: not loadable')
+
+  def leave(code):
+    raise SystemExit(code)
+
+  monkeypatch.setattr(cli.app, 'run', main)
+  monkeypatch.setattr(cli.processes, 'leave', leave)
+  monkeypatch.setattr(cli, '_WORKDIR', types.SimpleNamespace(value=str(tmp_path), present=True))
+  if started:
+    (tmp_path / 'run.json').write_text('{}')
+  with pytest.raises(SystemExit) as caught:
+    cli.run()
+  assert caught.value.code == code and capsys.readouterr().err == 'error: org/texts: not loadable\n'

@@ -5,10 +5,14 @@ import shutil
 
 import huggingface_hub
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.formats.source import _tokenizer_from_directory, open_source
+from tests.formats.test_gguf_model import write_model
+from tests.formats.test_gguf_vocab import DIGITS, published
 from tests.support import runs
+from tests.support.helpers import tiny_config
 
 
 @pytest.fixture(scope='module')
@@ -98,6 +102,57 @@ def test_generation_fields_are_read_on_opening(files, tmp_path):
   assert open_source(str(path)).generation == {'eos_token_id': [1, 2]}
   (path / 'generation_config.json').unlink()
   assert open_source(str(path)).generation == {}
+
+
+@pytest.mark.parametrize('named', ['GPT2Tokenizer', 'Qwen2Tokenizer', 'PreTrainedTokenizerFast'])
+def test_a_byte_level_tokenizer_splits_as_its_file_says(files, tmp_path, named):
+  """SmolLM2's names GPT2Tokenizer, which in transformers 5 does not split digits."""
+  path, given = tmp_path / 'model', published(DIGITS)
+  shutil.copytree(files / 'model', path)
+  given.save_pretrained(path)
+  settings = json.loads((path / 'tokenizer_config.json').read_text())
+  (path / 'tokenizer_config.json').write_text(json.dumps(settings | {'tokenizer_class': named}))
+  text = '\n\n2024 hello=  20<think>\n\n1'
+  found = _tokenizer_from_directory(path)
+  assert found(text).input_ids == given(text).input_ids
+  assert found.special_tokens_map == given.special_tokens_map
+
+
+def test_a_tokenizer_model_alone_is_read(files, tmp_path):
+  """As MobileLLM's checkpoints have it, without tokenizer.json."""
+  words = files / 'train.txt'
+  options = {'vocab_size': 300, 'model_type': 'bpe', 'byte_fallback': True, 'minloglevel': 2}
+  SentencePieceTrainer.train(input=str(words), model_prefix=str(tmp_path / 'tokenizer'), **options)
+  settings = {
+    'tokenizer_class': 'LlamaTokenizer',
+    'bos_token': '<s>',
+    'eos_token': '</s>',
+    'unk_token': '<unk>',
+  }
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
+  (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+  text = ' '.join(words.read_text().split()[:40])
+  expected = SentencePieceProcessor(str(tmp_path / 'tokenizer.model')).encode(text)
+  assert _tokenizer_from_directory(tmp_path)(text, add_special_tokens=False).input_ids == expected
+
+
+def test_a_gguf_chat_model_ends_at_the_end_of_a_turn(tmp_path):
+  """Gemma's files have another EOS, and not all name the end of a turn."""
+  for name, added, expected in (
+    ('named', lambda writer: writer.add_eot_token_id(3), {'eos_token_id': [0, 3]}),
+    ('by text', lambda writer: None, {'eos_token_id': [0, 1]}),
+    ('the same', lambda writer: writer.add_eot_token_id(0), {}),
+  ):
+    tokens = ['<eos>', '<end_of_turn>', *map(str, range(62))]
+    path = tmp_path / f'{name}.gguf'
+
+    def extra(writer, added=added, tokens=tokens):
+      writer.add_token_list(tokens)
+      writer.add_eos_token_id(0)
+      added(writer)
+
+    write_model(path, tiny_config('llama'), extra=extra)
+    assert open_source(str(path)).generation == expected
 
 
 def test_broken_tokenizer_is_one_line(files, tmp_path):

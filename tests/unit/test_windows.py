@@ -11,11 +11,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from adapt_jax.data import documents, windows
+from adapt_jax.data import chats, documents, windows
 from adapt_jax.data.chats import render_prompts
 from adapt_jax.data.documents import check_source
 from adapt_jax.data.windows import Blocks, check_vocab, draw_rows, load_blocks
-from adapt_jax.models.errors import InputError
+from adapt_jax.models.errors import InputError, Unreachable
 from tests.support.tokenizers_for_tests import CHATML, CHATML_DEFAULT_SYSTEM, tiny_tokenizer
 
 FIELD = 'train.source'
@@ -27,6 +27,20 @@ CHAT = [
   {'role': 'user', 'content': 'assistant: and the dog?'},
   {'role': 'assistant', 'content': 'It sleeps.\n'},
 ]
+# As Qwen3 does: only an answer after the last user message has a block of thoughts, even an empty one.
+QWEN3 = (
+  '{% set ns = namespace(last_query_index=messages|length - 1) %}'
+  "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last_query_index = loop.index0 %}{% endif %}"
+  "{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% set content = m.content %}"
+  "{% if m.role == 'assistant' %}{% set reasoning_content = '' %}{% if '</think>' in content %}"
+  "{% set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+  "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+  '{% if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}'
+  "{{ '<think>\n' + reasoning_content.strip('\n') + '\n</think>\n\n' }}"
+  "{% set content = content.lstrip('\n') %}"
+  "{% endif %}{% endif %}{{ content + '<|im_end|>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope='module')
@@ -148,6 +162,15 @@ def test_hub_failure_is_an_input_error(monkeypatch, tokenizer):
   monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
   message = message_of(check_source, ('org/name',), FIELD, **NAMES)
   assert 'org/name' in message and "doesn't exist" in message and 'check the name' in message
+
+
+def test_a_hub_that_is_away_is_told_from_a_wrong_name(monkeypatch):
+  def load_dataset(*_: str, **__: Any) -> Any:
+    raise ConnectionError("Couldn't reach 'org/name' on the Hub (ConnectTimeout)")
+
+  monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+  with pytest.raises(Unreachable, match="Couldn't reach 'org/name'"):
+    check_source(('org/name',), FIELD, **NAMES)
 
 
 def test_npy_is_taken_as_it_is(tmp_path):
@@ -295,6 +318,60 @@ def test_a_prompt_that_begins_the_answer(tmp_path):
   np.testing.assert_array_equal(thinking.targets, plain.targets)
 
 
+MORE = [
+  {'role': 'user', 'content': 'And now?'},
+  {'role': 'assistant', 'content': '<think>\nof foxes\n</think>\n\nThe fox jumps.'},
+]
+
+
+@pytest.mark.parametrize('system', [[], [{'role': 'system', 'content': 'Be kind.'}]])
+@pytest.mark.parametrize(
+  ('messages', 'answers'),
+  [
+    (CHAT, ['The sum is five 😀.', '<think>\n\n</think>\n\nIt sleeps.\n']),
+    (CHAT + MORE, ['The sum is five 😀.', 'It sleeps.\n', '<think>\nof foxes\n</think>\n\nThe fox jumps.']),
+    (CHAT[:2] + MORE + CHAT[2:3], ['The sum is five 😀.', 'The fox jumps.']),
+    (CHAT[:2] + [CHAT[3], *MORE[:1]], ['The sum is five 😀.', 'It sleeps.\n']),
+    ([CHAT[0], CHAT[1] | {'content': '\n five\n'}, *MORE[:1]], ['\n five\n']),
+    ([CHAT[0], CHAT[1] | {'content': ''}, *CHAT[:2]], ['', '<think>\n\n</think>\n\nThe sum is five 😀.']),
+  ],
+  ids=['two', 'three', 'thoughts are left out', 'no user between', 'white space', 'empty'],
+)
+def test_answers_that_look_different_when_more_follows(tmp_path, messages, answers, system):
+  """As Qwen3's: the targets are what the model writes after the header of its turn in this conversation."""
+  tokenizer = tiny_tokenizer(QWEN3)
+  blocks = one_window(tmp_path / 'a.jsonl', system + messages, tokenizer)
+  assert marked(blocks, tokenizer) == [answer + '<|im_end|>\n' for answer in answers]
+  text = tokenizer.apply_chat_template(system + messages, tokenize=False)
+  assert tokenizer.decode(blocks.tokens[0]) == text + '</s>'
+
+
+@pytest.mark.parametrize(
+  'template',
+  [
+    CHATML,
+    CHATML_DEFAULT_SYSTEM,
+    CHATML + "{% if not add_generation_prompt %}{{ '</s>' }}{% endif %}",
+    CHATML.replace("message['content'] +", "message['content'].strip() +"),
+    CHATML.replace("assistant\n' }}", "assistant\n<think>' }}"),
+    CHATML.replace("{{ '<|im_start|>assistant\n' }}", ''),
+  ],
+  ids=['chatml', 'system', 'as Phi-3', 'strips', 'as DeepSeek-R1', 'no prompt'],
+)
+def test_searching_an_answer_finds_what_the_renderings_of_its_start_and_end_give(template):
+  tokenizer = tiny_tokenizer(template)
+
+  def render(messages: list[Any], prompt: bool = False) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+  for chat in (CHAT, CHAT + MORE, CHAT[:3]):
+    whole, spans = chats._render(chat, tokenizer)
+    found = [
+      chats._search(whole, chat, i, render(chat[:i], True), render, '</s>') for i in range(1, len(chat), 2)
+    ]
+    assert found == spans
+
+
 def test_conversation_without_assistant_has_no_targets(tmp_path, tokenizer):
   assert not load(write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT[:1]}]), tokenizer).targets.any()
 
@@ -309,6 +386,12 @@ def test_conversation_without_assistant_has_no_targets(tmp_path, tokenizer):
       CHATML.replace("message['content']", "(message['content'] if loop.last or loop.index is odd else '')"),
       CHAT,
       'assistant message 2',
+    ),
+    (CHATML.replace("'<|im_end|>\n'", "('<|im_end|>\n' if loop.last else '|')"), CHAT, 'assistant message 2'),
+    (
+      "{% if messages|length == 4 %}{{ messages[-1]['content'] }}{% endif %}" + CHATML,
+      CHAT,
+      'assistant message 4',
     ),
     ("{{ raise_exception('no such role') }}", CHAT, 'no such role'),
     (CHATML, 'a string', 'not a list'),
