@@ -196,7 +196,9 @@ def _loading(config: ModelConfig, files: Sequence[str], repo: str) -> str:
       f"model = AutoModelForCausalLM.from_pretrained('{where}'{trust}, device_map='auto')\n```",
       f'With vLLM: `vllm serve {where}{flag}`',
     ]
-    if mlx or (not remote and not needs_mlx_code(padded_config(config)) and config.traits.mlx is not None):
+    windows = any(shape.window for shape in config.layers)  # MLX-LM's Llama and Mistral ignore them
+    stock = not remote and not needs_mlx_code(padded_config(config)) and config.traits.mlx is not None
+    if (mlx or stock) and not windows:
       blocks.append(f"With MLX-LM: `mlx_lm.generate --model {where}{mlx} --prompt 'Hello'`")
     if remote:
       blocks.append('The Python files next to the weights define the model class.')

@@ -168,9 +168,10 @@ def _pre_tokenizer(data: dict[str, Any]) -> str:
     elif cuts == [{'type': 'Digits', 'individual_digits': True}]:
       found = 'smollm'
   elif len(cuts) == 1 and cuts[0]['type'] == 'Split':
-    isolated = cuts[0]['behavior'] == 'Isolated' and not cuts[0]['invert']
+    # The expressions match every character, so that removing what they do not match is the same.
+    alike = (cuts[0]['behavior'], cuts[0]['invert']) in (('Isolated', False), ('Removed', True))
     pattern = cuts[0]['pattern'].get('Regex')
-    found = next((name for name, known in PATTERNS.items() if known == pattern and isolated), None)
+    found = next((name for name, known in PATTERNS.items() if known == pattern and alike), None)
   if found is None:
     raise _refusal(f'its pre-tokenizer is {json.dumps(cuts)[:200]}')
   normalizer = [step['type'] for step in _steps(data['normalizer'], 'normalizers')]

@@ -103,6 +103,8 @@ def _own_architecture(config: ModelConfig) -> dict[str, Any]:
   """Fields of config.json that name the exported code and describe how it differs from the stock class."""
   widest = config_to_hf(config)
   traits = config.traits
+  # vLLM computes the logits of models that it does not know by itself, and scales them only by this field.
+  scaled = {'logit_scale': 1 / config.logit_divisor} if config.logit_divisor != 1 else {}
   narrower = {
     str(i): {k: getattr(shape, name) for k, name in _WIDTHS.items() if getattr(shape, name) != widest[k]}
     for i, shape in enumerate(config.layers)
@@ -117,6 +119,7 @@ def _own_architecture(config: ModelConfig) -> dict[str, Any]:
     },
     'per_layer_config': {i: widths for i, widths in narrower.items() if widths},
     'output_bias': config.output_bias,
+    **scaled,
   } | ({'sliced_from': config.sliced_from} if config.sliced_from else {})
 
 

@@ -31,6 +31,7 @@ class Progress:
     self._start = time.monotonic()
     self._shown = self._start - (0 if total is None else _LINE_SECONDS)  # when the last line was
     self._values, self._phase, self._phase_start = '', '', 0.0
+    self._paused: float | None = None  # when the time stopped that rates count
     self._bar: Any = None
     self._lock, self._ended = threading.Lock(), threading.Event()
 
@@ -78,21 +79,26 @@ class Progress:
 
   @contextlib.contextmanager
   def phase(self, name: str, *, counts: bool) -> Iterator[None]:
-    """Names what is going on inside; its time is kept out of rates unless it `counts`."""
+    """Names what is going on inside; its time is kept out of rates, if there are any, unless it `counts`."""
     start = time.monotonic()
     before = self._phase, self._phase_start
-    self._phase, self._phase_start = name, start
+    pauses = bool(self._unit) and not counts and self._paused is None  # else an outer phase pauses already
+    with self._lock:
+      self._phase, self._phase_start = name, start
+      if pauses:
+        self._paused = start
     self._show_phase()
     try:
       yield
     finally:
-      self._phase, self._phase_start = before
-      seconds = 0.0 if counts else time.monotonic() - start
       with self._lock:
-        self._start += seconds
-        if self._bar is not None:
-          self._bar.start_t += seconds
-          self._bar.last_print_t += seconds
+        self._phase, self._phase_start = before
+        if pauses:
+          seconds, self._paused = time.monotonic() - start, None
+          self._start += seconds
+          if self._bar is not None:
+            self._bar.start_t += seconds
+            self._bar.last_print_t += seconds
       self._show_phase()
 
   def _show_phase(self) -> None:
@@ -116,7 +122,7 @@ class Progress:
   def _line(self) -> None:
     """One plain line: how far, how fast, how long."""
     now = self._shown = time.monotonic()
-    seconds = max(now - self._start, 1e-9)
+    seconds = max((now if self._paused is None else self._paused) - self._start, 1e-9)
     parts = [f'{self._title}:']
     if self._unit:
       total = '' if self._total is None else f'/{self._total:,}'

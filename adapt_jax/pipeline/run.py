@@ -180,25 +180,29 @@ class Run:
     fresh = first == self._schedule.start(stage)  # else `start` counts training too
     for done in recovery.steps(stage, state):
       if not self._estimated and done.step > first + 1:  # the first step may be slower
-        self._estimate(stage, done, pruning if fresh else 0.0)
+        self._estimate(stage, done, pruning if fresh else None)
       self._metrics.write('train', stage=stage, step=done.step, **done.metrics)
       if done.state is not None:
         state.record_seconds(time.monotonic() - start)
         if done.step < self._schedule.end(stage):
           self._save(state)
 
-  def _estimate(self, stage: int, done: Trained, seconds: float) -> None:
+  def _estimate(self, stage: int, done: Trained, seconds: float | None) -> None:
     """Reports the run's expected time, after two training steps; `seconds`: a stage's pruning, if known."""
     self._estimated = True
     if not (steps := self._schedule.train_steps - done.step):
       return
     step = self.options.train.batch * self.options.train.length / done.metrics['tokens_per_second']
     stages = self._schedule.stages - stage
-    prunings = 'one more pruning' if stages == 1 else f'each of {stages} more prunings'
-    more = f', {seconds:.0f} s for {prunings}' if stages and seconds else ''
+    prunings = 'one more pruning' if stages == 1 else f'{stages} more prunings'
+    without = more = ''
+    if stages and seconds is None:
+      without = f', without {prunings}'
+    elif stages:
+      more = f', {seconds:.0f} s for {"each of " if stages > 1 else ""}{prunings}'
     say(
-      f'the run will take about {duration(steps * step + stages * seconds)} more: {step:.1f} s for each of '
-      f'{steps:,} training steps{more}'
+      f'the run will take about {duration(steps * step + stages * (seconds or 0))} more{without}: '
+      f'{step:.1f} s for each of {steps:,} training steps{more}'
     )
 
   def _perplexity(self, state: RunState, of: Of, stage: int = 0) -> dict[str, float]:

@@ -310,7 +310,7 @@ def _family_fields(config: ModelConfig, rope: dict[str, Any]) -> dict[str, Any]:
   fields: dict[str, Any] = {}
   traits = config.traits
   activation, names = _ACTIVATIONS[traits.activation]
-  fields[activation] = names[0]
+  fields[activation] = fields['hidden_act'] = names[0]  # vLLM reads the latter of Gemma 2
   if traits.qkv_bias == 'optional':
     fields['attention_bias'] = config.qkv_bias
   if traits.windows == 'all':

@@ -209,6 +209,9 @@ def test_only_widths_below_the_widest_are_listed(exports):
   raw = json.loads((exports / 'mistral/config.json').read_text())
   widest = ('num_attention_heads', 'num_key_value_heads', 'intermediate_size')
   assert [raw[k] for k in widest] == [9, 3, 64]
+  assert 'logit_scale' not in raw
+  granite = json.loads((exports / 'granite/config.json').read_text())  # vLLM scales its logits by this alone
+  assert granite['logit_scale'] == 1 / granite['logits_scaling'] == 0.5
   assert raw['per_layer_config'] == {
     '0': {'num_attention_heads': 3, 'num_key_value_heads': 1, 'intermediate_size': 24},
     '1': {'num_attention_heads': 6, 'num_key_value_heads': 2, 'intermediate_size': 40},

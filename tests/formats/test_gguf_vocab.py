@@ -170,6 +170,17 @@ def test_our_own_reader_gives_the_same_ids(name, tokenizers, files):
     assert metadata['tokenizer.ggml.pre'] == expected
 
 
+def test_both_ways_to_write_a_split_are_known():
+  """Converters from tiktoken remove what the expression does not match, which is nothing."""
+  cuts = [
+    pre_tokenizers.Split(Regex(LLAMA3), behavior='removed', invert=True),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+  ]
+  removed, isolated = published(pre_tokenizers.Sequence(cuts)), published(split(LLAMA3))
+  assert removed(list(COMPOSED)).input_ids == isolated(list(COMPOSED)).input_ids
+  check_gguf_tokenizer(removed)
+
+
 def with_image_token():
   """A tokenizer with one added token beyond the rows, as Gemma 3's checkpoints have one for images."""
   tokenizer = gemma()

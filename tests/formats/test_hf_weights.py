@@ -136,6 +136,11 @@ def test_both_spellings_of_rope_are_read(fields, expected):
   assert config_from_hf(base() | fields, 'here').rope == expected
 
 
+def test_gemma2_names_its_activation_as_vllm_reads_it():
+  found = config_to_hf(tiny_config('gemma2'))
+  assert found['hidden_act'] == found['hidden_activation'] == 'gelu_pytorch_tanh'
+
+
 def test_both_spellings_of_gemma3_are_read():
   config = tiny_config('gemma3_text', UNIFORM)
   raw = config_to_hf(config)

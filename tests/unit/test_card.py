@@ -271,6 +271,7 @@ def test_a_model_pruned_twice_names_the_first(tmp_path):
   [
     ('llama', 4, ('model.safetensors',), True),
     ('granite', 4, ('model.safetensors',), False),
+    ('mistral', 4, ('model.safetensors',), True),
     ('qwen2', 4, ('model.safetensors',), True),
     ('qwen2', 2, ('model.safetensors',), False),  # its attention is half as wide as the stream
     ('qwen2', 2, ('model.safetensors', 'mlx_adapt.py'), True),
@@ -280,6 +281,8 @@ def test_mlx_lm_is_named_where_it_runs_the_model(family, heads, files, runs):
   shapes = (LayerShape(heads, heads // 2, 32),) * 2
   config = ModelConfig(family, 61, 32, 8, shapes, RopeConfig(1e4), 1e-5, True, qkv_bias=family == 'qwen2')
   assert ('mlx_lm.generate' in model_card(REPORT | {'stages': []}, config, files)) == runs
+  windows = config.with_layers(tuple(dataclasses.replace(shape, window=16) for shape in config.layers))
+  assert 'mlx_lm.generate' not in model_card(REPORT | {'stages': []}, windows, files)
 
 
 def test_whole_layers_are_called_so():

@@ -8,8 +8,11 @@ import pytest
 
 from adapt_jax.config.build import choices, from_dict
 from adapt_jax.pipeline import flops, forecast
+from adapt_jax.pipeline.run import Run
+from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import budget
 from adapt_jax.pruning.narrow import narrowed_config
+from adapt_jax.training.loop import Trained
 from tests.support.helpers import tiny_config
 
 CONFIG = tiny_config()
@@ -95,3 +98,31 @@ def test_only_long_runs_announce_themselves(speed: float, said: bool, monkeypatc
 )
 def test_a_duration_keeps_two_digits_however_short(seconds: float, text: str) -> None:
   assert forecast.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+  ('stages', 'first', 'text'),
+  [
+    (1, 0, '65 min more: 40.0 s for each of 98 training steps'),
+    (1, 5, '62 min more: 40.0 s for each of 93 training steps'),
+    (2, 0, '2.1 h more: 40.0 s for each of 98 training steps, 3600 s for one more pruning'),
+    (2, 5, '62 min more, without one more pruning: 40.0 s for each of 93 training steps'),
+    (4, 0, '4.1 h more: 40.0 s for each of 98 training steps, 3600 s for each of 3 more prunings'),
+    (4, 5, '62 min more, without 3 more prunings: 40.0 s for each of 93 training steps'),
+  ],
+)
+def test_a_run_that_resumes_in_a_stage_says_what_its_time_leaves_out(
+  stages: int, first: int, text: str, capsys, monkeypatch
+) -> None:
+  run = Run.__new__(Run)
+  run.options = from_dict({'train': {'batch': 2, 'length': 16}})
+  run._schedule, run._estimated = Schedule((1,) * stages, (100,) * stages), False
+  run._metrics = types.SimpleNamespace(write=lambda *args, **fields: None)
+  speed = {'tokens_per_second': 2 * 16 / 40}
+  recovery = types.SimpleNamespace(
+    steps=lambda stage, state: [Trained(first + n, speed, None) for n in (1, 2)]
+  )
+  # The stage began an hour ago; in a resumed one that is its pruning and some of its training.
+  monkeypatch.setattr('adapt_jax.pipeline.run.time', types.SimpleNamespace(monotonic=lambda: 3600.0))
+  run._train(1, types.SimpleNamespace(train_step=first), recovery, start=0.0)
+  assert capsys.readouterr().out == f'the run will take about {text}\n'

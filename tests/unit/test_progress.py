@@ -98,6 +98,54 @@ def test_compiling_is_named_and_kept_out_of_the_rate(capfd, monkeypatch):
   assert float(re.search(r'([\d.]+)/s', last)[1]) > 1.9 / (seconds + 0.1)  # and not in a second more
 
 
+@pytest.fixture
+def clock(monkeypatch):
+  """The time that progress sees, in a list of one; each update has a line, and nothing else."""
+  now = [0.0]
+  monkeypatch.setattr(progress, 'time', types.SimpleNamespace(monotonic=lambda: now[0]))
+  monkeypatch.setattr(progress, '_TICK_SECONDS', 3600.0)
+  monkeypatch.setattr(progress, '_LINE_SECONDS', 0.0)
+  return now
+
+
+def test_the_rate_stands_still_while_a_phase_goes_on_that_does_not_count(capfd, clock):
+  def later(seconds):
+    clock[0] += seconds
+    bar.update(0)
+    return capfd.readouterr().out.splitlines()[-1].removeprefix('recover: ')
+
+  with Progress('recover', 100, 'units') as bar:
+    bar.update(10)
+    before = '10/100 units 1.0/s 90 s left'
+    assert later(10) == before
+    with phase('saving'):
+      assert later(30) == f'{before} saving for 30 s'
+      with phase('compiling'):
+        assert later(20) == f'{before} compiling for 20 s'
+      with phase('scoring', counts=True):
+        assert later(40) == f'{before} scoring for 40 s'
+      assert later(5) == f'{before} saving for 95 s'
+    assert later(0) == before
+    half = '10/100 units 0.5/s 180 s left'
+    with phase('scoring', counts=True):
+      assert later(10) == f'{half} scoring for 10 s'
+      with phase('compiling'):
+        assert later(7) == f'{half} compiling for 7 s'
+      assert later(0) == f'{half} scoring for 17 s'
+    assert later(0) == half
+
+
+def test_work_without_a_count_shows_all_its_time(capfd, clock):
+  with Progress('reading', None) as bar:
+    for _ in range(2):
+      with bar.phase('compiling', counts=False):
+        clock[0] += 10
+        bar.update(0)
+    bar.update(0)
+  lines = capfd.readouterr().out.splitlines()
+  assert lines == ['reading: 10 s compiling', 'reading: 20 s compiling', 'reading: 20 s']
+
+
 def test_lines_of_a_log_are_the_first_the_last_and_those_after_ten_seconds(capfd):
   with Progress('recover', 300, 'tokens') as bar:
     for _ in range(3):
