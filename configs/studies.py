@@ -11,7 +11,7 @@ interleave: the same training, in batches of 2 rows, in 1, 2, 4, 8 and 16 rounds
   and 60 % kept (Fig. 4).
 methods: the paper's adapt, with fewer rows and steps, recovered by both losses, in 1 and 4 rounds, compared
   with the defaults.
-tokens: recovery with 100 thousand, 300 thousand and a million tokens.
+tokens: recovery with 100 thousand, 300 thousand, a million and 1.5 million tokens.
 hidden: a hidden size of 512 instead of 576, as many parameters pruned from the layers instead, and a mixture.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
 own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind.
@@ -53,7 +53,7 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     {'prune.method': ('obs',), 'prune.compensate': ('least_squares',), 'train.distill.alpha': (1.0,)},
     {'prune.stages': (1, 4), 'train.distill.alpha': (0.0, 1.0)} | _ADAPT,
   ),
-  'tokens': ({'train.tokens': (_FEW, 3 * _FEW, 10 * _FEW)},),
+  'tokens': ({'train.tokens': (_FEW, 3 * _FEW, 10 * _FEW, 15 * _FEW)},),
   'hidden': ({'prune.hidden': (0, 512, 544), 'prune.target': (119_568_896,)},),
   'sizes': ({'prune.target': (110_602_944, 98_157_312, 79_757_568), 'prune.calibration.samples': (24, 128)},),
   'own': tuple(
