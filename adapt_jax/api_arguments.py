@@ -24,7 +24,6 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import local
 from adapt_jax.models.network import sharding
-from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.pruning import serving_widths, slicegpt
 from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES, Importance
 from adapt_jax.pruning.methods import METHODS
@@ -129,7 +128,7 @@ def calibration_rows(rows: Any, config: ModelConfig) -> np.ndarray:
 
 
 def _check_rows(name: str, count: int) -> None:
-  if count % (shards := row_shards()):
+  if count % (shards := sharding.row_shards()):
     raise InputError(f'{name}: {count} rows must be a multiple of the {shards} devices that split rows')
 
 

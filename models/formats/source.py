@@ -263,7 +263,6 @@ def _tokenizer_from_directory(directory: pathlib.Path) -> Any:
 
 
 def _splitting(backend: Any) -> str:
-  """How a tokenizer changes and splits texts before its vocabulary counts, as JSON."""
-  data = json.loads(backend.to_str())
-  ignores = data['model'].get('ignore_merges')
-  return json.dumps([data['normalizer'], data['pre_tokenizer'], ignores], sort_keys=True)
+  """How a tokenizer changes and splits texts before its vocabulary counts; the vocabulary may be large."""
+  parts = [part and part.__getstate__() for part in (backend.normalizer, backend.pre_tokenizer)]
+  return str([*parts, getattr(backend.model, 'ignore_merges', None)])

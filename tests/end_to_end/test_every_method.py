@@ -119,5 +119,9 @@ def test_slicegpt_lands_below_the_target_and_its_export_is_evaluated_but_not_pru
   assert again.returncode == 0, again.stderr
   measured = json.loads((tmp_path / 'measured/report.json').read_text())['perplexity']['dense']
   assert abs(measured / row['perplexity_pruned'] - 1) < 1e-5
+  dense = runs.main(files, tmp_path / 'dense', '--mode=evaluate', f'--config.model.source={files / "eight"}')
+  assert dense.returncode == 0, dense.stderr
+  unrounded = json.loads((tmp_path / 'dense/report.json').read_text())['perplexity']['dense']
+  assert abs(unrounded / report['perplexity']['dense'] - 1) < 1e-6
   refused = runs.main(files, tmp_path / 'pruned', '--mode=prune', source)
   assert refused.returncode == 2 and 'sliced by SliceGPT' in refused.stderr
