@@ -53,8 +53,9 @@ def check_result(options: ExportOptions, config: ModelConfig, whole_layers: bool
   With `whole_layers` it has fewer layers instead, the first of which may be gone. Raises InputError.
   """
   first, *others = config.layers
-  changed = () if whole_layers else (dataclasses.replace(first, ffn=first.ffn + 1),)
-  check_formats(options, config.with_layers((*changed, *others)))
+  wider = dataclasses.replace(first, ffn=first.ffn + 1)
+  layers = (others or [first]) if whole_layers else [wider, *others]
+  check_formats(options, config.with_layers(tuple(layers)))
 
 
 def check_tokenizer(options: ExportOptions, tokenizer: Any) -> None:

@@ -150,8 +150,9 @@ def _check_same_texts(finished: list[CellRun], todo: list[CellRun], inputs: list
   """Raises InputError if a text has changed since a cell with the same options for it was finished."""
 
   def key(field: str, options: RunOptions) -> Any:
-    own = {'prune.calibration.source': options.prune.calibration, 'train.source': options.train}
-    return field, options.seed, options.model, options.data, own.get(field, options.evaluate)
+    drawn = {'prune.calibration.source': options.prune.calibration, 'train.source': options.train}
+    own = (drawn[field], options.seed) if field in drawn else options.evaluate
+    return field, options.model, options.data, own
 
   known = {
     key(field, run.options): (digest, run.cell)

@@ -198,9 +198,10 @@ def test_a_text_that_has_changed_since_a_cell_was_finished(files, tmp_path):
   start(config, path)
   text.write_text((files / 'train.txt').read_text())
   start(config, path)  # nothing is left to run
-  config.compare.grid = ({'prune.method': ('flap',), 'prune.target': (0.9, 0.8)},)
-  with pytest.raises(InputError, match=r'config\.evaluate\.source is not what the finished cell .*0\.9'):
-    start(config, path)
+  for more in ({'prune.target': (0.9, 0.8)}, {'prune.target': (0.9,), 'seed': (0, 1)}):
+    config.compare.grid = ({'prune.method': ('flap',)} | more,)
+    with pytest.raises(InputError, match=r'config\.evaluate\.source is not what the finished cell .*0\.9'):
+      start(config, path)
   assert not (path / 'cells').joinpath('prune.method-flap_prune.target-0.8').exists()
 
 

@@ -273,3 +273,4 @@ def test_fewer_layers_break_a_pattern_that_llama_cpp_takes_for_granted():
   check_result(options, gemma)
   with pytest.raises(InputError, match='windows or rotary embeddings in other layers'):
     check_result(options, gemma, whole_layers=True)
+  check_result(options, gemma.with_layers(gemma.layers[:1]), whole_layers=True)  # the last layer stays
