@@ -24,6 +24,10 @@ _GIVES = {
   '.freq_base': ('config.rope',),
   '.llama3_scaling': ('config.rope',),
   '.context_length': ('config.max_position', 'tokenizer *'),
+  # The ends of a text: EOS and the end of a turn, which is found by its text among the tokens.
+  '.eos_token_id': ('generation',),
+  '.eot_token_id': ('generation',),
+  '.tokens': ('generation',),
 }
 _TOKENIZER = ('tokenizer *', 'stops')
 
@@ -84,7 +88,8 @@ class GgufFileKind(Kind):
     for key in now.metadata.keys() | then.metadata.keys():
       if repr(now.metadata.get(key)) != repr(then.metadata.get(key)):
         names = [name for end, names in _GIVES.items() if key.endswith(end) for name in names]
-        found |= dict.fromkeys(_TOKENIZER if key.startswith('tokenizer.') else names, '')
+        names += _TOKENIZER if key.startswith('tokenizer.') else ()
+        found |= dict.fromkeys(names, '')
     # The names of damaged tensors are those of the file; that of the rotary frequencies gives the config's.
     arch = ARCHITECTURES[then.metadata['general.architecture']]
     damaged = {
