@@ -270,7 +270,10 @@ def run() -> None:
   try:
     app.run(main, flags_parser=_parse)
   except Unreachable as error:  # a run that was started has reached it before, and may again
-    _fail(str(error), _LATER if exists(local(_WORKDIR.value) / 'run.json') else 2)
+    from huggingface_hub import is_offline_mode  # then it never will
+
+    later = exists(local(_WORKDIR.value) / 'run.json') and not is_offline_mode()
+    _fail(str(error), _LATER if later else 2)
   except InputError as error:
     _fail(str(error))
   except preemption.Preempted as stop:

@@ -4,6 +4,7 @@ import errno
 import os
 import pathlib
 import re
+import socket
 
 _FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _DENIED = tuple(os.strerror(number) for number in (errno.EROFS, errno.EACCES, errno.EPERM))
@@ -26,6 +27,15 @@ class InputError(ValueError):
 
 class Unreachable(InputError):
   """Raised for a name that may be of the hub, while the hub cannot be reached."""
+
+
+def unreachable(error: BaseException | None) -> bool:
+  """Whether a connection that failed caused the error; HTTP libraries wrap the system's errors."""
+  while error is not None:
+    if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def first_line(error: BaseException) -> str:

@@ -29,7 +29,7 @@ def numbers(value: Any, where: str) -> tuple[float, ...]:
   items = value if isinstance(value, (list, tuple)) else (value,)
   try:  # the command line gives strings
     return tuple(float(x) for x in items if x != '')
-  except (TypeError, ValueError):
+  except (OverflowError, TypeError, ValueError):  # the first for whole numbers beyond the largest float
     raise InputError(f'{where} = {value!r} must be a list of numbers') from None
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,11 +15,12 @@ from adapt_jax.models.errors import InputError, first_line
 _TODAY = datetime.datetime(2024, 7, 26)
 _DATE = _TODAY.strftime('%d %b %Y')
 _NOW = 'strftime_now'  # transformers' function for templates: the time of the call in a format
-# Defines it anew in a template; `trim_blocks`, which transformers sets, drops the newline.
+_CODES = [*'aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ', *(f'-{c}' for c in 'deHIjklmMSUVWy')]
+# Defines it anew in a template: transformers passes no functions on. Its `trim_blocks` drops the newline.
 _FIXED = (
   f'{{% macro {_NOW}(format) %}}{{{{ format'
-  + ''.join(f'.replace("%{c}", "{_TODAY.strftime("%" + c)}")' for c in 'aAbBdeFHIjmMpSTyY')
-  + f'.replace("%-d", "{_TODAY.day}").replace("%-m", "{_TODAY.month}") }}}}{{% endmacro %}}\n'
+  + ''.join(f'.replace("%{code}", {json.dumps(_TODAY.strftime("%" + code))})' for code in _CODES)
+  + ' }}{% endmacro %}\n'
 )
 _PROBE = 'Eyjafjallajökull'  # an answer that occurs in no template
 _CHARS = 1 << 14, 1 << 20  # rendered at once: at first, so that little is read beyond the need, and at most

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from adapt_jax.data import records
-from adapt_jax.models.errors import InputError, Unreachable, first_line
+from adapt_jax.models.errors import InputError, Unreachable, first_line, unreachable
 from adapt_jax.models.files import exists, local, read_text, regular
 from adapt_jax.models.formats.npy import open_npy
 
@@ -288,7 +288,7 @@ def _hub_rows(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, row in enumerate(found, 1):
       yield f'{entry}: row {number}', row
   except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-    kind = Unreachable if isinstance(error, ConnectionError) else InputError
+    kind = Unreachable if unreachable(error) else InputError
     raise kind(
       f'{entry}: no such file, and not loadable as a hub data set ({first_line(error)}): '
       'check the name, config and split, or download its files and give their paths'

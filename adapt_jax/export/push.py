@@ -15,7 +15,7 @@ from huggingface_hub.utils.tqdm import (
 from adapt_jax.config.options import ExportOptions
 from adapt_jax.machine.processes import say, shows
 from adapt_jax.machine.progress import phase
-from adapt_jax.models.errors import InputError
+from adapt_jax.models.errors import InputError, Unreachable, unreachable
 
 _SUFFIXES = {'hf': '', 'hf_padded': '-padded', 'gguf': '-GGUF', 'gguf_padded': '-padded-GGUF'}
 # An earlier upload may have left these; loaders would mix them with the new files.
@@ -62,7 +62,8 @@ def check_hub(options: ExportOptions) -> None:
 
 
 def _refusal(options: ExportOptions, repo: str, error: Exception) -> InputError:
-  return InputError(
+  kind = Unreachable if unreachable(error) else InputError
+  return kind(
     f'config.export.push = {options.push!r}: {repo} cannot be written ({_reason(error)}): check name and '
     f'network, run `hf auth login`, or set HF_TOKEN to a token that may write'
   )

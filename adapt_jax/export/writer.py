@@ -50,12 +50,12 @@ def check_formats(options: ExportOptions, config: ModelConfig) -> None:
 def check_result(options: ExportOptions, config: ModelConfig, whole_layers: bool = False) -> None:
   """Checks a run's result in advance: it has the biases of `config`, but layers of different widths.
 
-  With `whole_layers` it has fewer layers instead, the first of which may be gone. Raises InputError.
+  With `whole_layers` it has fewer layers instead, the first of which may be gone or not. Raises InputError.
   """
   first, *others = config.layers
   wider = dataclasses.replace(first, ffn=first.ffn + 1)
-  layers = (others or [first]) if whole_layers else [wider, *others]
-  check_formats(options, config.with_layers(tuple(layers)))
+  for layers in (config.layers, others or [first]) if whole_layers else ([wider, *others],):
+    check_formats(options, config.with_layers(tuple(layers)))
 
 
 def check_tokenizer(options: ExportOptions, tokenizer: Any) -> None:

@@ -72,7 +72,8 @@ def _origin(pruned: Source) -> str:
   if (made_by := lineage(pruned)) is None:
     return ''
   model = made_by['model']
-  if 'base' not in model and model.get('params_before') == count_params(pruned.config):
+  after = model.get('params_after', count_params(pruned.config))  # padded formats hold more than the result
+  if 'base' not in model and model.get('params_before') == after:
     return ''
   if not model.get('hub', True) and not exists(local(model['source'])):
     raise InputError(

@@ -74,7 +74,7 @@ def _named(cell: compare_grid.Cell) -> Iterator[None]:
   try:
     yield
   except InputError as error:
-    raise InputError(f'cell {cell.label}: {error}') from None
+    raise type(error)(f'cell {cell.label}: {error}') from None
 
 
 def list_cells(options: RunOptions, workdir: Workdir) -> list[CellRun]:

@@ -73,7 +73,9 @@ def end_ids(metadata: Mapping[str, Any]) -> list[int]:
   """
   eos, turn = (metadata.get(f'tokenizer.ggml.{name}_token_id') for name in ('eos', 'eot'))
   tokens = metadata.get('tokenizer.ggml.tokens')
-  if turn is None and isinstance(tokens, list):
+  if not isinstance(tokens, list):
+    return []
+  if not isinstance(turn, int) or not 0 <= turn < len(tokens):
     turn = next((tokens.index(token) for token in _TURN_ENDS if token in tokens), None)
   return [eos, turn] if isinstance(eos, int) and isinstance(turn, int) and eos != turn else []
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, Unreachable, first_line, unreachable
 from adapt_jax.models.files import exists, local, read_json, regular
 from adapt_jax.models.formats import gguf_model, gguf_tokenizer
 from adapt_jax.models.formats.fused import SplitReader
@@ -219,7 +220,8 @@ def _fetch(name: str, field: str, download: Callable[..., Any], **options: Any) 
     return pathlib.Path(download(name, **options))
   except Exception as error:  # the hub's errors and those of its HTTP library share no other class
     reason = 'it cannot be reached, and its cache lacks the model' if offline else first_line(error)
-    raise InputError(f'{field} {name!r}: no such directory, and the hub download failed ({reason})') from None
+    kind = Unreachable if offline or unreachable(error) else InputError
+    raise kind(f'{field} {name!r}: no such directory, and the hub download failed ({reason})') from None
 
 
 def _no_hub() -> bool:
@@ -254,9 +256,13 @@ def _tokenizer_from_directory(directory: pathlib.Path) -> Any:
     found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     if not found.is_fast or not exists(file := directory / 'tokenizer.json'):
       return found
-    stored = _splitting(Tokenizer.from_file(str(file)))
+    backend = Tokenizer.from_file(str(file))
+    stored = _splitting(backend)
     if 'ByteLevel' in stored and stored != _splitting(found.backend_tokenizer):
-      found = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+      # The class may also know special tokens that the files do not name, such as EOS.
+      special: dict[str, Any] = found.special_tokens_map
+      special = {name: token for name, token in special.items() if token in backend.get_vocab()}
+      return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **special)
     return found
   finally:
     logging.set_verbosity(before)
@@ -264,5 +270,6 @@ def _tokenizer_from_directory(directory: pathlib.Path) -> Any:
 
 def _splitting(backend: Any) -> str:
   """How a tokenizer changes and splits texts before its vocabulary counts; the vocabulary may be large."""
-  parts = [part and part.__getstate__() for part in (backend.normalizer, backend.pre_tokenizer)]
-  return str([*parts, getattr(backend.model, 'ignore_merges', None)])
+  parts = [part and part.__getstate__().decode() for part in (backend.normalizer, backend.pre_tokenizer)]
+  found = str([*parts, getattr(backend.model, 'ignore_merges', None)])
+  return re.sub('"trim_offsets":(true|false)', '', found)  # of positions, not of splitting

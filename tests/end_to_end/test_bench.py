@@ -158,6 +158,14 @@ def test_an_export_tells_which_model_it_came_from(models, tmp_path):
   assert [m['source'] for m in report['models'].values()] == [str(models / 'wide'), str(tmp_path / 'hf')]
 
 
+def test_zeros_of_a_padded_format_are_not_taken_for_parameters_that_were_kept(models, tmp_path):
+  shutil.copytree(models / 'wide', tmp_path / 'hf_padded')
+  total = count_params(WIDE)
+  source = {'model': {'source': str(models / 'wide'), 'params_before': total, 'params_after': total - 1000}}
+  (tmp_path / 'hf_padded' / LINEAGE).write_text(json.dumps(source))
+  assert {*bench._open(make_options(models, dense='', pruned=tmp_path / 'hf_padded'))} == {'dense', 'pruned'}
+
+
 def test_an_export_of_which_nothing_was_pruned_is_dense(models, tmp_path):
   shutil.copytree(models / 'wide', tmp_path / 'hf')
   made = {'model': {'source': str(tmp_path / 'gone.gguf'), 'params_before': count_params(WIDE)}}

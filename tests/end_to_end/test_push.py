@@ -9,8 +9,10 @@ import pytest
 import adapt_jax as aj
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
+from adapt_jax.config.options import ExportOptions
+from adapt_jax.export.push import check_token
 from adapt_jax.export.push import push as upload
-from adapt_jax.models.errors import InputError
+from adapt_jax.models.errors import InputError, Unreachable
 from adapt_jax.modes import accel
 from adapt_jax.modes import export as export_mode
 from adapt_jax.pipeline.workdir import Workdir
@@ -90,6 +92,13 @@ def test_a_name_that_may_not_be_written_is_refused_before_the_run_starts(
   assert not workdir.path.exists()
   with pytest.raises(InputError, match=f"^push = '{push}': {push} cannot be written"):
     aj.save(aj.load(files / 'model'), tmp_path / 'out', push=push)
+
+
+def test_a_hub_that_is_away_is_told_from_a_refusal(files, monkeypatch):
+  with stand_in.hub() as server:
+    stand_in.use(server, monkeypatch)
+  with pytest.raises(Unreachable, match="'org/small': org/small cannot be written .*Connection refused"):
+    check_token(ExportOptions(push='org/small'))
 
 
 def test_without_a_token_nothing_starts(files, hub, tmp_path, monkeypatch):

@@ -6,8 +6,11 @@ import shutil
 import huggingface_hub
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import Regex, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
 
-from adapt_jax.models.errors import InputError
+from adapt_jax.models.errors import InputError, Unreachable
+from adapt_jax.models.formats.gguf_tokenizer import PATTERNS
 from adapt_jax.models.formats.source import _tokenizer_from_directory, open_source
 from tests.formats.test_gguf_model import write_model
 from tests.formats.test_gguf_vocab import DIGITS, published
@@ -85,7 +88,7 @@ def test_errors_of_the_hub_without_a_message_are_one_line(monkeypatch):
     raise ConnectionError
 
   monkeypatch.setattr(huggingface_hub, 'hf_hub_download', hf_hub_download)
-  with pytest.raises(InputError, match='the hub download failed .ConnectionError.'):
+  with pytest.raises(Unreachable, match='the hub download failed .ConnectionError.'):
     open_source('some-org/some-model')
 
 
@@ -104,18 +107,39 @@ def test_generation_fields_are_read_on_opening(files, tmp_path):
   assert open_source(str(path)).generation == {}
 
 
+@pytest.mark.parametrize('special', ['named', 'of the class'])
 @pytest.mark.parametrize('named', ['GPT2Tokenizer', 'Qwen2Tokenizer', 'PreTrainedTokenizerFast'])
-def test_a_byte_level_tokenizer_splits_as_its_file_says(files, tmp_path, named):
+def test_a_byte_level_tokenizer_splits_as_its_file_says(files, tmp_path, named, special):
   """SmolLM2's names GPT2Tokenizer, which in transformers 5 does not split digits."""
   path, given = tmp_path / 'model', published(DIGITS)
+  given.add_tokens(['<|endoftext|>'], special_tokens=True)
   shutil.copytree(files / 'model', path)
   given.save_pretrained(path)
   settings = json.loads((path / 'tokenizer_config.json').read_text())
+  settings = settings if special == 'named' else {}
   (path / 'tokenizer_config.json').write_text(json.dumps(settings | {'tokenizer_class': named}))
   text = '\n\n2024 hello=  20<think>\n\n1'
-  found = _tokenizer_from_directory(path)
+  found, of_class = (
+    _tokenizer_from_directory(path),
+    AutoTokenizer.from_pretrained(path, trust_remote_code=False),
+  )
   assert found(text).input_ids == given(text).input_ids
-  assert found.special_tokens_map == given.special_tokens_map
+  assert found.special_tokens_map == of_class.special_tokens_map
+  assert found.special_tokens_map.items() >= given.special_tokens_map.items() or special != 'named'
+
+
+def test_a_class_that_splits_as_the_file_says_stays(files, tmp_path):
+  """Qwen's files do not trim offsets, and its class does: that changes no token."""
+  byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+  cuts = [pre_tokenizers.Split(Regex(PATTERNS['qwen2']), behavior='isolated'), byte_level]
+  given = published(pre_tokenizers.Sequence(cuts))
+  given.backend_tokenizer.normalizer = normalizers.NFC()
+  shutil.copytree(files / 'model', tmp_path / 'model')
+  given.add_tokens(['<|endoftext|>'], special_tokens=True)
+  given.save_pretrained(tmp_path / 'model')
+  (tmp_path / 'model' / 'tokenizer_config.json').write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+  found = _tokenizer_from_directory(tmp_path / 'model')
+  assert type(found).__name__.startswith('Qwen2Tokenizer') and found.eos_token == '<|endoftext|>'
 
 
 def test_a_tokenizer_model_alone_is_read(files, tmp_path):
@@ -142,6 +166,7 @@ def test_a_gguf_chat_model_ends_at_the_end_of_a_turn(tmp_path):
     ('named', lambda writer: writer.add_eot_token_id(3), {'eos_token_id': [0, 3]}),
     ('by text', lambda writer: None, {'eos_token_id': [0, 1]}),
     ('the same', lambda writer: writer.add_eot_token_id(0), {}),
+    ('beyond the vocabulary', lambda writer: writer.add_eot_token_id(64), {'eos_token_id': [0, 1]}),
   ):
     tokens = ['<eos>', '<end_of_turn>', *map(str, range(62))]
     path = tmp_path / f'{name}.gguf'

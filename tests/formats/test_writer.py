@@ -264,6 +264,9 @@ def test_forms_that_cannot_hold_the_model_are_refused_before():
   with pytest.raises(InputError, match='cannot hold a qwen3 model with widths that differ by layer'):
     check_result(options, uniform)
   check_result(options, uniform, whole_layers=True)
+  wide = dataclasses.replace(UNIFORM[0], ffn=2 * UNIFORM[0].ffn)  # if the first layer stays
+  with pytest.raises(InputError, match='cannot hold a qwen3 model with widths that differ by layer'):
+    check_result(options, uniform.with_layers((wide, *UNIFORM)), whole_layers=True)
 
 
 def test_fewer_layers_break_a_pattern_that_llama_cpp_takes_for_granted():

@@ -72,7 +72,7 @@ def test_a_mesh_over_several_hosts(sizes):
   """The outer axes span hosts, so that what is exchanged most, `tensor`, stays within one."""
   gpus = [Gpu(i, i // 4) for i in range(8)]
   found = mesh.make_mesh(MeshOptions(*sizes), gpus)
-  assert found.devices.shape == (1, 8, 1) if -1 in sizes else sizes
+  assert found.devices.shape == ((1, 8, 1) if -1 in sizes else sizes)
   assert found.devices.ravel().tolist() == gpus and found.are_all_axes_auto
   with pytest.raises(InputError, match='7 devices of 2 hosts or slices .* give each host as many devices'):
     mesh.make_mesh(MeshOptions(1, -1, 1), gpus[:7])

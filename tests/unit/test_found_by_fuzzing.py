@@ -8,6 +8,7 @@ import pytest
 from pyarrow import parquet
 from safetensors.numpy import save_file
 
+from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import DistillOptions, ModelOptions, RunOptions, TrainOptions
 from adapt_jax.data.documents import check_source
 from adapt_jax.data.token_cache import Need, open_cache
@@ -48,6 +49,11 @@ def test_a_name_from_a_file_does_not_break_the_line(model, name):
   save_file({name: np.zeros(4, np.float32)}, model / 'model.safetensors')
   message = refused(open_source, str(model))
   assert str(model) in message and len(message) <= 2100
+
+
+def test_a_number_beyond_the_largest_float():
+  values = {'train': {'weights': [10**400]}}
+  assert refused(from_dict, values).startswith('config.train.weights = [1000')
 
 
 def test_a_long_message_keeps_its_end():

@@ -293,8 +293,10 @@ def test_the_day_does_not_change_the_tokens(tmp_path):
 
 def test_the_day_of_a_template_that_asks_for_it_is_fixed_too(tmp_path):
   """As in SmolLM3's and Granite's; in Llama 3.2's the text of the model's own begins with it."""
-  asks = '\n{%- set today = strftime_now("%d %B %Y") -%}{{ today }}{{ strftime_now("%-m/%y, %A %F") }}\n\n'
-  day = '26 July 20247/24, Friday 2024-07-26\n\n'
+  asks = (
+    '\n{%- set today = strftime_now("%d %B %Y") -%}{{ today }}{{ strftime_now("%-m/%y, %A %F %D %k") }}\n\n'
+  )
+  day = '26 July 20247/24, Friday 2024-07-26 07/26/24  0\n\n'
   tokenizer = tiny_tokenizer(asks + CHATML)
   template = tokenizer.chat_template
   blocks = load(write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT}]), tokenizer)
