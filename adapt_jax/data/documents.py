@@ -28,6 +28,8 @@ Source = tuple[str, ...]
 _WHOLE = ('.txt', '.tokens')  # one document per file; .tokens is the suffix of WikiText's files
 _SUFFIXES = (*_WHOLE, '.jsonl', '.json', '.parquet')
 _NEVER_HUB = (*_SUFFIXES, '.npy', '.csv', '.gz', '.zst')
+_BY_LINE = 'Salesforce/wikitext'  # the data set whose rows are lines
+_HEADING = re.compile(r' = [^=](.*[^=])? = \n')
 _HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}')
 
 
@@ -190,6 +192,8 @@ def _matches(pattern: str) -> list[str]:
 def _documents(origin: pathlib.Path | str, text_field: str, messages_field: str) -> Iterator[Document]:
   if isinstance(origin, str):
     found = _hub_rows(origin)
+    if origin.partition(':')[0] == _BY_LINE:
+      found = _articles(found)
   elif origin.suffix.lower() in _WHOLE:
     found = _whole_text(origin, text_field)
   elif origin.suffix.lower() == '.parquet':
@@ -275,6 +279,20 @@ def _parquet_rows(
   # Columns of times may have zones that do not exist, and times that no calendar has.
   except (pyarrow.ArrowException, ArithmeticError, LookupError, OSError, ValueError) as error:
     raise InputError(f'{path}: not a readable Parquet file ({first_line(error)})') from None
+
+
+def _articles(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Joins the rows of WikiText, its lines, to articles, each of which begins with a heading ' = Title = '."""
+  place, lines = '', list[str]()
+  for where, row in rows:
+    line = str(row.get('text'))
+    if lines and _HEADING.fullmatch(line):
+      yield place, {'text': ''.join(lines)}
+      lines = []
+    place = place if lines else where
+    lines.append(line)
+  if lines:
+    yield place, {'text': ''.join(lines)}
 
 
 def _hub_rows(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:

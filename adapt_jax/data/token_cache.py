@@ -40,7 +40,7 @@ from adapt_jax.models.files import json_checksum, local, read_text, regular, use
 
 TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its document
 
-_VERSION = 3  # of the format and of the tokenisation
+_VERSION = 4  # of the format and of the tokenisation
 _FILES = ('tokens', 'flags', 'ends')
 _CHECKED: set[tuple[object, ...]] = set()  # caches whose checksums this process has compared
 _PART = 2**24  # bytes that are read at once to compare checksums

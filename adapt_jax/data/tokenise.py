@@ -61,7 +61,7 @@ def take(items: Iterator[_Item], most: int, chars: int, count: int = 0) -> list[
 def encode(texts: Sequence[Text], tokenizer: Any) -> Encoded:
   """Token ids, with special tokens around plain text and an EOS at the end, if the tokenizer has them.
 
-  In a conversation only the assistant's tokens are targets.
+  All tokens but a BOS at the start are targets; in a conversation only the assistant's.
   """
   ids, targets, lengths = [], [], []
   for found, counts in _tokenise(texts, tokenizer):
@@ -179,7 +179,10 @@ def _tokenise(batch: Sequence[Text], tokenizer: Any) -> Iterator[tuple[list[int]
     for index, text in enumerate(texts):
       ids = encoded['input_ids'][index]
       if text.spans is None:
+        # Without a BOS at the start: no text predicts it.
         counts = b'\1' * len(ids)
+        if ids[:1] == [tokenizer.bos_token_id]:
+          counts = b'\0' + counts[1:]
       else:
         counts = _inside(encoded['offset_mapping'][index], text.spans)
       eos = tokenizer.eos_token_id

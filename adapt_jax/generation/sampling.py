@@ -1,6 +1,7 @@
 """The next token from logits: greedy, or drawn with temperature, top-k and top-p."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -65,8 +66,10 @@ def _draw(logits_BV: jax.Array, keys_B: jax.Array, settings: dict[str, jax.Array
   top_k = jnp.where(settings['top_k'] > 0, settings['top_k'], p_BV.shape[-1]).astype(jnp.float32)
   p_BV = _likeliest(p_BV, jnp.ones_like(p_BV), top_k)
   need_B = jnp.maximum(settings['top_p'] * p_BV.sum(-1), jnp.finfo(jnp.float32).tiny)  # at least one
-  p_BV = _likeliest(p_BV, p_BV, need_B)
-  return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
+  p_BV = jnp.where(settings['top_p'] < 1, _likeliest(p_BV, p_BV, need_B), p_BV)
+  # The default mode never draws tokens less likely than 3e-8, of which a large vocabulary has many.
+  draw = functools.partial(jax.random.categorical, mode='high')
+  return jax.vmap(draw)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
 
 
 def _likeliest(p_BV: jax.Array, weights_BV: jax.Array, need: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ from adapt_jax.models.formats.trimmed_source import TrimmedSource
 from adapt_jax.models.network.llama import Params
 
 CALIBRATION, TRAINING = 0, 1  # part of a seed, so that the rows differ from use to use
-_VERSION = 1  # of how rows are drawn
+_VERSION = 2  # of how rows are drawn
 _BATCH = 16  # rows at once
 _USER = 'a0b1c2'  # placeholder for the user's words in a template
 

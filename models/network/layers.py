@@ -50,6 +50,11 @@ def project(x_TD: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
   return product(x_TD, weight.reshape(-1, inputs))
 
 
+def add_bias(x_TD: jax.Array, bias: jax.Array) -> jax.Array:
+  """x [T, D] + a bias of D numbers, added in fp32, so that its gradient is summed over the tokens in fp32."""
+  return (x_TD.astype(jnp.float32) + bias.astype(jnp.float32).reshape(-1)).astype(x_TD.dtype)
+
+
 class Attention(nn.Module):
   """Causal grouped-query attention; optional rotary positions, window, biases, QK norm and bounded logits.
 
@@ -78,9 +83,9 @@ class Attention(nn.Module):
     x_TD = x_BTD.reshape(-1, D)
     q, k, v = (project(x_TD, w, D) for w in (q_KGHD, k_KHD, v_KHD))
     if c.qkv_bias:
-      q += self.param('q_bias', nn.initializers.zeros, (K, G, H)).astype(q.dtype).reshape(-1)
-      k += self.param('k_bias', nn.initializers.zeros, (K, H)).astype(k.dtype).reshape(-1)
-      v += self.param('v_bias', nn.initializers.zeros, (K, H)).astype(v.dtype).reshape(-1)
+      q = add_bias(q, self.param('q_bias', nn.initializers.zeros, (K, G, H)))
+      k = add_bias(k, self.param('k_bias', nn.initializers.zeros, (K, H)))
+      v = add_bias(v, self.param('v_bias', nn.initializers.zeros, (K, H)))
     if c.qk_norm and c.traits.joint_qk_norm:
       q, k = self._norm('q_norm', q), self._norm('k_norm', k)
     q_BTNH, k_BSKH, v_BSKH = (constrain(x.reshape(B, T, -1, H), 'B.N.') for x in (q, k, v))
@@ -106,7 +111,7 @@ class Attention(nn.Module):
       mixed_TC = jnp.pad(mixed_TC, ((0, 1), (0, 0)))
     out_TD = product(mixed_TC, o_DKGH.reshape(D, -1))[: B * T]
     if c.o_bias:
-      out_TD += self.param('o_bias', nn.initializers.zeros, (D,)).astype(out_TD.dtype)
+      out_TD = add_bias(out_TD, self.param('o_bias', nn.initializers.zeros, (D,)))
     return out_TD.reshape(B, T, D)
 
   def _norm(self, name: str, x: jax.Array) -> jax.Array:
@@ -140,7 +145,7 @@ class Mlp(nn.Module):
     self.sow('intermediates', 'inputs', hidden_TF)
     out_TD = project(hidden_TF, down_DF, F)
     if self.config.output_bias:
-      out_TD += self.param('down_bias', nn.initializers.zeros, (D,)).astype(out_TD.dtype)
+      out_TD = add_bias(out_TD, self.param('down_bias', nn.initializers.zeros, (D,)))
     return out_TD.reshape(x_BTD.shape)
 
 

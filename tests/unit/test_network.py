@@ -1,14 +1,17 @@
 """The decoder against PyTorch's transformers, from checkpoints that transformers wrote."""
 
 import json
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from adapt_jax.models.config import Llama3Scaling, RopeConfig
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network import llama
+from adapt_jax.models.network.layers import add_bias
 from adapt_jax.models.network.rope import inverse_frequencies
 from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, randomise, tiny_config
 
@@ -101,6 +104,12 @@ def assert_same_function(model, config, params, seed=0):
   assert expected.std() > 1  # otherwise the tolerance below says little
   np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
   np.testing.assert_array_equal(ours.argmax(-1), expected.argmax(-1))
+
+
+def test_the_gradient_of_a_bias_is_summed_over_tokens_in_fp32():
+  x, bias = jnp.ones((64, 8), jnp.bfloat16), jnp.zeros(8)
+  text = str(jax.make_jaxpr(jax.grad(lambda b: add_bias(x, b).sum(dtype=jnp.float32)))(bias))
+  assert {*re.findall(r'(\w+)\[8\] = reduce_sum\[axes=\(0,', text)} == {'f32'}, text
 
 
 @pytest.mark.parametrize('case', CASES)

@@ -1,5 +1,8 @@
 """Tokens are drawn with the probabilities that temperature, top-k and top-p leave."""
 
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -58,6 +61,17 @@ def test_a_nucleus_of_many_tokens_is_the_sorted_one():
   nucleus = order[: np.searchsorted(np.cumsum(p[order]), 0.6) + 1]
   found = set(draw(Sampling(1.0, top_p=0.6), p).tolist())
   assert found <= set(nucleus.tolist()) and len(found) > 0.9 * len(nucleus)
+
+
+def test_noise_reaches_tokens_of_very_low_probability():
+  """The largest noise of 23 bits a token is 16: a token of 3e-8 would be drawn a fourteenth as often."""
+  settings = {'temperature': np.float32(1), 'top_k': np.int32(0), 'top_p': np.float32(1)}
+  text = str(
+    jax.make_jaxpr(sample)(np.zeros((1, 1000), np.float32), jax.random.split(jax.random.key(0), 1), settings)
+  )
+  drawn = re.findall(r'random_bits\[\s*bit_width=(\d+)\s*shape=\(([\d, ]+)\)', text)
+  bits = sum(int(width) * math.prod(int(x) for x in re.findall(r'\d+', shape)) for width, shape in drawn)
+  assert bits == 64 * 1000
 
 
 def test_the_key_decides():

@@ -95,6 +95,13 @@ def test_text_file_is_one_document_with_bos_and_eos(tmp_path, tokenizer, name):
   assert blocks.documents == 1 and blocks.targets[:, 1:].all() and not blocks.targets[:, 0].any()
 
 
+def test_no_text_has_to_predict_bos(tmp_path, tokenizer):
+  blocks = load(write_texts(tmp_path / 'a.jsonl', DOCUMENTS), tokenizer)
+  bos = blocks.tokens == tokenizer.bos_token_id
+  assert bos[:, 1:].any() and not blocks.targets[bos].any()
+  assert blocks.targets[:, 1:].sum() == (~bos)[:, 1:].sum()
+
+
 def test_jsonl(tmp_path, tokenizer):
   blocks = load(write_texts(tmp_path / 'a.jsonl', DOCUMENTS), tokenizer)
   assert_windows(blocks, stream(tokenizer, DOCUMENTS))
@@ -153,6 +160,24 @@ def test_hub(monkeypatch, tokenizer, entry, arguments, split):
   monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
   check_source((entry,), FIELD, **NAMES)
   assert_windows(load(entry, tokenizer), stream(tokenizer, DOCUMENTS))
+
+
+def test_the_lines_of_wikitext_are_joined_to_articles(monkeypatch, tokenizer):
+  first = [
+    '',
+    ' = A title = \n',
+    '',
+    ' The dog sleeps . \n',
+    ' = = A part = = \n',
+    ' The cat sleeps too . \n',
+    '',
+  ]
+  second = [' = B = \n', ' It sleeps . \n']
+  rows = datasets.Dataset.from_dict({'text': [*first, *second]}).to_iterable_dataset()
+  monkeypatch.setattr(datasets, 'load_dataset', lambda *_, **__: rows)
+  blocks = load('Salesforce/wikitext:wikitext-2-raw-v1:test', tokenizer)
+  assert_windows(blocks, stream(tokenizer, [''.join(first), ''.join(second)]))
+  assert blocks.documents == 2
 
 
 def test_hub_failure_is_an_input_error(monkeypatch, tokenizer):
