@@ -7,6 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import io
 import itertools
 import os
 import pathlib
@@ -195,6 +196,12 @@ def _wrong_kind(message: str) -> str:
   for sign, wanted in _KINDS.items():
     if found := re.fullmatch(rf'flag --(config\.[\w.]+)=(.*): .*{sign}.*', message):
       return f'{found[1]} = {found[2]!r} must be {wanted}'
+  if found := re.fullmatch(
+    r"flag --(config\.[\w.]+)=.*: Failed to parse '(.*)' as a ConfigDict: .*", message
+  ):
+    group, value = found.groups()
+    fields = ', '.join(field for field in flatten(defaults()) if f'config.{field}'.startswith(f'{group}.'))
+    return f'{group} = {value!r}, but {group} is a group of options: set one of {fields}'
   if found := _OTHER_TYPE.search(message):  # set in a recipe
     field, value, wanted = found.groups()
     return f'{field} = {value!r} in the recipe must be {_TYPES.get(wanted, wanted)}'
@@ -267,6 +274,11 @@ def _parse(argv: list[str]) -> list[str]:
 
 def run() -> None:
   """Runs the command line; the exit code is 2 if the user must correct something."""
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:  # closed by the caller, as with `>&-`
+      setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 as long as the process
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='replace')  # as on stderr, what a terminal's encoding lacks
   try:
     app.run(main, flags_parser=_parse)
   except Unreachable as error:  # a run that was started has reached it before, and may again
@@ -287,7 +299,7 @@ def run() -> None:
   except (BrokenPipeError, processes.OutputClosed):  # as in `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if _WORKDIR.present:
-      print('error: the output pipe was closed: run the same command to continue', file=sys.stderr)
+      print('error: the output pipe was closed: run the same command again', file=sys.stderr)
     processes.leave(1)
   except Exception as error:
     if reason := disk_full(error):

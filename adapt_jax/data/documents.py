@@ -167,7 +167,12 @@ def _origins_of(entry: str, field: str, matched: bool = False) -> Iterator[pathl
   elif hub_name(entry):
     yield entry
   else:
-    raise InputError(f'{field} {entry!r}: no such file (a hub data set is written org/name:config:split)')
+    named = (
+      '; a name before = begins with a letter and has only letters, digits, _ and -' if '=' in entry else ''
+    )
+    raise InputError(
+      f'{field} {entry!r}: no such file (a hub data set is written org/name:config:split{named})'
+    )
 
 
 def _matches(pattern: str) -> list[str]:

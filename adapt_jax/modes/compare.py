@@ -146,12 +146,15 @@ def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
   return found
 
 
-def _check_same_texts(finished: list[CellRun], todo: list[CellRun], inputs: list[Inputs]) -> None:
-  """Raises InputError if a text has changed since a cell with the same options for it was finished."""
+def _check_same_inputs(finished: list[CellRun], todo: list[CellRun], inputs: list[Inputs]) -> None:
+  """Raises InputError if the model or a text has changed since a cell with the same options for it ended."""
 
   def key(field: str, options: RunOptions) -> Any:
-    drawn = {'prune.calibration.source': options.prune.calibration, 'train.source': options.train}
-    own = (drawn[field], options.seed) if field in drawn else options.evaluate
+    own: Any = {
+      'model.source': (),
+      'prune.calibration.source': (options.prune.calibration, options.seed),
+      'train.source': (options.train, options.seed),
+    }.get(field, options.evaluate)
     return field, options.model, options.data, own
 
   known = {
@@ -182,7 +185,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     with _named(run.cell):
       run.workdir.check()
   inputs = open_inputs(todo, source)
-  _check_same_texts(finished, todo, inputs)
+  _check_same_inputs(finished, todo, inputs)
   with workdir.claimed():
     forecast.announce([(run.options, found) for run, found in zip(todo, inputs, strict=True)])
     compare = Compare(options, runs, source, workdir, command)
@@ -334,6 +337,7 @@ def _entry(run: CellRun, *, running: bool) -> CellReport:
       'perplexity_pruned': perplexity['pruned'],
       'perplexity_recovered': perplexity['recovered'],
       'texts': report.get('texts', {}),
+      'trimmed': 'trimmed' in perplexity,
       'params': report['model']['params_after'],
       'seconds': report['seconds'],
     }

@@ -191,7 +191,9 @@ def notes(report: ComparisonReport) -> Iterator[str]:
   kind = 'recovered' if report['recover'] else 'pruned'
   measured = [(name, value) for name in texts(report) or [''] for value in dense_perplexity(report, name)]
   dense = ', '.join(f'{name} {value:.2f}'.lstrip() for name, value in measured) or 'not measured yet'
-  yield f'The dense model has {report["model"]["params_before"]:,} parameters and perplexity {dense}.'
+  trimmed = any(cell.get('trimmed') for cell in report['cells'])
+  link = ', and with the trimmed vocabulary' if trimmed else ' and'
+  yield f'The dense model has {report["model"]["params_before"]:,} parameters{link} perplexity {dense}.'
   definitions = '; or '.join(report['perplexity']['definitions'])
   yield f'Excess is ln(perplexity {kind} / dense), nats per token.' + (
     f' Perplexity is {definitions}.' if definitions else ''

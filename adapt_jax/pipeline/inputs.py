@@ -47,9 +47,10 @@ class Inputs:
   untrimmed: WholeModel | None = None
 
   def digests(self) -> dict[str, str]:
-    """A digest of the windows of each text, by option, to notice that a text has changed before a resume."""
-    # First the vocabulary, which changes the tokens of all texts.
-    found = {'prune.vocab': self.source.digest()} if isinstance(self.source, TrimmedSource) else {}
+    """A digest of the model and of each text's windows, by option, to notice changes before a resume."""
+    found = {'model.source': self.source.weights_digest()}
+    if isinstance(self.source, TrimmedSource):  # before the texts, all of whose tokens it changes
+      found['prune.vocab'] = self.source.digest()
     found['prune.calibration.source'] = self.calibration.digest()
     if self.train is not None:
       found['train.source'] = self.train.digest()

@@ -72,9 +72,9 @@ class Workdir:
   def claimed(self, texts: Callable[[], dict[str, str]] = dict) -> Iterator[None]:
     """Marks the directory as this run's, and locks it inside the block; the same run may claim it again.
 
-    texts: returns a digest of each text that a resume depends on, by option. All processes of a run must
-    enter it. Raises InputError if another process uses the directory, or if a text has changed since the run
-    was started.
+    texts: returns a digest of each text, and of the model, that a resume depends on, by option. All processes
+    of a run must enter it. Raises InputError if another process uses the directory, or if a text or the
+    model has changed since the run was started.
     """
     held: list[int] = []
 
@@ -91,7 +91,7 @@ class Workdir:
         os.close(descriptor)
 
   def texts(self) -> dict[str, str]:
-    """The digests of the texts, by option, that the run in the directory was started with."""
+    """The digests of texts and model, by option, that the run in the directory was started with."""
     then = read_json(self.run, 'use another workdir').get('texts', {})  # older versions wrote none
     if not isinstance(then, dict):
       raise InputError(f'{self.run} is damaged: use another workdir')

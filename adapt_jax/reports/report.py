@@ -212,7 +212,7 @@ class SensitivityReport(TypedDict):
 class CellReport(TypedDict, total=False):
   """A cell of a grid. values: of all fields that vary. state: finished, running, failed or waiting.
 
-  perplexity_dense: of the dense model with the cell's vocabulary, which may be trimmed.
+  perplexity_dense: of the dense model with the cell's vocabulary. trimmed: whether that is smaller.
   """
 
   name: Required[str]
@@ -222,6 +222,7 @@ class CellReport(TypedDict, total=False):
   perplexity_pruned: float
   perplexity_recovered: float | None
   texts: dict[str, TextReport]
+  trimmed: bool
   params: int
   seconds: float
   error: str

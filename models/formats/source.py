@@ -1,6 +1,7 @@
 """Opens a model from a hub id, a Hugging Face directory, or a .gguf file."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -35,6 +36,9 @@ _TOKENIZER_SUFFIXES = ('.json', '.model', '.txt', '.jinja')
 # Subfolders hold other formats; Mistral's and Meta's own files hold the same weights again.
 _NOT_FROM_HUB = ['*/*', 'consolidated*']
 _LARGEST = 2**31 - 1  # of a setting of generation
+
+
+_PAGES, _PAGE = 64, 4096  # of a file, to recognise its contents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +78,21 @@ class Source:
   def stored_bytes(self) -> int:
     """Bytes of the files that hold the weights."""
     return sum(file.stat().st_size for file in self.reader.files)
+
+  def weights_digest(self) -> str:
+    """SHA-256 of the sizes of the files that hold the weights, and of 64 pages spread evenly over each.
+
+    Other weights of the same shapes differ in all pages; all bytes of a large model would take minutes.
+    """
+    found = hashlib.sha256()
+    for path in self.reader.files:
+      size = path.stat().st_size
+      found.update(size.to_bytes(8, 'little'))
+      with open(path, 'rb') as file:
+        for i in range(_PAGES):
+          file.seek(max(0, size - _PAGE) * i // (_PAGES - 1))
+          found.update(file.read(_PAGE))
+    return found.hexdigest()
 
   def load_tokenizer(self) -> Any:
     """The tokenizer; its own code is never run. Raises InputError if it cannot be read."""

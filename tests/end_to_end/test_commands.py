@@ -1,5 +1,6 @@
 """main.py from the command line: exit codes, what it prints where, and the modes that need no workdir."""
 
+import io
 import json
 import os
 import pathlib
@@ -30,6 +31,10 @@ def files(tmp_path_factory):
 
 COMMANDS = [
   (['--config.prune.targt=0.5'], '--config.prune.targt is unknown: did you mean --config.prune.target?'),
+  (
+    ['--config.model=x'],
+    "config.model = 'x', but config.model is a group of options: set one of model.source,",
+  ),
   (['--target=0.5'], '--target is unknown: did you mean --config.prune.target?'),
   (['--config.prune.stages=many'], "config.prune.stages = 'many' must be a whole number"),
   (
@@ -266,6 +271,17 @@ def test_the_picture_for_the_readme(tmp_path: pathlib.Path) -> None:
     assert_inside(picture)
     place = [float(picture.attrib[k]) for k in ('x', 'y', 'width', 'height')]
     assert place == [16 if i == 0 else 472, 196 if i == 2 else 16, 440, 360 if i == 0 else 180]
+
+
+def test_an_output_that_lacks_a_character_or_is_closed_does_not_end_a_run(monkeypatch):
+  written = io.BytesIO()
+  monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, encoding='latin-1'))
+  monkeypatch.setattr(cli.app, 'run', lambda *_, **__: print('24–48', flush=True))
+  cli.run()
+  assert written.getvalue() == b'24?48\n'
+  monkeypatch.setattr(sys, 'stdout', None)  # as after `>&-`
+  monkeypatch.setattr(cli.app, 'run', lambda *_, **__: cli.processes.write('done'))
+  cli.run()
 
 
 @pytest.mark.parametrize(

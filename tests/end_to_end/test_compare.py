@@ -8,12 +8,14 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import time
 from xml.etree import ElementTree
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import identity
@@ -203,6 +205,18 @@ def test_a_text_that_has_changed_since_a_cell_was_finished(files, tmp_path):
     with pytest.raises(InputError, match=r'config\.evaluate\.source is not what the finished cell .*0\.9'):
       start(config, path)
   assert not (path / 'cells').joinpath('prune.method-flap_prune.target-0.8').exists()
+
+
+def test_a_model_that_has_changed_since_a_cell_was_finished(files, tmp_path):
+  config, path = make_config(files, ({'prune.target': (0.9,)},)), tmp_path / 'out'
+  shutil.copytree(files / 'model', tmp_path / 'model')
+  config.model.source = str(tmp_path / 'model')
+  start(config, path)
+  weights = tmp_path / 'model/model.safetensors'
+  save_file({name: 2 * array for name, array in load_file(weights).items()}, weights)
+  config.compare.grid = ({'prune.target': (0.9, 0.8)},)
+  with pytest.raises(InputError, match=r'config\.model\.source is not what the finished cell .*0\.9'):
+    start(config, path)
 
 
 def test_exports_of_a_recipe_are_not_for_cells(files, tmp_path):

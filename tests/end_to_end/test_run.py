@@ -402,6 +402,21 @@ def test_a_text_that_has_changed_since_the_start_is_refused(finished, files, tmp
   assert report['perplexity'] == finished[1]['perplexity']
 
 
+def test_other_weights_of_the_same_name_are_refused_on_a_resume(finished, files, tmp_path):
+  """A half-trained student would go on with another teacher."""
+  path = tmp_path / 'out'
+  shutil.copytree(finished[0], path)
+  unfinish(path)
+  weights = files / 'model/model.safetensors'
+  before = weights.read_bytes()
+  try:
+    save_file({name: 2 * array for name, array in load_file(weights).items()}, weights)
+    with pytest.raises(InputError, match=r'config\.model\.source is not what the run'):
+      start(runs.make_config(files), path)
+  finally:
+    weights.write_bytes(before)
+
+
 def test_prune_mode_reports_the_perplexity_of_the_saved_weights(files, tmp_path):
   config = runs.make_config(files)
   config.export.dtype = 'bfloat16'

@@ -150,6 +150,13 @@ def test_a_changed_text_is_noticed(files, finished, tmp_path):
     text.write_text(before)
 
 
+def test_an_empty_text_trims_nothing(files, tmp_path):
+  (tmp_path / 'empty.txt').write_text('')
+  options = {'prune.vocab': (str(tmp_path / 'empty.txt'),)}
+  assert 'config.prune.vocab: the text is empty' in refused(run, files, tmp_path / 'out', **options)
+  assert not (tmp_path / 'out').exists()
+
+
 def test_cells_share_the_vocabulary(files, tmp_path):
   config = make_config(files, **{'train.tokens': 0})
   config.compare.grid = ({'prune.target': (0.9, 0.8)},)
@@ -164,6 +171,8 @@ def test_cells_share_the_vocabulary(files, tmp_path):
   for cell, target in zip(report['cells'], (0.9, 0.8), strict=True):
     assert cell['state'] == 'finished' and 0.96 * target < cell['params'] / whole <= target
     assert cell['perplexity_dense'] == first['perplexity']['trimmed'] != first['perplexity']['dense']
+  dense = f'{whole:,} parameters, and with the trimmed vocabulary perplexity {cell["perplexity_dense"]:.2f}'
+  assert f'The dense model has {dense}' in (workdir.path / 'compare.md').read_text()
   config.compare.grid = ({'prune.vocab': ((), ('x.txt',)), 'prune.target': (0.9, 0.8)},)
   assert "varies 'prune.vocab', which all cells of a grid share" in refused(
     compare.list_cells, from_dict(config.to_dict()), workdir

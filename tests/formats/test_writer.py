@@ -277,3 +277,12 @@ def test_fewer_layers_break_a_pattern_that_llama_cpp_takes_for_granted():
   with pytest.raises(InputError, match='windows or rotary embeddings in other layers'):
     check_result(options, gemma, whole_layers=True)
   check_result(options, gemma.with_layers(gemma.layers[:1]), whole_layers=True)  # the last layer stays
+
+
+def test_weights_beyond_float16(tmp_path):
+  config = MODELS['llama']
+  params = random_params(config)
+  params['norm'] = 1e6 * params['norm']
+  with pytest.raises(InputError, match="^config.export.dtype = 'float16', but weights .*choose bfloat16 or"):
+    writer(tmp_path, ('hf',), dtype='float16').write(config, params)
+  assert not list(tmp_path.iterdir())

@@ -82,7 +82,7 @@ def test_holds_the_documents_and_maps_them(source, tokenizer):
   assert len(cache.ends) == 60 and cache.ends[-1] == len(cache.tokens) and cache.complete
   assert cache.tokens[: cache.ends[0]].tolist() == text and cache.tokens.dtype == np.uint16
   assert np.flatnonzero(cache.flags & FIRST).tolist() == starts.tolist()
-  assert (cache.flags[: cache.ends[0]] & TARGET).all()
+  assert (cache.flags[1 : cache.ends[0]] & TARGET).all()  # after BOS
   chat = slice(*cache.ends[:2])
   marked = tokenizer.decode(cache.tokens[chat][(cache.flags[chat] & TARGET) > 0])
   assert marked == 'The sum is five.<|im_end|>\n'

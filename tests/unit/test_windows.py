@@ -471,6 +471,11 @@ def test_missing_paths_never_reach_the_hub(monkeypatch, entry):
   assert f'{FIELD} {entry!r}: no such file' in message_of(check_source, (entry,), FIELD, **NAMES)
 
 
+def test_a_name_that_cannot_be_one_is_explained():
+  message = message_of(check_source, ('2024=valid.txt',), FIELD, **NAMES)
+  assert 'no such file' in message and 'a name before = begins with a letter' in message
+
+
 def test_sources_that_hold_nothing(tmp_path, tokenizer):
   assert f'{FIELD} is empty' in message_of(load, (), tokenizer)
   assert '.jsonl' in message_of(check_source, (str(tmp_path),), FIELD, **NAMES)
