@@ -11,6 +11,9 @@ _DENIED = tuple(os.strerror(number) for number in (errno.EROFS, errno.EACCES, er
 _LONGEST, _FIRST = 2000, 1500  # characters of a message, and those that are kept of its beginning
 
 
+_NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
+
+
 class InputError(ValueError):
   """Bad input: a config field, a file or a checkpoint.
 
@@ -33,6 +36,8 @@ def unreachable(error: BaseException | None) -> bool:
   """Whether a connection that failed caused the error; HTTP libraries wrap the system's errors."""
   while error is not None:
     if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+      return True
+    if isinstance(error, OSError) and error.errno in _NO_ROUTE:
       return True
     error = error.__cause__ or error.__context__
   return False

@@ -167,9 +167,9 @@ def _origins_of(entry: str, field: str, matched: bool = False) -> Iterator[pathl
   elif hub_name(entry):
     yield entry
   else:
-    named = (
-      '; a name before = begins with a letter and has only letters, digits, _ and -' if '=' in entry else ''
-    )
+    named = ''
+    if 'evaluate.source' in field and '=' in entry:
+      named = '; a name before = begins with a letter and has only letters, digits, _ and -'
     raise InputError(
       f'{field} {entry!r}: no such file (a hub data set is written org/name:config:split{named})'
     )

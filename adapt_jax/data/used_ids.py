@@ -9,6 +9,7 @@ from adapt_jax.data.documents import Document, Source, read_documents
 from adapt_jax.data.token_cache import check_refused
 from adapt_jax.data.tokenise import BATCH_CHARS, encode_all, take
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.errors import InputError
 
 
 def used_ids(
@@ -28,6 +29,8 @@ def used_ids(
       check_refused(refused, count, reading=True)
       bar.update(len(encoded.tokens))
   check_refused(refused, count)
+  if not found:
+    raise InputError(f'{field}: the text is empty: give text of the kind that the model will read and write')
   return sorted(found)
 
 

@@ -26,8 +26,7 @@ def definition(blocks: Blocks) -> str:
   windows, length = blocks.tokens.shape
   return (
     f'exp of the mean next-token cross-entropy over {windows} non-overlapping windows of {length} tokens, '
-    f'{int(blocks.targets.sum()):,} tokens counted; the first of a window has no context and is skipped, '
-    f'and BOS is never counted'
+    f'{int(blocks.targets.sum()):,} tokens counted; the first of a window has no context and is skipped'
   )
 
 

@@ -9,7 +9,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from gguf import (
   GGMLQuantizationType,
@@ -20,6 +19,7 @@ from gguf import (
   quantize,
 )
 
+from adapt_jax.export.float16 import check_range
 from adapt_jax.export.gguf_vocab import add_tokenizer, check_gguf_tokenizer
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import LinearScaling, Llama3Scaling, ModelConfig
@@ -34,7 +34,7 @@ from adapt_jax.models.formats.gguf_model import (
   STORED_DTYPES,
   rope_divisors,
 )
-from adapt_jax.models.formats.hf_weights import Leaf, host_tensors, leaves, lookup
+from adapt_jax.models.formats.hf_weights import Leaf, host_tensors, leaves
 from adapt_jax.models.network.llama import Params
 
 _FILE_TYPES = {
@@ -80,7 +80,8 @@ def write_gguf(
   arch = _architecture(config)
   check_gguf_tokenizer(tokenizer)
   types = {leaf.name: _stored_type(config, leaf, kind) for leaf in leaves(config)}
-  _check_range(config, params, types)
+  halves = [leaf for leaf in leaves(config) if types[leaf.name] == GGMLQuantizationType.F16]
+  check_range(params, halves, 'choose BF16 or F32 in config.export.gguf_types')
   if jax.process_index() != 0:
     for _ in host_tensors(config, params):
       pass
@@ -191,19 +192,6 @@ def _add_fields(writer: GGUFWriter, config: ModelConfig, kind: str, name: str) -
   elif scaling:
     parts = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position)
     writer.add_array(SCALING_KEY, [float(part) for part in parts])
-
-
-def _check_range(config: ModelConfig, params: Params, types: dict[str, GGMLQuantizationType]) -> None:
-  """Raises InputError, in every process, for a weight that F16 cannot hold."""
-  halves = [leaf for leaf in leaves(config) if types[leaf.name] == GGMLQuantizationType.F16]
-  arrays = [lookup(params, leaf.path) for leaf in halves]
-  largest = jax.jit(lambda arrays: [jnp.max(jnp.abs(x)) for x in arrays])(arrays)
-  for leaf, found in zip(halves, largest, strict=True):
-    if float(found) > float(np.finfo(np.float16).max):
-      raise InputError(
-        f'tensor {leaf.name} has weights beyond the range of F16: choose BF16 or F32 in '
-        f'config.export.gguf_types'
-      )
 
 
 def _write(

@@ -86,7 +86,7 @@ def push(options: ExportOptions, directory: pathlib.Path, again: str = _AGAIN) -
   try:
     check_hub(options)
   except InputError as error:
-    raise InputError(f'{error}; the exports are complete: {again}') from None
+    raise type(error)(f'{error}; the exports are complete: {again}') from None
   for name, repo in repos.items():
     folder = directory / name
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
@@ -97,7 +97,8 @@ def push(options: ExportOptions, directory: pathlib.Path, again: str = _AGAIN) -
           repo_id=repo, folder_path=folder, delete_patterns=[*_REPLACED], commit_message='Upload by adapt-jax'
         )
     except Exception as error:  # the hub's errors and those of its HTTP library share no other class
-      raise InputError(
+      kind = Unreachable if unreachable(error) else InputError
+      raise kind(
         f'config.export.push = {options.push!r}: {folder} was not uploaded to {repo} ({_reason(error)}); '
         f'the exports are complete: {again}'
       ) from None

@@ -150,11 +150,10 @@ def _check_same_inputs(finished: list[CellRun], todo: list[CellRun], inputs: lis
   """Raises InputError if the model or a text has changed since a cell with the same options for it ended."""
 
   def key(field: str, options: RunOptions) -> Any:
-    own: Any = {
-      'model.source': (),
-      'prune.calibration.source': (options.prune.calibration, options.seed),
-      'train.source': (options.train, options.seed),
-    }.get(field, options.evaluate)
+    if field == 'model.source':  # that of all cells
+      return field
+    drawn = {'prune.calibration.source': options.prune.calibration, 'train.source': options.train}
+    own = (drawn[field], options.seed) if field in drawn else options.evaluate
     return field, options.model, options.data, own
 
   known = {

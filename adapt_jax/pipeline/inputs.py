@@ -48,7 +48,7 @@ class Inputs:
 
   def digests(self) -> dict[str, str]:
     """A digest of the model and of each text's windows, by option, to notice changes before a resume."""
-    found = {'model.source': self.source.weights_digest()}
+    found = {'model.source': self.source.model_digest()}
     if isinstance(self.source, TrimmedSource):  # before the texts, all of whose tokens it changes
       found['prune.vocab'] = self.source.digest()
     found['prune.calibration.source'] = self.calibration.digest()

@@ -25,8 +25,6 @@ def with_vocabulary(options: RunOptions, source: Source) -> Source:
   field, fields = 'config.prune.vocab', {'text_field': data.text_field, 'messages_field': data.messages_field}
   rendering = with_template(tokenizer, data.chat_template)
   used = decide(lambda: used_ids(entries, rendering, field, **fields))
-  if not used:
-    raise InputError(f'{field}: the text is empty: give text of the kind that the model will read and write')
   try:
     ids = needed_ids(tokenizer, {*used, *stop_ids(source.generation, tokenizer)})
     found = trimmed_source(source, ids, tokenizer, trim_tokenizer(tokenizer, ids))

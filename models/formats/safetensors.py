@@ -134,6 +134,5 @@ def write_tensors(
     for name, (shape, dtype) in shapes.items():
       flat = read(name).reshape(math.prod(shape))
       for i in range(0, flat.size, _CHUNK):
-        with np.errstate(over='ignore'):  # what it does to the model is checked afterwards
-          file.write(np.ascontiguousarray(flat[i : i + _CHUNK], dtype).view(np.uint8).data)
+        file.write(np.ascontiguousarray(flat[i : i + _CHUNK], dtype).view(np.uint8).data)
       del flat  # free it before the next one is read

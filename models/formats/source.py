@@ -79,12 +79,12 @@ class Source:
     """Bytes of the files that hold the weights."""
     return sum(file.stat().st_size for file in self.reader.files)
 
-  def weights_digest(self) -> str:
-    """SHA-256 of the sizes of the files that hold the weights, and of 64 pages spread evenly over each.
+  def model_digest(self) -> str:
+    """SHA-256 of config.json, and of the sizes and 64 evenly spread pages of each file that holds weights.
 
-    Other weights of the same shapes differ in all pages; all bytes of a large model would take minutes.
+    It tells models apart, but may miss a change of a few tensors: to read all bytes may take minutes.
     """
-    found = hashlib.sha256()
+    found = hashlib.sha256((self.path / 'config.json').read_bytes() if self.path.is_dir() else b'')
     for path in self.reader.files:
       size = path.stat().st_size
       found.update(size.to_bytes(8, 'little'))

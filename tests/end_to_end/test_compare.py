@@ -214,9 +214,10 @@ def test_a_model_that_has_changed_since_a_cell_was_finished(files, tmp_path):
   start(config, path)
   weights = tmp_path / 'model/model.safetensors'
   save_file({name: 2 * array for name, array in load_file(weights).items()}, weights)
-  config.compare.grid = ({'prune.target': (0.9, 0.8)},)
-  with pytest.raises(InputError, match=r'config\.model\.source is not what the finished cell .*0\.9'):
-    start(config, path)
+  for more in ({'prune.target': (0.8,)}, {'prune.target': (0.8,), 'model.dtype': ('bfloat16',)}):
+    config.compare.grid = ({'prune.target': (0.9,)}, more)
+    with pytest.raises(InputError, match=r'config\.model\.source is not what the finished cell .*0\.9'):
+      start(config, path)
 
 
 def test_exports_of_a_recipe_are_not_for_cells(files, tmp_path):

@@ -94,11 +94,14 @@ def test_a_name_that_may_not_be_written_is_refused_before_the_run_starts(
     aj.save(aj.load(files / 'model'), tmp_path / 'out', push=push)
 
 
-def test_a_hub_that_is_away_is_told_from_a_refusal(files, monkeypatch):
+def test_a_hub_that_is_away_is_told_from_a_refusal(tmp_path, monkeypatch):
   with stand_in.hub() as server:
     stand_in.use(server, monkeypatch)
   with pytest.raises(Unreachable, match="'org/small': org/small cannot be written .*Connection refused"):
     check_token(ExportOptions(push='org/small'))
+  (tmp_path / 'hf').mkdir()
+  with pytest.raises(Unreachable, match='the exports are complete: run the same command again'):
+    upload(ExportOptions(push='org/small'), tmp_path)
 
 
 def test_without_a_token_nothing_starts(files, hub, tmp_path, monkeypatch):

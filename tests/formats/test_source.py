@@ -1,15 +1,17 @@
 """Where models come from: directories and hub ids."""
 
+import errno
 import json
 import shutil
 
 import huggingface_hub
 import pytest
+from safetensors.numpy import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from adapt_jax.models.errors import InputError, Unreachable
+from adapt_jax.models.errors import InputError, Unreachable, unreachable
 from adapt_jax.models.formats.gguf_tokenizer import PATTERNS
 from adapt_jax.models.formats.source import _tokenizer_from_directory, open_source
 from tests.formats.test_gguf_model import write_model
@@ -140,6 +142,44 @@ def test_a_class_that_splits_as_the_file_says_stays(files, tmp_path):
   (tmp_path / 'model' / 'tokenizer_config.json').write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
   found = _tokenizer_from_directory(tmp_path / 'model')
   assert type(found).__name__.startswith('Qwen2Tokenizer') and found.eos_token == '<|endoftext|>'
+
+
+def test_a_digest_tells_models_apart(files, tmp_path):
+  def digest(name, change):
+    path = tmp_path / name
+    shutil.copytree(files / 'model', path)
+    config, weights = path / 'config.json', path / 'model.safetensors'
+    change(config, weights)
+    return open_source(str(path)).model_digest()
+
+  def other_config(config, _):
+    config.write_text(json.dumps(json.loads(config.read_text()) | {'rms_norm_eps': 0.1}))
+
+  def other_weights(_, weights):
+    save_file({name: 2 * array for name, array in load_file(weights).items()}, weights)
+
+  same = digest('copy', lambda *_: None)
+  assert same == open_source(str(files / 'model')).model_digest()
+  assert len({same, digest('config', other_config), digest('weights', other_weights)}) == 3
+
+
+@pytest.mark.parametrize(
+  ('error', 'expected'),
+  [
+    (OSError(errno.ENETUNREACH, 'Network is unreachable'), True),
+    (TimeoutError(), True),
+    (OSError(errno.ENOENT, 'no such file'), False),
+    (ValueError(), False),
+  ],
+)
+def test_what_a_connection_has_caused(error, expected):
+  try:
+    try:
+      raise error
+    except (OSError, ValueError) as cause:
+      raise RuntimeError('of an HTTP library') from cause
+  except RuntimeError as found:
+    assert unreachable(found) is expected
 
 
 def test_a_tokenizer_model_alone_is_read(files, tmp_path):

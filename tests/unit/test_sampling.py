@@ -64,7 +64,7 @@ def test_a_nucleus_of_many_tokens_is_the_sorted_one():
 
 
 def test_noise_reaches_tokens_of_very_low_probability():
-  """The largest noise of 23 bits a token is 16: a token of 3e-8 would be drawn a fourteenth as often."""
+  """The noise of 23 bits is at most 16, so that a token of 3e-8 would be drawn a fourteenth as often."""
   settings = {'temperature': np.float32(1), 'top_k': np.int32(0), 'top_p': np.float32(1)}
   text = str(
     jax.make_jaxpr(sample)(np.zeros((1, 1000), np.float32), jax.random.split(jax.random.key(0), 1), settings)

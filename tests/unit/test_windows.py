@@ -472,7 +472,7 @@ def test_missing_paths_never_reach_the_hub(monkeypatch, entry):
 
 
 def test_a_name_that_cannot_be_one_is_explained():
-  message = message_of(check_source, ('2024=valid.txt',), FIELD, **NAMES)
+  message = message_of(check_source, ('2024=valid.txt',), 'config.evaluate.source', **NAMES)
   assert 'no such file' in message and 'a name before = begins with a letter' in message
 
 
