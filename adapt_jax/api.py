@@ -18,6 +18,7 @@ from adapt_jax.api_arguments import Text, as_library
 from adapt_jax.api_model import TRIMMED, Model, load, save
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import RunOptions
+from adapt_jax.data.documents import is_blocks, open_blocks
 from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.used_ids import used_ids
 from adapt_jax.data.windows import POOL_TOKENS, Blocks, check_targets, read_for, spread
@@ -27,6 +28,7 @@ from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import Sampling, stop_ids
 from adapt_jax.machine import mesh, processes
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.trimmed_source import ids_with_rows, trimmed_generation
@@ -60,7 +62,7 @@ def rows(
   text: Text,
   *,
   samples: int = 32,
-  length: int = 1024,
+  length: int | None = None,
   seed: int = 0,
   text_field: str = 'text',
   messages_field: str = 'messages',
@@ -69,16 +71,19 @@ def rows(
   """Calibration rows, int32 [samples, length], drawn from a text.
 
   text: a file, several, a directory, or a hub data set, as in `prune.calibration.source`; or token ids
-  [N, T]; or 'self': the model generates the rows (docs/texts.md). text_field, messages_field: fields of
-  .jsonl, .json, .parquet and hub rows that hold a text or a chat. Raises InputError if there are fewer rows.
+  [N, T]; or 'self': the model generates the rows (docs/texts.md). length: None is that of the ids, 1,024 for
+  texts. text_field, messages_field: fields of .jsonl, .json, .parquet and hub rows that hold a text or a
+  chat. Raises InputError if there are fewer rows.
   """
   with processes.silent(not progress):
     samples = arguments.calibration_samples(samples, seed)
+    length = arguments.row_length(text, length)
     if arguments.is_self(text, length, model.config, model.tokenizer):
       drawn = {'seed': [seed, self_text.CALIBRATION], 'dtype': compute_dtype('auto')}
       return self_text.in_memory(model.config, model.params, model.tokenizer, samples, length, **drawn)
     data = arguments.data_options(text_field, messages_field)
-    blocks = arguments.blocks(text, data, model.config, model.tokenizer, length, POOL_TOKENS)
+    most = max(POOL_TOKENS, samples * (length + 1))
+    blocks = arguments.blocks(text, data, model.config, model.tokenizer, length, most)
     return blocks.tokens[blocks.draw(samples, seed, 0)]
 
 
@@ -101,6 +106,8 @@ def trim_vocabulary(
   Raises InputError for a tokenizer that cannot be trimmed.
   """
   arguments.check_tokenizer(model.tokenizer)
+  if not arguments.is_ids(text) and is_blocks(arguments.entries(text)):
+    text = open_blocks(arguments.entries(text), 'text')
   if arguments.is_ids(text):
     used = np.unique(arguments.token_ids(text, model.config, 'text')).tolist()
   else:
@@ -239,8 +246,9 @@ def recover(
   """The model after training on `tokens` tokens of a text; `model` stays as it is.
 
   Args:
-    text: as `train.source`, several entries for a mixture; or token ids [N, T].
-    teacher: the dense model, to distil from. None: cross-entropy on the text.
+    text: a file, several for a mixture, a directory or a hub data set; or token ids [N, T], such as
+      rows(model, 'self', seed=1), which differ from those of other seeds.
+    teacher: the dense model, to distil from. None, or with distill={'alpha': 0.0}: cross-entropy on the text.
     text_field, messages_field: as for `rows`.
     options: other options of `config.train`, by name: lr, batch, length, schedule, weights and so on. Without
       lr, the learning rate follows from the weights of `model`.
@@ -259,7 +267,7 @@ def recover(
   steps = settings.tokens // (settings.batch * settings.length)
   dtype, compiler, tx = compute_dtype('auto'), Compiler(), optimizer(settings, steps)
   given = None
-  if teacher is not None:
+  if teacher is not None and settings.distill.alpha:
     given = Teacher(teacher.config, jax.tree.map(lambda x: x.astype(dtype), teacher.params))
   with processes.silent(not progress):
     data = arguments.data_options(text_field, messages_field)
@@ -340,6 +348,7 @@ def generate(
   stop = stop_ids(model.generation, model.tokenizer)
   with processes.silent(not progress):
     generator = Generator(model.config, model.params, compiler=Compiler(), dtype=compute_dtype('auto'))
-    new = generator.generate(ids, max_new_tokens, sampling, stop, seed)
+    with Progress('generate', len(ids) * max_new_tokens, 'tokens') as bar:
+      new = generator.generate(ids, max_new_tokens, sampling, stop, seed, progress=bar)
   texts = [model.tokenizer.decode(x, skip_special_tokens=True) for x in new]
   return texts[0] if isinstance(prompt, str) else texts

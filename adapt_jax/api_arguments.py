@@ -40,6 +40,8 @@ _OTHER_NAMES = {
   'config.train.source': 'text',
   'config.prune.hidden': 'hidden_size',
   'config.prune.calibration.batch': 'batch',
+  'config.data.cache': 'the cache directory, below XDG_CACHE_HOME',
+  'config.data.chat_template': 'chat_template of load()',
 }
 # Options of the command that functions of the library stand for.
 _OF_COMMAND = {
@@ -167,6 +169,8 @@ def train_options(
   given = {'tokens': tokens, 'save_every': 10**9, **options}
   if length and options.get('length', length) != length:
     raise InputError(f'length = {options["length"]!r}, but the rows of text have {length} ids: leave it out')
+  if length and options.get('layout', 'packed') != 'packed':
+    raise InputError(f'layout = {options["layout"]!r}, but the rows of text are full of ids: leave it out')
   given |= {'length': length} if length else {'source': entries(text)}
   distill = {'alpha': float(distils)} | dict(options.get('distill', {}))
   if distill.get('cache'):
@@ -286,6 +290,16 @@ def blocks(
   first = first_of_rows(config.traits, tokenizer)
   found = load_blocks(entries(text), tokenizer, length, **fields, max_tokens=most, first=first)
   check_vocab(int(found.tokens.max()), config.vocab_size, 'text')
+  return found
+
+
+def row_length(text: Text, length: int | None) -> int:
+  """The length of rows of a text. Raises InputError for another one than that of ids."""
+  if not isinstance(text, (np.ndarray, jax.Array)):
+    return 1024 if length is None else length
+  found = text.shape[-1] if text.ndim else 0  # `blocks` refuses these
+  if length not in (None, found):
+    raise InputError(f'length = {length!r}, but the rows of text have {found} ids: leave it out')
   return found
 
 

@@ -118,7 +118,10 @@ class TrainOptions:
     choices=('packed', 'padded'),
   )
   tokens: int = option(
-    0, 'Tokens of all stages, including padding; 0 only if nothing is trained (--mode=prune).', within=TOKENS
+    0,
+    'Tokens of all stages, including padding, rounded down to whole batches of batch * length; 0 only if '
+    'nothing is trained (--mode=prune).',
+    within=TOKENS,
   )
   batch: int = option(128, 'Rows per optimizer step.', within=COUNT)
   micro_batch: int = option(

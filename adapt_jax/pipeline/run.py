@@ -157,6 +157,8 @@ class Run:
     recovered: dict[str, float] = {}
     if self._recovery is not None:
       self._train(stage, state, self._recovery, start)
+      if state.train_step > self._saved_step:  # measurements may take long, and fail
+        self._save(state)
       if last:
         self._round_to_export(state)
       recovered = self._perplexity(state, 'recovered', stage)

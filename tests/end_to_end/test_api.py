@@ -187,6 +187,27 @@ def test_token_ids_stand_for_a_text(model, rows):
   assert aj.perplexity(better, rows) < value
 
 
+def test_rows_of_many_tokens_and_lengths_of_ids(model, tmp_path, rows):
+  ids = np.tile(np.arange(16, dtype=np.int32), (5000, 64))
+  np.save(tmp_path / 'ids.npy', ids)
+  assert aj.rows(model, tmp_path / 'ids.npy', samples=5000, length=1024).shape == (5000, 1024)
+  assert aj.rows(model, rows, samples=4).shape == (4, 16)
+  with pytest.raises(aj.InputError, match='^length = 64, but the rows of text have 16 ids'):
+    aj.rows(model, rows, samples=4, length=64)
+  small = aj.trim_vocabulary(model, tmp_path / 'ids.npy')
+  assert small.config == aj.trim_vocabulary(model, ids).config
+  with pytest.raises(aj.InputError, match='^text: the text is empty'):
+    (tmp_path / 'empty.txt').write_text('')
+    aj.trim_vocabulary(model, tmp_path / 'empty.txt')
+
+
+def test_a_teacher_that_nothing_is_learned_from_is_not_run(model, rows):
+  broken = dataclasses.replace(model, params=jax.tree.map(lambda x: x * np.nan, model.params))
+  options = {'tokens': 2 * 4 * 16, 'batch': 4, 'micro_batch': 4, 'lr': 1e-3}
+  found = aj.recover(model, rows, teacher=broken, distill={'alpha': 0.0}, **options)
+  chex.assert_trees_all_equal(found.params, aj.recover(model, rows, **options).params)
+
+
 def test_it_runs_on_the_callers_mesh(model, rows):
   automatic = (jax.sharding.AxisType.Auto,) * 3
   devices = jax.make_mesh((1, 2, 1), ('data', 'fsdp', 'tensor'), axis_types=automatic)

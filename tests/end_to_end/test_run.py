@@ -18,6 +18,7 @@ from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import accel, evaluate, export
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
+from adapt_jax.pipeline.stages import Recovery
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
 from adapt_jax.training.rate import with_rate
@@ -400,6 +401,31 @@ def test_a_text_that_has_changed_since_the_start_is_refused(finished, files, tmp
     source.write_text(before)
   report = start(runs.make_config(files), path)
   assert report['perplexity'] == finished[1]['perplexity']
+
+
+def test_training_is_saved_before_it_is_measured(files, tmp_path, monkeypatch):
+  """Tasks may take hours, and fail."""
+  config, path, taken = runs.make_config(files), tmp_path / 'out', []
+  config.prune.stages, config.train.save_every = 1, 10**6
+  measure, train = Quality.perplexity, Recovery.steps
+
+  def fail(self, config, params, of, *args):
+    if of == 'recovered':
+      raise InputError('out of memory')
+    return measure(self, config, params, of, *args)
+
+  def steps(self, *args):
+    for done in train(self, *args):
+      taken.append(done.step)
+      yield done
+
+  monkeypatch.setattr(Recovery, 'steps', steps)
+  with monkeypatch.context() as broken, pytest.raises(InputError, match='out of memory'):
+    broken.setattr(Quality, 'perplexity', fail)
+    start(config, path)
+  assert len(taken) == 24
+  start(config, path)
+  assert len(taken) == 24
 
 
 def test_other_weights_of_the_same_name_are_refused_on_a_resume(finished, files, tmp_path):

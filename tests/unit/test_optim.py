@@ -43,6 +43,15 @@ def test_cosine_ends_at_min_lr():
 def test_short_runs_have_positive_rates(steps):
   rate = learning_rate(options(), steps)
   assert all(1e-3 <= rate(s) <= 1.001e-2 for s in range(steps))
+  last = 1e-3 if steps > 1 else 1e-2
+  np.testing.assert_allclose(rate(steps - 1), last, rtol=1e-4)
+
+
+@pytest.mark.parametrize('warmup,last', [(0.95, 1e-3), (1.0, 1e-2)])
+def test_the_decay_follows_a_long_warm_up(warmup, last):
+  rate = learning_rate(options(warmup=warmup), 100)
+  np.testing.assert_allclose(rate(99), last, rtol=1e-4)
+  np.testing.assert_allclose(rate(94), 1e-2 * min(1, 95 / (100 * warmup)), rtol=1e-4)
 
 
 def test_shares_of_the_stages():
