@@ -70,7 +70,9 @@ def _title(report: RunReport, config: ModelConfig) -> str:
   heads = 'query heads' if heads_of(report)[0] == 'num_heads' else 'whole KV-head groups'
   removed = f'{heads} and MLP channels were removed, and layers may differ in width'
   widths = [pair for _, *pairs in _widths_of(report) for pair in pairs]
-  if widths and 'base' not in report['model'] and all(now in (0, dense) for now, dense in widths):
+  if 'base' in report['model']:  # the report knows only what the last pruning removed
+    removed = 'attention heads, MLP channels or whole layers were removed, and layers may differ in width'
+  elif widths and all(now in (0, dense) for now, dense in widths):
     removed = 'whole layers were removed'
   retrained = ' and retrained' if _tokens(report) else ''
   pruned = f'{counts}: {removed}. Pruned{retrained} by adapt-jax.'

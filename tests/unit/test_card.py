@@ -182,6 +182,7 @@ def test_a_pruned_model_whose_vocabulary_is_trimmed_is_called_pruned():
   report['model'] |= {'source': 'pruned', 'hub': False, 'base': base, **vocabulary}
   text = parsed(report)[1]
   assert '# org/Base-1.5B, pruned to' in text and 'was trimmed to 61 of 81 tokens' in text
+  assert 'attention heads, MLP channels or whole layers were removed' in text  # an earlier run is not known
 
 
 @pytest.mark.parametrize(
