@@ -299,6 +299,7 @@ def test_a_hub_that_is_away_at_a_restart_is_no_bad_input(tmp_path, monkeypatch, 
   monkeypatch.setattr(cli.app, 'run', main)
   monkeypatch.setattr(cli.processes, 'leave', leave)
   monkeypatch.setattr(cli, '_WORKDIR', types.SimpleNamespace(value=str(tmp_path), present=True))
+  monkeypatch.setattr(cli, '_MODE', types.SimpleNamespace(value='prune'))
   if started:
     (tmp_path / 'run.json').write_text('{}')
   with pytest.raises(SystemExit) as caught:
