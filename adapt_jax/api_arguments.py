@@ -296,7 +296,8 @@ def blocks(
 def row_length(text: Text, length: int | None) -> int:
   """The length of rows of a text. Raises InputError for another one than that of ids."""
   if not isinstance(text, (np.ndarray, jax.Array)):
-    return 1024 if length is None else length
+    asked = {'calibration': {'length': 1024 if length is None else length}}
+    return from_dict({'prune': asked}).prune.calibration.length
   found = text.shape[-1] if text.ndim else 0  # `blocks` refuses these
   if length not in (None, found):
     raise InputError(f'length = {length!r}, but the rows of text have {found} ids: leave it out')

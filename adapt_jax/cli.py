@@ -282,10 +282,8 @@ def run() -> None:
   try:
     app.run(main, flags_parser=_parse)
   except Unreachable as error:  # a run that was started has reached it before, and may again
-    from datasets.config import HF_HUB_OFFLINE  # then it never will
-
     started = _MODE.value in _RUN and exists(local(_WORKDIR.value) / 'run.json')
-    _fail(str(error), _LATER if started and not HF_HUB_OFFLINE else 2)
+    _fail(str(error), _LATER if started else 2)
   except InputError as error:
     _fail(str(error))
   except preemption.Preempted as stop:

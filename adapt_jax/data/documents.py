@@ -311,7 +311,8 @@ def _hub_rows(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, row in enumerate(found, 1):
       yield f'{entry}: row {number}', row
   except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-    kind = Unreachable if unreachable(error) else InputError
+    away = unreachable(error) and not datasets.config.HF_HUB_OFFLINE  # then it always will be
+    kind = Unreachable if away else InputError
     raise kind(
       f'{entry}: no such file, and not loadable as a hub data set ({first_line(error)}): '
       'check the name, config and split, or download its files and give their paths'

@@ -70,7 +70,7 @@ def _title(report: RunReport, config: ModelConfig) -> str:
   heads = 'query heads' if heads_of(report)[0] == 'num_heads' else 'whole KV-head groups'
   removed = f'{heads} and MLP channels were removed, and layers may differ in width'
   widths = [pair for _, *pairs in _widths_of(report) for pair in pairs]
-  if 'base' in report['model']:  # the report knows only what the last pruning removed
+  if before != report['model'].get('params_before', before):  # the report knows only the last pruning
     removed = 'attention heads, MLP channels or whole layers were removed, and layers may differ in width'
   elif widths and all(now in (0, dense) for now, dense in widths):
     removed = 'whole layers were removed'

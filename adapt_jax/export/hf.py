@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from adapt_jax.export.float16 import check_range
+from adapt_jax.export.float16 import check_weights
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError, disk_full, first_line
 from adapt_jax.models.files import new_directory, write_text
 from adapt_jax.models.formats.hf_config import config_to_hf
-from adapt_jax.models.formats.hf_weights import leaves, save_params
+from adapt_jax.models.formats.hf_weights import save_params
 from adapt_jax.models.network.llama import Params
 
 _CODE = pathlib.Path(__file__).parent / 'hf_code'
@@ -49,8 +49,7 @@ def write_hf(
   the disk is full.
   """
   dtype = None if dtype is None else np.dtype(dtype)
-  if dtype == np.float16:
-    check_range(params, leaves(config), 'choose bfloat16 or float32 as config.export.dtype')
+  check_weights(config, params, dtype)
   if jax.process_index() != 0:
     save_params(config, params, None, dtype)
     return

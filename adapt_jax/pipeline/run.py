@@ -8,6 +8,7 @@ import jax
 
 from adapt_jax.config.identity import settings
 from adapt_jax.config.options import RunOptions
+from adapt_jax.export.float16 import check_weights
 from adapt_jax.export.writer import Writer, written_dtype
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
@@ -272,6 +273,7 @@ class Run:
   def _round_to_export(self, state: RunState) -> None:
     """Rounds the weights as the export does, so that the last perplexity is that of the exported weights."""
     if (dtype := self._export_dtype()) is not None:
+      check_weights(self._config(state), state.params, dtype)
       rounded = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), state.params)
       state.hold(state.arrays | {'params': rounded})
 

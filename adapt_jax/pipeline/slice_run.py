@@ -11,6 +11,7 @@ import jax
 
 from adapt_jax.config.identity import settings
 from adapt_jax.config.options import RunOptions
+from adapt_jax.export.float16 import check_weights
 from adapt_jax.export.writer import Writer, written_dtype
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
@@ -94,6 +95,7 @@ class SliceRun:
       compiler=self._compiler,
     )
     if dtype is not None:  # measured as they will be written
+      check_weights(small, params, dtype)
       params = jax.tree.map(lambda x: x.astype(dtype), params)
     perplexity = self._quality.perplexity(small, params, 'pruned', 1, 0)
     if options.evaluate.has_tasks:

@@ -26,7 +26,7 @@ def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
     steps = max(total_steps - warmup - 1, 1)
     falling = optax.cosine_decay_schedule(lr, steps, alpha=low / lr if lr else 0.0)
     return optax.join_schedules([rising, falling], [warmup])
-  # Also a short run ends at `min_lr`, if it has a second step after the warm-up.
+  # Also a short run ends at `min_lr`, if a step is left after the warm-up, or after the first without one.
   decay = min(max(int(round(DECAY * total_steps)), 1), max(total_steps - max(warmup, 1), 0))
   # Shifted by one step, as in the warm-up, so that the last step runs at `min_lr`.
   falling = optax.linear_schedule(lr + (low - lr) / max(decay, 1), low, max(decay - 1, 1))

@@ -239,7 +239,12 @@ def _fetch(name: str, field: str, download: Callable[..., Any], **options: Any) 
     return pathlib.Path(download(name, **options))
   except Exception as error:  # the hub's errors and those of its HTTP library share no other class
     reason = 'it cannot be reached, and its cache lacks the model' if offline else first_line(error)
-    kind = Unreachable if offline or unreachable(error) else InputError
+    import huggingface_hub
+
+    away = (
+      offline or unreachable(error)
+    ) and not huggingface_hub.constants.HF_HUB_OFFLINE  # it always will be
+    kind = Unreachable if away else InputError
     raise kind(f'{field} {name!r}: no such directory, and the hub download failed ({reason})') from None
 
 

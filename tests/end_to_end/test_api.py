@@ -332,6 +332,7 @@ def _with_other_groups():
     (lambda m, r, f: aj.rows(m, 'self', length=0), ('length = 0', 'between')),
     (lambda m, r, f: aj.rows(dataclasses.replace(m, tokenizer=None), 'self'), ('no tokenizer',)),
     (lambda m, r, f: aj.rows(m, f / 'train.txt', seed='a'), ("seed = 'a'", 'int')),
+    (lambda m, r, f: aj.rows(m, f / 'train.txt', length='64'), ("length = '64'", 'int')),
     (
       lambda m, r, f: aj.recover(m, r, tokens=64, batch=4, teacher='out'),
       ('teacher is a str', 'pass a Model'),

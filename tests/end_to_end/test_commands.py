@@ -285,9 +285,17 @@ def test_an_output_that_lacks_a_character_or_is_closed_does_not_end_a_run(monkey
 
 
 @pytest.mark.parametrize(
-  'error, started, code', [(Unreachable, True, 75), (Unreachable, False, 2), (InputError, True, 2)]
+  'error, mode, started, code',
+  [
+    (Unreachable, 'prune', True, 75),
+    (Unreachable, 'prune', False, 2),
+    (Unreachable, 'generate', True, 2),  # of another run's directory
+    (InputError, 'prune', True, 2),
+  ],
 )
-def test_a_hub_that_is_away_at_a_restart_is_no_bad_input(tmp_path, monkeypatch, capsys, error, started, code):
+def test_a_hub_that_is_away_at_a_restart_is_no_bad_input(
+  tmp_path, monkeypatch, capsys, error, mode, started, code
+):
   """Schedulers start a run again unless it ends with code 2."""
 
   def main(*_, **__):
@@ -299,7 +307,7 @@ def test_a_hub_that_is_away_at_a_restart_is_no_bad_input(tmp_path, monkeypatch, 
   monkeypatch.setattr(cli.app, 'run', main)
   monkeypatch.setattr(cli.processes, 'leave', leave)
   monkeypatch.setattr(cli, '_WORKDIR', types.SimpleNamespace(value=str(tmp_path), present=True))
-  monkeypatch.setattr(cli, '_MODE', types.SimpleNamespace(value='prune'))
+  monkeypatch.setattr(cli, '_MODE', types.SimpleNamespace(value=mode))
   if started:
     (tmp_path / 'run.json').write_text('{}')
   with pytest.raises(SystemExit) as caught:

@@ -78,15 +78,14 @@ def test_every_export_is_the_same_model(files, finished):
     assert aj.perplexity(aj.load(finished / form), valid, length=32) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_run_resumes_to_the_same_bits(files, finished, tmp_path):
-  path = tmp_path / 'out'
-  shutil.copytree(finished, path)
-  for name in ('hf', 'hf_padded', 'gguf', 'gguf_padded'):
-    shutil.rmtree(path / name)
-  (path / 'report.json').unlink()
-  numbers = sorted(int(p.name) for p in (path / 'checkpoints').iterdir())
-  shutil.rmtree(path / f'checkpoints/{numbers[-1]}')
-  runs.in_process(make_config(files, **{'prune.target': 0.7}), path)
+def test_a_run_resumes_to_the_same_bits(files, finished, tmp_path, monkeypatch):
+  config, path = make_config(files, **{'prune.target': 0.7}), tmp_path / 'out'
+  with monkeypatch.context() as broken, pytest.raises(InputError, match='killed'):
+    runs.steps_of(broken, 4)  # saved after step 3
+    runs.in_process(config, path)
+  taken = runs.steps_of(monkeypatch)
+  runs.in_process(config, path)
+  assert taken == [4]
   runs.assert_same_end(path, finished)
 
 

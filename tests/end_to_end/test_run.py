@@ -18,7 +18,6 @@ from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import accel, evaluate, export
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
-from adapt_jax.pipeline.stages import Recovery
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
 from adapt_jax.training.rate import with_rate
@@ -283,30 +282,15 @@ def test_bfloat16_compute_trains_fp32_master_weights(files, tmp_path):
   assert {str(x.dtype) for x in saved.values()} == {'bfloat16'}  # as in the source
 
 
-def steps_of(patch, last=None):
-  """A list that gets the training steps of later runs; they fail after step `last`."""
-  taken, train = [], Recovery.steps
-
-  def steps(self, *args):
-    for done in train(self, *args):
-      taken.append(done.step)
-      yield done
-      if done.step == last:
-        raise InputError('killed')
-
-  patch.setattr(Recovery, 'steps', steps)
-  return taken
-
-
 def test_a_bfloat16_first_moment_survives_a_kill(files, tmp_path, monkeypatch):
   config = runs.make_config(files)
   config.prune.stages, config.train.mu_dtype = 1, 'bfloat16'
   report = start(config, tmp_path / 'whole')
   assert report['perplexity']['recovered'] < report['perplexity']['pruned']
   with monkeypatch.context() as broken, pytest.raises(InputError, match='killed'):
-    steps_of(broken, 23)  # saved after step 21
+    runs.steps_of(broken, 23)  # saved after step 21
     start(config, tmp_path / 'out')
-  taken = steps_of(monkeypatch)
+  taken = runs.steps_of(monkeypatch)
   assert start(config, tmp_path / 'out')['perplexity'] == report['perplexity']
   assert taken == [22, 23, 24]
 
@@ -427,7 +411,7 @@ def test_training_is_saved_before_it_is_measured(files, tmp_path, monkeypatch):
       raise InputError('out of memory')
     return measure(self, config, params, of, *args)
 
-  taken = steps_of(monkeypatch)
+  taken = runs.steps_of(monkeypatch)
   with monkeypatch.context() as broken, pytest.raises(InputError, match='out of memory'):
     broken.setattr(Quality, 'perplexity', fail)
     start(config, path)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -279,11 +280,12 @@ def test_fewer_layers_break_a_pattern_that_llama_cpp_takes_for_granted():
   check_result(options, gemma.with_layers(gemma.layers[:1]), whole_layers=True)  # the last layer stays
 
 
-def test_weights_beyond_float16(tmp_path):
+@pytest.mark.parametrize('place', [jax.device_put, np.asarray])
+def test_weights_beyond_float16(tmp_path, place):
   config = MODELS['llama']
   params = random_params(config)
   params['embed'] = np.array(params['embed'])
   params['embed'][-1, 0] = 1e6  # of a token that no checked text has
   with pytest.raises(InputError, match='^tensor model.embed_tokens.weight .* choose bfloat16 or float32 as'):
-    writer(tmp_path, ('hf',), dtype='float16').write(config, params)
+    writer(tmp_path, ('hf',), dtype='float16').write(config, jax.tree.map(place, params))
   assert not list(tmp_path.iterdir())

@@ -4,10 +4,12 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from adapt_jax.config.build import from_dict
@@ -15,9 +17,12 @@ from adapt_jax.config.identity import identity
 from adapt_jax.configs import base
 from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
 from adapt_jax.modes import accel
+from adapt_jax.pipeline.stages import Recovery
 from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.training.loop import Trained
 from tests.support import forks
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
@@ -121,3 +126,19 @@ def assert_same_end(path: pathlib.Path, reference: pathlib.Path) -> None:
   assert logs[0] == logs[1]
   plans = [json.loads((p / 'plan.json').read_text()) for p in (path, reference)]
   assert plans[0] == plans[1]
+
+
+def steps_of(patch: pytest.MonkeyPatch, last: int | None = None) -> list[int]:
+  """A list that gets the training steps of later runs in this process; they fail after step `last`."""
+  taken: list[int] = []
+  train = Recovery.steps
+
+  def steps(self: Recovery, *args: Any) -> Iterator[Trained]:
+    for done in train(self, *args):
+      taken.append(done.step)
+      yield done
+      if done.step == last:
+        raise InputError('killed')
+
+  patch.setattr(Recovery, 'steps', steps)
+  return taken
