@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +192,7 @@ def generate_options(seed: int, **options: Any) -> RunOptions:
   return from_dict({'seed': seed, 'generate': options})
 
 
-def is_ids(text: Text) -> bool:
+def is_ids(text: Text) -> TypeGuard[np.ndarray | jax.Array]:
   return isinstance(text, (np.ndarray, jax.Array))
 
 
@@ -295,13 +295,13 @@ def blocks(
 
 def row_length(text: Text, length: int | None) -> int:
   """The length of rows of a text. Raises InputError for another one than that of ids."""
-  if not isinstance(text, (np.ndarray, jax.Array)):
-    asked = {'calibration': {'length': 1024 if length is None else length}}
-    return from_dict({'prune': asked}).prune.calibration.length
-  found = text.shape[-1] if text.ndim else 0  # `blocks` refuses these
-  if length not in (None, found):
-    raise InputError(f'length = {length!r}, but the rows of text have {found} ids: leave it out')
-  return found
+  if is_ids(text):
+    found = text.shape[-1] if text.ndim else 0  # `blocks` refuses these
+    if length not in (None, found):
+      raise InputError(f'length = {length!r}, but the rows of text have {found} ids: leave it out')
+    return found
+  asked = {'calibration': {'length': 1024 if length is None else length}}
+  return from_dict({'prune': asked}).prune.calibration.length
 
 
 def train_set(

@@ -8,10 +8,8 @@ import socket
 
 _FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _DENIED = tuple(os.strerror(number) for number in (errno.EROFS, errno.EACCES, errno.EPERM))
-_LONGEST, _FIRST = 2000, 1500  # characters of a message, and those that are kept of its beginning
-
-
 _NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
+_LONGEST, _FIRST = 2000, 1500  # characters of a message, and those that are kept of its beginning
 
 
 class InputError(ValueError):
@@ -33,14 +31,20 @@ class Unreachable(InputError):
 
 
 def unreachable(error: BaseException | None) -> bool:
-  """Whether a connection that failed caused the error; HTTP libraries wrap the system's errors."""
+  """Whether a connection that failed caused the error, and not the user's wish to stay offline.
+
+  HTTP libraries wrap the system's errors.
+  """
+  found = False
   while error is not None:
-    if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
-      return True
-    if isinstance(error, OSError) and error.errno in _NO_ROUTE:
-      return True
+    if (
+      type(error).__name__ == 'OfflineModeIsEnabled'
+    ):  # by name: huggingface_hub is imported where it is used
+      return False
+    found |= isinstance(error, (ConnectionError, TimeoutError, socket.gaierror))
+    found |= isinstance(error, OSError) and error.errno in _NO_ROUTE
     error = error.__cause__ or error.__context__
-  return False
+  return found
 
 
 def first_line(error: BaseException) -> str:

@@ -290,7 +290,7 @@ def _articles(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str,
   """Joins the rows of WikiText, its lines, to articles, each of which begins with a heading ' = Title = '."""
   place, lines = '', list[str]()
   for where, row in rows:
-    line = str(row.get('text'))
+    line = row.get('text') or ''
     if lines and _HEADING.fullmatch(line):
       yield place, {'text': ''.join(lines)}
       lines = []
@@ -311,8 +311,8 @@ def _hub_rows(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, row in enumerate(found, 1):
       yield f'{entry}: row {number}', row
   except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-    away = unreachable(error) and not datasets.config.HF_HUB_OFFLINE  # then it always will be
-    kind = Unreachable if away else InputError
+    # `datasets` leaves out the cause, so its offline mode is not seen in the error.
+    kind = Unreachable if unreachable(error) and not datasets.config.HF_HUB_OFFLINE else InputError
     raise kind(
       f'{entry}: no such file, and not loadable as a hub data set ({first_line(error)}): '
       'check the name, config and split, or download its files and give their paths'

@@ -66,7 +66,7 @@ def _draw(logits_BV: jax.Array, keys_B: jax.Array, settings: dict[str, jax.Array
   top_k = jnp.where(settings['top_k'] > 0, settings['top_k'], p_BV.shape[-1]).astype(jnp.float32)
   p_BV = _likeliest(p_BV, jnp.ones_like(p_BV), top_k)
   need_B = jnp.maximum(settings['top_p'] * p_BV.sum(-1), jnp.finfo(jnp.float32).tiny)  # at least one
-  p_BV = jnp.where(settings['top_p'] < 1, _likeliest(p_BV, p_BV, need_B), p_BV)
+  p_BV = _likeliest(p_BV, p_BV, need_B)
   # The default mode hardly ever draws tokens less likely than 3e-8, of which a large vocabulary has many.
   draw = functools.partial(jax.random.categorical, mode='high')
   return jax.vmap(draw)(keys_B, jnp.log(p_BV)).astype(jnp.int32)

@@ -158,8 +158,6 @@ class Run:
     recovered: dict[str, float] = {}
     if self._recovery is not None:
       self._train(stage, state, self._recovery, start)
-      if state.train_step > self._saved_step:  # measurements may take long, and fail
-        self._save(state)
       if last:
         self._round_to_export(state)
       recovered = self._perplexity(state, 'recovered', stage)
@@ -187,8 +185,7 @@ class Run:
       self._metrics.write('train', stage=stage, step=done.step, **done.metrics)
       if done.state is not None:
         state.record_seconds(time.monotonic() - start)
-        if done.step < self._schedule.end(stage):
-          self._save(state)
+        self._save(state)  # also at the end, since the stage's measurements may take long, and fail
 
   def _estimate(self, stage: int, done: Trained, seconds: float | None) -> None:
     """Reports the run's expected time, after two training steps; `seconds`: a stage's pruning, if known."""

@@ -36,8 +36,6 @@ _TOKENIZER_SUFFIXES = ('.json', '.model', '.txt', '.jinja')
 # Subfolders hold other formats; Mistral's and Meta's own files hold the same weights again.
 _NOT_FROM_HUB = ['*/*', 'consolidated*']
 _LARGEST = 2**31 - 1  # of a setting of generation
-
-
 _PAGES, _PAGE = 64, 4096  # of a file, to recognise its contents
 
 
@@ -239,12 +237,7 @@ def _fetch(name: str, field: str, download: Callable[..., Any], **options: Any) 
     return pathlib.Path(download(name, **options))
   except Exception as error:  # the hub's errors and those of its HTTP library share no other class
     reason = 'it cannot be reached, and its cache lacks the model' if offline else first_line(error)
-    import huggingface_hub
-
-    away = (
-      offline or unreachable(error)
-    ) and not huggingface_hub.constants.HF_HUB_OFFLINE  # it always will be
-    kind = Unreachable if away else InputError
+    kind = Unreachable if offline or unreachable(error) else InputError
     raise kind(f'{field} {name!r}: no such directory, and the hub download failed ({reason})') from None
 
 
@@ -252,7 +245,8 @@ def _no_hub() -> bool:
   """Whether the hub's name cannot be resolved: asking it would take half a minute, its cache none."""
   import huggingface_hub
 
-  if urllib.request.getproxies():  # which resolve it themselves
+  # Proxies resolve it themselves, and in offline mode only the cache is asked anyway.
+  if urllib.request.getproxies() or huggingface_hub.constants.HF_HUB_OFFLINE:
     return False
   try:
     socket.getaddrinfo(urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname, None)

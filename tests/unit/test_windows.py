@@ -196,6 +196,10 @@ def test_a_hub_that_is_away_is_told_from_a_wrong_name(monkeypatch):
   monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
   with pytest.raises(Unreachable, match="Couldn't reach 'org/name'"):
     check_source(('org/name',), FIELD, **NAMES)
+  monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)  # then it always will be
+  with pytest.raises(InputError, match="Couldn't reach 'org/name'") as caught:
+    check_source(('org/name',), FIELD, **NAMES)
+  assert not isinstance(caught.value, Unreachable)
 
 
 def test_npy_is_taken_as_it_is(tmp_path):
