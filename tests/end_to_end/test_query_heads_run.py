@@ -81,7 +81,7 @@ def test_every_export_is_the_same_model(files, finished):
 def test_a_run_resumes_to_the_same_bits(files, finished, tmp_path, monkeypatch):
   config, path = make_config(files, **{'prune.target': 0.7}), tmp_path / 'out'
   with monkeypatch.context() as broken, pytest.raises(InputError, match='killed'):
-    runs.steps_of(broken, 4)  # saved after step 3
+    runs.steps_of(broken, 3)  # which is saved; step 4 is the last
     runs.in_process(config, path)
   taken = runs.steps_of(monkeypatch)
   runs.in_process(config, path)
