@@ -309,12 +309,7 @@ def run() -> None:
     if not jax.distributed.is_initialized():
       raise
     traceback.print_exc()
-    if isinstance(error, jax.errors.JaxRuntimeError):
-      print(
-        'error: this process cannot continue, probably because another one of the run has ended: start all '
-        'of them again to resume from the last checkpoint',
-        file=sys.stderr,
-      )
+    processes.explain(error)
     processes.leave(1)
 
 

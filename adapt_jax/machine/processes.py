@@ -138,6 +138,21 @@ def leave(code: int) -> NoReturn:
   os._exit(code)  # JAX would first wait for all processes, some of which wait for this one
 
 
+def explain(error: BaseException) -> None:
+  """Says what to do if `error` is one of JAX among several processes.
+
+  Call it where the error is caught, before other work: JAX's heartbeat, which makes a barrier fail, also ends
+  this process, some milliseconds later and in words of its own.
+  """
+  if isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized():
+    print(
+      'error: this process cannot continue, probably because another one of the run has ended: start all '
+      'of them again to resume from the last checkpoint',
+      file=sys.stderr,
+      flush=True,
+    )
+
+
 def _barrier(name: str, timeout_ms: int) -> None:
   orbax.checkpoint.multihost.get_barrier_sync_fn()(key=name, timeout_ms=timeout_ms)
 
@@ -161,7 +176,11 @@ def decide(find: Callable[[], Any]) -> Any:
     except (Exception, OutputClosed) as error:
       told, failure = {'error': f'process 0 failed: {first_line(error)}'}, error
   # A collective could time out while the first process tokenises.
-  _barrier(f'decision {_decisions}', _PATIENCE_MS)
+  try:
+    _barrier(f'decision {_decisions}', _PATIENCE_MS)
+  except jax.errors.JaxRuntimeError as error:
+    explain(error)
+    raise
   told = json.loads(_broadcast(json.dumps(told).encode()))
   if failure:
     raise failure

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from adapt_jax.machine.processes import decide
+from adapt_jax.machine.processes import decide, explain
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import json_checksum, regular
 
@@ -58,7 +58,8 @@ class Checkpoints:
       with _one_error():
         self._manager.save(number, args=items)
         self._manager.wait_until_finished()
-    except Exception:  # any error, raised again: those of orbax and tensorstore share no class
+    except Exception as error:  # any, raised again: those of orbax and tensorstore share no class
+      explain(error)
       self._remove_unfinished()
       raise
 

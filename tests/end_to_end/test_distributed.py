@@ -118,8 +118,9 @@ def test_one_of_two_killed_at_a_random_moment(starters, together):
   ends = pair(starters, path, victim, kill='SIGKILL', after=after)
   moment = f'seed {SEED}: process {victim} after {after}'
   assert ends[victim][0] == -signal.SIGKILL and ends[1 - victim][0] not in (0, 2), moment
-  if victim == 1:  # the first process has nobody above it that would end it with less to say
-    assert 'start all of them again' in ends[0][1], moment
+  if victim == 1:  # or, if it waited in a barrier and its line came late, in the words of JAX, which ends it
+    told = ('start all of them again', 'This most likely indicates that another task died')
+    assert any(line in ends[0][1] for line in told), (moment, ends)
   ends = pair(starters, path)
   assert [code for code, _ in ends] == [0, 0], (moment, ends)
   runs.assert_same_end(path, together)

@@ -52,6 +52,21 @@ def saved(tmp_path_factory):
   return path
 
 
+def test_a_lost_process_is_told_before_anything_else(tmp_path, monkeypatch, capfd):
+  """JAX ends this process, in words of its own, milliseconds after the barrier has failed."""
+  checkpoints, told = Checkpoints(tmp_path / 'checkpoints'), []
+
+  def fails(*args, **options):
+    raise jax.errors.JaxRuntimeError('INTERNAL: Barrier failed because: task is set to ERROR')
+
+  monkeypatch.setattr(checkpoints._manager, 'save', fails)
+  monkeypatch.setattr(checkpoints, '_remove_unfinished', lambda: told.append(capfd.readouterr().err))
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    checkpoints.save(numbers(0), META[0])
+  assert len(told) == 1 and 'start all of them again to resume from the last checkpoint' in told[0]
+
+
 def test_saving_does_not_ask_for_sigterm(tmp_path, monkeypatch):
   """JAX has one counter for all who ask, and would stop the run's processes at a number long gone by."""
   asked = []
