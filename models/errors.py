@@ -37,9 +37,7 @@ def unreachable(error: BaseException | None) -> bool:
   """
   found = False
   while error is not None:
-    if (
-      type(error).__name__ == 'OfflineModeIsEnabled'
-    ):  # by name: huggingface_hub is imported where it is used
+    if type(error).__name__ == 'OfflineModeIsEnabled':  # huggingface_hub is imported where it is used
       return False
     found |= isinstance(error, (ConnectionError, TimeoutError, socket.gaierror))
     found |= isinstance(error, OSError) and error.errno in _NO_ROUTE
