@@ -16,7 +16,7 @@ hidden: a hidden size of 512 instead of 576, as many parameters pruned from the 
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
 own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind.
 qwen: on Qwen2.5-Coder-0.5B-Instruct, mostly with fewer tokens: both losses, least squares, the control, 1 and
-  4 rounds at 60 % kept, three times the tokens, as many tokens as the others, and adapt in 10 steps.
+  4 rounds at 60 % kept, three times the tokens, 100 and 300 thousand tokens, and adapt in 10 steps.
 
 All but own calibrate and train on equal shares of three kinds of text. All measure each kind separately on
 held-out documents; scripts/mixed_texts.py makes the files. All but qwen take the model of configs/demo.py,
@@ -70,7 +70,7 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     {'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},
     {'prune.compensate': ('least_squares', 'none'), 'train.distill.alpha': (1.0,)},
     {'prune.target': (0.6,), 'prune.stages': (1, 4), 'train.distill.alpha': (1.0,)},
-    {'train.tokens': (_FEW_QWEN, 3 * _FEW_QWEN, _FEW), 'train.distill.alpha': (1.0,)},
+    {'train.tokens': (_FEW_QWEN, 3 * _FEW_QWEN, _FEW, 3 * _FEW), 'train.distill.alpha': (1.0,)},
     {'train.distill.alpha': (0.0, 1.0)} | _ADAPT | {'prune.steps': (10,), 'prune.amplitude': (0.1,)},
   ),
 }
