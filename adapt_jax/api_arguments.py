@@ -37,11 +37,11 @@ _FIELD = re.compile(r'\bconfig\.((?:\w+\.)*)(\w+)')
 _NAMES = {name for field, _ in declarations() for name in field.split('.')}
 # Arguments of the library that are called otherwise in the config.
 _OTHER_NAMES = {
-  'config.train.source': 'text',
-  'config.prune.hidden': 'hidden_size',
-  'config.prune.calibration.batch': 'batch',
-  'config.data.cache': 'the cache directory, below XDG_CACHE_HOME',
-  'config.data.chat_template': 'chat_template of load()',
+  'train.source': 'text',
+  'prune.hidden': 'hidden_size',
+  'prune.calibration.batch': 'batch',
+  'data.cache': 'the cache directory, below XDG_CACHE_HOME',
+  'data.chat_template': 'chat_template of load()',
 }
 # Options of the command that functions of the library stand for.
 _OF_COMMAND = {

@@ -112,7 +112,7 @@ def _options(mode: str) -> RunOptions:
   if mode in ('prune', 'sensitivity'):
     return dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
   if mode == 'accel' and options.train.tokens == 0:
-    raise InputError('config.train.tokens = 0, but mode accel trains: set it, or use --mode=prune')
+    raise InputError('train.tokens = 0, but mode accel trains: set it, or use --mode=prune')
   return options
 
 

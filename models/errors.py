@@ -1,10 +1,12 @@
 """Errors that a user can correct: an exception for bad input, and detection of a full or read-only disk."""
 
+import contextlib
 import errno
 import os
 import pathlib
 import re
 import socket
+from collections.abc import Iterator
 
 _FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _DENIED = tuple(os.strerror(number) for number in (errno.EROFS, errno.EACCES, errno.EPERM))
@@ -28,6 +30,26 @@ class InputError(ValueError):
 
 class Unreachable(InputError):
   """Raised for a name that may be of the hub, while the hub cannot be reached."""
+
+
+@contextlib.contextmanager
+def reading(what: str, path: object = '', remedy: str = 'check the file') -> Iterator[None]:
+  """Turns any error of the block into one InputError: what was read, which file, the reason, what to do.
+
+  The boundary of each reader of files of others, in place of a check for each way in which they may be damaged.
+  Also catches panics of the tokenizers library, which are no `Exception`. A full disk is not the file's fault.
+  """
+  try:
+    yield
+  except InputError:
+    raise
+  except BaseException as error:
+    panic = type(error).__name__ == 'PanicException'
+    if not (panic or isinstance(error, Exception)) or disk_full(error):
+      raise
+    reason = getattr(error, 'strerror', None) or first_line(error)
+    kind = '' if isinstance(error, (OSError, ValueError)) else f'{type(error).__name__}: '
+    raise InputError(f'{" ".join(filter(None, (what, str(path))))}: {kind}{reason}: {remedy}') from error
 
 
 def unreachable(error: BaseException | None) -> bool:

@@ -7,9 +7,7 @@ the time.
 
 import os
 import pathlib
-import shutil
 import sys
-import tempfile
 
 import jax
 import pytest
@@ -30,15 +28,10 @@ jax.config.update('jax_num_cpu_devices', 4)
 
 
 def pytest_configure(config):
-  """The process that starts the others makes the place for programs; those have it from their environment."""
-  if not hasattr(config, 'workerinput'):
-    os.environ[CACHE] = tempfile.mkdtemp(prefix='adapt-jax-programs-')
+  """Compiled programs are kept from one session of tests to the next; their keys hold program and flags."""
+  os.environ.setdefault(CACHE, str(pathlib.Path.home() / f'.cache/adapt-jax/tests-jax-{jax.__version__}'))
+  pathlib.Path(os.environ[CACHE]).mkdir(parents=True, exist_ok=True)
   programs.keep()
-
-
-def pytest_unconfigure(config):
-  if not hasattr(config, 'workerinput'):
-    shutil.rmtree(os.environ[CACHE], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

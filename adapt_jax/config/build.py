@@ -24,22 +24,26 @@ def from_dict(values: Any) -> RunOptions:
 
   Raises InputError naming field, value and remedy.
   """
-  options: RunOptions = _build(RunOptions, values, 'config')
+  options: RunOptions = _build(RunOptions, values, '')
   for field, declared in declarations():
-    _check(f'config.{field}', declared, get(options, field))
+    _check(field, declared, get(options, field))
   rules.check(options)
   return options
 
 
 def _build(cls: Any, values: Any, where: str) -> Any:
   if not isinstance(values, dict):
-    raise InputError(f'{where} = {values!r} must be a group of fields')
+    raise InputError(f'{where or "the recipe"} = {values!r} must be a group of fields')
   kinds = typing.get_type_hints(cls)
   if unknown := sorted(values.keys() - kinds.keys()):
     close = difflib.get_close_matches(str(unknown[0]), kinds, 1)
     hint = f': did you mean {close[0]}?' if close else f'; options here: {", ".join(kinds)}'
-    raise InputError(f'{where}.{unknown[0]} is unknown{hint}')
-  return cls(**{k: _convert(kinds[k], value, f'{where}.{k}') for k, value in values.items()})
+    raise InputError(f'{_below(where, str(unknown[0]))} is unknown{hint}')
+  return cls(**{k: _convert(kinds[k], value, _below(where, k)) for k, value in values.items()})
+
+
+def _below(where: str, name: str) -> str:
+  return f'{where}.{name}' if where else name
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

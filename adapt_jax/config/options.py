@@ -1,6 +1,6 @@
 """Every option of a run, declared once: type, default, meaning, range and choices.
 
-`config.prune.target` on the command line is the field `target` of `PruneOptions`. Those of pruning are in
+`prune.target` on the command line is the field `target` of `PruneOptions`. Those of pruning are in
 `prune_options.py`, and those that only one mode reads in `mode_options.py`. `configs/base.py` and the recipes
 are based on these declarations, `build.py` creates and checks the dataclasses, and `rules.py` checks rules
 that involve several fields. Only the command line uses ConfigDict.

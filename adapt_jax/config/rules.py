@@ -20,7 +20,7 @@ def check(options: RunOptions) -> None:
   _check_export(options.export)
   depths = options.estimate.depths
   if depths and (len(depths) != 2 or not 0 < depths[0] < depths[1]):
-    raise InputError(f'config.estimate.depths = {depths}: give two increasing numbers of layers, or none')
+    raise InputError(f'estimate.depths = {depths}: give two increasing numbers of layers, or none')
 
 
 def _check_prune(prune: PruneOptions) -> None:
@@ -28,12 +28,12 @@ def _check_prune(prune: PruneOptions) -> None:
   _check_weights('prune.calibration', prune.calibration.weights, prune.calibration.source)
   if prune.compat and prune.method not in PROGRESSIVE:
     raise InputError(
-      f'config.prune.compat = {prune.compat!r} is for the methods {" and ".join(PROGRESSIVE)}, not for '
-      f'config.prune.method = {prune.method!r}: leave compat empty'
+      f'prune.compat = {prune.compat!r} is for the methods {" and ".join(PROGRESSIVE)}, not for '
+      f'prune.method = {prune.method!r}: leave compat empty'
     )
   if prune.compat and prune.compensate != 'none':
     raise InputError(
-      f'config.prune.compensate = {prune.compensate!r} conflicts with config.prune.compat = '
+      f'prune.compensate = {prune.compensate!r} conflicts with prune.compat = '
       f"{prune.compat!r}: set it to 'none'"
     )
   if prune.attention == 'query_heads':
@@ -43,28 +43,28 @@ def _check_prune(prune: PruneOptions) -> None:
     ):
       if bad:
         raise InputError(
-          f'config.prune.attention = {prune.attention!r} conflicts with config.prune.{name} = '
+          f'prune.attention = {prune.attention!r} conflicts with prune.{name} = '
           f'{getattr(prune, name)!r}, which {why}: set attention to kv_groups, or change {name}'
         )
   if not 0 < prune.target < math.inf:
     raise InputError(
-      f'config.prune.target = {prune.target!r} must be positive: a fraction kept (≤ 1) or a number in the '
-      f'unit of config.prune.budget (> 1)'
+      f'prune.target = {prune.target!r} must be positive: a fraction kept (≤ 1) or a number in the '
+      f'unit of prune.budget (> 1)'
     )
   if prune.budget == 'latency' and not prune.latency_table:
     raise InputError(
-      f'config.prune.budget = {prune.budget!r} needs config.prune.latency_table: name the report.json of '
+      f'prune.budget = {prune.budget!r} needs prune.latency_table: name the report.json of '
       f'--mode=bench on the dense model, or a device such as h100'
     )
   if prune.latency_table and prune.budget != 'latency':
     raise InputError(
-      f'config.prune.latency_table = {prune.latency_table!r} is only read with config.prune.budget = '
+      f'prune.latency_table = {prune.latency_table!r} is only read with prune.budget = '
       f"'latency', not with {prune.budget!r}: set the budget, or leave the table empty"
     )
   for name in ('vocab', 'hidden'):
     if prune.budget == 'latency' and (value := getattr(prune, name)):
       raise InputError(
-        f'config.prune.{name} = {value!r} conflicts with config.prune.budget = {prune.budget!r}, which is '
+        f'prune.{name} = {value!r} conflicts with prune.budget = {prune.budget!r}, which is '
         f'measured with the whole vocabulary and hidden size: leave one of them out'
       )
 
@@ -73,10 +73,10 @@ def _check_train(train: TrainOptions) -> None:
   for name in ('lr', 'min_lr'):
     if -1 < (rate := getattr(train, name)) < 0:
       raise InputError(
-        f'config.train.{name} = {rate} is below 0: give a learning rate, or -1 for the default'
+        f'train.{name} = {rate} is below 0: give a learning rate, or -1 for the default'
       )
   if 0 <= train.lr < train.min_lr:
-    raise InputError(f'config.train.min_lr = {train.min_lr} is above config.train.lr = {train.lr}: lower it')
+    raise InputError(f'train.min_lr = {train.min_lr} is above train.lr = {train.lr}: lower it')
   _check_weights('train', train.weights, train.source)
 
 
@@ -84,8 +84,8 @@ def _check_weights(group: str, weights: tuple[float, ...], source: tuple[str, ..
   good = len(weights) == len(source) and all(0 <= x < math.inf for x in weights) and any(weights)
   if weights and not good:
     raise InputError(
-      f'config.{group}.weights = {weights!r} must have one number >= 0 for each of the {len(source)} '
-      f'entries of config.{group}.source, not all 0; or be empty to concatenate them'
+      f'{group}.weights = {weights!r} must have one number >= 0 for each of the {len(source)} '
+      f'entries of {group}.source, not all 0; or be empty to concatenate them'
     )
 
 
@@ -93,19 +93,19 @@ def _check_mesh(options: MeshOptions) -> None:
   sizes = dataclasses.asdict(options)
   for axis, size in sizes.items():
     if size < 1 and size != -1:
-      raise InputError(f'config.mesh.{axis} = {size}: give a number of devices, or -1 for all that remain')
+      raise InputError(f'mesh.{axis} = {size}: give a number of devices, or -1 for all that remain')
   if len(filling := [axis for axis, size in sizes.items() if size == -1]) > 1:
     raise InputError(
-      f'config.mesh.{filling[0]} and config.mesh.{filling[1]} are both -1: set one to a number of devices'
+      f'mesh.{filling[0]} and mesh.{filling[1]} are both -1: set one to a number of devices'
     )
 
 
 def _check_sensitivity(options: SensitivityOptions) -> None:
   bases = options.bases
   if not bases or len(set(bases)) < len(bases):
-    raise InputError(f'config.sensitivity.bases = {bases!r}: give one or more numbers, each once')
+    raise InputError(f'sensitivity.bases = {bases!r}: give one or more numbers, each once')
 
 
 def _check_export(options: ExportOptions) -> None:
   if options.push and not re.fullmatch(r'[\w.-]+/[\w.-]+', options.push, re.ASCII):
-    raise InputError(f'config.export.push = {options.push!r}: give a repository of the hub, as org/name')
+    raise InputError(f'export.push = {options.push!r}: give a repository of the hub, as org/name')

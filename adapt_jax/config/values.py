@@ -79,7 +79,7 @@ def serving_multiples(serve: str) -> Multiples:
   if count != serve and count.isdecimal() and ALIGNMENT[0] <= int(count) <= ALIGNMENT[1]:
     return Multiples(int(count), int(count))
   raise InputError(
-    f'config.prune.serve = {serve!r}: choose any, gguf, awq, or {TENSOR_PARALLEL}n for a number n of devices'
+    f'prune.serve = {serve!r}: choose any, gguf, awq, or {TENSOR_PARALLEL}n for a number n of devices'
   )
 
 

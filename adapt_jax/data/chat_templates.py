@@ -46,15 +46,15 @@ def read_template(name: str) -> str:
   try:
     text = read_text(local(name))
   except InputError as error:
-    raise InputError(f'config.data.chat_template = {name!r} cannot be read: {error}') from None
+    raise InputError(f'data.chat_template = {name!r} cannot be read: {error}') from None
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or 'not a text file'
     raise InputError(
-      f'config.data.chat_template = {name!r} cannot be read ({reason}): give a Jinja file or one of '
+      f'data.chat_template = {name!r} cannot be read ({reason}): give a Jinja file or one of '
       f'{", ".join(BUILT_IN)}'
     ) from None
   if not text.strip():
-    raise InputError(f'config.data.chat_template = {name!r} is an empty file: give a template')
+    raise InputError(f'data.chat_template = {name!r} is an empty file: give a template')
   return text
 
 

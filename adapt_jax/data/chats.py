@@ -91,14 +91,14 @@ def try_to_render(chats: Sequence[Document], tokenizer: Any) -> list[Text | Refu
   if not tokenizer.chat_template:
     raise InputError(
       f'{chats[0].where}: a conversation, but the tokenizer has no chat template: set '
-      "config.data.chat_template to 'plain' or to a file, or use an instruction-tuned model's tokenizer"
+      "data.chat_template to 'plain' or to a file, or use an instruction-tuned model's tokenizer"
     )
   try:
     found = bounded.each(lambda chat: _answer(chat, tokenizer), chats)
   except bounded.Overrun as error:
     raise InputError(
       f'{chats[error.index].where}: the chat template needs more than {bounded.LIMITS} for this '
-      f'conversation: set config.data.chat_template to another one'
+      f'conversation: set data.chat_template to another one'
     ) from None
   return [
     Refused(f'{chat.where}: {answer["refused"]}')

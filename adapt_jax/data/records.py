@@ -64,7 +64,7 @@ def content(row: dict[str, Any], where: str, text_field: str, messages_field: st
       return _conversation(row, turn, where)
   raise InputError(
     f'{where}: no field {messages_field!r} or {text_field!r} among {list(row)}, and no known format '
-    '(docs/running.md): set config.data.text_field or config.data.messages_field to the one with the data'
+    '(docs/running.md): set data.text_field or data.messages_field to the one with the data'
   )
 
 

@@ -106,7 +106,7 @@ def open_cache(
       found = _find(directory, key, need)
     except OSError as error:
       raise InputError(
-        f'config.data.cache: {directory} cannot be read ({error.strerror or first_line(error)}): delete it, '
+        f'data.cache: {directory} cannot be read ({error.strerror or first_line(error)}): delete it, '
         'or name another'
       ) from None
     if found:
@@ -116,7 +116,7 @@ def open_cache(
       return str(_build(directory, key, documents, tokenizer, need, f'{field} {entry}'))
     except OSError as error:
       raise InputError(
-        f'config.data.cache: {directory} cannot be written ({error.strerror or first_line(error)}): '
+        f'data.cache: {directory} cannot be written ({error.strerror or first_line(error)}): '
         'name a directory with room for the tokens, three to five bytes each'
       ) from None
 
@@ -126,7 +126,7 @@ def open_cache(
     if (cache := _open(path)) is not None:
       return cache
   raise InputError(
-    f'config.data.cache: {path} cannot be read by process {jax.process_index()}: name a directory that all '
+    f'data.cache: {path} cannot be read by process {jax.process_index()}: name a directory that all '
     f'processes see'
   )
 
@@ -264,7 +264,7 @@ def check_refused(refused: tuple[str, ...], documents: int, reading: bool = Fals
   if len(refused) > max(few, _MOST_REFUSED * (documents + len(refused))):
     raise InputError(
       f'{refused[0]}; {len(refused)} of the first {documents + len(refused)} are rejected: remove such '
-      f'rows, or set config.data.chat_template'
+      f'rows, or set data.chat_template'
     )
 
 

@@ -17,7 +17,7 @@ from adapt_jax.data.token_cache import FIRST, TARGET, Need, TokenCache, open_cac
 from adapt_jax.data.windows import check_vocab, map_blocks, token_ids
 from adapt_jax.models.errors import InputError
 
-_FIELD = 'config.train.source'
+_FIELD = 'train.source'
 # Tokens read at least, so that a short run draws from more than the first documents.
 _LEAST_TOKENS = 2**22
 _SAMPLE = 256  # rows in the digest of a train set
@@ -241,7 +241,7 @@ class _Opener:
       count = sum(len(part.tokens) for part in parts)
       raise InputError(
         f'{where}: the data has only {count} tokens, fewer than one window of '
-        f'{self._train.length}: give more data or a shorter config.train.length'
+        f'{self._train.length}: give more data or a shorter train.length'
       )
     check_vocab(max(part.highest for part in parts), self._vocab_size, where)
     if not any(part.targets for part in parts):

@@ -59,7 +59,7 @@ class MixedBlocks(Blocks):
     for part, (name, rows, quota) in enumerate(shared):
       if quota > rows:
         raise InputError(
-          f'config.prune.calibration.samples = {count} takes {quota} rows from {name!r}, which has {rows} of '
+          f'prune.calibration.samples = {count} takes {quota} rows from {name!r}, which has {rows} of '
           f'{self.tokens.shape[1]} tokens: lower it or the weight, or give more text'
         )
       found.append(start + draw_rows(rows, quota, seed, step, part=part))
@@ -232,7 +232,7 @@ def draw_rows(num_rows: int, count: int, seed: int, step: int, part: int = 0) ->
   """
   if count > num_rows:
     raise InputError(
-      f'config.prune.calibration.samples = {count}, but the text is only long enough for {num_rows} rows: '
+      f'prune.calibration.samples = {count}, but the text is only long enough for {num_rows} rows: '
       f'lower it, shorten the rows, or give more text'
     )
   if count == num_rows:

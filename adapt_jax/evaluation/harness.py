@@ -138,7 +138,7 @@ def _open(names: tuple[tuple[str, int], ...], tasks_path: str) -> tuple[list[str
     if name not in known:
       close = ', '.join(difflib.get_close_matches(name, known, 4))
       raise InputError(
-        f'config.evaluate.tasks: {name!r} is not a task of lm-evaluation-harness '
+        f'evaluate.tasks: {name!r} is not a task of lm-evaluation-harness '
         f'{importlib.metadata.version("lm_eval")}{f" or of {tasks_path}" if tasks_path else ""}: '
         f'{f"try {close}" if close else "`lm-eval ls tasks` lists all"}'
       )
@@ -149,7 +149,7 @@ def _open(names: tuple[tuple[str, int], ...], tasks_path: str) -> tuple[list[str
       for key, task in loaded['tasks'].items():
         if getattr(task, 'UNSAFE_CODE', False) or getattr(task, 'MULTIMODAL', False):
           raise InputError(
-            f'config.evaluate.tasks: {key} runs model-written code or needs images, which is not '
+            f'evaluate.tasks: {key} runs model-written code or needs images, which is not '
             f'supported: leave it out'
           )
         if shots >= 0 or task.get_config('num_fewshot') is None:
@@ -161,7 +161,7 @@ def _open(names: tuple[tuple[str, int], ...], tasks_path: str) -> tuple[list[str
     try:
       return list(dict.fromkeys(scored)), manager.load(found)
     except ValueError as error:  # a task named by itself and in a group
-      raise InputError(f'config.evaluate.tasks: {first_line(error)}: name it once') from None
+      raise InputError(f'evaluate.tasks: {first_line(error)}: name it once') from None
 
 
 def _load(manager: Any, name: str) -> Any:
@@ -169,9 +169,9 @@ def _load(manager: Any, name: str) -> Any:
     return manager.load(name)
   except Exception as error:  # errors of the hub, of datasets and of the task's code share no other class
     raise InputError(
-      f'config.evaluate.tasks: {name!r} cannot be opened ({type(error).__name__}: {first_line(error)}): its '
+      f'evaluate.tasks: {name!r} cannot be opened ({type(error).__name__}: {first_line(error)}): its '
       f'data comes from the hub; without access, write a task file for local data (docs/evaluation.md) and '
-      f'set config.evaluate.tasks_path to its directory'
+      f'set evaluate.tasks_path to its directory'
     ) from None
 
 
@@ -183,20 +183,20 @@ def _manager(tasks_path: str) -> Any:
     if exists(file):
       regular(file)
   if tasks_path and not files:
-    raise InputError(f'config.evaluate.tasks_path = {tasks_path!r}: not a directory with .yaml task files')
+    raise InputError(f'evaluate.tasks_path = {tasks_path!r}: not a directory with .yaml task files')
   try:
     from lm_eval.tasks import TaskManager
   except ImportError as error:
     raise InputError(
-      f'config.evaluate.tasks needs lm-evaluation-harness ({first_line(error)}): pip install '
-      f"'.[eval]', or leave config.evaluate.tasks and suite empty"
+      f'evaluate.tasks needs lm-evaluation-harness ({first_line(error)}): pip install '
+      f"'.[eval]', or leave evaluate.tasks and suite empty"
     ) from None
   with _quiet():
     try:
       return TaskManager(include_path=str(path) if tasks_path else None)
     except Exception as error:  # anything that a user's file raises while it is read
       raise InputError(
-        f'config.evaluate.tasks_path = {tasks_path!r}: a task file cannot be read ({first_line(error)})'
+        f'evaluate.tasks_path = {tasks_path!r}: a task file cannot be read ({first_line(error)})'
       ) from None
 
 

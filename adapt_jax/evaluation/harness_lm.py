@@ -61,7 +61,7 @@ def _rows(requests: list[tuple[Any, list[int], list[int]]], longest: int) -> lis
   for number, (_, context, answer) in enumerate(requests):
     if len(answer) > longest:
       raise InputError(
-        f'config.evaluate: an answer of {len(answer)} tokens exceeds the context of model.source '
+        f'evaluate: an answer of {len(answer)} tokens exceeds the context of model.source '
         f'({longest}): leave its task out'
       )
     tokens = tuple((context + answer)[-longest - 1 : -1])  # truncated from the left
@@ -139,7 +139,7 @@ class FlaxLM(TemplateLM):
     self._compiler, self._dtype, self._generation = compiler, dtype, generation
     self._programs: dict[tuple[int, ...], Any] = {}
     if self.prefix_token_id is None:
-      raise InputError('config.evaluate.tasks: the tokenizer of model.source has neither BOS nor EOS token')
+      raise InputError('evaluate.tasks: the tokenizer of model.source has neither BOS nor EOS token')
     self._prefix = tokenizer.decode([self.prefix_token_id])
 
   # -- tokens, as HFLM has them ---------------------------------------------------------------------
@@ -184,7 +184,7 @@ class FlaxLM(TemplateLM):
     for _, context, answer in requests:
       if not context or not answer:  # the harness's own model refuses them too
         raise InputError(
-          f'config.evaluate.tasks: the {"answer" if context else "context"} of a question has no tokens: '
+          f'evaluate.tasks: the {"answer" if context else "context"} of a question has no tokens: '
           f'correct the task, or leave it out'
         )
     found = [(0.0, True)] * len(requests)
@@ -242,7 +242,7 @@ class FlaxLM(TemplateLM):
     until, new_tokens = handle_stop_sequences(kwargs['until'], eos=None), kwargs['max_gen_toks']
     if new_tokens >= self.max_length:
       raise InputError(
-        f'config.evaluate: a task asks for {new_tokens} new tokens, but the context of model.source '
+        f'evaluate: a task asks for {new_tokens} new tokens, but the context of model.source '
         f'is {self.max_length}: leave it out'
       )
     # What the task does not set is as in generation_config.json, and then as in transformers.

@@ -16,7 +16,7 @@ from adapt_jax.models.network.llama import Params
 def check_weights(config: ModelConfig, params: Params, dtype: Any) -> None:
   """Raises InputError, in every process, if `dtype` is float16 and cannot hold a weight of the model."""
   if dtype is not None and np.dtype(dtype) == np.float16:
-    check_range(params, leaves(config), 'choose bfloat16 or float32 as config.export.dtype')
+    check_range(params, leaves(config), 'choose bfloat16 or float32 as export.dtype')
 
 
 def check_range(params: Params, stored: Sequence[Leaf], remedy: str) -> None:

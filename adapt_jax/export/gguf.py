@@ -81,7 +81,7 @@ def write_gguf(
   check_gguf_tokenizer(tokenizer)
   types = {leaf.name: _stored_type(config, leaf, kind) for leaf in leaves(config)}
   halves = [leaf for leaf in leaves(config) if types[leaf.name] == GGMLQuantizationType.F16]
-  check_range(params, halves, 'choose BF16 or F32 in config.export.gguf_types')
+  check_range(params, halves, 'choose BF16 or F32 in export.gguf_types')
   if jax.process_index() != 0:
     for _ in host_tensors(config, params):
       pass
@@ -105,7 +105,7 @@ def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
   """The architecture of llama.cpp that computes this model."""
   if config.sliced_from:
     raise InputError(
-      f'config.export.formats has {form!r}, but llama.cpp does not support SliceGPT: leave it out'
+      f'export.formats has {form!r}, but llama.cpp does not support SliceGPT: leave it out'
     )
   name = config.traits.gguf
   arch = ARCHITECTURES[name]
@@ -134,7 +134,7 @@ def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
     if found:
       padded = ', or as gguf_padded' if what == 'widths that differ by layer' else ''
       raise InputError(
-        f'config.export.formats has {form!r}, but a .gguf file cannot hold a {config.family} model with '
+        f'export.formats has {form!r}, but a .gguf file cannot hold a {config.family} model with '
         f'{what}: export it as hf or hf_padded{padded} instead'
       )
   if not config.traits.gguf_varied:

@@ -26,7 +26,7 @@ def check_quantiser(kinds: Sequence[str]) -> None:
   asked = [kind for kind in kinds if kind in K_QUANTS]
   if asked and importlib.util.find_spec(_PACKAGE) is None:
     raise InputError(
-      f'config.export.gguf_types has {asked[0]!r}, which llama.cpp makes: install it with '
+      f'export.gguf_types has {asked[0]!r}, which llama.cpp makes: install it with '
       f"pip install 'adapt-jax[quantise]', or leave the type out"
     )
 

@@ -35,12 +35,12 @@ def padded_config(config: ModelConfig) -> ModelConfig:
   """
   if config.sliced_from:
     raise InputError(
-      "config.export.formats has 'hf_padded', but no stock class supports SliceGPT: leave it out"
+      "export.formats has 'hf_padded', but no stock class supports SliceGPT: leave it out"
     )
   if config.output_bias:
     raise InputError(
-      "config.export.formats has 'hf_padded', but no stock class has the biases of o_proj and down_proj that "
-      "this model has or config.prune.compensate = 'bias' adds: leave 'hf_padded' out"
+      "export.formats has 'hf_padded', but no stock class has the biases of o_proj and down_proj that "
+      "this model has or prune.compensate = 'bias' adds: leave 'hf_padded' out"
     )
   shape, family = widest_config(config).layers[0], config.family
   kv_heads, group = shape.num_kv_heads, shape.group_size
@@ -58,7 +58,7 @@ def padded_config(config: ModelConfig) -> ModelConfig:
       _, group, kv_heads = min(wider)
     else:
       raise InputError(
-        f"config.export.formats has 'hf_padded', but stock {config.traits.stock} refuses {kv_heads * group} "
+        f"export.formats has 'hf_padded', but stock {config.traits.stock} refuses {kv_heads * group} "
         f'heads at hidden size {config.hidden_size}, and no other class computes the model: leave '
         f"'hf_padded' out"
       )

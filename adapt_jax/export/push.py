@@ -37,7 +37,7 @@ def check_token(options: ExportOptions) -> None:
     return
   if huggingface_hub.get_token() is None:
     raise InputError(
-      f'config.export.push = {options.push!r}, but there is no token of the hub: run `hf auth login`, set '
+      f'export.push = {options.push!r}, but there is no token of the hub: run `hf auth login`, set '
       f'HF_TOKEN, or leave push empty'
     )
   try:
@@ -64,7 +64,7 @@ def check_hub(options: ExportOptions) -> None:
 def _refusal(options: ExportOptions, repo: str, error: Exception) -> InputError:
   kind = Unreachable if unreachable(error) else InputError
   return kind(
-    f'config.export.push = {options.push!r}: {repo} cannot be written ({_reason(error)}): check name and '
+    f'export.push = {options.push!r}: {repo} cannot be written ({_reason(error)}): check name and '
     f'network, run `hf auth login`, or set HF_TOKEN to a token that may write'
   )
 
@@ -80,7 +80,7 @@ def push(options: ExportOptions, directory: pathlib.Path, again: str = _AGAIN) -
   for name in repos:
     if not (directory / name).is_dir():
       raise InputError(
-        f'config.export.push = {options.push!r}: there is no {directory / name} to upload: write it with '
+        f'export.push = {options.push!r}: there is no {directory / name} to upload: write it with '
         f'--mode=export --config.model.source={directory}'
       )
   try:
@@ -99,7 +99,7 @@ def push(options: ExportOptions, directory: pathlib.Path, again: str = _AGAIN) -
     except Exception as error:  # the hub's errors and those of its HTTP library share no other class
       kind = Unreachable if unreachable(error) else InputError
       raise kind(
-        f'config.export.push = {options.push!r}: {folder} was not uploaded to {repo} ({_reason(error)}); '
+        f'export.push = {options.push!r}: {folder} was not uploaded to {repo} ({_reason(error)}); '
         f'the exports are complete: {again}'
       ) from None
     say(f'{folder}: uploaded to {huggingface_hub.constants.ENDPOINT}/{repo}')

@@ -58,15 +58,15 @@ def check(source: tuple[str, ...], length: int, max_position: int, field: str, s
   """
   if SELF in source and not is_self(source) and not shared:
     raise InputError(
-      f'config.{field}.source = {source}: {SELF!r} (generated text) must be the only entry, except in '
-      f'calibration with config.prune.calibration.weights'
+      f'{field}.source = {source}: {SELF!r} (generated text) must be the only entry, except in '
+      f'calibration with prune.calibration.weights'
     )
   if source.count(SELF) > 1:
-    raise InputError(f'config.{field}.source = {source}: name {SELF!r} once, with the sum of the weights')
+    raise InputError(f'{field}.source = {source}: name {SELF!r} once, with the sum of the weights')
   if SELF in source and length > max_position:
     raise InputError(
-      f'config.{field}.length = {length} exceeds the context of the model ({max_position} tokens), '
-      f'and config.{field}.source has {SELF!r}: lower it'
+      f'{field}.length = {length} exceeds the context of the model ({max_position} tokens), '
+      f'and {field}.source has {SELF!r}: lower it'
     )
 
 
@@ -101,7 +101,7 @@ def draw(
         act()
       except OSError as error:
         raise InputError(
-          f'config.data.cache: {directory} cannot be written ({error.strerror or first_line(error)}): name a '
+          f'data.cache: {directory} cannot be written ({error.strerror or first_line(error)}): name a '
           f'directory with room for {8 * rows * length:,} bytes'
         ) from None
 
@@ -128,7 +128,7 @@ def draw(
     if path.exists():
       return path
   raise InputError(
-    f'config.data.cache: {path} cannot be read by process {jax.process_index()}: name a directory that all '
+    f'data.cache: {path} cannot be read by process {jax.process_index()}: name a directory that all '
     f'processes see'
   )
 
@@ -196,7 +196,7 @@ def _before_user(tokenizer: Any) -> list[int]:
     (text,) = render_prompts([[{'role': 'user', 'content': _USER}]], tokenizer)
   except InputError as error:
     raise InputError(
-      f'the chat template rejects a user message ({error}): set config.data.chat_template'
+      f'the chat template rejects a user message ({error}): set data.chat_template'
     ) from None
   before = text.partition(_USER)[0].rstrip(' ')
   ids: list[int] = tokenizer(before, add_special_tokens=False)['input_ids']

@@ -32,12 +32,12 @@ def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
   if -1 in sizes.values():
     if devices % given:
       raise InputError(
-        f'config.mesh ({text}): its axes must divide the {devices} available devices: change them'
+        f'mesh ({text}): its axes must divide the {devices} available devices: change them'
       )
     sizes = {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
   elif given != devices:
     raise InputError(
-      f'config.mesh ({text}) asks for {given} devices, but there are {devices}: set one axis to -1 to use all'
+      f'mesh ({text}) asks for {given} devices, but there are {devices}: set one axis to -1 to use all'
     )
   return sizes
 
@@ -69,7 +69,7 @@ def _over_slices(sizes: tuple[int, ...], slices: int, devices: list[Any]) -> Any
     return create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
   except ValueError as error:
     raise InputError(
-      f'config.mesh: the {len(devices)} devices of {slices} hosts or slices cannot form a mesh '
+      f'mesh: the {len(devices)} devices of {slices} hosts or slices cannot form a mesh '
       f'({first_line(error)}): give each host as many devices'
     ) from None
 
@@ -82,14 +82,14 @@ def check_model(config: ModelConfig) -> None:
   fsdp, tensor = mesh.shape['fsdp'], mesh.shape['tensor']
   if config.hidden_size % fsdp:
     raise InputError(
-      f'config.mesh.fsdp = {fsdp} does not divide the hidden size {config.hidden_size} of model.source: '
-      f'lower it, and raise config.mesh.data instead'
+      f'mesh.fsdp = {fsdp} does not divide the hidden size {config.hidden_size} of model.source: '
+      f'lower it, and raise mesh.data instead'
     )
   for i, shape in enumerate(config.layers):
     for name, width in (('KV heads', shape.num_kv_heads), ('MLP channels', shape.ffn)):
       if width % tensor:
         raise InputError(
-          f'config.mesh.tensor = {tensor} does not divide the {width} {name} of layer {i}: lower it'
+          f'mesh.tensor = {tensor} does not divide the {width} {name} of layer {i}: lower it'
         )
 
 
@@ -102,8 +102,8 @@ def check_batches(options: RunOptions) -> None:
   for field, size in batches.items():
     if size % shards:
       raise InputError(
-        f'config.{field} = {size} must be a multiple of the {shards} devices that split rows '
-        f'(config.mesh.data x config.mesh.fsdp)'
+        f'{field} = {size} must be a multiple of the {shards} devices that split rows '
+        f'(mesh.data x mesh.fsdp)'
       )
 
 

@@ -122,7 +122,7 @@ def slice_name(target: Target, count: int) -> str:
   sizes, most = ([2, 2, 1], 8192) if target.kind == 'v5p' else ([2, 2], 256)
   if count & (count - 1) or count > most:
     raise InputError(
-      f'config.estimate.devices = {count}: a slice of these TPUs has a power of two of them, at most {most}'
+      f'estimate.devices = {count}: a slice of these TPUs has a power of two of them, at most {most}'
     )
   while math.prod(sizes) < count:
     smallest = min(sizes)

@@ -61,7 +61,7 @@ def _open(options: RunOptions) -> dict[str, Source]:
     check_model(config)
     if b.prompt_length + b.new_tokens > config.max_position:
       raise InputError(
-        f'config.bench.prompt_length = {b.prompt_length:,} and bench.new_tokens = {b.new_tokens:,} '
+        f'bench.prompt_length = {b.prompt_length:,} and bench.new_tokens = {b.new_tokens:,} '
         f'exceed the context of {source.name} ({config.max_position:,} tokens): lower them'
       )
   return found
@@ -77,7 +77,7 @@ def _origin(pruned: Source) -> str:
     return ''
   if not model.get('hub', True) and not exists(local(model['source'])):
     raise InputError(
-      f'config.bench.dense is empty, and {pruned.name} was made from {model["source"]!r}, which is not here: '
+      f'bench.dense is empty, and {pruned.name} was made from {model["source"]!r}, which is not here: '
       f'name the model before pruning'
     )
   return model['source']
@@ -187,7 +187,7 @@ def unaligned(config: ModelConfig, backend: str) -> str:
     return ''
   return (
     f'MLP widths of {len(odd)} of {config.num_layers} layers, such as {odd[0]:,}, are not multiples of '
-    f'{tile}: prune with config.prune.align_ffn = {tile}'
+    f'{tile}: prune with prune.align_ffn = {tile}'
   )
 
 

@@ -132,7 +132,7 @@ def run(options: RunOptions, source: Source, workdir: Workdir, command: str) -> 
   """Measures the model, writes report.json and bench.md, and prints the table. Raises InputError."""
   if not source.config.uniform:
     raise InputError(
-      f'config.bench.dense is empty, and {source.name}, whose layers differ in width, does not record its '
+      f'bench.dense is empty, and {source.name}, whose layers differ in width, does not record its '
       f'origin: name the model before pruning'
     )
   with workdir.claimed():

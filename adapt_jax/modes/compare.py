@@ -89,7 +89,7 @@ def list_cells(options: RunOptions, workdir: Workdir) -> list[CellRun]:
     with _named(cell):
       found = aligned(from_dict(compare_grid.assign(base, cell.values)))
       if not found.evaluate.source:
-        raise InputError('config.evaluate.source is empty, but mode compare measures perplexity: name a text')
+        raise InputError('evaluate.source is empty, but mode compare measures perplexity: name a text')
     mode = 'accel' if found.train.tokens else 'prune'
     place = str(workdir.path / CELLS / cell.name)
     runs.append(CellRun(cell, found, Workdir(place, identity(mode, found))))
@@ -100,33 +100,33 @@ def _check(options: RunOptions, base: dict[str, Any]) -> None:
   o, fields = options.compare, compare_grid.fields(options.compare.grid)
   if not fields:
     raise InputError(
-      'config.compare.grid is empty: name fields and their values, as configs/ablations.py does'
+      'compare.grid is empty: name fields and their values, as configs/ablations.py does'
     )
   for field in fields:
     compare_grid.get(base, field)
     if field.startswith(_SHARED):
-      raise InputError(f'config.compare.grid varies {field!r}, which all cells of a grid share: leave it out')
+      raise InputError(f'compare.grid varies {field!r}, which all cells of a grid share: leave it out')
     if options.prune.vocab and field in _OF_VOCABULARY:
       raise InputError(
-        f'config.compare.grid varies {field!r}, on which config.prune.vocab depends, but all cells share the '
+        f'compare.grid varies {field!r}, on which prune.vocab depends, but all cells share the '
         f'vocabulary: leave one of them out'
       )
     if field in _WITHOUT_EFFECT or not reads('accel', field):
-      raise InputError(f'config.compare.grid varies {field!r}, which changes nothing in a cell: leave it out')
+      raise InputError(f'compare.grid varies {field!r}, which changes nothing in a cell: leave it out')
     if field.startswith('train.') and not o.recover:
       raise InputError(
-        f'config.compare.grid varies {field!r}, but config.compare.recover = False trains nothing: set it'
+        f'compare.grid varies {field!r}, but compare.recover = False trains nothing: set it'
       )
   if o.x not in fields:
     raise InputError(
-      f'config.compare.x = {o.x!r} does not vary in the grid: choose one of {", ".join(fields)}'
+      f'compare.x = {o.x!r} does not vary in the grid: choose one of {", ".join(fields)}'
     )
   if o.over:
-    compare_grid.get(base, o.over, 'config.compare.over =')
+    compare_grid.get(base, o.over, 'compare.over =')
   if o.over == o.x:
-    raise InputError(f'config.compare.over = {o.over!r} is also config.compare.x: choose another, or none')
+    raise InputError(f'compare.over = {o.over!r} is also compare.x: choose another, or none')
   if o.recover and not options.train.tokens and 'train.tokens' not in fields:
-    raise InputError('config.train.tokens = 0, but config.compare.recover = True trains every cell: set it')
+    raise InputError('train.tokens = 0, but compare.recover = True trains every cell: set it')
 
 
 def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
@@ -166,7 +166,7 @@ def _check_same_inputs(finished: list[CellRun], todo: list[CellRun], inputs: lis
       before, cell = known.get(key(field, run.options), (digest, run.cell))
       if before != digest and field != 'prune.latency_table':
         raise InputError(
-          f'config.{field} is not what the finished cell {cell.label} was run with, so their figures cannot '
+          f'{field} is not what the finished cell {cell.label} was run with, so their figures cannot '
           f'be compared: restore it, or use another workdir'
         )
 
@@ -282,7 +282,7 @@ class Compare:
 
   def _alone(self, run: CellRun) -> str:
     """The command that runs only this cell; the last of repeated flags takes effect."""
-    values = {f'config.{field}': compare_grid.show(value) for field, value in run.cell.values.items()}
+    values = {field: compare_grid.show(value) for field, value in run.cell.values.items()}
     mode = 'accel' if run.options.train.tokens else 'prune'
     flags = {'mode': mode, 'workdir': f'out/{run.cell.name}'} | values
     return f'{self._command} {shlex.join(f"--{name}={value}" for name, value in flags.items())}'

@@ -56,7 +56,7 @@ def short(fields: Sequence[str]) -> dict[str, str]:
   }
 
 
-def get(tree: Tree, field: str, why: str = 'config.compare.grid varies') -> Any:
+def get(tree: Tree, field: str, why: str = 'compare.grid varies') -> Any:
   """The value of a dotted field; an InputError that begins with `why` if it is absent or a group."""
   node: Any = tree
   for depth, part in enumerate(parts := field.split('.')):

@@ -37,7 +37,7 @@ def prepare(options: EstimateOptions) -> list[Any] | None:
   target = TARGETS[options.target]
   if target.platform != 'cpu' and not options.devices:
     raise InputError(
-      'config.estimate.devices = 0 needs config.estimate.target = cpu: name a number of devices'
+      'estimate.devices = 0 needs estimate.target = cpu: name a number of devices'
     )
   if target.platform == 'tpu':
     targets.slice_name(target, options.devices)  # raises InputError
@@ -53,11 +53,11 @@ def run(options: RunOptions) -> None:
   config = open_config(options.model.source)
   if options.prune.method == slicegpt.METHOD:
     raise InputError(
-      f'config.prune.method = {slicegpt.METHOD!r}: mode estimate needs a method that removes groups'
+      f'prune.method = {slicegpt.METHOD!r}: mode estimate needs a method that removes groups'
     )
   if options.prune.vocab:
     raise InputError(
-      f'config.prune.vocab = {options.prune.vocab!r} is not for mode estimate, which reads no text: leave it '
+      f'prune.vocab = {options.prune.vocab!r} is not for mode estimate, which reads no text: leave it '
       f'empty, for memory and time with the whole vocabulary'
     )
   written = dataclasses.replace(options.export, gguf_types=('auto',))  # by another machine, with llama.cpp
@@ -66,7 +66,7 @@ def run(options: RunOptions) -> None:
   estimate = options.estimate
   if any(depth > config.num_layers for depth in estimate.depths):
     raise InputError(
-      f'config.estimate.depths = {estimate.depths}, but model.source has {config.num_layers} layers: '
+      f'estimate.depths = {estimate.depths}, but model.source has {config.num_layers} layers: '
       f'lower them'
     )
   target = _with_overrides(TARGETS[estimate.target], estimate)
@@ -78,7 +78,7 @@ def run(options: RunOptions) -> None:
   if options.model.dtype == 'auto' and estimate.devices:
     dtype = jnp.dtype(jnp.bfloat16)  # the value of auto on the planned devices
   if install:
-    print(f'config.estimate.target = {estimate.target}: its compiler is not installed; {install} installs it')
+    print(f'estimate.target = {estimate.target}: its compiler is not installed; {install} installs it')
   stages = stage_configs(options, config)
   start = time.monotonic()
   footprint = Footprint(options, config, dtype, platform)

@@ -28,7 +28,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   check_model(source.config)
   loader = Loader(options, source, source.load_tokenizer())
   if not wanted.source and not tasks:
-    raise InputError('config.evaluate.source is empty, and no task is named: there is nothing to measure')
+    raise InputError('evaluate.source is empty, and no task is named: there is nothing to measure')
   texts = loader.evaluation()
   with workdir.claimed():
     dtype, compiler, start = compute_dtype(options.model.dtype), Compiler(), time.monotonic()

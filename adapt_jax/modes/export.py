@@ -103,7 +103,7 @@ def _source_of(ran: RunOptions, saved: dict[str, Any]) -> Source:
   texts = saved.get('texts')
   then = texts.get('prune.vocab') if isinstance(texts, dict) else None
   if isinstance(source, TrimmedSource) and source.digest() != then:
-    raise InputError('config.prune.vocab is not the text that the run was started with: restore it')
+    raise InputError('prune.vocab is not the text that the run was started with: restore it')
   return source
 
 

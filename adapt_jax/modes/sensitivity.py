@@ -94,7 +94,7 @@ class LayerEvaluator:
     total = self._run(self._config.num_layers, masks or self._everything)[1]
     if not math.isfinite(total):
       where = 'base model' if masks is None else f'layer {self._layer} pruned'
-      raise InputError(f'{where}: the loss is {total}: check the weights and config.model.dtype')
+      raise InputError(f'{where}: the loss is {total}: check the weights and model.dtype')
     return math.exp(min(total / self._targets, 700))
 
   def _move(self, layer: int) -> None:
@@ -148,12 +148,12 @@ class LayerEvaluator:
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Mode sensitivity: measures or resumes, writes the report in all formats, prints the table."""
   if options.prune.method == slicegpt.METHOD:
-    raise InputError(f'config.prune.method = {slicegpt.METHOD!r} scores no groups: choose another method')
+    raise InputError(f'prune.method = {slicegpt.METHOD!r} scores no groups: choose another method')
   if not options.evaluate.source:
-    raise InputError('config.evaluate.source is empty, but mode sensitivity measures perplexity: name a text')
+    raise InputError('evaluate.source is empty, but mode sensitivity measures perplexity: name a text')
   if len(names := list(options.evaluate.texts)) > 1:
     raise InputError(
-      f'config.evaluate.source names the texts {", ".join(names)}, but mode sensitivity measures one: '
+      f'evaluate.source names the texts {", ".join(names)}, but mode sensitivity measures one: '
       f'leave the others out'
     )
   # Nothing is removed permanently, so nothing compensates for it; `bias` would count in the sizes. A recipe's
@@ -194,7 +194,7 @@ def _check_cuts(options: RunOptions, config: ModelConfig) -> None:
     for block in o.blocks:
       if not removed.get(block, sum(removed.values())):
         raise InputError(
-          f'config.sensitivity.sparsity = {o.sparsity:g} removes no group of any layer (blocks: {block}) at '
+          f'sensitivity.sparsity = {o.sparsity:g} removes no group of any layer (blocks: {block}) at '
           f'base {sparsity:g}, with {max(base.kv_widths)} KV groups and {max(base.ffn_widths)} channels: '
           f'raise it, or leave that block or base out'
         )

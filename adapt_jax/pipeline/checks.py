@@ -59,7 +59,7 @@ def check_sources(options: RunOptions, without: Collection[str] = ()) -> None:
       continue
     check_source(
       there,
-      f'config.{field}',
+      field,
       text_field=options.data.text_field,
       messages_field=options.data.messages_field,
     )
@@ -70,8 +70,8 @@ def _check_no_ids(fields: dict[str, tuple[str, ...]]) -> None:
     ids = [entry for entry in source if is_blocks((entry,))]
     if ids:
       raise InputError(
-        f'config.{field} = {ids[0]!r} holds token ids, which config.prune.vocab renumbers: give the text, '
-        f'or leave config.prune.vocab empty'
+        f'{field} = {ids[0]!r} holds token ids, which prune.vocab renumbers: give the text, '
+        f'or leave prune.vocab empty'
       )
 
 
@@ -115,34 +115,34 @@ def check_size(options: RunOptions, config: ModelConfig, budget: Budget) -> None
   smallest = METHODS[options.prune.method](pruned, options.prune, budget).smallest()
   if target < smallest:
     raise InputError(
-      f'config.prune.target = {options.prune.target:g} asks for {budget.text(target)}, but '
-      f'config.prune.method = {options.prune.method!r} always keeps {budget.text(smallest)}: raise it (up to '
+      f'prune.target = {options.prune.target:g} asks for {budget.text(target)}, but '
+      f'prune.method = {options.prune.method!r} always keeps {budget.text(smallest)}: raise it (up to '
       f'1 it is a fraction, above 1 a number of {budget.unit.name})'
     )
 
 
 def _check_slicing(options: RunOptions, config: ModelConfig) -> None:
   """Raises InputError, naming the option, for anything that `SliceRun` does not support."""
-  method = f'config.prune.method = {slicegpt.METHOD!r}'
+  method = f'prune.method = {slicegpt.METHOD!r}'
   if not config.traits.sliceable or any(shape.window for shape in config.layers):
     raise InputError(f'{method} does not support {config.family} models: choose another method')
   for field, value in _SLICING.items():
     if (given := getattr(options.prune, field)) != value:
-      raise InputError(f'config.prune.{field} = {given!r} is not for {method}: set it to {value!r}')
+      raise InputError(f'prune.{field} = {given!r} is not for {method}: set it to {value!r}')
   if options.train.tokens:
     raise InputError(
-      f'config.train.tokens = {options.train.tokens:,}, but {method} cannot be trained: use '
-      f'--mode=prune or, in mode compare, config.compare.recover = False'
+      f'train.tokens = {options.train.tokens:,}, but {method} cannot be trained: use '
+      f'--mode=prune or, in mode compare, compare.recover = False'
     )
   if others := [name for name in options.export.formats if name != 'hf']:
     raise InputError(
-      f"config.export.formats has {others[0]!r}, which cannot hold the model of {method}: set it to 'hf'"
+      f"export.formats has {others[0]!r}, which cannot hold the model of {method}: set it to 'hf'"
     )
   if (found := sharding.mesh()) is not None:
     raise InputError(f'{method} runs on one device, but there are {found.size}: show it only one')
   if not slicegpt.width_for(config, target_cost(budgets.params(config), options.prune.target)):
     raise InputError(
-      f'config.prune.target = {options.prune.target:g} is below the size of a residual stream of width 1: '
+      f'prune.target = {options.prune.target:g} is below the size of a residual stream of width 1: '
       f'raise it'
     )
 
@@ -151,12 +151,12 @@ def _narrowed(options: RunOptions, config: ModelConfig) -> ModelConfig:
   """The config after prune.hidden. Raises InputError if the model cannot be narrowed to it."""
   if not (hidden := options.prune.hidden):
     return config
-  narrow.check(config, hidden, 'config.prune.hidden')
+  narrow.check(config, hidden, 'prune.hidden')
   serving_widths.check_hidden(options.prune.serve, hidden)
   mesh.check_model(config)  # of the teacher
   devices = sharding.mesh()
   if devices is not None and hidden % (fsdp := devices.shape['fsdp']):
-    raise InputError(f'config.prune.hidden = {hidden} must be a multiple of config.mesh.fsdp = {fsdp}')
+    raise InputError(f'prune.hidden = {hidden} must be a multiple of mesh.fsdp = {fsdp}')
   return narrow.narrowed_config(config, hidden)
 
 
@@ -164,7 +164,7 @@ def _check_teacher(options: RunOptions, config: ModelConfig) -> None:
   kept = options.train.distill.kept_ids
   if options.train.tokens and kept >= config.vocab_size:
     raise InputError(
-      f'config.train.distill.cache = {kept} must be below the {config.vocab_size} ids of the model: lower it'
+      f'train.distill.cache = {kept} must be below the {config.vocab_size} ids of the model: lower it'
     )
 
 
@@ -182,7 +182,7 @@ def _check_steps(options: RunOptions) -> None:
       most *= 2
     least = bisect.bisect_left(range(most), True, key=enough) * batch
     raise InputError(
-      f'config.train.tokens = {t.tokens:,} leaves a stage without a batch of {t.batch} x {t.length} tokens; '
+      f'train.tokens = {t.tokens:,} leaves a stage without a batch of {t.batch} x {t.length} tokens; '
       f'it is split over {stages} stages ({t.split}): give at least {least:,}, or lower train.batch or '
       f'prune.stages'
     )

@@ -89,7 +89,7 @@ def with_learning_rate(options: RunOptions, source: Source) -> RunOptions:
   train = with_rate(options.train, source.stored_params())
   lr, low = decide(lambda: [train.lr, train.min_lr])
   if options.train.lr < 0:
-    say(f'learning rate: {lr:g}, in proportion to the weights (config.train.lr)')
+    say(f'learning rate: {lr:g}, in proportion to the weights (train.lr)')
   return dataclasses.replace(options, train=dataclasses.replace(train, lr=lr, min_lr=low))
 
 

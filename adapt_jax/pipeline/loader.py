@@ -53,7 +53,7 @@ class Loader:
 
     layout: as `prune.calibration.layout`; the rows of a .npy file are used as they are.
     """
-    name, limit = f'config.{field}', max(tokens, POOL_TOKENS)
+    name, limit = field, max(tokens, POOL_TOKENS)
     self._warn_beyond_context(name, length)
     data = self._options.data
     fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
@@ -93,7 +93,7 @@ class Loader:
   def train_set(self) -> TrainSet:
     """The rows of training, from the cache on disk."""
     o, train = self._options, self._options.train
-    self._warn_beyond_context('config.train.source', train.length)
+    self._warn_beyond_context('train.source', train.length)
     if self_text.is_self(train.source):
       rows = -(-train.tokens // train.length)
       train = dataclasses.replace(train, source=self._own_text(rows, train.length, self_text.TRAINING))
@@ -132,7 +132,7 @@ class Loader:
     field, limit = evaluation_field(name), read_for(e.max_tokens)
     blocks = self.load(field, source, e.length, limit)
     if blocks.tokens.size > max(limit - e.length, e.max_tokens):
-      line = f'config.{field}: its windows are spread over its first {limit:,} tokens, and no more are read'
+      line = f'{field}: its windows are spread over its first {limit:,} tokens, and no more are read'
       self._once(line, lambda: say(line))
     return spread(blocks, e.max_tokens)
 

@@ -29,7 +29,7 @@ def measured_latency(
   if (table := inputs.budget.measured) is None:
     return {}
   if jax.process_count() > 1 or table.where != latency.here(inputs.dtype):
-    say('the latency is not measured: config.prune.latency_table is of another device or dtype')
+    say('the latency is not measured: prune.latency_table is of another device or dtype')
     return {}
   request = table.request
   rng = np.random.default_rng(options.seed)

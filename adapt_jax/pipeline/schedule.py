@@ -13,7 +13,7 @@ def target_cost(budget: Budget, target: float) -> int:
   cost = budget.target(target)
   if cost > budget.dense:
     raise InputError(
-      f'config.prune.target = {target:,.10g} is above the {budget.text(budget.dense)} of the model: lower it'
+      f'prune.target = {target:,.10g} is above the {budget.text(budget.dense)} of the model: lower it'
     )
   return cost
 

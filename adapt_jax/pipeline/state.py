@@ -220,7 +220,7 @@ class StateStore:
     if plan.unit is not self._unit:
       raise InputError(
         f'this run began by removing {plan.unit.name}, as earlier versions always did, but now '
-        f'config.prune.attention means {self._unit.name} for this model: start in a new workdir'
+        f'prune.attention means {self._unit.name} for this model: start in a new workdir'
       )
 
   def _saved_plan(self) -> Any:

@@ -22,7 +22,7 @@ def with_vocabulary(options: RunOptions, source: Source) -> Source:
   if not entries:
     return source
   tokenizer = source.load_tokenizer()
-  field, fields = 'config.prune.vocab', {'text_field': data.text_field, 'messages_field': data.messages_field}
+  field, fields = 'prune.vocab', {'text_field': data.text_field, 'messages_field': data.messages_field}
   rendering = with_template(tokenizer, data.chat_template)
   used = decide(lambda: used_ids(entries, rendering, field, **fields))
   try:

@@ -102,7 +102,7 @@ class Workdir:
     for field, digest in now.items():
       if then.get(field, digest) != digest:
         raise InputError(
-          f'config.{field} is not what the run in --workdir={self.path} was started with: restore '
+          f'{field} is not what the run in --workdir={self.path} was started with: restore '
           f'it, or use another workdir'
         )
 
@@ -163,20 +163,20 @@ class Workdir:
     known = flatten(defaults())
     if unknown := sorted(before.keys() - known.keys()):
       raise InputError(
-        f'--workdir={self.path} belongs to a run of another version, which has config.{unknown[0]}: use '
+        f'--workdir={self.path} belongs to a run of another version, which has {unknown[0]}: use '
         f'another workdir, or that version to resume'
       )
     # Options added after the run was started have their default values, and are compared last. Options that
     # the mode does not read are ignored; version 0.1 wrote them too.
     now = {'mode': self._identity['mode']}
-    now |= {f'config.{field}': value for field, value in flatten(self._identity['config']).items()}
+    now |= {field: value for field, value in flatten(self._identity['config']).items()}
     if mode in ('accel', 'prune') and self._identity['mode'] == 'export':
       raise InputError(
         f'--workdir={self.path} is the workdir of the run: write the export into another one, with '
         f'--workdir={self.path}-export and --config.model.source={self.path}'
       )
-    then = {'mode': mode} | {f'config.{field}': value for field, value in before.items()}
-    youngest = {f'config.{field}': value for field, value in known.items()}
+    then = {'mode': mode} | {field: value for field, value in before.items()}
+    youngest = {field: value for field, value in known.items()}
     for name in sorted(now, key=lambda name: name not in then):
       if (was := then.get(name, youngest.get(name))) != (value := now[name]):
         raise InputError(

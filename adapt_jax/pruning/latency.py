@@ -22,7 +22,7 @@ from adapt_jax.models.files import local, read_json
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS, UNITS_BY_NAME, AttentionUnit
 from adapt_jax.pruning.budget import Budget, LayerCost, Measured
 
-FIELD = 'config.prune.latency_table'
+FIELD = 'prune.latency_table'
 DEVICES = tuple(name for name in TARGETS if name != 'cpu')
 _PARTS_PER_SECOND = 1000 * UNITS['latency'].parts
 _BYTES = 2  # of a number in bfloat16, which the published peaks are for
@@ -139,11 +139,11 @@ def find_table(
   if found and found.unit is not unit:
     raise InputError(
       f'{FIELD} = {name!r} has times by {found.unit.title}, but {unit.name} are to be pruned: measure the '
-      f'dense model with --mode=bench and config.prune.attention = {unit.name!r}'
+      f'dense model with --mode=bench and prune.attention = {unit.name!r}'
     )
   if len(counts := _kept_counts(config, unit)) > 1:
     raise InputError(
-      f"config.prune.budget = 'latency' needs as many {_KEPT[unit][1]} in every layer, but model.source has "
+      f"prune.budget = 'latency' needs as many {_KEPT[unit][1]} in every layer, but model.source has "
       f'{sorted(counts)}: choose another budget'
     )
   table, mine = found or roofline(name, config, request, unit), likeness(config, unit)

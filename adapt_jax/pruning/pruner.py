@@ -1,7 +1,7 @@
 """The pruning loop, shared by all methods.
 
 Each step scores all groups and layers on newly drawn calibration rows (on the same ones, if the method works
-layer by layer), lets the method of `config.prune.method` choose what to remove, and sets it to zero. Shapes
+layer by layer), lets the method of `prune.method` choose what to remove, and sets it to zero. Shapes
 never change inside the loop.
 """
 
@@ -175,7 +175,7 @@ class Pruner:
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(scores)):
       raise InputError(
         f'pruning step {step + 1}: the calibration loss is {scores.loss} and not all scores are '
-        f'finite: check the model, the calibration text and config.model.dtype'
+        f'finite: check the model, the calibration text and model.dtype'
       )
     if self.importance == 'random':
       rng = np.random.default_rng([self._seed, step])
@@ -326,8 +326,8 @@ class Pruner:
       changes = self._memo.changes(key, lambda: jax.device_get(compute()))
     if not all(bool(jnp.isfinite(change).all()) for change in changes.values()):
       raise InputError(
-        f'config.prune.compensate = {kind!r} gives weights that are not finite: check the model, the '
-        f'calibration text and config.model.dtype'
+        f'prune.compensate = {kind!r} gives weights that are not finite: check the model, the '
+        f'calibration text and model.dtype'
       )
 
     def added(params: Params, changes: dict[str, jax.Array]) -> Params:

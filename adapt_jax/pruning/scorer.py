@@ -83,7 +83,7 @@ class Scorer:
       unit = KV_GROUPS if by_head else QUERY_HEADS
       remedy = 'cannot be pruned again'
       if len(others) == 1:
-        remedy = f'can only be pruned with config.prune.attention = {unit.name!r}'
+        remedy = f'can only be pruned with prune.attention = {unit.name!r}'
       raise InputError(
         f'model.source has layers with different numbers of {what} ({sorted(fixed)}): such a model {remedy}'
       )

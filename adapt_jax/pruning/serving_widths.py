@@ -27,7 +27,7 @@ def check_hidden(serve: str, hidden: int) -> None:
   """Raises InputError if prune.hidden, the length of most rows, does not fit the blocks of `serve`."""
   if serve in ('gguf', 'awq') and hidden % (of := serving_multiples(serve).ffn):
     raise InputError(
-      f'config.prune.hidden = {hidden} must be a multiple of {of} for config.prune.serve = {serve!r}'
+      f'prune.hidden = {hidden} must be a multiple of {of} for prune.serve = {serve!r}'
     )
 
 
@@ -44,6 +44,6 @@ def check_model(serve: str, config: ModelConfig) -> None:
           'any' if serve in ('gguf', 'awq') else f'any, or {TENSOR_PARALLEL}n with an n that divides them'
         )
         raise InputError(
-          f'config.prune.serve = {serve!r} asks for multiples of {of}, but layer {i} of model.source has '
+          f'prune.serve = {serve!r} asks for multiples of {of}, but layer {i} of model.source has '
           f'{width} {name}: choose {remedy}'
         )

@@ -184,7 +184,7 @@ def _worsened(texts: dict[str, TextReport]) -> str:
   before, after = pairs[worst]
   return (
     f'warning: training raised the perplexity on {worst} from {before:.2f} to {after:.2f}: lower '
-    f'config.train.lr, and train on more tokens, or use --mode=prune'
+    f'train.lr, and train on more tokens, or use --mode=prune'
   )
 
 
@@ -201,7 +201,7 @@ def _uneven(texts: dict[str, TextReport]) -> str:
     return ''
   return (
     f'warning: the model lost {lost[worst]:.3f} nats per token on {worst}, but {lost[best]:.3f} on {best}: '
-    f'add text like {worst} to config.prune.calibration.source and config.train.source '
+    f'add text like {worst} to prune.calibration.source and train.source '
     f'(docs/texts.md says what helps if you have none)'
   )
 

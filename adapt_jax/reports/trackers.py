@@ -1,4 +1,4 @@
-"""Trackers show the curves of runs in other programs: `config.tracker` names them.
+"""Trackers show the curves of runs in other programs: `tracker` names them.
 
 Each gets the lines of the run's log. One that joins later, or after a resume, first gets the earlier lines.
 """
@@ -22,7 +22,7 @@ _CURVES = {
 
 
 class Tracker(Protocol):
-  """Receives a run's log. Each module of this package named after a choice of `config.tracker` has one.
+  """Receives a run's log. Each module of this package named after a choice of `tracker` has one.
 
   Args:
     workdir: path of the run.
@@ -45,7 +45,7 @@ def check(names: Sequence[str]) -> None:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:  # without an origin it is a mere directory of that name
       raise InputError(
-        f'config.tracker has {name!r}, but the package {name} is not installed: install it with '
+        f'tracker has {name!r}, but the package {name} is not installed: install it with '
         f"pip install '.[{name}]', or leave the tracker out"
       )
 

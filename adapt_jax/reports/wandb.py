@@ -40,7 +40,7 @@ class Tracker:
       )
     except wandb.Error as error:
       raise InputError(
-        f'config.tracker: W&B does not start ({first_line(error)}): run `wandb login`, set '
+        f'tracker: W&B does not start ({first_line(error)}): run `wandb login`, set '
         f'WANDB_MODE=offline, or leave wandb out'
       ) from None
     for group, tags in (('train', ('train/*', 'perplexity/*')), ('prune', ('prune/*',))):

@@ -68,7 +68,7 @@ def run_steps(
     if not math.isfinite(metrics['loss']) or not math.isfinite(metrics['gradient_norm']):
       raise Diverged(
         f'training step {step + 1}: loss {metrics["loss"]}, gradient norm {metrics["gradient_norm"]}: '
-        f'lower config.train.lr = {options.lr}'
+        f'lower train.lr = {options.lr}'
       )
     seconds, since = time.monotonic() - since, time.monotonic()
     progress.update(tokens_per_step, loss=f'{metrics["loss"]:.3f}')

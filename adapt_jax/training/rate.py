@@ -41,7 +41,7 @@ def with_rate(options: TrainOptions, params: Mapping[str, Any]) -> TrainOptions:
     options = dataclasses.replace(options, lr=float(f'{share * root_mean_square(params):.1e}'))
   if options.min_lr > options.lr:
     raise InputError(
-      f'config.train.min_lr = {options.min_lr} is above the learning rate {options.lr}, which follows from '
-      f'the weights: lower it, or set config.train.lr'
+      f'train.min_lr = {options.min_lr} is above the learning rate {options.lr}, which follows from '
+      f'the weights: lower it, or set train.lr'
     )
   return dataclasses.replace(options, min_lr=options.end_lr)

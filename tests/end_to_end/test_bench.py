@@ -130,7 +130,7 @@ def test_widths_that_do_not_suit_the_device_are_the_reason():
   assert bench.unaligned(config, 'cpu') == ''
   assert bench.unaligned(config, 'gpu') == (
     'MLP widths of 1 of 3 layers, such as 100, are not multiples of 64: '
-    'prune with config.prune.align_ffn = 64'
+    'prune with prune.align_ffn = 64'
   )
   assert 'of 2 of 3 layers, such as 192, are not multiples of 128' in bench.unaligned(config, 'tpu')
 
@@ -179,11 +179,11 @@ def test_an_export_of_which_nothing_was_pruned_is_dense(models, tmp_path):
   [
     (
       {'dense': '', 'pruned': 'uneven'},
-      'config.bench.dense is empty, and .*, whose layers differ in width, does not record its origin: name',
+      'bench.dense is empty, and .*, whose layers differ in width, does not record its origin: name',
     ),
     (
       {'prompt_length': 2045},
-      r'config.bench.prompt_length = 2,045 and bench.new_tokens = 8 .*\(2,048 tokens\)',
+      r'bench.prompt_length = 2,045 and bench.new_tokens = 8 .*\(2,048 tokens\)',
     ),
   ],
 )

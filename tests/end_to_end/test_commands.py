@@ -36,17 +36,17 @@ COMMANDS = [
     "config.model = 'x', but config.model is a group of options: set one of model.source,",
   ),
   (['--target=0.5'], '--target is unknown: did you mean --config.prune.target?'),
-  (['--config.prune.stages=many'], "config.prune.stages = 'many' must be a whole number"),
+  (['--config.prune.stages=many'], "prune.stages = 'many' must be a whole number"),
   (
     ['--config.evaluate.source=(a.txt'],
-    "config.evaluate.source = '(a.txt' must be names separated by commas",
+    "evaluate.source = '(a.txt' must be names separated by commas",
   ),
-  (["--config.evaluate.source=('a.txt')"], """config.evaluate.source = "('a.txt')" must be names"""),
-  (['--config.evaluate.source=(1)'], "config.evaluate.source = '(1)' must be names separated by commas"),
-  (['--config.train.tokens=10M'], "config.train.tokens = '10M' must be a whole number, such as 10_000_000"),
-  (['--config.train.lr=high'], "config.train.lr = 'high' must be a number"),
-  (['--config.compare.recover=maybe'], "config.compare.recover = 'maybe' must be True or False"),
-  (['--config.train.micro_batch=0'], 'config.train.micro_batch = 0'),
+  (["--config.evaluate.source=('a.txt')"], """evaluate.source = "('a.txt')" must be names"""),
+  (['--config.evaluate.source=(1)'], "evaluate.source = '(1)' must be names separated by commas"),
+  (['--config.train.tokens=10M'], "train.tokens = '10M' must be a whole number, such as 10_000_000"),
+  (['--config.train.lr=high'], "train.lr = 'high' must be a number"),
+  (['--config.compare.recover=maybe'], "compare.recover = 'maybe' must be True or False"),
+  (['--config.train.micro_batch=0'], 'train.micro_batch = 0'),
   (['--config.mesh.fsdp=3'], 'config.mesh (data = 1, fsdp = 3, tensor = 1) asks for 3 devices'),
   (['--num_processes=2'], '--coordinator_address'),
   (['--config=configs/absent.py'], 'absent.py'),
@@ -89,7 +89,7 @@ def test_a_file_of_flags_is_read(files, tmp_path):
 def test_files_are_named_without_a_tuple(files, tmp_path):
   flag = f'--config.train.source={files / "train.txt"},{files / "absent file.txt"}'
   result = runs.main(files, tmp_path / 'out', flag)
-  assert result.returncode == 2 and 'config.train.source' in result.stderr
+  assert result.returncode == 2 and 'train.source' in result.stderr
   assert 'absent file.txt' in result.stderr and 'no such file' in result.stderr
 
 
@@ -97,8 +97,8 @@ def test_files_are_named_without_a_tuple(files, tmp_path):
   'flag,says',
   [
     ('--config.model.source=./absent', "model.source './absent': no such file or directory"),
-    ('--config.evaluate.source=absent.txt', "config.evaluate.source 'absent.txt': no such file"),
-    ('--config.train.source=data/sotu/train,absent.txt', "config.train.source 'absent.txt': no such file"),
+    ('--config.evaluate.source=absent.txt', "evaluate.source 'absent.txt': no such file"),
+    ('--config.train.source=data/sotu/train,absent.txt', "train.source 'absent.txt': no such file"),
     ('--workdir=taken', '--workdir=taken'),
     ('--config.train.tokens=1', ''),  # all is well but that: the fetch is tried, and fails
   ],

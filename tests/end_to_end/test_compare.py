@@ -202,7 +202,7 @@ def test_a_text_that_has_changed_since_a_cell_was_finished(files, tmp_path):
   start(config, path)  # nothing is left to run
   for more in ({'prune.target': (0.9, 0.8)}, {'prune.target': (0.9,), 'seed': (0, 1)}):
     config.compare.grid = ({'prune.method': ('flap',)} | more,)
-    with pytest.raises(InputError, match=r'config\.evaluate\.source is not what the finished cell .*0\.9'):
+    with pytest.raises(InputError, match=r'evaluate\.source is not what the finished cell .*0\.9'):
       start(config, path)
   assert not (path / 'cells').joinpath('prune.method-flap_prune.target-0.8').exists()
 
@@ -216,7 +216,7 @@ def test_a_model_that_has_changed_since_a_cell_was_finished(files, tmp_path):
   save_file({name: 2 * array for name, array in load_file(weights).items()}, weights)
   for more in ({'prune.target': (0.8,)}, {'prune.target': (0.8,), 'model.dtype': ('bfloat16',)}):
     config.compare.grid = ({'prune.target': (0.9,)}, more)
-    with pytest.raises(InputError, match=r'config\.model\.source is not what the finished cell .*0\.9'):
+    with pytest.raises(InputError, match=r'model\.source is not what the finished cell .*0\.9'):
       start(config, path)
 
 
@@ -341,10 +341,10 @@ def test_with_recovery_over_stages(files, tmp_path):
 
 
 BAD = [
-  ((), {}, ('config.compare.grid is empty',)),
-  (({},), {}, ('config.compare.grid',)),
-  (({'prune.target': ()},), {}, ('config.compare.grid', 'prune.target')),
-  (('prune.target',), {}, ('config.compare.grid', 'list of groups')),
+  ((), {}, ('compare.grid is empty',)),
+  (({},), {}, ('compare.grid',)),
+  (({'prune.target': ()},), {}, ('compare.grid', 'prune.target')),
+  (('prune.target',), {}, ('compare.grid', 'list of groups')),
   (({'prune.targt': (0.9,)},), {}, ("'prune.targt'",)),
   (({'prune.target': (0.9,), 'model.source': ('a', 'b')},), {}, ("'model.source'", 'share')),
   (({'prune.target': (0.9,), 'compare.over': ('a',)},), {}, ("'compare.over'",)),
@@ -353,18 +353,18 @@ BAD = [
     for field in ('bench.repeats', 'generate.top_k', 'export.formats', 'data.cache', 'sensitivity.sparsity')
   ),
   (({'prune.target': (0.9,), 'train.lr': (0.1,)},), {}, ('train.lr', 'recover = False')),
-  (({'prune.target': (0.9, 'much')},), {}, ('cell prune.target=much: config.prune.target',)),
-  (({'prune.target': (0.9, -1)},), {}, ('cell prune.target=-1.0: config.prune.target',)),
+  (({'prune.target': (0.9, 'much')},), {}, ('cell prune.target=much: prune.target',)),
+  (({'prune.target': (0.9, -1)},), {}, ('cell prune.target=-1.0: prune.target',)),
   (
     ({'prune.target': (0.9,), 'prune.method': ('sparsegpt',)},),
     {},
-    ('cell ', "config.prune.method = 'sparsegpt'"),
+    ('cell ', "prune.method = 'sparsegpt'"),
   ),
-  (({'prune.target': (0.9,), 'seed': (0.5,)},), {}, ('seed=0.5: config.seed',)),
-  (({'prune.amplitude': (0.1,)},), {}, ("config.compare.x = 'prune.target'", 'prune.amplitude')),
-  (({'prune.target': (0.9,), 'evaluate.source': ((),)},), {}, ('cell ', 'config.evaluate.source is empty')),
-  (({'prune.target': (0.9,)},), {'over': 'seeds'}, ('config.compare.over', 'seeds')),
-  (({'prune.target': (0.9,)},), {'over': 'prune.target'}, ('config.compare.over', 'config.compare.x')),
+  (({'prune.target': (0.9,), 'seed': (0.5,)},), {}, ('seed=0.5: seed',)),
+  (({'prune.amplitude': (0.1,)},), {}, ("compare.x = 'prune.target'", 'prune.amplitude')),
+  (({'prune.target': (0.9,), 'evaluate.source': ((),)},), {}, ('cell ', 'evaluate.source is empty')),
+  (({'prune.target': (0.9,)},), {'over': 'seeds'}, ('compare.over', 'seeds')),
+  (({'prune.target': (0.9,)},), {'over': 'prune.target'}, ('compare.over', 'compare.x')),
 ]
 
 
@@ -379,20 +379,20 @@ def test_bad_grids(files, tmp_path, grid, fields, words):
 def test_what_only_the_model_or_the_text_tells_is_refused_before_any_cell_runs(files, tmp_path):
   samples = 2**20
   for grid, words in (
-    (({'prune.target': (0.9, 0.05)},), 'cell prune.target=0.05: config.prune.target = 0.05 asks for'),
+    (({'prune.target': (0.9, 0.05)},), 'cell prune.target=0.05: prune.target = 0.05 asks for'),
     (({'prune.target': (0.9,), 'prune.method': ('adapt', 'llm_pruner')},), 'method=llm_pruner: config.prune'),
     (({'prune.target': (0.9,), 'prune.calibration.samples': (16, samples)},), f'samples={samples}: config'),
-    (({'prune.target': (0.9,), 'evaluate.source': ('absent.txt',)},), 'absent.txt: config.evaluate.source'),
+    (({'prune.target': (0.9,), 'evaluate.source': ('absent.txt',)},), 'absent.txt: evaluate.source'),
   ):
     with pytest.raises(InputError, match=re.escape(words)):
       start(make_config(files, grid), tmp_path / 'out')
   config = make_config(files)
   config.evaluate.source = ()
-  with pytest.raises(InputError, match=r'config\.evaluate\.source is empty'):
+  with pytest.raises(InputError, match=r'evaluate\.source is empty'):
     start(config, tmp_path / 'out')
   config = make_config(files, recover=True)
   config.train.tokens = 0
-  with pytest.raises(InputError, match=r'config\.train\.tokens = 0'):
+  with pytest.raises(InputError, match=r'train\.tokens = 0'):
     start(config, tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
 

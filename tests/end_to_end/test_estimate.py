@@ -220,7 +220,7 @@ def test_every_target_can_be_named():
 
 @pytest.mark.parametrize('target,count', [('tpu-v5e', 6), ('tpu-v6e', 512), ('tpu-v5p', 3)])
 def test_other_numbers_of_tpus_are_refused(target, count):
-  with pytest.raises(InputError, match=f'config.estimate.devices = {count}: a slice of these TPUs'):
+  with pytest.raises(InputError, match=f'estimate.devices = {count}: a slice of these TPUs'):
     targets.slice_name(TARGETS[target], count)
 
 

@@ -162,7 +162,7 @@ def test_requests_without_tokens_are_refused(source, hf_lm, context, answer):
   requests = [(('a', 'b'), context, answer)]
   with pytest.raises(AssertionError):
     hf_lm._loglikelihood_tokens(requests, disable_tqdm=True)
-  with pytest.raises(InputError, match=r'config\.evaluate\.tasks: the \w+ of a question has no tokens'):
+  with pytest.raises(InputError, match=r'evaluate\.tasks: the \w+ of a question has no tokens'):
     make_lm(source)._loglikelihood_tokens(requests)
 
 

@@ -200,7 +200,7 @@ def test_the_jobset_counts_its_processes_alike():
   assert given['process_id'] == '$(JOB_COMPLETION_INDEX)'
   assert (runs.ROOT / container['command'][0]).exists()
   mounts = [mount['mountPath'] for mount in container['volumeMounts']]
-  places = [container['args'][0], given['config.data.cache'], container['env'][0]['value']]
+  places = [container['args'][0], given['data.cache'], container['env'][0]['value']]
   assert all(place.startswith(f'{mounts[0]}/') for place in places)
 
 

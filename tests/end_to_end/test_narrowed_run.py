@@ -156,12 +156,12 @@ def test_what_cannot_be_is_refused(files):
 
   width = open_source(str(files / 'model')).config.hidden_size
   too_wide = message(**{'prune.hidden': width})
-  assert f'config.prune.hidden = {width} must be from 1 to {width - 1}, below the hidden size' in too_wide
+  assert f'prune.hidden = {width} must be from 1 to {width - 1}, below the hidden size' in too_wide
   slicing = {'prune.method': 'slicegpt', 'train.tokens': 0, 'prune.compensate': 'none'}
-  assert "is not for config.prune.method = 'slicegpt': set it to 0" in message(**slicing)
+  assert "is not for prune.method = 'slicegpt': set it to 0" in message(**slicing)
   latency = {'prune.budget': 'latency', 'prune.latency_table': 'h100'}
   conflict = refused(from_dict, make_config(files, **latency).to_dict())
-  assert "conflicts with config.prune.budget = 'latency'" in conflict
+  assert "conflicts with prune.budget = 'latency'" in conflict
   model = aj.load(files / 'model')
   rows = aj.rows(model, files / 'train.txt', samples=2, length=16)
   for bad in (24.5, '24x', True):

@@ -81,7 +81,7 @@ def test_a_directory_of_a_recipes_name_is_no_recipe(installed, place):
   """As a workdir named like it becomes: the same command has to resume."""
   (place / 'base').mkdir()
   result = python(installed, place, '-c', 'from adapt_jax.cli import run; run()', '--config=base')
-  assert result.returncode == 2 and 'config.train.tokens = 0' in result.stderr  # the recipe was read
+  assert result.returncode == 2 and 'train.tokens = 0' in result.stderr  # the recipe was read
 
 
 def test_version_and_help_say_what_there_is(installed, place):
@@ -102,7 +102,7 @@ def test_version_and_help_say_what_there_is(installed, place):
 @pytest.mark.parametrize(
   ('flags', 'words'),
   [
-    (['--config=configs/base.py'], ['config.train.tokens = 0']),  # the recipe was found
+    (['--config=configs/base.py'], ['train.tokens = 0']),  # the recipe was found
     (['--config=bsae'], ['bsae', 'did you mean base?']),
     (['--config=mine'], ['mine', 'end with .py']),
     (['--config=base', '--config.prune.tagret=0.5'], ['tagret', 'target']),

@@ -88,7 +88,7 @@ def test_a_name_that_may_not_be_written_is_refused_before_the_run_starts(
   monkeypatch.setattr(accel, 'run_class', None)
   options, workdir = pruning(files, tmp_path / 'out', push=push)
   message = refused(accel.run, options, workdir, 'the command')
-  assert f'config.export.push = {push!r}' in message and reason in message and 'HF_TOKEN' in message
+  assert f'export.push = {push!r}' in message and reason in message and 'HF_TOKEN' in message
   assert not workdir.path.exists()
   with pytest.raises(InputError, match=f"^push = '{push}': {push} cannot be written"):
     aj.save(aj.load(files / 'model'), tmp_path / 'out', push=push)
@@ -122,7 +122,7 @@ def test_a_run_that_is_refused_creates_no_repository(files, hub, tmp_path):
 
 @pytest.mark.parametrize('push', ['name', 'a/b/c', 'org/', 'org/näme', 'https://hub/org/name'])
 def test_a_name_is_of_an_owner_and_a_repository(files, tmp_path, push):
-  assert 'config.export.push' in refused(pruning, files, tmp_path, push=push)
+  assert 'export.push' in refused(pruning, files, tmp_path, push=push)
 
 
 def test_a_name_that_the_hub_forbids_is_refused(files, hub, tmp_path):
@@ -134,7 +134,7 @@ def test_a_failed_upload_keeps_the_exports_and_is_repeated_alone(files, hub, tmp
   options, workdir = pruning(files, tmp_path / 'out')
   hub.broken = True
   message = refused(accel.run, options, workdir, 'the command')
-  assert message.startswith("config.export.push = 'org/small'") and 'the storage is down' in message
+  assert message.startswith("export.push = 'org/small'") and 'the storage is down' in message
   assert 'the exports are complete' in message
   assert message.endswith('run the same command again, which only uploads') and not hub.repos['org/small']
   with monkeypatch.context() as patch:  # the token has expired meanwhile
@@ -152,7 +152,7 @@ def test_a_failed_upload_keeps_the_exports_and_is_repeated_alone(files, hub, tmp
 
   failed = again()
   last = failed.stderr.splitlines()[-1]
-  assert failed.returncode == 2 and last.startswith('error: config.export.push') and 'storage' in last
+  assert failed.returncode == 2 and last.startswith('error: export.push') and 'storage' in last
   hub.broken = False
   repeated = again()
   assert repeated.returncode == 0, repeated.stderr

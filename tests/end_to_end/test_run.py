@@ -228,7 +228,7 @@ def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(files, tmp
   config.train.warmup = 0.0
   config.model.source = str(runs.make_overflowing_model(files))
   line = (
-    r'training step \d+: loss \S+, gradient norm (inf|nan): lower config\.train\.lr = 1\.0 and start a new'
+    r'training step \d+: loss \S+, gradient norm (inf|nan): lower train\.lr = 1\.0 and start a new'
   )
   with pytest.raises(InputError, match=line):
     start(config, tmp_path / 'out')
@@ -393,7 +393,7 @@ def test_a_text_that_has_changed_since_the_start_is_refused(finished, files, tmp
   before = source.read_text()
   try:
     source.write_text(before.replace('a', 'e', 1))
-    with pytest.raises(InputError, match=r'config\.evaluate\.source is not what the run'):
+    with pytest.raises(InputError, match=r'evaluate\.source is not what the run'):
       start(runs.make_config(files), path)
   finally:
     source.write_text(before)
@@ -429,7 +429,7 @@ def test_other_weights_of_the_same_name_are_refused_on_a_resume(finished, files,
   before = weights.read_bytes()
   try:
     save_file({name: 2 * array for name, array in load_file(weights).items()}, weights)
-    with pytest.raises(InputError, match=r'config\.model\.source is not what the run'):
+    with pytest.raises(InputError, match=r'model\.source is not what the run'):
       start(runs.make_config(files), path)
   finally:
     weights.write_bytes(before)

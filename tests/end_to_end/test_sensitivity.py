@@ -223,7 +223,7 @@ def test_bad_values(files, field, value):
   config.update_from_flattened_dict({field: value})
   with pytest.raises(InputError) as error:
     from_dict(config.to_dict())
-  assert f'config.{field} = {value!r}' in str(error.value) and '\n' not in str(error.value)
+  assert f'{field} = {value!r}' in str(error.value) and '\n' not in str(error.value)
 
 
 def test_biases_that_a_run_would_add_are_left_out(files, tmp_path):
@@ -236,14 +236,14 @@ def test_biases_that_a_run_would_add_are_left_out(files, tmp_path):
 def test_refusals_come_before_the_work(files, tmp_path):
   config = make_config(files)
   config.evaluate.source = ()
-  with pytest.raises(InputError, match=r'config\.evaluate\.source is empty'):
+  with pytest.raises(InputError, match=r'evaluate\.source is empty'):
     start(config, tmp_path / 'out')
   config = make_config(files)
   config.evaluate.source = (f'a={files / "valid.txt"}', f'b={files / "train.txt"}')
-  with pytest.raises(InputError, match=r'config\.evaluate\.source names the texts a, b'):
+  with pytest.raises(InputError, match=r'evaluate\.source names the texts a, b'):
     start(config, tmp_path / 'out')
   config = make_config(files)
   config.sensitivity.sparsity, config.sensitivity.bases = 0.25, (0.2,)
-  with pytest.raises(InputError, match=r'config\.sensitivity\.sparsity = 0\.25 .* attention\) at base 0\.2'):
+  with pytest.raises(InputError, match=r'sensitivity\.sparsity = 0\.25 .* attention\) at base 0\.2'):
     start(config, tmp_path / 'out')
   assert not (tmp_path / 'out').exists()

@@ -153,7 +153,7 @@ def test_a_changed_text_is_noticed(files, finished, tmp_path):
 def test_an_empty_text_trims_nothing(files, tmp_path):
   (tmp_path / 'empty.txt').write_text('')
   options = {'prune.vocab': (str(tmp_path / 'empty.txt'),)}
-  assert 'config.prune.vocab: the text is empty' in refused(run, files, tmp_path / 'out', **options)
+  assert 'prune.vocab: the text is empty' in refused(run, files, tmp_path / 'out', **options)
   assert not (tmp_path / 'out').exists()
 
 
@@ -178,7 +178,7 @@ def test_cells_share_the_vocabulary(files, tmp_path):
     compare.list_cells, from_dict(config.to_dict()), workdir
   )
   config.compare.grid = ({'data.text_field': ('text', 'body'), 'prune.target': (0.9, 0.8)},)
-  assert "varies 'data.text_field', on which config.prune.vocab depends" in refused(
+  assert "varies 'data.text_field', on which prune.vocab depends" in refused(
     compare.list_cells, from_dict(config.to_dict()), workdir
   )
 
@@ -191,8 +191,8 @@ def test_what_cannot_be_is_refused(files, tmp_path):
     return refused(prepare, from_dict(make_config(files, **fields).to_dict()))
 
   assert 'prune.vocab renumbers: give the text' in message(**{'prune.calibration.source': rows})
-  assert "config.prune.vocab 'nowhere.txt': no such file" in message(**{'prune.vocab': ('nowhere.txt',)})
+  assert "prune.vocab 'nowhere.txt': no such file" in message(**{'prune.vocab': ('nowhere.txt',)})
   slicing = {'prune.method': 'slicegpt', 'train.tokens': 0}
-  assert "is not for config.prune.method = 'slicegpt': set it to ()" in message(**slicing)
+  assert "is not for prune.method = 'slicegpt': set it to ()" in message(**slicing)
   assert 'always keeps' in message(**{'prune.target': 0.1})
   assert 'must be below the' in message(**{'train.distill.cache': 310})

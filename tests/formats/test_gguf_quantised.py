@@ -116,7 +116,7 @@ def test_without_llama_cpp_a_k_quant_is_refused_before_the_run(monkeypatch):
   check_formats(options, CONFIG)
   monkeypatch.setattr(gguf_quantise, '_PACKAGE', 'no_such_package')
   message = refused(check_formats, options, CONFIG)
-  assert "config.export.gguf_types has 'Q5_K_M'" in message and 'adapt-jax[quantise]' in message
+  assert "export.gguf_types has 'Q5_K_M'" in message and 'adapt-jax[quantise]' in message
   check_formats(ExportOptions(formats=('hf',), gguf_types=('Q5_K_M',)), CONFIG)
 
 

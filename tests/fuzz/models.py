@@ -46,7 +46,7 @@ def observe_model(path: pathlib.Path) -> Values:
   """Config, weights, tokenizer and settings of generation; and an export of them, with its card."""
   source = open_source(str(path))
   config = source.config
-  found = {f'config.{f.name}': repr(getattr(config, f.name)) for f in dataclasses.fields(config)}
+  found = {f'{f.name}': repr(getattr(config, f.name)) for f in dataclasses.fields(config)}
   found['dtype'] = source.dtype
   for leaf, array in host_tensors(config, source.stored_params()):
     found[f'tensor {leaf.name}'] = tensor_digest(array.dtype.name, array.tobytes())
@@ -133,7 +133,7 @@ class ModelDirectory(Kind):
 
   def harmless(self, place: pathlib.Path, base: pathlib.Path) -> dict[str, str]:
     """No file has a checksum: each value may be the one that a damaged file says, and no other value."""
-    found = {f'config.{_GIVES[field]}': '' for field in _changed(place, base, 'config.json') & _GIVES.keys()}
+    found = {f'{_GIVES[field]}': '' for field in _changed(place, base, 'config.json') & _GIVES.keys()}
     for path in place.glob('*.safetensors'):
       for name, tensor in safetensors.deserialize(path.read_bytes()):
         dtype = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}.get(tensor['dtype'], '')

@@ -173,7 +173,7 @@ class Tokens(Kind):
     self._open(place)
 
   def _open(self, place: pathlib.Path) -> Any:
-    fields = {'text_field': 'text', 'messages_field': 'messages', 'field': 'config.train.source'}
+    fields = {'text_field': 'text', 'messages_field': 'messages', 'field': 'train.source'}
     with silent():
       return open_cache(place / 'cache', str(FILES / 'valid.txt'), _TOKENIZER, Need(2000), **fields)
 

@@ -20,7 +20,7 @@ from tests.fuzz.mutations import damage_bytes, damage_json, damage_template, jso
 from tests.support.tokenizers_for_tests import CHATML_DEFAULT_SYSTEM, tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer(CHATML_DEFAULT_SYSTEM)
-_FIELD, _LENGTH = 'config.train.source', 8
+_FIELD, _LENGTH = 'train.source', 8
 _FIELDS = {'text_field': DataOptions().text_field, 'messages_field': DataOptions().messages_field}
 _LINE = 'It was the best of times, it was the worst of times: déjà vu, 你好, 🙂.'
 _CHAT = [{'role': 'user', 'content': 'hello'}, {'role': 'assistant', 'content': 'the sum is five'}]

@@ -103,7 +103,7 @@ def test_a_directory_that_cannot_be_written_is_one_line_before_the_model_is_read
 ):
   (tmp_path / 'file').write_text('in the way')
   monkeypatch.setattr(self_text, 'load_source', None)
-  with pytest.raises(InputError, match=r'config\.data\.cache: .* cannot be written .*: name a directory'):
+  with pytest.raises(InputError, match=r'data\.cache: .* cannot be written .*: name a directory'):
     draw(files, tmp_path / 'file')
 
 
@@ -113,7 +113,7 @@ def test_rows_may_be_as_long_as_the_models_context_and_no_longer(files):
   assert prepare(from_dict(config.to_dict())).calibration.tokens.shape == (2, 2048)
   config.prune.calibration.length = 2049
   with pytest.raises(
-    InputError, match=r'config\.prune\.calibration\.length = 2049 exceeds .* \(2048 tokens\)'
+    InputError, match=r'prune\.calibration\.length = 2049 exceeds .* \(2048 tokens\)'
   ):
     prepare(from_dict(config.to_dict()))
 
@@ -156,12 +156,12 @@ def test_calibration_takes_the_models_own_text_beside_others_by_weight(files):
 
 
 def test_other_entries_beside_the_models_own_text_are_still_checked(files):
-  with pytest.raises(InputError, match=r'config\.prune\.calibration\.source.*absent\.txt'):
+  with pytest.raises(InputError, match=r'prune\.calibration\.source.*absent\.txt'):
     check_sources(mixed_with_text(files, source=('absent.txt', 'self'), weights=(1.0, 1.0)))
 
 
 def test_own_text_is_named_once(files):
-  with pytest.raises(InputError, match=r"config\.prune\.calibration\.source .*: name 'self' once"):
+  with pytest.raises(InputError, match=r"prune\.calibration\.source .*: name 'self' once"):
     prepare(mixed_with_text(files, source=('self', 'self'), weights=(1.0, 1.0)))
 
 
@@ -171,7 +171,7 @@ def test_token_ids_beside_own_text_are_refused_if_the_vocabulary_is_trimmed(file
   options = mixed_with_text(files, source=(str(tmp_path / 'ids.npy'), 'self'), weights=(1.0, 1.0), length=32)
   check_sources(options)
   pruning = dataclasses.replace(options.prune, vocab=(str(files / 'train.txt'),))
-  with pytest.raises(InputError, match=r'config\.prune\.calibration\.source = .*ids\.npy.* renumbers'):
+  with pytest.raises(InputError, match=r'prune\.calibration\.source = .*ids\.npy.* renumbers'):
     check_sources(dataclasses.replace(options, prune=pruning))
 
 
@@ -179,13 +179,13 @@ def test_token_ids_beside_own_text_are_refused_if_the_vocabulary_is_trimmed(file
   ('group', 'more'), [('prune.calibration', {}), ('train', {}), ('train', {'weights': (1.0, 1.0)})]
 )
 def test_own_text_is_mixed_with_others_only_by_weight_in_calibration(files, group, more):
-  with pytest.raises(InputError, match=rf"config\.{group}\.source .*'self'.*only entry"):
+  with pytest.raises(InputError, match=rf"{group}\.source .*'self'.*only entry"):
     prepare(mixed_with_text(files, group, **more))
 
 
 def test_own_text_in_a_mixture_is_no_longer_than_the_models_context(files):
   options = mixed_with_text(files, weights=(1.0, 1.0), length=2049)
   with pytest.raises(
-    InputError, match=r'config\.prune\.calibration\.length = 2049 exceeds .* \(2048 tokens\)'
+    InputError, match=r'prune\.calibration\.length = 2049 exceeds .* \(2048 tokens\)'
   ):
     prepare(options)

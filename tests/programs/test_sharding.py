@@ -115,7 +115,7 @@ def test_an_axis_of_minus_one_takes_what_is_left():
 
 @pytest.mark.parametrize('sizes,devices', [((1, -1, 3), 8), ((2, 2, 1), 8), ((4, 4, 1), 8)])
 def test_a_mesh_that_the_devices_do_not_make_is_refused(sizes, devices):
-  with pytest.raises(InputError, match=rf'config.mesh \(data = {sizes[0]}, .*{devices}'):
+  with pytest.raises(InputError, match=rf'mesh \(data = {sizes[0]}, .*{devices}'):
     mesh.mesh_shape(MeshOptions(*sizes), devices)
 
 

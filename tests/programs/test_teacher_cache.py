@@ -133,7 +133,7 @@ def test_rows_other_than_the_teacher_saw_are_refused(files, tmp_path):
   taught = open_taught(
     asked.directory, data, asked.options.train, STEPS, asked.load, dtype=jnp.float32, compiler=Compiler()
   )
-  with pytest.raises(InputError, match='does not match the rows of config.train.source'):
+  with pytest.raises(InputError, match='does not match the rows of train.source'):
     taught.read(taught.rows(0))
 
 
@@ -154,5 +154,5 @@ def test_a_run_from_the_cache_learns_as_beside_the_teacher(files, tmp_path):
 
 
 def test_more_ids_than_the_model_has_are_refused(files):
-  with pytest.raises(InputError, match=r'config\.train\.distill\.cache = 4096 must be below .* lower it'):
+  with pytest.raises(InputError, match=r'train\.distill\.cache = 4096 must be below .* lower it'):
     prepare(from_dict(make_config(files, cache=4096).to_dict()))

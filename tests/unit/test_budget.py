@@ -218,7 +218,7 @@ def test_targets_are_fractions_or_numbers_of_the_unit():
   assert budget.target(0.5) == budget.dense // 2 and budget.target(12.5) == 12.5e9
   targets = stage_targets(budget, 0.8, 2, 'linear')
   assert targets == [int(0.9 * budget.dense), int(0.8 * budget.dense)]
-  with pytest.raises(InputError, match=r'config\.prune\.target = 99,999 is above the .* ms of the model'):
+  with pytest.raises(InputError, match=r'prune\.target = 99,999 is above the .* ms of the model'):
     stage_targets(budget, 99_999, 1, 'linear')
 
 
@@ -286,7 +286,7 @@ def test_a_table_that_does_not_reach_the_model_or_is_missing_is_refused(tmp_path
   wide = make_config().with_layers((LayerShape(KV * G, KV, 2 * FFN),) * 2)
   with pytest.raises(InputError, match=r'goes up to 52 MLP channels, but model.source has 104'):
     latency.find_table(name, wide, BenchOptions())
-  with pytest.raises(InputError, match=r'config\.prune\.latency_table: .*absent\.json'):
+  with pytest.raises(InputError, match=r'prune\.latency_table: .*absent\.json'):
     latency.find_table(str(tmp_path / 'absent.json'), wide, BenchOptions())
   flat = dataclasses.replace(make_table(make_config()).prefill, mlp=latency.Curve((13, 52), (1.0, 1.0)))
   table = dataclasses.replace(make_table(make_config()), prefill=flat, decode=flat)

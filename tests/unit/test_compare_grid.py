@@ -58,7 +58,7 @@ def test_assigning_leaves_the_base_as_it_is():
   [
     ('prune.targt', ("'prune.targt'", 'config.prune has no', 'method, target')),
     ('prunes.target', ('config has no', 'seed, prune')),
-    ('seed.x', ('config.seed has no', 'none')),
+    ('seed.x', ('seed has no', 'none')),
     ('prune.calibration', ('a group', 'source, weights, samples')),
     ('', ('config has no',)),
   ],

@@ -53,7 +53,7 @@ def test_a_name_from_a_file_does_not_break_the_line(model, name):
 
 def test_a_number_beyond_the_largest_float():
   values = {'train': {'weights': [10**400]}}
-  assert refused(from_dict, values).startswith('config.train.weights = [1000')
+  assert refused(from_dict, values).startswith('train.weights = [1000')
 
 
 def test_a_long_message_keeps_its_end():
@@ -247,7 +247,7 @@ def test_damaged_predictions_of_the_teacher(tmp_path, damage):
 
 def test_a_token_cache_with_a_link_to_itself(tmp_path):
   (tmp_path / 'text.txt').write_text('the quick brown fox ' * 50)
-  fields = {'text_field': 'text', 'messages_field': 'messages', 'field': 'config.train.source'}
+  fields = {'text_field': 'text', 'messages_field': 'messages', 'field': 'train.source'}
 
   def read():
     return open_cache(tmp_path / 'c', str(tmp_path / 'text.txt'), tiny_tokenizer(), Need(50), **fields)
@@ -256,7 +256,7 @@ def test_a_token_cache_with_a_link_to_itself(tmp_path):
   (path,) = (tmp_path / 'c').glob('*/ends')
   path.unlink()
   path.symlink_to('ends')
-  assert 'config.data.cache: ' in refused(read)
+  assert 'data.cache: ' in refused(read)
 
 
 @pytest.mark.parametrize('zone', ['+99:99', 'Nowhere/Town'])
@@ -264,5 +264,5 @@ def test_a_column_of_times_in_a_zone_that_does_not_exist(tmp_path, zone):
   table = pyarrow.table({'text': pyarrow.array([0], pyarrow.timestamp('us', tz=zone))})
   parquet.write_table(table, tmp_path / 'a.parquet')
   fields = {'text_field': 'text', 'messages_field': 'messages'}
-  message = refused(lambda: check_source((str(tmp_path / 'a.parquet'),), 'config.train.source', **fields))
+  message = refused(lambda: check_source((str(tmp_path / 'a.parquet'),), 'train.source', **fields))
   assert 'a.parquet: not a readable Parquet file' in message

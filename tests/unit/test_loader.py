@@ -45,7 +45,7 @@ def test_a_longer_text_is_said_not_to_be_read_whole(text, capsys):
   starts, size = text(tokens=1000, max_tokens=30)
   assert starts[-1] == (POOL - 10) % size
   assert (
-    f'config.evaluate.source: its windows are spread over its first {POOL} tokens' in capsys.readouterr().out
+    f'evaluate.source: its windows are spread over its first {POOL} tokens' in capsys.readouterr().out
   )
 
 

@@ -126,5 +126,5 @@ def test_a_rate_that_is_still_open_trains_nothing():
 
 @pytest.mark.parametrize('name', ['lr', 'min_lr'])
 def test_a_negative_rate_is_refused(name):
-  with pytest.raises(InputError, match=f'config.train.{name} = -0.5 is below 0: .* or -1'):
+  with pytest.raises(InputError, match=f'train.{name} = -0.5 is below 0: .* or -1'):
     from_dict({'train': {name: -0.5}})

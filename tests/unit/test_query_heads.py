@@ -143,8 +143,8 @@ def test_auto_takes_query_heads_where_no_kv_head_can_go():
 @pytest.mark.parametrize(
   'fields, message',
   [
-    ({'budget': 'kv_cache'}, "conflicts with config.prune.budget = 'kv_cache'"),
-    ({'compat': 'reference', 'method': 'adapt', 'compensate': 'none'}, 'config.prune.compat'),
+    ({'budget': 'kv_cache'}, "conflicts with prune.budget = 'kv_cache'"),
+    ({'compat': 'reference', 'method': 'adapt', 'compensate': 'none'}, 'prune.compat'),
   ],
 )
 def test_what_conflicts_is_refused(fields, message):

@@ -169,7 +169,7 @@ def test_templates_that_cannot_be_read(tmp_path):
   for name in ('plane', str(tmp_path), str(tmp_path / 'empty'), str(tmp_path / 'binary')):
     with pytest.raises(InputError) as error:
       read_template(name)
-    assert f'config.data.chat_template = {name!r}' in str(error.value) and '\n' not in str(error.value)
+    assert f'data.chat_template = {name!r}' in str(error.value) and '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('template', ['plain', 'paper'])

@@ -65,7 +65,7 @@ def test_a_row_a_text():
 def test_a_text_that_lost_more_than_twice_as_much_is_told():
   (line,) = warnings(TEXTS)
   assert line.startswith('warning: the model lost 0.405 nats per token on web, but 0.095 on wiki')
-  assert 'config.prune.calibration.source' in line and 'docs/texts.md' in line and '\n' not in line
+  assert 'prune.calibration.source' in line and 'docs/texts.md' in line and '\n' not in line
   even = TEXTS | {'web': TEXTS['web'] | {'recovered': 34.0}}
   assert warnings(even) == warnings({'wiki': TEXTS['wiki']}) == warnings({}) == []
   gained = {'wiki': {'dense': 20.0, 'pruned': 18.0}, 'web': {'dense': 30.0, 'pruned': 30.5}}
@@ -78,6 +78,6 @@ def test_training_that_made_a_model_worse_is_told():
   worse['b'] = {'dense': 20.0, 'pruned': 25.0, 'recovered': 39.0}
   (line,) = warnings(worse)
   assert line.startswith(
-    'warning: training raised the perplexity on b from 25.00 to 39.00: lower config.train.lr'
+    'warning: training raised the perplexity on b from 25.00 to 39.00: lower train.lr'
   )
   assert warnings({'a': worse['a'] | {'recovered': 41.0}}) == []

@@ -322,7 +322,7 @@ def test_what_a_killed_process_left_is_removed_once_it_is_old(source, tokenizer,
 
 def test_a_place_that_cannot_be_written(source, tokenizer):
   (source.parent / 'cache').write_text('a file')
-  with pytest.raises(InputError, match=r'config\.data\.cache: .*cache cannot be written'):
+  with pytest.raises(InputError, match=r'data\.cache: .*cache cannot be written'):
     load(source, tokenizer)
 
 

@@ -144,13 +144,13 @@ def test_wandb_that_cannot_start_is_one_line(tmp_path, monkeypatch):
   pytest.importorskip('wandb').teardown()  # it remembers the environment
   monkeypatch.setenv('WANDB_MODE', 'online')
   monkeypatch.setenv('WANDB_API_KEY', 'too-short')
-  with pytest.raises(InputError, match=r'config\.tracker: W&B does not start \(.+WANDB_MODE=offline'):
+  with pytest.raises(InputError, match=r'tracker: W&B does not start \(.+WANDB_MODE=offline'):
     MetricsLog(tmp_path / 'metrics.jsonl').track(['wandb'], SETTINGS)
 
 
 def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, 'wandb', None)
-  with pytest.raises(InputError, match=r"config\.tracker has 'wandb', .* pip install '\.\[wandb\]'"):
+  with pytest.raises(InputError, match=r"tracker has 'wandb', .* pip install '\.\[wandb\]'"):
     trackers.check(['wandb'])
 
 

@@ -98,7 +98,7 @@ def test_a_text_that_is_no_file(tmp_path, name, make):
   kind = make(tmp_path / name)
   if make is directory and name != 'a.npy':
     return  # a directory of texts
-  message = refused(check_source, (str(tmp_path / name),), 'config.train.source', **FIELDS)
+  message = refused(check_source, (str(tmp_path / name),), 'train.source', **FIELDS)
   assert f'{name} is a {kind}, not a file' in message
 
 
@@ -128,7 +128,7 @@ def test_a_chat_template_and_a_recipe_that_are_no_file(files, tmp_path, make):
   config = runs.make_config(files)
   config.data.chat_template = str(tmp_path / 'chat.jinja')
   message = refused(prepare, from_dict(config.to_dict()))
-  assert 'config.data.chat_template' in message and f'is a {kind}' in message
+  assert 'data.chat_template' in message and f'is a {kind}' in message
   kind = make(tmp_path / 'recipe.py')
   assert f'is a {kind}' in refused(cli_help.with_recipes, ['main.py', f'--config={tmp_path}/recipe.py'])
 
@@ -179,7 +179,7 @@ def test_a_token_cache_whose_parts_are_no_files_is_made_again(files, tmp_path, m
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.json'])
 def test_a_text_nested_deeply(tmp_path, name):
   (tmp_path / name).write_text(DEEP if name == 'a.json' else '{"text": ' + DEEP + '}')
-  assert 'not valid JSON' in refused(check_source, (str(tmp_path / name),), 'config.train.source', **FIELDS)
+  assert 'not valid JSON' in refused(check_source, (str(tmp_path / name),), 'train.source', **FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -263,15 +263,15 @@ def test_a_log_with_one_bad_byte(tmp_path):
 def test_a_damaged_npy_header(tmp_path, header):
   path = tmp_path / 'a.npy'
   path.write_bytes(b'\x93NUMPY\1\0' + struct.pack('<H', len(header) + 1) + header + b'\n' + b'\0' * 4)
-  message = refused(check_source, (str(path),), 'config.train.source', **FIELDS)
-  assert 'config.train.source' in message and 'not a readable .npy file' in message
+  message = refused(check_source, (str(path),), 'train.source', **FIELDS)
+  assert 'train.source' in message and 'not a readable .npy file' in message
 
 
 @pytest.mark.parametrize('unit', ['ms', 'us'])
 def test_parquet_times_that_no_calendar_has(tmp_path, unit):
   times = pyarrow.array([2**60], pyarrow.int64()).cast(pyarrow.timestamp(unit))
   parquet.write_table(pyarrow.table({'text': times}), tmp_path / 'a.parquet')
-  message = refused(check_source, (str(tmp_path / 'a.parquet'),), 'config.train.source', **FIELDS)
+  message = refused(check_source, (str(tmp_path / 'a.parquet'),), 'train.source', **FIELDS)
   assert 'a.parquet' in message
 
 
@@ -286,7 +286,7 @@ def test_a_user_who_does_not_exist(files):
   refused(token_directory, from_dict(config.to_dict()).data)
   refused(open_config, place)
   refused(_manager, place)
-  refused(check_source, (place + '.npy',), 'config.train.source', **FIELDS)
+  refused(check_source, (place + '.npy',), 'train.source', **FIELDS)
 
 
 @pytest.mark.parametrize('name', ['a.txt', 'a.npy', 'org/set'])
@@ -295,17 +295,17 @@ def test_links_to_nothing_and_to_themselves(tmp_path, monkeypatch, name):
   path = tmp_path / name
   path.parent.mkdir(exist_ok=True)
   path.symlink_to('nothing')
-  assert name in refused(check_source, (name,), 'config.train.source', **FIELDS)
+  assert name in refused(check_source, (name,), 'train.source', **FIELDS)
   path.unlink()
   path.symlink_to(path.name)
-  assert name in refused(check_source, (name,), 'config.train.source', **FIELDS)
+  assert name in refused(check_source, (name,), 'train.source', **FIELDS)
   assert name in refused(open_source, name)
 
 
 def test_a_glob_with_a_dangling_link(tmp_path):
   (tmp_path / 'a.txt').write_text('text')
   (tmp_path / 'b.txt').symlink_to('nothing')
-  message = refused(check_source, (str(tmp_path / '*.txt'),), 'config.train.source', **FIELDS)
+  message = refused(check_source, (str(tmp_path / '*.txt'),), 'train.source', **FIELDS)
   assert 'b.txt' in message and 'link' in message
 
 
@@ -316,7 +316,7 @@ def test_globs_below_directories_match_as_in_a_shell(tmp_path, monkeypatch):
   (tmp_path / 'work').mkdir()
   monkeypatch.chdir(tmp_path / 'work')
   for source, count in (('../**/*.txt', 2), ('../a/**/x**.txt', 1), ('../a/.hidden/**/*.txt', 1)):
-    assert len(list(read_documents((source,), 'config.train.source', **FIELDS))) == count
+    assert len(list(read_documents((source,), 'train.source', **FIELDS))) == count
 
 
 def test_a_glob_does_not_follow_links_in_circles(tmp_path):
@@ -325,7 +325,7 @@ def test_a_glob_does_not_follow_links_in_circles(tmp_path):
   for name in ('x', 'y', 'in/z'):
     (tmp_path / name).symlink_to(tmp_path)
   for source in (str(tmp_path), str(tmp_path / '**/*.txt'), str(tmp_path / '**')):
-    assert len(list(read_documents((source,), 'config.train.source', **FIELDS))) == 1
+    assert len(list(read_documents((source,), 'train.source', **FIELDS))) == 1
 
 
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'tokenizer.json'])

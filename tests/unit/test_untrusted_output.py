@@ -144,7 +144,7 @@ def test_half_a_character_that_an_export_would_write(model, name):
 def test_depths_that_are_no_numbers_of_layers(value):
   given = tuple(value.split(',')) if isinstance(value, str) else value
   message = refused(from_dict, {'estimate': {'depths': given}})
-  assert 'config.estimate.depths' in message and 'whole numbers' in message
+  assert 'estimate.depths' in message and 'whole numbers' in message
 
 
 def closed(*_):
@@ -153,7 +153,7 @@ def closed(*_):
 
 def test_a_closed_pipe_is_no_cache_that_cannot_be_written(files, tmp_path, monkeypatch):
   """The first bar is shown while tokens are being cached."""
-  options = {'text_field': 'text', 'messages_field': 'messages', 'field': 'config.train.source'}
+  options = {'text_field': 'text', 'messages_field': 'messages', 'field': 'train.source'}
   tokenizer = open_source(str(files / 'model')).load_tokenizer()
   monkeypatch.setattr(sys.stdout, 'write', closed)
   with pytest.raises(processes.OutputClosed):

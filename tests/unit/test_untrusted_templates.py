@@ -62,7 +62,7 @@ def test_a_template_without_end_is_stopped(template):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   message = refused(render, Document('chats.jsonl:7', MESSAGES), tiny_tokenizer(template))
   assert message.startswith('chats.jsonl:7: the chat template needs more than 10 s of computing or 1 GiB')
-  assert 'set config.data.chat_template' in message
+  assert 'set data.chat_template' in message
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB, of this process
 
 

@@ -410,7 +410,7 @@ def test_conversation_without_assistant_has_no_targets(tmp_path, tokenizer):
 @pytest.mark.parametrize(
   ('template', 'messages', 'says'),
   [
-    (None, CHAT, "set config.data.chat_template to 'plain' or to a file"),
+    (None, CHAT, "set data.chat_template to 'plain' or to a file"),
     (CHATML, CHAT[1:], 'starts with the assistant'),
     ("{{ messages[-1]['content'] }}" + CHATML, CHAT, 'assistant message 2'),
     (
@@ -476,7 +476,7 @@ def test_missing_paths_never_reach_the_hub(monkeypatch, entry):
 
 
 def test_a_name_that_cannot_be_one_is_explained():
-  message = message_of(check_source, ('2024=valid.txt',), 'config.evaluate.source', **NAMES)
+  message = message_of(check_source, ('2024=valid.txt',), 'evaluate.source', **NAMES)
   assert 'no such file' in message and 'a name before = begins with a letter' in message
 
 

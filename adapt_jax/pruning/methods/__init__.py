@@ -1,4 +1,4 @@
-"""Pruning methods by their name in `config.prune.method`: one file each, with one interface (`Method`)."""
+"""Pruning methods by their name in `prune.method`: one file each, with one interface (`Method`)."""
 
 from adapt_jax.pruning.methods.adapt import Adapt
 from adapt_jax.pruning.methods.base import Method

@@ -28,8 +28,8 @@ class LlmPruner(UniformOneShot):
     super().__init__(config, options, budget)
     if config.num_layers <= FIRST + LAST:
       raise InputError(
-        f'config.prune.method = {options.method!r} leaves the first {FIRST} and last {LAST} layers alone, '
-        f'and config.model.source has only {config.num_layers}: use another method'
+        f'prune.method = {options.method!r} leaves the first {FIRST} and last {LAST} layers alone, '
+        f'and model.source has only {config.num_layers}: use another method'
       )
 
   def touched(self) -> np.ndarray:
