@@ -72,9 +72,7 @@ def _check_prune(prune: PruneOptions) -> None:
 def _check_train(train: TrainOptions) -> None:
   for name in ('lr', 'min_lr'):
     if -1 < (rate := getattr(train, name)) < 0:
-      raise InputError(
-        f'train.{name} = {rate} is below 0: give a learning rate, or -1 for the default'
-      )
+      raise InputError(f'train.{name} = {rate} is below 0: give a learning rate, or -1 for the default')
   if 0 <= train.lr < train.min_lr:
     raise InputError(f'train.min_lr = {train.min_lr} is above train.lr = {train.lr}: lower it')
   _check_weights('train', train.weights, train.source)
@@ -95,9 +93,7 @@ def _check_mesh(options: MeshOptions) -> None:
     if size < 1 and size != -1:
       raise InputError(f'mesh.{axis} = {size}: give a number of devices, or -1 for all that remain')
   if len(filling := [axis for axis, size in sizes.items() if size == -1]) > 1:
-    raise InputError(
-      f'mesh.{filling[0]} and mesh.{filling[1]} are both -1: set one to a number of devices'
-    )
+    raise InputError(f'mesh.{filling[0]} and mesh.{filling[1]} are both -1: set one to a number of devices')
 
 
 def _check_sensitivity(options: SensitivityOptions) -> None:

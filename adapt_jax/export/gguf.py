@@ -104,9 +104,7 @@ def write_gguf(
 def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
   """The architecture of llama.cpp that computes this model."""
   if config.sliced_from:
-    raise InputError(
-      f'export.formats has {form!r}, but llama.cpp does not support SliceGPT: leave it out'
-    )
+    raise InputError(f'export.formats has {form!r}, but llama.cpp does not support SliceGPT: leave it out')
   name = config.traits.gguf
   arch = ARCHITECTURES[name]
   if config.traits.gguf_varied:

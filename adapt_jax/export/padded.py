@@ -34,9 +34,7 @@ def padded_config(config: ModelConfig) -> ModelConfig:
   Raises InputError if no stock class has the model's biases or its sliced residual stream.
   """
   if config.sliced_from:
-    raise InputError(
-      "export.formats has 'hf_padded', but no stock class supports SliceGPT: leave it out"
-    )
+    raise InputError("export.formats has 'hf_padded', but no stock class supports SliceGPT: leave it out")
   if config.output_bias:
     raise InputError(
       "export.formats has 'hf_padded', but no stock class has the biases of o_proj and down_proj that "

@@ -195,9 +195,7 @@ def _before_user(tokenizer: Any) -> list[int]:
   try:
     (text,) = render_prompts([[{'role': 'user', 'content': _USER}]], tokenizer)
   except InputError as error:
-    raise InputError(
-      f'the chat template rejects a user message ({error}): set data.chat_template'
-    ) from None
+    raise InputError(f'the chat template rejects a user message ({error}): set data.chat_template') from None
   before = text.partition(_USER)[0].rstrip(' ')
   ids: list[int] = tokenizer(before, add_special_tokens=False)['input_ids']
   return ids

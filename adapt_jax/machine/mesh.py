@@ -31,9 +31,7 @@ def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
   text = ', '.join(f'{axis} = {size}' for axis, size in sizes.items())
   if -1 in sizes.values():
     if devices % given:
-      raise InputError(
-        f'mesh ({text}): its axes must divide the {devices} available devices: change them'
-      )
+      raise InputError(f'mesh ({text}): its axes must divide the {devices} available devices: change them')
     sizes = {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
   elif given != devices:
     raise InputError(
@@ -88,9 +86,7 @@ def check_model(config: ModelConfig) -> None:
   for i, shape in enumerate(config.layers):
     for name, width in (('KV heads', shape.num_kv_heads), ('MLP channels', shape.ffn)):
       if width % tensor:
-        raise InputError(
-          f'mesh.tensor = {tensor} does not divide the {width} {name} of layer {i}: lower it'
-        )
+        raise InputError(f'mesh.tensor = {tensor} does not divide the {width} {name} of layer {i}: lower it')
 
 
 def check_batches(options: RunOptions) -> None:
@@ -102,8 +98,7 @@ def check_batches(options: RunOptions) -> None:
   for field, size in batches.items():
     if size % shards:
       raise InputError(
-        f'{field} = {size} must be a multiple of the {shards} devices that split rows '
-        f'(mesh.data x mesh.fsdp)'
+        f'{field} = {size} must be a multiple of the {shards} devices that split rows (mesh.data x mesh.fsdp)'
       )
 
 

@@ -99,9 +99,7 @@ def list_cells(options: RunOptions, workdir: Workdir) -> list[CellRun]:
 def _check(options: RunOptions, base: dict[str, Any]) -> None:
   o, fields = options.compare, compare_grid.fields(options.compare.grid)
   if not fields:
-    raise InputError(
-      'compare.grid is empty: name fields and their values, as configs/ablations.py does'
-    )
+    raise InputError('compare.grid is empty: name fields and their values, as configs/ablations.py does')
   for field in fields:
     compare_grid.get(base, field)
     if field.startswith(_SHARED):
@@ -114,13 +112,9 @@ def _check(options: RunOptions, base: dict[str, Any]) -> None:
     if field in _WITHOUT_EFFECT or not reads('accel', field):
       raise InputError(f'compare.grid varies {field!r}, which changes nothing in a cell: leave it out')
     if field.startswith('train.') and not o.recover:
-      raise InputError(
-        f'compare.grid varies {field!r}, but compare.recover = False trains nothing: set it'
-      )
+      raise InputError(f'compare.grid varies {field!r}, but compare.recover = False trains nothing: set it')
   if o.x not in fields:
-    raise InputError(
-      f'compare.x = {o.x!r} does not vary in the grid: choose one of {", ".join(fields)}'
-    )
+    raise InputError(f'compare.x = {o.x!r} does not vary in the grid: choose one of {", ".join(fields)}')
   if o.over:
     compare_grid.get(base, o.over, 'compare.over =')
   if o.over == o.x:

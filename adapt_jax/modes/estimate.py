@@ -36,9 +36,7 @@ def prepare(options: EstimateOptions) -> list[Any] | None:
   """
   target = TARGETS[options.target]
   if target.platform != 'cpu' and not options.devices:
-    raise InputError(
-      'estimate.devices = 0 needs estimate.target = cpu: name a number of devices'
-    )
+    raise InputError('estimate.devices = 0 needs estimate.target = cpu: name a number of devices')
   if target.platform == 'tpu':
     targets.slice_name(target, options.devices)  # raises InputError
   if target.platform == 'cpu' or targets.missing(target):
@@ -52,9 +50,7 @@ def run(options: RunOptions) -> None:
   """Mode estimate: prints its tables; writes nothing."""
   config = open_config(options.model.source)
   if options.prune.method == slicegpt.METHOD:
-    raise InputError(
-      f'prune.method = {slicegpt.METHOD!r}: mode estimate needs a method that removes groups'
-    )
+    raise InputError(f'prune.method = {slicegpt.METHOD!r}: mode estimate needs a method that removes groups')
   if options.prune.vocab:
     raise InputError(
       f'prune.vocab = {options.prune.vocab!r} is not for mode estimate, which reads no text: leave it '
@@ -66,8 +62,7 @@ def run(options: RunOptions) -> None:
   estimate = options.estimate
   if any(depth > config.num_layers for depth in estimate.depths):
     raise InputError(
-      f'estimate.depths = {estimate.depths}, but model.source has {config.num_layers} layers: '
-      f'lower them'
+      f'estimate.depths = {estimate.depths}, but model.source has {config.num_layers} layers: lower them'
     )
   target = _with_overrides(TARGETS[estimate.target], estimate)
   install = targets.missing(target)

@@ -142,8 +142,7 @@ def _check_slicing(options: RunOptions, config: ModelConfig) -> None:
     raise InputError(f'{method} runs on one device, but there are {found.size}: show it only one')
   if not slicegpt.width_for(config, target_cost(budgets.params(config), options.prune.target)):
     raise InputError(
-      f'prune.target = {options.prune.target:g} is below the size of a residual stream of width 1: '
-      f'raise it'
+      f'prune.target = {options.prune.target:g} is below the size of a residual stream of width 1: raise it'
     )
 
 

@@ -61,8 +61,7 @@ class TaughtSet:
     places, seen = np.searchsorted(self._rows, rows), self._data.read(rows)
     if not np.array_equal(_checksums(*seen), self._check[places]):
       raise InputError(
-        f'{self._directory} does not match the rows of train.source: restore its text, or start '
-        f'a new workdir'
+        f'{self._directory} does not match the rows of train.source: restore its text, or start a new workdir'
       )
     return (*seen, self._ids[places].astype(np.int32), self._log_p[places].astype(np.float32))
 

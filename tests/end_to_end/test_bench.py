@@ -129,8 +129,7 @@ def test_widths_that_do_not_suit_the_device_are_the_reason():
   config = tiny_config('llama', (LayerShape(6, 2, 128), LayerShape(6, 2, 192), LayerShape(6, 2, 100)))
   assert bench.unaligned(config, 'cpu') == ''
   assert bench.unaligned(config, 'gpu') == (
-    'MLP widths of 1 of 3 layers, such as 100, are not multiples of 64: '
-    'prune with prune.align_ffn = 64'
+    'MLP widths of 1 of 3 layers, such as 100, are not multiples of 64: prune with prune.align_ffn = 64'
   )
   assert 'of 2 of 3 layers, such as 192, are not multiples of 128' in bench.unaligned(config, 'tpu')
 

@@ -227,9 +227,7 @@ def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(files, tmp
   config.train.lr, config.train.min_lr, config.train.clip = 1.0, 1.0, 1e12
   config.train.warmup = 0.0
   config.model.source = str(runs.make_overflowing_model(files))
-  line = (
-    r'training step \d+: loss \S+, gradient norm (inf|nan): lower train\.lr = 1\.0 and start a new'
-  )
+  line = r'training step \d+: loss \S+, gradient norm (inf|nan): lower train\.lr = 1\.0 and start a new'
   with pytest.raises(InputError, match=line):
     start(config, tmp_path / 'out')
   assert [p.name for p in (tmp_path / 'out/checkpoints').iterdir() if p.name.isdigit()]

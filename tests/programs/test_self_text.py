@@ -112,9 +112,7 @@ def test_rows_may_be_as_long_as_the_models_context_and_no_longer(files):
   config.prune.calibration.update({'source': ('self',), 'samples': 2, 'length': 2048})
   assert prepare(from_dict(config.to_dict())).calibration.tokens.shape == (2, 2048)
   config.prune.calibration.length = 2049
-  with pytest.raises(
-    InputError, match=r'prune\.calibration\.length = 2049 exceeds .* \(2048 tokens\)'
-  ):
+  with pytest.raises(InputError, match=r'prune\.calibration\.length = 2049 exceeds .* \(2048 tokens\)'):
     prepare(from_dict(config.to_dict()))
 
 
@@ -185,7 +183,5 @@ def test_own_text_is_mixed_with_others_only_by_weight_in_calibration(files, grou
 
 def test_own_text_in_a_mixture_is_no_longer_than_the_models_context(files):
   options = mixed_with_text(files, weights=(1.0, 1.0), length=2049)
-  with pytest.raises(
-    InputError, match=r'prune\.calibration\.length = 2049 exceeds .* \(2048 tokens\)'
-  ):
+  with pytest.raises(InputError, match=r'prune\.calibration\.length = 2049 exceeds .* \(2048 tokens\)'):
     prepare(options)

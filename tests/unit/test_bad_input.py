@@ -103,9 +103,7 @@ def test_unknown_field(files):
     from_dict(values)
   del values['prune']['targt']
   values['prune']['quantise'] = True
-  with pytest.raises(
-    InputError, match=r'prune\.quantise is unknown; options here: method, compensate'
-  ):
+  with pytest.raises(InputError, match=r'prune\.quantise is unknown; options here: method, compensate'):
     from_dict(values)
 
 

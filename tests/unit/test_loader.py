@@ -44,9 +44,7 @@ def test_windows_are_spread_over_all_of_a_text_that_is_read_whole(text, capsys):
 def test_a_longer_text_is_said_not_to_be_read_whole(text, capsys):
   starts, size = text(tokens=1000, max_tokens=30)
   assert starts[-1] == (POOL - 10) % size
-  assert (
-    f'evaluate.source: its windows are spread over its first {POOL} tokens' in capsys.readouterr().out
-  )
+  assert f'evaluate.source: its windows are spread over its first {POOL} tokens' in capsys.readouterr().out
 
 
 def test_calibration_may_need_more_than_is_read_otherwise(tmp_path, monkeypatch):

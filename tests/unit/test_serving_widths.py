@@ -79,9 +79,7 @@ def test_without_it_they_do_not(method):
 @pytest.mark.parametrize('value', ['', 'vllm', 'tensor_parallel', 'tensor_parallel=', 'tensor_parallel=1.5',
                                    'tensor_parallel=-2', 'tensor_parallel=0'])  # fmt: skip
 def test_other_values_are_refused(value):
-  with pytest.raises(
-    InputError, match=r'prune\.serve = .*: choose any, gguf, awq, or tensor_parallel=n'
-  ):
+  with pytest.raises(InputError, match=r'prune\.serve = .*: choose any, gguf, awq, or tensor_parallel=n'):
     make_options(serve=value)
 
 

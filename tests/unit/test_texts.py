@@ -77,7 +77,5 @@ def test_training_that_made_a_model_worse_is_told():
   worse = {'a': {'dense': 30.0, 'pruned': 40.0, 'recovered': 60.0}}
   worse['b'] = {'dense': 20.0, 'pruned': 25.0, 'recovered': 39.0}
   (line,) = warnings(worse)
-  assert line.startswith(
-    'warning: training raised the perplexity on b from 25.00 to 39.00: lower train.lr'
-  )
+  assert line.startswith('warning: training raised the perplexity on b from 25.00 to 39.00: lower train.lr')
   assert warnings({'a': worse['a'] | {'recovered': 41.0}}) == []
