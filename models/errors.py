@@ -36,8 +36,8 @@ class Unreachable(InputError):
 def reading(what: str, path: object = '', remedy: str = 'check the file') -> Iterator[None]:
   """Turns any error of the block into one InputError: what was read, which file, the reason, what to do.
 
-  The boundary of each reader of files of others, in place of a check for each way in which they may be damaged.
-  Also catches panics of the tokenizers library, which are no `Exception`. A full disk is not the file's fault.
+  The boundary of each reader of files of others, in place of a check for each kind of damage. It also catches
+  panics of the tokenizers library, which are no `Exception`; a full disk is not the file's fault.
   """
   try:
     yield
