@@ -1,4 +1,4 @@
-"""The units of `prune.budget`, by its name, for options, pruning and reports."""
+"""Units: of `prune.budget` by its name, for options, pruning and reports, and of durations."""
 
 import dataclasses
 
@@ -28,3 +28,12 @@ UNITS = {
 def amount(kind: str, value: float) -> str:
   """A number in the unit of a budget, for readers: whole, or ms to four digits."""
   return f'{value:,.0f}' if UNITS[kind].parts == 1 or value >= 1000 else f'{value:.4g}'
+
+
+def duration(seconds: float) -> str:
+  """The duration as text: 40 s, 12 min, 3.5 h; short ones to two digits, such as 0.035 s."""
+  if seconds < 9.5:  # from there on two digits are whole seconds
+    return f'{seconds:.2g} s'
+  if seconds < 90:
+    return f'{seconds:.0f} s'
+  return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'

@@ -4,7 +4,6 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.export.push import check_hub, check_token, push
 from adapt_jax.machine.processes import decide, say
-from adapt_jax.pipeline import forecast
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.slice_run import run_class
 from adapt_jax.pipeline.workdir import Workdir
@@ -20,8 +19,6 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   inputs = prepare(options)
   decide(lambda: check_hub(options.export))  # it creates repositories: last
   with workdir.claimed(inputs.digests):
-    if not decide(workdir.metrics.exists):  # of a run that goes on, the time of its steps tells
-      forecast.announce([(options, inputs)])
     report = run_class(options)(options, inputs, workdir, command).execute()
     say(table(report))
     decide(lambda: push(options.export, workdir.path))

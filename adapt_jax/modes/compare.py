@@ -25,7 +25,6 @@ from adapt_jax.models.errors import InputError, disk_full, first_line, write_den
 from adapt_jax.models.files import regular, write_text
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.modes import compare_grid, compare_page, compare_tables
-from adapt_jax.pipeline import forecast
 from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.dense_model import original
 from adapt_jax.pipeline.inputs import Inputs, load
@@ -180,7 +179,6 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   inputs = open_inputs(todo, source)
   _check_same_inputs(finished, todo, inputs)
   with workdir.claimed():
-    forecast.announce([(run.options, found) for run, found in zip(todo, inputs, strict=True)])
     compare = Compare(options, runs, source, workdir, command)
     report = compare.execute(todo, inputs)
     print(compare_tables.table(report))

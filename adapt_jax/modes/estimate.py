@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from adapt_jax.config.mode_options import EstimateOptions
 from adapt_jax.config.options import RunOptions
+from adapt_jax.config.units import duration
 from adapt_jax.machine import targets
 from adapt_jax.machine.targets import TARGETS, Target
 from adapt_jax.models.config import ModelConfig, count_params
@@ -25,7 +26,6 @@ from adapt_jax.modes.estimate_programs import Footprint, Planned, Program, progr
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.dense_model import with_output_bias
-from adapt_jax.pipeline.forecast import duration
 from adapt_jax.pruning import slicegpt
 
 

@@ -7,7 +7,7 @@ from adapt_jax.config.prune_options import PROGRESSIVE
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import budget as budgets
-from adapt_jax.pruning import programs, slicegpt
+from adapt_jax.pruning import programs
 from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.methods import METHODS
 
@@ -26,11 +26,8 @@ def scoring(options: RunOptions, dense: ModelConfig) -> float:
   """FLOPs per calibration token of one pass: one forward; with gradients two, and the backward.
 
   The gradient of weights costs as much as a forward pass, that of activations too; curvature needs only the
-  latter, plus second moments and solves, which are not counted here. SliceGPT scores nothing, and passes the
-  model forward once.
+  latter, plus second moments and solves, which are not counted here.
   """
-  if options.prune.method == slicegpt.METHOD:
-    return forward(dense, options.prune.calibration.length)
   kind = programs.importance(options.prune)
   passes = 3 if kind.curvature else 4 if kind.gradient else 1
   return passes * forward(dense, options.prune.calibration.length)
@@ -58,8 +55,7 @@ def scoring_passes(options: RunOptions, dense: ModelConfig, budget: Budget) -> i
   prune, schedule = options.prune, Schedule.of(options, budget)
   if prune.method in PROGRESSIVE:
     return math.ceil(prune.steps * (1 - schedule.targets[-1] / budget.start) / prune.ratio)
-  layer_by_layer = prune.method in METHODS and METHODS[prune.method].layer_by_layer
-  return schedule.stages * (dense.num_layers if layer_by_layer else 1)
+  return schedule.stages * (dense.num_layers if METHODS[prune.method].layer_by_layer else 1)
 
 
 def training(options: RunOptions, dense: ModelConfig, student: float) -> float:

@@ -8,6 +8,7 @@ import jax
 
 from adapt_jax.config.identity import settings
 from adapt_jax.config.options import RunOptions
+from adapt_jax.config.units import duration
 from adapt_jax.export.float16 import check_weights
 from adapt_jax.export.writer import Writer, written_dtype
 from adapt_jax.machine import preemption
@@ -16,7 +17,6 @@ from adapt_jax.machine.preemption import Preempted
 from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.pipeline.dense_model import with_learning_rate
-from adapt_jax.pipeline.forecast import duration
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.measured import measured_latency
 from adapt_jax.pipeline.metrics import MetricsLog
