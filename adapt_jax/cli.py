@@ -5,7 +5,6 @@
 
 import ast
 import contextlib
-import dataclasses
 import difflib
 import io
 import itertools
@@ -23,7 +22,6 @@ from ml_collections import config_flags
 
 from adapt_jax import cli_help
 from adapt_jax.config.build import defaults, flatten, from_dict
-from adapt_jax.config.identity import identity, reads
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data import demo_files
 from adapt_jax.export.push import push
@@ -32,7 +30,8 @@ from adapt_jax.machine.compiler import keep_programs
 from adapt_jax.models.errors import InputError, Unreachable, disk_full, write_denied
 from adapt_jax.models.files import exists, local, regular
 from adapt_jax.models.formats.source import open_config
-from adapt_jax.modes import accel, bench, compare, estimate, evaluate, export, generate, sensitivity
+from adapt_jax.modes.mode import Mode
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.checks import check_sources
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
@@ -66,16 +65,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The recipe: its name, such as demo, or its file.', sys_argv=_ARGV
 )
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Directory for all results of this run.')
-_RUN = {
-  'accel': accel.run,
-  'prune': accel.run,
-  'evaluate': evaluate.run,
-  'export': export.run,
-  'sensitivity': sensitivity.run,
-  'compare': compare.run,
-  'bench': bench.run,
-}
-_MODE = flags.DEFINE_enum('mode', 'accel', [*_RUN, 'estimate', 'plan', 'generate'], 'The mode to run.')
+_MODE = flags.DEFINE_enum('mode', 'accel', [*MODES], 'The mode to run.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Prompt for --mode=generate; may be repeated.')
 _NO_CONFIG = '--config is missing: name a recipe such as base; adapt-jax --help lists them'
 _KINDS = {  # a sign in Python's message -> what the option takes
@@ -89,7 +79,6 @@ _OTHER_TYPE = re.compile(
   r"Could not override field '(\w+)'.*?\. (.*) is of original type .* casted to type <class '(\w+)'>"
 )
 _LATER = 75  # exit code of what may succeed later; schedulers start it again
-_ONE_DEVICE = ('sensitivity',)  # other modes use all devices; compare and export those of one process
 _DISTRIBUTED = flags.DEFINE_enum(
   'distributed', 'auto', processes.MODES, 'Whether the scheduler starts several processes.'
 )
@@ -98,7 +87,7 @@ _PROCESSES = flags.DEFINE_integer('num_processes', 0, 'Number of processes, with
 _PROCESS = flags.DEFINE_integer('process_id', -1, 'Index of this process, from 0.')
 
 
-def _options(mode: str) -> RunOptions:
+def _options() -> RunOptions:
   if _CONFIG.value is None:
     raise InputError(_NO_CONFIG)
   name = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -108,12 +97,7 @@ def _options(mode: str) -> RunOptions:
     raise InputError(_no_recipe(name)) from None
   except Exception as error:  # a recipe is user code and may fail in any way
     raise InputError(f'--config={name}: the recipe fails: {type(error).__name__}: {error}') from error
-  options = from_dict(values)
-  if mode in ('prune', 'sensitivity'):
-    return dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
-  if mode == 'accel' and options.train.tokens == 0:
-    raise InputError('train.tokens = 0, but mode accel trains: set it, or use --mode=prune')
-  return options
+  return from_dict(values)
 
 
 def main(argv: list[str]) -> None:
@@ -123,48 +107,43 @@ def main(argv: list[str]) -> None:
     if argument.encode(errors='replace').decode() != argument:
       raise InputError(f'{argument!r} is not UTF-8, which reports cannot quote: rename the file')
   logging.set_verbosity(logging.WARNING)  # orbax logs a page per checkpoint
-  mode = 'estimate' if _MODE.value == 'plan' else _MODE.value  # its name in version 0.1
-  options = _options(mode)
-  described = estimate.prepare(options.estimate) if mode == 'estimate' else None
+  mode = MODES[_MODE.value]
+  options = mode.settle(_options())
+  described = mode.devices(options) if mode.devices else None
   processes.start(_DISTRIBUTED.value, _ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-  if mode != 'estimate':  # it needs details that the cache of compiled programs lacks
+  if not mode.devices:  # a plan needs details that the cache of compiled programs lacks
     keep_programs()
-  if jax.process_count() > 1 and mode not in ('accel', 'prune', 'evaluate'):
-    raise InputError(f'--mode={mode} runs in one process, not in {jax.process_count()}: start it alone')
+  if jax.process_count() > 1 and not mode.several_processes:
+    raise InputError(f'--mode={mode.name} runs in one process, not in {jax.process_count()}: start it alone')
   with contextlib.ExitStack() as stack:
-    if mode not in _ONE_DEVICE and (devices := mesh.make_mesh(options.mesh, described)):
+    if mode.mesh and (devices := mesh.make_mesh(options.mesh, described)):
       stack.enter_context(jax.set_mesh(devices))
-    if mode != 'compare':  # it does this for each cell
+    if not mode.grows:  # a grid does this for each cell
       options = aligned(options)
-    workdir = Workdir(_WORKDIR.value, identity(mode, options)) if mode in _RUN else None
+    workdir = Workdir(_WORKDIR.value, mode.identity(options)) if mode.result else None
     if workdir and _finished(workdir, mode, options):
       return
     processes.decide(lambda: _fetch_demo(mode, options))
-    if mode == 'estimate':
-      estimate.run(options)
-      return
     if not workdir:
-      generate.run(options, _PROMPT.value)
+      mode.run(options, _PROMPT.value)
       return
     stack.enter_context(preemption.watched())
-    _RUN[mode](options, workdir, _command())
+    mode.run(options, workdir, _command())
 
 
-def _finished(workdir: Workdir, mode: str, options: RunOptions) -> bool:
+def _finished(workdir: Workdir, mode: Mode, options: RunOptions) -> bool:
   """Checks that the workdir is new or belongs to this run; says so of a finished run, and uploads it."""
   processes.decide(workdir.check)
-  if mode == 'compare' or not processes.decide(workdir.report.exists):  # its cells record what is finished
+  if mode.grows or not processes.decide(workdir.report.exists):  # its cells record what is finished
     return False
   more = f'; --mode=export --config.model.source={workdir.path} writes its model in other formats'
-  processes.say(f'this run is finished: see {workdir.report}{more * (mode in ("accel", "prune"))}')
-  if reads(
-    mode, 'export.push'
-  ):  # a finished run has exports; an upload may have failed, or be asked only now
+  processes.say(f'this run is finished: see {workdir.report}{more * (mode.name in ("accel", "prune"))}')
+  if mode.uses('export.push'):  # an upload may have failed, or be asked only now
     processes.decide(lambda: push(options.export, workdir.path))
   return True
 
 
-def _fetch_demo(mode: str, options: RunOptions) -> None:
+def _fetch_demo(mode: Mode, options: RunOptions) -> None:
   """Fetches what is missing of the demo's files, if the options name them, once all else can be read."""
   texts = [source for sources in options.evaluate.texts.values() for source in sources]
   prune = options.prune
@@ -174,7 +153,7 @@ def _fetch_demo(mode: str, options: RunOptions) -> None:
     return
   if options.model.source not in absent:
     open_config(options.model.source)
-  if mode in ('accel', 'prune'):
+  if mode.name in ('accel', 'prune'):
     check_sources(options, without=absent)
   demo_files.fetch_for_run({*absent.values()})
 
@@ -282,7 +261,7 @@ def run() -> None:
   try:
     app.run(main, flags_parser=_parse)
   except Unreachable as error:  # a run that was started has reached it before, and may again
-    started = _MODE.value in _RUN and exists(local(_WORKDIR.value) / 'run.json')
+    started = bool(MODES[_MODE.value].result) and exists(local(_WORKDIR.value) / 'run.json')
     _fail(str(error), _LATER if started else 2)
   except InputError as error:
     _fail(str(error))

@@ -11,24 +11,13 @@ import textwrap
 
 from adapt_jax.config.build import declarations, get
 from adapt_jax.config.declare import Declaration
-from adapt_jax.config.identity import reads
 from adapt_jax.config.options import RunOptions
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import exists, regular
+from adapt_jax.modes.registry import MODES
 
 # Recipes are next to this file: a folder in the wheel, a link to configs/ in a checkout.
 RECIPES = pathlib.Path(__file__).parent / 'configs'
-MODES = {
-  'accel': 'prune and recover in stages (the default)',
-  'prune': 'prune without training',
-  'evaluate': 'measure perplexity and task scores of model.source',
-  'export': 'write model.source in the formats of export.formats',
-  'generate': 'continue --prompt=TEXT, which may be repeated, with model.source',
-  'bench': 'compare speed and memory of model.source with a dense model, or measure latencies by width',
-  'compare': 'run a grid over options',
-  'sensitivity': 'measure perplexity with only one layer pruned, for every layer',
-  'estimate': 'estimate memory, traffic, time and cost of a run from shapes alone',
-}
 _USAGE = """\
 Prunes a LLaMA-family model and recovers its quality by interleaved training.
 
@@ -57,20 +46,17 @@ def asked_for(arguments: list[str]) -> str:
     return f'adapt-jax {importlib.metadata.version("adapt-jax")}'
   if not {'--help', '-h', '-help', '--helpfull'} & set(arguments):
     return ''
-  given = [mode for mode in map(_mode, arguments) if mode]
+  given = [a.partition('=')[2] for a in arguments if a.lstrip('-').startswith('mode=')]
   if unknown := [mode for mode in given if mode not in MODES]:
     raise InputError(f'--mode={unknown[0]} is unknown: choose {", ".join(MODES)}')
   return _options(given[-1]) if given else _usage()
 
 
-def _mode(argument: str) -> str:
-  mode = argument.partition('=')[2] if argument.lstrip('-').startswith('mode=') else ''
-  return 'estimate' if mode == 'plan' else mode  # its name in version 0.1
-
-
 def _usage() -> str:
   recipes = {path.stem: _first_line(path) for path in sorted(RECIPES.glob('*.py'))}
-  return _USAGE.format(modes=_table(MODES), recipes=_table(recipes)).rstrip()
+  return _USAGE.format(
+    modes=_table({mode.name: mode.help for mode in MODES.values()}), recipes=_table(recipes)
+  ).rstrip()
 
 
 def _first_line(path: pathlib.Path) -> str:
@@ -88,9 +74,9 @@ def _table(rows: dict[str, str]) -> str:
 
 def _options(mode: str) -> str:
   """The options of a mode: name, default, range or choices, meaning."""
-  options, lines = RunOptions(), [f'--mode={mode}: {MODES[mode]}. Its options:', '']
+  options, lines = RunOptions(), [f'--mode={mode}: {MODES[mode].help}. Its options:', '']
   for field, declared in declarations():
-    if not reads(mode, field):
+    if not MODES[mode].uses(field):
       continue
     limits = ''.join(f', {text}' for text in _limits(declared))
     lines.append(f'--config.{field}={_default(options, field)}{limits}')

@@ -1,9 +1,14 @@
 """Modes accel and prune: prunes a model in stages and, in mode accel, recovers it after each."""
 
+import dataclasses
+
+from adapt_jax.config.identity import PRUNING, TRAINING
 from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.export.push import check_hub, check_token, push
 from adapt_jax.machine.processes import decide, say
+from adapt_jax.models.errors import InputError
+from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.slice_run import run_class
 from adapt_jax.pipeline.workdir import Workdir
@@ -22,3 +27,27 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     report = run_class(options)(options, inputs, workdir, command).execute()
     say(table(report))
     decide(lambda: push(options.export, workdir.path))
+
+
+def _trains(options: RunOptions) -> RunOptions:
+  if options.train.tokens == 0:
+    raise InputError('train.tokens = 0, but mode accel trains: set it, or use --mode=prune')
+  return options
+
+
+def untrained(options: RunOptions) -> RunOptions:
+  """The options for a mode that does not train, whatever the recipe says."""
+  return dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
+
+
+_ALSO = ('mesh', 'tracker')
+ACCEL = Mode(
+  'accel',
+  'prune and recover in stages (the default)',
+  run,
+  result=TRAINING,
+  reads=_ALSO,
+  settle=_trains,
+  several_processes=True,
+)
+PRUNE = Mode('prune', 'prune without training', run, PRUNING, _ALSO, settle=untrained, several_processes=True)

@@ -24,6 +24,7 @@ from adapt_jax.models.files import exists, local, write_text
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.modes import bench_widths
+from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.report import BenchReport, versions, write_report
 
@@ -220,3 +221,12 @@ def _table(report: BenchReport) -> str:
   if report['warning']:
     lines += ['', report['warning']]
   return '\n'.join(lines) + '\n'
+
+
+MODE = Mode(
+  'bench',
+  'compare speed and memory of model.source with a dense model, or measure latencies by width',
+  run,
+  result=('seed', 'model', 'bench', 'prune.attention'),
+  reads=('mesh',),
+)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity, reads
+from adapt_jax.config.identity import PRUNING, TRAINING, settings
 from adapt_jax.config.mode_options import CompareOptions
 from adapt_jax.config.options import ExportOptions, RunOptions
 from adapt_jax.evaluation.harness import check_tasks
@@ -24,7 +24,8 @@ from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError, disk_full, first_line, write_denied
 from adapt_jax.models.files import regular, write_text
 from adapt_jax.models.formats.source import Source, open_source
-from adapt_jax.modes import compare_grid, compare_page, compare_tables
+from adapt_jax.modes import accel, compare_grid, compare_page, compare_tables
+from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.dense_model import original
 from adapt_jax.pipeline.inputs import Inputs, load
@@ -89,9 +90,9 @@ def list_cells(options: RunOptions, workdir: Workdir) -> list[CellRun]:
       found = aligned(from_dict(compare_grid.assign(base, cell.values)))
       if not found.evaluate.source:
         raise InputError('evaluate.source is empty, but mode compare measures perplexity: name a text')
-    mode = 'accel' if found.train.tokens else 'prune'
+    mode = accel.ACCEL if found.train.tokens else accel.PRUNE
     place = str(workdir.path / CELLS / cell.name)
-    runs.append(CellRun(cell, found, Workdir(place, identity(mode, found))))
+    runs.append(CellRun(cell, found, Workdir(place, mode.identity(found))))
   return runs
 
 
@@ -108,7 +109,7 @@ def _check(options: RunOptions, base: dict[str, Any]) -> None:
         f'compare.grid varies {field!r}, on which prune.vocab depends, but all cells share the '
         f'vocabulary: leave one of them out'
       )
-    if field in _WITHOUT_EFFECT or not reads('accel', field):
+    if field in _WITHOUT_EFFECT or not accel.ACCEL.uses(field):
       raise InputError(f'compare.grid varies {field!r}, which changes nothing in a cell: leave it out')
     if field.startswith('train.') and not o.recover:
       raise InputError(f'compare.grid varies {field!r}, but compare.recover = False trains nothing: set it')
@@ -338,3 +339,22 @@ def _entry(run: CellRun, *, running: bool) -> CellReport:
     lines = regular(error_file).read_text(errors='replace').splitlines()
     entry |= {'state': 'failed', 'error': next(iter(lines), 'unknown')}
   return entry
+
+
+class _Compare(Mode):
+  """Cells that are only pruned do not depend on the options of training."""
+
+  def identity(self, options: RunOptions) -> dict[str, Any]:
+    result = TRAINING if options.compare.recover else PRUNING
+    return {'mode': self.name, 'config': settings(options, (*result, 'compare.recover'))}
+
+
+# The grid and its plots are no part of the result: each cell is a run with its own identity.
+MODE = _Compare(
+  'compare',
+  'run a grid over options',
+  run,
+  result=(*TRAINING, 'compare.recover'),
+  reads=('compare', 'mesh', 'tracker'),
+  grows=True,
+)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adapt_jax.config.identity import REQUEST
 from adapt_jax.config.mode_options import EstimateOptions
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.units import duration
@@ -23,6 +24,7 @@ from adapt_jax.models.network import backend, sharding
 from adapt_jax.models.network.backend import CPU, compute_dtype
 from adapt_jax.models.network.sharding import device_count
 from adapt_jax.modes.estimate_programs import Footprint, Planned, Program, programs, stage_configs
+from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.dense_model import with_output_bias
@@ -229,3 +231,12 @@ def _total(found: dict[str, Planned], target: Target, price: float, traffic: boo
   if price:
     text += f', costs {" to ".join(f"{x * price:,.2f}" for x in hours)}'
   return text + ('' if traffic else ', for products alone')
+
+
+MODE = Mode(
+  'estimate',
+  'estimate memory, traffic, time and cost of a run from shapes alone',
+  lambda options, prompts: run(options),
+  reads=('model', 'prune', 'train', 'estimate', 'mesh', 'export.dtype', *REQUEST),
+  devices=lambda options: prepare(options.estimate),
+)

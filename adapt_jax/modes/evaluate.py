@@ -14,6 +14,7 @@ from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network.backend import compute_dtype
+from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.report import EvaluationReport, TextReport, versions, write_report
@@ -62,3 +63,13 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     }
     write_report(workdir.report, report)
     say('\n'.join(said))
+
+
+MODE = Mode(
+  'evaluate',
+  'measure perplexity and task scores of model.source',
+  run,
+  result=('model', 'data', 'evaluate'),
+  reads=('mesh',),
+  several_processes=True,
+)

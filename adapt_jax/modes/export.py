@@ -16,6 +16,7 @@ from adapt_jax.models.files import exists, local, read_json
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.formats.trimmed_source import TrimmedSource
 from adapt_jax.models.network.llama import Params
+from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.checkpoint import Checkpoints
 from adapt_jax.pipeline.dense_model import DenseModel, with_learning_rate
@@ -137,3 +138,12 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
       text.pop('pruned', None)
     report['tasks'] = {of: scores for of, scores in state.tasks.items() if of != 'pruned'}
   return _Model(config, model.source, trained, template, report, (checkpoints, number, shapes))
+
+
+MODE = Mode(
+  'export',
+  'write model.source in the formats of export.formats',
+  run,
+  result=('model.source', 'data.chat_template', 'export.dtype', 'export.formats', 'export.gguf_types'),
+  reads=('export.push', 'mesh'),
+)

@@ -16,6 +16,7 @@ from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
+from adapt_jax.modes.mode import Mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,3 +76,11 @@ def run(options: RunOptions, prompts: Sequence[str]) -> None:
     print(f'\n== {prompt}')
     for model, found in zip(models, texts, strict=True):
       print(f'-- {model.source.name}\n{found[i]}' if len(models) > 1 else found[i])
+
+
+MODE = Mode(
+  'generate',
+  'continue --prompt=TEXT, which may be repeated, with model.source',
+  run,
+  reads=('seed', 'model', 'data.chat_template', 'generate', 'mesh'),
+)

@@ -26,6 +26,7 @@ from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import loop_options
 from adapt_jax.models.network.llama import Params
 from adapt_jax.modes import sensitivity_page
+from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.inputs import Inputs, prepare
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.workdir import Workdir
@@ -320,3 +321,17 @@ class Sensitivity:
       'seconds': sum(r['seconds'] for r in rows),
       'versions': versions(),
     }
+
+
+MODE = Mode(
+  'sensitivity',
+  'measure perplexity with only one layer pruned, for every layer',
+  run,
+  result=(
+    'seed', 'model', 'data', 'prune.method', 'prune.importance', 'prune.layer_distance', 'prune.align_ffn',
+    'prune.compat', 'prune.calibration', 'evaluate.source', 'evaluate.length', 'evaluate.max_tokens',
+    'sensitivity',
+  ),
+  reads=('evaluate.batch', 'prune.serve'),
+  mesh=False,
+)  # fmt: skip

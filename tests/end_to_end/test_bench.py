@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.writer import LINEAGE
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.modes import bench, bench_widths
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import latency
 from adapt_jax.pruning.attention_units import QUERY_HEADS
@@ -43,7 +43,7 @@ def make_options(models, dense='wide', pruned='narrow', **fields):
 
 
 def run(options, path):
-  bench.run(options, Workdir(str(path), identity('bench', options)), 'the command')
+  bench.run(options, Workdir(str(path), MODES['bench'].identity(options)), 'the command')
   return json.loads((path / 'report.json').read_text())
 
 
@@ -218,7 +218,7 @@ def test_a_dense_model_alone_gives_a_table_of_latencies(models, tmp_path, capsys
 
 def test_what_was_measured_is_part_of_a_workdirs_identity(models):
   identities = [
-    identity(mode, make_options(models, repeats=n)) for n in (1, 2) for mode in ('bench', 'accel')
+    MODES[mode].identity(make_options(models, repeats=n)) for n in (1, 2) for mode in ('bench', 'accel')
   ]
   assert identities[0] != identities[2] and identities[1] == identities[3]
 

@@ -8,11 +8,11 @@ import pytest
 
 from adapt_jax import api
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.models.config import LayerShape
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import accel
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import latency
@@ -39,7 +39,7 @@ def make_config(files, budget, **fields):
 def start(config, path):
   options = from_dict(config.to_dict())
   options = dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
-  workdir = Workdir(str(path), identity('prune', options))
+  workdir = Workdir(str(path), MODES['prune'].identity(options))
   workdir.check()
   accel.run(options, workdir, 'python main.py')
   return json.loads(workdir.report.read_text())

@@ -18,12 +18,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.configs import ablations, methods_table
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.preemption import Preempted
 from adapt_jax.models.errors import InputError
 from adapt_jax.modes import accel, compare, compare_grid, compare_page, compare_tables
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline import run as run_module
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
@@ -54,7 +54,7 @@ def make_config(files, grid=GRID, compensate='none', **compare_fields):
 
 def start(config, path):
   options = from_dict(config.to_dict())
-  workdir = Workdir(str(path), identity('compare', options))
+  workdir = Workdir(str(path), MODES['compare'].identity(options))
   workdir.check()
   compare.run(options, workdir, 'python main.py <x>')
   return json.loads((path / 'report.json').read_text())

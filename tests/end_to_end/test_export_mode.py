@@ -8,7 +8,6 @@ from safetensors.numpy import load_file
 
 import adapt_jax as aj
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.export.writer import LINEAGE, lineage
 from adapt_jax.machine import preemption
 from adapt_jax.models.config import count_params
@@ -16,6 +15,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_config, open_source
 from adapt_jax.modes import accel
 from adapt_jax.modes import export as export_mode
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.run import Run
 from adapt_jax.pipeline.workdir import Workdir
@@ -34,7 +34,7 @@ def finished(files, tmp_path_factory):
   config.prune.stages, config.prune.steps, config.prune.compensate = 1, 10, 'bias'
   config.train.batch, config.train.tokens, config.data.chat_template = 2, 2 * 32 * 4, 'plain'
   options = from_dict(config.to_dict())
-  workdir = Workdir(str(tmp_path_factory.mktemp('finished') / 'out'), identity('accel', options))
+  workdir = Workdir(str(tmp_path_factory.mktemp('finished') / 'out'), MODES['accel'].identity(options))
   accel.run(options, workdir, 'python main.py')
   return workdir.path
 
@@ -148,7 +148,7 @@ def test_a_run_stopped_during_training_has_no_figures_of_what_it_was_before(file
   config = runs.make_config(files)
   config.prune.stages, config.prune.steps = 1, 10
   options = from_dict(config.to_dict())
-  workdir = Workdir(str(tmp_path / 'run'), identity('accel', options))
+  workdir = Workdir(str(tmp_path / 'run'), MODES['accel'].identity(options))
   with pytest.raises(preemption.Preempted):
     accel.run(options, workdir, 'python main.py')
   report = export(files, workdir.path, tmp_path / 'out')

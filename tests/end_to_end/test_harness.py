@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.config.options import MeshOptions
 from adapt_jax.evaluation import harness
 from adapt_jax.export.hf import write_hf
@@ -22,6 +21,7 @@ from adapt_jax.machine.mesh import load_source
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import accel, evaluate
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline import quality
 from adapt_jax.pipeline.workdir import Workdir
 from tests.support import harness_tasks, runs
@@ -304,7 +304,7 @@ def test_a_run_scores_dense_pruned_and_recovered_once(files, tasks_path, tmp_pat
 
   monkeypatch.setattr(quality, 'evaluate_tasks', evaluate_tasks)
   options = from_dict(make_config(files, tasks_path, tasks=('toy_text',), limit=1).to_dict())
-  workdir = Workdir(str(tmp_path / 'out'), identity('accel', options))
+  workdir = Workdir(str(tmp_path / 'out'), MODES['accel'].identity(options))
   with pytest.raises(KeyboardInterrupt):
     accel.run(options, workdir, '')
   accel.run(options, workdir, '')

@@ -8,11 +8,11 @@ import pytest
 
 import adapt_jax as aj
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.models.config import count_params
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import compare
 from adapt_jax.modes import export as export_mode
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.narrow import narrowed_config
@@ -138,7 +138,7 @@ def test_cells_of_a_grid_may_have_other_widths(files, tmp_path):
   widths = (0, config.prune.hidden)
   config.compare.grid = ({'prune.hidden': widths, 'prune.target': (0.7,)},)
   options = from_dict(config.to_dict())
-  workdir = Workdir(str(tmp_path / 'out'), identity('compare', options))
+  workdir = Workdir(str(tmp_path / 'out'), MODES['compare'].identity(options))
   compare.run(options, workdir, 'python main.py')
   found = json.loads(workdir.report.read_text())['cells']
   whole = open_source(str(files / 'model')).config

@@ -8,13 +8,13 @@ import pytest
 
 import adapt_jax as aj
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.config.options import ExportOptions
 from adapt_jax.export.push import check_token
 from adapt_jax.export.push import push as upload
 from adapt_jax.models.errors import InputError, Unreachable
 from adapt_jax.modes import accel
 from adapt_jax.modes import export as export_mode
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.workdir import Workdir
 from tests.support import hub as stand_in
 from tests.support import runs
@@ -40,7 +40,7 @@ def pruning(files, path, **export):
   config.evaluate.source, config.train.tokens = (), 0
   config.export.update({'push': 'org/small'} | export)
   options = from_dict(config.to_dict())
-  return options, Workdir(str(path), identity('prune', options))
+  return options, Workdir(str(path), MODES['prune'].identity(options))
 
 
 def content(directory):
@@ -116,7 +116,7 @@ def test_a_run_that_is_refused_creates_no_repository(files, hub, tmp_path):
   config = runs.make_config(files)
   config.export.push, config.prune.calibration.samples = 'org/small', 10**6
   options = from_dict(config.to_dict())
-  workdir = Workdir(str(tmp_path / 'out'), identity('accel', options))
+  workdir = Workdir(str(tmp_path / 'out'), MODES['accel'].identity(options))
   assert 'calibration.samples' in refused(accel.run, options, workdir, 'the command') and not hub.repos
 
 

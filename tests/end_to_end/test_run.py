@@ -11,11 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import accel, evaluate, export
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
 from adapt_jax.pipeline.workdir import Workdir
@@ -33,7 +33,7 @@ def start(config, path, mode='accel'):
   options = from_dict(config.to_dict())
   if mode == 'prune':
     options = dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
-  workdir = Workdir(str(path), identity(mode, options))
+  workdir = Workdir(str(path), MODES[mode].identity(options))
   workdir.check()
   accel.run(options, workdir, 'python main.py')
   return json.loads(workdir.report.read_text())
@@ -204,15 +204,15 @@ def test_finished_run_started_again_does_nothing(finished, files, capsys):
 def test_what_changes_memory_or_forms_alone_is_no_part_of_a_runs_identity(files):
   """A run may go on with other devices, smaller batches at once there, and other forms of its result."""
   config = runs.make_config(files)
-  before = identity('accel', from_dict(config.to_dict()))
+  before = MODES['accel'].identity(from_dict(config.to_dict()))
   config.mesh.update(data=2, fsdp=1)
   config.train.update(micro_batch=1, remat=True, save_every=1)
   config.prune.calibration.batch = config.evaluate.batch = 1
   config.data.cache = str(files / 'elsewhere')
   config.export.update(formats=('gguf',), gguf_types=('F16',))
-  assert identity('accel', from_dict(config.to_dict())) == before
+  assert MODES['accel'].identity(from_dict(config.to_dict())) == before
   config.train.batch = 2
-  assert identity('accel', from_dict(config.to_dict())) != before
+  assert MODES['accel'].identity(from_dict(config.to_dict())) != before
 
 
 def test_another_config_in_the_same_workdir_is_refused(finished, files):

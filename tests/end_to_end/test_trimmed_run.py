@@ -9,13 +9,13 @@ import pytest
 
 import adapt_jax as aj
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.data.windows import load_blocks
 from adapt_jax.evaluation.perplexity import tokens_per_byte
 from adapt_jax.models.config import count_params
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import compare
 from adapt_jax.modes import export as export_mode
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
 from tests.support import runs
@@ -161,7 +161,7 @@ def test_cells_share_the_vocabulary(files, tmp_path):
   config = make_config(files, **{'train.tokens': 0})
   config.compare.grid = ({'prune.target': (0.9, 0.8)},)
   options = from_dict(config.to_dict())
-  workdir = Workdir(str(tmp_path / 'out'), identity('compare', options))
+  workdir = Workdir(str(tmp_path / 'out'), MODES['compare'].identity(options))
   compare.run(options, workdir, 'python main.py')
   report, whole = (
     json.loads(workdir.report.read_text()),

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from adapt_jax.config.build import defaults, flatten, from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.config.options import DistillOptions, RunOptions, TrainOptions
 from adapt_jax.data.token_cache import Need, open_cache
 from adapt_jax.machine.compiler import Compiler
@@ -24,6 +23,7 @@ from adapt_jax.models.files import json_checksum
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network.backend import made_for
 from adapt_jax.modes import export
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.metrics import MetricsLog
@@ -79,7 +79,7 @@ class RunFile(_Workdir):
     return damage_file(place / 'run/run.json', rng)
 
   def observe(self, place: pathlib.Path) -> Values:
-    asked = identity('accel', _options(place / 'asked.json'))
+    asked = MODES['accel'].identity(_options(place / 'asked.json'))
     workdir = Workdir(str(place / 'run'), asked)
     workdir.check()
     with workdir.claimed(lambda: {'train.source': 'a', 'evaluate.source': 'b'}):
@@ -116,7 +116,7 @@ class SavedState(_Workdir):
     model = DenseModel(source)
     budget = budget_of(options, source.config, source.dtype)
     tx = optimizer(options.train, Schedule.of(options, budget).train_steps)
-    workdir = Workdir('run', identity('accel', options))
+    workdir = Workdir('run', MODES['accel'].identity(options))
     log = MetricsLog(workdir.metrics)
     store = StateStore(workdir, model.config, log)
     state = store.resume(lambda plan: array_shapes(model, plan, tx), dict)

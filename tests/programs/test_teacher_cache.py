@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
 from adapt_jax.modes import accel
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.training import teacher_cache
@@ -41,7 +41,7 @@ def make_config(files, **distill):
 
 def execute(config, path):
   options = from_dict(config.to_dict())
-  workdir = Workdir(str(path), identity('accel', options))
+  workdir = Workdir(str(path), MODES['accel'].identity(options))
   accel.run(options, workdir, 'python main.py')
   return json.loads(workdir.report.read_text())
 

@@ -13,13 +13,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.configs import base
 from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
 from adapt_jax.modes import accel
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.stages import Recovery
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.training.loop import Trained
@@ -107,7 +107,7 @@ def main(files: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.
 def in_process(config: ConfigDict, path: pathlib.Path, mode: str = 'accel') -> dict[str, Any]:
   """The report of a run of mode accel or prune in this process."""
   options = from_dict(config.to_dict())
-  accel.run(options, Workdir(str(path), identity(mode, options)), 'python main.py')
+  accel.run(options, Workdir(str(path), MODES[mode].identity(options)), 'python main.py')
   return json.loads((path / 'report.json').read_text())
 
 

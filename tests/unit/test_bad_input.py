@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import identity
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import sensitivity
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline import checks
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
@@ -346,10 +346,10 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch):
 def test_an_export_into_the_runs_own_workdir_names_the_command(files, tmp_path):
   config = runs.make_config(files)
   options = from_dict(config.to_dict())
-  with Workdir(str(tmp_path / 'out'), identity('prune', options)).claimed():
+  with Workdir(str(tmp_path / 'out'), MODES['prune'].identity(options)).claimed():
     pass
   with pytest.raises(InputError, match='--workdir=.*out-export and --config.model.source='):
-    Workdir(str(tmp_path / 'out'), identity('export', options)).check()
+    Workdir(str(tmp_path / 'out'), MODES['export'].identity(options)).check()
 
 
 def test_too_few_tokens_says_how_many_are_enough(files):

@@ -212,12 +212,3 @@ def test_no_file_names_a_machine() -> None:
     if path.is_file() and b'\0' not in (content := path.read_bytes()):
       wrong += [f'{name}: {found}' for found in machine.findall(content.decode('utf-8', 'replace'))]
   assert not wrong
-
-
-def test_the_architecture_page_names_every_folder_and_module() -> None:
-  page = (ROOT / 'docs/architecture.md').read_text()
-  for package, folders in FOLDERS.items():
-    for name in (*folders, package):
-      assert f'{name}/' in page
-  modules = {pathlib.PurePosixPath(name).stem for name in OURS if name.startswith(('adapt_jax/', 'models/'))}
-  assert not {module for module in modules - {'__init__'} if f'`{module}`' not in page}

@@ -6,10 +6,10 @@ import json
 import pytest
 
 from adapt_jax.config.build import choices, declarations, defaults, flatten, from_dict, get
-from adapt_jax.config.identity import identity
 from adapt_jax.config.options import RunOptions
 from adapt_jax.configs import base
 from adapt_jax.models.errors import InputError
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import slicegpt
 from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES
@@ -100,18 +100,18 @@ READ = [
 
 @pytest.mark.parametrize('mode,field,value,counts', READ)
 def test_a_runs_identity_holds_what_its_mode_reads(mode, field, value, counts):
-  assert (identity(mode, with_values(**{field: value})) != identity(mode, RunOptions())) == counts
+  assert (MODES[mode].identity(with_values(**{field: value})) != MODES[mode].identity(RunOptions())) == counts
 
 
 def test_training_counts_in_a_grid_that_trains():
   trained = with_values(compare__recover=True)
   other = with_values(compare__recover=True, train__lr=1e-3)
-  assert identity('compare', trained) != identity('compare', other)
+  assert MODES['compare'].identity(trained) != MODES['compare'].identity(other)
 
 
 def claimed(path, options, change=lambda config: None):
   """A workdir of mode prune whose run.json `change` has edited."""
-  workdir = Workdir(str(path), identity('prune', options))
+  workdir = Workdir(str(path), MODES['prune'].identity(options))
   with workdir.claimed():
     pass
   saved = json.loads(workdir.run.read_text())
@@ -123,7 +123,7 @@ def claimed(path, options, change=lambda config: None):
 def test_a_workdir_from_before_an_option_existed_resumes_with_its_default(tmp_path):
   workdir = claimed(tmp_path / 'out', RunOptions(), lambda config: config['prune'].pop('compensate'))
   workdir.check()
-  other = Workdir(str(workdir.path), identity('prune', with_values(prune__compensate='none')))
+  other = Workdir(str(workdir.path), MODES['prune'].identity(with_values(prune__compensate='none')))
   with pytest.raises(InputError, match="prune.compensate = 'least_squares', not 'none'"):
     other.check()
 
@@ -131,10 +131,10 @@ def test_a_workdir_from_before_an_option_existed_resumes_with_its_default(tmp_pa
 def test_the_field_that_differs_is_named_before_those_that_follow_from_it(tmp_path):
   """A grid that only pruned has no training in its run.json."""
   trained = {'train__source': ('x.txt',), 'train__tokens': 4096}
-  before = Workdir(str(tmp_path / 'out'), identity('compare', with_values(**trained)))
+  before = Workdir(str(tmp_path / 'out'), MODES['compare'].identity(with_values(**trained)))
   with before.claimed():
     pass
-  now = Workdir(str(before.path), identity('compare', with_values(compare__recover=True, **trained)))
+  now = Workdir(str(before.path), MODES['compare'].identity(with_values(compare__recover=True, **trained)))
   with pytest.raises(InputError, match='compare.recover = False, not True'):
     now.check()
 
