@@ -72,7 +72,7 @@ clean:
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 fetch: .venv/created
-	@$(PY) -m adapt_jax.data.demo_files
+	@$(PY) -m scripts.demo_files
 
 .venv: .venv/installed
 

@@ -23,16 +23,13 @@ from ml_collections import config_flags
 from adapt_jax import cli_help
 from adapt_jax.config.build import defaults, flatten, from_dict
 from adapt_jax.config.options import RunOptions
-from adapt_jax.data import demo_files
 from adapt_jax.export.push import push
 from adapt_jax.machine import mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
 from adapt_jax.models.errors import InputError, Unreachable, disk_full, write_denied
 from adapt_jax.models.files import exists, local, regular
-from adapt_jax.models.formats.source import open_config
 from adapt_jax.modes.mode import Mode
 from adapt_jax.modes.registry import MODES
-from adapt_jax.pipeline.checks import check_sources
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
 
@@ -123,7 +120,6 @@ def main(argv: list[str]) -> None:
     workdir = Workdir(_WORKDIR.value, mode.identity(options)) if mode.result else None
     if workdir and _finished(workdir, mode, options):
       return
-    processes.decide(lambda: _fetch_demo(mode, options))
     if not workdir:
       mode.run(options, _PROMPT.value)
       return
@@ -141,21 +137,6 @@ def _finished(workdir: Workdir, mode: Mode, options: RunOptions) -> bool:
   if mode.uses('export.push'):  # an upload may have failed, or be asked only now
     processes.decide(lambda: push(options.export, workdir.path))
   return True
-
-
-def _fetch_demo(mode: Mode, options: RunOptions) -> None:
-  """Fetches what is missing of the demo's files, if the options name them, once all else can be read."""
-  texts = [source for sources in options.evaluate.texts.values() for source in sources]
-  prune = options.prune
-  texts += [*prune.vocab, *prune.calibration.source, *options.train.source]
-  sources = [options.model.source, *texts]
-  if not (absent := demo_files.missing(sources)):
-    return
-  if options.model.source not in absent:
-    open_config(options.model.source)
-  if mode.name in ('accel', 'prune'):
-    check_sources(options, without=absent)
-  demo_files.fetch_for_run({*absent.values()})
 
 
 def _command() -> str:

@@ -2,8 +2,7 @@
 
     adapt-jax --config=demo --workdir=out/demo
 
-In a checkout, `make demo` runs this. The model (98 MB) and the texts are downloaded to data/ if they are
-missing.
+`make demo` runs this. `make fetch` downloads the model (98 MB) and the texts to data/.
 """
 
 from ml_collections import ConfigDict

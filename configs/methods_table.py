@@ -8,7 +8,7 @@ data/wikitext-2/ or from the files given by
 
     --config.prune.calibration.source=wiki.train.tokens --config.evaluate.source=wiki.valid.tokens
 
-The model is that of configs/demo.py (`make demo`, or the first run, downloads it). A method scores
+The model is that of configs/demo.py (`make fetch` downloads it). A method scores
 16 x 256 tokens, drawn three times (median and range; :1 once), the same for all methods but adapt and
 uniform, which draw new ones at every step; compensation uses the rows of the last step, magnitude scores on
 none. Other authors' methods are shown as in their papers, and with this project's least squares. One draw

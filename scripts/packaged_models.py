@@ -16,8 +16,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from adapt_jax.data.packages import download, run, sha256, unpack
 from adapt_jax.models.errors import InputError
+from scripts.packages import download, run, sha256, unpack
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

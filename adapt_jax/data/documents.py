@@ -171,7 +171,8 @@ def _origins_of(entry: str, field: str, matched: bool = False) -> Iterator[pathl
     if 'evaluate.source' in field and '=' in entry:
       named = '; a name before = begins with a letter and has only letters, digits, _ and -'
     raise InputError(
-      f'{field} {entry!r}: no such file (a hub data set is written org/name:config:split{named})'
+      f'{field} {entry!r}: no such file (a hub data set is written org/name:config:split{named}; '
+      'make fetch downloads the demo)'
     )
 
 

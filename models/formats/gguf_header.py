@@ -141,7 +141,8 @@ def _open_part(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, GgufTensor
     with open(regular(path), 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
       return _parse(_Cursor(data), path)
   except OSError as error:
-    raise InputError(f'{path}: cannot be opened ({error.strerror}): check the path') from None
+    remedy = 'check the path (make fetch downloads the demo)'
+    raise InputError(f'{path}: cannot be opened ({error.strerror}): {remedy}') from None
   except InputError:
     raise
   except ValueError as error:

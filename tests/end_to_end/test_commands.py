@@ -94,28 +94,6 @@ def test_files_are_named_without_a_tuple(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'flag,says',
-  [
-    ('--config.model.source=./absent', "model.source './absent': no such file or directory"),
-    ('--config.evaluate.source=absent.txt', "evaluate.source 'absent.txt': no such file"),
-    ('--config.train.source=data/sotu/train,absent.txt', "train.source 'absent.txt': no such file"),
-    ('--workdir=taken', '--workdir=taken'),
-    ('--config.train.tokens=1', ''),  # all is well but that: the fetch is tried, and fails
-  ],
-)
-def test_all_paths_are_checked_before_the_demo_is_fetched(tmp_path, flag, says):
-  (tmp_path / 'taken').mkdir()
-  (tmp_path / 'taken/a file').touch()
-  command = [sys.executable, str(runs.ROOT / 'main.py'), '--config=demo', '--workdir=out', flag]
-  offline = os.environ | {'PIP_NO_INDEX': '1', 'PIP_DISABLE_PIP_VERSION_CHECK': '1'}
-  result = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True)
-  assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-  assert (says or 'cannot be downloaded') in result.stderr
-  left = {path.name for path in tmp_path.iterdir()}
-  assert left == ({'taken'} if says else {'taken', 'data'})
-
-
-@pytest.mark.parametrize(
   'body',
   ['def get_config(:', 'import nothing_here', 'def get_config(): return {}[1]', 'def get_config(): pass'],
 )

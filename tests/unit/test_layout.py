@@ -173,7 +173,7 @@ def test_third_party_imports_are_declared() -> None:
 
 def test_fetching_the_demo_needs_only_python() -> None:
   """`make fetch` runs before anything is installed."""
-  code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import adapt_jax.data.demo_files'
+  code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import scripts.demo_files'
   subprocess.run([sys.executable, '-I', '-S', '-c', code], check=True)
 
 

