@@ -17,7 +17,7 @@ help:
 	@echo 'make test-serving  exports in the real vLLM, MLX-LM and LLM Compressor: 5 GB of packages, then one to five minutes'
 	@echo 'make test-accelerators  programs compiled for NVIDIA GPUs and TPUs: 0.4 GB of packages, then ten minutes'
 	@echo 'make docs    the documentation as a site, into out/docs'
-	@echo 'make bench   ours beside PyTorch, into benchmarks/RESULTS.md: one to two hours on two cores, nothing else running'
+	@echo 'make bench   ours beside PyTorch, into benchmarks/RESULTS.md: an hour on two cores, nothing else running'
 	@echo 'make bench-gpu  one NVIDIA GPU, beside PyTorch: some GB of packages, then eight minutes'
 	@echo 'make check   lint, format and types'
 	@echo 'make clean   remove caches and the output of the demo; .venv and data stay'
@@ -54,7 +54,7 @@ docs: .venv/installed-test
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict
 
 # Each writes its own section as it ends; one alone: .venv/bin/python -m benchmarks.training --write
-BENCHMARKS := training pruning inference compile_time export growth input_speed
+BENCHMARKS := training pruning inference
 bench: .venv/installed-test fetch
 	set -e; for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name --write; done
 

@@ -14,6 +14,7 @@ seconds: its figures are meaningless.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -98,26 +99,14 @@ TOY = (
 
 def children(rows: tuple[Row, ...], toy: bool) -> list[list[int]]:
   """Groups of rows that share a process: attention rows, which are short; all toy rows, to import once."""
-  if toy:
-    return [list(range(len(rows)))]
-  groups: list[list[int]] = []
-  for i, row in enumerate(rows):
-    if groups and row.kind == rows[groups[-1][-1]].kind == 'attention':
-      groups[-1].append(i)
-    else:
-      groups.append([i])
-  return groups
+  shared = [toy or row.kind == 'attention' or i for i, row in enumerate(rows)]
+  return [list(group) for _, group in itertools.groupby(range(len(rows)), key=shared.__getitem__)]
 
 
 def measured(command: list[str], seconds: float) -> Iterator[dict[str, Any]]:
   """Yields the objects that a program prints; then {'ended': why} if it failed or was cut off."""
   # No cache, since compiling is measured; 0.92 of the memory, as in launch/.
-  fixed = {
-    'PYTHONPATH': str(side_by_side.ROOT),
-    'PYTHONWARNINGS': 'ignore',
-    'JAX_ENABLE_COMPILATION_CACHE': '0',
-  }
-  env = {'CUDA_VISIBLE_DEVICES': '0'} | os.environ | fixed
+  env = {'CUDA_VISIBLE_DEVICES': '0'} | os.environ | side_by_side.ENVIRONMENT
   if 'XLA_PYTHON_CLIENT_MEM_FRACTION' not in env:
     env.setdefault('XLA_CLIENT_MEM_FRACTION', '0.92')
   with tempfile.TemporaryFile() as errors:
@@ -181,26 +170,14 @@ def cells(i: int, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> li
     plain, other = (statistics.median(r[name]) for name in ('plain', 'other'))
     errors = [' '.join(f'{e:.1e}' for e in r[f'{name} errors']) for name in ('plain', 'other')]
     held = [f'{r[f"{name} bytes"] / 1e9:.2f}' for name in ('plain', 'other')]
-    times = [
-      f'{1e3 * plain:.2f}',
-      f'{1e3 * other:.2f}',
-      f'{plain / other:.2f}',
-      f'{r["flops"] / other / 1e12:.1f}',
-    ]
+    times = [f'{x:.2f}' for x in (1e3 * plain, 1e3 * other, plain / other, r['flops'] / other / 1e12)]
     return [size, row.name.split(' ', 1)[1].removesuffix(f' {size}'), r['form'], *times, *held, *errors]
   if row.kind == 'generation':
     limit = row.rows * 1e9 * card['bandwidth'] / r['bytes']
     of_product = statistics.median(r['prefill']) * r['flops'] / (1e12 * card['product'])
     decode = [spread(r['decode']), f'{limit:,.0f}', f'{statistics.median(r["decode"]) / limit:.0%}']
-    return [
-      row.model,
-      f'{size} + {row.new}',
-      spread(r['prefill']),
-      f'{of_product:.0%}',
-      *decode,
-      peak,
-      compiled,
-    ]
+    prefill = [f'{size} + {row.new}', spread(r['prefill']), f'{of_product:.0%}']
+    return [row.model, *prefill, *decode, peak, compiled]
   rates = [r['tokens'] / s for s in r['seconds']]
   if row.kind == 'scoring by PyTorch':
     ratios = [
@@ -214,17 +191,8 @@ def cells(i: int, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> li
     return [row.model, size, name, spread(r['seconds'], 3), spread(rates), '—', ratio, peak, 'eager']
   speed = statistics.median(rates) * r['flops'] / 1e12
   if row.kind == 'scoring':
-    return [
-      row.model,
-      size,
-      'ours',
-      spread(r['seconds'], 3),
-      spread(rates),
-      f'{speed:.1f}',
-      '',
-      peak,
-      compiled,
-    ]
+    figures = [spread(r['seconds'], 3), spread(rates), f'{speed:.1f}', '']
+    return [row.model, size, 'ours', *figures, peak, compiled]
   micro = f'{r["micro"]}{", remat" * r["remat"]}' + ''.join(f'; out of memory: {x}' for x in r['before'])
   mfu = f'{speed / nominal(card):.1%}' if nominal(card) else '—'
   limits = [f'{speed:.1f}', mfu, f'{speed / card["product"]:.1%}']
@@ -234,15 +202,8 @@ def cells(i: int, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> li
 
 def table(kind: str, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> list[str]:
   heads = HEADS[kind].split(' | ')
-  lines = [
-    '',
-    f'### {kind.capitalize()}',
-    '',
-    NOTES[kind],
-    '',
-    f'| {" | ".join(heads)} |',
-    '|---' * len(heads) + '|',
-  ]
+  lines = ['', f'### {kind.capitalize()}', '', NOTES[kind], '']
+  lines += [f'| {" | ".join(heads)} |', '|---' * len(heads) + '|']
   for i, row in enumerate(rows):
     if row.kind.startswith(kind):
       said = found.get(i, {'said': 'not yet'}).get('said')
@@ -253,7 +214,7 @@ def table(kind: str, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) ->
 
 def text(rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> str:
   card = found[0]
-  names = ', '.join(x for x in (card['device'], card['driver'], card['platform']) if x)
+  names = ', '.join(x for x in (card['device'], card['platform']) if x)
   first = (
     f'{names}: {nominal(card):,} TFLOP/s nominal (0: not known), {card["product"]:,.1f} TFLOP/s in one large '
     f'bf16 product, {card["bandwidth"]:,.0f} GB/s reading and writing. Median (lowest–highest). Peak memory '

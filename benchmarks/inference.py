@@ -8,7 +8,7 @@ It measures perplexity over windows of 1,024 tokens, prefill of prompts of 128 t
 is the exported directory in transformers, eager and with torch.compile, with the faster KV cache; rates
 exclude compiling and first calls. The limit of evaluation and prefill is their FLOPs at the speed of one big
 product; that of decoding is the bytes of weights and cache at the speed of reading memory, or its FLOPs if
-they take longer. These speeds are the fastest product and read in the same runs, of either program. About
+they take longer. These speeds are those of `programs/limits.py`. About
 four minutes per round, dtype and model on two cores, half of it torch.compile.
 """
 
@@ -18,12 +18,12 @@ import sys
 from typing import Any
 
 from benchmarks import demo_models
-from benchmarks.side_by_side import Run, in_turn, parser, ratio, report, spread
+from benchmarks.side_by_side import Run, in_turn, parser, ratio, report, run, spread
 
 SETTINGS: dict[str, Any] = {
   'windows': 4, 'window': 1024, 'batch': 4,
   'prompt': 128, 'new': 64, 'rows': [1, 8],
-  'repeats': 3, 'peak': 2048,
+  'repeats': 3,
 }  # fmt: skip
 TITLE = 'Evaluation and generation'
 
@@ -46,20 +46,19 @@ def figures(rows: list[int]) -> dict[str, str]:
   return found
 
 
-def limit(answers: list[dict[str, Any]], figure: str) -> float:
-  """The most tokens/s that arithmetic or memory allow, at the best speeds of all answers."""
-  gflops, read = (max(a[name] for a in answers) for name in ('gflops', 'read_gbs'))
-  cost = next(a for a in answers if f'{figure}_flops' in a)
+def limit(gflops: float, read: float, cost: dict[str, Any], figure: str) -> float:
+  """The most tokens/s that arithmetic (GFLOP/s) or memory (GB/s read) allow."""
   found = 1e9 * gflops / cost[f'{figure}_flops']
   if f'{figure}_bytes' in cost:
     found = min(found, 1e9 * read / cost[f'{figure}_bytes'] * int(figure.split('_')[1]))
   return found
 
 
-def table(model: str, dtype: str, runs: dict[str, list[Run]], rows: list[int]) -> str:
+def table(
+  model: str, dtype: str, runs: dict[str, list[Run]], rows: list[int], limits: dict[str, float]
+) -> str:
   """Rows of the report for one model and dtype; the peer of a figure is the one with the highest median."""
-  answers = {name: [run.answer for run in found] for name, found in runs.items()}
-  every = [answer for found in answers.values() for answer in found]
+  answers = {name: [r.answer for r in done] for name, done in runs.items()}
   losses = {name: found[0]['loss'] for name, found in answers.items()}
   if max(losses.values()) - min(losses.values()) > (1e-3 if dtype == 'float32' else 3e-2):
     raise SystemExit(f'{model} {dtype}: the programs do not compute the same loss: {losses}')
@@ -68,7 +67,7 @@ def table(model: str, dtype: str, runs: dict[str, list[Run]], rows: list[int]) -
     rates = {name: [a[figure] for a in found] for name, found in answers.items()}
     ours = rates.pop('ours')
     peer = max(rates, key=lambda name: statistics.median(rates[name]))
-    most = limit(every, figure)
+    most = limit(limits[dtype], limits['gigabytes_read_per_second'], answers['ours'][0], figure)
     lines.append(
       f'| {model} | {dtype} | {title} | {spread(ours, 1)} | {spread(rates[peer], 1)}, {peer} '
       f'| {ratio(ours, rates[peer])} | {most:,.0f} | {statistics.median(ours) / most:.2f} |'
@@ -79,9 +78,9 @@ def table(model: str, dtype: str, runs: dict[str, list[Run]], rows: list[int]) -
 def compiled(model: str, dtype: str, runs: dict[str, list[Run]]) -> str:
   """A table row: compile seconds and peak memory of each program."""
   cells = []
-  for found in runs.values():
-    seconds = [sum(v for k, v in run.answer.items() if k.endswith('_compile')) for run in found]
-    cells.append(f'{spread(seconds, 0)} s, {max(run.peak_bytes for run in found) / 1e9:.2f} GB')
+  for done in runs.values():
+    seconds = [sum(v for k, v in r.answer.items() if k.endswith('_compile')) for r in done]
+    cells.append(f'{spread(seconds, 0)} s, {max(r.peak_bytes for r in done) / 1e9:.2f} GB')
   return f'| {model} | {dtype} | {" | ".join(cells)} |'
 
 
@@ -94,16 +93,13 @@ def measure(
     '|---|---|---|---|---|---|---|---|',
   ]
   others = [f'| model | dtype | {" | ".join(("ours", *peers))} |', '|---|---|---|' + '---|' * len(peers)]
-  best: dict[str, float] = {}
+  limits = run([sys.executable, 'benchmarks/programs/limits.py']).answer
   for dtype in dtypes:
     for model, path in models.items():
       runs = in_turn(commands(path, dtype, peers, settings), rounds)
-      speeds.append(table(model, dtype, runs, settings['rows']))
+      speeds.append(table(model, dtype, runs, settings['rows'], limits))
       others.append(compiled(model, dtype, runs))
-      answers = [run.answer for found in runs.values() for run in found]
-      best[f'{dtype} GFLOP/s'] = max(best.get(f'{dtype} GFLOP/s', 0), *(a['gflops'] for a in answers))
-      best['GB/s'] = max(best.get('GB/s', 0), *(a['read_gbs'] for a in answers))
-  s, peaks = settings, ', '.join(f'{value:,.0f} {unit}' for unit, value in best.items())
+  s, peaks = settings, ', '.join(f'{value:,.0f} {what}' for what, value in limits.items())
   title = (
     f'{s["windows"]} windows of {s["window"]:,} tokens, at most {s["batch"]} at once; prompts of '
     f'{s["prompt"]} random ids, {s["new"]} new tokens, greedy. Median (lowest–highest) of {rounds} rounds in '

@@ -23,6 +23,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks/RESULTS.md'
 # Of every program: one thread per core.
 THREADS = str(os.cpu_count())
+ENVIRONMENT = {  # compiling counts, so that no program is taken from a cache
+  'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore', 'JAX_ENABLE_COMPILATION_CACHE': 'false',
+}  # fmt: skip
 _PACKAGES = {'jax': 'JAX', 'torch': 'PyTorch', 'transformers': 'transformers'}
 
 
@@ -36,15 +39,12 @@ class Run:
   answer: dict[str, Any]
 
 
-def run(command: list[str], env: dict[str, str] | None = None) -> Run:
+def run(command: list[str]) -> Run:
   """Runs a program to its end; raises SystemExit with its last output if it fails."""
-  fixed = {'OMP_NUM_THREADS': THREADS, 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore'}
-  fixed['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # compiling counts, unless `env` enables the cache
+  fixed = ENVIRONMENT | {'OMP_NUM_THREADS': THREADS}
   with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
     start = time.perf_counter()
-    process = subprocess.Popen(
-      command, stdout=out, stderr=err, env=os.environ | fixed | (env or {}), cwd=ROOT
-    )
+    process = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | fixed, cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)

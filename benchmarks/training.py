@@ -67,14 +67,8 @@ def main() -> None:
   limits = side_by_side.run([sys.executable, str(HERE / 'limits.py')]).answer
   commands = {}
   for own, peer in PAIRS:
-    commands[f'ours {own}'] = [sys.executable, str(HERE / 'train_ours.py'), str(model), own, str(args.steps)]
-    commands[f'torch {peer}'] = [
-      sys.executable,
-      str(HERE / 'train_torch.py'),
-      str(model),
-      peer,
-      str(args.steps),
-    ]
+    for name, form, program in (('ours', own, 'train_ours.py'), ('torch', peer, 'train_torch.py')):
+      commands[f'{name} {form}'] = [sys.executable, str(HERE / program), str(model), form, str(args.steps)]
   runs = side_by_side.in_turn(commands, args.rounds)
   weights, flops = demo_models.parameters(model), demo_models.training_flops(model, 256)
   moved, speed = 28 * weights / 1e9, limits['gigabytes_per_second']

@@ -4,13 +4,10 @@ python -m benchmarks.programs.gpu_rows --rows=0,1 --until=UNIX_SECONDS [--toy]
 """
 
 import argparse
-import contextlib
 import functools
 import gc
-import importlib.metadata
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -119,24 +116,10 @@ def card(row: Row, toy: bool) -> dict[str, Any]:
 
   return {
     'device': jax.devices()[0].device_kind,
-    'driver': _driver(),
     'platform': ' '.join(jax.devices()[0].client.platform_version.split()),
     'product': rate(product, a, 2.0 * size**3) / 1e12,
     'bandwidth': rate(copy, x, 4.0 * length) / 1e9,
   }
-
-
-def _driver() -> str:
-  """Driver and power limit from nvidia-smi, and the version of cuDNN's package."""
-  found = []
-  with contextlib.suppress(OSError, subprocess.CalledProcessError):
-    asked = ['nvidia-smi', '--query-gpu=driver_version,power.limit', '--format=csv,noheader']
-    driver, power = subprocess.check_output(asked, text=True).splitlines()[0].split(', ')
-    found += [f'driver {driver}', f'limited to {power}']
-  for package in ('nvidia-cudnn-cu12', 'nvidia-cudnn-cu13'):
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      found.append(f'cuDNN {importlib.metadata.version(package)}')
-  return ', '.join(found)
 
 
 def attention(row: Row, toy: bool) -> dict[str, Any]:

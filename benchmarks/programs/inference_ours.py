@@ -4,10 +4,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,24 +29,6 @@ def flops(config: ModelConfig, length: int, head_tokens: int) -> float:
   body = count_params(config) - head * (1 if config.tie_embeddings else 2)
   queries = sum(shape.num_heads for shape in config.layers) * config.head_dim
   return 2.0 * (body * length + head * head_tokens + queries * length * length)
-
-
-def peaks(dtype: Any, size: int) -> dict[str, float]:
-  """GFLOP/s of one big product with an fp32 result, GB/s of reading a big array."""
-
-  def best(work: Callable[..., Any], *args: Any) -> float:
-    program, found = jax.jit(work), []
-    jax.block_until_ready(program(*args))
-    for _ in range(5):
-      start = time.perf_counter()
-      jax.block_until_ready(program(*args))
-      found.append(time.perf_counter() - start)
-    return min(found)
-
-  a = jnp.ones((size, size), dtype)
-  seconds = best(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32), a, a)
-  big = jnp.ones(size * size * 16, jnp.float32)
-  return {'gflops': 2e-9 * size**3 / seconds, 'read_gbs': 1e-9 * big.nbytes / best(jnp.sum, big)}
 
 
 def evaluate(config: ModelConfig, params: Any, dtype: Any, s: dict[str, Any]) -> dict[str, Any]:
@@ -108,8 +88,7 @@ def main(directory: str, settings: str) -> None:
   s = json.loads(settings)
   dtype, source = jnp.dtype(s['dtype']), open_source(directory)
   config, params = source.config, load_source(source, dtype)
-  answer: dict[str, Any] = peaks(dtype, s['peak']) | limits(config, dtype, s)
-  answer |= evaluate(config, params, dtype, s)
+  answer = limits(config, dtype, s) | evaluate(config, params, dtype, s)
   for rows in s['rows']:
     answer |= generate(config, params, dtype, s, rows)
   print(json.dumps(answer))

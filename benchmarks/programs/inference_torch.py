@@ -34,13 +34,6 @@ def timed(work: Callable[[], Any], repeats: int) -> tuple[float, float]:
   return seconds[0], statistics.median(seconds[1:])
 
 
-def peaks(dtype: torch.dtype, size: int) -> dict[str, float]:
-  """GFLOP/s of one big product, GB/s of reading a big array."""
-  a, big = torch.ones(size, size, dtype=dtype), torch.ones(size * size * 16)
-  product, read = (min(timed(work, 1)[1] for _ in range(5)) for work in (lambda: a @ a, big.sum))
-  return {'gflops': 2e-9 * size**3 / product, 'read_gbs': 4e-9 * len(big) / read}
-
-
 def evaluate(model: Any, s: dict[str, Any], batches: list[int]) -> dict[str, Any]:
   """Tokens/s of measuring perplexity on windows, the loss, and extra seconds of the first call."""
   tokens = random_ids(model.config.vocab_size, s['windows'], s['window'])
@@ -99,9 +92,8 @@ def main(directory: str, settings: str) -> None:
     model = copy.copy(model)
     model.forward = torch.compile(model.forward, dynamic=False)
     batches, caches = [s['batch']], ['static']
-  answer: dict[str, Any] = peaks(dtype, s['peak'])
   with torch.inference_mode():
-    answer |= evaluate(model, s, batches)
+    answer = evaluate(model, s, batches)
     for rows in s['rows']:
       answer |= generate(model, s, rows, caches)
   print(json.dumps(answer))

@@ -16,7 +16,7 @@ from tests.support.helpers import VARIED, random_params, tiny_config
 pytest.importorskip('torch')
 pytest.importorskip('transformers')
 SETTINGS = {
-  'windows': 2, 'window': 16, 'batch': 2, 'prompt': 8, 'new': 4, 'rows': [1, 2], 'repeats': 1, 'peak': 64
+  'windows': 2, 'window': 16, 'batch': 2, 'prompt': 8, 'new': 4, 'rows': [1, 2], 'repeats': 1
 }  # fmt: skip
 
 
@@ -37,24 +37,17 @@ def run(**answer):
 
 
 def test_a_limit_is_arithmetic_or_bytes_whichever_takes_longer():
-  ours = {
-    'gflops': 100,
-    'read_gbs': 10,
-    'decode_8_flops': 1e9,
-    'decode_8_bytes': 1e9,
-    'evaluation_flops': 2e9,
-  }
-  peer = {'gflops': 200, 'read_gbs': 5}
-  assert inference.limit([ours, peer], 'evaluation') == 100
-  assert inference.limit([ours, peer], 'decode_8') == 80
-  assert inference.limit([ours | {'decode_8_flops': 4e9}, peer], 'decode_8') == 50
+  cost = {'decode_8_flops': 1e9, 'decode_8_bytes': 1e9, 'evaluation_flops': 2e9}
+  assert inference.limit(200, 10, cost, 'evaluation') == 100
+  assert inference.limit(200, 10, cost, 'decode_8') == 80
+  assert inference.limit(200, 10, cost | {'decode_8_flops': 4e9}, 'decode_8') == 50
 
 
 def test_programs_with_different_losses_are_not_compared():
-  answers = {'evaluation': 1.0, 'gflops': 1, 'read_gbs': 1, 'evaluation_flops': 1}
+  answers = {'evaluation': 1.0, 'evaluation_flops': 1}
   runs = {'ours': [run(loss=2.0, **answers)], 'eager': [run(loss=2.1, **answers)]}
   with pytest.raises(SystemExit, match='do not compute the same loss'):
-    inference.table('dense', 'float32', runs, [])
+    inference.table('dense', 'float32', runs, [], {})
 
 
 def test_flops_and_bytes_are_those_of_the_weights_that_are_used():

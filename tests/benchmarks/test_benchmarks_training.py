@@ -66,4 +66,7 @@ def test_a_section_is_replaced_alone():
 def test_limits_of_this_machine():
   command = [sys.executable, str(pathlib.Path('benchmarks/programs/limits.py'))]
   found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
-  assert set(found) == {'float32', 'bfloat16', 'gigabytes_per_second'} and min(found.values()) > 0
+  assert (
+    set(found) == {'float32', 'bfloat16', 'gigabytes_per_second', 'gigabytes_read_per_second'}
+    and min(found.values()) > 0
+  )

@@ -56,7 +56,7 @@ def check(program, directory, prompts, tolerance):
     pytest.skip(f'{python.parent.parent.name} is not installed: make test-serving does it')
   asked, answer = directory.with_name('prompts.json'), directory.with_name('answer.json')
   asked.write_text(json.dumps(prompts))
-  command = [python, ROOT / f'benchmarks/programs/run_{program}.py', directory, asked, answer]
+  command = [python, ROOT / f'tests/support/serving/{program}_program.py', directory, asked, answer]
   environment = os.environ | {'HF_HOME': str(directory.with_name('cache'))}
   done = subprocess.run(
     [str(x) for x in command], env=environment, cwd=directory.parent, capture_output=True, text=True
