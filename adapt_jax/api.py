@@ -340,11 +340,10 @@ def generate(
   that is too long or, without a template, empty.
   """
   arguments.check_tokenizer(model.tokenizer)
-  drawn = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
-  options = arguments.generate_options(seed, max_new_tokens=max_new_tokens, chat=chat, **drawn).generate
+  arguments.generate_options(seed, max_new_tokens=max_new_tokens, chat=chat, temperature=temperature)
   prompts = arguments.texts('prompt', prompt)
   ids = encode_prompts(prompts, model.tokenizer, chat)
-  sampling = Sampling(options.temperature, options.top_k, options.top_p)
+  sampling = Sampling(temperature, top_k, top_p)
   stop = stop_ids(model.generation, model.tokenizer)
   with processes.silent(not progress):
     generator = Generator(model.config, model.params, compiler=Compiler(), dtype=compute_dtype('auto'))

@@ -64,19 +64,8 @@ class EstimateOptions:
     'Number of devices, arranged by config.mesh; 0, with target cpu: the available devices.',
     within=(0, 65_536),
   )
-  device_memory_gb: float = option(
-    0.0, 'Memory of each device, in 10^9 bytes; 0: that of the target.', within=(0, 1e6)
-  )
-  peak_tflops: float = option(
-    0.0,
-    'Peak TFLOP/s of each device, in the dtype of matrix products; 0: that of the target, in bfloat16.',
-    within=(0, 1e9),
-  )
   price: float = option(
     0.0, 'Price of a device for an hour, in any currency; 0: the cost is not shown.', within=(0, 1e9)
-  )
-  depths: tuple[int, ...] = option(
-    (), 'Two numbers of layers to compile and extrapolate from, if compiling all layers takes long.'
   )
 
 
@@ -90,17 +79,12 @@ class GenerateOptions:
     '0: always the most likely token. Otherwise tokens are sampled, seeded by seed.',
     within=(0, 1e3),
   )
-  top_k: int = option(0, 'Sample only from this many most likely tokens; 0: all.', within=(0, 10**9))
-  top_p: float = option(
-    1.0, 'Sample only from the most likely tokens that together have this probability.', within=(1e-6, 1)
-  )
   batch: int = option(8, 'Prompts at once, over all devices.', within=COUNT)
   chat: bool = option(
     True,
     'Whether to render each prompt with the chat template, if there is one, as a user message; otherwise it '
     'is continued as plain text.',
   )
-  dense: str = option('', 'A second model to run as well, such as the one before pruning.')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,9 +195,6 @@ class EvaluateOptions:
   )
   suite: str = option('', "paper: the paper's full protocol, in addition to tasks.", choices=('', 'paper'))
   tasks_path: str = option('', 'Directory with your own task files (YAML).')
-  fewshot: int = option(
-    -1, 'Few-shot examples for each question of tasks; -1: as the task defines.', within=(-1, 1000)
-  )
   limit: int = option(0, 'Use only the first questions of each task, this many; 0: all.', within=(0, 10**9))
 
   @property

@@ -18,9 +18,6 @@ def check(options: RunOptions) -> None:
   _check_mesh(options.mesh)
   _check_sensitivity(options.sensitivity)
   _check_export(options.export)
-  depths = options.estimate.depths
-  if depths and (len(depths) != 2 or not 0 < depths[0] < depths[1]):
-    raise InputError(f'estimate.depths = {depths}: give two increasing numbers of layers, or none')
 
 
 def _check_prune(prune: PruneOptions) -> None:

@@ -25,7 +25,7 @@ from adapt_jax.models.files import exists, local, regular
 from adapt_jax.models.network.llama import Params
 
 # The paper's protocol: task -> examples before each question.
-PAPER = {
+PAPER: dict[str, int | None] = {
   'arc_easy': 0,
   'arc_challenge': 0,
   'hellaswag': 0,
@@ -45,10 +45,10 @@ _RESAMPLES = 1000  # bootstrap samples, for standard errors without a formula
 TaskScores = dict[str, dict[str, Any]]
 
 
-def wanted(options: EvaluateOptions) -> dict[str, int]:
-  """Task -> examples before each question, -1 = the task's own number. Named tasks override the suite's."""
+def wanted(options: EvaluateOptions) -> dict[str, int | None]:
+  """Task -> examples before each question, None = the task's own number. Named tasks override the suite's."""
   suite = PAPER if options.suite == 'paper' else {}
-  return suite | dict.fromkeys(options.tasks, options.fewshot)
+  return suite | dict.fromkeys(options.tasks)
 
 
 def check_tasks(options: EvaluateOptions) -> None:
@@ -130,7 +130,7 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=1)  # runs of one process, and a run's three evaluations, open tasks once
-def _open(names: tuple[tuple[str, int], ...], tasks_path: str) -> tuple[list[str], dict[str, Any]]:
+def _open(names: tuple[tuple[str, int | None], ...], tasks_path: str) -> tuple[list[str], dict[str, Any]]:
   """(names in the harness's results, argument of `evaluate`) for tasks with their numbers of examples."""
   manager = _manager(tasks_path)
   known = set(manager.all_tasks)
@@ -152,8 +152,8 @@ def _open(names: tuple[tuple[str, int], ...], tasks_path: str) -> tuple[list[str
             f'evaluate.tasks: {key} runs model-written code or needs images, which is not '
             f'supported: leave it out'
           )
-        if shots >= 0 or task.get_config('num_fewshot') is None:
-          task.set_config('num_fewshot', max(shots, 0))
+        if shots is not None or task.get_config('num_fewshot') is None:
+          task.set_config('num_fewshot', shots or 0)
       group = loaded['groups'].get(name)
       found += [group] if group else loaded['tasks'].values()
       # A tag or a group without a mean has no score of its own; its tasks have scores.

@@ -9,7 +9,6 @@ remain. Operations always have the form for accelerators.
 """
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -43,54 +42,32 @@ _NOT_ON_CPU = 'while-loop-invariant-code-motion,cpu-all-reduce-combiner,cse_barr
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-  """Bytes on one device: a program's arguments, temporary buffers, results that do not replace arguments."""
-
-  arguments: float
-  temporary: float
-  results: float
-
-  @property
-  def total(self) -> float:
-    return self.arguments + self.temporary + self.results
-
-
-@dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled program, on one device.
+  """A program of a run, on one device.
 
   Attributes:
-    memory: as the compiler plans it.
+    arguments, temporary, results: bytes; results that replace an argument do not count. The compiler plans
+      them, or they follow from shapes if the program only moves weights.
+    other: bytes on the device that are not among the program's arguments.
     flops: floating-point operations (`pipeline.flops`).
     moved: bytes that its operations read from and write to the device's memory.
-    sent: by kind of collective, bytes that the device sends.
-    operations: by kind of collective, how many are executed.
+    sent: bytes that the device sends.
+    times: how often the run executes it; training counts less in later stages, whose model is smaller.
   """
 
-  memory: Memory
+  arguments: int
+  temporary: int
+  results: int
+  other: int = 0
   flops: float = 0.0
   moved: float = 0.0
-  sent: dict[str, float] = dataclasses.field(default_factory=dict)
-  operations: dict[str, float] = dataclasses.field(default_factory=dict)
+  sent: float = 0.0
+  times: float = 0.0
 
-  def extrapolated(self, shallow: 'Program', depth: int, shallow_depth: int, layers: int) -> 'Program':
-    """Extrapolates to `layers` from this one at `depth` and a shallower one: all is linear in the depth."""
-    steps = (layers - depth) / (depth - shallow_depth)
-
-    def further(deep: float, less: float) -> float:
-      return deep + steps * (deep - less)
-
-    def each(deep: dict[str, float], less: dict[str, float]) -> dict[str, float]:
-      return {kind: further(deep.get(kind, 0.0), less.get(kind, 0.0)) for kind in {**deep, **less}}
-
-    pairs = zip(dataclasses.astuple(self.memory), dataclasses.astuple(shallow.memory), strict=True)
-    return Program(
-      Memory(*(further(deep, less) for deep, less in pairs)),
-      further(self.flops, shallow.flops),
-      further(self.moved, shallow.moved),
-      each(self.sent, shallow.sent),
-      each(self.operations, shallow.operations),
-    )
+  @property
+  def total(self) -> int:
+    """The memory that must be free."""
+    return self.arguments + self.temporary + self.results + self.other
 
 
 def compile_for(
@@ -110,15 +87,15 @@ def compile_for(
   with made_for(made.name, made.capability):
     lowered = mesh.jit(traced_anew, *args, donate_argnums=donate_argnums).lower(*args)
   compiled = lowered.compile(compiler_options=options)
-  found: Any = compiled.memory_analysis()
-  fresh = found.output_size_in_bytes - found.alias_size_in_bytes
-  memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, fresh)
+  memory: Any = compiled.memory_analysis()
   text = CompiledText(compiled.as_text())
-  sent, operations = defaultdict[str, float](float), defaultdict[str, float](float)
-  for x in text.collectives():
-    sent[x.kind] += x.sent * x.times
-    operations[x.kind] += x.times
-  return Program(memory, 0.0, text.bytes_moved(), dict(sent), dict(operations))
+  return Program(
+    memory.argument_size_in_bytes,
+    memory.temp_size_in_bytes,
+    memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    moved=text.bytes_moved(),
+    sent=sum(x.sent * x.times for x in text.collectives()),
+  )
 
 
 def bytes_of(tree: Any) -> int:
@@ -169,6 +146,8 @@ class Footprint:
     self.config = narrow.narrowed_config(whole, options.prune.hidden)
     self.budget = budget_of(options, self.config, original=whole)
     self.schedule = Schedule.of(options, self.budget)
+    self._calibration = options.prune.calibration
+    self._tokens = pruning_programs.calibration_tokens(self._calibration)
     train = dataclasses.replace(options.train, lr=1e-4, min_lr=1e-5)  # the weights are not read
     self._optimizer = optimizer(train, self.schedule.train_steps)
 
@@ -184,102 +163,90 @@ class Footprint:
       return placed({'params': params})
     return placed({'params': params, 'optimizer': jax.eval_shape(self._optimizer.init, params)})
 
-  def stacked(self, config: ModelConfig) -> Any:
+  def stacked(self) -> Any:
     """The input of scoring and compensation: all layers' weights at their original widths."""
-    params = llama.abstract_params(config)
-    plan = PrunePlan.dense(config, self.budget.removes)
+    params = llama.abstract_params(self.config)
+    plan = PrunePlan.dense(self.config, self.budget.removes)
     return placed(jax.eval_shape(lambda p: surgery.stack(p, plan, self.dtype), params))
 
-  def unnarrowed(self, layers: int) -> Any:
+  def unnarrowed(self) -> Any:
     """The input of narrowing: the dense model's weights, stacked in the dtype that they are loaded in."""
-    config = self.whole.with_layers(self.whole.layers[:layers])
-    params = llama.abstract_params(config, self._loaded)
-    plan = PrunePlan.dense(config)
+    params = llama.abstract_params(self.whole, self._loaded)
+    plan = PrunePlan.dense(self.whole)
     return placed(jax.eval_shape(lambda p: surgery.stack(p, plan), params))
 
-  def stream_moments(self, layers: int) -> Program:
+  def _compiled(self, tokens: int, flops_per_token: float, fn: Callable[..., Any], *args: Any) -> Program:
+    program = compile_for(self._platform, fn, *args)
+    return dataclasses.replace(program, flops=tokens * flops_per_token / device_count())
+
+  def _calibrated(self, flops_per_token: float, fn: Callable[..., Any], *args: Any) -> Program:
+    """A program whose last argument is the calibration rows."""
+    tokens = self._calibration.samples * self._calibration.length
+    return self._compiled(tokens, flops_per_token, fn, *args, self._tokens)
+
+  def stream_moments(self) -> Program:
     """The second moments of the residual stream, before it is narrowed."""
-    calibration = self.options.prune.calibration
-    config = self.whole.with_layers(self.whole.layers[:layers])
-    program = narrow.StreamMoments(config, pruning_programs.micro_batch(calibration), self.dtype)
-    tokens = pruning_programs.calibration_tokens(calibration)
-    return compile_for(self._platform, program, self.unnarrowed(layers), tokens)
+    micro_batch = pruning_programs.micro_batch(self._calibration)
+    program = narrow.StreamMoments(self.whole, micro_batch, self.dtype)
+    work = flops.layers(self.whole, self._calibration.length)
+    return self._calibrated(work, program, self.unnarrowed())
 
-  def narrowing(self, layers: int) -> Program:
+  def narrowing(self) -> Program:
     """The narrowed and fitted weights."""
-    prune, config = self.options.prune, self.whole.with_layers(self.whole.layers[:layers])
-    micro_batch = pruning_programs.micro_batch(prune.calibration)
-    program = narrow.Narrower(config, micro_batch, self.dtype, prune.hidden)
-    basis = jax.ShapeDtypeStruct((config.hidden_size, prune.hidden), jnp.float32)
-    tokens = pruning_programs.calibration_tokens(prune.calibration)
-    return compile_for(self._platform, program, self.unnarrowed(layers), basis, tokens)
+    hidden, micro_batch = self.options.prune.hidden, pruning_programs.micro_batch(self._calibration)
+    program = narrow.Narrower(self.whole, micro_batch, self.dtype, hidden)
+    basis = jax.ShapeDtypeStruct((self.whole.hidden_size, hidden), jnp.float32)
+    work = flops.narrowing(self.options, self.whole, self.config)
+    return self._calibrated(work, program, self.unnarrowed(), basis)
 
-  def scoring(self, layers: int) -> Program:
-    """One scoring pass with this many layers."""
-    config, prune = self.config.with_layers(self.config.layers[:layers]), self.options.prune
-    scorer = pruning_programs.scoring(config, prune, self.dtype, self.budget.removes)
-    tokens = pruning_programs.calibration_tokens(prune.calibration)
-    return compile_for(self._platform, scorer, self.stacked(config), tokens)
+  def scoring(self) -> Program:
+    """One scoring pass."""
+    scorer = pruning_programs.scoring(self.config, self.options.prune, self.dtype, self.budget.removes)
+    return self._calibrated(flops.scoring(self.options, self.config), scorer, self.stacked())
 
-  def compensation(self, layers: int) -> Program:
+  def compensation(self) -> Program:
     """The least squares or biases after the last step of a stage."""
-    config, prune = self.config.with_layers(self.config.layers[:layers]), self.options.prune
-    program = pruning_programs.compensation(config, prune, self.dtype, self.budget.removes)
-    plan = PrunePlan.dense(config, self.budget.removes)
+    program = pruning_programs.compensation(self.config, self.options.prune, self.dtype, self.budget.removes)
+    plan = PrunePlan.dense(self.config, self.budget.removes)
     masks = tuple(jax.ShapeDtypeStruct(m.shape, m.dtype) for m in surgery.padded_masks(plan))
-    tokens = pruning_programs.calibration_tokens(prune.calibration)
-    return compile_for(self._platform, program, self.stacked(config), masks, tokens)
+    return self._calibrated(flops.compensation(self.options, self.config), program, self.stacked(), masks)
 
-  def training(self, config: ModelConfig, layers: int) -> Program:
+  def training(self, config: ModelConfig) -> Program:
     """One optimizer step of a stage with this model, including the teacher."""
     t = self.options.train
-    config = config.with_layers(config.layers[:layers])
-    dense = self.whole.with_layers(self.whole.layers[:layers]) if t.distill.teacher_beside else None
+    dense = self.whole if t.distill.teacher_beside else None
     teacher = [placed(llama.abstract_params(dense, self.dtype))] if dense else []
     step = TrainingStep(config, t, self._optimizer, self.dtype, dense)
-    return compile_for(
-      self._platform, step, self.state(config, True), batch_shapes(t), *teacher, donate_argnums=(0,)
-    )
+    args = self.state(config, True), batch_shapes(t), *teacher
+    program = compile_for(self._platform, step, *args, donate_argnums=(0,))
+    return dataclasses.replace(program, flops=t.batch * t.length * self.step_work(config) / device_count())
 
-  def teacher(self, layers: int) -> Program:
+  def step_work(self, config: ModelConfig) -> float:
+    """FLOPs per token of a training step of this model, including the teacher's."""
+    return flops.training(self.options, self.whole, flops.forward(config, self.options.train.length))
+
+  def teacher(self) -> Program:
     """Computing the teacher's cached predictions, with distill.cache."""
-    t, config = self.options.train, self.whole.with_layers(self.whole.layers[:layers])
-    params = placed(llama.abstract_params(config, self.dtype))
+    t = self.options.train
+    params = placed(llama.abstract_params(self.whole, self.dtype))
     shape = (rows_at_once(t.batch, t.micro_batch), t.length)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding())
-    return compile_for(self._platform, likeliest(config, t, self.dtype), params, rows, rows)
+    ask = likeliest(self.whole, t, self.dtype)
+    program = self._compiled(rows.size, flops.teacher(self.options, self.whole), ask, params, rows, rows)
+    return dataclasses.replace(program, times=t.tokens / rows.size)  # at most: rows that come again are kept
 
 
-@dataclasses.dataclass(frozen=True)
-class Planned:
-  """A program of a run.
-
-  Attributes:
-    program: compiled, or only its memory if it just moves weights.
-    other: bytes on the device that are not among the program's arguments.
-    times: how often the run executes it; training counts less in later stages, whose model is smaller.
-    useful: share of its operations that are needed; the others compute again what was not kept.
-  """
-
-  program: Program
-  other: int
-  times: float = 0.0
-  useful: float = 1.0
-
-
-def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Planned]:
+def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
   """All programs of a run, by title."""
-  t, hidden = footprint.options.train, footprint.options.prune.hidden
-  with Progress('compiling', 2 + bool(t.tokens) + bool(hidden), 'programs') as progress:
-    found: dict[str, Planned] = {}
-    if hidden:
-      found |= _of_narrowing(footprint)
+  t = footprint.options.train
+  parts = [_of_narrowing] if footprint.options.prune.hidden else []
+  parts += [_of_scoring, _of_correction, *([_of_training] if t.tokens else [])]
+  planned: dict[str, Program] = {}
+  with Progress('compiling', len(parts), 'programs') as progress:
+    for part in parts:
+      planned |= part(footprint, stages)
       progress.update(1)
-    found |= _of_pruning(footprint, stages, progress)
-    if t.tokens:
-      found |= _of_training(footprint, stages)
-      progress.update(1)
-  return found
+  return planned
 
 
 def _teacher_beside(footprint: Footprint) -> int:
@@ -290,85 +257,61 @@ def _teacher_beside(footprint: Footprint) -> int:
   return bytes_of(placed(llama.abstract_params(footprint.whole, footprint.dtype)))
 
 
-def _of_narrowing(footprint: Footprint) -> dict[str, Planned]:
-  options, whole, teacher = footprint.options, footprint.whole, _teacher_beside(footprint)
-  rows = options.prune.calibration.samples * options.prune.calibration.length
-  stacked = footprint.unnarrowed(whole.num_layers)
-  leaves = list(map(bytes_of, jax.tree.leaves(stacked)))
-  moved = Program(Memory(bytes_of(footprint.state(whole, False)), max(leaves), sum(leaves)))
-  measuring = flops.layers(whole, options.prune.calibration.length) * rows
-  fitting = flops.narrowing(options, whole, footprint.config) * rows
+def _of_narrowing(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
+  teacher, leaves = _teacher_beside(footprint), [*map(bytes_of, jax.tree.leaves(footprint.unnarrowed()))]
+  weights = bytes_of(footprint.state(footprint.whole, False))
+  here = {'other': teacher, 'times': 1}
   return {
-    'stacking, before narrowing': Planned(moved, teacher),
-    'moments of the residual stream': Planned(
-      _measure(footprint, footprint.stream_moments, measuring), teacher, 1
-    ),
-    'narrowing': Planned(_measure(footprint, footprint.narrowing, fitting), teacher, 1),
+    'stacking, before narrowing': Program(weights, max(leaves), sum(leaves), teacher),
+    'moments of the residual stream': dataclasses.replace(footprint.stream_moments(), **here),
+    'narrowing': dataclasses.replace(footprint.narrowing(), **here),
   }
 
 
-def _of_pruning(footprint: Footprint, stages: list[ModelConfig], progress: Progress) -> dict[str, Planned]:
-  options, config, teacher = footprint.options, footprint.config, _teacher_beside(footprint)
-  calibration = options.prune.calibration
-  rows = calibration.samples * calibration.length
-  beside = bytes_of(footprint.state(config, False)) + teacher
-  later = bytes_of(footprint.state(stages[0], True)) + teacher
+def _of_scoring(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
+  options, teacher, budget = footprint.options, _teacher_beside(footprint), footprint.budget
+  if budget.start <= footprint.schedule.targets[-1]:  # narrowing alone reaches the target
+    return {}
+  weights = bytes_of(footprint.state(footprint.config, False))
+  leaves = [*map(bytes_of, jax.tree.leaves(footprint.stacked()))]  # leaf by leaf: of all layers, then stacked
+  scoring, c = footprint.scoring(), options.prune.calibration
+  times = flops.scoring_passes(options, footprint.config, budget)
+  # The unstacked weights are read again after the first stage has been pruned; narrowed ones are kept.
+  first = teacher + (weights if options.prune.hidden else 0)
+  planned = {
+    'stacking, first stage': Program(weights, max(leaves), sum(leaves), teacher),
+    f'scoring, {c.samples} x {c.length} tokens, first stage': dataclasses.replace(
+      scoring, other=first, times=times
+    ),
+  }
+  if len(stages) > 1:
+    later = teacher + bytes_of(footprint.state(stages[0], True))
+    planned['scoring, second stage'] = dataclasses.replace(scoring, other=later)
+  return planned
 
-  found: dict[str, Planned] = {}
-  if footprint.budget.start > footprint.schedule.targets[-1]:  # else narrowing alone reaches the target
-    stacked = footprint.stacked(config)
-    largest = max(map(bytes_of, jax.tree.leaves(stacked)))  # leaf by leaf: that of all layers, then stacked
-    moved = Program(Memory(beside - teacher, largest, bytes_of(stacked)))
-    found['stacking, first stage'] = Planned(moved, teacher)
-    scoring = _measure(footprint, footprint.scoring, flops.scoring(options, config) * rows)
-    # The unstacked weights are read again after the first stage has been pruned; narrowed ones are kept.
-    first = beside if options.prune.hidden else teacher
-    title = f'scoring, {calibration.samples} x {calibration.length} tokens, first stage'
-    found[title] = Planned(scoring, first, flops.scoring_passes(options, config, footprint.budget))
-    if len(stages) > 1:
-      found['scoring, second stage'] = Planned(scoring, later)
-  progress.update(1)
-  if options.prune.compensate != 'none':
-    work = flops.compensation(options, config) * rows
-    compensation = _measure(footprint, footprint.compensation, work)
-    title = f'compensation ({options.prune.compensate})'
-    found[title] = Planned(compensation, max(beside, later), len(stages))
-    corrected = Memory(compensation.memory.results, 0.0, bytes_of(footprint.state(config, False)))
-    found['correction'] = Planned(Program(corrected), max(beside, later))
+
+def _of_correction(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
+  teacher, compensate = _teacher_beside(footprint), footprint.options.prune.compensate
+  weights, trained = (bytes_of(footprint.state(*x)) for x in ((footprint.config, False), (stages[0], True)))
+  planned = {}
+  if compensate != 'none':
+    other = teacher + max(weights, trained)
+    program = dataclasses.replace(footprint.compensation(), other=other, times=len(stages))
+    planned[f'compensation ({compensate})'] = program
+    planned['correction'] = Program(program.results, 0, weights, other)
   # The pruned state and the one before are both held: only weights in the first stage, then moments too.
-  cut = [(beside, bytes_of(footprint.state(stages[0], False)))]
-  cut += [(later, bytes_of(footprint.state(stages[1], True)))] if len(stages) > 1 else []
+  cut = [(weights, bytes_of(footprint.state(stages[0], False)))]
+  cut += [(trained, bytes_of(footprint.state(stages[1], True)))] if len(stages) > 1 else []
   before, after = max(cut, key=sum)
-  found['compaction'] = Planned(Program(Memory(before - teacher, 0.0, after)), teacher)
-  progress.update(1)
-  return found
+  return planned | {'compaction': Program(before, 0, after, teacher)}
 
 
-def _of_training(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Planned]:
-  options, whole, found = footprint.options, footprint.whole, {}
-  t, schedule = options.train, footprint.schedule
-  if t.distill.kept_ids:
-    batch = rows_at_once(t.batch, t.micro_batch) * t.length
-    asked = _measure(footprint, footprint.teacher, flops.teacher(options, whole) * batch)
-    # At most: rows that come again are not asked again.
-    found['teacher, before anything else'] = Planned(asked, 0, t.tokens / batch)
-  per_token = [flops.training(options, whole, flops.forward(stage, t.length)) for stage in stages]
+def _of_training(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
+  t, schedule = footprint.options.train, footprint.schedule
+  kept = {'teacher, before anything else': footprint.teacher()} if t.distill.kept_ids else {}
+  per_token = [footprint.step_work(stage) for stage in stages]
   times = sum(
     (schedule.end(k) - schedule.start(k)) * work / per_token[0] for k, work in enumerate(per_token, 1)
   )
-  of_batch = per_token[0] * t.batch * t.length
-  training = _measure(footprint, lambda depth: footprint.training(stages[0], depth), of_batch)
-  once = dataclasses.replace(options, train=dataclasses.replace(t, remat=False))
-  useful = flops.training(once, whole, flops.forward(stages[0], t.length)) / per_token[0]
-  found[f'training, {t.batch} x {t.length} tokens, first stage'] = Planned(training, 0, times, useful)
-  return found
-
-
-def _measure(footprint: Footprint, measure: Callable[[int], Program], work: float) -> Program:
-  """`measure` at the full depth, or extrapolated to it from two (estimate.depths); `work`: its FLOPs."""
-  layers, depths = footprint.config.num_layers, footprint.options.estimate.depths
-  found = measure(depths[-1] if depths else layers)
-  if depths:
-    shallow, deep = depths
-    found = found.extrapolated(measure(shallow), deep, shallow, layers)
-  return dataclasses.replace(found, flops=work / device_count())
+  training = dataclasses.replace(footprint.training(stages[0]), times=times)
+  return kept | {f'training, {t.batch} x {t.length} tokens, first stage': training}

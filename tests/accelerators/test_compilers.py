@@ -49,17 +49,17 @@ def options(recipe, **train):
 
 
 def compiled(compile_program):
-  """The text of a program of a `Footprint`, compiled on the current mesh, and its memory."""
+  """The text of a program of a `Footprint`, compiled on the current mesh, and the program."""
   texts = []
   with pytest.MonkeyPatch.context() as patch:
     keep = lambda text: texts.append(text) or CompiledText(text)  # noqa: E731
     patch.setattr('adapt_jax.modes.estimate_programs.CompiledText', keep)
     program = compile_program()
-  return texts[0], program.memory
+  return texts[0], program
 
 
 def training_step(plan):
-  return compiled(lambda: plan.training(plan.config, plan.config.num_layers))
+  return compiled(lambda: plan.training(plan.config))
 
 
 @pytest.mark.parametrize('recipe', [base, adapt], ids=['base', 'adapt'])
@@ -69,12 +69,12 @@ def test_every_program_compiles(target, devices, recipe):
   asked = options(recipe)
   with described(target, devices) as platform:
     found = programs(Footprint(asked, SMALL, jnp.bfloat16, platform), stage_configs(asked, SMALL))
-  compiled = {name.split()[0].strip(','): x.program for name, x in found.items() if x.program.flops}
+  compiled = {name.split()[0].strip(','): x for name, x in found.items() if x.flops}
   assert set(compiled) == {'scoring', 'training'} | ({'compensation'} if recipe is base else set())
   for program in compiled.values():
     # Each reads its weights, and keeps less than forty times their size while it runs.
-    assert program.moved > program.memory.arguments
-    assert 0 < program.memory.temporary < 40 * 4 * count_params(SMALL)
+    assert program.moved > program.arguments
+    assert 0 < program.temporary < 40 * 4 * count_params(SMALL)
     assert bool(program.sent) == (devices > 1)
 
 
@@ -110,7 +110,7 @@ def test_pruning_a_layer_of_8b_sends_its_mlp_and_moments_once(target, devices, n
   ))  # fmt: skip
   with described(target, devices) as platform:
     plan = Footprint(asked, LAYER, jnp.bfloat16, platform)
-    text, _ = compiled(lambda: getattr(plan, name)(1))
+    text, _ = compiled(lambda: getattr(plan, name)())
   often = [x for x in CompiledText(text).collectives() if x.times > 1]
   F, D = LAYER.layers[0].ffn, LAYER.hidden_size
   assert all(x.bytes < 2 * D * F / 2 for x in often), often  # half of an MLP's matrix in bfloat16

@@ -350,7 +350,7 @@ BAD = [
   (({'prune.target': (0.9,), 'compare.over': ('a',)},), {}, ("'compare.over'",)),
   *(
     (({'prune.target': (0.9,), field: (1, 2)},), {}, (f"'{field}'", 'changes nothing in a cell'))
-    for field in ('bench.repeats', 'generate.top_k', 'export.formats', 'data.cache', 'sensitivity.sparsity')
+    for field in ('bench.repeats', 'generate.chat', 'export.formats', 'data.cache', 'sensitivity.sparsity')
   ),
   (({'prune.target': (0.9,), 'train.lr': (0.1,)},), {}, ('train.lr', 'recover = False')),
   (({'prune.target': (0.9, 'much')},), {}, ('cell prune.target=much: prune.target',)),

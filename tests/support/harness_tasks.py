@@ -34,6 +34,7 @@ def write_tasks(path: pathlib.Path) -> pathlib.Path:
       'output_type': 'multiple_choice',
       'doc_to_text': '{{question}}',
       'doc_to_choice': '{{choices}}',
+      'num_fewshot': 1,
       'doc_to_target': 'label',
       'metric_list': [{'metric': 'acc'}, {'metric': 'acc_norm'}],
     },

@@ -68,7 +68,6 @@ FIELDS = [
   ('mesh.fsdp', 0),
   ('mesh.tensor', -2),
   ('mesh.data', -1),
-  ('estimate.depths', (8,)),
   ('train.schedule', 'linear'),
   ('train.split', 'even'),
   ('train.optimizer_state', 'keep'),
@@ -83,7 +82,6 @@ FIELDS = [
   ('export.dtype', 'int8'),
   ('generate.max_new_tokens', 0),
   ('generate.temperature', -1.0),
-  ('generate.top_p', 0.0),
   ('bench.new_tokens', 1),
   ('seed', -1),
 ]

@@ -14,7 +14,6 @@ import pytest
 from markdown_it import MarkdownIt
 
 from adapt_jax import cli
-from adapt_jax.config.build import from_dict
 from adapt_jax.data import token_cache
 from adapt_jax.export.card import model_card
 from adapt_jax.export.writer import lineage
@@ -138,13 +137,6 @@ def test_half_a_character_that_an_export_would_write(model, name):
   (model / name).write_text(json.dumps(fields | {'note': ['\ud800']}))
   message = refused(lambda: open_source(str(model)).load_tokenizer())
   assert str(model) in message and 'unpaired surrogate' in message
-
-
-@pytest.mark.parametrize('value', ['1,inf', '1,nan', '-inf,2', (1, float('inf'))])
-def test_depths_that_are_no_numbers_of_layers(value):
-  given = tuple(value.split(',')) if isinstance(value, str) else value
-  message = refused(from_dict, {'estimate': {'depths': given}})
-  assert 'estimate.depths' in message and 'whole numbers' in message
 
 
 def closed(*_):
