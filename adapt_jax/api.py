@@ -36,7 +36,7 @@ from adapt_jax.models.formats.trimmed_tokenizer import needed_ids, trim_tokenize
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.budgets import budget_of
-from adapt_jax.pipeline.schedule import target_cost
+from adapt_jax.pipeline.schedule import reachable_target
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.criteria import Importance
 from adapt_jax.pruning.methods.base import Method
@@ -44,11 +44,11 @@ from adapt_jax.pruning.narrow import check as check_width
 from adapt_jax.pruning.narrow import narrow as narrow_params
 from adapt_jax.pruning.narrow import narrowed_config
 from adapt_jax.pruning.plan import PrunePlan, PruneState
-from adapt_jax.pruning.pruner import Pruner
-from adapt_jax.training.loop import run_steps
+from adapt_jax.pruning.pruner import Pruner, prune_model
+from adapt_jax.training.loop import recover_model
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.rate import with_rate
-from adapt_jax.training.step import Teacher, TrainingStep, batch_shapes
+from adapt_jax.training.step import Teacher
 
 __all__ = (
   'InputError', 'Model', 'generate', 'load', 'narrow', 'perplexity', 'prune', 'recover', 'rows', 'save',
@@ -205,27 +205,14 @@ def prune(
   if settings.compensate == 'bias' and not config.output_bias:
     config, params = surgery.with_output_bias(config, params)
   limit = budget_of(RunOptions(prune=settings), model.config, model.dtype)
-  start, wanted = PruneState.start(config, limit.removes), target_cost(limit, target)
   with processes.silent(not progress):
     blocks = Blocks(tokens, np.ones(tokens.shape, bool), 0)
     dtype, compiler = compute_dtype('auto'), Compiler()
     common: dict[str, Any] = {'seed': seed, 'compiler': compiler, 'dtype': dtype}
     pruner = Pruner(config, settings, blocks, method=kind, budget=limit, **common)
-    if wanted < (smallest := pruner.smallest):
-      by = kind.__name__ if kind else f'method {settings.method}'
-      raise InputError(
-        f'target = {target:g} asks for {limit.text(wanted)}, but {by} always keeps {limit.text(smallest)}: '
-        f'raise it (up to 1 it is a fraction, above 1 a number of {limit.unit.name})'
-      )
-    steps = pruner.prune(pruner.stack(params, start.plan), start.plan, start, wanted, 'prune')
-    *_, state = (start, *(after for after, _ in steps))
-    params = pruner.compensate(params, start.plan, state.plan, state.step - 1)
-
-  def cut(params: Params) -> Params:
-    return surgery.compact(params, state.plan)
-
-  small = mesh.jit(cut, params, once=True)(params)
-  changed = {'config': state.plan.pruned_config(config), 'params': small}
+    start, wanted = PruneState.start(config, limit.removes), reachable_target(pruner.method, target)
+    arrays, state = prune_model(pruner, lambda: {'params': params}, start, wanted)
+  changed = {'config': state.plan.pruned_config(config), **arrays}
   changed['origin'] = model.origin | {'attention': limit.removes.name}
   return dataclasses.replace(model, **changed, dense=model.dense or model.num_params), state.plan
 
@@ -265,7 +252,7 @@ def recover(
   settings = arguments.train_options(text, tokens, teacher is not None, options, model.config, seed)
   settings = with_rate(settings, model.params)
   steps = settings.tokens // (settings.batch * settings.length)
-  dtype, compiler, tx = compute_dtype('auto'), Compiler(), optimizer(settings, steps)
+  dtype, tx = compute_dtype('auto'), optimizer(settings, steps)
   given = None
   if teacher is not None and settings.distill.alpha:
     given = Teacher(teacher.config, jax.tree.map(lambda x: x.astype(dtype), teacher.params))
@@ -278,17 +265,12 @@ def recover(
       return {'params': copied, 'optimizer': tx.init(copied)}
 
     state = mesh.jit(start, model.params, once=True)(model.params)
-    step = TrainingStep(model.config, settings, tx, dtype, given.config if given else None)
-    args = (state, batch_shapes(settings), *((given.params,) if given else ()))
-    program = compiler('training', step, *args, donate_argnums=(0,))
-    taken = run_steps(
-      state, program, rows, settings, start=0, stop=steps, total=steps, teacher=given, title='recover'
-    )
+    common: dict[str, Any] = {'dtype': dtype, 'compiler': Compiler(), 'teacher': given}
+    taken = recover_model(model.config, state, rows, settings, tx, stop=steps, total=steps, **common)
     del state
-    trained: Any = None
-    for done in taken:
-      trained = done.state or trained
-  return dataclasses.replace(model, params=trained['params'])
+    *_, last = taken
+  assert last.state is not None
+  return dataclasses.replace(model, params=last.state['params'])
 
 
 @as_library

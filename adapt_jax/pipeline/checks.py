@@ -17,7 +17,7 @@ from adapt_jax.models.network import sharding
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pipeline.loader import evaluation_field
-from adapt_jax.pipeline.schedule import stage_steps, target_cost
+from adapt_jax.pipeline.schedule import reachable_target, stage_steps, target_cost
 from adapt_jax.pruning import budget as budgets
 from adapt_jax.pruning import narrow, serving_widths, slicegpt
 from adapt_jax.pruning.budget import Budget
@@ -106,15 +106,8 @@ def check_size(options: RunOptions, config: ModelConfig, budget: Budget) -> None
   Raises InputError.
   """
   _check_teacher(options, config)
-  target = target_cost(budget, options.prune.target)
   pruned = with_output_bias(config, options.prune.compensate == 'bias')
-  smallest = METHODS[options.prune.method](pruned, options.prune, budget).smallest()
-  if target < smallest:
-    raise InputError(
-      f'prune.target = {options.prune.target:g} asks for {budget.text(target)}, but '
-      f'prune.method = {options.prune.method!r} always keeps {budget.text(smallest)}: raise it (up to '
-      f'1 it is a fraction, above 1 a number of {budget.unit.name})'
-    )
+  reachable_target(METHODS[options.prune.method](pruned, options.prune, budget), options.prune.target)
 
 
 def _check_slicing(options: RunOptions, config: ModelConfig) -> None:

@@ -27,6 +27,7 @@ from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.stages import Pruning, Recovery
 from adapt_jax.pipeline.state import RunState, StateStore
 from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning.pruner import StepRecord
 from adapt_jax.reports import run_page
 from adapt_jax.reports.report import Of, RunReport, StageReport, versions, write_report
 from adapt_jax.training.loop import Trained
@@ -125,12 +126,14 @@ class Run:
   def _prune_stage(self, stage: int, state: RunState) -> None:
     """Prunes to the stage's target, compacts, measures and saves."""
     start, last, budget = time.monotonic(), stage == self._schedule.stages, self._inputs.budget
-    for record in self._pruning.steps(stage, state):
+
+    def after_step(record: StepRecord) -> None:
       self._metrics.write('prune', stage=stage, **dataclasses.asdict(record))
       self._store.save_plan(state, stage)
       self._write_page(state)
       preemption.check()
-    self._pruning.finish(stage, state)
+
+    self._pruning.prune(stage, state, after_step)
     if last and not self._trains:
       self._round_to_export(state)
     perplexity = self._perplexity(state, 'pruned', stage)

@@ -6,6 +6,7 @@ import math
 from adapt_jax.config.options import RunOptions, TrainOptions
 from adapt_jax.models.errors import InputError
 from adapt_jax.pruning.budget import Budget
+from adapt_jax.pruning.methods.base import Method
 
 
 def target_cost(budget: Budget, target: float) -> int:
@@ -14,6 +15,17 @@ def target_cost(budget: Budget, target: float) -> int:
   if cost > budget.dense:
     raise InputError(
       f'prune.target = {target:,.10g} is above the {budget.text(budget.dense)} of the model: lower it'
+    )
+  return cost
+
+
+def reachable_target(method: Method, target: float) -> int:
+  """`target_cost`, if the method can reach it. Raises InputError."""
+  budget, smallest = method.budget, method.smallest()
+  if (cost := target_cost(budget, target)) < smallest:
+    raise InputError(
+      f'prune.target = {target:g} asks for {budget.text(cost)}, but {type(method).__name__} always keeps '
+      f'{budget.text(smallest)}: raise it (up to 1 it is a fraction, above 1 a number of {budget.unit.name})'
     )
   return cost
 

@@ -4,11 +4,10 @@ Each updates a `RunState` and yields after each step; `pipeline/run.py` measures
 """
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -17,19 +16,17 @@ from adapt_jax.data.train_set import TrainSet
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler, forget_traces
 from adapt_jax.machine.mesh import load_source
-from adapt_jax.machine.progress import phase
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState, array_shapes
-from adapt_jax.pruning import surgery
 from adapt_jax.pruning.narrow import narrow
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.programs import micro_batch
-from adapt_jax.pruning.pruner import Pruner, StepRecord
+from adapt_jax.pruning.pruner import Pruner, StepRecord, prune_model
 from adapt_jax.pruning.score_memo import ScoreMemo
-from adapt_jax.training.loop import Diverged, Trained, run_steps
+from adapt_jax.training.loop import Diverged, Trained, recover_model
 from adapt_jax.training.optim import reset_moments
-from adapt_jax.training.step import Teacher, TrainingStep, TrainState, batch_shapes
+from adapt_jax.training.step import Teacher, TrainState
 from adapt_jax.training.teacher_cache import TaughtSet, open_taught
 
 
@@ -91,53 +88,43 @@ class Pruning:
     """Shapes, dtypes and shardings of the run's arrays at the plan's widths."""
     return array_shapes(self._inputs.model, plan, self._optimizer)
 
-  def steps(self, stage: int, state: RunState) -> Iterator[StepRecord]:
-    """Prunes to the stage's target; yields each step after recording it in the state."""
-    target = self._schedule.target(stage)
-    if state.pruning.plan.cost(self._inputs.budget) <= target:
-      return
-    stacked = self._pruner.stack(state.params, state.compacted)
-    # Not trained yet: read again below, so that scoring holds only one copy. Narrowed weights are kept: to
-    # narrow again would take longer.
-    again = stage == 1 and not self._inputs.model.hidden
-    if again:
-      state.release_params()
-    title = f'stage {stage} prune'
-    taken = self._pruner.prune(stacked, state.compacted, state.pruning, target, title)
-    del stacked
-    for pruning, record in taken:
-      state.take_step(pruning)
-      yield record
-    if again:
-      state.hold(self.start())
+  def prune(self, stage: int, state: RunState, after_step: Callable[[StepRecord], None]) -> None:
+    """Prunes to the stage's target; calls `after_step` for each step after recording it in the state.
 
-  def finish(self, stage: int, state: RunState) -> None:
-    """Adjusts the remaining weights for what was removed, and compacts the arrays.
-
-    Uses the rows of the last step. It is repeated, with the same bits, if killed before the stage is saved.
+    Then the arrays have the new widths. Killed before the stage is saved, all of it is repeated with the same
+    bits, except for the steps that were recorded.
     """
-    step = state.pruning.step - 1
-    params = self._pruner.compensate(state.release_params(), state.compacted, state.pruning.plan, step)
-    state.hold(state.arrays | {'params': params})
-    del params
-    self._compact(state)
-    if stage > 1 and self._optimizer and self._options.train.optimizer_state == 'reset':
-      state.hold(state.arrays | {'optimizer': reset_moments(state.arrays['optimizer'])})
+    # Not trained yet: read again after scoring. Narrowed weights are kept: to narrow again takes longer.
+    again = stage == 1 and not self._inputs.model.hidden
 
-  def _compact(self, state: RunState) -> None:
-    with phase('compacting'):
-      self._compact_arrays(state)
+    def load() -> TrainState:
+      if not state.arrays:
+        state.hold(self.start())
+      arrays = state.arrays
+      if again:
+        state.hold({})
+      return arrays
 
-  def _compact_arrays(self, state: RunState) -> None:
-    relative = state.pruning.plan.relative_to(state.compacted)
+    def record_step(pruning: PruneState, record: StepRecord) -> None:
+      state.take_step(pruning)
+      after_step(record)
 
-    def cut(arrays: TrainState) -> TrainState:
-      return surgery.compact_optimizer(arrays, arrays['params'], relative)
-
-    state.compacted_to_plan(jax.block_until_ready(mesh.jit(cut, state.arrays, once=True)(state.arrays)))
+    arrays, _ = prune_model(
+      self._pruner,
+      load,
+      state.pruning,
+      self._schedule.target(stage),
+      compacted=state.compacted,
+      after_step=record_step,
+      title=f'stage {stage} prune',
+    )
+    state.compacted_to_plan(arrays)
+    del arrays
     if 'optimizer' not in state.arrays and self._optimizer:
       moments = mesh.jit(self._optimizer.init, state.params, once=True)(state.params)
       state.hold(state.arrays | {'optimizer': moments})
+    if stage > 1 and self._optimizer and self._options.train.optimizer_state == 'reset':
+      state.hold(state.arrays | {'optimizer': reset_moments(state.arrays['optimizer'])})
     # Flax also checks shapes, but only while tracing; a wrong plan must be found before that.
     chex.assert_trees_all_equal_shapes(state.arrays, self.shapes(state.compacted))
     forget_traces()  # programs of the old shapes would stay in memory
@@ -200,17 +187,21 @@ class Recovery:
     train, stop = self._data, self._schedule.end(stage)
     if train is None or state.train_step >= stop:
       return
-    taken = run_steps(
+    taken = recover_model(
+      state.compacted.pruned_config(self._inputs.config),
       state.arrays,
-      self._compile(state),
       train,
       self._options.train,
+      self._optimizer,
       start=state.train_step,
       stop=stop,
       total=self._schedule.train_steps,
       teacher=self._teacher,
+      dtype=self._inputs.dtype,
+      compiler=self._compiler,
       title=f'stage {stage} recover',
     )
+    forget_traces()
     try:
       for done in taken:
         if done.state is not None:
@@ -218,14 +209,3 @@ class Recovery:
         yield done
     except Diverged as error:
       raise Diverged(f'{error} and start a new workdir; the last checkpoint is good') from None
-
-  def _compile(self, state: RunState) -> Any:
-    options, teacher = self._options.train, self._teacher
-    config = state.compacted.pruned_config(self._inputs.config)
-    step = TrainingStep(
-      config, options, self._optimizer, self._inputs.dtype, teacher.config if teacher else None
-    )
-    args = (state.arrays, batch_shapes(options), *((teacher.params,) if teacher else ()))
-    program = self._compiler('training', step, *args, donate_argnums=(0,))
-    forget_traces()
-    return program

@@ -37,6 +37,9 @@ from adapt_jax.pruning.score_memo import ScoreMemo
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.scores import Scores
 
+# {'params': …} and, if the model is trained, {'optimizer': …}.
+Arrays = dict[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
@@ -158,9 +161,9 @@ class Pruner:
     return self._scorer.unit
 
   @property
-  def smallest(self) -> int:
-    """The lowest target that can always be reached."""
-    return self._method.smallest()
+  def method(self) -> Method:
+    """Decides what each step removes."""
+    return self._method
 
   def score(self, stacked: Params, step: int, plan: PrunePlan | None = None) -> Scores:
     """Returns `Scores` as NumPy arrays on the rows of `step`; raises InputError if any is not finite.
@@ -334,3 +337,43 @@ class Pruner:
       return add(params, compacted, changes)
 
     return mesh.jit(added, params, changes, once=True)(params, changes)
+
+
+def prune_model(
+  pruner: Pruner,
+  load: Callable[[], Arrays],
+  state: PruneState,
+  target: int,
+  *,
+  compacted: PrunePlan | None = None,
+  after_step: Callable[[PruneState, StepRecord], None] = lambda state, record: None,
+  title: str = 'prune',
+) -> tuple[Arrays, PruneState]:
+  """Prunes a model to a target, adjusts the remaining weights and compacts the arrays.
+
+  Args:
+    load: returns {'params'}, and {'optimizer'} if there are moments to compact too. It is called before the
+      first step and after the last, so that scoring holds only one copy; the parameters are then taken out.
+    state: where to start; its plan may keep less than `compacted`, after a resume.
+    target: in the parts of the budget's unit.
+    compacted: the plan of the arrays; by default that of `state`.
+    after_step: is called with each step's state and record.
+
+  Returns the arrays at the widths of the new state, and this state. A repetition gives the same bits.
+  """
+  compacted = compacted or state.plan
+  if state.plan.cost(pruner.method.budget) > target:
+    stacked = pruner.stack(load()['params'], compacted)
+    taken = pruner.prune(stacked, compacted, state, target, title)
+    del stacked  # donated
+    for state, record in taken:
+      after_step(state, record)
+  arrays = load()
+  arrays['params'] = pruner.compensate(arrays.pop('params'), compacted, state.plan, state.step - 1)
+  relative = state.plan.relative_to(compacted)
+
+  def cut(arrays: Arrays) -> Arrays:
+    return surgery.compact_optimizer(arrays, arrays['params'], relative)
+
+  with phase('compacting'):
+    return jax.block_until_ready(mesh.jit(cut, arrays, once=True)(arrays)), state

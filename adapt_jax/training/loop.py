@@ -3,19 +3,22 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from adapt_jax.config.options import TrainOptions
 from adapt_jax.data.train_set import TrainSet
 from adapt_jax.machine import preemption
+from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import put_rows
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.training.optim import learning_rate
-from adapt_jax.training.step import Teacher, TrainState
+from adapt_jax.training.step import Teacher, TrainingStep, TrainState, batch_shapes
 from adapt_jax.training.teacher_cache import TaughtSet
 
 Metrics = dict[str, float]
@@ -35,6 +38,34 @@ class Trained(NamedTuple):
   step: int
   metrics: Metrics
   state: TrainState | None
+
+
+def recover_model(
+  config: ModelConfig,
+  state: TrainState,
+  data: TrainSet | TaughtSet,
+  options: TrainOptions,
+  optimizer: optax.GradientTransformation,
+  *,
+  stop: int,
+  total: int,
+  dtype: Any,
+  compiler: Compiler,
+  start: int = 0,
+  teacher: Teacher | None = None,
+  title: str = 'recover',
+) -> Iterator[Trained]:
+  """Compiles the training step of a model, and returns the steps start … stop-1, as `run_steps` yields them.
+
+  config: of the parameters in `state`, which is donated. total: steps of the whole run, for the schedule of
+  the learning rate. dtype: of activations. compiler: counts the compile as `training`.
+  """
+  step = TrainingStep(config, options, optimizer, dtype, teacher.config if teacher else None)
+  args = (state, batch_shapes(options), *((teacher.params,) if teacher else ()))
+  program = compiler('training', step, *args, donate_argnums=(0,))
+  return run_steps(
+    state, program, data, options, start=start, stop=stop, total=total, teacher=teacher, title=title
+  )
 
 
 def run_steps(
