@@ -5,14 +5,12 @@
 
 import ast
 import contextlib
-import difflib
 import io
-import itertools
 import os
 import pathlib
-import re
 import shlex
 import sys
+import tempfile
 import traceback
 from typing import Any, NoReturn
 
@@ -21,13 +19,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from adapt_jax import cli_help
-from adapt_jax.config.build import defaults, flatten, from_dict
+from adapt_jax.config.build import from_dict, like
 from adapt_jax.config.options import RunOptions
 from adapt_jax.export.push import push
 from adapt_jax.machine import mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
-from adapt_jax.models.errors import InputError, Unreachable, disk_full, write_denied
-from adapt_jax.models.files import exists, local, regular
+from adapt_jax.models.errors import InputError, Unreachable, disk_full, first_line, reading, write_denied
+from adapt_jax.models.files import exists, local
 from adapt_jax.modes.mode import Mode
 from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.workdir import Workdir
@@ -37,63 +35,76 @@ from adapt_jax.pruning.serving_widths import aligned
 class _Strings(flags.ArgumentParser):
   """A list on the command line: a.txt,b.txt or, in Python syntax, "('a,b.txt',)" or "({'seed': (0, 1)},)"."""
 
-  def parse(self, argument: Any) -> tuple[str, ...]:
+  def parse(self, argument: Any) -> tuple[Any, ...]:
     if not isinstance(argument, str):
       return tuple(argument)
+    value: Any = argument.split(',')
     if argument.startswith(('(', '[')):
-      try:
-        found = ast.literal_eval(argument)
-      except (SyntaxError, ValueError):
-        found = None
-      if not isinstance(found, (list, tuple)):  # ('a.txt') is a string
-        raise ValueError('no list')
-      return tuple(found)
-    return tuple(argument.split(','))
-
-  def flag_type(self) -> str:
-    return 'names separated by commas'
+      with contextlib.suppress(SyntaxError, ValueError):  # a name that begins so
+        value = ast.literal_eval(argument)
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 config_flags.register_flag_parser_for_type(tuple, _Strings())
-_ARGV: list[
-  str
-] = []  # filled by `_parse`: config_flags would read sys.argv, with all its --flagfile, at import
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The recipe: its name, such as demo, or its file.', sys_argv=_ARGV
-)
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe: its name, such as demo, or its file.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Directory for all results of this run.')
 _MODE = flags.DEFINE_enum('mode', 'accel', [*MODES], 'The mode to run.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Prompt for --mode=generate; may be repeated.')
-_NO_CONFIG = '--config is missing: name a recipe such as base; adapt-jax --help lists them'
-_KINDS = {  # a sign in Python's message -> what the option takes
-  'invalid literal for int': 'a whole number, such as 10_000_000',
-  'convert string to float': 'a number, such as 0.8 or 1e-4',
-  'boolean flag': 'True or False',
-  'no list': "names separated by commas, or a list in Python syntax, such as ('a.txt', 'b.txt')",
-}
-_TYPES = {'int': 'a whole number', 'float': 'a number', 'bool': 'True or False', 'tuple': 'a tuple'}
-_OTHER_TYPE = re.compile(
-  r"Could not override field '(\w+)'.*?\. (.*) is of original type .* casted to type <class '(\w+)'>"
-)
-_LATER = 75  # exit code of what may succeed later; schedulers start it again
+_DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an unexpected error.')
 _DISTRIBUTED = flags.DEFINE_enum(
   'distributed', 'auto', processes.MODES, 'Whether the scheduler starts several processes.'
 )
 _ADDRESS = flags.DEFINE_string('coordinator_address', '', 'host:port of process 0, without a scheduler.')
 _PROCESSES = flags.DEFINE_integer('num_processes', 0, 'Number of processes, without a scheduler.')
 _PROCESS = flags.DEFINE_integer('process_id', -1, 'Index of this process, from 0.')
+_NO_CONFIG = '--config is missing: name a recipe such as base; adapt-jax --help lists them'
+_LATER = 75  # exit code of what may succeed later; schedulers start it again
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parses the flags and loads the recipe, or prints the help; one InputError for all that may go wrong."""
+  if shown := cli_help.asked_for(argv[1:]):
+    print(shown, flush=True)
+    sys.exit(0)
+  logging.set_verbosity(logging.ERROR)  # what ml_collections warns of is also an error, in one line
+  argv = cli_help.with_recipes(argv)
+  try:
+    rest: list[str] = flags.FLAGS(argv)
+    problem = _NO_CONFIG if _CONFIG.value is None else ''
+  except Exception as error:  # of absl, of ml_collections, or of a recipe, which is user code
+    problem = _unknown(argv, error) or _one_line(error)
+  if problem:
+    raise InputError(problem)
+  return rest
+
+
+def _unknown(argv: list[str], error: Exception) -> str:
+  """The flag that is unknown, with the one that was probably meant; '' if there is none."""
+  options = cli_help.option_flags()
+  names = [argument.lstrip('-').partition('=')[0] for argument in argv]
+  unknown = [name for name in names if name.startswith('config.') and name not in options]
+  if not unknown and isinstance(error, flags.UnrecognizedFlagError):
+    unknown = [error.flagname]
+  if not unknown:
+    return ''
+  if unknown[0] in options:  # the recipe defines these flags
+    return _NO_CONFIG
+  return f'--{unknown[0]} is unknown{like(unknown[0], [*options, "config", "workdir", "mode", "prompt"])}'
+
+
+def _one_line(error: Exception) -> str:
+  """What absl, ml_collections or a recipe says: without the traceback that it may contain."""
+  message = str(error.args[0] if isinstance(error, KeyError) else error)
+  lines = [line.strip() for line in message.splitlines() if line.strip()]
+  if 'Traceback (most recent call last):' in lines:
+    lines = [lines[0], lines[-1]]
+  where = '' if isinstance(error, flags.Error) else f'flags or recipe: {type(error).__name__}: '
+  return where + ' '.join(lines)
 
 
 def _options() -> RunOptions:
-  if _CONFIG.value is None:
-    raise InputError(_NO_CONFIG)
-  name = config_flags.get_config_filename(flags.FLAGS['config'])
-  try:
+  with reading('--config', config_flags.get_config_filename(flags.FLAGS['config']), 'correct the recipe'):
     values = _CONFIG.value.to_dict()
-  except OSError:  # config_flags loads the recipe at its first use
-    raise InputError(_no_recipe(name)) from None
-  except Exception as error:  # a recipe is user code and may fail in any way
-    raise InputError(f'--config={name}: the recipe fails: {type(error).__name__}: {error}') from error
   return from_dict(values)
 
 
@@ -108,10 +119,10 @@ def main(argv: list[str]) -> None:
   options = mode.settle(_options())
   described = mode.devices(options) if mode.devices else None
   processes.start(_DISTRIBUTED.value, _ADDRESS.value, _PROCESSES.value, _PROCESS.value)
+  if (count := processes.count()) > 1 and not mode.several_processes:
+    raise InputError(f'--mode={mode.name} runs in one process, not in {count}: start it alone')
   if not mode.devices:  # a plan needs details that the cache of compiled programs lacks
     keep_programs()
-  if jax.process_count() > 1 and not mode.several_processes:
-    raise InputError(f'--mode={mode.name} runs in one process, not in {jax.process_count()}: start it alone')
   with contextlib.ExitStack() as stack:
     if mode.mesh and (devices := mesh.make_mesh(options.mesh, described)):
       stack.enter_context(jax.set_mesh(devices))
@@ -146,94 +157,12 @@ def _command() -> str:
   return shlex.join([*started, *arguments])
 
 
-def _no_recipe(name: str) -> str:
-  hint = cli_help.close_recipe(name) or '; your own files must end with .py'
-  return f'--config={name}: no such file or recipe (adapt-jax --help lists recipes){hint}'
-
-
-def _wrong_kind(message: str) -> str:
-  """Python's message about a value of the wrong kind, such as int('10M'), for someone who sets an option."""
-  for sign, wanted in _KINDS.items():
-    if found := re.fullmatch(rf'flag --(config\.[\w.]+)=(.*): .*{sign}.*', message):
-      return f'{found[1]} = {found[2]!r} must be {wanted}'
-  if found := re.fullmatch(
-    r"flag --(config\.[\w.]+)=.*: Failed to parse '(.*)' as a ConfigDict: .*", message
-  ):
-    group, value = found.groups()
-    fields = ', '.join(field for field in flatten(defaults()) if f'config.{field}'.startswith(f'{group}.'))
-    return f'{group} = {value!r}, but {group} is a group of options: set one of {fields}'
-  if found := _OTHER_TYPE.search(message):  # set in a recipe
-    field, value, wanted = found.groups()
-    return f'{field} = {value!r} in the recipe must be {_TYPES.get(wanted, wanted)}'
-  return re.sub(r'flag (--config=\S+) Error whilst parsing config file: \w+: ', r'\1 ', message)
-
-
-def _like(name: str) -> str:
-  """The option that a misspelt one is like, and where all of them are listed."""
-  known = [f'config.{field}' for field in flatten(defaults())]
-  found = [field for field in known if field.rpartition('.')[2] == name]
-  found += difflib.get_close_matches(name, [*known, 'config', 'workdir', 'mode', 'prompt', 'distributed'], 1)
-  return f': did you mean --{found[0]}?' if found else '; --mode=MODE --help lists all options'
-
-
-def _recipe(argv: list[str]) -> str:
-  """The recipe's file as given; the flag itself has no value yet if loading the file failed."""
-  given = [a.partition('=')[2] for a in argv if re.match('--?config=', a)]
-  given += [value for flag, value in itertools.pairwise(argv) if flag in ('--config', '-config')]
-  return given[-1] if given else ''
-
-
-def _check_flagfiles(argv: list[str]) -> None:
-  """Raises InputError for a --flagfile that absl could not read to its end."""
-  for argument, value in itertools.pairwise([*argv, '']):
-    flag, given, path = argument.partition('=')
-    path = path if given else value
-    if flag in ('--flagfile', '-flagfile') and path:
-      try:
-        regular(local(path))
-      except OSError as error:
-        raise InputError(f'--flagfile={path} cannot be read ({error.strerror})') from None
-
-
-def _parse(argv: list[str]) -> list[str]:
-  if shown := cli_help.asked_for(argv[1:]):
-    print(shown, flush=True)
-    sys.exit(0)
-  _check_flagfiles(argv)
-  _ARGV[:] = argv = cli_help.with_recipes(argv)
-  logging.set_verbosity(logging.ERROR)  # what ml_collections warns of is also an error, in one line
-  try:
-    return flags.FLAGS(argv)
-  except flags.UnrecognizedFlagError as error:
-    given = any(argument.lstrip('-').startswith('config=') for argument in argv)
-    misspelt = '.' not in error.flagname and difflib.get_close_matches(error.flagname, ['config'])
-    if not given and not misspelt:
-      raise InputError(_NO_CONFIG) from None
-    raise InputError(f'--{error.flagname} is unknown{_like(error.flagname)}') from None
-  except flags.Error as error:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if any(line.startswith('Traceback') for line in lines):  # of a failed recipe: its last line is the reason
-      lines = [lines[0], lines[-1]]
-    raise InputError(_wrong_kind(' '.join(' '.join(lines).split()))) from error
-  except AttributeError as error:  # ml_collections found no such field, or no function in the recipe
-    if 'get_config' in str(error):
-      raise InputError(f'--config={_recipe(argv)}: the file has no function get_config()') from None
-    names = [argument.lstrip('-').partition('=')[0] for argument in argv]
-    known = flatten(defaults())
-    for name in (name for name in names if name.startswith('config.') and name[7:] not in known):
-      raise InputError(f'--{name} is unknown{_like(name)}') from None
-    found = re.sub(r'\\n|[\\"\']', ' ', str(error.args[0])).split()  # of the recipe; it quotes itself twice
-    raise InputError(f'--config={_recipe(argv)}: no option {" ".join(found)}') from None
-  except Exception as error:  # the recipe is loaded here; user code may fail in any way
-    name = _recipe(argv)
-    if isinstance(error, OSError) and not pathlib.Path(name.partition(':')[0]).exists():
-      raise InputError(_no_recipe(name)) from None
-    reason = ' '.join(str(error).split())
-    raise InputError(f'--config={name}: {type(error).__name__}: {reason}') from error
-
-
 def run() -> None:
-  """Runs the command line; the exit code is 2 if the user must correct something."""
+  """Runs the command line.
+
+  The exit code is 2 for what the user must correct, 75 for what may succeed later, 130 after Ctrl-C, and 1
+  after an unexpected error.
+  """
   for name in ('stdout', 'stderr'):
     if getattr(sys, name) is None:  # closed by the caller, as with `>&-`
       setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 as long as the process
@@ -242,7 +171,7 @@ def run() -> None:
   try:
     app.run(main, flags_parser=_parse)
   except Unreachable as error:  # a run that was started has reached it before, and may again
-    started = bool(MODES[_MODE.value].result) and exists(local(_WORKDIR.value) / 'run.json')
+    started = MODES[_MODE.value].result and exists(local(_WORKDIR.value) / 'run.json')
     _fail(str(error), _LATER if started else 2)
   except InputError as error:
     _fail(str(error))
@@ -260,17 +189,26 @@ def run() -> None:
       print('error: the output pipe was closed: run the same command again', file=sys.stderr)
     processes.leave(1)
   except Exception as error:
-    if reason := disk_full(error):
-      _fail(f'--workdir={_WORKDIR.value}: {reason}: free space and run the same command again to resume')
-    if reason := write_denied(error, _WORKDIR.value):
-      _fail(
-        f'--workdir={_WORKDIR.value}: {reason}: make it writable and run the same command again to resume'
-      )
-    if not jax.distributed.is_initialized():
-      raise
-    traceback.print_exc()
-    processes.explain(error)
+    _unexpected(error)
+
+
+def _unexpected(error: Exception) -> NoReturn:
+  """Says in one line what went wrong, and in which file the traceback is."""
+  processes.explain(error)
+  if reason := disk_full(error) or write_denied(error, _WORKDIR.value):
+    _fail(f'--workdir={_WORKDIR.value}: {reason}: correct it and run the same command again to resume')
+  lines = ''.join(traceback.format_exception(error))
+  if _DEBUG.value:
+    print(lines, file=sys.stderr, end='')
     processes.leave(1)
+  workdir = local(_WORKDIR.value)
+  place = workdir if _WORKDIR.value and exists(workdir / 'run.json') else None
+  with tempfile.NamedTemporaryFile(
+    'w', encoding='utf-8', errors='replace', dir=place, prefix='traceback-', suffix='.txt', delete=False
+  ) as file:
+    file.write(lines)
+  kind = type(error).__name__
+  _fail(f'{kind}: {first_line(error)}: {file.name} has the traceback, and --debug shows it', 1)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

@@ -4,16 +4,14 @@ python -m adapt_jax.cli_help > docs/options.md
 """
 
 import ast
-import difflib
 import importlib.metadata
 import pathlib
 import textwrap
 
-from adapt_jax.config.build import declarations, get
+from adapt_jax.config.build import declarations, get, like
 from adapt_jax.config.declare import Declaration
 from adapt_jax.config.options import RunOptions
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import exists, regular
 from adapt_jax.modes.registry import MODES
 
 # Recipes are next to this file: a folder in the wheel, a link to configs/ in a checkout.
@@ -107,36 +105,39 @@ def options_page() -> str:
   return '\n'.join(parts) + '\n'
 
 
+def option_flags() -> list[str]:
+  """The flag of every option, such as config.prune.target."""
+  return [f'config.{field}' for field, _ in declarations()]
+
+
 def with_recipes(argv: list[str]) -> list[str]:
   """The arguments with the name of a recipe replaced by its file: --config=demo, --config=studies:loss."""
-  found, after_flag = [], False
-  for argument in argv:
+  found = list(argv)
+  for i, argument in enumerate(argv):
     flag, equals, value = argument.partition('=')
-    if flag in ('--config', '-config') and equals:
-      argument = f'{flag}={_recipe(value)}'
-    elif after_flag:
-      argument = _recipe(argument)
-    after_flag = argument in ('--config', '-config')
-    found.append(argument)
+    if flag not in ('--config', '-config'):
+      continue
+    if equals:
+      found[i] = f'{flag}={_recipe(value)}'
+    elif argv[i + 1 :]:
+      found[i + 1] = _recipe(argv[i + 1])
   return found
-
-
-def close_recipe(name: str) -> str:
-  """A hint at a recipe with a similar name; '' if there is none."""
-  names = [path.stem for path in RECIPES.glob('*.py')]
-  found = difflib.get_close_matches(pathlib.PurePath(name).stem, names, 1)
-  return f'; did you mean {found[0]}?' if found else ''
 
 
 def _recipe(value: str) -> str:
   given, colon, variant = value.partition(':')
+  if pathlib.Path(given).is_file():
+    return value
   # Also accepts configs/demo.py and demo.py, as written in the docs, if there is no such file.
-  name = given.removeprefix('configs/').removesuffix('.py')
-  file = RECIPES / f'{name}.py'
-  known = name.isidentifier() and file.exists() and not pathlib.Path(given).is_file()
-  if given and not known and exists(pathlib.Path(given)):
-    regular(given)
-  return f'{file}{colon}{variant}' if known else value
+  name, known = (
+    given.removeprefix('configs/').removesuffix('.py'),
+    [path.stem for path in RECIPES.glob('*.py')],
+  )
+  if name not in known:
+    raise InputError(
+      f'--config={value}: no such file or recipe{like(name, known)}; adapt-jax --help lists the recipes'
+    )
+  return f'{RECIPES / name}.py{colon}{variant}'
 
 
 if __name__ == '__main__':

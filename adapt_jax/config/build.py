@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from adapt_jax.config import rules
@@ -36,10 +36,15 @@ def _build(cls: Any, values: Any, where: str) -> Any:
     raise InputError(f'{where or "the recipe"} = {values!r} must be a group of fields')
   kinds = typing.get_type_hints(cls)
   if unknown := sorted(values.keys() - kinds.keys()):
-    close = difflib.get_close_matches(str(unknown[0]), kinds, 1)
-    hint = f': did you mean {close[0]}?' if close else f'; options here: {", ".join(kinds)}'
+    hint = like(str(unknown[0]), [*kinds]) or f': choose one of {", ".join(kinds)}'
     raise InputError(f'{_below(where, str(unknown[0]))} is unknown{hint}')
   return cls(**{k: _convert(kinds[k], value, _below(where, k)) for k, value in values.items()})
+
+
+def like(name: str, known: Sequence[str]) -> str:
+  """Asks whether a known name was meant that ends in this one or is like it; '' if there is none."""
+  found = [one for one in known if one.endswith(f'.{name}')] or difflib.get_close_matches(name, known, 1)
+  return f': did you mean {found[0]}?' if found else ''
 
 
 def _below(where: str, name: str) -> str:

@@ -86,6 +86,24 @@ def _managed(environment: Any) -> bool:
   )
 
 
+def count() -> int:
+  """The number of processes, found at the first use of the devices.
+
+  Raises InputError if JAX_PLATFORMS names a platform whose plug-in is not installed.
+  """
+  try:
+    return jax.process_count()
+  except (AssertionError, RuntimeError) as error:  # the former for cuda, without a message
+    reason = first_line(error)
+    if isinstance(error, RuntimeError) and 'known backends' not in reason and 'libtpu.so' not in reason:
+      raise
+    asked = os.environ.get('JAX_PLATFORMS', '')
+    raise InputError(
+      f"JAX_PLATFORMS={asked}: JAX has no plug-in for it ({reason}): pip install 'adapt-jax[cuda]' or "
+      f"'adapt-jax[tpu]', or unset the variable"
+    ) from None
+
+
 def is_first() -> bool:
   """Whether this is the first process, which writes what is written once."""
   return jax.process_index() == 0

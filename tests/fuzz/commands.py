@@ -157,8 +157,8 @@ def _stop_at_work(seen: list[RunOptions]) -> None:
   """Puts an end in the place of the first heavy work of each mode, and notes the options."""
   plain = cli._options
 
-  def options(mode: str) -> RunOptions:
-    seen.append(plain(mode))
+  def options() -> RunOptions:
+    seen.append(plain())
     return seen[-1]
 
   cli._options = options

@@ -13,7 +13,6 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from adapt_jax import cli_help
 from adapt_jax.config.build import from_dict
 from adapt_jax.data.documents import check_source, read_documents
 from adapt_jax.data.token_cache import token_directory
@@ -123,14 +122,12 @@ def test_a_gguf_file_that_is_no_file(tmp_path, make):
 
 
 @pytest.mark.parametrize('make', KINDS)
-def test_a_chat_template_and_a_recipe_that_are_no_file(files, tmp_path, make):
+def test_a_chat_template_that_is_no_file(files, tmp_path, make):
   kind = make(tmp_path / 'chat.jinja')
   config = runs.make_config(files)
   config.data.chat_template = str(tmp_path / 'chat.jinja')
   message = refused(prepare, from_dict(config.to_dict()))
   assert 'data.chat_template' in message and f'is a {kind}' in message
-  kind = make(tmp_path / 'recipe.py')
-  assert f'is a {kind}' in refused(cli_help.with_recipes, ['main.py', f'--config={tmp_path}/recipe.py'])
 
 
 @pytest.mark.parametrize('make', KINDS)
