@@ -30,8 +30,6 @@ _MOVES_NOTHING = (
   'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'after-all', 'partition-id',
   'opt-barrier', 'add-dependency', *_RUNS,
 )  # fmt: skip
-# Of these asynchronous operations the result is a tuple of the operands and of what is given.
-_WITH_OPERANDS = ('all-gather-start', 'collective-permute-start')
 _SLICES = ('dynamic-slice', 'slice', 'gather')  # read as much of their first operand as they write
 
 
@@ -155,10 +153,14 @@ class CompiledText:
     return found
 
   def _exchanged(self, x: _Instruction, computation: str, on_chip: bool = False) -> tuple[int, int]:
-    """Bytes that a collective takes and gives; the results of some asynchronous ones name what they take."""
+    """Bytes that a collective takes and gives.
+
+    The result of an asynchronous one is a tuple of its operands and of what it gives, except for all-reduce.
+    """
     taken = sum(_bytes(y.shape, on_chip) for y in self._operands(x, computation))
     given = _bytes(x.shape, on_chip)
-    return taken, given - taken if x.operation in _WITH_OPERANDS else given
+    named = x.operation.endswith('-start') and x.operation != 'all-reduce-start'
+    return taken, given - taken if named else given
 
   def _operands(self, x: _Instruction, computation: str) -> list[_Instruction]:
     inside = self._computations[computation]

@@ -83,29 +83,27 @@ def test_a_device_sends_to_the_others_of_its_group(kind, sent):
   assert Collective(kind, 'f32[25]', 100, 4, 1, '').sent == sent
 
 
-def test_what_is_gathered_into_the_chip_is_sent_but_not_written():
-  text = """
-ENTRY %main.1 (p: bf16[8,4]) -> bf16[64,4] {
-  %p = bf16[8,4]{1,0} parameter(0)
-  ROOT %all = bf16[64,4]{1,0:T(8,128)S(1)} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}
-}
+@pytest.mark.parametrize(
+  'shape,operation,sent,moved',
+  [
+    ('bf16[64,4]{1,0:T(8,128)S(1)}', 'all-gather', 64, 8),  # gathered into the chip, not into memory
+    ('(bf16[8,4]{1,0}, bf16[64,4]{1,0})', 'all-gather-start', 64, 8 + 64),
+    ('((bf16[8,4]{1,0}), bf16[1,4]{1,0})', 'reduce-scatter-start', 8, 8 + 1),
+    ('((bf16[8,4]{1,0}), bf16[8,4]{1,0})', 'all-to-all-start', 8, 8 + 8),
+    ('bf16[8,4]{1,0}', 'all-reduce-start', 8, 8 + 8),
+  ],
+)
+def test_an_asynchronous_operation_names_its_operands_too(shape, operation, sent, moved):
+  text = f"""
+ENTRY %main.1 (p: bf16[8,4]) -> bf16[64,4] {{
+  %p = bf16[8,4]{{1,0}} parameter(0)
+  %start = {shape} {operation}(%p), replica_groups=[1,8]<=[8], dimensions={{0}}
+  ROOT %done = bf16[64,4]{{1,0}} {operation.removesuffix('-start')}-done(%start)
+}}
 """
-  (found,) = CompiledText(text).collectives()
-  assert found.bytes == 64 * 4 * 2
-  assert CompiledText(text).bytes_moved() == 8 * 4 * 2
-
-
-def test_an_asynchronous_gather_names_its_operand_too():
-  text = """
-ENTRY %main.1 (p: bf16[8,4]) -> bf16[64,4] {
-  %p = bf16[8,4]{1,0} parameter(0)
-  %start = (bf16[8,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%p), replica_groups=[1,8]<=[8], dimensions={0}
-  ROOT %done = bf16[64,4]{1,0} all-gather-done(%start)
-}
-"""
-  (found,) = CompiledText(text).collectives()
-  assert (found.bytes, found.devices) == (64 * 4 * 2, 8)
-  assert CompiledText(text).bytes_moved() == (8 + 64) * 4 * 2
+  (one,) = CompiledText(text).collectives()
+  assert (one.bytes, one.devices) == (sent * 4 * 2, 8)
+  assert CompiledText(text).bytes_moved() == moved * 4 * 2
 
 
 @pytest.mark.parametrize(
