@@ -166,7 +166,7 @@ class Evaluator:
         total, count = total + float(batch_total), count + float(batch_count)
         progress.update(windows, perplexity=f'{math.exp(min(total / max(count, 1), 700)):.2f}')
     if not math.isfinite(total):
-      raise InputError(f'{title}: the loss is {total}: check the weights and export.dtype')
+      raise InputError(f'{title}: the loss is {total}: check the weights, or set model.dtype = float32')
     return math.exp(min(total / count, 700))
 
   def reference(self, config: ModelConfig, params: Params, title: str) -> Reference:

@@ -23,7 +23,7 @@ from adapt_jax.export.float16 import check_range
 from adapt_jax.export.gguf_vocab import add_tokenizer, check_gguf_tokenizer
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import LinearScaling, Llama3Scaling, ModelConfig
-from adapt_jax.models.errors import InputError, disk_full, first_line
+from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import new_file
 from adapt_jax.models.formats.gguf_architectures import ARCHITECTURES
 from adapt_jax.models.formats.gguf_model import (
@@ -47,11 +47,12 @@ _FILE_TYPES = {
 KINDS = tuple(_FILE_TYPES)
 _QUANTISED = ('Q8_0', 'Q4_0')
 _BLOCK = 32  # weights of a row that share a scale, in both types
+_VARIED = 'widths that differ by layer'
 
 
-def check_gguf(config: ModelConfig, form: str = 'gguf') -> None:
-  """Raises InputError, naming the format, if llama.cpp has no architecture that computes this model."""
-  _architecture(config, form)
+def check_gguf(config: ModelConfig) -> None:
+  """Raises InputError if llama.cpp has no architecture that computes this model."""
+  _architecture(config)
 
 
 def write_gguf(
@@ -73,10 +74,8 @@ def write_gguf(
   must call this, since parameters may be sharded over processes; the first one writes.
 
   Raises InputError for a model (`check_gguf`) or tokenizer (`check_gguf_tokenizer`) that llama.cpp would
-  compute differently, a weight beyond the range of F16, and a file that cannot be written.
+  compute differently, and for a weight beyond the range of F16.
   """
-  if kind not in KINDS:
-    raise InputError(f'GGUF type {kind!r} is unknown; known: {", ".join(KINDS)}')
   arch = _architecture(config)
   check_gguf_tokenizer(tokenizer)
   types = {leaf.name: _stored_type(config, leaf, kind) for leaf in leaves(config)}
@@ -86,55 +85,25 @@ def write_gguf(
     for _ in host_tensors(config, params):
       pass
     return
-  try:
-    with new_file(path) as beside:
-      writer = GGUFWriter(beside, arch)
-      try:
-        _add_fields(writer, config, kind, name)
-        add_tokenizer(writer, tokenizer, config.vocab_size)
-        _write(writer, config, params, types, pathlib.Path(path).name)
-      finally:
-        writer.close()
-  except OSError as error:
-    if disk_full(error):
-      raise  # `main.py` reports it, whatever was being written
-    raise InputError(f'{path}: cannot be written ({first_line(error)}): choose another place') from None
+  with new_file(path) as beside:
+    writer = GGUFWriter(beside, arch)
+    try:
+      _add_fields(writer, config, kind, name)
+      add_tokenizer(writer, tokenizer, config.vocab_size)
+      _write(writer, config, params, types, pathlib.Path(path).name)
+    finally:
+      writer.close()
 
 
-def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
-  """The architecture of llama.cpp that computes this model."""
-  if config.sliced_from:
-    raise InputError(f'export.formats has {form!r}, but llama.cpp does not support SliceGPT: leave it out')
+def _architecture(config: ModelConfig) -> str:
+  """The architecture of llama.cpp that computes this model. Raises InputError if there is none."""
+  if refused := next((what for what, refused in _lacking(config).items() if refused), ''):
+    padded = ', or as gguf_padded' if refused == _VARIED else ''
+    raise InputError(
+      f'a .gguf file cannot hold a {config.family} model with {refused}: export it as hf or '
+      f'hf_padded{padded} instead'
+    )
   name = config.traits.gguf
-  arch = ARCHITECTURES[name]
-  if config.traits.gguf_varied:
-    refused = {'sliding windows': any(shape.window for shape in config.layers)}
-  else:
-    refused = {
-      'widths that differ by layer': not config.uniform,
-      'biases': (config.qkv_bias or config.output_bias) and not arch.biases,
-      'llama3 rotary scaling': _has_llama3_scaling(config),
-      'a head of its own': arch.tied is True and not config.tie_embeddings,
-      'tied embeddings': arch.tied is False and config.tie_embeddings,
-      'heads that do not add up to the hidden size': arch.square and not _square(config),
-      'logits without caps': 'logit_cap' in arch.numbers and not (config.attention_cap and config.logit_cap),
-      'no sliding window': arch.window_every > 0 and not any(shape.window for shape in config.layers),
-    }
-    fixed = arch.implied(config, max(shape.window for shape in config.layers))
-    for field in dataclasses.fields(fixed):
-      here, there = getattr(config, field.name), getattr(fixed, field.name)
-      if field.name == 'layers':
-        what = f"windows or rotary embeddings in other layers than llama.cpp's {name}"
-      else:
-        what = f"{field.name} = {here}, which is {there} in llama.cpp's {name}"
-      refused[what] = here != there
-  for what, found in refused.items():
-    if found:
-      padded = ', or as gguf_padded' if what == 'widths that differ by layer' else ''
-      raise InputError(
-        f'export.formats has {form!r}, but a .gguf file cannot hold a {config.family} model with '
-        f'{what}: export it as hf or hf_padded{padded} instead'
-      )
   if not config.traits.gguf_varied:
     return name
   if not config.uniform:
@@ -143,6 +112,31 @@ def _architecture(config: ModelConfig, form: str = 'gguf') -> str:
   # up to the hidden size; its llama computes the same function with all of these, with q and k permuted.
   plain = config.qkv_bias and not config.output_bias and not _has_llama3_scaling(config)
   return name if plain and _square(config) else 'llama'
+
+
+def _lacking(config: ModelConfig) -> dict[str, bool]:
+  """What the architecture of the family cannot compute -> whether the model has it."""
+  name, arch = config.traits.gguf, ARCHITECTURES[config.traits.gguf]
+  sliced = {'a stream sliced by SliceGPT': bool(config.sliced_from)}
+  if config.traits.gguf_varied:
+    return sliced | {'sliding windows': any(shape.window for shape in config.layers)}
+  fixed = arch.implied(config, max(shape.window for shape in config.layers))
+  lacking = sliced | {
+    _VARIED: not config.uniform,
+    'biases': (config.qkv_bias or config.output_bias) and not arch.biases,
+    'llama3 rotary scaling': _has_llama3_scaling(config),
+    'a head of its own': arch.tied is True and not config.tie_embeddings,
+    'tied embeddings': arch.tied is False and config.tie_embeddings,
+    'heads that do not add up to the hidden size': arch.square and not _square(config),
+    'logits without caps': 'logit_cap' in arch.numbers and not (config.attention_cap and config.logit_cap),
+    'no sliding window': arch.window_every > 0 and not any(shape.window for shape in config.layers),
+    f"windows or rotary embeddings in other layers than llama.cpp's {name}": config.layers != fixed.layers,
+  }
+  for field in dataclasses.fields(fixed):
+    here, there = getattr(config, field.name), getattr(fixed, field.name)
+    if field.name != 'layers':
+      lacking[f"{field.name} = {here}, which is {there} in llama.cpp's {name}"] = here != there
+  return lacking
 
 
 def _has_llama3_scaling(config: ModelConfig) -> bool:

@@ -1,7 +1,4 @@
-"""K-quants of a .gguf file by llama.cpp's own quantiser, in a process of its own, which it ends if it fails.
-
-As a program: python -m adapt_jax.export.gguf_quantise FILE OUT TYPE.
-"""
+"""K-quants of a .gguf file by llama.cpp's own quantiser, in a process of its own, which ends if it fails."""
 
 import importlib.util
 import pathlib
@@ -19,6 +16,14 @@ K_QUANTS = {
   'Q6_K': LlamaFileType.MOSTLY_Q6_K,
 }
 _PACKAGE = 'llama_cpp_py_sync'
+_PROGRAM = """
+import sys
+from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+library, ffi = get_lib(), get_ffi()
+options = ffi.new('llama_model_quantize_params *', library.llama_model_quantize_default_params())
+path, out, options.ftype = sys.argv[1].encode(), sys.argv[2].encode(), int(sys.argv[3])
+sys.exit(library.llama_model_quantize(path, out, options))
+"""
 
 
 def check_quantiser(kinds: Sequence[str]) -> None:
@@ -33,21 +38,9 @@ def check_quantiser(kinds: Sequence[str]) -> None:
 
 def quantise(path: pathlib.Path, out: pathlib.Path, kind: str) -> None:
   """Writes `out`, of a type of `K_QUANTS`, from an unquantised file. Raises InputError if llama.cpp fails."""
-  command = [sys.executable, '-m', 'adapt_jax.export.gguf_quantise', str(path), str(out), kind]
+  # -P: modules of the current directory are not imported.
+  command = [sys.executable, '-P', '-c', _PROGRAM, str(path), str(out), str(int(K_QUANTS[kind]))]
   done = subprocess.run(command, capture_output=True, text=True, errors='replace')
   if done.returncode:
     reason = next(iter(done.stderr.strip().splitlines()[-1:]), f'code {done.returncode}')
     raise InputError(f'{out}: llama.cpp could not write type {kind} ({reason}): choose another')
-
-
-def _quantise(path: str, out: str, kind: str) -> int:
-  from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-
-  library, ffi = get_lib(), get_ffi()
-  options = ffi.new('llama_model_quantize_params *', library.llama_model_quantize_default_params())
-  options.ftype = K_QUANTS[kind]
-  return int(library.llama_model_quantize(path.encode(), out.encode(), options))
-
-
-if __name__ == '__main__':
-  sys.exit(_quantise(*sys.argv[1:]))

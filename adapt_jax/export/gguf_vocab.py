@@ -4,8 +4,11 @@ llama.cpp knows pre-tokenizers only by name, so the name is inferred from how th
 tokenizer that it has no name for is refused: it would load, but give different tokens.
 """
 
+import itertools
 import json
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 from gguf import GGUFWriter
 
@@ -29,60 +32,51 @@ _GEMMA_SPLIT = {
   'invert': False,
 }
 _SPECIAL = ('bos', 'eos', 'unk', 'pad')
-
-
-class _Vocabulary(NamedTuple):
-  """What llama.cpp needs to know about a tokenizer: gpt2 uses `merges`, llama uses `scores`."""
-
-  model: str  # gpt2: byte-level BPE; llama: SentencePiece BPE
-  pre: str
-  tokens: dict[str, int]
-  types: dict[str, int]  # of tokens that are not NORMAL
-  merges: list[str]
-  scores: dict[str, float]  # of tokens that merges produce
-  space_prefix: bool
-  special: dict[str, int]
-  add_bos: bool
-  add_eos: bool
-  chat_template: str | None
+_BYTES = frozenset(f'<0x{byte:02X}>' for byte in range(256))
 
 
 def check_gguf_tokenizer(tokenizer: Any) -> None:
   """Raises InputError for a tokenizer that has no equivalent in llama.cpp."""
-  _describe(tokenizer)
+  if reason := next((reason for refused, reason in _differences(tokenizer) if refused), ''):
+    raise _refusal(reason)
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
-  """Adds the tokenizer's metadata; unused tokens fill the vocabulary up to the embedding's `vocab_size` rows.
+  """Adds the metadata of a checked tokenizer; unused tokens fill the vocabulary up to `vocab_size` rows.
 
   Added tokens beyond those rows are left out, as in llama.cpp's converter: no text of this model has them.
-
-  Raises InputError as `check_gguf_tokenizer`, and for other ids beyond the rows.
+  Raises InputError for other ids beyond the rows of the embedding.
   """
-  described = _describe(tokenizer)
-  added = {token for token, kind in described.types.items() if kind in (CONTROL, USER_DEFINED)}
-  by_id = {i: t for t, i in described.tokens.items() if i < vocab_size or t not in added}
-  if max(by_id) >= vocab_size or max(described.special.values()) >= vocab_size:
-    highest = max(*by_id, *described.special.values())
+  data, special, tokens = _content(tokenizer), _special(tokenizer), tokenizer.get_vocab()
+  types = {t['content']: CONTROL if t['special'] else USER_DEFINED for t in data['added_tokens']}
+  types |= dict.fromkeys(tokenizer.all_special_tokens, CONTROL)
+  by_id = {i: t for t, i in tokens.items() if i < vocab_size or t not in types}
+  highest = max(*by_id, *special.values())
+  if highest >= vocab_size:
     raise _refusal(f'it has ids up to {highest}, but the embedding has {vocab_size} rows')
-  tokens = [by_id.get(i, f'[PAD{i}]') for i in range(vocab_size)]
-  types = [described.types.get(by_id[i], NORMAL) if i in by_id else UNUSED for i in range(vocab_size)]
-  writer.add_tokenizer_model(described.model)
-  writer.add_tokenizer_pre(described.pre)
-  writer.add_token_list(tokens)
-  writer.add_token_types(types)
-  if described.model == 'gpt2':
-    writer.add_token_merges(described.merges)
+  if sentence_piece := bool(data['model'].get('byte_fallback')):
+    types |= dict.fromkeys(_BYTES, BYTE)
+    if 'unk' in special:
+      types[tokenizer.unk_token] = UNKNOWN
+  names = [by_id.get(i, f'[PAD{i}]') for i in range(vocab_size)]
+  writer.add_tokenizer_model('llama' if sentence_piece else 'gpt2')
+  writer.add_tokenizer_pre('default' if sentence_piece else _pre_tokenizer(data))
+  writer.add_token_list(names)
+  writer.add_token_types([types.get(by_id[i], NORMAL) if i in by_id else UNUSED for i in range(vocab_size)])
+  if sentence_piece:
+    scores = _scores(_merges(data))
+    writer.add_token_scores([scores.get(name, -float(vocab_size)) for name in names])
+    writer.add_add_space_prefix(bool(_space_prefix(data)))
   else:
-    lowest = -float(len(tokens))
-    writer.add_token_scores([described.scores.get(token, lowest) for token in tokens])
-    writer.add_add_space_prefix(described.space_prefix)
-  for name, i in described.special.items():
+    writer.add_token_merges([' '.join(merge) for merge in _merges(data)])
+  for name, i in special.items():
     getattr(writer, f'add_{name}_token_id')(i)
-  writer.add_add_bos_token(described.add_bos)
-  writer.add_add_eos_token(described.add_eos)
-  if described.chat_template:
-    writer.add_chat_template(described.chat_template)
+  add_bos, add_eos = _added(tokenizer) or (False, False)
+  writer.add_add_bos_token(add_bos)
+  writer.add_add_eos_token(add_eos)
+  template = getattr(tokenizer, 'chat_template', None)
+  if template := template.get('default') if isinstance(template, dict) else template:
+    writer.add_chat_template(template)
 
 
 def _refusal(reason: str) -> InputError:
@@ -92,59 +86,56 @@ def _refusal(reason: str) -> InputError:
   )
 
 
-def _describe(tokenizer: Any) -> _Vocabulary:
-  data = _bpe(tokenizer)
-  special = {name: i for name in _SPECIAL if (i := getattr(tokenizer, f'{name}_token_id', None)) is not None}
-  if 'eos' not in special:
-    raise _refusal('it has no EOS token, and llama.cpp would use another')
-  add_bos, add_eos = _added(tokenizer, special)
-  tokens = tokenizer.get_vocab()
-  types = {t['content']: CONTROL if t['special'] else USER_DEFINED for t in data['added_tokens']}
-  types |= dict.fromkeys(tokenizer.all_special_tokens, CONTROL)
-  merges = [
-    tuple(merge.split(' ', 1) if isinstance(merge, str) else merge) for merge in data['model']['merges']
-  ]
-  scores: dict[str, float] = {}
-  prefix = False
-  if data['model'].get('byte_fallback'):
-    model, pre = 'llama', 'default'
-    prefix = _space_prefix(data)
-    types |= _byte_types(tokens)
-    if 'unk' in special:
-      types[tokenizer.unk_token] = UNKNOWN
-    scores = _scores(merges, tokens.keys() - types.keys())
-  else:
-    model, pre = 'gpt2', _pre_tokenizer(data)
-  template = getattr(tokenizer, 'chat_template', None)
-  if isinstance(template, dict):
-    template = template.get('default')
-  joined = [' '.join(merge) for merge in merges]
-  return _Vocabulary(model, pre, tokens, types, joined, scores, prefix, special, add_bos, add_eos, template)
-
-
-def _bpe(tokenizer: Any) -> dict[str, Any]:
-  """The content of tokenizer.json for a BPE tokenizer."""
-  backend = getattr(tokenizer, 'backend_tokenizer', None)
-  if backend is None:
-    raise _refusal('it is not from the tokenizers library')
-  data: dict[str, Any] = json.loads(backend.to_str())
-  if data['model']['type'] != 'BPE':
-    raise _refusal(f'its model is {data["model"]["type"]}, not BPE')
+def _differences(tokenizer: Any) -> Iterator[tuple[bool, str]]:
+  """Yields (whether llama.cpp would give other tokens, why); a rule assumes that those before do not hold."""
+  yield getattr(tokenizer, 'backend_tokenizer', None) is None, 'it is not from the tokenizers library'
+  data = _content(tokenizer)
+  model = data['model']
+  yield model['type'] != 'BPE', f'its model is {model["type"]}, not BPE'
   for option in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
-    if value := data['model'].get(option):
-      raise _refusal(f'{option} = {value!r}')
+    yield bool(model.get(option)), f'{option} = {model.get(option)!r}'
+  yield 'eos' not in _special(tokenizer), 'it has no EOS token, and llama.cpp would use another'
+  yield _added(tokenizer) is None, 'it encodes a text with more than BOS and EOS around it'
+  if not model.get('byte_fallback'):
+    steps = {'ignore_merges': bool(model.get('ignore_merges'))}
+    steps |= {part: data[part] for part in ('normalizer', 'pre_tokenizer')}
+    yield not _pre_tokenizer(data), f'unknown steps {json.dumps(steps)[:400]}'
+    return
+  yield _space_prefix(data) is None, "its normalizer or pre-tokenizer is not SentencePiece's"
+  tokens, merges = tokenizer.get_vocab(), _merges(data)
+  yield bool(_BYTES - tokens.keys()), 'byte_fallback without a token for each byte'
+  yield bool(apart := _apart(merges)), f'merges that form {apart!r} are not adjacent'
+  special = {t['content'] for t in data['added_tokens']} | {*tokenizer.all_special_tokens} | _BYTES
+  pair = _unmerged(merges, tokens.keys() - special)
+  yield bool(pair), f'no merge of {" and ".join(map(repr, pair))}, which together are a token'
+
+
+def _content(tokenizer: Any) -> dict[str, Any]:
+  """The content of tokenizer.json."""
+  data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
   return data
 
 
-def _added(tokenizer: Any, special: dict[str, int]) -> tuple[bool, bool]:
-  """Whether encoding adds BOS before and EOS after a text."""
+def _merges(data: dict[str, Any]) -> list[tuple[str, ...]]:
+  return [
+    tuple(merge.split(' ', 1) if isinstance(merge, str) else merge) for merge in data['model']['merges']
+  ]
+
+
+def _special(tokenizer: Any) -> dict[str, int]:
+  """The ids of special tokens, by name."""
+  ids = {name: getattr(tokenizer, f'{name}_token_id', None) for name in _SPECIAL}
+  return {name: i for name, i in ids.items() if i is not None}
+
+
+def _added(tokenizer: Any) -> tuple[bool, bool] | None:
+  """Whether encoding adds BOS before and EOS after a text; None if it adds anything else."""
+  special = _special(tokenizer)
   plain, full = (tokenizer('a', add_special_tokens=add).input_ids for add in (False, True))
-  for bos in (False, True):
-    for eos in (False, True):
-      before = [special.get('bos')] if bos else []
-      if full == [*before, *plain, *([special['eos']] if eos else [])]:
-        return bos, eos
-  raise _refusal(f'it encodes "a" as {full}, with more than BOS and EOS around {plain}')
+  for bos, eos in itertools.product((False, True), repeat=2):
+    if full == [special.get('bos')] * bos + plain + [special['eos']] * eos:
+      return bos, eos
+  return None
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -157,36 +148,30 @@ def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _pre_tokenizer(data: dict[str, Any]) -> str:
-  """llama.cpp's name for the pre-tokenizer of a byte-level tokenizer."""
+  """llama.cpp's name for the pre-tokenizer and normalizer of a byte-level tokenizer; '' if it has none."""
   *cuts, last = _steps(data['pre_tokenizer'], 'pretokenizers') or [{'type': 'missing'}]
   if last['type'] != 'ByteLevel' or last['add_prefix_space']:
-    raise _refusal('neither byte-level nor SentencePiece BPE')
-  found = None
+    return ''
+  name = ''
   if last.get('use_regex', True):  # GPT-2's expression
-    if not cuts:
-      found = 'gpt-2'
-    elif cuts == [{'type': 'Digits', 'individual_digits': True}]:
-      found = 'smollm'
+    digits = [{'type': 'Digits', 'individual_digits': True}]
+    name = 'gpt-2' if not cuts else 'smollm' if cuts == digits else ''
   elif len(cuts) == 1 and cuts[0]['type'] == 'Split':
     # The expressions match every character, so that removing what they do not match is the same.
     alike = (cuts[0]['behavior'], cuts[0]['invert']) in (('Isolated', False), ('Removed', True))
     pattern = cuts[0]['pattern'].get('Regex')
-    found = next((name for name, known in PATTERNS.items() if known == pattern and alike), None)
-  if found is None:
-    raise _refusal(f'its pre-tokenizer is {json.dumps(cuts)[:200]}')
+    name = next((name for name, known in PATTERNS.items() if known == pattern and alike), '')
   normalizer = [step['type'] for step in _steps(data['normalizer'], 'normalizers')]
   # llama.cpp does not normalise; text that is not in Qwen's NFC form is rare.
-  if normalizer and (normalizer, found) != (['NFC'], 'qwen2'):
-    raise _refusal(f'its normalizer is {", ".join(normalizer)}')
-  if not data['model'].get('ignore_merges'):
-    return 'dbrx' if found == 'llama-bpe' else found
-  if found != 'llama-bpe':
-    raise _refusal(f'ignore_merges = True beside pre-tokenizer {found}')
-  return found
+  if normalizer and (normalizer, name) != (['NFC'], 'qwen2'):
+    return ''
+  if data['model'].get('ignore_merges'):
+    return name if name == 'llama-bpe' else ''
+  return 'dbrx' if name == 'llama-bpe' else name
 
 
-def _space_prefix(data: dict[str, Any]) -> bool:
-  """Whether a SentencePiece tokenizer adds a space before a text."""
+def _space_prefix(data: dict[str, Any]) -> bool | None:
+  """Whether a SentencePiece tokenizer adds a space before a text; None if its steps are others."""
   replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
   prepend = {'type': 'Prepend', 'prepend': SPACE}
   normalizer = _steps(data['normalizer'], 'normalizers')
@@ -196,38 +181,33 @@ def _space_prefix(data: dict[str, Any]) -> bool:
   if not cuts and normalizer in ([replace], [prepend, replace]):
     return prepend in normalizer
   # Newer conversions write this. Unlike llama.cpp, it adds no space if the text begins with one.
-  if normalizer in ([], [replace]) and [cut['type'] for cut in cuts] == ['Metaspace']:
-    metaspace = cuts[0]
-    if metaspace['replacement'] == SPACE and not metaspace.get('split', True):
-      return metaspace.get('prepend_scheme', 'always') != 'never'
-  raise _refusal("its normalizer or pre-tokenizer is not SentencePiece's")
+  whole = {'type': 'Metaspace', 'replacement': SPACE, 'split': False}
+  if normalizer in ([], [replace]) and len(cuts) == 1 and cuts[0].items() >= whole.items():
+    return bool(cuts[0].get('prepend_scheme', 'always') != 'never')
+  return None
 
 
-def _byte_types(tokens: dict[str, int]) -> dict[str, int]:
-  types = {f'<0x{byte:02X}>': BYTE for byte in range(256)}
-  if missing := types.keys() - tokens.keys():
-    raise _refusal(f'byte_fallback, but no token {min(missing)}')
-  return types
+# llama.cpp merges any two neighbours that form a token, best score first. Merges converted from a
+# SentencePiece model are equivalent: they have all pairs of a token, one after the other.
 
 
-def _scores(merges: list[tuple[str, ...]], normal: set[str]) -> dict[str, float]:
-  """A score for each token that merges produce, such that llama.cpp merges in the same order.
+def _scores(merges: list[tuple[str, ...]]) -> dict[str, float]:
+  """A score for each token that merges produce, such that llama.cpp merges in the same order."""
+  return {token: -float(i) for i, token in enumerate(dict.fromkeys(map(''.join, merges)))}
 
-  llama.cpp merges any two neighbours that form a token, best score first. Merges converted from a
-  SentencePiece model are equivalent: they have all pairs of a token, one after the other.
-  """
-  scores: dict[str, float] = {}
-  last = ''
-  for left, right in merges:
-    joined = left + right
-    if joined != last and joined in scores:
-      raise _refusal(f'merges that form {joined!r} are not adjacent')
-    scores.setdefault(joined, float(-len(scores)))
-    last = joined
+
+def _apart(merges: list[tuple[str, ...]]) -> str:
+  """A token whose merges are not one after the other; '' if there is none."""
+  runs = Counter(token for token, _ in itertools.groupby(map(''.join, merges)))
+  return next((token for token, count in runs.items() if count > 1), '')
+
+
+def _unmerged(merges: list[tuple[str, ...]], normal: set[str]) -> tuple[str, ...]:
+  """Two tokens that together are a token, and have no merge; () if there are none."""
   pairs = set(merges)
   for token in normal:
     for cut in range(1, len(token)):
       pair = (token[:cut], token[cut:])
       if pair[0] in normal and pair[1] in normal and pair not in pairs:
-        raise _refusal(f'no merge of {pair[0]!r} and {pair[1]!r}, which together are a token')
-  return scores
+        return pair
+  return ()

@@ -10,7 +10,6 @@ import numpy as np
 
 from adapt_jax.export.float16 import check_weights
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError, disk_full, first_line
 from adapt_jax.models.files import new_directory, write_text
 from adapt_jax.models.formats.hf_config import config_to_hf
 from adapt_jax.models.formats.hf_weights import save_params
@@ -45,8 +44,7 @@ def write_hf(
   transformers.
 
   Every process must call this, since parameters may be sharded over processes; the first one writes.
-  Raises InputError for a weight beyond the range of float16, and if the directory cannot be written, as when
-  the disk is full.
+  Raises InputError for a weight beyond the range of float16.
   """
   dtype = None if dtype is None else np.dtype(dtype)
   check_weights(config, params, dtype)
@@ -57,29 +55,24 @@ def write_hf(
   ids = {f: getattr(tokenizer, f, None) for f in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
   # The old name is read by transformers before 4.56 and other programs.
   fields = config_to_hf(config) | {'dtype': name, 'torch_dtype': name} | ids
-  try:
-    with new_directory(directory) as new:
-      save_params(config, params, new, dtype)
-      if not _stock(config):
-        fields |= _own_architecture(config)
-        # If it does not know the model_type, transformers 5 fails on this old name when it opens the
-        # tokenizer; the exported code reads the new one in transformers 4 too.
-        fields.pop('rope_scaling', None)
-        for file in ('configuration_adapt.py', 'modeling_adapt.py'):
-          shutil.copy(_CODE / file, new)
-      if code and needs_mlx_code(config):
-        fields['model_file'] = _MLX_FILE
-        shutil.copy(_CODE / _MLX_FILE, new)
-      _write_json(new / 'config.json', fields)
-      given = {k: v for k, v in ids.items() if v is not None}
-      _write_json(new / 'generation_config.json', given | (generation or {}))
-      if tokenizer is not None:
-        tokenizer.save_pretrained(new)
-        _use_old_names(new / 'tokenizer_config.json')
-  except OSError as error:
-    if disk_full(error):
-      raise  # `main.py` reports it, whatever was being written
-    raise InputError(f'{directory}: cannot be written ({first_line(error)}): choose another place') from None
+  with new_directory(directory) as new:
+    save_params(config, params, new, dtype)
+    if not _stock(config):
+      fields |= _own_architecture(config)
+      # If it does not know the model_type, transformers 5 fails on this old name when it opens the
+      # tokenizer; the exported code reads the new one in transformers 4 too.
+      fields.pop('rope_scaling', None)
+      for file in ('configuration_adapt.py', 'modeling_adapt.py'):
+        shutil.copy(_CODE / file, new)
+    if code and needs_mlx_code(config):
+      fields['model_file'] = _MLX_FILE
+      shutil.copy(_CODE / _MLX_FILE, new)
+    _write_json(new / 'config.json', fields)
+    given = {k: v for k, v in ids.items() if v is not None}
+    _write_json(new / 'generation_config.json', given | (generation or {}))
+    if tokenizer is not None:
+      tokenizer.save_pretrained(new)
+      _use_old_names(new / 'tokenizer_config.json')
 
 
 def _stock(config: ModelConfig) -> bool:

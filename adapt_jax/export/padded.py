@@ -33,16 +33,12 @@ def padded_config(config: ModelConfig) -> ModelConfig:
 
   Raises InputError if no stock class has the model's biases or its sliced residual stream.
   """
-  if config.sliced_from:
-    raise InputError("export.formats has 'hf_padded', but no stock class supports SliceGPT: leave it out")
+  refused = 'a stream sliced by SliceGPT' if config.sliced_from else ''
   if config.output_bias:
-    raise InputError(
-      "export.formats has 'hf_padded', but no stock class has the biases of o_proj and down_proj that "
-      "this model has or prune.compensate = 'bias' adds: leave 'hf_padded' out"
-    )
+    refused = "biases of o_proj and down_proj, which this model has or prune.compensate = 'bias' adds"
   shape, family = widest_config(config).layers[0], config.family
   kv_heads, group = shape.num_kv_heads, shape.group_size
-  if config.traits.heads_divide:
+  if config.traits.heads_divide and not refused:
 
     def dividing(group: int) -> list[int]:
       return [n for n in range(kv_heads, 2 * kv_heads + 1) if config.hidden_size % (n * group) == 0]
@@ -55,11 +51,9 @@ def padded_config(config: ModelConfig) -> ModelConfig:
     elif wider:
       _, group, kv_heads = min(wider)
     else:
-      raise InputError(
-        f"export.formats has 'hf_padded', but stock {config.traits.stock} refuses {kv_heads * group} "
-        f'heads at hidden size {config.hidden_size}, and no other class computes the model: leave '
-        f"'hf_padded' out"
-      )
+      refused = f'{kv_heads * group} heads at hidden size {config.hidden_size}'
+  if refused:
+    raise InputError(f'no stock class of transformers supports {refused}: leave it out')
   return dataclasses.replace(_with_widths(config, kv_heads, group, shape.ffn), family=family)
 
 

@@ -13,11 +13,11 @@ from huggingface_hub.utils.tqdm import (
 )
 
 from adapt_jax.config.options import ExportOptions
+from adapt_jax.export.formats import FORMATS
 from adapt_jax.machine.processes import say, shows
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.errors import InputError, Unreachable, unreachable
 
-_SUFFIXES = {'hf': '', 'hf_padded': '-padded', 'gguf': '-GGUF', 'gguf_padded': '-padded-GGUF'}
 # An earlier upload may have left these; loaders would mix them with the new files.
 _REPLACED = (
   '*.safetensors', '*.safetensors.index.json', '*.gguf', '*.py',
@@ -28,7 +28,7 @@ _AGAIN = 'run the same command again, which only uploads'
 
 def repositories(options: ExportOptions) -> dict[str, str]:
   """Format -> the repository that it is uploaded to; empty without `export.push`."""
-  return {name: options.push + _SUFFIXES[name] for name in options.formats} if options.push else {}
+  return {name: options.push + FORMATS[name].suffix for name in options.formats} if options.push else {}
 
 
 def check_token(options: ExportOptions) -> None:

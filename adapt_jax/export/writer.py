@@ -5,46 +5,38 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
 
 from adapt_jax.config.options import ExportOptions
 from adapt_jax.export.card import model_card
-from adapt_jax.export.gguf import check_gguf, write_gguf
-from adapt_jax.export.gguf_quantise import K_QUANTS, check_quantiser, quantise
-from adapt_jax.export.gguf_vocab import check_gguf_tokenizer
-from adapt_jax.export.hf import write_hf
-from adapt_jax.export.padded import pad, padded_config, widest_config
+from adapt_jax.export.formats import FORMATS, Content
+from adapt_jax.export.padded import pad
 from adapt_jax.export.push import repositories
 from adapt_jax.export.verify import check
 from adapt_jax.machine import mesh
 from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import ModelConfig, count_params
-from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, disk_full, first_line, reading
 from adapt_jax.models.files import beside, exists, new_directory, read_json, write_text
-from adapt_jax.models.formats.gguf_model import STORED_DTYPES
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.llama import Params
 from adapt_jax.reports.report import RunReport
 
-_GGUF_TYPES = {dtype.name: kind.name for kind, dtype in STORED_DTYPES.items()}
 Written = dict[str, dict[str, Any]]  # file, or '' for the directory -> facts about it
 LINEAGE = 'lineage.json'  # in each directory: the report of the run that made the model
 
 
 def check_formats(options: ExportOptions, config: ModelConfig) -> None:
-  """Checks that this model can be written in the requested formats. Raises InputError."""
-  if 'hf_padded' in options.formats:
-    padded_config(config)
-  if 'gguf' in options.formats:
-    check_gguf(config)
-  if 'gguf_padded' in options.formats:
-    check_gguf(widest_config(config), 'gguf_padded')
-  if {'gguf', 'gguf_padded'} & {*options.formats}:
-    check_quantiser(options.gguf_types)
+  """Raises InputError if this model cannot be written in one of the requested formats."""
+  for name in options.formats:
+    try:
+      FORMATS[name].check(FORMATS[name].shape(config), options.gguf_types)
+    except InputError as error:
+      raise InputError(f'export.formats has {name!r}: {error}') from None
 
 
 def check_result(options: ExportOptions, config: ModelConfig, whole_layers: bool = False) -> None:
@@ -59,16 +51,16 @@ def check_result(options: ExportOptions, config: ModelConfig, whole_layers: bool
 
 
 def check_tokenizer(options: ExportOptions, tokenizer: Any) -> None:
-  """Checks that the requested formats can hold the tokenizer. Raises InputError."""
-  if {'gguf', 'gguf_padded'} & {*options.formats}:
-    check_gguf_tokenizer(tokenizer)
+  """Raises InputError if one of the requested formats cannot hold the tokenizer."""
+  for name in options.formats:
+    FORMATS[name].check_tokenizer(tokenizer)
 
 
 def lineage(source: Source) -> RunReport | None:
   """The report of the run that made a model, which our exports store with the weights; None for others.
 
-  It is of the files of weights that it names with their sizes; those of version 0.1 name none. Raises
-  InputError for one that no model card can be made of.
+  It lists the weight files that it describes, with their sizes. Raises InputError for one that no model card
+  can be made of.
   """
   path = (source.path if source.path.is_dir() else source.path.parent) / LINEAGE
   found: Any = read_json(path) if exists(path) else {}
@@ -79,13 +71,8 @@ def lineage(source: Source) -> RunReport | None:
   if isinstance(files, dict) and not _sizes(source.reader.files).items() <= files.items():
     say(f'{path} is of other weights: the origin of {source.name} is not known')
     return None
-  try:
+  with reading('', path, 'restore it, or delete it to use the model without its origin'):
     model_card(found, source.config, ()).encode()
-  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-    raise InputError(
-      f'{path}: is damaged ({type(error).__name__}: {first_line(error)}): restore it, or delete it to use '
-      f'the model without its origin'
-    ) from None
   return found
 
 
@@ -124,117 +111,66 @@ class Writer:
     generation: dict[str, Any],
     report: RunReport,
   ):
-    self._options, self._directory = options, directory
-    self._tokenizer, self._dtype, self._generation = tokenizer, dtype, generation
-    self._report = report
+    self._options, self._directory, self._report = options, directory, report
+    name = pathlib.Path(report['model']['source']).name
+    self._content = Content(tokenizer, dtype, generation, options.gguf_types, name)
 
   def write(self, config: ModelConfig, params: Params) -> Written:
     """{what was written: {bytes, largest logit difference ...}}. Raises InputError if it does not agree.
 
     Every process must call it; the parameters may be sharded over processes.
     """
-    found: Written = {}
-    repos = repositories(self._options)
+    written: Written = {}
     for name in self._options.formats:
       path = self._directory / name
-      with new_directory(path) if is_first() else contextlib.nullcontext(beside(path)) as new:
-        with phase(f'writing {name}'):
-          written = _WRITERS[name](self, config, params, new)
-        if is_first():
-          weights = [*new.glob('*.safetensors'), *new.glob('*.gguf')]
-          stored = {**self._report, 'files': _sizes(weights)}
-          write_text(new / LINEAGE, json.dumps(stored, indent=2) + '\n')
-          files = sorted(file.name for file in new.iterdir())
-          write_text(new / 'README.md', model_card(self._report, config, files, repos.get(name, '')))
-      for file, values in written.items():
-        found[f'{name}/{file}'.rstrip('/')] = values
-        say(_line(path / file, values))
-    return found
+      try:
+        with new_directory(path) if is_first() else contextlib.nullcontext(beside(path)) as new:
+          files = self._write(name, config, params, new)
+      except OSError as error:
+        if disk_full(error):
+          raise  # `main.py` reports it, whatever was being written
+        raise InputError(f'{path}: cannot be written ({first_line(error)}): choose another place') from None
+      for file, facts in files.items():
+        written[f'{name}/{file}'.rstrip('/')] = facts
+        say(_line(path / file, facts))
+    return written
 
-  def _write_hf(self, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
-    self._hf(config, params, new, code=True)
-    return {'': self._compare_hf(config, params, new)}
-
-  def _write_padded(self, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
-    wide = padded_config(config)
-    self._hf(wide, _padded(wide, params), new, code=False)
-    return {'': self._compare_hf(config, params, new) | _zeros(wide, config)}
-
-  def _hf(self, config: ModelConfig, params: Params, new: pathlib.Path, code: bool) -> None:
-    options = {'tokenizer': self._tokenizer, 'dtype': self._dtype, 'generation': self._generation}
-    write_hf(config, params, new, code=code, **options)
-
-  def _write_gguf(self, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
-    return self._compare_gguf(config, params, self._gguf_files(config, params, new))
-
-  def _gguf_files(self, config: ModelConfig, params: Params, new: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Writes a file for each type; returns them by type."""
-    auto = _GGUF_TYPES[self._dtype_name(params)]
-    kinds = list(dict.fromkeys(auto if kind == 'auto' else kind for kind in self._options.gguf_types))
-    files = {kind: new / f'model-{kind}.gguf' for kind in (*kinds, auto)}
-    quantised = [kind for kind in kinds if kind in K_QUANTS]
-    name = pathlib.Path(self._report['model']['source']).name
-    for kind in dict.fromkeys([*(k for k in kinds if k not in K_QUANTS), *([auto] if quantised else [])]):
-      write_gguf(config, params, files[kind], tokenizer=self._tokenizer, kind=kind, name=name)
-    for kind in quantised:
-      with phase(f'quantising to {kind}'):
-        decide(functools.partial(quantise, files[auto], files[kind], kind))
-    if quantised and auto not in kinds and is_first():
-      files[auto].unlink()
-    return {kind: files[kind] for kind in kinds}
-
-  def _compare_gguf(self, config: ModelConfig, params: Params, files: dict[str, pathlib.Path]) -> Written:
-    return {
-      file.name: {'type': kind} | self._compare(config, params, file, kind) for kind, file in files.items()
+  def _write(self, name: str, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
+    shape = FORMATS[name].shape(config)
+    padded = params if shape == config else mesh.jit(functools.partial(pad, shape), params)(params)
+    with phase(f'writing {name}'):
+      files = FORMATS[name].write(self._content, shape, padded, new)
+    del padded
+    zeros = {'params': count_params(shape), 'params_without_zeros': count_params(config)}
+    facts = {
+      file: self._compare(config, params, new / file, kind) | (zeros if shape != config else {})
+      for file, kind in files.items()
     }
-
-  def _write_gguf_padded(self, config: ModelConfig, params: Params, new: pathlib.Path) -> Written:
-    wide = widest_config(config)
-    files = self._gguf_files(wide, _padded(wide, params), new)
-    found = self._compare_gguf(config, params, files)
-    return {file: facts | _zeros(wide, config) for file, facts in found.items()}
-
-  def _dtype_name(self, params: Params) -> str:
-    return jnp.dtype(self._dtype or params['embed'].dtype).name
-
-  def _compare_hf(self, config: ModelConfig, params: Params, new: pathlib.Path) -> dict[str, Any]:
-    kind = None if self._dtype is None else jnp.dtype(self._dtype).name
-    return {'type': self._dtype_name(params)} | self._compare(config, params, new, kind)
+    if is_first():
+      weights = [*new.glob('*.safetensors'), *new.glob('*.gguf')]
+      write_text(new / LINEAGE, json.dumps({**self._report, 'files': _sizes(weights)}, indent=2) + '\n')
+      names = sorted(file.name for file in new.iterdir())
+      repo = repositories(self._options).get(name, '')
+      write_text(new / 'README.md', model_card(self._report, config, names, repo))
+    return facts
 
   def _compare(
     self, config: ModelConfig, params: Params, path: pathlib.Path, kind: str | None
   ) -> dict[str, Any]:
     decide(lambda: None)  # waits until the first process has written
-    agreement = check(config, params, path, self._tokenizer, kind)
+    agreement = check(config, params, path, self._content.tokenizer, kind)
     size = decide(lambda: open_source(str(path)).stored_bytes())
-    return {'bytes': size, **dataclasses.asdict(agreement)}
+    return {'type': kind or self._content.dtype_name(params), 'bytes': size, **dataclasses.asdict(agreement)}
 
 
-def _padded(wide: ModelConfig, params: Params) -> Params:
-  padded: Params = mesh.jit(functools.partial(pad, wide), params)(params)
-  return padded
-
-
-def _zeros(wide: ModelConfig, config: ModelConfig) -> dict[str, int]:
-  return {'params': count_params(wide), 'params_without_zeros': count_params(config)}
-
-
-def _line(path: pathlib.Path, found: dict[str, Any]) -> str:
+def _line(path: pathlib.Path, facts: dict[str, Any]) -> str:
   text = (
-    f'{path}: {found["bytes"] / 1e6:,.1f} MB of {found["type"]}, read back: largest logit difference '
-    f'{found["logit_difference"]:.2g}, same token at {found["same_token"]:.1%} of positions'
+    f'{path}: {facts["bytes"] / 1e6:,.1f} MB of {facts["type"]}, read back: largest logit difference '
+    f'{facts["logit_difference"]:.2g}, same token at {facts["same_token"]:.1%} of positions'
   )
-  if found['logit_difference'] and found['type'] not in ('float32', 'F32'):  # `check` refuses what is more
-    text += f' (expected from rounding the weights to {found["type"]})'
-  if 'params_without_zeros' in found:
-    zeros = found['params'] / found['params_without_zeros'] - 1
-    text += f'; {found["params"]:,} parameters, zeros add {zeros:.1%}'
+  if facts['logit_difference'] and facts['type'] not in ('float32', 'F32'):  # `check` refuses what is more
+    text += f' (expected from rounding the weights to {facts["type"]})'
+  if 'params_without_zeros' in facts:
+    zeros = facts['params'] / facts['params_without_zeros'] - 1
+    text += f'; {facts["params"]:,} parameters, zeros add {zeros:.1%}'
   return text
-
-
-_WRITERS: dict[str, Callable[[Writer, ModelConfig, Params, pathlib.Path], Written]] = {
-  'hf': Writer._write_hf,
-  'hf_padded': Writer._write_padded,
-  'gguf': Writer._write_gguf,
-  'gguf_padded': Writer._write_gguf_padded,
-}

@@ -10,7 +10,7 @@ from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.reports.summary import texts_rows, warnings
-from tests.support.helpers import UNIFORM, VARIED, logits, random_params, random_tokens, tiny_config
+from tests.support.helpers import UNIFORM, VARIED, logits, random_params, random_tokens, refused, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,16 @@ def test_divergence_is_the_mean_kl_over_the_counted_tokens():
   assert kl > 0.1
   assert evaluator.divergence(model, params[model], reference, 'kl') == pytest.approx(kl, rel=1e-4)
   assert evaluator.divergence(dense, params[dense], reference, 'kl') == pytest.approx(0, abs=1e-6)
+
+
+def test_a_loss_that_is_no_number_advises_what_an_evaluation_has():
+  config = tiny_config(layers=UNIFORM[:1])
+  params = random_params(config)
+  params['norm'] = params['norm'] * np.float32('nan')
+  blocks = Blocks(np.ones((1, 4), np.int32), np.ones((1, 4), bool), 0)
+  evaluator = Evaluator(blocks, 1, compiler=Compiler(), dtype=jnp.float32)
+  message = refused(evaluator.perplexity, config, params, 'text')
+  assert 'model.dtype' in message and 'export' not in message
 
 
 TEXTS = {
