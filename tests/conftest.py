@@ -50,3 +50,21 @@ def code_cache(tmp_path_factory):
     patch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', place)
     patch.setattr(sys, 'path', list(sys.path))
     yield
+
+
+@pytest.fixture(scope='session')
+def files(tmp_path_factory):
+  """What `runs.make_files` makes; tests that alter a file of it work on a copy."""
+  from tests.support import runs
+
+  return runs.make_files(tmp_path_factory.mktemp('files'))
+
+
+@pytest.fixture(scope='session')
+def finished(files, tmp_path_factory):
+  """The workdir of a finished run of `runs.make_config`; tests that alter it work on a copy."""
+  from tests.support import runs
+
+  path = tmp_path_factory.mktemp('finished') / 'out'
+  runs.in_process(runs.make_config(files), path)
+  return path

@@ -30,11 +30,6 @@ from tests.support.helpers import random_params, tiny_config
 
 
 @pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
-@pytest.fixture(scope='module')
 def model(files):
   return aj.load(files / 'model')
 

@@ -23,11 +23,6 @@ from tests.support.helpers import tiny_config
 REQUEST = {'batch': 2, 'prompt_length': 20, 'new_tokens': 4}
 
 
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
 def make_config(files, budget, **fields):
   config = runs.make_config(files)
   config.prune.update({'method': 'obs', 'budget': budget, 'stages': 1, 'compensate': 'none'} | fields)

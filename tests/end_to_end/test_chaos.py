@@ -21,11 +21,6 @@ DISK, FILLER = 6_000_000, 4_600_000  # bytes; what is left takes two checkpoints
 
 
 @pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
-@pytest.fixture(scope='module')
 def starter(files, tmp_path_factory):
   return Starter(tmp_path_factory.mktemp('starter'), files)
 

@@ -20,12 +20,6 @@ from adapt_jax.pruning import serving_widths
 from tests.support import runs
 from tests.unit.test_run_page import assert_inside, make_report
 
-
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
 WRONG = [
   ('--config.prune.targt=0.5', 'config.prune.target'),
   ('--target=0.5', 'config.prune.target'),

@@ -37,11 +37,6 @@ GRID = (
 SMALL = ({'prune.method': ('flap', 'shortgpt'), 'prune.target': (0.9, 0.8)},)
 
 
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
 def make_config(files, grid=GRID, compensate='none', **compare_fields):
   config = runs.make_config(files)
   config.prune.compensate = compensate

@@ -25,11 +25,6 @@ FLAGS = (*RATES, *SHORT)
 
 
 @pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
-@pytest.fixture(scope='module')
 def starters(files, tmp_path_factory):
   return [Starter(tmp_path_factory.mktemp('starter'), files, shared(i)) for i in range(2)]
 

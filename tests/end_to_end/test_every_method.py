@@ -21,9 +21,9 @@ MANY_STEPS = ('adapt', 'uniform', 'wanda_sp')
 
 
 @pytest.fixture(scope='module')
-def files(tmp_path_factory):
+def files(files):
   """The files of runs.py with a model of eight layers, whose heads divide its hidden size."""
-  path, tokenizer = runs.make_files(tmp_path_factory.mktemp('files')), tiny_tokenizer()
+  path, tokenizer = files, tiny_tokenizer()
   shapes = (LayerShape(4, 2, 48),) * 8
   config = ModelConfig('llama', len(tokenizer), 32, 8, shapes, RopeConfig(1e4), 1e-5, True)
   params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0))))()

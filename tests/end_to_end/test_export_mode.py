@@ -23,11 +23,6 @@ from tests.support import runs
 
 
 @pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
-@pytest.fixture(scope='module')
 def finished(files, tmp_path_factory):
   """The workdir of a run in one stage, with biases that the source has not."""
   config = runs.make_config(files)

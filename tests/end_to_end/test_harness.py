@@ -269,11 +269,6 @@ def test_without_the_package_the_extra_is_named(tasks_path, monkeypatch):
 # -- modes -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
 def make_config(files, tasks_path, **fields):
   config = runs.make_config(files)
   config.evaluate.update({'tasks_path': str(tasks_path), **fields})

@@ -20,11 +20,6 @@ from tests.support import runs
 from tests.support.helpers import refused
 
 
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
 def make_config(files, **fields):
   config = runs.make_config(files)
   config.prune.hidden = open_source(str(files / 'model')).config.hidden_size - 8

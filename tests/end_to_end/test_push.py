@@ -21,11 +21,6 @@ from tests.support import runs
 from tests.support.helpers import refused
 
 
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
 @pytest.fixture
 def hub(monkeypatch):
   with stand_in.hub() as server:

@@ -27,9 +27,9 @@ from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 
 @pytest.fixture(scope='module')
-def files(tmp_path_factory):
+def files(files):
   """The files of all runs, and single/: a model whose layers have one KV head."""
-  path = runs.make_files(tmp_path_factory.mktemp('files'))
+  path = files
   tokenizer, shapes = tiny_tokenizer(), (LayerShape(4, 1, 48),) * 4
   config = ModelConfig('llama', len(tokenizer), runs.HIDDEN, 8, shapes, RopeConfig(1e4), 1e-5, True)
   params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(1))))()

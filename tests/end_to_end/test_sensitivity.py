@@ -36,11 +36,6 @@ from tests.support.starter import Starter
 BASES, BLOCKS, LAYERS = (0.0, 0.4), ('both', 'attention', 'mlp'), 4
 
 
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
 def make_config(files):
   config = runs.make_config(files)
   config.sensitivity.bases, config.sensitivity.blocks = BASES, BLOCKS

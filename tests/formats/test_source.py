@@ -17,13 +17,7 @@ from adapt_jax.models.formats.gguf_tokenizer import PATTERNS
 from adapt_jax.models.formats.source import _tokenizer_from_directory, open_source
 from tests.formats.test_gguf_model import write_model
 from tests.formats.test_gguf_vocab import DIGITS, published
-from tests.support import runs
 from tests.support.helpers import tiny_config
-
-
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
 
 
 @pytest.fixture(autouse=True)

@@ -153,11 +153,6 @@ def test_tokens_on_a_mesh_are_those_of_one_device(mesh):
 # -- the mode ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
 def make_options(files, **fields):
   config = runs.make_config(files)
   config.generate.update({'max_new_tokens': 6} | fields)

@@ -22,11 +22,6 @@ from tests.support.tokenizers_for_tests import tiny_tokenizer
 ROWS, LENGTH = 24, 48
 
 
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
 def draw(files, directory, seed=(0, 0), tokenizer=None):
   source = open_source(str(files / 'model'))
   tokenizer = tokenizer or source.load_tokenizer()

@@ -25,8 +25,8 @@ K, STEPS = 6, 10
 
 
 @pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  path = runs.make_files(tmp_path_factory.mktemp('files'))
+def files(files):
+  path = files
   lines = (path / 'train.txt').read_text().splitlines()
   (path / 'train.jsonl').write_text(''.join(json.dumps({'text': line}) + '\n' for line in lines))
   return path

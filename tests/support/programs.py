@@ -3,12 +3,18 @@
 Tests compile the same tiny programs again and again; of each the first process keeps what it has compiled.
 """
 
+import contextlib
+import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 from jax._src import lru_cache
+
+from adapt_jax.machine.compiler import Compiler
 
 _KEEP = {'jax_persistent_cache_min_compile_time_secs': 0, 'jax_persistent_cache_min_entry_size_bytes': -1}
 
@@ -36,3 +42,30 @@ def _put(self: Any, key: str, value: bytes) -> None:
     part = path.with_name(f'{key}.{os.getpid()}.part')
     part.write_bytes(value)
     part.replace(path)
+
+
+_TRACED: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def traced_once() -> Iterator[None]:
+  """Runs without a mesh take programs that one of them has made: tracing is most of what a tiny run costs.
+
+  They count what they take as compiled. A test that replaces a part of a model must not use it.
+  """
+  make = Compiler.__call__
+
+  def take(self: Compiler, name: str, fn: Any, *args: Any, **options: Any) -> Any:
+    if self._programs is not None or not dataclasses.is_dataclass(fn) or not jax.sharding.get_mesh().empty:
+      return make(self, name, fn, *args, **options)
+    leaves, structure = jax.tree.flatten(args)
+    shapes = tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
+    key = name, fn, structure, shapes, repr(sorted(options.items()))
+    if key in _TRACED:
+      self.counts[name] = self.counts.get(name, 0) + 1
+    else:
+      _TRACED[key] = make(self, name, fn, *args, **options)
+    return _TRACED[key]
+
+  with mock.patch.object(Compiler, '__call__', take):
+    yield

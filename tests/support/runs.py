@@ -23,12 +23,13 @@ from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.stages import Recovery
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.training.loop import Trained
-from tests.support import forks
+from tests.support import forks, programs
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 HIDDEN = 32
-TOKENS = 24 * 4 * 32
+LAYERS = 2
+TOKENS = 8 * 4 * 32
 _LINE = 'the union stands while its people hold fast to the law and to each other in every season of need'
 _WORDS = _LINE.split()
 
@@ -36,23 +37,31 @@ _WORDS = _LINE.split()
 def make_files(path: pathlib.Path) -> pathlib.Path:
   """model/ and bfloat16/ (the same weights), train.txt, valid.txt under `path`; returns it."""
   tokenizer = tiny_tokenizer()
-  shapes = (LayerShape(6, 3, 48),) * 4
+  shapes = (LayerShape(6, 3, 48),) * LAYERS
   config = ModelConfig('llama', len(tokenizer), HIDDEN, 8, shapes, RopeConfig(1e4), 1e-5, True)
   params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0))))()
   write_hf(config, params, path / 'model', tokenizer=tokenizer)
   write_hf(config, params, path / 'bfloat16', tokenizer=tokenizer, dtype=jax.numpy.bfloat16)
   rng = np.random.default_rng(0)
-  for name, sentences in (('train', 3000), ('valid', 60)):
+  for name, sentences in (('train', 3000), ('valid', 20)):
     starts = rng.integers(0, len(_WORDS), sentences)
     text = '\n'.join(' '.join(np.roll(_WORDS, -s)[:9]) + '.' for s in starts)
     (path / f'{name}.txt').write_text(text)
   return path
 
 
+def in_two_stages(config: ConfigDict) -> ConfigDict:
+  """The same with twice as many steps, halved between two stages, and checkpoints in both."""
+  config.prune.stages = 2
+  config.train.tokens = 2 * TOKENS
+  config.train.save_every = 3
+  return config
+
+
 def make_overflowing_model(files: pathlib.Path) -> pathlib.Path:
   """A model whose loss is finite and whose gradient norm overflows fp32."""
   tokenizer = tiny_tokenizer()
-  shapes = (LayerShape(6, 3, 48),) * 4
+  shapes = (LayerShape(6, 3, 48),) * LAYERS
   config = ModelConfig('llama', len(tokenizer), HIDDEN, 8, shapes, RopeConfig(1e4), 1e-5, True)
   params = llama.init_params(config, jax.random.key(0))
   params['norm'] = params['norm'] * 1e19
@@ -61,13 +70,13 @@ def make_overflowing_model(files: pathlib.Path) -> pathlib.Path:
 
 
 def make_config(files: pathlib.Path) -> ConfigDict:
-  """Two stages to 80 %, 24 training steps, checkpoints in between."""
+  """One stage to 80 %, eight training steps, one checkpoint in the midst of them."""
   config = base.get_config()
   config.model.source = str(files / 'model')
   config.prune.method = 'adapt'
   config.prune.target = 0.8
-  config.prune.stages = 2
-  config.prune.steps = 100
+  config.prune.stages = 1
+  config.prune.steps = 40
   config.prune.calibration.source = (str(files / 'train.txt'),)
   config.prune.calibration.samples = 16
   config.prune.calibration.length = 16
@@ -79,7 +88,7 @@ def make_config(files: pathlib.Path) -> ConfigDict:
   config.train.length = 32
   config.train.lr = 1e-2
   config.train.min_lr = 1e-3
-  config.train.save_every = 3
+  config.train.save_every = 5
   config.train.distill.alpha = 0.0  # a random model teaches nothing; its text does
   config.evaluate.source = (str(files / 'valid.txt'),)
   config.evaluate.length = 32
@@ -106,8 +115,11 @@ def main(files: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.
 
 def in_process(config: ConfigDict, path: pathlib.Path, mode: str = 'accel') -> dict[str, Any]:
   """The report of a run of mode accel or prune in this process."""
-  options = from_dict(config.to_dict())
-  accel.run(options, Workdir(str(path), MODES[mode].identity(options)), 'python main.py')
+  options = MODES[mode].settle(from_dict(config.to_dict()))
+  workdir = Workdir(str(path), MODES[mode].identity(options))
+  workdir.check()
+  with programs.traced_once():
+    accel.run(options, workdir, 'python main.py')
   return json.loads((path / 'report.json').read_text())
 
 

@@ -21,11 +21,6 @@ from adapt_jax.pipeline.workdir import Workdir
 from tests.support import runs
 
 
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
 def refuse(config, *words):
   """Preparing the run raises one line that has all the words; returns it."""
   with pytest.raises(InputError) as error:

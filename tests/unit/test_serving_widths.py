@@ -17,11 +17,6 @@ from tests.support import runs
 LAYERS = 10  # llm_pruner leaves six of them alone
 
 
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
 def make_config(kv=4, ffn=128):
   return ModelConfig('llama', 61, 32, 8, (LayerShape(2 * kv, kv, ffn),) * LAYERS, RopeConfig(1e4), 1e-5, True)
 

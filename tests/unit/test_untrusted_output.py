@@ -38,11 +38,6 @@ NASTY = (
 )
 
 
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  return runs.make_files(tmp_path_factory.mktemp('files'))
-
-
 @pytest.fixture
 def model(files, tmp_path):
   shutil.copytree(files / 'model', tmp_path / 'model')
