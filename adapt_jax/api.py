@@ -15,7 +15,7 @@ import numpy as np
 
 from adapt_jax import api_arguments as arguments
 from adapt_jax.api_arguments import Text, as_library
-from adapt_jax.api_model import TRIMMED, Model, load, save
+from adapt_jax.api_model import Model, load, save
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data.documents import is_blocks, open_blocks
@@ -29,14 +29,12 @@ from adapt_jax.generation.sampling import Sampling, stop_ids
 from adapt_jax.machine import mesh, processes
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.progress import Progress
-from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.formats.trimmed_source import ids_with_rows, trimmed_generation
-from adapt_jax.models.formats.trimmed_tokenizer import needed_ids, trim_tokenizer
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import reachable_target
+from adapt_jax.pipeline.vocabulary import trim
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.criteria import Importance
 from adapt_jax.pruning.methods.base import Method
@@ -114,23 +112,9 @@ def trim_vocabulary(
     fields = {'text_field': text_field, 'messages_field': messages_field}
     with processes.silent(not progress):
       used = used_ids(arguments.entries(text), model.tokenizer, 'text', **fields)
-  ids = needed_ids(model.tokenizer, {*used, *stop_ids(model.generation, model.tokenizer)})
-  kept = np.array(ids_with_rows(model.config, ids, model.tokenizer))
-  config = dataclasses.replace(model.config, vocab_size=len(kept))
-  sizes = model.origin.get('vocab_size', model.config.vocab_size), len(kept), count_params(config)
-
-  def cut(params: Params) -> Params:
-    return params | {name: params[name][kept] for name in ('embed', 'lm_head') if name in params}
-
-  return dataclasses.replace(
-    model,
-    config=config,
-    params=mesh.jit(cut, model.params, once=True)(model.params),
-    tokenizer=trim_tokenizer(model.tokenizer, ids),
-    generation=trimmed_generation(model.generation, ids),
-    dense=model.dense or model.num_params,
-    origin=model.origin | dict(zip(TRIMMED, sizes, strict=True)),
-  )
+  kept = trim(model.config, model.tokenizer, model.generation, used)
+  small: dict[str, Any] = {'tokenizer': kept.tokenizer, 'generation': kept.generation}
+  return dataclasses.replace(model, config=kept.config, params=kept.cut(model.params), **small)
 
 
 @as_library
@@ -148,23 +132,22 @@ def narrow(
   """
   arguments.check_model(model.config)
   tokens = arguments.calibration_rows(rows, model.config)
-  options = from_dict({'prune': {'hidden': hidden_size, 'calibration': {'batch': batch}}}).prune
-  check_width(model.config, options.hidden, 'hidden_size')
-  config = narrowed_config(model.config, options.hidden)
+  options = from_dict({'narrow': {'hidden': hidden_size}, 'prune': {'calibration': {'batch': batch}}})
+  width = options.narrow.hidden
+  check_width(model.config, width, 'hidden_size')
+  config = narrowed_config(model.config, width)
   arguments.check_model(config)  # the mesh may split the hidden size
   with processes.silent(not progress):
     params = narrow_params(
       model.config,
       model.params,
       mesh.put_rows(np.arange(len(tokens)), lambda ids: (tokens[ids],))[0],
-      options.hidden,
-      micro_batch=mesh.rows_at_once(len(tokens), options.calibration.batch),
+      width,
+      micro_batch=mesh.rows_at_once(len(tokens), options.prune.calibration.batch),
       dtype=compute_dtype('auto'),
       compiler=Compiler(),
     )
-  origin = {'hidden_size': model.config.hidden_size} | model.origin
-  dense = model.dense or model.num_params
-  return dataclasses.replace(model, config=config, params=params, dense=dense, origin=origin)
+  return dataclasses.replace(model, config=config, params=params)
 
 
 @as_library
@@ -212,9 +195,9 @@ def prune(
     pruner = Pruner(config, settings, blocks, method=kind, budget=limit, **common)
     start, wanted = PruneState.start(config, limit.removes), reachable_target(pruner.method, target)
     arrays, state = prune_model(pruner, lambda: {'params': params}, start, wanted)
-  changed = {'config': state.plan.pruned_config(config), **arrays}
-  changed['origin'] = model.origin | {'attention': limit.removes.name}
-  return dataclasses.replace(model, **changed, dense=model.dense or model.num_params), state.plan
+  origin = dataclasses.replace(model.origin, attention=limit.removes.name)
+  changed = {'config': state.plan.pruned_config(config), 'origin': origin, **arrays}
+  return dataclasses.replace(model, **changed), state.plan
 
 
 @as_library

@@ -38,7 +38,7 @@ _NAMES = {name for field, _ in declarations() for name in field.split('.')}
 # Arguments of the library that are called otherwise in the config.
 _OTHER_NAMES = {
   'train.source': 'text',
-  'prune.hidden': 'hidden_size',
+  'narrow.hidden': 'hidden_size',
   'prune.calibration.batch': 'batch',
   'data.cache': 'the cache directory, below XDG_CACHE_HOME',
   'data.chat_template': 'chat_template of load()',
@@ -50,8 +50,6 @@ _OF_COMMAND = {
   'calibration': 'draw rows by rows()',
   'samples': 'it is an argument of rows()',
   'length': 'it is an argument of rows()',
-  'vocab': 'call trim_vocabulary first',
-  'hidden': 'call narrow first',
 }
 _NOT_IN_RECOVER = {
   'source': 'it is the argument text',

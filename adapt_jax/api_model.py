@@ -11,15 +11,13 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.export.push import check_hub
 from adapt_jax.export.push import push as upload
-from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, lineage, written_dtype
+from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, origin, written_dtype
 from adapt_jax.machine import mesh, processes
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network.llama import Params
-from adapt_jax.reports.report import RunReport, base_of
-
-TRIMMED = ('vocab_size', 'vocab_trimmed', 'params_trimmed')  # fields of a report's model
+from adapt_jax.reports.origin import Origin
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,21 +25,28 @@ class Model:
   """A decoder: parameters as a plain pytree (`adapt_jax.models.network.llama`), and their description.
 
   dtype: dtype of the original checkpoint, also used by `save`. generation: fields of generation_config.json.
-  dense: number of parameters before pruning; 0 if the model was not pruned. license: fields of a model card.
-  origin: fields of report.json, as far as they are known: hub, whether `name` is an id of the hub; attention,
-    the heads that were pruned; vocab_size (before), vocab_trimmed and params_trimmed, if the vocabulary was
-    trimmed; hidden_size (before), if the model was narrowed.
+  origin: where it comes from: name, license and sizes of the model before anything was removed.
   """
 
   config: ModelConfig
   params: Params
   tokenizer: Any = None
-  name: str = 'model'
   dtype: str = 'float32'
   generation: dict[str, Any] = dataclasses.field(default_factory=dict)
-  dense: int = 0
-  license: dict[str, str] = dataclasses.field(default_factory=dict)
-  origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+  origin: Origin = Origin('model')
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, 'origin', self.origin.sized(self.config))
+
+  @property
+  def name(self) -> str:
+    """Name of the model that it was made from."""
+    return self.origin.source
+
+  @property
+  def dense(self) -> int:
+    """Stored parameters before anything was removed."""
+    return self.origin.params
 
   @property
   def num_params(self) -> int:
@@ -71,16 +76,7 @@ def load(
   mesh.check_model(found.config)
   with processes.silent(not progress):
     params = mesh.load_source(found, wanted)
-    made_by: Any = lineage(found) or {'model': {'source': found.name, 'hub': found.hub}}
-  model = Model(found.config, params, tokenizer, found.name, found.dtype, found.generation)
-  before, base = made_by['model'], base_of(made_by['model'])
-  origin = {name: before[name] for name in TRIMMED if name in before}
-  origin |= {name: base[name] for name in ('hub', 'vocab_size', 'hidden_size') if name in base}
-  origin |= {'vocab_trimmed': found.config.vocab_size} if 'vocab_size' in base else {}
-  attention = (made_by.get('prune') or {}).get('attention')
-  origin |= {'attention': attention} if attention else {}
-  known = {'name': base['source'], 'dense': base.get('params_before', 0)}
-  return dataclasses.replace(model, **known, license=before.get('license', found.license), origin=origin)
+    return Model(found.config, params, tokenizer, found.dtype, found.generation, origin(found))
 
 
 @as_library
@@ -107,19 +103,13 @@ def save(
   check_formats(options, model.config)
   check_tokenizer(options, model.tokenizer)
   check_hub(options)
-  described: Any = {'source': model.name, 'license': model.license, **model.origin}
-  described['params_before'] = model.dense or model.num_params
-  attention = described.pop('attention', None)
-  report: RunReport = {'model': described}
-  if attention:
-    report['prune'] = {'attention': attention}
   writer = Writer(
     options,
     target,
     tokenizer=model.tokenizer,
     dtype=written_dtype(options, model.dtype, trained=True),
     generation=model.generation,
-    report=report,
+    report=model.origin.report(),
   )
   with processes.silent(not progress):
     written = writer.write(model.config, model.params)

@@ -12,7 +12,6 @@ interleave: the same training, in batches of 2 rows, in 1, 2, 4, 8 and 16 rounds
 methods: the paper's adapt, with fewer rows and steps, recovered by both losses, in 1 and 4 rounds, compared
   with the defaults.
 tokens: recovery with 100 thousand, 300 thousand, a million and 1.5 million tokens.
-hidden: a hidden size of 512 instead of 576, as many parameters pruned from the layers instead, and a mixture.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
 own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind.
 qwen: on Qwen2.5-Coder-0.5B-Instruct, mostly with fewer tokens: both losses, least squares, the control, 1 and
@@ -55,7 +54,6 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     {'prune.stages': (1, 4), 'train.distill.alpha': (0.0, 1.0)} | _ADAPT,
   ),
   'tokens': ({'train.tokens': (_FEW, 3 * _FEW, 10 * _FEW, 15 * _FEW)},),
-  'hidden': ({'prune.hidden': (0, 512, 544), 'prune.target': (119_568_896,)},),
   'sizes': ({'prune.target': (110_602_944, 98_157_312, 79_757_568), 'prune.calibration.samples': (24, 128)},),
   'own': tuple(
     {
@@ -82,7 +80,6 @@ _X = {
   'interleave': 'prune.stages',
   'methods': 'prune.method',
   'tokens': 'train.tokens',
-  'hidden': 'prune.hidden',
   'sizes': 'prune.target',
   'own': 'prune.calibration.samples',
   'qwen': 'train.distill.alpha',

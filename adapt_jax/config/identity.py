@@ -9,6 +9,7 @@ from adapt_jax.config.options import RunOptions
 REQUEST = ('bench.batch', 'bench.prompt_length', 'bench.new_tokens')  # of prune.budget
 PRUNING = ('seed', 'model', 'data', 'prune', 'evaluate', 'export', *REQUEST)
 TRAINING = (*PRUNING, 'train')
+WRITTEN = ('export.dtype', 'export.formats', 'export.gguf_types')
 
 
 def names(wanted: Sequence[str], field: str) -> bool:

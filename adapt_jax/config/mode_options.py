@@ -29,6 +29,15 @@ class SensitivityOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class NarrowOptions:
+  """Mode narrow: a smaller hidden size, the same in all layers (docs/methods.md)."""
+
+  hidden: int = option(
+    0, 'Hidden size of the result; it must be set, and be below that of the model.', within=(0, 2**18)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class CompareOptions:
   """Mode compare: a grid over any options except model.source; each cell is a run of its own."""
 

@@ -17,6 +17,7 @@ from adapt_jax.config.mode_options import (
   CompareOptions,
   EstimateOptions,
   GenerateOptions,
+  NarrowOptions,
   SensitivityOptions,
 )
 from adapt_jax.config.prune_options import PruneOptions
@@ -77,8 +78,13 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DistillOptions:
-  """Distillation from the dense model: the loss is alpha * KL + (1 - alpha) * cross-entropy."""
+  """Distillation from a teacher: the loss is alpha * KL + (1 - alpha) * cross-entropy."""
 
+  source: str = option(
+    '',
+    'The teacher: a hub id, a directory, a .gguf file or a workdir, as for model.source, with the same '
+    'vocabulary. Empty: the dense model of the run.',
+  )
   alpha: float = option(
     1.0, 'Weight of the distillation loss; 0: only cross-entropy, without a teacher.', within=(0, 1)
   )
@@ -251,6 +257,7 @@ class RunOptions:
   prune: PruneOptions = group(PruneOptions)
   train: TrainOptions = group(TrainOptions)
   evaluate: EvaluateOptions = group(EvaluateOptions)
+  narrow: NarrowOptions = group(NarrowOptions)
   sensitivity: SensitivityOptions = group(SensitivityOptions)
   compare: CompareOptions = group(CompareOptions)
   estimate: EstimateOptions = group(EstimateOptions)

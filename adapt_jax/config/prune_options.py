@@ -13,7 +13,8 @@ class CalibrationOptions:
   source: tuple[str, ...] = option(
     (),
     'Text of the kinds that the model should stay good at; rows are drawn from the first 4 million tokens. '
-    'self: the dense model generates the rows, as many as samples; with weights, its share of them.',
+    'self: the dense model generates the rows, as many as samples; with weights, its share of them. Mode '
+    'trim reads all of it, and keeps its tokens.',
   )
   weights: tuple[float, ...] = option(
     (),
@@ -76,17 +77,6 @@ class PruneOptions:
     '',
     'For budget = latency: the report.json that mode bench wrote for the dense model, on the machine that '
     'will run the result; or h100, h200, a100, tpu-v5e, tpu-v5p or tpu-v6e, by its published peaks.',
-  )
-  vocab: tuple[str, ...] = option(
-    (),
-    'Text whose tokens remain in the vocabulary, all of which is read; the rows of all other tokens are '
-    'removed from embedding and head before anything else is pruned. Empty: the vocabulary stays whole.',
-  )
-  hidden: int = option(
-    0,
-    'Hidden size to which the whole model is narrowed before anything else is pruned, by principal '
-    'components of its residual stream on the calibration rows (docs/methods.md). 0: it stays as it is.',
-    within=(0, 2**18),
   )
   attention: str = option(
     'auto',

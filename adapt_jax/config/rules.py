@@ -58,12 +58,6 @@ def _check_prune(prune: PruneOptions) -> None:
       f'prune.latency_table = {prune.latency_table!r} is only read with prune.budget = '
       f"'latency', not with {prune.budget!r}: set the budget, or leave the table empty"
     )
-  for name in ('vocab', 'hidden'):
-    if prune.budget == 'latency' and (value := getattr(prune, name)):
-      raise InputError(
-        f'prune.{name} = {value!r} conflicts with prune.budget = {prune.budget!r}, which is '
-        f'measured with the whole vocabulary and hidden size: leave one of them out'
-      )
 
 
 def _check_train(train: TrainOptions) -> None:

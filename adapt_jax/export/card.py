@@ -1,18 +1,18 @@
 """The README.md of an export: the model, its origin, its loss of quality, and how to load it."""
 
 import dataclasses
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from adapt_jax.config.prune_options import PROGRESSIVE
-from adapt_jax.export.card_metadata import is_quantised, metadata, source_name
+from adapt_jax.export.card_metadata import is_quantised, metadata
 from adapt_jax.export.hf import needs_mlx_code
 from adapt_jax.export.padded import padded_config
 from adapt_jax.models.config import ModelConfig, count_params
-from adapt_jax.reports.report import RunReport, base_of, heads_of, known_perplexities
-from adapt_jax.reports.summary import bytes_rows, texts_rows
+from adapt_jax.reports.origin import origin_of
+from adapt_jax.reports.report import RunReport, heads_of, known_perplexities
+from adapt_jax.reports.summary import texts_rows
 
 # Settings that only progressive methods read.
 _SCHEDULE = 'steps', 'ratio', 'amplitude', 'importance', 'layer_distance'
@@ -46,9 +46,8 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str], rep
 
 
 def _title(report: RunReport, config: ModelConfig) -> str:
-  source, params = _text(source_name(report)), count_params(config)
-  base = base_of(report['model'])
-  before = base.get('params_before', params)
+  origin, params = origin_of(report), count_params(config)
+  source, before = _text(origin.public_name), origin.params or params
   if before == params:
     return f'# {source}\n\n{params:,} parameters, written by adapt-jax.'
   if config.sliced_from:
@@ -57,10 +56,13 @@ def _title(report: RunReport, config: ModelConfig) -> str:
       f'{params:,} of {before:,} parameters: the residual stream was reduced from {config.sliced_from} to '
       f'{config.hidden_size} principal components (SliceGPT, arXiv 2401.15024). Sliced by adapt-jax.'
     )
-  tokens, wide = base.get('vocab_size'), base.get('hidden_size')
+  tokens = origin.vocab_size if origin.vocab_size != config.vocab_size else 0
+  wide = origin.hidden_size if origin.hidden_size != config.hidden_size else 0
   reduced = ([_vocabulary(tokens, config)] if tokens else []) + ([_hidden(wide, config)] if wide else [])
   counts = f'{params:,} of {before:,} parameters'
-  sizes = {name: size for name, size in (('vocab_size', tokens), ('hidden_size', wide)) if size}
+  sizes: dict[str, Any] = {
+    name: size for name, size in (('vocab_size', tokens), ('hidden_size', wide)) if size
+  }
   layers_whole = count_params(dataclasses.replace(config, **sizes)) == before
   if layers_whole and not wide:
     return f'# {source}, its vocabulary trimmed\n\n{counts}: {reduced[0]}'
@@ -98,10 +100,10 @@ def _tokens(report: RunReport) -> int:
 
 
 def _lineage(report: RunReport) -> str:
-  rows = [f'- Base model: {_code(source_name(report))}']
-  if report['model'].get('base'):
-    source = report['model']['source']
-    name = source if report['model'].get('hub') else pathlib.Path(source).name
+  origin, dense = origin_of(report), origin_of({'model': report['model']})
+  rows = [f'- Base model: {_code(origin.public_name)}']
+  if dense.source != origin.source:
+    name = dense.public_name
     rows.append(f'- Pruned from: {_code(name)}, an export of adapt-jax; it is the dense model below')
   for given, title in ((report.get('prune') or {}, 'Pruning'), (report.get('train') or {}, 'Training')):
     ignored = _SCHEDULE if title == 'Pruning' and given.get('method') not in PROGRESSIVE else ()
@@ -160,16 +162,11 @@ def _perplexity(report: RunReport) -> str:
   else:
     words = report['perplexity'].get('definition')
     parts = [_table(['model', 'perplexity'], found), f'{_paragraph(words)}.' if words else '']
-  if bits := bytes_rows(texts):
-    parts.append(
-      'Perplexities with different vocabularies count different tokens. Bits per byte can be compared:\n\n'
-      + _table(bits[0], bits[1:])
-    )
   return '\n\n'.join(['## Perplexity', *filter(None, parts)])
 
 
 def _tasks(tasks: dict[str, dict[str, dict[str, Any]]]) -> str:
-  models = [name for name in ('dense', 'trimmed', 'pruned', 'recovered') if tasks.get(name)]
+  models = [name for name in ('dense', 'pruned', 'recovered') if tasks.get(name)]
   rows = list(dict.fromkeys((t, m) for name in models for t, metrics in tasks[name].items()
     for m in metrics if m not in ('version', 'n')))  # fmt: skip
   if not rows:

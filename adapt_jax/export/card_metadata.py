@@ -1,7 +1,5 @@
 """The metadata of a model card in the hub's own schema: origin, license, data and measured results."""
 
-import os
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,11 +7,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from adapt_jax.config.values import TEXT, named_texts
-from adapt_jax.data.documents import hub_datasets, hub_name
+from adapt_jax.data.documents import hub_name
 from adapt_jax.models.config import ModelConfig, count_params
-from adapt_jax.reports.report import RunReport, base_of
+from adapt_jax.reports.origin import origin_of
+from adapt_jax.reports.report import RunReport
 
-_HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+')
 _QUANTISED = re.compile(r'Q\d.*\.gguf')
 _TASK = 'text-generation'
 
@@ -23,15 +21,15 @@ def metadata(report: RunReport, config: ModelConfig, files: Sequence[str], repo:
 
   Files that are all quantised have no results, since only the weights before that were measured.
   """
-  source, params = source_name(report), count_params(config)
-  pruned = 'stages' in report or report['model'].get('params_before', params) > params
+  origin, params = origin_of(report), count_params(config)
+  source, pruned = origin.public_name, 'stages' in report or origin.params > params
   ours = [name for name in files if name.endswith(('.safetensors', '.gguf'))]
   quantised = bool(ours) and all(map(is_quantised, ours))
   tags = ['adapt-jax']
   tags += ['pruned'] if pruned else []
   tags += ['custom_code'] if any(name.startswith('modeling_') for name in files) else []
   tags += ['gguf'] if any(name.endswith('.gguf') for name in files) else []
-  license: dict[str, Any] = report['model'].get('license') or {}
+  license: dict[str, Any] = {**origin.license}
   results = [] if quantised else [*_perplexities(report), *_scores(report)]
   relation = 'finetune' if pruned else 'quantized' if quantised else None
   return ModelCardData(
@@ -45,16 +43,6 @@ def metadata(report: RunReport, config: ModelConfig, files: Sequence[str], repo:
     model_name=_line((repo or f'{source}-pruned').rpartition('/')[2]) if results else None,
     eval_results=results or None,
   )
-
-
-def source_name(report: RunReport) -> str:
-  """The base model's hub id, or only the name of a local one: its path is of no use to others."""
-  base = base_of(report['model'])
-  name, path = base['source'], pathlib.Path(os.path.expanduser(base['source']))
-  hub = base.get('hub')
-  if hub is None:  # not recorded, as by version 0.1
-    hub = _HUB_ID.fullmatch(name) and not path.exists() and path.suffix != '.gguf'
-  return name if hub else path.name
 
 
 def is_quantised(file: str) -> bool:
@@ -71,9 +59,7 @@ def _datasets(report: RunReport) -> list[str]:
 
 def _hub_set(entry: str, report: RunReport) -> str:
   """The data set's name; '' for an entry that is not one."""
-  known = (report.get('data') or {}).get('hub')
-  if known is None:  # not recorded, as by version 0.1
-    known = hub_datasets([entry])
+  known = (report.get('data') or {}).get('hub') or ()
   return name if (name := hub_name(entry)) in known else ''
 
 

@@ -24,6 +24,7 @@ from adapt_jax.models.errors import InputError, disk_full, first_line, reading
 from adapt_jax.models.files import beside, exists, new_directory, read_json, write_text
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.llama import Params
+from adapt_jax.reports.origin import Origin, origin_of, without_paths
 from adapt_jax.reports.report import RunReport
 
 Written = dict[str, dict[str, Any]]  # file, or '' for the directory -> facts about it
@@ -63,17 +64,28 @@ def lineage(source: Source) -> RunReport | None:
   can be made of.
   """
   path = (source.path if source.path.is_dir() else source.path.parent) / LINEAGE
-  found: Any = read_json(path) if exists(path) else {}
-  model = found.get('model')
-  files = found.pop('files', None)
-  if not isinstance(model, dict) or not isinstance(model.get('source'), str):
-    return None
-  if isinstance(files, dict) and not _sizes(source.reader.files).items() <= files.items():
-    say(f'{path} is of other weights: the origin of {source.name} is not known')
+  if not exists(path):
     return None
   with reading('', path, 'restore it, or delete it to use the model without its origin'):
+    found: Any = read_json(path)
+    if 'origin' not in found:
+      return None
+    if not _sizes(source.reader.files).items() <= found.pop('files').items():
+      say(f'{path} is of other weights: the origin of {source.name} is not known')
+      return None
     model_card(found, source.config, ()).encode()
-  return found
+    report: RunReport = found
+  return report
+
+
+def origin(source: Source) -> Origin:
+  """The model from which a source was made, by its `lineage`; the source itself if we did not make it.
+
+  Raises InputError.
+  """
+  own, made_by = Origin(source.name, source.hub, source.license).sized(source.config), lineage(source)
+  first = origin_of(made_by) if made_by else own
+  return own if source.hub and not first.hub else first  # an id is of more use than a name
 
 
 def _sizes(files: Iterable[pathlib.Path]) -> dict[str, int]:
@@ -97,8 +109,8 @@ class Writer:
     tokenizer: the tokenizer, or None.
     dtype: of the weights; None keeps each tensor's own.
     generation: fields of generation_config.json.
-    report: of the run, or what is known of a model's origin; also written as `LINEAGE` and, for readers, as
-      a model card.
+    report: of the run, or `Origin.report`; also written as `LINEAGE` and, for readers, as a model card, both
+      without local paths.
   """
 
   def __init__(
@@ -111,8 +123,9 @@ class Writer:
     generation: dict[str, Any],
     report: RunReport,
   ):
-    self._options, self._directory, self._report = options, directory, report
-    name = pathlib.Path(report['model']['source']).name
+    self._options, self._directory = options, directory
+    self._report: RunReport = without_paths(report)
+    name = pathlib.PurePath(origin_of(self._report).source).name
     self._content = Content(tokenizer, dtype, generation, options.gguf_types, name)
 
   def write(self, config: ModelConfig, params: Params) -> Written:

@@ -34,7 +34,6 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.formats.npy import open_npy
 from adapt_jax.models.formats.source import Source
-from adapt_jax.models.formats.trimmed_source import TrimmedSource
 from adapt_jax.models.network.llama import Params
 
 CALIBRATION, TRAINING = 0, 1  # part of a seed, so that the rows differ from use to use
@@ -223,7 +222,6 @@ def _join(parts: pathlib.Path, batches: list[_Batch], tokens: np.ndarray, path: 
 
 def _key(source: Source, tokenizer: Any, *values: Any) -> str:
   files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.reader.files]
-  vocabulary = [source.digest()] if isinstance(source, TrimmedSource) else []
   template = [tokenizer.chat_template, *day(tokenizer)]
-  parts = [_VERSION, files, *template, jax.default_backend(), *map(str, values), *vocabulary]
+  parts = [_VERSION, files, *template, jax.default_backend(), *map(str, values)]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from adapt_jax.config.options import RunOptions
-from adapt_jax.export.writer import lineage
+from adapt_jax.export.writer import lineage, origin
 from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.in_turn import time_in_turn
 from adapt_jax.machine.compiler import Compiler
@@ -26,7 +26,8 @@ from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.modes import bench_widths
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.reports.report import BenchReport, versions, write_report
+from adapt_jax.reports.origin import origin_of
+from adapt_jax.reports.report import BenchReport, RunReport, read_report, versions, write_report
 
 _FASTER = 1.05  # a lower ratio of speeds is not a gain
 _ALIGNED = {'gpu': 64, 'tpu': 128}  # widths that fill the tiles of their matrix units
@@ -69,19 +70,20 @@ def _open(options: RunOptions) -> dict[str, Source]:
 
 
 def _origin(pruned: Source) -> str:
-  """The name of the model that it was made from; '' if that is not recorded, or nothing was pruned."""
-  if (made_by := lineage(pruned)) is None:
+  """The name of the model that it was made from; '' if that is not recorded, or nothing was removed."""
+  made_from = origin(pruned)
+  made_by: RunReport = lineage(pruned) or made_from.report()
+  after = made_by['model'].get('params_after', count_params(pruned.config))
+  if made_from.params == after:  # padded formats hold more than the result
     return ''
-  model = made_by['model']
-  after = model.get('params_after', count_params(pruned.config))  # padded formats hold more than the result
-  if 'base' not in model and model.get('params_before') == after:
-    return ''
-  if not model.get('hub', True) and not exists(local(model['source'])):
+  if not made_from.hub and exists(report := pruned.path.parent / 'report.json'):
+    made_from = origin_of(read_report(report))  # with its path, which exports do not tell
+  if not made_from.hub and not exists(local(made_from.source)):
     raise InputError(
-      f'bench.dense is empty, and {pruned.name} was made from {model["source"]!r}, which is not here: '
-      f'name the model before pruning'
+      f'bench.dense is empty, and {pruned.name} was made from {made_from.source!r}, which is not here: name '
+      f'the model before pruning'
     )
-  return model['source']
+  return made_from.source
 
 
 def _load(source: Source, options: RunOptions, prompts: list[list[int]]) -> _Model:

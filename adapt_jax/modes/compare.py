@@ -27,13 +27,11 @@ from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.modes import accel, compare_grid, compare_page, compare_tables
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.checks import check_run, check_sources
-from adapt_jax.pipeline.dense_model import original
 from adapt_jax.pipeline.inputs import Inputs, load
 from adapt_jax.pipeline.loader import Loader
-from adapt_jax.pipeline.quality import BEFORE, dense_key
+from adapt_jax.pipeline.quality import dense_key
 from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.slice_run import run_class
-from adapt_jax.pipeline.vocabulary import with_vocabulary
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.reports import trackers
@@ -48,11 +46,9 @@ from adapt_jax.reports.report import (
 
 CELLS, ERROR = 'cells', 'error.txt'
 # Fields that a grid cannot vary: cells share model, devices and trackers.
-_SHARED = ('model.source', 'prune.vocab', 'mesh.', 'tracker')
+_SHARED = ('model.source', 'mesh.', 'tracker')
 # Fields that cells read, but that change nothing in their reports.
 _WITHOUT_EFFECT = ('export.formats', 'export.gguf_types', 'export.push', 'data.cache')
-# Fields that change which tokens prune.vocab keeps, and cells share the vocabulary.
-_OF_VOCABULARY = ('data.text_field', 'data.messages_field', 'data.chat_template')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +100,6 @@ def _check(options: RunOptions, base: dict[str, Any]) -> None:
     compare_grid.get(base, field)
     if field.startswith(_SHARED):
       raise InputError(f'compare.grid varies {field!r}, which all cells of a grid share: leave it out')
-    if options.prune.vocab and field in _OF_VOCABULARY:
-      raise InputError(
-        f'compare.grid varies {field!r}, on which prune.vocab depends, but all cells share the '
-        f'vocabulary: leave one of them out'
-      )
     if field in _WITHOUT_EFFECT or not accel.ACCEL.uses(field):
       raise InputError(f'compare.grid varies {field!r}, which changes nothing in a cell: leave it out')
     if field.startswith('train.') and not o.recover:
@@ -131,12 +122,10 @@ def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
       check_sources(run.options)
       check_tasks(run.options.evaluate)
       check_run(run.options, source.config, source.dtype)
-  source = with_vocabulary(runs[0].options, source) if runs else source  # that of all cells
-  own, whole, found = (source, source.load_tokenizer(), dict[Any, Any]()), original(source), []
-  of_whole = own if whole is source else (whole, whole.load_tokenizer(), dict[Any, Any]())
+  own, found = (source, source.load_tokenizer(), dict[Any, Any]()), []
   for run in runs:
     with _named(run.cell):
-      found.append(load(run.options, source, Loader(run.options, *own), Loader(run.options, *of_whole)))
+      found.append(load(run.options, source, Loader(run.options, *own)))
   return found
 
 
@@ -228,12 +217,10 @@ class Compare:
 
   def _remember(self, options: RunOptions, found: RunReport) -> None:
     """Shares what a finished cell has measured before its pruning."""
-    for of in BEFORE:
-      key, texts = dense_key(options, of), found.get('texts', {})  # reports of version 0.1 have none
-      if texts and all(of in text for text in texts.values()):
-        self._shared.dense[key] = {name: text[of] for name, text in texts.items()}
-      if of in found['tasks']:
-        self._shared.tasks[key] = found['tasks'][of]
+    key = dense_key(options)
+    self._shared.dense[key] = {name: text['dense'] for name, text in found['texts'].items()}
+    if 'dense' in found['tasks']:
+      self._shared.tasks[key] = found['tasks']['dense']
 
   def _execute_all(self, todo: list[CellRun], inputs: list[Inputs]) -> None:
     for number, run in enumerate(todo, 1):
@@ -325,11 +312,10 @@ def _entry(run: CellRun, *, running: bool) -> CellReport:
     perplexity: Any = report['perplexity']
     entry |= {
       'state': 'finished',
-      'perplexity_dense': perplexity.get('trimmed', perplexity['dense']),  # with the cell's vocabulary
+      'perplexity_dense': perplexity['dense'],
       'perplexity_pruned': perplexity['pruned'],
       'perplexity_recovered': perplexity['recovered'],
       'texts': report.get('texts', {}),
-      'trimmed': 'trimmed' in perplexity,
       'params': report['model']['params_after'],
       'seconds': report['seconds'],
     }

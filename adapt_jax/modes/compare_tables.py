@@ -191,9 +191,7 @@ def notes(report: ComparisonReport) -> Iterator[str]:
   kind = 'recovered' if report['recover'] else 'pruned'
   measured = [(name, value) for name in texts(report) or [''] for value in dense_perplexity(report, name)]
   dense = ', '.join(f'{name} {value:.2f}'.lstrip() for name, value in measured) or 'not measured yet'
-  trimmed = any(cell.get('trimmed') for cell in report['cells'])
-  link = ', and with the trimmed vocabulary' if trimmed else ' and'
-  yield f'The dense model has {report["model"]["params_before"]:,} parameters{link} perplexity {dense}.'
+  yield f'The dense model has {report["model"]["params_before"]:,} parameters and perplexity {dense}.'
   definitions = '; or '.join(report['perplexity']['definitions'])
   yield f'Excess is ln(perplexity {kind} / dense), nats per token.' + (
     f' Perplexity is {definitions}.' if definitions else ''
@@ -212,14 +210,11 @@ def failures_of(report: ComparisonReport) -> list[str]:
 
 
 def dense_perplexity(report: ComparisonReport, text: str = '') -> list[float]:
-  """The dense model's perplexities on a text ('': the first): one, unless the grid varies the texts.
-
-  If the vocabulary was trimmed, those with the trimmed one, as for `perplexity_dense`.
-  """
+  """The dense model's perplexities on a text ('': the first): one, unless the grid varies the texts."""
   done = [cell for cell in report['cells'] if cell['state'] == 'finished']
   if text:
     found = [cell['texts'][text] for cell in done if text in cell['texts']]
-    return list(dict.fromkeys(of.get('trimmed', of['dense']) for of in found))
+    return list(dict.fromkeys(of['dense'] for of in found))
   return list(dict.fromkeys(cell['perplexity_dense'] for cell in done))
 
 

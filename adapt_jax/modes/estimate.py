@@ -62,7 +62,9 @@ def run(options: RunOptions) -> None:
   if install:
     print(f'estimate.target = {estimate.target}: its compiler is not installed; {install} installs it')
   stages, start = stage_configs(options, config), time.monotonic()
-  footprint = Footprint(options, config, dtype, platform)
+  named = options.train.distill.source
+  teacher = open_config(named, 'train.distill.source') if named else config
+  footprint = Footprint(options, config, dtype, platform, teacher)
   planned = programs(footprint, stages)
   print(
     f'{options.model.source}: {count_params(config):,} parameters on {_devices()} devices '
@@ -77,11 +79,8 @@ def run(options: RunOptions) -> None:
 def _checked_config(options: RunOptions) -> ModelConfig:
   """The config of model.source, with the biases that the run adds. Raises InputError."""
   config = open_config(options.model.source)
-  for field in ('method', 'vocab'):
-    if (value := getattr(options.prune, field)) and (field == 'vocab' or value == slicegpt.METHOD):
-      raise InputError(
-        f'prune.{field} = {value!r}: mode estimate reads no text and needs a method that removes groups'
-      )
+  if options.prune.method == slicegpt.METHOD:
+    raise InputError(f'prune.method = {slicegpt.METHOD!r}: mode estimate needs a method that removes groups')
   written = dataclasses.replace(options.export, gguf_types=('auto',))  # by another machine, with llama.cpp
   check_run(dataclasses.replace(options, export=written), config)
   return with_output_bias(config, options.prune.compensate == 'bias')
@@ -144,7 +143,7 @@ def _limit_table(planned: dict[str, Program], target: Target) -> list[str]:
 
 
 def _stage_table(footprint: Footprint, stages: list[ModelConfig], target: Target) -> list[str]:
-  rate, options, dense = target.peak_tflops * 1e12 * _devices(), footprint.options, footprint.whole
+  rate, options, dense = target.peak_tflops * 1e12 * _devices(), footprint.options, footprint.config
   calibration, t, schedule = options.prune.calibration, options.train, footprint.schedule
   scoring = flops.scoring(options, footprint.config)
   passed = scoring * calibration.samples * calibration.length

@@ -28,8 +28,8 @@ from adapt_jax.models.network.sharding import device_count, placed, row_sharding
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import Schedule
-from adapt_jax.pruning import narrow, surgery
 from adapt_jax.pruning import programs as pruning_programs
+from adapt_jax.pruning import surgery
 from adapt_jax.pruning.attention_units import AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.widths import Allocator, Widths
@@ -109,12 +109,8 @@ def bytes_of(tree: Any) -> int:
 
 
 def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]:
-  """The model after each stage if all layers were pruned equally; in a run, scores make them differ.
-
-  config: of the dense model, which prune.hidden narrows first.
-  """
-  prune, dense, config = options.prune, config, narrow.narrowed_config(config, options.prune.hidden)
-  budget = budget_of(options, config, original=dense)
+  """The model after each stage if all layers were pruned equally; in a run, scores make them differ."""
+  prune, budget = options.prune, budget_of(options, config)
   allocator = Allocator(config, prune.align_ffn, prune.align_kv, budget=budget)
   widths, found = allocator.full, []
   for target in Schedule.of(options, budget).targets:
@@ -134,17 +130,22 @@ class Footprint:
 
   Args:
     options: checked options.
-    whole: the config of the dense model.
+    config: of the dense model. teacher: of the teacher; the same by default.
     dtype: of activations and products.
     platform: of the devices of the current mesh; `cpu` if they simulate accelerators.
-
-  `config` is that of the model that is pruned: the dense one, or what prune.hidden makes of it.
   """
 
-  def __init__(self, options: RunOptions, whole: ModelConfig, dtype: Any, platform: Platform = CPU):
-    self.options, self.whole, self.dtype, self._platform = options, whole, dtype, platform
-    self.config = narrow.narrowed_config(whole, options.prune.hidden)
-    self.budget = budget_of(options, self.config, original=whole)
+  def __init__(
+    self,
+    options: RunOptions,
+    config: ModelConfig,
+    dtype: Any,
+    platform: Platform = CPU,
+    teacher: ModelConfig | None = None,
+  ):
+    self.options, self.config, self.dtype, self._platform = options, config, dtype, platform
+    self.teacher_config = teacher or config
+    self.budget = budget_of(options, config)
     self.schedule = Schedule.of(options, self.budget)
     self._calibration = options.prune.calibration
     self._tokens = pruning_programs.calibration_tokens(self._calibration)
@@ -169,12 +170,6 @@ class Footprint:
     plan = PrunePlan.dense(self.config, self.budget.removes)
     return placed(jax.eval_shape(lambda p: surgery.stack(p, plan, self.dtype), params))
 
-  def unnarrowed(self) -> Any:
-    """The input of narrowing: the dense model's weights, stacked in the dtype that they are loaded in."""
-    params = llama.abstract_params(self.whole, self._loaded)
-    plan = PrunePlan.dense(self.whole)
-    return placed(jax.eval_shape(lambda p: surgery.stack(p, plan), params))
-
   def _compiled(self, tokens: int, flops_per_token: float, fn: Callable[..., Any], *args: Any) -> Program:
     program = compile_for(self._platform, fn, *args)
     return dataclasses.replace(program, flops=tokens * flops_per_token / device_count())
@@ -183,21 +178,6 @@ class Footprint:
     """A program whose last argument is the calibration rows."""
     tokens = self._calibration.samples * self._calibration.length
     return self._compiled(tokens, flops_per_token, fn, *args, self._tokens)
-
-  def stream_moments(self) -> Program:
-    """The second moments of the residual stream, before it is narrowed."""
-    micro_batch = pruning_programs.micro_batch(self._calibration)
-    program = narrow.StreamMoments(self.whole, micro_batch, self.dtype)
-    work = flops.layers(self.whole, self._calibration.length)
-    return self._calibrated(work, program, self.unnarrowed())
-
-  def narrowing(self) -> Program:
-    """The narrowed and fitted weights."""
-    hidden, micro_batch = self.options.prune.hidden, pruning_programs.micro_batch(self._calibration)
-    program = narrow.Narrower(self.whole, micro_batch, self.dtype, hidden)
-    basis = jax.ShapeDtypeStruct((self.whole.hidden_size, hidden), jnp.float32)
-    work = flops.narrowing(self.options, self.whole, self.config)
-    return self._calibrated(work, program, self.unnarrowed(), basis)
 
   def scoring(self) -> Program:
     """One scoring pass."""
@@ -214,7 +194,7 @@ class Footprint:
   def training(self, config: ModelConfig) -> Program:
     """One optimizer step of a stage with this model, including the teacher."""
     t = self.options.train
-    dense = self.whole if t.distill.teacher_beside else None
+    dense = self.teacher_config if t.distill.teacher_beside else None
     teacher = [placed(llama.abstract_params(dense, self.dtype))] if dense else []
     step = TrainingStep(config, t, self._optimizer, self.dtype, dense)
     args = self.state(config, True), batch_shapes(t), *teacher
@@ -223,24 +203,25 @@ class Footprint:
 
   def step_work(self, config: ModelConfig) -> float:
     """FLOPs per token of a training step of this model, including the teacher's."""
-    return flops.training(self.options, self.whole, flops.forward(config, self.options.train.length))
+    student = flops.forward(config, self.options.train.length)
+    return flops.training(self.options, self.teacher_config, student)
 
   def teacher(self) -> Program:
     """Computing the teacher's cached predictions, with distill.cache."""
     t = self.options.train
-    params = placed(llama.abstract_params(self.whole, self.dtype))
+    params = placed(llama.abstract_params(self.teacher_config, self.dtype))
     shape = (rows_at_once(t.batch, t.micro_batch), t.length)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding())
-    ask = likeliest(self.whole, t, self.dtype)
-    program = self._compiled(rows.size, flops.teacher(self.options, self.whole), ask, params, rows, rows)
+    work = flops.teacher(self.options, self.teacher_config)
+    ask = likeliest(self.teacher_config, t, self.dtype)
+    program = self._compiled(rows.size, work, ask, params, rows, rows)
     return dataclasses.replace(program, times=t.tokens / rows.size)  # at most: rows that come again are kept
 
 
 def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
   """All programs of a run, by title."""
   t = footprint.options.train
-  parts = [_of_narrowing] if footprint.options.prune.hidden else []
-  parts += [_of_scoring, _of_correction, *([_of_training] if t.tokens else [])]
+  parts = [_of_scoring, _of_correction, *([_of_training] if t.tokens else [])]
   planned: dict[str, Program] = {}
   with Progress('compiling', len(parts), 'programs') as progress:
     for part in parts:
@@ -254,34 +235,21 @@ def _teacher_beside(footprint: Footprint) -> int:
   t = footprint.options.train
   if not t.tokens or not t.distill.teacher_beside:
     return 0
-  return bytes_of(placed(llama.abstract_params(footprint.whole, footprint.dtype)))
-
-
-def _of_narrowing(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
-  teacher, leaves = _teacher_beside(footprint), [*map(bytes_of, jax.tree.leaves(footprint.unnarrowed()))]
-  weights = bytes_of(footprint.state(footprint.whole, False))
-  here = {'other': teacher, 'times': 1}
-  return {
-    'stacking, before narrowing': Program(weights, max(leaves), sum(leaves), teacher),
-    'moments of the residual stream': dataclasses.replace(footprint.stream_moments(), **here),
-    'narrowing': dataclasses.replace(footprint.narrowing(), **here),
-  }
+  return bytes_of(placed(llama.abstract_params(footprint.teacher_config, footprint.dtype)))
 
 
 def _of_scoring(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
   options, teacher, budget = footprint.options, _teacher_beside(footprint), footprint.budget
-  if budget.start <= footprint.schedule.targets[-1]:  # narrowing alone reaches the target
+  if budget.dense <= footprint.schedule.targets[-1]:
     return {}
   weights = bytes_of(footprint.state(footprint.config, False))
   leaves = [*map(bytes_of, jax.tree.leaves(footprint.stacked()))]  # leaf by leaf: of all layers, then stacked
   scoring, c = footprint.scoring(), options.prune.calibration
   times = flops.scoring_passes(options, footprint.config, budget)
-  # The unstacked weights are read again after the first stage has been pruned; narrowed ones are kept.
-  first = teacher + (weights if options.prune.hidden else 0)
   planned = {
     'stacking, first stage': Program(weights, max(leaves), sum(leaves), teacher),
     f'scoring, {c.samples} x {c.length} tokens, first stage': dataclasses.replace(
-      scoring, other=first, times=times
+      scoring, other=teacher, times=times
     ),
   }
   if len(stages) > 1:

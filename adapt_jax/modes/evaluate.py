@@ -1,12 +1,13 @@
 """Mode evaluate: perplexity and task scores of one model."""
 
+import math
 import time
 from typing import Any
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import TEXT
 from adapt_jax.evaluation.harness import check_tasks, evaluate_tasks
-from adapt_jax.evaluation.perplexity import Evaluator
+from adapt_jax.evaluation.perplexity import Evaluator, tokens_per_byte
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.machine.processes import say
@@ -45,8 +46,9 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       evaluator = Evaluator(blocks, wanted.batch, **common, programs=programs)
       named = '' if list(texts) == [TEXT] else f' on {name}'
       value = evaluator.perplexity(source.config, params, f'evaluate{named}')
-      found[name] = {'dense': value, 'definition': evaluator.definition}
-      said.append(f'{size}, perplexity{named} {value:.3f}: {evaluator.definition}')
+      bits = tokens_per_byte(blocks, loader.tokenizer) * math.log2(value)
+      found[name] = {'dense': value, 'bits_per_byte': bits, 'definition': evaluator.definition}
+      said.append(f'{size}, perplexity{named} {value:.3f}, {bits:.3f} bits per byte: {evaluator.definition}')
     if first := next(iter(found.values()), None):
       report['perplexity'] = {'dense': first['dense'], 'definition': first['definition']}
       report['texts'] = found

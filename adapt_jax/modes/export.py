@@ -2,19 +2,20 @@
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.config.identity import WRITTEN
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.export.push import check_hub, push
-from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, lineage, written_dtype
+from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, lineage, origin, written_dtype
 from adapt_jax.machine.mesh import check_model, load_source
-from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.machine.processes import decide
+from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import exists, local, read_json
 from adapt_jax.models.formats.source import Source, open_source
-from adapt_jax.models.formats.trimmed_source import TrimmedSource
 from adapt_jax.models.network.llama import Params
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.budgets import budget_of
@@ -23,7 +24,6 @@ from adapt_jax.pipeline.dense_model import DenseModel, with_learning_rate
 from adapt_jax.pipeline.run_report import run_report
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import array_shapes, from_meta
-from adapt_jax.pipeline.vocabulary import with_vocabulary
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.report import RunReport, versions, write_report
 from adapt_jax.training.optim import optimizer
@@ -45,23 +45,37 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   check_hub(options.export)
   with workdir.claimed():
     dtype = written_dtype(options.export, model.source.dtype, model.trained)
-    writer = Writer(
-      options.export,
-      workdir.path,
-      tokenizer=tokenizer,
-      dtype=dtype,
-      generation=model.source.generation,
-      report=model.report,
-    )
     as_is = options.export.formats == ('hf',) and dtype is None
-    report: RunReport = {
-      **model.report,
-      'command': command,
-      'exports': writer.write(model.config, model.load(as_is)),
-      'versions': versions(),
-    }
-    write_report(workdir.report, report)
-    push(options.export, workdir.path)
+    params = model.load(as_is)
+    written = Written(model.config, params, tokenizer, dtype, model.source.generation, model.report)
+    write(options, workdir, command, written)
+
+
+class Written(NamedTuple):
+  """A model to write, and what is written with it: as for `Writer`."""
+
+  config: ModelConfig
+  params: Params
+  tokenizer: Any
+  dtype: Any
+  generation: dict[str, Any]
+  report: RunReport
+
+
+def write(options: RunOptions, workdir: Workdir, command: str, model: Written) -> None:
+  """Writes the model in all formats, and report.json; uploads them if `export.push` is set."""
+  writer = Writer(
+    options.export,
+    workdir.path,
+    tokenizer=model.tokenizer,
+    dtype=model.dtype,
+    generation=model.generation,
+    report=model.report,
+  )
+  exports = writer.write(model.config, model.params)
+  report: RunReport = {**model.report, 'command': command, 'exports': exports, 'versions': versions()}
+  write_report(workdir.report, report)
+  decide(lambda: push(options.export, workdir.path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,25 +101,8 @@ class _Model:
 
 def _from_source(options: RunOptions) -> _Model:
   source = open_source(options.model.source)
-  named: RunReport = {
-    'model': {
-      'source': source.name,
-      'hub': source.hub,
-      'license': source.license,
-      'params_before': count_params(source.config),
-    }
-  }
-  return _Model(source.config, source, False, options.data.chat_template, lineage(source) or named)
-
-
-def _source_of(ran: RunOptions, saved: dict[str, Any]) -> Source:
-  """The model that a run started from. Raises InputError if the text of its vocabulary has changed."""
-  source = with_vocabulary(ran, open_source(ran.model.source))
-  texts = saved.get('texts')
-  then = texts.get('prune.vocab') if isinstance(texts, dict) else None
-  if isinstance(source, TrimmedSource) and source.digest() != then:
-    raise InputError('prune.vocab is not the text that the run was started with: restore it')
-  return source
+  report = lineage(source) or origin(source).report()
+  return _Model(source.config, source, False, options.data.chat_template, report)
 
 
 def _from_checkpoint(path: pathlib.Path) -> _Model:
@@ -117,8 +114,8 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
     ran = from_dict(saved.get('config'))
   except InputError as error:
     raise InputError(f'{path / "run.json"}: {error}: restore the file') from None
-  ran = with_learning_rate(ran, source := _source_of(ran, saved))
-  model = DenseModel(source, ran.prune.compensate == 'bias', ran.prune.hidden)
+  ran = with_learning_rate(ran, source := open_source(ran.model.source))
+  model = DenseModel(source, ran.prune.compensate == 'bias')
   checkpoints = Checkpoints(path / 'checkpoints', read_only=True)
   if (number := checkpoints.latest()) is None:
     raise InputError(f'model.source = {str(path)!r}: this run has no complete checkpoint yet: wait for one')
@@ -128,7 +125,7 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   trained = ran.train.tokens > 0
   shapes = array_shapes(model, state.compacted, optimizer(ran.train, 1) if trained else None)
   config = state.compacted.pruned_config(model.config)
-  budget = budget_of(ran, model.start, model.source.dtype, model.original.config)
+  budget = budget_of(ran, source.config, source.dtype)
   report, template = run_report(ran, model, budget, state), ran.data.chat_template
   steps = state.train_step - Schedule.of(ran, budget).start(state.stage)
   if state.row is not None and steps > 0:  # the weights have been trained since they were measured
@@ -144,6 +141,6 @@ MODE = Mode(
   'export',
   'write model.source in the formats of export.formats',
   run,
-  result=('model.source', 'data.chat_template', 'export.dtype', 'export.formats', 'export.gguf_types'),
+  result=('model.source', 'data.chat_template', *WRITTEN),
   reads=('export.push', 'mesh'),
 )

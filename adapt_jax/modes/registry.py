@@ -1,6 +1,17 @@
 """All modes by name, in the order of `--help`. To add one, write its module and list it here."""
 
-from adapt_jax.modes import accel, bench, compare, estimate, evaluate, export, generate, sensitivity
+from adapt_jax.modes import (
+  accel,
+  bench,
+  compare,
+  estimate,
+  evaluate,
+  export,
+  generate,
+  narrow,
+  sensitivity,
+  trim,
+)
 from adapt_jax.modes.mode import Mode
 
 MODES: dict[str, Mode] = {
@@ -8,6 +19,8 @@ MODES: dict[str, Mode] = {
   for mode in (
     accel.ACCEL,
     accel.PRUNE,
+    trim.MODE,
+    narrow.MODE,
     evaluate.MODE,
     export.MODE,
     generate.MODE,

@@ -158,7 +158,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       f'leave the others out'
     )
   # Nothing is removed permanently, so nothing compensates for it; `bias` would count in the sizes. A recipe's
-  # target, stages, budget, vocabulary, hidden size, training and exports are for other modes. Attention is
+  # target, stages, budget, training and exports are for other modes. Attention is
   # pruned by KV groups.
   prune = dataclasses.replace(
     options.prune,
@@ -167,8 +167,6 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     stages=1,
     budget='params',
     attention='kv_groups',
-    vocab=(),
-    hidden=0,
   )
   train = dataclasses.replace(options.train, tokens=0)
   options = dataclasses.replace(options, prune=prune, train=train, export=ExportOptions())

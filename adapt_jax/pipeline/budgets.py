@@ -13,23 +13,19 @@ from adapt_jax.pruning.attention_units import find_unit
 from adapt_jax.pruning.budget import Budget
 
 
-def budget_of(
-  options: RunOptions, config: ModelConfig, stored: str = 'bfloat16', original: ModelConfig | None = None
-) -> Budget:
+def budget_of(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16') -> Budget:
   """What prune.target limits in a run on this model.
 
   Args:
     config: of the source. Biases that the run adds to it count, but not before it is pruned.
     stored: dtype of the source's weights, which the export keeps if export.dtype is auto; by default that of
       most models, for estimates without weights.
-    original: the config before the vocabulary was trimmed or the model narrowed: fractions refer to it.
 
   Raises InputError for a bad or foreign prune.latency_table.
   """
   biased = with_output_bias(config, options.prune.compensate == 'bias')
-  start = _budget(options, config, stored).start
-  dense = start if original in (None, config) else _budget(options, original, stored).start
-  return dataclasses.replace(_budget(options, biased, stored), start=start, dense=dense)
+  dense = _budget(options, config, stored).dense
+  return dataclasses.replace(_budget(options, biased, stored), dense=dense)
 
 
 def _budget(options: RunOptions, config: ModelConfig, stored: str) -> Budget:

@@ -17,11 +17,6 @@ def forward(config: ModelConfig, length: int) -> float:
   return float(budgets.flops(config, length).dense)
 
 
-def layers(config: ModelConfig, length: int) -> float:
-  """FLOPs of a forward pass per token without the vocabulary head."""
-  return forward(config, length) - 2 * config.vocab_size * config.hidden_size
-
-
 def scoring(options: RunOptions, dense: ModelConfig) -> float:
   """FLOPs per calibration token of one pass: one forward; with gradients two, and the backward.
 
@@ -41,20 +36,11 @@ def compensation(options: RunOptions, dense: ModelConfig) -> float:
   return 3 * forward(dense, options.prune.calibration.length)
 
 
-def narrowing(options: RunOptions, whole: ModelConfig, small: ModelConfig) -> float:
-  """FLOPs per calibration token of fitting the model of prune.hidden, `small`, without moments and solves.
-
-  Each block of both models runs to be fitted, and again to advance the streams.
-  """
-  length = options.prune.calibration.length
-  return 2 * (layers(whole, length) + layers(small, length))
-
-
 def scoring_passes(options: RunOptions, dense: ModelConfig, budget: Budget) -> int:
   """How many times a run scores the model, or a method that goes layer by layer passes it forward."""
   prune, schedule = options.prune, Schedule.of(options, budget)
   if prune.method in PROGRESSIVE:
-    return math.ceil(prune.steps * (1 - schedule.targets[-1] / budget.start) / prune.ratio)
+    return math.ceil(prune.steps * (1 - schedule.targets[-1] / budget.dense) / prune.ratio)
   return schedule.stages * (dense.num_layers if METHODS[prune.method].layer_by_layer else 1)
 
 

@@ -9,23 +9,12 @@ from adapt_jax.data.windows import Blocks
 from adapt_jax.export.writer import check_tokenizer
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import Source, open_source
-from adapt_jax.models.formats.trimmed_source import TrimmedSource
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.pipeline.budgets import budget_of
-from adapt_jax.pipeline.checks import check_run, check_size, check_sources
-from adapt_jax.pipeline.dense_model import DenseModel, original
+from adapt_jax.pipeline.checks import check_run, check_sources, check_teacher
+from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.loader import Loader, evaluation_field
-from adapt_jax.pipeline.vocabulary import with_vocabulary
 from adapt_jax.pruning.budget import Budget
-
-
-@dataclasses.dataclass(frozen=True)
-class WholeModel:
-  """The dense model before its vocabulary is trimmed, and the windows of each text in its own tokens."""
-
-  source: Source
-  tokenizer: Any
-  evaluate: dict[str, Blocks]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +23,7 @@ class Inputs:
 
   evaluate: windows of each text by its name; empty if nothing is measured.
   dtype: dtype of activations and matrix products. budget: what targets limit.
-  untrimmed: what the model was before prune.vocab, if that is set.
+  teacher: the model to distil from, if the run does.
   """
 
   model: DenseModel
@@ -44,16 +33,16 @@ class Inputs:
   evaluate: dict[str, Blocks]
   dtype: Any
   budget: Budget
-  untrimmed: WholeModel | None = None
+  teacher: Source | None = None
 
   def digests(self) -> dict[str, str]:
-    """A digest of the model and of each text's windows, by option, to notice changes before a resume."""
+    """A digest of the models and of each text's windows, by option, to notice changes before a resume."""
     found = {'model.source': self.source.model_digest()}
-    if isinstance(self.source, TrimmedSource):  # before the texts, all of whose tokens it changes
-      found['prune.vocab'] = self.source.digest()
     found['prune.calibration.source'] = self.calibration.digest()
     if self.train is not None:
       found['train.source'] = self.train.digest()
+    if self.teacher is not None and self.teacher is not self.source:
+      found['train.distill.source'] = self.teacher.model_digest()
     if self.budget.kind == 'latency':
       found['prune.latency_table'] = self.budget.digest()
     return found | {evaluation_field(name): blocks.digest() for name, blocks in self.evaluate.items()}
@@ -72,29 +61,36 @@ def prepare(options: RunOptions) -> Inputs:
   check_sources(options)
   source = open_source(options.model.source)
   check_run(options, source.config, source.dtype)
-  source = with_vocabulary(options, source)
-  loader, whole = Loader(options, source, source.load_tokenizer()), original(source)
-  of_whole = loader if whole is source else Loader(options, whole, whole.load_tokenizer())
-  return load(options, source, loader, of_whole)
+  return load(options, source, Loader(options, source, source.load_tokenizer()))
 
 
-def load(options: RunOptions, source: Source, loader: Loader, whole: Loader) -> Inputs:
-  """Loads and tokenises inputs that have passed `check_sources` and `check_run`.
-
-  whole: the loader of the source before its vocabulary was trimmed; used if it was.
-  """
-  model = DenseModel(source, options.prune.compensate == 'bias', options.prune.hidden)
-  _ = model.base  # raises for a damaged lineage.json, which the report needs later
-  budget = budget_of(options, model.start, source.dtype, model.original.config)
-  if isinstance(source, TrimmedSource):
-    check_size(options, model.start, budget)
+def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
+  """Loads and tokenises inputs that have passed `check_sources` and `check_run`."""
+  model = DenseModel(source, options.prune.compensate == 'bias')
+  _ = model.origin  # raises for a damaged lineage.json, which the report needs later
   check_tokenizer(options.export, loader.tokenizer)
+  teacher = _open_teacher(options, source, loader.tokenizer)
   calibration = options.prune.calibration
   blocks = loader.calibration()
   blocks.draw(calibration.samples, options.seed, 0)  # raises if there are too few rows
-  train = loader.train_set() if options.train.tokens else None
-  dtype = compute_dtype(options.model.dtype)
-  untrimmed = None
-  if isinstance(source, TrimmedSource):
-    untrimmed = WholeModel(source.original, whole.tokenizer, whole.evaluation())
-  return Inputs(model, loader.tokenizer, blocks, train, loader.evaluation(), dtype, budget, untrimmed)
+  return Inputs(
+    model,
+    loader.tokenizer,
+    blocks,
+    loader.train_set() if options.train.tokens else None,
+    loader.evaluation(),
+    compute_dtype(options.model.dtype),
+    budget_of(options, source.config, source.dtype),
+    teacher,
+  )
+
+
+def _open_teacher(options: RunOptions, source: Source, tokenizer: Any) -> Source | None:
+  distill = options.train.distill
+  if not options.train.tokens or not distill.alpha:
+    return None
+  if not distill.source:
+    return source
+  teacher = open_source(distill.source, 'train.distill.source')
+  check_teacher(teacher.config, teacher.load_tokenizer(), source.config, tokenizer)
+  return teacher

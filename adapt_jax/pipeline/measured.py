@@ -35,7 +35,7 @@ def measured_latency(
   rng = np.random.default_rng(options.seed)
   shape = request['batch'], request['prompt_length']
   prompts = rng.integers(0, config.vocab_size, shape).tolist()
-  models = ((inputs.model.whole, inputs.model.load_params(inputs.dtype)), (config, params))
+  models = ((inputs.config, inputs.model.load_params(inputs.dtype)), (config, params))
   generators = [
     Generator(config, params, compiler=Compiler(), dtype=inputs.dtype, max_batch=request['batch'])
     for config, params in models

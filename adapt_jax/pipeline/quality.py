@@ -1,15 +1,12 @@
 """Perplexity and task scores of a run's models, as requested by the config."""
 
-import functools
 from typing import Any
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import TEXT
-from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.harness import TaskScores, evaluate_tasks
-from adapt_jax.evaluation.perplexity import Evaluator, tokens_per_byte
+from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.machine.mesh import load_source
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.examples import Examples
@@ -18,13 +15,11 @@ from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.shared import DenseReference, Shared
 from adapt_jax.reports.report import ExampleReport, Of
 
-BEFORE: tuple[Of, ...] = ('dense', 'trimmed')  # models that do not depend on the pruning
 
-
-def dense_key(options: RunOptions, of: Of = 'dense') -> Any:
-  """Everything that the figures of a model of `BEFORE` depend on, for `Shared`."""
+def dense_key(options: RunOptions) -> Any:
+  """Everything that the figures of the dense model depend on, for `Shared`."""
   # Biases that a run adds are zeros, but its program may round differently.
-  return of, options.model, options.data, options.evaluate, options.prune.compensate == 'bias'
+  return options.model, options.data, options.evaluate, options.prune.compensate == 'bias'
 
 
 class Quality:
@@ -51,30 +46,11 @@ class Quality:
     self._options, self._inputs, self._metrics, self._shared = options, inputs, metrics, shared
     self._common: dict[str, Any] = {'compiler': compiler, 'dtype': inputs.dtype}
     self._examples = Examples(inputs, **self._common) if examples else None
-    self._evaluators = self._evaluators_of(inputs.evaluate)
-
-  def _evaluators_of(self, texts: dict[str, Blocks]) -> dict[str, Evaluator]:
     programs: dict[type, tuple[Any, Any]] = {}
-    return {
-      name: Evaluator(blocks, self._options.evaluate.batch, **self._common, programs=programs)
-      for name, blocks in texts.items()
+    self._evaluators = {
+      name: Evaluator(blocks, options.evaluate.batch, **self._common, programs=programs)
+      for name, blocks in inputs.evaluate.items()
     }
-
-  @functools.cached_property
-  def tokens_per_byte(self) -> dict[str, dict[str, float]]:
-    """Tokens of each text per byte of it, of the models in `before`; none if the vocabulary is whole."""
-    if not (whole := self._inputs.untrimmed):
-      return {}
-    sides = ('dense', whole), ('trimmed', self._inputs)
-    return {
-      name: {of: tokens_per_byte(side.evaluate[name], side.tokenizer) for of, side in sides}
-      for name in self._evaluators
-    }
-
-  @property
-  def before(self) -> tuple[Of, ...]:
-    """The models of the run before any pruning."""
-    return BEFORE if self._inputs.untrimmed else ('dense',)
 
   @property
   def definitions(self) -> dict[str, str]:
@@ -85,42 +61,23 @@ class Quality:
     self, config: ModelConfig, params: Params, of: Of, stage: int, step: int
   ) -> dict[str, float]:
     """Perplexity on each text, of the dense model (stage 0) or a stage's, after `step` training steps."""
-    known, key = self._shared.dense, dense_key(self._options, of)
-    if of in BEFORE and key in known:
-      found = known[key]
-    elif of == 'dense' and (whole := self._inputs.untrimmed):
-      params = load_source(whole.source, self._inputs.dtype)
-      found = self._measure(self._evaluators_of(whole.evaluate), whole.source.config, params, of)
-    elif of in BEFORE:
-      found = self._measure(self._evaluators, *self._unpruned(config, params), of)
-    else:
-      found = self._measure(self._evaluators, config, params, f'stage {stage} {of}')
-    if of in BEFORE:
+    known, key = self._shared.dense, dense_key(self._options)
+    title = 'dense' if of == 'dense' else f'stage {stage} {of}'
+    found = known.get(key, {}) if of == 'dense' else {}
+    found = found or {
+      name: evaluator.perplexity(config, params, self._title(f'{title}: evaluate', name))
+      for name, evaluator in self._evaluators.items()
+    }
+    if of == 'dense':
       known[key] = found
     for name, value in found.items():
       self._metrics.write('evaluate', of=of, stage=stage, step=step, text=name, perplexity=value)
     return found
 
-  def _unpruned(self, config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The model before it is narrowed; the given one, with which the run begins, if it is not."""
-    model = self._inputs.model
-    return (model.whole, model.load_params(self._inputs.dtype)) if model.hidden else (config, params)
-
-  def _measure(
-    self, evaluators: dict[str, Evaluator], config: ModelConfig, params: Params, title: str
-  ) -> dict[str, float]:
-    return {
-      name: evaluator.perplexity(config, params, self._title(f'{title}: evaluate', name))
-      for name, evaluator in evaluators.items()
-    }
-
   def compare_with_dense(
     self, config: ModelConfig, params: Params
   ) -> tuple[dict[str, float], list[ExampleReport]]:
-    """KL(dense ‖ model) on each text, nats per token, and the examples if any were asked for.
-
-    The dense model has the vocabulary of the run.
-    """
+    """KL(dense ‖ model) on each text, nats per token, and the examples if any were asked for."""
     known, key = self._shared.references, dense_key(self._options)
     if not self._evaluators:
       return {}, []
@@ -140,7 +97,7 @@ class Quality:
 
   def _reference(self) -> DenseReference:
     """What the dense model, which is read again, says on each text."""
-    dense, config = self._inputs.model.load_params(self._inputs.dtype), self._inputs.model.whole
+    dense, config = self._inputs.model.load_params(self._inputs.dtype), self._inputs.config
     texts = {
       name: evaluator.reference(config, dense, self._title('divergence: dense', name))
       for name, evaluator in self._evaluators.items()
@@ -153,20 +110,13 @@ class Quality:
     return title if list(self._evaluators) == [TEXT] else f'{title} {name}'
 
   def tasks(self, config: ModelConfig, params: Params, of: Of, step: int) -> TaskScores:
-    """Task scores of a model before the pruning, or of the last stage's, after `step` training steps."""
-    known, key = self._shared.tasks, dense_key(self._options, of)
-    if of in BEFORE and key in known:
-      scores = known[key]
-    else:
-      options, tokenizer, source = self._options.evaluate, self._inputs.tokenizer, self._inputs.source
-      if of == 'dense' and (whole := self._inputs.untrimmed):
-        source, tokenizer, config = whole.source, whole.tokenizer, whole.source.config
-        params = load_source(source, self._inputs.dtype)
-      elif of in BEFORE:
-        config, params = self._unpruned(config, params)
-      args = config, params, tokenizer, source.generation
-      scores = evaluate_tasks(options, *args, title=f'{of}: tasks', **self._common)
-    if of in BEFORE:
+    """Task scores of the dense model, or of the last stage's, after `step` training steps."""
+    known, key = self._shared.tasks, dense_key(self._options)
+    scores = known.get(key) if of == 'dense' else None
+    if scores is None:
+      args = config, params, self._inputs.tokenizer, self._inputs.source.generation
+      scores = evaluate_tasks(self._options.evaluate, *args, title=f'{of}: tasks', **self._common)
+    if of == 'dense':
       known[key] = scores
     self._metrics.write('tasks', of=of, step=step, scores=scores)
     return scores

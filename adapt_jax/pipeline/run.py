@@ -104,10 +104,7 @@ class Run:
   def _run_stages(self, state: RunState) -> None:
     if not state.dense:
       state.record_dense(self._perplexity(state, 'dense'))
-    if self._inputs.untrimmed and not state.trimmed:
-      state.record_trimmed(self._perplexity(state, 'trimmed'))
-    measured = [self._measure_tasks(state, of) for of in self._quality.before]
-    if any(measured):
+    if self._measure_tasks(state, 'dense'):
       self._store.save_plan(state, 1)
     for stage in range(max(state.stage, 1), self._schedule.stages + 1):
       if state.stage < stage:
@@ -147,8 +144,6 @@ class Run:
       'texts': {name: {'pruned': value} for name, value in perplexity.items()},
       'seconds': time.monotonic() - start,
     }
-    if self.options.prune.hidden:
-      row['hidden_size'] = self._inputs.config.hidden_size
     if budget.kind != 'params':
       row['cost'] = budget.number(state.compacted.cost(budget))
     state.open_stage(row, self._pruning.next_schedule(state))
@@ -232,13 +227,7 @@ class Run:
 
   def _record_cost(self, state: RunState) -> None:
     seconds, compiles = self._before
-    names = [
-      *(['narrowing'] if self.options.prune.hidden else []),
-      'scoring',
-      'compensation',
-      'training',
-      'evaluation',
-    ]
+    names = ['scoring', 'compensation', 'training', 'evaluation']
     names += ['divergence', *(['prefill', 'decode'] if self._export else [])] if self._inputs.evaluate else []
     names += ['teacher'] if self._trains and self.options.train.distill.kept_ids else []
     names += self._harness('harness', 'prefill', 'decode')
@@ -253,11 +242,7 @@ class Run:
     report = run_report(
       self.options, self._inputs.model, self._inputs.budget, state, self._quality.definitions
     )
-    report |= {'command': self._command, 'versions': versions(*self._harness('lm_eval'))}
-    for name, values in self._quality.tokens_per_byte.items():
-      if name in report['texts']:
-        report['texts'][name]['tokens_per_byte'] = values
-    return report
+    return report | {'command': self._command, 'versions': versions(*self._harness('lm_eval'))}
 
   def _write_page(self, state: RunState) -> None:
     if is_first():

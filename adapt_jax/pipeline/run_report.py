@@ -1,5 +1,6 @@
 """Builds the report of a run from its options and its state: during the run, at its end, and for exports."""
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TypeVar
@@ -8,7 +9,6 @@ from adapt_jax.config import identity
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data.documents import hub_datasets
 from adapt_jax.models.config import count_params
-from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.schedule import Schedule, target_cost
 from adapt_jax.pipeline.state import RunState
@@ -43,8 +43,8 @@ def run_report(
     rows.append({**state.row, **state.compacted.widths(model.config)})
   unpruned: StageReport = {
     'stage': 0,
-    'params': count_params(model.start),
-    'cost': budget.number(budget.start),
+    'params': count_params(model.source.config),
+    'cost': budget.number(budget.dense),
   }
   last = rows[-1] if rows else unpruned
   perplexity: PerplexityReport = {
@@ -53,17 +53,17 @@ def run_report(
     'recovered': last.get('perplexity_recovered'),
     'definition': first(definitions),
   }
-  if _trimmed(model):
-    perplexity['trimmed'] = first(state.trimmed)
-  described_settings = _settings(options)
+  described_settings, origin = _settings(options), model.origin
   if options.prune.method in METHODS:  # SliceGPT removes none
     described_settings['prune']['attention'] = budget.removes.name  # not auto
+    origin = dataclasses.replace(origin, attention=budget.removes.name)
   return {
+    'origin': dataclasses.asdict(origin),
     'model': _model(options, model, budget, last),
     'perplexity': perplexity,
     'texts': _texts(state, last, definitions),
     'tasks': state.tasks,
-    'budget': _budget(options, model, budget, last),
+    'budget': _budget(options, budget, last),
     'schedule': {
       'targets': [budget.number(target) for target in schedule.targets],
       'train_steps': schedule.train_steps,
@@ -76,48 +76,30 @@ def run_report(
   }
 
 
-def _trimmed(model: DenseModel) -> bool:
-  return model.original.config.vocab_size != model.start.vocab_size
-
-
 def _model(options: RunOptions, model: DenseModel, budget: Budget, last: StageReport) -> ModelReport:
   """The dense model, and the size of the last stage's."""
-  config, whole = model.start, model.original.config
   described: ModelReport = {
     'source': model.source.name,
     'hub': model.source.hub,
     'license': model.source.license,
-    'params_before': count_params(whole),
+    'params_before': count_params(model.source.config),
     'params_after': last['params'],
     **PrunePlan.dense(model.config).widths(model.config),
   }
   if budget.kind == 'params':
     described['params_target'] = target_cost(budget, options.prune.target)
-  if model.base:
-    described['base'] = model.base
-  if model.hidden:
-    described['hidden_size'] = whole.hidden_size
-  if _trimmed(model):
-    described |= {
-      'params_trimmed': count_params(model.source.config),
-      'vocab_size': whole.vocab_size,
-      'vocab_trimmed': config.vocab_size,
-    }
   return described
 
 
-def _budget(options: RunOptions, model: DenseModel, budget: Budget, last: StageReport) -> BudgetReport:
+def _budget(options: RunOptions, budget: Budget, last: StageReport) -> BudgetReport:
   """What was asked of the budget, and what the last stage reached."""
-  limited: BudgetReport = {
+  return {
     'kind': budget.kind,
     'unit': budget.unit.name,
     'dense': budget.number(budget.dense),
     'asked': budget.number(target_cost(budget, options.prune.target)),
     'reached': last.get('cost', last['params']),
   }
-  if _trimmed(model) and budget.kind != 'params':
-    limited['trimmed'] = budget.number(budget_of(options, model.source.config, model.source.dtype).start)
-  return limited
 
 
 def first(of_texts: Mapping[str, _T]) -> _T | None:
@@ -136,8 +118,6 @@ def _texts(state: RunState, last: StageReport, definitions: Mapping[str, str]) -
   found: dict[str, TextReport] = {}
   for name, dense in state.dense.items():
     found[name] = {'dense': dense, **last.get('texts', {}).get(name, {})}
-    if name in state.trimmed:
-      found[name]['trimmed'] = state.trimmed[name]
     if name in definitions:
       found[name]['definition'] = definitions[name]
   return found

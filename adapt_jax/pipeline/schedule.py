@@ -33,11 +33,9 @@ def reachable_target(method: Method, target: float) -> int:
 def stage_targets(budget: Budget, target: float, stages: int, rule: str) -> list[int]:
   """Cost at the end of each stage: linear P0 − (P0 − P*)·k/N, geometric P0·(P*/P0)^(k/N).
 
-  P0 is the cost at the start, and P* the target. The vocabulary or the hidden size may have been reduced
-  before; if that alone reaches the target, there is nothing left to prune.
+  P0 is the cost of the dense model, and P* the target.
   """
-  start = budget.start
-  last = min(start, target_cost(budget, target))
+  start, last = budget.dense, target_cost(budget, target)
   shares = [k / stages for k in range(1, stages)]
   if rule == 'linear':
     return [int(start - (start - last) * x) for x in shares] + [last]

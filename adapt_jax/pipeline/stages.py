@@ -19,9 +19,7 @@ from adapt_jax.machine.mesh import load_source
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState, array_shapes
-from adapt_jax.pruning.narrow import narrow
 from adapt_jax.pruning.plan import PrunePlan, PruneState
-from adapt_jax.pruning.programs import micro_batch
 from adapt_jax.pruning.pruner import Pruner, StepRecord, prune_model
 from adapt_jax.pruning.score_memo import ScoreMemo
 from adapt_jax.training.loop import Diverged, Trained, recover_model
@@ -36,7 +34,7 @@ class Pruning:
   Args:
     options, inputs, schedule: those of the run.
     optimizer: the optimizer of training; None if the run only prunes.
-    compiler: counts compiles as `narrowing`, `scoring` and `compensation`.
+    compiler: counts compiles as `scoring` and `compensation`.
     memo: cache of scores, shared with other runs on the same model.
   """
 
@@ -51,7 +49,6 @@ class Pruning:
     memo: ScoreMemo | None,
   ):
     self._options, self._inputs, self._schedule, self._optimizer = options, inputs, schedule, optimizer
-    self._compiler = compiler
     self._pruner = Pruner(
       inputs.config,
       options.prune,
@@ -59,30 +56,14 @@ class Pruning:
       seed=options.seed,
       compiler=compiler,
       dtype=inputs.dtype,
-      # Its keys do not tell narrowed weights apart.
-      memo=None if options.prune.hidden else memo,
+      memo=memo,
       budget=inputs.budget,
     )
 
   def start(self) -> TrainState:
-    """The dense parameters, narrowed by prune.hidden; fp32 if they are trained.
-
-    Moments are created for the first, smaller model.
-    """
+    """The dense parameters, fp32 if they are trained. Moments are created for the first, smaller model."""
     dtype = jnp.float32 if self._optimizer else None  # None: each tensor's own
-    model = self._inputs.model
-    if not model.hidden:
-      return {'params': model.load_params(dtype)}
-    narrowed = narrow(
-      model.whole,
-      model.load_params(dtype),  # not held here, so that it can be freed
-      self._pruner.tokens(0),
-      model.hidden,
-      micro_batch=micro_batch(self._options.prune.calibration),
-      dtype=self._inputs.dtype,
-      compiler=self._compiler,
-    )
-    return {'params': narrowed}
+    return {'params': self._inputs.model.load_params(dtype)}
 
   def shapes(self, plan: PrunePlan) -> Any:
     """Shapes, dtypes and shardings of the run's arrays at the plan's widths."""
@@ -94,14 +75,12 @@ class Pruning:
     Then the arrays have the new widths. Killed before the stage is saved, all of it is repeated with the same
     bits, except for the steps that were recorded.
     """
-    # Not trained yet: read again after scoring. Narrowed weights are kept: to narrow again takes longer.
-    again = stage == 1 and not self._inputs.model.hidden
 
     def load() -> TrainState:
       if not state.arrays:
         state.hold(self.start())
       arrays = state.arrays
-      if again:
+      if stage == 1:  # not trained yet: read again after scoring
         state.hold({})
       return arrays
 
@@ -163,11 +142,11 @@ class Recovery:
     Nothing else needs to be on the devices yet. Raises `Preempted` after SIGTERM.
     """
     distill, inputs = self._options.train.distill, self._inputs
-    if not distill.alpha:
+    if (source := inputs.teacher) is None:
       return
 
     def load_teacher() -> Teacher:
-      return Teacher(inputs.source.config, load_source(inputs.source, inputs.dtype))
+      return Teacher(source.config, load_source(source, inputs.dtype))
 
     if distill.teacher_beside:
       self._teacher = load_teacher()

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adapt_jax.config.values import TEXT
 from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import ModelConfig
@@ -40,8 +39,7 @@ class RunState:
   pruning: the schedule; ahead of `compacted` while a stage is being pruned.
   stage: 1-based, 0 before the first one is pruned. train_step: global steps done.
   complete: the stage's training is finished.
-  dense: perplexity of the source by text; trimmed: with a trimmed vocabulary, if the run has one.
-  tasks: scores 'dense', 'trimmed', 'pruned' and 'recovered', as far as they are known.
+  dense: perplexity of the source by text. tasks: scores 'dense', 'pruned' and 'recovered', as far as known.
   rows: finished stages, as in report.json. row: the row of the open stage.
   seconds, compiles: spent up to the last save.
   """
@@ -53,7 +51,6 @@ class RunState:
   train_step: int = 0
   complete: bool = True
   dense: dict[str, float] = dataclasses.field(default_factory=dict)
-  trimmed: dict[str, float] = dataclasses.field(default_factory=dict)
   tasks: Tasks = dataclasses.field(default_factory=dict)
   rows: list[StageReport] = dataclasses.field(default_factory=list)
   row: StageReport | None = None
@@ -66,9 +63,6 @@ class RunState:
 
   def record_dense(self, perplexity: dict[str, float]) -> None:
     self.dense = perplexity
-
-  def record_trimmed(self, perplexity: dict[str, float]) -> None:
-    self.trimmed = perplexity
 
   def record_tasks(self, of: Of, scores: dict[str, dict[str, Any]]) -> None:
     self.tasks = self.tasks | {of: scores}
@@ -118,7 +112,7 @@ def _bound(arrays: TrainState) -> TrainState:
 
 
 _IN_JSON = (
-  'stage', 'train_step', 'complete', 'dense', 'trimmed', 'tasks', 'rows', 'seconds', 'compiles',
+  'stage', 'train_step', 'complete', 'dense', 'tasks', 'rows', 'seconds', 'compiles',
 )  # fmt: skip
 
 
@@ -139,21 +133,8 @@ def array_shapes(model: DenseModel, plan: PrunePlan, optimizer: optax.GradientTr
 def from_meta(meta: dict[str, Any], config: ModelConfig) -> RunState:
   """The state that a checkpoint's JSON describes, without its arrays; `config` is the dense model's."""
   pruning = PruneState.from_json(meta['pruning'], config)
-  known = {'dense': _dense(meta), 'trimmed': {}} | meta
-  fields = {name: known[name] for name in _IN_JSON} | {'row': meta['row'] or None}
+  fields = {name: meta[name] for name in _IN_JSON} | {'row': meta['row'] or None}
   return RunState({}, pruning.plan, pruning, **fields)
-
-
-def _dense(saved: dict[str, Any]) -> dict[str, float]:
-  """The dense model's perplexity by text; version 0.1 had one text, without a name."""
-  if 'dense' not in saved and saved['dense_perplexity'] is not None:
-    return {TEXT: saved['dense_perplexity']}
-  return saved.get('dense', {})
-
-
-def _figures(found: Any) -> bool:
-  """Whether a value of JSON holds a number for each name."""
-  return isinstance(found, dict) and all(type(value) in (int, float) for value in found.values())
 
 
 class StateStore:
@@ -185,7 +166,6 @@ class StateStore:
       'stage': stage,
       'params': state.pruning.plan.params(self._config),
       'dense': state.dense,
-      'trimmed': state.trimmed,
       'tasks': state.tasks,
       'metrics_lines': self._metrics.lines,
     }
@@ -232,16 +212,13 @@ class StateStore:
       saved = decide(self._saved_plan)
       if not isinstance(saved, dict):
         raise ValueError('not an object')
-      if saved.pop('checksum', None) not in (json_checksum(saved), None):  # version 0.1 wrote none
+      if saved.pop('checksum') != json_checksum(saved):
         raise ValueError('checksum')
       if saved['stage'] != state.stage + 1:
         return lines
       pruning, lines = PruneState.from_json(saved, self._config), int(saved['metrics_lines'])
       self._check_unit(pruning.plan)
-      dense, trimmed, tasks = _dense(saved), saved.get('trimmed', {}), saved['tasks']
-      figures = _figures(dense) and _figures(trimmed)
-      if lines < 0 or not figures or not all(isinstance(x, dict) for x in (tasks, *tasks.values())):
-        raise ValueError('values')
+      dense, tasks = saved['dense'], saved['tasks']
     except InputError as error:
       raise InputError(f'{self._plan}: {error}: delete it to start this stage again') from None
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -250,7 +227,6 @@ class StateStore:
       ) from None
     state.take_step(pruning)
     state.record_dense(dense)
-    state.record_trimmed(trimmed)
     for of, scores in tasks.items():
       state.record_tasks(of, scores)
     say(f'resuming the pruning of stage {saved["stage"]}, after step {saved["step"]}')

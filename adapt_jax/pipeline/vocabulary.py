@@ -1,37 +1,51 @@
-"""Trims the vocabulary of a run's dense model to the tokens of a text (`prune.vocab`)."""
+"""Trims the vocabulary of a model to the tokens of a text, for command and library."""
 
-from adapt_jax.config.options import RunOptions
-from adapt_jax.data.chat_templates import with_template
-from adapt_jax.data.used_ids import used_ids
+import dataclasses
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import numpy as np
+
 from adapt_jax.generation.sampling import stop_ids
-from adapt_jax.machine.processes import decide, say
-from adapt_jax.models.config import count_params
-from adapt_jax.models.errors import InputError
-from adapt_jax.models.formats.source import Source
-from adapt_jax.models.formats.trimmed_source import trimmed_source
-from adapt_jax.models.formats.trimmed_tokenizer import needed_ids, trim_tokenizer
+from adapt_jax.machine import mesh
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.formats.trimmed_tokenizer import (
+  ids_with_rows,
+  needed_ids,
+  trim_tokenizer,
+  trimmed_generation,
+)
+from adapt_jax.models.network.llama import Params
 
 
-def with_vocabulary(options: RunOptions, source: Source) -> Source:
-  """The source with the tokens of `prune.vocab` and those that these need; itself if there is none.
+class Trim(NamedTuple):
+  """The tokens that a trimmed model keeps, and what it has instead of the model's own.
 
-  The first process reads the text. Raises InputError for a text that cannot be read, and for a tokenizer that
-  cannot be trimmed.
+  rows: the model's id of each new id, int64 [V]. generation: fields of generation_config.json.
   """
-  entries, data = options.prune.vocab, options.data
-  if not entries:
-    return source
-  tokenizer = source.load_tokenizer()
-  field, fields = 'prune.vocab', {'text_field': data.text_field, 'messages_field': data.messages_field}
-  rendering = with_template(tokenizer, data.chat_template)
-  used = decide(lambda: used_ids(entries, rendering, field, **fields))
-  try:
-    ids = needed_ids(tokenizer, {*used, *stop_ids(source.generation, tokenizer)})
-    found = trimmed_source(source, ids, tokenizer, trim_tokenizer(tokenizer, ids))
-  except InputError as error:
-    raise InputError(f'{field}: {error}') from None
-  say(
-    f'{source.name}: {found.config.vocab_size:,} of {source.config.vocab_size:,} token ids are kept, '
-    f'{count_params(found.config):,} of {count_params(source.config):,} parameters'
-  )
-  return found
+
+  rows: np.ndarray
+  config: ModelConfig
+  tokenizer: Any
+  generation: dict[str, Any]
+
+  def cut(self, params: Params) -> Params:
+    """The parameters with only these rows of embedding and head."""
+
+    def keep(params: Params) -> Params:
+      return params | {name: params[name][self.rows] for name in ('embed', 'lm_head') if name in params}
+
+    small: Params = mesh.jit(keep, params, once=True)(params)
+    return small
+
+
+def trim(config: ModelConfig, tokenizer: Any, generation: dict[str, Any], used: Collection[int]) -> Trim:
+  """Keeps the ids in `used`, those that end a text, and those that these need.
+
+  Predictions are the model's on the condition that the next token is one of these: softmax over fewer logits.
+  Raises InputError for a tokenizer that cannot be trimmed, and for one of another model.
+  """
+  ids = needed_ids(tokenizer, {*used, *stop_ids(generation, tokenizer)})
+  rows = np.array(ids_with_rows(config, ids, tokenizer), np.int64)
+  small = dataclasses.replace(config, vocab_size=len(rows))
+  return Trim(rows, small, trim_tokenizer(tokenizer, ids), trimmed_generation(generation, ids))

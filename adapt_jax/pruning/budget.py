@@ -47,14 +47,13 @@ class Budget:
   """The cost of every model that pruning can make of one: fixed + Σ over layers of `LayerCost`.
 
   kind: a name in `UNITS`, as in prune.budget. fixed: what lies outside the layers, such as the embedding.
-  start: the cost of the model before pruning. dense: the cost that fractions refer to; above `start` if the
-  vocabulary was trimmed or the model narrowed. measured: of a latency. removes: the unit of attention.
+  dense: the cost of the model before pruning, which fractions refer to. measured: of a latency. removes: the
+  unit of attention.
   """
 
   kind: str
   fixed: int
   layers: tuple[LayerCost, ...]
-  start: int
   dense: int
   measured: Measured | None = None
   removes: AttentionUnit = KV_GROUPS
@@ -72,7 +71,7 @@ class Budget:
     found = {shape: layer_cost(shape) for shape in dict.fromkeys(config.layers)}
     layers = tuple(found[shape] for shape in config.layers)
     dense = fixed + sum(int(c.rest + c.attention[-1] + c.mlp[-1]) for c in layers)
-    return cls(kind, fixed, layers, dense, dense, removes=unit)
+    return cls(kind, fixed, layers, dense, removes=unit)
 
   @property
   def unit(self) -> Unit:

@@ -366,7 +366,7 @@ def narrow(
     small: Params = mesh.jit(unstack, narrowed, once=True)(narrowed)
   if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(small)):
     raise InputError(
-      f'prune.hidden = {width} gives weights that are not finite: check the model, the calibration '
+      f'narrow.hidden = {width} gives weights that are not finite: check the model, the calibration '
       f'text and model.dtype'
     )
   return small

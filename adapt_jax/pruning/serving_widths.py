@@ -24,9 +24,9 @@ def aligned(options: RunOptions) -> RunOptions:
 
 
 def check_hidden(serve: str, hidden: int) -> None:
-  """Raises InputError if prune.hidden, the length of most rows, does not fit the blocks of `serve`."""
+  """Raises InputError if narrow.hidden, the length of most rows, does not fit the blocks of `serve`."""
   if serve in ('gguf', 'awq') and hidden % (of := serving_multiples(serve).ffn):
-    raise InputError(f'prune.hidden = {hidden} must be a multiple of {of} for prune.serve = {serve!r}')
+    raise InputError(f'narrow.hidden = {hidden} must be a multiple of {of} for prune.serve = {serve!r}')
 
 
 def check_model(serve: str, config: ModelConfig) -> None:

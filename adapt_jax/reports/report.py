@@ -15,9 +15,8 @@ from adapt_jax.models.files import read_json, write_text
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'numpy')
 
-# The model that was measured: the dense one, the same with a trimmed vocabulary, one just pruned, or one
-# recovered from it.
-Of = Literal['dense', 'trimmed', 'pruned', 'recovered']
+# The model that was measured: the dense one, one just pruned, or one recovered from it.
+Of = Literal['dense', 'pruned', 'recovered']
 Tasks = dict[str, dict[str, dict[str, Any]]]  # {'dense': {task: {metric: value}}, 'pruned': …}
 
 
@@ -25,36 +24,24 @@ class ModelReport(TypedDict, total=False):
   """A model and its widths by layer, before pruning; parameter counts are of stored parameters.
 
   license: the fields of a model card that name it.
-  vocab_size, vocab_trimmed, params_trimmed: token ids before and after prune.vocab, and parameters after it.
-  hidden_size: before prune.hidden; that after it is in the stages.
-  hub: whether `source` is an id of the hub. base: if `source` is an export of ours, `source`, `hub` and
-    `params_before` of the model from which it was made; also `vocab_size` and `hidden_size`, if reduced.
+  hub: whether `source` is an id of the hub.
   """
 
   source: Required[str]
   hub: bool
-  base: dict[str, Any]
   license: dict[str, str]
   params_before: int
   params_after: int
   params_target: int
-  params_trimmed: int
-  vocab_size: int
-  vocab_trimmed: int
-  hidden_size: int
   num_heads: list[int]
   num_kv_heads: list[int]
   ffn: list[int]
 
 
 class PerplexityReport(TypedDict, total=False):
-  """Perplexities of the dense model and the last stage on the first text; `definition` describes them.
-
-  trimmed: of the dense model with a trimmed vocabulary.
-  """
+  """Perplexities of the dense model and the last stage on the first text; `definition` describes them."""
 
   dense: float | None
-  trimmed: float | None
   pruned: float | None
   recovered: float | None
   definition: str | None
@@ -63,14 +50,12 @@ class PerplexityReport(TypedDict, total=False):
 class TextReport(TypedDict, total=False):
   """Measurements on one text: perplexities, and kl, the mean KL(dense ‖ final model) in nats per token.
 
-  trimmed: of the dense model with a trimmed vocabulary. tokens_per_byte: tokens of the windows per byte of
-    their text, of the whole vocabulary ('dense') and the trimmed one ('trimmed'); perplexities of different
-    vocabularies are per different tokens. definition: describes how perplexity is measured.
+  bits_per_byte: of mode evaluate; compares models with different vocabularies. definition: describes how
+    perplexity is measured.
   """
 
   dense: float
-  trimmed: float
-  tokens_per_byte: dict[str, float]
+  bits_per_byte: float
   pruned: float
   recovered: float
   kl: float
@@ -91,13 +76,11 @@ class BudgetReport(TypedDict, total=False):
 
   kind: prune.budget. unit: of the numbers. measured: what a budget of latency measures on this machine at the
   end, in ms: medians of the dense and the finished model, which run in turn, and the median of their ratios.
-  trimmed: after prune.vocab, where params are not the budget.
   """
 
   kind: Required[str]
   unit: Required[str]
   dense: Required[float]
-  trimmed: float
   asked: float
   reached: float
   measured: dict[str, float]
@@ -109,7 +92,7 @@ class StageReport(TypedDict, total=False):
   target, cost: in the unit of the budget; cost is missing where params are the budget.
 
   perplexity_pruned, perplexity_recovered: on the first text; texts: on all, {'web': {'pruned': …}, …}.
-  hidden_size: of the residual stream, if it was sliced or narrowed.
+  hidden_size: of the residual stream, if it was sliced.
   """
 
   stage: Required[int]
@@ -151,12 +134,13 @@ class EvaluationReport(TypedDict, total=False):
 class RunReport(TypedDict, total=False):
   """Report of modes accel, prune and export; also stored with every export as its lineage.
 
-  prune, train: the settings that the result depends on. data: sources by use, and as `hub` the names of those
-  that are data sets of the hub. exports: facts about each
+  origin: fields of `reports.origin.Origin`. prune, train: the settings that the result depends on. data:
+  sources by use, and as `hub` the names of those that are data sets of the hub. exports: facts about each
   format, {'hf': {'bytes': …}}. examples: not stored with exports, since they quote the held-out texts.
   """
 
   model: Required[ModelReport]
+  origin: dict[str, Any]
   perplexity: PerplexityReport
   texts: dict[str, TextReport]
   tasks: Tasks
@@ -210,10 +194,7 @@ class SensitivityReport(TypedDict):
 
 
 class CellReport(TypedDict, total=False):
-  """A cell of a grid. values: of all fields that vary. state: finished, running, failed or waiting.
-
-  perplexity_dense: of the dense model with the cell's vocabulary. trimmed: whether that is smaller.
-  """
+  """A cell of a grid. values: of all fields that vary. state: finished, running, failed or waiting."""
 
   name: Required[str]
   values: Required[dict[str, Any]]
@@ -222,7 +203,6 @@ class CellReport(TypedDict, total=False):
   perplexity_pruned: float
   perplexity_recovered: float | None
   texts: dict[str, TextReport]
-  trimmed: bool
   params: int
   seconds: float
   error: str
@@ -288,11 +268,10 @@ def read_report(path: pathlib.Path) -> RunReport:
 
 
 def known_perplexities(report: RunReport) -> dict[Of, float]:
-  """Perplexities of a run measured so far, in the order dense, trimmed, pruned, recovered."""
+  """Perplexities of a run measured so far, in the order dense, pruned, recovered."""
   found = report.get('perplexity') or {}
   values: list[tuple[Of, float | None]] = [
     ('dense', found.get('dense')),
-    ('trimmed', found.get('trimmed')),
     ('pruned', found.get('pruned')),
     ('recovered', found.get('recovered')),
   ]
@@ -315,18 +294,8 @@ def versions(*more: str) -> dict[str, str]:
   return {'python': platform.python_version()} | found
 
 
-def base_of(model: ModelReport) -> dict[str, Any]:
-  """`source`, `params_before` and `hub`, as far as they are known, of the model before any run pruned it.
-
-  Also its `vocab_size` and `hidden_size`, if a run reduced them.
-  """
-  given: dict[str, Any] = {**model}
-  reduced = {k: given[k] for k in ('vocab_size', 'hidden_size') if k in given}
-  base = model.get('base') or {k: given[k] for k in ('source', 'hub', 'params_before') if k in given}
-  return reduced | base
-
-
 def heads_of(report: RunReport) -> tuple[str, str]:
   """The field of a stage, and its title, with the heads that pruning reduces (`prune.attention`)."""
-  by_head = (report.get('prune') or {}).get('attention') == 'query_heads'
+  attention = (report.get('prune') or {}).get('attention') or (report.get('origin') or {}).get('attention')
+  by_head = attention == 'query_heads'
   return ('num_heads', 'query heads') if by_head else ('num_kv_heads', 'KV heads')

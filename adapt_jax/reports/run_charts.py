@@ -168,12 +168,12 @@ def perplexity_chart(report: RunReport, height: int = 250) -> str:
   for colour, (name, rows) in enumerate((('pruned', pruned), ('recovered', recovered)), 1):
     points = [(k, value, f'stage {k} {name}: {value:.3f}') for k, value in rows if value is not None]
     series.append(Series(name, points, colour))
-  before = {of: value for of, value in known_perplexities(report).items() if of in ('dense', 'trimmed')}
+  dense = known_perplexities(report).get('dense')
   return charts.line_chart(
     'Perplexity on held-out text',
     ('stage', 'perplexity'),
     series,
-    levels=[(value, f'{of} {value:.2f}') for of, value in before.items()],
+    levels=[] if dense is None else [(dense, f'dense {dense:.2f}')],
     log=_wide([p for s in series for p in s.points]),
     integer=True,
     height=height,

@@ -29,12 +29,10 @@ from adapt_jax.reports.run_charts import (
   training_chart,
 )
 from adapt_jax.reports.summary import (
-  bytes_rows,
   cost_cells,
   cost_columns,
   tasks_rows,
   texts_rows,
-  trimmed_model,
   warnings,
 )
 
@@ -121,9 +119,6 @@ def _table(data: RunData) -> str:
   report, dense = data.report, known_perplexities(data.report).get('dense')
   names = ('stage', *cost_columns(report), 'perplexity pruned', 'recovered', 'tokens', 'seconds')
   rows = [['dense', *cost_cells(report), '', _decimal(dense), '', '']]
-  if trimmed := trimmed_model(report):
-    perplexity = _decimal(known_perplexities(report).get('trimmed'))
-    rows.append(['trimmed', *cost_cells(report, trimmed), '', perplexity, '', ''])
   for s in data.stages:
     row = [str(s['stage']), *cost_cells(report, s)]
     row += [_decimal(s.get('perplexity_pruned')), _decimal(s.get('perplexity_recovered'))]
@@ -153,8 +148,6 @@ def _body(data: RunData, command: str, running: bool, written: str) -> Iterator[
   if len(texts := report.get('texts', {})) > 1:
     yield f'<h2>Texts</h2><div class="card scroll">{html_table(texts_rows(texts))}</div>'
   yield from (f'<p>{e(line)}</p>' for line in warnings(texts))
-  if rows := bytes_rows(texts):
-    yield f'<h2>Bits per byte</h2><div class="card scroll">{html_table(rows)}</div>'
   if report.get('tasks'):
     yield f'<h2>Tasks</h2><div class="card scroll">{html_table(tasks_rows(report["tasks"]))}</div>'
   figures = [perplexity_over_tokens(data, text) for text in text_names(data)] if trained else []

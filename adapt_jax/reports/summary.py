@@ -25,11 +25,9 @@ def _widths(values: list[int]) -> str:
 
 def table(report: RunReport) -> str:
   """The report as text: a table with a row per stage, then widths, compiles and seconds."""
-  model, perplexity = report['model'], report['perplexity']
+  perplexity = report['perplexity']
   head = ['stage', *cost_columns(report), 'perplexity pruned', 'recovered', 'tokens', 'seconds']
   rows = [head, ['dense', *cost_cells(report), '', _number(perplexity['dense']), '', '']]
-  if trimmed := trimmed_model(report):
-    rows.append(['trimmed', *cost_cells(report, trimmed), '', _number(perplexity.get('trimmed')), '', ''])
   for stage in report['stages']:
     measured = [_number(stage['perplexity_pruned']), _number(stage['perplexity_recovered'])]
     spent = [f'{stage["tokens"]:,}', f'{stage["seconds"]:.0f}']
@@ -37,8 +35,6 @@ def table(report: RunReport) -> str:
   lines = ['', _markdown(rows)]
   if len(report['texts']) > 1:
     lines += ['', _markdown(texts_rows(report['texts']))]
-  if rows := bytes_rows(report['texts']):
-    lines += ['', _markdown(rows)]
   if report.get('tasks'):
     lines += ['', tasks_table(report['tasks'])]
   lines.append('')
@@ -49,8 +45,6 @@ def table(report: RunReport) -> str:
     if 'hidden_size' in stage:
       lines.append(f'stage {stage["stage"]} residual stream: width {stage["hidden_size"]}')
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
-  if 'vocab_trimmed' in model:
-    lines.append(f'vocabulary: {model["vocab_trimmed"]:,} of {model["vocab_size"]:,} tokens')
   lines += [
     *budget_lines(report['budget']),
     f'compiled programs: {compiles}; the run took {report["seconds"]:.0f} s',
@@ -74,15 +68,6 @@ def cost_cells(report: RunReport, stage: StageReport | None = None) -> list[str]
   budget = report['budget']
   cost = stage['cost'] if stage else budget['dense']
   return [*cells, amount(budget['kind'], cost), f'{100 * cost / budget["dense"]:.1f} %']
-
-
-def trimmed_model(report: RunReport) -> StageReport | None:
-  """The model after prune.vocab, as a stage before the first; None if the vocabulary is whole."""
-  model = report['model']
-  if 'params_trimmed' not in model:
-    return None
-  params = model['params_trimmed']
-  return {'stage': 0, 'params': params, 'cost': report.get('budget', {}).get('trimmed', params)}
 
 
 def _of_params(report: RunReport) -> bool:
@@ -130,13 +115,8 @@ def tasks_table(tasks: Tasks) -> str:
 
 
 def texts_rows(texts: dict[str, TextReport]) -> list[list[str]]:
-  """Column names, then a row per text: perplexities, the final excess loss, and the KL from dense.
-
-  With a trimmed vocabulary, whose perplexities count other tokens, also those of the dense model with it.
-  """
-  models: list[Of] = ['dense', 'trimmed', 'pruned', 'recovered']
-  if not any('trimmed' in text for text in texts.values()):
-    models.remove('trimmed')
+  """Column names, then a row per text: perplexities, the final excess loss, and the KL from dense."""
+  models: list[Of] = ['dense', 'pruned', 'recovered']
   rows = [['text', f'perplexity {models[0]}', *models[1:], 'excess', 'KL from dense']]
   for name, text in texts.items():
     values = [text.get(of) for of in models]
@@ -145,25 +125,9 @@ def texts_rows(texts: dict[str, TextReport]) -> list[list[str]]:
   return rows
 
 
-def bytes_rows(texts: dict[str, TextReport]) -> list[list[str]]:
-  """Column names, then a row per text: bits per byte of each model; none if the vocabulary is whole."""
-  rows = []
-  for name, text in texts.items():
-    if rates := text.get('tokens_per_byte'):
-      values = [text.get('dense'), text.get('trimmed'), text.get('pruned'), text.get('recovered')]
-      scales = [rates['dense'], *3 * [rates['trimmed']]]
-      bits = [None if x is None else scale * math.log2(x) for x, scale in zip(values, scales, strict=True)]
-      rows.append([name, *('–' if x is None else f'{x:.3f}' for x in bits)])
-  head = ['text', 'bits per byte dense', 'trimmed', 'pruned', 'recovered']
-  return [head, *rows] if rows else []
-
-
 def excess(text: TextReport) -> float | None:
-  """ln(perplexity of the final model / dense), nats per token.
-
-  If the vocabulary was trimmed, the dense model is that with the trimmed one.
-  """
-  final, dense = text.get('recovered', text.get('pruned')), text.get('trimmed', text.get('dense'))
+  """ln(perplexity of the final model / dense), nats per token."""
+  final, dense = text.get('recovered', text.get('pruned')), text.get('dense')
   return None if final is None or dense is None else math.log(final / dense)
 
 

@@ -15,11 +15,16 @@ import tempfile
 from collections.abc import Collection
 from typing import Any
 
+from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import write_text
 from adapt_jax.models.formats.gguf_tokenizer import SPACE
 
 Json = dict[str, Any]
+# Fields of generation_config.json with ids of ordinary tokens, which may be gone.
+_OF_ORDINARY_TOKENS = (
+  'suppress_tokens', 'begin_suppress_tokens', 'bad_words_ids', 'sequence_bias', 'forced_decoder_ids',
+)  # fmt: skip
 _BYTES = {f'<0x{byte:02X}>' for byte in range(256)}  # SentencePiece's tokens of bytes
 
 
@@ -63,6 +68,37 @@ def trim_tokenizer(tokenizer: Any, ids: list[int]) -> Any:
     found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
   if found.get_vocab() != expected:
     raise _refusal('its tokens cannot be renumbered')
+  return found
+
+
+def ids_with_rows(config: ModelConfig, ids: list[int], tokenizer: Any) -> list[int]:
+  """Those of the ids of `needed_ids` that the embedding has rows for.
+
+  The others are added tokens such as Gemma 3's image token, which come last: they keep lying beyond it.
+  Raises InputError for other ids without a row. tokenizer: the original one.
+  """
+  kept = [i for i in ids if i < config.vocab_size]
+  beyond = ids[len(kept) :]
+  if ids[: len(kept)] != kept or not {*beyond} <= tokenizer.added_tokens_decoder.keys():
+    raise InputError(f'the tokenizer has the id {max(ids)}, but the embedding only {config.vocab_size} rows')
+  return kept
+
+
+def trimmed_generation(fields: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+  """Fields of generation_config.json with the new ids; an id that is gone is never generated, and left out.
+
+  Raises InputError for fields with ids of ordinary tokens.
+  """
+  new, found = {old: i for i, old in enumerate(ids)}, dict(fields)
+  for name, value in fields.items():
+    if name in _OF_ORDINARY_TOKENS and value:
+      raise InputError(f'generation_config.json has {name}, which names tokens by their ids: remove it')
+    if not name.endswith('_token_id'):
+      continue
+    if isinstance(value, list):
+      found[name] = [new[i] for i in value if i in new]
+    elif value is not None:
+      found[name] = new.get(value)
   return found
 
 

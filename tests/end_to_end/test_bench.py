@@ -17,6 +17,7 @@ from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import latency
 from adapt_jax.pruning.attention_units import QUERY_HEADS
+from adapt_jax.reports.origin import Origin
 from tests.support import runs
 from tests.support.helpers import random_params, tiny_config
 
@@ -148,10 +149,17 @@ def test_peaks_of_a_device_that_counts_are_each_models_own(models, monkeypatch):
   assert peaks == [(300, bench.MEASURED), (1000, bench.MEASURED), (7, bench.PLANNED)]
 
 
+def write_lineage(path, report):
+  files = {file.name: file.stat().st_size for file in path.glob('*.safetensors')}
+  (path / LINEAGE).write_text(json.dumps(report | {'files': files}))
+
+
 def test_an_export_tells_which_model_it_came_from(models, tmp_path):
-  source = {'model': {'source': str(models / 'wide')}}
   shutil.copytree(models / 'narrow', tmp_path / 'hf')
-  (tmp_path / 'hf' / LINEAGE).write_text(json.dumps(source))
+  made_from = Origin(str(models / 'wide')).sized(WIDE)
+  write_lineage(tmp_path / 'hf', made_from.report())
+  # Exports do not tell a path; the report beside them does.
+  (tmp_path / 'report.json').write_text(json.dumps(made_from.report()))
   options = make_options(models, dense='', pruned=tmp_path / 'hf', prompt_length=8, repeats=1)
   report = run(options, tmp_path / 'out')
   assert [m['source'] for m in report['models'].values()] == [str(models / 'wide'), str(tmp_path / 'hf')]
@@ -159,16 +167,15 @@ def test_an_export_tells_which_model_it_came_from(models, tmp_path):
 
 def test_zeros_of_a_padded_format_are_not_taken_for_parameters_that_were_kept(models, tmp_path):
   shutil.copytree(models / 'wide', tmp_path / 'hf_padded')
-  total = count_params(WIDE)
-  source = {'model': {'source': str(models / 'wide'), 'params_before': total, 'params_after': total - 1000}}
-  (tmp_path / 'hf_padded' / LINEAGE).write_text(json.dumps(source))
+  report = Origin(str(models / 'wide')).sized(WIDE).report()
+  report['model']['params_after'] = count_params(WIDE) - 1000
+  write_lineage(tmp_path / 'hf_padded', report)
   assert {*bench._open(make_options(models, dense='', pruned=tmp_path / 'hf_padded'))} == {'dense', 'pruned'}
 
 
 def test_an_export_of_which_nothing_was_pruned_is_dense(models, tmp_path):
   shutil.copytree(models / 'wide', tmp_path / 'hf')
-  made = {'model': {'source': str(tmp_path / 'gone.gguf'), 'params_before': count_params(WIDE)}}
-  (tmp_path / 'hf' / LINEAGE).write_text(json.dumps(made))
+  write_lineage(tmp_path / 'hf', Origin(str(tmp_path / 'gone.gguf')).sized(WIDE).report())
   options = make_options(models, dense='', pruned=tmp_path / 'hf', prompt_length=8, new_tokens=2, repeats=1)
   assert 'latency' in run(options, tmp_path / 'out')
 
@@ -242,7 +249,7 @@ def test_a_table_in_which_narrower_is_not_faster_says_so():
 def test_an_origin_that_is_not_here_is_no_id_of_the_hub(models, tmp_path):
   """A path is relative to the directory in which the model was pruned."""
   shutil.copytree(models / 'narrow', tmp_path / 'hf')
-  (tmp_path / 'hf' / LINEAGE).write_text(json.dumps({'model': {'source': 'models/wide', 'hub': False}}))
+  write_lineage(tmp_path / 'hf', Origin('models/wide').sized(WIDE).report())
   with pytest.raises(
     InputError, match='bench.dense is empty, .* from .models/wide., which is not here: name'
   ):

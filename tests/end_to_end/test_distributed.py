@@ -90,20 +90,6 @@ def test_two_processes_give_the_report_of_one(alone, together):
   assert json.loads((together / 'report.json').read_text())['compiles']['training'] == 2
 
 
-def test_two_processes_narrow_to_the_same_model(starters):
-  """They use the eigenvectors of the first, whose signs are free: figures are compared."""
-  narrow, path = ('--config.prune.hidden=24', '--config.prune.stages=1'), starters[0].path
-  code, output = starters[0].run(path / 'narrow alone', *FLAGS, *narrow)
-  assert code == 0, output
-  ends = pair(starters, path / 'narrow', flags=narrow)
-  assert [code for code, _ in ends] == [0, 0], ends
-  ours, theirs = (json.loads((path / x / 'report.json').read_text()) for x in ('narrow', 'narrow alone'))
-  for name in ('dense', 'pruned', 'recovered'):
-    assert ours['perplexity'][name] == pytest.approx(theirs['perplexity'][name], rel=1e-4)
-  assert ours['stages'][0]['ffn'] == theirs['stages'][0]['ffn']
-  assert ours['stages'][0]['hidden_size'] == 24
-
-
 def test_one_of_two_killed_at_a_random_moment(starters, together):
   """The other one ends by itself and says what to do; started again, both end with the same bits."""
   path, rng = starters[0].path / 'killed', random.Random(SEED)

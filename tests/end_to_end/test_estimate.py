@@ -1,5 +1,7 @@
 """Mode estimate: what the compiler says of memory at full size, and the arithmetic beside it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,16 +190,13 @@ def test_every_target_can_be_named():
   assert choices['estimate.target'] == tuple(TARGETS)
 
 
-def test_a_narrowed_run_is_planned_with_the_whole_model_as_its_teacher(tmp_path):
-  """Its two more programs are those of the run; the narrowed weights stay while they are first scored."""
+def test_another_teacher_is_beside_the_model(tmp_path):
   config = runs.make_config(runs.make_files(tmp_path))
-  config.train.distill.alpha, config.prune.target = 1.0, 0.6
-  config.prune.hidden = open_config(config.model.source).hidden_size - 8
-  plan, _, rows = planned(from_dict(config.to_dict()))
-  whole, narrowed = weights(plan.whole), weights(plan.config)
-  names = ['stacking', 'moments', 'narrowing', 'stacking', 'scoring']
-  assert [name for name, _ in rows][:5] == names and narrowed < whole
-  narrowing, scoring = rows[2][1], rows[4][1]
-  assert whole <= narrowing.arguments < 1.1 * whole  # the basis and the rows too
-  assert narrowed <= narrowing.results < 1.02 * narrowed
-  assert scoring.other == whole + narrowed  # the teacher, and the weights
+  config.train.distill.alpha, config.prune.stages = 1.0, 1
+  small = open_config(config.model.source)
+  wide = dataclasses.replace(small, hidden_size=2 * small.hidden_size)
+  asked = from_dict(config.to_dict())
+  stages = stage_configs(asked, small)
+  own, other = (Footprint(asked, small, jnp.dtype(jnp.float32), teacher=of) for of in (None, wide))
+  more = weights(wide) - weights(small)
+  assert other.training(stages[0]).arguments - own.training(stages[0]).arguments == more > 0

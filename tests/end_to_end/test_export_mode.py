@@ -173,6 +173,6 @@ def test_pruning_an_export_again_keeps_its_origin(files, finished, tmp_path):
   report = runs.in_process(config, tmp_path / 'again', 'prune')
   first = json.loads((finished / 'report.json').read_text())['model']
   assert report['model']['source'] == str(finished)
-  assert report['model']['base'] == {name: first[name] for name in ('source', 'hub', 'params_before')}
+  assert (report['origin']['source'], report['origin']['params']) == ('model', first['params_before'])
   model = aj.load(tmp_path / 'again/hf')
-  assert (model.name, model.dense) == (first['source'], first['params_before'])
+  assert (model.name, model.dense) == ('model', first['params_before'])

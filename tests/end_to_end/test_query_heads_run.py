@@ -153,7 +153,6 @@ def test_a_run_that_began_with_kv_groups_is_not_mixed_with_query_heads(files, tm
   'fields',
   [
     {'prune.compensate': 'bias'},
-    {'prune.hidden': 24},
     {'prune.budget': 'flops'},
     {'prune.budget': 'memory', 'bench.prompt_length': 8, 'bench.new_tokens': 2, 'bench.batch': 1},
   ],

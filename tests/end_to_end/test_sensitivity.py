@@ -45,7 +45,7 @@ def make_config(files):
 def start(config, path):
   options = from_dict(config.to_dict())
   # What other modes refuse, or heed.
-  prune = dataclasses.replace(options.prune, target=1e9, hidden=8)
+  prune = dataclasses.replace(options.prune, target=1e9)
   train = dataclasses.replace(options.train, tokens=1, source=(str(path / 'absent.txt'),))
   options = dataclasses.replace(options, prune=prune, train=train)
   workdir = Workdir(str(path), {'mode': 'sensitivity', 'config': dataclasses.asdict(options)})

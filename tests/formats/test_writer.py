@@ -20,11 +20,12 @@ from adapt_jax.export.writer import LINEAGE, Writer, check_formats, check_result
 from adapt_jax.models.config import LayerShape, count_params
 from adapt_jax.models.formats.hf_weights import save_params
 from adapt_jax.models.formats.source import open_source
+from adapt_jax.reports.origin import Origin
 from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, refused, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 VOCAB = 321  # transformers adds Qwen's <|endoftext|> to the tokenizer beside a stock Qwen
-REPORT = {'model': {'source': 'a/b'}}
+REPORT = Origin('a/b', hub=True).report()
 # Of hidden size 48. Groups of five heads never divide it; nine heads in three groups do with a fourth.
 FIVES = (LayerShape(5, 1, 24), LayerShape(10, 2, 40))
 LLAMA = tiny_config('llama', vocab_size=VOCAB)

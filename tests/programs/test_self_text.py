@@ -1,7 +1,5 @@
 """Rows that a model has written itself: drawn from its distribution, the same for the same seed, kept."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,16 +154,6 @@ def test_other_entries_beside_the_models_own_text_are_still_checked(files):
 def test_own_text_is_named_once(files):
   with pytest.raises(InputError, match=r"prune\.calibration\.source .*: name 'self' once"):
     prepare(mixed_with_text(files, source=('self', 'self'), weights=(1.0, 1.0)))
-
-
-def test_token_ids_beside_own_text_are_refused_if_the_vocabulary_is_trimmed(files, tmp_path):
-  """Their ids are those of the whole vocabulary."""
-  np.save(tmp_path / 'ids.npy', np.ones((16, 32), np.int32))
-  options = mixed_with_text(files, source=(str(tmp_path / 'ids.npy'), 'self'), weights=(1.0, 1.0), length=32)
-  check_sources(options)
-  pruning = dataclasses.replace(options.prune, vocab=(str(files / 'train.txt'),))
-  with pytest.raises(InputError, match=r'prune\.calibration\.source = .*ids\.npy.* renumbers'):
-    check_sources(dataclasses.replace(options, prune=pruning))
 
 
 @pytest.mark.parametrize(

@@ -306,8 +306,8 @@ def test_the_remedy_is_found_at_once_for_many_stages(files, monkeypatch):
 def test_a_damaged_lineage(files, tmp_path):
   """It is read for the card, which is written at the end."""
   shutil.copytree(files / 'model', tmp_path / 'model')
-  (tmp_path / 'model/lineage.json').write_text('{"model": {"source": "org/Base", "params_before": "many"}}')
-  refuse_model(files, tmp_path / 'model', 'lineage.json', 'is damaged')
+  (tmp_path / 'model/lineage.json').write_text('{"model": {"source": "org/Base"}, "origin": {"a": 1}}')
+  refuse_model(files, tmp_path / 'model', 'lineage.json', 'delete it')
 
 
 def test_workdir_of_a_run_that_was_killed_while_claiming(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from adapt_jax.export.card import model_card
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.reports.origin import Origin
 
 SHAPES = LayerShape(4, 2, 32), LayerShape(2, 1, 40)
 CONFIG = ModelConfig('llama', 61, 32, 8, SHAPES, RopeConfig(1e4), 1e-5, True)
@@ -27,6 +28,7 @@ STAGE = {
 REPORT = {
   'model': {
     'source': 'org/Base-1.5B',
+    'hub': True,
     'license': {'license': 'other', 'license_name': 'base', 'license_link': 'LICENSE'},
     'params_before': count_params(DENSE),
     'params_after': count_params(CONFIG),
@@ -36,7 +38,12 @@ REPORT = {
   },
   'perplexity': {'dense': 9.876, 'pruned': 12.345, 'recovered': 10.5, 'definition': 'exp of the mean loss'},
   'prune': {'method': 'obs', 'target': 0.8, 'amplitude': 0.02, 'compat': '', 'calibration': {'samples': 8}},
-  'data': {'calibration': ['calibration.txt'], 'train': ['org/corpus:train'], 'evaluate': ['heldout.txt']},
+  'data': {
+    'calibration': ['calibration.txt'],
+    'train': ['org/corpus:train'],
+    'evaluate': ['heldout.txt'],
+    'hub': ['org/corpus', 'org/pages', 'org/books'],
+  },  # fmt: skip
   'texts': {
     'text': {'dense': 9.876, 'pruned': 12.345, 'recovered': 10.5, 'definition': 'exp of the mean loss'},
   },
@@ -134,10 +141,12 @@ def test_results_are_not_those_of_quantised_files():
                                    (('model-Q4_0.gguf', 'model-BF16.gguf'), True, True)):  # fmt: skip
     assert bool(parsed_results(REPORT, files)) == others
     assert (sentence in model_card(REPORT, CONFIG, files)) == quantised
-  unpruned = {'model': {'source': 'org/Base'}}
+  unpruned = {'model': {'source': 'org/Base', 'hub': True}}
   assert parsed(unpruned, files=('model-Q8_0.gguf',))[0]['base_model_relation'] == 'quantized'
   assert 'base_model_relation' not in parsed(unpruned)[0]
-  saved = {'model': {'source': 'org/Base', 'params_before': 10**12}}  # pruned in the library: without stages
+  saved = {
+    'model': {'source': 'org/Base', 'hub': True, 'params_before': 10**12}
+  }  # pruned in the library: without stages
   fields = parsed(saved, files=('model-Q8_0.gguf',))[0]
   assert fields['base_model_relation'] == 'finetune' and 'pruned' in fields['tags']
 
@@ -175,41 +184,22 @@ def test_parts_that_are_none_are_left_out():
   assert '## Perplexity' not in text and '## Tasks' not in text and '## Widths' in text
 
 
-def test_a_pruned_model_whose_vocabulary_is_trimmed_is_called_pruned():
-  report = copy.deepcopy(REPORT)
-  base = {'source': 'org/Base-1.5B', 'hub': True, 'params_before': count_params(DENSE)}
-  vocabulary = {'vocab_size': 81, 'vocab_trimmed': 61, 'params_trimmed': count_params(CONFIG)}
-  report['model'] |= {'source': 'pruned', 'hub': False, 'base': base, **vocabulary}
-  report['model']['params_before'] -= 1000  # which an earlier run removed
-  text = parsed(report)[1]
-  assert '# org/Base-1.5B, pruned to' in text and 'was trimmed to 61 of 81 tokens' in text
-  assert 'attention heads, MLP channels or whole layers were removed' in text
-
-
 @pytest.mark.parametrize(
-  ('config', 'model', 'base', 'title'),
+  ('config', 'title'),
   [
-    (dict(vocab_size=50), {'vocab_size': 61}, {}, 'its vocabulary trimmed'),
-    (dict(vocab_size=50), {'vocab_size': 55}, {'vocab_size': 61}, 'its vocabulary trimmed'),
-    (dict(hidden_size=24), {}, {'hidden_size': 32}, 'narrowed to'),
-    (dict(vocab_size=50, hidden_size=24), {'hidden_size': 32}, {'vocab_size': 61}, 'narrowed to'),
-    (dict(hidden_size=16), {'hidden_size': 24}, {'hidden_size': 32}, 'narrowed to'),
+    (dict(vocab_size=50), 'its vocabulary trimmed'),
+    (dict(hidden_size=24), 'narrowed to'),
+    (dict(vocab_size=50, hidden_size=24), 'narrowed to'),
   ],
 )
 @pytest.mark.parametrize('pruned', [False, True])
-def test_what_several_runs_removed_is_told_by_the_first_sizes(config, model, base, title, pruned):
+def test_what_several_runs_removed_is_told_by_the_first_sizes(config, title, pruned):
   """Also where the last run only trimmed or narrowed a pruned model."""
-  whole = {'source': 'org/Base-1.5B', 'hub': True, 'params_before': count_params(DENSE)}
   result = dataclasses.replace(CONFIG if pruned else DENSE, **config)
-  last = {'source': 'first', 'params_trimmed': count_params(result)} | model
-  report = {'model': last | {'base': whole | base}}
-  text = parsed(report, result)[1]
+  text = parsed(Origin('org/Base-1.5B', hub=True).sized(DENSE).report(), result)[1]
   assert f'# org/Base-1.5B, {"pruned to" if pruned else title}' in text
-  first = model | base
-  if 'vocab_size' in first:
-    assert f'trimmed to {result.vocab_size} of 61 tokens' in text
-  if 'hidden_size' in first:
-    assert f'reduced from 32 to {result.hidden_size},' in text
+  assert (f'trimmed to {result.vocab_size} of 61 tokens' in text) == ('vocab_size' in config)
+  assert (f'reduced from 32 to {result.hidden_size},' in text) == ('hidden_size' in config)
 
 
 def test_layers_that_are_gone_stay_where_they_were():
@@ -223,16 +213,10 @@ def test_layers_that_are_gone_stay_where_they_were():
 def test_a_local_base_model_is_named_without_its_path(name):
   """The hub would take it for an id."""
   report = copy.deepcopy(REPORT)
-  report['model']['source'] = name
+  report['model'] |= {'source': name, 'hub': False}
   fields, text = parsed(report)
   assert 'base_model' not in fields and 'models/' not in text
   assert f'# {name.split("/")[-1]}, pruned' in text
-
-
-def test_a_directory_of_that_name_is_no_hub_id(tmp_path, monkeypatch):
-  (tmp_path / 'org/Base-1.5B').mkdir(parents=True)
-  monkeypatch.chdir(tmp_path)
-  assert 'base_model' not in parsed(REPORT)[0]
 
 
 def test_gguf_files_are_loaded_by_llama_cpp():
@@ -257,8 +241,9 @@ def test_what_is_of_the_hub_was_decided_when_it_was_opened(tmp_path, monkeypatch
 
 def test_a_model_pruned_twice_names_the_first(tmp_path):
   report = copy.deepcopy(REPORT)
-  base = {'source': 'org/Base-1.5B', 'hub': True, 'params_before': 2 * count_params(DENSE)}
-  report['model'] |= {'source': str(tmp_path / 'pruned'), 'hub': False, 'base': base}
+  first = Origin('org/Base-1.5B', hub=True, params=2 * count_params(DENSE))
+  report['origin'] = dataclasses.asdict(first)
+  report['model'] |= {'source': str(tmp_path / 'pruned'), 'hub': False}
   fields, text = parsed(report)
   share = count_params(CONFIG) / count_params(DENSE) / 2
   assert fields['base_model'] == 'org/Base-1.5B' and f'# org/Base-1.5B, pruned to {share:.1%}' in text
@@ -294,13 +279,3 @@ def test_whole_layers_are_called_so():
   assert 'parameters: whole layers were removed. Pruned and retrained by' in text
   del report['stages']  # as of the library, which does not know
   assert 'KV-head groups and MLP channels were removed' in parsed(report)[1]
-
-
-def test_a_trimmed_vocabulary_has_bits_per_byte_and_its_own_dense_model():
-  report = copy.deepcopy(REPORT)
-  text = {'dense': 8.0, 'trimmed': 4.0, 'pruned': 16.0, 'tokens_per_byte': {'dense': 0.25, 'trimmed': 0.5}}
-  report['texts'] = {'a': text, 'b': text}
-  found = parsed(report)[1]
-  assert row(found, 'text', 'perplexity dense', 'trimmed', 'pruned', 'recovered', 'excess', 'KL from dense')
-  assert row(found, 'a', '8.00', '4.00', '16.00', '–', '1.386', '–')
-  assert row(found, 'a', '0.750', '1.000', '2.000', '–')

@@ -82,7 +82,7 @@ def test_a_hidden_size_that_does_not_fit_is_refused():
   serving_widths.check_hidden('gguf', 96)
   serving_widths.check_hidden('tensor_parallel=7', 96)
   for serve, of in (('gguf', 32), ('awq', 128)):
-    with pytest.raises(InputError, match=f'prune.hidden = 90 must be a multiple of {of} for .* = {serve!r}'):
+    with pytest.raises(InputError, match=f'narrow.hidden = 90 must be a multiple of {of} for .* = {serve!r}'):
       serving_widths.check_hidden(serve, 90)
 
 
