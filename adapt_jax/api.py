@@ -1,8 +1,8 @@
 """The library: load, prune, recover, measure and save models in memory, on plain pytrees of arrays.
 
-Defaults are those of the command line. Everything runs in one process, on the devices and the mesh
-(`jax.set_mesh`) of the caller, and prints nothing unless `progress=True`. Wrong arguments raise `InputError`,
-a subclass of ValueError.
+Options and their defaults are those of the command line. Everything runs in one process, on the devices and
+the mesh (`jax.set_mesh`) of the caller, and prints nothing unless `progress=True`. Wrong values raise
+`InputError`, a subclass of ValueError.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax import api_arguments as arguments
-from adapt_jax.api_arguments import Text, as_library
+from adapt_jax.api_arguments import Text
 from adapt_jax.api_model import Model, load, save
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.options import RunOptions
+from adapt_jax.config.options import DataOptions
 from adapt_jax.data.documents import is_blocks, open_blocks
 from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.used_ids import used_ids
@@ -54,7 +54,6 @@ __all__ = (
 )  # fmt: skip
 
 
-@as_library
 def rows(
   model: Model,
   text: Text,
@@ -74,18 +73,18 @@ def rows(
   chat. Raises InputError if there are fewer rows.
   """
   with processes.silent(not progress):
-    samples = arguments.calibration_samples(samples, seed)
-    length = arguments.row_length(text, length)
-    if arguments.is_self(text, length, model.config, model.tokenizer):
+    fields = {'text_field': text_field, 'messages_field': messages_field}
+    options = arguments.row_options(text, samples, length, seed, fields)
+    length = options.prune.calibration.length
+    if arguments.draws_itself(text, length, model.config):
+      arguments.check_tokenizer(model.tokenizer)
       drawn = {'seed': [seed, self_text.CALIBRATION], 'dtype': compute_dtype('auto')}
       return self_text.in_memory(model.config, model.params, model.tokenizer, samples, length, **drawn)
-    data = arguments.data_options(text_field, messages_field)
     most = max(POOL_TOKENS, samples * (length + 1))
-    blocks = arguments.blocks(text, data, model.config, model.tokenizer, length, most)
+    blocks = arguments.blocks(text, options.data, model.config, model.tokenizer, length, most)
     return blocks.tokens[blocks.draw(samples, seed, 0)]
 
 
-@as_library
 def trim_vocabulary(
   model: Model,
   text: Text,
@@ -117,7 +116,6 @@ def trim_vocabulary(
   return dataclasses.replace(model, config=kept.config, params=kept.cut(model.params), **small)
 
 
-@as_library
 def narrow(
   model: Model, rows: np.ndarray | jax.Array, *, hidden_size: int, batch: int = 4, progress: bool = False
 ) -> Model:
@@ -132,25 +130,22 @@ def narrow(
   """
   arguments.check_model(model.config)
   tokens = arguments.calibration_rows(rows, model.config)
-  options = from_dict({'narrow': {'hidden': hidden_size}, 'prune': {'calibration': {'batch': batch}}})
-  width = options.narrow.hidden
-  check_width(model.config, width, 'hidden_size')
-  config = narrowed_config(model.config, width)
+  check_width(model.config, hidden_size, 'hidden_size')
+  config = narrowed_config(model.config, hidden_size)
   arguments.check_model(config)  # the mesh may split the hidden size
   with processes.silent(not progress):
     params = narrow_params(
       model.config,
       model.params,
       mesh.put_rows(np.arange(len(tokens)), lambda ids: (tokens[ids],))[0],
-      width,
-      micro_batch=mesh.rows_at_once(len(tokens), options.prune.calibration.batch),
+      hidden_size,
+      micro_batch=mesh.rows_at_once(len(tokens), batch),
       dtype=compute_dtype('auto'),
       compiler=Compiler(),
     )
   return dataclasses.replace(model, config=config, params=params)
 
 
-@as_library
 def prune(
   model: Model,
   rows: np.ndarray | jax.Array,
@@ -182,12 +177,12 @@ def prune(
   named: dict[str, Any] = {'target': target, 'budget': budget, **options}
   named |= {'method': method} if isinstance(method, str) else {}
   named |= {'importance': importance} if isinstance(importance, str) and importance else {}
-  settings = arguments.prune_options(named, tokens, model.config, seed)
-  kind = arguments.pruning_method(settings, method, importance)
+  asked = arguments.prune_options(named, tokens, model.config, seed)
+  settings, kind = asked.prune, arguments.pruning_method(asked.prune.method, method, importance)
   config, params = model.config, model.params
   if settings.compensate == 'bias' and not config.output_bias:
     config, params = surgery.with_output_bias(config, params)
-  limit = budget_of(RunOptions(prune=settings), model.config, model.dtype)
+  limit = budget_of(asked, model.config, model.dtype)
   with processes.silent(not progress):
     blocks = Blocks(tokens, np.ones(tokens.shape, bool), 0)
     dtype, compiler = compute_dtype('auto'), Compiler()
@@ -200,7 +195,6 @@ def prune(
   return dataclasses.replace(model, **changed), state.plan
 
 
-@as_library
 def recover(
   model: Model,
   text: Text,
@@ -240,7 +234,7 @@ def recover(
   if teacher is not None and settings.distill.alpha:
     given = Teacher(teacher.config, jax.tree.map(lambda x: x.astype(dtype), teacher.params))
   with processes.silent(not progress):
-    data = arguments.data_options(text_field, messages_field)
+    data = DataOptions(text_field=text_field, messages_field=messages_field)
     rows = arguments.train_set(text, settings, data, model.config, model.tokenizer, seed)
 
     def start(params: Params) -> dict[str, Any]:
@@ -256,7 +250,6 @@ def recover(
   return dataclasses.replace(model, params=last.state['params'])
 
 
-@as_library
 def perplexity(
   model: Model,
   text: Text,
@@ -275,17 +268,16 @@ def perplexity(
   all. text_field, messages_field: as for `rows`. Raises InputError.
   """
   with processes.silent(not progress):
-    options = arguments.evaluate_options(length=length, max_tokens=max_tokens, batch=batch)
-    data = arguments.data_options(text_field, messages_field)
-    most = read_for(options.max_tokens)
-    found = arguments.blocks(text, data, model.config, model.tokenizer, length, most)
+    fields = {'text_field': text_field, 'messages_field': messages_field}
+    options = arguments.evaluation(length, max_tokens, batch, fields)
+    most = read_for(max_tokens)
+    found = arguments.blocks(text, options.data, model.config, model.tokenizer, length, most)
     check_targets(found, 'text')
     blocks = spread(found, max_tokens)
     evaluator = Evaluator(blocks, batch, compiler=Compiler(), dtype=compute_dtype('auto'))
     return evaluator.perplexity(model.config, model.params, 'perplexity')
 
 
-@as_library
 def generate(
   model: Model,
   prompt: str | Sequence[str],
@@ -305,8 +297,9 @@ def generate(
   that is too long or, without a template, empty.
   """
   arguments.check_tokenizer(model.tokenizer)
-  arguments.generate_options(seed, max_new_tokens=max_new_tokens, chat=chat, temperature=temperature)
-  prompts = arguments.texts('prompt', prompt)
+  asked = {'max_new_tokens': max_new_tokens, 'chat': chat, 'temperature': temperature}
+  from_dict({'seed': seed, 'generate': asked})  # checks them
+  prompts = [prompt] if isinstance(prompt, str) else list(prompt)
   ids = encode_prompts(prompts, model.tokenizer, chat)
   sampling = Sampling(temperature, top_k, top_p)
   stop = stop_ids(model.generation, model.tokenizer)

@@ -5,8 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from adapt_jax import api_arguments as arguments
-from adapt_jax.api_arguments import as_library
+import jax.numpy as jnp
+
 from adapt_jax.config.build import from_dict
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.export.push import check_hub
@@ -14,7 +14,7 @@ from adapt_jax.export.push import push as upload
 from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, origin, written_dtype
 from adapt_jax.machine import mesh, processes
 from adapt_jax.models.config import ModelConfig, count_params
-from adapt_jax.models.errors import InputError
+from adapt_jax.models.files import local
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network.llama import Params
 from adapt_jax.reports.origin import Origin
@@ -58,7 +58,6 @@ class Model:
     return f'Model({self.name!r}, {self.num_params:,} parameters, {layers}, {self.config.family})'
 
 
-@as_library
 def load(
   source: str | os.PathLike[str], dtype: Any = None, *, chat_template: str = '', progress: bool = False
 ) -> Model:
@@ -68,9 +67,8 @@ def load(
   chat_template: empty for the tokenizer's own; plain, paper or a Jinja file. Raises InputError for what
   cannot be read or is not supported.
   """
-  if not isinstance(source, (str, os.PathLike)):
-    raise InputError(f'source is a {type(source).__name__}: give a hub id, a directory or a file')
-  wanted = None if dtype is None else arguments.dtype(dtype)
+  wanted = None if dtype is None else jnp.dtype(dtype)
+  from_dict({'export': {'dtype': 'auto' if wanted is None else wanted.name}})  # checks it
   found = open_source(os.fspath(source))
   tokenizer = with_template(found.load_tokenizer(), chat_template)
   mesh.check_model(found.config)
@@ -79,7 +77,6 @@ def load(
     return Model(found.config, params, tokenizer, found.dtype, found.generation, origin(found))
 
 
-@as_library
 def save(
   model: Model,
   directory: str | os.PathLike[str],
@@ -97,7 +94,7 @@ def save(
   reads its hf/. push: hub repository org/name to upload them to afterwards, as `export.push`. Raises
   InputError for a format that cannot represent the model, and if the hub refuses the upload.
   """
-  target = arguments.directory(directory)
+  target = local(os.fspath(directory))
   asked = {'formats': formats, 'dtype': dtype, 'gguf_types': gguf_types, 'push': push}
   options = from_dict({'export': asked}).export
   check_formats(options, model.config)

@@ -4,14 +4,20 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from adapt_jax.config import rules
 from adapt_jax.config.declare import Declaration, declaration
 from adapt_jax.config.options import RunOptions
-from adapt_jax.config.values import grid, integers, numbers, strings
+from adapt_jax.config.values import grid, numbers, strings
 from adapt_jax.models.errors import InputError
+
+_LISTS: dict[Any, tuple[Callable[[Any], Any], str]] = {
+  str: (strings, 'a list of strings'),
+  float: (numbers, 'a list of numbers'),
+  dict[str, Any]: (grid, "a list of groups such as {'prune.target': (0.9, 0.8)}"),
+}
 
 
 def defaults() -> dict[str, Any]:
@@ -55,30 +61,33 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
   if dataclasses.is_dataclass(kind):
     return _build(kind, value, where)
   if isinstance(kind, types.GenericAlias):  # a single string or number becomes a tuple
-    convert = {float: numbers, int: integers, str: strings}.get(typing.get_args(kind)[0], grid)
-    return convert(value, where)
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    raise InputError(f'{where} = {value!r} must be of type {kind.__name__}')
-  return value
+    convert, wanted = _LISTS[typing.get_args(kind)[0]]
+    converted = convert(value)
+  else:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    wanted = f'of type {kind.__name__}'
+    converted = float(value) if kind is float and whole else value
+    converted = converted if isinstance(converted, kind) and (kind is not int or whole) else None
+  if converted is None:
+    raise InputError(f'{where} = {value!r} must be {wanted}')
+  return converted
 
 
 def _check(where: str, declared: Declaration, value: Any) -> None:
   """Range and choices of one field; InputError if the value is outside."""
   several = isinstance(value, tuple)
   items = value if several else (value,)
+  wrong = ''
   if declared.within:
     low, high = declared.within
-    if not all(low <= item <= high for item in items):
-      raise InputError(f'{where} = {value!r} must lie between {low:g} and {high:g}')
-  if not declared.choices:
-    return
+    wrong = '' if all(low <= item <= high for item in items) else f'must lie between {low:g} and {high:g}'
   names = ', '.join(filter(None, declared.choices))
-  if several and (len(set(items)) < len(items) or not {*(items or ('',))} <= {*declared.choices}):
-    raise InputError(f'{where} = {value!r}: name one or more of {names}, each once')
-  if not several and value not in declared.choices:
-    raise InputError(f'{where} = {value!r}: choose one of {names}')
+  if names and several and (len(set(items)) < len(items) or not {*(items or ('',))} <= {*declared.choices}):
+    wrong = f'must be one or more of {names}, each once'
+  elif names and not several and value not in declared.choices:
+    wrong = f'must be one of {names}'
+  if wrong:
+    raise InputError(f'{where} = {value!r} {wrong}')
 
 
 def get(options: RunOptions, field: str) -> Any:

@@ -3,7 +3,6 @@
 Recipes contain them as Python values, the command line as strings.
 """
 
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -16,43 +15,31 @@ SELF = 'self'  # as a source: text that the dense model generates
 _NAMED = re.compile(r'([A-Za-z][\w-]*)=(.+)')
 
 
-def strings(value: Any, where: str) -> tuple[str, ...]:
-  """One or several strings as a tuple, without empty ones; InputError for anything else."""
-  items = (value,) if isinstance(value, str) else value
-  if not isinstance(items, (list, tuple)) or not all(isinstance(x, str) for x in items):
-    raise InputError(f'{where} = {value!r} must be a list of strings')
-  return tuple(x for x in items if x)
+def _listed(value: Any) -> tuple[Any, ...]:
+  return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def numbers(value: Any, where: str) -> tuple[float, ...]:
-  """One or several numbers as a tuple; InputError for anything else."""
-  items = value if isinstance(value, (list, tuple)) else (value,)
-  try:  # the command line gives strings
-    return tuple(float(x) for x in items if x != '')
+def strings(value: Any) -> tuple[str, ...] | None:
+  """One or several strings as a tuple, without empty ones; None for anything else."""
+  items = _listed(value)
+  return tuple(x for x in items if x) if all(isinstance(x, str) for x in items) else None
+
+
+def numbers(value: Any) -> tuple[float, ...] | None:
+  """One or several numbers, of which the command line gives strings, as a tuple; None for anything else."""
+  try:
+    return tuple(float(x) for x in _listed(value) if x != '')
   except (OverflowError, TypeError, ValueError):  # the first for whole numbers beyond the largest float
-    raise InputError(f'{where} = {value!r} must be a list of numbers') from None
+    return None
 
 
-def integers(value: Any, where: str) -> tuple[int, ...]:
-  """One or several whole numbers as a tuple; InputError for anything else."""
-  found = numbers(value, where)
-  if any(not math.isfinite(x) or x != int(x) for x in found):
-    raise InputError(f'{where} = {value!r} must be a list of whole numbers')
-  return tuple(int(x) for x in found)
-
-
-def grid(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-  """The groups {field: values} of a grid; single values become tuples. InputError for anything else."""
-  parts = (value,) if isinstance(value, dict) else value
-  if not isinstance(parts, (list, tuple)) or not all(isinstance(part, dict) for part in parts):
-    raise InputError(f"{where} = {value!r} must be a list of groups such as {{'prune.target': (0.9, 0.8)}}")
-  found = []
-  for part in parts:
-    values = {k: tuple(v) if isinstance(v, (list, tuple)) else (v,) for k, v in part.items()}
-    if not part or not all(values.values()) or not all(isinstance(k, str) for k in part):
-      raise InputError(f'{where} has {part!r}: name fields, with one or more values for each')
-    found.append(values)
-  return tuple(found)
+def grid(value: Any) -> tuple[dict[str, Any], ...] | None:
+  """The groups {field: values} of a grid; single values become tuples. None for anything else."""
+  parts = _listed(value)
+  if not all(isinstance(part, dict) and part and all(isinstance(k, str) for k in part) for part in parts):
+    return None
+  groups = tuple({field: _listed(values) for field, values in part.items()} for part in parts)
+  return groups if all(all(group.values()) for group in groups) else None
 
 
 class Multiples(NamedTuple):

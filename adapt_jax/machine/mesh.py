@@ -91,15 +91,17 @@ def check_model(config: ModelConfig) -> None:
 
 def check_batches(options: RunOptions) -> None:
   """Checks that the current mesh can split the run's batches by rows. Raises InputError."""
-  shards = row_shards()
-  batches = {'prune.calibration.samples': options.prune.calibration.samples}
+  check_rows('prune.calibration.samples', options.prune.calibration.samples)
   if options.train.tokens:
-    batches['train.batch'] = options.train.batch
-  for field, size in batches.items():
-    if size % shards:
-      raise InputError(
-        f'{field} = {size} must be a multiple of the {shards} devices that split rows (mesh.data x mesh.fsdp)'
-      )
+    check_rows('train.batch', options.train.batch)
+
+
+def check_rows(field: str, count: int) -> None:
+  """Checks that the current mesh can split so many rows. Raises InputError."""
+  if count % (shards := row_shards()):
+    raise InputError(
+      f'{field} = {count} must be a multiple of the {shards} devices that split rows (mesh.data x mesh.fsdp)'
+    )
 
 
 def rows_at_once(count: int, most: int) -> int:

@@ -17,16 +17,13 @@ from adapt_jax import api_arguments
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import DataOptions, TrainOptions
 from adapt_jax.generation import self_text
-from adapt_jax.models.config import LayerShape, count_params
 from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.models.network import llama
 from adapt_jax.modes import accel
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.criteria import Importance
 from adapt_jax.pruning.methods.base import UniformOneShot
 from tests.support import runs
-from tests.support.helpers import random_params, tiny_config
 
 
 @pytest.fixture(scope='module')
@@ -76,8 +73,6 @@ def test_the_whole_job_in_memory(files, model, rows, tmp_path, capfd):
   better = aj.recover(small, str(files / 'train.txt'), tokens=runs.TOKENS, teacher=model, **options)
   recovered = aj.perplexity(better, files / 'valid.txt', length=32)
   assert recovered < pruned
-  with pytest.raises(aj.InputError, match='^length = 8, but the rows of text have 16 ids'):
-    aj.recover(small, rows, tokens=runs.TOKENS, length=8)
   assert plan.kv_widths.tolist() == [shape.num_kv_heads for shape in small.config.layers]
   assert plan.ffn_widths.tolist() == [shape.ffn for shape in small.config.layers]
   assert set(aj.save(better, tmp_path / 'out', formats='gguf')) == {'gguf/model-F32.gguf'}
@@ -95,16 +90,6 @@ def test_the_whole_job_in_memory(files, model, rows, tmp_path, capfd):
     before, jax.tree.map(np.array, model.params)
   )  # nothing donated, nothing changed
   assert capfd.readouterr() == ('', '')
-
-
-def test_parameters_are_the_users_own(model):
-  @jax.jit
-  def loss(params, tokens):
-    return jnp.square(llama.apply(model.config, params, tokens)).mean()
-
-  gradient = jax.grad(loss)(model.params, jnp.arange(12).reshape(2, 6))
-  assert jax.tree.structure(gradient) == jax.tree.structure(model.params)
-  assert count_params(model.config) == model.num_params == sum(x.size for x in jax.tree.leaves(model.params))
 
 
 def test_the_process_stays_as_it_was(files, model, rows):
@@ -138,20 +123,6 @@ def test_widths_suit_the_program_that_serves_them(model, rows):
   assert not any(plan.ffn_widths % 3) and not any(plan.kv_widths % 3)
 
 
-def test_a_message_about_a_file_names_it(tmp_path):
-  with pytest.raises(aj.InputError, match='no config.json in this directory$'):
-    aj.load(tmp_path)
-  (tmp_path / 'run.json').write_text('{}')
-  with pytest.raises(aj.InputError, match='no config.json .*: write one with --mode=export$'):
-    aj.load(tmp_path)
-  (tmp_path / 'gguf').mkdir()
-  (tmp_path / 'gguf/model-F32.gguf').touch()
-  with pytest.raises(
-    aj.InputError, match=f'no config.json .*: give its file .{tmp_path}/gguf/model-F32.gguf.$'
-  ):
-    aj.load(tmp_path)
-
-
 def test_texts_and_chats_in_fields_of_other_names(files, tmp_path):
   text = (files / 'train.txt').read_text()
   pieces = [text[i : i + 400] for i in range(0, 16_000, 400)]
@@ -164,15 +135,10 @@ def test_texts_and_chats_in_fields_of_other_names(files, tmp_path):
   named = aj.rows(model, tmp_path / 'texts.jsonl', text_field='body', **draw)
   np.testing.assert_array_equal(named, aj.rows(model, tmp_path / 'plain.jsonl', **draw))
   assert aj.perplexity(model, tmp_path / 'chats.jsonl', messages_field='talk', length=32) > 1
-  with pytest.raises(aj.InputError, match="text: no token to predict .* chats need the assistant's messages"):
-    (tmp_path / 'asked.jsonl').write_text(json.dumps({'messages': [turns[0][0]]}) + '\n')
-    aj.perplexity(model, tmp_path / 'asked.jsonl', length=16)
   better = aj.recover(
     model, str(tmp_path / 'chats.jsonl'), tokens=256, messages_field='talk', length=32, batch=4
   )
   assert better.num_params == model.num_params
-  with pytest.raises(aj.InputError, match='talk'):
-    aj.rows(model, tmp_path / 'chats.jsonl', **draw)
 
 
 def test_token_ids_stand_for_a_text(model, rows):
@@ -187,13 +153,8 @@ def test_rows_of_many_tokens_and_lengths_of_ids(model, tmp_path, rows):
   np.save(tmp_path / 'ids.npy', ids)
   assert aj.rows(model, tmp_path / 'ids.npy', samples=5000, length=1024).shape == (5000, 1024)
   assert aj.rows(model, rows, samples=4).shape == (4, 16)
-  with pytest.raises(aj.InputError, match='^length = 64, but the rows of text have 16 ids'):
-    aj.rows(model, rows, samples=4, length=64)
   small = aj.trim_vocabulary(model, tmp_path / 'ids.npy')
   assert small.config == aj.trim_vocabulary(model, ids).config
-  with pytest.raises(aj.InputError, match='^text: the text is empty'):
-    (tmp_path / 'empty.txt').write_text('')
-    aj.trim_vocabulary(model, tmp_path / 'empty.txt')
 
 
 def test_a_teacher_that_nothing_is_learned_from_is_not_run(model, rows):
@@ -207,7 +168,7 @@ def test_it_runs_on_the_callers_mesh(model, rows):
   automatic = (jax.sharding.AxisType.Auto,) * 3
   devices = jax.make_mesh((1, 2, 1), ('data', 'fsdp', 'tensor'), axis_types=automatic)
   alone, plan = aj.prune(model, rows, target=0.8)
-  with jax.set_mesh(devices), pytest.raises(aj.InputError, match='rows: 15 rows must be a multiple of the 2'):
+  with jax.set_mesh(devices), pytest.raises(aj.InputError, match='rows = 15'):
     aj.prune(model, rows[:15])
   with jax.set_mesh(devices):
     sharded, same = aj.prune(model, rows, target=0.8)
@@ -227,144 +188,46 @@ def test_a_mesh_of_other_axes_is_refused(model, rows, axes, kind):
         call()
 
 
-def _other(model):
-  return dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=7))
-
-
-class _Scored(UniformOneShot):
-  importance = 'l3'
-
-
-class _Far(UniformOneShot):
-  importance, distance = 'taylor', 'l9'
-
-
-class _Misshapen(UniformOneShot):
-  importance = 'taylor'
-
-  def touched(self):
-    return np.ones(9, bool)
-
-
-class _LastLayer(UniformOneShot):
-  importance = 'taylor'
-
-  def touched(self):
-    return np.arange(self.config.num_layers) == self.config.num_layers - 1
-
-
-class _Idle(_LastLayer):
-  def smallest(self):
-    return 0
-
-  def step(self, scores, state, target):
-    return dataclasses.replace(state, step=state.step + 1)
+def _without_tokenizer(model):
+  return dataclasses.replace(model, tokenizer=None)
 
 
 def _sliced(model):
   return dataclasses.replace(model, config=dataclasses.replace(model.config, sliced_from=48))
 
 
-def _with_other_groups():
-  config = tiny_config('llama', (LayerShape(4, 2, 32), LayerShape(6, 2, 32)))
-  return aj.Model(config, random_params(config))
+def _other_vocabulary(model):
+  return dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=7))
 
 
 @pytest.mark.parametrize(
-  ('call', 'words'),
+  ('call', 'named'),
   [
-    (lambda m, r, f: aj.load('no/such/model/here'), ('source', 'no such')),
-    (lambda m, r, f: aj.rows(m, 'missing.txt'), ('text', 'missing.txt')),
-    (
-      lambda m, r, f: aj.rows(m, f / 'valid.txt', samples=10**6, length=16),
-      ('samples = 1000000', 'lower it'),
-    ),
-    (lambda m, r, f: aj.prune(m, r, target=0.01), ('target = 0.01', 'raise it')),
-    (lambda m, r, f: aj.prune(m, r, method='best'), ("method = 'best'", 'choose one of')),
-    (lambda m, r, f: aj.prune(m, r, stages=3), ('stages = 3', 'loop')),
-    (lambda m, r, f: aj.prune(m, r, widht=3), ('widht', 'unknown')),
-    (lambda m, r, f: aj.prune(m, r[0]), ('rows', 'token ids')),
-    (lambda m, r, f: aj.prune(m, r + 10**6), ('rows', 'embedding')),
-    (lambda m, r, f: aj.recover(m, f / 'train.txt', tokens=5), ('tokens = 5', 'at least 131,072')),
-    (lambda m, r, f: aj.generate(m, 'a ' * 3000), ('prompt 1', 'shorten')),
-    (lambda m, r, f: aj.save(m, 'out', formats=('onnx',)), ('formats', 'onnx')),
-    (lambda m, r, f: aj.prune(m, r, importance='l2'), ('importance', 'Obs has its own')),
-    (lambda m, r, f: aj.prune(m, r, method='slicegpt'), ('slicegpt', 'CLI only: choose')),
-    (lambda m, r, f: aj.prune(m, r, serve='tensor_parallel=7'), ('serve', 'multiples of 7')),
-    (lambda m, r, f: aj.recover(m, np.array(3), tokens=64), ('text', 'token ids')),
-    (lambda m, r, f: aj.recover(m, r, tokens=64, batch=4, teacher=_other(m)), ('teacher', 'token ids')),
-    (lambda m, r, f: aj.generate(m, 'a', temperature=-1), ('temperature = -1', 'between')),
-    (lambda m, r, f: aj.generate(dataclasses.replace(m, tokenizer=None), 'a'), ('no tokenizer',)),
-    (lambda m, r, f: aj.rows(dataclasses.replace(m, tokenizer=None), f / 'train.txt'), ('no tokenizer',)),
-    (lambda m, r, f: aj.prune(_sliced(m), r), ('SliceGPT',)),
-    (lambda m, r, f: aj.rows(m, f / 'train.txt', samples=0), ('samples = 0', 'between')),
-    (
-      lambda m, r, f: aj.prune(_with_other_groups(), r * 0, attention='kv_groups'),
-      ('numbers of query heads per KV head',),
-    ),
-    (lambda m, r, f: aj.narrow(_with_other_groups(), r * 0, hidden_size=8), ('hidden_size = 8 needs',)),
-    (lambda m, r, f: aj.prune(m, r, targt=0.5), ('targt is unknown: did you mean target?',)),
-    (lambda m, r, f: aj.prune(m, r, target=1.5), ('target = 1.5', 'method obs always keeps')),
-    (lambda m, r, f: aj.recover(_sliced(m), r, tokens=64, batch=4), ('SliceGPT',)),
-    (lambda m, r, f: aj.prune(m, r, vocab='text.txt'), ('vocab', 'trim_vocabulary first')),
-    (lambda m, r, f: aj.prune(m, r, samples=4), ('samples = 4', 'rows()')),
-    (lambda m, r, f: aj.prune(r, m), ('model is a ndarray', 'pass a Model')),
-    (lambda m, r, f: aj.prune(m, r, seed=-1), ('seed = -1', 'between')),
-    (lambda m, r, f: aj.prune(m, r, method=_Scored.__new__(_Scored)), ('method', 'subclass')),
-    (lambda m, r, f: aj.prune(m, r, method=_Scored), ("_Scored.importance = 'l3'", 'taylor')),
-    (lambda m, r, f: aj.prune(m, r, method=_Misshapen), ('_Misshapen.touched()', 'shape (9,)')),
-    (
-      lambda m, r, f: aj.prune(m, r, target=0.2, method=_LastLayer),
-      ('target = 0.2', '_LastLayer always keeps'),
-    ),
-    (lambda m, r, f: aj.prune(m, r, target=0.5, method=_Idle), ('_Idle removes nothing more',)),
-    (lambda m, r, f: aj.rows('out', f / 'train.txt'), ('model is a str', 'load()')),
-    (lambda m, r, f: aj.rows(m, None), ('text is a NoneType', 'give a file')),
-    (lambda m, r, f: aj.rows(m, [f / 'train.txt', 'self']), ('text', "rows(model, 'self')")),
-    (lambda m, r, f: aj.recover(m, 'self', tokens=64, batch=4), ('text', "rows(model, 'self')")),
-    (lambda m, r, f: aj.trim_vocabulary(m, 'self'), ('text', "rows(model, 'self')")),
-    (lambda m, r, f: aj.rows(m, 'self', length=10**6), ('length = 1000000', 'context of the model')),
-    (lambda m, r, f: aj.rows(m, 'self', length=0), ('length = 0', 'between')),
-    (lambda m, r, f: aj.rows(dataclasses.replace(m, tokenizer=None), 'self'), ('no tokenizer',)),
-    (lambda m, r, f: aj.rows(m, f / 'train.txt', seed='a'), ("seed = 'a'", 'int')),
-    (lambda m, r, f: aj.rows(m, f / 'train.txt', length='64'), ("length = '64'", 'int')),
-    (
-      lambda m, r, f: aj.recover(m, r, tokens=64, batch=4, teacher='out'),
-      ('teacher is a str', 'pass a Model'),
-    ),
-    (lambda m, r, f: aj.recover(m, r, tokens=64, alpha=0.5), ('alpha', "distill={'alpha': ...}")),
-    (lambda m, r, f: aj.recover(m, r, tokens=64, source='a.txt'), ("source = 'a.txt'", 'argument text')),
-    (lambda m, r, f: aj.recover(m, r, tokens=64, warmp=3), ('warmp is unknown: did you mean warmup?',)),
-    (lambda m, r, f: aj.recover(m, r, tokens=64, distill=0.5), ('distill = 0.5', 'a dict')),
-    (lambda m, r, f: aj.prune(m, r, method='uniform', importance=3), ('importance = 3', 'an Importance')),
-    (lambda m, r, f: aj.prune(m, r, method=_Far), ("_Far.distance = 'l9'", 'cosine')),
-    (lambda m, r, f: aj.recover(m, r, tokens=64, batch=4, distill={'alpha': 0.5}), ('teacher=',)),
-    (
-      lambda m, r, f: aj.recover(m, f / 'train.txt', tokens=10**6, batch=1, length=10**6),
-      ('text', 'shorter'),
-    ),
-    (lambda m, r, f: aj.load(None), ('source is a NoneType',)),
-    (lambda m, r, f: aj.load(f / 'model', dtype='int32'), ("dtype = 'int32'", 'bfloat16')),
-    (lambda m, r, f: aj.load(f / 'model', dtype='float3'), ("dtype = 'float3'", 'bfloat16')),
-    (lambda m, r, f: aj.perplexity(m, r, batch=0), ('batch = 0', 'between')),
-    (lambda m, r, f: aj.perplexity(m, r, max_tokens=-1), ('max_tokens = -1', 'between')),
-    (lambda m, r, f: aj.perplexity(m, r, max_tokens=64.5), ('max_tokens = 64.5', 'int')),
-    (lambda m, r, f: aj.generate(m, 3), ('prompt is a int', 'give a string')),
-    (lambda m, r, f: aj.save(m, f / 'valid.txt'), ('directory', 'is a file')),
-    (lambda m, r, f: aj.save('out', m), ('model is a str',)),
+    (lambda m, r: aj.rows(m, 'missing.txt'), 'missing.txt'),
+    (lambda m, r: aj.rows(m, 'self', length=10**6), 'length = 1000000'),
+    (lambda m, r: aj.rows(m, r, length=64), 'length = 64'),
+    (lambda m, r: aj.rows(_without_tokenizer(m), 'text.txt'), 'no tokenizer'),
+    (lambda m, r: aj.prune(m, r[0]), 'rows'),
+    (lambda m, r: aj.prune(m, r - 10**6), 'rows'),
+    (lambda m, r: aj.prune(m, r + 10**6), 'rows'),
+    (lambda m, r: aj.prune(_sliced(m), r), 'SliceGPT'),
+    (lambda m, r: aj.prune(m, r, targt=0.5), 'prune.targt'),
+    (lambda m, r: aj.prune(m, r, stages=3), 'prune.stages'),  # would do nothing
+    (lambda m, r: aj.prune(m, r, method='slicegpt'), 'prune.method'),
+    (lambda m, r: aj.prune(m, r, importance='l2'), 'importance'),
+    (lambda m, r: aj.recover(m, r, tokens=5), 'train.tokens = 5'),
+    (lambda m, r: aj.recover(m, r, tokens=64, distill={'cache': 8}), 'train.distill.cache'),
+    (lambda m, r: aj.recover(m, r, tokens=64, distill={'alpha': 0.5}), 'train.distill.alpha'),
+    (lambda m, r: aj.recover(m, r, tokens=64, teacher=_other_vocabulary(m)), 'teacher'),
+    (lambda m, r: aj.load(m.name, dtype='int32'), 'int32'),
+    (lambda m, r: aj.perplexity(m, r, max_tokens=-1), 'evaluate.max_tokens'),
+    (lambda m, r: aj.generate(m, 'a', temperature=-1), 'generate.temperature'),
   ],
 )
-def test_a_wrong_argument_is_named_as_it_was_given(files, model, rows, call, words):
+def test_a_wrong_argument_is_named(model, rows, call, named):
   with pytest.raises(aj.InputError) as error:
-    call(model, rows, files)
-  assert 'config.' not in str(error.value) and '\n' not in str(error.value)
-  for word in words:
-    assert word in str(error.value)
-
-
-def test_a_missing_argument_is_pythons_error_and_names_the_function(model):
-  with pytest.raises(TypeError, match=r'perplexity\(\) missing'):
-    aj.perplexity(model)
+    call(model, rows)
+  assert named in str(error.value) and '\n' not in str(error.value)
 
 
 def test_the_library_begins_the_rows_of_a_gemma_with_bos(files, model, monkeypatch):
@@ -384,8 +247,6 @@ def test_the_library_begins_the_rows_of_a_gemma_with_bos(files, model, monkeypat
 
 def test_the_package_says_what_it_has():
   assert set(aj.__all__) <= set(dir(aj)) and aj.__version__.startswith('0.')
-  with pytest.raises(AttributeError, match='nothing'):
-    aj.nothing  # noqa: B018
 
 
 def test_the_code_that_the_pages_show_runs(files, tmp_path, monkeypatch):
