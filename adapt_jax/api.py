@@ -268,6 +268,7 @@ def perplexity(
   all. text_field, messages_field: as for `rows`. Raises InputError.
   """
   with processes.silent(not progress):
+    mesh.check_model(model.config)
     fields = {'text_field': text_field, 'messages_field': messages_field}
     options = arguments.evaluation(length, max_tokens, batch, fields)
     most = read_for(max_tokens)
@@ -296,6 +297,7 @@ def generate(
   are continued as plain text. temperature 0 takes the most likely tokens. Raises InputError for a prompt
   that is too long or, without a template, empty.
   """
+  mesh.check_model(model.config)
   arguments.check_tokenizer(model.tokenizer)
   asked = {'max_new_tokens': max_new_tokens, 'chat': chat, 'temperature': temperature}
   from_dict({'seed': seed, 'generate': asked})  # checks them
