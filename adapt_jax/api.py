@@ -108,7 +108,7 @@ def trim_vocabulary(
   if arguments.is_ids(text):
     used = np.unique(arguments.token_ids(text, model.config, 'text')).tolist()
   else:
-    fields = {'text_field': text_field, 'messages_field': messages_field}
+    fields: dict[str, Any] = {'text_field': text_field, 'messages_field': messages_field}
     with processes.silent(not progress):
       used = used_ids(arguments.entries(text), model.tokenizer, 'text', **fields)
   kept = trim(model.config, model.tokenizer, model.generation, used)

@@ -162,9 +162,9 @@ def blocks(
     targets[:, 0] = False
     return Blocks(ids, targets, 0)
   check_tokenizer(tokenizer)
-  fields = {'text_field': data.text_field, 'messages_field': data.messages_field, 'field': 'text'}
+  fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
   first = first_of_rows(config.traits, tokenizer)
-  windows = load_blocks(entries(text), tokenizer, length, **fields, max_tokens=most, first=first)
+  windows = load_blocks(entries(text), tokenizer, length, **fields, field='text', max_tokens=most, first=first)
   check_vocab(int(windows.tokens.max()), config.vocab_size, 'text')
   return windows
 

@@ -70,7 +70,7 @@ class DataOptions:
   )
   cache: str = option(
     '',
-    'Directory for tokenised training data; it may be deleted at any time. Empty: adapt-jax/tokens in '
+    'Directory for tokenised texts; it may be deleted at any time. Empty: adapt-jax/tokens in '
     '$XDG_CACHE_HOME or ~/.cache.',
     result=False,
   )

@@ -6,7 +6,7 @@ They are Jinja, as in `transformers`, with `messages`, `add_generation_prompt`, 
 import copy
 from typing import Any
 
-from adapt_jax.models.errors import InputError
+from adapt_jax.models.errors import reading
 from adapt_jax.models.files import local, read_text
 
 # The prompt ends before the space, so that the first word of an answer has the same token as elsewhere.
@@ -43,18 +43,10 @@ def read_template(name: str) -> str:
   """The template of `data.chat_template`: a built-in one or that of a file; '' for ''. Raises InputError."""
   if not name or name in BUILT_IN:
     return BUILT_IN.get(name, '')
-  try:
+  with reading(f'data.chat_template = {name!r}', remedy=f'give a Jinja file or one of {", ".join(BUILT_IN)}'):
     text = read_text(local(name))
-  except InputError as error:
-    raise InputError(f'data.chat_template = {name!r} cannot be read: {error}') from None
-  except (OSError, ValueError) as error:
-    reason = getattr(error, 'strerror', None) or 'not a text file'
-    raise InputError(
-      f'data.chat_template = {name!r} cannot be read ({reason}): give a Jinja file or one of '
-      f'{", ".join(BUILT_IN)}'
-    ) from None
-  if not text.strip():
-    raise InputError(f'data.chat_template = {name!r} is an empty file: give a template')
+    if not text.strip():
+      raise ValueError('the file is empty')
   return text
 
 
@@ -68,6 +60,6 @@ def with_template(tokenizer: Any, name: str) -> Any:
   template = read_template(name)
   if name in BUILT_IN and tokenizer.bos_token and tokenizer('')['input_ids'][:1] == [tokenizer.bos_token_id]:
     template = '{{ bos_token }}' + template
-  found = copy.copy(tokenizer)
-  found.chat_template = template
-  return found
+  other = copy.copy(tokenizer)
+  other.chat_template = template
+  return other

@@ -1,15 +1,14 @@
-"""Conversations as text, by the tokenizer's chat template: code of others, with little time and memory."""
+"""Conversations as text, by the tokenizer's chat template, which transformers runs in Jinja's sandbox."""
 
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from adapt_jax.data.documents import Document
 from adapt_jax.data.records import Message
-from adapt_jax.machine import bounded
-from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, reading
 
 # The tokens must not depend on the day of the run, so this is the day: Llama's own fallback.
 _TODAY = datetime.datetime(2024, 7, 26)
@@ -23,11 +22,7 @@ _FIXED = (
   + ' }}{% endmacro %}\n'
 )
 _PROBE = 'Eyjafjallajökull'  # an answer that occurs in no template
-_CHARS = 1 << 14, 1 << 20  # rendered at once: at first, so that little is read beyond the need, and at most
-
-
-class Refused(InputError):
-  """Raised for a conversation that the chat template does not render; others of the source may be fine."""
+_LONGEST = 1 << 24  # characters of a rendered conversation: a template that gives more is a faulty one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,102 +32,27 @@ class Text:
   text: str
   spans: list[tuple[int, int]] | None = None
 
-  @property
-  def size(self) -> int:
-    return len(self.text)
 
-
-def render_all(documents: Iterable[Document], tokenizer: Any) -> Iterator[Text]:
-  """The text of each document, in order. Raises InputError at the first one that cannot be rendered or read.
-
-  Conversations are read ahead and rendered together.
-  """
-  source, most = iter(documents), _CHARS[0]
-  failure: InputError | None = None
-  while failure is None:
-    chats: list[Document] = []
-    size, plain = 0, None
-    try:
-      while plain is None and size < most:
-        document = next(source)
-        if isinstance(document.content, str):
-          plain = document.content
-        else:
-          chats.append(document)
-          size += document.size
-    except StopIteration:
-      most = 0
-    except InputError as error:  # after what was read before it
-      failure = error
-    for text in try_to_render(chats, tokenizer):
-      if isinstance(text, Refused):
-        raise text
-      yield text
-    if plain is not None:
-      yield Text(plain)
-    if not most:
-      return
-    most = min(4 * most, _CHARS[1])
-  raise failure
-
-
-def try_to_render(chats: Sequence[Document], tokenizer: Any) -> list[Text | Refused]:
-  """The text of each conversation, or why the template refuses it.
-
-  Raises InputError if there is no template, and if it needs too much time or memory.
-  """
-  if not chats:
-    return []
-  if not tokenizer.is_fast:
+def try_to_render(chat: Document, tokenizer: Any) -> Text | InputError:
+  """The text of a conversation, or the error if the template refuses it; InputError without one."""
+  if not (tokenizer.is_fast and tokenizer.chat_template):
     raise InputError(
-      f'{chats[0].where}: a conversation, but the tokenizer is not a fast one: use a model with a '
-      'tokenizer.json, or data with a text field'
-    )
-  if not tokenizer.chat_template:
-    raise InputError(
-      f'{chats[0].where}: a conversation, but the tokenizer has no chat template: set '
+      f'{chat.where}: a conversation, but the tokenizer has no tokenizer.json or no chat template: set '
       "data.chat_template to 'plain' or to a file, or use an instruction-tuned model's tokenizer"
     )
   try:
-    found = bounded.each(lambda chat: _answer(chat, tokenizer), chats)
-  except bounded.Overrun as error:
-    raise InputError(
-      f'{chats[error.index].where}: the chat template needs more than {bounded.LIMITS} for this '
-      f'conversation: set data.chat_template to another one'
-    ) from None
-  return [
-    Refused(f'{chat.where}: {answer["refused"]}')
-    if 'refused' in answer
-    else Text(answer['text'], [(start, end) for start, end in answer['spans']])
-    for chat, answer in zip(chats, found, strict=True)
-  ]
+    with reading(
+      f'{chat.where}: the chat template', remedy='leave the conversation out, or use another template'
+    ):
+      return Text(*_render(chat.content, tokenizer))
+  except InputError as error:
+    return error
 
 
 def render_prompts(prompts: Sequence[list[Message]], tokenizer: Any, **options: Any) -> list[str]:
-  """What the chat template makes of each prompt. Raises InputError with the reason alone if it fails."""
-
-  def render(messages: list[Message]) -> dict[str, str]:
-    try:
-      return {'text': _apply(tokenizer, messages, **options)}
-    except MemoryError:
-      raise
-    except Exception as error:  # anything that the template's code raises
-      return {'refused': _reason(error)}
-
-  try:
-    found = bounded.each(render, prompts)
-  except bounded.Overrun as error:
-    raise InputError(f'it needs {error}') from None
-  for answer in found:
-    if 'refused' in answer:
-      raise InputError(answer['refused'])
-  return [str(answer['text']) for answer in found]
-
-
-def user_prompts(texts: Sequence[str], tokenizer: Any) -> list[str]:
-  """Users' messages, each up to the start of the answer. Raises InputError as `render_prompts`."""
-  messages = [[{'role': 'user', 'content': text}] for text in texts]
-  return render_prompts(messages, tokenizer, add_generation_prompt=True)
+  """Renders each prompt with the chat template. Raises InputError if it refuses one."""
+  with reading('the chat template', remedy='set data.chat_template, or use plain text'):
+    return [_apply(tokenizer, messages, **options) for messages in prompts]
 
 
 def day(tokenizer: Any) -> list[str]:
@@ -143,42 +63,23 @@ def day(tokenizer: Any) -> list[str]:
 def _apply(tokenizer: Any, messages: list[Message], **options: Any) -> str:
   """What the chat template makes of the messages, on a fixed day.
 
-  Raises UnicodeEncodeError for half a surrogate pair, which no tokenizer accepts, and what the template's
-  code raises.
+  Raises ValueError for a text that is too long or has half of a surrogate pair, which no tokenizer accepts,
+  and what the template's code raises.
   """
   if day(tokenizer):
     options['chat_template'] = _FIXED + tokenizer.get_chat_template()
   text: str = tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE, **options)
+  if len(text) > _LONGEST:
+    raise ValueError(f'it gives {len(text):,} characters')
   text.encode()
   return text
 
 
-def _reason(error: Exception) -> str:
-  from jinja2 import TemplateError  # what a template raises on purpose
-
-  known = isinstance(error, (TemplateError, TypeError))
-  return first_line(error) if known else f'{type(error).__name__}: {first_line(error)}'
-
-
-def _answer(chat: Document, tokenizer: Any) -> dict[str, Any]:
-  """What `_render` returns, or the reason why the template refuses the conversation, as JSON."""
-  try:
-    text, spans = _render(chat.content, tokenizer)
-  except Refused as error:
-    return {'refused': str(error)}
-  except MemoryError:
-    raise
-  except Exception as error:  # anything that the template's code raises
-    return {'refused': f'the chat template rejects this conversation ({_reason(error)})'}
-  return {'text': text, 'spans': spans}
-
-
 def _render(messages: Any, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
   if messages[0]['role'] == 'assistant':  # transformers renders no empty prompt
-    raise Refused('the conversation starts with the assistant: put a system or user message first')
+    raise ValueError('the conversation starts with the assistant, not with a system or user message')
 
   def render(messages: list[Message], prompt: bool = False) -> str:
-    bounded.restart()
     return _apply(tokenizer, messages, add_generation_prompt=prompt)
 
   spans: list[tuple[int, int]] = []
@@ -198,10 +99,7 @@ def _render(messages: Any, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
       # Some templates render an answer differently when a user message follows, such as Qwen3's.
       span, searched = _search(whole, messages, index, prompt, render, tokenizer.eos_token or ''), True
     if span is None or (searched and spans and span[0] < spans[-1][1]):
-      raise Refused(
-        f'cannot locate the tokens of assistant message {index + 1} (the chat template '
-        'renders it differently when more follows): use another template or plain text'
-      )
+      raise ValueError(f'it renders assistant message {index + 1} differently when more follows')
     spans.append(span)
   return whole, spans
 

@@ -7,10 +7,8 @@ default). A source of one .npy file holds token blocks: see `adapt_jax.data.wind
 """
 
 import dataclasses
-import glob
 import itertools
 import json
-import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
@@ -19,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from adapt_jax.data import records
-from adapt_jax.models.errors import InputError, Unreachable, first_line, unreachable
+from adapt_jax.models.errors import InputError, Unreachable, first_line, reading, unreachable
 from adapt_jax.models.files import exists, local, read_text, regular
 from adapt_jax.models.formats.npy import open_npy
 
 Source = tuple[str, ...]
+Rows = Iterator[tuple[str, dict[str, Any]]]  # where each is, for error messages, and its fields
 
 _WHOLE = ('.txt', '.tokens')  # one document per file; .tokens is the suffix of WikiText's files
 _SUFFIXES = (*_WHOLE, '.jsonl', '.json', '.parquet')
@@ -70,9 +69,9 @@ def check_source(source: Source, field: str, *, text_field: str, messages_field:
     return
   for origin in _origins(source, field):
     if isinstance(origin, pathlib.Path) and origin.suffix.lower() in _WHOLE:
-      _check_readable(origin)
-    else:
-      next(_documents(origin, text_field, messages_field), None)
+      with reading(field, origin), open(regular(origin), 'rb'):
+        continue
+    next(_documents(origin, text_field, messages_field), None)
 
 
 def fingerprint(entry: str, field: str) -> list[Any]:
@@ -80,15 +79,15 @@ def fingerprint(entry: str, field: str) -> list[Any]:
 
   For a hub data set: its revision, or '' if the hub does not give it. Raises InputError as reading does.
   """
-  found: list[Any] = []
-  for origin in _origins_of(entry, field):
+  marks: list[Any] = []
+  for origin in _origins((entry,), field):
     if isinstance(origin, str):
-      found.append((origin, _hub_revision(origin.split(':')[0])))
+      marks.append((origin, _hub_revision(origin.split(':')[0])))
       continue
-    _check_readable(origin)
-    status = origin.stat()
-    found.append((str(origin.resolve()), status.st_size, status.st_mtime_ns))
-  return found
+    with reading(field, origin):
+      status = origin.stat()
+      marks.append((str(origin.resolve()), status.st_size, status.st_mtime_ns))
+  return marks
 
 
 def hub_name(entry: str) -> str:
@@ -117,177 +116,107 @@ def is_blocks(source: Source) -> bool:
   return len(source) == 1 and source[0].lower().endswith('.npy')
 
 
-def open_blocks(source: Source, field: str) -> np.ndarray:
-  """Memory-maps the .npy file of `source`, integers [N, T]. Raises InputError for anything else."""
-  try:
-    blocks = open_npy(local(source[0]))
-  except FileNotFoundError:
-    raise InputError(f'{field} {source[0]!r}: no such file') from None
-  except InputError as error:
-    raise InputError(f'{field}: {error}') from None
-  except OSError as error:
-    raise InputError(f'{field} {source[0]!r}: cannot be read ({error.strerror})') from None
-  if not isinstance(blocks, np.ndarray) or blocks.ndim != 2 or blocks.dtype.kind not in 'iu':
-    found = f'{blocks.dtype} {list(blocks.shape)}' if isinstance(blocks, np.ndarray) else 'an archive'
-    raise InputError(f'{field} {source[0]!r} holds {found}: token blocks are integers [rows, length]')
+def open_blocks(source: Source, field: str, length: int = 0) -> np.ndarray:
+  """Memory-maps the .npy file of `source`: integers [N, T]. Raises InputError for anything else.
+
+  length: T, if it is known.
+  """
+  with reading(f'{field} {source[0]!r}', remedy='give a .npy file of integers [rows, sequence length]'):
+    blocks: np.ndarray = open_npy(local(source[0]))
+    if blocks.ndim != 2 or blocks.dtype.kind not in 'iu' or (length and blocks.shape[1] != length):
+      raise ValueError(
+        f'it holds {blocks.dtype} {list(blocks.shape)}{length and f", not rows of {length}" or ""}'
+      )
   return blocks
 
 
 def _origins(source: Source, field: str) -> Iterator[pathlib.Path | str]:
   """The files (paths) and hub data sets (strings) that the entries refer to."""
-  if not source:
-    raise InputError(f'{field} is empty: name at least one file, directory, glob or hub data set')
-  for entry in source:
-    yield from _origins_of(entry, field)
-
-
-def _origins_of(entry: str, field: str, matched: bool = False) -> Iterator[pathlib.Path | str]:
-  """The files and hub data sets of one entry; matched: the entry is a match of a glob."""
-  try:
-    path = local(entry)
-    found = exists(path)
-  except InputError as error:
-    raise InputError(f'{field}: {error}') from None
-  if entry and path.is_dir():
-    files = sorted(p for p in path.rglob('*') if p.suffix.lower() in _SUFFIXES and p.is_file())
-    if not files:
-      raise InputError(f'{field} {entry!r}: no {", ".join(_SUFFIXES)} file in this directory')
+  for entry in source or ('',):
+    with reading(field, repr(entry), 'check the path'):
+      files = [file for path in _matches(entry) for file in _files(path)]
+    wrong = [file for file in files if file.suffix.lower() not in _SUFFIXES]
+    if not files and hub_name(entry):
+      yield entry
+    elif wrong or not files:
+      raise InputError(
+        f'{field} {entry!r}: {"not a text" if wrong else "no such file"}: name {", ".join(_SUFFIXES)} files, '
+        'directories or globs of them, a hub data set org/name:config:split, or one .npy file of token ids '
+        'alone (make fetch downloads the demo)'
+      )
     yield from files
-  elif entry and found:
-    if path.suffix.lower() == '.npy':
-      raise InputError(f'{field} {entry!r}: a .npy file of token blocks must be the only entry')
-    if path.suffix.lower() not in _SUFFIXES:
-      raise InputError(f'{field} {entry!r}: unknown file type: use {", ".join(_SUFFIXES)}')
-    yield path
-  elif path.is_symlink():
-    raise InputError(f'{field} {entry!r}: a link to a file that does not exist: repair or remove the link')
-  elif not matched and (matches := _matches(entry)):
-    for match in matches:
-      yield from _origins_of(match, field, matched=True)
-  elif hub_name(entry):
-    yield entry
-  else:
-    named = ''
-    if 'evaluate.source' in field and '=' in entry:
-      named = '; a name before = begins with a letter and has only letters, digits, _ and -'
-    raise InputError(
-      f'{field} {entry!r}: no such file (a hub data set is written org/name:config:split{named}; '
-      'make fetch downloads the demo)'
-    )
 
 
-def _matches(pattern: str) -> list[str]:
-  """The paths that a glob matches, sorted; ** does not follow links, which may lead in circles."""
-  parts = pathlib.PurePath(os.path.expanduser(pattern)).parts
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+  """The file itself, or the texts below a directory, sorted."""
+  if not path.is_dir():
+    return [path]
+  return sorted(p for p in path.rglob('*') if p.suffix.lower() in _SUFFIXES and p.is_file())
+
+
+def _matches(entry: str) -> list[pathlib.Path]:
+  """The path that `entry` names, or else those that it matches as a glob, sorted; ** follows no links."""
+  path = local(entry)
+  if not entry or exists(path):
+    return [path] if entry else []
+  parts = [part if part == '**' else part.replace('**', '*') for part in path.relative_to(path.anchor).parts]
   while parts and parts[-1] == '**':  # everything below a directory, which its name means too
-    parts = parts[:-1]
-  if not parts:
-    return []
-  at = parts.index('**') if '**' in parts else len(parts)
-  starts = sorted(glob.glob(str(pathlib.PurePath(*parts[:at]))))
-  if at == len(parts):
-    return starts
-  below = '/'.join(part if part == '**' else part.replace('**', '*') for part in parts[at:])
-  hidden = any(part.startswith('.') for part in parts[at:])
-  found = [(pathlib.Path(start), path) for start in starts for path in pathlib.Path(start).glob(below)]
-  return sorted(
-    str(p) for s, p in found if hidden or not any(x.startswith('.') for x in p.relative_to(s).parts)
-  )
+    parts.pop()
+  hidden = any(part.startswith('.') and part != '..' for part in parts)
+  found = pathlib.Path(path.anchor).glob('/'.join(parts)) if parts else []
+  return sorted(p for p in found if hidden or not any(re.match(r'\.[^.]', part) for part in p.parts))
 
 
 def _documents(origin: pathlib.Path | str, text_field: str, messages_field: str) -> Iterator[Document]:
   if isinstance(origin, str):
-    found = _hub_rows(origin)
+    rows = _hub_rows(origin)
     if origin.partition(':')[0] == _BY_LINE:
-      found = _articles(found)
-  elif origin.suffix.lower() in _WHOLE:
-    found = _whole_text(origin, text_field)
-  elif origin.suffix.lower() == '.parquet':
-    found = _parquet_rows(origin, text_field, messages_field)
-  elif origin.suffix.lower() == '.json' and _is_list(origin):
-    found = _json_list(origin)
+      rows = _articles(rows)
   else:
-    found = _json_rows(origin)
-  for where, row in found:
-    yield Document(where, records.content(row, where, text_field, messages_field))
+    rows = _file_rows(origin, text_field, messages_field)
+  for where, row in rows:
+    with reading(
+      '', where, 'set data.text_field or data.messages_field to the one with the data (docs/running.md)'
+    ):
+      content = records.content(row, text_field, messages_field)
+    yield Document(where, content)
 
 
-def _check_readable(path: pathlib.Path) -> None:
-  try:
-    with open(regular(path), 'rb') as file:
-      file.read(1)
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read ({error.strerror})') from None
+def _file_rows(path: pathlib.Path, text_field: str, messages_field: str) -> Rows:
+  suffix = path.suffix.lower()
+  with reading('', path, 'give UTF-8 text, a JSON object a line, a JSON list of objects, or Parquet'):
+    if suffix in _WHOLE:
+      yield str(path), {text_field: read_text(path, 'utf-8-sig')}
+      return
+    if suffix == '.parquet':
+      yield from _parquet_rows(path, text_field, messages_field)
+      return
+    with open(regular(path), 'rb') as file:  # bytes, so that a line that is not UTF-8 still has a number
+      # A .json file is one list of rows or, as in many data sets, has one row a line.
+      if suffix == '.json' and file.read(256).removeprefix(b'\xef\xbb\xbf').lstrip().startswith(b'['):
+        file.seek(0)
+        for number, row in enumerate(json.loads(file.read().decode('utf-8-sig')), 1):
+          yield f'{path}: row {number}', row
+        return
+      file.seek(0)
+      for number, line in enumerate(file, 1):
+        if line.strip():
+          with reading('', f'{path}:{number}', 'give one JSON object a line, in UTF-8'):
+            row = json.loads(line.decode('utf-8-sig'))
+          yield f'{path}:{number}', row
 
 
-def _whole_text(path: pathlib.Path, text_field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-  try:
-    text = read_text(path, 'utf-8-sig')
-  except UnicodeDecodeError as error:
-    raise InputError(f'{path}: not UTF-8 text (byte {error.start}): convert the file') from None
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read ({error.strerror})') from None
-  yield str(path), {text_field: text}
-
-
-def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  _check_readable(path)
-  with open(path, 'rb') as file:  # bytes, so that a line that is not UTF-8 still has a number
-    for number, line in enumerate(file, 1):
-      where = f'{path}:{number}'
-      if not line.strip():
-        continue
-      try:
-        row = json.loads(line.decode('utf-8-sig'))
-      except UnicodeDecodeError:
-        raise InputError(f'{where}: not UTF-8 text: convert the file') from None
-      except (ValueError, RecursionError) as error:
-        raise InputError(f'{where}: not valid JSON ({error}): one object a line') from None
-      if not isinstance(row, dict):
-        raise InputError(f'{where}: a JSON {type(row).__name__}, not an object')
-      yield where, row
-
-
-def _is_list(path: pathlib.Path) -> bool:
-  """Whether a .json file is one list of rows; if not, it has one row per line, as in many data sets."""
-  _check_readable(path)
-  with open(path, 'rb') as file:
-    return file.read(256).removeprefix(b'\xef\xbb\xbf').lstrip().startswith(b'[')
-
-
-def _json_list(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  try:
-    found = json.loads(read_text(path, 'utf-8-sig'))
-  except UnicodeDecodeError as error:
-    raise InputError(f'{path}: not UTF-8 text (byte {error.start}): convert the file') from None
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{path}: not valid JSON ({error}): one list of rows') from None
-  for number, row in enumerate(found, 1):
-    if not isinstance(row, dict):
-      raise InputError(f'{path}: row {number}: a JSON {type(row).__name__}, not an object')
-    yield f'{path}: row {number}', row
-
-
-def _parquet_rows(
-  path: pathlib.Path, text_field: str, messages_field: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
-  import pyarrow
+def _parquet_rows(path: pathlib.Path, text_field: str, messages_field: str) -> Rows:
   from pyarrow import parquet
 
-  try:
-    with parquet.ParquetFile(regular(path)) as file:
-      columns = records.columns(file.schema_arrow.names, text_field, messages_field)
-      batches = file.iter_batches(batch_size=256, columns=columns)
-      for number, row in enumerate(itertools.chain.from_iterable(b.to_pylist() for b in batches), 1):
-        yield f'{path}: row {number}', row
-  except InputError:
-    raise
-  # Columns of times may have zones that do not exist, and times that no calendar has.
-  except (pyarrow.ArrowException, ArithmeticError, LookupError, OSError, ValueError) as error:
-    raise InputError(f'{path}: not a readable Parquet file ({first_line(error)})') from None
+  with parquet.ParquetFile(regular(path)) as file:
+    columns = records.columns(file.schema_arrow.names, text_field, messages_field)
+    batches = file.iter_batches(batch_size=256, columns=columns)
+    for number, row in enumerate(itertools.chain.from_iterable(b.to_pylist() for b in batches), 1):
+      yield f'{path}: row {number}', row
 
 
-def _articles(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _articles(rows: Rows) -> Rows:
   """Joins the rows of WikiText, its lines, to articles, each of which begins with a heading ' = Title = '."""
   place, lines = '', list[str]()
   for where, row in rows:
@@ -301,7 +230,7 @@ def _articles(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str,
     yield place, {'text': ''.join(lines)}
 
 
-def _hub_rows(entry: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _hub_rows(entry: str) -> Rows:
   import datasets
 
   name, *rest = entry.split(':')

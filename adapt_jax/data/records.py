@@ -15,8 +15,6 @@ here, the user's message has them in its key `turns`, for the chat template `pap
 import dataclasses
 from typing import Any
 
-from adapt_jax.models.errors import InputError
-
 Message = dict[str, Any]  # 'role' and 'content' are strings; other keys are passed to the chat template
 Content = str | list[Message]
 
@@ -47,31 +45,28 @@ def columns(names: list[str], text_field: str, messages_field: str) -> list[str]
   return [name for name in names if name in {text_field, messages_field, *_FIELDS}] or names
 
 
-def content(row: dict[str, Any], where: str, text_field: str, messages_field: str) -> Content:
+def content(row: dict[str, Any], text_field: str, messages_field: str) -> Content:
   """The row's text or messages; empty if it has a known form but no answer.
 
-  Raises InputError, naming `where`, for a row of no known form and for a field that is not text.
+  Raises ValueError, or another error, for a row of no known form and for a field that is not text.
   """
   if row.get(messages_field) is not None:
-    return _messages(row[messages_field], f'{where}: field {messages_field!r}')
+    return _messages(row[messages_field])
   if text_field in row:
-    return _text(row[text_field], f'{where}: field {text_field!r}')
+    return _text(row[text_field])
   for name in _LISTS:
     if row.get(name) is not None:
-      return _messages(row[name], f'{where}: field {name!r}')
+      return _messages(row[name])
   for turn in _TURNS:
     if turn.question in row and turn.answer in row:
-      return _conversation(row, turn, where)
-  raise InputError(
-    f'{where}: no field {messages_field!r} or {text_field!r} among {list(row)}, and no known format '
-    '(docs/running.md): set data.text_field or data.messages_field to the one with the data'
-  )
+      return _conversation(row, turn)
+  raise ValueError(f'it has no field {text_field!r} or {messages_field!r}, but {list(row)}')
 
 
-def _conversation(row: dict[str, Any], turn: _Turn, where: str) -> Content:
+def _conversation(row: dict[str, Any], turn: _Turn) -> Content:
   def get(name: str) -> str:
     value = row.get(name)
-    return '' if value is None else _text(value, f'{where}: field {name!r}')
+    return '' if value is None else _text(value)
 
   if not get(turn.answer).strip():
     return ''  # nothing to learn: skipped, like empty texts
@@ -85,29 +80,17 @@ def _conversation(row: dict[str, Any], turn: _Turn, where: str) -> Content:
   return [*system, user, {'role': 'assistant', 'content': get(turn.answer)}]
 
 
-def _text(value: Any, where: str) -> str:
-  if not isinstance(value, str):
-    raise InputError(f'{where} holds {type(value).__name__}, not text: leave such rows out')
-  try:
-    value.encode()
-  except UnicodeEncodeError:  # JSON can contain half of a surrogate pair, which no tokenizer accepts
-    raise InputError(f'{where} holds an unpaired surrogate (half a character): repair the text') from None
-  return value
+def _text(value: Any) -> str:
+  """The string itself; an error for anything else, and for half of a surrogate pair, as JSON may have."""
+  return str(value.encode(), 'utf-8')
 
 
-def _messages(value: Any, where: str) -> list[Message]:
-  if not isinstance(value, list):
-    raise InputError(f'{where} holds {type(value).__name__}, not a list of messages')
-  return [_message(message, where) for message in value]
+def _messages(value: Any) -> list[Message]:
+  return [_message(message) for message in value]
 
 
-def _message(message: Any, where: str) -> Message:
-  if isinstance(message, dict) and {'from', 'value'} <= message.keys() and 'content' not in message:
-    speaker = _text(message['from'], f"{where}: 'from'")
-    return {'role': _ROLES.get(speaker, speaker), 'content': _text(message['value'], f"{where}: 'value'")}
-  if not isinstance(message, dict) or not {'role', 'content'} <= message.keys():
-    found = sorted(message) if isinstance(message, dict) else type(message).__name__
-    raise InputError(f"{where}: a message is {found}: it needs 'role' and 'content', or 'from' and 'value'")
-  _text(message['role'], f"{where}: 'role'")
-  _text(message['content'], f"{where}: 'content'")
-  return message
+def _message(message: Message) -> Message:
+  if {'from', 'value'} <= message.keys() and 'content' not in message:
+    speaker = _text(message['from'])
+    return {'role': _ROLES.get(speaker, speaker), 'content': _text(message['value'])}
+  return message | {name: _text(message[name]) for name in ('role', 'content')}

@@ -12,7 +12,6 @@ renamed into place when it is complete; if several processes make it at once, th
 use its result.
 """
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -31,16 +30,16 @@ import numpy as np
 
 from adapt_jax.config.options import DataOptions
 from adapt_jax.data.chats import day
-from adapt_jax.data.documents import Document, fingerprint, read_documents
+from adapt_jax.data.documents import Document, Source, fingerprint, read_documents
 from adapt_jax.data.tokenise import BATCH_CHARS, Encoded, encode_all, take
 from adapt_jax.machine.processes import WAITS, decide, say
 from adapt_jax.machine.progress import Progress, phase
 from adapt_jax.models.errors import InputError, first_line
-from adapt_jax.models.files import json_checksum, local, read_text, regular, user_cache
+from adapt_jax.models.files import json_checksum, local, read_text, user_cache
 
 TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its document
 
-_VERSION = 4  # of the format and of the tokenisation
+_VERSION = 5  # of the format and of the tokenisation
 _FILES = ('tokens', 'flags', 'ends')
 _CHECKED: set[tuple[object, ...]] = set()  # caches whose checksums this process has compared
 _PART = 2**24  # bytes that are read at once to compare checksums
@@ -67,7 +66,7 @@ class TokenCache:
   """An opened cache, memory-mapped but not read; see the module docstring for its arrays.
 
   highest: the highest token id. targets: number of tokens with TARGET that are not FIRST. complete: the
-  source has no more tokens.
+  source has no more tokens. refused: how many conversations the chat template refused, which are left out.
   """
 
   tokens: np.ndarray
@@ -76,6 +75,7 @@ class TokenCache:
   highest: int
   targets: int
   complete: bool
+  refused: int = 0
 
   def holds(self, need: Need) -> bool:
     return self.complete or (len(self.tokens) >= need.tokens and len(self.ends) >= need.documents)
@@ -102,33 +102,45 @@ def open_cache(
 
   def prepare() -> str:
     key = _key(fingerprint(entry, field), tokenizer, fields)
-    try:
-      found = _find(directory, key, need)
-    except OSError as error:
-      raise InputError(
-        f'data.cache: {directory} cannot be read ({error.strerror or first_line(error)}): delete it, '
-        'or name another'
-      ) from None
-    if found:
-      return str(found)
     documents = read_documents((entry,), field, **fields)
     try:
-      return str(_build(directory, key, documents, tokenizer, need, f'{field} {entry}'))
+      path = _find(directory, key, need)
+      return str(path or _build(directory, key, documents, tokenizer, need, f'{field} {entry}'))
     except OSError as error:
       raise InputError(
-        f'data.cache: {directory} cannot be written ({error.strerror or first_line(error)}): '
-        'name a directory with room for the tokens, three to five bytes each'
+        f'data.cache: {directory} cannot be used ({error.strerror or first_line(error)}): name a directory '
+        'with room for the tokens, three to five bytes each'
       ) from None
 
   path = pathlib.Path(decide(prepare))
   for seconds in WAITS:
     time.sleep(seconds)
     if (cache := _open(path)) is not None:
+      if cache.refused:
+        say(f'{field} {entry}: the chat template rejects {cache.refused} conversations, which are left out')
       return cache
   raise InputError(
     f'data.cache: {path} cannot be read by process {jax.process_index()}: name a directory that all '
     f'processes see'
   )
+
+
+def open_caches(
+  directory: pathlib.Path | None, source: Source, tokenizer: Any, need: Need, **fields: str
+) -> list[TokenCache]:
+  """Opens entries of a source in order, as by `open_cache`, until they hold what is needed.
+
+  directory: None: in the user's cache directory.
+  """
+  caches: list[TokenCache] = []
+  for entry in source or ('',):
+    tokens = need.tokens - sum(len(cache.tokens) for cache in caches)
+    documents = need.documents - sum(len(cache.ends) for cache in caches)
+    if caches and tokens <= 0 and documents <= 0:
+      break
+    place, rest = directory or user_cache('tokens'), Need(tokens, documents)
+    caches.append(open_cache(place, entry, tokenizer, rest, **fields))
+  return caches
 
 
 def _key(data: list[Any], tokenizer: Any, fields: dict[str, str]) -> str:
@@ -150,13 +162,12 @@ def _find(directory: pathlib.Path, key: str, need: Need) -> pathlib.Path | None:
   paths = [path for path in directory.glob(f'{key}-*') if path.name.split('-')[1].isdecimal()]
   for path in sorted(paths, key=lambda path: int(path.name.split('-')[1])):
     cache = _open(path)
-    if cache is None:
-      shutil.rmtree(path, ignore_errors=True)
-    elif cache.holds(need):
-      if _undamaged(path):
-        return path
-      say(f'{path} is damaged: it is removed, and the text is tokenised again')
-      shutil.rmtree(path, ignore_errors=True)
+    if cache and not cache.holds(need):
+      continue
+    if cache and _undamaged(path):
+      return path
+    say(f'{path} is damaged: it is removed, and the text is tokenised again')
+    shutil.rmtree(path, ignore_errors=True)
   return None
 
 
@@ -164,43 +175,43 @@ def _open(path: pathlib.Path) -> TokenCache | None:
   """The cache, or None if it is damaged or absent."""
 
   def load(name: str, dtype: Any, count: int) -> np.ndarray:
-    if regular(path / name).stat().st_size != count * np.dtype(dtype).itemsize:
-      raise ValueError(f'{name} was truncated')
     if not count:
       return np.zeros(0, dtype)
     return np.memmap(path / name, dtype, 'r', shape=(count,)).view(np.ndarray)
 
   try:
     meta = json.loads(read_text(path / 'meta.json'))
+    if meta.pop('checksum') != json_checksum(meta):
+      return None
     tokens = load('tokens', meta['dtype'], meta['tokens'])
     flags, ends = load('flags', np.uint8, meta['tokens']), load('ends', np.int64, meta['documents'])
-    return TokenCache(tokens, flags, ends, meta['highest'], meta['targets'], meta['complete'])
-  except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+    return TokenCache(tokens, flags, ends, *(meta[n] for n in ('highest', 'targets', 'complete', 'refused')))
+  except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
     return None  # other OS errors do not show that the cache is damaged
 
 
 def _undamaged(path: pathlib.Path) -> bool:
   """Whether the files have the checksums of meta.json; a process reads each cache once."""
   try:
-    states = [(path / name).stat() for name in (*_FILES, 'meta.json')]
+    states = [(path / name).stat() for name in _FILES]
     key = (str(path), *((state.st_mtime_ns, state.st_size) for state in states))
-    if key in _CHECKED:
-      return True
-    with phase('checking tokens'):
-      meta = json.loads(read_text(path / 'meta.json'))
-      if meta.pop('checksum', None) != json_checksum(meta):
-        return False
-      for name, wanted in meta['checksums'].items():
-        found = 0
-        with open(path / name, 'rb') as file:
-          while part := file.read(_PART):
-            found = zlib.crc32(part, found)
-        if found != wanted:
+    if key not in _CHECKED:
+      with phase('checking tokens'):
+        sums = json.loads(read_text(path / 'meta.json'))['checksums']
+        if any(_checksum(path / name) != sums[name] for name in _FILES):
           return False
+      _CHECKED.add(key)
   except FileNotFoundError:  # another process removes a damaged cache, or replaces it
     return False
-  _CHECKED.add(key)
   return True
+
+
+def _checksum(path: pathlib.Path) -> int:
+  value = 0
+  with open(path, 'rb') as file:
+    while part := file.read(_PART):
+      value = zlib.crc32(part, value)
+  return value
 
 
 def _build(
@@ -220,20 +231,10 @@ def _build(
   try:
     writer = _Writer(beside, max(tokenizer.get_vocab().values(), default=0))
     with writer, Progress(f'tokenising {title}', None, 'tokens') as bar:
-      complete, refused = False, tuple[str, ...]()
-      while not complete and not writer.holds(need):
-        feed = _Feed(documents, writer, need)
-        for encoded in encode_all(feed.batches(), tokenizer):
-          refused += encoded.refused
-          writer.append(encoded)
-          check_refused(refused, writer.documents, reading=True)
-          feed.arrived()
-          bar.update(len(encoded.tokens))
-        complete = feed.complete
-      check_refused(refused, writer.documents)
-      writer.finish(complete)
-    if refused:
-      say(f'{title}: {len(refused)} conversations are skipped, such as {refused[0]}')
+      for encoded in encode_all(_batches(documents, writer, need), tokenizer):
+        writer.append(encoded)
+        bar.update(len(encoded.tokens))
+      writer.finish()
     path = directory / f'{key}-{writer.tokens}'
     if (other := _open(path)) and not other.holds(need):  # the same tokens, but not marked as complete
       shutil.rmtree(path)
@@ -247,6 +248,15 @@ def _build(
     shutil.rmtree(beside, ignore_errors=True)
 
 
+def _batches(documents: Iterator[Document], writer: '_Writer', need: Need) -> Iterator[list[Document]]:
+  """Batches of documents until what is written meets the need, or there are no more."""
+  while not (writer.tokens >= need.tokens and writer.documents >= need.documents):
+    if not (batch := take(documents, BATCH_CHARS)):
+      writer.complete = True
+      return
+    yield batch
+
+
 def _last_written(path: pathlib.Path) -> float:
   """When a file of the directory was last written; the current time if it disappears meanwhile."""
   try:
@@ -255,25 +265,16 @@ def _last_written(path: pathlib.Path) -> float:
     return time.time()
 
 
-def check_refused(refused: tuple[str, ...], documents: int, reading: bool = False) -> None:
-  """Raises InputError if the chat template refuses many conversations, a sign that it is the wrong one.
-
-  reading: more follow, so a few say nothing yet.
-  """
-  few = _FEW_REFUSED if reading else 0
-  if len(refused) > max(few, _MOST_REFUSED * (documents + len(refused))):
-    raise InputError(
-      f'{refused[0]}; {len(refused)} of the first {documents + len(refused)} are rejected: remove such '
-      f'rows, or set data.chat_template'
-    )
-
-
 class _Writer:
-  """Appends to the files of a cache; a context manager that holds them open."""
+  """Appends to the files of a cache; a context manager that holds them open.
+
+  complete: there are no more documents.
+  """
 
   def __init__(self, path: pathlib.Path, highest_id: int):
     self._path, self._dtype = path, np.dtype(np.uint16 if highest_id < 2**16 else np.uint32)
     self.tokens = self.documents = self._targets = self._highest = 0
+    self.complete, self._refused = False, list[str]()
     self._files: dict[str, BinaryIO] = {}
     self._checksums = dict.fromkeys(_FILES, 0)
     self._stack = contextlib.ExitStack()
@@ -286,10 +287,8 @@ class _Writer:
   def __exit__(self, *exc: object) -> None:
     self._stack.close()
 
-  def holds(self, need: Need) -> bool:
-    return self.tokens >= need.tokens and self.documents >= need.documents
-
   def append(self, encoded: Encoded) -> None:
+    """Writes documents. Raises InputError if the chat template has refused too many of all."""
     ends = np.cumsum(encoded.lengths)
     flags = encoded.targets.astype(np.uint8) * np.uint8(TARGET)
     flags[(ends - encoded.lengths)[encoded.lengths > 0]] |= FIRST
@@ -299,50 +298,25 @@ class _Writer:
     self._highest = max(self._highest, int(encoded.tokens.max(initial=0)))
     self._targets += int((flags == TARGET).sum())
     self.tokens, self.documents = self.tokens + len(flags), self.documents + len(ends)
+    self._refused += encoded.refused
+    self._check_refused(_FEW_REFUSED)
 
   def _write(self, name: str, data: bytes) -> None:
     self._files[name].write(data)
     self._checksums[name] = zlib.crc32(data, self._checksums[name])
 
-  def finish(self, complete: bool) -> None:
+  def _check_refused(self, few: int) -> None:
+    """Raises InputError if the template refuses many conversations, a sign that it is the wrong one."""
+    every = self.documents + len(self._refused)
+    if len(self._refused) > max(few, _MOST_REFUSED * every):
+      raise InputError(f'{self._refused[0]}; {len(self._refused)} of the first {every} are rejected')
+
+  def finish(self) -> None:
+    self._check_refused(0)
     for file in self._files.values():
       file.flush()
       os.fsync(file.fileno())
-    counts = {'tokens': self.tokens, 'documents': self.documents, 'targets': self._targets}
-    meta = {'dtype': self._dtype.name, 'highest': self._highest, 'complete': complete} | counts
-    meta |= {'checksums': self._checksums}
+    meta = {'dtype': self._dtype.name, 'highest': self._highest, 'complete': self.complete}
+    meta |= {'tokens': self.tokens, 'documents': self.documents, 'targets': self._targets}
+    meta |= {'refused': len(self._refused), 'checksums': self._checksums}
     (self._path / 'meta.json').write_text(json.dumps(meta | {'checksum': json_checksum(meta)}))
-
-
-class _Feed:
-  """Batches of documents until the tokens written, plus an estimate of those in progress, meet the need.
-
-  complete: there are no more documents.
-  """
-
-  def __init__(self, documents: Iterator[Document], writer: _Writer, need: Need):
-    self._documents, self._writer, self._need = documents, writer, need
-    self._under_way: collections.deque[tuple[int, int]] = collections.deque()  # characters, documents
-    self._first_token, self._chars = writer.tokens, 0
-    self.complete = False
-
-  def arrived(self) -> None:
-    """Records that the oldest batch was encoded and written."""
-    self._chars += self._under_way.popleft()[0]
-
-  def batches(self) -> Iterator[list[Document]]:
-    while True:
-      chars = sum(chars for chars, _ in self._under_way)
-      count = sum(count for _, count in self._under_way)
-      # A token is rarely shorter than a character, so n missing tokens need at least n characters; a few
-      # rounds suffice, without reading far beyond the need.
-      ratio = (self._writer.tokens - self._first_token) / self._chars if self._chars else 1.0
-      tokens = self._need.tokens - self._writer.tokens - int(chars * ratio)
-      count = self._need.documents - self._writer.documents - count
-      if tokens <= 0 and count <= 0:
-        return
-      if not (batch := take(self._documents, BATCH_CHARS, tokens, count)):
-        self.complete = True
-        return
-      self._under_way.append((sum(document.size for document in batch), len(batch)))
-      yield batch

@@ -12,11 +12,11 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
-from adapt_jax.data.chats import Refused, Text, try_to_render, user_prompts
+from adapt_jax.data.chats import Text, render_prompts, try_to_render
 from adapt_jax.data.documents import Document
 from adapt_jax.models.errors import InputError
 
@@ -40,21 +40,12 @@ class Encoded:
   refused: tuple[str, ...] = ()
 
 
-class _Sized(Protocol):
-  @property
-  def size(self) -> int: ...
-
-
-_Item = TypeVar('_Item', bound=_Sized)
-
-
-def take(items: Iterator[_Item], most: int, chars: int, count: int = 0) -> list[_Item]:
-  """Takes items until there are `count` with `chars` characters in all, or they have `most` characters."""
-  batch: list[_Item] = []
-  size = 0
-  while size < most and (size < chars or len(batch) < count) and (item := next(items, None)) is not None:
-    batch.append(item)
-    size += item.size
+def take(documents: Iterator[Document], chars: int) -> list[Document]:
+  """Takes documents until they have `chars` characters in all."""
+  batch, size = list[Document](), 0
+  while size < chars and (document := next(documents, None)) is not None:
+    batch.append(document)
+    size += document.size
   return batch
 
 
@@ -156,11 +147,14 @@ def _work(batch: list[Document]) -> Encoded:
 
 
 def _encode_documents(batch: list[Document], tokenizer: Any) -> Encoded:
-  chats = [document for document in batch if not isinstance(document.content, str)]
-  rendered = iter(try_to_render(chats, tokenizer))
-  found = [Text(d.content) if isinstance(d.content, str) else next(rendered) for d in batch]
-  texts = [text for text in found if isinstance(text, Text)]
-  refused = [str(text) for text in found if isinstance(text, Refused)]
+  texts, refused = list[Text](), list[str]()
+  for document in batch:
+    chat = not isinstance(document.content, str)
+    text = try_to_render(document, tokenizer) if chat else Text(str(document.content))
+    if isinstance(text, Text):
+      texts.append(text)
+    else:
+      refused.append(str(text))
   return dataclasses.replace(encode(texts, tokenizer), refused=tuple(refused))
 
 
@@ -198,10 +192,8 @@ def encode_prompts(texts: Sequence[str], tokenizer: Any, chat: bool) -> list[lis
   Raises InputError if the template refuses one.
   """
   if chat and tokenizer.chat_template:
-    try:
-      prompts = user_prompts(texts, tokenizer)
-    except InputError as error:
-      raise InputError(f'the chat template rejects a prompt ({error}): use plain text') from None
+    messages = [[{'role': 'user', 'content': text}] for text in texts]
+    prompts = render_prompts(messages, tokenizer, add_generation_prompt=True)
     return [tokenizer(prompt, add_special_tokens=False)['input_ids'] for prompt in prompts]
   found = [tokenizer(text)['input_ids'] for text in texts]
   return [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in found]

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from adapt_jax.config.options import DataOptions, TrainOptions
-from adapt_jax.data.documents import is_blocks
+from adapt_jax.data.documents import is_blocks, open_blocks
 from adapt_jax.data.order import Order
-from adapt_jax.data.token_cache import FIRST, TARGET, Need, TokenCache, open_cache, token_directory
-from adapt_jax.data.windows import check_vocab, map_blocks, token_ids
+from adapt_jax.data.token_cache import FIRST, TARGET, Need, TokenCache, open_caches, token_directory
+from adapt_jax.data.windows import check_vocab, token_ids
 from adapt_jax.models.errors import InputError
 
 _FIELD = 'train.source'
@@ -84,10 +84,8 @@ class BlockRows:
   """
 
   def __init__(self, source: tuple[str, ...], length: int, vocab_size: int):
-    self._blocks = map_blocks(source, length, _FIELD)
+    self._blocks = open_blocks(source, _FIELD, length)
     self._where, self._vocab_size = f'{_FIELD} {source[0]!r}', vocab_size
-    if not len(self._blocks):
-      raise InputError(f'{self._where}: it has no rows: give a file with some')
     self._ids(slice(0, _LEAST_TOKENS // length))
 
   def __len__(self) -> int:
@@ -190,59 +188,44 @@ def open_train_set(
   Without weights, the entries of train.source are concatenated. No entry is read much further than
   `train.tokens` requires. Rows begin with `first`, as in `TrainSet`, but for those of a .npy file.
   """
-  order: dict[str, int] = {'length': train.length, 'batch': train.batch, 'seed': seed}
-  if is_blocks(train.source):
-    return TrainSet([BlockRows(train.source, train.length, vocab_size)], [1.0], **order)
-  opener = _Opener(train, data, tokenizer, vocab_size)
+  length, blocks = train.length, is_blocks(train.source)
   used: list[tuple[tuple[str, ...], float]] = [(train.source, 1.0)]
-  if train.weights:
+  if train.weights and not blocks:
     shares = [weight / sum(train.weights) for weight in train.weights]
     used = [((entry,), share) for entry, share in zip(train.source, shares, strict=True) if share]
-  groups = [opener.open(entries, share) for entries, share in used]
-  return TrainSet(groups, [share for _, share in used], **order, first=first)
-
-
-class _Opener:
-  """Opens groups of a source's entries as `Rows`."""
-
-  def __init__(self, train: TrainOptions, data: DataOptions, tokenizer: Any, vocab_size: int):
-    self._train, self._data, self._tokenizer, self._vocab_size = train, data, tokenizer, vocab_size
-    self._directory = token_directory(data)
-
-  def open(self, entries: tuple[str, ...], share: float) -> Rows:
-    """Enough rows for `share` of train.tokens, if the entries have that many."""
-    length, padded = self._train.length, self._train.layout == 'padded'
-    most = -(-max(int(self._train.tokens * share), _LEAST_TOKENS) // length)
-    parts: list[TokenCache] = []
-    for entry in entries:
-      tokens = most * length - sum(len(part.tokens) for part in parts)
-      documents = most - sum(len(part.ends) for part in parts)
-      if (documents if padded else tokens) <= 0:
-        break
-      parts.append(self._open_entry(entry, Need(0, documents) if padded else Need(tokens)))
-    rows = PaddedRows(parts, length, most) if padded else PackedRows(parts, length, most)
-    self._check(entries, parts, len(rows))
-    return rows
-
-  def _open_entry(self, entry: str, need: Need) -> TokenCache:
-    return open_cache(
-      self._directory,
-      entry,
-      self._tokenizer,
-      need,
-      text_field=self._data.text_field,
-      messages_field=self._data.messages_field,
-      field=_FIELD,
-    )
-
-  def _check(self, entries: tuple[str, ...], parts: list[TokenCache], rows: int) -> None:
-    where = f'{_FIELD} {entries[0]!r}' if len(entries) == 1 else _FIELD
-    if not rows:
-      count = sum(len(part.tokens) for part in parts)
+  groups = list[Rows]()
+  for entries, share in used:
+    if blocks:
+      rows: Rows = BlockRows(entries, length, vocab_size)
+    else:
+      rows = _open_rows(entries, share, train, data, tokenizer, vocab_size)
+    if not len(rows):
       raise InputError(
-        f'{where}: the data has only {count} tokens, fewer than one window of '
-        f'{self._train.length}: give more data or a shorter train.length'
+        f'{_FIELD} = {", ".join(entries)} has not one row of {length} tokens: give more data or a shorter '
+        f'train.length'
       )
-    check_vocab(max(part.highest for part in parts), self._vocab_size, where)
-    if not any(part.targets for part in parts):
-      raise InputError(f"{where}: no token to predict: chats need the assistant's messages")
+    groups.append(rows)
+  weights = [share for _, share in used]
+  first = None if blocks else first
+  return TrainSet(groups, weights, length=length, batch=train.batch, seed=seed, first=first)
+
+
+def _open_rows(
+  entries: tuple[str, ...],
+  share: float,
+  train: TrainOptions,
+  data: DataOptions,
+  tokenizer: Any,
+  vocab_size: int,
+) -> Rows:
+  """Enough rows for `share` of train.tokens, if the entries have that many."""
+  length, padded = train.length, train.layout == 'padded'
+  most = -(-max(int(train.tokens * share), _LEAST_TOKENS) // length)
+  need = Need(0, most) if padded else Need(most * length)
+  fields = {'text_field': data.text_field, 'messages_field': data.messages_field, 'field': _FIELD}
+  parts = open_caches(token_directory(data), entries, tokenizer, need, **fields)
+  check_vocab(max(part.highest for part in parts), vocab_size, _FIELD)
+  rows = PaddedRows(parts, length, most) if padded else PackedRows(parts, length, most)
+  if len(rows) and not any(part.targets for part in parts):
+    raise InputError(f"{_FIELD}: no token to predict: chats need the assistant's messages")
+  return rows

@@ -1,17 +1,16 @@
-"""Cuts text into windows of tokens in memory, for calibration and evaluation; `train_set` is for training."""
+"""Windows of tokens in memory, for calibration and evaluation; `train_set` has the rows of training."""
 
 import dataclasses
 import hashlib
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from adapt_jax.data.chats import render_all
-from adapt_jax.data.documents import Source, is_blocks, open_blocks, read_documents
-from adapt_jax.data.tokenise import BATCH_CHARS, encode, take
-from adapt_jax.machine.progress import Progress
+from adapt_jax.data.documents import Source, is_blocks, open_blocks
+from adapt_jax.data.token_cache import TARGET, Need, open_caches
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.families import Family
 
@@ -54,17 +53,12 @@ class MixedBlocks(Blocks):
 
   def draw(self, count: int, seed: int, step: int) -> np.ndarray:
     """Draws `count` distinct rows, each source's quota from its own rows; the first source's rows first."""
-    found, start = [], 0
+    rows, start = [], 0
     shared = zip(self.names, self.counts, quotas(self.shares, count), strict=True)
-    for part, (name, rows, quota) in enumerate(shared):
-      if quota > rows:
-        raise InputError(
-          f'prune.calibration.samples = {count} takes {quota} rows from {name!r}, which has {rows} of '
-          f'{self.tokens.shape[1]} tokens: lower it or the weight, or give more text'
-        )
-      found.append(start + draw_rows(rows, quota, seed, step, part=part))
-      start += rows
-    return np.concatenate(found)
+    for part, (name, of_source, quota) in enumerate(shared):
+      rows.append(start + draw_rows(of_source, quota, seed, step, part=part, name=f' of {name!r}'))
+      start += of_source
+    return np.concatenate(rows)
 
 
 def quotas(shares: Sequence[float], count: int) -> list[int]:
@@ -96,32 +90,27 @@ class TokenStream:
 
   def blocks(self, length: int, field: str) -> Blocks:
     """Non-overlapping windows of `length` tokens, without the tail. Raises InputError if there are none."""
-    return self._begun(_cut(self.tokens, self.targets, length, sys.maxsize, len(self.ends), field))
+    rows = len(self.tokens) // length
+    tokens, targets = (x[: rows * length].reshape(rows, length) for x in (self.tokens, self.targets.copy()))
+    return self._begun(tokens, targets, field)
 
   def spans(self, length: int, seed: int, field: str) -> Blocks:
     """One window from each document of at least `length` tokens, at a random place. Raises InputError."""
     starts = np.concatenate([[0], self.ends])[:-1]
     room = self.ends - starts - length
     starts, room = starts[room >= 0], room[room >= 0]
-    if not len(starts):
-      raise InputError(
-        f'{field}: none of its {len(self.ends)} documents has {length} tokens: give longer documents, or a '
-        'shorter sequence length'
-      )
     # The counter's last word keeps these draws apart from those of `draw_rows`.
     key, counter = np.array([seed, 0], np.uint64), np.array([0, 0, 0, 2], np.uint64)
     places = np.random.Generator(np.random.Philox(key=key, counter=counter)).integers(0, room, endpoint=True)
     index = (starts + places)[:, None] + np.arange(length)
-    targets = self.targets[index]
-    targets[:, 0] = False
-    return self._begun(Blocks(self.tokens[index], targets, len(self.ends)))
+    return self._begun(self.tokens[index], self.targets[index], field)
 
-  def _begun(self, blocks: Blocks) -> Blocks:
-    if self.first is None:
-      return blocks
-    tokens = blocks.tokens.copy()
-    tokens[:, 0] = self.first
-    return dataclasses.replace(blocks, tokens=tokens)
+  def _begun(self, tokens: np.ndarray, targets: np.ndarray, field: str) -> Blocks:
+    targets[:, 0] = False
+    if self.first is not None:
+      tokens = tokens.copy()
+      tokens[:, 0] = self.first
+    return _some(Blocks(tokens, targets, len(self.ends)), f'{field} ({len(self.tokens)} tokens)')
 
 
 def first_of_rows(family: Family, tokenizer: Any) -> int | None:
@@ -139,51 +128,46 @@ def load_blocks(
   field: str,
   max_tokens: int | None = None,
   first: int | None = None,
+  directory: pathlib.Path | None = None,
 ) -> Blocks:
   """Reads and tokenises `source` and cuts it into non-overlapping windows of `length` tokens.
 
   Documents are concatenated, each with the tokenizer's special tokens (BOS) before it and an EOS after it,
   if the tokenizer has them; a conversation has those of its chat template, and only the assistant's tokens
-  are targets. A tail shorter than a window is dropped. At most `max_tokens` tokens are kept, and no document
-  beyond them is tokenised. Windows begin with `first`, as in `TokenStream`. A .npy source is used unchanged,
-  without `tokenizer`.
+  are targets. A tail shorter than a window is dropped. At most `max_tokens` tokens are kept. Windows begin
+  with `first`, as in `TokenStream`. A .npy source is used unchanged, without `tokenizer`.
 
-  Raises InputError, naming `field` or the file, for a source that cannot be read or is shorter than one
-  window, and for conversations that the tokenizer's chat template cannot render.
+  directory: of the token caches, as for `open_caches`. Raises InputError, naming `field` or the file, for a
+  source that cannot be read or is shorter than one window, and if the chat template refuses many of its
+  conversations.
   """
+  limit = sys.maxsize if max_tokens is None else max_tokens
   if is_blocks(source):
-    return _load_npy(source, length, sys.maxsize if max_tokens is None else max_tokens, field)
-  fields = {'text_field': text_field, 'messages_field': messages_field}
-  stream = load_stream(source, tokenizer, **fields, field=field, max_tokens=max_tokens, first=first)
+    rows = open_blocks(source, field, length)[: limit // length]
+    tokens = token_ids(np.array(rows), f'{field} {source[0]!r}')
+    targets = np.ones(tokens.shape, np.bool_)
+    targets[:, 0] = False
+    return _some(Blocks(tokens, targets, 0), field)
+  fields = {'text_field': text_field, 'messages_field': messages_field, 'field': field}
+  stream = load_stream(directory, source, tokenizer, limit, first, **fields)
   return stream.blocks(length, field)
 
 
 def load_stream(
+  directory: pathlib.Path | None,
   source: Source,
   tokenizer: Any,
-  *,
-  text_field: str,
-  messages_field: str,
-  field: str,
-  max_tokens: int | None = None,
-  first: int | None = None,
+  limit: int,
+  first: int | None,
+  **fields: str,
 ) -> TokenStream:
-  """The tokens that `load_blocks` cuts into windows; several lengths need no second tokenisation."""
-  limit = sys.maxsize if max_tokens is None else max_tokens
-  documents = read_documents(source, field, text_field=text_field, messages_field=messages_field)
-  texts = render_all(documents, tokenizer)
-  found, size = [encode((), tokenizer)], 0
-  with Progress(f'reading {field}', None, 'tokens') as bar:
-    # A token is rarely shorter than a character, so reading n characters for n missing tokens is never
-    # too much; a few rounds suffice, without reading far beyond the limit.
-    while batch := take(texts, BATCH_CHARS, limit - size):
-      found.append(encode(batch, tokenizer))
-      size += len(found[-1].tokens)
-      bar.update(len(found[-1].tokens))
-  tokens = np.concatenate([x.tokens for x in found]).view(np.int32)[:limit]
-  targets = np.concatenate([x.targets for x in found])[:limit]
-  ends = np.cumsum(np.concatenate([x.lengths for x in found])).clip(max=limit)
-  return TokenStream(tokens, targets, ends, first)
+  """The first `limit` tokens of a source. fields: as for `open_cache`, which raises InputError."""
+  caches = open_caches(directory, source, tokenizer, Need(limit), **fields)
+  starts = np.cumsum([0, *(len(cache.tokens) for cache in caches)])
+  tokens, flags, ends = (np.concatenate([getattr(c, n) for c in caches]) for n in ('tokens', 'flags', 'ends'))
+  ends += np.repeat(starts[:-1], [len(cache.ends) for cache in caches])
+  ends = ends[: np.searchsorted(ends, limit) + 1].clip(max=limit)  # of the documents that begin before it
+  return TokenStream(tokens[:limit].astype(np.int32), (flags[:limit] & TARGET) > 0, ends, first)
 
 
 def read_for(max_tokens: int) -> int:
@@ -224,15 +208,15 @@ def check_vocab(highest: int, vocab_size: int, field: str) -> None:
     )
 
 
-def draw_rows(num_rows: int, count: int, seed: int, step: int, part: int = 0) -> np.ndarray:
+def draw_rows(num_rows: int, count: int, seed: int, step: int, part: int = 0, name: str = '') -> np.ndarray:
   """Draws `count` distinct rows out of `num_rows`, anew for each step: int64 [count].
 
   If all rows are drawn, they keep their order. Each `part` has its own draws. Raises InputError for too few
-  rows.
+  rows; `name`: of which source, for its message.
   """
   if count > num_rows:
     raise InputError(
-      f'prune.calibration.samples = {count}, but the text is only long enough for {num_rows} rows: '
+      f'prune.calibration.samples takes {count} rows{name}, but the text is only long enough for {num_rows}: '
       f'lower it, shorten the rows, or give more text'
     )
   if count == num_rows:
@@ -244,23 +228,6 @@ def draw_rows(num_rows: int, count: int, seed: int, step: int, part: int = 0) ->
   )
 
 
-def _load_npy(source: Source, length: int, limit: int, field: str) -> Blocks:
-  blocks = map_blocks(source, length, field)
-  tokens = token_ids(np.array(blocks[: limit // length]), f'{field} {source[0]!r}').ravel()
-  return _cut(tokens, np.ones(tokens.shape, np.bool_), length, limit, 0, field)
-
-
-def map_blocks(source: Source, length: int, field: str) -> np.ndarray:
-  """The rows of a .npy source, memory-mapped but not read: integers [N, length]. Raises InputError."""
-  blocks = open_blocks(source, field)
-  if blocks.shape[1] != length:
-    raise InputError(
-      f'{field} {source[0]!r} has rows of {blocks.shape[1]} tokens, the sequence length is {length}: '
-      f'set it to {blocks.shape[1]}'
-    )
-  return blocks
-
-
 def token_ids(values: np.ndarray, where: str) -> np.ndarray:
   """Converts integers to int32. Raises InputError, naming `where`, if they cannot be token ids."""
   if values.size and (values.min() < 0 or values.max() > np.iinfo(np.int32).max):
@@ -268,17 +235,11 @@ def token_ids(values: np.ndarray, where: str) -> np.ndarray:
   return values.astype(np.int32)
 
 
-def _cut(
-  tokens: np.ndarray, targets: np.ndarray, length: int, limit: int, documents: int, field: str
-) -> Blocks:
-  """Cuts `tokens` and `targets` [tokens] into `Blocks`."""
-  count = min(tokens.size, limit)
-  rows = count // length
-  if not rows:
+def _some(blocks: Blocks, what: str) -> Blocks:
+  """The blocks, of which there must be some. Raises InputError."""
+  if not len(blocks.tokens):
     raise InputError(
-      f'{field}: the data has only {count} tokens, fewer than one window of {length}: '
-      'give more data or a shorter sequence length'
+      f'{what}: not one row of {blocks.tokens.shape[1]} tokens: give more data, longer documents, or a '
+      f'shorter sequence length'
     )
-  targets = targets[: rows * length].reshape(rows, length).copy()
-  targets[:, 0] = False
-  return Blocks(tokens[: rows * length].reshape(rows, length), targets, documents)
+  return blocks

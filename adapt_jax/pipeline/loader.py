@@ -33,10 +33,10 @@ from adapt_jax.models.network.backend import compute_dtype
 
 
 class Loader:
-  """Loads token blocks of a run's sources; a source that is used at two lengths is tokenised once.
+  """Loads token blocks of a run's sources.
 
   source: the dense model. tokenizer: its tokenizer.
-  cache: shared with loaders of other options and the same tokenizer, so that nothing is tokenised twice.
+  cache: shared with loaders of other options and the same tokenizer, so that no blocks are made twice.
   """
 
   def __init__(
@@ -53,26 +53,27 @@ class Loader:
 
     layout: as `prune.calibration.layout`; the rows of a .npy file are used as they are.
     """
-    name, limit = field, max(tokens, POOL_TOKENS)
-    self._warn_beyond_context(name, length)
-    data = self._options.data
-    fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
-    first = first_of_rows(self._config.traits, self.tokenizer)
-    fields |= {'field': name, 'max_tokens': limit, 'first': first}
-    key = (data, source, limit)
-    if is_blocks(source):
-      blocks = self._once((*key, length), lambda: load_blocks(source, self.tokenizer, length, **fields))
-    else:
-      stream = self._once(key, lambda: load_stream(source, self.tokenizer, **fields))
-      if layout == 'documents':
-        seed = self._options.seed
-        blocks = self._once((*key, length, layout, seed), lambda: stream.spans(length, seed, name))
-      else:
-        blocks = self._once((*key, length), lambda: stream.blocks(length, name))
-    check_vocab(int(blocks.tokens.max()), self._config.vocab_size, name)
-    _check_same(blocks, name)
-    check_targets(blocks, name)
+    limit = max(tokens, POOL_TOKENS)
+    self._warn_beyond_context(field, length)
+    key = (self._options.data, source, limit, length, layout, self._options.seed)
+    blocks: Blocks = self._once(key, lambda: self._read(field, source, length, limit, layout))
+    check_vocab(int(blocks.tokens.max()), self._config.vocab_size, field)
+    _check_same(blocks, field)
+    check_targets(blocks, field)
     return blocks
+
+  def _read(self, field: str, source: tuple[str, ...], length: int, limit: int, layout: str) -> Blocks:
+    data, seed = self._options.data, self._options.seed
+    first = first_of_rows(self._config.traits, self.tokenizer)
+    fields: dict[str, Any] = {
+      'text_field': data.text_field,
+      'messages_field': data.messages_field,
+      'field': field,
+    }
+    if is_blocks(source):
+      return load_blocks(source, self.tokenizer, length, **fields, max_tokens=limit)
+    stream = load_stream(token_directory(data), source, self.tokenizer, limit, first, **fields)
+    return stream.spans(length, seed, field) if layout == 'documents' else stream.blocks(length, field)
 
   def calibration(self) -> Blocks:
     """The rows that calibration draws from."""

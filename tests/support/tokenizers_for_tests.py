@@ -5,7 +5,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from adapt_jax.data.chats import Text, render_all
+from adapt_jax.data.chats import Text, try_to_render
 from adapt_jax.data.documents import Document
 
 CHATML = (
@@ -45,5 +45,8 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> Any:
 
 
 def render(document: Document, tokenizer: Any) -> Text:
-  """The text of one document."""
-  return next(render_all([document], tokenizer))
+  """The text of a conversation. Raises the error if the template refuses it."""
+  text = try_to_render(document, tokenizer)
+  if isinstance(text, Text):
+    return text
+  raise text

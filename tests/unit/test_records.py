@@ -68,10 +68,10 @@ def test_rows_of_the_published_sets(tmp_path, name):
 
 def test_configured_fields_go_first():
   row = SETS['dolly-15k'][0] | {'conversation': [ANSWER]}
-  assert records.content(row | {'text': 'T'}, '', **NAMES) == 'T'
-  assert records.content(row | {'text': 'T', 'messages': [ASKED]}, '', **NAMES) == [ASKED]
-  assert records.content(row, '', 'response', 'messages') == 'A'
-  assert records.content(row, '', 'text', 'conversation') == records.content(row, '', **NAMES) == [ANSWER]
+  assert records.content(row | {'text': 'T'}, **NAMES) == 'T'
+  assert records.content(row | {'text': 'T', 'messages': [ASKED]}, **NAMES) == [ASKED]
+  assert records.content(row, 'response', 'messages') == 'A'
+  assert records.content(row, 'text', 'conversation') == records.content(row, **NAMES) == [ANSWER]
 
 
 def test_rows_without_an_answer_are_left_out(tmp_path):
@@ -87,23 +87,6 @@ def test_json_is_a_list_of_rows_or_a_row_a_line(tmp_path, content):
   (tmp_path / 'a.json').write_text(content, encoding='utf-8-sig')
   found = list(read_documents((str(tmp_path),), 'train.source', **NAMES))
   assert [document.content for document in found] == ['x', 'y']
-
-
-@pytest.mark.parametrize(
-  ('content', 'says'),
-  [
-    (b'[{"text": "x"}', 'not valid JSON'),
-    (b'[{"text": "x"}, 1]', 'row 2: a JSON int'),
-    (b'[{"text": "\xff"}]', 'not UTF-8'),
-    (b'{"rows": []}', "or 'text' among ['rows']"),
-    (b'[{"instruction": 1, "output": "A"}]', "row 1: field 'instruction' holds int"),
-  ],
-)
-def test_broken_json_lists(tmp_path, content, says):
-  (tmp_path / 'a.json').write_bytes(content)
-  with pytest.raises(InputError) as error:
-    list(read_documents((str(tmp_path / 'a.json'),), 'train.source', **NAMES))
-  assert says in str(error.value) and 'a.json' in str(error.value)
 
 
 # Chat templates
@@ -126,13 +109,6 @@ def test_plain_gives_base_models_conversations():
   assert text.text.startswith(prompt) and prompt.endswith('Assistant:')
 
 
-def test_plain_without_special_tokens():
-  tokenizer = tiny_tokenizer(None)
-  tokenizer.bos_token = tokenizer.eos_token = None
-  text = render(Document('', CHAT[1:3]), with_template(tokenizer, 'plain'))
-  assert text.text == 'User: Q\n\nAssistant: A'
-
-
 def test_paper_is_chatml_with_a_system_message_and_one_eos():
   tokenizer = with_template(tiny_tokenizer(None), 'paper')
   text = render(Document('', CHAT[1:]), tokenizer)
@@ -147,13 +123,23 @@ def test_paper_is_chatml_with_a_system_message_and_one_eos():
   assert tokenizer.decode(encoded.tokens[encoded.targets]) == 'A<|im_end|>\nA2<|im_end|>\n</s>'
 
 
-def test_paper_without_special_tokens():
+@pytest.mark.parametrize(
+  ('name', 'expected'),
+  [
+    ('plain', 'S\n\nUser: Q\n\nAssistant: A'),
+    (
+      'paper',
+      '<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n',
+    ),
+  ],
+)
+def test_built_in_templates_without_special_tokens_and_with_unknown_roles(name, expected):
   tokenizer = tiny_tokenizer(None)
   tokenizer.bos_token = tokenizer.eos_token = None
-  text = render(Document('', CHAT[:3]), with_template(tokenizer, 'paper'))
-  assert text.text == (
-    '<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n'
-  )
+  tokenizer = with_template(tokenizer, name)
+  assert render(Document('', CHAT[:3]), tokenizer).text == expected
+  with pytest.raises(InputError, match='no role tool'):
+    render(Document('here', [ASKED, {'role': 'tool', 'content': 'x'}]), tokenizer)
 
 
 def test_template_of_a_file(tmp_path):
@@ -167,13 +153,5 @@ def test_templates_that_cannot_be_read(tmp_path):
   (tmp_path / 'empty').write_text('\n')
   (tmp_path / 'binary').write_bytes(b'\xff')
   for name in ('plane', str(tmp_path), str(tmp_path / 'empty'), str(tmp_path / 'binary')):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=name):
       read_template(name)
-    assert f'data.chat_template = {name!r}' in str(error.value) and '\n' not in str(error.value)
-
-
-@pytest.mark.parametrize('template', ['plain', 'paper'])
-def test_roles_that_the_built_in_templates_do_not_know_are_refused(template):
-  tokenizer = with_template(tiny_tokenizer(), template)
-  with pytest.raises(InputError, match='here: the chat template rejects .*no role tool'):
-    render(Document('here', [ASKED, {'role': 'tool', 'content': 'x'}]), tokenizer)

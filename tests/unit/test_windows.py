@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import re
 from typing import Any
 
 import datasets
@@ -11,12 +10,13 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from adapt_jax.data import chats, documents, windows
+from adapt_jax.data import windows
 from adapt_jax.data.chats import render_prompts
-from adapt_jax.data.documents import check_source
+from adapt_jax.data.documents import Document, check_source, read_documents
+from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.windows import Blocks, check_vocab, draw_rows, load_blocks
 from adapt_jax.models.errors import InputError, Unreachable
-from tests.support.tokenizers_for_tests import CHATML, CHATML_DEFAULT_SYSTEM, tiny_tokenizer
+from tests.support.tokenizers_for_tests import CHATML, CHATML_DEFAULT_SYSTEM, render, tiny_tokenizer
 
 FIELD = 'train.source'
 NAMES = {'text_field': 'text', 'messages_field': 'messages'}
@@ -48,9 +48,15 @@ def tokenizer() -> Any:
   return tiny_tokenizer()
 
 
+@pytest.fixture(autouse=True)
+def no_user_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.chdir(tmp_path)
+
+
 def load(source: Any, tokenizer: Any, length: int = 8, **options: Any) -> Blocks:
   source = tuple(map(str, source)) if isinstance(source, (tuple, list)) else (str(source),)
-  return load_blocks(source, tokenizer, length, field=FIELD, **(NAMES | options))
+  place = pathlib.Path((*source, '.')[0]).parent / 'cache'
+  return load_blocks(source, tokenizer, length, field=FIELD, directory=place, **(NAMES | options))
 
 
 def write_jsonl(path: pathlib.Path, rows: list[Any]) -> pathlib.Path:
@@ -95,26 +101,14 @@ def test_text_file_is_one_document_with_bos_and_eos(tmp_path, tokenizer, name):
   assert blocks.documents == 1 and blocks.targets[:, 1:].all() and not blocks.targets[:, 0].any()
 
 
-def test_no_text_has_to_predict_bos(tmp_path, tokenizer):
-  blocks = load(write_texts(tmp_path / 'a.jsonl', DOCUMENTS), tokenizer)
-  bos = blocks.tokens == tokenizer.bos_token_id
-  assert bos[:, 1:].any() and not blocks.targets[bos].any()
-  assert blocks.targets[:, 1:].sum() == (~bos)[:, 1:].sum()
-
-
-def test_jsonl(tmp_path, tokenizer):
-  blocks = load(write_texts(tmp_path / 'a.jsonl', DOCUMENTS), tokenizer)
-  assert_windows(blocks, stream(tokenizer, DOCUMENTS))
-  assert blocks.documents == 3
-
-
-def test_jsonl_with_other_field_bom_and_blank_and_empty_rows(tmp_path, tokenizer):
+def test_jsonl_with_other_field_bom_and_blank_and_empty_rows_and_no_bos_as_target(tmp_path, tokenizer):
   path = tmp_path / 'a.jsonl'
   rows = [{'body': text} for text in ('', *DOCUMENTS)]
   path.write_text('\n\n'.join(json.dumps(row, ensure_ascii=False) for row in rows), encoding='utf-8-sig')
   blocks = load(path, tokenizer, text_field='body')
   assert_windows(blocks, stream(tokenizer, DOCUMENTS))
-  assert blocks.documents == 3
+  bos = blocks.tokens == tokenizer.bos_token_id
+  assert bos[:, 1:].any() and (blocks.targets[:, 1:] == ~bos[:, 1:]).all() and blocks.documents == 3
 
 
 def test_parquet_of_text_and_of_messages(tmp_path, tokenizer):
@@ -127,7 +121,7 @@ def test_parquet_of_text_and_of_messages(tmp_path, tokenizer):
   np.testing.assert_array_equal(found.targets, expected.targets)
 
 
-def test_directory_is_read_sorted_and_recursively(tmp_path, tokenizer):
+def test_directory_is_read_sorted_and_recursively_and_entries_keep_their_order(tmp_path, tokenizer):
   (tmp_path / 'b').mkdir()
   (tmp_path / 'b' / 'inner.txt').write_text(DOCUMENTS[1])
   (tmp_path / 'a.txt').write_text(DOCUMENTS[0])
@@ -135,13 +129,10 @@ def test_directory_is_read_sorted_and_recursively(tmp_path, tokenizer):
   (tmp_path / 'README.md').write_text('not data')
   check_source((str(tmp_path),), FIELD, **NAMES)
   assert_windows(load(tmp_path, tokenizer), stream(tokenizer, DOCUMENTS))
-
-
-def test_glob_and_several_entries_keep_their_order(tmp_path, tokenizer):
-  for name, text in zip(('y.txt', 'x.txt', 'z.txt'), DOCUMENTS, strict=True):
-    (tmp_path / name).write_text(text)
-  blocks = load([tmp_path / 'z.txt', tmp_path / '[xy].txt'], tokenizer)
-  assert_windows(blocks, stream(tokenizer, [DOCUMENTS[2], DOCUMENTS[1], DOCUMENTS[0]]))
+  names = 'c.jsonl', '[ab]*'
+  assert_windows(
+    load([tmp_path / n for n in names], tokenizer), stream(tokenizer, [DOCUMENTS[2], *DOCUMENTS[:2]])
+  )
 
 
 @pytest.mark.parametrize(
@@ -180,24 +171,20 @@ def test_the_lines_of_wikitext_are_joined_to_articles(monkeypatch, tokenizer):
   assert blocks.documents == 2
 
 
-def test_hub_failure_is_an_input_error(monkeypatch, tokenizer):
-  def load_dataset(*_: str, **__: Any) -> Any:
-    raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist\nmore")
-
-  monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-  message = message_of(check_source, ('org/name',), FIELD, **NAMES)
-  assert 'org/name' in message and "doesn't exist" in message and 'check the name' in message
-
-
 def test_a_hub_that_is_away_is_told_from_a_wrong_name(monkeypatch):
-  def load_dataset(*_: str, **__: Any) -> Any:
-    raise ConnectionError("Couldn't reach 'org/name' on the Hub (ConnectTimeout)")
+  def fail(error: Exception) -> None:
+    def load_dataset(*_: str, **__: Any) -> Any:
+      raise error
 
-  monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-  with pytest.raises(Unreachable, match="Couldn't reach 'org/name'"):
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+
+  fail(datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist\nmore"))
+  assert 'org/name' in message_of(check_source, ('org/name',), FIELD, **NAMES)
+  fail(ConnectionError("Couldn't reach 'org/name' on the Hub (ConnectTimeout)"))
+  with pytest.raises(Unreachable):
     check_source(('org/name',), FIELD, **NAMES)
   monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)  # then it always will be
-  with pytest.raises(InputError, match="Couldn't reach 'org/name'") as caught:
+  with pytest.raises(InputError) as caught:
     check_source(('org/name',), FIELD, **NAMES)
   assert not isinstance(caught.value, Unreachable)
 
@@ -211,25 +198,35 @@ def test_npy_is_taken_as_it_is(tmp_path):
   assert not blocks.targets[:, 0].any() and blocks.targets[:, 1:].all()
   assert len(load(tmp_path / 'a.npy', None, max_tokens=17).tokens) == 2
   check_vocab(23, 24, FIELD)
-  assert 'the embedding has only 23 rows: use the tokenizer' in message_of(check_vocab, 23, 23, FIELD)
+  message_of(check_vocab, 23, 23, FIELD)
 
 
 @pytest.mark.parametrize(
-  ('rows', 'says'),
+  'rows',
   [
-    (np.zeros((2, 7), np.int32), 'rows of 7 tokens'),
-    (np.zeros(16, np.int32), 'int32 [16]'),
-    (np.zeros((2, 8), np.float32), 'float32 [2, 8]'),
-    (np.full((2, 8), -1), '-1'),
-    (np.full((2, 8), 2**31), str(2**31)),
-    (np.array([[None] * 8]), 'not a readable .npy'),
-    (np.zeros((0, 8), np.int32), 'the data has only 0 tokens'),
+    np.zeros((2, 7), np.int32),
+    np.zeros(16, np.int32),
+    np.zeros((2, 8), np.float32),
+    np.full((2, 8), -1),
+    np.full((2, 8), 2**31),
+    np.array([[None] * 8]),
+    np.zeros((0, 8), np.int32),
   ],
+  ids=['length', 'axes', 'dtype', 'negative', 'large', 'objects', 'none'],
 )
-def test_npy_of_another_kind(tmp_path, rows, says):
+def test_npy_of_another_kind(tmp_path, rows):
   np.save(tmp_path / 'a.npy', rows)
-  message = message_of(load, tmp_path / 'a.npy', None)
-  assert says in message and FIELD in message
+  message_of(load, tmp_path / 'a.npy', None)
+
+
+def test_globs_match_as_in_a_shell_and_follow_no_links_in_circles(tmp_path):
+  for name in ('a/b/1.txt', 'a/.hidden/2.txt', 'a/x3.txt'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+  (tmp_path / 'a/b/z').symlink_to(tmp_path)
+  for entry, count in (('**/*.txt', 2), ('a/**/x**.txt', 1), ('./a/.hidden/**/*.txt', 1), ('a/**', 3)):
+    assert len(list(read_documents((entry,), FIELD, **NAMES))) == count
+    assert len(list(read_documents((str(tmp_path / entry),), FIELD, **NAMES))) == count
 
 
 # Windows
@@ -244,31 +241,22 @@ def test_no_eos_twice_and_none_without_one(tmp_path, tokenizer):
   assert_windows(load(write_texts(tmp_path / 'b.jsonl', DOCUMENTS), bare), expected)
 
 
-def test_max_tokens_reads_no_further_than_needed(tmp_path, tokenizer, monkeypatch):
-  read = []
-  rows = documents._json_rows
-  monkeypatch.setattr(documents, '_json_rows', lambda path: (read.append(r) or r for r in rows(path)))
+@pytest.mark.parametrize('beyond', [0, 1])
+def test_exactly_the_tokens_asked_for_whatever_the_cache_holds(tmp_path, tokenizer, beyond):
+  (tmp_path / 'b.txt').write_text('The lazy dog.')
   path = write_texts(tmp_path / 'a.jsonl', DOCUMENTS * 100)
   expected = stream(tokenizer, DOCUMENTS * 100)
-  needed = next(n for n in range(300) if len(stream(tokenizer, (DOCUMENTS * 100)[:n])) >= 203)
-  blocks = load(path, tokenizer, max_tokens=203)
-  assert_windows(blocks, expected[:203])
-  assert len(read) == blocks.documents == needed
-
-
-def test_many_small_batches_give_the_same_windows(tmp_path, tokenizer, monkeypatch):
-  path = write_jsonl(tmp_path / 'a.jsonl', [{'text': DOCUMENTS[0]}, {'messages': CHAT}] * 5)
-  whole = load(path, tokenizer)
-  monkeypatch.setattr(windows, 'BATCH_CHARS', 20)
-  parts = load(path, tokenizer)
-  np.testing.assert_array_equal(parts.tokens, whole.tokens)
-  np.testing.assert_array_equal(parts.targets, whole.targets)
-
-
-def test_a_log_has_one_line_about_a_text(tmp_path, tokenizer, capfd):
-  load(write_texts(tmp_path / 'a.jsonl', DOCUMENTS), tokenizer)
-  out, err = capfd.readouterr()
-  assert re.fullmatch(r'reading train.source: 41 tokens [\d.,]+/s\n', out) and err == ''
+  ends = np.cumsum([len(stream(tokenizer, [text])) for text in DOCUMENTS * 100])
+  limit = int(ends[20]) + beyond  # the end of a document, or the first token of the next
+  for whole in (False, True):
+    if whole:
+      load(path, tokenizer)  # the cache holds all
+    blocks = load([path, tmp_path / 'b.txt'], tokenizer, max_tokens=limit)
+    assert_windows(blocks, expected[:limit])
+    assert blocks.documents == 21 + beyond
+  both = load([path, tmp_path / 'b.txt'], tokenizer, max_tokens=len(expected) + 3)
+  assert_windows(both, [*expected, *stream(tokenizer, ['The lazy dog.'])[:3]])
+  assert both.documents == 301
 
 
 # Conversations
@@ -312,31 +300,20 @@ def test_template_that_strips_and_tokens_across_the_border(tmp_path):
   assert marked(one_window(tmp_path / 'b.jsonl', chat, tokenizer), tokenizer) == ['<|im_start|>  it\n']
 
 
-def test_the_day_does_not_change_the_tokens(tmp_path):
-  tokenizer = tiny_tokenizer(
-    "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + CHATML
+def test_the_day_does_not_change_the_tokens():
+  """Whether a template takes the day or asks for it, as SmolLM3's and Granite's do."""
+  given = tiny_tokenizer("{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + CHATML)
+  assert render_prompts([CHAT], given)[0].startswith('26 Jul 2024<|im_start|>')
+  asked = tiny_tokenizer(
+    '\n{{ strftime_now("%d %B %Y") }}{{ strftime_now("%-m/%y, %A %F %D %k") }}\n\n' + CHATML
   )
-  blocks = load(write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT}]), tokenizer)
-  assert tokenizer.decode(blocks.tokens.ravel()).startswith('26 Jul 2024<|im_start|>')
-
-
-def test_the_day_of_a_template_that_asks_for_it_is_fixed_too(tmp_path):
-  """As in SmolLM3's and Granite's; in Llama 3.2's the text of the model's own begins with it."""
-  asks = (
-    '\n{%- set today = strftime_now("%d %B %Y") -%}{{ today }}{{ strftime_now("%-m/%y, %A %F %D %k") }}\n\n'
-  )
+  template = asked.chat_template
   day = '26 July 20247/24, Friday 2024-07-26 07/26/24  0\n\n'
-  tokenizer = tiny_tokenizer(asks + CHATML)
-  template = tokenizer.chat_template
-  blocks = load(write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT}]), tokenizer)
-  assert tokenizer.decode(blocks.tokens.ravel()).startswith(day + '<|im_start|>')
-  assert tokenizer.chat_template == template
-  assert render_prompts([CHAT[:1]], tokenizer)[0].startswith(day)
-  other = tiny_tokenizer('\n  {% if true %}x{% endif %}\n' + CHATML)  # white space stays as it is
-  used = tiny_tokenizer(
-    '\n  {% if true %}x{% endif %}\n' + CHATML + '{% if false %}{{ strftime_now("") }}{% endif %}'
-  )
-  assert render_prompts([CHAT], other) == render_prompts([CHAT], used)
+  assert render_prompts([CHAT], asked)[0].startswith('\n' + day + '<|im_start|>')
+  assert asked.chat_template == template
+  plain = '\n  {% if true %}x{% endif %}\n' + CHATML  # white space stays as it is
+  used = plain + '{% if false %}{{ strftime_now("") }}{% endif %}'
+  assert render_prompts([CHAT], tiny_tokenizer(plain)) == render_prompts([CHAT], tiny_tokenizer(used))
 
 
 def test_a_prompt_that_begins_the_answer(tmp_path):
@@ -377,90 +354,80 @@ def test_answers_that_look_different_when_more_follows(tmp_path, messages, answe
   assert tokenizer.decode(blocks.tokens[0]) == text + '</s>'
 
 
-@pytest.mark.parametrize(
-  'template',
-  [
-    CHATML,
-    CHATML_DEFAULT_SYSTEM,
-    CHATML + "{% if not add_generation_prompt %}{{ '</s>' }}{% endif %}",
-    CHATML.replace("message['content'] +", "message['content'].strip() +"),
-    CHATML.replace("assistant\n' }}", "assistant\n<think>' }}"),
-    CHATML.replace("{{ '<|im_start|>assistant\n' }}", ''),
-  ],
-  ids=['chatml', 'system', 'as Phi-3', 'strips', 'as DeepSeek-R1', 'no prompt'],
-)
-def test_searching_an_answer_finds_what_the_renderings_of_its_start_and_end_give(template):
-  tokenizer = tiny_tokenizer(template)
-
-  def render(messages: list[Any], prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-
-  for chat in (CHAT, CHAT + MORE, CHAT[:3]):
-    whole, spans = chats._render(chat, tokenizer)
-    found = [
-      chats._search(whole, chat, i, render(chat[:i], True), render, '</s>') for i in range(1, len(chat), 2)
-    ]
-    assert found == spans
-
-
 def test_conversation_without_assistant_has_no_targets(tmp_path, tokenizer):
   assert not load(write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT[:1]}]), tokenizer).targets.any()
 
 
-@pytest.mark.parametrize(
-  ('template', 'messages', 'says'),
-  [
-    (None, CHAT, "set data.chat_template to 'plain' or to a file"),
-    (CHATML, CHAT[1:], 'starts with the assistant'),
-    ("{{ messages[-1]['content'] }}" + CHATML, CHAT, 'assistant message 2'),
-    (
-      CHATML.replace("message['content']", "(message['content'] if loop.last or loop.index is odd else '')"),
-      CHAT,
-      'assistant message 2',
-    ),
-    (CHATML.replace("'<|im_end|>\n'", "('<|im_end|>\n' if loop.last else '|')"), CHAT, 'assistant message 2'),
-    (
-      "{% if messages|length == 4 %}{{ messages[-1]['content'] }}{% endif %}" + CHATML,
-      CHAT,
-      'assistant message 4',
-    ),
-    ("{{ raise_exception('no such role') }}", CHAT, 'no such role'),
-    (CHATML, 'a string', 'not a list'),
-    (CHATML, [{'from': 'human', 'text': 'x'}], "['from', 'text']"),
-    (CHATML, [{'role': 'user', 'content': [{'type': 'text'}]}], 'holds list'),
-    (CHATML, ['x'], 'str'),
-  ],
-)
-def test_conversations_that_cannot_be_rendered(tmp_path, template, messages, says):
-  path = write_jsonl(tmp_path / 'a.jsonl', [{'text': 'The dog.'}, {'messages': messages}])
-  message = message_of(load, path, tiny_tokenizer(template))
-  assert says in message and f'{path}:2' in message
+def test_a_few_conversations_that_the_template_refuses_are_left_out(tmp_path, tokenizer, capsys):
+  rows = [{'messages': CHAT}] * 100
+  whole = load(write_jsonl(tmp_path / 'whole.jsonl', rows), tokenizer)
+  blocks = load(write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT[1:]}, *rows]), tokenizer)
+  np.testing.assert_array_equal(blocks.tokens, whole.tokens)
+  np.testing.assert_array_equal(blocks.targets, whole.targets)
+  assert 'rejects 1 conversations' in capsys.readouterr().out
+  message_of(load, write_jsonl(tmp_path / 'b.jsonl', [{'messages': CHAT[1:]}, *rows[1:50]]), tokenizer)
+
+
+BROKEN = {
+  'no template': None,
+  'answer first': "{{ messages[-1]['content'] }}" + CHATML,
+  'answers vary': CHATML.replace(
+    "message['content']", "(message['content'] if loop.last or loop.index is odd else '')"
+  ),
+  'end varies': CHATML.replace("'<|im_end|>\n'", "('<|im_end|>\n' if loop.last else '|')"),
+  'last answer first': "{% if messages|length == 4 %}{{ messages[-1]['content'] }}{% endif %}" + CHATML,
+  'raises': "{{ raise_exception('no such role') }}",
+  'zero': '{{ 1 // 0 }}',
+  'recursion': '{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}',
+  'nested': '{{ ' + '(' * 5000 + '1' + ')' * 5000 + ' }}',
+  'range': '{% for i in range(10 ** 12) %}{% endfor %}',
+  'missing': '{{ messages[99].content.x }}',
+  'surrogate': '{{ "\\ud800" }}',
+  'unfinished': '{% for',
+  'code': "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+  'huge': "{{ 'a' * 50000000 }}",
+}
+
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_templates_that_fail_are_refused_in_one_line(name):
+  tokenizer = tiny_tokenizer(BROKEN[name])
+  assert 'a.jsonl:2' in message_of(render, Document('a.jsonl:2', CHAT), tokenizer)
+  if name in ('zero', 'huge', 'unfinished'):
+    message_of(encode_prompts, ['text'], tokenizer, True)
 
 
 # Input that a user can correct
 
 
 @pytest.mark.parametrize(
-  ('name', 'content', 'says'),
+  ('name', 'content', 'place'),
   [
-    ('a.jsonl', b'{"text": "x"}\n\n{"text": \n', ':3: not valid JSON'),
-    ('a.jsonl', b'{"text": "x"}\n{"text": "\xff"}\n', ':2: not UTF-8'),
-    ('a.jsonl', b'[1]\n', ':1: a JSON list'),
-    ('a.jsonl', b'{"body": "x", "id": 1}\n', "no field 'messages' or 'text' among ['body', 'id']"),
-    ('a.jsonl', b'{"text": null}\n', 'NoneType, not text'),
-    ('a.jsonl', b'{"text": "\\ud83d"}\n', 'surrogate'),
-    ('a.txt', b'abc\xff', 'not UTF-8 text (byte 3)'),
-    ('a.parquet', b'PAR1', 'not a readable Parquet'),
-    ('a.csv', b'x', 'unknown file type'),
+    ('a.jsonl', b'{"text": "x"}\n\n{"text": \n', ':3'),
+    ('a.jsonl', b'{"text": "x"}\n{"text": "\xff"}\n', ':2'),
+    ('a.jsonl', b'[1]\n', ':1'),
+    ('a.jsonl', b'{"body": "x", "id": 1}\n', ':1'),
+    ('a.jsonl', b'{"text": null}\n', ':1'),
+    ('a.jsonl', b'{"text": "\\ud83d"}\n', ':1'),
+    ('a.jsonl', b'{"messages": "a string"}', ':1'),
+    ('a.jsonl', b'{"messages": ["x"]}', ':1'),
+    ('a.jsonl', b'{"messages": [{"from": "human", "text": "x"}]}', ':1'),
+    ('a.jsonl', b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', ':1'),
+    ('a.jsonl', b'{"text": ' + b'[' * 100_000, ':1'),
+    ('a.json', b'[{"text": "x"}', ''),
+    ('a.json', b'[{"text": "x"}, 1]', ': row 2'),
+    ('a.json', b'{"rows": []}', ':1'),
+    ('a.txt', b'abc\xff', ''),
+    ('a.parquet', b'PAR1', ''),
+    ('a.csv', b'x', ''),
   ],
 )
-def test_broken_files(tmp_path, tokenizer, name, content, says):
+def test_broken_files_are_refused_where_they_are_broken(tmp_path, tokenizer, name, content, place):
   (tmp_path / name).write_bytes(content)
-  message = message_of(load, tmp_path / name, tokenizer)
-  assert says in message and str(tmp_path / name) in message
+  assert f'{tmp_path / name}{place}' in message_of(load, tmp_path / name, tokenizer)
 
 
-def test_parquet_without_the_fields(tmp_path, tokenizer):
+def test_parquet_without_the_fields(tmp_path):
   parquet.write_table(pa.table({'id': [1], 'body': ['x']}), tmp_path / 'a.parquet')
   message = message_of(check_source, (str(tmp_path / 'a.parquet'),), FIELD, **NAMES)
   assert "['id', 'body']" in message and 'data.text_field' in message and 'a.parquet: row 1' in message
@@ -472,28 +439,18 @@ def test_parquet_without_the_fields(tmp_path, tokenizer):
 )
 def test_missing_paths_never_reach_the_hub(monkeypatch, entry):
   monkeypatch.setattr(datasets, 'load_dataset', lambda *_, **__: pytest.fail('asked the hub'))
-  assert f'{FIELD} {entry!r}: no such file' in message_of(check_source, (entry,), FIELD, **NAMES)
+  message_of(check_source, (entry,), FIELD, **NAMES)
 
 
-def test_a_name_that_cannot_be_one_is_explained():
-  message = message_of(check_source, ('2024=valid.txt',), 'evaluate.source', **NAMES)
-  assert 'no such file' in message and 'a name before = begins with a letter' in message
-
-
-def test_sources_that_hold_nothing(tmp_path, tokenizer):
-  assert f'{FIELD} is empty' in message_of(load, (), tokenizer)
-  assert '.jsonl' in message_of(check_source, (str(tmp_path),), FIELD, **NAMES)
+def test_sources_that_hold_nothing_or_a_npy_file_beside_others(tmp_path, tokenizer):
+  message_of(load, (), tokenizer)
+  message_of(check_source, (str(tmp_path),), FIELD, **NAMES)
   path = write_texts(tmp_path / 'a.jsonl', ['The dog.'])
-  found = len(stream(tokenizer, ['The dog.']))
-  message = message_of(load, path, tokenizer, length=found + 1)
-  assert FIELD in message and f'the data has only {found} tokens' in message and f' {found + 1}:' in message
-
-
-def test_npy_beside_other_entries(tmp_path, tokenizer):
+  count = len(stream(tokenizer, ['The dog.']))
+  message = message_of(load, path, tokenizer, length=count + 1)
+  assert FIELD in message and f'{count} tokens' in message and f' {count + 1} ' in message
   np.save(tmp_path / 'a.npy', np.zeros((1, 8), np.int32))
-  (tmp_path / 'a.txt').write_text('x')
-  message = message_of(load, [tmp_path / 'a.txt', tmp_path / 'a.npy'], tokenizer)
-  assert 'only entry' in message
+  message_of(load, [path, tmp_path / 'a.npy'], tokenizer)
 
 
 def test_check_source_reads_the_first_row_only(tmp_path):
@@ -501,9 +458,7 @@ def test_check_source_reads_the_first_row_only(tmp_path):
   path.write_text('{"text": "x"}\nnot JSON\n')
   (tmp_path / 'empty.jsonl').write_text('')
   check_source((str(path), str(tmp_path / 'empty.jsonl')), FIELD, **NAMES)
-  assert "or 'body' among ['text']" in message_of(
-    check_source, (str(path),), FIELD, **(NAMES | {'text_field': 'body'})
-  )
+  message_of(check_source, (str(path),), FIELD, **(NAMES | {'text_field': 'body'}))
 
 
 # Draws for calibration
@@ -519,9 +474,7 @@ def test_of_every_draw_each_source_has_its_share():
     assert np.bincount(blocks.tokens[rows, 0]).tolist() == [5, 3, 2]
   assert len({tuple(sorted(rows)) for rows in draws}) == 12
   np.testing.assert_array_equal(blocks.draw(10, 1, 5), draws[5])
-  assert "samples = 40 takes 10 rows from 'c', which has 8 of 4 tokens: lower it" in message_of(
-    blocks.draw, 40, 1, 0
-  )
+  assert "10 rows of 'c'" in message_of(blocks.draw, 40, 1, 0)
   assert windows.quotas((1, 1, 1), 8) == [3, 3, 2] and windows.quotas((0.5, 0.5), 3) == [2, 1]
 
 
@@ -533,4 +486,4 @@ def test_rows_drawn_are_distinct_and_fresh_at_each_step():
   assert set(draw_rows(100, 30, 2, 5)) != set(draws[5])
   assert set(np.concatenate(draws)) == set(range(100))
   np.testing.assert_array_equal(draw_rows(100, 100, 1, 5), np.arange(100))
-  assert 'samples = 101, but the text is only long enough for 100' in message_of(draw_rows, 100, 101, 1, 0)
+  message_of(draw_rows, 100, 101, 1, 0)
