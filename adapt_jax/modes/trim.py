@@ -1,10 +1,13 @@
 """Mode trim: keeps the tokens of a text in the vocabulary of a model, and writes the smaller model."""
 
+from typing import Any
+
 from adapt_jax.config.identity import WRITTEN
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import SELF
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.documents import check_source
+from adapt_jax.data.token_cache import token_directory
 from adapt_jax.data.used_ids import used_ids
 from adapt_jax.export.push import check_hub
 from adapt_jax.export.writer import check_formats, check_tokenizer, origin, written_dtype
@@ -22,12 +25,16 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Reads all texts of prune.calibration.source; writes the model with their tokens. Raises InputError."""
   field = 'prune.calibration.source'
   entries = tuple(entry for entry in options.prune.calibration.source if entry != SELF)
-  fields = {'text_field': options.data.text_field, 'messages_field': options.data.messages_field}
+  fields: dict[str, Any] = {
+    'text_field': options.data.text_field,
+    'messages_field': options.data.messages_field,
+  }
   check_source(entries, field, **fields)
   source = open_source(options.model.source)
   check_model(source.config)
   tokenizer = with_template(source.load_tokenizer(), options.data.chat_template)
-  used = decide(lambda: used_ids(entries, tokenizer, field, **fields))
+  directory = token_directory(options.data)
+  used = used_ids(entries, tokenizer, field, **fields, directory=directory)
   kept = trim(source.config, tokenizer, source.generation, used)
   say(
     f'{source.name}: {kept.config.vocab_size:,} of {source.config.vocab_size:,} token ids are kept, '
