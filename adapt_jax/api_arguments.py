@@ -164,7 +164,9 @@ def blocks(
   check_tokenizer(tokenizer)
   fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
   first = first_of_rows(config.traits, tokenizer)
-  windows = load_blocks(entries(text), tokenizer, length, **fields, field='text', max_tokens=most, first=first)
+  windows = load_blocks(
+    entries(text), tokenizer, length, **fields, field='text', max_tokens=most, first=first
+  )
   check_vocab(int(windows.tokens.max()), config.vocab_size, 'text')
   return windows
 
