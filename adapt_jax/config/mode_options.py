@@ -88,7 +88,6 @@ class GenerateOptions:
     '0: always the most likely token. Otherwise tokens are sampled, seeded by seed.',
     within=(0, 1e3),
   )
-  batch: int = option(8, 'Prompts at once, over all devices.', within=COUNT)
   chat: bool = option(
     True,
     'Whether to render each prompt with the chat template, if there is one, as a user message; otherwise it '

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh
 from adapt_jax.config.options import MeshOptions, RunOptions
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network import sharding
 from adapt_jax.models.network.backend import compiler_options
@@ -28,16 +28,11 @@ def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
   """Size of every axis, with −1 filled in; InputError if `devices` cannot form such a mesh."""
   sizes = {axis: getattr(options, axis) for axis in AXES}
   given = math.prod(size for size in sizes.values() if size > 0)
-  text = ', '.join(f'{axis} = {size}' for axis, size in sizes.items())
-  if -1 in sizes.values():
-    if devices % given:
-      raise InputError(f'mesh ({text}): its axes must divide the {devices} available devices: change them')
-    sizes = {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
-  elif given != devices:
-    raise InputError(
-      f'mesh ({text}) asks for {given} devices, but there are {devices}: set one axis to -1 to use all'
-    )
-  return sizes
+  filled = {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
+  if math.prod(filled.values()) != devices:
+    text = ', '.join(f'{axis} = {size}' for axis, size in sizes.items())
+    raise InputError(f'mesh ({text}) does not fit the {devices} devices: set one axis to -1 to use all')
+  return filled
 
 
 def make_mesh(options: MeshOptions, described: list[Any] | None = None) -> Mesh | None:
@@ -63,13 +58,8 @@ def _over_slices(sizes: tuple[int, ...], slices: int, devices: list[Any]) -> Any
     across.append(math.gcd(size, left))
     left //= across[-1]
   within = [size // number for size, number in zip(sizes, across, strict=True)]
-  try:
+  with reading(f'mesh of {len(devices)} devices in {slices} hosts', remedy='give each host as many devices'):
     return create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-  except ValueError as error:
-    raise InputError(
-      f'mesh: the {len(devices)} devices of {slices} hosts or slices cannot form a mesh '
-      f'({first_line(error)}): give each host as many devices'
-    ) from None
 
 
 def check_model(config: ModelConfig) -> None:
@@ -77,16 +67,13 @@ def check_model(config: ModelConfig) -> None:
   mesh = sharding.mesh()
   if mesh is None:
     return
-  fsdp, tensor = mesh.shape['fsdp'], mesh.shape['tensor']
-  if config.hidden_size % fsdp:
-    raise InputError(
-      f'mesh.fsdp = {fsdp} does not divide the hidden size {config.hidden_size} of model.source: '
-      f'lower it, and raise mesh.data instead'
-    )
+  widths = [('fsdp', config.hidden_size, 'numbers of the hidden size')]
   for i, shape in enumerate(config.layers):
-    for name, width in (('KV heads', shape.num_kv_heads), ('MLP channels', shape.ffn)):
-      if width % tensor:
-        raise InputError(f'mesh.tensor = {tensor} does not divide the {width} {name} of layer {i}: lower it')
+    widths.append(('tensor', shape.num_kv_heads, f'KV heads of layer {i}'))
+    widths.append(('tensor', shape.ffn, f'MLP channels of layer {i}'))
+  for axis, width, name in widths:
+    if width % (size := mesh.shape[axis]):
+      raise InputError(f'mesh.{axis} = {size} does not divide the {width} {name}: lower it')
 
 
 def check_batches(options: RunOptions) -> None:

@@ -20,7 +20,7 @@ import orbax.checkpoint
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from adapt_jax.models.errors import InputError, Unreachable, first_line
+from adapt_jax.models.errors import InputError, Unreachable, first_line, reading
 
 MODES = ('auto', 'on', 'off')
 _PATIENCE_MS = 7 * 24 * 3_600_000  # upper limit; a process that has died is detected sooner
@@ -46,28 +46,22 @@ def start(mode: str, address: str, processes: int, process: int) -> None:
   Raises InputError if only some of the three are given, or the others cannot be reached.
   """
   given = [bool(address), processes > 0, process >= 0]
-  if any(given) and not all(given):
+  if any(given) and not (all(given) and process < processes):
     raise InputError(
       f'--coordinator_address={address} --num_processes={processes} --process_id={process}: give all three, '
-      f'or none'
+      f'the last below the number, or none'
     )
   explicit: dict[str, Any] = {}
   if all(given):
-    if process >= processes:
-      raise InputError(f'--process_id={process} must be below --num_processes={processes}')
     explicit = {'coordinator_address': address, 'num_processes': processes, 'process_id': process}
     explicit['cluster_detection_method'] = 'deactivate'
   elif mode == 'off' or (mode == 'auto' and not _managed(os.environ)):
     return
   if processes == 1:
     return
-  try:
+  remedy = 'check --coordinator_address, --num_processes and --process_id, or start with --distributed=off'
+  with reading('connecting the processes of this run', remedy=remedy):
     jax.distributed.initialize(**explicit)
-  except (RuntimeError, ValueError, OSError) as error:
-    raise InputError(
-      f'the processes of this run cannot connect ({first_line(error)}): check --coordinator_address, '
-      f'--num_processes and --process_id, or start with --distributed=off'
-    ) from None
 
 
 def _managed(environment: Any) -> bool:

@@ -33,7 +33,7 @@ def run(options: RunOptions, prompts: Sequence[str]) -> None:
   )
   print(f'{source.name}: {len(prompts)} prompts {form}, up to {g.max_new_tokens:,} new tokens', flush=True)
   params = load_source(source, dtype)
-  generator = Generator(config, params, compiler=Compiler(), dtype=dtype, max_batch=g.batch)
+  generator = Generator(config, params, compiler=Compiler(), dtype=dtype)
   stop = stop_ids(source.generation, tokenizer)
   with Progress('generate', len(ids) * g.max_new_tokens, 'tokens') as progress:
     new = generator.generate(ids, g.max_new_tokens, Sampling(g.temperature), stop, options.seed, progress)

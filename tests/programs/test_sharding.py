@@ -73,7 +73,7 @@ def test_a_mesh_over_several_hosts(sizes):
   found = mesh.make_mesh(MeshOptions(*sizes), gpus)
   assert found.devices.shape == ((1, 8, 1) if -1 in sizes else sizes)
   assert found.devices.ravel().tolist() == gpus and found.are_all_axes_auto
-  with pytest.raises(InputError, match='7 devices of 2 hosts or slices .* give each host as many devices'):
+  with pytest.raises(InputError, match='7 devices in 2 hosts'):
     mesh.make_mesh(MeshOptions(1, -1, 1), gpus[:7])
 
 
@@ -122,10 +122,10 @@ def test_what_cannot_be_split_is_reported():
   config, _ = make_model()
   with (
     set_mesh(1, 1, 4),
-    pytest.raises(InputError, match='mesh.tensor = 4 does not divide the 2 KV heads of layer 1'),
+    pytest.raises(InputError, match='mesh.tensor = 4 .* KV heads of layer 1'),
   ):
     mesh.check_model(config)
-  with set_mesh(1, 4, 1), pytest.raises(InputError, match='fsdp = 4 does not divide the hidden size 30'):
+  with set_mesh(1, 4, 1), pytest.raises(InputError, match='mesh.fsdp = 4 does not divide the 30'):
     mesh.check_model(ModelConfig('llama', 50, 30, 8, SHAPES, RopeConfig(1e4), 1e-5, True))
   values = base.get_config()
   values.prune.calibration.samples = 6
