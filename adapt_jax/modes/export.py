@@ -120,8 +120,6 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   if (number := checkpoints.latest()) is None:
     raise InputError(f'model.source = {str(path)!r}: this run has no complete checkpoint yet: wait for one')
   state = from_meta(checkpoints.meta(number), model.config)
-  prune = dataclasses.replace(ran.prune, attention=state.compacted.unit.name)
-  ran = dataclasses.replace(ran, prune=prune)  # earlier versions always removed KV groups
   trained = ran.train.tokens > 0
   shapes = array_shapes(model, state.compacted, optimizer(ran.train, 1) if trained else None)
   config = state.compacted.pruned_config(model.config)

@@ -16,8 +16,8 @@ import optax
 from adapt_jax.machine.processes import decide, is_first, say
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import json_checksum, read_text, write_text
+from adapt_jax.models.errors import reading
+from adapt_jax.models.files import json_checksum, read_json, write_text
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import mesh, placed
 from adapt_jax.pipeline.checkpoint import Checkpoints
@@ -188,7 +188,6 @@ class StateStore:
     else:
       meta = self._checkpoints.meta(number)
       state, lines = from_meta(meta, self._config), meta['metrics_lines']
-      self._check_unit(state.compacted)
       state.hold(self._checkpoints.restore(number, shapes(state.compacted)))
       say(f'resuming at stage {state.stage}, training step {state.train_step}')
     if state.complete and decide(self._plan.exists):
@@ -196,41 +195,20 @@ class StateStore:
     self._metrics.cut(lines)
     return state
 
-  def _check_unit(self, plan: PrunePlan) -> None:
-    if plan.unit is not self._unit:
-      raise InputError(
-        f'this run began by removing {plan.unit.name}, as earlier versions always did, but now '
-        f'prune.attention means {self._unit.name} for this model: start in a new workdir'
-      )
-
-  def _saved_plan(self) -> Any:
-    return json.loads(read_text(self._plan))
-
   def _resume_pruning(self, state: RunState, lines: int) -> int:
     """Applies the steps in plan.json if they belong to the next stage; returns the log's length."""
-    try:
-      saved = decide(self._saved_plan)
-      if not isinstance(saved, dict):
-        raise ValueError('not an object')
+    with reading('', self._plan, 'delete it to start this stage again'):
+      saved = decide(lambda: read_json(self._plan))
       if saved.pop('checksum') != json_checksum(saved):
-        raise ValueError('checksum')
+        raise ValueError('the checksum differs')
       if saved['stage'] != state.stage + 1:
         return lines
-      pruning, lines = PruneState.from_json(saved, self._config), int(saved['metrics_lines'])
-      self._check_unit(pruning.plan)
-      dense, tasks = saved['dense'], saved['tasks']
-    except InputError as error:
-      raise InputError(f'{self._plan}: {error}: delete it to start this stage again') from None
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-      raise InputError(
-        f'{self._plan} is damaged or was edited ({type(error).__name__}): delete it to start this stage again'
-      ) from None
-    state.take_step(pruning)
-    state.record_dense(dense)
-    for of, scores in tasks.items():
-      state.record_tasks(of, scores)
+      state.take_step(PruneState.from_json(saved, self._config))
+      state.record_dense(saved['dense'])
+      for of, scores in saved['tasks'].items():
+        state.record_tasks(of, scores)
     say(f'resuming the pruning of stage {saved["stage"]}, after step {saved["step"]}')
-    return lines
+    return int(saved['metrics_lines'])
 
   def close(self) -> None:
     self._checkpoints.close()

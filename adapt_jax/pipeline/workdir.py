@@ -2,28 +2,29 @@
 
 import contextlib
 import errno
-import fcntl
 import json
-import os
-import pathlib
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import filelock
+
 from adapt_jax.config.build import defaults, flatten
-from adapt_jax.machine.processes import decide
-from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import local, read_json, read_text
+from adapt_jax.machine.processes import decide, say
+from adapt_jax.models.errors import InputError, reading
+from adapt_jax.models.files import beside, local, read_json, write_text
+
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Workdir:
   """Paths of a run's files, and the run that they belong to.
 
-  The process that claims the directory locks `run.json`. The lock ends with the process, however it ends; on
-  NFS it also holds between machines.
+  The process that claims the directory locks `.lock` in it. The lock ends with the process, however it ends;
+  on NFS it also holds between machines.
 
   Args:
-    path: path of the directory; created by `claim`.
+    path: path of the directory; created by `claimed`.
     identity: equal for equal runs (`adapt_jax.config.identity`).
   """
 
@@ -39,34 +40,24 @@ class Workdir:
     self.checkpoints = self.path / 'checkpoints'
     self.hf = self.path / 'hf'
     self.teacher = self.path / 'teacher'
-    self._claiming = self.path / '.run.json.tmp'  # left by a kill while claiming
+    self._lock_file = self.path / '.lock'
 
   def check(self) -> None:
-    """Raises InputError if the directory cannot be written, is in use or belongs to another run.
-
-    Writes nothing.
-    """
-    where = f'--workdir={self.path}'
-    try:
-      self._check_writable(where)
-      ours = self.run.exists()
-      foreign = not ours and self.path.exists() and any(p != self._claiming for p in self.path.iterdir())
-    except OSError as error:
-      raise InputError(f'{where} is not writable ({error.strerror}): choose another') from None
-    if ours:
+    """Raises InputError if the directory cannot be written, is in use or belongs to another run."""
+    with self._reading():
+      places = (self.path, *self.path.parents)
+      existing = next(place for place in places if place.exists() or place.is_symlink())
+      with tempfile.TemporaryFile(dir=existing):
+        pass
+      files = {*self.path.iterdir()} if self.path.exists() else set()
+    if self.run in files:
       self._check_same()
-      os.close(self._lock(self.run))
-    elif foreign:
-      raise InputError(f'{where} contains other files: name a new or empty directory')
+      self._lock().release()
+    elif files - {self._lock_file, beside(self.run)}:  # both are left by a kill while claiming
+      raise InputError(f'--workdir={self.path} contains other files: name a new or empty directory')
 
-  def _check_writable(self, where: str) -> None:
-    existing = self.path
-    while not existing.exists() and not existing.is_symlink():
-      existing = existing.parent
-    if not existing.is_dir():
-      raise InputError(f'{where}: {existing} is a file or a broken link: name a directory')
-    with tempfile.TemporaryFile(dir=existing):
-      pass
+  def _reading(self) -> contextlib.AbstractContextManager[None]:
+    return reading(f'--workdir={self.path}', remedy='name another directory')
 
   @contextlib.contextmanager
   def claimed(self, texts: Callable[[], dict[str, str]] = dict) -> Iterator[None]:
@@ -76,28 +67,30 @@ class Workdir:
     of a run must enter it. Raises InputError if another process uses the directory, or if a text or the
     model has changed since the run was started.
     """
-    held: list[int] = []
+    with contextlib.ExitStack() as held:
 
-    def claim() -> None:
-      now = texts()
-      held.append(self._claim(now))
-      self._check_texts(now)
+      def claim() -> None:
+        now = texts()
+        with self._reading():
+          self.path.mkdir(parents=True, exist_ok=True)
+          held.callback(self._lock().release)
+          self._claim(now)
 
-    try:
       decide(claim)
       yield
-    finally:
-      for descriptor in held:
-        os.close(descriptor)
 
   def texts(self) -> dict[str, str]:
     """The digests of texts and model, by option, that the run in the directory was started with."""
-    then = read_json(self.run, 'use another workdir').get('texts', {})  # older versions wrote none
-    if not isinstance(then, dict):
-      raise InputError(f'{self.run} is damaged: use another workdir')
-    return then
+    with reading('', self.run, 'use another workdir'):
+      return {**read_json(self.run).get('texts', {})}
 
-  def _check_texts(self, now: dict[str, str]) -> None:
+  def _claim(self, now: dict[str, str]) -> None:
+    """Writes run.json if it is missing, or checks that it is this run's, on the same texts."""
+    if not self.run.exists():
+      content = self._identity | ({'texts': now} if now else {})
+      write_text(self.run, json.dumps(content, indent=2) + '\n')
+      return
+    self._check_same()  # another run may have claimed the directory since `check`
     then = self.texts()
     for field, digest in now.items():
       if then.get(field, digest) != digest:
@@ -106,79 +99,37 @@ class Workdir:
           f'it, or use another workdir'
         )
 
-  def _claim(self, texts: dict[str, str]) -> int:
-    """Writes run.json if it is missing; the descriptor of its lock."""
-    self.path.mkdir(parents=True, exist_ok=True)
-    if not self.run.exists():
-      descriptor = self._lock(self._claiming)
-      try:
-        if not self.run.exists():  # nobody has claimed it meanwhile: the locked file becomes run.json
-          content = self._identity | ({'texts': texts} if texts else {})
-          with open(descriptor, 'w', encoding='utf-8', closefd=False) as file:
-            file.truncate()
-            file.write(json.dumps(content, indent=2) + '\n')
-            file.flush()
-            os.fsync(descriptor)
-          self._claiming.replace(self.run)
-          return os.dup(descriptor)  # has the same lock
-      finally:
-        self._claiming.unlink(missing_ok=True)  # left after an error such as a full disk
-        os.close(descriptor)
-    descriptor = self._lock(self.run)
+  def _lock(self) -> filelock.BaseFileLock:
+    """The lock of the directory, acquired. Raises InputError if another process has it."""
+    lock = filelock.FileLock(self._lock_file, blocking=False, fallback_to_soft=False)
     try:
-      self._check_same()  # another run may have claimed the directory since `check`
-    except InputError:
-      os.close(descriptor)
-      raise
-    return descriptor
-
-  def _lock(self, path: pathlib.Path) -> int:
-    """A descriptor of the file, which is locked until it is closed. Raises InputError if it is locked."""
-    try:
-      planted = os.O_NOFOLLOW if path == self._claiming else 0  # it is truncated: not the target of a link
-      descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | planted, 0o666)
-    except OSError as error:
-      if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP):
-        raise
-      raise InputError(f'--workdir={self.path} is not writable ({error.strerror}): choose another') from None
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      os.close(descriptor)
+      lock.acquire()
+    except filelock.Timeout:
       raise InputError(
         f'--workdir={self.path} is in use by another process: wait until it ends, or name another directory'
       ) from None
-    except OSError:  # a file system without locks
-      pass
-    return descriptor
+    except OSError as error:
+      if error.errno in _DENIED:
+        raise
+      say(
+        f'{self._lock_file}: the file system refuses a lock ({error}): start no second run in this directory'
+      )
+    return lock
 
   def _check_same(self) -> None:
-    try:
-      saved = json.loads(read_text(self.run))
-      mode, before = saved['mode'], flatten(saved['config'])
-    except InputError:
-      raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-      raise InputError(f'{self.run} is damaged: use another workdir') from None
-    known = flatten(defaults())
-    if unknown := sorted(before.keys() - known.keys()):
-      raise InputError(
-        f'--workdir={self.path} belongs to a run of another version, which has {unknown[0]}: use '
-        f'another workdir, or that version to resume'
-      )
-    # Options added after the run was started have their default values, and are compared last. Options that
-    # the mode does not read are ignored; version 0.1 wrote them too.
-    now = {'mode': self._identity['mode']}
-    now |= {field: value for field, value in flatten(self._identity['config']).items()}
-    if mode in ('accel', 'prune') and self._identity['mode'] == 'export':
+    with reading('', self.run, 'use another workdir'):
+      saved = read_json(self.run)
+      then = {'mode': saved['mode']} | flatten(saved['config'])
+    now = {'mode': self._identity['mode']} | flatten(self._identity['config'])
+    default = flatten(json.loads(json.dumps(defaults())))  # with lists, as in run.json
+    if then['mode'] in ('accel', 'prune') and now['mode'] == 'export':
       raise InputError(
         f'--workdir={self.path} is the workdir of the run: write the export into another one, with '
         f'--workdir={self.path}-export and --config.model.source={self.path}'
       )
-    then = {'mode': mode} | {field: value for field, value in before.items()}
-    youngest = {field: value for field, value in known.items()}
-    for name in sorted(now, key=lambda name: name not in then):
-      if (was := then.get(name, youngest.get(name))) != (value := now[name]):
+    for name in then | now:  # options added since the run was started have their defaults
+      was, value = (of.get(name, default.get(name)) for of in (then, now))
+      if was != value:
         raise InputError(
           f'--workdir={self.path} belongs to a run with {name} = {was!r}, not {value!r}: use another '
           f'workdir, or the same config to resume'

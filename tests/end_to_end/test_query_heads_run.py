@@ -18,7 +18,6 @@ from adapt_jax.models.network import llama
 from adapt_jax.modes import export
 from adapt_jax.modes.estimate_programs import Footprint, stage_configs
 from adapt_jax.pipeline.inputs import prepare
-from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
 from tests.support import runs
@@ -118,35 +117,6 @@ def test_a_checkpoint_is_exported(files, finished, tmp_path):
   assert json.loads(workdir.report.read_text())['prune']['attention'] == 'query_heads'
   for name in ('model.safetensors', 'config.json'):
     assert (tmp_path / 'out/hf' / name).read_bytes() == (finished / 'hf' / name).read_bytes(), name
-
-
-def test_a_run_that_began_with_kv_groups_is_not_mixed_with_query_heads(files, tmp_path):
-  """As one of an earlier version is, whose run.json has no prune.attention."""
-  fields = {'model.source': str(files / 'single'), 'export.formats': ('hf',), 'prune.target': 0.8}
-  path, config = tmp_path / 'out', make_config(files, **fields, **{'prune.attention': 'kv_groups'})
-  report = runs.in_process(config, path)
-  assert report['stages'][-1]['num_heads'] == [4] * 4  # no KV head could go
-  shutil.rmtree(path / 'hf')
-  (path / 'report.json').unlink()
-  saved = json.loads((path / 'run.json').read_text())
-  del saved['config']['prune']['attention']
-  (path / 'run.json').write_text(json.dumps(saved))
-  rows = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
-  for row in rows:
-    row.pop('query_heads', None)
-  (path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  config = make_config(files, **fields, **{'prune.attention': 'auto'})
-  with pytest.raises(InputError, match='began by removing kv_groups, .* means query_heads .* new workdir'):
-    runs.in_process(config, path)
-  config = runs.make_config(files)
-  config.model.source = str(path)
-  workdir = Workdir(str(tmp_path / 'export'), {})
-  export.run(from_dict(config.to_dict()), workdir, 'python main.py')
-  found = json.loads(workdir.report.read_text())
-  assert found['prune']['attention'] == 'kv_groups' and found['stages'][-1]['num_heads'] == [4] * 4
-  damaged = tmp_path / 'metrics.jsonl'
-  damaged.write_text(json.dumps(next(r for r in rows if r['event'] == 'prune') | {'query_heads': 3}) + '\n')
-  assert 'is damaged' in refused(MetricsLog, damaged)
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,10 @@ from adapt_jax.export.hf import write_hf
 from adapt_jax.generation.generator import check_prompts
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import json_checksum
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import export
 from adapt_jax.pipeline.metrics import MetricsLog
-from adapt_jax.pipeline.state import StateStore
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.pruning.plan import PruneState
 from adapt_jax.training.teacher_cache import open_taught
 from tests.support.helpers import UNIFORM, random_params, save_checkpoint, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
@@ -84,46 +81,10 @@ def test_settings_of_generation_of_another_type(model, field, value):
   open_source(str(model))
 
 
-PLAN = [
-  ('layers', 5),
-  ('layers', [5] * 4),
-  ('layers', [{'kv_groups': [0.5], 'ffn_channels': [True]}] * 4),
-  ('layers', [{'kv_groups': [[0]], 'ffn_channels': ['x']}] * 4),
-  ('layers', [{'kv_groups': [10**400], 'ffn_channels': [0]}] * 4),
-  ('sparsity', [10**400] * 4),
-  ('sparsity', [0.5] * 3),
-  ('sparsity', [float('nan')] * 4),
-  ('sparsity', None),
-  ('step', float('inf')),
-  ('step', -1),
-  ('metrics_lines', float('inf')),
-  ('metrics_lines', -3),
-  ('dense', {'text': 'low'}),
-  ('dense', [1.5]),
-  ('tasks', [1]),
-  ('tasks', {'dense': 5}),
-]
-
-
-@pytest.mark.parametrize('field,value', PLAN, ids=lambda x: str(x)[:40])
-def test_a_plan_with_values_of_another_type(tmp_path, field, value):
-  """The checksum is that of the values, as in a file that somebody has edited."""
-  config = tiny_config()
-  plan = {'stage': 1, 'dense': {}, 'tasks': {}, 'metrics_lines': 0} | PruneState.start(config).to_json()
-  store = StateStore(Workdir(str(tmp_path), {}), config, MetricsLog(tmp_path / 'metrics.jsonl'))
-  for saved in (plan, plan | {field: value}):
-    (tmp_path / 'plan.json').write_text(json.dumps(saved | {'checksum': json_checksum(saved)}))
-    if saved is plan:
-      assert store.resume(lambda _: None, dict).pruning.step == 0
-  message = refused(store.resume, lambda _: None, dict)
-  assert f'{tmp_path}/plan.json' in message and 'delete it to start this stage again' in message
-  store.close()
-
-
 def test_texts_of_another_type_in_run_json(tmp_path):
   path = tmp_path / 'run.json'
   path.write_text(json.dumps({'mode': 'accel', 'config': {}, 'texts': 5}))
-  with pytest.raises(InputError, match='run.json is damaged'):
+  with pytest.raises(InputError, match='run.json'):
     Workdir(str(tmp_path), {'mode': 'accel', 'config': {}}).claimed(lambda: {'train.source': 'a'}).__enter__()
 
 
@@ -133,7 +94,7 @@ def test_an_unfinished_run_without_options_is_not_exported(tmp_path, content):
   (tmp_path / 'run.json').write_text(json.dumps(content))
   options = RunOptions(model=ModelOptions(source=str(tmp_path)))
   message = refused(export.run, options, Workdir(str(tmp_path / 'out'), {}), '')
-  assert f'{tmp_path}/run.json: config = ' in message
+  assert f'{tmp_path}/run.json: ' in message
 
 
 PRUNE = {'event': 'prune', 'stage': 1, 'step': 1, 'params': 900, 'loss': 3.0}

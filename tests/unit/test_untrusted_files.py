@@ -130,7 +130,6 @@ def test_a_chat_template_that_is_no_file(files, tmp_path, make):
   'name,read',
   [
     ('run.json', lambda path: Workdir(str(path), {'mode': 'accel'}).check()),
-    ('plan.json', lambda path: StateStore(Workdir(str(path), {}), tiny_config(), None)._saved_plan()),
     ('metrics.jsonl', lambda path: MetricsLog(path / 'metrics.jsonl')),
     ('report.json', lambda path: read_report(path / 'report.json')),
     ('done', _done),
@@ -219,7 +218,7 @@ def test_a_plan_nested_deeply(tmp_path):
   store = StateStore(Workdir(str(tmp_path), {}), tiny_config(), MetricsLog(tmp_path / 'metrics.jsonl'))
   (tmp_path / 'plan.json').write_text('{"stage": ' + DEEP + '}')
   message = refused(store.resume, None, dict)
-  assert 'plan.json is damaged' in message and 'delete it' in message
+  assert 'plan.json' in message and 'delete it' in message
   store.close()
 
 
