@@ -1,6 +1,7 @@
 """Checkpoints of a run, using orbax: arrays and the JSON that describes them, saved together."""
 
 import contextlib
+import gc
 import logging
 import pathlib
 import shutil
@@ -15,8 +16,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from adapt_jax.machine.processes import decide, explain
-from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import json_checksum, regular
+from adapt_jax.models.errors import reading
+from adapt_jax.models.files import json_checksum
 
 
 class _Manager(ocp.CheckpointManager):
@@ -40,7 +41,9 @@ class Checkpoints:
     if read_only:  # the run may be active and save meanwhile
       keep = {'read_only': True}
     handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
-    with _silent():  # orbax warns of what `read_only` implies
+    with reading('', self._directory, 'move it away'), _silent():  # orbax warns of what `read_only` implies
+      if not read_only:
+        self._directory.mkdir(parents=True, exist_ok=True)  # orbax only logs that it cannot
       options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **keep)
       self._manager = _Manager(self._directory, options=options, item_handlers=handlers)
 
@@ -72,35 +75,22 @@ class Checkpoints:
       if not any(self._directory.glob('*.orbax-checkpoint-tmp*')):
         return
 
+  def _read(self, number: int) -> contextlib.AbstractContextManager[None]:
+    path = self._directory / str(number)
+    return reading('the checkpoint', path, 'delete this directory to resume from the previous one')
+
   def meta(self, number: int) -> dict[str, Any]:
     """The JSON of a checkpoint, from which the target of `restore` is built."""
     meta: dict[str, Any] = self._read_meta(number)['meta']
     return meta
 
   def _read_meta(self, number: int) -> dict[str, Any]:
-    with self._readable(number):
+    with self._read(number), _one_error():
       args = ocp.args.Composite(meta=ocp.args.JsonRestore())
       meta: dict[str, Any] = self._manager.restore(number, args=args)['meta']
       if meta.pop('checksum') != json_checksum(meta):
-        raise ValueError('checksum of the JSON')
+        raise ValueError('the checksum of its JSON differs')
     return meta
-
-  @contextlib.contextmanager
-  def _readable(self, number: int) -> Iterator[None]:
-    """Turns any failure to read checkpoint `number` into an InputError that says what to do."""
-    try:
-      for path in (self._directory / str(number)).rglob('*'):
-        if not path.is_dir():
-          regular(path)
-      with _one_error():
-        yield
-    except InputError:
-      raise
-    except Exception as error:  # orbax raises even bare Exceptions for a damaged file
-      raise InputError(
-        f'{self._directory / str(number)}: the checkpoint cannot be read ({type(error).__name__}): delete '
-        f'this directory to resume from the previous one'
-      ) from error
 
   def restore(self, number: int, target: Any) -> Any:
     """The arrays of a checkpoint, checked against `target`, a pytree of `jax.ShapeDtypeStruct`.
@@ -108,10 +98,10 @@ class Checkpoints:
     Raises InputError if a shape or dtype differs, since orbax casts dtypes silently.
     """
     wanted = self._read_meta(number)['arrays']
-    with self._readable(number):
+    with self._read(number), _one_error():
       state = self._restore(number, target)
       if _checksum(state) != wanted:
-        raise ValueError('checksum of the arrays')
+        raise ValueError('the checksum of its arrays differs')
     return state
 
   def _restore(self, number: int, target: Any) -> Any:
@@ -119,12 +109,8 @@ class Checkpoints:
     wanted = dict(_paths(target))
     found = {p: (tuple(m.shape), np.dtype(m.dtype)) for p, m in _paths(stored)}
     for path, leaf in wanted.items():
-      if found.get(path) != (tuple(leaf.shape), np.dtype(leaf.dtype)):
-        raise InputError(
-          f'{self._directory}/{number}: {path} is {found.get(path, "absent")}, this run needs '
-          f'{(tuple(leaf.shape), str(leaf.dtype))}: the checkpoint is damaged or from another model: use '
-          f'another workdir, or delete this directory to resume from the previous one'
-        )
+      if found.get(path) != (shape := (tuple(leaf.shape), np.dtype(leaf.dtype))):
+        raise ValueError(f'{path} is {found.get(path, "absent")}, and not {shape}, as in this run')
     # Without a sharding, orbax puts an array on the devices it was saved from, which may no longer exist.
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
@@ -140,25 +126,35 @@ class Checkpoints:
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
   """Raises one error if reads or writes fail together, without logging or printing other tracebacks."""
+  before, asyncio = sys.unraisablehook, logging.getLogger('asyncio')
+  level = asyncio.level
 
   def hook(unraisable: Any) -> None:  # errors that arrive after orbax has given up
     if not str(unraisable.exc_value).startswith(('Event loop is closed', 'Encountered error while reading')):
-      sys.__unraisablehook__(unraisable)
+      before(unraisable)
 
   sys.unraisablehook = hook
-  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
-  with _silent():
-    yield
+  asyncio.setLevel(logging.CRITICAL)
+  try:
+    with _silent():
+      yield
+  except Exception:
+    gc.collect()  # the hook hears now what orbax gave up
+    raise
+  finally:
+    asyncio.setLevel(level)
+    sys.unraisablehook = before
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
   """Logs nothing."""
+  before = logging.root.manager.disable
   logging.disable(logging.CRITICAL)
   try:
     yield
   finally:
-    logging.disable(logging.NOTSET)
+    logging.disable(before)
 
 
 def _checksum(tree: Any) -> int:

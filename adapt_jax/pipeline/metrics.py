@@ -68,7 +68,7 @@ class MetricsLog:
     """All lines so far."""
     if not self._path.exists():
       return []
-    return _as_now([json.loads(line) for line in self._path.read_bytes().splitlines()])
+    return [json.loads(line) for line in self._path.read_bytes().splitlines()]
 
   def cut(self, lines: int) -> None:
     """Keeps only the first `lines` lines; must be called before `track` and the first write."""
@@ -105,14 +105,3 @@ def _drawable(row: Any) -> bool:
 
 def _is_number(found: Any) -> bool:
   return type(found) is float or (type(found) is int and abs(found) < 2**63)
-
-
-def _as_now(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Converts rows of version 0.1, with an evaluation's stage in its name: {'of': 'stage 1 pruned'}."""
-  stages = range(1, 1 + sum(row['event'] == 'evaluate' for row in rows))  # each has one at least
-  names = {f'stage {stage} {of}': (of, stage) for stage in stages for of in ('pruned', 'recovered')}
-  for row in rows:
-    if row['event'] == 'evaluate' and 'stage' not in row:
-      row['of'], row['stage'] = names.get(row['of'], (row['of'], 0))
-      row['text'] = TEXT
-  return rows

@@ -1,8 +1,10 @@
 """Checkpoints give back their very bits or one clear line, and the one before serves."""
 
+import logging
 import pathlib
 import resource
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +82,7 @@ def test_saving_does_not_ask_for_sigterm(tmp_path, monkeypatch):
 def damages(content: bytes, rng):
   """Name -> a damaged file, None if it is gone."""
   yield from (('half', content[: len(content) // 2]), ('empty', b''), ('gone', None))
-  for place in rng.integers(len(content), size=6):
+  for place in rng.integers(len(content), size=2):
     flipped = bytearray(content)
     flipped[place] ^= 1 << rng.integers(8)
     yield f'bit in byte {place}', bytes(flipped)
@@ -126,12 +128,29 @@ def test_a_save_that_meets_a_full_disk_leaves_the_one_before(tmp_path):
   assert read(path)[0] == 2 and same(read(path)[2], numbers(1))
 
 
-@pytest.mark.parametrize(
-  'found,words', [((63, 48), ('64, 48', '63, 48')), ((64, 48), ('bfloat16', 'float32'))]
-)
-def test_a_checkpoint_of_another_model_is_refused_by_name(saved, found, words):
-  dtype = jnp.float32 if found == (63, 48) else jnp.bfloat16
-  target = SHAPES | {'params': SHAPES['params'] | {'a': jax.ShapeDtypeStruct(found, dtype)}}
-  with pytest.raises(InputError, match='params/a.*another model') as error:
+@pytest.mark.parametrize(('shape', 'dtype'), [((63, 48), jnp.float32), ((64, 48), jnp.bfloat16)])
+def test_a_checkpoint_of_another_model_is_refused(saved, shape, dtype):
+  """Orbax would cast a dtype without a word."""
+  target = SHAPES | {'params': SHAPES['params'] | {'a': jax.ShapeDtypeStruct(shape, dtype)}}
+  with pytest.raises(InputError, match='params/a'):
     Checkpoints(saved).restore(2, target)
-  assert all(word in str(error.value) for word in words)
+
+
+def test_a_file_where_the_directory_should_be(tmp_path):
+  (tmp_path / 'checkpoints').write_text('')
+  with pytest.raises(InputError, match='checkpoints'):
+    Checkpoints(tmp_path / 'checkpoints')
+
+
+def test_settings_of_the_process_stay_as_they_were(saved, tmp_path):
+  def settings():
+    return sys.unraisablehook, logging.root.manager.disable, logging.getLogger('asyncio').level
+
+  before = settings()
+  logging.disable(logging.DEBUG)
+  silent = settings()
+  try:
+    read(shutil.copytree(saved, tmp_path / 'checkpoints'))
+    assert settings() == silent
+  finally:
+    logging.disable(before[1])

@@ -8,7 +8,6 @@ import signal
 import socket
 import struct
 
-import jax
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -19,7 +18,6 @@ from adapt_jax.data.token_cache import token_directory
 from adapt_jax.evaluation.harness import _manager
 from adapt_jax.export.writer import lineage
 from adapt_jax.models.formats.source import open_config, open_source
-from adapt_jax.pipeline.checkpoint import Checkpoints
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.state import StateStore
@@ -139,15 +137,6 @@ def test_a_chat_template_that_is_no_file(files, tmp_path, make):
 def test_a_file_of_a_workdir_that_is_no_file(tmp_path, name, read, make):
   kind = make(tmp_path / name)
   assert f'{name} is a {kind}' in refused(read, tmp_path)
-
-
-def test_a_checkpoint_with_a_pipe(tmp_path):
-  store = Checkpoints(tmp_path / 'checkpoints')
-  store.save({'x': jax.numpy.zeros(3)}, {'a': 1})
-  meta = next(p for p in (tmp_path / 'checkpoints').rglob('*') if p.is_file() and p.parent.name == 'meta')
-  replaced(meta, pipe)
-  assert 'named pipe' in refused(store.meta, 1)
-  store.close()
 
 
 @pytest.mark.parametrize('make', (pipe, device))
