@@ -13,7 +13,7 @@ help:
 	@echo 'make test    all tests'
 	@echo 'make test-fast  unit tests: about three minutes on two cores'
 	@echo 'make fuzz CASES=10000  damaged inputs of every kind: about ten minutes on two cores'
-	@echo 'make test-parity  eleven steps beside those of the authors'\'' program: about eight minutes'
+	@echo 'make test-parity  steps beside those of the authors'\'' program: about ten minutes'
 	@echo 'make test-serving  exports in the real vLLM, MLX-LM and LLM Compressor: 5 GB of packages, then one to five minutes'
 	@echo 'make test-accelerators  programs compiled for NVIDIA GPUs and TPUs: 0.4 GB of packages, then ten minutes'
 	@echo 'make docs    the documentation as a site, into out/docs'

@@ -23,7 +23,7 @@ from adapt_jax.pruning.methods.base import Method
 Text = str | os.PathLike[str] | Sequence[str] | np.ndarray | jax.Array
 # Options of the command that have no effect in the library; docs/library.md says what to do instead.
 _NOT_IN_PRUNE = ('stages', 'stage_targets', 'calibration')
-_NOT_IN_RECOVER = ('source', 'save_every', 'split', 'optimizer_state', 'distill.cache')
+_NOT_IN_RECOVER = ('source', 'save_every', 'distill.cache')
 
 
 def check_model(config: ModelConfig) -> None:
@@ -52,7 +52,7 @@ def prune_options(named: dict[str, Any], tokens: np.ndarray, config: ModelConfig
   options = serving_widths.aligned(from_dict({'seed': seed, 'prune': named | {'calibration': calibration}}))
   if options.prune.method == slicegpt.METHOD:
     raise InputError(f'prune.method = {slicegpt.METHOD!r} is for the command alone: choose another')
-  serving_widths.check_model(options.prune.serve, config)
+  serving_widths.check_model(options.prune, config)
   return options
 
 

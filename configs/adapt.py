@@ -2,8 +2,7 @@
 
     python main.py --config=configs/adapt.py --workdir=out/adapt --config.model.source=...
 
-plus the other fields that configs/base.py needs. --config.prune.compat=reference reproduces the errors of the
-authors' program.
+plus the other fields that configs/base.py needs.
 """
 
 from ml_collections import ConfigDict

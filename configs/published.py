@@ -80,4 +80,4 @@ def _train(config: ConfigDict, run: Run) -> None:
   train.batch, train.length = 128, 1024
   train.tokens = math.ceil(SAMPLES / train.batch) * train.batch * train.length
   train.lr, train.min_lr = 2e-5, run.min_lr
-  train.schedule, train.split = 'wsd', 'linear'
+  train.schedule = 'wsd'

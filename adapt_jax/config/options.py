@@ -88,7 +88,6 @@ class DistillOptions:
   alpha: float = option(
     1.0, 'Weight of the distillation loss; 0: only cross-entropy, without a teacher.', within=(0, 1)
   )
-  temperature: float = option(1.0, 'Divides the logits of teacher and student.', within=(1e-3, 1e3))
   cache: int = option(
     0,
     "How many of the teacher's most likely ids to save for each token in the workdir, before pruning starts, "
@@ -147,16 +146,6 @@ class TrainOptions:
   )
   warmup: float = option(0.05, 'Fraction of all steps during which the learning rate rises.', within=(0, 1))
   clip: float = option(1.0, 'Maximum global norm of the gradient.', within=(1e-12, 1e12))
-  split: str = option(
-    'linear',
-    'How tokens are split over the stages; linear gives later stages more.',
-    choices=('linear', 'constant', 'cosine'),
-  )
-  optimizer_state: str = option(
-    'carry',
-    'Whether pruning keeps the optimizer moments of the remaining weights (carry) or sets them to zero.',
-    choices=('carry', 'reset'),
-  )
   mu_dtype: str = option(
     'float32',
     "Dtype of Adam's first moment; bfloat16 saves two bytes per weight.",

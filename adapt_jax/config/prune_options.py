@@ -1,9 +1,11 @@
 """The options of pruning, `config.prune`: what is removed, on which rows, and how the rest is adjusted."""
 
 import dataclasses
+import math
 
 from adapt_jax.config.declare import ALIGNMENT, COUNT, LENGTH, group, option
 from adapt_jax.config.units import UNITS
+from adapt_jax.config.values import Multiples, serving_multiples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,8 @@ class PruneOptions:
     'auto',
     'What is removed from attention: whole KV heads with their query heads (kv_groups), or query heads, '
     'equally many of each KV head in a layer (query_heads). auto: query_heads for models with one KV head '
-    'per layer or pruned by query heads before, unless budget is kv_cache or compat is set; otherwise '
-    'kv_groups. With a measured latency_table, auto is the unit that the table was measured for.',
+    'per layer or pruned by query heads before, unless budget is kv_cache; otherwise kv_groups. '
+    ' With a measured latency_table, auto is the unit that the table was measured for.',
     choices=('auto', 'kv_groups', 'query_heads'),
   )
   stages: int = option(1, 'Rounds of pruning and recovery (N in the paper).', within=(1, 10_000))
@@ -94,11 +96,6 @@ class PruneOptions:
     50,
     'For adapt and uniform: number of steps to reach the sparsity ratio (T in the paper).',
     within=(1, 1_000_000),
-  )
-  ratio: float = option(
-    1.0,
-    'For adapt and uniform: overall sparsity after all steps (rho in the paper); pruning ends at the target.',
-    within=(1e-6, 1),
   )
   amplitude: float = option(
     0.02,
@@ -119,11 +116,6 @@ class PruneOptions:
     '(shortgpt always uses cosine).',
     choices=('cosine', 'euclidean', 'manhattan'),
   )
-  align_kv: int = option(
-    1,
-    'Each layer keeps a multiple of this many KV heads, or all of them; no effect on query heads.',
-    within=ALIGNMENT,
-  )
   align_ffn: int = option(
     1,
     'Each layer keeps a multiple of this many MLP channels, or all of them; 64 to 256 suit tensor cores and '
@@ -135,12 +127,12 @@ class PruneOptions:
     'The program that will run the pruned model (docs/serving.md). gguf keeps multiples of 32 MLP channels '
     'for the quantised types of llama.cpp (set align_ffn = 256 for K-quants). awq keeps multiples of 128 for '
     'the groups of AWQ and GPTQ. tensor_parallel=n keeps KV heads and MLP channels that n devices can split '
-    'evenly.',
-  )
-  compat: str = option(
-    '',
-    "reference reproduces the bugs of the authors' code, for comparison. Needs the method adapt or uniform, "
-    'and compensate = none.',
-    choices=('', 'reference'),
+    'evenly. Several are separated by commas.',
   )
   calibration: CalibrationOptions = group(CalibrationOptions)
+
+  @property
+  def multiples(self) -> Multiples:
+    """What the widths of every layer must be multiples of, by `serve` and `align_ffn`."""
+    asked = serving_multiples(self.serve)
+    return asked._replace(ffn=math.lcm(asked.ffn, self.align_ffn))

@@ -6,7 +6,7 @@ import re
 
 from adapt_jax.config.mode_options import SensitivityOptions
 from adapt_jax.config.options import ExportOptions, MeshOptions, RunOptions, TrainOptions
-from adapt_jax.config.prune_options import PROGRESSIVE, PruneOptions
+from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.config.values import serving_multiples
 from adapt_jax.models.errors import InputError
 
@@ -23,26 +23,11 @@ def check(options: RunOptions) -> None:
 def _check_prune(prune: PruneOptions) -> None:
   serving_multiples(prune.serve)
   _check_weights('prune.calibration', prune.calibration.weights, prune.calibration.source)
-  if prune.compat and prune.method not in PROGRESSIVE:
+  if prune.attention == 'query_heads' and prune.budget == 'kv_cache':
     raise InputError(
-      f'prune.compat = {prune.compat!r} is for the methods {" and ".join(PROGRESSIVE)}, not for '
-      f'prune.method = {prune.method!r}: leave compat empty'
+      f'prune.attention = {prune.attention!r} conflicts with prune.budget = {prune.budget!r}, which counts '
+      f'KV heads: change one of them'
     )
-  if prune.compat and prune.compensate != 'none':
-    raise InputError(
-      f'prune.compensate = {prune.compensate!r} conflicts with prune.compat = '
-      f"{prune.compat!r}: set it to 'none'"
-    )
-  if prune.attention == 'query_heads':
-    for name, bad, why in (
-      ('budget', prune.budget == 'kv_cache', 'counts KV heads'),
-      ('compat', bool(prune.compat), 'removes KV groups'),
-    ):
-      if bad:
-        raise InputError(
-          f'prune.attention = {prune.attention!r} conflicts with prune.{name} = '
-          f'{getattr(prune, name)!r}, which {why}: set attention to kv_groups, or change {name}'
-        )
   if not 0 < prune.target < math.inf:
     raise InputError(
       f'prune.target = {prune.target!r} must be positive: a fraction kept (≤ 1) or a number in the '

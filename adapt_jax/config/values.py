@@ -3,6 +3,7 @@
 Recipes contain them as Python values, the command line as strings.
 """
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -43,10 +44,11 @@ def grid(value: Any) -> tuple[dict[str, Any], ...] | None:
 
 
 class Multiples(NamedTuple):
-  """The numbers that the widths of every layer must be multiples of; kv: KV heads, with their query heads."""
+  """What widths must be multiples of: KV heads (with their query heads) and MLP channels, the hidden size."""
 
   kv: int
   ffn: int
+  hidden: int
 
 
 def serving_multiples(serve: str) -> Multiples:
@@ -56,18 +58,18 @@ def serving_multiples(serve: str) -> Multiples:
   for rows not divisible by 32. awq: GPTQ and AWQ have groups of 128. tensor_parallel=n: n devices split every
   layer evenly.
   """
-  if serve == 'any':
-    return Multiples(1, 1)
-  if serve == 'gguf':
-    return Multiples(1, 32)
-  if serve == 'awq':
-    return Multiples(1, 128)
-  count = serve.removeprefix(TENSOR_PARALLEL)
-  if count != serve and count.isdecimal() and ALIGNMENT[0] <= int(count) <= ALIGNMENT[1]:
-    return Multiples(int(count), int(count))
-  raise InputError(
-    f'prune.serve = {serve!r}: choose any, gguf, awq, or {TENSOR_PARALLEL}n for a number n of devices'
-  )
+  named = {'any': (1, 1, 1), 'gguf': (1, 32, 32), 'awq': (1, 128, 128)}
+  found = []
+  for entry in serve.split(','):
+    count = entry.removeprefix(TENSOR_PARALLEL)
+    if count != entry and count.isdecimal() and ALIGNMENT[0] <= int(count) <= ALIGNMENT[1]:
+      named[entry] = (int(count), int(count), 1)
+    if entry not in named:
+      raise InputError(
+        f'prune.serve = {serve!r}: choose any, gguf, awq, or {TENSOR_PARALLEL}n for a number n of devices'
+      )
+    found.append(named[entry])
+  return Multiples(*(math.lcm(*of) for of in zip(*found, strict=True)))
 
 
 def named_texts(source: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

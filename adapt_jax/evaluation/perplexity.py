@@ -113,7 +113,7 @@ class _Divergence:
     x_TD, reference_TD = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, reference_BTD))
     labels, weights = shift(tokens_BT, targets_BT)
     cap = self.config.logit_cap  # that of the reference too
-    kl = capped(distillation(1.0, 1.0, whole(head_VD, reference_TD.dtype), cap), cap)
+    kl = capped(distillation(1.0, whole(head_VD, reference_TD.dtype), cap), cap)
     return sum_over_chunks(kl, x_TD, llama.head(params), (labels, weights, reference_TD)), weights.sum()
 
 

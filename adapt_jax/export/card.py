@@ -15,7 +15,7 @@ from adapt_jax.reports.report import RunReport, heads_of, known_perplexities
 from adapt_jax.reports.summary import texts_rows
 
 # Settings that only progressive methods read.
-_SCHEDULE = 'steps', 'ratio', 'amplitude', 'importance', 'layer_distance'
+_SCHEDULE = 'steps', 'amplitude', 'importance', 'layer_distance'
 _MARKUP = re.compile(r'[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])')
 
 

@@ -137,7 +137,7 @@ def run(options: RunOptions, source: Source, workdir: Workdir, command: str) -> 
     )
   with workdir.claimed():
     b, rng = options.bench, np.random.default_rng(options.seed)
-    unit = find_unit(dataclasses.replace(options.prune, budget='latency', compat=''), source.config)
+    unit = find_unit(dataclasses.replace(options.prune, budget='latency'), source.config)
     prompts = rng.integers(0, source.config.vocab_size, (b.batch, b.prompt_length)).tolist()
     report: WidthsReport = {
       **latency.here(compute_dtype(options.model.dtype)),  # type: ignore[typeddict-item]

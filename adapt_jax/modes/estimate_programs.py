@@ -111,7 +111,7 @@ def bytes_of(tree: Any) -> int:
 def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]:
   """The model after each stage if all layers were pruned equally; in a run, scores make them differ."""
   prune, budget = options.prune, budget_of(options, config)
-  allocator = Allocator(config, prune.align_ffn, prune.align_kv, budget=budget)
+  allocator = Allocator(config, prune.multiples.ffn, prune.multiples.kv, budget=budget)
   widths, found = allocator.full, []
   for target in Schedule.of(options, budget).targets:
     widths = allocator.one_shot(widths, np.ones(config.num_layers), target)

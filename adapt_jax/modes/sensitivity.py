@@ -181,11 +181,11 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
 
 def _check_cuts(options: RunOptions, config: ModelConfig) -> None:
   """Raises InputError if rounding leaves nothing to prune of some block in any layer."""
-  o, dense = options.sensitivity, PrunePlan.dense(config)
+  o, dense, align = options.sensitivity, PrunePlan.dense(config), options.prune.multiples.ffn
   scores = [mask.astype(float) for mask in surgery.padded_masks(dense)]  # widths do not depend on them
   for sparsity in o.bases:
-    base = narrow(config, dense, sparsity, options.prune.align_ffn, *scores)
-    cut = narrow(config, base, o.sparsity, options.prune.align_ffn, *scores)
+    base = narrow(config, dense, sparsity, align, *scores)
+    cut = narrow(config, base, o.sparsity, align, *scores)
     removed = {
       'attention': int(np.sum(base.kv_widths - cut.kv_widths)),
       'mlp': int(np.sum(base.ffn_widths - cut.ffn_widths)),
@@ -237,7 +237,7 @@ class Sensitivity:
     return report
 
   def _measure_all(self, bases: list[float], done: dict[float, int], progress: Progress) -> None:
-    config, align = self.inputs.config, self.options.prune.align_ffn
+    config, align = self.inputs.config, self.options.prune.multiples.ffn
     plan = PrunePlan.dense(config)
     params = self.inputs.source.load_params(self.inputs.dtype)
     dense = self._pruner.stack(params, plan)
@@ -327,7 +327,7 @@ MODE = Mode(
   run,
   result=(
     'seed', 'model', 'data', 'prune.method', 'prune.importance', 'prune.layer_distance', 'prune.align_ffn',
-    'prune.compat', 'prune.calibration', 'evaluate.source', 'evaluate.length', 'evaluate.max_tokens',
+    'prune.calibration', 'evaluate.source', 'evaluate.length', 'evaluate.max_tokens',
     'sensitivity',
   ),
   reads=('evaluate.batch', 'prune.serve'),

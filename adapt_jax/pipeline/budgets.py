@@ -41,7 +41,7 @@ def _budget(options: RunOptions, config: ModelConfig, stored: str) -> Budget:
     return budgets.memory(config, itemsize, request.batch * context, unit)
   if kind == 'latency':
     name = options.prune.latency_table
-    if options.prune.attention == 'auto' and not options.prune.compat:
+    if options.prune.attention == 'auto':
       unit = latency.unit_for(name, config, unit)
     table = latency.find_table(name, config, request, unit)
     return latency.budget(table, config)

@@ -1,8 +1,5 @@
 """Checks of a run before any heavy work, cheap ones first: texts, target, steps, exports, mesh."""
 
-import bisect
-import dataclasses
-import itertools
 from typing import Any
 
 from adapt_jax.config.options import RunOptions
@@ -30,7 +27,6 @@ _SLICING = {
   'budget': 'params',
   'compensate': 'none',
   'stages': 1,
-  'align_kv': 1,
   'align_ffn': 1,
   'serve': 'any',
   'attention': 'auto',
@@ -74,12 +70,12 @@ def check_run(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16'
   if options.prune.method == slicegpt.METHOD:
     _check_slicing(options, config)
     return
-  serving_widths.check_model(options.prune.serve, config)
+  mesh.check_model(config)
+  serving_widths.check_model(options.prune, config)
   _check_size(options, config, budget_of(options, config, stored))
   _check_steps(options)
   result = with_output_bias(config, options.prune.compensate == 'bias')
   check_result(options.export, result, METHODS[options.prune.method].whole_layers)
-  mesh.check_model(config)
   mesh.check_batches(options)
 
 
@@ -130,20 +126,11 @@ def check_teacher(teacher: ModelConfig, theirs: Any, config: ModelConfig, ours: 
 
 
 def _check_steps(options: RunOptions) -> None:
-  t = options.train
-  stages, batch = options.prune.stages, t.batch * t.length
-
-  def enough(steps: int) -> bool:
-    ends = [0, *stage_steps(dataclasses.replace(t, tokens=steps * batch), stages)]
-    return all(start < stop for start, stop in itertools.pairwise(ends))
-
-  if t.tokens and not enough(t.tokens // batch):
-    most = stages  # steps that are enough, found by doubling, then by halving
-    while not enough(most):
-      most *= 2
-    least = bisect.bisect_left(range(most), True, key=enough) * batch
+  """Raises InputError if the first stage, which trains least, would have no step."""
+  t, stages = options.train, options.prune.stages
+  if t.tokens and not stage_steps(t, stages)[0]:
+    least = (stages * (stages + 1) // 4 + 1) * t.batch * t.length  # its share is 2/(stages · (stages + 1))
     raise InputError(
       f'train.tokens = {t.tokens:,} leaves a stage without a batch of {t.batch} x {t.length} tokens; '
-      f'it is split over {stages} stages ({t.split}): give at least {least:,}, or lower train.batch or '
-      f'prune.stages'
+      f'it is split over {stages} stages: give at least {least:,}, or lower train.batch or prune.stages'
     )

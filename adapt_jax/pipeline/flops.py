@@ -40,7 +40,7 @@ def scoring_passes(options: RunOptions, dense: ModelConfig, budget: Budget) -> i
   """How many times a run scores the model, or a method that goes layer by layer passes it forward."""
   prune, schedule = options.prune, Schedule.of(options, budget)
   if prune.method in PROGRESSIVE:
-    return math.ceil(prune.steps * (1 - schedule.targets[-1] / budget.dense) / prune.ratio)
+    return math.ceil(prune.steps * (1 - schedule.targets[-1] / budget.dense))
   return schedule.stages * (dense.num_layers if METHODS[prune.method].layer_by_layer else 1)
 
 

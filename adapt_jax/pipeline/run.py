@@ -146,7 +146,7 @@ class Run:
     }
     if budget.kind != 'params':
       row['cost'] = budget.number(state.compacted.cost(budget))
-    state.open_stage(row, self._pruning.next_schedule(state))
+    state.open_stage(row)
     self._save(state)
 
   def _recover_stage(self, stage: int, state: RunState) -> None:

@@ -1,7 +1,6 @@
 """Stages of Adapt-Accel: the cost of the model and the training steps at the end of each (section 4)."""
 
 import dataclasses
-import math
 
 from adapt_jax.config.options import RunOptions, TrainOptions
 from adapt_jax.models.errors import InputError
@@ -45,16 +44,10 @@ def stage_targets(budget: Budget, target: float, stages: int, rule: str) -> list
 def stage_steps(options: TrainOptions, stages: int) -> list[int]:
   """Global step at which each stage ends; the last is the total number of steps.
 
-  Shares of paper section 4 for stage i of N: linear 2i/(N(N+1)), constant 1/N, cosine
-  cos((i−1)π/2N) − cos(iπ/2N).
+  Stage i of N has the share 2i/(N(N+1)) of all steps (paper section 4, linear).
   """
   total = options.tokens // (options.batch * options.length)
-  done = {
-    'linear': lambda i: i * (i + 1) / (stages * (stages + 1)),
-    'constant': lambda i: i / stages,
-    'cosine': lambda i: 1 - math.cos(i * math.pi / (2 * stages)),
-  }[options.split]
-  return [round(total * done(i)) for i in range(1, stages)] + [total]
+  return [round(total * (i * (i + 1) / (stages * (stages + 1)))) for i in range(1, stages)] + [total]
 
 
 @dataclasses.dataclass(frozen=True)

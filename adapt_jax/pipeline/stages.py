@@ -23,7 +23,6 @@ from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner, StepRecord, prune_model
 from adapt_jax.pruning.score_memo import ScoreMemo
 from adapt_jax.training.loop import Diverged, Trained, recover_model
-from adapt_jax.training.optim import reset_moments
 from adapt_jax.training.step import Teacher, TrainState
 from adapt_jax.training.teacher_cache import TaughtSet, open_taught
 
@@ -102,15 +101,9 @@ class Pruning:
     if 'optimizer' not in state.arrays and self._optimizer:
       moments = mesh.jit(self._optimizer.init, state.params, once=True)(state.params)
       state.hold(state.arrays | {'optimizer': moments})
-    if stage > 1 and self._optimizer and self._options.train.optimizer_state == 'reset':
-      state.hold(state.arrays | {'optimizer': reset_moments(state.arrays['optimizer'])})
     # Flax also checks shapes, but only while tracing; a wrong plan must be found before that.
     chex.assert_trees_all_equal_shapes(state.arrays, self.shapes(state.compacted))
     forget_traces()  # programs of the old shapes would stay in memory
-
-  def next_schedule(self, state: RunState) -> PruneState:
-    """The schedule's state at the start of the next stage."""
-    return self._pruner.next_stage(state.pruning)
 
 
 class Recovery:

@@ -83,10 +83,9 @@ class RunState:
     """Sets the arrays, which now have the widths of the current plan."""
     self.arrays, self.compacted = _bound(arrays), self.pruning.plan
 
-  def open_stage(self, row: StageReport, pruning: PruneState) -> None:
-    """Records that a stage is pruned; its training is next. pruning: the schedule for the next stage."""
-    self.stage, self.complete = row['stage'], False
-    self.row, self.pruning = row, pruning
+  def open_stage(self, row: StageReport) -> None:
+    """Records that a stage is pruned; its training is next."""
+    self.stage, self.complete, self.row = row['stage'], False, row
 
   def trained_to(self, step: int, arrays: TrainState) -> None:
     """Records that training has reached global step `step`."""

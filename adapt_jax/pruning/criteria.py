@@ -88,11 +88,6 @@ def find_importance(importance: str | Importance) -> Importance:
   return IMPORTANCES[importance] if isinstance(importance, str) else importance
 
 
-def fold_heads(heads_KG: jax.Array, reference: bool) -> jax.Array:
-  """Sums scores of query heads by KV group, [K]; `reference` assigns head h to group h mod K."""
-  return (heads_KG.reshape(heads_KG.shape[::-1]).T if reference else heads_KG).sum(1)
-
-
 def group_scores(
   layer: Params,
   gradient: Params,
@@ -100,13 +95,10 @@ def group_scores(
   importance: Importance,
   *,
   unit: AttentionUnit = KV_GROUPS,
-  reference_fold: bool = False,
 ) -> list[jax.Array]:
   """[scores [K] of the KV groups, scores [F] of the channels]: sums over all member weights, in fp32.
 
   With query heads as `unit`, the first are theirs, [G].
-
-  `reference_fold` credits query head h to group h mod K, as the authors' program does, not to h // G.
   """
   totals = []
   for block, axes in group_axes(unit).items():
@@ -120,9 +112,6 @@ def group_scores(
         hidden = 0 if name in ('o', 'down') else score.ndim - 1
         score = score.sum(hidden, keepdims=True)
       score = jnp.abs(score)
-      if reference_fold and name in ('q', 'q_bias', 'o'):
-        total += fold_heads(score.sum([a for a in range(score.ndim) if a not in (axis, axis + 1)]), True)
-      else:
-        total += score.sum([a for a in range(score.ndim) if a != axis])
+      total += score.sum([a for a in range(score.ndim) if a != axis])
     totals.append(total)
   return totals

@@ -32,7 +32,6 @@ def scoring(
     found.distance or options.layer_distance,
     micro_batch(options.calibration),
     dtype,
-    reference_fold=options.compat == 'reference',
     unit=unit,
   )
 

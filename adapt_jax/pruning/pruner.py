@@ -107,11 +107,6 @@ def _agreed(state: PruneState, config: ModelConfig) -> PruneState:
 class Pruner:
   """Prunes one model, stage by stage.
 
-  `options.compat = 'reference'` reproduces errors of the authors' program: query heads are credited to KV
-  group h mod K, Euclidean and Manhattan distances are negated, sparsities and starting widths are reset at
-  every stage, and the first step at or below the target is kept unchanged. Not reproduced are the
-  sizes in its MobileLLM-350M script, which count tied embeddings twice, and its fp16 scoring.
-
   Args:
     config: the model at its original widths, whose numbering the plan uses.
     options: `config.prune`.
@@ -141,7 +136,6 @@ class Pruner:
     budget: Budget | None = None,
   ):
     self.config, self.options, self.blocks = config, options, blocks
-    self._as_reference = options.compat == 'reference'
     self._kind = method or METHODS[options.method]
     self._seed, self._compiler, self._dtype = seed, compiler, dtype
     budget = budget or budgets.params(config, find_unit(options, config))
@@ -183,8 +177,6 @@ class Pruner:
     if self.importance == 'random':
       rng = np.random.default_rng([self._seed, step])
       scores = scores._replace(kv=rng.random(scores.kv.shape), ffn=rng.random(scores.ffn.shape))
-    if self._as_reference and self.distance != 'cosine':
-      scores = scores._replace(distance=-scores.distance)
     return scores
 
   def _compute(self, stacked: Params, rows: np.ndarray) -> Scores:
@@ -246,12 +238,6 @@ class Pruner:
       ffn=widths['ffn'],
     )
 
-  def next_stage(self, state: PruneState) -> PruneState:
-    """The schedule's state for the next stage: unchanged, or with zero sparsities as in the reference."""
-    if not self._as_reference:
-      return state
-    return dataclasses.replace(state, sparsity=np.zeros_like(state.sparsity))
-
   def prune(
     self,
     stacked: Params,
@@ -269,9 +255,6 @@ class Pruner:
       title: title of the progress bar.
     """
     plan, method, budget = state.plan, self._method, self._method.budget
-    if self._as_reference:
-      # The reference restarts its schedule at every stage, from the current widths.
-      method = self._kind(compacted.pruned_config(self.config), self.options, budget)
     # Until the first compaction the weights are the original ones: nothing has trained them.
     own = compacted.equals(PrunePlan.dense(self.config, self.unit))
 

@@ -22,7 +22,7 @@ from adapt_jax.models.network.positions import Positions, PositionTables
 from adapt_jax.models.network.sharding import constrain, constrain_params, gathered, row_shards
 from adapt_jax.pruning import algebra, curvature
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS, AttentionUnit
-from adapt_jax.pruning.criteria import DISTANCES, Importance, find_importance, fold_heads, group_scores
+from adapt_jax.pruning.criteria import DISTANCES, Importance, find_importance, group_scores
 from adapt_jax.pruning.scores import Scores
 from adapt_jax.training.loss import (
   ChunkLoss,
@@ -60,7 +60,6 @@ class Scorer:
     micro_batch: rows that a layer processes at once; must divide the number of calibration rows.
     importance: a name in `criteria.IMPORTANCES`, or an `Importance`.
     dtype: dtype of weights and activations; gradients are summed and scored in fp32.
-    reference_fold: see `group_scores`.
     unit: what is removed from attention.
   """
 
@@ -69,7 +68,6 @@ class Scorer:
   distance: str = 'cosine'
   micro_batch: int = 8
   dtype: Any = jnp.float32
-  reference_fold: bool = False
   unit: AttentionUnit = KV_GROUPS
 
   @property
@@ -180,10 +178,13 @@ class Scorer:
       o_DKGH, down_DF = (x.astype(jnp.float32) for x in (layer['attention']['o'], layer['mlp']['down']))
       o_KGH = columns(o_DKGH, *(m.reshape(o_DKGH.shape[1:]) for m in moments['o']))
       by_unit = jnp.moveaxis(o_KGH, self.unit.axis, 0)
-      kv = fold_heads(by_unit.sum(2), self.reference_fold)
-      return None, [kv, columns(down_DF, *moments['down']), by_unit]
+      return None, [by_unit.sum(2).sum(1), columns(down_DF, *moments['down']), by_unit]
 
     return jax.lax.scan(score, None, (layers, moments_L))[1]
+
+  def score_layer(self, layer: Params, gradient: Params, fisher: Params) -> list[jax.Array]:
+    """[kv [K], ffn [F]] of a layer from its weights, their gradient and its mean square over rows."""
+    return group_scores(layer, gradient, fisher, find_importance(self.importance), unit=self.unit)
 
   def _group_scores(
     self, run: Callable[..., jax.Array], layers: Params, inputs_LMBTD: jax.Array, gradient_MBTD: jax.Array
@@ -191,12 +192,8 @@ class Scorer:
     """[kv [L, K], ffn [L, F]]; `gradient_MBTD` is ∂L/∂x of the last layer's output."""
     importance, samples = find_importance(self.importance), gradient_MBTD.shape[0] * self.micro_batch
 
-    def score(layer: Params, gradient: Params, fisher: Params) -> list[jax.Array]:
-      fold = self.reference_fold
-      return group_scores(layer, gradient, fisher, importance, unit=self.unit, reference_fold=fold)
-
     if not importance.gradient:
-      return jax.lax.scan(lambda _, layer: (None, score(layer, layer, layer)), None, layers)[1]
+      return jax.lax.scan(lambda _, layer: (None, self.score_layer(layer, layer, layer)), None, layers)[1]
 
     def pull(
       i: jax.Array, layer: Params, x_BTD: jax.Array, g_BTD: jax.Array
@@ -230,7 +227,7 @@ class Scorer:
       zeros = constrain_params(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), layer))
       start = (zeros, zeros if importance.fisher else {})
       (gradient, fisher), g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))
-      return g_MBTD, score(layer, gradient, fisher or gradient)
+      return g_MBTD, self.score_layer(layer, gradient, fisher or gradient)
 
     return jax.lax.scan(backward, gradient_MBTD, (self._indices, layers, inputs_LMBTD), reverse=True)[1]
 

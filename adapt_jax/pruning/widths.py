@@ -63,7 +63,6 @@ class Allocator:
     config: the model that sparsities refer to (the start of the whole schedule).
     align_ffn: MLP widths are multiples of this (a layer's full width is also allowed).
     align_kv: the same for KV heads; query heads may have any number.
-    exact: land on the target; if False, stop at the first step at or below it, as the reference does.
     budget: what a target limits, and the unit of attention; None: the number of parameters, and KV groups.
   """
 
@@ -73,13 +72,12 @@ class Allocator:
     align_ffn: int = 1,
     align_kv: int = 1,
     *,
-    exact: bool = True,
     budget: Budget | None = None,
   ):
     self.config, self.budget = config, budget or budgets.params(config)
     self.unit = self.budget.removes
     units = np.array([self.unit.count(s) for s in config.layers])
-    self.align, self.exact = align_ffn, exact
+    self.align = align_ffn
     self.align_kv = align_kv if self.unit is KV_GROUPS else 1
     if config.traits.joint_qk_norm:  # no unit can be removed
       self.align_kv = int(units.max())
@@ -239,7 +237,7 @@ class Allocator:
       sparsity = np.maximum(sparsity, self._reached(widths.ffn))
     moved = advance(sparsity, rate)
     wanted = widths.minimum(self.widths(moved))
-    if self.cost(wanted) >= target or not self.exact:
+    if self.cost(wanted) >= target:
       return wanted, moved
     landed, reached = self.land(widths, sparsity, rate, target)
     if np.array_equal(reached, sparsity) and self.cost(landed) == self.cost(widths):

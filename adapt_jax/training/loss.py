@@ -166,22 +166,20 @@ def capped(loss: ChunkLoss, cap: float) -> ChunkLoss:
   return (lambda logits_TV, extras: loss(soft_cap(logits_TV, cap), extras)) if cap else loss
 
 
-def distillation(
-  alpha: float, temperature: float, teacher_head_VD: jax.Array, teacher_cap: float = 0.0
-) -> ChunkLoss:
-  """Σ of α·T²·KL(teacher‖student) at temperature T + (1−α)·CE; extras = (labels, weights, teacher x [T, D]).
+def distillation(alpha: float, teacher_head_VD: jax.Array, teacher_cap: float = 0.0) -> ChunkLoss:
+  """Σ of α·KL(teacher‖student) + (1−α)·CE; extras = (labels, weights, teacher x [T, D]).
 
-  Hinton et al., arXiv 1503.02531; paper section 4. KL alone at T = 1, the default, as in Minitron
+  Hinton et al., arXiv 1503.02531; paper section 4. KL alone, the default, as in Minitron
   (Muralidharan et al., arXiv 2407.14679), where every mixture with CE was worse.
   """
 
   def loss(logits_TV: jax.Array, extras: Any) -> jax.Array:
     labels_T, weights_T, teacher_TD = extras
     taught_TV = soft_cap(head_logits(teacher_head_VD, teacher_TD), teacher_cap)
-    teacher = jax.nn.log_softmax(taught_TV / temperature)
-    student = jax.nn.log_softmax(logits_TV / temperature)
+    teacher = jax.nn.log_softmax(taught_TV)
+    student = jax.nn.log_softmax(logits_TV)
     kl_T = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-    loss_T = alpha * temperature**2 * kl_T
+    loss_T = alpha * kl_T
     if alpha < 1:
       loss_T += (1 - alpha) * _cross_entropy(logits_TV, labels_T)
     return jnp.sum(loss_T * weights_T)
@@ -189,7 +187,7 @@ def distillation(
   return loss
 
 
-def cached_distillation(alpha: float, temperature: float) -> ChunkLoss:
+def cached_distillation(alpha: float) -> ChunkLoss:
   """Like `distillation`, on results of `teacher_top`; extras = (labels, weights, ids [T, k], log p [T, k+1]).
 
   All other ids are treated as one, so this is a lower bound of the KL divergence over all ids.
@@ -197,9 +195,9 @@ def cached_distillation(alpha: float, temperature: float) -> ChunkLoss:
 
   def loss(logits_TV: jax.Array, extras: Any) -> jax.Array:
     labels_T, weights_T, ids_Tk, log_p_TK = extras
-    log_q_TK = _top_and_rest(logits_TV / temperature, ids_Tk)
+    log_q_TK = _top_and_rest(logits_TV, ids_Tk)
     kl_T = jnp.sum(jnp.exp(log_p_TK) * (log_p_TK - log_q_TK), axis=-1)
-    loss_T = alpha * temperature**2 * kl_T
+    loss_T = alpha * kl_T
     if alpha < 1:
       loss_T += (1 - alpha) * _cross_entropy(logits_TV, labels_T)
     return jnp.sum(loss_T * weights_T)
@@ -216,9 +214,7 @@ def _top_and_rest(logits_TV: jax.Array, ids_Tk: jax.Array) -> jax.Array:
   return jnp.concatenate([top_Tk, rest_T1], axis=-1) - total_T1
 
 
-def teacher_top(
-  x_TD: jax.Array, head_VD: jax.Array, k: int, temperature: float, cap: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
+def teacher_top(x_TD: jax.Array, head_VD: jax.Array, k: int, cap: float = 0.0) -> tuple[jax.Array, jax.Array]:
   """The k most likely ids of each token [T, k], in descending order, and their log p in fp32 [T, k+1].
 
   The last log p is that of all other ids together. Takes final normed hidden states; `row_shards` must
@@ -228,7 +224,7 @@ def teacher_top(
   whole_VD = whole(head_VD, x_TD.dtype)
 
   def step(_: None, chunk_TD: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-    logits_TV = soft_cap(head_logits(whole_VD, chunk_TD), cap) / temperature
+    logits_TV = soft_cap(head_logits(whole_VD, chunk_TD), cap)
     ids_Tk = jax.lax.top_k(logits_TV, k)[1]
     return None, (ids_Tk, _top_and_rest(logits_TV, ids_Tk))
 

@@ -46,14 +46,3 @@ def optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransfor
     optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.dtype(options.mu_dtype)),
     optax.scale_by_learning_rate(learning_rate(options, total_steps)),
   )
-
-
-def reset_moments(state: optax.OptState) -> optax.OptState:
-  """Resets Adam's moments and bias correction; the schedule's step count is kept."""
-
-  def reset(part: optax.OptState) -> optax.OptState:
-    if isinstance(part, optax.ScaleByAdamState):
-      return optax.tree.zeros_like(part)
-    return part
-
-  return tuple(reset(part) for part in state)

@@ -133,21 +133,20 @@ class TrainingStep:
 
     teacher: its parameters, and its whole head.
     """
-    alpha, temperature = self.options.distill.alpha, self.options.distill.temperature
-    cap = self.config.logit_cap
+    alpha, cap = self.options.distill.alpha, self.config.logit_cap
     tokens_BT, targets_BT, segments_BT, *taught = rows
     labels, weights = shift(tokens_BT, targets_BT)
     extras: tuple[jax.Array, ...] = (labels, weights * scale)
     if taught:
       extras += tuple(x.reshape(len(x_TD), -1) for x in taught)
-      return capped(cached_distillation(alpha, temperature), cap), extras
+      return capped(cached_distillation(alpha), cap), extras
     if teacher is None or self.teacher_config is None:
       return capped(cross_entropy, cap), extras
     params, head_VD = teacher
     y_BTD = llama.hidden_states(
       self.teacher_config, params, tokens_BT, segments=segments_BT, dtype=self.dtype
     )
-    of_chunk = distillation(alpha, temperature, head_VD, self.teacher_config.logit_cap)
+    of_chunk = distillation(alpha, head_VD, self.teacher_config.logit_cap)
     return capped(of_chunk, cap), (*extras, y_BTD.reshape(len(x_TD), -1))
 
 

@@ -160,13 +160,11 @@ def likeliest(
   config: ModelConfig, options: TrainOptions, dtype: Any
 ) -> Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
   """The program `(parameters of the dense model, tokens, segments [B, T])` -> ids and log p, as on disk."""
-  k, temperature = options.distill.cache, options.distill.temperature
 
   def top(params: Params, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_BTD = llama.hidden_states(config, params, tokens_BT, segments=segments_BT, dtype=dtype)
-    found = teacher_top(
-      x_BTD.reshape(-1, x_BTD.shape[-1]), llama.head(params), k, temperature, config.logit_cap
-    )
+    x_TD, head_VD = x_BTD.reshape(-1, x_BTD.shape[-1]), llama.head(params)
+    found = teacher_top(x_TD, head_VD, options.distill.cache, config.logit_cap)
     ids, log_p = (x.reshape(*tokens_BT.shape, -1) for x in found)
     return ids, jnp.maximum(log_p, _LOWEST)
 

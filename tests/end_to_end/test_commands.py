@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from adapt_jax import cli
+from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.machine import targets
 from adapt_jax.machine.targets import TARGETS
 from adapt_jax.models.errors import InputError, Unreachable
@@ -104,7 +105,7 @@ def test_mode_prune_keeps_to_widths_for_serving(files, tmp_path):
   result = runs.main(files, tmp_path / 'out', '--mode=prune', '--config.evaluate.source=', *flags)
   assert result.returncode == 0, result.stderr
   saved = open_source(str(tmp_path / 'out/hf')).config
-  serving_widths.check_model('tensor_parallel=3', saved)
+  serving_widths.check_model(PruneOptions(serve='tensor_parallel=3'), saved)
   assert min(s.ffn for s in saved.layers) < 48
 
 

@@ -3,8 +3,6 @@
 Skipped where the demo has not been fetched; `make test` does it.
 """
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +15,8 @@ from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.widths import normalise
-from benchmarks.reference_parity import SLACK, overlap
-from tests.support.reference import ROWS, Reference, reference_pruner, windows
+from tests.support.reference import MODEL, ROWS, SLACK, Reference, overlap, reference_pruner, windows
 
-ROOT = pathlib.Path(__file__).parents[2]
-MODEL = ROOT / 'data' / 'SmolLM2-135M-Instruct.Q4_1.gguf'
 pytestmark = [
   pytest.mark.skipif(not MODEL.exists(), reason='the demo model is not there: make fetch'),
 ]
@@ -61,6 +56,7 @@ def test_logits_equal_those_of_transformers(source, params, tmp_path):
   np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
 
 
+@pytest.mark.parity
 def test_first_step_reproduces_the_references_scores(source, params):
   """Cosines to 1e-4 and Taylor sums to 1e-3 (median), with query heads credited to their own KV group."""
   golden, tokens = Reference().figures, windows()[0][:ROWS]
@@ -83,7 +79,7 @@ def test_first_step_reproduces_the_references_scores(source, params):
 
 
 def check_parity(start, stop):
-  """compat='reference' from the reference's tokens, and its state after `start`: widths, and given masks."""
+  """The reference's rule on the reference's tokens, and its state after `start`: widths, and given masks."""
   pruner, params = reference_pruner()
   reference, seen = Reference(), []
 
@@ -113,12 +109,13 @@ def check_parity(start, stop):
   assert seen == list(range(start + 1, stop + 1))
 
 
-def test_compat_reproduces_a_step_of_the_reference_where_kv_groups_go():
+@pytest.mark.parity
+def test_a_step_of_the_reference_where_kv_groups_go():
   """From its own masks after step 15: in step 16 a KV group goes in 26 of 30 layers."""
   check_parity(15, 16)
 
 
 @pytest.mark.parity
-def test_compat_reproduces_the_references_first_eleven_steps_by_itself():
+def test_the_references_first_eleven_steps():
   """Later the paths part, as those of two chaotic runs do: docs/results.md."""
   check_parity(0, 11)

@@ -137,13 +137,10 @@ def test_what_cannot_be_split_is_reported():
 
 
 def test_a_tensor_axis_keeps_widths_divisible():
-  values = base.get_config()
-  values.prune.align_ffn = 6
-  options = from_dict(values.to_dict())
+  options = from_dict({'prune': {'align_ffn': 6}})
   assert aligned(options) == options
   with set_mesh(1, 1, 4):
-    prune = aligned(options).prune
-  assert (prune.align_kv, prune.align_ffn) == (4, 12)
+    assert aligned(options).prune.multiples == (4, 12, 1)
 
 
 def test_micro_batches_are_as_large_as_allowed_on_every_device():

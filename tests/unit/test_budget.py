@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import pytest
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.mode_options import BenchOptions
+from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.config.units import UNITS
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from adapt_jax.models.errors import InputError
@@ -150,8 +150,7 @@ def test_a_roofline_takes_the_longer_of_products_and_reads():
 
 
 def make_method(name, config, budget, **fields):
-  defaults = {'steps': 50, 'ratio': 1.0, 'amplitude': 0.02, 'align_kv': 1, 'align_ffn': 1, 'compat': ''}
-  return METHODS[name](config, types.SimpleNamespace(**(defaults | fields)), budget)
+  return METHODS[name](config, PruneOptions(**fields), budget)
 
 
 def random_scores(config, seed):

@@ -37,7 +37,7 @@ REPORT = {
     'ffn': [48, 48],
   },
   'perplexity': {'dense': 9.876, 'pruned': 12.345, 'recovered': 10.5, 'definition': 'exp of the mean loss'},
-  'prune': {'method': 'obs', 'target': 0.8, 'amplitude': 0.02, 'compat': '', 'calibration': {'samples': 8}},
+  'prune': {'method': 'obs', 'target': 0.8, 'amplitude': 0.02, 'calibration': {'samples': 8}},
   'data': {
     'calibration': ['calibration.txt'],
     'train': ['org/corpus:train'],

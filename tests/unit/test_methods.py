@@ -1,10 +1,9 @@
 """The rule of every pruning method, on random scores."""
 
-import types
-
 import numpy as np
 import pytest
 
+from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.methods.flap import standardised
@@ -23,8 +22,7 @@ def make_config(layers=8, shapes=None, tie=True):
 
 
 def make_method(name, config, **fields):
-  defaults = {'steps': 50, 'ratio': 1.0, 'amplitude': 0.02, 'align_kv': 1, 'align_ffn': 1, 'compat': ''}
-  return METHODS[name](config, types.SimpleNamespace(**(defaults | fields)))
+  return METHODS[name](config, PruneOptions(**fields))
 
 
 def random_scores(config, seed=0):
@@ -49,7 +47,7 @@ def run(method, config, state, target):
 def test_kv_heads_stay_multiples_too(name):
   """So that a tensor axis divides them; a layer keeps one such block."""
   config = make_config(shapes=(LayerShape(4 * G, 4, FFN),) * 14)
-  method = make_method(name, config, align_kv=2, align_ffn=4)
+  method = make_method(name, config, serve='tensor_parallel=2', align_ffn=4)
   for target in (int(0.8 * count_params(config)), method.smallest()):
     plan = run(method, config, PruneState.start(config), target)[-1].plan
     assert set(plan.kv_widths) <= {2, 4} and not (plan.ffn_widths % 4).any()
@@ -113,14 +111,6 @@ def test_wanda_sp_prunes_one_layer_after_another_to_the_widths_of_one_shot(share
       later = slice(layer + 1, None)
       np.testing.assert_array_equal(states[number].plan.kv[later], states[number + 1].plan.kv[later])
       np.testing.assert_array_equal(states[number].plan.ffn[later], states[number + 1].plan.ffn[later])
-
-
-@pytest.mark.parametrize('name', PROGRESSIVE)
-def test_the_reference_stops_at_the_first_step_below_the_target(name):
-  config, target = make_config(), int(0.85 * count_params(make_config()))
-  method = make_method(name, config, compat='reference')
-  states = run(method, config, PruneState.start(config), target)
-  assert states[-1].plan.params(config) < target - channel_params(config)
 
 
 @pytest.mark.parametrize('name', ['llm_pruner', 'magnitude'])

@@ -67,16 +67,6 @@ def test_an_option_that_is_absent_has_its_default():
   )
 
 
-@pytest.mark.parametrize('method', METHODS)
-def test_reference_errors_are_those_of_its_two_methods(method):
-  fields = {'prune__method': method, 'prune__compat': 'reference', 'prune__compensate': 'none'}
-  if method in ('adapt', 'uniform'):
-    with_values(**fields)
-  else:
-    with pytest.raises(InputError, match='prune.compat'):
-      with_values(**fields)
-
-
 READ = [
   ('accel', 'train__lr', 1e-3, True),
   ('accel', 'train__micro_batch', 1, False),

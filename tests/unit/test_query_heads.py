@@ -134,22 +134,14 @@ def test_auto_takes_query_heads_where_no_kv_head_can_go():
   assert found(single) is found(single, budget='flops') is found(mixed) is QUERY_HEADS
   assert found(single, budget='latency') is QUERY_HEADS
   assert found(single, budget='kv_cache') is KV_GROUPS
-  assert found(single, compat='reference') is KV_GROUPS  # which credits scores to KV heads in its own way
   assert found(pair) is KV_GROUPS
   assert found(pair, attention='query_heads') is QUERY_HEADS
   assert found(single, attention='kv_groups') is KV_GROUPS
 
 
-@pytest.mark.parametrize(
-  'fields, message',
-  [
-    ({'budget': 'kv_cache'}, "conflicts with prune.budget = 'kv_cache'"),
-    ({'compat': 'reference', 'method': 'adapt', 'compensate': 'none'}, 'prune.compat'),
-  ],
-)
-def test_what_conflicts_is_refused(fields, message):
-  with pytest.raises(InputError, match=message):
-    from_dict({'prune': {'attention': 'query_heads', **fields}})
+def test_a_budget_that_query_heads_do_not_change_is_refused():
+  with pytest.raises(InputError, match="conflicts with prune.budget = 'kv_cache'"):
+    from_dict({'prune': {'attention': 'query_heads', 'budget': 'kv_cache'}})
 
 
 def test_scores_are_those_of_the_heads_alone():

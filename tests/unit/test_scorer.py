@@ -13,6 +13,7 @@ from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from tests.support.helpers import new_params, random_params, save_checkpoint, stacked_params, tiny_config
+from tests.support.reference import ReferenceScorer
 
 
 def make_model(group=3, kv=2, layers=3, hidden=32, ffn=24):
@@ -86,12 +87,12 @@ def test_scoring_holds_one_layers_gradient_not_all(dtype):
   assert growth < 2 * layer_inputs + 0.1 * layer_gradient
 
 
-def scores_and_gradients(importance, **kw):
+def scores_and_gradients(importance, scorer=Scorer):
   """Scores of a tiny model, its layers, and each sample's own gradient of its own mean loss."""
   config, params = make_model()
   tokens = jax.random.randint(jax.random.key(1), (4, 16), 0, 97)
   stacked = stacked_params(params, PrunePlan.dense(config))
-  scores = jax.jit(Scorer(config, importance=importance, micro_batch=2, **kw))(stacked, tokens)
+  scores = jax.jit(scorer(config, importance=importance, micro_batch=2))(stacked, tokens)
   gradient = jax.jit(jax.grad(lambda p, t: mean_loss(config, p, t)))
   samples = [jax.tree.map(np.asarray, gradient(params, t[None])['layers']) for t in tokens]
   return scores, jax.tree.map(np.asarray, params['layers']), samples
@@ -132,7 +133,7 @@ def test_every_importance_is_its_formula(importance):
 def test_query_heads_are_credited_to_their_group_or_as_the_reference_does(importance):
   """h // G is right; the reference's view(G, K·H).sum(0) means h mod K."""
   right, layers, samples = scores_and_gradients(importance)
-  wrong, _, _ = scores_and_gradients(importance, reference_fold=True)
+  wrong, _, _ = scores_and_gradients(importance, ReferenceScorer)
   K, G, H = 2, 3, 8
 
   def rows(x):  # sums over the hidden axis of |·|, or |sum|

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.configs import base
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from adapt_jax.models.errors import InputError
@@ -29,7 +30,7 @@ def make_options(**fields):
 
 def pruned(config, options):
   """The plan on random scores, with the options as `main.py` hands them on."""
-  prune = serving_widths.aligned(options).prune
+  prune = options.prune
   method, state = METHODS[prune.method](config, prune), PruneState.start(config)
   rng = np.random.default_rng(0)
   target = max(int(0.75 * count_params(config)), method.smallest())
@@ -44,7 +45,7 @@ def pruned(config, options):
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize(
   'serve,align,kv,ffn',
-  [('gguf', 1, 1, 32), ('gguf', 48, 1, 96), ('tensor_parallel=2', 3, 2, 6)],
+  [('gguf', 1, 1, 32), ('gguf', 48, 1, 96), ('gguf,tensor_parallel=2', 1, 2, 32)],
 )
 def test_plans_keep_to_it(method, serve, align, kv, ffn):
   """Together with the multiples of prune.align_ffn; a layer may also stay whole."""
@@ -53,13 +54,12 @@ def test_plans_keep_to_it(method, serve, align, kv, ffn):
   assert (plan.ffn_widths < 128).any()
   assert not (plan.kv_widths % kv).any()
   assert all(width % ffn == 0 or width == 128 for width in plan.ffn_widths)
-  serving_widths.check_model(serve, plan.pruned_config(config))
+  serving_widths.check_model(PruneOptions(serve=serve), plan.pruned_config(config))
 
 
 @pytest.mark.parametrize(('align', 'ffn'), [(1, 128), (48, 384)])
 def test_awq_keeps_whole_groups(align, ffn):
-  found = serving_widths.aligned(make_options(serve='awq', align_ffn=align)).prune
-  assert (found.align_kv, found.align_ffn) == (1, ffn)
+  assert PruneOptions(serve='awq', align_ffn=align).multiples == (1, ffn, 128)
 
 
 @pytest.mark.parametrize('method', [m for m in METHODS if m != 'shortgpt'])
@@ -68,7 +68,7 @@ def test_without_it_they_do_not(method):
   plan = pruned(config, make_options(method=method))
   for serve in ('gguf', 'tensor_parallel=2'):
     with pytest.raises(InputError):
-      serving_widths.check_model(serve, plan.pruned_config(config))
+      serving_widths.check_model(PruneOptions(serve=serve), plan.pruned_config(config))
 
 
 @pytest.mark.parametrize('value', ['', 'vllm', 'tensor_parallel', 'tensor_parallel=', 'tensor_parallel=1.5',
@@ -91,10 +91,10 @@ def test_a_model_that_does_not_fit_is_refused_before_the_run(files, method):
   config = runs.make_config(files)  # 3 KV heads, 48 channels
   config.prune.method = method
   for serve, found, remedy in (
-    ('gguf', 'layer 0 of model.source has 48 MLP channels', 'choose any$'),
-    ('awq', 'layer 0 of model.source has 48 MLP channels', 'choose any$'),
-    ('tensor_parallel=2', 'layer 0 of model.source has 3 KV heads', 'an n that divides them$'),
-    ('tensor_parallel=9', 'layer 0 of model.source has 3 KV heads', 'an n that divides them$'),
+    ('gguf', 'layer 0 of model.source has 48 MLP channels', 'choose any'),
+    ('awq', 'layer 0 of model.source has 48 MLP channels', 'choose any'),
+    ('tensor_parallel=2', 'layer 0 of model.source has 3 KV heads', 'divides them$'),
+    ('tensor_parallel=9', 'layer 0 of model.source has 3 KV heads', 'divides them$'),
   ):
     config.prune.serve = serve
     with pytest.raises(InputError, match=f'prune.serve = {serve!r}.*{found}.*{remedy}'):

@@ -11,13 +11,13 @@ from adapt_jax.pruning.widths import Widths, normalise
 class Adapt(Method):
   """Progressive: every step adds ρ/T − A·Î to a layer's sparsity, less if the layer changes its input more.
 
-  Corrects errors of the authors' program: the last step lands on the target, one schedule spans all stages,
-  and others (see `Pruner`). prune.compat = 'reference' reproduces the errors.
+  Corrects errors of the authors' program (docs/recipes.md): the last step lands on the target, one schedule
+  spans all stages, and query heads count for their own KV group.
   """
 
   def rate(self, scores: Scores) -> np.ndarray:
     """The change of each layer's sparsity in one step, [L]."""
-    return self.options.ratio / self.options.steps - self.options.amplitude * normalise(scores.distance)
+    return 1 / self.options.steps - self.options.amplitude * normalise(scores.distance)
 
   def step(self, scores: Scores, state: PruneState, target: int) -> PruneState:
     now = Widths(state.plan.kv_widths, state.plan.ffn_widths)

@@ -41,8 +41,8 @@ class Method(abc.ABC):
 
   def __init__(self, config: ModelConfig, options: PruneOptions, budget: Budget | None = None):
     self.config, self.options = config, options
-    exact = not options.compat
-    self.allocator = Allocator(config, options.align_ffn, options.align_kv, exact=exact, budget=budget)
+    kv, ffn, _ = options.multiples
+    self.allocator = Allocator(config, ffn, kv, budget=budget)
 
   @property
   def budget(self) -> Budget:

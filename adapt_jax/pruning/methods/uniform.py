@@ -10,4 +10,4 @@ class Uniform(Adapt):
   """The same progressive schedule, with ρ/T for every layer."""
 
   def rate(self, scores: Scores) -> np.ndarray:
-    return np.full(self.config.num_layers, self.options.ratio / self.options.steps)
+    return np.full(self.config.num_layers, 1 / self.options.steps)
