@@ -10,7 +10,7 @@ interleave: the same model and training in 1 to 8 rounds of prune and recover (F
 The method is the paper's, adapt; model, text and training are those of configs/demo.py (`make fetch`
 downloads them), but interleave trains on 80 x 1,024 tokens; the others only prune. To
 continue a grid that was killed, repeat the command. To use other values:
---config.compare.grid="({'prune.amplitude': (0.0, 0.02)},)" --config.compare.x=prune.amplitude.
+--config.compare.grid="({'prune.amplitude': (0.0, 0.02)},)".
 """
 
 from ml_collections import ConfigDict
@@ -28,12 +28,6 @@ _GRIDS = {
   },
   'interleave': {'prune.stages': (1, 2, 4, 8)},
 }
-_X = {
-  'amplitude': 'prune.amplitude',
-  'distance': 'prune.target',
-  'calibration': 'prune.calibration.samples',
-  'interleave': 'prune.stages',
-}
 
 
 def get_config(variant: str = '') -> ConfigDict:
@@ -45,7 +39,6 @@ def get_config(variant: str = '') -> ConfigDict:
   config.prune.calibration.length, config.prune.calibration.batch = 64, 8
   config.prune.stages = 1
   config.compare.grid = (_GRIDS[variant],)
-  config.compare.x = _X[variant]
   if variant == 'interleave':
     config.prune.target = 0.7
     config.prune.stage_targets = 'geometric'  # the same fraction is kept in every round

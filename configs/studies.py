@@ -72,18 +72,6 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     {'train.distill.alpha': (0.0, 1.0)} | _ADAPT | {'prune.steps': (10,), 'prune.amplitude': (0.1,)},
   ),
 }
-_X = {
-  'rates': 'train.lr',
-  'schedules': 'train.lr',
-  'loss': 'train.distill.alpha',
-  'control': 'prune.target',
-  'interleave': 'prune.stages',
-  'methods': 'prune.method',
-  'tokens': 'train.tokens',
-  'sizes': 'prune.target',
-  'own': 'prune.calibration.samples',
-  'qwen': 'train.distill.alpha',
-}
 
 
 def get_config(variant: str = '') -> ConfigDict:
@@ -113,6 +101,6 @@ def get_config(variant: str = '') -> ConfigDict:
     config.evaluate.max_tokens = 4 * 1024
     config.train.tokens, config.train.batch, config.train.micro_batch = _FEW_QWEN, 2, 2
     config.train.lr = config.train.min_lr = -1.0  # 1e-4 is too high for its weights
-  config.compare.grid, config.compare.x = _GRIDS[variant], _X[variant]
+  config.compare.grid = _GRIDS[variant]
   config.compare.recover = variant not in ('sizes', 'own')
   return config

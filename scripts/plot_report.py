@@ -8,43 +8,43 @@ WORKDIR/report.json.
 """
 
 import pathlib
+import re
 import sys
 
 # Makes a checkout work without installation.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from adapt_jax.models.errors import reading  # noqa: E402
 from adapt_jax.models.files import write_text  # noqa: E402
 from adapt_jax.reports import charts  # noqa: E402
 from adapt_jax.reports.report import RunReport, heads_of, read_report  # noqa: E402
 from adapt_jax.reports.run_charts import perplexity_chart, width_charts  # noqa: E402
 
 _GAP = 16
-_HEIGHTS = 360, 180  # of the left chart, and of each on the right
 
 
 def draw(report: RunReport) -> str:
-  """The picture as SVG, on white. Raises ValueError if the report lacks data that it shows."""
-  if not (stages := report.get('stages')):
-    raise ValueError('the report is not of a run that pruned: give the workdir of mode accel or prune')
-  model, last = report['model'], stages[-1]
-  if 'ffn' not in model:
-    raise ValueError('the report does not have the widths of the dense model: run again to write it anew')
-  left = perplexity_chart(report, _HEIGHTS[0])
+  """The picture as SVG, on white."""
+  model, last = report['model'], report['stages'][-1]
   field, title = heads_of(report)
   before, after = ((shape[field], shape['ffn']) for shape in (model, last))  # type: ignore[literal-required]
-  right = width_charts(before, after, ('dense', f'after stage {last["stage"]}'), title, _HEIGHTS[1])
-  start = (2 if left else 1) * _GAP + (charts.WIDTH if left else 0)
-  width, height = start + charts.WIDTH + _GAP, _HEIGHTS[0] + 2 * _GAP
-  parts = [_place(left, _GAP, _GAP, _HEIGHTS[0])] if left else []
-  parts += [_place(chart, start, _GAP + i * _HEIGHTS[1], _HEIGHTS[1]) for i, chart in enumerate(right)]
-  size = f'width="{width}" height="{height}"'
-  head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {size}>'
-  return '\n'.join(
-    [head, f'<style>{charts.LIGHT}</style>', f'<rect {size} fill="#ffffff"/>', *parts, '</svg>\n']
-  )
+  right = width_charts(before, after, ('dense', f'after stage {last["stage"]}'), title)
+  sizes = [_height(chart) for chart in right]
+  left = perplexity_chart(report, sum(sizes) - 15)  # its legend is a line high
+  start, height = 2 * _GAP + charts.WIDTH, sum(sizes) + 2 * _GAP
+  parts = [_place(left, _GAP, _GAP), _place(right[0], start, _GAP), _place(right[1], start, _GAP + sizes[0])]
+  size = f'width="{start + charts.WIDTH + _GAP}" height="{height}"'
+  background = f'<rect {size} fill="#ffffff"/>'
+  return '\n'.join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', background, *parts, '</svg>\n'])
 
 
-def _place(chart: str, x: int, y: int, height: int) -> str:
-  return chart.replace('<svg ', f'<svg x="{x}" y="{y}" width="{charts.WIDTH}" height="{height}" ', 1)
+def _height(chart: str) -> int:
+  return int(re.findall(r'viewBox="0 0 [\d.]+ ([\d.]+)"', chart)[0])
+
+
+def _place(chart: str, x: int, y: int) -> str:
+  """The chart at this place of the picture."""
+  size = f'x="{x}" y="{y}" width="{charts.WIDTH}" height="{_height(chart)}"' if chart else ''
+  return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', size, chart[chart.find('<svg') :], count=1)
 
 
 def main(argv: list[str]) -> int:
@@ -52,9 +52,11 @@ def main(argv: list[str]) -> int:
   if len(argv) != 3:
     print('usage: python scripts/plot_report.py WORKDIR out.svg', file=sys.stderr)
     return 2
+  path = pathlib.Path(argv[1]) / 'report.json'
   try:
-    report = read_report(pathlib.Path(argv[1]) / 'report.json')
-    write_text(argv[2], draw(report))
+    with reading('the report', path, 'give the workdir of a finished run of mode accel or prune'):
+      picture = draw(read_report(path))
+    write_text(argv[2], picture)
   except (OSError, ValueError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2

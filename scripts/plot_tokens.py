@@ -10,6 +10,7 @@ import math
 import pathlib
 import sys
 
+from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.files import write_text
 from adapt_jax.reports import charts
 from adapt_jax.reports.report import RunReport, read_report
@@ -18,25 +19,18 @@ _HEIGHT = 300
 
 
 def draw(reports: list[RunReport]) -> str:
-  """The picture as SVG, on white. Raises ValueError if there is no recovered model."""
-  points: dict[str, dict[int, float]] = {}
+  """The picture as SVG, on white."""
+  points: dict[str, dict[float, float]] = {}
   for report in reports:
+    tokens = sum(stage['tokens'] for stage in report['stages'])
     for name, text in report['texts'].items():
-      tokens = sum(stage['tokens'] for stage in report['stages'])
-      found = points.setdefault(name, {})
-      found.setdefault(0, math.log(text['pruned'] / text['dense']))
-      found[tokens] = math.log(text['recovered'] / text['dense'])
+      excess = {of: math.log(text[of] / text['dense']) for of in ('pruned', 'recovered')}
+      points.setdefault(name, {0: excess['pruned']})[tokens] = excess['recovered']
   series = [
-    charts.Series(name, [(x, y, f'{x:,} tokens: {y:.3f}') for x, y in sorted(found.items())], colour)
-    for colour, (name, found) in enumerate(points.items())
+    charts.Series(name, sorted(of.items()), colour) for colour, (name, of) in enumerate(points.items())
   ]
-  names = ('training tokens', 'excess, nats per token')
-  chart = charts.line_chart(
-    'What pruning cost, by tokens of recovery', names, series, levels=[(0, 'dense')], height=_HEIGHT
-  )
-  if not chart:
-    raise ValueError('no cell of the grid has a recovered model')
-  return charts.picture(chart)
+  names, title = ('training tokens', 'excess, nats per token'), 'What pruning cost, by tokens of recovery'
+  return charts.line_chart(title, names, series, levels=[(0, 'dense')], height=_HEIGHT)
 
 
 def main(arguments: list[str]) -> int:
@@ -46,10 +40,11 @@ def main(arguments: list[str]) -> int:
     return 2
   try:
     files = sorted(pathlib.Path(arguments[0]).glob('cells/*/report.json'))
-    write_text(arguments[1], draw([read_report(file) for file in files]))
-  except KeyError as error:
-    print(f'error: a report has no {error}: all cells must be finished and recovered', file=sys.stderr)
-    return 2
+    with reading('cells of', arguments[0], 'all must be finished and recovered'):
+      picture = draw([read_report(file) for file in files])
+    if not picture:
+      raise InputError(f'{arguments[0]} has no cells')
+    write_text(arguments[1], picture)
   except (OSError, ValueError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2

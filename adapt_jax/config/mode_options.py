@@ -21,11 +21,6 @@ class SensitivityOptions:
     'Sparsities of the starting model, equal in all layers; 0 is the dense model. Each gives a curve.',
     within=(0, MAX_SPARSITY),
   )
-  blocks: tuple[str, ...] = option(
-    ('both',),
-    'The part of the layer that is pruned. Each gives a curve.',
-    choices=('both', 'attention', 'mlp'),
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +45,6 @@ class CompareOptions:
   recover: bool = option(
     False, 'Whether cells are also trained, as set in train; otherwise they are only pruned.'
   )
-  x: str = option('prune.target', 'The option on the x axis of the plots.', result=False)
   over: str = option(
     'seed',
     'The option whose values are repetitions: tables and plots show their median and range.',

@@ -80,3 +80,8 @@ def named_texts(source: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     name, place = named.groups() if named else (TEXT, entry)
     found.setdefault(name, []).append(place)
   return {name: tuple(places) for name, places in found.items()}
+
+
+def plain(value: Any) -> str:
+  """A value as in a command: sources joined by commas, strings without quotes."""
+  return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

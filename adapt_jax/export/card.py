@@ -12,7 +12,7 @@ from adapt_jax.export.padded import padded_config
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.reports.origin import origin_of
 from adapt_jax.reports.report import RunReport, heads_of, known_perplexities
-from adapt_jax.reports.summary import texts_rows
+from adapt_jax.reports.summary import texts_table
 
 # Settings that only progressive methods read.
 _SCHEDULE = 'steps', 'amplitude', 'importance', 'layer_distance'
@@ -156,9 +156,8 @@ def _perplexity(report: RunReport) -> str:
     return ''
   texts = report.get('texts', {})
   if len(texts) > 1:
-    head, *rows = texts_rows(texts)
     words = next(iter(texts.values())).get('definition')
-    parts = [_table(head, rows), f'On the first text: {_text(words)}.' if words else '']
+    parts = [texts_table(texts).markdown(_text), f'On the first text: {_text(words)}.' if words else '']
   else:
     words = report['perplexity'].get('definition')
     parts = [_table(['model', 'perplexity'], found), f'{_paragraph(words)}.' if words else '']

@@ -17,14 +17,15 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import PRUNING, TRAINING, settings
 from adapt_jax.config.mode_options import CompareOptions
 from adapt_jax.config.options import ExportOptions, RunOptions
+from adapt_jax.config.values import plain
 from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.machine import preemption
 from adapt_jax.machine.progress import prefixed
 from adapt_jax.models.config import count_params
-from adapt_jax.models.errors import InputError, disk_full, first_line, write_denied
+from adapt_jax.models.errors import InputError, disk_full, first_line, reading, write_denied
 from adapt_jax.models.files import regular, write_text
 from adapt_jax.models.formats.source import Source, open_source
-from adapt_jax.modes import accel, compare_grid, compare_page, compare_tables
+from adapt_jax.modes import accel, compare_grid
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.checks import check_run, check_sources
 from adapt_jax.pipeline.inputs import Inputs, load
@@ -34,7 +35,7 @@ from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.slice_run import run_class
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
-from adapt_jax.reports import trackers
+from adapt_jax.reports import compare_page, compare_tables, trackers
 from adapt_jax.reports.report import (
   CellReport,
   ComparisonReport,
@@ -76,41 +77,32 @@ def _named(cell: compare_grid.Cell) -> Iterator[None]:
 def list_cells(options: RunOptions, workdir: Workdir) -> list[CellRun]:
   """All cells in the order to run them, with checked options; opens nothing. Raises InputError."""
   base = dataclasses.asdict(dataclasses.replace(options, compare=CompareOptions()))
-  _check(options, base)
   base['export'] = dataclasses.asdict(ExportOptions(dtype=options.export.dtype))  # cells write no weights
   if not options.compare.recover:
     base['train']['tokens'] = 0
-  runs = []
-  for cell in compare_grid.expand(options.compare.grid, base):
+  cells, runs = compare_grid.expand(options.compare.grid, base), []
+  _check(options)
+  for cell in cells:
     with _named(cell):
-      found = aligned(from_dict(compare_grid.assign(base, cell.values)))
-      if not found.evaluate.source:
+      of_cell = aligned(from_dict(compare_grid.assign(base, cell.values)))
+      if not of_cell.evaluate.source:
         raise InputError('evaluate.source is empty, but mode compare measures perplexity: name a text')
-    mode = accel.ACCEL if found.train.tokens else accel.PRUNE
+    mode = accel.ACCEL if of_cell.train.tokens else accel.PRUNE
     place = str(workdir.path / CELLS / cell.name)
-    runs.append(CellRun(cell, found, Workdir(place, mode.identity(found))))
+    runs.append(CellRun(cell, of_cell, Workdir(place, mode.identity(of_cell))))
   return runs
 
 
-def _check(options: RunOptions, base: dict[str, Any]) -> None:
-  o, fields = options.compare, compare_grid.fields(options.compare.grid)
+def _check(options: RunOptions) -> None:
+  fields, recover = compare_grid.fields(options.compare.grid), options.compare.recover
   if not fields:
     raise InputError('compare.grid is empty: name fields and their values, as configs/ablations.py does')
   for field in fields:
-    compare_grid.get(base, field)
-    if field.startswith(_SHARED):
-      raise InputError(f'compare.grid varies {field!r}, which all cells of a grid share: leave it out')
-    if field in _WITHOUT_EFFECT or not accel.ACCEL.uses(field):
-      raise InputError(f'compare.grid varies {field!r}, which changes nothing in a cell: leave it out')
-    if field.startswith('train.') and not o.recover:
-      raise InputError(f'compare.grid varies {field!r}, but compare.recover = False trains nothing: set it')
-  if o.x not in fields:
-    raise InputError(f'compare.x = {o.x!r} does not vary in the grid: choose one of {", ".join(fields)}')
-  if o.over:
-    compare_grid.get(base, o.over, 'compare.over =')
-  if o.over == o.x:
-    raise InputError(f'compare.over = {o.over!r} is also compare.x: choose another, or none')
-  if o.recover and not options.train.tokens and 'train.tokens' not in fields:
+    unread = field in _WITHOUT_EFFECT or not (accel.ACCEL if recover else accel.PRUNE).uses(field)
+    if field.startswith(_SHARED) or unread:
+      why = 'changes nothing in a cell' if unread else 'all cells of a grid share'
+      raise InputError(f'compare.grid varies {field!r}, which {why}: leave it out')
+  if recover and not options.train.tokens and 'train.tokens' not in fields:
     raise InputError('train.tokens = 0, but compare.recover = True trains every cell: set it')
 
 
@@ -122,11 +114,11 @@ def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
       check_sources(run.options)
       check_tasks(run.options.evaluate)
       check_run(run.options, source.config, source.dtype)
-  own, found = (source, source.load_tokenizer(), dict[Any, Any]()), []
+  own, inputs = (source, source.load_tokenizer(), dict[Any, Any]()), []
   for run in runs:
     with _named(run.cell):
-      found.append(load(run.options, source, Loader(run.options, *own)))
-  return found
+      inputs.append(load(run.options, source, Loader(run.options, *own)))
+  return inputs
 
 
 def _check_same_inputs(finished: list[CellRun], todo: list[CellRun], inputs: list[Inputs]) -> None:
@@ -171,7 +163,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   with workdir.claimed():
     compare = Compare(options, runs, source, workdir, command)
     report = compare.execute(todo, inputs)
-    print(compare_tables.table(report))
+    print(compare_tables.text(report))
     print(f'report with plots: {workdir.page}')
     if failed := [cell for cell in report['cells'] if cell['state'] == 'failed']:
       raise SystemExit(
@@ -203,14 +195,14 @@ class Compare:
     for run in self._runs:
       if run.finished:
         _clean(run)
-        self._remember(run.options, read_report(run.workdir.report))
+        self._remember(run.options, _read(run)[1])
     if len(todo) < len(self._runs):
       print(f'{len(self._runs) - len(todo)} of {len(self._runs)} cells are finished', flush=True)
     if todo:
       self._workdir.report.unlink(missing_ok=True)  # the report of a smaller grid
       self._execute_all(todo, inputs)
     report = self._report()
-    compare_page.write(self._workdir, report, running=False)
+    compare_page.write(self._workdir.path, report, running=False)
     if all(cell['state'] == 'finished' for cell in report['cells']):
       write_report(self._workdir.report, report)
     return report
@@ -225,7 +217,7 @@ class Compare:
   def _execute_all(self, todo: list[CellRun], inputs: list[Inputs]) -> None:
     for number, run in enumerate(todo, 1):
       preemption.check()
-      compare_page.write(self._workdir, self._report(run), running=True)
+      compare_page.write(self._workdir.path, self._report(run), running=True)
       print(f'cell {number} of {len(todo)}: {run.cell.label}', flush=True)
       with prefixed(f'{number}/{len(todo)}'):
         reason = self._try(run, inputs[number - 1])
@@ -262,7 +254,7 @@ class Compare:
 
   def _alone(self, run: CellRun) -> str:
     """The command that runs only this cell; the last of repeated flags takes effect."""
-    values = {field: compare_grid.show(value) for field, value in run.cell.values.items()}
+    values = {f'config.{field}': plain(value) for field, value in run.cell.values.items()}
     mode = 'accel' if run.options.train.tokens else 'prune'
     flags = {'mode': mode, 'workdir': f'out/{run.cell.name}'} | values
     return f'{self._command} {shlex.join(f"--{name}={value}" for name, value in flags.items())}'
@@ -271,30 +263,29 @@ class Compare:
     """The contents of report.json, during the grid as far as the cells have run. now: the running cell."""
     cells, definitions, compiles = [], dict[str, None](), dict[str, int]()
     for run in self._runs:
-      cells.append(_entry(run, running=run is now))
       if run.finished:
-        report = read_report(run.workdir.report)
+        cell, report = _read(run)
+        cells.append(cell)
         definitions[str(report['perplexity']['definition'])] = None
         for name, count in report['compiles'].items():
           compiles[name] = compiles.get(name, 0) + count
+      else:
+        cells.append(_unfinished(run, running=run is now))
     o, scores = self._options.compare, self._shared.scores
-    return compare_tables.with_groups(
-      {
-        'model': {'source': self._source.name, 'params_before': count_params(self._source.config)},
-        'fields': compare_grid.fields(o.grid),
-        'x': o.x,
-        'over': o.over,
-        'recover': o.recover,
-        'cells': cells,
-        'perplexity': {'definitions': list(definitions)},
-        # Since this process started; a remembered pass was computed by another cell.
-        'scoring_passes': {'computed': scores.computed, 'remembered': scores.remembered},
-        'compiles': compiles,
-        'seconds': sum(cell.get('seconds', 0.0) for cell in cells),
-        'command': self._command,
-        'versions': versions(),
-      }
-    )
+    return {
+      'model': {'source': self._source.name, 'params_before': count_params(self._source.config)},
+      'fields': compare_grid.fields(o.grid),
+      'over': o.over,
+      'recover': o.recover,
+      'cells': cells,
+      'definitions': list(definitions),
+      # Since this process started; a remembered pass was computed by another cell.
+      'scoring_passes': {'computed': scores.computed, 'remembered': scores.remembered},
+      'compiles': compiles,
+      'seconds': sum(cell.get('seconds', 0.0) for cell in cells),
+      'command': self._command,
+      'versions': versions(),
+    }
 
 
 def _clean(run: CellRun) -> None:
@@ -303,28 +294,30 @@ def _clean(run: CellRun) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _entry(run: CellRun, *, running: bool) -> CellReport:
-  """A cell's entry in the report."""
-  entry: CellReport = {'name': run.cell.name, 'values': run.cell.values, 'state': 'waiting'}
-  error_file = run.workdir.path / ERROR
-  if run.finished:
+def _read(run: CellRun) -> tuple[CellReport, RunReport]:
+  """A finished cell's entry in the report, and its own report. Raises InputError if that is damaged."""
+  with reading('the report of a finished cell', run.workdir.report, 'delete its directory to run it again'):
     report = read_report(run.workdir.report)
-    perplexity: Any = report['perplexity']
-    entry |= {
-      'state': 'finished',
-      'perplexity_dense': perplexity['dense'],
-      'perplexity_pruned': perplexity['pruned'],
-      'perplexity_recovered': perplexity['recovered'],
-      'texts': report.get('texts', {}),
+    cell: CellReport = {'name': run.cell.name, 'values': run.cell.values, 'state': 'finished'}
+    cell |= {
+      'texts': report['texts'],
       'params': report['model']['params_after'],
       'seconds': report['seconds'],
     }
-  elif running:
-    entry |= {'state': 'running'}
-  elif error_file.exists():
-    lines = regular(error_file).read_text(errors='replace').splitlines()
-    entry |= {'state': 'failed', 'error': next(iter(lines), 'unknown')}
-  return entry
+    compare_tables.figures(cell)
+    _ = report['tasks'].keys(), report['compiles'].items(), report['perplexity']['definition']
+  return cell, report
+
+
+def _unfinished(run: CellRun, *, running: bool) -> CellReport:
+  """The entry of a cell that waits, runs or has failed."""
+  cell: CellReport = {'name': run.cell.name, 'values': run.cell.values, 'state': 'waiting'}
+  if running:
+    return {**cell, 'state': 'running'}
+  if not (error_file := run.workdir.path / ERROR).exists():
+    return cell
+  lines = regular(error_file).read_text(errors='replace').splitlines()
+  return {**cell, 'state': 'failed', 'error': next(iter(lines), 'unknown')}
 
 
 class _Compare(Mode):

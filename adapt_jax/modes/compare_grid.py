@@ -5,6 +5,7 @@ This module does not need numpy or JAX.
 
 import copy
 import dataclasses
+import difflib
 import hashlib
 import itertools
 import json
@@ -13,6 +14,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from adapt_jax.config.build import flatten
+from adapt_jax.config.values import plain
 from adapt_jax.models.errors import InputError
 
 Grid = Sequence[dict[str, tuple[Any, ...]]]
@@ -32,49 +35,13 @@ class Cell:
   @property
   def label(self) -> str:
     """All values for messages: 'prune.method=adapt prune.target=0.8'."""
-    return ' '.join(f'{field}={show(value)}' for field, value in self.values.items())
-
-
-def show(value: Any) -> str:
-  """A value as readers see it: sources joined by commas, strings without quotes."""
-  return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def short(fields: Sequence[str]) -> dict[str, str]:
-  """Field -> its shortest suffix that is unique among `fields`: 'method', or 'calibration.source'."""
-
-  def end(field: str, parts: int) -> str:
-    return '.'.join(field.split('.')[-parts:])
-
-  return {
-    f: next(
-      end(f, n)
-      for n in range(1, f.count('.') + 2)
-      if n == f.count('.') + 1 or sum(end(f, n) == end(other, n) for other in fields) == 1
-    )
-    for f in fields
-  }
-
-
-def get(tree: Tree, field: str, why: str = 'compare.grid varies') -> Any:
-  """The value of a dotted field; an InputError that begins with `why` if it is absent or a group."""
-  node: Any = tree
-  for depth, part in enumerate(parts := field.split('.')):
-    if not isinstance(node, dict) or part not in node:
-      place = '.'.join(['config', *parts[:depth]])
-      fields = ', '.join(node) if isinstance(node, dict) else 'none'
-      raise InputError(f'{why} {field!r}, but {place} has no {part!r}; fields there: {fields}')
-    node = node[part]
-  if isinstance(node, dict):
-    raise InputError(f'{why} {field!r}, a group: name one of its fields: {", ".join(node)}')
-  return node
+    return ' '.join(f'{field}={plain(value)}' for field, value in self.values.items())
 
 
 def assign(tree: Tree, values: dict[str, Any]) -> Tree:
-  """A copy of `tree` with the dotted fields of `values` set; InputError for an unknown one."""
+  """A copy of `tree` with the dotted fields of `values` set."""
   tree = copy.deepcopy(tree)
   for field, value in values.items():
-    get(tree, field)
     *groups, last = field.split('.')
     node = tree
     for part in groups:
@@ -94,9 +61,14 @@ def expand(grid: Grid, base: Tree) -> list[Cell]:
   Fields that a part does not name have the value of `base`. Cells that differ only in prune.target follow
   each other, larger targets first. Raises InputError for an unknown field.
   """
-  names = fields(grid)
-  defaults = {field: _frozen(get(base, field)) for field in names}
-  found: dict[str, dict[str, Any]] = {}
+  known, found = flatten(base), dict[str, dict[str, Any]]()
+  for field in fields(grid):
+    if field not in known:
+      close = difflib.get_close_matches(field, known, 1)
+      raise InputError(
+        f'compare.grid varies {field!r}, which is no option{f": {close[0]}?" if close else ""}'
+      )
+  defaults = {field: _frozen(known[field]) for field in fields(grid)}
   for part in grid:
     for product in itertools.product(*part.values()):
       given = zip(part, product, strict=True)
@@ -139,7 +111,7 @@ def _names(cells: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> Iterato
     for field, value in values.items():
       text = ','.join(map(_stem, value)) if isinstance(value, tuple) else str(value)
       slug = re.sub(r'[^A-Za-z0-9.+-]+', '-', text).strip('-.')
-      whole &= slug == show(value)
+      whole &= slug == plain(value)
       parts.append(f'{field}-{slug}')
     name = '_'.join(parts) or 'base'
     if not whole or len(name) > _LONGEST_NAME:

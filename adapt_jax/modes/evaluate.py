@@ -56,7 +56,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       args = source.config, params, loader.tokenizer, source.generation
       scores = evaluate_tasks(wanted, *args, title='tasks', **common)
       report['tasks'] = scores
-      said += [*([] if said else [size]), '', tasks_table({'score': scores})]
+      said += [*([] if said else [size]), '', tasks_table({'score': scores}).markdown()]
     report |= {
       'command': command,
       'compiles': compiler.counts,

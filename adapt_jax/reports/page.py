@@ -1,16 +1,18 @@
-"""Shared parts of all report pages: style, boxes and tables. The pages need only a browser."""
+"""Shared parts of all report pages. The pages need only a browser."""
 
 import html
-from collections.abc import Sequence
+import pathlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from adapt_jax.reports import charts
 
 _REFRESH_SECONDS = 20
 
 _STYLE = """
-:root{color-scheme:light dark;--ink:#1b2330;--muted:#586374;--line:#dce1e8;--paper:#fff;--ground:#f3f5f8}
-@media (prefers-color-scheme:dark){
-:root{--ink:#e6eaf0;--muted:#9aa7b8;--line:#333c49;--paper:#1a2029;--ground:#11151b}}
+:root{color-scheme:light dark;--ground:#f3f5f8}
+@media(prefers-color-scheme:dark){:root{--ground:#11151b}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--ground);color:var(--ink);font:15px/1.45 system-ui,sans-serif}
 main{max-width:1400px;margin:auto;padding:16px}
@@ -23,7 +25,7 @@ p{margin:6px 0;color:var(--muted);font-size:13px;overflow-wrap:anywhere}
 .card{background:var(--paper);border:1px solid var(--line);border-radius:8px;padding:10px;min-width:0}
 .card b{display:block;font-size:18px;font-weight:600;font-variant-numeric:tabular-nums}
 .card span{color:var(--muted);font-size:13px}
-.chart{display:block;width:100%;height:auto}
+.chart{display:block;width:100%;height:auto} .chart text{font-family:system-ui,sans-serif!important}
 .scroll{overflow-x:auto;padding:0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:6px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
@@ -34,36 +36,56 @@ pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.5 ui-monosp
 """
 
 
-def page(title: str, body: str, *, running: bool) -> str:
-  """A page with `body` in the common style; it reloads automatically if `running`."""
+def page(title: str, state: str, body: Iterable[str], made: Mapping[str, Any], *, running: bool) -> str:
+  """A page with a title, the state and HTML parts; it reloads itself if `running`.
+
+  made: a report, or its parts `command` and `versions`.
+  """
+  e = html.escape
   refresh = f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS}">\n' if running else ''
-  dark = f'@media (prefers-color-scheme:dark){{\n{charts.DARK}}}'
+  inside = '\n'.join(filter(None, body))
   return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
-{refresh}<title>{html.escape(title)}</title>
-<style>{_STYLE}{charts.LIGHT}
-{dark}</style>
+{refresh}<title>{e(title)}</title>
+<style>{charts.css()}{_STYLE}</style>
 </head>
 <body>
 <main>
-{body}
+<h1>{e(title)}</h1>
+<p class="state">{e(state)}</p>
+{inside}
+<h2>Command</h2><div class="card"><pre>{e(made['command'])}</pre></div>
+<p>{e(', '.join(f'{name} {version}' for name, version in made.get('versions', {}).items()))}</p>
 </main>
 </body>
 </html>
 """
 
 
+def due(path: pathlib.Path, running: bool) -> bool:
+  """Whether to write a page, which takes time: at the end, and before as often as browsers reload it."""
+  return not (running and path.exists() and time.time() - path.stat().st_mtime < _REFRESH_SECONDS)
+
+
+def section(title: str, *parts: str) -> str:
+  """A title over HTML parts; '' if all are empty."""
+  return f'<h2>{html.escape(title)}</h2>{"".join(parts)}' if any(parts) else ''
+
+
+def notes(lines: Iterable[str]) -> str:
+  """A paragraph for each line of plain text."""
+  return ''.join(f'<p>{html.escape(line)}</p>' for line in lines)
+
+
 def cards(kind: str, contents: Sequence[str]) -> str:
-  """A row of boxes with HTML contents, '' if all are empty; kind: grid (of charts) or facts."""
+  """A row of boxes with HTML contents, '' if all are empty; kind: grid or facts."""
   inside = ''.join(f'<div class="card">{c}</div>' for c in contents if c)
   return f'<div class="{kind}">{inside}</div>' if inside else ''
 
 
-def html_table(rows: list[list[str]]) -> str:
-  """An HTML table of plain text; the first row is the header."""
-  lines = [''.join(f'<th>{html.escape(name)}</th>' for name in rows[0])]
-  lines += [''.join(f'<td>{html.escape(cell)}</td>' for cell in row) for row in rows[1:]]
-  return '<table>' + '\n'.join(f'<tr>{line}</tr>' for line in lines) + '</table>'
+def figures(drawn: Iterable[str]) -> str:
+  """A row of charts; '' if all are empty."""
+  return cards('grid', [charts.inline(chart) for chart in drawn if chart])

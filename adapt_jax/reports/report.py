@@ -162,19 +162,18 @@ class BaseReport(TypedDict):
   """A base model of mode sensitivity, with all layers at one sparsity, and the cost of pruning each further.
 
   kv_groups, ffn: its widths by layer; …_pruned: a layer's widths if only it is pruned. layers: perplexity
-  by layer and block, as far as measured.
+  by layer, as far as measured.
   """
 
   sparsity: float
   params: int
   perplexity: float
-  calibration_loss: float
   layer_importance: list[float]
   kv_groups: list[int]
   ffn: list[int]
   kv_groups_pruned: list[int]
   ffn_pruned: list[int]
-  layers: list[dict[str, float]]
+  layers: list[float]
 
 
 class SensitivityReport(TypedDict):
@@ -182,7 +181,6 @@ class SensitivityReport(TypedDict):
 
   model: ModelReport
   sparsity: float
-  blocks: list[str]
   bases: list[BaseReport]
   importance: str
   layer_distance: str
@@ -194,31 +192,29 @@ class SensitivityReport(TypedDict):
 
 
 class CellReport(TypedDict, total=False):
-  """A cell of a grid. values: of all fields that vary. state: finished, running, failed or waiting."""
+  """A cell of a grid. values: of all fields that vary. state: finished, running, failed or waiting.
+
+  The rest is known once it is finished; error: the reason if it failed.
+  """
 
   name: Required[str]
   values: Required[dict[str, Any]]
   state: Required[str]
-  perplexity_dense: float
-  perplexity_pruned: float
-  perplexity_recovered: float | None
   texts: dict[str, TextReport]
   params: int
   seconds: float
   error: str
 
 
-class ComparisonReport(TypedDict, total=False):
-  """Report of mode compare; groups: cells that differ only in `over`, aggregated."""
+class ComparisonReport(TypedDict):
+  """Report of mode compare. definitions: of perplexity. over: the field of repetitions."""
 
-  model: Required[ModelReport]
-  fields: Required[list[str]]
-  x: Required[str]
-  over: Required[str]
-  recover: Required[bool]
-  cells: Required[list[CellReport]]
-  groups: list[dict[str, Any]]
-  perplexity: dict[str, list[str]]
+  model: ModelReport
+  fields: list[str]
+  over: str
+  recover: bool
+  cells: list[CellReport]
+  definitions: list[str]
   scoring_passes: dict[str, int]
   compiles: dict[str, int]
   seconds: float

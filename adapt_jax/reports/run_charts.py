@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from adapt_jax.config.units import amount
 from adapt_jax.config.values import TEXT
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
@@ -45,7 +45,7 @@ class RunData:
 
   @property
   def budget(self) -> BudgetReport:
-    """The budget; the number of parameters in reports that name none."""
+    """The budget; the number of parameters in reports that do not have it yet."""
     of_params: BudgetReport = {'kind': 'params', 'unit': 'parameters', 'dense': self.model['params_before']}
     return self.report.get('budget', of_params)
 
@@ -91,9 +91,9 @@ class RunData:
     """(stage, heads of `heads_of`, MLP channels) of the dense model, stage 0, and after each pruned stage."""
     dense, field = {'stage': 0} | self.model, heads_of(self.report)[0]
     logged = {'num_heads': 'query_heads', 'num_kv_heads': 'kv_groups'}[field]
-    found: dict[Any, Any] = {e['stage']: (e.get(logged, e['kv_groups']), e['ffn']) for e in self.of('prune')}
-    found |= {s['stage']: (s[field], s['ffn']) for s in (dense, *self.stages) if 'ffn' in s}
-    return [(stage, *found[stage]) for stage in sorted(found)]
+    widths: dict[Any, Any] = {e['stage']: (e[logged], e['ffn']) for e in self.of('prune')}
+    widths |= {s['stage']: (s[field], s['ffn']) for s in (dense, *self.stages) if 'ffn' in s}
+    return [(stage, *widths[stage]) for stage in sorted(widths)]
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:
@@ -103,29 +103,22 @@ def _spread(items: Sequence[Any], most: int) -> list[Any]:
   return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
 
 
-def _wide(points: Sequence[tuple[float, float, str]]) -> bool:
-  """Whether a log axis suits the points better."""
-  values = [p[1] for p in points if math.isfinite(p[1])]
-  return 0 < 8 * min(values, default=0) < max(values, default=0)
+def _wide(values: Sequence[float]) -> bool:
+  """Whether a log axis suits the values better."""
+  finite = [value for value in values if math.isfinite(value)]
+  return 0 < 8 * min(finite, default=0) < max(finite, default=0)
 
 
 def training_chart(data: RunData, field: str, title: str, unit: str, colour: int) -> str:
+  """A field of the training steps; of a long run, means of neighbouring steps."""
   events = data.of('train')
   size = max(1, -(-len(events) // _MOST_POINTS))
-  chunks: list[list[Json]] = []  # of neighbouring steps of one stage
-  for event in events:
-    if chunks and len(chunks[-1]) < size and chunks[-1][0]['stage'] == event['stage']:
-      chunks[-1].append(event)
-    else:
-      chunks.append([event])
   points = []
-  for chunk in chunks:
-    first, last, mean = chunk[0]['step'], chunk[-1]['step'], sum(e[field] for e in chunk) / len(chunk)
-    steps = f'step {last}' if first == last else f'mean of steps {first} to {last}'
-    hover = f'stage {chunk[0]["stage"]}, {steps}, {data.x_of(last):,} {data.x_name}: {mean:.5g}'
-    points.append((data.x_of(last), mean, hover))
+  for chunk in (events[i : i + size] for i in range(0, len(events), size)):
+    points.append((data.x_of(chunk[-1]['step']), statistics.fmean(e[field] for e in chunk)))
   title += f' (means of {size} steps)' if size > 1 else ''
-  return charts.line_chart(title, (data.x_name, unit), [Series('', points, colour)], **data.over_tokens())
+  series = [Series('', points, colour, 'curve')]
+  return charts.line_chart(title, (data.x_name, unit), series, **data.over_tokens())
 
 
 def text_names(data: RunData) -> list[str]:
@@ -133,48 +126,41 @@ def text_names(data: RunData) -> list[str]:
   return list(dict.fromkeys(e.get('text', TEXT) for e in data.of('evaluate')))
 
 
-def _perplexity_title(text: str) -> str:
-  return 'Perplexity on held-out text' + ('' if text == TEXT else f': {text}')
-
-
 def perplexity_over_tokens(data: RunData, text: str) -> str:
   """Perplexity on one text over tokens, after each pruning and recovery."""
-  points: dict[str, list[tuple[float, float, str]]] = {'': [], 'pruned': [], 'recovered': []}
+  points: dict[str, list[tuple[float, float]]] = {'': [], 'pruned': [], 'recovered': []}
   levels = []
   for step, event in data.at_steps():
     if event['event'] == 'evaluate' and event.get('text', TEXT) == text:
       of, value = event['of'], event['perplexity']
-      points[''].append((data.x_of(step), value, ''))
+      points[''].append((data.x_of(step), value))
       if of in points:
-        points[of].append((data.x_of(step), value, f'stage {event["stage"]} {of}: {value:.3f}'))
+        points[of].append((data.x_of(step), value))
       else:
         levels.append((value, f'{of} {value:.2f}'))
   return charts.line_chart(
-    _perplexity_title(text),
+    'Perplexity on held-out text' + ('' if text == TEXT else f': {text}'),
     (data.x_name, 'perplexity'),
-    [Series(n, points[n], i, 'dots' if n else 'line') for i, n in enumerate(points)],
+    [Series(n, points[n], i, 'dots' if n else 'curve') for i, n in enumerate(points)],
     levels=levels,
-    log=_wide(points['']),
+    log=_wide([y for _, y in points['']]),
     **data.over_tokens(),
   )
 
 
 def perplexity_chart(report: RunReport, height: int = 250) -> str:
   """Pruned and recovered perplexity by stage, with a line for the dense model; '' if there is none."""
-  series = []
-  stages = report.get('stages', [])
-  pruned = [(s['stage'], s.get('perplexity_pruned')) for s in stages]
-  recovered = [(s['stage'], s.get('perplexity_recovered')) for s in stages]
-  for colour, (name, rows) in enumerate((('pruned', pruned), ('recovered', recovered)), 1):
-    points = [(k, value, f'stage {k} {name}: {value:.3f}') for k, value in rows if value is not None]
-    series.append(Series(name, points, colour))
+  stages, series = report.get('stages', []), []
+  for colour, of in enumerate(('pruned', 'recovered'), 1):
+    values: list[Any] = [(stage['stage'], stage.get(f'perplexity_{of}')) for stage in stages]
+    series.append(Series(of, [(k, value) for k, value in values if value is not None], colour))
   dense = known_perplexities(report).get('dense')
   return charts.line_chart(
     'Perplexity on held-out text',
     ('stage', 'perplexity'),
     series,
     levels=[] if dense is None else [(dense, f'dense {dense:.2f}')],
-    log=_wide([p for s in series for p in s.points]),
+    log=_wide([y for s in series for _, y in s.points]),
     integer=True,
     height=height,
   )
@@ -182,41 +168,34 @@ def perplexity_chart(report: RunReport, height: int = 250) -> str:
 
 def excess_chart(report: RunReport) -> str:
   """Excess loss on each text after each stage; '' if there is only one text."""
-  texts = report.get('texts', {})
-  if len(texts) < 2:
-    return ''
-  series = []
-  for colour, (name, text) in enumerate(texts.items()):
+  texts, series = report.get('texts', {}), []
+  for colour, (name, text) in enumerate(texts.items() if len(texts) > 1 else ()):
     points = []
     for stage in report.get('stages', []):
-      after: TextReport = {**text, **stage.get('texts', {}).get(name, {})}
-      if 'recovered' not in stage.get('texts', {}).get(name, {}):
+      of_stage = stage.get('texts', {}).get(name, {})
+      after: TextReport = {**text, **of_stage}
+      if 'recovered' not in of_stage:
         after.pop('recovered', None)
       if (lost := excess(after)) is not None:
-        points.append((stage['stage'], lost, f'{name}, stage {stage["stage"]}: {lost:.3f}'))
-    series.append(Series(name, points, colour % charts.COLOURS))
+        points.append((stage['stage'], lost))
+    series.append(Series(name, points, colour))
   title = 'Excess over the dense model by text'
   return charts.line_chart(title, ('stage', 'nats per token'), series, integer=True)
 
 
 def budget_chart(data: RunData) -> str:
   """The cost after each pruning step: the number of parameters, or that of another budget."""
-  kind, unit, dense = data.budget['kind'], data.budget['unit'], data.budget['dense']
-  points, first = [(0, dense, f'dense: {amount(kind, dense)} {unit}')], dict[int, int]()
+  points, first = [(0, data.budget['dense'])], dict[int, int]()
   for e in data.of('prune'):
     first.setdefault(e['stage'], e['step'] - 1)
-    cost: float = e['cost'] if 'cost' in e else e['params']
-    share = f'{amount(kind, cost)} {unit}, {100 * cost / dense:.1f} %, calibration loss {e["loss"]:.3f}'
-    points.append((e['step'], cost, f'stage {e["stage"]}, step {e["step"]}: {share}'))
+    points.append((e['step'], e['cost'] if 'cost' in e else e['params']))
   targets = data.schedule.get('targets', [s['target'] for s in data.stages])
   return charts.line_chart(
-    f'{"Parameters" if kind == "params" else "Budget"} and the targets of the stages',
-    ('pruning step', unit),
+    f'{"Parameters" if data.budget["kind"] == "params" else "Budget"} and the targets of the stages',
+    ('pruning step', data.budget['unit']),
     [Series('', points, 0, 'step')],
     marks=[(step, f'stage {stage}') for stage, step in first.items()],
-    levels=[
-      (t, f'target {k}: {charts.labelled([float(f"{t:.4g}")])[0][1]}') for k, t in enumerate(targets, 1)
-    ],
+    levels=[(t, f'target {k}: {charts.number(float(f"{t:.4g}"))}') for k, t in enumerate(targets, 1)],
     integer=True,
   )
 
@@ -235,12 +214,13 @@ def width_charts(
 
 
 def stage_widths(data: RunData) -> list[tuple[str, str]]:
-  widths, done, found = data.widths(), {s['stage'] for s in data.stages}, []
+  """The charts of each stage's widths, or of some stages of many."""
+  widths, done, drawn = data.widths(), {s['stage'] for s in data.stages}, []
   title = heads_of(data.report)[1]
   for (was, *before), (stage, *after) in _spread(list(zip(widths, widths[1:], strict=False)), MOST_STAGES):
     now = f'after stage {stage}' if stage in done else f'stage {stage} so far'
-    found.append(width_charts(before, after, (f'after stage {was}' if was else 'dense', now), title))
-  return found
+    drawn.append(width_charts(before, after, (f'after stage {was}' if was else 'dense', now), title))
+  return drawn
 
 
 def heat_maps(data: RunData) -> list[str]:

@@ -6,7 +6,6 @@ It shows the contents of `report.json` and `metrics.jsonl`; what they do not hav
 import html
 import pathlib
 import statistics
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from adapt_jax.config.build import flatten
 from adapt_jax.config.units import amount
 from adapt_jax.config.values import TEXT
 from adapt_jax.models.files import write_text
-from adapt_jax.reports.page import cards, html_table, page
+from adapt_jax.reports.page import cards, due, figures, notes, page, section
 from adapt_jax.reports.report import ExampleReport, RunReport, known_perplexities
 from adapt_jax.reports.run_charts import (
   MOST_STAGES,
@@ -28,23 +27,10 @@ from adapt_jax.reports.run_charts import (
   text_names,
   training_chart,
 )
-from adapt_jax.reports.summary import (
-  cost_cells,
-  cost_columns,
-  tasks_rows,
-  texts_rows,
-  warnings,
-)
+from adapt_jax.reports.summary import decimal, tables, warnings
+from adapt_jax.reports.table import Table
 
 Json = dict[str, Any]
-
-
-def _decimal(value: float | None) -> str:
-  return '–' if value is None else f'{value:,.2f}'
-
-
-def _whole(value: float | None) -> str:
-  return '–' if value is None else f'{value:,.0f}'
 
 
 def _state(data: RunData, running: bool) -> str:
@@ -72,59 +58,48 @@ def _title(data: RunData) -> str:
   return f'{data.model["source"]}, pruned to {min(row["params"] for row in rows) / before:.1%}{done}'
 
 
-def _export_rows(exports: dict[str, Json]) -> list[list[str]]:
-  rows = [['export', 'type', 'MB', 'largest logit difference when read back', 'same token']]
-  for name, found in exports.items():
-    same = f'{found["same_token"]:.1%}' if 'same_token' in found else ''
-    difference = f'{found["logit_difference"]:.2g}' if 'logit_difference' in found else ''
-    rows.append([name, str(found.get('type', '')), f'{found["bytes"] / 1e6:,.1f}', difference, same])
-  return rows
+def _exports(exports: dict[str, Json]) -> str:
+  rows = []
+  for name, export in exports.items():
+    same = f'{export["same_token"]:.1%}' if 'same_token' in export else None
+    difference = f'{export["logit_difference"]:.2g}' if 'logit_difference' in export else None
+    rows.append([name, export.get('type'), f'{export["bytes"] / 1e6:,.1f}', difference, same])
+  head = ['export', 'type', 'MB', 'largest logit difference when read back', 'same token']
+  return Table(head, rows).html() if rows else ''
 
 
-def _settings_rows(report: RunReport) -> list[list[str]]:
-  """Every setting that the result depends on; empty before the report has any."""
+def _settings(report: RunReport) -> str:
+  """Every setting that the result depends on; '' before the report has any."""
   rows = []
   for group, values in (('prune', report.get('prune')), ('train', report.get('train'))):
     for name, value in flatten(values or {}).items():
-      rows.append([f'{group}.{name}', ', '.join(map(str, value)) if isinstance(value, list) else str(value)])
-  return [['setting', 'value'], *rows] if rows else []
+      rows.append([f'{group}.{name}', ', '.join(map(str, value)) if isinstance(value, list) else value])
+  return Table(['setting', 'value'], rows).html() if rows else ''
 
 
 def _facts(data: RunData) -> Iterator[tuple[str, str]]:
   """(figure, description) pairs of the header."""
   model, report = data.model, data.report
   if known := known_perplexities(report):
-    yield ' → '.join(map(_decimal, known.values())), f'perplexity {" → ".join(known)}'
+    yield ' → '.join(map(decimal, known.values())), f'perplexity {" → ".join(known)}'
   before = model['params_before']
   after = min([before, *(row['params'] for row in (*data.stages, *data.of('prune')))])
   target = f', target {model["params_target"]:,}' if 'params_target' in model else ''
   yield f'{before:,} → {after:,}', f'parameters, {100 * after / before:.1f} % left{target}'
   budget = report.get('budget')
   if budget and budget['kind'] != 'params':
-    figures = [amount(budget['kind'], budget[name]) for name in ('dense', 'reached', 'asked')]
+    sizes = [amount(budget['kind'], budget[name]) for name in ('dense', 'reached', 'asked')]
     of_dense = f'{100 * budget["reached"] / budget["dense"]:.1f} % left'
-    yield f'{figures[0]} → {figures[1]}', f'{budget["unit"]}, {of_dense}, target {figures[2]}'
-    if found := budget.get('measured'):
-      measured = [amount(budget['kind'], found[name]) for name in ('dense', 'finished')]
-      yield ' → '.join(measured), f'{budget["unit"]} measured in turn, {100 * found["ratio"]:.1f} % of dense'
+    yield f'{sizes[0]} → {sizes[1]}', f'{budget["unit"]}, {of_dense}, target {sizes[2]}'
+    if timed := budget.get('measured'):
+      measured = [amount(budget['kind'], timed[name]) for name in ('dense', 'finished')]
+      yield ' → '.join(measured), f'{budget["unit"]} measured in turn, {100 * timed["ratio"]:.1f} % of dense'
   if rates := [e['tokens_per_second'] for e in data.of('train') if 'tokens_per_second' in e]:
     yield f'{statistics.median(rates):,.0f}', 'training tokens per second, median of the steps'
   if 'seconds' in report:
     yield f'{report["seconds"]:,.0f} s', f'of compute, {report["seconds"] / 60:,.0f} min'
   if compiles := report.get('compiles'):
     yield f'{sum(compiles.values())}', 'compiles: ' + ', '.join(f'{k} {v}' for k, v in compiles.items())
-
-
-def _table(data: RunData) -> str:
-  report, dense = data.report, known_perplexities(data.report).get('dense')
-  names = ('stage', *cost_columns(report), 'perplexity pruned', 'recovered', 'tokens', 'seconds')
-  rows = [['dense', *cost_cells(report), '', _decimal(dense), '', '']]
-  for s in data.stages:
-    row = [str(s['stage']), *cost_cells(report, s)]
-    row += [_decimal(s.get('perplexity_pruned')), _decimal(s.get('perplexity_recovered'))]
-    row += [_whole(s.get('tokens')), _whole(s.get('seconds'))]
-    rows.append(row)
-  return html_table([list(names), *rows])
 
 
 def _example(example: ExampleReport) -> str:
@@ -136,49 +111,38 @@ def _example(example: ExampleReport) -> str:
   return f'<p>{e(named)}… {e(example["prompt"])} …</p>' + cards('grid', boxes)
 
 
-def _body(data: RunData, command: str, running: bool, written: str) -> Iterator[str]:
-  report, trained, e = data.report, bool(data.of('train')), html.escape
-  yield f'<h1>{e(_title(data))}</h1>'
-  when = f' (page written {written})' if written else ''
-  yield f'<p class="state">{e(_state(data, running) + when)}</p>'
-  yield cards('facts', [f'<b>{e(figure)}</b><span>{e(what)}</span>' for figure, what in _facts(data)])
-  yield f'<h2>Stages</h2><div class="card scroll">{_table(data)}</div>'
-  if definition := report.get('perplexity', {}).get('definition'):
-    yield f'<p>Perplexity is {e(definition)}.</p>'
-  if len(texts := report.get('texts', {})) > 1:
-    yield f'<h2>Texts</h2><div class="card scroll">{html_table(texts_rows(texts))}</div>'
-  yield from (f'<p>{e(line)}</p>' for line in warnings(texts))
-  if report.get('tasks'):
-    yield f'<h2>Tasks</h2><div class="card scroll">{html_table(tasks_rows(report["tasks"]))}</div>'
-  figures = [perplexity_over_tokens(data, text) for text in text_names(data)] if trained else []
-  figures += [] if figures else [perplexity_chart(report)]
-  figures += [excess_chart(report)]
+def _charts(data: RunData) -> Iterator[str]:
+  trained = bool(data.of('train'))
+  measured = [perplexity_over_tokens(data, text) for text in text_names(data)] if trained else []
+  measured = [*(measured or [perplexity_chart(data.report)]), excess_chart(data.report)]
   if trained:
-    figures.append(training_chart(data, 'loss', 'Training loss', 'nats per token', 0))
-    figures.append(training_chart(data, 'learning_rate', 'Learning rate', 'learning rate', 3))
-  if any(figures):
-    yield f'<h2>{"Recovery" if trained else "Perplexity"}</h2>' + cards('grid', figures)
+    measured.append(training_chart(data, 'loss', 'Training loss', 'nats per token', 0))
+    measured.append(training_chart(data, 'learning_rate', 'Learning rate', 'learning rate', 3))
+  yield section('Recovery' if trained else 'Perplexity', figures(measured))
   if data.of('prune'):
-    yield '<h2>Pruning</h2>' + cards('grid', [budget_chart(data), *heat_maps(data)])
+    yield section('Pruning', figures([budget_chart(data), *heat_maps(data)]))
   if pairs := stage_widths(data):
     some = f' ({MOST_STAGES} of the stages)' if len(pairs) == MOST_STAGES < len(data.stages) else ''
-    yield f'<h2>Widths of the layers{some}</h2>' + ''.join(
-      cards('grid', row) for row in zip(*pairs, strict=True)
-    )
+    yield section(f'Widths of the layers{some}', *map(figures, zip(*pairs, strict=True)))
+
+
+def _body(data: RunData) -> Iterator[str]:
+  report, e = data.report, html.escape
+  yield cards('facts', [f'<b>{e(figure)}</b><span>{e(what)}</span>' for figure, what in _facts(data)])
+  for title, table in tables(report).items():
+    yield section(title, table.html())
+  if definition := report.get('perplexity', {}).get('definition'):
+    yield notes([f'Perplexity is {definition}.'])
+  yield notes(warnings(report.get('texts', {})))
+  yield from _charts(data)
   if examples := report.get('examples'):
-    yield '<h2>Before and after</h2>'
-    yield '<p>Held-out text, and how each model continues it with greedy decoding.</p>'
-    yield ''.join(_example(example) for example in examples)
-  if exports := report.get('exports'):
-    yield f'<h2>Exports</h2><div class="card scroll">{html_table(_export_rows(exports))}</div>'
-  if rows := _settings_rows(report):
-    yield f'<h2>Settings</h2><div class="card scroll">{html_table(rows)}</div>'
-  yield f'<h2>Command</h2><div class="card"><pre>{e(command)}</pre></div>'
-  if versions := report.get('versions'):
-    yield f'<p>{e(", ".join(f"{k} {v}" for k, v in versions.items()))}</p>'
+    how = 'Held-out text, and how each model continues it with greedy decoding.'
+    yield section('Before and after', notes([how]), *map(_example, examples))
+  yield section('Exports', _exports(report.get('exports', {})))
+  yield section('Settings', _settings(report))
 
 
-def render(report: RunReport, events: list[Json], *, command: str, running: bool, written: str = '') -> str:
+def render(report: RunReport, events: list[Json], *, command: str, running: bool) -> str:
   """Returns the page as HTML.
 
   Args:
@@ -187,16 +151,13 @@ def render(report: RunReport, events: list[Json], *, command: str, running: bool
     events: the lines of metrics.jsonl.
     command: the command that reproduces the run.
     running: whether the run is in progress; the page then reloads automatically.
-    written: the time of writing, shown to the reader.
   """
   data = RunData(report, events)
-  title = f'{data.model["source"]} {_state(data, running)}'
-  return page(title, '\n'.join(filter(None, _body(data, command, running, written))), running=running)
+  made = {'command': command, 'versions': report.get('versions', {})}
+  return page(_title(data), _state(data, running), _body(data), made, running=running)
 
 
-def write(
-  path: str | pathlib.Path, report: RunReport, events: list[Json], *, command: str, running: bool
-) -> None:
-  """Writes `render(…)` atomically, with the time of writing."""
-  now = time.strftime('%Y-%m-%d %H:%M:%S')
-  write_text(path, render(report, events, command=command, running=running, written=now))
+def write(path: pathlib.Path, report: RunReport, events: list[Json], *, command: str, running: bool) -> None:
+  """Writes `render(…)` atomically, if it is `due`."""
+  if due(path, running):
+    write_text(path, render(report, events, command=command, running=running))

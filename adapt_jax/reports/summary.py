@@ -3,13 +3,24 @@
 import math
 
 from adapt_jax.config.units import amount
-from adapt_jax.reports.report import BudgetReport, Of, RunReport, StageReport, Tasks, TextReport, heads_of
+from adapt_jax.reports.report import (
+  BudgetReport,
+  Of,
+  RunReport,
+  StageReport,
+  Tasks,
+  TextReport,
+  heads_of,
+  known_perplexities,
+)
+from adapt_jax.reports.table import Table
 
 _LITTLE = 0.05  # nats per token: a difference too small for a warning
 
 
-def _number(value: float | None) -> str:
-  return '–' if value is None else f'{value:.2f}'
+def decimal(value: float | None, form: str = ',.2f') -> str:
+  """The value; '–' if it is not known."""
+  return '–' if value is None else format(value, form)
 
 
 def _widths(values: list[int]) -> str:
@@ -23,20 +34,29 @@ def _widths(values: list[int]) -> str:
   return ', '.join(f'{v} in {n} layers' if n > 1 else str(v) for v, n in runs)
 
 
-def table(report: RunReport) -> str:
-  """The report as text: a table with a row per stage, then widths, compiles and seconds."""
-  perplexity = report['perplexity']
+def stages_table(report: RunReport) -> Table:
+  """A row for the dense model and for each stage, as far as they are known."""
+  known, rows = known_perplexities(report), list[list[str]]()
   head = ['stage', *cost_columns(report), 'perplexity pruned', 'recovered', 'tokens', 'seconds']
-  rows = [head, ['dense', *cost_cells(report), '', _number(perplexity['dense']), '', '']]
-  for stage in report['stages']:
-    measured = [_number(stage['perplexity_pruned']), _number(stage['perplexity_recovered'])]
-    spent = [f'{stage["tokens"]:,}', f'{stage["seconds"]:.0f}']
+  rows.append(['dense', *cost_cells(report), '', decimal(known.get('dense')), '', ''])
+  for stage in report.get('stages', []):
+    measured = [decimal(stage.get('perplexity_pruned')), decimal(stage.get('perplexity_recovered'))]
+    spent = [decimal(stage.get('tokens'), ',.0f'), decimal(stage.get('seconds'), ',.0f')]
     rows.append([str(stage['stage']), *cost_cells(report, stage), *measured, *spent])
-  lines = ['', _markdown(rows)]
-  if len(report['texts']) > 1:
-    lines += ['', _markdown(texts_rows(report['texts']))]
-  if report.get('tasks'):
-    lines += ['', tasks_table(report['tasks'])]
+  return Table(head, rows)
+
+
+def tables(report: RunReport) -> dict[str, Table]:
+  """Title -> table: the stages, several texts, and tasks if there are any."""
+  texts = report.get('texts', {})
+  shown = {'Stages': stages_table(report)}
+  shown |= {'Texts': texts_table(texts)} if len(texts) > 1 else {}
+  return shown | ({'Tasks': tasks_table(report['tasks'])} if report.get('tasks') else {})
+
+
+def table(report: RunReport) -> str:
+  """The report as text: its tables, then widths, compiles and seconds."""
+  lines = [line for shown in tables(report).values() for line in ('', shown.markdown())]
   lines.append('')
   field, title = heads_of(report)
   for stage in report['stages']:
@@ -91,38 +111,31 @@ def budget_lines(budget: BudgetReport) -> list[str]:
   return lines
 
 
-def tasks_rows(tasks: Tasks) -> list[list[str]]:
-  """Column names, then a row per task, from {'dense': scores of the harness, 'pruned': …}.
+def tasks_table(tasks: Tasks) -> Table:
+  """A row per task, from {'dense': scores of the harness, 'pruned': …}.
 
   A task is shown by acc_norm, else acc, else its first metric; accuracies are in percent.
   """
-  first = next(iter(tasks.values()))
-  rows = [['task', 'metric', 'questions', *tasks]]
-  for task, scores in first.items():
+  rows = []
+  for task, scores in next(iter(tasks.values())).items():
     names = [name for name in scores if name not in ('version', 'n') and '_stderr' not in name]
     if not names:
       continue
     metric = next((name for name in ('acc_norm', 'acc') if name in names), names[0])
     scale = 100 if metric.startswith(('acc', 'exact_match')) else 1
-    values = [_number(scale * found[task][metric]) for found in tasks.values()]
+    values = [decimal(scale * of[task][metric]) for of in tasks.values()]
     rows.append([task, f'{metric}, %' if scale == 100 else metric, f'{scores["n"]:,}', *values])
-  return rows
+  return Table(['task', 'metric', 'questions', *tasks], rows)
 
 
-def tasks_table(tasks: Tasks) -> str:
-  """`tasks_rows` as Markdown."""
-  return _markdown(tasks_rows(tasks))
-
-
-def texts_rows(texts: dict[str, TextReport]) -> list[list[str]]:
-  """Column names, then a row per text: perplexities, the final excess loss, and the KL from dense."""
-  models: list[Of] = ['dense', 'pruned', 'recovered']
-  rows = [['text', f'perplexity {models[0]}', *models[1:], 'excess', 'KL from dense']]
+def texts_table(texts: dict[str, TextReport]) -> Table:
+  """A row per text: perplexities, the final excess loss, and the KL from dense."""
+  models: tuple[Of, ...] = ('dense', 'pruned', 'recovered')
+  rows = []
   for name, text in texts.items():
-    values = [text.get(of) for of in models]
-    more = [excess(text), text.get('kl')]
-    rows.append([name, *map(_number, values), *('–' if x is None else f'{x:.3f}' for x in more)])
-  return rows
+    more = excess(text), text.get('kl')
+    rows.append([name, *(decimal(text.get(of)) for of in models), *(decimal(x, '.3f') for x in more)])
+  return Table(['text', f'perplexity {models[0]}', *models[1:], 'excess', 'KL from dense'], rows)
 
 
 def excess(text: TextReport) -> float | None:
@@ -168,8 +181,3 @@ def _uneven(texts: dict[str, TextReport]) -> str:
     f'add text like {worst} to prune.calibration.source and train.source '
     f'(docs/texts.md says what helps if you have none)'
   )
-
-
-def _markdown(rows: list[list[str]]) -> str:
-  head, *rest = rows
-  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (head, ['---'] * len(head), *rest))

@@ -1,13 +1,10 @@
 """The command line: exit codes, what it prints where, and the modes that need no workdir."""
 
 import io
-import json
 import os
-import pathlib
 import subprocess
 import sys
 import types
-from xml.etree import ElementTree
 
 import pytest
 
@@ -19,7 +16,6 @@ from adapt_jax.models.errors import InputError, Unreachable
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.pruning import serving_widths
 from tests.support import runs
-from tests.unit.test_run_page import assert_inside, make_report
 
 WRONG = [
   ('--config.prune.targt=0.5', 'config.prune.target'),
@@ -163,28 +159,3 @@ def test_an_unexpected_error_is_one_line_and_a_file_with_the_traceback(tmp_path,
   assert 'in main' in file.read_text()
   assert ended(monkeypatch, ZeroDivisionError('a fault'), tmp_path, debug=True) == 1
   assert 'in main' in capsys.readouterr().err and len(list(tmp_path.glob('traceback-*'))) == 1
-
-
-def test_the_picture_for_the_readme(tmp_path: pathlib.Path) -> None:
-  (tmp_path / 'report.json').write_text(json.dumps(make_report()))
-  script = [
-    sys.executable,
-    str(runs.ROOT / 'scripts/plot_report.py'),
-    str(tmp_path),
-    str(tmp_path / 'out.svg'),
-  ]
-  subprocess.run(script, check=True, cwd=tmp_path)
-  root = ElementTree.parse(tmp_path / 'out.svg').getroot()
-  name = '{http://www.w3.org/2000/svg}'
-  assert root.tag == f'{name}svg'
-  assert root.findall(f'{name}rect')[0].attrib['fill'] == '#ffffff'
-  pictures = root.findall(f'{name}svg')
-  assert [picture.attrib['aria-label'] for picture in pictures] == [
-    'Perplexity on held-out text',
-    'MLP channels, after stage 2',
-    'KV heads, after stage 2',
-  ]
-  for i, picture in enumerate(pictures):
-    assert_inside(picture)
-    place = [float(picture.attrib[k]) for k in ('x', 'y', 'width', 'height')]
-    assert place == [16 if i == 0 else 472, 196 if i == 2 else 16, 440, 360 if i == 0 else 180]

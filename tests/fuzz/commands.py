@@ -167,7 +167,7 @@ def _stop_at_work(seen: list[RunOptions]) -> None:
   estimate.programs = _reach  # type: ignore[assignment]
   loader.self_text.draw = _reach
   export.Writer = _reach  # type: ignore[assignment,misc]
-  sensitivity.LayerEvaluator = _reach  # type: ignore[assignment,misc]
+  sensitivity.Sensitivity = _reach  # type: ignore[assignment,misc]
   for mode in (bench, evaluate, export, generate):
     mode.load_source = _reach  # type: ignore[attr-defined]
 

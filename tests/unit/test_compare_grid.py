@@ -1,4 +1,4 @@
-"""Grids: which cells, in which order, under which names; what cannot be varied is refused in one line."""
+"""Grids: which cells, in which order, under which names."""
 
 import pytest
 
@@ -20,6 +20,10 @@ def values(*parts):
   return [cell.values for cell in compare_grid.expand(parts, BASE)]
 
 
+def names(*parts):
+  return [cell.name for cell in compare_grid.expand(parts, BASE)]
+
+
 def test_the_product_of_a_part_larger_targets_first():
   found = values({'prune.target': (0.6, 0.9), 'prune.method': ('adapt', 'flap')})
   assert [(v['prune.method'], v['prune.target']) for v in found] == [
@@ -35,7 +39,7 @@ def test_the_union_of_parts_has_each_cell_once_with_the_base_for_what_a_part_lea
 
 
 @pytest.mark.parametrize(
-  'field,same',
+  'field, same',
   [
     ('prune.target', (0.0, -0.0)),
     ('prune.target', (1, 1.0)),
@@ -49,62 +53,30 @@ def test_values_that_mean_the_same_are_one_cell(field, same):
 def test_assigning_leaves_the_base_as_it_is():
   found = compare_grid.assign(BASE, {'prune.calibration.samples': 16, 'seed': 3})
   assert found['prune']['calibration'] == {'source': ('a.txt',), 'weights': (), 'samples': 16}
-  assert found['seed'] == 3
-  assert BASE['prune']['calibration']['samples'] == 8 and BASE['seed'] == 0
+  assert found['seed'] == 3 and BASE['prune']['calibration']['samples'] == 8 and BASE['seed'] == 0
 
 
-@pytest.mark.parametrize(
-  'field,words',
-  [
-    ('prune.targt', ("'prune.targt'", 'config.prune has no', 'method, target')),
-    ('prunes.target', ('config has no', 'seed, prune')),
-    ('seed.x', ('seed has no', 'none')),
-    ('prune.calibration', ('a group', 'source, weights, samples')),
-    ('', ('config has no',)),
-  ],
-)
-def test_unknown_fields(field, words):
-  with pytest.raises(InputError) as error:
+@pytest.mark.parametrize('field', ['prune.targt', 'prunes.target', 'seed.x', 'prune.calibration', ''])
+def test_unknown_fields(field):
+  with pytest.raises(InputError, match='is no option'):
     values({field: (1,)})
-  assert all(word in str(error.value) for word in words) and '\n' not in str(error.value)
 
 
 def test_names_are_readable_and_stay_when_the_grid_grows():
-  def names(*targets, **more):
-    part = {'prune.target': targets, 'seed': (1, 2)}
-    return [cell.name for cell in compare_grid.expand((part, *more.values()), BASE)]
-
-  assert names(0.7) == ['prune.target-0.7_seed-1', 'prune.target-0.7_seed-2']
-  assert set(names(0.7)) < set(names(0.9, 0.7))
-  source = {'prune.target': (0.7,), 'prune.calibration.source': ('b.txt',), 'train.source': ('c.txt',)}
-  assert set(names(0.7)) < set(names(0.7, by_a_field=source))
-
-
-def test_the_cell_of_the_base_has_a_name():
-  (cell,) = compare_grid.expand(({'prune.target': (BASE['prune']['target'],)},), BASE)
-  assert cell.name == 'base'
+  seeds = {'seed': (1, 2)}
+  few = names({'prune.target': (0.7,)} | seeds)
+  assert few == ['prune.target-0.7_seed-1', 'prune.target-0.7_seed-2']
+  assert set(few) < set(names({'prune.target': (0.9, 0.7)} | seeds))
+  assert set(few) < set(names({'prune.target': (0.7,)} | seeds, {'train.source': ('c.txt',)}))
+  assert names({'prune.target': (0.8,)}) == ['base']
 
 
 def test_names_of_files_and_of_long_values_are_told_apart():
   sources = tuple(f'{place}/{"very" * 30}/long.txt' for place in 'abc') + ('a/b/long.txt', '../*.txt', 'ä b')
-  cells = compare_grid.expand(({'prune.calibration.source': sources},), BASE)
-  assert len({cell.name for cell in cells}) == len(sources)
-  for cell in cells:
-    assert len(cell.name) <= 80 and not set(cell.name) & set('/*? \'"') and cell.name.isascii()
-
-
-def test_lists_of_numbers_can_vary():
-  cells = compare_grid.expand(({'prune.calibration.weights': ((1.0,), (1.0, 0.5))},), BASE)
-  assert [cell.values['prune.calibration.weights'] for cell in cells] == [(1.0,), (1.0, 0.5)]
-  assert [cell.name.partition('_')[0] for cell in cells] == [
-    'prune.calibration.weights-1.0',
-    'prune.calibration.weights-1.0-0.5',
-  ]
-
-
-def test_short_names_of_fields():
-  fields = ['prune.method', 'prune.calibration.source', 'train.source', 'seed']
-  assert list(compare_grid.short(fields).values()) == ['method', 'calibration.source', 'train.source', 'seed']
+  found = names({'prune.calibration.source': sources})
+  assert len(set(found)) == len(sources)
+  for name in found:
+    assert len(name) <= 80 and not set(name) & set('/*? \'"') and name.isascii()
 
 
 def test_labels():

@@ -1,58 +1,126 @@
-"""The tables of mode compare, on figures made up for the test."""
+"""Tables, CSV, page and plots of mode compare, on figures made up for the test."""
 
-from adapt_jax.modes import compare_page, compare_tables
+import csv
+import io
+import math
+
+import pytest
+
+from adapt_jax.reports import charts, compare_page, compare_tables
+
+TARGET, SAMPLES = 'prune.target', 'prune.calibration.samples'
 
 
-def make_report(values, texts):
-  """A finished cell for each of `values`; the first of `texts` is also the figure of the cell itself."""
+def make_report(values, texts=('perplexity',), states=(), **more):
+  """A cell for each of `values`, finished unless `states` says otherwise."""
   cells = []
   for number, value in enumerate(values):
-    on = {name: {'dense': 10.0 + i, 'pruned': 20.0 + i + number} for i, name in enumerate(texts)}
-    first = on[texts[0]]
-    cells.append(
-      {
-        'name': f'cell {number}', 'state': 'finished', 'values': value, 'params': 10**6, 'seconds': 1.0,
-        'perplexity_dense': first['dense'], 'perplexity_pruned': first['pruned'],
-        'perplexity_recovered': None, 'texts': on,
-      }
-    )  # fmt: skip
-  fields = list(values[0])
-  report = {
-    'model': {'source': 'a', 'params_before': 2 * 10**6}, 'fields': fields, 'x': fields[0], 'over': 'seed',
-    'recover': False, 'cells': cells, 'perplexity': {'definitions': []}, 'seconds': 2.0, 'compiles': {},
-    'scoring_passes': {'computed': 1, 'remembered': 0}, 'command': 'c', 'versions': {},
-  }  # fmt: skip
-  return compare_tables.with_groups(report)
+    cell = {'name': f'cell {number}', 'values': value, 'state': dict(states).get(number, 'finished')}
+    if cell['state'] == 'finished':
+      on = {name: {'dense': 10.0 + i, 'pruned': 20.0 + i + number} for i, name in enumerate(texts)}
+      cell |= {'texts': on, 'params': 10**6 + 10**5 * number, 'seconds': 1.0}
+    elif cell['state'] == 'failed':
+      cell |= {'error': 'it <broke>'}
+    cells.append(cell)
+  return {
+    'model': {'source': 'a', 'params_before': 2 * 10**6}, 'fields': list(values[0]), 'over': 'seed',
+    'recover': False, 'cells': cells, 'definitions': ['exp'], 'seconds': 2.0, 'compiles': {'scoring': 1},
+    'scoring_passes': {'computed': 1, 'remembered': 0}, 'command': 'main.py <x>', 'versions': {'jax': '1'},
+  } | more  # fmt: skip
 
 
-VALUES = [
-  {'prune.target': target, 'prune.calibration.samples': samples}
-  for target in (110602944.0, 0.5)
-  for samples in (24, 128)
-]
+GRID = [{TARGET: target, SAMPLES: samples} for target in (110602944.0, 0.5) for samples in (24, 128)]
+SEEDS = [{TARGET: 0.5, 'seed': seed} for seed in (0, 1, 2)]
+
+
+def test_a_row_for_each_group_with_the_spread_over_its_cells():
+  table = compare_tables.rows_table(make_report(SEEDS, states=[(2, 'failed')]))
+  row = dict(zip(table.head, table.rows[0], strict=True))
+  assert len(table.rows) == 1 and row['target'] == '0.5' and row['cells'] == '2 of 3, 1 failed'
+  assert row['perplexity pruned'] == '20.50 (20.00–21.00)'
+  assert row['excess'] == f'{math.log(2.05):.3f} ({math.log(2.0):.3f}–{math.log(2.1):.3f})'
+  assert row['parameters'] == '1,050,000 (1,000,000–1,100,000)' and row['KL'] == '–'
 
 
 def test_figures_say_which_of_several_texts_they_belong_to():
-  report = make_report(VALUES, ['wiki', 'web'])
-  shown = compare_tables.table(report)
-  assert '| perplexity pruned wiki | excess wiki | KL wiki | excess web |' in shown
-  assert '| perplexity wiki by samples |' in shown
-  assert 'perplexity wiki 10.00, web 11.00.' in shown
-  plots = compare_page.plots(report)
-  assert 'Perplexity pruned: wiki<' in plots['perplexity.svg']
-  assert 'Perplexity pruned: web<' in plots['perplexity-web.svg']
+  report = make_report(GRID, ['wiki', 'web'])
+  head = compare_tables.rows_table(report).head
+  assert {'perplexity pruned wiki', 'excess web', 'KL web'} <= set(head)
+  assert 'perplexity wiki 10.00, web 11.00.' in compare_tables.text(report)
+  assert set(compare_page.plots(report)) == {
+    'perplexity.svg', 'perplexity-web.svg', 'perplexity-parameters.svg'
+  }  # fmt: skip
 
 
-def test_one_text_needs_no_name():
-  shown = compare_tables.table(make_report(VALUES, ['perplexity']))
-  assert '| perplexity pruned | excess |' in shown and 'and perplexity 10.00.' in shown
+def test_values_are_readable_in_the_table_and_exact_in_the_csv_file():
+  report = make_report(GRID)
+  assert '| 110,602,944 | 24 |' in compare_tables.text(report)
+  rows = list(csv.DictReader(io.StringIO(compare_tables.cells_table(report).csv())))
+  assert [rows[1][name] for name in ('cell', TARGET, SAMPLES)] == ['cell 1', '110602944.0', '128']
+  assert float(rows[1]['perplexity_pruned']) == 21.0 and float(rows[1]['excess']) == math.log(2.1)
+  assert rows[1]['kl'] == rows[1]['perplexity_recovered'] == ''
 
 
-def test_values_are_readable_and_named():
-  shown = compare_tables.table(make_report(VALUES, ['perplexity']))
-  assert '| target 0.5 | target 110,602,944 |' in shown and '110602944.0' not in shown
-  assert '\n| samples 24 |' in shown  # a number alone says nothing
+def test_a_page_of_an_unfinished_grid(tmp_path):
+  report = make_report(GRID, states=[(1, 'failed'), (2, 'running'), (3, 'waiting')])
+  compare_page.write(tmp_path, report, running=True)
+  page = (tmp_path / 'report.html').read_text()
+  for words in ('1 of 4 cells finished', '1 failed', 'now cell 2', 'cell 1: it &lt;broke&gt;', '&lt;x&gt;'):
+    assert words in page
+  assert 'href="cells/cell 0/report.html"' in page and 'http-equiv="refresh"' in page
+  assert 'cell 1: it <broke>' in (tmp_path / 'compare.md').read_text()
 
 
-def test_csv_has_the_values_themselves():
-  assert 'cell 0,finished,110602944.0,24,' in compare_tables.csv_text(make_report(VALUES, ['perplexity']))
+def test_a_grid_without_a_finished_cell_has_no_plots(tmp_path):
+  report = make_report(GRID, states=[(i, 'waiting') for i in range(4)])
+  assert compare_page.plots(report) == {}
+  compare_page.write(tmp_path, report, running=True)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  """The arguments of the charts of perplexity."""
+  calls = []
+  monkeypatch.setattr(charts, 'line_chart', lambda title, *a, **k: calls.append((title, *a, k)) or '<svg/>')
+  return calls
+
+
+@pytest.mark.parametrize(
+  'values, x, places',
+  [
+    ([{'prune.method': m} for m in ('a', 'b', 'c')], 'prune.method', [0, 1, 2]),
+    ([{SAMPLES: n} for n in (8, 64, 512)], SAMPLES, [0, 1, 2]),  # wide: evenly spaced
+    ([{SAMPLES: n} for n in (8, 16, 32)], SAMPLES, [8, 16, 32]),
+    ([{'prune.method': 'a', TARGET: t} for t in (0.9, 0.8)], TARGET, [0.8, 0.9]),
+    ([{'prune.method': m, SAMPLES: 8, 'seed': s} for m in 'a' for s in (1, 2)], SAMPLES, [8]),
+  ],
+)
+def test_plots_are_over_the_target_or_the_first_number(drawn, values, x, places):
+  compare_page.plots(make_report(values))
+  _, (x_name, _), series, _ = drawn[0]
+  assert x_name == x and [point[0] for point in series[0].points] == places
+
+
+def test_lines_are_named_by_the_other_fields(drawn):
+  compare_page.plots(make_report([v | {'prune.method': m} for m in ('a', 'b') for v in GRID[:2]]))
+  assert [one.name for one in drawn[0][2]] == [
+    'samples 24, a',
+    'samples 128, a',
+    'samples 24, b',
+    'samples 128, b',
+  ]
+
+
+def test_a_broken_model_does_not_flatten_the_plots(drawn):
+  report = make_report(GRID)
+  report['cells'][0]['texts']['perplexity']['pruned'] = 1e9
+  compare_page.plots(report)
+  _, (_, y_name), series, _ = drawn[0]
+  assert y_name == 'perplexity (up to 200)' and max(y for one in series for _, y in one.points) == 200
+
+
+def test_the_fraction_kept_per_stage(drawn):
+  """Fig. 4 of the paper."""
+  compare_page.plots(make_report([{'prune.stages': n} for n in (1, 2)]))
+  (kept,) = [call for call in drawn if call[1][0] == 'fraction kept per stage']
+  assert kept[2][0].points == [(0.5, 20.0), (pytest.approx(0.55**0.5), 21.0)]

@@ -9,7 +9,7 @@ from adapt_jax.config.values import named_texts
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.reports.summary import texts_rows, warnings
+from adapt_jax.reports.summary import texts_table, warnings
 from tests.support.helpers import UNIFORM, VARIED, logits, random_params, random_tokens, refused, tiny_config
 
 
@@ -65,11 +65,11 @@ TEXTS = {
 
 
 def test_a_row_a_text():
-  assert texts_rows(TEXTS)[1:] == [
+  assert texts_table(TEXTS).rows == [
     ['wiki', '20.00', '40.00', '22.00', '0.095', '0.123'],
     ['web', '30.00', '90.00', '45.00', '0.405', '0.500'],
   ]
-  assert texts_rows({'wiki': {'dense': 20.0}})[1] == ['wiki', '20.00', '–', '–', '–', '–']
+  assert texts_table({'wiki': {'dense': 20.0}}).rows[0] == ['wiki', '20.00', '–', '–', '–', '–']
 
 
 def test_a_text_that_lost_more_than_twice_as_much_is_told():

@@ -1,0 +1,159 @@
+"""The page and plots of mode compare. A point of a plot is a group of cells; see `compare_tables`."""
+
+import html
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from adapt_jax.models.files import write_text
+from adapt_jax.reports import charts
+from adapt_jax.reports.charts import Series
+from adapt_jax.reports.compare_tables import (
+  Json,
+  cells_table,
+  dense_perplexity,
+  failures,
+  groups,
+  is_number,
+  notes,
+  rows_table,
+  short,
+  show,
+  text,
+  texts,
+)
+from adapt_jax.reports.page import due, figures, page, section
+from adapt_jax.reports.page import notes as paragraphs
+from adapt_jax.reports.report import ComparisonReport
+
+MARKDOWN, CSV = 'compare.md', 'compare.csv'
+_STAGES, _TARGET = 'prune.stages', 'prune.target'
+_WIDE = 8  # largest over smallest x, above which plots space the values evenly
+_WORST = 20  # times the dense perplexity: upper limit of plots, so that a broken model flattens no others
+_SAME_SIZE = 0.01  # of the dense parameters: models that differ by less are not plotted by their size
+
+
+def x_field(report: ComparisonReport) -> str:
+  """The field on the x axis: prune.target, or else the first that varies with numbers, or else the first."""
+  fields = [f for f in report['fields'] if f != report['over']] or report['fields']
+  numbers = [f for f in fields if all(is_number(cell['values'][f]) for cell in report['cells'])]
+  return _TARGET if _TARGET in fields else (numbers or fields)[0]
+
+
+def _lines(report: ComparisonReport, x: str) -> dict[str, list[Json]]:
+  """Groups with equal values in all fields but `x`, by the name of these values."""
+  names, lines = short(report['fields']), dict[str, list[Json]]()
+  for group in groups(report):
+    others = {field: value for field, value in group['values'].items() if field != x}
+    alone = [show(v) if isinstance(v, str) else f'{names[f]} {show(v)}' for f, v in others.items()]
+    lines.setdefault(', '.join(alone), []).append(group)
+  return lines
+
+
+def _chart(
+  report: ComparisonReport,
+  title: str,
+  figure: str,
+  name: str,
+  x_name: str,
+  x_of: Callable[[Json], float | None],
+  lines: dict[str, list[Json]],
+  **more: Any,
+) -> str:
+  """A figure of each group on the text `name` over `x_of`; groups that lack one of both are left out."""
+  dense, word = dense_perplexity(report, name), texts(report)[name]
+  most = _WORST * max(dense, default=math.inf)
+  series, above = list[Series](), False
+  for line, members in lines.items():
+    points, ranges = list[tuple[float, float]](), list[tuple[float, float, float]]()
+    for group in members:
+      values, x = group['figures'].get(f'{figure} {name}'), x_of(group)
+      if values and x is not None:
+        above |= values[2] > most
+        middle, low, high = (min(value, most) for value in values)
+        points.append((x, middle))
+        ranges += [(x, low, high)] if low < high else []
+    series.append(
+      Series(line, sorted(points), len(series), ranges=ranges, dashed=len(series) >= charts.COLOURS)
+    )
+  y_name = f'perplexity (up to {most:,.0f})' if above else 'perplexity'
+  levels = [(value, f'dense {value:.2f}') for value in dense]
+  title += f':{word}' if word else ''
+  return charts.line_chart(title, (x_name, y_name), series, levels=levels, log=True, **more)
+
+
+def _over_x(report: ComparisonReport, title: str, figure: str, name: str) -> str:
+  x, cells = x_field(report), report['cells']
+  values = list({show(cell['values'][x]): cell['values'][x] for cell in cells}.values())
+  numbers = all(map(is_number, values))
+  values = sorted(values) if numbers else values
+  even = not numbers or (values[0] > 0 and values[-1] / values[0] > _WIDE)
+  places = {show(value): i if even else value for i, value in enumerate(values)}
+  categories = [show(value) for value in values] if even else []
+  integer = not even and all(isinstance(value, int) for value in values)
+
+  def x_of(group: Json) -> float:
+    return float(places[show(group['values'].get(x, values[0]))])
+
+  lines = _lines(report, x)
+  return _chart(report, title, figure, name, x, x_of, lines, categories=categories, integer=integer)
+
+
+def plots(report: ComparisonReport) -> dict[str, str]:
+  """File name -> chart, without empty charts."""
+  dense, kind = report['model']['params_before'], 'recovered' if report['recover'] else 'pruned'
+  names, drawn = list(texts(report)), dict[str, str]()
+  for i, name in enumerate(names):
+    drawn[f'perplexity{f"-{name}" if i else ""}.svg'] = _over_x(
+      report, f'Perplexity {kind}', 'perplexity', name
+    )
+  if names and report['recover']:
+    title = 'Perplexity after the last pruning'
+    drawn['perplexity-pruned.svg'] = _over_x(report, title, 'pruned', names[0])
+  sizes = [cell['params'] for cell in report['cells'] if 'params' in cell]
+
+  def size(group: Json) -> float | None:
+    return group['figures']['params'][0] if 'params' in group['figures'] else None
+
+  def kept_per_stage(group: Json) -> float | None:
+    return None if (params := size(group)) is None else (params / dense) ** (1 / group['values'][_STAGES])
+
+  if sizes and max(sizes) - min(sizes) > _SAME_SIZE * dense:
+    lines = _lines(report, x_field(report))
+    by_size = f'Perplexity {kind} by size', 'perplexity', names[0], 'parameters reached', size
+    drawn['perplexity-parameters.svg'] = _chart(report, *by_size, lines)
+  if names and _STAGES in report['fields'] and report['over'] != _STAGES:  # the paper's Fig. 4
+    by_stage = f'Perplexity {kind}', 'perplexity', names[0], 'fraction kept per stage', kept_per_stage
+    drawn['perplexity-kept.svg'] = _chart(report, *by_stage, _lines(report, _STAGES))
+  return {name: chart for name, chart in drawn.items() if chart}
+
+
+def _body(report: ComparisonReport, drawn: list[str]) -> Iterator[str]:
+  done = [html.escape(cell['name']) for cell in report['cells'] if cell['state'] == 'finished']
+  yield figures(drawn)
+  yield section('Cells', rows_table(report).html(), paragraphs(notes(report)))
+  yield section('Failed', paragraphs(failures(report)))
+  links = ', '.join(f'<a href="cells/{name}/report.html">{name}</a>' for name in done)
+  yield f'<p>Reports: {links}</p>' if done else ''
+
+
+def _state(report: ComparisonReport) -> str:
+  cells = report['cells']
+  count = {state: sum(cell['state'] == state for cell in cells) for state in ('finished', 'failed')}
+  parts = [f'compare: {count["finished"]} of {len(cells)} cells finished', f'{report["seconds"]:,.0f} s']
+  parts += [f'{count["failed"]} failed'] if count['failed'] else []
+  return ', '.join([*parts, *(f'now {cell["name"]}' for cell in cells if cell['state'] == 'running')])
+
+
+def write(directory: pathlib.Path, report: ComparisonReport, *, running: bool) -> None:
+  """Writes the tables and, if it is `due`, the page with its plots."""
+  write_text(directory / CSV, cells_table(report).csv())
+  write_text(directory / MARKDOWN, text(report))
+  if not due(path := directory / 'report.html', running):
+    return
+  drawn = plots(report)
+  for name, chart in drawn.items():
+    write_text(directory / name, chart)
+  body, title = _body(report, list(drawn.values())), f'{report["model"]["source"]} compare'
+  write_text(path, page(title, _state(report), body, report, running=running))

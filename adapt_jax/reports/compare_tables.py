@@ -1,0 +1,167 @@
+"""Figures and tables of mode compare.
+
+A group consists of the cells that differ only in the field `over` (usually the seed): a row of the table, a
+point of a plot. Figures that vary within it are given as median (lowest–highest).
+"""
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from adapt_jax.config.values import plain
+from adapt_jax.reports.report import CellReport, ComparisonReport
+from adapt_jax.reports.summary import excess
+from adapt_jax.reports.table import Table
+
+Json = dict[str, Any]
+
+
+def show(value: Any) -> str:
+  """A value as readers see it: whole numbers from 10,000 on have commas, also where they are floats."""
+  whole = is_number(value) and value >= 10_000 and value == int(value)
+  return f'{value:,.0f}' if whole else plain(value)
+
+
+def is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def short(fields: Sequence[str]) -> dict[str, str]:
+  """Field -> its shortest suffix that is unique among `fields`: 'method', or 'calibration.source'."""
+
+  def ends(field: str) -> list[str]:
+    parts = field.split('.')
+    return ['.'.join(parts[i:]) for i in reversed(range(len(parts)))]
+
+  every = [end for field in fields for end in ends(field)]
+  return {field: next((end for end in ends(field) if every.count(end) == 1), field) for field in fields}
+
+
+def texts(report: ComparisonReport) -> dict[str, str]:
+  """Name of each text that cells measure -> the words after a figure's name; '' if there is only one."""
+  names = dict.fromkeys(name for cell in report['cells'] for name in cell.get('texts', {}))
+  return {name: f' {name}' if len(names) > 1 else '' for name in names}
+
+
+def figures(cell: CellReport) -> dict[str, float]:
+  """The figures of a cell by name, such as 'excess web'; none before it is finished."""
+  fields: dict[str, Any] = {**cell}
+  known: dict[str, float] = {name: float(fields[name]) for name in ('params', 'seconds') if name in fields}
+  for name, text in cell.get('texts', {}).items():
+    values = {
+      'dense': text['dense'],
+      'pruned': text.get('pruned'),
+      'recovered': text.get('recovered'),
+      'perplexity': text.get('recovered', text.get('pruned')),
+      'excess': excess(text),
+      'kl': text.get('kl'),
+    }
+    known |= {f'{kind} {name}': value for kind, value in values.items() if value is not None}
+  return known
+
+
+def groups(report: ComparisonReport) -> list[Json]:
+  """Each group: its values, the numbers of cells, finished and failed, and the cells' figures.
+
+  figures: [median, lowest, highest] by name, of the finished cells.
+  """
+  members: dict[str, list[CellReport]] = {}
+  for cell in report['cells']:
+    values = {field: value for field, value in cell['values'].items() if field != report['over']}
+    members.setdefault(json.dumps(values), []).append(cell)
+  found = []
+  for key, cells in members.items():
+    all_figures: dict[str, list[float]] = {}
+    for cell in cells:
+      for name, value in figures(cell).items():
+        all_figures.setdefault(name, []).append(value)
+    counts = {state: sum(cell['state'] == state for cell in cells) for state in ('finished', 'failed')}
+    spreads = {name: [statistics.median(x), min(x), max(x)] for name, x in all_figures.items()}
+    found.append({'values': json.loads(key), 'cells': len(cells), 'figures': spreads} | counts)
+  return found
+
+
+def spread(group: Json, figure: str, form: str, scale: float = 1.0) -> str:
+  """'12.34 (12.01–12.90)', '12.34' if nothing varies, or '–' if the figure is not known."""
+  if figure not in group['figures']:
+    return '–'
+  middle, low, high = (format(scale * value, form) for value in group['figures'][figure])
+  return middle if low == high else f'{middle} ({low}–{high})'
+
+
+def rows_table(report: ComparisonReport) -> Table:
+  """A row for each group."""
+  names, words, dense = short(report['fields']), texts(report), report['model']['params_before']
+  fields = [field for field in report['fields'] if field != report['over']]
+  columns = [('params', 'parameters', ',.0f', 1.0), ('params', 'of dense, %', '.1f', 100 / dense)]
+  for name, word in words.items():
+    columns.append((f'pruned {name}', f'perplexity pruned{word}', ',.2f', 1.0))
+    columns += [(f'recovered {name}', f'recovered{word}', ',.2f', 1.0)] if report['recover'] else []
+    columns += [(f'{kind.lower()} {name}', f'{kind}{word}', '.3f', 1.0) for kind in ('excess', 'KL')]
+  columns.append(('seconds', 'seconds', ',.0f', 1.0))
+  rows = []
+  for group in groups(report):
+    failed = f', {group["failed"]} failed' if group['failed'] else ''
+    row = [show(group['values'][field]) for field in fields]
+    row += [spread(group, figure, form, scale) for figure, _, form, scale in columns]
+    rows.append([*row, f'{group["finished"]} of {group["cells"]}{failed}'])
+  return Table([*(names[f] for f in fields), *(title for _, title, *_ in columns), 'cells'], rows)
+
+
+def dense_perplexity(report: ComparisonReport, text: str) -> list[float]:
+  """The dense model's perplexities on a text: one, unless the grid varies the texts."""
+  known = [figures(cell).get(f'dense {text}') for cell in report['cells']]
+  return list(dict.fromkeys(value for value in known if value is not None))
+
+
+def notes(report: ComparisonReport) -> Iterator[str]:
+  """What the figures mean, in sentences."""
+  kind = 'recovered' if report['recover'] else 'pruned'
+  measured = [
+    (word, value) for name, word in texts(report).items() for value in dense_perplexity(report, name)
+  ]
+  dense = ', '.join(f'{word} {value:.2f}'.strip() for word, value in measured) or 'not measured yet'
+  yield f'The dense model has {report["model"]["params_before"]:,} parameters and perplexity {dense}.'
+  yield f'Excess is ln(perplexity {kind} / dense), and KL is that from the dense model; nats per token.'
+  if report['definitions']:
+    yield f'Perplexity is {"; or ".join(report["definitions"])}.'
+  if any(group['cells'] > 1 for group in groups(report)):
+    yield f'Where {report["over"]} varies: median (lowest–highest) over its values.'
+  passes = report['scoring_passes']
+  yield (
+    'Cells share scoring passes and programs; the time of each counts for the cell that computes it. '
+    f'Scoring passes since the last start: {passes["computed"]} computed, {passes["remembered"]} reused.'
+  )
+
+
+def failures(report: ComparisonReport) -> list[str]:
+  """Name and reason of each failed cell."""
+  return [f'{cell["name"]}: {cell["error"]}' for cell in report['cells'] if cell['state'] == 'failed']
+
+
+def text(report: ComparisonReport) -> str:
+  """Markdown: a row for each group, failures, and how the report was made."""
+  failed = failures(report)
+  compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items() if count)
+  lines = [rows_table(report).markdown(), '', *notes(report)]
+  lines += ['', f'{len(failed)} failed:', '', *(f'- {failure}' for failure in failed)] if failed else []
+  lines += ['', f'Compiled programs: {compiles or "none"}; {report["seconds"]:.0f} s.']
+  lines.append(f'Command: `{report["command"]}`')
+  lines.append(', '.join(f'{name} {version}' for name, version in report['versions'].items()))
+  return '\n'.join(lines) + '\n'
+
+
+def cells_table(report: ComparisonReport) -> Table:
+  """A row for every cell; figures are unrounded, or None if absent."""
+  kinds = {kind: f'perplexity_{kind}' for kind in ('dense', 'pruned', 'recovered')}
+  kinds |= {kind: kind for kind in ('perplexity', 'excess', 'kl')}
+  named = [(name, word, kind) for name, word in texts(report).items() for kind in kinds]
+  columns = {f'{kind} {name}': kinds[kind] + word for name, word, kind in named}
+  rows = []
+  for cell in report['cells']:
+    known, values = figures(cell), [plain(cell['values'][field]) for field in report['fields']]
+    row = [cell['name'], cell['state'], *values, cell.get('params'), *map(known.get, columns)]
+    rows.append([*row, cell.get('seconds'), cell.get('error')])
+  head = ['cell', 'state', *report['fields'], 'params', *columns.values(), 'seconds', 'error']
+  return Table(head, rows)
