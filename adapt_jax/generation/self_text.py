@@ -6,15 +6,15 @@ vocabulary (LLM-QAT, Liu et al., arXiv 2305.17888). With a chat template, rows a
 without one, all begin with a token.
 """
 
-import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
 import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +31,7 @@ from adapt_jax.machine.mesh import load_source
 from adapt_jax.machine.processes import WAITS, decide, say
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError, first_line
-from adapt_jax.models.formats.npy import open_npy
+from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network.llama import Params
 
@@ -55,13 +54,11 @@ def check(source: tuple[str, ...], length: int, max_position: int, field: str, s
     max_position: the model's longest sequence.
     shared: whether weights give each entry a share of the rows, so that the model may be one of several.
   """
-  if SELF in source and not is_self(source) and not shared:
+  if SELF in source and (source.count(SELF) > 1 or not (shared or is_self(source))):
     raise InputError(
-      f'{field}.source = {source}: {SELF!r} (generated text) must be the only entry, except in '
-      f'calibration with prune.calibration.weights'
+      f'{field}.source = {source}: {SELF!r} (generated text) must be the only entry or, in calibration with '
+      f'prune.calibration.weights, be named once'
     )
-  if source.count(SELF) > 1:
-    raise InputError(f'{field}.source = {source}: name {SELF!r} once, with the sum of the weights')
   if SELF in source and length > max_position:
     raise InputError(
       f'{field}.length = {length} exceeds the context of the model ({max_position} tokens), '
@@ -81,47 +78,32 @@ def draw(
 ) -> pathlib.Path:
   """A .npy file of `rows` rows of `length` tokens, drawn at temperature 1; created if it does not exist.
 
-  All processes must call this and see `directory`; the first writes. Batches drawn before SIGTERM or a kill
-  are kept. Raises InputError if the directory cannot be written or seen, or if the chat template fails.
+  All processes must call this and see `directory`; the first writes. Raises InputError if the directory
+  cannot be written or seen, or if the chat template fails.
 
   Args:
     source: the dense model.
     tokenizer: provides the chat template.
     seed: numbers; equal seeds give equal rows.
     dtype: dtype of activations and products.
-    directory: directory of the files; their names are a hash of everything that they depend on.
+    directory: directory of the files; their names have a hash of all that they depend on, and a checksum.
   """
-  name = f'self-{decide(lambda: _key(source, tokenizer, rows, length, seed, dtype))}'
-  path, parts = directory / f'{name}.npy', directory / f'{name}-parts'
 
-  def by_first(act: Callable[[], None]) -> None:
-    def attempt() -> None:
-      try:
-        act()
-      except OSError as error:
-        raise InputError(
-          f'data.cache: {directory} cannot be written ({error.strerror or first_line(error)}): name a '
-          f'directory with room for {8 * rows * length:,} bytes'
-        ) from None
+  usable = reading('data.cache', directory, f'name a directory with room for {8 * rows * length:,} bytes')
 
-    decide(attempt)
+  @usable
+  def find() -> tuple[str, str]:
+    directory.mkdir(parents=True, exist_ok=True)
+    key = f'self-{_key(source, tokenizer, rows, length, seed, dtype)}'
+    return key, _undamaged(directory, key)
 
-  if not decide(path.exists):
-    batches = list(_batches(tokenizer, source.config, rows, length, seed))
-    by_first(lambda: parts.mkdir(parents=True, exist_ok=True))
+  key, name = decide(find)
+  if not name:
     say(f'{source.name} generates {rows:,} rows of {length:,} tokens')
-    generator = None
-    with Progress('generate text', rows * length, 'tokens') as progress:
-      for batch in batches:
-        file = parts / f'{batch.rows[0]:09}.npy'
-        if not decide(file.exists):
-          if generator is None:
-            params = load_source(source, dtype)
-            generator = Generator(source.config, params, compiler=Compiler(), dtype=dtype, max_batch=_BATCH)
-          tokens = _continue(generator, batch, length, seed, progress)
-          by_first(functools.partial(_write, file, tokens))
-        preemption.check()
-    by_first(lambda: _join(parts, batches, np.zeros((rows, length), np.int32), path))
+    params = load_source(source, dtype)
+    tokens = in_memory(source.config, params, tokenizer, rows, length, seed=seed, dtype=dtype)
+    name = decide(usable(lambda: _write(directory, key, tokens)))
+  path = directory / name
   for seconds in WAITS:
     time.sleep(seconds)
     if path.exists():
@@ -135,15 +117,16 @@ def draw(
 def in_memory(
   config: ModelConfig, params: Params, tokenizer: Any, rows: int, length: int, *, seed: list[int], dtype: Any
 ) -> np.ndarray:
-  """The rows that `draw` would keep in a file, of a model in memory: int32 [rows, length].
+  """The rows that `draw` keeps in a file, of a model in memory: int32 [rows, length].
 
-  Raises InputError if the chat template fails.
+  Raises InputError if the chat template fails, and `Preempted` after SIGTERM.
   """
   tokens = np.zeros((rows, length), np.int32)
   generator = Generator(config, params, compiler=Compiler(), dtype=dtype, max_batch=_BATCH)
   with Progress('generate text', rows * length, 'tokens') as progress:
     for batch in _batches(tokenizer, config, rows, length, seed):
       tokens[batch.rows] = _continue(generator, batch, length, seed, progress)
+      preemption.check()
   return tokens
 
 
@@ -191,33 +174,36 @@ def _before_user(tokenizer: Any) -> list[int]:
   """The ids before a user's first words; none without a chat template. Raises InputError."""
   if not tokenizer.chat_template:
     return []
-  try:
-    (text,) = render_prompts([[{'role': 'user', 'content': _USER}]], tokenizer)
-  except InputError as error:
-    raise InputError(f'the chat template rejects a user message ({error}): set data.chat_template') from None
+  (text,) = render_prompts([[{'role': 'user', 'content': _USER}]], tokenizer)
   before = text.partition(_USER)[0].rstrip(' ')
   ids: list[int] = tokenizer(before, add_special_tokens=False)['input_ids']
   return ids
 
 
-def _write(path: pathlib.Path, tokens: np.ndarray) -> None:
-  """Writes the whole file or nothing, even if another process writes the same file."""
-  beside = path.with_name(f'.{path.name}-{secrets.token_hex(8)}')
+def _undamaged(directory: pathlib.Path, key: str) -> str:
+  """The name of the file whose content has the checksum in its name; '' if there is none."""
+  for path in directory.glob(f'{key}-*.npy'):
+    if path.stem == f'{key}-{zlib.crc32(path.read_bytes()):08x}':
+      return path.name
+    say(f'{path} is damaged: its rows are generated again')
+    path.unlink()
+  return ''
+
+
+def _write(directory: pathlib.Path, key: str, tokens: np.ndarray) -> str:
+  data = io.BytesIO()
+  np.save(data, tokens, allow_pickle=False)
+  name = f'{key}-{zlib.crc32(data.getbuffer()):08x}.npy'
+  beside = directory / f'.{name}-{secrets.token_hex(8)}'  # another process may write the same file
   try:
     with open(beside, 'wb') as file:
-      np.save(file, tokens, allow_pickle=False)
+      file.write(data.getbuffer())
       file.flush()
       os.fsync(file.fileno())
-    beside.replace(path)
+    beside.replace(directory / name)
   finally:
     beside.unlink(missing_ok=True)
-
-
-def _join(parts: pathlib.Path, batches: list[_Batch], tokens: np.ndarray, path: pathlib.Path) -> None:
-  for batch in batches:
-    tokens[batch.rows] = open_npy(parts / f'{batch.rows[0]:09}.npy')
-  _write(path, tokens)
-  shutil.rmtree(parts, ignore_errors=True)
+  return name
 
 
 def _key(source: Source, tokenizer: Any, *values: Any) -> str:

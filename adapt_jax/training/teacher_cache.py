@@ -1,21 +1,21 @@
 """The teacher's predictions on the training rows, on disk: for teachers that do not fit next to the student.
 
-A directory of the workdir with one entry for each row that training uses, even if it is used several times:
+A directory of the workdir with one record for each row that training uses, even if it is used several times:
 
-    ids.npy     uint16 or uint32 [rows, T, k]: the teacher's k most likely next ids for each token
-    log_p.npy   float16 [rows, T, k+1]: their log-probabilities, and that of all other ids together
-    check.npy   uint32 [rows]: a checksum of the row that the teacher saw
+    rows.npy    ids: uint16 or uint32 [T, k], the teacher's k most likely next ids for each token
+                log_p: float16 [T, k+1], their log-probabilities, and that of all other ids together
+                check: uint32, a checksum of both and of the row that the teacher saw
     done        number of rows written
 
 A run that was killed continues after the last row counted by `done`. Training refuses a row whose tokens
-have changed since the teacher saw it.
+have changed since the teacher saw it, and one whose predictions are damaged.
 """
 
 import os
 import pathlib
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.processes import decide, is_first
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.files import read_text, write_text
 from adapt_jax.models.formats.npy import open_npy
 from adapt_jax.models.network import llama
@@ -38,16 +38,15 @@ from adapt_jax.training.loss import teacher_top
 from adapt_jax.training.step import Teacher
 
 _LOWEST = -1e4  # a log p that fits in float16 and whose p is 0
-_FILES = ('ids', 'log_p', 'check')
+_REMEDY = 'delete this directory, and the teacher is asked again'
 
 
 class TaughtSet:
   """A train set whose rows include the teacher's predictions."""
 
   def __init__(self, data: TrainSet, rows: np.ndarray, directory: pathlib.Path):
-    self._data, self._rows = data, rows
-    self._directory = directory
-    self._ids, self._log_p, self._check = (open_npy(directory / f'{name}.npy') for name in _FILES)
+    self._data, self._rows, self._directory = data, rows, directory
+    self._told = _open(directory, len(rows))
 
   def rows(self, step: int) -> np.ndarray:
     """The rows of batch number `step`, as in `TrainSet.rows`."""
@@ -56,22 +55,22 @@ class TaughtSet:
   def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
     """Tokens, targets and segments [n, T], ids int32 [n, T, k] and log p fp32 [n, T, k+1] of these rows.
 
-    Raises InputError for rows that differ from those that the teacher saw.
+    Raises InputError for rows that differ from those that the teacher saw, and for damaged predictions.
     """
-    places, seen = np.searchsorted(self._rows, rows), self._data.read(rows)
-    if not np.array_equal(_checksums(*seen), self._check[places]):
+    seen, told = self._data.read(rows), self._told[np.searchsorted(self._rows, rows)]
+    if not np.array_equal(_checksums(seen, told), told['check']):
       raise InputError(
-        f'{self._directory} does not match the rows of train.source: restore its text, or start a new workdir'
+        f'{self._directory} is damaged, or the text of train.source has changed: restore it, or {_REMEDY}'
       )
-    return (*seen, self._ids[places].astype(np.int32), self._log_p[places].astype(np.float32))
+    return (*seen, told['ids'].astype(np.int32), told['log_p'].astype(np.float32))
 
 
-def _checksums(tokens: np.ndarray, targets: np.ndarray, segments: np.ndarray) -> np.ndarray:
-  """A checksum of each row, uint32."""
-  rows = zip(tokens, segments, strict=True)
-  return np.array(
-    [zlib.crc32(segment.tobytes(), zlib.crc32(token.tobytes())) for token, segment in rows], np.uint32
-  )
+def _checksums(seen: tuple[np.ndarray, ...], told: np.ndarray) -> np.ndarray:
+  """A checksum of each row and its predictions, uint32."""
+  sums = np.zeros(len(told), np.uint32)
+  for part in (seen[0], seen[2], told['ids'], told['log_p']):
+    sums = np.array([zlib.crc32(x.tobytes(), value) for x, value in zip(part, sums.tolist(), strict=True)])
+  return sums.astype(np.uint32)
 
 
 def open_taught(
@@ -95,33 +94,44 @@ def open_taught(
   Raises `Preempted` after SIGTERM; predictions computed by then are kept.
   """
   rows = np.unique(np.concatenate([data.rows(step) for step in range(steps)]))
-  done = decide(lambda: _done(directory))
+  done = decide(lambda: _done(directory, len(rows)))
   if done < len(rows):
-    if done:
-      _check_files(directory, len(rows), options)  # before the teacher is loaded
-    _ask(directory, data, options, rows, done, load_teacher(), dtype=dtype, compiler=compiler)
-  _check_files(directory, len(rows), options)
+    teacher = load_teacher()
+    if not done:
+      decide(lambda: _create(directory, len(rows), options, teacher.config.vocab_size))
+    _ask(directory, data, options, rows, done, teacher, dtype=dtype, compiler=compiler)
   return TaughtSet(data, rows, directory)
 
 
-def _check_files(directory: pathlib.Path, rows: int, options: TrainOptions) -> None:
-  try:
-    if tuple(open_npy(directory / f'{name}.npy').shape for name in _FILES) != _shapes(rows, options):
-      raise ValueError('a file has another shape')
-  except (OSError, ValueError) as error:
-    raise InputError(
-      f'{directory} is damaged ({first_line(error)}): delete it, and the teacher is asked again'
-    ) from None
-
-
-def _done(directory: pathlib.Path) -> int:
+def _done(directory: pathlib.Path, rows: int) -> int:
+  """How many rows are written."""
   path = directory / 'done'
-  try:
-    return int(read_text(path)) if path.exists() else 0
-  except InputError:
-    raise
-  except ValueError:
-    raise InputError(f'{path} is damaged: delete {directory}, and the teacher is asked again') from None
+  with reading('the predictions of the teacher', directory, _REMEDY):
+    directory.mkdir(parents=True, exist_ok=True)
+    done = int(read_text(path)) if path.exists() else 0
+  if done:
+    _open(directory, rows)  # raises before the teacher is loaded
+  return done
+
+
+def _open(directory: pathlib.Path, rows: int, mode: Literal['r', 'r+'] = 'r') -> np.ndarray:
+  with reading('the predictions of the teacher', directory, _REMEDY):
+    told: np.ndarray = open_npy(directory / 'rows.npy', mode)
+    if told.shape != (rows,):
+      raise ValueError(f'it holds {list(told.shape)} rows instead of {rows}')
+  return told
+
+
+def _create(directory: pathlib.Path, rows: int, options: TrainOptions, vocab_size: int) -> None:
+  """Allocates the file in full, so that a full disk raises OSError now, not later."""
+  path, length, k = directory / 'rows.npy', options.length, options.distill.cache
+  ids = np.uint16 if vocab_size <= 2**16 else np.uint32
+  record = [('ids', ids, (length, k)), ('log_p', np.float16, (length, k + 1)), ('check', np.uint32)]
+  path.unlink(missing_ok=True)
+  np.lib.format.open_memmap(path, mode='w+', dtype=np.dtype(record), shape=(rows,))
+  if hasattr(os, 'posix_fallocate'):  # not on macOS
+    with open(path, 'r+b') as file:
+      os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _ask(
@@ -136,7 +146,7 @@ def _ask(
   compiler: Compiler,
 ) -> None:
   count = mesh.rows_at_once(options.batch, options.micro_batch)
-  files = _files(directory, len(rows), options, teacher.config.vocab_size, new=not done) if is_first() else {}
+  file = _open(directory, len(rows), 'r+') if is_first() else np.zeros(0)
   top, program = likeliest(teacher.config, options, dtype), None
   with Progress('teacher', (len(rows) - done) * options.length, 'tokens') as progress:
     for start in range(done, len(rows), count):
@@ -145,12 +155,13 @@ def _ask(
       tokens, _, segments = mesh.put_rows(padded, data.read)
       if program is None:
         program = compiler('teacher', top, teacher.params, tokens, segments)
-      found = multihost_utils.process_allgather(program(teacher.params, tokens, segments), tiled=True)
+      ids, log_p = multihost_utils.process_allgather(program(teacher.params, tokens, segments), tiled=True)
       if is_first():
-        stop = start + len(some)
-        for name, values in zip(_FILES, (*found, _checksums(*data.read(some))), strict=True):
-          files[name][start:stop] = values[: len(some)]
-        _write_done(directory, stop, files)
+        stop, told = start + len(some), np.zeros(len(some), file.dtype)
+        told['ids'], told['log_p'] = ids[: len(some)], log_p[: len(some)]
+        told['check'] = _checksums(data.read(some), told)
+        file[start:stop] = told
+        _write_done(directory, stop, file)
       progress.update(len(some) * options.length)
       preemption.check()
   decide(lambda: 0)  # all processes wait until the last row is written
@@ -171,31 +182,6 @@ def likeliest(
   return top
 
 
-def _files(
-  directory: pathlib.Path, rows: int, options: TrainOptions, vocab_size: int, *, new: bool
-) -> dict[str, np.memmap]:
-  """The files to write. New ones are allocated in full, so that a full disk raises OSError now, not later."""
-  directory.mkdir(parents=True, exist_ok=True)
-  ids, found = np.uint16 if vocab_size <= 2**16 else np.uint32, {}
-  for name, dtype, shape in zip(_FILES, (ids, np.float16, np.uint32), _shapes(rows, options), strict=True):
-    path = directory / f'{name}.npy'
-    if not new:
-      found[name] = open_npy(path, 'r+')
-      continue
-    path.unlink(missing_ok=True)
-    found[name] = np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=shape)
-    if hasattr(os, 'posix_fallocate'):  # not on macOS
-      with open(path, 'r+b') as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-  return found
-
-
-def _shapes(rows: int, options: TrainOptions) -> tuple[tuple[int, ...], ...]:
-  length, k = options.length, options.distill.cache
-  return (rows, length, k), (rows, length, k + 1), (rows,)
-
-
-def _write_done(directory: pathlib.Path, count: int, files: dict[str, np.memmap]) -> None:
-  for file in files.values():
-    file.flush()
+def _write_done(directory: pathlib.Path, count: int, file: Any) -> None:
+  file.flush()
   write_text(directory / 'done', str(count))

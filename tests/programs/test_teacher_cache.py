@@ -1,6 +1,8 @@
 """The teacher's likeliest ids on disk: what it says itself, computed once, and after a kill the rest."""
 
+import copy
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,6 @@ from adapt_jax.modes import accel
 from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.training import teacher_cache
 from adapt_jax.training.step import Teacher
 from adapt_jax.training.teacher_cache import open_taught
 from tests.support import runs
@@ -64,10 +65,16 @@ class Asked:
     return open_taught(*args, dtype=jnp.float32, compiler=compiler), compiler.counts
 
 
-def test_rows_come_with_what_the_teacher_says_of_them(files, tmp_path):
-  asked = Asked(files, tmp_path / 'teacher')
-  taught, counts = asked.open()
-  assert counts == {'teacher': 1}
+@pytest.fixture(scope='module')
+def asked_once(files, tmp_path_factory):
+  asked = Asked(files, tmp_path_factory.mktemp('asked') / 'teacher')
+  assert asked.open()[1] == {'teacher': 1}
+  return asked
+
+
+def test_rows_come_with_what_the_teacher_says_of_them(asked_once):
+  asked = asked_once
+  taught, _ = asked.open()
   rows = taught.rows(STEPS - 1)
   tokens, targets, segments, ids, log_p = taught.read(rows)
   for ours, plain in zip((tokens, targets, segments), asked.inputs.train.read(rows), strict=True):
@@ -80,61 +87,63 @@ def test_rows_come_with_what_the_teacher_says_of_them(files, tmp_path):
   np.testing.assert_array_equal(ids, np.argsort(-p, axis=-1, kind='stable')[..., :K])
   np.testing.assert_allclose(np.exp(log_p[..., :K]), -np.sort(-p)[..., :K], rtol=5e-3)
   np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=5e-3)
+  for first, again in zip((ids, log_p), asked.open()[0].read(rows)[3:], strict=True):
+    np.testing.assert_array_equal(again, first)
 
 
-def test_a_killed_cache_goes_on_where_it_was_and_the_teacher_is_not_asked_again(files, tmp_path, monkeypatch):
-  whole = Asked(files, tmp_path / 'whole')
-  whole.open()
-  assert whole.loads == 1
+def test_a_killed_cache_goes_on_where_it_was_and_the_teacher_is_not_asked_again(
+  asked_once, files, tmp_path, monkeypatch
+):
+  whole = asked_once
   whole.open()
   assert whole.loads == 1  # nothing is missing
-
   cut, points = Asked(files, tmp_path / 'cut'), iter([False, False, True])
   with monkeypatch.context() as patch:
     patch.setattr(preemption, 'requested', lambda: next(points))
     with pytest.raises(preemption.Preempted):
       cut.open()
-  done = int((tmp_path / 'cut/done').read_text())
-  assert 0 < done < int((tmp_path / 'whole/done').read_text())
-  written = []
-  monkeypatch.setattr(teacher_cache, '_write_done', written_into(written, teacher_cache._write_done))
+  count = int((tmp_path / 'cut/done').read_text())
+  assert 0 < count < int((whole.directory / 'done').read_text())
+  kept = cut.inputs.train.read
+  monkeypatch.setattr(cut.inputs.train, 'read', lambda rows: read.append(len(rows)) or kept(rows))
+  read = list[int]()
   cut.open()
-  assert written[0] > done
-  for name in ('ids.npy', 'log_p.npy', 'check.npy', 'done'):
-    assert (tmp_path / 'cut' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+  assert (
+    0 < sum(read) // 2 <= int((whole.directory / 'done').read_text()) - count + 4
+  )  # the last batch is padded
+  for name in ('rows.npy', 'done'):
+    assert (tmp_path / 'cut' / name).read_bytes() == (whole.directory / name).read_bytes()
 
 
-@pytest.mark.parametrize('complete', [True, False])
-def test_a_missing_file_is_named_before_the_teacher_is_loaded(files, tmp_path, complete):
-  asked = Asked(files, tmp_path / 'teacher')
-  asked.open()
-  (tmp_path / 'teacher/ids.npy').unlink()
-  if not complete:
-    (tmp_path / 'teacher/done').write_text('4')
-  with pytest.raises(InputError, match='teacher is damaged .*: delete it, and the teacher is asked again'):
-    asked.open()
-  assert asked.loads == 1
-
-
-def written_into(found, write):
-  def note(directory, count, files):
-    found.append(count)
-    write(directory, count, files)
-
-  return note
-
-
-def test_rows_other_than_the_teacher_saw_are_refused(files, tmp_path):
-  asked = Asked(files, tmp_path / 'teacher')
-  asked.open()
-  other = runs.make_config(files)
-  other.train.source = (str(files / 'valid.txt'), str(files / 'train.txt'))
-  data = prepare(from_dict(other.to_dict())).train
-  taught = open_taught(
-    asked.directory, data, asked.options.train, STEPS, asked.load, dtype=jnp.float32, compiler=Compiler()
-  )
-  with pytest.raises(InputError, match='does not match the rows of train.source'):
-    taught.read(taught.rows(0))
+@pytest.mark.parametrize(
+  'damage', ['missing', 'unfinished', 'file', 'count', 'shorter', 'ids', 'log_p', 'text']
+)
+def test_damaged_predictions_and_another_text_are_refused(asked_once, files, tmp_path, damage):
+  shutil.copytree(asked_once.directory, tmp_path / 'teacher')
+  asked = copy.copy(asked_once)
+  asked.directory, rows = tmp_path / 'teacher', asked.inputs.train.rows(0)
+  path = tmp_path / 'teacher/rows.npy'
+  if damage in ('missing', 'unfinished'):
+    path.unlink()
+    (tmp_path / 'teacher/done').write_text('4' if damage == 'unfinished' else '999')
+  elif damage == 'file':
+    shutil.rmtree(tmp_path / 'teacher')
+    (tmp_path / 'teacher').touch()
+  elif damage == 'count':
+    (tmp_path / 'teacher/done').write_text('x')
+  elif damage == 'shorter':
+    path.write_bytes(path.read_bytes()[:-10])
+  elif damage == 'text':
+    other = make_config(files)
+    other.train.source = (str(files / 'valid.txt'), str(files / 'train.txt'))
+    asked.inputs = prepare(from_dict(other.to_dict()))
+  else:
+    told = np.load(path, mmap_mode='r+')
+    told[damage].view(np.uint16)[:, 3, 0] ^= 1
+    told.flush()
+  with pytest.raises(InputError) as error:
+    asked.open()[0].read(rows)
+  assert str(tmp_path / 'teacher') in str(error.value) and asked.loads == asked_once.loads
 
 
 def test_a_run_from_the_cache_learns_as_beside_the_teacher(files, tmp_path):
@@ -150,7 +159,7 @@ def test_a_run_from_the_cache_learns_as_beside_the_teacher(files, tmp_path):
   assert ours['texts']['text']['kl'] == pytest.approx(beside['texts']['text']['kl'], rel=0.02)
   pruned, recovered = (ours['perplexity'][name] for name in ('pruned', 'recovered'))
   assert abs(recovered - pruned) > 0.01 * pruned  # it has learned something
-  assert (tmp_path / 'cached/teacher/ids.npy').exists() and not (tmp_path / 'beside/teacher').exists()
+  assert (tmp_path / 'cached/teacher/rows.npy').exists() and not (tmp_path / 'beside/teacher').exists()
 
 
 def test_more_ids_than_the_model_has_are_refused(files):
