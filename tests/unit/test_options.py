@@ -1,7 +1,7 @@
 """Options: declared once, checked by their declarations, and what of them makes two runs the same."""
 
 import dataclasses
-import json
+import re
 
 import pytest
 
@@ -10,7 +10,6 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.configs import base
 from adapt_jax.models.errors import InputError
 from adapt_jax.modes.registry import MODES
-from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import slicegpt
 from adapt_jax.pruning.criteria import DISTANCES, IMPORTANCES
 from adapt_jax.pruning.methods import METHODS
@@ -67,6 +66,45 @@ def test_an_option_that_is_absent_has_its_default():
   )
 
 
+RULES = [
+  ('prune__target', 0.0),
+  ('prune__target', float('nan')),
+  ('prune__target', float('inf')),
+  ('prune__serve', 'tensor_parallel=0'),
+  ('prune__budget', 'latency'),  # without a table
+  ('prune__latency_table', 'h100'),  # for another budget
+  ('prune__calibration__weights', (1.0, 2.0)),
+  ('train__weights', (1.0,)),  # of no source
+  ('train__lr', -0.5),
+  ('train__min_lr', -0.5),
+  ('mesh__tensor', 0),
+  ('mesh__data', -1),  # a second one
+  ('sensitivity__bases', (0.1, 0.1)),
+  ('export__push', 'a repository'),
+  ('train__batch', True),
+  ('train__batch', 2.5),
+  ('train__lr', 'high'),
+  ('evaluate__source', (3,)),
+  ('compare__grid', ({'seed': ()},)),
+  ('prune__targt', 0.5),
+  ('prune', 3),
+]
+
+
+@pytest.mark.parametrize('field,value', RULES)
+def test_values_that_mean_nothing_are_refused_by_name(field, value):
+  with pytest.raises(InputError, match=re.escape(field.replace('__', '.').removesuffix('.data'))):
+    with_values(**{field: value})
+
+
+def test_weights_are_shares_of_the_entries():
+  source = {'train__source': ('a', 'b')}
+  with_values(train__weights=(1.0, 0.0), **source)
+  for wrong in ((0.0, 0.0), (-1.0, 2.0), (float('nan'), 1.0)):
+    with pytest.raises(InputError, match='train.weights'):
+      with_values(train__weights=wrong, **source)
+
+
 READ = [
   ('accel', 'train__lr', 1e-3, True),
   ('accel', 'train__micro_batch', 1, False),
@@ -97,47 +135,3 @@ def test_training_counts_in_a_grid_that_trains():
   trained = with_values(compare__recover=True)
   other = with_values(compare__recover=True, train__lr=1e-3)
   assert MODES['compare'].identity(trained) != MODES['compare'].identity(other)
-
-
-def claimed(path, options, change=lambda config: None):
-  """A workdir of mode prune whose run.json `change` has edited."""
-  workdir = Workdir(str(path), MODES['prune'].identity(options))
-  with workdir.claimed():
-    pass
-  saved = json.loads(workdir.run.read_text())
-  change(saved['config'])
-  workdir.run.write_text(json.dumps(saved))
-  return workdir
-
-
-def test_a_workdir_from_before_an_option_existed_resumes_with_its_default(tmp_path):
-  workdir = claimed(tmp_path / 'out', RunOptions(), lambda config: config['prune'].pop('compensate'))
-  workdir.check()
-  other = Workdir(str(workdir.path), MODES['prune'].identity(with_values(prune__compensate='none')))
-  with pytest.raises(InputError, match="prune.compensate = 'least_squares', not 'none'"):
-    other.check()
-
-
-def test_the_field_that_differs_is_named_before_those_that_follow_from_it(tmp_path):
-  """A grid that only pruned has no training in its run.json."""
-  trained = {'train__source': ('x.txt',), 'train__tokens': 4096}
-  before = Workdir(str(tmp_path / 'out'), MODES['compare'].identity(with_values(**trained)))
-  with before.claimed():
-    pass
-  now = Workdir(str(before.path), MODES['compare'].identity(with_values(compare__recover=True, **trained)))
-  with pytest.raises(InputError, match='compare.recover = False, not True'):
-    now.check()
-
-
-def test_a_workdir_of_a_version_with_other_options_is_refused(tmp_path):
-  workdir = claimed(tmp_path / 'out', RunOptions(), lambda config: config['prune'].update(magic=1))
-  with pytest.raises(InputError, match='prune.magic'):
-    workdir.check()
-
-
-@pytest.mark.parametrize('content', ['{', '[]', '{"mode": "prune"}', '{"mode": "prune", "config": 3}'])
-def test_a_damaged_run_json_is_refused(tmp_path, content):
-  workdir = claimed(tmp_path / 'out', RunOptions())
-  workdir.run.write_text(content)
-  with pytest.raises(InputError, match='run.json'):
-    workdir.check()
