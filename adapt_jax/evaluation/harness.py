@@ -7,7 +7,6 @@ names tasks.
 import contextlib
 import difflib
 import functools
-import importlib.metadata
 import logging
 import os
 import random
@@ -20,8 +19,8 @@ import numpy as np
 from adapt_jax.config.options import EvaluateOptions
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError, first_line
-from adapt_jax.models.files import exists, local, regular
+from adapt_jax.models.errors import InputError, reading
+from adapt_jax.models.files import local
 from adapt_jax.models.network.llama import Params
 
 # The paper's protocol: task -> examples before each question.
@@ -133,71 +132,44 @@ def _quiet() -> Iterator[None]:
 def _open(names: tuple[tuple[str, int | None], ...], tasks_path: str) -> tuple[list[str], dict[str, Any]]:
   """(names in the harness's results, argument of `evaluate`) for tasks with their numbers of examples."""
   manager = _manager(tasks_path)
-  known = set(manager.all_tasks)
-  for name, _ in names:
-    if name not in known:
-      close = ', '.join(difflib.get_close_matches(name, known, 4))
-      raise InputError(
-        f'evaluate.tasks: {name!r} is not a task of lm-evaluation-harness '
-        f'{importlib.metadata.version("lm_eval")}{f" or of {tasks_path}" if tasks_path else ""}: '
-        f'{f"try {close}" if close else "`lm-eval ls tasks` lists all"}'
-      )
-  found, scored = list[Any](), list[str]()
-  with _quiet():
-    for name, shots in names:
-      loaded = _load(manager, name)
-      for key, task in loaded['tasks'].items():
-        if getattr(task, 'UNSAFE_CODE', False) or getattr(task, 'MULTIMODAL', False):
-          raise InputError(
-            f'evaluate.tasks: {key} runs model-written code or needs images, which is not '
-            f'supported: leave it out'
-          )
-        if shots is not None or task.get_config('num_fewshot') is None:
-          task.set_config('num_fewshot', shots or 0)
-      group = loaded['groups'].get(name)
-      found += [group] if group else loaded['tasks'].values()
-      # A tag or a group without a mean has no score of its own; its tasks have scores.
-      scored += [name] if group and group.aggregate_metric_list else loaded['tasks']
-    try:
-      return list(dict.fromkeys(scored)), manager.load(found)
-    except ValueError as error:  # a task named by itself and in a group
-      raise InputError(f'evaluate.tasks: {first_line(error)}: name it once') from None
+  tasks, scored = list[Any](), list[str]()
+  for name, shots in names:
+    with _quiet(), reading(f'evaluate.tasks: {name!r}', remedy=_remedy(name, manager)):
+      loaded = manager.load(name)
+    for key, task in loaded['tasks'].items():
+      if getattr(task, 'UNSAFE_CODE', False) or getattr(task, 'MULTIMODAL', False):
+        raise InputError(f'evaluate.tasks: {key} runs code of the model, or needs images: leave it out')
+      if shots is not None or task.get_config('num_fewshot') is None:
+        task.set_config('num_fewshot', shots or 0)
+    group = loaded['groups'].get(name)
+    tasks += [group] if group else loaded['tasks'].values()
+    # A tag or a group without a mean has no score of its own; its tasks have scores.
+    scored += [name] if group and group.aggregate_metric_list else loaded['tasks']
+  with _quiet(), reading('evaluate.tasks', remedy='name each task once'):  # not by itself and in a group
+    return list(dict.fromkeys(scored)), manager.load(tasks)
 
 
-def _load(manager: Any, name: str) -> Any:
-  try:
-    return manager.load(name)
-  except Exception as error:  # errors of the hub, of datasets and of the task's code share no other class
-    raise InputError(
-      f'evaluate.tasks: {name!r} cannot be opened ({type(error).__name__}: {first_line(error)}): its '
-      f'data comes from the hub; without access, write a task file for local data (docs/evaluation.md) and '
-      f'set evaluate.tasks_path to its directory'
-    ) from None
+def _remedy(name: str, manager: Any) -> str:
+  """What to do if a task cannot be opened."""
+  if name in (known := set(manager.all_tasks)):
+    return (
+      'its data comes from the hub; without access, write a task file for local data '
+      '(docs/evaluation.md) and set evaluate.tasks_path to its directory'
+    )
+  close = ', '.join(difflib.get_close_matches(name, known, 4))
+  return f'try {close}' if close else '`lm-eval ls tasks` lists all'
 
 
 @functools.lru_cache(maxsize=1)
 def _manager(tasks_path: str) -> Any:
-  path = local(tasks_path)
-  files = list(path.rglob('*.yaml')) if tasks_path else []
-  for file in files:
-    if exists(file):
-      regular(file)
-  if tasks_path and not files:
-    raise InputError(f'evaluate.tasks_path = {tasks_path!r}: not a directory with .yaml task files')
-  try:
+  """The harness's index of tasks, with the task files of a directory."""
+  with reading('evaluate.tasks', remedy="pip install '.[eval]', or leave evaluate.tasks and suite empty"):
     from lm_eval.tasks import TaskManager
-  except ImportError as error:
-    raise InputError(
-      f'evaluate.tasks needs lm-evaluation-harness ({first_line(error)}): pip install '
-      f"'.[eval]', or leave evaluate.tasks and suite empty"
-    ) from None
-  with _quiet():
-    try:
-      return TaskManager(include_path=str(path) if tasks_path else None)
-    except Exception as error:  # anything that a user's file raises while it is read
-      raise InputError(
-        f'evaluate.tasks_path = {tasks_path!r}: a task file cannot be read ({first_line(error)})'
-      ) from None
+  path = local(tasks_path)
+  if tasks_path and not any(path.rglob('*.yaml')):
+    raise InputError(f'evaluate.tasks_path = {tasks_path!r}: not a directory with .yaml task files')
+  with _quiet(), reading(f'evaluate.tasks_path = {tasks_path!r}', remedy='check the task files'):
+    return TaskManager(include_path=str(path) if tasks_path else None)
 
 
 def _scores(results: dict[str, Any], names: list[str]) -> TaskScores:

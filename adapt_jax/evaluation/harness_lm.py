@@ -59,11 +59,6 @@ def _rows(requests: list[tuple[Any, list[int], list[int]]], longest: int) -> lis
   """The rows for all requests. Requests with the same input, such as one-token choices, share a row."""
   found: dict[tuple[int, ...], list[_Row]] = {}
   for number, (_, context, answer) in enumerate(requests):
-    if len(answer) > longest:
-      raise InputError(
-        f'evaluate: an answer of {len(answer)} tokens exceeds the context of model.source '
-        f'({longest}): leave its task out'
-      )
     tokens = tuple((context + answer)[-longest - 1 : -1])  # truncated from the left
     rows = found.setdefault(tokens, [])
     if not rows or rows[-1].scored + len(answer) > _FEW:
@@ -182,12 +177,12 @@ class FlaxLM(TemplateLM):
 
   def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
     for _, context, answer in requests:
-      if not context or not answer:  # the harness's own model refuses them too
+      if not context or not 0 < len(answer) <= self.max_length:  # the harness's own model asserts it too
         raise InputError(
-          f'evaluate.tasks: the {"answer" if context else "context"} of a question has no tokens: '
-          f'correct the task, or leave it out'
+          f'evaluate.tasks: a question has {len(context)} tokens and an answer of {len(answer)}; '
+          f'model.source reads 1 to {self.max_length} of each: correct the task, or leave it out'
         )
-    found = [(0.0, True)] * len(requests)
+    results = [(0.0, True)] * len(requests)
     with Progress(self._title, len(requests), 'requests') as progress:
       for rows, size in _batches(_rows(requests, self.max_length), self._tokens):
         preemption.check()
@@ -196,10 +191,10 @@ class FlaxLM(TemplateLM):
           start = 0
           for number, answer in row.answers:
             part = np.s_[r, start : start + len(answer)]
-            found[number] = float(log_probs[part].sum(dtype=np.float64)), bool(likeliest[part].all())
+            results[number] = float(log_probs[part].sum(dtype=np.float64)), bool(likeliest[part].all())
             start += len(answer)
         progress.update(sum(len(row.answers) for row in rows))
-    return found
+    return results
 
   def _score(self, rows: list[_Row], size: int) -> tuple[np.ndarray, np.ndarray]:
     """The result of `_Score` for rows of one shape, with concatenated answers; the batch has `size` rows."""
@@ -227,14 +222,14 @@ class FlaxLM(TemplateLM):
     groups: dict[str, list[int]] = {}
     for number, request in enumerate(requests):
       groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
-    found = [''] * len(requests)
+    texts = [''] * len(requests)
     with Progress(self._title, len(requests), 'texts') as progress:
       for numbers in groups.values():
         contexts = [self.tok_encode(requests[number].args[0]) for number in numbers]
         for i, text in self._write(contexts, requests[numbers[0]].args[1]):
-          found[numbers[i]] = text
+          texts[numbers[i]] = text
           progress.update(1)
-    return found
+    return texts
 
   def _write(self, contexts: list[list[int]], settings: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """Yields (index of the context, its text), batch by batch; settings: their task's generation_kwargs."""
@@ -242,17 +237,14 @@ class FlaxLM(TemplateLM):
     until, new_tokens = handle_stop_sequences(kwargs['until'], eos=None), kwargs['max_gen_toks']
     if new_tokens >= self.max_length:
       raise InputError(
-        f'evaluate: a task asks for {new_tokens} new tokens, but the context of model.source '
-        f'is {self.max_length}: leave it out'
+        f'evaluate.tasks: a task asks for {new_tokens} new tokens of the {self.max_length} that model.source '
+        f'reads: leave it out'
       )
     # What the task does not set is as in generation_config.json, and then as in transformers.
     given = {name: value for name, value in self._generation.items() if value is not None}
     defaults = {'temperature': 1.0, 'top_k': 50, 'top_p': 1.0, 'repetition_penalty': 1.0}
-    kwargs = defaults | given | kwargs
-    sampling = Sampling(repetition_penalty=kwargs['repetition_penalty'])
-    if kwargs['do_sample']:
-      drawn = {name: kwargs[name] for name in ('temperature', 'top_k', 'top_p')}
-      sampling = dataclasses.replace(sampling, **drawn)
+    names = [*defaults] if kwargs['do_sample'] else ['repetition_penalty']
+    sampling = Sampling(**{name: (defaults | given | kwargs)[name] for name in names})
     prompts = [context[new_tokens - self.max_length :] for context in contexts]  # truncated from the left
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     room = bucket(len(prompts[order[0]]) + new_tokens, _SHORTEST)

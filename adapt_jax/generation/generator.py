@@ -139,18 +139,14 @@ def bucket(size: int, smallest: int = 16) -> int:
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
   """Checks that prompts have tokens of the model and leave room for the new ones. Raises InputError."""
+  room = config.max_position - max_new_tokens
   for i, prompt in enumerate(prompts):
-    if prompt and (highest := max(prompt)) >= config.vocab_size:
+    highest = max(prompt, default=0)
+    if not 0 < len(prompt) <= room or highest >= config.vocab_size:
       raise InputError(
-        f'prompt {i + 1} has the token id {highest}, but the embedding has only {config.vocab_size} rows: '
-        f'leave that token out'
-      )
-    if not prompt:
-      raise InputError(f'prompt {i + 1} has no tokens, and the tokenizer adds none: give some text')
-    if len(prompt) + max_new_tokens > config.max_position:
-      raise InputError(
-        f'prompt {i + 1} has {len(prompt):,} tokens: with {max_new_tokens:,} new ones it exceeds the '
-        f'context of {config.max_position:,}: shorten it, or lower the number of new tokens'
+        f'prompt {i + 1} has {len(prompt):,} tokens, of ids up to {highest:,}: beside {max_new_tokens:,} new '
+        f'ones the context of {config.max_position:,} has room for 1 to {room:,}, of ids below '
+        f'{config.vocab_size:,}: change it, or lower the number of new tokens'
       )
 
 
@@ -221,12 +217,14 @@ class Generator:
 
     The sum of its arguments (with the weights), its temporary memory, and results that replace no argument.
     """
-    found = 0
-    for program in (p for pair in self._programs.values() for p in pair):
-      m = program.memory_analysis()
-      fresh = m.output_size_in_bytes - m.alias_size_in_bytes
-      found = max(found, m.argument_size_in_bytes + m.temp_size_in_bytes + fresh)
-    return found
+    plans = [program.memory_analysis() for pair in self._programs.values() for program in pair]
+    return max(
+      (
+        m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+        for m in plans
+      ),
+      default=0,
+    )
 
   def _batch(
     self,

@@ -14,20 +14,20 @@ import numpy as np
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.export.writer import lineage, origin
-from adapt_jax.generation.generator import Generator
+from adapt_jax.generation.generator import Generator, check_prompts
 from adapt_jax.generation.in_turn import time_in_turn
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import exists, local, write_text
+from adapt_jax.models.files import exists, local
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.modes import bench_widths
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.origin import origin_of
-from adapt_jax.reports.report import BenchReport, RunReport, read_report, versions, write_report
+from adapt_jax.reports.report import BenchReport, RunReport, read_report, versions
 
 _FASTER = 1.05  # a lower ratio of speeds is not a gain
 _ALIGNED = {'gpu': 64, 'tpu': 128}  # widths that fill the tiles of their matrix units
@@ -53,20 +53,19 @@ def _memory_stats() -> dict[str, int]:
   return jax.local_devices()[0].memory_stats() or {}
 
 
-def _open(options: RunOptions) -> dict[str, Source]:
-  """The models; without 'dense' if it is not named, and model.source does not record its origin."""
+def _open(options: RunOptions) -> tuple[dict[str, Source], list[list[int]]]:
+  """The models, and prompts for all; without 'dense' if model.source does not record its origin either."""
   b, pruned = options.bench, open_source(options.model.source)
   dense = b.dense or _origin(pruned)
-  found = ({'dense': open_source(dense, 'bench.dense')} if dense else {}) | {'pruned': pruned}
-  for source in found.values():
-    config = source.config
+  sources = ({'dense': open_source(dense, 'bench.dense')} if dense else {}) | {'pruned': pruned}
+  configs = [source.config for source in sources.values()]
+  ids = np.random.default_rng(options.seed).integers(
+    0, min(config.vocab_size for config in configs), (b.batch, b.prompt_length)
+  )
+  for config in configs:
     check_model(config)
-    if b.prompt_length + b.new_tokens > config.max_position:
-      raise InputError(
-        f'bench.prompt_length = {b.prompt_length:,} and bench.new_tokens = {b.new_tokens:,} '
-        f'exceed the context of {source.name} ({config.max_position:,} tokens): lower them'
-      )
-  return found
+    check_prompts(config, ids.tolist(), b.new_tokens)
+  return sources, ids.tolist()
 
 
 def _origin(pruned: Source) -> str:
@@ -110,14 +109,12 @@ def _measure(models: dict[str, _Model], options: RunOptions, prompts: list[list[
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Measures both models, writes report.json and bench.md, and prints the table."""
-  sources = _open(options)
+  sources, prompts = _open(options)
   if 'dense' not in sources:
-    bench_widths.run(options, sources['pruned'], workdir, command)
+    bench_widths.run(options, sources['pruned'], prompts, workdir, command)
     return
   with workdir.claimed():
-    b, rng = options.bench, np.random.default_rng(options.seed)
-    ids = min(source.config.vocab_size for source in sources.values())
-    prompts = rng.integers(0, ids, (b.batch, b.prompt_length)).tolist()
+    b = options.bench
     # The pruned model first: the peak of the second, larger one is then above that of the first.
     models = {name: _load(sources[name], options, prompts) for name in reversed(_MODELS)}
     models = {name: models[name] for name in _MODELS}
@@ -134,10 +131,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       'versions': versions(),
     }
     report['warning'] = _warning(report, sources)
-    table = _table(report)
-    write_text(workdir.path / 'bench.md', table)
-    write_report(workdir.report, report)
-    print(f'\n{table}', end='')
+    bench_widths.finish(report, _table(report), workdir)
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import latency, surgery
 from adapt_jax.pruning.attention_units import UNITS_BY_NAME, AttentionUnit, find_unit
 from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.reports.report import WidthsReport, versions, write_report
+from adapt_jax.reports.report import BenchReport, WidthsReport, versions, write_report
 
 _SHARES = (0.125, 0.25, 0.5, 0.75)  # of the full width
 _KINDS = ('prefill', 'decode')
@@ -128,7 +128,9 @@ def measure(
   return {kind: phase(kind) for kind in _KINDS}
 
 
-def run(options: RunOptions, source: Source, workdir: Workdir, command: str) -> None:
+def run(
+  options: RunOptions, source: Source, prompts: list[list[int]], workdir: Workdir, command: str
+) -> None:
   """Measures the model, writes report.json and bench.md, and prints the table. Raises InputError."""
   if not source.config.uniform:
     raise InputError(
@@ -136,29 +138,32 @@ def run(options: RunOptions, source: Source, workdir: Workdir, command: str) -> 
       f'origin: name the model before pruning'
     )
   with workdir.claimed():
-    b, rng = options.bench, np.random.default_rng(options.seed)
     unit = find_unit(dataclasses.replace(options.prune, budget='latency'), source.config)
-    prompts = rng.integers(0, source.config.vocab_size, (b.batch, b.prompt_length)).tolist()
     report: WidthsReport = {
       **latency.here(compute_dtype(options.model.dtype)),  # type: ignore[typeddict-item]
       'date': datetime.date.today().isoformat(),
       'source': source.name,
-      'repeats': b.repeats,
+      'repeats': options.bench.repeats,
       'latency': {
         'unit': unit.name,
         'model': latency.likeness(source.config, unit),
-        'request': latency.request_of(b),
+        'request': latency.request_of(options.bench),
         **measure(source, options, prompts, unit),
       },
       'command': command,
       'versions': versions(),
     }
     report['warning'] = warning(report)
-    table = _table(report, source.config.num_layers)
-    write_text(workdir.path / 'bench.md', table)
-    write_report(workdir.report, report)
+    finish(report, _table(report, source.config.num_layers), workdir)
     flags = f'--config.prune.budget=latency --config.prune.latency_table={workdir.report}'
-    print(f'\n{table}\nto prune for such requests: {flags}')
+    print(f'\nto prune for such requests: {flags}')
+
+
+def finish(report: BenchReport | WidthsReport, table: str, workdir: Workdir) -> None:
+  """Writes the table and the report, and prints the table."""
+  write_text(workdir.path / 'bench.md', table)
+  write_report(workdir.report, report)
+  print(f'\n{table}', end='')
 
 
 def _titles(report: WidthsReport) -> tuple[tuple[str, str], ...]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import sys
 import types
 
@@ -18,14 +17,13 @@ from adapt_jax.export.hf import write_hf
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler, Programs
 from adapt_jax.machine.mesh import load_source
-from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import accel, evaluate
 from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline import quality
 from adapt_jax.pipeline.workdir import Workdir
 from tests.support import harness_tasks, runs
-from tests.support.helpers import VARIED, random_params, tiny_config
+from tests.support.helpers import VARIED, random_params, refused, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 pytest.importorskip('lm_eval')
@@ -75,99 +73,72 @@ def hf_lm(source):
   return HFLM(str(source.path), device='cpu', dtype='float32', batch_size=3, trust_remote_code=True)
 
 
-def answers(results, task):
-  """Of every request: log-likelihood, and whether greedy decoding gives it (not for whole texts)."""
-  return [
-    np.atleast_1d(np.array(response, float))
-    for sample in results['samples'][task]
-    for repeats in sample['resps']
-    for response in repeats
-  ]
+def responses(results, task):
+  return [x for sample in results['samples'][task] for repeats in sample['resps'] for x in repeats]
 
 
 def test_answers_are_those_of_the_harness_own_model(source, tasks_path, hf_lm):
   """Every request of every kind, few compiles, and the scores that follow from the answers."""
-  for tasks in (('toy_choice', 'toy_answer'), ('toy_text',)):
-    options, compiler = options_of(tasks_path, *tasks), Compiler()
-    ours = harness.evaluate_lm(options, make_lm(source, compiler), log_samples=True)
-    theirs = harness.evaluate_lm(options, hf_lm, log_samples=True)
-    assert compiler.counts['harness'] <= 4
-    for task in tasks:
-      pairs = list(zip(answers(ours, task), answers(theirs, task), strict=True))
-      assert len(pairs) >= 3 and len({round(a[0], 2) for a, _ in pairs}) > 2
-      for a, b in pairs:
-        np.testing.assert_allclose(a, b, atol=1e-3)
-      figures = {k: v for k, v in theirs['results'][task].items() if not isinstance(v, str)}
-      assert len(figures) >= 2
-      assert {k: ours['results'][task][k] for k in figures} == pytest.approx(figures, rel=1e-4)
-
-
-def test_long_texts_go_in_windows(source, tasks_path):
   texts = [len(source.load_tokenizer()(text).input_ids) for text in harness_tasks.TEXTS]
-  assert min(texts) < LONGEST < max(texts) / 2
+  assert min(texts) < LONGEST < max(texts) / 2  # in windows
+  tasks, compiler = ('toy_choice', 'toy_answer', 'toy_text'), Compiler()
+  options = options_of(tasks_path, *tasks)
+  ours, theirs = (
+    harness.evaluate_lm(options, lm, log_samples=True) for lm in (make_lm(source, compiler), hf_lm)
+  )
+  assert compiler.counts['harness'] <= 6
+  for task in tasks:
+    a, b = ([np.atleast_1d(np.array(x, float)) for x in responses(of, task)] for of in (ours, theirs))
+    assert len(a) >= 3 and len({round(x[0], 2) for x in a}) > 2
+    np.testing.assert_allclose(a, b, atol=1e-3)
+    figures = {k: v for k, v in theirs['results'][task].items() if not isinstance(v, str)}
+    assert len(figures) >= 2
+    assert {k: ours['results'][task][k] for k in figures} == pytest.approx(figures, rel=1e-4)
 
 
-def test_texts_are_those_of_the_harness_own_model(source, tasks_path, hf_lm):
+def written(lm, options):
+  return responses(harness.evaluate_lm(options, lm, log_samples=True), 'toy_write')
+
+
+def test_texts_are_those_of_the_harness_own_model(source, tasks_path, hf_lm, monkeypatch):
   """Some end at a stop string, some run on, over more than one piece; long contexts lose their beginning."""
   options = options_of(tasks_path, 'toy_write')
-  ours, theirs = (
-    [
-      sample['resps'][0][0]
-      for sample in harness.evaluate_lm(options, lm, log_samples=True)['samples']['toy_write']
-    ]
-    for lm in (make_lm(source), hf_lm)
-  )
-  assert ours == theirs
-  lengths = [len(source.load_tokenizer()(text, add_special_tokens=False).input_ids) for text in ours]
-  assert min(lengths) < 20 < 32 < max(lengths)
-
-
-def test_texts_follow_the_generation_config(source, tasks_path, tmp_path):
-  """Several end tokens, and a penalty; one text at a time, since pads of a batch are penalised too."""
-  from lm_eval.models.huggingface import HFLM
-
-  options = options_of(tasks_path, 'toy_write')
-
-  def written(lm):
-    samples = harness.evaluate_lm(options, lm, log_samples=True)['samples']['toy_write']
-    return [sample['resps'][0][0] for sample in samples]
-
-  plain = written(make_lm(source))
+  plain = written(make_lm(source), options)
+  assert plain == written(hf_lm, options)
   tokenizer = source.load_tokenizer()
+  lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in plain]
+  assert min(lengths) < 20 < 32 < max(lengths)
+  # Several end tokens, and a penalty; one text at a time, since pads of a batch are penalised too.
   words = {token: tokenizer.decode([token]) for token in range(5, len(tokenizer))}
   often = max(words, key=lambda token: ''.join(plain).count(words[token]) if len(words[token]) > 1 else 0)
-  shutil.copytree(source.path, tmp_path / 'model')
   tokenizer.add_special_tokens({'additional_special_tokens': [words[often]]})  # end tokens are special
-  tokenizer.save_pretrained(tmp_path / 'model')
+  tokenizer.pad_token = tokenizer.eos_token
+  monkeypatch.setattr(hf_lm, 'tokenizer', tokenizer)
+  monkeypatch.setattr(hf_lm, 'batch_size_per_gpu', 1)
   for fields in ({'repetition_penalty': 1.5}, {'eos_token_id': [tokenizer.eos_token_id, often]}):
-    (tmp_path / 'model/generation_config.json').write_text(json.dumps(fields))
-    theirs = HFLM(
-      str(tmp_path / 'model'), device='cpu', dtype='float32', batch_size=1, trust_remote_code=True
-    )
-    ours = written(make_lm(open_source(str(tmp_path / 'model'))))
-    assert ours == written(theirs) != plain
+    ours = make_lm(source)
+    ours.tokenizer, ours._generation = tokenizer, source.generation | fields
+    with monkeypatch.context() as patch:
+      for name, value in fields.items():
+        patch.setattr(hf_lm.model.generation_config, name, value)
+      theirs = written(hf_lm, options)
+    assert written(ours, options) == theirs != plain
 
 
 def test_a_tokenizer_without_an_end_token_writes_up_to_the_limit(source, tasks_path):
   lm = make_lm(source)
   lm.tokenizer.eos_token = None
   assert lm.eot_token_id is None and lm.prefix_token_id is not None
-  samples = harness.evaluate_lm(options_of(tasks_path, 'toy_write'), lm, log_samples=True)['samples']
-  assert all(sample['resps'][0][0] for sample in samples['toy_write'])
+  assert all(written(lm, options_of(tasks_path, 'toy_write')))
 
 
-@pytest.mark.parametrize('context, answer', [([5, 6], []), ([], [7])], ids=['no answer', 'no context'])
-def test_requests_without_tokens_are_refused(source, hf_lm, context, answer):
-  """The harness's own model asserts that there are some; a tokenizer without BOS makes none of a blank."""
+@pytest.mark.parametrize('context, answer', [([5, 6], []), ([], [7]), ([5], [6] * (LONGEST + 1))])
+def test_requests_that_no_model_can_answer_are_refused(source, context, answer):
   requests = [(('a', 'b'), context, answer)]
-  with pytest.raises(AssertionError):
-    hf_lm._loglikelihood_tokens(requests, disable_tqdm=True)
-  with pytest.raises(InputError, match=r'evaluate\.tasks: the \w+ of a question has no tokens'):
-    make_lm(source)._loglikelihood_tokens(requests)
+  assert 'evaluate.tasks' in refused(make_lm(source)._loglikelihood_tokens, requests)
 
 
 def test_scores_by_task_and_group(source, tasks_path):
-  """And the same when asked again, with the tasks that are open."""
   options = options_of(tasks_path, 'toy', 'toy_text', limit=3)
   params, tokenizer = load_source(source, jnp.float32), source.load_tokenizer()
   common = {'compiler': Compiler(Programs()), 'dtype': jnp.float32, 'title': 'tasks'}
@@ -176,9 +147,8 @@ def test_scores_by_task_and_group(source, tasks_path):
   assert scores['toy']['n'] == 6 and scores['toy_text']['n'] == 3 and scores['toy_text']['version'] == 1.0
   assert 0 <= scores['toy']['acc'] <= 1 and scores['toy']['acc_stderr'] > 0
   assert scores['toy_text']['word_perplexity'] > 1
-  assert json.loads(json.dumps(scores)) == scores
   again = harness.evaluate_tasks(options, source.config, params, tokenizer, {}, **common)
-  assert again == scores
+  assert again == json.loads(json.dumps(scores))  # with the tasks that are open
 
 
 def asked(*pairs):
@@ -222,24 +192,24 @@ def test_tasks_that_run_code_are_refused(tasks_path, monkeypatch):
 
   monkeypatch.setattr(ConfigurableTask, 'UNSAFE_CODE', True, raising=False)
   harness._open.cache_clear()
-  with pytest.raises(InputError, match='toy_choice runs model-written code'):
-    harness.check_tasks(options_of(tasks_path, 'toy_choice'))
+  assert 'toy_choice runs code' in refused(harness.check_tasks, options_of(tasks_path, 'toy_choice'))
   harness._open.cache_clear()
-
-
-def test_an_answer_longer_than_the_model_sees_is_refused(source):
-  with pytest.raises(InputError, match=r'exceeds the context of model.source \(64\)'):
-    make_lm(source).loglikelihood(asked(('a', ' fox' * 200)))
 
 
 # -- configs ---------------------------------------------------------------------------------------
 
 
-def test_unknown_tasks_are_refused_with_similar_names(tasks_path):
-  with pytest.raises(InputError, match="'arc_eazy' is not a task .* arc_easy"):
-    harness.check_tasks(options_of(tasks_path, 'arc_eazy'))
-  with pytest.raises(InputError, match='toy_choice'):
-    harness.check_tasks(options_of(tasks_path, 'toy_choise'))
+def test_tasks_that_cannot_be_opened_are_one_line(tasks_path, tmp_path):
+  assert 'arc_easy' in refused(harness.check_tasks, options_of(tasks_path, 'arc_eazy'))
+  assert 'toy_choice' in refused(harness.check_tasks, options_of(tasks_path, 'toy_choise'))
+  assert 'tasks_path' in refused(harness.check_tasks, options_of(tmp_path / 'nowhere', 'gone'))
+  twice = refused(harness.check_tasks, options_of(tasks_path, 'toy', 'toy_choice'))
+  assert 'toy_choice' in twice and 'once' in twice
+  text = (tasks_path / 'choice.yaml').read_text()
+  (tmp_path / 'gone.yaml').write_text(
+    text.replace('choice.jsonl', 'gone.jsonl').replace('toy_choice', 'gone')
+  )
+  assert "'gone'" in refused(harness.check_tasks, options_of(tmp_path, 'gone'))
 
 
 def test_the_suite_of_the_paper_is_known_to_the_harness(tasks_path):
@@ -248,22 +218,10 @@ def test_the_suite_of_the_paper_is_known_to_the_harness(tasks_path):
   assert set(wanted) <= set(harness._manager(str(tasks_path)).all_tasks)
 
 
-def test_what_cannot_be_opened_names_the_task(tasks_path, tmp_path):
-  broken = tmp_path / 'broken'
-  broken.mkdir()
-  text = (tasks_path / 'choice.yaml').read_text()
-  (broken / 'gone.yaml').write_text(text.replace('choice.jsonl', 'gone.jsonl').replace('toy_choice', 'gone'))
-  with pytest.raises(InputError, match="'gone' cannot be opened .*tasks_path"):
-    harness.check_tasks(options_of(broken, 'gone'))
-  with pytest.raises(InputError, match='not a directory with .yaml task files'):
-    harness.check_tasks(options_of(tmp_path / 'nowhere', 'gone'))
-
-
 def test_without_the_package_the_extra_is_named(tasks_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'lm_eval.tasks', None)
   monkeypatch.setattr(harness, '_manager', harness._manager.__wrapped__)  # not the one that is open
-  with pytest.raises(InputError, match=r"pip install '\.\[eval\]'"):
-    harness.check_tasks(options_of(tasks_path, 'piqa'))
+  assert "'.[eval]'" in refused(harness.check_tasks, options_of(tasks_path, 'piqa'))
 
 
 # -- modes -----------------------------------------------------------------------------------------
@@ -283,11 +241,11 @@ def test_mode_evaluate_needs_no_text(files, tasks_path, tmp_path, capsys):
   evaluate.run(from_dict(config.to_dict()), workdir, '')
   report = json.loads(workdir.report.read_text())
   assert 'perplexity' not in report and set(report['tasks']) == {'toy_choice', 'toy_text'}
-  assert report['versions']['lm_eval'] and report['compiles']['harness'] <= 4
+  assert report['versions']['lm_eval'] and report['compiles']['harness'] <= 6
   assert '| toy_choice | acc_norm, % | 2 |' in capsys.readouterr().out
 
 
-def test_a_run_scores_dense_pruned_and_recovered_once(files, tasks_path, tmp_path, monkeypatch, capsys):
+def test_a_run_scores_dense_pruned_and_recovered_once(files, tasks_path, tmp_path, monkeypatch):
   """Killed while it scores the pruned model: the dense model's scores are kept."""
   asked, real, kills = [], harness.evaluate_tasks, [KeyboardInterrupt]
 
@@ -308,19 +266,3 @@ def test_a_run_scores_dense_pruned_and_recovered_once(files, tasks_path, tmp_pat
   assert list(report['tasks']) == ['dense', 'pruned', 'recovered']
   texts = {name: scores['toy_text']['word_perplexity'] for name, scores in report['tasks'].items()}
   assert len(set(texts.values())) == 3 and report['compiles']['harness'] > 0
-  assert '| task | metric | questions | dense | pruned | recovered |' in capsys.readouterr().out
-  page = workdir.page.read_text()
-  assert '<h2>Tasks</h2>' in page and f'<td>{texts["recovered"]:.2f}</td>' in page
-  # What is scored last is what is written.
-  written = open_source(str(workdir.hf))
-  scores = real(
-    options.evaluate,
-    written.config,
-    load_source(written, jnp.float32),
-    written.load_tokenizer(),
-    written.generation,
-    compiler=Compiler(),
-    dtype=jnp.float32,
-    title='written',
-  )
-  assert scores['toy_text']['word_perplexity'] == pytest.approx(texts['recovered'], rel=1e-5)
