@@ -20,7 +20,6 @@ from adapt_jax.config.options import ExportOptions, RunOptions
 from adapt_jax.config.values import plain
 from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.machine import preemption
-from adapt_jax.machine.progress import prefixed
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError, disk_full, first_line, reading, write_denied
 from adapt_jax.models.files import regular, write_text
@@ -219,9 +218,7 @@ class Compare:
       preemption.check()
       compare_page.write(self._workdir.path, self._report(run), running=True)
       print(f'cell {number} of {len(todo)}: {run.cell.label}', flush=True)
-      with prefixed(f'{number}/{len(todo)}'):
-        reason = self._try(run, inputs[number - 1])
-      if reason:
+      if reason := self._try(run, inputs[number - 1]):
         print(f'failed: {reason}', flush=True)
       gc.collect()  # reference cycles of a run keep its model in memory
 

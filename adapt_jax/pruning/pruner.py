@@ -183,7 +183,7 @@ class Pruner:
     tokens = self._tokens(rows)
     if self._program is None:
       self._program = self._compiler('scoring', self._scorer, stacked, tokens, xla_options=loop_options())
-    with phase('scoring', counts=True):
+    with phase('scoring'):
       scores: Scores = jax.device_get(self._program(stacked, tokens))
     return scores
 
