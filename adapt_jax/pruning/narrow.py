@@ -8,9 +8,9 @@ times as heavy, after the last. So the result has the same modules as before.
     embed' = embed Q        norm' = 1        q' = q γ √(D/d) Q, and so k, v, gate, up        o' = Qᵀ o, down'
 
 √(D/d) and the new epsilon ε D/d make the norm of the d numbers divide by the root mean square of D. A tied
-table cannot take the final gains γ. There norm' is the diagonal of √(D/d) Qᵀ γ Q, and an eighth of the
-columns of Q are axes of the old stream: those with the largest |γ − median γ| · σ, where σ is the root mean
-square of the final stream on that axis. Without them, SmolLM2's few extreme gains ruin the model.
+table cannot take the final gains γ. There norm' is the diagonal of √(D/d) Qᵀ γ Q, and up to an eighth of the
+columns of Q are axes of the old stream: those with the largest |γ − median γ| · σ above 0, where σ is the
+root mean square of the final stream on that axis. Without them, SmolLM2's few extreme gains ruin the model.
 
 Then the weights are fitted, layer by layer on the calibration rows, to the dense model's stream, by ridge
 regression that draws them to the values above: what reads the stream, to the dense normed stream; what
@@ -133,8 +133,8 @@ def basis(
 ) -> np.ndarray:
   """Q: orthonormal columns, float32 [D, width], from the final gains and the results of `StreamMoments`."""
   total_DD = np.asarray(blocks_DD, np.float64) + config.num_layers * np.asarray(final_DD, np.float64)
-  axes = width // _AXES if config.tie_embeddings else 0
   deviation_D = np.abs(gains_D - np.median(gains_D)) * np.sqrt(np.diagonal(final_DD))
+  axes = min(width // _AXES, int(np.count_nonzero(deviation_D))) if config.tie_embeddings else 0
   order_D = np.argsort(-deviation_D, kind='stable')
   kept, rest = order_D[:axes], np.sort(order_D[axes:])
   vectors = np.linalg.eigh(total_DD[np.ix_(rest, rest)])[1][:, ::-1][:, : width - axes]
