@@ -6,7 +6,7 @@ linear between the widths that were measured.
 """
 
 import dataclasses
-import math
+import json
 import pathlib
 from typing import Any
 
@@ -17,14 +17,15 @@ from adapt_jax.config.mode_options import BenchOptions
 from adapt_jax.config.units import UNITS
 from adapt_jax.machine.targets import TARGETS, Target
 from adapt_jax.models.config import LayerShape, ModelConfig
-from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import local, read_json
+from adapt_jax.models.errors import InputError, reading
+from adapt_jax.models.files import local
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS, UNITS_BY_NAME, AttentionUnit
 from adapt_jax.pruning.budget import Budget, LayerCost, Measured
 
 FIELD = 'prune.latency_table'
 DEVICES = tuple(name for name in TARGETS if name != 'cpu')
 _PARTS_PER_SECOND = 1000 * UNITS['latency'].parts
+_MOST_PARTS = 2**53  # of a request: two and a half hours, up to which they are exact as floats
 _BYTES = 2  # of a number in bfloat16, which the published peaks are for
 
 
@@ -111,20 +112,23 @@ def budget(table: Table, config: ModelConfig) -> Budget:
     attention, mlp = seconds('attention', table.unit.count(shape)), seconds('mlp', shape.ffn)
     rest = table.prefill.rest + steps * table.decode.rest + attention[0] + mlp[0]
     # A wider block that was measured as faster is taken to be as slow: a removal must never cost time.
-    grown = (np.maximum.accumulate(x - x[0]) for x in (attention, mlp))
-    return LayerCost(_parts(rest), *(np.rint(x * _PARTS_PER_SECOND).astype(np.int64) for x in grown))
+    return LayerCost(int(_parts(rest)), *(_parts(np.maximum.accumulate(x - x[0])) for x in (attention, mlp)))
 
-  fixed = _parts(table.prefill.fixed + steps * table.decode.fixed)
-  found = Budget.of('latency', config, fixed, of_layer, table.unit)
-  if not found.counts_mlp or found.dense <= 0:
+  with np.errstate(all='ignore'):  # of numbers out of range, which `_parts` bounds
+    fixed = int(_parts(table.prefill.fixed + steps * table.decode.fixed))
+    found = Budget.of('latency', config, fixed, of_layer, table.unit)
+  if not found.counts_mlp or not 0 < found.dense < _MOST_PARTS:
     raise InputError(
-      f'{FIELD} = {table.name!r}: narrower layers are no faster in it: measure on an idle machine'
+      f'{FIELD} = {table.name!r}: narrower layers are no faster in it, or its times are out of '
+      f'range: measure on an idle machine'
     )
   return dataclasses.replace(found, measured=Measured(table.request, table.where))
 
 
-def _parts(seconds: float) -> int:
-  return round(seconds * _PARTS_PER_SECOND)
+def _parts(seconds: Any) -> Any:
+  """Whole picoseconds, int64; what is no number or out of range becomes `_MOST_PARTS`."""
+  parts = np.rint(np.asarray(seconds, np.float64) * _PARTS_PER_SECOND)
+  return np.where(np.abs(parts) < _MOST_PARTS, parts, _MOST_PARTS).astype(np.int64)
 
 
 def find_table(
@@ -135,34 +139,32 @@ def find_table(
   Raises InputError for a file without a table, for one of another model or unit of attention, and for a model
   whose layers differ in the number of query heads per KV head (or of KV heads, if query heads are pruned).
   """
-  found = None if name in DEVICES else _read(name)
-  if found and found.unit is not unit:
-    raise InputError(
-      f'{FIELD} = {name!r} has times by {found.unit.title}, but {unit.name} are to be pruned: measure the '
-      f'dense model with --mode=bench and prune.attention = {unit.name!r}'
-    )
   if len(counts := _kept_counts(config, unit)) > 1:
     raise InputError(
       f"prune.budget = 'latency' needs as many {_KEPT[unit][1]} in every layer, but model.source has "
       f'{sorted(counts)}: choose another budget'
     )
-  table, mine = found or roofline(name, config, request, unit), likeness(config, unit)
-  for field, value in table.model.items():
-    if mine[field] != value:
-      raise InputError(
-        f'{FIELD} = {name!r} is of a model with {field} {value:,}, but model.source has {mine[field]:,}: '
-        f'measure model.source with --mode=bench'
-      )
-  widest = max(unit.count(s) for s in config.layers), max(s.ffn for s in config.layers)
-  for title, curve, width in zip(
-    (unit.title, 'MLP channels'), (table.prefill.attention, table.prefill.mlp), widest, strict=True
-  ):
-    if width > curve.widths[-1]:
-      raise InputError(
-        f'{FIELD} = {name!r} goes up to {curve.widths[-1]:,} {title}, but model.source has {width:,}: '
-        f'measure model.source with --mode=bench'
-      )
+  if name in DEVICES:
+    return roofline(name, config, request, unit)
+  table = _read(name)
+  if difference := _difference(table, config, unit):
+    raise InputError(f'{FIELD} = {name!r} {difference}: measure model.source with --mode=bench')
   return table
+
+
+def _difference(table: Table, config: ModelConfig, unit: AttentionUnit) -> str:
+  """Why the table says nothing of this model, in words; '' if it does."""
+  if table.unit is not unit:
+    return f'has times by {table.unit.title}, but prune.attention means {unit.name}'
+  for field, ours in likeness(config, unit).items():
+    if (theirs := table.model[field]) != ours:
+      return f'is of a model with {field} {theirs:,}, but model.source has {ours:,}'
+  most = {unit.title: (table.prefill.attention, max(map(unit.count, config.layers)))}
+  most['MLP channels'] = table.prefill.mlp, max(shape.ffn for shape in config.layers)
+  for title, (curve, width) in most.items():
+    if width > curve.widths[-1]:
+      return f'goes up to {curve.widths[-1]:,} {title}, but model.source has {width:,}'
+  return ''
 
 
 def _kept_counts(config: ModelConfig, unit: AttentionUnit) -> set[int]:
@@ -180,44 +182,27 @@ def unit_for(name: str, config: ModelConfig, usual: AttentionUnit) -> AttentionU
 
 
 def _read(name: str) -> Table:
-  try:
-    report = read_json(pathlib.Path(local(name)), 'write one with --mode=bench')
-  except InputError as error:
-    raise InputError(f'{FIELD}: {error}') from None
-  try:
-    found = report['latency']
-    request = {key: int(found['request'][key]) for key in request_of(BenchOptions())}
-    model = {key: int(value) for key, value in found['model'].items()}
+  remedy = f'name the report.json that --mode=bench wrote for a dense model, or one of {", ".join(DEVICES)}'
+  with reading(FIELD, repr(name), remedy):
+    report = json.loads(pathlib.Path(local(name)).read_text())
+    table = report['latency']
+    request = {key: int(np.int64(table['request'][key])) for key in request_of(BenchOptions())}
+    model = {key: int(value) for key, value in table['model'].items()}
     where = {key: str(report[key]) for key in ('device', 'backend', 'dtype')}
-    prefill, decode = _phase(found['prefill']), _phase(found['decode'])
-    unit = UNITS_BY_NAME[found.get('unit', KV_GROUPS.name)]  # earlier versions had no other
-    fields = {'hidden_size', 'head_dim', _KEPT[unit][0], 'vocab_size'}
-    if min(request.values()) < 1 or model.keys() != fields:
-      raise ValueError('another format')
-  except (AttributeError, IndexError, LookupError, OverflowError, TypeError, ValueError):
-    raise InputError(
-      f'{FIELD} = {name!r} holds no table of latencies: name the report.json that --mode=bench wrote for a '
-      f'dense model, or one of {", ".join(DEVICES)}'
-    ) from None
-  return Table(name, model, request, prefill, decode, where, unit)
+    prefill, decode = _phase(table['prefill']), _phase(table['decode'])
+    return Table(name, model, request, prefill, decode, where, UNITS_BY_NAME[table['unit']])
 
 
-def _phase(found: Any) -> Phase:
-  """A phase from JSON; raises ValueError, LookupError or TypeError."""
-  curves = []
-  for block in ('attention', 'mlp'):
-    widths, seconds = found[block]['widths'], found[block]['seconds']
-    ascending = all(type(w) is int for w in widths) and sorted(set(widths)) == widths and widths[0] > 0
-    if not ascending or len(widths) != len(seconds):
-      raise ValueError('widths')
-    curves.append(Curve(tuple(widths), tuple(map(_number, seconds))))
-  return Phase(_number(found['fixed']), _number(found['rest']), *curves)
+def _phase(table: dict[str, Any]) -> Phase:
+  """A phase from JSON."""
 
+  def curve(block: str) -> Curve:
+    points = zip(table[block]['widths'], table[block]['seconds'], strict=True)
+    # int64 raises OverflowError for numbers that no float holds.
+    widths, seconds = zip(*sorted((int(np.int64(width)), float(time)) for width, time in points), strict=True)
+    return Curve(widths, seconds)
 
-def _number(value: Any) -> float:
-  if type(value) not in (int, float) or not math.isfinite(value):
-    raise ValueError('no number')
-  return float(value)
+  return Phase(float(table['fixed']), float(table['rest']), curve('attention'), curve('mlp'))
 
 
 def roofline(name: str, config: ModelConfig, request: BenchOptions, unit: AttentionUnit = KV_GROUPS) -> Table:

@@ -40,13 +40,13 @@ def start(config, path):
   return json.loads(workdir.report.read_text())
 
 
-def write_table(path, config, dtype='float32', channel=1e-6, unit=None):
+def write_table(path, config, dtype='float32', channel=1e-6, unit=KV_GROUPS):
   """A table of latencies that rise by the same time with each unit of attention, and with each channel."""
   phase = {'fixed': 1e-4, 'rest': 1e-5}
   phase['attention'] = {'widths': [1, 3], 'seconds': [1e-5, 3e-5]}
   phase['mlp'] = {'widths': [12, 48], 'seconds': [12 * channel, 48 * channel]}
-  found = {'model': latency.likeness(config, unit or KV_GROUPS), 'request': REQUEST}
-  found |= {'prefill': phase, 'decode': phase} | ({'unit': unit.name} if unit else {})
+  found = {'model': latency.likeness(config, unit), 'request': REQUEST}
+  found |= {'prefill': phase, 'decode': phase, 'unit': unit.name}
   path.write_text(json.dumps({**latency.here(dtype), 'latency': found}))
   return str(path)
 

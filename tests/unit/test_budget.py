@@ -250,7 +250,7 @@ def write_table(path, config, **changes):
 
   table = make_table(config)
   found = {'model': table.model, 'request': table.request, 'prefill': phase(table.prefill)}
-  found |= {'decode': phase(table.decode)} | changes
+  found |= {'decode': phase(table.decode), 'unit': 'kv_groups'} | changes
   report = {'device': '1 x cpu', 'backend': 'cpu', 'dtype': 'float32', 'latency': found}
   path.write_text(json.dumps(report))
   return str(path)
@@ -264,19 +264,28 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
   assert found == expected and found.where['device'] == '1 x cpu'
 
 
+# A phase of which one part is then replaced.
+CURVE = {'widths': [3, 52], 'seconds': [1, 2]}
+BAD = {'fixed': 1.0, 'rest': 0.0, 'attention': CURVE, 'mlp': CURVE}
+
+
 @pytest.mark.parametrize(
   'changes, words',
   [
-    ({'decode': None}, 'holds no table of latencies'),
-    ({'request': {'batch': 1}}, 'holds no table of latencies'),
-    ({'prefill': {'fixed': 1e400, 'rest': 0}}, 'holds no table of latencies'),
+    ({'decode': None}, 'report.json that --mode=bench wrote'),
+    ({'request': {'batch': 1}}, 'report.json that --mode=bench wrote'),
+    ({'prefill': BAD | {'fixed': float('nan')}}, 'out of range'),
+    ({'prefill': BAD | {'rest': 1e300}}, 'out of range'),
+    ({'decode': BAD | {'mlp': {'widths': [13, 52], 'seconds': [-1e308, 1e308]}}}, 'out of range'),
+    ({'decode': BAD | {'mlp': {'widths': [13, 10**400], 'seconds': [1, 2]}}}, 'OverflowError'),
+    ({'request': {'batch': 1, 'prompt_length': 1, 'new_tokens': 10**400}}, 'OverflowError'),
     ({'model': {'hidden_size': 64, 'head_dim': 8, 'group_size': 2, 'vocab_size': 101}}, 'hidden_size 64'),
   ],
 )
 def test_a_bad_or_foreign_table_is_refused(tmp_path, changes, words):
   name = write_table(tmp_path / 'report.json', make_config(), **changes)
   with pytest.raises(InputError, match=words) as error:
-    latency.find_table(name, make_config(), BenchOptions())
+    latency.budget(latency.find_table(name, make_config(), BenchOptions()), make_config())
   assert 'prune.latency_table' in str(error.value) and '\n' not in str(error.value)
 
 
@@ -285,7 +294,7 @@ def test_a_table_that_does_not_reach_the_model_or_is_missing_is_refused(tmp_path
   wide = make_config().with_layers((LayerShape(KV * G, KV, 2 * FFN),) * 2)
   with pytest.raises(InputError, match=r'goes up to 52 MLP channels, but model.source has 104'):
     latency.find_table(name, wide, BenchOptions())
-  with pytest.raises(InputError, match=r'prune\.latency_table: .*absent\.json'):
+  with pytest.raises(InputError, match=r'prune\.latency_table .*absent\.json'):
     latency.find_table(str(tmp_path / 'absent.json'), wide, BenchOptions())
   flat = dataclasses.replace(make_table(make_config()).prefill, mlp=latency.Curve((13, 52), (1.0, 1.0)))
   table = dataclasses.replace(make_table(make_config()), prefill=flat, decode=flat)
