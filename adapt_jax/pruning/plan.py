@@ -9,7 +9,6 @@ from typing import Any, TypedDict
 import numpy as np
 
 from adapt_jax.models.config import ModelConfig, count_params
-from adapt_jax.models.errors import InputError
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS, AttentionUnit
 from adapt_jax.pruning.budget import Budget
 
@@ -123,31 +122,18 @@ class PrunePlan:
 
   @classmethod
   def from_json(cls, data: dict[str, Any], config: ModelConfig) -> 'PrunePlan':
-    """Reads the result of `to_json`; raises InputError if it does not fit `config`."""
-    layers = data['layers']
-    by_head = isinstance(layers, list) and any(isinstance(x, dict) and QUERY_HEADS.name in x for x in layers)
-    unit = QUERY_HEADS if by_head else KV_GROUPS
-    if not isinstance(layers, list) or not all(_is_layer(layer, unit) for layer in layers):
-      raise InputError('the plan has layers that are no lists of groups and channels, all of one kind')
-    if len(layers) != config.num_layers:
-      raise InputError(f'the plan has {len(layers)} layers, the model {config.num_layers}')
+    """Reads the result of `to_json`; `config` is the model of the plan."""
+    unit = QUERY_HEADS if QUERY_HEADS.name in data['layers'][0] else KV_GROUPS
 
-    def mask(kept: list[int], size: int, layer: int) -> np.ndarray:
-      if kept and (min(kept) < 0 or max(kept) >= size):
-        raise InputError(f'layer {layer} of the plan keeps groups outside 0 … {size - 1}')
+    def mask(kept: list[int], size: int) -> np.ndarray:
       m = np.zeros(size, bool)
       m[kept] = True
       return m
 
-    for i, p in enumerate(layers):
-      if bool(p[unit.name]) != bool(p['ffn_channels']):
-        raise InputError(f'layer {i} of the plan keeps only one of attention and channels: both, or neither')
-    if not any(p[unit.name] for p in layers):
-      raise InputError('the plan keeps no layer')
-    pairs = list(enumerate(zip(layers, config.layers, strict=True)))
+    pairs = list(zip(data['layers'], config.layers, strict=True))
     return cls(
-      tuple(mask(p[unit.name], unit.count(s), i) for i, (p, s) in pairs),
-      tuple(mask(p['ffn_channels'], s.ffn, i) for i, (p, s) in pairs),
+      tuple(mask(kept[unit.name], unit.count(shape)) for kept, shape in pairs),
+      tuple(mask(kept['ffn_channels'], shape.ffn) for kept, shape in pairs),
       unit,
     )
 
@@ -172,18 +158,8 @@ class PruneState:
 
   @classmethod
   def from_json(cls, data: dict[str, Any], config: ModelConfig) -> 'PruneState':
-    """Reads the result of `to_json`; raises InputError if it does not fit `config`."""
-    plan, sparsity, step = PrunePlan.from_json(data, config), data['sparsity'], data['step']
-    known = isinstance(sparsity, list) and all(type(s) in (int, float) and 0 <= s <= 1 for s in sparsity)
-    if not known or len(sparsity) != config.num_layers or type(step) is not int or step < 0:
-      raise InputError(f'the plan needs a step, and a sparsity from 0 to 1 for {config.num_layers} layers')
-    return cls(plan, np.array(sparsity, dtype=np.float64), step)
-
-
-def _is_layer(found: Any, unit: AttentionUnit) -> bool:
-  """Whether a value of JSON holds the kept indices of a layer."""
-  kept = [found.get(name) for name in (unit.name, 'ffn_channels')] if isinstance(found, dict) else [None]
-  return all(isinstance(indices, list) and all(type(i) is int for i in indices) for indices in kept)
+    """Reads the result of `to_json`; `config` is the model of the plan."""
+    return cls(PrunePlan.from_json(data, config), np.array(data['sparsity'], np.float64), data['step'])
 
 
 def keep_best(

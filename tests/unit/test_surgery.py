@@ -1,5 +1,7 @@
 """Plans and surgery: zeroed and compacted models are the same function."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -234,16 +236,8 @@ def test_plans_compose_where_layers_go():
   assert jax.tree.structure(moments.mu) == jax.tree.structure(once)
 
 
-def test_plans_with_gone_layers_in_json():
+def test_a_plan_without_layers_makes_no_model():
   config, _ = make_model()
-  plan = gone_plan(config, 1)
-  assert PrunePlan.from_json(plan.to_json(), config).equals(plan)
-  half = plan.to_json()
-  half['layers'][0]['kv_groups'] = []
-  with pytest.raises(InputError, match='layer 0 of the plan keeps only one'):
-    PrunePlan.from_json(half, config)
-  with pytest.raises(InputError, match='no layer'):
-    PrunePlan.from_json(gone_plan(config, 0, 1, 2).to_json(), config)
   with pytest.raises(InputError, match='at least one decoder layer'):
     gone_plan(config, 0, 1, 2).pruned_config(config)
 
@@ -258,15 +252,10 @@ def test_relative_plans_compose():
     first.relative_to(second)
 
 
-def test_plan_survives_json_and_refuses_another_model():
+def test_a_plan_survives_json():
   config, _ = make_model()
-  plan = some_plan(config)
-  assert PrunePlan.from_json(plan.to_json(), config).equals(plan)
-  other = config.with_layers((LayerShape(6, 2, 8),) * 3)
-  with pytest.raises(InputError, match='outside'):
-    PrunePlan.from_json(plan.to_json(), other)
-  with pytest.raises(InputError, match='layers'):
-    PrunePlan.from_json(plan.to_json(), config.with_layers(config.layers[:2]))
+  for plan in (some_plan(config), gone_plan(config, 1)):
+    assert PrunePlan.from_json(json.loads(json.dumps(plan.to_json())), config).equals(plan)
 
 
 def test_keep_best_keeps_the_highest_of_those_still_there():
