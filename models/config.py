@@ -8,29 +8,7 @@ group, H head_dim, F MLP width, V vocabulary, L layers.
 
 import dataclasses
 
-from adapt_jax.models.errors import InputError
 from adapt_jax.models.families import FAMILIES, Family
-
-# The largest sizes that are accepted, each far above those of every published model: a larger one is damage,
-# and building the arrays' shapes for it would take all time and memory.
-MOST = {
-  'num_layers': 2_048,
-  'hidden_size': 2**18,
-  'head_dim': 4_096,
-  'num_heads': 2**14,
-  'num_kv_heads': 2**14,
-  'ffn': 2**21,
-  'vocab_size': 2**24,
-  'max_position': 2**31 - 1,
-  'sliced_from': 2**18,
-  'window': 2**31 - 1,
-}
-
-
-def check_size(name: str, value: int, least: int = 1) -> None:
-  """Raises InputError for a size, with a name of `MOST`, that no model has."""
-  if not least <= value <= MOST[name]:
-    raise InputError(f'{name} = {value} should be from {least} to {MOST[name]:,}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +22,8 @@ class LayerShape:
   rotary: bool = True  # whether queries and keys are rotated
 
   def __post_init__(self) -> None:
-    for name in ('num_heads', 'num_kv_heads', 'ffn'):
-      check_size(name, getattr(self, name))
-    check_size('window', self.window, 0)
-    if self.num_heads % self.num_kv_heads:
-      raise InputError(f'num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}')
+    if min(self.widths) < 1 or self.num_heads % self.num_kv_heads:
+      raise ValueError(f'{self}: num_heads must be a multiple of num_kv_heads, and no width 0')
 
   @property
   def widths(self) -> tuple[int, int, int]:
@@ -119,17 +94,14 @@ class ModelConfig:
   local_rope: RopeConfig | None = None  # of layers with a window; None: as the others
 
   def __post_init__(self) -> None:
-    if self.family not in FAMILIES:
-      raise InputError(f'model family {self.family!r} is unknown; known: {", ".join(FAMILIES)}')
-    if not self.layers:
-      raise InputError('a model needs at least one decoder layer')
-    for name in ('num_layers', 'hidden_size', 'head_dim', 'vocab_size', 'max_position'):
-      check_size(name, getattr(self, name))
-    check_size('sliced_from', self.sliced_from, 0)
+    least = min(self.num_layers, self.hidden_size, self.head_dim, self.vocab_size, self.max_position)
+    if least < 1 or self.head_dim % 2:
+      raise ValueError(
+        f'{self.num_layers} layers, hidden_size {self.hidden_size}, head_dim {self.head_dim}, vocab_size '
+        f'{self.vocab_size}, max_position {self.max_position}: none may be below 1, and head_dim must be even'
+      )
     if self.traits.joint_qk_norm and len({s.widths[:2] for s in self.layers}) > 1:
-      raise InputError(f'{self.family} norms all heads of a layer together: all layers need the same heads')
-    if self.head_dim % 2:
-      raise InputError(f'head_dim {self.head_dim} must be even: rotary embeddings pair its halves')
+      raise ValueError(f'{self.family} norms all heads of a layer together: all layers need the same heads')
 
   @property
   def norm_offset(self) -> float:

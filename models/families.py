@@ -47,7 +47,7 @@ class Family:
     usual_theta: the base frequency of rotary embeddings in a file that has none.
     constants: fields that are written in addition, always with these values.
     windows: which layers use `sliding_window`: 'all'; 'some' by `layer_types`, and without that field all but
-      every `sliding_window_pattern`th; 'unsupported' if a file that uses it is refused.
+      every `sliding_window_pattern`th, if any; 'unsupported' if a file in which a layer uses it is refused.
     local_rope: whether layers with a window have their own base frequency.
     unrotated: whether `no_rope_layers` lists the layers without rotary embeddings.
     needs_bos: whether the model is only good at tokens that follow BOS, so that every row must begin with it.
@@ -143,6 +143,15 @@ FAMILIES = {
     gguf='llama',
     gguf_varied=True,
     mlx='',
+  ),
+  # A Mistral with `layer_types`: some layers have a window.
+  'ministral': Family(
+    'Ministral',
+    sliceable=True,
+    defaults={'sliding_window': 4096},
+    windows='some',
+    gguf='llama',
+    gguf_varied=True,
   ),
   'qwen2': Family(
     'Qwen2',

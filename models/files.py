@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, reading
 
 
 def exists(path: pathlib.Path) -> bool:
@@ -21,22 +21,18 @@ def exists(path: pathlib.Path) -> bool:
 
   `Path.exists` itself raises for an unreadable directory and for a name that is too long.
   """
-  try:
-    path.stat()
-  except (FileNotFoundError, NotADirectoryError):
-    return False
-  except (OSError, ValueError) as error:  # ValueError: a null byte
-    reason = getattr(error, 'strerror', None) or first_line(error)
-    raise InputError(f'{str(path)!r} cannot be read ({reason}): check the path and its permissions') from None
-  return True
+  with reading('', repr(str(path)), 'check the path and its permissions'):
+    try:
+      path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+      return False
+    return True
 
 
 def local(name: str) -> pathlib.Path:
   """The path `name` with ~ and ~user replaced; InputError for an unknown user."""
-  try:
+  with reading('', repr(name), 'write out the path'):
     return pathlib.Path(name).expanduser()
-  except RuntimeError:
-    raise InputError(f'{name!r}: no such user or home directory: write out the path') from None
 
 
 def regular(path: str | pathlib.Path) -> pathlib.Path:
@@ -45,10 +41,8 @@ def regular(path: str | pathlib.Path) -> pathlib.Path:
   Call it before a file is opened: opening a named pipe waits for a writer, and a device has no end.
   """
   path = pathlib.Path(path)
-  mode = path.stat().st_mode
-  if not stat.S_ISREG(mode):
-    kinds = {stat.S_IFDIR: 'directory', stat.S_IFIFO: 'named pipe', stat.S_IFSOCK: 'socket'}
-    raise InputError(f'{path} is a {kinds.get(stat.S_IFMT(mode), "device")}, not a file: name a regular file')
+  if not stat.S_ISREG(path.stat().st_mode):
+    raise InputError(f'{path} is not a regular file: name one')
   return path
 
 
@@ -59,38 +53,24 @@ def read_text(path: str | pathlib.Path, encoding: str = 'utf-8') -> str:
 
 def read_json(path: pathlib.Path, remedy: str = 'download it again') -> dict[str, Any]:
   """The object in a JSON file; InputError naming the file and the remedy if it is not one."""
-  try:
-    found = json.loads(read_text(path))
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read ({error.strerror}): check the file') from None
-  except InputError:
-    raise
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{path}: not valid JSON ({first_line(error)}): {remedy}') from None
-  if not isinstance(found, dict):
-    raise InputError(f'{path}: holds {type(found).__name__}, not an object: {remedy}')
-  return found
+  with reading('', path, remedy):
+    values = json.loads(read_text(path))
+    if not isinstance(values, dict):
+      raise ValueError(f'{type(values).__name__} where an object should be')
+    return values
 
 
 def user_cache(name: str) -> pathlib.Path:
-  """A cache directory of the user, in $XDG_CACHE_HOME or ~/.cache; it may be deleted at any time.
-
-  Raises InputError for a user without a home directory.
-  """
-  base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  try:
-    return pathlib.Path(base).expanduser() / 'adapt-jax' / name
-  except RuntimeError:
-    raise InputError(
-      f'XDG_CACHE_HOME is not set, and {base!r} has no home directory: set XDG_CACHE_HOME to a directory'
-    ) from None
+  """A cache directory of the user, in $XDG_CACHE_HOME or ~/.cache; it may be deleted at any time."""
+  return local(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'adapt-jax' / name
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
   """Writes `text` atomically: readers see the old file or the new one, even if the process is killed."""
   path, new = pathlib.Path(path), beside(path)
   try:
-    with open(_created(new), 'w', encoding='utf-8') as file:
+    _remove(new)  # left by a killed process, or a planted link
+    with open(new, 'x', encoding='utf-8') as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
@@ -119,7 +99,8 @@ def new_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
   path, new = pathlib.Path(path), beside(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
-    os.close(_created(new))
+    _remove(new)
+    new.touch(exist_ok=False)
     yield new
     _sync(new)
     new.replace(path)
@@ -145,12 +126,6 @@ def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     new.rename(path)
   finally:
     shutil.rmtree(new, ignore_errors=True)
-
-
-def _created(new: pathlib.Path) -> int:
-  """A descriptor of a new, empty file; what a killed process left there, or a planted link, is removed."""
-  _remove(new)
-  return os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def _remove(path: pathlib.Path) -> None:

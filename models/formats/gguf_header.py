@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import exists, regular
+from adapt_jax.models.errors import InputError, reading
+from adapt_jax.models.files import regular
 
 # The supported tensor types: the first three are read as stored, the others are dequantised to float32.
 _NAMES = 'F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K'
@@ -32,10 +32,10 @@ _PART = re.compile(r'(.+)-(\d{5})-of-(\d{5})\.gguf')
 class GgufTensor(NamedTuple):
   """Location of one tensor."""
 
-  type: int  # a GGMLQuantizationType, or a number that this version of gguf does not know
+  type: GGMLQuantizationType
   shape: tuple[int, ...]  # in the order of numpy and Hugging Face: rows first
   offset: int  # bytes from the start of the file
-  nbytes: int  # 0 for unsupported types
+  nbytes: int
   path: pathlib.Path  # of the file, which is one of several for a split model
 
 
@@ -48,21 +48,13 @@ class GgufFile(NamedTuple):
   parts: tuple[pathlib.Path, ...]  # all files of the model; `path` is the first
 
   def field(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
-    """A metadata value of the given type; InputError for another type, or if it is absent without default."""
+    """A metadata value; ValueError for another type, or if it is absent without default."""
     value = self.metadata.get(key, default)
-    if value is _REQUIRED:
-      raise InputError(f'{self.path}: no metadata field {key}: convert the model again')
     accepted = (float, int) if kind is float else kind
-    if value is not default and not isinstance(value, accepted):
-      raise InputError(f'{self.path}: {key} = {value!r} should be of type {kind.__name__}: convert it again')
+    if value is not default and not isinstance(value, accepted) or value is _REQUIRED:
+      shown = 'absent' if value is _REQUIRED else repr(value)
+      raise ValueError(f'{key} is {shown}, but should be of type {kind.__name__}')
     return value
-
-  def array(self, key: str, kind: type, default: Any = _REQUIRED) -> list[Any]:
-    """A metadata array whose items have the given type; errors as `field`."""
-    values = self.field(key, list, default)
-    if values and not isinstance(values[0], kind):  # GGUF arrays hold one type
-      raise InputError(f'{self.path}: {key} should hold items of type {kind.__name__}: convert it again')
-    return values
 
 
 class _Cursor:
@@ -87,18 +79,12 @@ class _Cursor:
     if kind == _STRING:
       return self.string()
     if kind != _ARRAY:
-      return self.scalar(_code(kind))
+      return self.scalar(_SCALARS[kind])
     item, count = self.scalar('I'), self.scalar('Q')
     if item == _STRING:
       return [self.string() for _ in range(count)]
-    dtype = np.dtype('<' + _code(item))
+    dtype = np.dtype('<' + _SCALARS[item])
     return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
-
-
-def _code(kind: int) -> str:
-  if kind not in _SCALARS:
-    raise ValueError(f'metadata of type {kind}')
-  return _SCALARS[kind]
 
 
 def open_file(path: str | os.PathLike[str]) -> GgufFile:
@@ -108,22 +94,15 @@ def open_file(path: str | os.PathLike[str]) -> GgufFile:
   """
   path = pathlib.Path(path)
   metadata, tensors = _open_part(path)
-  whole = GgufFile(path, metadata, tensors, (path,))
-  if (count := whole.field('split.count', int, 1)) <= 1:
-    return whole
+  count = metadata.get('split.count', 1)
+  if count <= 1:
+    return GgufFile(path, metadata, tensors, (path,))
   parts = _parts(path, count)
   for number, part in enumerate(parts[1:], 1):
-    if not exists(part):
-      raise InputError(f'{path} is the first of {count} files, but {part.name} is missing: download it too')
-    more, found = _open_part(part)
-    if (more.get('split.no'), more.get('split.count')) != (number, count) or found.keys() & tensors.keys():
+    more, others = _open_part(part)
+    if (more.get('split.no'), more.get('split.count')) != (number, count) or others.keys() & tensors.keys():
       raise InputError(f'{part} is not part {number + 1} of the {count} files of {path}: download it again')
-    tensors |= found
-  if metadata.get('split.tensors.count', len(tensors)) != len(tensors):
-    raise InputError(
-      f'{path}: its {count} files hold {len(tensors)} tensors, not {metadata["split.tensors.count"]}: '
-      f'download them again'
-    )
+    tensors |= others
   return GgufFile(path, metadata, tensors, parts)
 
 
@@ -137,24 +116,17 @@ def _parts(path: pathlib.Path, count: int) -> tuple[pathlib.Path, ...]:
 
 
 def _open_part(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-  try:
-    with open(regular(path), 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-      return _parse(_Cursor(data), path)
-  except OSError as error:
-    remedy = 'check the path (make fetch downloads the demo)'
-    raise InputError(f'{path}: cannot be opened ({error.strerror}): {remedy}') from None
-  except InputError:
-    raise
-  except ValueError as error:
-    raise InputError(f'{path}: corrupt or truncated GGUF file ({error}): download it again') from None
+  with (
+    reading('GGUF file', path, 'download it again (make fetch downloads the demo)'),
+    open(regular(path), 'rb') as file,
+    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+  ):
+    return _parse(_Cursor(data), path)
 
 
 def _parse(cursor: _Cursor, path: pathlib.Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-  if cursor.take(4) != b'GGUF':
-    raise ValueError('it does not start with GGUF')
-  version = cursor.scalar('I')
-  if version not in (2, 3):
-    raise ValueError(f'version {version}; only little-endian files of version 2 and 3 are supported')
+  if cursor.take(4) != b'GGUF' or cursor.scalar('I') not in (2, 3):
+    raise ValueError('not a little-endian GGUF file of version 2 or 3')
   tensor_count, field_count = cursor.scalar('Q'), cursor.scalar('Q')
   metadata = {}
   for _ in range(field_count):
@@ -162,31 +134,31 @@ def _parse(cursor: _Cursor, path: pathlib.Path) -> tuple[dict[str, Any], dict[st
     metadata[key] = cursor.value(cursor.scalar('I'))
   infos = [_tensor_info(cursor, path) for _ in range(tensor_count)]
   alignment = metadata.get('general.alignment', 32)
-  if not isinstance(alignment, int) or alignment < 1:
-    raise ValueError(f'general.alignment = {alignment!r}')
   start = -(-cursor.at // alignment) * alignment
-  tensors = {}
+  tensors: dict[str, GgufTensor] = {}
+  expected = 0
   for name, tensor in infos:
-    placed = tensor._replace(offset=start + tensor.offset)
-    if placed.offset + placed.nbytes > len(cursor.data):
-      raise ValueError(f'tensor {name!r} extends past the end of the file at byte {len(cursor.data)}')
-    if name in tensors:
-      raise ValueError(f'two tensors are named {name!r}')
-    tensors[name] = placed
+    end = tensor.offset + tensor.nbytes
+    # As llama.cpp, which would otherwise read other weights: they lie one after another.
+    if name in tensors or tensor.offset != expected or start + end > len(cursor.data) or alignment < 1:
+      raise ValueError(
+        f'corrupt or truncated: tensor {name!r} at byte {start + tensor.offset} of {len(cursor.data)} does '
+        f'not begin where the one before it ends'
+      )
+    tensors[name] = tensor._replace(offset=start + tensor.offset)
+    expected = -(-end // alignment) * alignment
   return metadata, tensors
 
 
 def _tensor_info(cursor: _Cursor, path: pathlib.Path) -> tuple[str, GgufTensor]:
   name = cursor.string()
-  rank = cursor.scalar('I')
-  if not 1 <= rank <= 4:
-    raise ValueError(f'tensor {name!r} has {rank} dimensions')
-  dims = [cursor.scalar('Q') for _ in range(rank)]
+  dims = [cursor.scalar('Q') for _ in range(cursor.scalar('I'))]
   kind, offset = cursor.scalar('I'), cursor.scalar('Q')
-  nbytes = 0
-  if kind in TENSOR_TYPES:
-    block, size = GGML_QUANT_SIZES[TENSOR_TYPES[kind]]
-    if dims[0] % block:
-      raise ValueError(f'tensor {name!r} of shape {dims[::-1]} does not fit blocks of {block}')
-    nbytes = math.prod(dims) // block * size
-  return name, GgufTensor(kind, tuple(dims[::-1]), offset, nbytes, path)
+  block, size = GGML_QUANT_SIZES[TENSOR_TYPES[kind]] if kind in TENSOR_TYPES else (0, 0)
+  if not block or dims[0] % block:
+    raise ValueError(
+      f'tensor {name!r} has the type {kind} and the shape {dims[::-1]}, which are not supported: use a file '
+      f'of {_NAMES.replace(" ", ", ")} tensors'
+    )
+  nbytes = math.prod(dims) // block * size
+  return name, GgufTensor(TENSOR_TYPES[kind], tuple(dims[::-1]), offset, nbytes, path)

@@ -9,11 +9,10 @@ import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-from adapt_jax.models.config import MOST, LayerShape, LinearScaling, Llama3Scaling, ModelConfig, RopeConfig
-from adapt_jax.models.errors import InputError
-from adapt_jax.models.families import FAMILIES
+from adapt_jax.models.config import LayerShape, LinearScaling, Llama3Scaling, ModelConfig, RopeConfig
+from adapt_jax.models.errors import reading
 from adapt_jax.models.formats.gguf_architectures import ARCHITECTURES
-from adapt_jax.models.formats.gguf_header import TENSOR_TYPES, GgufFile, open_file
+from adapt_jax.models.formats.gguf_header import GgufFile, open_file
 from adapt_jax.models.network.rope import inverse_frequencies
 
 PERMUTED = ('q_proj.weight', 'k_proj.weight', 'q_proj.bias', 'k_proj.bias')
@@ -35,26 +34,21 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
   would compute wrongly: other architectures, experts, other rotary scalings and sliding windows.
   """
   file = open_file(path)
+  with reading('GGUF file', file.path, 'use a model of the families in docs/families.md'):
+    return _config(file)
+
+
+def _config(file: GgufFile) -> ModelConfig:
   arch = _architecture(file)
   _refuse_unsupported(file, arch)
-  embedding = file.tensors.get('token_embd.weight')
-  if embedding is None:
-    raise InputError(f'{file.path}: no tensor token_embd.weight: use a file of the whole model')
-  vocab_size = _bounded(file, 'rows of token_embd.weight', embedding.shape[0], 'vocab_size')
-  tokens = len(file.array('tokenizer.ggml.tokens', str, []))
-  if tokens > vocab_size:
-    raise InputError(
-      f'{file.path}: tokenizer.ggml.tokens has {tokens} entries, but token_embd.weight has only '
-      f'{vocab_size} rows: tokenizer and weights do not match'
-    )
   known = ARCHITECTURES[arch]
   window, key = known.window, f'{arch}.attention.sliding_window'
   if known.window_every and (not window or key in file.metadata):
-    window = _size(file, key, 'window')
+    window = file.field(key, int)
   config = ModelConfig(
     family=_family(file, arch),
-    vocab_size=vocab_size,
-    hidden_size=_size(file, f'{arch}.embedding_length', 'hidden_size'),
+    vocab_size=file.tensors['token_embd.weight'].shape[0],
+    hidden_size=file.field(f'{arch}.embedding_length', int),
     head_dim=_head_dim(file, arch),
     layers=_layers(file, arch),
     rope=_rope(file, arch),
@@ -63,7 +57,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     qkv_bias='blk.0.attn_q.bias' in file.tensors,
     output_bias='blk.0.ffn_down.bias' in file.tensors,
     qk_norm='blk.0.attn_q_norm.weight' in file.tensors,
-    max_position=_size(file, f'{arch}.context_length', 'max_position'),
+    max_position=file.field(f'{arch}.context_length', int),
   )
   numbers: dict[str, Any] = {
     field: _number(file, f'{arch}.{key}', usual) for field, (key, usual) in known.numbers.items()
@@ -78,31 +72,14 @@ def _number(file: GgufFile, key: str, usual: float) -> float:
 def _positive(file: GgufFile, key: str, **default: float) -> float:
   value = _decimal(file.field(key, float, **default))
   if not 0 < value < math.inf:
-    raise InputError(
-      f'{file.path}: {key} = {value} should be a finite number above 0: convert the model again'
-    )
-  return value
-
-
-def _size(file: GgufFile, key: str, name: str) -> int:
-  return _bounded(file, key, file.field(key, int), name)
-
-
-def _bounded(file: GgufFile, what: str, value: int, name: str) -> int:
-  """The value, if it is at least 1 and at most that of `MOST`; otherwise raises InputError."""
-  if not 1 <= value <= MOST[name]:
-    raise InputError(
-      f'{file.path}: {what} = {value} should be from 1 to {MOST[name]:,}: convert the model again'
-    )
+    raise ValueError(f'{key} = {value} should be a finite number above 0')
   return value
 
 
 def _architecture(file: GgufFile) -> str:
   arch = file.field('general.architecture', str)
   if arch not in ARCHITECTURES:
-    raise InputError(
-      f'{file.path}: general.architecture {arch!r} is not supported, only {", ".join(ARCHITECTURES)}'
-    )
+    raise ValueError(f'general.architecture {arch!r} is not supported, only {", ".join(ARCHITECTURES)}')
   return arch
 
 
@@ -111,9 +88,7 @@ def _family(file: GgufFile, arch: str) -> str:
     return ARCHITECTURES[arch].family
   # A llama with biases on q, k and v, but not on o, is what Hugging Face calls qwen2.
   biased = 'blk.0.attn_q.bias' in file.tensors and 'blk.0.attn_output.bias' not in file.tensors
-  family = file.field(FAMILY_KEY, str, 'qwen2' if biased else 'llama')
-  if family not in FAMILIES:
-    raise InputError(f'{file.path}: {FAMILY_KEY} = {family!r} is unknown; known: {", ".join(FAMILIES)}')
+  family: str = file.field(FAMILY_KEY, str, 'qwen2' if biased else 'llama')
   return family
 
 
@@ -145,24 +120,18 @@ def _refuse_unsupported(file: GgufFile, arch: str) -> None:
     **{key: get(key, float, 0.0) != 0 and key not in dict(known.numbers.values()) for key in caps},
     'attention.causal': not get('attention.causal', bool, True),
   }
-  for key, found in refused.items():
-    if found:
-      raise InputError(
-        f'{file.path}: {arch}.{key} = {file.metadata[f"{arch}.{key}"]!r} is not supported; use a model '
-        f'without it'
-      )
+  if unsupported := [f'{arch}.{key}' for key, present in refused.items() if present]:
+    raise ValueError(f'{unsupported[0]} = {file.metadata[unsupported[0]]!r} is not supported')
 
 
 def _per_layer(file: GgufFile, arch: str, key: str) -> list[int]:
   """A width of each layer, stored once for all layers or as an array."""
   key = f'{arch}.{key}'
   depth = file.field(f'{arch}.block_count', int)
-  if not 0 < depth <= min(len(file.tensors), MOST['num_layers']):
-    raise InputError(f'{file.path}: {arch}.block_count = {depth} does not fit {len(file.tensors)} tensors')
   value = file.metadata.get(key)
-  values = file.array(key, int) if isinstance(value, list) else [file.field(key, int)] * depth
-  if len(values) != depth or min(values) < 1:
-    raise InputError(f'{file.path}: {key} = {value} should be one width of at least 1 for {depth} layers')
+  values = value if isinstance(value, list) else [file.field(key, int)] * min(depth, len(file.tensors))
+  if len(values) != depth:
+    raise ValueError(f'{key} has {len(values)} widths for {depth} layers')
   return values
 
 
@@ -171,24 +140,14 @@ def _layers(file: GgufFile, arch: str) -> tuple[LayerShape, ...]:
   if f'{arch}.attention.head_count_kv' in file.metadata:
     kv_heads = _per_layer(file, arch, 'attention.head_count_kv')
   widths = _per_layer(file, arch, 'feed_forward_length')
-  try:
-    return tuple(LayerShape(*layer) for layer in zip(heads, kv_heads, widths, strict=True))
-  except InputError as error:
-    raise InputError(f'{file.path}: {error}: convert the model again') from None
+  return tuple(LayerShape(*layer) for layer in zip(heads, kv_heads, widths, strict=True))
 
 
 def _head_dim(file: GgufFile, arch: str) -> int:
-  head_dim = file.field(f'{arch}.attention.key_length', int, 0)
+  head_dim: int = file.field(f'{arch}.attention.key_length', int, 0)
   head_dim = head_dim or file.field(f'{arch}.rope.dimension_count', int, 0)
-  if not head_dim:
-    hidden = file.field(f'{arch}.embedding_length', int)
-    head_dim = hidden // _per_layer(file, arch, 'attention.head_count')[0]
-  if not 2 <= head_dim <= MOST['head_dim'] or head_dim % 2:
-    raise InputError(
-      f'{file.path}: a head dimension of {head_dim} is not supported: it should be even, and at most '
-      f'{MOST["head_dim"]:,}'
-    )
-  return head_dim
+  hidden = file.field(f'{arch}.embedding_length', int)
+  return head_dim or hidden // _per_layer(file, arch, 'attention.head_count')[0]
 
 
 def _linear_factor(file: GgufFile, arch: str) -> float:
@@ -213,24 +172,19 @@ def _rope(file: GgufFile, arch: str) -> RopeConfig:
   factor = _linear_factor(file, arch)
   if ROPE_FREQS not in file.tensors:
     return rope if factor == 1 else RopeConfig(rope.theta, LinearScaling(factor))
-  if factor != 1:
-    raise InputError(
-      f'{file.path}: linear rotary scaling by {factor} together with {ROPE_FREQS} is not supported; use a '
-      f'model with one of them'
-    )
   head_dim = _head_dim(file, arch)
   divisors = _read_array(file, ROPE_FREQS)
   # The longest wavelengths are divided by `factor`; LLaMA 3.1 and 3.2 differ in nothing else.
-  parts = file.array(SCALING_KEY, float, [float(divisors.max(initial=1.0)), 1.0, 4.0, 8192.0])
-  if len(parts) == 4 and np.isfinite(parts).all():
+  parts = file.field(SCALING_KEY, list, [float(divisors.max(initial=1.0)), 1.0, 4.0, 8192.0])
+  if factor == 1 and divisors.shape == (head_dim // 2,):
     factor, low, high, original = map(_decimal, parts)
     scaled = RopeConfig(rope.theta, Llama3Scaling(factor, low, high, int(original)))
     expected = rope_divisors(scaled, head_dim)
-    if divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-3, atol=0):
+    if np.allclose(divisors, expected, rtol=1e-3, atol=0):
       return scaled
-  raise InputError(
-    f'{file.path}: {ROPE_FREQS} is not the llama3 rotary scaling with factor, low_freq_factor, '
-    f'high_freq_factor and original length {parts}: use the Hugging Face checkpoint'
+  raise ValueError(
+    f'{ROPE_FREQS} is not the llama3 rotary scaling with factor, low_freq_factor, high_freq_factor and '
+    f'original length {parts}, without another scaling'
   )
 
 
@@ -239,24 +193,10 @@ def rope_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:
   return inverse_frequencies(RopeConfig(rope.theta), head_dim) / inverse_frequencies(rope, head_dim)
 
 
-def _type(file: GgufFile, name: str) -> GGMLQuantizationType:
-  """The type of a tensor by GGUF name; InputError if it is not supported."""
-  number = file.tensors[name].type
-  if number in TENSOR_TYPES:
-    return TENSOR_TYPES[number]
-  try:
-    found = GGMLQuantizationType(number).name
-  except ValueError:
-    found = f'number {number}'
-  raise InputError(
-    f'{file.path}: tensor {name!r} has type {found}, which is not supported: use a file of '
-    f'{", ".join(kind.name for kind in TENSOR_TYPES.values())} tensors'
-  )
-
-
 def _read_array(file: GgufFile, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
   """A tensor by GGUF name, or a part of it: float32 for F32 and the quantised types, else as stored."""
-  kind, tensor = _type(file, name), file.tensors[name]
+  tensor = file.tensors[name]
+  kind = tensor.type
   index = (*index, *[slice(None)] * (len(tensor.shape) - len(index)))
   *outer, width = tensor.shape
   start, stop, _ = index[-1].indices(width)
@@ -276,17 +216,13 @@ class GgufReader:
   def __init__(self, path: str | os.PathLike[str]):
     self._file = open_file(path)
     self.where, self.files = str(path), list(self._file.parts)
-    named = _architecture(self._file)
-    arch = ARCHITECTURES[named]
+    with reading('GGUF file', path, 'use a model of the families in docs/families.md'):
+      named = _architecture(self._file)
+      arch = ARCHITECTURES[named]
+      self._permuted_head = _head_dim(self._file, named) if arch.permuted else None
     self._norm_offset = arch.traits.norm_offset
-    self._permuted_head = _head_dim(self._file, named) if arch.permuted else None
-    self._gguf_name = {}
-    for name in self._file.tensors:
-      _type(self._file, name)  # raises before anything is read
-      if name != ROPE_FREQS:
-        if (hf := arch.hf_name(name)) is None:
-          raise InputError(f'{path}: tensor {name!r} is unknown: the model has unsupported parts')
-        self._gguf_name[hf] = name
+    # A tensor that the architecture does not have keeps its name, under which `check_tensors` refuses it.
+    self._gguf_name = {arch.hf_name(name) or name: name for name in self._file.tensors if name != ROPE_FREQS}
 
   @property
   def metadata(self) -> dict[str, Any]:
@@ -302,8 +238,8 @@ class GgufReader:
     return self._file.tensors[self._gguf_name[name]].shape
 
   def dtype(self, name: str) -> str:
-    """Numpy name of the dtype that `read` gives; InputError if the stored type is not supported."""
-    return STORED_DTYPES.get(_type(self._file, self._gguf_name[name]), np.dtype(np.float32)).name
+    """Numpy name of the dtype that `read` gives."""
+    return STORED_DTYPES.get(self._file.tensors[self._gguf_name[name]].type, np.dtype(np.float32)).name
 
   def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
     """A tensor in Hugging Face's layout, or the part of it at `index`; only its blocks are read.

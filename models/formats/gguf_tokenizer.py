@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.gguf_header import GgufFile, open_file
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of tokenizer.ggml.token_type
@@ -34,24 +33,19 @@ _GPT2_STYLE = ('gpt-2', 'default', *_BY_DIGIT)  # ByteLevel has GPT-2's expressi
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
   """The file's tokenizer as a `transformers.PreTrainedTokenizerFast`.
 
-  Encoding adds BOS and EOS as the file specifies, by default as llama.cpp does. Raises InputError for a
-  missing or corrupt file, and for an unsupported tokenizer model or pre-tokenizer, which it names.
+  Encoding adds BOS and EOS as the file specifies, by default as llama.cpp does. Raises any exception for what
+  it cannot convert: `Source.load_tokenizer` is the boundary.
   """
   import transformers  # slow to import, and needed for tokenizers only
 
   file = open_file(path)
-  model = file.field('tokenizer.ggml.model', str)
-  if model not in ('gpt2', 'llama'):
-    raise InputError(f'{file.path}: tokenizer.ggml.model {model!r} is not supported, only gpt2, llama')
-  tokens = file.array('tokenizer.ggml.tokens', str)
-  types = file.array('tokenizer.ggml.token_type', int, [NORMAL] * len(tokens))
+  tokens = file.field('tokenizer.ggml.tokens', list)
+  types = file.field('tokenizer.ggml.token_type', list, [NORMAL] * len(tokens))
   vocab = {token: i for i, token in enumerate(tokens)}
-  if len(vocab) != len(tokens) or len(types) != len(tokens):
-    raise InputError(
-      f'{file.path}: {len(tokens)} tokenizer.ggml.tokens, {len(vocab)} of them different, with '
-      f'{len(types)} token_type entries: convert the model again'
-    )
-  backend = _byte_level(file, vocab) if model == 'gpt2' else _sentence_piece(file, vocab, types)
+  if len(vocab) != len(tokens):
+    raise ValueError(f'{len(tokens)} tokenizer.ggml.tokens, of which only {len(vocab)} are different')
+  kinds = {'gpt2': _byte_level, 'llama': _sentence_piece}
+  backend = kinds[file.field('tokenizer.ggml.model', str)](file, vocab, types)
   special = _special_tokens(file, tokens)
   _add_whole_tokens(backend, tokens, types, special)
   template = file.field('tokenizer.chat_template', str, None)
@@ -80,20 +74,15 @@ def end_ids(metadata: Mapping[str, Any]) -> list[int]:
   return [eos, turn] if isinstance(eos, int) and isinstance(turn, int) and eos != turn else []
 
 
-def _byte_level(file: GgufFile, vocab: dict[str, int]) -> Any:
+def _byte_level(file: GgufFile, vocab: dict[str, int], types: list[int]) -> Any:
   """Byte-level BPE (GPT-2 and later)."""
   from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
   name = file.field('tokenizer.ggml.pre', str)
   if name not in (*_GPT2_STYLE, *PATTERNS):
-    raise InputError(
-      f'{file.path}: tokenizer.ggml.pre {name!r} is not supported, only '
-      f'{", ".join((*_GPT2_STYLE, *PATTERNS))}'
-    )
-  merges = [tuple(merge.split(' ')) for merge in file.array('tokenizer.ggml.merges', str)]
-  for merge in merges:
-    if len(merge) != 2 or not vocab.keys() >= {*merge, ''.join(merge)}:
-      raise InputError(f'{file.path}: tokenizer.ggml.merges has {merge}, which forms no token')
+    known = ', '.join((*_GPT2_STYLE, *PATTERNS))
+    raise ValueError(f'tokenizer.ggml.pre {name!r} is not supported, only {known}')
+  merges = [tuple(merge.split(' ')) for merge in file.field('tokenizer.ggml.merges', list)]
   # Llama 3 has words in its vocabulary that its merges do not produce.
   backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == 'llama-bpe'))
   to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name in _GPT2_STYLE)
@@ -113,9 +102,7 @@ def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> 
   """SentencePiece BPE with byte fallback (LLaMA 1 and 2, Mistral, MobileLLM, Gemma)."""
   from tokenizers import Tokenizer, decoders, models, normalizers
 
-  scores = file.array('tokenizer.ggml.scores', float)
-  if len(scores) != len(types):
-    raise InputError(f'{file.path}: {len(types)} tokens, but {len(scores)} tokenizer.ggml.scores')
+  scores = file.field('tokenizer.ggml.scores', list)
   unknown = [token for token, i in vocab.items() if types[i] == UNKNOWN]
   backend = Tokenizer(
     models.BPE(
@@ -142,24 +129,24 @@ def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> lis
   Equal scores are ordered by id, the order of training: some converters write one score for all.
   """
   normal = {token: i for token, i in vocab.items() if types[i] == NORMAL}
+  # Only lengths that tokens have: to try all cuts of a very long token takes minutes.
+  lengths = dict.fromkeys(sorted({len(token) for token in normal if token}, reverse=True))
   ranked = []
   for token, i in normal.items():
-    for cut in range(len(token) - 1, 0, -1):  # a token's longest left part first, as in HF
-      if token[:cut] in normal and token[cut:] in normal:
+    for cut in lengths:  # a token's longest left part first, as in HF
+      if len(token) - cut in lengths and token[:cut] in normal and token[cut:] in normal:
         ranked.append((-scores[i], i, token[:cut], token[cut:]))
   ranked.sort(key=lambda merge: merge[:2])
   return [(left, right) for _, _, left, right in ranked]
 
 
 def _special_tokens(file: GgufFile, tokens: list[str]) -> dict[str, str]:
+  of_id = dict(enumerate(tokens))
   special = {}
   for name, key in (('bos', 'bos'), ('eos', 'eos'), ('unk', 'unknown'), ('pad', 'padding')):
     i = file.field(f'tokenizer.ggml.{key}_token_id', int, None)
-    if i is None:
-      continue
-    if not 0 <= i < len(tokens):
-      raise InputError(f'{file.path}: tokenizer.ggml.{key}_token_id = {i} is not one of {len(tokens)} tokens')
-    special[f'{name}_token'] = tokens[i]
+    if i is not None:
+      special[f'{name}_token'] = of_id[i]
   return special
 
 
@@ -186,8 +173,6 @@ def _add_bos_eos(file: GgufFile, backend: Any, special: dict[str, str]) -> dict[
   parts = {'bos': '', 'eos': ''}
   for name in parts:
     if file.field(f'tokenizer.ggml.add_{name}_token', bool, default[name]):
-      if f'{name}_token' not in special:
-        raise InputError(f'{file.path}: {name.upper()} must be added, but {name}_token_id is missing')
       parts[name] = special[f'{name}_token']
 
   def template(sequence: str, type_id: int) -> list[str]:

@@ -4,8 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-from adapt_jax.models.config import MOST, LayerShape, LinearScaling, Llama3Scaling, ModelConfig, RopeConfig
-from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.config import LayerShape, LinearScaling, Llama3Scaling, ModelConfig, RopeConfig
+from adapt_jax.models.errors import reading
 from adapt_jax.models.families import FAMILIES, Family
 
 # model_type in config.json -> the family that computes the same function. `adapt_*` are our own
@@ -19,46 +19,36 @@ _ACTIVATIONS = {
   'gelu_tanh': ('hidden_activation', ('gelu_pytorch_tanh',)),
 }
 _TYPES = ('full_attention', 'sliding_attention')
-_SIZES = {  # names that differ in `MOST`
-  'num_hidden_layers': 'num_layers',
-  'num_attention_heads': 'num_heads',
-  'num_key_value_heads': 'num_kv_heads',
-  'intermediate_size': 'ffn',
-}
+_DEEPEST = 2_048  # layers; the shapes of a billion would fill the memory
 
 
 def config_from_hf(raw: Any, where: str) -> ModelConfig:
-  """The ModelConfig of a parsed `config.json`.
+  """The ModelConfig of a parsed `config.json`, read as transformers 5 does, in its spelling and that of 4.
 
-  Reads files of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`). Pruned models
-  have `per_layer_config`: {"5": {"num_key_value_heads": 2, "num_attention_heads": 6}}, and may have
-  `output_bias`, or `sliced_from` if SliceGPT has sliced them. Error messages name `where`. Raises
+  Pruned models have `per_layer_config`: {"5": {"num_key_value_heads": 2, "num_attention_heads": 6}}, and may
+  have `output_bias`, or `sliced_from` if SliceGPT has sliced them. Error messages name `where`. Raises
   InputError for invalid values and for anything that this decoder would compute wrongly.
   """
-  try:
+  with reading('', f'{where}/config.json', 'use a model of the families in docs/families.md'):
     return _parse(raw)
-  except InputError as error:
-    raise InputError(f'{where}/config.json: {error}') from None
-  except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-    reason = f'{type(error).__name__}: {first_line(error)}'
-    raise InputError(f'{where}/config.json: has a value of the wrong type ({reason})') from None
 
 
-def _parse(raw: Any) -> ModelConfig:
-  if not isinstance(raw, dict):
-    raise InputError(f'holds a {type(raw).__name__}, not an object')
+def _parse(raw: dict[str, Any]) -> ModelConfig:
   family = _family(raw)
   traits = FAMILIES[family]
   raw = {**traits.defaults, **raw}
-  _refuse_unsupported(raw, traits)
+  layers = _layers(raw, traits)
+  _refuse_unsupported(raw, traits, layers)
+  if family == 'ministral' and len({shape.window for shape in layers}) == 1:
+    family = 'mistral'
   hidden = _count(raw, 'hidden_size')
   config = ModelConfig(
     family=family,
     vocab_size=_count(raw, 'vocab_size'),
     hidden_size=hidden,
     head_dim=_count(raw, 'head_dim', hidden // _count(raw, 'num_attention_heads')),
-    layers=_layers(raw, traits),
-    rope=_rope(raw, traits.usual_theta, _TYPES[0] if traits.local_rope else ''),
+    layers=layers,
+    rope=_rope(raw, traits),
     local_rope=_local_rope(raw) if traits.local_rope else None,
     embedding_scale=hidden**0.5 if traits.root_embedding else 1.0,
     rms_norm_eps=_number(raw, 'rms_norm_eps', 1e-6),
@@ -72,95 +62,74 @@ def _parse(raw: Any) -> ModelConfig:
   return dataclasses.replace(config, **_numbers(raw, traits))
 
 
-def _value(fields: dict[str, Any], name: str, default: Any) -> Any:
-  if name not in fields and default is None:
-    raise InputError(f'no field {name!r}: is the file complete?')
-  return default if fields.get(name) is None else fields[name]
+def _number(fields: dict[str, Any], name: str, default: float | None = None, kind: type = float) -> float:
+  """A finite number above 0; `default` if the field is absent or null."""
+  value: Any = default if fields.get(name) is None else fields[name]
+  most = 2**31 if kind is int else math.inf
+  if type(value) not in (int, kind) or not 0 < value < most:  # a bool is no number
+    raise ValueError(f'{name} = {value!r} should be a positive {kind.__name__}')
+  return kind(value)
 
 
 def _count(fields: dict[str, Any], name: str, default: int | None = None) -> int:
-  """A whole number from 1 to the largest of any model; `default` if the field is absent or null."""
-  value = _value(fields, name, default)
-  if type(value) is not int or value < 1:  # a bool is not accepted as a number
-    raise InputError(f'{name} = {value!r} should be a whole number of at least 1')
-  if value > (most := MOST.get(_SIZES.get(name, name), 2**31 - 1)):
-    raise InputError(f'{name} = {_short(value)} should be at most {most:,}: download the file again')
-  return value
-
-
-def _short(value: int) -> str:
-  return str(value) if value < 10**15 else f'a number of {value.bit_length()} bits'
-
-
-def _number(fields: dict[str, Any], name: str, default: float | None = None) -> float:
-  """A finite number above 0; `default` if the field is absent or null."""
-  value = _value(fields, name, default)
-  if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-    raise InputError(f'{name} = {value!r} should be a finite number above 0')
-  return float(value)
+  """A whole number from 1 to 2^31 - 1; `default` if the field is absent or null."""
+  return int(_number(fields, name, default, int))
 
 
 def _numbers(raw: dict[str, Any], traits: Family) -> dict[str, Any]:
   """The fields of `ModelConfig` that the family has as numbers in config.json."""
-  found = {}
+  numbers = {}
   for field, number in traits.numbers.items():
     if number.is_cap and raw.get(number.name) is None:
-      found[field] = 0.0
+      numbers[field] = 0.0
       continue
     value = _number(raw, number.name)
-    found[field] = value**-0.5 if number.inverse_root else value
-  return found
-
-
-def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
-  """An object; empty if the field is absent or null."""
-  value = fields.get(name)
-  if value is not None and not isinstance(value, dict):
-    raise InputError(f'{name} = {value!r} should be an object')
-  return value or {}
+    numbers[field] = value**-0.5 if number.inverse_root else value
+  return numbers
 
 
 def _max_position(raw: dict[str, Any]) -> int:
-  return _count({'max_position_embeddings': 2048} | raw, 'max_position_embeddings')
+  return _count(raw, 'max_position_embeddings', 2048)
 
 
 def _layers(raw: dict[str, Any], traits: Family) -> tuple[LayerShape, ...]:
   """The widths of all layers, and the kind of their attention."""
-  heads, depth = _count(raw, 'num_attention_heads'), _count(raw, 'num_hidden_layers')
+  heads, depth = _count(raw, 'num_attention_heads'), min(_count(raw, 'num_hidden_layers'), _DEEPEST)
   widest = {
     'num_attention_heads': heads,
     'num_key_value_heads': _count(raw, 'num_key_value_heads', heads),
     'intermediate_size': _count(raw, 'intermediate_size'),
   }
-  layers = [widest] * depth
-  for key, fields in _object(raw, 'per_layer_config').items():
+  widths = [widest] * depth
+  for key, fields in (raw.get('per_layer_config') or {}).items():
     # Late releases of transformers 5 pad the keys with zeros when they save: "05".
-    if not key.isdecimal() or int(key) >= depth:
-      raise InputError(f'per_layer_config has layer {key!r} of {depth}: export the model again')
-    if not isinstance(fields, dict) or (unknown := sorted(fields.keys() - widest)):
-      found = f'the field {unknown[0]!r}' if isinstance(fields, dict) else repr(fields)
-      raise InputError(f'per_layer_config has {found} in layer {key}, which is not supported')
-    layers[int(key)] = widest | {name: _count(fields, name) for name in fields}
+    if int(key) not in range(depth) or fields.keys() - widest.keys():
+      raise ValueError(f'per_layer_config has {fields} in layer {key} of {depth}, which is not supported')
+    widths[int(key)] = widest | {name: _count(fields, name) for name in fields}
+  kinds = zip(widths, _windows(raw, traits, depth), _rotary(raw, traits, depth), strict=True)
   return tuple(
     LayerShape(w['num_attention_heads'], w['num_key_value_heads'], w['intermediate_size'], window, rotary)
-    for w, window, rotary in zip(
-      layers, _windows(raw, traits, depth), _rotary(raw, traits, depth), strict=True
-    )
+    for w, window, rotary in kinds
   )
 
 
 def _windows(raw: dict[str, Any], traits: Family, depth: int) -> list[int]:
-  """The window of each layer's attention; 0 for none."""
-  if traits.windows == 'unsupported':
-    return [0] * depth
+  """The window of each layer's attention; 0 for none, or if no row is longer."""
+  window = _count(raw, 'sliding_window', 4096) if raw.get('sliding_window', 4096) is not None else 0
+  if not traits.local_rope and window >= _max_position(raw):
+    window = 0
   if traits.windows == 'all':
-    return [_window(raw)] * depth
-  window, every = _count(raw, 'sliding_window'), _count(raw, 'sliding_window_pattern')
-  usual = [_TYPES[i % every > 0] for i in range(1, depth + 1)]
-  types = _layer_types(raw) or usual
-  if len(types) != depth or set(types) - set(_TYPES):
-    raise InputError(f'layer_types = {types!r} should have {" or ".join(_TYPES)} for each of {depth} layers')
-  return [window if kind == _TYPES[1] else 0 for kind in types]
+    kinds = [_TYPES[1]] * depth
+  elif traits.windows == 'some':
+    every = _count(raw, 'sliding_window_pattern', depth + 1)
+    kinds = [_TYPES[i % every > 0] for i in range(1, depth + 1)]
+  else:
+    first = 0 if traits.unrotated else raw.get('max_window_layers', 28)
+    kinds = [_TYPES[bool(raw.get('use_sliding_window')) and i >= first] for i in range(depth)]
+  if traits.windows != 'all':
+    kinds = raw.get('layer_types') or kinds
+  of_kind = dict(zip(_TYPES, (0, window), strict=True))
+  return [of_kind[kind] for kind in kinds]
 
 
 def _rotary(raw: dict[str, Any], traits: Family, depth: int) -> list[bool]:
@@ -168,24 +137,20 @@ def _rotary(raw: dict[str, Any], traits: Family, depth: int) -> list[bool]:
   if not traits.unrotated:
     return [True] * depth
   every = _count(raw, 'no_rope_layer_interval', 4)
-  found = raw.get('no_rope_layers') or [int(i % every != 0) for i in range(1, depth + 1)]
-  if not isinstance(found, list) or len(found) != depth or not all(flag in (0, 1) for flag in found):
-    raise InputError(f'no_rope_layers = {found!r} should have 1 (rotary) or 0 for each of {depth} layers')
-  return [bool(flag) for flag in found]
+  flags = raw.get('no_rope_layers') or [i % every != 0 for i in range(1, depth + 1)]
+  return [{0: False, 1: True}[flag] for flag in flags]
 
 
 def _family(raw: dict[str, Any]) -> str:
-  model_type = raw.get('model_type')
-  family = _MODEL_TYPES.get(str(model_type))
+  family = _MODEL_TYPES.get(raw['model_type'])
   if family is None:
     asks = ' and needs its own code, which is never run' if 'auto_map' in raw else ''
-    raise InputError(
-      f'model_type {model_type!r} is not supported{asks}; supported: {", ".join(sorted(_MODEL_TYPES))}'
-    )
-  return family
+    raise ValueError(f'model_type {raw["model_type"]!r} is not supported{asks}')
+  # As transformers: a Mistral with a list of layer types is a Ministral.
+  return 'ministral' if family == 'mistral' and 'layer_types' in raw else family
 
 
-def _refuse_unsupported(raw: dict[str, Any], traits: Family) -> None:
+def _refuse_unsupported(raw: dict[str, Any], traits: Family, layers: tuple[LayerShape, ...]) -> None:
   activation, names = _ACTIVATIONS[traits.activation]
   refused = {
     activation: raw.get(activation, names[0]) not in names,
@@ -197,72 +162,44 @@ def _refuse_unsupported(raw: dict[str, Any], traits: Family) -> None:
     'num_local_experts': bool(raw.get('num_local_experts')),
     'layer_sharing': bool(raw.get('layer_sharing')),
     'partial_rotary_factor': raw.get('partial_rotary_factor', 1.0) != 1.0,
-    'sliding_window': traits.windows == 'unsupported' and _sliding_window_in_use(raw),
+    'sliding_window': traits.windows == 'unsupported' and any(shape.window for shape in layers),
+    'num_hidden_layers': len(layers) == _DEEPEST,
   }
-  for field, found in refused.items():
-    if found:
-      raise InputError(f'{field} = {raw.get(field)!r} is not supported; use a checkpoint without it')
-
-
-def _sliding_window_in_use(raw: dict[str, Any]) -> bool:
-  window = {'sliding_window': 4096} | raw  # transformers' default
-  return 'sliding_attention' in _layer_types(raw) or (
-    bool(raw.get('use_sliding_window')) and _window(window) > 0
-  )
-
-
-def _layer_types(raw: dict[str, Any]) -> list[Any]:
-  kinds = raw.get('layer_types') or []
-  if not isinstance(kinds, list):
-    raise InputError(f'layer_types = {kinds!r} should be a list')
-  return kinds
-
-
-def _window(raw: dict[str, Any]) -> int:
-  """`sliding_window`; 0 if it is null, or if no row is longer."""
-  if raw.get('sliding_window') is None:
-    return 0
-  window = _count(raw, 'sliding_window')
-  return window if window < _max_position(raw) else 0
+  if unsupported := [field for field, present in refused.items() if present]:
+    raise ValueError(f'{unsupported[0]} = {raw.get(unsupported[0])!r} is not supported')
 
 
 def _local_rope(raw: dict[str, Any]) -> RopeConfig:
   """The rotary embedding of layers with a window; the old field has only its base frequency."""
-  parameters = _object(_object(raw, 'rope_parameters'), _TYPES[1])
-  rope = _rope({'rope_parameters': parameters}, _number(raw, 'rope_local_base_freq'))
-  if rope.scaling:
-    raise InputError(
-      f'rotary scaling of layers with {_TYPES[1]} is not supported; use a checkpoint without it'
-    )
-  return rope
+  parameters = (raw.get('rope_parameters') or {}).get(_TYPES[1]) or {}
+  return _rope_of(parameters, _number(raw, 'rope_local_base_freq'), kinds=('default',))
 
 
-def _rope(raw: dict[str, Any], usual_theta: float, layer_type: str = '') -> RopeConfig:
-  """The rotary embedding, of layers of one type if transformers 5 has stored it for each."""
-  if layer_type in (by_type := _object(raw, 'rope_parameters')):
-    parameters = _object(by_type, layer_type)
-    raw = raw | {
-      'rope_parameters': parameters,
-      'rope_theta': parameters.get('rope_theta', raw.get('rope_theta')),
-    }
-  # If both are present, transformers 5 uses the old one.
-  parameters = _object(raw, 'rope_parameters') | _object(raw, 'rope_scaling')
-  theta = _number(raw, 'rope_theta', _number(parameters, 'rope_theta', usual_theta))
+def _rope(raw: dict[str, Any], traits: Family) -> RopeConfig:
+  """The rotary embedding; of layers without a window if those with one have another."""
+  old, parameters = raw.get('rope_scaling') or {}, raw.get('rope_parameters') or {}
+  if traits.local_rope:
+    parameters, old = (parameters.get(_TYPES[0]) or {}) | old, {}
+  return _rope_of(old or parameters, _number(raw, 'rope_theta', traits.usual_theta))
+
+
+def _rope_of(
+  parameters: dict[str, Any], theta: float, kinds: tuple[str, ...] = ('default', 'linear', 'llama3')
+) -> RopeConfig:
+  theta = _number(parameters, 'rope_theta', theta)
   kind = parameters.get('rope_type', parameters.get('type', 'default'))
-  if parameters.get('partial_rotary_factor', 1.0) != 1.0:
-    raise InputError('partial_rotary_factor is not supported; use a checkpoint without it')
+  if kind not in kinds or parameters.get('partial_rotary_factor', 1.0) != 1.0:
+    raise ValueError(f'the rotary embedding {parameters} is not supported, only {", ".join(kinds)}')
   if kind == 'default':
     return RopeConfig(theta)
+  factor = _number(parameters, 'factor')
   if kind == 'linear':
-    factor = _number(parameters, 'factor')
     return RopeConfig(theta, LinearScaling(factor) if factor != 1 else None)
-  if kind != 'llama3':
-    raise InputError(f'rope_type {kind!r} is not supported: only default, linear and llama3 are')
   low, high = (_number(parameters, f'{end}_freq_factor') for end in ('low', 'high'))
   if low >= high:
-    raise InputError(f'low_freq_factor = {low} should be below high_freq_factor = {high}')
+    raise ValueError(f'low_freq_factor = {low} should be below high_freq_factor = {high}')
   original = _count(parameters, 'original_max_position_embeddings')
-  return RopeConfig(theta, Llama3Scaling(_number(parameters, 'factor'), low, high, original))
+  return RopeConfig(theta, Llama3Scaling(factor, low, high, original))
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

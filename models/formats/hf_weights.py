@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.files import write_text
 from adapt_jax.models.formats.safetensors import INDEX_NAME, write_tensors
 from adapt_jax.models.network.llama import Params, abstract_params
@@ -156,13 +156,6 @@ def check_tensors(config: ModelConfig, reader: TensorReader) -> None:
 
   Reads headers only.
   """
-  stored = {name.split('.')[2] for name in reader.names() if name.startswith('model.layers.')}
-  if len(stored) < config.num_layers:  # told before shapes are made for layers that do not exist
-    missing = next(i for i in range(config.num_layers) if str(i) not in stored)
-    raise InputError(
-      f'{reader.where}: tensor model.layers.{missing}.mlp.down_proj.weight is missing: config.json has '
-      f'{config.num_layers} layers, the weights {len(stored)}: config.json and weights do not match'
-    )
   expected = {leaf.name: leaf for leaf in leaves(config)}
   ignored = {'lm_head.weight'} if config.tie_embeddings else set()
   found = {
@@ -239,10 +232,8 @@ def stored_params(config: ModelConfig, reader: TensorReader) -> Params:
 
 def _read(reader: TensorReader, leaf: Leaf, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
   index = leaf.hf_index(bounds)
-  try:
+  with reading(f'tensor {leaf.name}', reader.where):
     tensor = reader.read(leaf.name, index)
-  except OSError as error:
-    raise InputError(f'{reader.where}: tensor {leaf.name} cannot be read ({first_line(error)})') from None
   return tensor.reshape([stop - start for start, stop in bounds])
 
 

@@ -4,10 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
-from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import regular
+from adapt_jax.models.errors import InputError, reading
 
 # Field of a model card -> key of a .gguf file. Licenses that the hub does not list are `other`, with a name.
 _KEYS = {
@@ -23,8 +20,9 @@ def license_of_card(path: pathlib.Path) -> dict[str, str]:
   from huggingface_hub import metadata_load  # imported here: few sources have a card
 
   try:
-    return _plain(metadata_load(regular(path)) or {})
-  except (InputError, OSError, ValueError, RecursionError, yaml.YAMLError):
+    with reading('model card', path):
+      return _plain(metadata_load(path) or {})
+  except InputError:
     return {}  # what others wrote into their card is no reason to refuse their model
 
 

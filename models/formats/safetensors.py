@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from adapt_jax.models.errors import InputError, first_line
+from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.files import exists, read_json, regular
 
 DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # safetensors name -> numpy name
@@ -39,33 +39,20 @@ class SafetensorsReader:
     self.where = str(directory)
     directory = pathlib.Path(directory)
     index, single = directory / INDEX_NAME, directory / 'model.safetensors'
+    files = [single]
     if exists(index):
-      weight_map = read_json(index).get('weight_map')
-      if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise InputError(f'{index}: has no weight_map of tensors to files: download it again')
-      files = sorted(set(weight_map.values()))
-    elif exists(single):
-      weight_map, files = None, [single.name]
-    else:
+      with reading('', index, 'download it again'):
+        files = [directory / name for name in sorted(set(read_json(index)['weight_map'].values()))]
+    elif not exists(single):
       raise InputError(
         f'{directory}: no model.safetensors or {INDEX_NAME} here; other weight formats run code or '
         f'are not supported: convert the checkpoint to safetensors'
       )
-    self.files = [directory / name for name in files]
+    self.files = files
     self._tensors: dict[str, _Stored] = {}
-    for name in files:
-      if not exists(directory / name):
-        raise InputError(f'{index}: lists {name}, which is missing: download the checkpoint again')
-      try:
-        self._tensors |= _map(directory / name)
-      except OSError as error:
-        raise InputError(f'{directory / name}: cannot be read ({first_line(error)})') from None
-      except (SafetensorError, RecursionError) as error:
-        raise InputError(
-          f'{directory / name}: corrupt or truncated safetensors ({error}): download it again'
-        ) from None
-    if absent := sorted(set(weight_map or ()) - set(self._tensors)):
-      raise InputError(f'{index}: lists {absent[0]}, which is in none of its files')
+    for file in files:
+      with reading('safetensors file', file, 'download it again'):
+        self._tensors |= _map(file)
 
   def names(self) -> set[str]:
     return set(self._tensors)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -14,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError, Unreachable, first_line, unreachable
-from adapt_jax.models.files import exists, local, read_json, regular
+from adapt_jax.models.errors import InputError, Unreachable, first_line, reading, unreachable
+from adapt_jax.models.files import exists, local, read_json
 from adapt_jax.models.formats import gguf_model, gguf_tokenizer
 from adapt_jax.models.formats.fused import SplitReader
 from adapt_jax.models.formats.hf_config import config_from_hf
@@ -32,10 +31,8 @@ from adapt_jax.models.formats.safetensors import SafetensorsReader
 from adapt_jax.models.network.llama import Params
 
 _HUB_FILES = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja', 'README.md']
-_TOKENIZER_SUFFIXES = ('.json', '.model', '.txt', '.jinja')
 # Subfolders hold other formats; Mistral's and Meta's own files hold the same weights again.
 _NOT_FROM_HUB = ['*/*', 'consolidated*']
-_LARGEST = 2**31 - 1  # of a setting of generation
 _PAGES, _PAGE = 64, 4096  # of a file, to recognise its contents
 
 
@@ -96,40 +93,25 @@ class Source:
     """The tokenizer; its own code is never run. Raises InputError if it cannot be read."""
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # it warns that PyTorch is absent
     load = gguf_tokenizer.load_tokenizer if self.path.suffix == '.gguf' else _tokenizer_from_directory
-    try:
+    with reading('tokenizer', self.path):
       tokenizer = load(self.path)
       # Added tokens may lie beyond the embedding, as Gemma 3's image token: what reads texts checks ids.
       vocab, extra = {*tokenizer.get_vocab().values()}, tokenizer.added_tokens_decoder.keys()
       ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
       ids = [*(vocab - extra), *(i for i in ends if i is not None), *tokenizer('a')['input_ids']]
-    except InputError:
-      raise
-    except Exception as error:  # tokenizers raises bare Exceptions for a broken tokenizer.json
-      raise InputError(f'{self.path}: the tokenizer cannot be loaded ({first_line(error)})') from None
-    _check_text([tokenizer.init_kwargs, tokenizer.special_tokens_map, tokenizer.chat_template], self.path)
-    highest = max(ids, default=-1)
-    if highest >= self.config.vocab_size:
-      raise InputError(
-        f'{self.name}: the tokenizer has ids up to {highest}, but the embedding has only '
-        f'{self.config.vocab_size} rows: tokenizer and weights do not match'
-      )
+      if (highest := max(ids, default=-1)) >= self.config.vocab_size:
+        raise ValueError(
+          f'has ids up to {highest}, but the embedding has only {self.config.vocab_size} rows: tokenizer and '
+          f'weights do not match'
+        )
     return tokenizer
-
-
-def _check_text(values: Any, where: pathlib.Path) -> None:
-  """Raises InputError if a string in the values cannot be written as UTF-8, as an export would."""
-  try:
-    json.dumps(values, ensure_ascii=False, default=lambda _: None).encode()
-  except UnicodeEncodeError:
-    raise InputError(f'{where}: has an unpaired surrogate (half a character): repair the file') from None
 
 
 def open_source(name: str, field: str = 'model.source') -> Source:
   """Opens a checkpoint by name and checks it without reading any weights. `field`: its name in messages.
 
-  Raises InputError for a missing path, an unsupported architecture, a corrupt or truncated file,
-  for any tensor that is missing, extra, mis-shaped or of an unsupported dtype, and for a broken
-  generation_config.json.
+  Raises InputError for a missing path, an unsupported architecture, a corrupt or truncated file, and
+  for any tensor that is missing, extra, mis-shaped or of an unsupported dtype.
   """
   path = _local(name, field)
   reader: TensorReader
@@ -141,14 +123,13 @@ def open_source(name: str, field: str = 'model.source') -> Source:
       generation = {'eos_token_id': ends}
   else:
     path = _of_run(path) if exists(path) else _download(name, field)
-    if path.is_file():
-      raise InputError(f'{field} {name!r} is a file but not .gguf: give its directory')
     config, reader = config_from_hf(_read_config(path, field), str(path)), SafetensorsReader(path)
     if config.traits.fused:
       reader = SplitReader(config, reader)
     if exists(path / 'generation_config.json'):
-      generation = _read_generation(path / 'generation_config.json')
-      _check_text(generation, path / 'generation_config.json')
+      generation = read_json(path / 'generation_config.json')
+      if generation.get('top_k') == -1:  # as other programs write that it is off
+        generation['top_k'] = 0
     license = license_of_card(path / 'README.md')
   check_tensors(config, reader)
   largest = max(leaves(config), key=lambda leaf: math.prod(leaf.shape))
@@ -172,10 +153,7 @@ def open_config(name: str, field: str = 'model.source') -> ModelConfig:
 def _local(name: str, field: str) -> pathlib.Path:
   if not name:
     raise InputError(f'{field} is empty: give a hub id, a Hugging Face directory or a .gguf file')
-  try:
-    return local(name)
-  except InputError as error:
-    raise InputError(f'{field} {error}') from None
+  return local(name)
 
 
 def _of_run(path: pathlib.Path) -> pathlib.Path:
@@ -190,26 +168,8 @@ def _read_config(directory: pathlib.Path, field: str) -> dict[str, Any]:
     remedy = f': give its file {str(found[0])!r}' if found else ''
     if not found and exists(directory / 'run.json'):
       remedy = ', and this run has no export that can be read: write one with --mode=export'
-    raise InputError(f'{field} {str(directory)!r}: no config.json in this directory{remedy}')
+    raise InputError(f'{field} {str(directory)!r}: no directory with config.json, and no .gguf file{remedy}')
   return read_json(path)
-
-
-def _read_generation(path: pathlib.Path) -> dict[str, Any]:
-  """The fields of generation_config.json, with the values that generation uses checked."""
-  found = read_json(path)
-  ends = found.get('eos_token_id')
-  if ends is not None and not all(type(i) is int for i in (ends if isinstance(ends, list) else [ends])):
-    raise InputError(f'{path}: eos_token_id = {ends!r} should be an id or a list of ids: correct it')
-  for name in ('temperature', 'top_k', 'top_p', 'repetition_penalty'):
-    value = 1 if found.get(name) is None else found[name]
-    if name == 'top_k' and value == -1:  # as other programs write that it is off
-      found[name] = value = 0
-    least = 1e-6 if name == 'repetition_penalty' else 0  # it divides
-    if type(value) not in (int, float) or not least <= value <= _LARGEST:
-      raise InputError(
-        f'{path}: {name} = {value!r} should be a number from {least:g} to {_LARGEST}: correct it'
-      )
-  return found
 
 
 def _download(name: str, field: str) -> pathlib.Path:
@@ -261,9 +221,6 @@ def _tokenizer_from_directory(directory: pathlib.Path) -> Any:
   Classes of transformers 5 that a tokenizer_config.json names build their own pre-tokenizer instead of
   reading the file's: GPT2Tokenizer leaves out the step that SmolLM2's has for digits.
   """
-  for path in directory.iterdir():
-    if path.suffix in _TOKENIZER_SUFFIXES and exists(path):
-      regular(path)
   # Slow to import, and used only for tokenizers; it warns about model types of ours that it does not know.
   from tokenizers import Tokenizer
   from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging

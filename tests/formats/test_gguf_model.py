@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import struct
+import time
 
 import gguf as gguf_package
 import jax
@@ -13,11 +14,11 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from adapt_jax.models.config import LayerShape, LinearScaling, Llama3Scaling, ModelConfig, RopeConfig
-from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats import gguf_model, gguf_tokenizer
 from adapt_jax.models.formats.hf_weights import check_tensors, leaves
 from adapt_jax.models.formats.source import open_source
 from tests.support import reference
+from tests.support.helpers import refused
 
 ROOT = pathlib.Path(__file__).parents[2]
 DEMO_NAME = 'SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -118,17 +119,16 @@ def write_model(
   return weights
 
 
-def assert_refused(path: pathlib.Path, *words: str, call=gguf_model.read_config) -> None:
-  with pytest.raises(InputError) as caught:
-    call(path)
-  message = str(caught.value)
-  assert '\n' not in message
+def assert_refused(path: pathlib.Path, *words: str) -> None:
+  message = refused(open_source, str(path))
   for word in (str(path), *words):
     assert word in message
 
 
-@pytest.mark.parametrize('kind', [*PLAIN, *QUANTISED], ids=lambda kind: kind.name)
-@pytest.mark.parametrize('family', ['llama', 'qwen2', 'qwen3'])
+READ = [('llama', kind) for kind in (*PLAIN, *QUANTISED)] + [('qwen2', Type.F32), ('qwen3', Type.Q8_0)]
+
+
+@pytest.mark.parametrize('family, kind', READ)
 def test_every_type_and_architecture_reads_back(tmp_path, family, kind):
   config, path = tiny_config(family), tmp_path / 'tiny.gguf'
   weights = write_model(path, config, kind)
@@ -146,22 +146,6 @@ def test_every_type_and_architecture_reads_back(tmp_path, family, kind):
     assert array.dtype == (PLAIN.get(kind, np.float32) if weight.ndim == 2 else np.float32)
     assert reader.dtype(name) == array.dtype.name
     np.testing.assert_array_equal(array, expected.astype(array.dtype), err_msg=name)
-
-
-def test_rows_of_q_and_k_are_unpermuted_by_head(tmp_path):
-  config = tiny_config('llama', layers=(LayerShape(4, 2, 96), LayerShape(3, 1, 64)))
-  path, half = tmp_path / 'tiny.gguf', 8
-  write_model(path, config)
-  assert gguf_model.read_config(path) == config
-  reader = gguf_model.open_tensors(path)
-  stored = {t.name: t.data for t in gguf_package.GGUFReader(path).tensors}
-  for layer in range(2):
-    for letter in 'qk':
-      ours = reader.read(f'model.layers.{layer}.self_attn.{letter}_proj.weight')
-      theirs = stored[f'blk.{layer}.attn_{letter}.weight']
-      for row in range(len(ours)):
-        head, part, pair = row // 16, row % 16 // half, row % half
-        np.testing.assert_array_equal(ours[row], theirs[head * 16 + 2 * pair + part])
 
 
 def test_biases_are_unpermuted_only_for_llama(tmp_path):
@@ -195,23 +179,12 @@ def test_deci_is_a_llama_with_the_widths_of_each_layer(tmp_path, biases):
     np.testing.assert_array_equal(source.reader.read(name), weight, err_msg=name)
 
 
-def test_deci_layers_without_attention_are_refused(tmp_path):
-  path = tmp_path / 'tiny.gguf'
-  writer = new_writer(path, tiny_config('llama'), 'deci')
-  writer.kv_data[0]['deci.attention.head_count'].value = [4, 0]
-  writer.kv_data[0]['deci.attention.head_count'].type = gguf_package.GGUFValueType.ARRAY
-  writer.add_tensor('token_embd.weight', np.zeros((40, 64), np.float32))
-  writer.add_tensor('output_norm.weight', np.zeros(64, np.float32))
-  finish(writer)
-  assert_refused(path, 'deci.attention.head_count', '[4, 0]')
-
-
 def test_the_family_that_our_own_export_names(tmp_path):
   path = tmp_path / 'tiny.gguf'
   write_model(path, tiny_config('llama'), extra=lambda w: w.add_string(gguf_model.FAMILY_KEY, 'mistral'))
   assert gguf_model.read_config(path) == tiny_config('mistral')
   write_model(path, tiny_config('llama'), extra=lambda w: w.add_string(gguf_model.FAMILY_KEY, 'gpt2'))
-  assert_refused(path, gguf_model.FAMILY_KEY, "'gpt2'", 'mistral')
+  assert_refused(path, 'gpt2')
 
 
 def llama3_factors(theta: float, head_dim: int, factor: float) -> np.ndarray:
@@ -255,7 +228,7 @@ def test_another_llama3_rope_scaling_that_our_own_export_names(tmp_path):
   assert gguf_model.read_config(path) == config
   for wrong in (None, [2.0, 1.5, 3.3, 65.0], [2.0, 1.5], [2.0, 1.5, float('nan'), 64.0]):
     write(wrong)
-    assert_refused(path, 'rope_freqs.weight')
+    assert_refused(path)
 
 
 @pytest.mark.parametrize('key', ['rope.scaling.factor', 'rope.scale_linear'])
@@ -266,57 +239,67 @@ def test_linear_rope_scaling_by_its_new_and_old_name(tmp_path, key):
     assert gguf_model.read_config(path).rope == RopeConfig(config.rope.theta, scaling)
 
 
-@pytest.mark.parametrize('key', ['rope.scaling.factor', 'rope.scale_linear'])
-@pytest.mark.parametrize('factor', [-2.0, float('nan'), float('inf')])
-def test_a_linear_rope_scaling_that_is_no_factor_is_refused(tmp_path, key, factor):
-  path = tmp_path / 'tiny.gguf'
-  write_model(path, tiny_config('llama'), extra=lambda w: w.add_float32(f'llama.{key}', factor))
-  assert_refused(path, f'llama.{key} = {factor}', 'a finite number above 0')
+def changed(key, value):
+  """Replaces a number of the header."""
+
+  def change(writer):
+    del writer.kv_data[0][f'llama.{key}']
+    (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f'llama.{key}', value)
+
+  return change
 
 
-@pytest.mark.parametrize('key', ['rope.freq_base', 'attention.layer_norm_rms_epsilon'])
-@pytest.mark.parametrize('value', [0.0, -1.0, float('nan'), float('inf')])
-def test_a_base_or_epsilon_that_is_no_positive_number_is_refused(tmp_path, key, value):
-  path, metadata = tmp_path / 'tiny.gguf', f'llama.{key}'
-
-  def replace(writer):
-    del writer.kv_data[0][metadata]
-    writer.add_float32(metadata, value)
-
-  write_model(path, tiny_config('llama'), extra=replace)
-  assert_refused(path, f'{metadata} = {value}', 'a finite number above 0')
+def two_scalings(writer):
+  writer.add_float32('llama.rope.scaling.factor', 2.0)
+  writer.add_tensor(gguf_model.ROPE_FREQS, llama3_factors(500000.0, 16, 8.0))
 
 
-def test_linear_rope_scaling_together_with_rope_factors_is_refused(tmp_path):
-  def extra(writer):
-    writer.add_float32('llama.rope.scaling.factor', 2.0)
-    writer.add_tensor('rope_freqs.weight', llama3_factors(500000.0, 16, 8.0))
-
-  write_model(tmp_path / 'tiny.gguf', tiny_config('llama'), extra=extra)
-  assert_refused(tmp_path / 'tiny.gguf', 'rope_freqs.weight', 'linear')
+def factors_of_rope(change):
+  factors = change(llama3_factors(500000.0, 16, 8.0)).astype(np.float32)
+  return lambda writer: writer.add_tensor(gguf_model.ROPE_FREQS, factors)
 
 
-def test_other_rope_factors_are_refused(tmp_path):
-  factors = llama3_factors(500000.0, 16, 8.0)
-  for i, wrong in enumerate((factors * np.float32(1.01), factors[:-1], np.full(8, np.nan, np.float32))):
-    path = tmp_path / f'{i}.gguf'
-    write_model(path, tiny_config('llama'), extra=lambda w, f=wrong: w.add_tensor('rope_freqs.weight', f))
-    assert_refused(path, 'rope_freqs.weight')
+def widths(values):
+  def change(writer):
+    field = writer.kv_data[0]['llama.attention.head_count']
+    field.value, field.type = values, gguf_package.GGUFValueType.ARRAY
+
+  return change
 
 
-UNSUPPORTED = {
-  'expert_count': lambda w: w.add_expert_count(8),
-  'rope.scaling.type': lambda w: w.add_rope_scaling_type(gguf_package.RopeScalingType.YARN),
-  'attention.sliding_window': lambda w: w.add_sliding_window(128),
-  'attention.causal': lambda w: w.add_causal_attention(False),
+ONES = np.ones(4, np.float32)
+REFUSED = {
+  'llama.rope.scaling.factor = -2.0': lambda w: w.add_float32('llama.rope.scaling.factor', -2.0),
+  'llama.rope.scale_linear = nan': lambda w: w.add_float32('llama.rope.scale_linear', float('nan')),
+  'llama.rope.freq_base = 0.0': changed('rope.freq_base', 0.0),
+  'llama.rope.freq_base = nan': changed('rope.freq_base', float('nan')),
+  'llama.attention.layer_norm_rms_epsilon = inf': changed('attention.layer_norm_rms_epsilon', float('inf')),
+  'without another scaling': two_scalings,
+  'rope_freqs.weight': factors_of_rope(lambda x: 1.01 * x),
+  'is not the llama3': factors_of_rope(lambda x: x[:-1]),
+  'rope_freqs': factors_of_rope(lambda x: np.full_like(x, np.nan)),
+  'llama.expert_count': lambda w: w.add_expert_count(8),
+  'llama.rope.scaling.type': lambda w: w.add_rope_scaling_type(gguf_package.RopeScalingType.YARN),
+  'llama.attention.sliding_window': lambda w: w.add_sliding_window(128),
+  'llama.attention.causal': lambda w: w.add_causal_attention(False),
+  'num_heads=0': widths([4, 0]),
+  '3 widths for 2 layers': widths([4, 4, 4]),
+  'llama.rope.dimension_count = 16': changed('attention.key_length', 200_000_001),
+  'for 100000 layers': changed('block_count', 100_000),
+  'hidden_size 0': changed('embedding_length', 0),
+  'blk.0.ffn_gate_inp.weight is extra': lambda w: w.add_tensor(
+    'blk.0.ffn_gate_inp.weight', np.zeros(4, 'f4')
+  ),
+  'odd is extra': lambda w: w.add_tensor('odd', ONES),
+  'type 20': lambda w: w.add_tensor('output.x', np.zeros((2, 18), np.uint8), raw_dtype=Type.IQ4_NL),
 }
 
 
-@pytest.mark.parametrize('key', UNSUPPORTED)
-def test_unsupported_features_are_refused_by_name(tmp_path, key):
+@pytest.mark.parametrize('named', REFUSED)
+def test_what_would_be_computed_wrongly_is_refused_by_name(tmp_path, named):
   path = tmp_path / 'tiny.gguf'
-  write_model(path, tiny_config('llama'), extra=UNSUPPORTED[key])
-  assert_refused(path, f'llama.{key}')
+  write_model(path, tiny_config('llama'), extra=REFUSED[named])
+  assert_refused(path, named)
 
 
 def test_harmless_values_of_those_features_pass(tmp_path):
@@ -363,81 +346,33 @@ def test_a_split_model_must_be_whole_and_named_by_its_first_file(split, tmp_path
   third.write_bytes(second.read_bytes())
   assert_refused(first, 'is not part 3 of the 3 files')
   third.write_bytes(content[:-40])
-  with pytest.raises(InputError, match=f'{third.name}: corrupt or truncated'):
-    gguf_model.read_config(first)
+  assert third.name in refused(open_source, str(first))
   third.unlink()
-  assert_refused(first, 'first of 3 files', f'{third.name} is missing: download it too')
-
-
-def test_unsupported_architecture_is_refused(tmp_path):
-  path = tmp_path / 'tiny.gguf'
-  writer = gguf_package.GGUFWriter(path, 'gemma')
-  writer.add_block_count(1)
-  finish(writer)
-  assert_refused(path, "'gemma'", 'llama')
-  assert_refused(path, "'gemma'", call=gguf_model.open_tensors)
-
-
-@pytest.mark.parametrize('kind', [Type.IQ4_NL, Type.TQ1_0], ids=lambda kind: kind.name)
-def test_unsupported_tensor_type_is_refused(tmp_path, kind):
-  def extra(writer):
-    size = gguf_package.GGML_QUANT_SIZES[kind][1]
-    writer.add_tensor('output.weight', np.zeros((2, size), np.uint8), raw_dtype=kind)
-
-  path = tmp_path / 'tiny.gguf'
-  write_model(path, tiny_config('llama', tie_embeddings=True), extra=extra)
-  assert_refused(path, 'output.weight', kind.name, 'Q4_K', call=gguf_model.open_tensors)
-
-
-@pytest.mark.parametrize('name', ['blk.0.ffn_gate_inp.weight', 'blk.0.ffn_gate.bias', 'odd'])
-def test_unknown_tensor_is_refused(tmp_path, name):
-  path = tmp_path / 'tiny.gguf'
-  write_model(path, tiny_config('llama'), extra=lambda w: w.add_tensor(name, np.zeros(4, np.float32)))
-  assert_refused(path, name, call=gguf_model.open_tensors)
-
-
-def test_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
-  path = tmp_path / 'tiny.gguf'
-  write_model(path, tiny_config('llama'), extra=lambda w: w.add_token_list([f't{i}' for i in range(41)]))
-  assert_refused(path, '41', '40')
+  assert third.name in refused(open_source, str(first))
 
 
 def test_missing_empty_and_foreign_files_are_refused(tmp_path):
-  for call in (gguf_model.read_config, gguf_model.open_tensors, gguf_tokenizer.load_tokenizer):
-    assert_refused(tmp_path / 'absent.gguf', 'check the path', call=call)
-    assert_refused(tmp_path, call=call)
-    for content in (b'', b'GGU', b'PK\x03\x04' + bytes(100), b'GGUF' + struct.pack('<I', 1) + bytes(100)):
-      (tmp_path / 'bad.gguf').write_bytes(content)
-      assert_refused(tmp_path / 'bad.gguf', 'download it again', call=call)
+  assert_refused(tmp_path / 'absent.gguf')
+  (tmp_path / 'directory.gguf').mkdir()
+  assert_refused(tmp_path / 'directory.gguf')
+  gemma = gguf_package.GGUFWriter(tmp_path / 'gemma.gguf', 'gemma')
+  finish(gemma)
+  assert_refused(tmp_path / 'gemma.gguf', "'gemma'", 'llama')
+  for content in (b'', b'GGU', b'PK\x03\x04' + bytes(100), b'GGUF' + struct.pack('<I', 1) + bytes(100)):
+    (tmp_path / 'bad.gguf').write_bytes(content)
+    assert_refused(tmp_path / 'bad.gguf')
 
 
-def test_truncated_and_damaged_files_never_crash(tmp_path):
-  path, bad = tmp_path / 'tiny.gguf', tmp_path / 'bad.gguf'
-  write_model(path, tiny_config('llama', vocab_size=300), extra=lambda w: add_byte_level(w, 'gpt-2'))
-  whole = path.read_bytes()
-  header = gguf_package.GGUFReader(path).data_offset
-  for length in (*range(0, header, 211), header, len(whole) - 1):
-    bad.write_bytes(whole[:length])
-    assert_refused(bad, 'truncated')
-  rng = np.random.default_rng(0)
-  for _ in range(300):
-    damaged = bytearray(whole)
-    for at in rng.integers(0, header, 3):
-      damaged[at] = rng.integers(256)
-    bad.write_bytes(damaged)
-    try:
-      check_tensors(gguf_model.read_config(bad), gguf_model.open_tensors(bad))
-    except InputError as error:
-      assert '\n' not in str(error)
-
-
-def test_a_damaged_array_length_ends_at_the_end_of_the_file(tmp_path):
+def test_a_tensor_that_is_not_where_the_one_before_it_ends_is_refused(tmp_path):
+  """As in llama.cpp: it would have another tensor's weights."""
   path = tmp_path / 'tiny.gguf'
-  write_model(path, tiny_config('llama', vocab_size=300), extra=lambda w: add_byte_level(w, 'gpt-2'))
-  damaged, key = bytearray(path.read_bytes()), b'tokenizer.ggml.token_type'
-  struct.pack_into('<Q', damaged, damaged.index(key) + len(key) + 8, 2**60)
-  path.write_bytes(damaged)
-  assert_refused(path, 'truncated')
+  write_model(path, tiny_config('llama'))
+  content, name = path.read_bytes(), b'blk.1.ffn_up.weight'
+  at = content.index(name) + len(name) + 4 + 2 * 8 + 4
+  (offset,) = struct.unpack_from('<Q', content, at)
+  for other in (0, offset - 32, offset + 32):
+    path.write_bytes(content[:at] + struct.pack('<Q', other) + content[at + 8 :])
+    assert_refused(path, name.decode())
 
 
 SPECIALS = ['<|end|>', '<|start|>', '<｜odd▁begin｜>', '<think>']
@@ -521,30 +456,28 @@ def test_saved_tokenizer_gives_equal_ids(tmp_path, pre):
   assert loaded.special_tokens_map == tokenizer.special_tokens_map
 
 
-def test_unusable_tokenizers_are_refused(tmp_path):
-  def load(change):
-    path = tmp_path / 'tiny.gguf'
-    writer = new_writer(path, tiny_config('llama'))
+@pytest.mark.parametrize(
+  'key, value',
+  [
+    ('pre', 'tekken'),
+    ('model', 't5'),
+    ('bos_token_id', 4000),
+    ('merges', ['h e', 'h q']),
+    ('token_type', [1, 1]),
+    ('tokens', ['a', 'a']),
+    ('tokens', [1, 2]),
+    ('tokens', [f't{i}' for i in range(301)]),
+  ],
+)
+def test_unusable_tokenizers_are_refused(tmp_path, key, value):
+  path = tmp_path / 'tiny.gguf'
+
+  def extra(writer):
     add_byte_level(writer, 'gpt-2')
-    fields = writer.kv_data[0]
-    change(fields)
-    finish(writer)
-    return path
+    writer.kv_data[0][f'tokenizer.ggml.{key}'].value = value
 
-  def value(key, new):
-    return lambda fields: setattr(fields[f'tokenizer.ggml.{key}'], 'value', new)
-
-  for change, words in (
-    (value('pre', 'tekken'), ('tokenizer.ggml.pre', "'tekken'", 'smollm')),
-    (value('model', 't5'), ('tokenizer.ggml.model', "'t5'")),
-    (value('bos_token_id', 4000), ('bos_token_id', '4000')),
-    (value('merges', ['h e', 'h q']), ('merges', "'q'")),
-    (value('token_type', [1, 1]), ('token_type',)),
-    (value('tokens', ['a', 'a']), ('tokens',)),
-    (value('tokens', [1, 2]), ('tokens', 'str')),
-    (lambda fields: fields.pop('tokenizer.ggml.pre'), ('tokenizer.ggml.pre',)),
-  ):
-    assert_refused(load(change), *words, call=gguf_tokenizer.load_tokenizer)
+  write_model(path, tiny_config('llama', vocab_size=300), extra=extra)
+  assert str(path) in refused(open_source(str(path)).load_tokenizer)
 
 
 PIECES = {'▁a': -1, 'b': -9, 'ab': -2, 'bc': -1.5, '▁': -8, 'a': -7, 'c': -6, '▁ab': -4, 'cc': -3, '你': -5}
@@ -606,6 +539,14 @@ def test_sentence_piece_special_tokens_and_space_prefix(tmp_path):
   bare = sentence_piece(tmp_path / 'bare.gguf', prefix=False)
   assert bare.tokenize('a a') == ['a', '▁a']
   assert bare.decode(bare(' a').input_ids, skip_special_tokens=True) == ' a'
+
+
+def test_one_very_long_token_takes_no_time(tmp_path):
+  """To try all its cuts takes the square of its length."""
+  start = time.monotonic()
+  tokenizer = sentence_piece(tmp_path / 'tiny.gguf', PIECES | {'x' * 200_000: -20})
+  assert tokenizer.tokenize('abc') == sentence_piece_reference('abc', PIECES)
+  assert time.monotonic() - start < 5
 
 
 @pytest.fixture(scope='module')

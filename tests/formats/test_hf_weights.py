@@ -2,8 +2,6 @@
 
 import json
 import math
-import pathlib
-import re
 import struct
 
 import jax
@@ -13,13 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adapt_jax.models.config import LayerShape, LinearScaling, Llama3Scaling, RopeConfig, count_params
-from adapt_jax.models.errors import InputError
 from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.formats.hf_config import config_from_hf, config_to_hf
 from adapt_jax.models.formats.hf_weights import save_params
 from adapt_jax.models.formats.safetensors import INDEX_NAME
 from adapt_jax.models.formats.source import open_source
-from tests.support.helpers import UNIFORM, random_params, randomise, save_checkpoint, tiny_config
+from tests.support.helpers import UNIFORM, random_params, randomise, refused, save_checkpoint, tiny_config
 
 
 def files(directory):
@@ -34,17 +31,21 @@ def tensors(directory):
   return {k: (v.dtype.name, v.shape, v.tobytes()) for k, v in merged.items()}
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-@pytest.mark.parametrize('sharded', [False, True])
-def test_transformers_checkpoint_keeps_its_bits(family, dtype, sharded, tmp_path):
+DTYPES = ('float32', 'bfloat16', 'float16')
+STOCK = [(family, DTYPES[i % 3], i % 2 == 0, {}) for i, family in enumerate(FAMILIES)]
+STOCK += [('llama', 'bfloat16', False, {'qkv_bias': True}), ('olmo2', 'float16', True, {'qkv_bias': True})]
+
+
+@pytest.mark.parametrize('family, dtype, sharded, fields', STOCK)
+def test_transformers_checkpoint_keeps_its_bits(family, dtype, sharded, fields, tmp_path):
   torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
-  raw = config_to_hf(tiny_config(family, UNIFORM))
-  config = transformers.AutoConfig.for_model(**raw, pad_token_id=None)
-  model = randomise(transformers.AutoModelForCausalLM.from_config(config)).to(getattr(torch, dtype))
+  config = tiny_config(family, UNIFORM, **fields)
+  stock = transformers.AutoConfig.for_model(**config_to_hf(config), pad_token_id=None)
+  model = randomise(transformers.AutoModelForCausalLM.from_config(stock)).to(getattr(torch, dtype))
   model.save_pretrained(tmp_path / 'in', max_shard_size=20_000 if sharded else '1GB')
   source = open_source(str(tmp_path / 'in'))
-  assert source.dtype == dtype and source.config == tiny_config(family, UNIFORM)
+  assert source.dtype == dtype and source.config == config
+  assert count_params(config) == model.num_parameters()
   (tmp_path / 'out').mkdir()
   save_params(source.config, source.load_params(), tmp_path / 'out', shard_bytes=20_000 if sharded else 10**9)
   for directory in (tmp_path / 'in', tmp_path / 'out'):
@@ -54,24 +55,6 @@ def test_transformers_checkpoint_keeps_its_bits(family, dtype, sharded, tmp_path
   again = type(model).from_pretrained(tmp_path / 'out', dtype=model.dtype)
   for (name, ours), theirs in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
     assert torch.equal(ours, theirs), name
-
-
-@pytest.mark.parametrize('family', [f for f, traits in FAMILIES.items() if traits.qkv_bias == 'optional'])
-def test_a_stock_checkpoint_with_attention_bias_keeps_its_tensors(family, tmp_path):
-  transformers = pytest.importorskip('transformers')
-  pytest.importorskip('torch')
-  config = tiny_config(family, UNIFORM, qkv_bias=True)
-  fields = config_to_hf(config)
-  assert fields['attention_bias'] and config_from_hf(fields, 'here') == config
-  fields |= {'pad_token_id': None}
-  model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields))
-  randomise(model).save_pretrained(tmp_path / 'in')
-  source = open_source(str(tmp_path / 'in'))
-  assert source.config == config
-  (tmp_path / 'out').mkdir()
-  save_params(source.config, source.load_params(), tmp_path / 'out')
-  assert tensors(tmp_path / 'out') == tensors(tmp_path / 'in')
-  assert count_params(config) == model.num_parameters()
 
 
 @pytest.mark.parametrize('stored, wanted', [('float32', 'bfloat16'), ('bfloat16', 'float32')])
@@ -130,15 +113,16 @@ SCALED = RopeConfig(5e5, Llama3Scaling(8.0, 1.0, 4.0, 32))
     ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}, RopeConfig(5e5)),
     ({'rope_parameters': {'rope_theta': 5e5}}, RopeConfig(5e5)),
     ({'rope_parameters': LLAMA3 | {'rope_type': 'llama3', 'rope_theta': 5e5}}, SCALED),
+    # As in transformers 5: what is said of the embedding itself wins.
+    ({'rope_theta': 1e4, 'rope_parameters': {'rope_theta': 5e5}}, RopeConfig(5e5)),
+    (
+      {'rope_scaling': {'rope_type': 'default', 'rope_theta': 5e5}, 'rope_parameters': LLAMA3},
+      RopeConfig(5e5),
+    ),
   ],
 )
 def test_both_spellings_of_rope_are_read(fields, expected):
   assert config_from_hf(base() | fields, 'here').rope == expected
-
-
-def test_gemma2_names_its_activation_as_vllm_reads_it():
-  found = config_to_hf(tiny_config('gemma2'))
-  assert found['hidden_act'] == found['hidden_activation'] == 'gelu_pytorch_tanh'
 
 
 def test_both_spellings_of_gemma3_are_read():
@@ -166,117 +150,83 @@ def base(family='llama', **fields):
 
 
 REFUSED = [
-  ('model_type', {'model_type': 'gpt2'}),
-  ("'gemma3'", {'model_type': 'gemma3'}),
-  ("'granitemoe'", {'model_type': 'granitemoe'}),
-  ('use_bidirectional_attention', base('gemma3_text', use_bidirectional_attention=True)),
-  ('layer_types', base('gemma2', layer_types=['chunked_attention'] * 2)),
-  ('hidden_activation', base('gemma2', hidden_activation='relu')),
-  ('no_rope_layers', base('smollm3', no_rope_layers=[1])),
-  ('longrope', base('phi3', rope_scaling={'type': 'longrope'})),
-  ('same heads', base('olmo2', per_layer_config={'0': {'num_attention_heads': 3, 'num_key_value_heads': 1}})),
-  ('never run', {'model_type': 'mystery', 'auto_map': {'AutoModel': 'modeling_mystery.Model'}}),
-  ('model_type', {'model_type': None}),
-  ('yarn', {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}}),
-  ('dynamic', {'rope_parameters': {'rope_type': 'dynamic', 'factor': 2.0, 'rope_theta': 1e4}}),
-  (
-    'yarn',
-    {'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}},
-  ),
-  ('low_freq_factor', {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}),
-  (
-    'rotary scaling of layers with sliding_attention',
-    base(
-      'gemma3_text',
-      rope_local_base_freq=1e4,
-      rope_parameters={'sliding_attention': {'rope_type': 'linear', 'factor': 2.0}},
-    ),
-  ),
-  ('factor', {'rope_scaling': {'type': 'linear'}}),
-  ('sliding_window', base('qwen2', use_sliding_window=True, sliding_window=64)),
-  ('sliding_window', base('qwen3', layer_types=['full_attention', 'sliding_attention'])),
-  ('num_local_experts', {'num_local_experts': 8}),
-  ('num_experts', {'num_experts': 8}),
-  ('attention_bias', base('mistral', attention_bias=True)),
-  ('mlp_bias', {'mlp_bias': True}),
-  ('hidden_act', {'hidden_act': 'gelu'}),
-  ('layer_sharing', {'model_type': 'mobilellm', 'layer_sharing': True}),
-  ('quantization_config', {'quantization_config': {'quant_method': 'gptq'}}),
-  ('partial_rotary_factor', {'partial_rotary_factor': 0.5}),
-  ("'skip'", {'per_layer_config': {'0': {'skip': ['mlp']}}}),
-  ("layer '2' of 2", {'per_layer_config': {'2': {'intermediate_size': 8}}}),
-  ("layer '-1' of 2", {'per_layer_config': {'-1': {'intermediate_size': 8}}}),
-  ('num_kv_heads', {'num_key_value_heads': 4}),
-  ('head_dim', {'head_dim': 7}),
+  {'model_type': None},
+  {'model_type': 'gemma3'},
+  {'model_type': 'mystery', 'auto_map': {'AutoModel': 'modeling_mystery.Model'}},
+  base('gemma3_text', use_bidirectional_attention=True),
+  base('gemma2', layer_types=['chunked_attention'] * 2),
+  base('gemma2', layer_types=['full_attention']),
+  base('gemma2', hidden_activation='relu'),
+  base('smollm3', no_rope_layers=[1]),
+  base('smollm3', no_rope_layers=[1, 2]),
+  base('olmo2', per_layer_config={'0': {'num_attention_heads': 3, 'num_key_value_heads': 1}}),
+  {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}},
+  {'rope_parameters': {'rope_type': 'dynamic', 'factor': 2.0, 'rope_theta': 1e4}},
+  {'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}},
+  {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}},
+  {'rope_scaling': LLAMA3 | {'rope_type': 'llama3', 'factor': None}},
+  {'rope_scaling': LLAMA3 | {'rope_type': 'llama3', 'low_freq_factor': 4.0}},
+  {'rope_scaling': {'type': 'linear'}},
+  {'rope_scaling': 'llama3'},
+  {'rope_parameters': [1]},
+  base('gemma3_text', rope_parameters={'sliding_attention': {'rope_type': 'linear', 'factor': 2.0}}),
+  base('qwen2', use_sliding_window=True, sliding_window=64, max_window_layers=1),
+  base('qwen3', layer_types=['full_attention', 'sliding_attention'], sliding_window=64),
+  base('smollm3', use_sliding_window=True, sliding_window=64),
+  {'num_local_experts': 8},
+  {'num_experts': 8},
+  base('mistral', attention_bias=True),
+  {'mlp_bias': True},
+  {'hidden_act': 'gelu'},
+  {'model_type': 'mobilellm', 'layer_sharing': True},
+  {'quantization_config': {'quant_method': 'gptq'}},
+  {'partial_rotary_factor': 0.5},
+  {'rope_parameters': {'rope_theta': 1e4, 'partial_rotary_factor': 0.5}},
+  {'per_layer_config': {'0': {'skip': ['mlp']}}},
+  {'per_layer_config': {'2': {'intermediate_size': 8}}},
+  {'per_layer_config': {'-1': {'intermediate_size': 8}}},
+  {'per_layer_config': {'0': {'intermediate_size': None}}},
+  {'num_key_value_heads': 4},
+  {'head_dim': 7},
+  {'head_dim': 'abc'},
+  {'num_attention_heads': 96, 'head_dim': None},
+  {'rope_theta': math.nan},
+  {'rope_parameters': {'rope_theta': math.inf}},
+  {'model_type': 'granite', 'embedding_multiplier': None},
+  {'model_type': 'gemma2', 'query_pre_attn_scalar': None},
+  {'hidden_size': 48.5},
+  {'vocab_size': True},
+  {'num_hidden_layers': 0},
+  {'num_hidden_layers': 2**31 - 1},
+  {'num_key_value_heads': 0},
+  {'intermediate_size': 10**12},
+  {'rms_norm_eps': 10**400},
+  *({name: None} for name in ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'vocab_size')),
 ]
 
 
-@pytest.mark.parametrize('named, fields', REFUSED)
-def test_what_would_be_computed_wrongly_is_refused_by_name(named, fields):
-  with pytest.raises(InputError, match=re.escape(named)) as refusal:
-    config_from_hf(base() | fields, 'here')
-  assert '\n' not in str(refusal.value)
-
-
-@pytest.mark.parametrize('field', ['hidden_size', 'intermediate_size', 'num_hidden_layers', 'vocab_size'])
-def test_an_incomplete_config_is_refused_by_name(field):
-  raw = {k: v for k, v in base().items() if k != field}
-  with pytest.raises(InputError, match=field):
-    config_from_hf(raw, 'here')
-
-
-@pytest.mark.parametrize('raw', [[], None, base(hidden_size=None), base(vocab_size='many')])
-def test_a_config_of_another_kind_is_refused(raw):
-  with pytest.raises(InputError, match='config.json'):
-    config_from_hf(raw, 'here')
-
-
-ODD = [
-  ("head_dim = 'abc'", {'head_dim': 'abc'}),
-  ('head_dim = 0', {'num_attention_heads': 96, 'head_dim': None}),
-  ("rope_theta = 'x'", {'rope_theta': 'x'}),
-  ('rope_theta = nan', {'rope_theta': math.nan}),
-  ('rope_theta = inf', {'rope_parameters': {'rope_theta': math.inf}}),
-  ('rope_parameters = [1]', {'rope_parameters': [1]}),
-  ("rope_scaling = 'llama3'", {'rope_scaling': 'llama3'}),
-  ('factor', {'rope_scaling': LLAMA3 | {'rope_type': 'llama3', 'factor': None}}),
-  ('low_freq_factor', {'rope_scaling': LLAMA3 | {'rope_type': 'llama3', 'low_freq_factor': 4.0}}),
-  ('layer_types = 5', {'layer_types': 5}),
-  ('embedding_multiplier = None', {'model_type': 'granite', 'embedding_multiplier': None}),
-  ('logits_scaling = None', {'model_type': 'granite', 'logits_scaling': None}),
-  ('query_pre_attn_scalar = None', {'model_type': 'gemma2', 'query_pre_attn_scalar': None}),
-  ('hidden_size = 0', {'hidden_size': 0}),
-  ('hidden_size = -48', {'hidden_size': -48}),
-  ('hidden_size = 48.5', {'hidden_size': 48.5}),
-  ('vocab_size = True', {'vocab_size': True}),
-  ('num_attention_heads = 0', {'num_attention_heads': 0}),
-  ('num_hidden_layers = 0', {'num_hidden_layers': 0}),
-  ('num_key_value_heads = 0', {'num_key_value_heads': 0}),
-  ('intermediate_size = 1000000000000', {'intermediate_size': 10**12}),
-  ('max_position_embeddings = None', {'max_position_embeddings': None}),
-  ("sliding_window = 'x'", base('mistral', sliding_window='x')),
-  ('rms_norm_eps = nan', {'rms_norm_eps': math.nan}),
-  ('OverflowError', {'rms_norm_eps': 10**400}),
-  ('per_layer_config = [1]', {'per_layer_config': [1]}),
-  ('per_layer_config has 5', {'per_layer_config': {'0': 5}}),
-  ("intermediate_size = 'a'", {'per_layer_config': {'0': {'intermediate_size': 'a'}}}),
-  ('intermediate_size = 1.5', {'per_layer_config': {'0': {'intermediate_size': 1.5}}}),
-  ('intermediate_size = None', {'per_layer_config': {'0': {'intermediate_size': None}}}),
-]
-
-
-@pytest.mark.parametrize('named, fields', ODD)
-def test_odd_values_are_refused_with_the_file(named, fields):
-  with pytest.raises(InputError, match=re.escape(named)) as refusal:
-    config_from_hf(base() | fields, 'here')
-  assert str(refusal.value).startswith('here/config.json: ') and '\n' not in str(refusal.value)
+@pytest.mark.parametrize('fields', REFUSED, ids=str)
+def test_what_would_be_computed_wrongly_is_refused_with_the_file(fields):
+  message = refused(config_from_hf, base() | fields, 'here')
+  assert message.startswith('here/config.json: ') and ('mystery' not in str(fields) or 'never run' in message)
 
 
 def test_sliding_windows_out_of_use_are_accepted():
   assert config_from_hf(base('mistral', sliding_window=128), 'here').layers == UNIFORM
   config_from_hf(base('mistral', sliding_window=None, max_position_embeddings=32768), 'here')
   config_from_hf(base('qwen2', use_sliding_window=False, sliding_window=64), 'here')
+  for layers in (2, 28):
+    used = {'use_sliding_window': True, 'sliding_window': 64, 'max_window_layers': layers}
+    assert config_from_hf(base('qwen3', **used), 'here').layers == UNIFORM
   config_from_hf(base('qwen3', layer_types=['full_attention'] * 2), 'here')
+
+
+def test_a_mistral_with_layer_types_has_windows_in_those_layers_only():
+  types = ['sliding_attention', 'full_attention']
+  config = config_from_hf(base('mistral', sliding_window=5, layer_types=types), 'here')
+  assert [shape.window for shape in config.layers] == [5, 0] and config.family == 'ministral'
+  alike = config_from_hf(base('mistral', sliding_window=5, layer_types=types[:1] * 2), 'here')
+  assert [shape.window for shape in alike.layers] == [5, 5] and alike.family == 'mistral'
 
 
 UP = 'model.layers.1.mlp.up_proj.weight'
@@ -331,30 +281,26 @@ def as_float8(directory):
 
 
 DAMAGES = {
-  'missing': (damage_tensors(lambda t: t.pop(UP)), f'{UP} is missing'),
-  'several-missing': (damage_tensors(lambda t: (t.pop(UP), t.pop(NORM))), 'is missing (and 1 more)'),
+  'missing': (damage_tensors(lambda t: (t.pop(UP), t.pop(NORM))), f'{UP} is missing (and 1 more)'),
   'extra': (damage_tensors(lambda t: t.update({'q_scale': t[NORM].copy()})), 'q_scale is extra'),
   'shape': (damage_tensors(lambda t: t.update({UP: t[UP][1:].copy()})), f'{UP} has shape [39, 48]'),
-  'integer': (damage_tensors(lambda t: t.update({UP: t[UP].astype(np.int8)})), f'{UP} has dtype I8'),
   'double': (damage_tensors(lambda t: t.update({UP: t[UP].astype(np.float64)})), f'{UP} has dtype F64'),
   'float8': (as_float8, f'{UP} has dtype F8_E4M3'),
-  'truncated': (truncate, 'corrupt or truncated'),
-  'empty': (lambda d: (d / 'model.safetensors').write_bytes(b''), 'corrupt or truncated'),
-  'no-weights': (lambda d: (d / 'model.safetensors').unlink(), 'no model.safetensors'),
+  'truncated': (truncate, 'model.safetensors'),
+  'empty': (lambda d: (d / 'model.safetensors').write_bytes(b''), 'model.safetensors'),
   'pickle': (only_pickle, 'convert the checkpoint to safetensors'),
-  'shard-absent': (index({UP: 'model-00001-of-00002.safetensors'}), 'lists model-00001-of-00002.safetensors'),
-  'not-in-shard': (index({'model.x.weight': 'model.safetensors'}), 'lists model.x.weight'),
-  'shard-number': (index({UP: 5}), 'has no weight_map of tensors to files'),
-  'shard-name-long': (index({UP: 'x' * 300}), 'cannot be read (File name too long)'),
-  'weights-directory': (as_directory('model.safetensors'), 'is a directory, not a file'),
-  'index-directory': (as_directory(INDEX_NAME), 'is a directory, not a file'),
-  'config-directory': (as_directory('config.json'), 'is a directory, not a file'),
-  'config-deep': (lambda d: (d / 'config.json').write_text('[' * 100_000), 'not valid JSON'),
-  'generation-not-json': (lambda d: (d / 'generation_config.json').write_text('{'), 'not valid JSON'),
-  'index-not-json': (lambda d: (d / INDEX_NAME).write_text('{"weight_map"'), 'not valid JSON'),
-  'config-not-json': (lambda d: (d / 'config.json').write_text('{"model_type": "lla'), 'not valid JSON'),
-  'config-not-text': (lambda d: (d / 'config.json').write_bytes(b'\xff\xfe\x00'), 'not valid JSON'),
-  'config-absent': (lambda d: (d / 'config.json').unlink(), 'no config.json'),
+  'shard-absent': (index({UP: 'model-00001-of-00002.safetensors'}), 'model-00001-of-00002.safetensors'),
+  'not-in-shard': (index({UP: 'model.safetensors', 'model.x.weight': 'other'}), 'other'),
+  'shard-number': (index({UP: 5}), INDEX_NAME),
+  'index-list': (index([UP]), INDEX_NAME),
+  'weights-directory': (as_directory('model.safetensors'), 'not a regular file'),
+  'config-directory': (as_directory('config.json'), 'not a regular file'),
+  'config-deep': (lambda d: (d / 'config.json').write_text('[' * 100_000), 'config.json'),
+  'config-cut': (lambda d: (d / 'config.json').write_text('{"model_type": "lla'), 'config.json'),
+  'config-list': (lambda d: (d / 'config.json').write_text('[]'), 'config.json'),
+  'config-not-text': (lambda d: (d / 'config.json').write_bytes(b'\xff\xfe\x00'), 'config.json'),
+  'config-absent': (lambda d: (d / 'config.json').unlink(), 'config.json'),
+  'generation-cut': (lambda d: (d / 'generation_config.json').write_text('{'), 'generation_config.json'),
 }
 
 
@@ -362,11 +308,10 @@ DAMAGES = {
 def test_damaged_checkpoints_are_refused_in_one_line(case, tmp_path):
   config = tiny_config(layers=UNIFORM)
   save_checkpoint(tmp_path, config, random_params(config))
-  damage, message = DAMAGES[case]
+  damage, named = DAMAGES[case]
   damage(tmp_path)
-  with pytest.raises(InputError, match=re.escape(message)) as refusal:
-    open_source(str(tmp_path))  # nothing is loaded
-  assert '\n' not in str(refusal.value) and str(tmp_path) in str(refusal.value)
+  message = refused(open_source, str(tmp_path))  # nothing is loaded
+  assert named in message and str(tmp_path) in message
 
 
 @pytest.mark.parametrize('stored', [False, True])
@@ -374,9 +319,8 @@ def test_output_biases_and_config_must_agree(stored, tmp_path):
   config = tiny_config('mistral', UNIFORM, output_bias=stored)
   raw = save_checkpoint(tmp_path, config, random_params(config))
   (tmp_path / 'config.json').write_text(json.dumps(raw | {'output_bias': not stored}))
-  message = f'mlp.down_proj.bias is {"extra" if stored else "missing"} (and 3 more)'
-  with pytest.raises(InputError, match=re.escape(message)):
-    open_source(str(tmp_path))
+  word = 'extra' if stored else 'missing'
+  assert f'mlp.down_proj.bias is {word} (and 3 more)' in refused(open_source, str(tmp_path))
 
 
 def test_old_rotary_buffers_and_tied_heads_are_left_out(tmp_path):
@@ -391,27 +335,9 @@ def test_old_rotary_buffers_and_tied_heads_are_left_out(tmp_path):
   assert 'lm_head' not in open_source(str(tmp_path)).load_params()
 
 
-def test_unreadable_directories_are_refused(tmp_path, monkeypatch):
-  """A stand-in for permissions, which root does not feel."""
-  plain = pathlib.Path.stat
-
-  def stat(path, **options):
-    if path.name == 'model.safetensors':
-      raise PermissionError(13, 'Permission denied', str(path))
-    return plain(path, **options)
-
-  config = tiny_config(layers=UNIFORM)
-  save_checkpoint(tmp_path, config, random_params(config))
-  monkeypatch.setattr(pathlib.Path, 'stat', stat)
-  with pytest.raises(InputError, match='cannot be read .Permission denied.') as refusal:
-    open_source(str(tmp_path))
-  assert str(tmp_path) in str(refusal.value)
-
-
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
-@pytest.mark.parametrize('family', ['llama', 'qwen2'])
-def test_abstract_params_are_those_of_the_loaded(family, dtype, tmp_path):
-  config = tiny_config(family, UNIFORM)
+def test_abstract_params_are_those_of_the_loaded(dtype, tmp_path):
+  config = tiny_config('qwen2', UNIFORM)
   save_checkpoint(tmp_path, config, random_params(config), dtype='float16')
   damage_tensors(lambda t: t.update({NORM: t[NORM].astype(np.float32)}))(tmp_path)
   source = open_source(str(tmp_path))

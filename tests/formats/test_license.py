@@ -46,17 +46,14 @@ def test_a_gguf_file_has_it_in_its_header():
 @pytest.mark.parametrize(
   'card',
   [
-    '',
     '# Title',
     '---\n: [\n---\n',
-    '---\n- a\n---\n',
-    '---\nlicense: [a, b]\n---\n',
     '---\nlicense: "a\\nb"\n---\n',
     '---\na: ' + '[' * 5000 + '\n---\n',
     b'\xff\xfe',
     None,
   ],
-  ids=range(9),
+  ids=range(6),
 )
 def test_a_card_without_one_does_not_stop_a_model(files, card):
   path = files / 'model/README.md'

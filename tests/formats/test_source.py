@@ -48,7 +48,7 @@ def test_hub_id_is_downloaded_as_weights_and_json_only(hub):
   source = open_source('some-org/some-model')
   (name, first), (again, patterns) = hub
   assert name == again == 'some-org/some-model' and first == 'config.json'
-  assert source.config.num_layers == 4 and len(source.load_tokenizer()) == source.config.vocab_size
+  assert len(source.load_tokenizer()) == source.config.vocab_size
   wanted = ['config.json', 'tokenizer.json', 'model-00001-of-00002.safetensors']
   unwanted = ['modeling.py', 'pytorch_model.bin', 'original/params.json', 'onnx/model.safetensors']
   unwanted += ['consolidated.safetensors', 'consolidated.00-of-02.safetensors']
@@ -212,14 +212,3 @@ def test_a_gguf_chat_model_ends_at_the_end_of_a_turn(tmp_path):
 
     write_model(path, tiny_config('llama'), extra=extra)
     assert open_source(str(path)).generation == expected
-
-
-def test_broken_tokenizer_is_one_line(files, tmp_path):
-  """The tokenizers library raises a bare Exception for it."""
-  path = tmp_path / 'model'
-  shutil.copytree(files / 'model', path)
-  raw = json.loads((path / 'tokenizer.json').read_text())
-  (path / 'tokenizer.json').write_text(json.dumps(raw | {'model': {}}))
-  with pytest.raises(InputError, match='model: the tokenizer cannot be loaded') as refusal:
-    open_source(str(path)).load_tokenizer()
-  assert '\n' not in str(refusal.value)

@@ -1,6 +1,5 @@
 """Weights move in slices: what is read, what is held at once, and what a failure leaves behind."""
 
-import contextlib
 import os
 import pathlib
 import resource
@@ -10,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
 
 from adapt_jax.export.hf import write_hf
 from adapt_jax.models.errors import disk_full
@@ -17,7 +17,7 @@ from adapt_jax.models.formats import gguf_model
 from adapt_jax.models.formats.hf_weights import leaves, load_params, save_params, stored_params
 from adapt_jax.models.formats.safetensors import SafetensorsReader
 from adapt_jax.models.formats.source import open_source
-from tests.formats.test_gguf_model import PLAIN, QUANTISED, write_model
+from tests.formats.test_gguf_model import write_model
 from tests.support.helpers import random_params, tiny_config
 from tests.support.streaming import CountingReader, divisible_config, write_checkpoints
 
@@ -61,24 +61,19 @@ def test_two_processes_load_and_save_a_model_sharded_over_both(checkpoints, tmp_
     assert not (tmp_path / f'{path.name}-1').exists()
 
 
-@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
-def test_loading_holds_one_tensor_of_the_file_at_a_time(dtype, checkpoints):
-  source = open_source(str(checkpoints / 'qwen2'))
-  reader = CountingReader(source.reader, source.config)
-  load_params(source.config, reader, dtype)
-  assert all((times == 1).all() for times in reader.times.values())
-  assert reader.peak == reader.largest() and reader.alive == 0
-
-
 @pytest.mark.parametrize('name', ['qwen2', 'llama.gguf'])
-def test_a_checkpoint_written_as_it_is_holds_one_tensor_at_a_time(name, checkpoints, tmp_path):
+def test_one_tensor_of_the_file_is_held_at_a_time(name, checkpoints, tmp_path):
+  """When all are loaded, and when a checkpoint is written as it is."""
   source = open_source(str(checkpoints / name))
-  reader = CountingReader(source.reader, source.config)
-  params = stored_params(source.config, reader)
-  assert reader.peak == 0
-  save_params(source.config, params, tmp_path)
-  assert all((times == 1).all() for times in reader.times.values())
-  assert reader.peak == reader.largest() and reader.alive == 0
+
+  def count(use):
+    reader = CountingReader(source.reader, source.config)
+    use(reader)
+    assert all((times == 1).all() for times in reader.times.values())
+    assert reader.peak == reader.largest() and reader.alive == 0
+
+  count(lambda reader: load_params(source.config, reader, 'float16'))
+  count(lambda reader: save_params(source.config, stored_params(source.config, reader), tmp_path))
 
 
 def check_parts(reader, config):
@@ -94,13 +89,11 @@ def check_parts(reader, config):
       np.testing.assert_array_equal(part, whole[index], err_msg=f'{leaf.name} {index}')
 
 
-@pytest.mark.parametrize('name', ['qwen2', 'qwen2-shards'])
-def test_parts_of_safetensors(name, checkpoints):
-  check_parts(SafetensorsReader(checkpoints / name), divisible_config('qwen2'))
+def test_parts_of_safetensors(checkpoints):
+  check_parts(SafetensorsReader(checkpoints / 'qwen2'), divisible_config('qwen2'))
 
 
-@pytest.mark.parametrize('kind', [*PLAIN, *QUANTISED], ids=lambda kind: kind.name)
-@pytest.mark.parametrize('family', ['llama', 'qwen3'])
+@pytest.mark.parametrize('family, kind', [('llama', Type.Q4_1), ('llama', Type.F16), ('qwen3', Type.Q8_0)])
 def test_parts_of_gguf(family, kind, tmp_path):
   """Blocks of 32 columns are cut, and so are heads, whose rows a llama file stores in another order."""
   config = divisible_config(family)
@@ -108,31 +101,24 @@ def test_parts_of_gguf(family, kind, tmp_path):
   check_parts(gguf_model.open_tensors(tmp_path / 'tiny.gguf'), config)
 
 
-def test_only_the_first_of_the_folded_axes_may_be_split(checkpoints):
-  config = divisible_config('llama')
-  query = next(leaf for leaf in leaves(config) if leaf.path[-1] == 'q')
+def test_only_the_first_of_the_folded_axes_may_be_split():
+  query = next(leaf for leaf in leaves(divisible_config('llama')) if leaf.path[-1] == 'q')
   K, G, H, D = query.shape
   assert query.hf_index(((1, 2), (0, G), (0, H), (8, 16))) == (slice(G * H, 2 * G * H), slice(8, 16))
-  with pytest.raises(ValueError, match='q_proj.weight.* is no block of rows and columns'):
+  with pytest.raises(ValueError):
     query.hf_index(((0, K), (0, G), (0, H // 2), (0, D)))
-
-
-@contextlib.contextmanager
-def largest_file(size):
-  """Writing beyond `size` bytes of a file fails, much as on a full disk."""
-  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
   config = tiny_config()
   (tmp_path / 'hf').mkdir()
   (tmp_path / 'hf/old').touch()
-  with pytest.raises(OSError, match='File too large') as failure, largest_file(100_000):
-    write_hf(config, random_params(config), tmp_path / 'hf')
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # much as on a full disk
+  try:
+    with pytest.raises(OSError, match='File too large') as failure:
+      write_hf(config, random_params(config), tmp_path / 'hf')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert disk_full(failure.value)
   assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*')] == ['hf', 'hf/old']

@@ -66,6 +66,7 @@ class KeepingCompiler(Compiler):
 KINDS: dict[str, tuple[dict[str, Any], ...]] = {
   'smollm3': ({}, {'rotary': False}),
   'phi3': ({'window': 5},),
+  'ministral': ({'window': 5}, {}),
   'gemma3_text': ({'window': 5}, {}),
   'gemma2': ({'window': 5}, {}),
 }
