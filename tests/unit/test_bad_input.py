@@ -73,7 +73,7 @@ CASES = [
   ({'evaluate.source': ('absent.txt',)}, 'evaluate.source', 'absent.txt'),
   ({'train.source': ('{odd}/rows.jsonl',)}, 'rows.jsonl', "'text'", "'body'"),
   ({'train.source': ('{odd}/chats.jsonl',)}, 'train.source', 'no token to predict'),
-  ({'train.source': ('{odd}/empty.npy',)}, 'train.source', 'it has no rows'),
+  ({'train.source': ('{odd}/empty.npy',)}, 'train.source', 'empty.npy'),
   ({'evaluate.source': ('{odd}/short.txt',), 'evaluate.length': 4096}, 'evaluate.source', '4096'),
   ({'prune.calibration.source': ('{files}/valid.txt',), 'prune.calibration.samples': 8192}, '8192'),
   ({'prune.calibration.source': ('{odd}/ids.npy',)}, 'prune.calibration.source', '99999', 'embedding'),

@@ -1,0 +1,16 @@
+"""A handful of fixed examples in `make test`; many random ones in `make fuzz`, which sets FUZZ_CASES."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+_CASES = os.environ.get('FUZZ_CASES')
+settings.register_profile(
+  'fuzz',
+  max_examples=int(_CASES or 10),
+  derandomize=not _CASES,
+  deadline=None,
+  database=None,
+  suppress_health_check=list(HealthCheck),
+)
+settings.load_profile('fuzz')

@@ -1,0 +1,226 @@
+"""Damaged files of others are read as before or refused in one line; no code is run and no file is added.
+
+A changed number in a config.json or a changed letter in a text is another valid file. Of files whose parts
+must fit together, such as the headers of weights, all that is read must be as it was.
+"""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from adapt_jax.data.documents import read_documents
+from adapt_jax.data.token_cache import Need, open_cache
+from adapt_jax.export.hf import write_hf
+from adapt_jax.export.writer import lineage
+from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.hf_weights import host_tensors, save_params
+from adapt_jax.models.formats.safetensors import INDEX_NAME
+from adapt_jax.models.formats.source import open_source
+from adapt_jax.pipeline.metrics import MetricsLog
+from tests.formats.test_gguf_model import add_byte_level, write_model
+from tests.formats.test_gguf_model import tiny_config as gguf_config
+from tests.support.helpers import random_params, tiny_config
+from tests.support.tokenizers_for_tests import tiny_tokenizer
+
+ODD = st.sampled_from(
+  (None, True, [], {}, [None], '', 'x', -1, 0, 1, 3, 2**31, 10**400, 0.5, float('nan'), '\ud800')
+)
+ODD |= st.integers() | st.floats() | st.text(max_size=9)
+FIELDS = {'text_field': 'text', 'messages_field': 'messages'}
+CODE = "open({path!r}, 'w')"
+
+
+@st.composite
+def bytes_damage(draw, end: int):
+  """A function that changes, removes or adds a few of the first `end` bytes, or cuts there."""
+  act = draw(st.sampled_from(('flip', 'flip', 'set', 'remove', 'insert', 'cut')))
+  at, size = draw(st.integers(0, max(0, end - 1))), draw(st.sampled_from((1, 2, 8, 100)))
+  bit, filler = draw(st.integers(0, 7)), draw(st.binary(min_size=1, max_size=1))
+
+  def damage(data: bytes) -> bytes:
+    if act == 'flip':
+      return data[:at] + bytes(b ^ 1 << bit for b in data[at : at + 1]) + data[at + 1 :]
+    middle = {'set': filler * size, 'insert': filler * size}.get(act, b'')
+    rest = {'set': at + size, 'remove': at + size, 'insert': at, 'cut': len(data)}[act]
+    return data[:at] + middle + data[rest:]
+
+  return damage
+
+
+@st.composite
+def json_damage(draw):
+  """A function that sets, removes or renames a value somewhere in a tree of JSON."""
+  steps = draw(st.lists(st.integers(0, 2**16), min_size=1, max_size=5))
+  value, act = draw(ODD), draw(st.sampled_from(('set', 'set', 'remove', 'rename')))
+
+  def damage(data: bytes) -> bytes:
+    tree = json.loads(data)
+    node = tree
+    for i, step in enumerate(steps):
+      keys = sorted(node) if isinstance(node, dict) else range(len(node))
+      key = keys[step % len(keys)]
+      if i + 1 == len(steps) or not isinstance(node[key], dict | list) or not node[key]:
+        break
+      node = node[key]
+    if act == 'set' or isinstance(node, list):
+      node[key] = value
+    else:
+      old = node.pop(key)
+      if act == 'rename':
+        node[f'{key}x'] = old
+    return json.dumps(tree).encode()
+
+  return damage
+
+
+def outcome(read):
+  """What is read, or None if one printable line refuses it."""
+  try:
+    return read()
+  except InputError as error:
+    message = str(error)
+    assert message and message.isprintable() and len(message) < 2100, message
+    return None
+
+
+def damaged(base: pathlib.Path, name: str, damage, read):
+  """The outcome of reading a copy of `base` with one damaged file; nothing else may appear beside it."""
+  place = base.parent / 'copy'
+  shutil.rmtree(place, ignore_errors=True)
+  shutil.copytree(base, place)
+  (place / name).write_bytes(damage((place / name).read_bytes()))
+  before = sorted(place.parent.rglob('*'))
+  found = outcome(lambda: read(place))
+  assert sorted(path for path in place.parent.rglob('*') if '__pycache__' not in path.parts) == before
+  return found
+
+
+def weights(path: pathlib.Path):
+  """The bits of all tensors by name, in Hugging Face's layout."""
+  source = open_source(str(path))
+  tensors = host_tensors(source.config, source.stored_params())
+  return {leaf.name: (array.dtype.name, array.shape, array.tobytes()) for leaf, array in tensors}
+
+
+def whole_model(path: pathlib.Path):
+  """All that is read of a model, used as a run uses it."""
+  source = open_source(str(path))
+  tokenizer = source.load_tokenizer()
+  lineage(source)
+  return source.config, tokenizer('the dog, "1234" déjà vu 🙂</s>')['input_ids'], tokenizer.chat_template
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+  """A pruned model in shards, with code beside it that nothing may run."""
+  place, tokenizer = tmp_path_factory.mktemp('model') / 'model', tiny_tokenizer()
+  config = tiny_config(vocab_size=len(tokenizer), output_bias=True)
+  params = random_params(config, dtype='bfloat16')
+  write_hf(config, params, place, tokenizer=tokenizer, generation={'eos_token_id': [1, 3]})
+  (place / 'model.safetensors').unlink()
+  save_params(config, params, place, shard_bytes=60_000)
+  (place / 'lineage.json').write_text(json.dumps({'model': {'source': 'somewhere'}, 'stages': []}))
+  for code in place.glob('*.py'):
+    code.write_text(CODE.format(path=str(place.parent / 'ran')))
+  return place
+
+
+@pytest.fixture(scope='module')
+def gguf(tmp_path_factory):
+  place = tmp_path_factory.mktemp('gguf') / 'model'
+  place.mkdir()
+  config = gguf_config('llama', vocab_size=300)
+  write_model(place / 'x.gguf', config, extra=lambda writer: add_byte_level(writer, 'gpt-2'))
+  return place
+
+
+NAMES = ('config.json', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'lineage.json')
+
+
+@given(st.sampled_from(NAMES), st.one_of(json_damage(), bytes_damage(3000)))
+def test_the_json_of_a_model(model, name, damage):
+  damaged(model, name, damage, whole_model)
+
+
+@given(st.data())
+def test_headers_of_safetensors(model, data):
+  expected = weights(model)
+  files = sorted(path.name for path in model.glob('*.safetensors'))
+  name = data.draw(st.sampled_from([*files, INDEX_NAME]))
+  content = (model / name).read_bytes()
+  end = len(content) if name == INDEX_NAME else 8 + int.from_bytes(content[:8], 'little')
+  assert damaged(model, name, data.draw(bytes_damage(end)), weights) in (None, expected)
+
+
+@given(st.data())
+def test_the_header_of_a_gguf_file(gguf, data):
+  """Its numbers, such as the base of rotary embeddings, may be others; its tensors may not."""
+  content = (gguf / 'x.gguf').read_bytes()
+  first, last = content.index(b'token_embd.weight'), content.index(b'blk.1.ffn_down.weight')
+  end = data.draw(st.sampled_from((first, last)))
+  damage = data.draw(bytes_damage(end))
+  found = damaged(gguf, 'x.gguf', damage, lambda path: weights(path / 'x.gguf'))
+  whole = damaged(gguf, 'x.gguf', lambda data: data, lambda path: weights(path / 'x.gguf'))
+  assert found is None or found == whole or set(found) == set(whole) and _as_another_family(found, whole)
+  damaged(gguf, 'x.gguf', damage, lambda path: whole_model(path / 'x.gguf'))
+
+
+def _as_another_family(found, whole):
+  """Rows of q and k are in another order in another architecture; the rest is the same."""
+  return all(found[name] == whole[name] for name in whole if 'q_proj' not in name and 'k_proj' not in name)
+
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+  place = tmp_path_factory.mktemp('texts') / 'texts'
+  place.mkdir()
+  rows = [{'text': f'the quick brown fox {i}'} for i in range(20)]
+  (place / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  (place / 'a.json').write_text(json.dumps(rows))
+  (place / 'a.txt').write_text('the quick brown fox\n' * 20)
+  parquet.write_table(pyarrow.Table.from_pylist(rows), place / 'a.parquet')
+  np.save(place / 'a.npy', np.arange(64, dtype=np.int32).reshape(4, 16))
+  return place
+
+
+@given(st.sampled_from(('a.jsonl', 'a.json', 'a.txt', 'a.parquet')), bytes_damage(1000))
+def test_texts(texts, name, damage):
+  damaged(
+    texts, name, damage, lambda path: list(read_documents((str(path / name),), 'train.source', **FIELDS))
+  )
+
+
+@given(st.sampled_from(('tokens', 'ends', 'meta.json')), bytes_damage(200))
+def test_a_damaged_token_cache_is_made_again(texts, name, damage):
+  def read(place):
+    fields = FIELDS | {'field': 'train.source'}
+    return (
+      open_cache(place / 'c', str(texts / 'a.txt'), tiny_tokenizer(), Need(30), **fields).tokens[:30].tolist()
+    )
+
+  base = texts.parent / 'cached'
+  if not base.exists():
+    base.mkdir()
+    read(base)
+  expected, (entry,) = read(base), (base / 'c').iterdir()
+  place = texts.parent / 'copy'
+  shutil.rmtree(place, ignore_errors=True)
+  shutil.copytree(base, place)
+  path = place / 'c' / entry.name / name
+  path.write_bytes(damage(path.read_bytes()))
+  assert outcome(lambda: read(place)) in (None, expected)
+
+
+@given(bytes_damage(500))
+def test_a_log(tmp_path_factory, damage):
+  path = tmp_path_factory.mktemp('log') / 'metrics.jsonl'
+  row = {'event': 'evaluate', 'of': 'dense', 'step': 0, 'perplexity': 2.5}
+  path.write_bytes(damage((json.dumps(row) + '\n').encode() * 5))
+  outcome(lambda: MetricsLog(path).read())
