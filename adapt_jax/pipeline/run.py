@@ -2,49 +2,31 @@
 
 import dataclasses
 import time
-from typing import Any
-
-import jax
 
 from adapt_jax.config.identity import settings
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.units import duration
-from adapt_jax.export.float16 import check_weights
-from adapt_jax.export.writer import Writer, written_dtype
 from adapt_jax.machine import preemption
-from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.preemption import Preempted
-from adapt_jax.machine.processes import decide, is_first, say
+from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.pipeline.base_run import BaseRun
 from adapt_jax.pipeline.dense_model import with_learning_rate
 from adapt_jax.pipeline.inputs import Inputs
-from adapt_jax.pipeline.measured import measured_latency
-from adapt_jax.pipeline.metrics import MetricsLog
-from adapt_jax.pipeline.quality import Quality
-from adapt_jax.pipeline.run_report import first, run_report, with_recovered
+from adapt_jax.pipeline.run_report import first, with_recovered
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.stages import Pruning, Recovery
 from adapt_jax.pipeline.state import RunState, StateStore
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import StepRecord
-from adapt_jax.reports import run_page
-from adapt_jax.reports.report import Of, RunReport, StageReport, versions, write_report
+from adapt_jax.reports.report import Of, RunReport, StageReport
 from adapt_jax.training.loop import Trained
 from adapt_jax.training.optim import optimizer
 
 
-class Run:
-  """One run of mode accel or prune in its workdir.
-
-  Args:
-    options: checked options.
-    inputs: model, tokenizer and token blocks, opened and checked.
-    workdir: a claimed workdir.
-    command: the command that reproduces the run, for its report.
-    shared: caches shared with other runs of this process on the same model.
-    export: whether to write the model.
-  """
+class Run(BaseRun):
+  """One run of mode accel or prune in its workdir: stages, checkpoints and resume."""
 
   def __init__(
     self,
@@ -57,20 +39,14 @@ class Run:
     export: bool = True,
   ):
     options = with_learning_rate(options, inputs.source)
-    self.options, self._inputs, self._workdir, self._command = options, inputs, workdir, command
-    self._export, self._started, self._estimated = export, time.monotonic(), False
-    self._compiler = Compiler(shared.programs if shared else None)
-    self._metrics = MetricsLog(workdir.metrics)
+    super().__init__(options, inputs, workdir, command, shared=shared, export=export)
+    self._estimated = False
     self._store = StateStore(workdir, inputs.config, self._metrics, inputs.budget.removes)
     self._schedule = Schedule.of(options, inputs.budget)
-    self._trains = inputs.train is not None
     tx = optimizer(options.train, self._schedule.train_steps) if self._trains else None
     args = options, inputs, self._schedule
     memo = shared.scores if shared else None
     self._pruning = Pruning(*args, tx, compiler=self._compiler, memo=memo)
-    self._quality = Quality(
-      options, inputs, self._metrics, shared or Shared(), compiler=self._compiler, examples=export
-    )
     self._recovery = Recovery(*args, tx, compiler=self._compiler) if tx else None
 
   def execute(self) -> RunReport:
@@ -104,7 +80,7 @@ class Run:
   def _run_stages(self, state: RunState) -> None:
     if not state.dense:
       state.record_dense(self._perplexity(state, 'dense'))
-    if self._measure_tasks(state, 'dense'):
+    if self._tasks(state, 'dense'):
       self._store.save_plan(state, 1)
     for stage in range(max(state.stage, 1), self._schedule.stages + 1):
       if state.stage < stage:
@@ -135,7 +111,7 @@ class Run:
       self._round_to_export(state)
     perplexity = self._perplexity(state, 'pruned', stage)
     if last:
-      self._measure_tasks(state, 'pruned')
+      self._tasks(state, 'pruned')
     row: StageReport = {
       'stage': stage,
       'target': budget.number(self._schedule.target(stage)),
@@ -160,7 +136,7 @@ class Run:
         self._round_to_export(state)
       recovered = self._perplexity(state, 'recovered', stage)
       if last:
-        self._measure_tasks(state, 'recovered')
+        self._tasks(state, 'recovered')
     steps = state.train_step - self._schedule.start(stage)
     row: StageReport = {
       **state.row,
@@ -206,13 +182,8 @@ class Run:
   def _perplexity(self, state: RunState, of: Of, stage: int = 0) -> dict[str, float]:
     return self._quality.perplexity(self._config(state), state.params, of, stage, state.train_step)
 
-  def _measure_tasks(self, state: RunState, of: Of) -> bool:
-    """Records the model's scores on tasks in the state; False if already done, or if there are no tasks."""
-    if not self.options.evaluate.has_tasks or of in state.tasks:
-      return False
-    scores = self._quality.tasks(self._config(state), state.params, of, state.train_step)
-    state.record_tasks(of, scores)
-    return True
+  def _tasks(self, state: RunState, of: Of) -> bool:
+    return self._measure_tasks(state, self._config(state), state.params, of)
 
   def _config(self, state: RunState) -> ModelConfig:
     return state.compacted.pruned_config(self._inputs.config)
@@ -230,62 +201,18 @@ class Run:
     names = ['scoring', 'compensation', 'training', 'evaluation']
     names += ['divergence', *(['prefill', 'decode'] if self._export else [])] if self._inputs.evaluate else []
     names += ['teacher'] if self._trains and self.options.train.distill.kept_ids else []
-    names += self._harness('harness', 'prefill', 'decode')
+    names += ['harness', 'prefill', 'decode'] if self.options.evaluate.has_tasks else []
     counts = {n: compiles.get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
     state.record_cost(seconds + time.monotonic() - self._started, counts)
 
-  def _harness(self, *names: str) -> tuple[str, ...]:
-    """These names if lm-evaluation-harness is used, else none."""
-    return names if self.options.evaluate.has_tasks else ()
-
-  def _report(self, state: RunState) -> RunReport:
-    report = run_report(
-      self.options, self._inputs.model, self._inputs.budget, state, self._quality.definitions
-    )
-    return report | {'command': self._command, 'versions': versions(*self._harness('lm_eval'))}
-
   def _write_page(self, state: RunState) -> None:
-    if is_first():
-      self._page(self._report(state), running=True)
-
-  def _page(self, report: RunReport, running: bool) -> None:
-    events = self._metrics.read()
-    run_page.write(self._workdir.page, report, events, command=self._command, running=running)
-
-  def _export_dtype(self) -> Any:
-    return written_dtype(self.options.export, self._inputs.source.dtype, self._trains)
+    self._page(self._report(state), running=True)
 
   def _round_to_export(self, state: RunState) -> None:
-    """Rounds the weights as the export does, so that the last perplexity is that of the exported weights."""
-    if (dtype := self._export_dtype()) is not None:
-      check_weights(self._config(state), state.params, dtype)
-      rounded = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), state.params)
-      state.hold(state.arrays | {'params': rounded})
+    state.hold(state.arrays | {'params': self._rounded(self._config(state), state.params)})
 
   def _finish(self, state: RunState) -> RunReport:
     self._store.save_plan(state, self._schedule.stages)
     self._recovery = None  # the teacher and the optimizer's moments make room for the dense model
     state.hold({'params': state.params})
-    divergence, examples = self._quality.compare_with_dense(self._config(state), state.params)
-    measured = measured_latency(self.options, self._inputs, self._config(state), state.params)
-    self._record_cost(state)
-    report = self._report(state)
-    if measured:
-      report['budget']['measured'] = measured
-    for name, value in divergence.items():
-      report['texts'][name]['kl'] = value
-    if self._export:
-      writer = Writer(
-        self.options.export,
-        self._workdir.path,
-        tokenizer=self._inputs.tokenizer,
-        dtype=self._export_dtype(),
-        generation=self._inputs.source.generation,
-        report=report,
-      )
-      report['exports'] = writer.write(self._config(state), state.params)
-    report['examples'] = examples
-    if is_first():
-      self._page(report, running=False)
-    write_report(self._workdir.report, report)
-    return report
+    return self._end(state, self._config(state), state.params)
