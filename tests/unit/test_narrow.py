@@ -1,4 +1,4 @@
-"""prune.hidden: what narrowing keeps, that it is exact where the stream allows it, and what is refused."""
+"""What narrowing keeps, that it is exact where the stream allows it, and what is refused."""
 
 import dataclasses
 
