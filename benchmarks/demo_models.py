@@ -52,13 +52,7 @@ def head_weights(directory: pathlib.Path) -> int:
 def forward_flops(directory: pathlib.Path, length: int) -> float:
   """FLOPs per token: two per weight of a product, including the head, and attention over half the row."""
   shapes = _shapes(directory)
-  weights = sum(math.prod(s) for n, s in shapes.items() if n.endswith('_proj.weight')) + head_weights(
-    directory
-  )
+  weights = sum(math.prod(s) for n, s in shapes.items() if n.endswith('_proj.weight'))
+  weights += head_weights(directory)
   attention = sum(s[0] for n, s in shapes.items() if n.endswith('q_proj.weight'))
   return 2.0 * weights + 2.0 * length * attention
-
-
-def training_flops(directory: pathlib.Path, length: int) -> float:
-  """FLOPs per token: forward, and backward of twice that."""
-  return 3 * forward_flops(directory, length)

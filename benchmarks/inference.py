@@ -88,10 +88,10 @@ def measure(
   models: dict[str, str], dtypes: list[str], peers: list[str], rounds: int, settings: dict[str, Any]
 ) -> str:
   """The section's text."""
-  speeds = [
-    '| model | dtype | what | ours, tokens/s | PyTorch, tokens/s | ratio | limit, tokens/s | ours / limit |',
-    '|---|---|---|---|---|---|---|---|',
-  ]
+  titles = (
+    'model | dtype | what | ours, tokens/s | PyTorch, tokens/s | ratio | limit, tokens/s | ours / limit'
+  )
+  speeds = [f'| {titles} |', '|---' * 8 + '|']
   others = [f'| model | dtype | {" | ".join(("ours", *peers))} |', '|---|---|---|' + '---|' * len(peers)]
   limits = run([sys.executable, 'benchmarks/programs/limits.py']).answer
   for dtype in dtypes:

@@ -41,14 +41,8 @@ def ours(workdir: pathlib.Path, dtype: str, steps: int) -> list[str]:
     'export.dtype': 'float32',
   }
   flags = [f'--config.{name}={value}' for name, value in fields.items()]
-  return [
-    sys.executable,
-    'benchmarks/programs/main_without_torch.py',
-    '--config=configs/adapt.py',
-    '--mode=prune',
-    f'--workdir={workdir}',
-    *flags,
-  ]
+  program = [sys.executable, 'benchmarks/programs/main_without_torch.py', '--config=configs/adapt.py']
+  return [*program, '--mode=prune', f'--workdir={workdir}', *flags]
 
 
 def check_steps(workdir: pathlib.Path, steps: int) -> None:
@@ -66,17 +60,11 @@ def check_sizes(parameters: dict[str, int]) -> None:
 
 def table(runs: dict[str, list[Run]]) -> str:
   peer = runs['torch float32']
-  lines = [
-    '| program | CPU s | ratio | wall s | ratio | peak GB | ratio | parameters |',
-    '|---|---|---|---|---|---|---|---|',
-  ]
+  titles = '| program | CPU s | ratio | wall s | ratio | peak GB | ratio | parameters |'
+  lines = [titles, '|---' * 8 + '|']
   for name, found in runs.items():
     cells = []
-    for get in (
-      lambda run: run.cpu_seconds,
-      lambda run: run.seconds,
-      lambda run: run.peak_bytes / 1e9,
-    ):
+    for get in (lambda r: r.cpu_seconds, lambda r: r.seconds, lambda r: r.peak_bytes / 1e9):
       mine, theirs = [get(r) for r in found], [get(r) for r in peer]
       cells += [spread(mine), ratio(mine, theirs) if found is not peer else '1']
     lines.append(f'| {name} | {" | ".join(cells)} | {found[0].answer["parameters"]:,} |')

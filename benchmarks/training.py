@@ -70,7 +70,7 @@ def main() -> None:
     for name, form, program in (('ours', own, 'train_ours.py'), ('torch', peer, 'train_torch.py')):
       commands[f'{name} {form}'] = [sys.executable, str(HERE / program), str(model), form, str(args.steps)]
   runs = side_by_side.in_turn(commands, args.rounds)
-  weights, flops = demo_models.parameters(model), demo_models.training_flops(model, 256)
+  weights, flops = demo_models.parameters(model), 3 * demo_models.forward_flops(model, 256)
   moved, speed = 28 * weights / 1e9, limits['gigabytes_per_second']
   text = (
     f'{weights:,} parameters, 4 x 256 tokens a step; rounds: {args.rounds}, median (range) of {args.steps} '

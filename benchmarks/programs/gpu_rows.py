@@ -39,9 +39,7 @@ BF16 = jnp.dtype(jnp.bfloat16)
 def model(name: str) -> ModelConfig:
   """The ModelConfig of a row's model."""
 
-  def shape(
-    vocab: int, hidden: int, head: int, n: int, k: int, ffn: int, layers: int, tied: bool
-  ) -> ModelConfig:
+  def shape(vocab: int, hidden: int, head: int, n: int, k: int, ffn: int, layers: int, tied: bool) -> Any:
     shapes = (LayerShape(n, k, ffn),) * layers
     return ModelConfig('llama', vocab, hidden, head, shapes, RopeConfig(5e5), 1e-5, tied, max_position=8192)
 
@@ -124,7 +122,6 @@ def card(row: Row, toy: bool) -> dict[str, Any]:
 
 def attention(row: Row, toy: bool) -> dict[str, Any]:
   """Times forward and backward; also the errors of the first row's output and gradients against fp32."""
-
   (N, K, H), (B, T) = row.heads, (row.rows, row.length)
   keys = jax.random.split(jax.random.key(0), 4)
   q, k, v, g = (
@@ -185,7 +182,6 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def _training(row: Row, micro: int, remat: bool, toy: bool) -> dict[str, Any]:
-
   config, values = model(row.model), base.get_config()
   values.train.update({'batch': row.rows, 'micro_batch': micro, 'length': row.length, 'remat': remat})
   values.train.lr = 1e-4
@@ -226,7 +222,6 @@ def _training(row: Row, micro: int, remat: bool, toy: bool) -> dict[str, Any]:
 
 
 def scoring(row: Row, toy: bool) -> dict[str, Any]:
-
   config = model(row.model)
   plan = PrunePlan.dense(config)
   stacked = jax.jit(lambda params: surgery.stack(params, plan, BF16))(weights(config, BF16))
@@ -299,7 +294,6 @@ def peer(row: Row, toy: bool) -> dict[str, Any]:
 
 
 def generation(row: Row, toy: bool) -> dict[str, Any]:
-
   config = model(row.model)
   generator = Generator(config, weights(config, BF16), compiler=Compiler(), dtype=BF16, max_batch=row.rows)
   prompts = tokens(row, config).tolist()
