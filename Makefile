@@ -6,12 +6,14 @@ PY := .venv/bin/python
 PIP := set -o pipefail; $(PY) -m pip --disable-pip-version-check install
 SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) collected packages.*/  \1/p'
 
-.PHONY: help demo test test-fast fuzz test-parity test-serving test-accelerators docs bench bench-gpu check clean fetch .venv
+.PHONY: help demo test test-fast chaos fuzz nightly test-parity test-serving test-accelerators docs bench bench-gpu check clean fetch .venv
 
 help:
 	@echo 'make demo    prune and retrain a small model here, and print what it cost'
-	@echo 'make test    all tests'
-	@echo 'make test-fast  unit tests: about three minutes on two cores'
+	@echo 'make test    all tests that a change must pass: about twelve minutes on two cores'
+	@echo 'make test-fast  unit tests: about ninety seconds on two cores'
+	@echo 'make nightly  what takes longer: chaos, fuzz, test-parity and test-serving'
+	@echo 'make chaos SEED=0  runs killed at random moments, and a disk that is full'
 	@echo 'make fuzz CASES=1000  damaged files and changed configurations by chance: about half an hour'
 	@echo 'make test-parity  steps beside those of the authors'\'' program: about ten minutes'
 	@echo 'make test-serving  exports in the real vLLM, MLX-LM and LLM Compressor: 5 GB of packages, then one to five minutes'
@@ -25,12 +27,21 @@ help:
 demo: .venv/installed fetch
 	$(PY) main.py --config=configs/demo.py --workdir=out/demo
 
-# Three at once on two cores: runs of several processes mostly wait for each other.
+# Compiled programs are kept in ~/.cache/adapt-jax from one time to the next: the first takes longer.
 test: .venv/installed-test .venv/transformers-4.57/installed fetch
-	$(PY) -m pytest -q --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+	$(PY) -m pytest -q --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 test-fast: .venv/installed-test
 	$(PY) -m pytest -q -m unit tests/unit --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
+# Another SEED kills at other moments, also in the runs of two processes.
+SEED ?= 0
+chaos: .venv/installed-test
+	ADAPT_JAX_TEST_SEED=$(SEED) $(PY) -m pytest -q -m 'chaos or end_to_end' tests/end_to_end/test_{chaos,distributed}.py
+
+nightly:
+	$(MAKE) chaos SEED=$$(date +%Y%m%d)
+	$(MAKE) fuzz test-parity test-serving
 
 # CASES of each kind, other ones each time; hypothesis prints what repeats a failure.
 CASES ?= 1000

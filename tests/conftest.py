@@ -29,15 +29,19 @@ jax.config.update('jax_num_cpu_devices', 4)
 
 def pytest_configure(config):
   """Compiled programs are kept from one session of tests to the next; their keys hold program and flags."""
-  os.environ.setdefault(CACHE, str(pathlib.Path.home() / f'.cache/adapt-jax/tests-jax-{jax.__version__}'))
+  kept = pathlib.Path.home() / '.cache/adapt-jax'
+  os.environ.setdefault(CACHE, str(kept / f'tests-jax-{jax.__version__}'))
   pathlib.Path(os.environ[CACHE]).mkdir(parents=True, exist_ok=True)
   programs.keep()
+  if not hasattr(config, 'workerinput'):  # which only workers have
+    programs.forget_old(kept.glob('tests-jax-*/*'))
 
 
 def pytest_collection_modifyitems(items):
-  """A test's kind is its folder; the longest files begin."""
+  """A test's kind is its folder, unless it names end_to_end itself; the longest files begin."""
   for item in items:
-    item.add_marker(item.path.relative_to(TESTS).parts[0])
+    if item.get_closest_marker('end_to_end') is None:
+      item.add_marker(item.path.relative_to(TESTS).parts[0])
   items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 

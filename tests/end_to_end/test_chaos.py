@@ -18,17 +18,28 @@ from tests.support.starter import Starter
 KILLS = 20
 SEED = int(os.environ.get('ADAPT_JAX_TEST_SEED', '0'))  # another one kills at other moments
 DISK, FILLER = 6_000_000, 4_600_000  # bytes; what is left takes two checkpoints and not a third
+# What stops a run and, where it is told, the line that tells where it goes on.
+STOPS = [
+  ({'kill': 'SIGTERM'}, 'stopped by SIGTERM: run the same command to continue'),
+  ({'limit': 600}, 'File too large'),  # of a file: run.json does not fit
+  ({'kill': 'SIGKILL', 'after': {'event': 'prune', 'step': 2}}, ''),
+  ({'kill': 'SIGKILL', 'after': {'event': 'evaluate', 'of': 'pruned', 'stage': 1}}, ''),
+  ({'kill': 'SIGINT', 'after': {'event': 'train', 'step': 2}}, 'stopped by Ctrl-C at stage 1'),
+  ({'limit': 20_000}, 'File too large'),  # nor a page, nor a checkpoint
+  ({'kill': 'SIGKILL', 'after': {'event': 'prune', 'stage': 2}}, ''),
+  ({'kill': 'SIGKILL', 'after': {'event': 'train', 'step': 11}}, ''),
+]
+CODES = {'SIGTERM': 0, 'SIGINT': 130, 'SIGKILL': -signal.SIGKILL}
 
 
 @pytest.fixture(scope='module')
 def starter(files, tmp_path_factory):
-  return Starter(tmp_path_factory.mktemp('starter'), files)
+  return Starter(tmp_path_factory.mktemp('starter'), files, runs.TWO_STAGES)
 
 
 @pytest.fixture(scope='module')
-def finished(starter):
-  """The undisturbed run, which also keeps the programs of those that are disturbed."""
-  path = starter.path / 'finished'
+def undisturbed(starter):
+  path = starter.path / 'undisturbed'
   code, output = starter.run(path)
   assert code == 0, output
   return path
@@ -38,61 +49,31 @@ def left_over(path: pathlib.Path) -> list[pathlib.Path]:
   return [p for p in path.rglob('*') if 'tmp' in p.name.removeprefix('tmp_')]
 
 
-def test_sigterm_and_ctrl_c_end_where_the_same_command_goes_on(starter, finished):
-  """While loading, pruning, training, and between a stage's training and its evaluation."""
-  path = starter.path / 'sigterm'
-  for kill, after, place in (
-    ('SIGTERM', {}, ''),
-    ('SIGINT', {'event': 'prune', 'step': 5}, ' at stage 1, pruning step 5, training step 0'),
-    ('SIGINT', {'event': 'train', 'step': 4}, ' at stage 1, pruning step 17, training step 5'),  # one ran
-    ('SIGTERM', {'event': 'train', 'step': 8}, ' at stage 1, pruning step 17, training step 8'),
-  ):
-    code, output = starter.run(path, kill=kill, after=after)
-    assert code == (130 if kill == 'SIGINT' else 0) and not (path / 'report.json').exists(), output
-    assert (
-      f'stopped by {"Ctrl-C" if kill == "SIGINT" else kill}{place}: run the same command to continue'
-      in output
-    )
-    assert 'Traceback' not in output and not left_over(path)
-  code, output = starter.run(path)
-  assert code == 0 and 'resuming at stage 1, training step 8' in output and 'stage 1 recover:' not in output
-  runs.assert_same_end(path, finished)
-
-
-def test_killed_run_continues_to_the_same_bits(starter, finished):
-  """SIGKILL when the log shows the moment: scoring, compensating, training, between stages."""
-  path = starter.path / 'killed'
-  for after in (
-    {'event': 'prune', 'step': 2},
-    {'event': 'prune', 'step': 17},  # the last of its stage: what comes next is compensation
-    {'event': 'evaluate', 'of': 'recovered', 'stage': 1},
-    {'event': 'prune', 'step': 20},
-    {'event': 'train', 'step': 10},
-  ):
-    assert starter.run(path, kill='SIGKILL', after=after)[0] == -signal.SIGKILL
-    assert not (path / 'report.json').exists()
-  code, output = starter.run(path)
-  assert code == 0 and 'resuming' in output
-  runs.assert_same_end(path, finished)
-
-
-def refused(code: int, output: str, path: pathlib.Path, reason: str) -> None:
+def assert_no_space(code: int, output: str, path: pathlib.Path) -> None:
+  """A line that names the workdir, and nothing half written."""
   *_, last = output.splitlines()
-  assert code == 2 and 'Traceback' not in output, output
-  assert last.startswith(f'error: --workdir={path}: {reason}') and 'free space' in last
+  assert code == 2 and 'Traceback' not in output and str(path) in last, output
   assert not left_over(path)
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_from_what_is_saved(starter, finished):
-  """Whatever cannot be written: run.json, the log, the page, hf/."""
-  path = starter.path / 'limited'
-  for limit in (600, 2_000, 20_000):
-    refused(*starter.run(path, limit=limit), path, 'File too large')
+def test_whatever_stops_a_run_the_same_command_goes_on_to_the_same_bits(starter, undisturbed):
+  """While it loads, scores, compensates, trains and saves, and between the stages."""
+  path = starter.path / 'stopped'
+  for stop, told in STOPS:
+    code, output = starter.run(path, **stop)
+    assert not (path / 'report.json').exists() and told in output, (stop, output)
+    if 'limit' in stop:
+      assert_no_space(code, output, path)
+    else:
+      assert code == CODES[stop['kill']], (stop, output)
   code, output = starter.run(path)
-  assert code == 0 and 'resuming the pruning' in output
-  runs.assert_same_end(path, finished)
+  assert code == 0 and 'resuming' in output, output
+  runs.assert_same_end(path, undisturbed)
+
+
+def test_an_export_that_does_not_fit_leaves_nothing(starter):
   path = starter.path / 'exported'
-  refused(*starter.run(path, '--mode=export', limit=100_000), path, 'File too large')
+  assert_no_space(*starter.run(path, '--mode=export', limit=50_000), path)
   assert not (path / 'hf').exists()
 
 
@@ -105,82 +86,58 @@ def small_disk(files, path):
     pytest.skip('no file system can be mounted here')
   forks = Forks(*prefix)
   try:
-    yield Starter(path.parent, files, forks), pathlib.Path(f'/proc/{forks.pid}/root{path}')
+    yield Starter(path.parent, files, runs.TWO_STAGES, forks), pathlib.Path(f'/proc/{forks.pid}/root{path}')
   finally:
     forks.close()
 
 
-def test_a_disk_full_of_checkpoints(files, finished, tmp_path):
+@pytest.mark.chaos
+def test_a_disk_full_of_checkpoints(files, undisturbed, tmp_path):
   """The two that are whole stay; with space the run goes on from the second."""
   (tmp_path / 'disk').mkdir()
   with small_disk(files, tmp_path / 'disk') as (starter, seen):
     path = tmp_path / 'disk/out'
-    refused(*starter.run(path), path, 'No space left on device')
+    assert_no_space(*starter.run(path), path)
     assert [p for p in (seen / 'out/checkpoints').iterdir() if p.name.isdigit()] and not left_over(seen)
     (seen / 'filler').unlink()
     code, output = starter.run(path)
-    assert code == 0 and 'resuming at stage' in output, output
-    runs.assert_same_end(seen / 'out', finished)
+    assert code == 0 and 'resuming' in output, output
+    runs.assert_same_end(seen / 'out', undisturbed)
 
 
-class Chaos:
-  """Kills runs at random moments; every run that comes to its end is compared with the undisturbed one."""
+def kill_at_random(starter: Starter, path: pathlib.Path, how: str, delay: float) -> tuple[int, str]:
+  """Exit code and output of a run that is killed some seconds after it tells of itself, or begins to save."""
+  pid = starter.start(path)
+  begun = False
+  while not begun and os.path.exists(f'/proc/{pid}'):
+    time.sleep(0.001)
+    begun = (
+      any(path.glob('checkpoints/*tmp*'))
+      if how == 'saving'
+      else starter.output.exists() and starter.output.stat().st_size > 0
+    )
+  time.sleep(delay if begun else 0)
+  with contextlib.suppress(ProcessLookupError):
+    os.kill(pid, signal.SIGTERM if how == 'SIGTERM' else signal.SIGKILL)
+  return starter.wait()
 
-  def __init__(self, starter: Starter, finished: pathlib.Path, seed: int):
-    self._starter, self._finished, self._random = starter, finished, random.Random(seed)
-    self._number, self.moments = 0, list[str]()
 
-  @property
-  def _path(self) -> pathlib.Path:
-    return self._starter.path / f'chaos-{self._number}'
-
-  def kill(self, how: str, longest: float) -> bool:
-    """One run, killed up to `longest` seconds after it has begun; False if it ended before."""
-    pid = self._starter.start(self._path)
-    delay = self._random.random()
-    if how == 'saving':
-      begun = self._wait(pid, lambda: any(self._path.glob('checkpoints/*tmp*')))
-      delay *= 0.05
+@pytest.mark.chaos
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(starter, undisturbed):
+  """Each that comes to its end before its kill is compared, and another one begins."""
+  rng, kills, number, moments = random.Random(SEED), 0, 0, [f'seed {SEED}']
+  while kills < KILLS:
+    path = starter.path / f'chaos-{number}'
+    how = 'SIGTERM' if kills % 7 == 3 else 'saving' if kills % 3 == 1 else 'SIGKILL'
+    delay = rng.random() * (0.05 if how == 'saving' else 3.0)
+    code, output = kill_at_random(starter, path, how, delay)
+    moments.append(f'{how} after {delay:.3f} s: {(output.splitlines() or [""])[-1][:60]}')
+    if (path / 'report.json').exists():
+      runs.assert_same_end(path, undisturbed)
+      number += 1
     else:
-      begun = self._wait(pid, lambda: self._starter.output.exists() and self._starter.output.stat().st_size)
-      delay *= longest
-    time.sleep(delay if begun else 0)
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(pid, signal.SIGTERM if how == 'SIGTERM' else signal.SIGKILL)
-    code, output = self._starter.wait()
-    if (self._path / 'report.json').exists():
-      self._compare()
-      return False
-    last = (output.splitlines() or [''])[-1][:60]
-    self.moments.append(f'{how} after {delay:.3f} s: {last}')
-    assert code == (0 if how == 'SIGTERM' else -signal.SIGKILL), output
-    return True
-
-  def _wait(self, pid: int, come) -> bool:
-    """Whether it came before the run ended."""
-    while not come():
-      if not os.path.exists(f'/proc/{pid}'):
-        return False
-      time.sleep(0.001)
-    return True
-
-  def finish(self) -> None:
-    code, output = self._starter.run(self._path)
-    assert code == 0, output
-    self._compare()
-
-  def _compare(self) -> None:
-    runs.assert_same_end(self._path, self._finished)
-    self._number += 1
-
-
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(starter, finished):
-  chaos, kills = Chaos(starter, finished, SEED), 0
-  try:
-    while kills < KILLS:
-      how = 'SIGTERM' if kills % 7 == 3 else 'saving' if kills % 3 == 1 else 'SIGKILL'
-      kills += chaos.kill(how, longest=3.0)
-    chaos.finish()
-  except AssertionError:
-    print(f'seed {SEED}', *chaos.moments, sep='\n')
-    raise
+      kills += 1
+      assert code == (0 if how == 'SIGTERM' else -signal.SIGKILL), (moments, output)
+  code, output = starter.run(path)
+  assert code == 0, (moments, output)
+  runs.assert_same_end(path, undisturbed)

@@ -1,4 +1,4 @@
-"""One directory of compiled programs for all processes of a session of tests.
+"""One directory of compiled programs for all processes of tests, in this session and in later ones.
 
 Tests compile the same tiny programs again and again; of each the first process keeps what it has compiled.
 """
@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -25,6 +26,14 @@ def keep() -> None:
   for name, value in _KEEP.items():
     jax.config.update(name, value)
   write_whole()
+
+
+def forget_old(files: Iterable[pathlib.Path], days: float = 14) -> None:
+  """Deletes files that were not read for `days`."""
+  for file in files:
+    with contextlib.suppress(FileNotFoundError):  # which another session deleted
+      if time.time() - file.stat().st_atime > days * 86_400:
+        file.unlink()
 
 
 def write_whole() -> None:

@@ -22,6 +22,7 @@ from adapt_jax.modes import accel
 from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.stages import Recovery
 from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.training.loop import Trained
 from tests.support import forks, programs
 from tests.support.tokenizers_for_tests import tiny_tokenizer
@@ -30,6 +31,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 HIDDEN = 32
 LAYERS = 2
 TOKENS = 8 * 4 * 32
+TWO_STAGES = ('--config.prune.stages=2', f'--config.train.tokens={2 * TOKENS}', '--config.train.save_every=3')
 _LINE = 'the union stands while its people hold fast to the law and to each other in every season of need'
 _WORDS = _LINE.split()
 
@@ -115,7 +117,7 @@ def main(files: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.
 
 def in_process(config: ConfigDict, path: pathlib.Path, mode: str = 'accel') -> dict[str, Any]:
   """The report of a run of mode accel or prune in this process."""
-  options = MODES[mode].settle(from_dict(config.to_dict()))
+  options = aligned(MODES[mode].settle(from_dict(config.to_dict())))
   workdir = Workdir(str(path), MODES[mode].identity(options))
   workdir.check()
   with programs.traced_once():

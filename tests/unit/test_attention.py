@@ -18,8 +18,7 @@ def inputs(length, segments):
   return q, k, v, ids
 
 
-@pytest.mark.parametrize('segments', [False, True])
-@pytest.mark.parametrize('length', [17, 40, 64])
+@pytest.mark.parametrize(('length', 'segments'), [(17, True), (40, False)])
 @pytest.mark.parametrize(('limit', 'value'), [('WHOLE_ON_CPU', 16), ('BLOCK', 8)])
 def test_blocks_of_queries_change_nothing(limit, value, length, segments, monkeypatch):
   """Outputs and gradients; lengths that the blocks divide and that they do not."""
@@ -37,8 +36,7 @@ def test_blocks_of_queries_change_nothing(limit, value, length, segments, monkey
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('traced', [False, True])
-@pytest.mark.parametrize('limit', ['', 'WHOLE_ON_CPU', 'BLOCK'])
+@pytest.mark.parametrize(('limit', 'traced'), [('', False), ('WHOLE_ON_CPU', True), ('BLOCK', True)])
 def test_window_and_cap(limit, traced, monkeypatch):
   """Against the definition, all at once and in blocks; a window may be traced, as in a scan over layers."""
   *qkv, ids = inputs(40, True)
@@ -65,7 +63,7 @@ def test_window_and_cap(limit, traced, monkeypatch):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(('length', 'blocks'), [(1024, False), (1025, True), (2048, True)])
+@pytest.mark.parametrize(('length', 'blocks'), [(1024, False), (1025, True)])
 def test_accelerators_hold_no_logits_of_long_rows(length, blocks):
   """Without cuDNN's kernels: up to 1,024 tokens all at once, beyond that 512 queries or fewer."""
   shapes = [jax.ShapeDtypeStruct((1, length, heads, H), jnp.bfloat16) for heads in (N, K, K)]
@@ -105,11 +103,10 @@ def test_the_backward_pass_keeps_no_logits_of_layers():
     program = jax.jit(jax.grad(run, (0, 1))).lower(*shapes).compile(compiler_options())
     return program.memory_analysis().temp_size_in_bytes
 
-  assert (planned(8) - planned(4)) / 4 < 4 * N * length**2 / 4
+  assert (planned(4) - planned(2)) / 2 < 4 * N * length**2 / 4
 
 
-@pytest.mark.parametrize('differentiate', [False, True])
-def test_memory_of_long_rows(differentiate):
+def test_memory_of_long_rows():
   """Of a row of 16,384 tokens: all logits at once would be 6.4 GB."""
   length = 16_384
   shapes = [jax.ShapeDtypeStruct((1, length, heads, H), jnp.float32) for heads in (N, K, K)]
@@ -117,5 +114,5 @@ def test_memory_of_long_rows(differentiate):
   def run(q, k, v):
     return attention.causal_attention(q, k, v).sum()
 
-  program = jax.jit(jax.grad(run, (0, 1, 2)) if differentiate else run).lower(*shapes).compile()
+  program = jax.jit(jax.grad(run, (0, 1, 2))).lower(*shapes).compile()
   assert program.memory_analysis().temp_size_in_bytes < 0.5e9

@@ -58,9 +58,10 @@ def test_one_product_for_each_of_many_samples():
   np.testing.assert_allclose(each, np.einsum('to,ti->toi', g, x), rtol=1e-5)
 
 
-@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
-@pytest.mark.parametrize('axis', [-1, -2])
-@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize(
+  ('dtype', 'axis', 'platform'),
+  [('float32', -1, 'cpu'), ('bfloat16', -1, 'cpu'), ('bfloat16', -2, 'cpu'), ('bfloat16', -1, 'gpu')],
+)
 def test_batches_of_products_and_their_gradients(dtype, axis, platform):
   """Of fp32 results in bfloat16 too: no product of the backward pass takes fp32 factors."""
   keys = jax.random.split(jax.random.key(0), 3)

@@ -15,10 +15,6 @@ from adapt_jax.models.network.layers import add_bias
 from adapt_jax.models.network.rope import inverse_frequencies
 from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, randomise, tiny_config
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
-torch.set_num_threads(1)
-
 LLAMA3 = {
   'rope_type': 'llama3',
   'rope_theta': 500000.0,
@@ -48,45 +44,31 @@ GRANITE = {
   'logits_scaling': 1.5,
 }
 CASES = {
-  'llama-mha': ('Llama', {'num_key_value_heads': 6}),
   'llama-gqa-tied': ('Llama', {'tie_word_embeddings': True}),
   'llama-mqa': ('Llama', {'num_key_value_heads': 1}),
-  'llama-9-heads-3-groups': (
-    'Llama',
-    {'hidden_size': 54, 'num_attention_heads': 9, 'num_key_value_heads': 3},
-  ),
   'llama-wide-heads': ('Llama', {'head_dim': 20}),
-  'llama-biases': ('Llama', {'attention_bias': True}),
   'llama3-scaling': ('Llama', {'rope_parameters': LLAMA3, 'head_dim': 16}),
   'linear-scaling': ('Llama', {'rope_parameters': LINEAR}),
   'gemma3-linear': (
     'Gemma3',
     GEMMA | {'rope_parameters': {'full_attention': LINEAR, 'sliding_attention': LOCAL}},
   ),
-  'mistral': ('Mistral', {'sliding_window': None, 'head_dim': 12}),
-  'mistral-window-not-reached': ('Mistral', {'sliding_window': 256}),
   'qwen2': ('Qwen2', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e6}}),
-  'qwen2-tied': ('Qwen2', {'tie_word_embeddings': True, 'num_attention_heads': 12, 'num_key_value_heads': 4}),
   'qwen3': ('Qwen3', {'head_dim': 16}),
-  'qwen3-biases': ('Qwen3', {'head_dim': 16, 'attention_bias': True}),
-  'granite': ('Granite', GRANITE),
   'granite-biases-tied': ('Granite', GRANITE | {'attention_bias': True, 'tie_word_embeddings': True}),
   'smollm3': ('SmolLM3', {'no_rope_layers': [0, 1, 0]}),
   'smollm3-every-second': ('SmolLM3', {'no_rope_layer_interval': 2, 'attention_bias': True}),
-  'phi3': ('Phi3', {}),
   'phi3-window': ('Phi3', {'sliding_window': 7, 'num_key_value_heads': 6}),
   'mistral-window': ('Mistral', {'sliding_window': 7, 'head_dim': 12}),
   'gemma3': ('Gemma3', GEMMA | {'sliding_window_pattern': 2}),
-  'gemma3-all-local': ('Gemma3', GEMMA | CAPS | {'layer_types': ['sliding_attention'] * 3}),
   'gemma2': ('Gemma2', GEMMA | CAPS),
-  'gemma2-no-caps': ('Gemma2', GEMMA | dict.fromkeys(CAPS)),
-  'olmo2': ('Olmo2', {}),
   'olmo2-biases': ('Olmo2', {'attention_bias': True, 'num_key_value_heads': 6}),
-  'qwen3-tied': ('Qwen3', {'head_dim': 6, 'tie_word_embeddings': True}),
 }
 
 
 def stock_model(name, fields):
+  import transformers
+
   kind = getattr(transformers, f'{name}ForCausalLM')
   return randomise(kind(kind.config_class(**(SHAPE | {'pad_token_id': None} | fields))))
 
@@ -97,6 +79,9 @@ def load(directory):
 
 
 def assert_same_function(model, config, params, seed=0):
+  import torch
+
+  torch.set_num_threads(1)
   tokens = random_tokens(config, length=60, seed=seed)
   with torch.no_grad():
     expected = model(torch.tensor(tokens)).logits.numpy()
@@ -141,8 +126,10 @@ def test_mobilellm_is_a_llama_that_shares_its_embedding(tmp_path):
   assert_same_function(model, config, params)
 
 
-@pytest.mark.parametrize('factor, original, head_dim', [(8.0, 8192, 128), (32.0, 8192, 64), (2.0, 16, 10)])
+@pytest.mark.parametrize('factor, original, head_dim', [(8.0, 8192, 128), (2.0, 16, 10)])
 def test_llama3_frequencies_are_those_of_transformers(factor, original, head_dim):
+  import transformers
+
   fields = LLAMA3 | {'factor': factor, 'original_max_position_embeddings': original}
   config = transformers.LlamaConfig(
     hidden_size=2 * head_dim, num_attention_heads=2, max_position_embeddings=131072, rope_parameters=fields
