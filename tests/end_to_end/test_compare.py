@@ -119,7 +119,7 @@ def test_every_form_says_what_the_cells_say(finished):
     method, target = cell['values']['prune.method'], cell['values']['prune.target']
     assert f'| {method} | {target} | {cell["params"]:,} |' in table
     kept = {p.name for p in (path / 'cells' / cell['name']).iterdir()}
-    assert kept == {'report.json', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json'}
+    assert kept - {'.lock'} == {'report.json', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json'}
   page = (path / 'report.html').read_text()
   assert '4 of 4 cells finished' in page and page.count('<svg') == 2
   assert {p.name for p in path.glob('*.svg')} == {'perplexity.svg', 'perplexity-parameters.svg'}

@@ -60,7 +60,7 @@ def test_the_wheel_has_one_package_with_all_that_it_needs(wheel):
   names = zipfile.ZipFile(wheel).namelist()
   tops = {pathlib.PurePosixPath(name).parts[0] for name in names}
   assert {top for top in tops if not top.endswith('.dist-info')} == {'adapt_jax'}
-  needed = ('cli.py', 'configs/demo.py', 'models/network/llama.py', 'export/hf_code/modeling_adapt.py')
+  needed = ('cli.py', 'configs/demo.py', 'models/network/llama.py', 'export/card.jinja')
   assert {f'adapt_jax/{name}' for name in needed} <= set(names)
   assert not [name for name in names if 'tests' in name]
 
