@@ -22,8 +22,8 @@ import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ from adapt_jax.machine.progress import Progress, phase
 from adapt_jax.models.errors import InputError, first_line
 from adapt_jax.models.files import json_checksum, local, read_text, user_cache
 
+_Opened = TypeVar('_Opened')
 TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its document
 
 _VERSION = 5  # of the format and of the tokenisation
@@ -113,12 +114,18 @@ def open_cache(
       ) from None
 
   path = pathlib.Path(decide(prepare))
+  cache = seen_by_all(path, lambda: _open(path))
+  if cache.refused:
+    say(f'{field} {entry}: the chat template rejects {cache.refused} conversations, which are left out')
+  return cache
+
+
+def seen_by_all(path: pathlib.Path, opened: Callable[[], _Opened | None]) -> _Opened:
+  """What the first process has written to data.cache, as soon as this process sees it. Raises InputError."""
   for seconds in WAITS:
     time.sleep(seconds)
-    if (cache := _open(path)) is not None:
-      if cache.refused:
-        say(f'{field} {entry}: the chat template rejects {cache.refused} conversations, which are left out')
-      return cache
+    if (found := opened()) is not None:
+      return found
   raise InputError(
     f'data.cache: {path} cannot be read by process {jax.process_index()}: name a directory that all '
     f'processes see'

@@ -18,7 +18,7 @@ import numpy as np
 
 from adapt_jax.data.chats import Text, render_prompts, try_to_render
 from adapt_jax.data.documents import Document
-from adapt_jax.models.errors import InputError
+from adapt_jax.models.errors import InputError, reading
 
 BATCH_CHARS = 1 << 20  # tokenised in one call: enough to keep every core busy
 _ALONE_CHARS = 1 << 25  # tokenised before worker processes are started, which takes seconds
@@ -155,7 +155,8 @@ def _encode_documents(batch: list[Document], tokenizer: Any) -> Encoded:
       texts.append(text)
     else:
       refused.append(str(text))
-  return dataclasses.replace(encode(texts, tokenizer), refused=tuple(refused))
+  with reading('the tokenizer', f'(from {batch[0].where} on)', "check the model's tokenizer and the text"):
+    return dataclasses.replace(encode(texts, tokenizer), refused=tuple(refused))
 
 
 def _tokenise(batch: Sequence[Text], tokenizer: Any) -> Iterator[tuple[list[int], bytes]]:

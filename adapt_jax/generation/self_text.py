@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import secrets
-import time
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -22,13 +21,14 @@ import numpy as np
 
 from adapt_jax.config.values import SELF
 from adapt_jax.data.chats import day, render_prompts
+from adapt_jax.data.token_cache import seen_by_all
 from adapt_jax.data.windows import first_of_rows
 from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import Sampling
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import load_source
-from adapt_jax.machine.processes import WAITS, decide, say
+from adapt_jax.machine.processes import decide, say
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError, reading
@@ -104,14 +104,7 @@ def draw(
     tokens = in_memory(source.config, params, tokenizer, rows, length, seed=seed, dtype=dtype)
     name = decide(usable(lambda: _write(directory, key, tokens)))
   path = directory / name
-  for seconds in WAITS:
-    time.sleep(seconds)
-    if path.exists():
-      return path
-  raise InputError(
-    f'data.cache: {path} cannot be read by process {jax.process_index()}: name a directory that all '
-    f'processes see'
-  )
+  return seen_by_all(path, lambda: path if path.exists() else None)
 
 
 def in_memory(

@@ -56,22 +56,24 @@ def test_rows_of_a_gemma_begin_with_bos(template):
   assert [start[1:] for start in starts['gemma3_text'][:drawn]] == starts['llama'][:drawn]
 
 
-def test_equal_seeds_give_equal_rows_and_others_give_others(files, tmp_path, monkeypatch):
-  first = draw(files, tmp_path / 'a')
-  assert np.array_equal(draw(files, tmp_path / 'b'), first)
-  assert not np.array_equal(draw(files, tmp_path / 'a', seed=(0, 1)), first)
-  monkeypatch.setattr(self_text, 'load_source', None)  # kept: nothing is loaded
-  assert np.array_equal(draw(files, tmp_path / 'a'), first)
-
-
-def test_damaged_rows_are_generated_again(files, tmp_path, capsys):
+def test_equal_seeds_give_equal_rows_which_are_kept_while_they_are_undamaged(
+  files, tmp_path, monkeypatch, capsys
+):
   first = draw(files, tmp_path)
   (path,) = tmp_path.glob('*.npy')
+  prefix = open_source(str(files / 'model')).load_tokenizer()('<|im_start|>user\n', add_special_tokens=False)
+  users = first[1::2, : len(prefix['input_ids'])]
+  assert (users == prefix['input_ids']).all()  # every other row begins as a user's turn
+  assert len(set(first[::2, 0].tolist())) > ROWS // 4 and len(np.unique(first[1::2], axis=0)) == ROWS // 2
+  with monkeypatch.context() as patch:
+    patch.setattr(self_text, 'load_source', None)  # kept: nothing is loaded
+    np.testing.assert_array_equal(draw(files, tmp_path), first)
   data = bytearray(path.read_bytes())
   data[-40] ^= 1
   path.write_bytes(data)
   np.testing.assert_array_equal(draw(files, tmp_path), first)
   assert 'is damaged' in capsys.readouterr().out and [*tmp_path.iterdir()] == [path]
+  assert not np.array_equal(draw(files, tmp_path, seed=(0, 1)), first)
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_the_model_is_read(files, tmp_path, monkeypatch):
@@ -79,14 +81,6 @@ def test_a_directory_that_cannot_be_written_is_refused_before_the_model_is_read(
   monkeypatch.setattr(self_text, 'load_source', None)
   with pytest.raises(InputError, match=r'data\.cache .*name a directory'):
     draw(files, tmp_path / 'file')
-
-
-def test_every_other_row_begins_as_a_users_turn(files, tmp_path):
-  tokenizer = open_source(str(files / 'model')).load_tokenizer()
-  prefix = tokenizer('<|im_start|>user\n', add_special_tokens=False)['input_ids']
-  tokens = draw(files, tmp_path)
-  assert (tokens[1::2, : len(prefix)] == prefix).all()
-  assert len(set(tokens[::2, 0].tolist())) > ROWS // 4 and len(np.unique(tokens[1::2], axis=0)) == ROWS // 2
 
 
 def test_calibration_and_training_read_rows_of_their_own(files):

@@ -8,7 +8,6 @@ import pytest
 from adapt_jax.config.build import from_dict
 from adapt_jax.data import windows
 from adapt_jax.models.config import LayerShape
-from adapt_jax.models.families import FAMILIES
 from adapt_jax.pipeline.loader import Loader
 from tests.support.helpers import tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
@@ -92,7 +91,7 @@ def test_windows_within_a_long_prompt_are_not_taken():
 
 
 @pytest.mark.parametrize('layout', ['packed', 'documents'])
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', ['qwen3', 'gemma3_text'])
 def test_all_rows_of_a_gemma_begin_with_bos(tmp_path, family, layout):
   """Also those from the middle of a document. Nothing else changes, and neither do other families' rows."""
   tokenizer = tiny_tokenizer()

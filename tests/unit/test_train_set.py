@@ -191,17 +191,6 @@ def test_batches_depend_on_seed_and_step_alone():
   assert (np.array(forward) != np.array([other.rows(step) for step in range(40)])).mean() > 0.9
 
 
-@pytest.mark.parametrize('count', [10, 37])
-def test_every_row_comes_at_every_place_equally_often(count):
-  """Chi-square over 2,000 epochs; (count - 1)² degrees of freedom, so four deviations from the mean."""
-  epochs, ours = 2000, order([count], batch=count)
-  seen = np.zeros((count, count))
-  for epoch in range(epochs):
-    seen[np.arange(count), ours.rows(epoch)] += 1
-  expected, freedom = epochs / count, (count - 1) ** 2
-  assert abs(((seen - expected) ** 2 / expected).sum() - freedom) < 4 * np.sqrt(2 * freedom)
-
-
 def test_an_order_of_a_large_set_has_no_pattern():
   ours = order([10**9 + 7], batch=4096)
   rows = np.concatenate([ours.rows(step) for step in (0, 1, 10**5)])
@@ -217,12 +206,6 @@ def test_weights_hold_in_every_batch_and_in_the_long_run():
   np.testing.assert_allclose(groups[:, :4], np.tile(1000 * np.array(weights[:4]), (66, 1)), atol=4)
   assert groups[:, 4].sum() == 1  # rare, not never
   np.testing.assert_allclose(groups.mean(0)[:4], 1000 * np.array(weights[:4]), atol=0.5)
-
-
-def test_the_seed_of_the_config_decides_the_order(open_set):
-  a, b = open_set(DOCUMENTS * 9), open_set(DOCUMENTS * 9, seed=1)
-  assert len(a) == len(b) and a.rows(3).tolist() == open_set(DOCUMENTS * 9).rows(3).tolist()
-  assert [a.rows(s).tolist() for s in range(5)] != [b.rows(s).tolist() for s in range(5)]
 
 
 def test_the_digest_tells_texts_apart(open_set):
