@@ -14,6 +14,7 @@ use its result.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -42,7 +43,6 @@ TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its doc
 
 _VERSION = 5  # of the format and of the tokenisation
 _FILES = ('tokens', 'flags', 'ends')
-_CHECKED: set[tuple[object, ...]] = set()  # caches whose checksums this process has compared
 _PART = 2**24  # bytes that are read at once to compare checksums
 _MOST_REFUSED = 0.01  # share of a source's conversations that may be left out
 _FEW_REFUSED = 10  # so many at the start of a source do not tell its share
@@ -171,15 +171,15 @@ def _find(directory: pathlib.Path, key: str, need: Need) -> pathlib.Path | None:
     cache = _open(path)
     if cache and not cache.holds(need):
       continue
-    if cache and _undamaged(path):
+    if cache and _open(path, whole=True):
       return path
     say(f'{path} is damaged: it is removed, and the text is tokenised again')
     shutil.rmtree(path, ignore_errors=True)
   return None
 
 
-def _open(path: pathlib.Path) -> TokenCache | None:
-  """The cache, or None if it is damaged or absent."""
+def _open(path: pathlib.Path, whole: bool = False) -> TokenCache | None:
+  """The cache, or None if it is damaged or absent. whole: all of it is read, to compare its checksums."""
 
   def load(name: str, dtype: Any, count: int) -> np.ndarray:
     if not count:
@@ -190,6 +190,10 @@ def _open(path: pathlib.Path) -> TokenCache | None:
     meta = json.loads(read_text(path / 'meta.json'))
     if meta.pop('checksum') != json_checksum(meta):
       return None
+    if whole and any(
+      _checksum(path / n, (path / n).stat().st_mtime_ns) != meta['checksums'][n] for n in _FILES
+    ):
+      return None
     tokens = load('tokens', meta['dtype'], meta['tokens'])
     flags, ends = load('flags', np.uint8, meta['tokens']), load('ends', np.int64, meta['documents'])
     return TokenCache(tokens, flags, ends, *(meta[n] for n in ('highest', 'targets', 'complete', 'refused')))
@@ -197,25 +201,11 @@ def _open(path: pathlib.Path) -> TokenCache | None:
     return None  # other OS errors do not show that the cache is damaged
 
 
-def _undamaged(path: pathlib.Path) -> bool:
-  """Whether the files have the checksums of meta.json; a process reads each cache once."""
-  try:
-    states = [(path / name).stat() for name in _FILES]
-    key = (str(path), *((state.st_mtime_ns, state.st_size) for state in states))
-    if key not in _CHECKED:
-      with phase('checking tokens'):
-        sums = json.loads(read_text(path / 'meta.json'))['checksums']
-        if any(_checksum(path / name) != sums[name] for name in _FILES):
-          return False
-      _CHECKED.add(key)
-  except FileNotFoundError:  # another process removes a damaged cache, or replaces it
-    return False
-  return True
-
-
-def _checksum(path: pathlib.Path) -> int:
+@functools.lru_cache
+def _checksum(path: pathlib.Path, time_ns: int) -> int:
+  """The checksum of a file that was written at this time; a process reads each file once."""
   value = 0
-  with open(path, 'rb') as file:
+  with phase('checking tokens'), open(path, 'rb') as file:
     while part := file.read(_PART):
       value = zlib.crc32(part, value)
   return value

@@ -9,8 +9,7 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.configs import base
 from adapt_jax.data import train_set
 from adapt_jax.data.order import Order
-from adapt_jax.data.token_cache import TARGET, TokenCache
-from adapt_jax.data.train_set import PackedRows, TrainSet, open_train_set
+from adapt_jax.data.train_set import open_train_set
 from adapt_jax.models.errors import InputError
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
@@ -82,14 +81,9 @@ def test_padded_rows_are_documents(open_set, tokenizer):
   assert (segments == 0).any() and (segments[:, -1] == 1).any()
 
 
-def test_only_the_assistant_is_learned(open_set, tokenizer):
-  chat = [{'role': 'user', 'content': 'and?'}, {'role': 'assistant', 'content': 'The dog.'}]
-  tokens, targets, _ = all_rows(open_set([chat] * 3, layout='padded', length=64))
-  assert [tokenizer.decode(t[m]) for t, m in zip(tokens, targets, strict=True)] == [
-    'The dog.<|im_end|>\n'
-  ] * 3
+def test_texts_without_a_token_to_predict(open_set):
   with pytest.raises(InputError, match='no token to predict'):
-    open_set([chat[:1]] * 3)
+    open_set([[{'role': 'user', 'content': 'and?'}]] * 3)
 
 
 def test_blocks_of_a_file_are_rows_of_one_segment(open_set, tmp_path):
@@ -146,23 +140,6 @@ def test_weights_mix_sources_and_small_ones_repeat(open_set, tokenizer):
   the, dog = (ids_of(tokenizer, word)[1] for word in ('The', 'dog'))
   tokens, _, _ = weighted.read(seen[0])
   assert [(the in row, dog in row) for row in tokens] == [(row < first, row >= first) for row in seen[0]]
-
-
-def test_a_batch_costs_the_same_in_a_set_of_any_size(tmp_path):
-  """Twelve gigabytes of tokens, most of them holes in a sparse file: opened and read where asked."""
-  count = 2**32
-  files = {name: tmp_path / name for name in ('tokens', 'flags')}
-  for name, dtype in (('tokens', np.uint16), ('flags', np.uint8)):
-    with open(files[name], 'wb') as file:
-      file.truncate(count * np.dtype(dtype).itemsize)
-      file.seek((count - T) * np.dtype(dtype).itemsize)
-      file.write(np.full(T, 7 if name == 'tokens' else TARGET, dtype).tobytes())
-  maps = [np.memmap(files['tokens'], np.uint16, 'r'), np.memmap(files['flags'], np.uint8, 'r')]
-  cache = TokenCache(*maps, np.array([count]), 7, T, True)
-  data = TrainSet([PackedRows([cache], T, count)], [1.0], length=T, batch=4, seed=0)
-  assert len(data) == count // T and data.rows(10**12).max() < len(data)
-  tokens, targets, _ = data.read(np.array([len(data) - 1, 0]))
-  assert tokens.tolist() == [[7] * T, [0] * T] and targets[:, 1:].tolist() == [[True] * 7, [False] * 7]
 
 
 # The order of rows
