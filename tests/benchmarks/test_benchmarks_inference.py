@@ -4,11 +4,9 @@ import re
 import time
 import types
 
-import numpy as np
 import pytest
 
 from adapt_jax.export.hf import write_hf
-from adapt_jax.models.config import count_params
 from benchmarks import inference
 from benchmarks.side_by_side import Run
 from tests.support.helpers import VARIED, random_params, tiny_config
@@ -36,29 +34,11 @@ def run(**answer):
   return Run(1.0, 1.0, 10**9, answer)
 
 
-def test_a_limit_is_arithmetic_or_bytes_whichever_takes_longer():
-  cost = {'decode_8_flops': 1e9, 'decode_8_bytes': 1e9, 'evaluation_flops': 2e9}
-  assert inference.limit(200, 10, cost, 'evaluation') == 100
-  assert inference.limit(200, 10, cost, 'decode_8') == 80
-  assert inference.limit(200, 10, cost | {'decode_8_flops': 4e9}, 'decode_8') == 50
-
-
 def test_programs_with_different_losses_are_not_compared():
   answers = {'evaluation': 1.0, 'evaluation_flops': 1}
   runs = {'ours': [run(loss=2.0, **answers)], 'eager': [run(loss=2.1, **answers)]}
   with pytest.raises(SystemExit, match='do not compute the same loss'):
     inference.table('dense', 'float32', runs, [], {})
-
-
-def test_flops_and_bytes_are_those_of_the_weights_that_are_used():
-  programs = pytest.importorskip('benchmarks.programs.inference_ours')
-  config = tiny_config('llama', VARIED[:2])  # tied: the table is the head too
-  found = programs.limits(config, np.dtype('float32'), SETTINGS | {'new': 0, 'prompt': 1})
-  heads = sum(shape.num_kv_heads for shape in config.layers)
-  assert found['decode_2_bytes'] == 4 * (count_params(config) + 2 * 2 * heads * config.head_dim)
-  attention = sum(shape.num_heads for shape in config.layers) * config.head_dim
-  assert found['decode_1_flops'] == 2 * (count_params(config) + attention)
-  assert found['evaluation_flops'] == 2 * (count_params(config) + 16 * attention)
 
 
 def test_a_slow_first_call_does_not_enter_the_rates():

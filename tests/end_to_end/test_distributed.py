@@ -141,14 +141,6 @@ def test_a_run_goes_on_with_other_devices(files, alone, tmp_path, monkeypatch):
   assert_same_report(path, alone)
 
 
-def test_a_tensor_axis_keeps_widths_that_it_divides(files, tmp_path):
-  with on_devices(3, 1):
-    report = runs.in_process(make_config(files), tmp_path / 'tensor', 'prune')
-  model, stage = report['model'], report['stages'][-1]
-  assert model['params_after'] <= model['params_target'] < model['params_before']
-  assert all(x % 3 == 0 for x in stage['num_kv_heads'] + stage['ffn']) and min(stage['ffn']) < 48
-
-
 ENVIRONMENTS = {
   'srun': ({'SLURM_STEP_NODELIST': 'a[1-2]', 'SLURM_PROCID': '1', 'SLURM_NTASKS': '2'}, True),
   'srun of one task': ({'SLURM_STEP_NODELIST': 'a1', 'SLURM_PROCID': '0', 'SLURM_NTASKS': '1'}, False),
