@@ -59,6 +59,7 @@ def test_the_first_command_can_train(page, on_a_cpu):
 
 
 @pytest.mark.skipif(importlib.util.find_spec('mkdocs') is None, reason="pip install '.[docs]'")
+@pytest.mark.end_to_end
 def test_the_site_builds_without_a_warning(tmp_path):
   command = [sys.executable, '-m', 'mkdocs', 'build', '-q', '--strict', '--site-dir', str(tmp_path / 'site')]
   environment = os.environ | {'NO_MKDOCS_2_WARNING': '1'}

@@ -120,6 +120,7 @@ def test_third_party_imports_are_declared() -> None:
   assert not missing
 
 
+@pytest.mark.end_to_end
 def test_fetching_the_demo_needs_only_python() -> None:
   """`make fetch` runs before anything is installed."""
   code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import scripts.demo_files'

@@ -258,6 +258,7 @@ def test_a_closed_pipe_is_no_cache_that_cannot_be_written(tmp_path, monkeypatch)
     token_cache.open_cache(tmp_path / 'c', source, tiny_tokenizer(), need, field='train.source', **FIELDS)
 
 
+@pytest.mark.end_to_end
 def test_help_into_a_closed_pipe():
   """As in `| head -1`: no traceback."""
   read, write = os.pipe()

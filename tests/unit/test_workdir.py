@@ -30,6 +30,7 @@ def workdir(tmp_path):
   return Workdir(str(tmp_path / 'out'), IDENTITY)
 
 
+@pytest.mark.end_to_end
 def test_a_second_process_is_refused_before_any_work_and_later_served(workdir):
   command = [sys.executable, '-c', HOLDER, str(workdir.path)]
   with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
