@@ -17,11 +17,11 @@ from adapt_jax import api_arguments as arguments
 from adapt_jax.api_arguments import Text
 from adapt_jax.api_model import Model, load, save
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.options import DataOptions
+from adapt_jax.config.values import SELF
 from adapt_jax.data.documents import is_blocks, open_blocks
 from adapt_jax.data.tokenise import encode_prompts
 from adapt_jax.data.used_ids import used_ids
-from adapt_jax.data.windows import POOL_TOKENS, Blocks, check_targets, read_for, spread
+from adapt_jax.data.windows import Blocks, read_for, spread
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.generation import self_text
 from adapt_jax.generation.generator import Generator
@@ -73,15 +73,16 @@ def rows(
   chat. Raises InputError if there are fewer rows.
   """
   with processes.silent(not progress):
-    fields = {'text_field': text_field, 'messages_field': messages_field}
-    options = arguments.row_options(text, samples, length, seed, fields)
-    length = options.prune.calibration.length
-    if arguments.draws_itself(text, length, model.config):
+    length = arguments.row_length(text, length)
+    data = {'text_field': text_field, 'messages_field': messages_field}
+    asked = {'samples': samples, 'length': length}
+    options = from_dict({'seed': seed, 'data': data, 'prune': {'calibration': asked}})
+    if not arguments.is_ids(text) and text == SELF:
       arguments.check_tokenizer(model.tokenizer)
+      self_text.check((SELF,), length, model.config.max_position, 'prune.calibration')
       drawn = {'seed': [seed, self_text.CALIBRATION], 'dtype': compute_dtype('auto')}
       return self_text.in_memory(model.config, model.params, model.tokenizer, samples, length, **drawn)
-    most = max(POOL_TOKENS, samples * (length + 1))
-    blocks = arguments.blocks(text, options.data, model.config, model.tokenizer, length, most)
+    blocks = arguments.blocks(text, options, model, length, samples * (length + 1))
     return blocks.tokens[blocks.draw(samples, seed, 0)]
 
 
@@ -226,16 +227,16 @@ def recover(
       f'the teacher has {teacher.config.vocab_size:,} token ids, the model {model.config.vocab_size:,}: use '
       f'the model that it was pruned from'
     )
-  settings = arguments.train_options(text, tokens, teacher is not None, options, model.config, seed)
-  settings = with_rate(settings, model.params)
+  data, named = {'text_field': text_field, 'messages_field': messages_field}, {'tokens': tokens, **options}
+  asked = arguments.train_options(text, named, teacher is not None, seed=seed, data=data)
+  settings = with_rate(asked.train, model.params)
   steps = settings.tokens // (settings.batch * settings.length)
   dtype, tx = compute_dtype('auto'), optimizer(settings, steps)
   given = None
   if teacher is not None and settings.distill.alpha:
     given = Teacher(teacher.config, jax.tree.map(lambda x: x.astype(dtype), teacher.params))
   with processes.silent(not progress):
-    data = DataOptions(text_field=text_field, messages_field=messages_field)
-    rows = arguments.train_set(text, settings, data, model.config, model.tokenizer, seed)
+    rows = arguments.train_set(text, asked, model)
 
     def start(params: Params) -> dict[str, Any]:
       copied = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
@@ -269,12 +270,10 @@ def perplexity(
   """
   with processes.silent(not progress):
     mesh.check_model(model.config)
-    fields = {'text_field': text_field, 'messages_field': messages_field}
-    options = arguments.evaluation(length, max_tokens, batch, fields)
-    most = read_for(max_tokens)
-    found = arguments.blocks(text, options.data, model.config, model.tokenizer, length, most)
-    check_targets(found, 'text')
-    blocks = spread(found, max_tokens)
+    data = {'text_field': text_field, 'messages_field': messages_field}
+    asked = {'length': length, 'max_tokens': max_tokens, 'batch': batch}
+    options = from_dict({'data': data, 'evaluate': asked})
+    blocks = spread(arguments.blocks(text, options, model, length, read_for(max_tokens)), max_tokens)
     evaluator = Evaluator(blocks, batch, compiler=Compiler(), dtype=compute_dtype('auto'))
     return evaluator.perplexity(model.config, model.params, 'perplexity')
 

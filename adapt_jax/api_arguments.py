@@ -8,13 +8,13 @@ import jax
 import numpy as np
 
 from adapt_jax.config.build import flatten, from_dict
-from adapt_jax.config.options import DataOptions, RunOptions, TrainOptions
-from adapt_jax.config.values import SELF
-from adapt_jax.data.train_set import ArrayRows, TrainSet, open_train_set
-from adapt_jax.data.windows import Blocks, check_vocab, first_of_rows, load_blocks
+from adapt_jax.config.options import RunOptions
+from adapt_jax.data.train_set import ArrayRows, TrainSet
+from adapt_jax.data.windows import Blocks, check_vocab
 from adapt_jax.machine import mesh
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
+from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pruning import serving_widths, slicegpt
 from adapt_jax.pruning.criteria import Importance
 from adapt_jax.pruning.methods import METHODS
@@ -69,27 +69,23 @@ def pruning_method(
   return given if isinstance(importance, str) else type(base.__name__, (base,), {'importance': importance})
 
 
-def train_options(
-  text: Text, tokens: int, distils: bool, named: dict[str, Any], config: ModelConfig, seed: int
-) -> TrainOptions:
-  """The options of `train`; `distils`: whether there is a teacher."""
+def train_options(text: Text, named: dict[str, Any], distils: bool, **others: Any) -> RunOptions:
+  """Options with these values of `train`; `distils`: whether there is a teacher."""
   _check_named('train', named, _NOT_IN_RECOVER)
-  given = {'tokens': tokens, 'save_every': 10**9, **named}
+  given = {'save_every': 10**9, **named}
   if is_ids(text):
     given['length'] = row_length(text, named.get('length'))
   else:
     given['source'] = entries(text)
   given['distill'] = {'alpha': float(distils), **named.get('distill', {})}
-  train = from_dict({'seed': seed, 'train': given}).train
+  options = from_dict({'train': given, **others})
+  train = options.train
   if train.distill.alpha and not distils:
     raise InputError(f'train.distill.alpha = {train.distill.alpha} needs a teacher: pass a Model as teacher=')
-  if tokens < train.batch * train.length:
-    raise InputError(
-      f'train.tokens = {tokens:,} is less than one batch of {train.batch} x {train.length}: give at least '
-      f'{train.batch * train.length:,}, or lower batch or length'
-    )
+  if train.tokens < (least := train.batch * train.length):
+    raise InputError(f'train.tokens = {train.tokens:,} is less than one batch of {least:,}: raise it')
   mesh.check_rows('train.batch', train.batch)
-  return train
+  return options
 
 
 def is_ids(text: Text) -> TypeGuard[np.ndarray | jax.Array]:
@@ -117,25 +113,6 @@ def row_length(text: Text, length: int | None) -> int:
   return int(text.shape[-1])
 
 
-def row_options(
-  text: Text, samples: int, length: int | None, seed: int, fields: dict[str, str]
-) -> RunOptions:
-  """The options of a draw of calibration rows; `fields`: those of `data`."""
-  calibration = {'samples': samples, 'length': row_length(text, length)}
-  return from_dict({'seed': seed, 'prune': {'calibration': calibration}, 'data': fields})
-
-
-def draws_itself(text: Text, length: int, config: ModelConfig) -> bool:
-  """Whether the model is to generate the rows. Raises InputError beyond its context."""
-  if is_ids(text) or text != SELF:
-    return False
-  if length > config.max_position:
-    raise InputError(
-      f'length = {length} exceeds the context of the model ({config.max_position} tokens): lower it'
-    )
-  return True
-
-
 def token_ids(tokens: Any, config: ModelConfig, name: str) -> np.ndarray:
   """Token ids int32 [N, T]. Raises InputError for anything else, naming the argument."""
   ids = np.asarray(tokens)
@@ -146,38 +123,21 @@ def token_ids(tokens: Any, config: ModelConfig, name: str) -> np.ndarray:
   return ids.astype(np.int32)
 
 
-def evaluation(length: int, max_tokens: int, batch: int, fields: dict[str, str]) -> RunOptions:
-  """Options with these values of `evaluate`; `fields`: those of `data`."""
-  asked = {'length': length, 'max_tokens': max_tokens, 'batch': batch}
-  return from_dict({'evaluate': asked, 'data': fields})
-
-
-def blocks(
-  text: Text, data: DataOptions, config: ModelConfig, tokenizer: Any, length: int, most: int
-) -> Blocks:
+def blocks(text: Text, options: RunOptions, model: Any, length: int, most: int) -> Blocks:
   """Windows of the first `most` tokens of a text, or the given rows."""
   if is_ids(text):
-    ids = token_ids(text, config, 'text')
+    ids = token_ids(text, model.config, 'text')
     targets = np.ones(ids.shape, bool)
     targets[:, 0] = False
     return Blocks(ids, targets, 0)
-  check_tokenizer(tokenizer)
-  fields: dict[str, Any] = {'text_field': data.text_field, 'messages_field': data.messages_field}
-  first = first_of_rows(config.traits, tokenizer)
-  windows = load_blocks(
-    entries(text), tokenizer, length, **fields, field='text', max_tokens=most, first=first
-  )
-  check_vocab(int(windows.tokens.max()), config.vocab_size, 'text')
-  return windows
+  check_tokenizer(model.tokenizer)
+  return Loader(options, model, model.tokenizer).load('text', entries(text), length, most)
 
 
-def train_set(
-  text: Text, train: TrainOptions, data: DataOptions, config: ModelConfig, tokenizer: Any, seed: int
-) -> TrainSet:
+def train_set(text: Text, options: RunOptions, model: Any) -> TrainSet:
   """The rows of training of a text, or the given rows."""
   if is_ids(text):
-    rows = ArrayRows(token_ids(text, config, 'text'))
-    return TrainSet([rows], [1.0], length=train.length, batch=train.batch, seed=seed)
-  check_tokenizer(tokenizer)
-  first = first_of_rows(config.traits, tokenizer)
-  return open_train_set(train, data, tokenizer, config.vocab_size, seed, first)
+    rows, train = ArrayRows(token_ids(text, model.config, 'text')), options.train
+    return TrainSet([rows], [1.0], length=train.length, batch=train.batch, seed=options.seed)
+  check_tokenizer(model.tokenizer)
+  return Loader(options, model, model.tokenizer).train_set()

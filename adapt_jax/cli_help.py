@@ -31,6 +31,7 @@ Recipes (a name or your own file; RECIPE:VARIANT if a recipe has variants):
 
 Options: --mode=MODE --help lists the options of a mode, with defaults and meanings.
 Several processes: --distributed, --coordinator_address, --num_processes, --process_id (docs/cluster.md).
+Unexpected errors: --debug shows the traceback, which is otherwise written into a file.
 Guides: README.md and docs/ in the repository.
 """
 _PAGE = """

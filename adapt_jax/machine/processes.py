@@ -88,14 +88,13 @@ def count() -> int:
   try:
     return jax.process_count()
   except (AssertionError, RuntimeError) as error:  # the former for cuda, without a message
-    reason = first_line(error)
-    if isinstance(error, RuntimeError) and 'known backends' not in reason and 'libtpu.so' not in reason:
-      raise
-    asked = os.environ.get('JAX_PLATFORMS', '')
-    raise InputError(
-      f"JAX_PLATFORMS={asked}: JAX has no plug-in for it ({reason}): pip install 'adapt-jax[cuda]' or "
-      f"'adapt-jax[tpu]', or unset the variable"
-    ) from None
+    reason, asked = str(error), os.environ.get('JAX_PLATFORMS', '')
+    missing = not reason or 'known backends' in reason or 'libtpu.so' in reason
+    says = (
+      f"JAX_PLATFORMS={asked}: JAX has no plug-in for it: pip install 'adapt-jax[cuda]' or 'adapt-jax[tpu]', "
+      f'or unset the variable'
+    )
+    raise InputError(says) if missing else error from None
 
 
 def is_first() -> bool:
@@ -194,10 +193,9 @@ def decide(find: Callable[[], Any]) -> Any:
     explain(error)
     raise
   told = json.loads(_broadcast(json.dumps(told).encode()))
-  if failure:
-    raise failure
   if 'error' in told:
-    raise (Unreachable if told.get('unreachable') else InputError)(told['error'])
+    kind = Unreachable if told.get('unreachable') else InputError
+    raise failure or kind(told['error'])
   return told['found']
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import TEXT
+from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.harness import check_tasks, evaluate_tasks
 from adapt_jax.evaluation.perplexity import Evaluator, tokens_per_byte
 from adapt_jax.machine.compiler import Compiler
@@ -13,8 +14,9 @@ from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.machine.processes import say
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.formats.source import open_source
+from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
+from adapt_jax.models.network.llama import Params
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.workdir import Workdir
@@ -24,47 +26,60 @@ from adapt_jax.reports.summary import tasks_table
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Writes the perplexity of model.source on evaluate.source, and its task scores, to report.json."""
-  tasks, wanted = options.evaluate.has_tasks, options.evaluate
+  wanted = options.evaluate
   check_tasks(wanted)
   source = open_source(options.model.source)
   check_model(source.config)
   loader = Loader(options, source, source.load_tokenizer())
-  if not wanted.source and not tasks:
+  if not wanted.source and not wanted.has_tasks:
     raise InputError('evaluate.source is empty, and no task is named: there is nothing to measure')
   texts = loader.evaluation()
   with workdir.claimed():
-    dtype, compiler, start = compute_dtype(options.model.dtype), Compiler(), time.monotonic()
-    common: dict[str, Any] = {'compiler': compiler, 'dtype': dtype}
-    params = load_source(source, dtype)
-    report: EvaluationReport = {
-      'model': {'source': source.name, 'params_before': count_params(source.config)}
-    }
-    size, said = f'{count_params(source.config):,} parameters', list[str]()
-    found: dict[str, TextReport] = {}
-    programs: dict[type, tuple[Any, Any]] = {}  # shared by texts with batches of the same shape
-    for name, blocks in texts.items():
-      evaluator = Evaluator(blocks, wanted.batch, **common, programs=programs)
-      named = '' if list(texts) == [TEXT] else f' on {name}'
-      value = evaluator.perplexity(source.config, params, f'evaluate{named}')
-      bits = tokens_per_byte(blocks, loader.tokenizer) * math.log2(value)
-      found[name] = {'dense': value, 'bits_per_byte': bits, 'definition': evaluator.definition}
-      said.append(f'{size}, perplexity{named} {value:.3f}, {bits:.3f} bits per byte: {evaluator.definition}')
-    if first := next(iter(found.values()), None):
+    compiler, start = Compiler(), time.monotonic()
+    common: dict[str, Any] = {'compiler': compiler, 'dtype': compute_dtype(options.model.dtype)}
+    params, size = load_source(source, common['dtype']), count_params(source.config)
+    report: EvaluationReport = {'model': {'source': source.name, 'params_before': size}}
+    said = [f'{size:,} parameters']
+    if texts:
+      report['texts'] = _measure(texts, wanted.batch, source, params, loader.tokenizer, common)
+      first = next(iter(report['texts'].values()))
       report['perplexity'] = {'dense': first['dense'], 'definition': first['definition']}
-      report['texts'] = found
-    if tasks:
+      said = [f'{said[0]}, {_described(name, of)}' for name, of in report['texts'].items()]
+    if wanted.has_tasks:
       args = source.config, params, loader.tokenizer, source.generation
-      scores = evaluate_tasks(wanted, *args, title='tasks', **common)
-      report['tasks'] = scores
-      said += [*([] if said else [size]), '', tasks_table({'score': scores}).markdown()]
+      report['tasks'] = evaluate_tasks(wanted, *args, title='tasks', **common)
+      said += ['', tasks_table({'score': report['tasks']}).markdown()]
     report |= {
       'command': command,
       'compiles': compiler.counts,
       'seconds': time.monotonic() - start,
-      'versions': versions(*(('lm_eval',) if tasks else ())),
+      'versions': versions(*(('lm_eval',) if wanted.has_tasks else ())),
     }
     write_report(workdir.report, report)
     say('\n'.join(said))
+
+
+def _measure(
+  texts: dict[str, Blocks], batch: int, source: Source, params: Params, tokenizer: Any, common: dict[str, Any]
+) -> dict[str, TextReport]:
+  """Perplexity and bits per byte on each text, by its name."""
+  measured: dict[str, TextReport] = {}
+  programs: dict[type, tuple[Any, Any]] = {}  # shared by texts with batches of the same shape
+  for name, blocks in texts.items():
+    evaluator = Evaluator(blocks, batch, **common, programs=programs)
+    value = evaluator.perplexity(source.config, params, f'evaluate{_on(name)}')
+    bits = tokens_per_byte(blocks, tokenizer) * math.log2(value)
+    measured[name] = {'dense': value, 'bits_per_byte': bits, 'definition': evaluator.definition}
+  return measured
+
+
+def _on(name: str) -> str:
+  return '' if name == TEXT else f' on {name}'
+
+
+def _described(name: str, text: TextReport) -> str:
+  figures = f'{text["dense"]:.3f}, {text["bits_per_byte"]:.3f} bits per byte'
+  return f'perplexity{_on(name)} {figures}: {text["definition"]}'
 
 
 MODE = Mode(

@@ -4,14 +4,12 @@ import contextlib
 import json
 import os
 import pathlib
-import re
 import signal
 import socket
 import subprocess
 import sys
 
 import pytest
-from absl import flags
 
 import adapt_jax.cli  # noqa: F401  defines the flags
 from tests.support import runs
@@ -181,23 +179,3 @@ def test_the_jobset_counts_its_processes_alike_and_fails_at_once_for_bad_input()
   assert job['template']['spec']['restartPolicy'] == 'Never' and job['backoffLimit'] == 0
   (rule,) = found['spec']['failurePolicy']['rules']
   assert (rule['action'], rule['onJobFailureReasons']) == ('FailJobSet', ['PodFailurePolicy'])
-
-
-TEXTS = [*(LAUNCH / name for name in (*SCRIPTS, 'jobset.yaml')), runs.ROOT / 'docs/cluster.md']
-OURS = re.compile(r'--((?:config\.|coordinator|num_proc|process_id|workdir|distributed|mode)[\w.]*)')
-
-
-@pytest.mark.parametrize('path', TEXTS, ids=lambda path: path.name)
-def test_what_is_named_exists(path):
-  """Flags, config fields and files."""
-  text = path.read_text()
-  known = set(flags.FLAGS) | {'config'}
-  config = runs.base.get_config()
-  for name in OURS.findall(text):
-    head, *fields = name.rstrip('.').split('.')
-    assert head in known, name
-    found = config
-    for field in fields:
-      found = found[field]
-  for name in re.findall(r'(?<![\w/])(?:configs|launch|docs|adapt_jax)/[\w./]*\w', text):
-    assert (runs.ROOT / name).exists(), name

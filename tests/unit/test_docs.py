@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from adapt_jax import cli_help
-from adapt_jax.config.build import from_dict
+from adapt_jax.config.build import defaults, flatten, from_dict
 from adapt_jax.configs import base
+from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.checks import check_run
 from tests.support import runs
 from tests.support.helpers import tiny_config
@@ -37,6 +38,18 @@ def test_links_lead_to_files_and_their_headings(path):
     page = (path.parent / link if link else path).read_text(encoding='utf-8')
     headings = [x.lower() for x in re.findall(r'^#+ (.+)$', page, re.MULTILINE)]
     assert anchor in {re.sub(r'[^\w -]', '', x).replace(' ', '-') for x in headings}, anchor
+
+
+PAGES = [runs.ROOT / 'README.md', *DOCS.glob('*.md'), *(runs.ROOT / 'launch').iterdir()]
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
+def test_options_modes_and_files_that_are_named_exist(path):
+  text, options = path.read_text(encoding='utf-8'), flatten(defaults())
+  assert set(re.findall(r'--config\.([a-z_.]+)=', text)) <= options.keys()
+  assert set(re.findall(r'--mode=([a-z]+)', text)) <= MODES.keys()
+  for name in re.findall(r'(?<![\w/.-])(?:configs|launch|adapt_jax)/[\w./]*\w', text):
+    assert (runs.ROOT / name).exists(), name
 
 
 def test_readme_is_short():
