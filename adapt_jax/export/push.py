@@ -19,10 +19,10 @@ from adapt_jax.machine.progress import phase
 from adapt_jax.models.errors import InputError, Unreachable, unreachable
 
 # An earlier upload may have left these; loaders would mix them with the new files.
-_REPLACED = (
+_REPLACED = [
   '*.safetensors', '*.safetensors.index.json', '*.gguf', '*.py',
   'tokenizer*', 'vocab.json', 'merges.txt', 'added_tokens.json', 'special_tokens_map.json', 'chat_template*',
-)  # fmt: skip
+]  # fmt: skip
 _AGAIN = 'run the same command again, which only uploads'
 
 
@@ -31,42 +31,27 @@ def repositories(options: ExportOptions) -> dict[str, str]:
   return {name: options.push + FORMATS[name].suffix for name in options.formats} if options.push else {}
 
 
-def check_token(options: ExportOptions) -> None:
-  """Raises InputError if there is something to upload, and no token that the hub accepts."""
-  if not options.push:
-    return
-  if huggingface_hub.get_token() is None:
-    raise InputError(
-      f'export.push = {options.push!r}, but there is no token of the hub: run `hf auth login`, set '
-      f'HF_TOKEN, or leave push empty'
-    )
+@contextlib.contextmanager
+def _asking(options: ExportOptions, what: str, again: str = '') -> Iterator[None]:
+  """Turns any error of the hub into one InputError: its library and that of HTTP share no other class."""
   try:
-    huggingface_hub.HfApi().whoami()
-  except Exception as error:  # as in `push`
-    raise _refusal(options, options.push, error) from None
+    yield
+  except Exception as error:
+    reasons = [' '.join(str(e).split()) or type(e).__name__ for e in (error, error.__cause__) if e]
+    kind = Unreachable if unreachable(error) else InputError
+    raise kind(
+      f'export.push = {options.push!r}: {what} ({", ".join(dict.fromkeys(reasons))}): check name and '
+      f'network, run `hf auth login`, or set HF_TOKEN to a token that may write{again}'
+    ) from None
 
 
 def check_hub(options: ExportOptions) -> None:
-  """Creates the repositories that do not exist, and checks that the user may write to all of them.
-
-  Raises InputError without a token, and for a repository that refuses this user or cannot be reached.
-  """
-  check_token(options)
+  """Creates the repositories that do not exist. Raises InputError if the user may not write to one."""
+  hub = huggingface_hub.HfApi()
   for repo in repositories(options).values():
-    try:
-      hub = huggingface_hub.HfApi()
+    with _asking(options, f'{repo} cannot be written'):
       hub.create_repo(repo, exist_ok=True)
       hub.auth_check(repo, write=True)
-    except Exception as error:  # as in `push`
-      raise _refusal(options, repo, error) from None
-
-
-def _refusal(options: ExportOptions, repo: str, error: Exception) -> InputError:
-  kind = Unreachable if unreachable(error) else InputError
-  return kind(
-    f'export.push = {options.push!r}: {repo} cannot be written ({_reason(error)}): check name and '
-    f'network, run `hf auth login`, or set HF_TOKEN to a token that may write'
-  )
 
 
 def push(options: ExportOptions, directory: pathlib.Path, again: str = _AGAIN) -> None:
@@ -76,39 +61,23 @@ def push(options: ExportOptions, directory: pathlib.Path, again: str = _AGAIN) -
   process may call it. again: what repeats only the upload, for the message. Raises InputError for a format
   that was not written, and if the hub refuses or cannot be reached; the exports stay as they are.
   """
-  repos = repositories(options)
-  for name in repos:
-    if not (directory / name).is_dir():
-      raise InputError(
-        f'export.push = {options.push!r}: there is no {directory / name} to upload: write it with '
-        f'--mode=export --config.model.source={directory}'
-      )
-  try:
-    check_hub(options)
-  except InputError as error:
-    raise type(error)(f'{error}; the exports are complete: {again}') from None
+  hub, repos = huggingface_hub.HfApi(), repositories(options)
+  if missing := [directory / name for name in repos if not (directory / name).is_dir()]:
+    raise InputError(
+      f'export.push = {options.push!r}: there is no {missing[0]} to upload: write it with '
+      f'--mode=export --config.model.source={directory}'
+    )
   for name, repo in repos.items():
     folder = directory / name
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     say(f'uploading {folder}, {size:,.1f} MB, to {repo}')
-    try:
-      with _progress(f'uploading to {repo}'):
-        huggingface_hub.HfApi().upload_folder(
-          repo_id=repo, folder_path=folder, delete_patterns=[*_REPLACED], commit_message='Upload by adapt-jax'
-        )
-    except Exception as error:  # the hub's errors and those of its HTTP library share no other class
-      kind = Unreachable if unreachable(error) else InputError
-      raise kind(
-        f'export.push = {options.push!r}: {folder} was not uploaded to {repo} ({_reason(error)}); '
-        f'the exports are complete: {again}'
-      ) from None
+    failed = f'{folder} was not uploaded to {repo}'
+    with _asking(options, failed, f'; the exports are complete: {again}'), _progress(f'uploading to {repo}'):
+      hub.create_repo(repo, exist_ok=True)
+      hub.upload_folder(
+        repo_id=repo, folder_path=folder, delete_patterns=_REPLACED, commit_message='Upload by adapt-jax'
+      )
     say(f'{folder}: uploaded to {huggingface_hub.constants.ENDPOINT}/{repo}')
-
-
-def _reason(error: Exception) -> str:
-  """In one line, with the cause: an error of the storage only names the file."""
-  found = [' '.join(str(e).split()) or type(e).__name__ for e in (error, error.__cause__) if e is not None]
-  return ', '.join(dict.fromkeys(found))
 
 
 @contextlib.contextmanager

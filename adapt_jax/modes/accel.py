@@ -5,7 +5,7 @@ import dataclasses
 from adapt_jax.config.identity import PRUNING, TRAINING
 from adapt_jax.config.options import RunOptions
 from adapt_jax.evaluation.harness import check_tasks
-from adapt_jax.export.push import check_hub, check_token, push
+from adapt_jax.export.push import check_hub, push
 from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.errors import InputError
 from adapt_jax.modes.mode import Mode
@@ -20,7 +20,6 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Runs or resumes, then prints the table. Raises InputError before any work."""
   check_tasks(options.evaluate)
   decide(lambda: trackers.check(options.tracker))
-  decide(lambda: check_token(options.export))
   inputs = prepare(options)
   decide(lambda: check_hub(options.export))  # it creates repositories: last
   with workdir.claimed(inputs.digests):

@@ -6,20 +6,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from adapt_jax.config.values import TEXT
 from adapt_jax.machine.processes import is_first
-from adapt_jax.models.errors import InputError
+from adapt_jax.models.errors import reading
 from adapt_jax.models.files import regular, write_text
 from adapt_jax.reports import trackers
-
-# Fields that each line of an event has, and those of a pruning step with a number for each layer.
-_NUMBERS = {
-  'prune': ('stage', 'step', 'params', 'loss'),
-  'train': ('stage', 'step', 'loss', 'learning_rate', 'gradient_norm', 'tokens_per_second'),
-  'evaluate': ('step', 'perplexity'),
-}
-_OF_LAYERS = ('layer_importance', 'sparsity', 'kv_groups', 'ffn')
-_OF_LAYERS_NOW = ('query_heads',)  # that earlier versions did not write
 
 
 class MetricsLog:
@@ -37,7 +27,10 @@ class MetricsLog:
     # The machine may have crashed while it wrote the last line.
     whole = self.lines - (not content.endswith(b'\n'))
     for number, line in enumerate(lines[: max(whole, 0)], 1):
-      _check(line, f'{path}: line {number}')
+      with reading(
+        f'line {number} of', path, 'repair it, or move the file away to resume without its curves'
+      ):
+        _ = json.loads(line)['event']
     if content:
       self.cut(whole)
 
@@ -76,32 +69,3 @@ class MetricsLog:
       kept = self._path.read_bytes().splitlines(keepends=True)[:lines]
       write_text(self._path, b''.join(kept).decode())
       self.lines = lines
-
-
-def _check(line: bytes, where: str) -> None:
-  """Raises InputError, before a resumed run computes anything, for a line that no run has written."""
-  try:
-    good = _drawable(json.loads(line))
-  except (RecursionError, ValueError):
-    good = False
-  if not good:
-    raise InputError(f'{where} is damaged: repair it, or move the file away to resume without its curves')
-
-
-def _drawable(row: Any) -> bool:
-  """Whether a value of JSON is a line of the log with all that curves and pages are drawn from."""
-  if not isinstance(row, dict) or not isinstance(event := row.get('event'), str):
-    return False
-  numbers = [row.get('stage', 0), *(row.get(name) for name in _NUMBERS.get(event, ()))]
-  of_layers: list[Any] = []
-  if event == 'prune':
-    of_layers = [row.get(name) for name in _OF_LAYERS] + [row[name] for name in _OF_LAYERS_NOW if name in row]
-  names = [row.get('of'), row.get('text', TEXT)] if event == 'evaluate' else []
-  if not all(isinstance(found, list) for found in of_layers) or len(set(map(len, of_layers))) > 1:
-    return False
-  numbers += [value for found in of_layers for value in found]
-  return all(isinstance(name, str) for name in names) and all(map(_is_number, numbers))
-
-
-def _is_number(found: Any) -> bool:
-  return type(found) is float or (type(found) is int and abs(found) < 2**63)

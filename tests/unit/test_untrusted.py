@@ -26,7 +26,6 @@ from adapt_jax.machine import processes
 from adapt_jax.models.errors import InputError, write_denied
 from adapt_jax.models.files import new_directory, new_file, regular, write_text
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.pipeline.metrics import MetricsLog
 from tests.support import runs
 from tests.support.helpers import UNIFORM, random_params, refused, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
@@ -171,16 +170,6 @@ def test_globs_match_as_in_a_shell_and_follow_no_circles(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path / 'work')
   for source, count in (('../**/*.txt', 2), ('../a/**/x**.txt', 1), ('../a/.hidden/**/*.txt', 1), ('..', 3)):
     assert len(list(read_documents((source,), 'train.source', **FIELDS))) == count
-
-
-def test_a_log_with_one_bad_byte(tmp_path):
-  path = tmp_path / 'metrics.jsonl'
-  good = b'{"event": "evaluate", "of": "dense", "step": 0, "perplexity": 2.5}\n'
-  for bad in (b'{"event": "pru\xffne"}', b'{"event": '):
-    path.write_bytes(good + bad + b'\n' + good)
-    assert f'{path}: line 2' in refused(MetricsLog, path)
-  path.write_bytes(good + b'{"event": "tr\xff')  # the end of a line that a crash cut
-  assert MetricsLog(path).lines == 1 and path.read_bytes() == good
 
 
 def write_file(path):
