@@ -57,7 +57,7 @@ def trim_tokenizer(tokenizer: Any, ids: list[int]) -> Any:
   expected = {token: new[i] for token, i in tokenizer.get_vocab().items() if i in new}
   data['model'] = _trimmed_model(data['model'], new)
   data['added_tokens'] = [token | {'id': new[token['id']]} for token in data['added_tokens']]
-  data['post_processor'] = _renumbered(data['post_processor'], new)
+  _renumber(data['post_processor'], new)
   if padding := data.get('padding'):
     data['padding'] = padding | {'pad_id': new[padding['pad_id']]}
   from transformers import AutoTokenizer  # slow to import, and needed for tokenizers only
@@ -67,7 +67,9 @@ def trim_tokenizer(tokenizer: Any, ids: list[int]) -> Any:
     write_text(pathlib.Path(directory, 'tokenizer.json'), json.dumps(data, ensure_ascii=False))
     found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
   if found.get_vocab() != expected:
-    raise _refusal('its tokens cannot be renumbered')
+    raise InputError(
+      'the vocabulary cannot be trimmed, since its tokens cannot be renumbered: keep all of it'
+    )
   return found
 
 
@@ -102,22 +104,26 @@ def trimmed_generation(fields: dict[str, Any], ids: list[int]) -> dict[str, Any]
   return found
 
 
-def _refusal(reason: str) -> InputError:
-  return InputError(f'the vocabulary cannot be trimmed, because {reason}: keep all of it')
-
-
 def _data(tokenizer: Any) -> Json:
-  """The content of tokenizer.json. Raises InputError if its model cannot be trimmed."""
+  """The content of tokenizer.json. Raises InputError if it cannot be trimmed."""
   backend = getattr(tokenizer, 'backend_tokenizer', None)
-  if backend is None:
-    raise _refusal('its tokenizer is not of the tokenizers library')
-  data: Json = json.loads(backend.to_str())
-  model = data['model']
-  if model['type'] not in ('BPE', 'Unigram'):
-    raise _refusal(f'its tokenizer is {model["type"]}, neither BPE nor Unigram')
+  data: Json = (
+    json.loads(backend.to_str()) if backend else {'model': {'type': 'not of the tokenizers library'}}
+  )
+  model, kind = data['model'], data['model']['type']
+  reasons = [f'it is {kind}, neither BPE nor Unigram'] if kind not in ('BPE', 'Unigram') else []
   for option in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
-    if value := model.get(option):
-      raise _refusal(f'its tokenizer has {option} = {value!r}')
+    reasons += [f'it has {option} = {value!r}'] if (value := model.get(option)) else []
+  for part in _parts(data.get('post_processor')):
+    ids = {i for token in part.get('special_tokens', {}).values() for i in token['ids']}
+    if part['type'] not in ('ByteLevel', 'TemplateProcessing'):
+      reasons.append(f'its post-processor is {part["type"]}')
+    elif not ids <= tokenizer.added_tokens_decoder.keys():
+      reasons.append('its post-processor adds a token that is not special')
+  if reasons:
+    raise InputError(
+      f'the vocabulary cannot be trimmed, because of its tokenizer: {reasons[0]}: keep all of it'
+    )
   return data
 
 
@@ -175,16 +181,15 @@ def _trimmed_model(model: Json, new: dict[int, int]) -> Json:
   return model | {'vocab': vocab, 'merges': merges}
 
 
-def _renumbered(processor: Json | None, new: dict[int, int]) -> Json | None:
-  """The post-processor, which adds tokens such as BOS, with new ids."""
-  kind = processor and processor['type']
-  if processor is None or kind == 'ByteLevel':
-    return processor
-  if kind == 'Sequence':
-    return processor | {'processors': [_renumbered(part, new) for part in processor['processors']]}
-  if kind == 'TemplateProcessing':
-    tokens = processor['special_tokens']
-    if all(i in new for token in tokens.values() for i in token['ids']):
-      numbered = {k: token | {'ids': [new[i] for i in token['ids']]} for k, token in tokens.items()}
-      return processor | {'special_tokens': numbered}
-  raise _refusal(f'its post-processor is {kind}, or adds a token that is not special')
+def _parts(processor: Json | None) -> list[Json]:
+  """The parts of a post-processor, which adds tokens such as BOS."""
+  if processor is None:
+    return []
+  inner = processor.get('processors', [])
+  return [part for one in inner for part in _parts(one)] if processor['type'] == 'Sequence' else [processor]
+
+
+def _renumber(processor: Json | None, new: dict[int, int]) -> None:
+  for part in _parts(processor):
+    for token in part.get('special_tokens', {}).values():
+      token['ids'] = [new[i] for i in token['ids']]

@@ -18,17 +18,16 @@ from tests.support.helpers import refused
 
 
 @pytest.fixture(scope='module')
-def files(tmp_path_factory):
-  path = runs.make_files(tmp_path_factory.mktemp('files'))
-  (path / 'vocab.txt').write_text((path / 'train.txt').read_text()[:2000])
+def text(files, tmp_path_factory):
+  path = tmp_path_factory.mktemp('text') / 'vocab.txt'
+  path.write_text((files / 'train.txt').read_text()[:2000])
   return path
 
 
 def make_config(files, **fields):
   config = runs.make_config(files)
   config.prune.method, config.prune.importance, config.prune.compensate = 'uniform', 'l2', 'none'
-  config.prune.steps, config.prune.stages = 10, 1
-  config.train.tokens, config.data.cache = 4 * 4 * 32, str(files / 'cache')
+  config.prune.steps = 10
   config.update_from_flattened_dict(fields)
   return config
 
@@ -40,9 +39,9 @@ def execute(mode, files, path, **fields):
 
 
 @pytest.fixture(scope='module')
-def trimmed(files, tmp_path_factory):
-  text = {'prune.calibration.source': (str(files / 'vocab.txt'),)}
-  return execute('trim', files, tmp_path_factory.mktemp('trimmed') / 'out', **text)
+def trimmed(files, text, tmp_path_factory):
+  fields = {'prune.calibration.source': (str(text),)}
+  return execute('trim', files, tmp_path_factory.mktemp('trimmed') / 'out', **fields)
 
 
 @pytest.fixture(scope='module')
@@ -51,8 +50,8 @@ def narrowed(files, tmp_path_factory):
   return execute('narrow', files, path, **{'narrow.hidden': 24, 'export.formats': ('hf', 'gguf')})
 
 
-def test_trim_writes_what_the_library_gives(files, trimmed):
-  expected = aj.trim_vocabulary(aj.load(files / 'model'), files / 'vocab.txt')
+def test_trim_writes_what_the_library_gives(files, text, trimmed):
+  expected = aj.trim_vocabulary(aj.load(files / 'model'), text)
   found = aj.load(trimmed)
   assert found.config == expected.config and found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
   for name in ('embed', 'norm'):
