@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from adapt_jax.models.config import LayerShape, ModelConfig
-from adapt_jax.models.formats.hf_weights import TensorReader
+from adapt_jax.models.config import ModelConfig
+from adapt_jax.models.formats.hf_weights import TensorReader, stored_leaves
 
 
 class SplitReader:
@@ -13,18 +13,17 @@ class SplitReader:
     self._reader, self._names = reader, reader.names()
     self.where, self.files = reader.where, reader.files
     self._parts: dict[str, tuple[str, int, int]] = {}  # name -> the stored tensor, first row, rows
-    for i, shape in enumerate(config.layers):
-      for fused, names in config.traits.fused.items():
-        stored, first = f'model.layers.{i}.{fused}.weight', 0
-        if stored not in self._names:
-          continue
-        self._names.remove(stored)
-        for name in names:
-          rows = _rows(config, shape)[name]
-          if name == names[-1]:  # all that is left, so that a tensor of another size is refused by its shape
-            rows = reader.shape(stored)[0] - first
-          self._parts[f'model.layers.{i}.{name}.weight'] = stored, first, rows
-          first += rows
+    for stored, parts in stored_leaves(config).items():
+      if len(parts) == 1 or stored not in self._names:
+        continue
+      self._names.remove(stored)
+      first = 0
+      for leaf in parts:
+        rows = leaf.hf_shape[0]
+        if leaf is parts[-1]:  # all that is left, so that a tensor of another size is refused by its shape
+          rows = reader.shape(stored)[0] - first
+        self._parts[leaf.name] = stored, first, rows
+        first += rows
 
   def names(self) -> set[str]:
     """Names of all tensors, with parts in place of fused tensors."""
@@ -46,12 +45,3 @@ class SplitReader:
     rows, *columns = index or (slice(None),)
     start, stop, _ = rows.indices(count)
     return self._reader.read(stored, (slice(first + start, first + stop), *columns))
-
-
-def _rows(config: ModelConfig, shape: LayerShape) -> dict[str, int]:
-  """Rows of the projections that read the residual stream."""
-  kv = shape.num_kv_heads * config.head_dim
-  widths = {'q_proj': shape.num_heads * config.head_dim, 'k_proj': kv, 'v_proj': kv}
-  return {f'self_attn.{name}': rows for name, rows in widths.items()} | {
-    f'mlp.{name}': shape.ffn for name in ('gate_proj', 'up_proj')
-  }

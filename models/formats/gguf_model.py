@@ -27,18 +27,8 @@ STORED_DTYPES = {
 }
 
 
-def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-  """The ModelConfig that the metadata and tensor names describe.
-
-  Raises InputError for a missing, corrupt or truncated file, and names a feature that this decoder
-  would compute wrongly: other architectures, experts, other rotary scalings and sliding windows.
-  """
-  file = open_file(path)
-  with reading('GGUF file', file.path, 'use a model of the families in docs/families.md'):
-    return _config(file)
-
-
 def _config(file: GgufFile) -> ModelConfig:
+  """The ModelConfig that the metadata and tensor names describe."""
   arch = _architecture(file)
   _refuse_unsupported(file, arch)
   known = ARCHITECTURES[arch]
@@ -59,14 +49,11 @@ def _config(file: GgufFile) -> ModelConfig:
     qk_norm='blk.0.attn_q_norm.weight' in file.tensors,
     max_position=file.field(f'{arch}.context_length', int),
   )
-  numbers: dict[str, Any] = {
-    field: _number(file, f'{arch}.{key}', usual) for field, (key, usual) in known.numbers.items()
-  }
+  numbers: dict[str, Any] = {}
+  for field, (key, usual) in known.numbers.items():
+    key = f'{arch}.{key}'
+    numbers[field] = usual if file.field(key, float, usual) == usual else _positive(file, key)
   return known.implied(dataclasses.replace(config, **numbers), window)
-
-
-def _number(file: GgufFile, key: str, usual: float) -> float:
-  return usual if file.field(key, float, usual) == usual else _positive(file, key)
 
 
 def _positive(file: GgufFile, key: str, **default: float) -> float:
@@ -211,18 +198,24 @@ def _read_array(file: GgufFile, name: str, index: tuple[slice, ...] = ()) -> np.
 
 
 class GgufReader:
-  """The weights of a .gguf file by Hugging Face name, each read from disk on request."""
+  """The configuration of a .gguf file, and its weights by Hugging Face name, each read on request.
+
+  Raises InputError for a missing, corrupt or truncated file and for an unsupported tensor type, and names a
+  feature that this decoder would compute wrongly: other architectures, experts, other rotary scalings and
+  sliding windows.
+  """
 
   def __init__(self, path: str | os.PathLike[str]):
     self._file = open_file(path)
     self.where, self.files = str(path), list(self._file.parts)
     with reading('GGUF file', path, 'use a model of the families in docs/families.md'):
-      named = _architecture(self._file)
-      arch = ARCHITECTURES[named]
-      self._permuted_head = _head_dim(self._file, named) if arch.permuted else None
+      self.config = _config(self._file)
+      arch = ARCHITECTURES[_architecture(self._file)]
+    self._permuted_head = self.config.head_dim if arch.permuted else None
     self._norm_offset = arch.traits.norm_offset
-    # A tensor that the architecture does not have keeps its name, under which `check_tensors` refuses it.
-    self._gguf_name = {arch.hf_name(name) or name: name for name in self._file.tensors if name != ROPE_FREQS}
+    # `check_tensors` refuses a tensor that the architecture does not have under its own name.
+    names = {name: arch.hf_name(name) or f'gguf:{name}' for name in self._file.tensors if name != ROPE_FREQS}
+    self._gguf_name = {hf: name for name, hf in names.items()}
 
   @property
   def metadata(self) -> dict[str, Any]:
@@ -257,12 +250,3 @@ class GgufReader:
     array = _read_array(self._file, stored, (slice(first, -(-stop // head) * head), *columns))
     pairs = array.reshape(-1, head // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)[start - first : stop - first]
-
-
-def open_tensors(path: str | os.PathLike[str]) -> GgufReader:
-  """Opens the weights without reading any.
-
-  Raises InputError for a missing, corrupt or truncated file, an unsupported architecture, and
-  a tensor that is unknown or has an unsupported type, which it names.
-  """
-  return GgufReader(path)

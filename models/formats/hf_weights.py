@@ -124,7 +124,7 @@ def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
   return tuple(found)
 
 
-def _stored(config: ModelConfig) -> dict[str, list[Leaf]]:
+def stored_leaves(config: ModelConfig) -> dict[str, list[Leaf]]:
   """The tensors of a Hugging Face file in order, and the leaves whose rows each holds, one after another."""
   fused = {part: name for name, parts in config.traits.fused.items() for part in parts}
   found: dict[str, list[Leaf]] = {}
@@ -289,7 +289,7 @@ def save_params(
   Parameters that are sharded over processes are gathered tensor by tensor: every process calls this;
   those that do not write pass `directory` None. Raises OSError.
   """
-  parts = _stored(config)
+  parts = stored_leaves(config)
   shapes = {n: (sum(p.hf_shape[0] for p in found), *found[0].hf_shape[1:]) for n, found in parts.items()}
   dtypes = {n: np.dtype(dtype or lookup(params, found[0].path).dtype) for n, found in parts.items()}
   sizes = {n: math.prod(shape) * dtypes[n].itemsize for n, shape in shapes.items()}

@@ -15,8 +15,9 @@ from typing import Any
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError, Unreachable, first_line, reading, unreachable
 from adapt_jax.models.files import exists, local, read_json
-from adapt_jax.models.formats import gguf_model, gguf_tokenizer
+from adapt_jax.models.formats import gguf_tokenizer
 from adapt_jax.models.formats.fused import SplitReader
+from adapt_jax.models.formats.gguf_model import GgufReader
 from adapt_jax.models.formats.hf_config import config_from_hf
 from adapt_jax.models.formats.hf_weights import (
   TensorReader,
@@ -117,9 +118,9 @@ def open_source(name: str, field: str = 'model.source') -> Source:
   reader: TensorReader
   generation: dict[str, Any] = {}
   if path.suffix == '.gguf':
-    config, reader = gguf_model.read_config(path), gguf_model.open_tensors(path)
-    license = license_of_gguf(reader.metadata)
-    if ends := gguf_tokenizer.end_ids(reader.metadata):
+    reader = stored = GgufReader(path)
+    config, license = stored.config, license_of_gguf(stored.metadata)
+    if ends := gguf_tokenizer.end_ids(stored.metadata):
       generation = {'eos_token_id': ends}
   else:
     path = _of_run(path) if exists(path) else _download(name, field)
@@ -143,7 +144,7 @@ def open_config(name: str, field: str = 'model.source') -> ModelConfig:
   """
   path = _local(name, field)
   if path.suffix == '.gguf':
-    return gguf_model.read_config(path)
+    return GgufReader(path).config
   if exists(path):
     path = _of_run(path)
     return config_from_hf(_read_config(path, field), str(path))

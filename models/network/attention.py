@@ -65,8 +65,9 @@ def causal_attention(
     return on_each_device(lambda *own: fused(*own, scale), letters, q_BTNH, k_BSKH, v_BSKH, segments_BT)
   most = WHOLE_ON_CPU if on_cpu() else WHOLE
   if most >= T:
-    attend_row = _in_blocks if on_cpu() and T >= 2 * BLOCK else _whole
-    return attend_row(form, q_BTNH, k_BSKH, v_BSKH, segments_BT, window)
+    if on_cpu() and T >= 2 * BLOCK:
+      return _in_blocks(form, q_BTNH, k_BSKH, v_BSKH, segments_BT, window)
+    return _attend(form, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT, jnp.arange(T), window)
   size = max(1, most * most // (1 << (T - 1).bit_length()))
   padded = -(-T // size) * size
 
@@ -95,18 +96,6 @@ def _fused(q_BTNH: jax.Array, k_BSKH: jax.Array, segmented: bool) -> Callable[..
   return splash.splash_attention if splash.takes(q_BTNH) else None
 
 
-def _whole(
-  form: Logits,
-  q_BTNH: jax.Array,
-  k_BSKH: jax.Array,
-  v_BSKH: jax.Array,
-  segments_BT: jax.Array | None,
-  window: Any,
-) -> jax.Array:
-  positions_T = jnp.arange(q_BTNH.shape[1])
-  return _attend(form, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT, positions_T, window)
-
-
 def _blocks(
   form: Logits,
   q_BTNH: jax.Array,
@@ -129,16 +118,9 @@ def _blocks(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_blocks(
-  form: Logits,
-  q_BTNH: jax.Array,
-  k_BSKH: jax.Array,
-  v_BSKH: jax.Array,
-  segments_BT: jax.Array | None,
-  window: Any,
-) -> jax.Array:
+def _in_blocks(form: Logits, *args: Any) -> jax.Array:
   """On a CPU: each block of queries uses the keys up to its own end; the backward pass recomputes it."""
-  return _blocks(form, q_BTNH, k_BSKH, v_BSKH, segments_BT, window)
+  return _blocks(form, *args)
 
 
 def _forward(form: Logits, *args: Any) -> tuple[jax.Array, Any]:

@@ -175,27 +175,15 @@ class DecoderLayer(nn.Module):
     self.attention = Attention(self.config, self.shape)
     self.mlp = Mlp(self.config, self.shape)
 
-  def attend(
-    self,
-    x_BTD: jax.Array,
-    positions: Positions,
-    segments_BT: jax.Array | None = None,
-    before_BS: jax.Array | None = None,
-  ) -> jax.Array:
-    return self.add('attention', x_BTD, self.attention_output(x_BTD, positions, segments_BT, before_BS))
+  def attend(self, x_BTD: jax.Array, *args: Any) -> jax.Array:
+    return self.add('attention', x_BTD, self.attention_output(x_BTD, *args))
 
   def feed(self, x_BTD: jax.Array) -> jax.Array:
     return self.add('mlp', x_BTD, self.mlp_output(x_BTD))
 
-  def attention_output(
-    self,
-    x_BTD: jax.Array,
-    positions: Positions,
-    segments_BT: jax.Array | None = None,
-    before_BS: jax.Array | None = None,
-  ) -> jax.Array:
-    """The output of o_proj for the residual stream x."""
-    return self.attention(self._normed('attention', x_BTD), positions, segments_BT, before_BS)
+  def attention_output(self, x_BTD: jax.Array, *args: Any) -> jax.Array:
+    """The output of o_proj for the residual stream x; the other arguments are those of `Attention`."""
+    return self.attention(self._normed('attention', x_BTD), *args)
 
   def mlp_output(self, x_BTD: jax.Array) -> jax.Array:
     """The output of down_proj for the residual stream x."""

@@ -281,7 +281,7 @@ def test_a_gemma_2_without_a_window_has_that_of_llama_cpp(tmp_path, monkeypatch)
 
   monkeypatch.setattr(GGUFWriter, 'add_rope_freq_base', add_base)
   write(tmp_path / 'tiny.gguf', config, random_params(config))
-  assert [shape.window for shape in gguf_model.read_config(tmp_path / 'tiny.gguf').layers] == [4096, 0]
+  assert [shape.window for shape in gguf_model.GgufReader(tmp_path / 'tiny.gguf').config.layers] == [4096, 0]
 
 
 @pytest.mark.parametrize(

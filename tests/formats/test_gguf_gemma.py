@@ -7,7 +7,7 @@ import pytest
 
 from adapt_jax.models.config import LinearScaling, RopeConfig
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.formats.gguf_model import read_config
+from adapt_jax.models.formats.gguf_model import GgufReader
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network import llama
 
@@ -102,16 +102,16 @@ def test_logits_are_those_of_transformers(model, tmp_path):
 def test_what_would_change_the_function_is_refused(key, value, model, tmp_path):
   write(model, tmp_path / 'gemma.gguf', **{key: value})
   with pytest.raises(InputError, match=f'gemma3.{key} = {value}'):
-    read_config(tmp_path / 'gemma.gguf')
+    GgufReader(tmp_path / 'gemma.gguf')
 
 
 def test_linear_scaling_is_that_of_layers_without_a_window(model, tmp_path):
   write(model, tmp_path / 'gemma.gguf', **{'rope.scaling.factor': 8.0})
-  config = read_config(tmp_path / 'gemma.gguf')
+  config = GgufReader(tmp_path / 'gemma.gguf').config
   assert config.rope.scaling == LinearScaling(8.0) and config.local_rope == RopeConfig(1e4)
 
 
 def test_what_only_says_the_usual_is_read(model, tmp_path):
   usual = {'rope.scaling.factor': 1.0, 'attention.sliding_window_pattern': 6, 'rope.freq_base_swa': 1e4}
   write(model, tmp_path / 'gemma.gguf', **usual)
-  assert read_config(tmp_path / 'gemma.gguf').layers[5].window == 0
+  assert GgufReader(tmp_path / 'gemma.gguf').config.layers[5].window == 0

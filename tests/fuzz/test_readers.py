@@ -23,7 +23,6 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.hf_weights import host_tensors, save_params
 from adapt_jax.models.formats.safetensors import INDEX_NAME
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.pipeline.metrics import MetricsLog
 from tests.formats.test_gguf_model import add_byte_level, write_model
 from tests.formats.test_gguf_model import tiny_config as gguf_config
 from tests.support.helpers import random_params, tiny_config
@@ -163,18 +162,11 @@ def test_headers_of_safetensors(model, data):
 def test_the_header_of_a_gguf_file(gguf, data):
   """Its numbers, such as the base of rotary embeddings, may be others; its tensors may not."""
   content = (gguf / 'x.gguf').read_bytes()
-  first, last = content.index(b'token_embd.weight'), content.index(b'blk.1.ffn_down.weight')
-  end = data.draw(st.sampled_from((first, last)))
-  damage = data.draw(bytes_damage(end))
-  found = damaged(gguf, 'x.gguf', damage, lambda path: weights(path / 'x.gguf'))
-  whole = damaged(gguf, 'x.gguf', lambda data: data, lambda path: weights(path / 'x.gguf'))
-  assert found is None or found == whole or set(found) == set(whole) and _as_another_family(found, whole)
+  names = (b'general.architecture', b'token_embd.weight', b'blk.1.ffn_down.weight')
+  damage = data.draw(bytes_damage(content.index(data.draw(st.sampled_from(names)))))
+  read = damaged(gguf, 'x.gguf', damage, lambda path: weights(path / 'x.gguf'))
+  assert read in (None, weights(gguf / 'x.gguf'))
   damaged(gguf, 'x.gguf', damage, lambda path: whole_model(path / 'x.gguf'))
-
-
-def _as_another_family(found, whole):
-  """Rows of q and k are in another order in another architecture; the rest is the same."""
-  return all(found[name] == whole[name] for name in whole if 'q_proj' not in name and 'k_proj' not in name)
 
 
 @pytest.fixture(scope='module')
@@ -200,27 +192,15 @@ def test_texts(texts, name, damage):
 @given(st.sampled_from(('tokens', 'ends', 'meta.json')), bytes_damage(200))
 def test_a_damaged_token_cache_is_made_again(texts, name, damage):
   def read(place):
-    fields = FIELDS | {'field': 'train.source'}
-    return (
-      open_cache(place / 'c', str(texts / 'a.txt'), tiny_tokenizer(), Need(30), **fields).tokens[:30].tolist()
-    )
+    source, fields = str(texts / 'a.txt'), FIELDS | {'field': 'train.source'}
+    return open_cache(place / 'c', source, tiny_tokenizer(), Need(30), **fields).tokens[:30].tolist()
 
-  base = texts.parent / 'cached'
-  if not base.exists():
-    base.mkdir()
-    read(base)
-  expected, (entry,) = read(base), (base / 'c').iterdir()
+  cached = texts.parent / 'cached'
+  cached.mkdir(exist_ok=True)
+  expected, (entry,) = read(cached), (cached / 'c').iterdir()
   place = texts.parent / 'copy'
   shutil.rmtree(place, ignore_errors=True)
-  shutil.copytree(base, place)
+  shutil.copytree(cached, place)
   path = place / 'c' / entry.name / name
   path.write_bytes(damage(path.read_bytes()))
   assert outcome(lambda: read(place)) in (None, expected)
-
-
-@given(bytes_damage(500))
-def test_a_log(tmp_path_factory, damage):
-  path = tmp_path_factory.mktemp('log') / 'metrics.jsonl'
-  row = {'event': 'evaluate', 'of': 'dense', 'step': 0, 'perplexity': 2.5}
-  path.write_bytes(damage((json.dumps(row) + '\n').encode() * 5))
-  outcome(lambda: MetricsLog(path).read())
