@@ -6,11 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.backend import on_tpu
 from adapt_jax.models.network.sharding import constrain, token_shards
 
 _BLOCK = 512  # of a matrix that a TPU inverts block by block
 _OWN_SHARE = 1e-4  # of each diagonal entry that damping adds
+
+
+def check_finite(arrays: Any, what: str) -> None:
+  """Raises InputError, naming `what`, if any number of a tree of arrays is not finite."""
+  if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(arrays)):
+    raise InputError(f'{what} not finite: check the model, the calibration text and model.dtype')
 
 
 def exact() -> contextlib.AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from adapt_jax.config.mode_options import BenchOptions
 from adapt_jax.config.units import UNITS
-from adapt_jax.machine.targets import TARGETS, Target
+from adapt_jax.machine.targets import TARGETS
 from adapt_jax.models.config import LayerShape, ModelConfig
 from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.files import local
@@ -216,41 +216,29 @@ def roofline(name: str, config: ModelConfig, request: BenchOptions, unit: Attent
   target, D, H, shape = TARGETS[name], config.hidden_size, config.head_dim, config.layers[0]
   B, P = request.batch, request.prompt_length
   widest = max(unit.count(s) for s in config.layers), max(s.ffn for s in config.layers)
-  vocabulary = _Work(2 * config.vocab_size * D * B, _BYTES * config.vocab_size * D)
+  peaks = np.array([target.peak_tflops * 1e12, target.memory_gb_per_s * 1e9])
+
+  def work(operations: float, numbers: float) -> np.ndarray:
+    """Operations, and bytes that are read or written."""
+    return np.array([operations, _BYTES * numbers])
+
+  def seconds(work: np.ndarray) -> float:
+    return float((work / peaks).max())
 
   def phase(tokens: int, slots: float) -> Phase:
     """A pass over so many tokens of every row, each of which attends to so many slots."""
     rows, H2D = B * tokens, 2 * H * D
-    cache = 2 * H * B * (P if tokens > 1 else slots)
-    kv_head = _Work(2 * H2D * rows, _BYTES * (H2D + cache))
-    head = _Work((2 * H2D + 4 * slots * H) * rows, _BYTES * H2D)
-    if unit is KV_GROUPS:
-      attention, rest = kv_head.plus(head.times(shape.group_size)), kv_head.times(0)
-    else:
-      attention, rest = head.times(shape.num_kv_heads), kv_head.times(shape.num_kv_heads)
-    channel = _Work(6 * D * rows, _BYTES * 3 * D)
+    kv_head = work(2 * H2D * rows, H2D + 2 * H * B * (P if tokens > 1 else slots))
+    head = work((2 * H2D + 4 * slots * H) * rows, H2D)
+    by_groups = unit is KV_GROUPS
+    attention = kv_head + shape.group_size * head if by_groups else shape.num_kv_heads * head
+    rest = 0 * kv_head if by_groups else shape.num_kv_heads * kv_head
     curves = [
-      Curve((1, width + 1), (work.seconds(target), (width + 1) * work.seconds(target)))
-      for work, width in zip((attention, channel), widest, strict=True)
+      Curve((1, width + 1), (seconds(of), (width + 1) * seconds(of)))
+      for of, width in zip((attention, work(6 * D * rows, 3 * D)), widest, strict=True)
     ]
-    return Phase(vocabulary.seconds(target), rest.seconds(target), *curves)
+    vocabulary = work(2 * config.vocab_size * D * B, config.vocab_size * D)
+    return Phase(seconds(vocabulary), seconds(rest), *curves)
 
   steps = phase(1, P + request.new_tokens / 2)
   return Table(name, likeness(config, unit), request_of(request), phase(P, P / 2), steps, unit=unit)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Work:
-  """Operations, and bytes that are read or written."""
-
-  operations: float
-  moved: float
-
-  def times(self, count: int) -> '_Work':
-    return _Work(count * self.operations, count * self.moved)
-
-  def plus(self, other: '_Work') -> '_Work':
-    return _Work(self.operations + other.operations, self.moved + other.moved)
-
-  def seconds(self, target: Target) -> float:
-    return max(self.operations / (target.peak_tflops * 1e12), self.moved / (target.memory_gb_per_s * 1e9))

@@ -45,8 +45,8 @@ from adapt_jax.pruning.scorer import Scorer
 # tied tables.
 _READ_RIDGE, _WRITE_RIDGE, _PULL, _AXES = 0.1, 0.2, 0.5, 8
 
-# Block -> its norm, the weights that read the stream and those that write to it.
-_BLOCKS = {
+# Block -> its norm, the weights that read the stream (last axis) and those that write to it (first axis).
+BLOCKS = {
   'attention': ('attention_norm', ('q', 'k', 'v'), ('o', 'o_bias')),
   'mlp': ('mlp_norm', ('gate', 'up'), ('down', 'down_bias')),
 }
@@ -217,9 +217,9 @@ class Narrower:
   ) -> tuple[Streams, Params]:
     """Both streams after a layer, and the layer of the narrowed model."""
     fitted = dict(layer)
-    for norm, *_ in _BLOCKS.values():
+    for norm, *_ in BLOCKS.values():
       fitted[norm] = jnp.ones(self.width)
-    for block, (norm, reads, writes) in _BLOCKS.items():
+    for block, (norm, reads, writes) in BLOCKS.items():
       reader_Dd, inner = self._reader(streams, basis_Dd), dict(layer[block])
       for name in reads:
         inner[name] = _read(inner[name], layer[norm].astype(jnp.float32), reader_Dd)
@@ -246,7 +246,7 @@ class Narrower:
     """Both streams after a block, and the change [d, C] of the weight that writes its output."""
     d, small, shape = self.width, self.small, self._shape
     fitted = gathered(fitted)
-    C = fitted[block][_BLOCKS[block][2][0]].size // d
+    C = fitted[block][BLOCKS[block][2][0]].size // d
 
     def run(x_BTD: jax.Array, y_BTd: jax.Array) -> tuple[jax.Array, ...]:
       dense_BTD, _ = llama.output(block, self.config, shape, layer, x_BTD, *positions)
@@ -364,9 +364,5 @@ def narrow(
     narrowed = jax.block_until_ready(program(stacked, basis_Dd, tokens_ST))
     del stacked
     small: Params = mesh.jit(unstack, narrowed, once=True)(narrowed)
-  if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(small)):
-    raise InputError(
-      f'narrow.hidden = {width} gives weights that are not finite: check the model, the calibration '
-      f'text and model.dtype'
-    )
+  algebra.check_finite(small, f'narrow.hidden = {width} gives weights that are')
   return small

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax.config.prune_options import PruneOptions
@@ -25,8 +24,8 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.backend import loop_options
 from adapt_jax.models.network.llama import Params
+from adapt_jax.pruning import algebra, programs, surgery
 from adapt_jax.pruning import budget as budgets
-from adapt_jax.pruning import programs, surgery
 from adapt_jax.pruning.attention_units import AttentionUnit, find_unit
 from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.compensate import add
@@ -169,11 +168,7 @@ class Pruner:
       scores = self._compute(stacked, rows)
     else:
       scores = self._memo.get(self._key(plan, rows), lambda: self._compute(stacked, rows))
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(scores)):
-      raise InputError(
-        f'pruning step {step + 1}: the calibration loss is {scores.loss} and not all scores are '
-        f'finite: check the model, the calibration text and model.dtype'
-      )
+    algebra.check_finite(scores, f'pruning step {step + 1}: the loss is {scores.loss}, and some scores are')
     if self.importance == 'random':
       rng = np.random.default_rng([self._seed, step])
       scores = scores._replace(kv=rng.random(scores.kv.shape), ffn=rng.random(scores.ffn.shape))
@@ -310,11 +305,7 @@ class Pruner:
     else:
       key = programs.compensation(self.config, self.options, self._dtype, self.unit), self._key(plan, rows)
       changes = self._memo.changes(key, lambda: jax.device_get(compute()))
-    if not all(bool(jnp.isfinite(change).all()) for change in changes.values()):
-      raise InputError(
-        f'prune.compensate = {kind!r} gives weights that are not finite: check the model, the '
-        f'calibration text and model.dtype'
-      )
+    algebra.check_finite(changes, f'prune.compensate = {kind!r} gives weights that are')
 
     def added(params: Params, changes: dict[str, jax.Array]) -> Params:
       return add(params, compacted, changes)

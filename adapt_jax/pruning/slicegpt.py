@@ -29,13 +29,9 @@ from adapt_jax.models.config import LayerShape, ModelConfig, count_params
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.layers import rms_norm
 from adapt_jax.models.network.llama import Params
+from adapt_jax.pruning.narrow import BLOCKS
 
 METHOD = 'slicegpt'
-# Block -> its norm, the weights that read the stream (last axis) and those that write to it (first axis).
-_BLOCKS = {
-  'attention': ('attention_norm', ('q', 'k', 'v'), ('o', 'o_bias')),
-  'mlp': ('mlp_norm', ('gate', 'up'), ('down', 'down_bias')),
-}
 
 
 def sliced_config(config: ModelConfig, width: int) -> ModelConfig:
@@ -70,7 +66,7 @@ def slice_model(
   with Progress('slice', config.num_layers, 'layers') as progress:
     for layer in range(config.num_layers):
       preemption.check()
-      for block in _BLOCKS:
+      for block in BLOCKS:
         stream.through(block, layer, rotations[-1])
         rotations.append(principal(stream.moment, width))
       progress.update(1)
@@ -83,7 +79,7 @@ def _of_both(stream: '_Stream') -> np.ndarray:
   with Progress('slice: dense', layers, 'layers') as progress:
     for layer in range(layers):
       preemption.check()
-      for block in _BLOCKS:
+      for block in BLOCKS:
         stream.through(block, layer)
       progress.update(1)
   moments = (np.asarray(moment, np.float64) for moment in (entering, stream.final_moment()))
@@ -163,7 +159,7 @@ def apply_rotations(params: Params, rotations: list[np.ndarray]) -> Params:
   layers = []
   for layer in params['layers']:
     sliced: Params = {}
-    for block, (norm, reads, writes) in _BLOCKS.items():
+    for block, (norm, reads, writes) in BLOCKS.items():
       before, after = next(pairs)
       inner, gains = dict(layer[block]), layer[norm].astype(jnp.float32)
       for name in reads:
