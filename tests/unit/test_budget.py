@@ -19,6 +19,7 @@ from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import stage_targets
 from adapt_jax.pruning import budget as budgets
 from adapt_jax.pruning import latency
+from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.scores import Scores
@@ -126,12 +127,6 @@ def test_a_latency_is_the_sum_of_its_table():
   assert latency.Curve((2, 4, 8), (3.0, 4.0, 8.0)).at(8).tolist() == [2, 2.5, 3, 3.5, 4, 5, 6, 7, 8]
 
 
-def test_a_latency_needs_equal_groups():
-  mixed = tiny_config('llama', (LayerShape(4, 1, 32), LayerShape(2, 1, 32)))
-  with pytest.raises(InputError, match="'latency' needs as many query heads per KV head .* has \\[2, 4\\]"):
-    latency.find_table('h100', mixed, BenchOptions())
-
-
 def test_a_roofline_takes_the_longer_of_products_and_reads():
   config = make_config(tie=False)
   table = latency.roofline('h100', config, REQUEST)
@@ -153,21 +148,25 @@ def make_method(name, config, budget, **fields):
   return METHODS[name](config, PruneOptions(**fields), budget)
 
 
-def random_scores(config, seed):
+def random_scores(config, seed, unit=KV_GROUPS):
   rng = np.random.default_rng(seed)
   scale = np.exp(rng.normal(size=(config.num_layers, 1)))
-  columns = rng.random((config.num_layers, KV, G, HEAD)) * scale[:, :, None, None]
+  sizes = (KV, G) if unit is KV_GROUPS else (G, KV)
+  columns = rng.random((config.num_layers, *sizes, HEAD)) * scale[:, :, None, None]
   ffn, distance = rng.random((config.num_layers, FFN)) * scale, rng.uniform(-1, -0.3, config.num_layers)
   return Scores(columns.sum((2, 3)), ffn, distance, np.float32(1), columns)
 
 
-@pytest.mark.parametrize('kind', UNITS)
+@pytest.mark.parametrize('kind', [*UNITS, QUERY_HEADS.name])
 @pytest.mark.parametrize('name', METHODS)
 def test_every_method_lands_on_a_target_in_every_unit(name, kind):
   """Never above; below by less than one block, which is a layer for shortgpt and a group of the KV cache."""
   config, align = make_config(layers=14), 4
-  budget = make_budget(kind, config, concave=True)
-  method, state = make_method(name, config, budget, align_ffn=align), PruneState.start(config)
+  by_heads = kind == QUERY_HEADS.name
+  budget = budgets.params(config, QUERY_HEADS) if by_heads else make_budget(kind, config, concave=True)
+  unit = budget.removes
+  method = make_method(name, config, budget, align_ffn=align)
+  state = PruneState.start(config, unit)
   layer = budget.layers[0]
   block = layer.attention[1] if budget.coarse else max(np.diff(layer.mlp[::align]))
   assert budget.coarse == (kind == 'kv_cache')
@@ -178,15 +177,18 @@ def test_every_method_lands_on_a_target_in_every_unit(name, kind):
     before = state
     while state.plan.cost(budget) > target:
       assert state.step < 200, 'the steps do not end'
-      state = method.step(random_scores(config, state.step), state, target)
+      state = method.step(random_scores(config, state.step, unit), state, target)
     assert target - block < state.plan.cost(budget) <= target
     state.plan.relative_to(before.plan)  # raises if something came back
     if kind == 'kv_cache' and name != 'shortgpt':
       assert (state.plan.ffn_widths == FFN).all()
+    if by_heads:
+      small = state.plan.pruned_config(config)
+      assert state.plan.unit is unit and all(s.num_kv_heads == KV for s in small.layers)
   smallest = method.smallest()
   while state.plan.cost(budget) > smallest:
     assert state.step < 400, 'the steps do not end'
-    state = method.step(random_scores(config, state.step), state, smallest)
+    state = method.step(random_scores(config, state.step, unit), state, smallest)
 
 
 def test_obs_takes_what_costs_least_per_unit_of_the_budget():
@@ -300,6 +302,24 @@ def test_a_table_that_does_not_reach_the_model_or_is_missing_is_refused(tmp_path
   table = dataclasses.replace(make_table(make_config()), prefill=flat, decode=flat)
   with pytest.raises(InputError, match='narrower layers are no faster'):
     latency.budget(table, make_config())
+
+
+def test_a_table_decides_what_attention_loses_where_the_model_suits_it(tmp_path):
+  """With prune.attention=auto; a table by KV heads thus stays of use for a model with one in each layer."""
+  single, mixed = (tiny_config('llama', (LayerShape(3, n, 32), LayerShape(3, 1, 32))) for n in (1, 3))
+  curve = {'widths': [1, 3], 'seconds': [1e-5, 3e-5]}
+  phase = {'fixed': 1e-4, 'rest': 1e-5, 'attention': curve, 'mlp': {'widths': [12, 48], 'seconds': [1, 2]}}
+
+  def removed(unit, config, budget='latency'):
+    fields = {'model': latency.likeness(single, unit), 'prefill': phase, 'decode': phase, 'unit': unit.name}
+    table = write_table(tmp_path / 'table.json', make_config(), **fields)
+    return budget_of(options_of(budget=budget, latency_table=table), config).removes
+
+  assert removed(KV_GROUPS, single) is KV_GROUPS and removed(QUERY_HEADS, single) is QUERY_HEADS
+  assert budget_of(options_of(budget='latency', latency_table='h100'), single).removes is QUERY_HEADS
+  for unit in (KV_GROUPS, QUERY_HEADS):  # its layers differ in what a unit of either kind has
+    with pytest.raises(InputError, match='as many query heads per KV head in every layer'):
+      removed(unit, mixed)
 
 
 def test_noise_in_a_table_never_makes_a_removal_cost_time():

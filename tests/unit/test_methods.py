@@ -10,9 +10,6 @@ from adapt_jax.pruning.methods.flap import standardised
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.scores import Scores
 
-PROGRESSIVE = ('adapt', 'uniform')
-ONE_SHOT = ('obs', 'llm_pruner', 'flap', 'magnitude')
-METHOD_NAMES = (*PROGRESSIVE, *ONE_SHOT, 'wanda_sp')
 KV, G, HEAD, FFN = 3, 2, 8, 52
 
 
@@ -41,43 +38,6 @@ def run(method, config, state, target):
   while states[-1].plan.params(config) > target:
     states.append(method.step(random_scores(config, len(states)), states[-1], target))
   return states
-
-
-@pytest.mark.parametrize('name', METHOD_NAMES)
-def test_kv_heads_stay_multiples_too(name):
-  """So that a tensor axis divides them; a layer keeps one such block."""
-  config = make_config(shapes=(LayerShape(4 * G, 4, FFN),) * 14)
-  method = make_method(name, config, serve='tensor_parallel=2', align_ffn=4)
-  for target in (int(0.8 * count_params(config)), method.smallest()):
-    plan = run(method, config, PruneState.start(config), target)[-1].plan
-    assert set(plan.kv_widths) <= {2, 4} and not (plan.ffn_widths % 4).any()
-    assert plan.params(config) <= target
-  assert 2 in plan.kv_widths
-
-
-@pytest.mark.parametrize('align', [1, 8])
-@pytest.mark.parametrize('name', METHOD_NAMES)
-def test_lands_on_every_stages_target(name, align):
-  """Never above, below by less than one MLP block; what a stage removed stays removed."""
-  config = make_config(layers=14)  # llm_pruner may touch eight of them
-  method, state = make_method(name, config, align_ffn=align), PruneState.start(config)
-  for share in (0.9, 0.8, 0.7):
-    target = int(share * count_params(config))
-    states = run(method, config, state, target)
-    assert len(states) == 2 or name not in ONE_SHOT
-    before, state = state, states[-1]
-    assert target - align * channel_params(config) < state.plan.params(config) <= target
-    state.plan.relative_to(before.plan)  # raises if something came back
-    assert (state.plan.kv_widths >= 1).all()
-    assert all(f >= 1 and (f % align == 0 or f == FFN) for f in state.plan.ffn_widths)
-
-
-@pytest.mark.parametrize('name', METHOD_NAMES)
-def test_the_smallest_target_is_reached(name):
-  config = make_config()
-  method = make_method(name, config, align_ffn=8)
-  plan = run(method, config, PruneState.start(config), method.smallest())[-1].plan
-  assert plan.params(config) <= method.smallest() and (plan.kv_widths >= 1).all()
 
 
 @pytest.mark.parametrize('name', ['wanda_sp', 'uniform'])

@@ -12,14 +12,16 @@ from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_p
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
 from adapt_jax.pruning import surgery
+from adapt_jax.pruning.attention_units import QUERY_HEADS
 from adapt_jax.pruning.plan import PrunePlan, keep_best
 from adapt_jax.pruning.scorer import Scorer
 from tests.support.helpers import logits, new_params, stacked_params
 
+PAIRS = (LayerShape(6, 2, 24),) * 3  # of KV heads, with three query heads each
 
-def make_model(seed=0, **kw):
-  shapes = (LayerShape(6, 2, 24),) * 3
-  config = ModelConfig('qwen2', 97, 32, 8, shapes, RopeConfig(1e4), 1e-5, True, qkv_bias=True, **kw)
+
+def make_model(seed=0, layers=PAIRS, **kw):
+  config = ModelConfig('qwen2', 97, 32, 8, layers, RopeConfig(1e4), 1e-5, True, qkv_bias=True, **kw)
   params = new_params(config, seed)
   for i, layer in enumerate(params['layers']):
     for block in ('attention', 'mlp'):
@@ -42,31 +44,51 @@ def tokens(config, rows=4, length=12):
   return jax.random.randint(jax.random.key(1), (rows, length), 0, config.vocab_size)
 
 
-@pytest.mark.parametrize('output_bias', [False, True])
-def test_zeroed_and_compacted_models_agree(output_bias):
-  config, params = make_model(output_bias=output_bias)
-  plan = some_plan(config)
-  zeroed = logits(config, surgery.zero(params, plan), tokens(config))
-  small = surgery.compact(params, plan)
-  compacted = logits(plan.pruned_config(config), small, tokens(config))
-  np.testing.assert_allclose(zeroed, compacted, atol=2e-6)
-  assert not np.allclose(zeroed, logits(config, params, tokens(config)), atol=1e-2)
+def by_query_heads(config):
+  plan = PrunePlan.dense(config, QUERY_HEADS)
+  plan.kv[0][0] = plan.kv[1][1:] = False
+  for mask in plan.ffn:
+    mask[::3] = False
+  return plan
 
 
-@pytest.mark.parametrize('output_bias', [False, True])
-def test_parameter_count_is_that_of_the_compacted_arrays(output_bias):
-  config, params = make_model(output_bias=output_bias)
-  plan = some_plan(config)
-  stored = sum(x.size for x in jax.tree.leaves(surgery.compact(params, plan)))
-  assert plan.params(config) == stored == count_params(plan.pruned_config(config))
+@pytest.mark.parametrize(
+  'layers,output_bias,make_plan',
+  [
+    (PAIRS, False, some_plan),
+    (PAIRS, True, some_plan),
+    (PAIRS, False, lambda config: some_plan(config).without_layer(1)),
+    (PAIRS, False, by_query_heads),
+    ((LayerShape(4, 1, 24),) * 3, True, by_query_heads),
+  ],
+)
+def test_the_compacted_model_is_the_zeroed_one(layers, output_bias, make_plan):
+  config, params = make_model(output_bias=output_bias, layers=layers)
+  plan = make_plan(config)
+  small, narrow = surgery.compact(params, plan), plan.pruned_config(config)
+  expected = logits(config, surgery.zero(params, plan), tokens(config))
+  np.testing.assert_allclose(logits(narrow, small, tokens(config)), expected, atol=2e-6)
+  assert not np.allclose(expected, logits(config, params, tokens(config)), atol=1e-2)
+  stored = sum(x.size for x in jax.tree.leaves(small))
+  assert plan.params(config) == stored == count_params(narrow)
+  dense = PrunePlan.dense(config, plan.unit)
+  zeroed = surgery.stack(surgery.zero(params, plan), dense, jnp.float32)
+  whole = surgery.stack(params, dense, jnp.float32)
+  masked = surgery.zero_stacked(whole, *surgery.padded_masks(plan), plan.unit)
+  jax.tree.map(np.testing.assert_array_equal, masked, zeroed)
+  if plan.present.all():  # else norms are gone too
+    jax.tree.map(np.testing.assert_array_equal, surgery.stack(small, plan, jnp.float32), zeroed)
+  else:
+    np.testing.assert_array_equal(small['layers'][1]['mlp_norm'], params['layers'][2]['mlp_norm'])
+    assert [w == 0 for w in plan.widths(config)['num_heads']] == [not x for x in plan.present]
+  if plan.unit is QUERY_HEADS:
+    assert {s.num_kv_heads for s in narrow.layers} == {layers[0].num_kv_heads}
 
 
 def test_scores_of_survivors_are_equal_in_the_zeroed_and_the_compacted_model():
   config, params = make_model()
   plan = some_plan(config)
-  zeroed = surgery.stack(surgery.zero(params, plan), PrunePlan.dense(config), jnp.float32)
   restored = surgery.stack(surgery.compact(params, plan), plan, jnp.float32)
-  jax.tree.map(np.testing.assert_array_equal, zeroed, restored)
   scores = jax.jit(Scorer(config, micro_batch=2))(restored, tokens(config))
   small = Scorer(plan.pruned_config(config), micro_batch=2)
   with pytest.raises(InputError, match='query heads per KV head'):
@@ -79,15 +101,6 @@ def test_scores_of_survivors_are_equal_in_the_zeroed_and_the_compacted_model():
     np.testing.assert_array_equal(scores.ffn[i][~plan.ffn[i]], 0)
     groups = int(plan.kv[i].sum())
     np.testing.assert_allclose(scores.kv[i][plan.kv[i]], own.kv[i][:groups], rtol=2e-5, atol=1e-9)
-
-
-def test_zero_stacked_equals_zero():
-  config, params = make_model()
-  plan = some_plan(config)
-  dense = PrunePlan.dense(config)
-  a = surgery.zero_stacked(surgery.stack(params, dense, jnp.float32), *surgery.padded_masks(plan))
-  b = surgery.stack(surgery.zero(params, plan), dense, jnp.float32)
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_layers_of_different_widths_stack_at_the_widest():
@@ -175,36 +188,12 @@ def test_added_output_biases_are_zeros_that_train():
   jax.tree.map(np.testing.assert_array_equal, surgery.with_output_bias(biased_config, gradient)[1], gradient)
 
 
-def test_a_model_with_attention_bias_keeps_its_own_when_biases_are_added():
-  config = ModelConfig(
-    'llama', 97, 32, 8, (LayerShape(6, 2, 24),) * 2, RopeConfig(1e4), 1e-5, True, qkv_bias=True
-  )
-  params = llama.init_params(config, jax.random.key(0))
-  own = params['layers'][0]['attention']['o_bias'] = jnp.arange(32.0)
-  layer = surgery.with_output_bias(config, params)[1]['layers'][0]
-  np.testing.assert_array_equal(layer['attention']['o_bias'], own)
-  np.testing.assert_array_equal(layer['mlp']['down_bias'], jnp.zeros(32))
-
-
 def gone_plan(config, *layers):
   """`some_plan`, without these layers."""
   plan = some_plan(config)
   for layer in layers:
     plan = plan.without_layer(layer)
   return plan
-
-
-def test_a_layer_without_groups_is_gone_with_its_norms():
-  config, params = make_model()
-  plan = gone_plan(config, 1)
-  small = surgery.compact(params, plan)
-  assert len(small['layers']) == plan.pruned_config(config).num_layers == 2
-  np.testing.assert_array_equal(small['layers'][1]['mlp_norm'], params['layers'][2]['mlp_norm'])
-  assert plan.params(config) == sum(x.size for x in jax.tree.leaves(small))
-  zeroed = logits(config, surgery.zero(params, plan), tokens(config))
-  compacted = logits(plan.pruned_config(config), small, tokens(config))
-  np.testing.assert_allclose(zeroed, compacted, atol=2e-6)
-  assert [w == 0 for w in plan.widths(config)['num_heads']] == [False, True, False]
 
 
 def test_a_gone_layer_is_scored_as_one_that_does_nothing():
