@@ -22,7 +22,7 @@ from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.machine import preemption
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError, disk_full, first_line, reading, write_denied
-from adapt_jax.models.files import regular, write_text
+from adapt_jax.models.files import write_text
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.modes import accel, compare_grid
 from adapt_jax.modes.mode import Mode
@@ -313,7 +313,7 @@ def _unfinished(run: CellRun, *, running: bool) -> CellReport:
     return {**cell, 'state': 'running'}
   if not (error_file := run.workdir.path / ERROR).exists():
     return cell
-  lines = regular(error_file).read_text(errors='replace').splitlines()
+  lines = error_file.read_text(errors='replace').splitlines()
   return {**cell, 'state': 'failed', 'error': next(iter(lines), 'unknown')}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapt_jax.machine.processes import is_first
 from adapt_jax.models.errors import reading
-from adapt_jax.models.files import regular, write_text
+from adapt_jax.models.files import write_text
 from adapt_jax.reports import trackers
 
 
@@ -21,7 +21,7 @@ class MetricsLog:
   def __init__(self, path: pathlib.Path):
     self._path = path
     self._trackers: list[trackers.Tracker] = []
-    content = regular(path).read_bytes() if path.exists() else b''
+    content = path.read_bytes() if path.exists() else b''
     lines = content.splitlines()
     self.lines = len(lines)
     # The machine may have crashed while it wrote the last line.

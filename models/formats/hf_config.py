@@ -115,7 +115,7 @@ def _layers(raw: dict[str, Any], traits: Family) -> tuple[LayerShape, ...]:
 
 def _windows(raw: dict[str, Any], traits: Family, depth: int) -> list[int]:
   """The window of each layer's attention; 0 for none, or if no row is longer."""
-  window = _count(raw, 'sliding_window', 4096) if raw.get('sliding_window', 4096) is not None else 0
+  window = _count(raw, 'sliding_window') if raw.get('sliding_window') is not None else 0
   if not traits.local_rope and window >= _max_position(raw):
     window = 0
   if traits.windows == 'all':

@@ -204,6 +204,9 @@ def test_sliding_windows_out_of_use_are_accepted():
     used = {'use_sliding_window': True, 'sliding_window': 64, 'max_window_layers': layers}
     assert config_from_hf(base('qwen3', **used), 'here').layers == UNIFORM
   config_from_hf(base('qwen3', layer_types=['full_attention'] * 2), 'here')
+  absent = base('phi3', max_position_embeddings=2**17)
+  absent.pop('sliding_window')
+  assert not any(shape.window for shape in config_from_hf(absent, 'here').layers)
 
 
 def test_a_mistral_with_layer_types_has_windows_in_those_layers_only():
