@@ -1,6 +1,7 @@
 """Mode estimate: what the compiler says of memory at full size, and the arithmetic beside it."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -107,32 +108,33 @@ def test_stages_end_at_their_targets():
   assert all(0 <= t - n < 128 * 3 * 4096 for t, n in zip(goals, sizes, strict=True))
 
 
-def test_a_teacher_that_is_asked_before_lies_beside_nothing(tmp_path):
-  config = runs.make_config(runs.make_files(tmp_path))
+def test_a_teacher_that_is_asked_before_lies_beside_nothing(files):
+  config = runs.make_config(files)
   config.train.distill.update({'alpha': 1.0, 'cache': 8})
   asked = from_dict(config.to_dict())
   plan, stages, (*_, (_, teacher), (_, training)) = planned(asked)
   tokens = asked.train.batch * asked.train.length
-  assert (teacher.arguments, teacher.other) == (weights(plan.whole) + tokens * (4 + 4), 0)
+  assert (teacher.arguments, teacher.other) == (weights(plan.config) + tokens * (4 + 4), 0)
   assert 0 <= teacher.results - tokens * (4 * 8 + 4 * 9) < 64  # and the tuple of both
   assert training.arguments == bytes_of(plan.state(stages[0], True)) + tokens * (4 + 1 + 4 + 4 * 8 + 4 * 9)
   # Its forward pass is not part of the step.
   assert plan.step_work(stages[0]) == 3 * flops.forward(stages[0], asked.train.length)
 
 
-def test_every_program_of_a_run_with_a_teacher(tmp_path):
+def test_every_program_of_a_run_with_a_teacher(files, tmp_path):
   """No weights are read, and training's arguments are what a step is given, to the byte."""
-  config = runs.make_config(runs.make_files(tmp_path))
+  config = runs.in_two_stages(runs.make_config(files))
+  shutil.copy(files / 'model/config.json', tmp_path)
+  config.model.source = str(tmp_path)
   config.train.distill.alpha, config.prune.method = 0.5, 'obs'
-  (tmp_path / 'model/model.safetensors').unlink()
   asked = from_dict(config.to_dict())
   plan, stages, rows = planned(asked)
   names = ['stacking', 'scoring', 'scoring', 'compensation', 'correction', 'compaction', 'training']
   assert [name for name, _ in rows] == names
   stacking, first, second, compensation, _, compaction, training = (x for _, x in rows)
-  teacher, state = weights(plan.whole), bytes_of(plan.state(stages[0], True))
+  teacher, state = weights(plan.config), bytes_of(plan.state(stages[0], True))
   calibration = asked.prune.calibration
-  assert stacking.arguments == bytes_of(plan.state(plan.whole, False))
+  assert stacking.arguments == bytes_of(plan.state(plan.config, False))
   assert stacking.results == first.arguments - calibration.samples * calibration.length * 4
   assert stacking.other == teacher and 0 < stacking.temporary < stacking.results
   assert (compaction.arguments, compaction.results) == (state, bytes_of(plan.state(stages[1], True)))
@@ -146,8 +148,8 @@ def test_every_program_of_a_run_with_a_teacher(tmp_path):
   assert in_first < training.times < plan.schedule.train_steps
 
 
-def test_the_mode_prints_the_size_with_biases(tmp_path, capsys):
-  config = runs.make_config(runs.make_files(tmp_path))
+def test_the_mode_prints_the_size_with_biases(files, capsys):
+  config = runs.make_config(files)
   config.estimate.devices, config.prune.compensate, config.estimate.price = 0, 'bias', 2.5
   dense = open_config(config.model.source)
   estimate.run(from_dict(config.to_dict()))
@@ -190,8 +192,8 @@ def test_every_target_can_be_named():
   assert choices['estimate.target'] == tuple(TARGETS)
 
 
-def test_another_teacher_is_beside_the_model(tmp_path):
-  config = runs.make_config(runs.make_files(tmp_path))
+def test_another_teacher_is_beside_the_model(files):
+  config = runs.make_config(files)
   config.train.distill.alpha, config.prune.stages = 1.0, 1
   small = open_config(config.model.source)
   wide = dataclasses.replace(small, hidden_size=2 * small.hidden_size)
