@@ -108,17 +108,15 @@ def _from_source(options: RunOptions) -> _Model:
 def _from_checkpoint(path: pathlib.Path) -> _Model:
   """The model with the widths and weights that the run in `path` saved last."""
   saved = read_json(path / 'run.json')
-  if saved.get('mode') not in ('accel', 'prune'):
-    raise InputError(f'model.source = {str(path)!r} is not a workdir of mode accel or prune')
-  try:
-    ran = from_dict(saved.get('config'))
-  except InputError as error:
-    raise InputError(f'{path / "run.json"}: {error}: restore the file') from None
+  checkpoints = Checkpoints(path / 'checkpoints', read_only=True)
+  number = checkpoints.latest()
+  if saved.get('mode') not in ('accel', 'prune') or number is None:
+    raise InputError(
+      f'model.source = {str(path)!r} has no complete checkpoint of a run of mode accel or prune: wait for one'
+    )
+  ran = from_dict(saved['config'])
   ran = with_learning_rate(ran, source := open_source(ran.model.source))
   model = DenseModel(source, ran.prune.compensate == 'bias')
-  checkpoints = Checkpoints(path / 'checkpoints', read_only=True)
-  if (number := checkpoints.latest()) is None:
-    raise InputError(f'model.source = {str(path)!r}: this run has no complete checkpoint yet: wait for one')
   state = from_meta(checkpoints.meta(number), model.config)
   trained = ran.train.tokens > 0
   shapes = array_shapes(model, state.compacted, optimizer(ran.train, 1) if trained else None)

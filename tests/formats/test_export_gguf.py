@@ -18,7 +18,7 @@ from adapt_jax.export import gguf as export
 from adapt_jax.export.gguf import KINDS, check_gguf, write_gguf
 from adapt_jax.export.padded import widest_config
 from adapt_jax.models.config import LayerShape, LinearScaling, Llama3Scaling, RopeConfig
-from adapt_jax.models.errors import InputError, disk_full
+from adapt_jax.models.errors import disk_full
 from adapt_jax.models.formats import gguf_model
 from adapt_jax.models.formats.gguf_architectures import ARCHITECTURES
 from adapt_jax.models.formats.gguf_header import open_file
@@ -27,7 +27,7 @@ from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network import layers, llama
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
-from tests.support.helpers import UNIFORM, VARIED, logits, random_params, random_tokens, tiny_config
+from tests.support.helpers import UNIFORM, VARIED, logits, random_params, random_tokens, refused, tiny_config
 from tests.support.llama_cpp import Job, ask, needs_llama_cpp
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
@@ -66,39 +66,27 @@ OLMO2 = {'head_dim': 8, 'tie_embeddings': False}
 # What each should be for llama.cpp. The tiny tokenizer has 320 tokens: ten rows are unused.
 MODELS = {
   'llama': ('deci', config_of('llama')),
-  'llama uniform': ('llama', config_of('llama', UNIFORM)),
-  'llama untied': ('deci', config_of('llama', tie_embeddings=False)),
-  'llama attention_bias': ('deci', config_of('llama', qkv_bias=True)),
-  'llama output_bias': ('deci', config_of('llama', output_bias=True)),
+  'llama untied, linear': ('deci', config_of('llama', tie_embeddings=False, rope=LINEAR)),
   'llama all biases': ('deci', config_of('llama', qkv_bias=True, output_bias=True)),
   'llama uniform, all biases': ('llama', config_of('llama', UNIFORM, qkv_bias=True, output_bias=True)),
   'llama by query heads': ('deci', config_of('llama', BY_HEAD)),
-  'mistral': ('deci', config_of('mistral')),
   'mistral uniform': ('llama', config_of('mistral', UNIFORM)),
-  'qwen2': ('deci', config_of('qwen2')),
-  'qwen2 uniform': ('qwen2', config_of('qwen2', SQUARE)),
-  'qwen2 not square': ('llama', config_of('qwen2', UNIFORM)),
   'qwen2 output_bias': ('deci', config_of('qwen2', output_bias=True)),
+  'qwen2 uniform, linear': ('qwen2', config_of('qwen2', SQUARE, rope=LINEAR)),
+  'qwen2 not square': ('llama', config_of('qwen2', UNIFORM)),
   'qwen2 scaled': ('llama', config_of('qwen2', SQUARE, rope=SCALED)),
-  'llama linear': ('deci', config_of('llama', rope=LINEAR)),
-  'qwen2 linear': ('qwen2', config_of('qwen2', SQUARE, rope=LINEAR)),
   'qwen3 linear': ('qwen3', config_of('qwen3', UNIFORM, rope=LINEAR)),
   'phi3 without window': ('deci', config_of('phi3').with_layers(VARIED)),
-  'qwen3 uniform': ('qwen3', config_of('qwen3', UNIFORM)),
-  'gemma2 uniform': ('gemma2', gemma2(UNIFORM)),
-  'gemma3 uniform': ('gemma3', gemma3(UNIFORM[:1] * 7)),
-  'gemma3 untied': ('gemma3', gemma3(UNIFORM, tie_embeddings=False)),
   'gemma2 linear': ('gemma2', gemma2(UNIFORM, rope=LINEAR)),
-  'gemma3 linear': ('gemma3', gemma3(UNIFORM[:1] * 7, rope=LINEAR)),
+  'gemma3 uniform': ('gemma3', gemma3(UNIFORM[:1] * 7)),
+  'gemma3 untied, linear': ('gemma3', gemma3(UNIFORM[:1] * 7, tie_embeddings=False, rope=LINEAR)),
   'olmo2 linear': ('olmo2', config_of('olmo2', (LayerShape(6, 2, 40),) * 2, **OLMO2, rope=LINEAR)),
   'smollm3 linear': ('smollm3', smollm3(UNIFORM[:1] * 5, rope=LINEAR)),
-  'granite linear': ('granite', config_of('granite', UNIFORM, rope=LINEAR)),
-  'granite uniform': ('granite', config_of('granite', UNIFORM)),
-  'granite all biases': ('granite', config_of('granite', UNIFORM, qkv_bias=True, output_bias=True)),
+  'granite linear, all biases': (
+    'granite', config_of('granite', UNIFORM, rope=LINEAR, qkv_bias=True, output_bias=True)
+  ),
   'granite tied': ('granite', config_of('granite', UNIFORM, tie_embeddings=True, attention_scale=0.0)),
-  'olmo2 uniform': ('olmo2', config_of('olmo2', (LayerShape(6, 2, 40),) * 2, **OLMO2)),
-  'smollm3 uniform': ('smollm3', smollm3(UNIFORM[:1] * 5)),
-}
+}  # fmt: skip
 # Rows of 64 and 96 are whole blocks, those of 40 are not.
 BLOCKS = tiny_config(
   'llama',
@@ -110,14 +98,12 @@ BLOCKS = tiny_config(
 
 
 # Models whose layers differ, in the architecture of their family: padded with zeros.
-PADDED = {name: config_of(name) for name in ('llama', 'mistral', 'qwen2', 'qwen3')}
-PADDED |= {
+PADDED = {
+  'llama': config_of('llama'),
   'qwen3 by query heads': config_of('qwen3', BY_HEAD),
   'gemma2': gemma2(VARIED),
-  'gemma3 by query heads': gemma3(BY_HEAD),
   'granite': config_of('granite'),
   'olmo2': config_of('olmo2', tuple(LayerShape(6, 2, ffn) for ffn in (24, 40)), **OLMO2),
-  'smollm3': smollm3(VARIED),
 }
 
 
@@ -245,8 +231,7 @@ def test_our_own_loader_reads_back_the_same(name, files):
   jax.tree_util.tree_map_with_path(same, source.load_params(), params)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind, dtype', [*((kind, 'float32') for kind in KINDS), ('Q4_0', 'bfloat16')])
 def test_every_kind_reads_back_as_it_is_rounded(kind, dtype, tmp_path):
   """Vectors are F32, rows that are no whole blocks F16, and what makes the logits has eight bits at least."""
   path, params = tmp_path / 'tiny.gguf', random_params(BLOCKS, dtype=dtype)
@@ -288,38 +273,27 @@ def test_a_gemma_2_without_a_window_has_that_of_llama_cpp(tmp_path, monkeypatch)
   'config, word',
   [
     (tiny_config('qwen3'), 'differ by layer'),
-    (tiny_config('qwen3', UNIFORM, qkv_bias=True), 'biases'),
     (tiny_config('qwen3', UNIFORM, output_bias=True), 'biases'),
     (tiny_config('qwen3', UNIFORM, rope=SCALED), 'scaling'),
-  ],
-)
-def test_what_llama_cpp_has_no_architecture_for_is_refused(config, word, tmp_path):
-  for call in (check_gguf, lambda config: write(tmp_path / 'tiny.gguf', config, random_params(config))):
-    with pytest.raises(InputError, match=f"'gguf'.*qwen3.*{word}.*hf_padded"):
-      call(config)
-  assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-  'config, word',
-  [
+    (tiny_config('llama', hidden_size=30, sliced_from=48), 'SliceGPT'),
     (tiny_config('phi3', UNIFORM), 'sliding windows'),
     (tiny_config('gemma3_text', UNIFORM[:1] * 7), 'windows or rotary embeddings in other layers'),
-    (gemma3(UNIFORM, attention_scale=0.1), 'attention_scale = 0.1, which is 0.288'),
-    (gemma3(UNIFORM, logit_cap=9.0), 'logit_cap = 9.0, which is 0.0'),
+    (gemma3(UNIFORM, attention_scale=0.1), 'attention_scale = 0.1'),
+    (gemma3(UNIFORM, logit_cap=9.0), 'logit_cap = 9.0'),
     (config_of('gemma3_text').with_layers(UNIFORM), 'no sliding window'),
     (gemma3(UNIFORM, local_rope=RopeConfig(2e4)), 'local_rope = '),
     (gemma2(UNIFORM, tie_embeddings=False), 'a head of its own'),
     (gemma2(UNIFORM, logit_cap=0.0), 'logits without caps'),
     (config_of('smollm3', UNIFORM, qkv_bias=True), 'biases'),
-    (config_of('olmo2', UNIFORM, **OLMO2 | {'head_dim': 12}), 'heads that do not add up to the hidden size'),
+    (config_of('olmo2', UNIFORM, **OLMO2 | {'head_dim': 12}), 'heads that do not add up'),
     (config_of('olmo2', UNIFORM, **OLMO2 | {'tie_embeddings': True}), 'tied embeddings'),
     (tiny_config('smollm3', UNIFORM), 'windows or rotary embeddings in other layers'),
   ],
 )
-def test_what_an_architecture_fixes_is_not_written_otherwise(config, word):
-  with pytest.raises(InputError, match=f"'gguf'.*{config.family} model with {word}.*hf_padded"):
-    check_gguf(config)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(config, word, tmp_path):
+  assert word in (message := refused(check_gguf, config)) and config.family in message
+  assert refused(write, tmp_path / 'tiny.gguf', config, None) == message
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('arch, depth', [('gemma2', 46), ('gemma3', 62)])
@@ -332,35 +306,17 @@ def test_the_largest_gemmas_scale_attention_by_their_width(arch, depth):
     assert ARCHITECTURES[arch].implied(config, 5).attention_scale == size**-0.5
 
 
-def test_all_models_that_are_written_pass_the_check():
-  for _, config in MODELS.values():
-    check_gguf(config)
-
-
-def test_bad_options_are_refused(tmp_path):
-  config = tiny_config(vocab_size=320)
-  with pytest.raises(InputError, match="'Q4_K'.*Q8_0"):
-    write(tmp_path / 'tiny.gguf', config, random_params(config), 'Q4_K')
-  small = tiny_config(vocab_size=319)
-  with pytest.raises(InputError, match='319 rows'):
-    write(tmp_path / 'tiny.gguf', small, random_params(small))
-  assert not list(tmp_path.iterdir())
-
-
 def test_weights_beyond_f16_are_refused(tmp_path):
   config = tiny_config(vocab_size=320)
   params = random_params(config)
   params['layers'][1]['mlp']['up'][0, 0] = 1e5
-  with pytest.raises(InputError, match='layers.1.mlp.up_proj.weight.* range of float16: choose BF16 or F32'):
-    write(tmp_path / 'tiny.gguf', config, params, 'F16')
+  assert 'layers.1.mlp.up_proj.weight' in refused(write, tmp_path / 'tiny.gguf', config, params, 'F16')
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('existing', [False, True])
-def test_a_full_disk_leaves_everything_as_it_was(existing, tmp_path):
+def test_a_full_disk_leaves_everything_as_it_was(tmp_path):
   path, config = tmp_path / 'tiny.gguf', tiny_config(vocab_size=320)
-  if existing:
-    path.write_text('old')
+  path.write_text('old')
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
   try:
@@ -369,30 +325,18 @@ def test_a_full_disk_leaves_everything_as_it_was(existing, tmp_path):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert disk_full(caught.value) == os.strerror(errno.EFBIG)
-  assert list(tmp_path.iterdir()) == ([path] if existing else [])
-  if existing:
-    assert path.read_text() == 'old'
-    write(path, config, random_params(config))
-    assert open_source(str(path)).config == config
+  assert list(tmp_path.iterdir()) == [path] and path.read_text() == 'old'
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path):
-  (tmp_path / 'file').write_text('')
-  config = tiny_config(vocab_size=320)
-  with pytest.raises(InputError, match='choose another place'):
-    write(tmp_path / 'file/tiny.gguf', config, random_params(config))
-
-
-@pytest.mark.parametrize('kind', ['F32', 'Q8_0'])
-def test_one_tensor_is_in_memory_at_a_time(kind, tmp_path):
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
   """As numpy sees it: parameters on a device are copied to the host one by one."""
-  config = tiny_config('llama', (LayerShape(3, 1, 2048),) * 8, vocab_size=320, hidden_size=128)
+  config = tiny_config('llama', (LayerShape(3, 1, 2048),) * 4, vocab_size=320, hidden_size=128)
   params = jax.tree.map(jax.numpy.asarray, random_params(config))
   largest = 4 * 2048 * 128
   tracemalloc.start()
   try:
-    write(tmp_path / 'tiny.gguf', config, params, kind)
-    assert tracemalloc.get_traced_memory()[1] < 3 * largest  # of 24 such tensors
+    write(tmp_path / 'tiny.gguf', config, params, 'Q8_0')
+    assert tracemalloc.get_traced_memory()[1] < 3 * largest  # of 12 such tensors
   finally:
     tracemalloc.stop()
 
@@ -412,6 +356,7 @@ def test_other_processes_only_take_part_in_gathering(tmp_path, monkeypatch):
 
 
 @needs_llama_cpp
+@pytest.mark.parity
 @pytest.mark.skipif(not DEMO.exists(), reason='the demo model is not there: make fetch')
 def test_pruned_smollm2_in_llama_cpp(tmp_path):
   source = open_source(str(DEMO))
