@@ -18,36 +18,20 @@ from adapt_jax.pipeline.loader import Loader
 from tests.support.helpers import tiny_config
 from tests.support.tokenizers_for_tests import CHATML_DEFAULT_SYSTEM, tiny_tokenizer
 
-DEFAULT = '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n'
-SYSTEM, ASKED = '<|im_start|>system\nS<|im_end|>\n', '<|im_start|>user\nQ<|im_end|>\n'
-NO_SYSTEM, NOT_ASKED = '<|im_start|>system\n<|im_end|>\n', '<|im_start|>user\n<|im_end|>\n'
-HEADER, ANSWER = '<|im_start|>assistant\n', 'A.<|im_end|>\n'
+SYSTEM, ASKED = '<|im_start|>system\n{}<|im_end|>\n', '<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n'
+DEFAULT, ANSWER = SYSTEM.format('You are a helpful assistant.'), 'A.<|im_end|>\n'
 Q, A = {'role': 'user', 'content': 'Q'}, {'role': 'assistant', 'content': 'A.'}
-END, TWICE = (ANSWER + '</s>',), (ANSWER, ASKED + HEADER, ANSWER + '</s>')
-# A row of each set, and its text: the second, fourth ... parts are what the loss counts.
+# Rows of three sets, and their texts: the second, fourth ... parts are what the loss counts.
 ROWS = {
-  'OpenOrca': ({'system_prompt': 'S', 'question': 'Q', 'response': 'A.'}, (SYSTEM + ASKED + HEADER, *END)),
-  'OpenOrca, no system': (
-    {'system_prompt': '', 'question': 'Q', 'response': 'A.'},
-    (NO_SYSTEM + ASKED + HEADER, *END),
+  'OpenOrca': (
+    {'system_prompt': 'S', 'question': 'Q', 'response': 'A.'},
+    (SYSTEM.format('S') + ASKED, ANSWER + '</s>'),
   ),
-  'OpenHermes-2.5': (
-    {'conversations': [{'from': 'human', 'value': 'Q'}, {'from': 'gpt', 'value': 'A.'}]},
-    (DEFAULT + ASKED + HEADER, *END),
+  'ultrachat_200k': (
+    {'prompt': 'Q', 'messages': [Q, A, Q, A]},
+    (DEFAULT + ASKED, ANSWER, ASKED, ANSWER + '</s>'),
   ),
-  'dolly-15k': ({'instruction': 'S', 'context': 'Q', 'response': 'A.'}, (SYSTEM + ASKED + HEADER, *END)),
-  'dolly-15k, no context': (
-    {'instruction': 'S', 'context': '', 'response': 'A.'},
-    (SYSTEM + NOT_ASKED + HEADER, *END),
-  ),
-  'WildChat-1M': ({'conversation': [Q | {'toxic': False}, A, Q, A]}, (DEFAULT + ASKED + HEADER, *TWICE)),
-  'ultrachat_200k': ({'prompt': 'Q', 'messages': [Q, A, Q, A]}, (DEFAULT + ASKED + HEADER, *TWICE)),
-  'UltraInteract_sft': (
-    {'task': 't', 'instruction': 'Q', 'response': 'A.'},
-    (DEFAULT + ASKED + HEADER, *END),
-  ),
-  'alpaca-cleaned': ({'instruction': 'S', 'input': 'Q', 'output': 'A.'}, (SYSTEM + ASKED + HEADER, *END)),
-  'OpenO1-SFT': ({'instruction': 'Q', 'output': 'A.'}, (DEFAULT + ASKED + HEADER, *END)),
+  'OpenO1-SFT': ({'instruction': 'Q', 'output': 'A.'}, (DEFAULT + ASKED, ANSWER + '</s>')),
 }
 
 
