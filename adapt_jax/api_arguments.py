@@ -9,7 +9,7 @@ import numpy as np
 
 from adapt_jax.config.build import flatten, from_dict
 from adapt_jax.config.options import RunOptions
-from adapt_jax.data.train_set import ArrayRows, TrainSet
+from adapt_jax.data.train_set import BlockRows, TrainSet
 from adapt_jax.data.windows import Blocks, check_vocab
 from adapt_jax.machine import mesh
 from adapt_jax.models.config import ModelConfig
@@ -137,7 +137,8 @@ def blocks(text: Text, options: RunOptions, model: Any, length: int, most: int) 
 def train_set(text: Text, options: RunOptions, model: Any) -> TrainSet:
   """The rows of training of a text, or the given rows."""
   if is_ids(text):
-    rows, train = ArrayRows(token_ids(text, model.config, 'text')), options.train
+    rows = BlockRows(token_ids(text, model.config, 'text'), model.config.vocab_size, 'text')
+    train = options.train
     return TrainSet([rows], [1.0], length=train.length, batch=train.batch, seed=options.seed)
   check_tokenizer(model.tokenizer)
   return Loader(options, model, model.tokenizer).train_set()

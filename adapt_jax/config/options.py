@@ -10,6 +10,7 @@ sets `org/name`, `org/name:split` or `org/name:config:split`; on the command lin
 """
 
 import dataclasses
+from typing import Any
 
 from adapt_jax.config.declare import COUNT, LENGTH, TOKENS, group, option
 from adapt_jax.config.mode_options import (
@@ -74,6 +75,11 @@ class DataOptions:
     '$XDG_CACHE_HOME or ~/.cache.',
     result=False,
   )
+
+  @property
+  def fields(self) -> dict[str, Any]:
+    """The names of the fields of rows, as arguments of what reads them."""
+    return {'text_field': self.text_field, 'messages_field': self.messages_field}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,16 +77,15 @@ class PaddedRows:
 
 
 class BlockRows:
-  """Rows of a .npy file; each is one document, with all tokens flagged as targets.
+  """Rows of token ids [N, T], perhaps of a file; each is one document, with all tokens flagged as targets.
 
-  Raises InputError for invalid token ids; they are checked when rows are read, not all at the start, which
-  would read the whole file.
+  Raises InputError, naming `where`, for invalid token ids; they are checked when rows are read, not all at
+  the start, which would read the whole file.
   """
 
-  def __init__(self, source: tuple[str, ...], length: int, vocab_size: int):
-    self._blocks = open_blocks(source, _FIELD, length)
-    self._where, self._vocab_size = f'{_FIELD} {source[0]!r}', vocab_size
-    self._ids(slice(0, _LEAST_TOKENS // length))
+  def __init__(self, blocks: np.ndarray, vocab_size: int, where: str):
+    self._blocks, self._where, self._vocab_size = blocks, where, vocab_size
+    self._ids(slice(0, _LEAST_TOKENS // blocks.shape[1]))
 
   def __len__(self) -> int:
     return len(self._blocks)
@@ -100,21 +99,6 @@ class BlockRows:
     found = token_ids(np.asarray(self._blocks[rows]), self._where)
     check_vocab(int(found.max(initial=0)), self._vocab_size, self._where)
     return found
-
-
-class ArrayRows:
-  """Rows of token ids [N, T] in memory; each is one document, with all tokens flagged as targets."""
-
-  def __init__(self, tokens: np.ndarray):
-    self._tokens = tokens
-
-  def __len__(self) -> int:
-    return len(self._tokens)
-
-  def fill(self, row: int, tokens: np.ndarray, flags: np.ndarray) -> int:
-    tokens[:], flags[:] = self._tokens[row], TARGET
-    flags[0] |= FIRST
-    return len(tokens)
 
 
 class TrainSet:
@@ -196,7 +180,8 @@ def open_train_set(
   groups = list[Rows]()
   for entries, share in used:
     if blocks:
-      rows: Rows = BlockRows(entries, length, vocab_size)
+      ids = open_blocks(entries, _FIELD, length)
+      rows: Rows = BlockRows(ids, vocab_size, f'{_FIELD} {entries[0]!r}')
     else:
       rows = _open_rows(entries, share, train, data, tokenizer, vocab_size)
     if not len(rows):
@@ -222,8 +207,7 @@ def _open_rows(
   length, padded = train.length, train.layout == 'padded'
   most = -(-max(int(train.tokens * share), _LEAST_TOKENS) // length)
   need = Need(0, most) if padded else Need(most * length)
-  fields = {'text_field': data.text_field, 'messages_field': data.messages_field, 'field': _FIELD}
-  parts = open_caches(token_directory(data), entries, tokenizer, need, **fields)
+  parts = open_caches(token_directory(data), entries, tokenizer, need, field=_FIELD, **data.fields)
   check_vocab(max(part.highest for part in parts), vocab_size, _FIELD)
   rows = PaddedRows(parts, length, most) if padded else PackedRows(parts, length, most)
   if len(rows) and not any(part.targets for part in parts):

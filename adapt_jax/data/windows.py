@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from adapt_jax.data.documents import Source, is_blocks, open_blocks
+from adapt_jax.data.documents import Source, open_blocks
 from adapt_jax.data.token_cache import TARGET, Need, open_caches
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.families import Family
@@ -118,39 +118,14 @@ def first_of_rows(family: Family, tokenizer: Any) -> int | None:
   return tokenizer.bos_token_id if family.needs_bos else None
 
 
-def load_blocks(
-  source: Source,
-  tokenizer: Any,
-  length: int,
-  *,
-  text_field: str,
-  messages_field: str,
-  field: str,
-  max_tokens: int | None = None,
-  first: int | None = None,
-  directory: pathlib.Path | None = None,
-) -> Blocks:
-  """Reads and tokenises `source` and cuts it into non-overlapping windows of `length` tokens.
-
-  Documents are concatenated, each with the tokenizer's special tokens (BOS) before it and an EOS after it,
-  if the tokenizer has them; a conversation has those of its chat template, and only the assistant's tokens
-  are targets. A tail shorter than a window is dropped. At most `max_tokens` tokens are kept. Windows begin
-  with `first`, as in `TokenStream`. A .npy source is used unchanged, without `tokenizer`.
-
-  directory: of the token caches, as for `open_caches`. Raises InputError, naming `field` or the file, for a
-  source that cannot be read or is shorter than one window, and if the chat template refuses many of its
-  conversations.
-  """
-  limit = sys.maxsize if max_tokens is None else max_tokens
-  if is_blocks(source):
-    rows = open_blocks(source, field, length)[: limit // length]
-    tokens = token_ids(np.array(rows), f'{field} {source[0]!r}')
-    targets = np.ones(tokens.shape, np.bool_)
-    targets[:, 0] = False
-    return _some(Blocks(tokens, targets, 0), field)
-  fields = {'text_field': text_field, 'messages_field': messages_field, 'field': field}
-  stream = load_stream(directory, source, tokenizer, limit, first, **fields)
-  return stream.blocks(length, field)
+def load_blocks(source: Source, length: int, limit: int, field: str) -> Blocks:
+  """The rows of a .npy source, of at most `limit` tokens. Raises InputError, naming `field`."""
+  tokens = token_ids(
+    np.array(open_blocks(source, field, length)[: limit // length]), f'{field} {source[0]!r}'
+  )
+  targets = np.ones(tokens.shape, np.bool_)
+  targets[:, 0] = False
+  return _some(Blocks(tokens, targets, 0), field)
 
 
 def load_stream(
@@ -161,7 +136,12 @@ def load_stream(
   first: int | None,
   **fields: str,
 ) -> TokenStream:
-  """The first `limit` tokens of a source. fields: as for `open_cache`, which raises InputError."""
+  """The first `limit` tokens of a source.
+
+  Documents are concatenated, each with the tokenizer's special tokens (BOS) before it and an EOS after it,
+  if the tokenizer has them; a conversation has those of its chat template, and only the assistant's tokens
+  are targets. fields: as for `open_cache`, which raises InputError.
+  """
   caches = open_caches(directory, source, tokenizer, Need(limit), **fields)
   starts = np.cumsum([0, *(len(cache.tokens) for cache in caches)])
   tokens, flags, ends = (np.concatenate([getattr(c, n) for c in caches]) for n in ('tokens', 'flags', 'ends'))

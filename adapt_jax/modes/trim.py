@@ -1,7 +1,5 @@
 """Mode trim: keeps the tokens of a text in the vocabulary of a model, and writes the smaller model."""
 
-from typing import Any
-
 from adapt_jax.config.identity import WRITTEN
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import SELF
@@ -25,16 +23,12 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Reads all texts of prune.calibration.source; writes the model with their tokens. Raises InputError."""
   field = 'prune.calibration.source'
   entries = tuple(entry for entry in options.prune.calibration.source if entry != SELF)
-  fields: dict[str, Any] = {
-    'text_field': options.data.text_field,
-    'messages_field': options.data.messages_field,
-  }
-  check_source(entries, field, **fields)
+  check_source(entries, field, **options.data.fields)
   source = open_source(options.model.source)
   check_model(source.config)
   tokenizer = with_template(source.load_tokenizer(), options.data.chat_template)
   directory = token_directory(options.data)
-  used = used_ids(entries, tokenizer, field, **fields, directory=directory)
+  used = used_ids(entries, tokenizer, field, **options.data.fields, directory=directory)
   kept = trim(source.config, tokenizer, source.generation, used)
   say(
     f'{source.name}: {kept.config.vocab_size:,} of {source.config.vocab_size:,} token ids are kept, '

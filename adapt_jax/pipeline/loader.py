@@ -65,13 +65,9 @@ class Loader:
   def _read(self, field: str, source: tuple[str, ...], length: int, limit: int, layout: str) -> Blocks:
     data, seed = self._options.data, self._options.seed
     first = first_of_rows(self._config.traits, self.tokenizer)
-    fields: dict[str, Any] = {
-      'text_field': data.text_field,
-      'messages_field': data.messages_field,
-      'field': field,
-    }
+    fields = data.fields | {'field': field}
     if is_blocks(source):
-      return load_blocks(source, self.tokenizer, length, **fields, max_tokens=limit)
+      return load_blocks(source, length, limit, field)
     stream = load_stream(token_directory(data), source, self.tokenizer, limit, first, **fields)
     return stream.spans(length, seed, field) if layout == 'documents' else stream.blocks(length, field)
 

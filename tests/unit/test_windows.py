@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 from typing import Any
 
 import datasets
@@ -12,9 +13,9 @@ from pyarrow import parquet
 
 from adapt_jax.data import documents, windows
 from adapt_jax.data.chats import render_prompts
-from adapt_jax.data.documents import Document, check_source, read_documents
+from adapt_jax.data.documents import Document, check_source, is_blocks, read_documents
 from adapt_jax.data.tokenise import encode_prompts
-from adapt_jax.data.windows import Blocks, check_vocab, draw_rows, load_blocks
+from adapt_jax.data.windows import Blocks, check_vocab, draw_rows, load_blocks, load_stream
 from adapt_jax.models.errors import InputError, Unreachable
 from tests.support.tokenizers_for_tests import CHATML, CHATML_DEFAULT_SYSTEM, render, tiny_tokenizer
 
@@ -56,8 +57,11 @@ def here_and_offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def load(source: Any, tokenizer: Any, length: int = 8, **options: Any) -> Blocks:
   source = tuple(map(str, source)) if isinstance(source, (tuple, list)) else (str(source),)
-  place = pathlib.Path((*source, '.')[0]).parent / 'cache'
-  return load_blocks(source, tokenizer, length, field=FIELD, directory=place, **(NAMES | options))
+  limit = options.pop('max_tokens', sys.maxsize)
+  if is_blocks(source):
+    return load_blocks(source, length, limit, FIELD)
+  place, fields = pathlib.Path('cache'), {**NAMES, 'field': FIELD, **options}
+  return load_stream(place, source, tokenizer, limit, None, **fields).blocks(length, FIELD)
 
 
 def write_jsonl(path: pathlib.Path, rows: list[Any]) -> pathlib.Path:
