@@ -78,7 +78,7 @@ def test_report_keeps_the_output_contract(staged):
   assert sum(s['tokens'] for s in report['stages']) == 2 * runs.TOKENS
   assert report['stages'][0]['tokens'] < report['stages'][1]['tokens']
   assert {p.name for p in path.iterdir()} == {
-    'hf', 'checkpoints', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json', 'report.json',
+    'hf', 'checkpoints', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json', 'report.json', '.lock',
   }  # fmt: skip
 
 
