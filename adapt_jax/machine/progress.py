@@ -32,8 +32,8 @@ class Progress:
     self._unit, self._values = unit, ''
     self._bar: Any = None
     self._terminal, self._ended = sys.stderr.isatty(), threading.Event()
-    known = '' if total is None else '/{total_fmt}'
-    line = '{desc}: {n_fmt}' + known + '{unit} {rate_fmt} {remaining} left{postfix}'
+    known, left = ('', '') if total is None else ('/{total_fmt}', ', {remaining} left')
+    line = f'{{desc}}: {{n_fmt}}{known}{{unit}}, {{rate_fmt}}{left}{{postfix}}'
     self._look: dict[str, Any] = {'desc': title, 'total': total, 'unit': f' {unit}', 'leave': bool(unit)}
     self._look |= {'unit_scale': unit.endswith(_SCALED), 'dynamic_ncols': True, 'file': sys.stderr}
     if not self._terminal:  # never drawn, only read: and TQDM_DISABLE is for bars

@@ -42,13 +42,13 @@ def page(title: str, state: str, body: Iterable[str], made: Mapping[str, Any], *
   made: a report, or its parts `command` and `versions`.
   """
   e = html.escape
-  refresh = f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS}">\n' if running else ''
+  refresh = f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS}"/>\n' if running else ''
   inside = '\n'.join(filter(None, body))
   return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width,initial-scale=1"/>
 {refresh}<title>{e(title)}</title>
 <style>{charts.css()}{_STYLE}</style>
 </head>

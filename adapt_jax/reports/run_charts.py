@@ -10,10 +10,7 @@ from adapt_jax.config.values import TEXT
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
 from adapt_jax.reports.report import (
-  BudgetReport,
-  ModelReport,
   RunReport,
-  StageReport,
   TextReport,
   heads_of,
   importance_name,
@@ -39,37 +36,9 @@ class RunData:
   def of(self, event: str) -> list[Json]:
     return [e for e in self.events if e['event'] == event]
 
-  @property
-  def model(self) -> ModelReport:
-    return self.report['model']
-
-  @property
-  def budget(self) -> BudgetReport:
-    """The budget; the number of parameters in reports that do not have it yet."""
-    of_params: BudgetReport = {'kind': 'params', 'unit': 'parameters', 'dense': self.model['params_before']}
-    return self.report.get('budget', of_params)
-
-  @property
-  def stages(self) -> list[StageReport]:
-    """The report's stages; the last may lack fields that are set after its pruning."""
-    return self.report.get('stages', [])
-
-  @property
-  def settings(self) -> dict[str, Any]:
-    """The settings of pruning."""
-    return self.report.get('prune') or {}
-
-  @property
-  def schedule(self) -> Any:
-    return self.report.get('schedule', {})
-
-  @property
-  def x_name(self) -> str:
-    return 'tokens' if 'tokens_per_step' in self.schedule else 'training step'
-
   def x_of(self, step: int) -> int:
-    """Tokens trained on after a step; the step itself if the report has no tokens per step."""
-    return step * self.schedule.get('tokens_per_step', 1)
+    """Tokens trained on after a step."""
+    return step * self.report['schedule']['tokens_per_step']
 
   def at_steps(self) -> Iterator[tuple[int, Json]]:
     """Every event with the training steps done by then, in the order of the log."""
@@ -85,14 +54,14 @@ class RunData:
       if event['event'] == 'prune':
         first.setdefault(event['stage'], self.x_of(step))
     marks = [(x, f'prune {stage}') for stage, x in first.items()]
-    return {'marks': marks, 'x_range': (0, self.x_of(self.schedule.get('train_steps', 0)))}
+    return {'marks': marks, 'x_range': (0, self.x_of(self.report['schedule']['train_steps']))}
 
   def widths(self) -> list[tuple[int, list[int], list[int]]]:
     """(stage, heads of `heads_of`, MLP channels) of the dense model, stage 0, and after each pruned stage."""
-    dense, field = {'stage': 0} | self.model, heads_of(self.report)[0]
+    dense, field = {'stage': 0} | self.report['model'], heads_of(self.report)[0]
     logged = {'num_heads': 'query_heads', 'num_kv_heads': 'kv_groups'}[field]
     widths: dict[Any, Any] = {e['stage']: (e[logged], e['ffn']) for e in self.of('prune')}
-    widths |= {s['stage']: (s[field], s['ffn']) for s in (dense, *self.stages) if 'ffn' in s}
+    widths |= {s['stage']: (s[field], s['ffn']) for s in (dense, *self.report['stages']) if 'ffn' in s}
     return [(stage, *widths[stage]) for stage in sorted(widths)]
 
 
@@ -118,7 +87,7 @@ def training_chart(data: RunData, field: str, title: str, unit: str, colour: int
     points.append((data.x_of(chunk[-1]['step']), statistics.fmean(e[field] for e in chunk)))
   title += f' (means of {size} steps)' if size > 1 else ''
   series = [Series('', points, colour, 'curve')]
-  return charts.line_chart(title, (data.x_name, unit), series, **data.over_tokens())
+  return charts.line_chart(title, ('tokens', unit), series, **data.over_tokens())
 
 
 def text_names(data: RunData) -> list[str]:
@@ -140,7 +109,7 @@ def perplexity_over_tokens(data: RunData, text: str) -> str:
         levels.append((value, f'{of} {value:.2f}'))
   return charts.line_chart(
     'Perplexity on held-out text' + ('' if text == TEXT else f': {text}'),
-    (data.x_name, 'perplexity'),
+    ('tokens', 'perplexity'),
     [Series(n, points[n], i, 'dots' if n else 'curve') for i, n in enumerate(points)],
     levels=levels,
     log=_wide([y for _, y in points['']]),
@@ -185,14 +154,14 @@ def excess_chart(report: RunReport) -> str:
 
 def budget_chart(data: RunData) -> str:
   """The cost after each pruning step: the number of parameters, or that of another budget."""
-  points, first = [(0, data.budget['dense'])], dict[int, int]()
+  points, first = [(0, data.report['budget']['dense'])], dict[int, int]()
   for e in data.of('prune'):
     first.setdefault(e['stage'], e['step'] - 1)
     points.append((e['step'], e['cost'] if 'cost' in e else e['params']))
-  targets = data.schedule.get('targets', [s['target'] for s in data.stages])
+  targets = data.report['schedule']['targets']
   return charts.line_chart(
-    f'{"Parameters" if data.budget["kind"] == "params" else "Budget"} and the targets of the stages',
-    ('pruning step', data.budget['unit']),
+    'The budget and the targets of the stages',
+    ('pruning step', data.report['budget']['unit']),
     [Series('', points, 0, 'step')],
     marks=[(step, f'stage {stage}') for stage, step in first.items()],
     levels=[(t, f'target {k}: {charts.number(float(f"{t:.4g}"))}') for k, t in enumerate(targets, 1)],
@@ -215,7 +184,7 @@ def width_charts(
 
 def stage_widths(data: RunData) -> list[tuple[str, str]]:
   """The charts of each stage's widths, or of some stages of many."""
-  widths, done, drawn = data.widths(), {s['stage'] for s in data.stages}, []
+  widths, done, drawn = data.widths(), {s['stage'] for s in data.report['stages']}, []
   title = heads_of(data.report)[1]
   for (was, *before), (stage, *after) in _spread(list(zip(widths, widths[1:], strict=False)), MOST_STAGES):
     now = f'after stage {stage}' if stage in done else f'stage {stage} so far'
@@ -226,11 +195,11 @@ def stage_widths(data: RunData) -> list[tuple[str, str]]:
 def heat_maps(data: RunData) -> list[str]:
   """What the method decided by, and the sparsity, by layer and step."""
   events = _spread(data.of('prune'), _MOST_COLUMNS)
-  steps, distance = [e['step'] for e in events], data.settings.get('layer_distance', '')
-  method = data.settings.get('method')
+  steps, distance = [e['step'] for e in events], data.report['prune'].get('layer_distance', '')
+  method = data.report['prune']['method']
   if events and events[0].get('layer_cost'):  # methods with one ranking over all layers
     importance = [e['layer_cost'] for e in events]
-    unit = 'parameter' if data.budget['kind'] == 'params' else 'unit of the budget'
+    unit = 'parameter' if data.report['budget']['kind'] == 'params' else 'unit of the budget'
     name = f'Median {f"cost per {unit}" if method == "obs" else "score"} of the groups of a layer'
   else:
     distance = 'cosine' if method == 'shortgpt' else distance

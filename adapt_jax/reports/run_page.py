@@ -11,7 +11,7 @@ from typing import Any
 
 from adapt_jax.config.build import flatten
 from adapt_jax.config.units import amount
-from adapt_jax.config.values import TEXT
+from adapt_jax.config.values import TEXT, plain
 from adapt_jax.models.files import write_text
 from adapt_jax.reports.page import cards, due, figures, notes, page, section
 from adapt_jax.reports.report import ExampleReport, RunReport, known_perplexities
@@ -27,22 +27,21 @@ from adapt_jax.reports.run_charts import (
   text_names,
   training_chart,
 )
-from adapt_jax.reports.summary import decimal, tables, warnings
+from adapt_jax.reports.summary import budget_lines, decimal, tables, warnings
 from adapt_jax.reports.table import Table
 
 Json = dict[str, Any]
 
 
 def _state(data: RunData, running: bool) -> str:
-  seen = [s['stage'] for s in (*data.stages, *data.events) if 'stage' in s]
-  count = max([1, len(data.schedule.get('targets', [])), *seen])
+  seen = [s['stage'] for s in (*data.report['stages'], *data.events) if 'stage' in s]
+  count = max([1, len(data.report['schedule']['targets']), *seen])
   if not running:
     return f'finished, {count} stage{"s" if count > 1 else ""}'
   last = data.events[-1] if data.events else {'event': ''}
-  total = f' of {data.schedule["train_steps"]}' if 'train_steps' in data.schedule else ''
   doing = {
     'prune': f'pruning, step {last.get("step")} done',
-    'train': f'recovering, training step {last.get("step")}{total} done',
+    'train': f'recovering, training step {last.get("step")} of {data.report["schedule"]["train_steps"]} done',
     'evaluate': f'evaluated the {last.get("of")} model',
     'tasks': f'evaluated tasks, {last.get("of")}',
   }
@@ -51,55 +50,48 @@ def _state(data: RunData, running: bool) -> str:
 
 def _title(data: RunData) -> str:
   """The model, and what was done to it."""
-  before, rows = data.model['params_before'], (*data.stages, *data.of('prune'))
+  model, rows = data.report['model'], (*data.report['stages'], *data.of('prune'))
   if not rows:
-    return data.model['source']
-  done = ' and recovered' if data.of('train') else ''
-  return f'{data.model["source"]}, pruned to {min(row["params"] for row in rows) / before:.1%}{done}'
+    return model['source']
+  kept = min(row['params'] for row in rows) / model['params_before']
+  return f'{model["source"]}, pruned to {kept:.1%}{" and recovered" if data.of("train") else ""}'
 
 
 def _exports(exports: dict[str, Json]) -> str:
-  rows = []
-  for name, export in exports.items():
-    same = f'{export["same_token"]:.1%}' if 'same_token' in export else None
-    difference = f'{export["logit_difference"]:.2g}' if 'logit_difference' in export else None
-    rows.append([name, export.get('type'), f'{export["bytes"] / 1e6:,.1f}', difference, same])
+  rows = [
+    [
+      name,
+      of['type'],
+      f'{of["bytes"] / 1e6:,.1f}',
+      f'{of["logit_difference"]:.2g}',
+      f'{of["same_token"]:.1%}',
+    ]
+    for name, of in exports.items()
+  ]
   head = ['export', 'type', 'MB', 'largest logit difference when read back', 'same token']
   return Table(head, rows).html() if rows else ''
 
 
 def _settings(report: RunReport) -> str:
-  """Every setting that the result depends on; '' before the report has any."""
-  rows = []
-  for group, values in (('prune', report.get('prune')), ('train', report.get('train'))):
-    for name, value in flatten(values or {}).items():
-      rows.append([f'{group}.{name}', ', '.join(map(str, value)) if isinstance(value, list) else value])
-  return Table(['setting', 'value'], rows).html() if rows else ''
+  """Every setting that the result depends on."""
+  settings = flatten({'prune': report['prune'], 'train': report.get('train') or {}})
+  return Table(['setting', 'value'], [[name, plain(value)] for name, value in settings.items()]).html()
 
 
 def _facts(data: RunData) -> Iterator[tuple[str, str]]:
   """(figure, description) pairs of the header."""
-  model, report = data.model, data.report
+  report, model, budget = data.report, data.report['model'], data.report['budget']
   if known := known_perplexities(report):
     yield ' → '.join(map(decimal, known.values())), f'perplexity {" → ".join(known)}'
   before = model['params_before']
-  after = min([before, *(row['params'] for row in (*data.stages, *data.of('prune')))])
-  target = f', target {model["params_target"]:,}' if 'params_target' in model else ''
-  yield f'{before:,} → {after:,}', f'parameters, {100 * after / before:.1f} % left{target}'
-  budget = report.get('budget')
-  if budget and budget['kind'] != 'params':
-    sizes = [amount(budget['kind'], budget[name]) for name in ('dense', 'reached', 'asked')]
-    of_dense = f'{100 * budget["reached"] / budget["dense"]:.1f} % left'
-    yield f'{sizes[0]} → {sizes[1]}', f'{budget["unit"]}, {of_dense}, target {sizes[2]}'
-    if timed := budget.get('measured'):
-      measured = [amount(budget['kind'], timed[name]) for name in ('dense', 'finished')]
-      yield ' → '.join(measured), f'{budget["unit"]} measured in turn, {100 * timed["ratio"]:.1f} % of dense'
-  if rates := [e['tokens_per_second'] for e in data.of('train') if 'tokens_per_second' in e]:
+  after = min([before, *(row['params'] for row in (*data.report['stages'], *data.of('prune')))])
+  yield f'{before:,} → {after:,}', f'parameters, {100 * after / before:.1f} % left'
+  yield amount(budget['kind'], budget['reached']), '; '.join(budget_lines(budget))
+  if rates := [e['tokens_per_second'] for e in data.of('train')]:
     yield f'{statistics.median(rates):,.0f}', 'training tokens per second, median of the steps'
-  if 'seconds' in report:
-    yield f'{report["seconds"]:,.0f} s', f'of compute, {report["seconds"] / 60:,.0f} min'
-  if compiles := report.get('compiles'):
-    yield f'{sum(compiles.values())}', 'compiles: ' + ', '.join(f'{k} {v}' for k, v in compiles.items())
+  yield f'{report["seconds"]:,.0f} s', f'of compute, {report["seconds"] / 60:,.0f} min'
+  compiles = report['compiles']
+  yield f'{sum(compiles.values())}', 'compiles: ' + ', '.join(f'{k} {v}' for k, v in compiles.items())
 
 
 def _example(example: ExampleReport) -> str:
@@ -122,7 +114,7 @@ def _charts(data: RunData) -> Iterator[str]:
   if data.of('prune'):
     yield section('Pruning', figures([budget_chart(data), *heat_maps(data)]))
   if pairs := stage_widths(data):
-    some = f' ({MOST_STAGES} of the stages)' if len(pairs) == MOST_STAGES < len(data.stages) else ''
+    some = f' ({MOST_STAGES} of the stages)' if len(pairs) == MOST_STAGES < len(data.report['stages']) else ''
     yield section(f'Widths of the layers{some}', *map(figures, zip(*pairs, strict=True)))
 
 
@@ -131,9 +123,9 @@ def _body(data: RunData) -> Iterator[str]:
   yield cards('facts', [f'<b>{e(figure)}</b><span>{e(what)}</span>' for figure, what in _facts(data)])
   for title, table in tables(report).items():
     yield section(title, table.html())
-  if definition := report.get('perplexity', {}).get('definition'):
+  if definition := report['perplexity']['definition']:
     yield notes([f'Perplexity is {definition}.'])
-  yield notes(warnings(report.get('texts', {})))
+  yield notes(warnings(report['texts']))
   yield from _charts(data)
   if examples := report.get('examples'):
     how = 'Held-out text, and how each model continues it with greedy decoding.'
@@ -146,8 +138,7 @@ def render(report: RunReport, events: list[Json], *, command: str, running: bool
   """Returns the page as HTML.
 
   Args:
-    report: as in report.json. During the run, all but `model.source` and `model.params_before` may be
-      absent, and the last of `stages` may lack fields that are set after its pruning.
+    report: from `run_report`; the last of `stages` may lack fields that are set after its pruning.
     events: the lines of metrics.jsonl.
     command: the command that reproduces the run.
     running: whether the run is in progress; the page then reloads automatically.

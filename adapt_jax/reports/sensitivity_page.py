@@ -85,24 +85,17 @@ def layers_table(report: SensitivityReport) -> Table:
   return Table([*head, 'kv_groups_before', 'kv_groups_after', 'ffn_before', 'ffn_after'], rows)
 
 
-def _axis_end(report: SensitivityReport) -> float:
-  """The highest perplexity that the chart's axis shows."""
-  bases = report['bases']
-  return charts.axis_end([*(x for base in bases for x in base['layers']), *(b['perplexity'] for b in bases)])
-
-
 def _perplexity_chart(report: SensitivityReport) -> str:
-  series = []
-  for i, base in enumerate(report['bases']):
+  series, bases = [], report['bases']
+  end = charts.axis_end([*(x for base in bases for x in base['layers']), *(b['perplexity'] for b in bases)])
+  for i, base in enumerate(bases):
     name, itself, layers = f'base {base["sparsity"]:g}', base['perplexity'], base['layers']
     series.append(Series(f'{name} ({itself:.2f})', list(enumerate(layers)), i))
     ends = [(layer, itself) for layer in (0, len(layers) - 1)] if layers else []
     series.append(Series('', ends, i, 'curve', dashed=True))
-  title, end = (
-    f'Perplexity with {100 * report["sparsity"]:g} % of a layer pruned (dashed: the base)',
-    _axis_end(report),
-  )
-  return charts.line_chart(title, ('layer', 'perplexity'), series, log=True, integer=True, most=end)
+  above = f' (up to {end:,.0f})' if any(x > end for base in bases for x in base['layers']) else ''
+  title = f'Perplexity with {100 * report["sparsity"]:g} % of a layer pruned (dashed: the base)'
+  return charts.line_chart(title, ('layer', f'perplexity{above}'), series, log=True, integer=True, most=end)
 
 
 def _importance_chart(report: SensitivityReport) -> str:
@@ -121,16 +114,7 @@ def pictures(report: SensitivityReport) -> dict[str, str]:
   return {name: chart for name, chart in drawn.items() if chart}
 
 
-def _clipped(report: SensitivityReport) -> Iterator[str]:
-  """The points that the chart draws at the end of its axis, in words."""
-  end = _axis_end(report)
-  for base in report['bases']:
-    for layer, value in enumerate(base['layers']):
-      if value > end:
-        yield f'Above the axis: layer {layer} of base {base["sparsity"]:g}: {value:,.2f}.'
-
-
 def _body(report: SensitivityReport) -> Iterator[str]:
   yield section('Bases', _bases_table(report).html())
   yield figures(pictures(report).values())
-  yield notes([*_clipped(report), _note(report)])
+  yield notes([_note(report)])

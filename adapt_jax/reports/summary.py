@@ -39,7 +39,7 @@ def stages_table(report: RunReport) -> Table:
   known, rows = known_perplexities(report), list[list[str]]()
   head = ['stage', *cost_columns(report), 'perplexity pruned', 'recovered', 'tokens', 'seconds']
   rows.append(['dense', *cost_cells(report), '', decimal(known.get('dense')), '', ''])
-  for stage in report.get('stages', []):
+  for stage in report['stages']:
     measured = [decimal(stage.get('perplexity_pruned')), decimal(stage.get('perplexity_recovered'))]
     spent = [decimal(stage.get('tokens'), ',.0f'), decimal(stage.get('seconds'), ',.0f')]
     rows.append([str(stage['stage']), *cost_cells(report, stage), *measured, *spent])
@@ -48,7 +48,7 @@ def stages_table(report: RunReport) -> Table:
 
 def tables(report: RunReport) -> dict[str, Table]:
   """Title -> table: the stages, several texts, and tasks if there are any."""
-  texts = report.get('texts', {})
+  texts = report['texts']
   shown = {'Stages': stages_table(report)}
   shown |= {'Texts': texts_table(texts)} if len(texts) > 1 else {}
   return shown | ({'Tasks': tasks_table(report['tasks'])} if report.get('tasks') else {})
@@ -91,8 +91,8 @@ def cost_cells(report: RunReport, stage: StageReport | None = None) -> list[str]
 
 
 def _of_params(report: RunReport) -> bool:
-  """Whether the budget is the number of parameters, as in reports that name none."""
-  return 'budget' not in report or report['budget']['kind'] == 'params'
+  """Whether the budget is the number of parameters."""
+  return report['budget']['kind'] == 'params'
 
 
 def budget_lines(budget: BudgetReport) -> list[str]:
