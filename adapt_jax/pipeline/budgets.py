@@ -40,9 +40,7 @@ def _budget(options: RunOptions, config: ModelConfig, stored: str) -> Budget:
   if kind == 'memory':
     return budgets.memory(config, itemsize, request.batch * context, unit)
   if kind == 'latency':
-    name = options.prune.latency_table
-    if options.prune.attention == 'auto':
-      unit = latency.unit_for(name, config, unit)
-    table = latency.find_table(name, config, request, unit)
+    auto = options.prune.attention == 'auto'
+    table = latency.find_table(options.prune.latency_table, config, request, unit, auto)
     return latency.budget(table, config)
   return budgets.params(config, unit)

@@ -47,7 +47,7 @@ class Pruning:
     compiler: Compiler,
     memo: ScoreMemo | None,
   ):
-    self._options, self._inputs, self._schedule, self._optimizer = options, inputs, schedule, optimizer
+    self._inputs, self._schedule, self._optimizer = inputs, schedule, optimizer
     self._pruner = Pruner(
       inputs.config,
       options.prune,

@@ -132,24 +132,26 @@ def _parts(seconds: Any) -> Any:
 
 
 def find_table(
-  name: str, config: ModelConfig, request: BenchOptions, unit: AttentionUnit = KV_GROUPS
+  name: str, config: ModelConfig, request: BenchOptions, unit: AttentionUnit = KV_GROUPS, auto: bool = False
 ) -> Table:
   """The table of prune.latency_table: of a named device, or a file that mode bench has written.
+
+  auto: whether a file's unit of attention takes the place of `unit`, if the model's layers suit it.
 
   Raises InputError for a file without a table, for one of another model or unit of attention, and for a model
   whose layers differ in the number of query heads per KV head (or of KV heads, if query heads are pruned).
   """
+  table = None if name in DEVICES else _read(name)
+  if table and auto and len(_kept_counts(config, table.unit)) == 1:
+    unit = table.unit
   if len(counts := _kept_counts(config, unit)) > 1:
     raise InputError(
       f"prune.budget = 'latency' needs as many {_KEPT[unit][1]} in every layer, but model.source has "
       f'{sorted(counts)}: choose another budget'
     )
-  if name in DEVICES:
-    return roofline(name, config, request, unit)
-  table = _read(name)
-  if difference := _difference(table, config, unit):
+  if table and (difference := _difference(table, config, unit)):
     raise InputError(f'{FIELD} = {name!r} {difference}: measure model.source with --mode=bench')
-  return table
+  return table or roofline(name, config, request, unit)
 
 
 def _difference(table: Table, config: ModelConfig, unit: AttentionUnit) -> str:
@@ -170,15 +172,6 @@ def _difference(table: Table, config: ModelConfig, unit: AttentionUnit) -> str:
 def _kept_counts(config: ModelConfig, unit: AttentionUnit) -> set[int]:
   """What layers have of what the unit leaves as it is."""
   return {getattr(shape, _KEPT[unit][0]) for shape in config.layers}
-
-
-def unit_for(name: str, config: ModelConfig, usual: AttentionUnit) -> AttentionUnit:
-  """The unit of a measured table, if the model's layers suit it; otherwise the usual one.
-
-  Raises InputError for a file without a table.
-  """
-  measured = usual if name in DEVICES else _read(name).unit
-  return measured if len(_kept_counts(config, measured)) == 1 else usual
 
 
 def _read(name: str) -> Table:

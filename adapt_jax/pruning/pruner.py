@@ -189,10 +189,6 @@ class Pruner:
       digest.update(repr(array.shape).encode() + array.tobytes())
     return self._scorer, digest.digest()
 
-  def tokens(self, step: int) -> jax.Array:
-    """The calibration rows of one step, [S, T]."""
-    return self._tokens(self._draw(step))
-
   def _draw(self, step: int) -> np.ndarray:
     """Indices of the calibration rows of one step, [S]."""
     step = 0 if self._kind.layer_by_layer else step
