@@ -10,7 +10,6 @@ import pytest
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.mode_options import BenchOptions
 from adapt_jax.config.prune_options import PruneOptions
-from adapt_jax.export.padded import pad, padded_config
 from adapt_jax.models.config import LayerShape, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
@@ -174,16 +173,6 @@ def test_layers_of_other_heads_stack_and_those_of_other_kv_heads_do_not():
   for unit in (KV_GROUPS, QUERY_HEADS):
     with pytest.raises(InputError, match='cannot be pruned again'):
       _ = Scorer(both, unit=unit).shape
-
-
-def test_a_stock_class_gets_as_many_heads_as_it_can_divide():
-  config = tiny_config('gemma3_text', (LayerShape(3, 1, 24), LayerShape(2, 1, 40)), hidden_size=64)
-  wide = padded_config(config)
-  assert wide.family == 'gemma3_text' and [s.widths for s in wide.layers] == [(4, 1, 40)] * 2
-  params, tokens = random_params(config), random_tokens(config)
-  np.testing.assert_allclose(
-    logits(wide, pad(wide, params), tokens), logits(config, params, tokens), atol=1e-5
-  )
 
 
 def test_a_plan_of_another_unit_is_refused():
