@@ -67,16 +67,8 @@ def user_cache(name: str) -> pathlib.Path:
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
   """Writes `text` atomically: readers see the old file or the new one, even if the process is killed."""
-  path, new = pathlib.Path(path), beside(path)
-  try:
-    _remove(new)  # left by a killed process, or a planted link
-    with open(new, 'x', encoding='utf-8') as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    new.replace(path)
-  finally:
-    new.unlink(missing_ok=True)  # left after an error such as a full disk
+  with new_file(path) as new:
+    new.write_text(text, encoding='utf-8')
 
 
 def json_checksum(values: dict[str, Any]) -> int:
@@ -99,7 +91,7 @@ def new_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
   path, new = pathlib.Path(path), beside(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
-    _remove(new)
+    _remove(new)  # left by a killed process, or a planted link
     new.touch(exist_ok=False)
     yield new
     _sync(new)

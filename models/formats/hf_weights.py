@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError, reading
+from adapt_jax.models.errors import reading
 from adapt_jax.models.files import write_text
 from adapt_jax.models.formats.safetensors import INDEX_NAME, write_tensors
 from adapt_jax.models.network.llama import Params, abstract_params
@@ -158,22 +158,17 @@ def check_tensors(config: ModelConfig, reader: TensorReader) -> None:
   """
   expected = {leaf.name: leaf for leaf in leaves(config)}
   ignored = {'lm_head.weight'} if config.tie_embeddings else set()
-  found = {
-    n for n in reader.names() - ignored if not n.endswith('rotary_emb.inv_freq')
-  }  # LLaMA 1 and 2 files may store that buffer
-  for problem, names in (('is missing', expected.keys() - found), ('is extra', found - expected.keys())):
-    if names:
-      more = f' (and {len(names) - 1} more)' if len(names) > 1 else ''
-      raise InputError(
-        f'{reader.where}: tensor {min(names)} {problem}{more}: config.json and weights do not match'
-      )
-  for name, leaf in expected.items():
-    if reader.shape(name) != leaf.hf_shape:
-      raise InputError(
-        f'{reader.where}: tensor {name} has shape {list(reader.shape(name))}, but config.json needs '
-        f'{list(leaf.hf_shape)}'
-      )
-    reader.dtype(name)  # raises if it is not supported
+  # LLaMA 1 and 2 files may store that buffer.
+  stored = {name for name in reader.names() - ignored if not name.endswith('rotary_emb.inv_freq')}
+  with reading('', reader.where, 'configuration and weights do not match'):
+    for problem, names in (('missing', expected.keys() - stored), ('extra', stored - expected.keys())):
+      if names:
+        more = f' (and {len(names) - 1} more)' if len(names) > 1 else ''
+        raise ValueError(f'tensor {min(names)} is {problem}{more}')
+    for name, leaf in expected.items():
+      if reader.shape(name) != leaf.hf_shape:
+        raise ValueError(f'tensor {name} has shape {list(reader.shape(name))}, not {list(leaf.hf_shape)}')
+      reader.dtype(name)  # raises if it is not supported
 
 
 def load_params(
