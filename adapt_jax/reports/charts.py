@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -93,7 +94,8 @@ def _figure(
   top = _TOP + _LINE * -(-len(legend) // columns)
   height += top - _TOP
   out = io.StringIO()
-  with matplotlib.rc_context(_STYLE):
+  # Browsers have other fonts: letters that the measuring one lacks are drawn all the same.
+  with matplotlib.rc_context(_STYLE), warnings.catch_warnings(action='ignore', category=UserWarning):
     figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor=_PAPER)
     inside = (WIDTH - _LEFT - _RIGHT) / WIDTH, (height - top - _BOTTOM) / height
     axes = figure.add_axes((_LEFT / WIDTH, _BOTTOM / height, *inside))

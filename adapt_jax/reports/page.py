@@ -67,7 +67,7 @@ def page(title: str, state: str, body: Iterable[str], made: Mapping[str, Any], *
 
 def due(path: pathlib.Path, running: bool) -> bool:
   """Whether to write a page, which takes time: at the end, and before as often as browsers reload it."""
-  return not (running and path.exists() and time.time() - path.stat().st_mtime < _REFRESH_SECONDS)
+  return not (running and path.exists() and 0 <= time.time() - path.stat().st_mtime < _REFRESH_SECONDS)
 
 
 def section(title: str, *parts: str) -> str:

@@ -16,38 +16,23 @@ CONFIG = ModelConfig('llama', 61, 32, 8, SHAPES, RopeConfig(1e4), 1e-5, True)
 DENSE = CONFIG.with_layers((LayerShape(6, 3, 48),) * 2)
 FILES = ('config.json', 'configuration_adapt.py', 'model.safetensors', 'modeling_adapt.py', 'mlx_adapt.py')
 STAGE = {
-  'stage': 1,
-  'target': 11_000,
-  'params': count_params(CONFIG),
-  'perplexity_pruned': 12.345,
-  'perplexity_recovered': 10.5,
-  'tokens': 81_920,
-  'num_heads': [4, 2],
-  'num_kv_heads': [2, 1],
-  'ffn': [32, 40],
-}
+  'stage': 1, 'target': 11_000, 'params': count_params(CONFIG), 'perplexity_pruned': 12.345,
+  'perplexity_recovered': 10.5, 'tokens': 81_920,
+  'num_heads': [4, 2], 'num_kv_heads': [2, 1], 'ffn': [32, 40],
+}  # fmt: skip
 REPORT = {
   'model': {
-    'source': 'org/Base-1.5B',
-    'hub': True,
+    'source': 'org/Base-1.5B', 'hub': True, 'params_before': count_params(DENSE),
     'license': {'license': 'other', 'license_name': 'base', 'license_link': 'LICENSE'},
-    'params_before': count_params(DENSE),
-    'params_after': count_params(CONFIG),
-    'num_heads': [6, 6],
-    'num_kv_heads': [3, 3],
-    'ffn': [48, 48],
+    'num_heads': [6, 6], 'num_kv_heads': [3, 3], 'ffn': [48, 48],
   },
   'perplexity': {'dense': 9.876, 'pruned': 12.345, 'recovered': 10.5, 'definition': 'exp of the mean loss'},
   'prune': {'method': 'obs', 'target': 0.8, 'amplitude': 0.02, 'calibration': {'samples': 8}},
   'data': {
-    'calibration': ['calibration.txt'],
-    'train': ['org/corpus:train'],
-    'evaluate': ['heldout.txt'],
+    'calibration': ['calibration.txt'], 'train': ['org/corpus:train'], 'evaluate': ['heldout.txt'],
     'hub': ['org/corpus', 'org/pages', 'org/books'],
-  },  # fmt: skip
-  'texts': {
-    'text': {'dense': 9.876, 'pruned': 12.345, 'recovered': 10.5, 'definition': 'exp of the mean loss'},
   },
+  'texts': {'text': {'dense': 9.876, 'pruned': 12.345, 'recovered': 10.5}},
   'tasks': {
     'dense': {'piqa': {'acc': 0.71, 'acc_norm': 0.72, 'version': 1.0, 'n': 1838}},
     'recovered': {'piqa': {'acc': 0.69}, 'lambada': {'perplexity': 20.0}},
@@ -55,7 +40,7 @@ REPORT = {
   'stages': [STAGE],
   'command': 'python main.py --config=configs/base.py --workdir=out',
   'versions': {'python': '3.11.7', 'jax': '0.10.2'},
-}
+}  # fmt: skip
 
 
 def parsed(report, config=CONFIG, files=FILES, repo=''):
@@ -165,13 +150,14 @@ def test_a_bare_checkpoint_invents_nothing():
   assert '## Perplexity' not in text and '## Tasks' not in text and '## Widths' in text
 
 
-def test_pruning_alone_is_not_called_training():
+def test_pruning_alone_is_not_called_training_and_layers_that_are_gone_stay_where_they_were():
   report = changed()
-  report['stages'][0] |= {'tokens': 0, 'perplexity_recovered': None}
+  report['stages'][0] |= {'tokens': 0, 'perplexity_recovered': None, 'num_kv_heads': [0, 3], 'ffn': [0, 48]}
   report['perplexity'] |= {'recovered': None}
   del report['data']['train']
-  text = parsed(report)[1]
+  text = parsed(report, DENSE.with_layers(DENSE.layers[:1]))[1]
   assert 'Pruned by' in text and 'Training' not in text and 'Recovery' not in text and 'None' not in text
+  assert row(text, '0', '0 of 3', '0 of 48') and row(text, '1', '3 of 3', '48 of 48')
 
 
 @pytest.mark.parametrize(
@@ -188,23 +174,11 @@ def test_what_several_runs_removed_is_told_by_the_first_sizes(config, kind, prun
   assert ('whole layers were removed' in text) == pruned
 
 
-def test_layers_that_are_gone_stay_where_they_were():
-  report = changed()
-  report['stages'][0] |= {'num_kv_heads': [0, 3], 'ffn': [0, 48]}
-  text = parsed(report, DENSE.with_layers(DENSE.layers[:1]))[1]
-  assert row(text, '0', '0 of 3', '0 of 48') and row(text, '1', '3 of 3', '48 of 48')
-
-
-@pytest.mark.parametrize('name', ['~/models/base', 'models/base.gguf', 'C: #"odd"', 'base'])
-def test_a_local_base_model_is_named_without_its_path(name):
-  """The hub would take it for an id."""
-  data, text = parsed(changed(model=REPORT['model'] | {'source': name, 'hub': False}))
-  assert data.base_model is None and 'models/' not in text and f'# {name.split("/")[-1]}, pruned' in text
-
-
-def test_a_model_pruned_twice_names_the_first():
+def test_a_local_model_is_named_without_its_path_and_one_pruned_twice_names_the_first():
   origin = dataclasses.asdict(Origin('org/Base-1.5B', hub=True, params=2 * count_params(DENSE)))
   model = REPORT['model'] | {'source': '/work/pruned', 'hub': False}
+  data, text = parsed(changed(model=model))  # the hub would take it for an id
+  assert data.base_model is None and '/work' not in text and '# pruned, pruned to' in text
   data, text = parsed(changed(model=model, origin=origin))
   share = count_params(CONFIG) / count_params(DENSE) / 2
   assert data.base_model == 'org/Base-1.5B' and f'# org/Base-1.5B, pruned to {share:.1%}' in text

@@ -41,6 +41,11 @@ def test_names_are_drawn_as_they_are_and_charts_are_the_same_each_time():
     assert chart == again and ODD in texts(chart)
 
 
+@pytest.mark.filterwarnings('error')
+def test_names_in_letters_that_the_measuring_font_lacks_are_drawn_without_a_warning():
+  assert '维基' in texts(charts.line_chart('维基', ('x', 'y'), [Series('', [(0, 1.0)])]))
+
+
 def test_what_is_not_finite_is_left_out():
   assert charts.line_chart('a', ('x', 'y'), [Series('s', [(0, math.nan)])]) == ''
   assert charts.heat_map('a', [[math.inf]], [1]) == ''
