@@ -138,10 +138,9 @@ def _one_error() -> Iterator[None]:
   try:
     with _silent():
       yield
-  except Exception:
-    gc.collect()  # the hook hears now what orbax gave up
-    raise
   finally:
+    if sys.exc_info()[1]:
+      gc.collect()  # the hook hears now what orbax gave up
     asyncio.setLevel(level)
     sys.unraisablehook = before
 

@@ -122,15 +122,12 @@ class Workdir:
       then = {'mode': saved['mode']} | flatten(saved['config'])
     now = {'mode': self._identity['mode']} | flatten(self._identity['config'])
     default = flatten(json.loads(json.dumps(defaults())))  # with lists, as in run.json
+    remedy = 'use another workdir, or the same config to resume'
     if then['mode'] in ('accel', 'prune') and now['mode'] == 'export':
-      raise InputError(
-        f'--workdir={self.path} is the workdir of the run: write the export into another one, with '
-        f'--workdir={self.path}-export and --config.model.source={self.path}'
-      )
+      remedy = f'write the export into another workdir, with --config.model.source={self.path}'
     for name in then | now:  # options added since the run was started have their defaults
       was, value = (of.get(name, default.get(name)) for of in (then, now))
       if was != value:
         raise InputError(
-          f'--workdir={self.path} belongs to a run with {name} = {was!r}, not {value!r}: use another '
-          f'workdir, or the same config to resume'
+          f'--workdir={self.path} belongs to a run with {name} = {was!r}, not {value!r}: {remedy}'
         )
