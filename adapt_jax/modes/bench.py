@@ -75,7 +75,8 @@ def _origin(pruned: Source) -> str:
   after = made_by['model'].get('params_after', count_params(pruned.config))
   if made_from.params == after:  # padded formats hold more than the result
     return ''
-  if not made_from.hub and exists(report := pruned.path.parent / 'report.json'):
+  directory = pruned.path if pruned.path.is_dir() else pruned.path.parent
+  if not made_from.hub and exists(report := directory.parent / 'report.json'):
     made_from = origin_of(read_report(report))  # with its path, which exports do not tell
   if not made_from.hub and not exists(local(made_from.source)):
     raise InputError(

@@ -126,7 +126,8 @@ def _check_same_inputs(finished: list[CellRun], todo: list[CellRun], inputs: lis
   def key(field: str, options: RunOptions) -> Any:
     if field == 'model.source':  # that of all cells
       return field
-    drawn = {'prune.calibration.source': options.prune.calibration, 'train.source': options.train}
+    train, calibration = options.train, options.prune.calibration
+    drawn = {'prune.calibration.source': calibration, 'train.source': train, 'train.distill.source': train}
     own = (drawn[field], options.seed) if field in drawn else options.evaluate
     return field, options.model, options.data, own
 

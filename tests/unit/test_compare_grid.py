@@ -1,9 +1,12 @@
 """Grids: which cells, in which order, under which names."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from adapt_jax.config.build import from_dict
 from adapt_jax.models.errors import InputError
-from adapt_jax.modes import compare_grid
+from adapt_jax.modes import compare, compare_grid
 
 BASE = {
   'seed': 0,
@@ -82,3 +85,19 @@ def test_names_of_files_and_of_long_values_are_told_apart():
 def test_labels():
   (cell,) = compare_grid.expand(({'prune.calibration.source': (('a.txt', 'b.txt'),), 'seed': (1,)},), BASE)
   assert cell.label == 'prune.calibration.source=a.txt,b.txt seed=1'
+
+
+def test_cells_with_other_teachers_do_not_contradict_each_other():
+  def run(teacher, digest):
+    options = from_dict({'train': {'distill': {'source': teacher}}})
+    texts = {'train.distill.source': digest}
+    workdir = SimpleNamespace(texts=lambda: texts)
+    return SimpleNamespace(options=options, workdir=workdir, cell=SimpleNamespace(label=teacher))
+
+  def check(*todo):
+    inputs = [SimpleNamespace(digests=one.workdir.texts) for one in todo]
+    compare._check_same_inputs([run('a', '1')], list(todo), inputs)
+
+  check(run('b', '2'), run('a', '1'))
+  with pytest.raises(InputError, match=r'train\.distill\.source'):
+    check(run('a', '2'))
