@@ -25,7 +25,7 @@ KINDS = ('full_attention', 'sliding_attention')
 LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0}
 LLAMA3 |= {'original_max_position_embeddings': 16}
 ROPES = ({'rope_type': 'default'}, {'rope_type': 'linear', 'factor': 4.0}, LLAMA3)
-NUMBERS = st.sampled_from((0.5, 1.5, 2.0))
+NUMBERS, THETA = st.sampled_from((0.5, 1.5, 2.0)), st.sampled_from((100.0, 1e4, 5e5))
 TYPES = st.lists(st.sampled_from(KINDS), min_size=LAYERS, max_size=LAYERS)
 WINDOW = st.sampled_from((5, 20, CONTEXT, 4096, None))
 BIAS = {'attention_bias': st.booleans()}
@@ -35,11 +35,8 @@ GEMMA = {
   'query_pre_attn_scalar': st.integers(8, 30),
   'final_logit_softcapping': st.sampled_from((9.0, None)),
 }
-LATE = {
-  'use_sliding_window': st.booleans(),
-  'sliding_window': WINDOW,
-  'max_window_layers': st.integers(0, LAYERS + 1),
-}
+LATE = {'use_sliding_window': st.booleans(), 'sliding_window': WINDOW, 'max_window_layers': st.integers(0, 3)}
+FACTORS = ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling')
 # What a family has in config.json besides Llama's fields.
 FIELDS = {
   'llama': BIAS,
@@ -52,13 +49,9 @@ FIELDS = {
   },
   'phi3': {'sliding_window': WINDOW},
   'gemma2': GEMMA | BIAS | {'attn_logit_softcapping': st.sampled_from((4.0, None))},
-  'gemma3_text': GEMMA
-  | {'sliding_window_pattern': st.integers(1, 4), 'rope_local_base_freq': st.sampled_from((100.0, 1e4))},
+  'gemma3_text': GEMMA | {'sliding_window_pattern': st.integers(1, 4), 'rope_local_base_freq': THETA},
   'olmo2': BIAS,
-  'granite': BIAS
-  | dict.fromkeys(
-    ('embedding_multiplier', 'residual_multiplier', 'attention_multiplier', 'logits_scaling'), NUMBERS
-  ),
+  'granite': BIAS | dict.fromkeys(FACTORS, NUMBERS),
 }
 
 
@@ -68,14 +61,14 @@ def configs(draw):
   optional = {
     'num_key_value_heads': st.sampled_from((1, 2, 3, 6)),
     'tie_word_embeddings': st.booleans(),
-    'rope_theta': st.sampled_from((100.0, 5e5)),
+    'rope_theta': THETA,
   }
   fields = draw(st.fixed_dictionaries({}, optional=optional | FIELDS[family]))
   if family == 'mistral' or draw(st.booleans()):  # transformers' Ministral has no other size of heads
     fields['head_dim'] = draw(st.sampled_from((6, 8, 16)))
   rope = dict(draw(st.sampled_from(ROPES))) if family != 'phi3' else {'rope_type': 'default'}
   if draw(st.booleans()):
-    rope['rope_theta'] = draw(st.sampled_from((1e3, 1e6)))
+    rope['rope_theta'] = draw(THETA)
   if where := draw(st.sampled_from(('', 'rope_scaling', 'rope_parameters'))):
     fields[where] = rope
   return SHAPE | {'model_type': family} | fields
