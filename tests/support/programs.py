@@ -8,6 +8,7 @@ import dataclasses
 import os
 import pathlib
 import time
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ from unittest import mock
 import jax
 from jax._src import lru_cache
 
-from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine import mesh
 
 _KEEP = {'jax_persistent_cache_min_compile_time_secs': 0, 'jax_persistent_cache_min_entry_size_bytes': -1}
 
@@ -53,7 +54,7 @@ def _put(self: Any, key: str, value: bytes) -> None:
     part.replace(path)
 
 
-_TRACED: dict[Any, Any] = {}
+_MADE: dict[Any, Any] = {}
 
 
 @contextlib.contextmanager
@@ -62,19 +63,22 @@ def traced_once() -> Iterator[None]:
 
   They count what they take as compiled. A test that replaces a part of a model must not use it.
   """
-  make = Compiler.__call__
+  jit = mesh.jit
 
-  def take(self: Compiler, name: str, fn: Any, *args: Any, **options: Any) -> Any:
-    if self._programs is not None or not dataclasses.is_dataclass(fn) or not jax.sharding.get_mesh().empty:
-      return make(self, name, fn, *args, **options)
+  def take(fn: Any, *args: Any, donate_argnums: tuple[int, ...] = (), once: bool = False) -> Any:
+    made = jit(fn, *args, donate_argnums=donate_argnums, once=once)
+    if once or not dataclasses.is_dataclass(fn) or not jax.sharding.get_mesh().empty:
+      return made
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
-    key = name, fn, structure, shapes, repr(sorted(options.items()))
-    if key in _TRACED:
-      self.counts[name] = self.counts.get(name, 0) + 1
-    else:
-      _TRACED[key] = make(self, name, fn, *args, **options)
-    return _TRACED[key]
 
-  with mock.patch.object(Compiler, '__call__', take):
+    def compile(options: dict[str, Any]) -> Any:
+      key = fn, donate_argnums, structure, shapes, repr(sorted(options.items()))
+      if key not in _MADE:
+        _MADE[key] = made.lower(*args).compile(options)
+      return _MADE[key]
+
+    return types.SimpleNamespace(lower=lambda *_: types.SimpleNamespace(compile=compile))
+
+  with mock.patch.object(mesh, 'jit', take):
     yield
