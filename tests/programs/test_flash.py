@@ -4,24 +4,17 @@ On CPU `jax.nn.dot_product_attention` in plain XLA stands in for the two kernels
 calls them: batching, partitioning over a mesh and differentiation are JAX's own.
 """
 
-import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax._src.interpreters import mlir
 
-from adapt_jax.config.build import from_dict
-from adapt_jax.configs import base
-from adapt_jax.machine import mesh
 from adapt_jax.models.network import attention, flash
 from adapt_jax.models.network.backend import made_for
-from adapt_jax.training.step import TrainingStep
-from tests.programs.test_sharding import SHAPES, assert_close, make_model, put, set_mesh, tokens_of
 
 ROWS = 2
 
@@ -196,39 +189,3 @@ def test_lowered_for_cuda():
   assert set(re.findall(r'"mask_type": "(\w+)"', text)) == {'CAUSAL'}
   assert 'while' not in text and f'{T}x{T}' not in text
   assert f'1x{T}x9x80xbf16' in text  # heads of 64, and 16 for the segments
-
-
-# -- in the programs of a run ------------------------------------------------------------------------------
-
-
-def train(config, params, batch, **fields):
-  """Loss and gradient of one step, the change that SGD with rate 1 makes."""
-  values = base.get_config()
-  values.train.update({'batch': 8, 'micro_batch': 8, 'length': 12} | fields)
-  tx = optax.sgd(1.0)
-  state = {'params': params, 'optimizer': tx.init(params)}
-  step = TrainingStep(config, from_dict(values.to_dict()).train, tx, jnp.float32)
-  after, metrics = mesh.jit(step, state, batch)(state, batch)
-  return metrics['loss'], jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, after['params'])
-
-
-def assert_trains_on_a_mesh_as_the_plain_form(calls, make_plain, length=12):
-  """Rows and heads split, micro-batches, remat, segments: as the plain form on one device without."""
-  config, params = make_model(layers=SHAPES[:1])
-  tokens = tokens_of(config, length=length)
-  segments = np.sort(np.random.default_rng(0).integers(1, 4, tokens.shape), axis=1).astype(np.int32)
-  arrays = tokens, np.ones(tokens.shape, bool), segments
-  with set_mesh():
-    batch = mesh.put_rows(np.arange(8), lambda ids: tuple(x[ids] for x in arrays))
-    trained = train(config, put(params), batch, remat=True, micro_batch=2, length=length)
-  assert calls
-  make_plain()
-  assert_close(trained, train(config, params, arrays, length=length), rtol=2e-4)
-
-
-def test_training_on_a_mesh(card, monkeypatch):
-  """With stand-ins of the kernels in fp32: differences are then no matter of rounding."""
-  monkeypatch.setattr(flash, 'takes', lambda q, segmented: True)
-  monkeypatch.setattr(cudnn, 'check_layout', lambda *args: None)
-  plain = functools.partial(monkeypatch.setattr, flash, 'takes', lambda q, segmented: False)
-  assert_trains_on_a_mesh_as_the_plain_form(card, plain)
