@@ -69,12 +69,12 @@ def load(
   """
   wanted = None if dtype is None else jnp.dtype(dtype)
   from_dict({'export': {'dtype': 'auto' if wanted is None else wanted.name}})  # checks it
-  found = open_source(os.fspath(source))
-  tokenizer = with_template(found.load_tokenizer(), chat_template)
-  mesh.check_model(found.config)
+  opened = open_source(os.fspath(source))
+  tokenizer = with_template(opened.load_tokenizer(), chat_template)
+  mesh.check_model(opened.config)
   with processes.silent(not progress):
-    params = mesh.load_source(found, wanted)
-    return Model(found.config, params, tokenizer, found.dtype, found.generation, origin(found))
+    params = mesh.load_source(opened, wanted)
+    return Model(opened.config, params, tokenizer, opened.dtype, opened.generation, origin(opened))
 
 
 def save(

@@ -89,8 +89,10 @@ def _default(options: RunOptions, field: str) -> str:
 
 
 def _limits(declared: Declaration) -> list[str]:
-  found = [f'from {declared.within[0]:g} to {declared.within[1]:g}'] if declared.within else []
-  return found + ([f'one of {", ".join(c or repr(c) for c in declared.choices)}'] if declared.choices else [])
+  limits = [f'from {declared.within[0]:g} to {declared.within[1]:g}'] if declared.within else []
+  return limits + (
+    [f'one of {", ".join(c or repr(c) for c in declared.choices)}'] if declared.choices else []
+  )
 
 
 def options_page() -> str:
@@ -113,16 +115,16 @@ def option_flags() -> list[str]:
 
 def with_recipes(argv: list[str]) -> list[str]:
   """The arguments with the name of a recipe replaced by its file: --config=demo, --config=studies:loss."""
-  found = list(argv)
+  arguments = list(argv)
   for i, argument in enumerate(argv):
     flag, equals, value = argument.partition('=')
     if flag not in ('--config', '-config'):
       continue
     if equals:
-      found[i] = f'{flag}={_recipe(value)}'
+      arguments[i] = f'{flag}={_recipe(value)}'
     elif argv[i + 1 :]:
-      found[i + 1] = _recipe(argv[i + 1])
-  return found
+      arguments[i + 1] = _recipe(argv[i + 1])
+  return arguments
 
 
 def _recipe(value: str) -> str:

@@ -49,8 +49,8 @@ def _build(cls: Any, values: Any, where: str) -> Any:
 
 def like(name: str, known: Sequence[str]) -> str:
   """Asks whether a known name was meant that ends in this one or is like it; '' if there is none."""
-  found = [one for one in known if one.endswith(f'.{name}')] or difflib.get_close_matches(name, known, 1)
-  return f': did you mean {found[0]}?' if found else ''
+  likely = [one for one in known if one.endswith(f'.{name}')] or difflib.get_close_matches(name, known, 1)
+  return f': did you mean {likely[0]}?' if likely else ''
 
 
 def _below(where: str, name: str) -> str:
@@ -119,10 +119,10 @@ def choices(field: str) -> tuple[str, ...]:
 
 def flatten(groups: dict[str, Any], prefix: str = '') -> dict[str, Any]:
   """{'prune': {'target': 0.8}} as {'prune.target': 0.8}; tuples become lists, as in JSON."""
-  found: dict[str, Any] = {}
+  flat: dict[str, Any] = {}
   for name, value in groups.items():
     if isinstance(value, dict):
-      found |= flatten(value, f'{prefix}{name}.')
+      flat |= flatten(value, f'{prefix}{name}.')
     else:
-      found[prefix + name] = list(value) if isinstance(value, tuple) else value
-  return found
+      flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+  return flat

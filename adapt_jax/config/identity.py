@@ -19,13 +19,13 @@ def names(wanted: Sequence[str], field: str) -> bool:
 
 def settings(options: RunOptions, wanted: Sequence[str] = TRAINING) -> dict[str, Any]:
   """The options of these groups that a result depends on, and these fields: {'prune': {'target': 0.8}}."""
-  found: dict[str, Any] = {}
+  chosen: dict[str, Any] = {}
   for field, declared in declarations():
     if field in wanted or (declared.result and names(wanted, field)):
       *parents, last = field.split('.')
-      node = found
+      node = chosen
       for name in parents:
         node = node.setdefault(name, {})
       value = get(options, field)
       node[last] = list(value) if isinstance(value, tuple) else value
-  return found
+  return chosen

@@ -59,7 +59,7 @@ def serving_multiples(serve: str) -> Multiples:
   layer evenly.
   """
   named = {'any': (1, 1, 1), 'gguf': (1, 32, 32), 'awq': (1, 128, 128)}
-  found = []
+  multiples = []
   for entry in serve.split(','):
     count = entry.removeprefix(TENSOR_PARALLEL)
     if count != entry and count.isdecimal() and ALIGNMENT[0] <= int(count) <= ALIGNMENT[1]:
@@ -68,18 +68,18 @@ def serving_multiples(serve: str) -> Multiples:
       raise InputError(
         f'prune.serve = {serve!r}: choose any, gguf, awq, or {TENSOR_PARALLEL}n for a number n of devices'
       )
-    found.append(named[entry])
-  return Multiples(*(math.lcm(*of) for of in zip(*found, strict=True)))
+    multiples.append(named[entry])
+  return Multiples(*(math.lcm(*of) for of in zip(*multiples, strict=True)))
 
 
 def named_texts(source: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
   """Entries such as 'web=pages.jsonl' by name, in order; entries without a name belong to `TEXT`."""
-  found: dict[str, list[str]] = {}
+  texts: dict[str, list[str]] = {}
   for entry in source:
     named = _NAMED.fullmatch(entry)
     name, place = named.groups() if named else (TEXT, entry)
-    found.setdefault(name, []).append(place)
-  return {name: tuple(places) for name, places in found.items()}
+    texts.setdefault(name, []).append(place)
+  return {name: tuple(places) for name, places in texts.items()}
 
 
 def plain(value: Any) -> str:

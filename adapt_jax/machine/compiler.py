@@ -66,17 +66,17 @@ class Programs:
 
   def __init__(self, most: int = 8):
     self._most = most
-    self._found: dict[str, collections.OrderedDict[Any, Any]] = {}
+    self._by_name: dict[str, collections.OrderedDict[Any, Any]] = {}
 
   def get(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
     """The program for `key`, made if there is none."""
-    found = self._found.setdefault(name, collections.OrderedDict())
-    if key not in found:
-      found[key] = make()
-    found.move_to_end(key)
-    if len(found) > self._most:
-      found.popitem(last=False)
-    return found[key]
+    programs = self._by_name.setdefault(name, collections.OrderedDict())
+    if key not in programs:
+      programs[key] = make()
+    programs.move_to_end(key)
+    if len(programs) > self._most:
+      programs.popitem(last=False)
+    return programs[key]
 
 
 class Compiler:
