@@ -64,14 +64,6 @@ def test_unsupported_model_of_the_hub_is_refused_before_its_weights(hub, monkeyp
   assert not hub
 
 
-def test_hub_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):
-  monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
-  monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-  with pytest.raises(InputError, match="some-org/some-model': no such directory, and the hub") as e:
-    open_source('some-org/some-model')
-  assert '\n' not in str(e.value)
-
-
 def test_stored_dtype_is_known_before_loading(files):
   assert open_source(str(files / 'model')).dtype == 'float32'
   source = open_source(str(files / 'bfloat16'))
@@ -104,8 +96,10 @@ def test_generation_fields_are_read_on_opening(files, tmp_path):
   assert open_source(str(path)).generation == {}
 
 
-@pytest.mark.parametrize('special', ['named', 'of the class'])
-@pytest.mark.parametrize('named', ['GPT2Tokenizer', 'Qwen2Tokenizer', 'PreTrainedTokenizerFast'])
+@pytest.mark.parametrize(
+  'named, special',
+  [('GPT2Tokenizer', 'named'), ('Qwen2Tokenizer', 'of the class'), ('PreTrainedTokenizerFast', 'named')],
+)
 def test_a_byte_level_tokenizer_splits_as_its_file_says(files, tmp_path, named, special):
   """SmolLM2's names GPT2Tokenizer, which in transformers 5 does not split digits."""
   path, given = tmp_path / 'model', published(DIGITS)

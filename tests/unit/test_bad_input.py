@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.workdir import Workdir
@@ -114,6 +116,19 @@ def test_a_damaged_lineage_stops_a_run_before_it_starts(files, tmp_path):
   shutil.copytree(files / 'model', tmp_path / 'model')
   (tmp_path / 'model/lineage.json').write_text('{"model": {"source": "org/Base"}, "origin": {"a": 1}}')
   refuse(files, {'model.source': str(tmp_path / 'model')}, 'lineage.json')
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch):
+  """Its cache is still looked at; a mistyped local path is reported at once."""
+
+  def unknown(*_):
+    raise OSError('no such name')
+
+  monkeypatch.setattr('urllib.request.getproxies', dict)
+  monkeypatch.setattr('socket.getaddrinfo', unknown)
+  start = time.monotonic()
+  assert "'models/mine': no such directory" in refused(open_source, 'models/mine')
+  assert time.monotonic() - start < 5
 
 
 def test_directories_that_are_no_workdir(files, tmp_path):
