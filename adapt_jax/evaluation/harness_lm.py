@@ -179,8 +179,8 @@ class FlaxLM(TemplateLM):
     for _, context, answer in requests:
       if not context or not 0 < len(answer) <= self.max_length:  # the harness's own model asserts it too
         raise InputError(
-          f'evaluate.tasks: a question has {len(context)} tokens and an answer of {len(answer)}; '
-          f'model.source reads 1 to {self.max_length} of each: correct the task, or leave it out'
+          f'evaluate.tasks: a question has {len(context)} tokens and an answer of {len(answer)}; both need '
+          f'one, and the answer at most {self.max_length}: correct the task, or leave it out'
         )
     results = [(0.0, True)] * len(requests)
     with Progress(self._title, len(requests), 'requests') as progress:

@@ -23,7 +23,6 @@ _CALLED = re.compile(r'(body|calls|to_apply|branch_computations|true_computation
 _TRIPS = re.compile(r'known_trip_count\W+n\W+(\d+)')
 _CONDITION = re.compile(r'condition=%?([\w.-]+)')
 _INDEX = re.compile(r'index=(\d+)')
-_SOURCE = re.compile(r'op_name="([^"]*)"')
 # Operations that run the computations that they call once; others run them for each element.
 _RUNS = ('while', 'conditional', 'call', 'async-start')
 _MOVES_NOTHING = (
@@ -43,7 +42,6 @@ class Collective:
     bytes: of the whole arrays on one device, all together: what an all-gather gives, a reduce-scatter takes.
     devices: how many exchange their data.
     times: how often one run of the program executes it.
-    source: the names of the JAX functions that it comes from.
   """
 
   kind: str
@@ -51,7 +49,6 @@ class Collective:
   bytes: int
   devices: int
   times: int
-  source: str
 
   @property
   def sent(self) -> float:
@@ -147,9 +144,8 @@ class CompiledText:
           taken, given = self._exchanged(x, name, on_chip=True)
           shapes = [x.shape, *(y.shape for y in self._operands(x, name))]
           shape = max((_size(*y[:2]), f'{y[0]}[{y[1]}]') for y in _ARRAY.findall(' '.join(shapes)))[1]
-          source = _SOURCE.search(x.rest)
           group = _group_size(x.rest) or self._partitions
-          found.append(Collective(kind, shape, max(taken, given), group, times, source[1] if source else ''))
+          found.append(Collective(kind, shape, max(taken, given), group, times))
     return found
 
   def _exchanged(self, x: _Instruction, computation: str, on_chip: bool = False) -> tuple[int, int]:

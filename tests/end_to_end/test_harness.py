@@ -173,12 +173,6 @@ def test_choices_of_one_token_share_a_row():
   assert [len(row.answers) for row in rows] == [4, 1]
 
 
-def test_lengths_are_few_and_waste_at_most_a_third():
-  lengths = {harness_lm._Row((0,) * n, []).shape[0] for n in range(1, 2049)}
-  assert len(lengths) == 13
-  assert all(n <= harness_lm._Row((0,) * n, []).shape[0] < max(33, 1.5 * n) for n in range(1, 2049))
-
-
 def test_a_question_asked_again_has_another_answer(source, tasks_path):
   """Where the task samples, and whatever fits into a batch: two rows here."""
   lm = make_lm(source, tokens=128)

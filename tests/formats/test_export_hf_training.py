@@ -6,7 +6,6 @@ transformers 4.57 runs `check_tools` in test_export_hf.py, in the one process th
 import json
 import unittest.mock
 
-import numpy as np
 import pytest
 
 from adapt_jax.models.formats.hf_weights import save_params
@@ -71,9 +70,8 @@ def check_trainer(directory, out):
   assert open_source(str(out / 'checkpoint-12')).config == open_source(str(directory)).config
 
 
-@pytest.mark.parametrize('name', ['llama', 'qwen2-output-bias'])
-def test_tools_on_top_of_transformers(name, tmp_path):
-  export(tmp_path / 'hf', EXPORTS[name], tokenizer=tiny_tokenizer())
+def test_tools_on_top_of_transformers(tmp_path):
+  export(tmp_path / 'hf', EXPORTS['llama'], tokenizer=tiny_tokenizer())
   check_tools(tmp_path / 'hf', tmp_path)
 
 
@@ -91,15 +89,6 @@ def test_sharded_export(tmp_path):
   check_logits(load(directory), directory)
   check_logits(load(directory, device_map='auto'), directory)
   assert open_source(str(directory)).config == config
-
-
-def test_chat_template_is_the_tokenizers_own(tmp_path):
-  export(tmp_path / 'hf', EXPORTS['llama'], tokenizer=tiny_tokenizer())
-  messages = [{'role': 'user', 'content': 'the quick brown fox'}]
-  found = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf', trust_remote_code=True)
-  ours, theirs = (t.apply_chat_template(messages, tokenize=False) for t in (tiny_tokenizer(), found))
-  assert ours == theirs and 'the quick brown fox' in ours
-  assert np.array_equal(found(ours).input_ids, tiny_tokenizer()(ours).input_ids)
 
 
 def test_a_sliced_layer_stays_on_one_device(tmp_path):

@@ -35,7 +35,7 @@ TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %body.2 (arg: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %h = bf16[64,4] get-tuple-element(%arg), index=1
-  %all = bf16[64,32] all-gather(%h), replica_groups=mesh['a'=2,'b'=4] {'b'}, metadata={op_name="head"}
+  %all = bf16[64,32] all-gather(%h), replica_groups=mesh['a'=2,'b'=4] {'b'}
   %a = f32[4]{0} get-tuple-element(%arg), index=2
   %b = f32[4]{0} get-tuple-element(%arg), index=3
   %start = (f32[4]{0}, f32[4]{0}) all-reduce-start(%a, %b), replica_groups={{0,1},{2,3},{4,5},{6,7}}
@@ -69,16 +69,16 @@ ENTRY %main.9 (p: f32[16,4]) -> f32[2,4] {
 
 def test_operations_in_nested_loops_are_counted_with_their_rounds():
   assert sorted(CompiledText(TEXT).collectives(), key=lambda x: x.kind) == [
-    Collective('all-gather', 'bf16[64,32]', 64 * 32 * 2, 4, 15, 'head'),
-    Collective('all-reduce', 'f32[4]', 32, 2, 15, ''),  # of two arrays
-    Collective('collective-permute', 'f32[2]', 8, 8, 3, ''),
-    Collective('reduce-scatter', 'f32[16,4]', 16 * 4 * 4, 8, 1, ''),
+    Collective('all-gather', 'bf16[64,32]', 64 * 32 * 2, 4, 15),
+    Collective('all-reduce', 'f32[4]', 32, 2, 15),  # of two arrays
+    Collective('collective-permute', 'f32[2]', 8, 8, 3),
+    Collective('reduce-scatter', 'f32[16,4]', 16 * 4 * 4, 8, 1),
   ]
 
 
 def test_a_device_sends_to_the_others_of_its_group():
   kinds = 'all-gather', 'reduce-scatter', 'all-reduce', 'collective-permute'
-  assert [Collective(kind, 'f32[25]', 100, 4, 1, '').sent for kind in kinds] == [75, 75, 150, 100]
+  assert [Collective(kind, 'f32[25]', 100, 4, 1).sent for kind in kinds] == [75, 75, 150, 100]
 
 
 @pytest.mark.parametrize(
