@@ -10,87 +10,55 @@ from typing import Any, NamedTuple
 
 
 class Number(NamedTuple):
-  """A number of config.json: its name there, whether it stands for one over its square root, and for a cap.
-
-  A cap may be null, which is 0 here.
-  """
+  """A number of config.json."""
 
   name: str
-  inverse_root: bool = False
-  is_cap: bool = False
+  inverse_root: bool = False  # it stands for one over its square root
+  is_cap: bool = False  # it may be null, which is 0 here
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-  """One architecture.
+  """One architecture; the defaults are Llama's."""
 
-  Names:
-    stock: the class of transformers is {stock}ForCausalLM.
-    base: those of the configuration and of the decoder without head are {base}Config and {base}Model; '' if
-      that is `stock`.
-    aliases: other values of `model_type` in config.json for models that compute the same function.
+  stock: str  # the class of transformers is {stock}ForCausalLM
+  gguf: str  # llama.cpp's architecture if all layers are equally wide (`formats.gguf_architectures`)
+  base: str = ''  # the stock classes are {base}Config and {base}Model; '' if that is `stock`
+  aliases: tuple[str, ...] = ()  # other values of `model_type` for models that compute the same function
 
-  The layers:
-    qkv_bias: whether q, k and v have biases: 'never', 'always', or 'optional' by the field `attention_bias`;
-      if optional, o has one too.
-    qk_norm: whether queries and keys are normed, each head by itself or, with `joint_qk_norm`, all together.
-      Groups of the latter cannot be pruned: the others are divided by a mean over all.
-    pre_norm, post_norm: whether the inputs of attention and MLP are normed, and their outputs.
-    norm_offset: is added to the weights of all norms.
-    activation: of the gate, 'silu' or 'gelu_tanh'.
-    root_embedding: whether embeddings are multiplied by the root of hidden_size.
-    sliceable: whether SliceGPT supports the layers.
+  # The layers.
+  qkv_bias: str = 'never'  # 'always', or 'optional' by the field `attention_bias`: then o has one too
+  qk_norm: bool = False  # queries and keys are normed, each head by itself
+  joint_qk_norm: bool = False  # all heads together: groups cannot be pruned, which would change the mean
+  pre_norm: bool = True  # the inputs of attention and MLP are normed
+  post_norm: bool = False  # their outputs are
+  norm_offset: float = 0.0  # added to the weights of all norms
+  activation: str = 'silu'  # of the gate, or 'gelu_tanh'
+  root_embedding: bool = False  # embeddings are multiplied by the root of hidden_size
+  sliceable: bool = False  # SliceGPT supports the layers
 
-  config.json:
-    numbers: fields of `ModelConfig` -> the numbers in config.json.
-    defaults: transformers' values of fields that a file leaves out, where they are not Llama's.
-    usual_theta: the base frequency of rotary embeddings in a file that has none.
-    constants: fields that are written in addition, always with these values.
-    windows: which layers use `sliding_window`: 'all'; 'some' by `layer_types`, and without that field all but
-      every `sliding_window_pattern`th, if any; 'unsupported' if a file in which a layer uses it is refused.
-    local_rope: whether layers with a window have their own base frequency.
-    unrotated: whether `no_rope_layers` lists the layers without rotary embeddings.
-    needs_bos: whether the model is only good at tokens that follow BOS, so that every row must begin with it.
-
-  Tensors:
-    mlp_norm: the name of the norm before the MLP.
-    fused: stored tensor of a layer -> the tensors whose rows it holds, one after another.
-
-  Exports:
-    heads_divide: whether the stock class requires that the heads divide hidden_size.
-    padded_as: a family of the same function without that requirement; '' if there is none.
-    gguf: llama.cpp's architecture if all layers are equally wide (`formats.gguf_architectures`).
-    gguf_varied: whether llama.cpp's deci, whose layers may differ in width, computes the family.
-    mlx: what the stock model of MLX-LM does not support: 'head_dim' (other than hidden_size / heads) or
-      'biases'; '' if it supports all. None if there is no code for MLX-LM.
-  """
-
-  stock: str
-  gguf: str
-  base: str = ''
-  aliases: tuple[str, ...] = ()
-  qkv_bias: str = 'never'
-  qk_norm: bool = False
-  joint_qk_norm: bool = False
-  pre_norm: bool = True
-  post_norm: bool = False
-  norm_offset: float = 0.0
-  activation: str = 'silu'
-  root_embedding: bool = False
-  sliceable: bool = False
-  numbers: Mapping[str, Number] = dataclasses.field(default_factory=dict)
-  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  usual_theta: float = 10000.0
-  constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # config.json.
+  numbers: Mapping[str, Number] = dataclasses.field(default_factory=dict)  # by their field of `ModelConfig`
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # transformers', unlike Llama's
+  usual_theta: float = 10000.0  # the base frequency of rotary embeddings in a file that has none
+  constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # written in addition
+  # Which layers use `sliding_window`: 'all'; 'some' by `layer_types`, and without that field all but every
+  # `sliding_window_pattern`th, if any; 'unsupported' if a file in which a layer uses it is refused.
   windows: str = 'unsupported'
-  local_rope: bool = False
-  unrotated: bool = False
-  needs_bos: bool = False
-  mlp_norm: str = 'post_attention_layernorm'
-  fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-  heads_divide: bool = False
-  padded_as: str = ''
-  gguf_varied: bool = False
+  local_rope: bool = False  # layers with a window have their own base frequency
+  unrotated: bool = False  # `no_rope_layers` lists the layers without rotary embeddings
+  needs_bos: bool = False  # the model is only good at tokens that follow BOS: every row must begin with it
+
+  # Tensors.
+  mlp_norm: str = 'post_attention_layernorm'  # the name of the norm before the MLP
+  fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # stored -> its parts
+
+  # Exports.
+  heads_divide: bool = False  # the stock class requires that the heads divide hidden_size
+  padded_as: str = ''  # a family of the same function without that requirement
+  gguf_varied: bool = False  # llama.cpp's deci, whose layers may differ in width, computes the family
+  # What the stock model of MLX-LM does not support: 'head_dim' (other than hidden_size / heads) or 'biases';
+  # '' if it supports all. None if there is no code for MLX-LM.
   mlx: str | None = None
 
   @property

@@ -56,35 +56,23 @@ NUMBERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """One architecture of llama.cpp.
+  """One architecture of llama.cpp."""
 
-  Attributes:
-    family: the family of its models, unless the file says otherwise.
-    permuted: whether it rotates neighbouring pairs, so that q and k have each head's halves interleaved;
-      otherwise it rotates halves, as Hugging Face does.
-    biases: whether it reads biases of projections; not used for families that deci computes.
-    tied: whether the head must be the embedding; None if it may be.
-    square: whether the query heads must add up to the hidden size.
-    numbers: fields of `ModelConfig` -> their key below the architecture's name, and the value without it.
-      The others of `NUMBERS` have no effect in it.
-    window_every: all layers but every nth have the window; 0: none has.
-    window: its width in a file that does not say; 0: the file must.
-    local_theta: base frequency of rotary embeddings in layers with a window; 0: as in the others.
-    unrotated_every: every nth layer has no rotary embeddings; 0: all have.
-    scale_by_width: the depth of a model whose attention is scaled by the root of hidden size / heads.
-  """
-
-  family: str
+  family: str  # of its models, unless the file says otherwise
+  # It rotates neighbouring pairs, so that q and k have each head's halves interleaved; the others rotate
+  # halves, as Hugging Face does.
   permuted: bool = False
-  biases: bool = False
-  tied: bool | None = None
-  square: bool = False
+  biases: bool = False  # it reads biases of projections; not used for families that deci computes
+  tied: bool | None = None  # whether the head must be the embedding; None if it may be
+  square: bool = False  # the query heads must add up to the hidden size
+  # Fields of `ModelConfig` -> their key below the architecture's name, and the value without it. The others
+  # of `NUMBERS` have no effect in it.
   numbers: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
-  window_every: int = 0
-  window: int = 0
-  local_theta: float = 0.0
-  unrotated_every: int = 0
-  scale_by_width: int = 0
+  window_every: int = 0  # all layers but every nth have the window; 0: none has
+  window: int = 0  # its width in a file that does not say; 0: the file must
+  local_theta: float = 0.0  # base frequency of rotary embeddings in layers with a window; 0: as in the others
+  unrotated_every: int = 0  # every nth layer has no rotary embeddings; 0: all have
+  scale_by_width: int = 0  # the depth of a model whose attention is scaled by the root of hidden size / heads
 
   @property
   def traits(self) -> Family:
