@@ -16,34 +16,24 @@ POOL = 400
 SHAPE = LayerShape(6, 2, 40)
 
 
-@pytest.fixture
-def text(tmp_path, monkeypatch):
-  """A function that gives the windows of a text of this many words, if no more than POOL tokens are read."""
+@pytest.mark.parametrize(
+  ('tokens', 'max_tokens', 'starts'),
+  [
+    (300, 30, [0, 140, 290]),  # spread over all of a text
+    (1000, 30, [0, 200, POOL - 10]),  # of a longer one, over what is read, and that is said
+    (1000, 0, [*range(0, 1000, 10)]),
+    (1000, 700, [*range(0, 700, 10)]),
+  ],
+)
+def test_windows_are_spread_over_what_is_read(tmp_path, monkeypatch, capsys, tokens, max_tokens, starts):
   monkeypatch.setattr(windows, 'POOL_TOKENS', POOL)
   monkeypatch.setattr('adapt_jax.pipeline.loader.POOL_TOKENS', POOL)
-  tokenizer = tiny_tokenizer()
-
-  def load(tokens, max_tokens):
-    path = tmp_path / 'text.npy'
-    np.save(path, np.arange(tokens, dtype=np.int32).reshape(-1, 10) % len(tokenizer))
-    evaluate = {'source': [str(path)], 'length': 10, 'max_tokens': max_tokens}
-    source = types.SimpleNamespace(config=tiny_config(vocab_size=len(tokenizer)))
-    loader = Loader(from_dict({'evaluate': evaluate}), source, tokenizer)
-    return next(iter(loader.evaluation().values())).tokens[:, 0], len(tokenizer)
-
-  return load
-
-
-def test_windows_are_spread_over_all_of_a_text_that_is_read_whole(text, capsys):
-  starts, size = text(tokens=300, max_tokens=30)
-  assert starts.tolist() == [0, 140 % size, 290 % size]
-  assert 'spread over' not in capsys.readouterr().out
-
-
-def test_a_longer_text_is_said_not_to_be_read_whole(text, capsys):
-  starts, size = text(tokens=1000, max_tokens=30)
-  assert starts[-1] == (POOL - 10) % size
-  assert f'evaluate.source: its windows are spread over its first {POOL} tokens' in capsys.readouterr().out
+  np.save(tmp_path / 'text.npy', np.arange(tokens, dtype=np.int32).reshape(-1, 10))
+  evaluate = {'source': [f'{tmp_path}/text.npy'], 'length': 10, 'max_tokens': max_tokens}
+  source = types.SimpleNamespace(config=tiny_config(vocab_size=tokens))
+  (blocks,) = Loader(from_dict({'evaluate': evaluate}), source, tiny_tokenizer()).evaluation().values()
+  assert blocks.tokens[:, 0].tolist() == starts
+  assert ('spread over' in capsys.readouterr().out) == (starts[-1] == POOL - 10)
 
 
 def test_calibration_may_need_more_than_is_read_otherwise(tmp_path, monkeypatch):
@@ -53,7 +43,8 @@ def test_calibration_may_need_more_than_is_read_otherwise(tmp_path, monkeypatch)
   for name in ('text.npy', 'text.txt'):
     calibration = {'source': [str(tmp_path / name)], 'samples': 50, 'length': 10}
     source = types.SimpleNamespace(config=tiny_config(vocab_size=len(tiny_tokenizer())))
-    loader = Loader(from_dict({'prune': {'calibration': calibration}}), source, tiny_tokenizer())
+    options = from_dict({'data': {'cache': f'{tmp_path}/cache'}, 'prune': {'calibration': calibration}})
+    loader = Loader(options, source, tiny_tokenizer())
     assert len(set(loader.calibration().draw(50, 0, 0))) == 50
 
 
@@ -69,13 +60,6 @@ def test_rows_longer_than_the_context_are_warned_about_once(tmp_path, capsys):
     loader.evaluation()
     lines = capsys.readouterr().out.count('its rows of 10 tokens exceed the context of the model (9 tokens)')
     assert lines == warnings
-
-
-@pytest.mark.parametrize('max_tokens', [0, 700])
-def test_all_that_is_asked_for_is_measured(text, capsys, max_tokens):
-  starts, _ = text(tokens=1000, max_tokens=max_tokens)
-  assert len(starts) == (max_tokens or 1000) // 10
-  assert 'spread over' not in capsys.readouterr().out
 
 
 def test_windows_within_a_long_prompt_are_not_taken():
