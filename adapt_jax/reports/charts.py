@@ -36,7 +36,7 @@ COLOURS = sum(re.fullmatch(r'c\d', name) is not None for name in PALETTE)  # fur
 _INK, _MUTED, _GRID, _PAPER = (PALETTE[name][0] for name in ('ink', 'muted', 'line', 'paper'))
 _STYLE: dict[Any, Any] = {
   'svg.fonttype': 'none', 'svg.hashsalt': 'adapt-jax', 'text.usetex': False, 'text.parse_math': False,
-  'font.family': 'sans-serif', 'font.size': 10, 'axes.edgecolor': _GRID, 'axes.facecolor': _PAPER,
+  'font.sans-serif': ['DejaVu Sans'], 'font.size': 10, 'axes.edgecolor': _GRID, 'axes.facecolor': _PAPER,
   'axes.labelcolor': _MUTED, 'axes.labelsize': 10, 'axes.grid': True, 'axes.axisbelow': True,
   'axes.spines.top': False, 'axes.spines.right': False, 'axes.spines.left': False, 'grid.color': _GRID,
   'xtick.color': _MUTED, 'ytick.color': _MUTED, 'xtick.bottom': False, 'ytick.left': False,

@@ -265,13 +265,9 @@ def read_report(path: pathlib.Path) -> RunReport:
 
 def known_perplexities(report: RunReport) -> dict[Of, float]:
   """Perplexities of a run measured so far, in the order dense, pruned, recovered."""
-  found = report.get('perplexity') or {}
-  values: list[tuple[Of, float | None]] = [
-    ('dense', found.get('dense')),
-    ('pruned', found.get('pruned')),
-    ('recovered', found.get('recovered')),
-  ]
-  return {of: value for of, value in values if value is not None}
+  perplexity: Any = report.get('perplexity') or {}
+  models: tuple[Of, ...] = ('dense', 'pruned', 'recovered')
+  return {of: perplexity[of] for of in models if perplexity.get(of) is not None}
 
 
 def layer_importance(distance: str, stored: list[float]) -> list[float]:
