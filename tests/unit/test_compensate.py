@@ -133,14 +133,6 @@ def test_a_bias_restores_the_mean_of_what_each_layer_adds():
     np.testing.assert_allclose(ours[i][4].mean((0, 1)), np.asarray(own).mean((0, 1)), atol=1e-4)
 
 
-def test_micro_batches_are_memory_only():
-  config, params = make_model()
-  plan, tokens = make_plan(config), make_tokens()
-  one, other = (compensated(config, params, plan, 'least_squares', tokens, b)[1] for b in (1, 16))
-  for name in one:
-    np.testing.assert_allclose(one[name], other[name], atol=1e-4)
-
-
 def test_a_second_stage_adds_to_what_the_first_left():
   """Changes are in the dense numbering; the parameters have lost groups, and a whole layer."""
   config, params = make_model()

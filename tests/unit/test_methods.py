@@ -85,23 +85,6 @@ def test_llm_pruner_leaves_the_first_four_and_last_two_layers_alone(name):
       assert values[kept].min() > values[~kept].max()
 
 
-def test_obs_takes_what_costs_least_per_parameter():
-  """Of KV groups and channels alike, but for each layer's last and the first layer's attention."""
-  config = make_config()
-  group, channel = (2 * G + 2) * HEAD * 32, 3 * 32  # parameters
-  rng = np.random.default_rng(0)
-  per_parameter = [rng.random((8, KV)), rng.random((8, FFN))]
-  per_parameter[0][0] = 1
-  kv, ffn = group * per_parameter[0], channel * per_parameter[1]
-  scores, start = Scores(kv, ffn, np.zeros(8), np.float32(1)), PruneState.start(config)
-  plan = make_method('obs', config).step(scores, start, int(0.7 * count_params(config))).plan
-  kept = [np.array(plan.kv), np.array(plan.ffn)]
-  assert all((~mask).any() for mask in kept)
-  highest = max(x[~mask].max() for x, mask in zip(per_parameter, kept, strict=True))
-  for x, mask in zip(per_parameter, kept, strict=True):
-    assert (x[mask & (mask.sum(1) > 1)[:, None]] >= highest).all()
-
-
 def test_obs_prunes_the_first_layers_attention_last():
   """However little it seems to cost: a model may need it to form its attention sink."""
   config = make_config()

@@ -1,5 +1,7 @@
 """Layer-wise scoring against autograd on the whole model, and its memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,15 +89,21 @@ def test_scoring_holds_one_layers_gradient_not_all(dtype):
   assert growth < 2 * layer_inputs + 0.1 * layer_gradient
 
 
-def scores_and_gradients(importance, scorer=Scorer):
-  """Scores of a tiny model, its layers, and each sample's own gradient of its own mean loss."""
+@functools.cache
+def model_and_gradients():
+  """A tiny model, its stacked parameters, tokens, and each sample's own gradient of its own mean loss."""
   config, params = make_model()
   tokens = jax.random.randint(jax.random.key(1), (4, 16), 0, 97)
-  stacked = stacked_params(params, PrunePlan.dense(config))
-  scores = jax.jit(scorer(config, importance=importance, micro_batch=2))(stacked, tokens)
   gradient = jax.jit(jax.grad(lambda p, t: mean_loss(config, p, t)))
   samples = [jax.tree.map(np.asarray, gradient(params, t[None])['layers']) for t in tokens]
-  return scores, jax.tree.map(np.asarray, params['layers']), samples
+  stacked = stacked_params(params, PrunePlan.dense(config))
+  return config, jax.tree.map(np.asarray, params['layers']), stacked, tokens, samples
+
+
+def scores_and_gradients(importance, scorer=Scorer):
+  """Scores of that model, its layers, and the gradients."""
+  config, layers, stacked, tokens, samples = model_and_gradients()
+  return jax.jit(scorer(config, importance=importance, micro_batch=2))(stacked, tokens), layers, samples
 
 
 def member(layer, name):

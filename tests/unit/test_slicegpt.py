@@ -83,11 +83,3 @@ def test_what_the_text_never_uses_is_sliced_for_nothing():
     return np.abs(np.asarray(logits(slicegpt.sliced_config(config, width), found, tokens)) - expected).max()
 
   assert error(20) < 5e-3 < 0.3 < error(12)
-
-
-def test_it_compiles_once_for_each_block():
-  config, compiler = tiny_config('llama', UNIFORM), Compiler()
-  params = jax.tree.map(jnp.asarray, random_params(config))
-  rows = jnp.asarray(random_tokens(config, rows=4)).reshape(2, 2, -1)
-  slicegpt.slice_model(config, params, rows, 30, dtype=jnp.float32, compiler=compiler)
-  assert compiler.counts == {'slicing': 2}
