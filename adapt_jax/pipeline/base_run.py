@@ -54,6 +54,10 @@ class BaseRun:
     self._quality = Quality(
       options, inputs, self._metrics, shared or Shared(), compiler=self._compiler, examples=export
     )
+    self._prepare(shared)
+
+  def _prepare(self, shared: Shared | None) -> None:
+    """Completes the construction of a kind of run."""
 
   def _measure_tasks(self, state: RunState, config: ModelConfig, params: Params, of: Of) -> bool:
     """Records the model's scores on tasks in the state; False if already done, or if there are no tasks."""

@@ -4,7 +4,6 @@ import dataclasses
 import time
 
 from adapt_jax.config.identity import settings
-from adapt_jax.config.options import RunOptions
 from adapt_jax.config.units import duration
 from adapt_jax.machine import preemption
 from adapt_jax.machine.preemption import Preempted
@@ -12,13 +11,11 @@ from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.pipeline.base_run import BaseRun
 from adapt_jax.pipeline.dense_model import with_learning_rate
-from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.run_report import first, with_recovered
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.stages import Pruning, Recovery
 from adapt_jax.pipeline.state import RunState, StateStore
-from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import StepRecord
 from adapt_jax.reports.report import Of, RunReport, StageReport
 from adapt_jax.training.loop import Trained
@@ -28,23 +25,13 @@ from adapt_jax.training.optim import optimizer
 class Run(BaseRun):
   """One run of mode accel or prune in its workdir: stages, checkpoints and resume."""
 
-  def __init__(
-    self,
-    options: RunOptions,
-    inputs: Inputs,
-    workdir: Workdir,
-    command: str,
-    *,
-    shared: Shared | None = None,
-    export: bool = True,
-  ):
-    options = with_learning_rate(options, inputs.source)
-    super().__init__(options, inputs, workdir, command, shared=shared, export=export)
-    self._estimated = False
-    self._store = StateStore(workdir, inputs.config, self._metrics, inputs.budget.removes)
-    self._schedule = Schedule.of(options, inputs.budget)
-    tx = optimizer(options.train, self._schedule.train_steps) if self._trains else None
-    args = options, inputs, self._schedule
+  def _prepare(self, shared: Shared | None) -> None:
+    inputs, self._estimated = self._inputs, False
+    self.options = with_learning_rate(self.options, inputs.source)
+    self._store = StateStore(self._workdir, inputs.config, self._metrics, inputs.budget.removes)
+    self._schedule = Schedule.of(self.options, inputs.budget)
+    tx = optimizer(self.options.train, self._schedule.train_steps) if self._trains else None
+    args = self.options, inputs, self._schedule
     memo = shared.scores if shared else None
     self._pruning = Pruning(*args, tx, compiler=self._compiler, memo=memo)
     self._recovery = Recovery(*args, tx, compiler=self._compiler) if tx else None
