@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
-from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.inputs import prepare
-from adapt_jax.pipeline.workdir import Workdir
 from tests.support import runs
 from tests.support.helpers import refused
 
@@ -129,17 +126,3 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch):
   start = time.monotonic()
   assert "'models/mine': no such directory" in refused(open_source, 'models/mine')
   assert time.monotonic() - start < 5
-
-
-def test_directories_that_are_no_workdir(files, tmp_path):
-  options = from_dict(runs.make_config(files).to_dict())
-  (tmp_path / 'file').write_text('')
-  for name in ('', str(tmp_path / 'file'), str(tmp_path)):
-    with pytest.raises(InputError):
-      Workdir(name, {}).check()
-  Workdir(str(tmp_path / 'new'), {}).check()
-  assert not (tmp_path / 'new').exists()
-  with Workdir(str(tmp_path / 'out'), MODES['prune'].identity(options)).claimed():
-    pass
-  message = refused(Workdir(str(tmp_path / 'out'), MODES['export'].identity(options)).check)
-  assert '--config.model.source=' in message  # the command that exports the run
