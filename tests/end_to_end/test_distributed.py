@@ -124,18 +124,12 @@ def test_bad_input_that_the_first_alone_meets_ends_all_with_code_2(starters):
     assert code == 2 and 'error: data.cache' in output and 'Traceback' not in output
 
 
-def on_devices(tensor, fsdp):
-  """A mesh of some of this process's devices."""
-  sizes = MeshOptions(1, fsdp, tensor)
-  return jax.set_mesh(mesh.make_mesh(sizes, jax.devices()[: tensor * fsdp]))
-
-
 def test_a_run_goes_on_with_other_devices(files, alone, tmp_path, monkeypatch):
   """On four, then on one of them."""
   path = tmp_path / 'moved'
   with monkeypatch.context() as broken, pytest.raises(InputError, match='killed'):
     runs.steps_of(broken, 6)  # saved after step 5
-    with on_devices(1, 4):
+    with jax.set_mesh(mesh.make_mesh(MeshOptions(1, 4, 1))):
       runs.in_process(make_config(files), path)
   runs.in_process(make_config(files), path)
   assert_same_report(path, alone)

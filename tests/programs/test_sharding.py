@@ -357,15 +357,6 @@ def test_compaction_keeps_every_array_split(sizes):
     assert max(sent.values()) <= 64 * 32 // sizes[1]
 
 
-def test_stacking_moves_nothing_over_fsdp():
-  config, params = make_model()
-  plan = PrunePlan.dense(config)
-  with set_mesh(1, 4, 1):
-    params = put(params)
-    program = mesh.jit(lambda p: surgery.stack(p, plan, jnp.float32), params).lower(params).compile()
-  assert not moved(program)
-
-
 # -- rows -------------------------------------------------------------------------------------------------
 
 
