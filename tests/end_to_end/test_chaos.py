@@ -17,7 +17,7 @@ from tests.support.starter import Starter
 
 KILLS = 20
 SEED = int(os.environ.get('ADAPT_JAX_TEST_SEED', '0'))  # another one kills at other moments
-DISK, FILLER = 6_000_000, 4_600_000  # bytes; what is left takes two checkpoints and not a third
+DISK, FILLER = 6_000_000, 4_300_000  # bytes; what is left takes two checkpoints and not a third
 # What stops a run and, where it is told, the line that tells where it goes on.
 STOPS = [
   ({'kill': 'SIGTERM'}, 'stopped by SIGTERM: run the same command to continue'),

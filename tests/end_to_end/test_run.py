@@ -56,6 +56,15 @@ def measured(files, path, tmp_path):
   return read_report(workdir.path)['perplexity']['dense']
 
 
+def altered(model, tmp_path, name, factor=1.0):
+  """A copy of a model whose weights of such a name are in float32, and larger by a factor."""
+  path = shutil.copytree(model, tmp_path / 'altered')
+  weights = load_file(path / 'model.safetensors')
+  weights |= {key: factor * x.astype(np.float32) for key, x in weights.items() if name in key}
+  save_file(weights, path / 'model.safetensors', metadata={'format': 'pt'})
+  return path
+
+
 def unfinished(finished, path):
   """A copy of a run that has come to its last checkpoint and not to its end."""
   shutil.copytree(finished, path)
@@ -192,7 +201,7 @@ def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(files, tmp
   config = runs.make_config(files)
   config.train.lr, config.train.min_lr, config.train.clip = 1.0, 1.0, 1e12
   config.train.warmup = 0.0
-  config.model.source = str(runs.make_overflowing_model(files))
+  config.model.source = str(altered(files / 'model', tmp_path, 'model.norm', 1e19))
   with pytest.raises(InputError, match=r'training step \d+: loss \S+, gradient norm (inf|nan)'):
     start(config, tmp_path / 'out')
   assert [p.name for p in (tmp_path / 'out/checkpoints').iterdir() if p.name.isdigit()]
@@ -264,11 +273,7 @@ def test_prune_mode_resumes_a_model_of_mixed_dtypes(files, tmp_path):
   Perplexity is that of the saved weights, which are rounded.
   """
   config = runs.make_config(files)
-  config.model.source = str(tmp_path / 'mixed')
-  shutil.copytree(files / 'bfloat16', tmp_path / 'mixed')
-  tensors = load_file(tmp_path / 'mixed/model.safetensors')
-  mixed = {k: v.astype(np.float32) if 'norm' in k else v for k, v in tensors.items()}
-  save_file(mixed, tmp_path / 'mixed/model.safetensors', metadata={'format': 'pt'})
+  config.model.source = str(altered(files / 'bfloat16', tmp_path, 'norm'))
   report = start(config, tmp_path / 'out', 'prune')
   again = measured(files, tmp_path / 'out', tmp_path)
   assert again == pytest.approx(report['perplexity']['pruned'], rel=1e-6)

@@ -60,17 +60,6 @@ def in_two_stages(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def make_overflowing_model(files: pathlib.Path) -> pathlib.Path:
-  """A model whose loss is finite and whose gradient norm overflows fp32."""
-  tokenizer = tiny_tokenizer()
-  shapes = (LayerShape(6, 3, 48),) * LAYERS
-  config = ModelConfig('llama', len(tokenizer), HIDDEN, 8, shapes, RopeConfig(1e4), 1e-5, True)
-  params = llama.init_params(config, jax.random.key(0))
-  params['norm'] = params['norm'] * 1e19
-  write_hf(config, params, files / 'overflowing', tokenizer=tokenizer)
-  return files / 'overflowing'
-
-
 def make_config(files: pathlib.Path) -> ConfigDict:
   """One stage to 80 %, eight training steps, one checkpoint in the midst of them."""
   config = base.get_config()
