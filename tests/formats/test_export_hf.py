@@ -224,19 +224,6 @@ def test_only_widths_below_the_widest_are_listed(exports):
   }
 
 
-@pytest.mark.parametrize('family', ['llama', 'qwen2'])
-def test_stock_classes_read_the_widths_of_layers_but_do_not_build_them(family, tmp_path):
-  """Why the code is needed. If this fails, a release builds them: then such models can be stock ones."""
-  config = tiny_config(family, (LayerShape(4, 2, 40), LayerShape(2, 1, 64), LayerShape(4, 2, 24)))
-  export(tmp_path, config)
-  raw = json.loads((tmp_path / 'config.json').read_text())
-  stock = {k: v for k, v in raw.items() if k not in ('auto_map', 'model_file', 'output_bias')}
-  stock |= {'model_type': family, 'architectures': [raw['architectures'][0].removeprefix('Adapt')]}
-  (tmp_path / 'config.json').write_text(json.dumps(stock))
-  with pytest.raises(RuntimeError, match='is a per-layer attribute and may vary across layers'):
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
 def test_special_ids_come_from_the_tokenizer(exports, tmp_path):
   ids = {'bos_token_id': 0, 'eos_token_id': 1}
   raw = json.loads((exports / 'qwen2/config.json').read_text())
