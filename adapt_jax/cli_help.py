@@ -13,6 +13,7 @@ from adapt_jax.config.declare import Declaration
 from adapt_jax.config.options import RunOptions
 from adapt_jax.models.errors import InputError
 from adapt_jax.modes.registry import MODES
+from adapt_jax.reports.table import Table
 
 # Recipes are next to this file: a folder in the wheel, a link to configs/ in a checkout.
 RECIPES = pathlib.Path(__file__).parent / 'configs'
@@ -97,15 +98,14 @@ def _limits(declared: Declaration) -> list[str]:
 
 def options_page() -> str:
   """Every option as Markdown, a table for each group."""
-  options, parts, last = RunOptions(), ['# Options', _PAGE], ''
+  options, groups = RunOptions(), dict[str, list[list[str]]]()
   for field, declared in declarations():
-    group = field.rpartition('.')[0] or 'The run'
-    if group != last:
-      parts.append(f'\n## {group}\n\n| option | default | values | meaning |\n|---|---|---|---|')
-    last = group
-    row = (f'`{field}`', f'`{_default(options, field)}`', '; '.join(_limits(declared)), declared.meaning)
-    parts.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in row) + ' |')
-  return '\n'.join(parts) + '\n'
+    limits = '; '.join(_limits(declared))
+    row = [f'`{field}`', f'`{_default(options, field)}`', limits, declared.meaning]
+    groups.setdefault(field.rpartition('.')[0] or 'The run', []).append(row)
+  head = ['option', 'default', 'values', 'meaning']
+  parts = [f'\n## {group}\n\n{Table(head, rows).markdown()}' for group, rows in groups.items()]
+  return '\n'.join(['# Options', _PAGE, *parts]) + '\n'
 
 
 def option_flags() -> list[str]:

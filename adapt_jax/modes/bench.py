@@ -28,6 +28,7 @@ from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.origin import origin_of
 from adapt_jax.reports.report import BenchReport, RunReport, read_report, versions
+from adapt_jax.reports.table import Table
 
 _FASTER = 1.05  # a lower ratio of speeds is not a gain
 _ALIGNED = {'gpu': 64, 'tpu': 128}  # widths that fill the tiles of their matrix units
@@ -192,25 +193,26 @@ def unaligned(config: ModelConfig, backend: str) -> str:
 def _table(report: BenchReport) -> str:
   dense, pruned = (report['models'][name] for name in _MODELS)
 
-  def rates(kind: str) -> str:
+  def rates(kind: str) -> list[str]:
     cells = [model[f'{kind}_tokens_per_second'] for model in (dense, pruned)]
     texts = [f'{c["median"]:,.1f} ({c["min"]:,.1f}–{c["max"]:,.1f})' for c in cells]
     r = report['ratio'][kind]
-    return f'| {kind}, tokens/s | {" | ".join(texts)} | {r["median"]:.2f} ({r["min"]:.2f}–{r["max"]:.2f}) |'
+    return [f'{kind}, tokens/s', *texts, f'{r["median"]:.2f} ({r["min"]:.2f}–{r["max"]:.2f})']
 
-  def sizes(title: str, field: str) -> str:
+  def sizes(title: str, field: str) -> list[str]:
     a, b = dense[field], pruned[field]
-    return f'| {title} | {a / 1e6:,.1f} | {b / 1e6:,.1f} | {b / a:.2f} |'
+    return [title, f'{a / 1e6:,.1f}', f'{b / 1e6:,.1f}', f'{b / a:.2f}']
 
   how = {model['peak_how'] for model in (dense, pruned)}
-  lines = [
-    '| | dense | pruned | pruned / dense |',
-    '|---|---|---|---|',
+  rows = [
     rates('prefill'),
     rates('decode'),
     sizes('peak memory, MB', 'peak_bytes'),
     sizes(f'weights on disk ({dense["stored_as"]}, {pruned["stored_as"]}), MB', 'stored_bytes'),
     sizes('parameters, million', 'params'),
+  ]
+  lines = [
+    Table(['', 'dense', 'pruned', 'pruned / dense'], rows).markdown(),
     '',
     f'{report["device"]}, {report["dtype"]}; {report["prompts"]}; median (range) of {report["repeats"]} '
     f'runs, alternating models. Peak memory: {"; ".join(sorted(how))}.',

@@ -31,6 +31,7 @@ from adapt_jax.pruning import latency, surgery
 from adapt_jax.pruning.attention_units import UNITS_BY_NAME, AttentionUnit, find_unit
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.reports.report import BenchReport, WidthsReport, versions, write_report
+from adapt_jax.reports.table import Table
 
 _SHARES = (0.125, 0.25, 0.5, 0.75)  # of the full width
 _KINDS = ('prefill', 'decode')
@@ -187,19 +188,19 @@ def warning(report: WidthsReport) -> str:
 def _table(report: WidthsReport, layers: int) -> str:
   """Milliseconds of all layers' blocks by width, and of what is outside them."""
   found = report['latency']
-  lines = ['| all layers, ms | prefill | decoding step |', '|---|---|---|']
+  rows = []
 
-  def row(title: str, values: list[float]) -> str:
-    return f'| {title} | ' + ' | '.join(f'{1000 * x:,.4g}' for x in values) + ' |'
+  def row(title: str, values: list[float]) -> list[str]:
+    return [title, *(f'{1000 * x:,.4g}' for x in values)]
 
   for block, name in _titles(report):
     for i, width in enumerate(found['prefill'][block]['widths']):
-      lines.append(row(f'{width:,} {name}', [layers * found[kind][block]['seconds'][i] for kind in _KINDS]))
-  lines.append(row('norms and the rest of the layers', [layers * found[kind]['rest'] for kind in _KINDS]))
-  lines.append(row('embedding and head', [found[kind]['fixed'] for kind in _KINDS]))
+      rows.append(row(f'{width:,} {name}', [layers * found[kind][block]['seconds'][i] for kind in _KINDS]))
+  rows.append(row('norms and the rest of the layers', [layers * found[kind]['rest'] for kind in _KINDS]))
+  rows.append(row('embedding and head', [found[kind]['fixed'] for kind in _KINDS]))
   request = found['request']
   return '\n'.join([
-    *lines, '',
+    Table(['all layers, ms', 'prefill', 'decoding step'], rows).markdown(), '',
     f'{report["source"]} on {report["device"]}, {report["dtype"]}, {report["date"]}; {request["batch"]} x '
     f'{request["prompt_length"]} random ids, {request["new_tokens"]} new tokens each; from medians of '
     f'{report["repeats"]} runs, each beside one of the whole model.',

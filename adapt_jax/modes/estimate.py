@@ -29,6 +29,7 @@ from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pruning import slicegpt
+from adapt_jax.reports.table import Table
 
 
 def prepare(options: EstimateOptions) -> list[Any] | None:
@@ -97,13 +98,13 @@ def _mesh_text() -> str:
 
 def _memory_table(planned: dict[str, Program], target: Target) -> list[str]:
   columns = ('arguments', 'temporary', 'results', 'other', 'total')
-  lines = ['', f'| GB per device | {" | ".join(columns)} |', '|---' * 6 + '|']
+  rows = []
   for title, program in planned.items():
-    sizes = [f'{getattr(program, column) / 1e9:.2f}' for column in columns]
-    lines.append(f'| {title} | {" | ".join(sizes)} |')
+    rows.append([title, *(f'{getattr(program, column) / 1e9:.2f}' for column in columns)])
   peak = max(program.total for program in planned.values()) / 1e9
   fits = 'fits' if peak < target.memory_gb else 'DOES NOT FIT'
-  return [*lines, '', f'peak {peak:.1f} GB of {target.memory_gb:g} GB per device: {fits}']
+  table = Table(['GB per device', *columns], rows)
+  return ['', table.markdown(), '', f'peak {peak:.1f} GB of {target.memory_gb:g} GB per device: {fits}']
 
 
 class Limit(NamedTuple):
@@ -127,19 +128,19 @@ def limit(program: Program, target: Target) -> Limit:
 
 
 def _limit_table(planned: dict[str, Program], target: Target) -> list[str]:
-  lines = [
+  rows = []
+  for title, program in planned.items():
+    if program.flops:
+      amounts = program.flops / 1e12, program.moved / 1e9, program.sent / 1e9, *limit(program, target)
+      rows.append([title, *(f'{x:.3g}' for x in amounts)])
+  head = ['TFLOP', 'GB read and written', 'GB sent', 'products', 'memory', 'network']
+  return [
     '',
     f'Seconds at the published peaks of {target.peak_tflops:g} TFLOP/s, {target.memory_gb_per_s:g} GB/s of '
     f'memory and {target.link_gb_per_s:g} GB/s sent:',
     '',
-    '| a device, one execution | TFLOP | GB read and written | GB sent | products | memory | network |',
-    '|---' * 7 + '|',
+    Table(['a device, one execution', *head], rows).markdown(),
   ]
-  for title, program in planned.items():
-    if program.flops:
-      amounts = program.flops / 1e12, program.moved / 1e9, program.sent / 1e9, *limit(program, target)
-      lines.append(f'| {title} | {" | ".join(f"{x:.3g}" for x in amounts)} |')
-  return lines
 
 
 def _stage_table(footprint: Footprint, stages: list[ModelConfig], target: Target) -> list[str]:
@@ -147,22 +148,20 @@ def _stage_table(footprint: Footprint, stages: list[ModelConfig], target: Target
   calibration, t, schedule = options.prune.calibration, options.train, footprint.schedule
   scoring = flops.scoring(options, footprint.config)
   passed = scoring * calibration.samples * calibration.length
-  lines = [
+  rows = []
+  for k, config in enumerate(stages, 1):
+    tokens = (schedule.end(k) - schedule.start(k)) * t.batch * t.length
+    work, params = footprint.step_work(config), count_params(config)
+    share, seconds = f'{params / count_params(dense):.1%}', duration(tokens * work / rate)
+    rows.append([k, f'{params:,}', share, f'{work / 1e9:.1f}', f'{tokens:,}', seconds])
+  head = ['stage', 'parameters', 'of dense', 'GFLOP per token', 'tokens', 'time at peak']
+  return [
     '',
     f'a scoring pass: {scoring / 1e9:.1f} GFLOP per token, {passed / rate:.2f} s at '
     f'{target.peak_tflops:g} TFLOP/s per device',
     '',
-    '| stage | parameters | of dense | GFLOP per token | tokens | time at peak |',
-    '|---' * 6 + '|',
+    Table(head, rows).markdown(),
   ]
-  for k, config in enumerate(stages, 1):
-    tokens = (schedule.end(k) - schedule.start(k)) * t.batch * t.length
-    work, params = footprint.step_work(config), count_params(config)
-    lines.append(
-      f'| {k} | {params:,} | {params / count_params(dense):.1%} | {work / 1e9:.1f} | {tokens:,} | '
-      f'{duration(tokens * work / rate)} |'
-    )
-  return lines
 
 
 def _total(planned: dict[str, Program], target: Target, price: float, traffic: bool) -> str:

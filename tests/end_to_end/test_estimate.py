@@ -162,8 +162,8 @@ def test_a_program_is_limited_by_its_slowest_part():
   """An H100: 989 TFLOP/s, 3,350 GB/s, 450 GB/s."""
   program = Program(0, 0, 0, flops=98.9e12, moved=670e9, sent=89e9, times=10)
   assert estimate.limit(program, TARGETS['h100']) == pytest.approx((0.1, 0.2, 89 / 450))
-  (row,) = estimate._limit_table({'training': program}, TARGETS['h100'])[-1:]
-  assert row == '| training | 98.9 | 670 | 89 | 0.1 | 0.2 | 0.198 |'
+  table = estimate._limit_table({'training': program}, TARGETS['h100'])[-1]
+  assert table.splitlines()[-1] == '| training | 98.9 | 670 | 89 | 0.1 | 0.2 | 0.198 |'
 
 
 @pytest.mark.parametrize(
