@@ -176,9 +176,9 @@ def test_what_several_runs_removed_is_told_by_the_first_sizes(config, kind, prun
 
 def test_a_local_model_is_named_without_its_path_and_one_pruned_twice_names_the_first():
   origin = dataclasses.asdict(Origin('org/Base-1.5B', hub=True, params=2 * count_params(DENSE)))
-  model = REPORT['model'] | {'source': '/work/pruned', 'hub': False}
+  model = REPORT['model'] | {'source': '/data/pruned', 'hub': False}
   data, text = parsed(changed(model=model))  # the hub would take it for an id
-  assert data.base_model is None and '/work' not in text and '# pruned, pruned to' in text
+  assert data.base_model is None and '/data' not in text and '# pruned, pruned to' in text
   data, text = parsed(changed(model=model, origin=origin))
   share = count_params(CONFIG) / count_params(DENSE) / 2
   assert data.base_model == 'org/Base-1.5B' and f'# org/Base-1.5B, pruned to {share:.1%}' in text

@@ -11,13 +11,13 @@ from tests.support.helpers import tiny_config
 @pytest.mark.parametrize(
   ('value', 'public'),
   [
-    ('/home/me/models/a model', 'a model'),
+    ('/data/models/a model', 'a model'),
     ('~/texts/wiki.txt', 'wiki.txt'),
     ('../secret/run', 'run'),
     ('here/model', 'model'),
     ('org/name', 'org/name'),
     ('https://hub.example/org/name', 'https://hub.example/org/name'),
-    ("python /opt/x/main.py --config.train.source='/a/b.txt,org/set' --n=1/2",
+    ("python /data/x/main.py --config.train.source='/a/b.txt,org/set' --n=1/2",
      "python main.py --config.train.source='b.txt,org/set' --n=1/2"),
     (['/a/b', {'c': '/d/e'}, 5, None], ['b', {'c': 'e'}, 5, None]),
   ],
