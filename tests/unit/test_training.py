@@ -119,12 +119,12 @@ def test_rotary_tables_are_constants_of_the_program(params):
 
 def test_distillation_pulls_towards_the_teacher(params, plain):
   teacher = jax.tree.map(lambda x: x * 1.1, params)
-  only = options(distill=DistillOptions(1.0))
+  only = options(distill=DistillOptions(alpha=1.0))
   same, metrics, _ = gradient_of(params, only, teacher=params)
   np.testing.assert_allclose(metrics['loss'], 0, atol=1e-5)
   assert max(np.abs(x).max() for x in jax.tree.leaves(same)) < 1e-4
   _, far, _ = gradient_of(params, only, teacher=teacher)
-  _, half, _ = gradient_of(params, options(distill=DistillOptions(0.5)), teacher=teacher)
+  _, half, _ = gradient_of(params, options(distill=DistillOptions(alpha=0.5)), teacher=teacher)
   assert far['loss'] > 1e-3
   np.testing.assert_allclose(half['loss'], (far['loss'] + plain[1]['loss']) / 2, rtol=1e-4)
 
@@ -169,7 +169,7 @@ def test_gradients_of_packed_documents_are_those_of_each_alone(params, micro_bat
   """Of the distilled loss too: the teacher sees the same borders."""
   teacher = jax.tree.map(lambda x: x * 1.2, params) if alpha else None
   loss, expected = jax.jit(jax.value_and_grad(mean_loss_alone))(params, teacher, alpha)
-  opts = options(micro_batch=micro_batch, remat=remat, distill=DistillOptions(alpha))
+  opts = options(micro_batch=micro_batch, remat=remat, distill=DistillOptions(alpha=alpha))
   ours, metrics, _ = gradient_of(params, opts, teacher=teacher, rows=packed()[0])
   np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
