@@ -64,6 +64,8 @@ def configs(draw):
     'rope_theta': THETA,
   }
   fields = draw(st.fixed_dictionaries({}, optional=optional | FIELDS[family]))
+  if 'layer_types' in fields and fields.get('sliding_window', 0) is None:
+    del fields['sliding_window']  # transformers' Ministral fails without one
   if family == 'mistral' or draw(st.booleans()):  # transformers' Ministral has no other size of heads
     fields['head_dim'] = draw(st.sampled_from((6, 8, 16)))
   rope = dict(draw(st.sampled_from(ROPES))) if family != 'phi3' else {'rope_type': 'default'}
