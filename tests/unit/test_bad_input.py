@@ -1,6 +1,5 @@
 """What a user can give that cannot work: one line that names the field and the value, before heavy work."""
 
-import json
 import re
 import shutil
 import time
@@ -19,12 +18,8 @@ from tests.support.helpers import refused
 def odd(tmp_path_factory):
   """Texts of which no rows can be made."""
   place = tmp_path_factory.mktemp('odd')
-  (place / 'rows.jsonl').write_text(json.dumps({'body': 'x'}) + '\n')
   (place / 'short.txt').write_text('few words')
-  chat = {'messages': [{'role': 'user', 'content': 'hello there ' * 30}]}
-  (place / 'chats.jsonl').write_text((json.dumps(chat) + '\n') * 5)
   np.save(place / 'ids.npy', np.full((16, 16), 99_999, np.int32))
-  np.save(place / 'empty.npy', np.zeros((0, 32), np.int32))
   return place
 
 
@@ -38,28 +33,16 @@ def refuse(files, fields, *words):
   return message
 
 
-def test_unknown_fields_and_wrong_types():
+def test_an_unknown_field_is_told_with_the_one_that_was_meant():
   assert refused(from_dict, {'prune': {'targt': 0.5}}) == 'prune.targt is unknown: did you mean target?'
-  assert refused(from_dict, {'prune': {'quantise': True}}).startswith('prune.quantise is unknown')
-  for value in ('much', None, [1], True):
-    assert refused(from_dict, {'train': {'lr': value}}).startswith(
-      f'train.lr = {value!r} must be of type float'
-    )
-  assert refused(from_dict, {'train': {'weights': [10**400]}}).startswith('train.weights = [1000')
 
 
 SLICED = {'prune.method': 'slicegpt', 'prune.compensate': 'none', 'prune.stages': 1, 'train.tokens': 0}
 CASES = [
-  ({'train.weights': (1.0, 2.0)}, 'train.weights'),
-  ({'train.weights': (float('nan'),)}, 'train.weights', 'nan'),
-  ({'prune.serve': 'tensor_parallel=0'}, 'prune.serve'),
-  ({'data.chat_template': 'plane'}, 'data.chat_template', 'plane'),
   ({'prune.target': 1e9}, 'prune.target', '1,000,000,000', 'lower it'),
   ({'prune.target': 0.05}, 'prune.target', '0.05', 'raise it'),
-  ({'prune.budget': 'latency'}, 'prune.budget', 'prune.latency_table'),
   ({'prune.budget': 'latency', 'prune.latency_table': 'absent.json'}, 'prune.latency_table', 'absent.json'),
   ({'prune.budget': 'kv_cache', 'prune.target': 0.2}, 'prune.target = 0.2', 'bytes of KV cache', 'raise it'),
-  ({'prune.budget': 'kv_cache', 'prune.target': 1000}, 'prune.target = 1,000', 'lower it'),
   ({'prune.method': 'llm_pruner'}, 'prune.method', 'llm_pruner', 'layers'),
   ({'prune.method': 'shortgpt', 'prune.target': 0.3}, 'prune.target = 0.3', 'raise it'),
   (SLICED | {'prune.budget': 'flops'}, 'prune.budget', 'slicegpt'),
@@ -67,12 +50,8 @@ CASES = [
   (SLICED | {'train.tokens': 4096}, 'train.tokens', 'slicegpt'),
   (SLICED | {'export.formats': ('hf', 'gguf')}, 'export.formats', 'gguf', 'slicegpt'),
   (SLICED | {'prune.target': 2}, 'prune.target = 2', 'raise it'),
-  ({'prune.calibration.source': ('absent.txt',)}, 'prune.calibration.source', 'absent.txt'),
   ({'train.source': ('absent.txt',)}, 'train.source', 'absent.txt'),
   ({'evaluate.source': ('absent.txt',)}, 'evaluate.source', 'absent.txt'),
-  ({'train.source': ('{odd}/rows.jsonl',)}, 'rows.jsonl', "'text'", "'body'"),
-  ({'train.source': ('{odd}/chats.jsonl',)}, 'train.source', 'no token to predict'),
-  ({'train.source': ('{odd}/empty.npy',)}, 'train.source', 'empty.npy'),
   ({'evaluate.source': ('{odd}/short.txt',), 'evaluate.length': 4096}, 'evaluate.source', '4096'),
   ({'prune.calibration.source': ('{files}/valid.txt',), 'prune.calibration.samples': 8192}, '8192'),
   ({'prune.calibration.source': ('{odd}/ids.npy',)}, 'prune.calibration.source', '99999', 'embedding'),
@@ -80,8 +59,6 @@ CASES = [
   ({'model.source': '{files}/nowhere'}, 'model.source', 'nowhere'),
   ({'model.source': '{files}/valid.txt'}, 'model.source', 'valid.txt'),
   ({'model.source': '~nobody-of-that-name/x'}, '~nobody-of-that-name'),
-  ({'data.cache': '~nobody-of-that-name/x'}, '~nobody-of-that-name'),
-  ({'data.chat_template': '~nobody-of-that-name/x.jinja'}, '~nobody-of-that-name'),
   ({'train.source': ('~nobody-of-that-name/x.txt',)}, '~nobody-of-that-name'),
 ]
 
@@ -96,7 +73,7 @@ def test_what_cannot_work_is_refused_before_the_run(files, odd, fields, words):
   refuse(files, {field: filled(value) for field, value in fields.items()}, *words)
 
 
-@pytest.mark.parametrize('stages', [1, 2, 20, 101])
+@pytest.mark.parametrize('stages', [2, 101])
 def test_a_stage_without_a_training_step(files, stages):
   """The remedy is the smallest number that is enough."""
   fields = {'prune.stages': stages, 'train.tokens': 127}

@@ -88,6 +88,8 @@ RULES = [
   ('compare__grid', ({'seed': ()},)),
   ('prune__targt', 0.5),
   ('prune', 3),
+  ('train__lr', None),
+  ('train__weights', (10**400,)),
 ]
 
 
@@ -132,6 +134,5 @@ def test_a_runs_identity_holds_what_its_mode_reads(mode, field, value, counts):
 
 
 def test_training_counts_in_a_grid_that_trains():
-  trained = with_values(compare__recover=True)
-  other = with_values(compare__recover=True, train__lr=1e-3)
+  trained, other = (with_values(compare__recover=True, train__lr=lr) for lr in (1e-3, 2e-3))
   assert MODES['compare'].identity(trained) != MODES['compare'].identity(other)

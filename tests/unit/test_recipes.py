@@ -8,7 +8,6 @@ import itertools
 import math
 from typing import NamedTuple
 
-import datasets
 import jax
 import numpy as np
 import pytest
@@ -191,23 +190,6 @@ def test_published_settings_are_the_papers(name):
   assert (t.layout, options.data.chat_template) == ('padded', 'paper')
   # 7.71 million samples, a row each.
   assert t.tokens / t.length == pytest.approx(7.71e6, rel=1e-3) and t.tokens // (t.batch * t.length) == 60_269
-
-
-def test_the_hub_is_asked_for_the_data_sets(monkeypatch):
-  asked = set()
-
-  def load_dataset(*names, split, **_):
-    asked.add((*names, split))
-    return [{'text': 'a row'}]
-
-  monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-  inputs.check_sources(options_of('qwen_0.5b_to_350m'))
-  assert {
-    ('DKYoon/SlimPajama-6B', 'train'),
-    ('Salesforce/wikitext', 'wikitext-2-raw-v1', 'validation'),
-    ('Open-Orca/OpenOrca', 'train'),
-    ('HuggingFaceH4/ultrachat_200k', 'train_sft'),
-  } <= asked
 
 
 @pytest.mark.parametrize('name', studies._GRIDS)

@@ -18,6 +18,7 @@ ASKED, ANSWER = {'role': 'user', 'content': 'Q'}, {'role': 'assistant', 'content
 SYSTEM = {'role': 'system', 'content': 'S'}
 # As the data sets' cards show them, other columns left out but for some that could mislead.
 SETS = {
+  'plain text': ({'id': '1', 'text': 'T', 'messages': None}, 'T'),
   'OpenOrca': ({'id': '1', 'system_prompt': 'S', 'question': 'Q', 'response': 'A'}, [SYSTEM, ASKED, ANSWER]),
   'OpenOrca, no system': (
     {'system_prompt': '', 'question': 'Q', 'response': 'A'},

@@ -142,28 +142,18 @@ def test_one_that_is_known_to_be_all_takes_the_place_of_one_that_is_not(source, 
   assert len(builds) == 2
 
 
-DAMAGES = ['tokens', 'flags', 'ends', 'meta.json', 'no flags', 'empty meta']
-
-
-@pytest.mark.parametrize(
-  'damage', [*DAMAGES, 'bit of tokens', 'bit of flags', 'bit of ends', 'bit of meta.json']
-)
-def test_damaged_ones_are_made_again(source, tokenizer, builds, damage):
+@pytest.mark.parametrize('damage', ['cut', 'bit', 'gone'])
+@pytest.mark.parametrize('name', ['tokens', 'flags', 'ends', 'meta.json'])
+def test_damaged_ones_are_made_again(source, tokenizer, builds, name, damage):
   whole = load(source, tokenizer)
   expected = [np.array(x) for x in (whole.tokens, whole.flags, whole.ends)]
   (path,) = (source.parent / 'cache').iterdir()
-  if damage == 'no flags':
-    (path / 'flags').unlink()
-  elif damage == 'empty meta':
-    (path / 'meta.json').write_text('{}')
-  elif damage.startswith('bit of '):
-    file = path / damage.removeprefix('bit of ')
-    data = bytearray(file.read_bytes())
-    at = data.index(b'"highest": ') + 11 if file.suffix else len(data) // 2
-    data[at] ^= 1
-    file.write_bytes(data)
+  data = bytearray((path / name).read_bytes())
+  data[data.index(b'"highest": ') + 11 if name == 'meta.json' else len(data) // 2] ^= 1
+  if damage == 'gone':
+    (path / name).unlink()
   else:
-    (path / damage).write_bytes((path / damage).read_bytes()[:-3])
+    (path / name).write_bytes(data if damage == 'bit' else data[:-3])
   again = load(source, tokenizer)
   for a, b in zip((again.tokens, again.flags, again.ends), expected, strict=True):
     np.testing.assert_array_equal(a, b)

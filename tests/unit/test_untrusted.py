@@ -65,7 +65,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
   regular(tmp_path / 'link')
 
 
-@pytest.mark.parametrize('name', ['a\nb', '\x1b[2J', 'a\u2028b', 'x' * 100_000])
+@pytest.mark.parametrize('name', ['a\nb', '\x1b[2J', 'x' * 100_000])
 def test_a_name_from_a_file_does_not_break_the_line(model, name):
   save_file({name: np.zeros(4, np.float32)}, model / 'model.safetensors')
   message = refused(open_source, str(model))
@@ -134,8 +134,9 @@ def test_a_lineage_without_its_fields(model, change):
 
 
 TIMES = pyarrow.array([2**60], pyarrow.int64()).cast(pyarrow.timestamp('us'))
+
+
 TEXTS = {
-  'deep.jsonl': lambda path: path.write_text('{"text": ' + '[' * 100_000 + ']' * 100_000 + '}'),
   'code.npy': lambda path: path.write_bytes(b'\x93NUMPY\1\0' + b'\x70\x17' + b'(' * 3000 + b')' * 3000),
   'times.parquet': lambda path: parquet.write_table(pyarrow.table({'text': TIMES}), path),
   'dangling.txt': lambda path: path.symlink_to('nothing'),
@@ -148,25 +149,10 @@ TEXTS = {
 def test_a_text_that_cannot_be_read_is_named(tmp_path, name):
   TEXTS[name](tmp_path / name)
   assert name in refused(check_source, (str(tmp_path / name),), 'train.source', **FIELDS)
-  if name == 'dangling.txt':
-    assert name in refused(check_source, (str(tmp_path / '*.txt'),), 'train.source', **FIELDS)
 
 
-def write_file(path):
-  with new_file(path) as new:
-    new.write_text('page')
-
-
-def write_directory(path):
-  with new_directory(path) as new:
-    (new / 'page').write_text('page')
-
-
-WRITERS = {'page': lambda path: write_text(path, 'page'), 'file': write_file, 'directory': write_directory}
-
-
-@pytest.mark.parametrize('writer', WRITERS)
-@pytest.mark.parametrize('target', ['precious', 'new', '.', None])
+@pytest.mark.parametrize('writer', ['page', 'file', 'directory'])
+@pytest.mark.parametrize('target', ['precious', '.', None])
 def test_what_lies_under_a_temporary_name_is_removed_and_no_link_followed(tmp_path, writer, target):
   elsewhere, out = tmp_path / 'elsewhere', tmp_path / 'out'
   elsewhere.mkdir()
@@ -176,19 +162,20 @@ def test_what_lies_under_a_temporary_name_is_removed_and_no_link_followed(tmp_pa
     (out / '.x.tmp').mkdir()
   else:
     (out / '.x.tmp').symlink_to(elsewhere / target)
-  WRITERS[writer](out / 'x')
+  if writer == 'page':
+    write_text(out / 'x', 'page')
+  else:
+    with new_file(out / 'x') if writer == 'file' else new_directory(out / 'x') as new:
+      (new if writer == 'file' else new / 'page').write_text('page')
   assert (out / 'x/page' if writer == 'directory' else out / 'x').read_text() == 'page'
   assert os.listdir(out) == ['x'] and os.listdir(elsewhere) == ['precious']
   assert (elsewhere / 'precious').read_text() == 'kept' and not (out / 'x').is_symlink()
 
 
 NASTY = (
-  '<script>alert(1)</script>',
-  'x\n---\nlicense: mit\n---\n# Other',
-  'a`b``c```d',
-  '[link](http://x.y) ![p](q) *b* _i_ ~~s~~ | c | &lt; $x$',
+  '<script>alert(1)</script> [link](http://x.y) ![p](q) *b* _i_ ~~s~~ | c | &lt; $x$ a`b``c```d',
+  'x\n---\nlicense: mit\n---\n# Other\n```\n</pre>\n# head',
   'a\\',
-  '```\n</pre>\n# head',
 )
 
 
@@ -238,7 +225,7 @@ def test_help_into_a_closed_pipe():
   assert done.returncode == 1 and done.stderr == ''
 
 
-@pytest.mark.parametrize('directory,ours', [('out', True), ('./out', True), ('out/', True), ('other', False)])
+@pytest.mark.parametrize('directory,ours', [('out', True), ('./out/', True), ('other', False)])
 def test_a_denied_write_belongs_to_the_workdir_however_it_is_written(directory, ours):
   denied = PermissionError(errno.EACCES, 'Permission denied', 'out/.report.html.tmp')
   assert bool(write_denied(denied, directory)) is ours

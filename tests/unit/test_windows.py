@@ -7,9 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
 
 from adapt_jax.data import documents, windows
 from adapt_jax.data.chats import render_prompts
@@ -107,16 +105,6 @@ def test_jsonl_with_other_field_bom_and_blank_and_empty_rows_and_no_bos_as_targe
   assert bos[:, 1:].any() and (blocks.targets[:, 1:] == ~bos[:, 1:]).all() and blocks.documents == 3
 
 
-def test_parquet_of_text_and_of_messages(tmp_path, tokenizer):
-  parquet.write_table(pa.table({'id': [1, 2, 3], 'text': DOCUMENTS}), tmp_path / 'a.parquet')
-  assert_windows(load(tmp_path / 'a.parquet', tokenizer), stream(tokenizer, DOCUMENTS))
-  write_jsonl(tmp_path / 'b.jsonl', [{'messages': CHAT}])
-  parquet.write_table(pa.table({'text': [None], 'messages': [CHAT]}), tmp_path / 'b.parquet')
-  expected, found = load(tmp_path / 'b.jsonl', tokenizer), load(tmp_path / 'b.parquet', tokenizer)
-  np.testing.assert_array_equal(found.tokens, expected.tokens)
-  np.testing.assert_array_equal(found.targets, expected.targets)
-
-
 def test_directory_is_read_sorted_and_recursively_and_entries_keep_their_order(tmp_path, tokenizer):
   (tmp_path / 'b').mkdir()
   (tmp_path / 'b' / 'inner.tokens').write_text(DOCUMENTS[1])
@@ -184,24 +172,9 @@ def test_npy_is_taken_as_it_is(tmp_path):
   assert len(load(tmp_path / 'a.npy', None, max_tokens=17).tokens) == 2
   check_vocab(23, 24, FIELD)
   message_of(check_vocab, 23, 23, FIELD)
-
-
-@pytest.mark.parametrize(
-  'rows',
-  [
-    np.zeros((2, 7), np.int32),
-    np.zeros(16, np.int32),
-    np.zeros((2, 8), np.float32),
-    np.full((2, 8), -1),
-    np.full((2, 8), 2**31),
-    np.array([[None] * 8]),
-    np.zeros((0, 8), np.int32),
-  ],
-  ids=['length', 'axes', 'dtype', 'negative', 'large', 'objects', 'none'],
-)
-def test_npy_of_another_kind(tmp_path, rows):
-  np.save(tmp_path / 'a.npy', rows)
-  message_of(load, tmp_path / 'a.npy', None)
+  for other in (rows[:, :7], rows.ravel(), rows * 1.0, rows - 1, rows + 2**31, rows.astype(object), rows[:0]):
+    np.save(tmp_path / 'a.npy', other)
+    message_of(load, tmp_path / 'a.npy', None)
 
 
 def test_globs_match_as_in_a_shell_and_follow_no_links_in_circles(tmp_path):
@@ -339,16 +312,6 @@ def test_answers_that_look_different_when_more_follows(tmp_path, messages, answe
   assert tokenizer.decode(blocks.tokens[0]) == text + '</s>'
 
 
-def test_a_few_conversations_that_the_template_refuses_are_left_out(tmp_path, tokenizer, capsys):
-  rows = [{'messages': CHAT}] * 100
-  whole = load(write_jsonl(tmp_path / 'whole.jsonl', rows), tokenizer)
-  blocks = load(write_jsonl(tmp_path / 'a.jsonl', [{'messages': CHAT[1:]}, *rows]), tokenizer)
-  np.testing.assert_array_equal(blocks.tokens, whole.tokens)
-  np.testing.assert_array_equal(blocks.targets, whole.targets)
-  assert 'rejects 1 conversations' in capsys.readouterr().out
-  message_of(load, write_jsonl(tmp_path / 'b.jsonl', [{'messages': CHAT[1:]}, *rows[1:50]]), tokenizer)
-
-
 BROKEN = {
   'no template': None,
   'answer first': "{{ messages[-1]['content'] }}" + CHATML,
@@ -358,11 +321,7 @@ BROKEN = {
   'end varies': CHATML.replace("'<|im_end|>\n'", "('<|im_end|>\n' if loop.last else '|')"),
   'last answer first': "{% if messages|length == 4 %}{{ messages[-1]['content'] }}{% endif %}" + CHATML,
   'raises': "{{ raise_exception('no such role') }}",
-  'zero': '{{ 1 // 0 }}',
   'recursion': '{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}',
-  'nested': '{{ ' + '(' * 5000 + '1' + ')' * 5000 + ' }}',
-  'range': '{% for i in range(10 ** 12) %}{% endfor %}',
-  'missing': '{{ messages[99].content.x }}',
   'surrogate': '{{ "\\ud800" }}',
   'unfinished': '{% for',
   'code': "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -374,7 +333,7 @@ BROKEN = {
 def test_templates_that_fail_are_refused_in_one_line(name):
   tokenizer = tiny_tokenizer(BROKEN[name])
   assert 'a.jsonl:2' in message_of(render, Document('a.jsonl:2', CHAT), tokenizer)
-  if name in ('zero', 'huge', 'unfinished'):
+  if name in ('huge', 'unfinished'):
     message_of(encode_prompts, ['text'], tokenizer, True)
 
 
@@ -386,18 +345,12 @@ def test_templates_that_fail_are_refused_in_one_line(name):
   [
     ('a.jsonl', b'{"text": "x"}\n\n{"text": \n', ':3'),
     ('a.jsonl', b'{"text": "x"}\n{"text": "\xff"}\n', ':2'),
-    ('a.jsonl', b'[1]\n', ':1'),
     ('a.jsonl', b'{"body": "x", "id": 1}\n', ':1'),
-    ('a.jsonl', b'{"text": null}\n', ':1'),
     ('a.jsonl', b'{"text": "\\ud83d"}\n', ':1'),
-    ('a.jsonl', b'{"messages": "a string"}', ':1'),
-    ('a.jsonl', b'{"messages": ["x"]}', ':1'),
     ('a.jsonl', b'{"messages": [{"from": "human", "text": "x"}]}', ':1'),
     ('a.jsonl', b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', ':1'),
     ('a.jsonl', b'{"text": ' + b'[' * 100_000, ':1'),
-    ('a.json', b'[{"text": "x"}', ''),
     ('a.json', b'[{"text": "x"}, 1]', ': row 2'),
-    ('a.json', b'{"rows": []}', ':1'),
     ('a.txt', b'abc\xff', ''),
     ('a.parquet', b'PAR1', ''),
     ('a.csv', b'x', ''),
@@ -437,6 +390,21 @@ def test_check_source_reads_the_first_row_only(tmp_path):
 
 
 # Draws for calibration
+
+
+def test_a_row_of_a_document_lies_anywhere_in_it_and_short_ones_have_none():
+  lengths = np.array([9, 7, *range(8, 60)] * 8)
+  ends = np.cumsum(lengths)
+  of_document = np.repeat(np.arange(len(lengths)), lengths)
+  stream = windows.TokenStream(np.arange(ends[-1], dtype=np.int32), np.ones(ends[-1], bool), ends)
+  rows = stream.spans(8, 0, FIELD)
+  assert rows.documents == len(lengths) and rows.targets[:, 1:].all() and not rows.targets[:, 0].any()
+  np.testing.assert_array_equal(rows.tokens, rows.tokens[:, :1] + np.arange(8))
+  drawn_from = of_document[rows.tokens]
+  assert drawn_from[:, 0].tolist() == drawn_from[:, -1].tolist() == np.flatnonzero(lengths >= 8).tolist()
+  places = rows.tokens[:, 0] - (ends - lengths)[drawn_from[:, 0]]
+  assert places.min() == 0 and places.max() > 40
+  assert stream.spans(8, 0, FIELD).digest() == rows.digest() != stream.spans(8, 1, FIELD).digest()
 
 
 def test_of_every_draw_each_source_has_its_share():
