@@ -18,9 +18,9 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch):
-  found = Terminal()
-  monkeypatch.setattr(progress, 'sys', types.SimpleNamespace(stderr=found))
-  return found
+  terminal = Terminal()
+  monkeypatch.setattr(progress, 'sys', types.SimpleNamespace(stderr=terminal))
+  return terminal
 
 
 @pytest.fixture
@@ -37,18 +37,10 @@ def wait_for(condition):
     time.sleep(0.01)
 
 
-def test_a_terminal_shows_a_sign_of_life_each_second():
-  assert progress._TICK_SECONDS <= 1
-
-
-@pytest.mark.parametrize('work', [('prune', 100, 'parameters removed'), ('reading', None)])
-def test_silent_work_moves_on_a_terminal(terminal, quick, work):
+def test_silent_work_moves_on_a_terminal(terminal, quick):
   """One long call without an update, such as a scoring pass: the line is drawn again and again."""
-  with Progress(*work), phase('scoring'):
-    wait_for(lambda: len(re.findall(rf'{work[0]}:[^\r]*scoring', terminal.getvalue())) > 5)
-
-
-def test_a_phase_without_a_bar_moves_too_and_leaves_no_line(terminal, quick):
+  with Progress('prune', 100, 'parameters removed'), phase('scoring'):
+    wait_for(lambda: len(re.findall(r'prune:[^\r]*scoring', terminal.getvalue())) > 5)
   with phase('reading the model'):
     wait_for(lambda: terminal.getvalue().count('reading the model') > 5)
   assert terminal.getvalue().split('\r')[-1].strip() == ''
@@ -68,20 +60,6 @@ def test_silent_work_moves_in_a_log_but_not_too_often(capfd, quick):
   assert all(re.match(r'prune: 5/100 steps, .*, scoring$', line) for line in lines)
   assert len(lines) <= (time.monotonic() - start) / 0.1 + 1
   assert re.match(r'prune: 5/5 steps, .*, loss 2\.5$', capfd.readouterr().out)  # the last
-
-
-def test_short_work_without_a_count_leaves_no_line(capfd):
-  with phase('compacting'):
-    pass
-  assert capfd.readouterr().out == ''
-
-
-def test_whole_things_are_counted_whole_and_tokens_by_size(terminal):
-  with Progress('evaluate', 48, 'windows') as bar:
-    bar.update(48)
-  with Progress('recover', 40_000, 'tokens') as bar:
-    bar.update(40_000)
-  assert ' 48/48 ' in terminal.getvalue() and ' 40.0k/40.0k ' in terminal.getvalue()
 
 
 def test_a_bar_that_had_less_to_do_ends_full_and_one_that_fails_stays_where_it_was(terminal):
