@@ -19,8 +19,8 @@ from adapt_jax.api_model import Model, load, save
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.values import SELF
 from adapt_jax.data.documents import is_blocks, open_blocks
+from adapt_jax.data.token_cache import used_ids
 from adapt_jax.data.tokenise import encode_prompts
-from adapt_jax.data.used_ids import used_ids
 from adapt_jax.data.windows import Blocks, read_for, spread
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.generation import self_text
@@ -109,9 +109,9 @@ def trim_vocabulary(
   if arguments.is_ids(text):
     used = np.unique(arguments.token_ids(text, model.config, 'text')).tolist()
   else:
-    fields: dict[str, Any] = {'text_field': text_field, 'messages_field': messages_field}
+    fields = {'field': 'text', 'text_field': text_field, 'messages_field': messages_field}
     with processes.silent(not progress):
-      used = used_ids(arguments.entries(text), model.tokenizer, 'text', **fields)
+      used = used_ids(None, arguments.entries(text), model.tokenizer, **fields)
   kept = trim(model.config, model.tokenizer, model.generation, used)
   small: dict[str, Any] = {'tokenizer': kept.tokenizer, 'generation': kept.generation}
   return dataclasses.replace(model, config=kept.config, params=kept.cut(model.params), **small)

@@ -25,16 +25,9 @@ class Declaration:
   result: bool = True
 
 
-def option(
-  default: Any,
-  meaning: str,
-  *,
-  within: tuple[float, float] | None = None,
-  choices: tuple[str, ...] = (),
-  result: bool = True,
-) -> Any:
-  declared = Declaration(meaning, within, choices, result)
-  return dataclasses.field(default=default, metadata={'declared': declared})
+def option(default: Any, meaning: str, **declared: Any) -> Any:
+  """A field with this default; `declared` are other fields of its `Declaration`."""
+  return dataclasses.field(default=default, metadata={'declared': Declaration(meaning, **declared)})
 
 
 def group(options: type) -> Any:

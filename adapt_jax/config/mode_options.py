@@ -78,9 +78,7 @@ class GenerateOptions:
 
   max_new_tokens: int = option(128, 'Maximum number of new tokens per prompt.', within=(1, 10**7))
   temperature: float = option(
-    0.0,
-    '0: always the most likely token. Otherwise tokens are sampled, seeded by seed.',
-    within=(0, 1e3),
+    0.0, '0: always the most likely token. Otherwise tokens are sampled, seeded by seed.', within=(0, 1e3)
   )
   chat: bool = option(
     True,

@@ -21,6 +21,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ TARGET, FIRST = 1, 2  # the token counts in the loss; it is the first of its doc
 
 _VERSION = 5  # of the format and of the tokenisation
 _FILES = ('tokens', 'flags', 'ends')
-_PART = 2**24  # bytes that are read at once to compare checksums
+_PART = 2**24  # bytes or tokens that are read at once
 _MOST_REFUSED = 0.01  # share of a source's conversations that may be left out
 _FEW_REFUSED = 10  # so many at the start of a source do not tell its share
 _STALE_SECONDS = 86_400.0  # without a write, after which the files of a killed process are removed
@@ -150,6 +151,24 @@ def open_caches(
   return caches
 
 
+def used_ids(directory: pathlib.Path | None, source: Source, tokenizer: Any, **fields: str) -> list[int]:
+  """All ids that occur when every document of a source is tokenised, in ascending order.
+
+  The arguments are those of `open_caches`. Raises InputError as it does, and for a text without tokens.
+  """
+  caches = open_caches(directory, source, tokenizer, Need(sys.maxsize), **fields)
+  used = np.zeros(1 + max(cache.highest for cache in caches), bool)
+  for cache in caches:
+    for start in range(0, len(cache.tokens), _PART):
+      used[cache.tokens[start : start + _PART]] = True
+  if not used.any():
+    raise InputError(
+      f'{fields["field"]}: the text is empty: give text of the kind that the model will read and write'
+    )
+  ids: list[int] = np.flatnonzero(used).tolist()
+  return ids
+
+
 def _key(data: list[Any], tokenizer: Any, fields: dict[str, str]) -> str:
   tokenizer('')  # removes the truncation that a tokenizer.json may set, as tokenising does
   if tokenizer.is_fast:
@@ -212,12 +231,7 @@ def _checksum(path: pathlib.Path, time_ns: int) -> int:
 
 
 def _build(
-  directory: pathlib.Path,
-  key: str,
-  documents: Iterator[Document],
-  tokenizer: Any,
-  need: Need,
-  title: str,
+  directory: pathlib.Path, key: str, documents: Iterator[Document], tokenizer: Any, need: Need, title: str
 ) -> pathlib.Path:
   directory.mkdir(parents=True, exist_ok=True)
   for left in directory.glob(f'.{key}-*'):

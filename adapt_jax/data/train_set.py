@@ -6,7 +6,7 @@ their segment, and the first token of a document is never a target.
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from adapt_jax.config.options import DataOptions, TrainOptions
 from adapt_jax.data.documents import is_blocks, open_blocks
 from adapt_jax.data.order import Order
 from adapt_jax.data.token_cache import FIRST, TARGET, Need, TokenCache, open_caches, token_directory
-from adapt_jax.data.windows import check_vocab, token_ids
+from adapt_jax.data.windows import check_targets, check_vocab, token_ids
 from adapt_jax.models.errors import InputError
 
 _FIELD = 'train.source'
@@ -23,25 +23,17 @@ _LEAST_TOKENS = 2**22
 _SAMPLE = 256  # rows in the digest of a train set
 
 
-class Rows(Protocol):
-  """Rows of one group."""
-
-  def __len__(self) -> int: ...
-
-  def fill(self, row: int, tokens: np.ndarray, flags: np.ndarray) -> int:
-    """Writes a row into `tokens` int32 [T] and `flags` uint8 [T], both zero; returns the number of tokens."""
-
-
 class PackedRows:
-  """Concatenated documents, cut into windows of `length`; the tail is dropped. At most `most` rows."""
+  """Concatenated documents, cut into windows of `length`; the tail is dropped. At most `most` rows.
+
+  `fill` of this class and the next two writes a row into tokens int32 [T] and flags uint8 [T], both zero, and
+  returns the number of tokens.
+  """
 
   def __init__(self, parts: Sequence[TokenCache], length: int, most: int):
     self._parts, self._length = parts, length
     self._starts = np.cumsum([0] + [len(part.tokens) for part in parts])
-    self._count = min(int(self._starts[-1]) // length, most)
-
-  def __len__(self) -> int:
-    return self._count
+    self.count = min(int(self._starts[-1]) // length, most)
 
   def fill(self, row: int, tokens: np.ndarray, flags: np.ndarray) -> int:
     done = 0
@@ -62,10 +54,7 @@ class PaddedRows:
   def __init__(self, parts: Sequence[TokenCache], length: int, most: int):
     self._parts, self._length = parts, length
     self._starts = np.cumsum([0] + [len(part.ends) for part in parts])
-    self._count = min(int(self._starts[-1]), most)
-
-  def __len__(self) -> int:
-    return self._count
+    self.count = min(int(self._starts[-1]), most)
 
   def fill(self, row: int, tokens: np.ndarray, flags: np.ndarray) -> int:
     index = int(np.searchsorted(self._starts, row, 'right')) - 1
@@ -84,11 +73,8 @@ class BlockRows:
   """
 
   def __init__(self, blocks: np.ndarray, vocab_size: int, where: str):
-    self._blocks, self._where, self._vocab_size = blocks, where, vocab_size
+    self._blocks, self._where, self._vocab_size, self.count = blocks, where, vocab_size, len(blocks)
     self._ids(slice(0, _LEAST_TOKENS // blocks.shape[1]))
-
-  def __len__(self) -> int:
-    return len(self._blocks)
 
   def fill(self, row: int, tokens: np.ndarray, flags: np.ndarray) -> int:
     tokens[:], flags[:] = self._ids(row), TARGET
@@ -99,6 +85,9 @@ class BlockRows:
     found = token_ids(np.asarray(self._blocks[rows]), self._where)
     check_vocab(int(found.max(initial=0)), self._vocab_size, self._where)
     return found
+
+
+Rows = PackedRows | PaddedRows | BlockRows
 
 
 class TrainSet:
@@ -118,8 +107,9 @@ class TrainSet:
     first: int | None = None,
   ):
     self._groups, self._length, self._first = groups, length, first
-    self._starts = np.cumsum([0] + [len(group) for group in groups])
-    self._order = Order([len(group) for group in groups], weights, batch=batch, seed=seed)
+    counts = [group.count for group in groups]
+    self._starts = np.cumsum([0, *counts])
+    self._order = Order(counts, weights, batch=batch, seed=seed)
 
   def __len__(self) -> int:
     return int(self._starts[-1])
@@ -160,12 +150,7 @@ class TrainSet:
 
 
 def open_train_set(
-  train: TrainOptions,
-  data: DataOptions,
-  tokenizer: Any,
-  vocab_size: int,
-  seed: int,
-  first: int | None = None,
+  train: TrainOptions, data: DataOptions, tokenizer: Any, vocab_size: int, seed: int, first: int | None = None
 ) -> TrainSet:
   """The train set of the config; tokenises what is not on disk yet. Raises InputError.
 
@@ -184,7 +169,7 @@ def open_train_set(
       rows: Rows = BlockRows(ids, vocab_size, f'{_FIELD} {entries[0]!r}')
     else:
       rows = _open_rows(entries, share, train, data, tokenizer, vocab_size)
-    if not len(rows):
+    if not rows.count:
       raise InputError(
         f'{_FIELD} = {", ".join(entries)} has not one row of {length} tokens: give more data or a shorter '
         f'train.length'
@@ -210,6 +195,5 @@ def _open_rows(
   parts = open_caches(token_directory(data), entries, tokenizer, need, field=_FIELD, **data.fields)
   check_vocab(max(part.highest for part in parts), vocab_size, _FIELD)
   rows = PaddedRows(parts, length, most) if padded else PackedRows(parts, length, most)
-  if len(rows) and not any(part.targets for part in parts):
-    raise InputError(f"{_FIELD}: no token to predict: chats need the assistant's messages")
+  check_targets(not rows.count or any(part.targets for part in parts), _FIELD)
   return rows

@@ -44,20 +44,18 @@ class Blocks:
 class MixedBlocks(Blocks):
   """Windows of several sources, one after another; each source has a fixed share of every draw.
 
-  names: names of the sources. counts: rows of each. shares: weights of the sources in a draw, none negative.
+  sources: name, number of rows and weight of each, none negative.
   """
 
-  names: tuple[str, ...]
-  counts: tuple[int, ...]
-  shares: tuple[float, ...]
+  sources: tuple[tuple[str, int, float], ...]
 
   def draw(self, count: int, seed: int, step: int) -> np.ndarray:
     """Draws `count` distinct rows, each source's quota from its own rows; the first source's rows first."""
     rows, start = [], 0
-    shared = zip(self.names, self.counts, quotas(self.shares, count), strict=True)
-    for part, (name, of_source, quota) in enumerate(shared):
-      rows.append(start + draw_rows(of_source, quota, seed, step, part=part, name=f' of {name!r}'))
-      start += of_source
+    shares = quotas([share for _, _, share in self.sources], count)
+    for part, ((name, size, _), quota) in enumerate(zip(self.sources, shares, strict=True)):
+      rows.append(start + draw_rows(size, quota, seed, step, part=part, name=f' of {name!r}'))
+      start += size
     return np.concatenate(rows)
 
 
@@ -72,8 +70,8 @@ def quotas(shares: Sequence[float], count: int) -> list[int]:
 def mixed(names: Sequence[str], parts: Sequence[Blocks], shares: Sequence[float]) -> MixedBlocks:
   """Combines sources, with their names, to draw from them by weight."""
   tokens, targets = (np.concatenate([getattr(b, name) for b in parts]) for name in ('tokens', 'targets'))
-  counts = tuple(len(b.tokens) for b in parts)
-  return MixedBlocks(tokens, targets, sum(b.documents for b in parts), tuple(names), counts, tuple(shares))
+  sources = tuple(zip(names, [len(b.tokens) for b in parts], shares, strict=True))
+  return MixedBlocks(tokens, targets, sum(b.documents for b in parts), sources)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +127,7 @@ def load_blocks(source: Source, length: int, limit: int, field: str) -> Blocks:
 
 
 def load_stream(
-  directory: pathlib.Path | None,
-  source: Source,
-  tokenizer: Any,
-  limit: int,
-  first: int | None,
-  **fields: str,
+  directory: pathlib.Path | None, source: Source, tokenizer: Any, limit: int, first: int | None, **fields: str
 ) -> TokenStream:
   """The first `limit` tokens of a source.
 
@@ -170,13 +163,10 @@ def spread(blocks: Blocks, max_tokens: int) -> Blocks:
   return dataclasses.replace(blocks, tokens=blocks.tokens[rows], targets=blocks.targets[rows])
 
 
-def check_targets(blocks: Blocks, field: str) -> None:
-  """Raises InputError if no token of the windows is a target."""
-  if not blocks.targets.any():
-    rows, length = blocks.tokens.shape
-    raise InputError(
-      f"{field}: no token to predict in {rows} rows of {length} tokens: chats need the assistant's messages"
-    )
+def check_targets(predicted: bool, field: str) -> None:
+  """Raises InputError unless some token is a target."""
+  if not predicted:
+    raise InputError(f"{field}: no token to predict: chats need the assistant's messages")
 
 
 def check_vocab(highest: int, vocab_size: int, field: str) -> None:

@@ -5,8 +5,7 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import SELF
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.documents import check_source
-from adapt_jax.data.token_cache import token_directory
-from adapt_jax.data.used_ids import used_ids
+from adapt_jax.data.token_cache import token_directory, used_ids
 from adapt_jax.export.push import check_hub
 from adapt_jax.export.writer import check_formats, check_tokenizer, origin, written_dtype
 from adapt_jax.machine.mesh import check_model, load_source
@@ -27,8 +26,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   source = open_source(options.model.source)
   check_model(source.config)
   tokenizer = with_template(source.load_tokenizer(), options.data.chat_template)
-  directory = token_directory(options.data)
-  used = used_ids(entries, tokenizer, field, **options.data.fields, directory=directory)
+  used = used_ids(token_directory(options.data), entries, tokenizer, field=field, **options.data.fields)
   kept = trim(source.config, tokenizer, source.generation, used)
   say(
     f'{source.name}: {kept.config.vocab_size:,} of {source.config.vocab_size:,} token ids are kept, '

@@ -59,7 +59,7 @@ class Loader:
     blocks: Blocks = self._once(key, lambda: self._read(field, source, length, limit, layout))
     check_vocab(int(blocks.tokens.max()), self._config.vocab_size, field)
     _check_same(blocks, field)
-    check_targets(blocks, field)
+    check_targets(bool(blocks.targets.any()), field)
     return blocks
 
   def _read(self, field: str, source: tuple[str, ...], length: int, limit: int, layout: str) -> Blocks:
@@ -100,12 +100,9 @@ class Loader:
   def _own_text(self, rows: int, length: int, use: int) -> tuple[str, ...]:
     """The source of rows that the model generates; each `use` has different rows."""
     o = self._options
+    drawn: dict[str, Any] = {'seed': [o.seed, use], 'dtype': compute_dtype(o.model.dtype)}
     directory = token_directory(o.data)
-    dtype = compute_dtype(o.model.dtype)
-    seed = [o.seed, use]
-    path = self_text.draw(
-      self._source, self.tokenizer, rows, length, seed=seed, dtype=dtype, directory=directory
-    )
+    path = self_text.draw(self._source, self.tokenizer, rows, length, **drawn, directory=directory)
     return (str(path),)
 
   def _warn_beyond_context(self, name: str, length: int) -> None:
@@ -141,10 +138,7 @@ def evaluation_field(name: str) -> str:
 
 def _check_same(blocks: Blocks, field: str) -> None:
   """Raises InputError if this process has read different windows from the first process."""
-  if jax.process_count() == 1:
-    return
-
-  if decide(blocks.digest) != blocks.digest():
+  if jax.process_count() > 1 and decide(blocks.digest) != blocks.digest():
     raise InputError(
       f'{field}: process {jax.process_index()} reads other data than process 0: give all the same files'
     )

@@ -26,13 +26,7 @@ from tests.support import programs  # noqa: E402
 
 
 def run(
-  argv: list[str],
-  output: str,
-  errors: str,
-  devices: int,
-  limit: int | None,
-  kill: str,
-  after: dict[str, Any],
+  argv: list[str], output: str, errors: str, devices: int, limit: int | None, kill: str, after: dict[str, Any]
 ) -> None:
   """main.py with `argv`; what it prints goes to the file `output`, and with `errors` its stderr to that one.
 

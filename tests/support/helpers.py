@@ -30,23 +30,9 @@ VARIED = (LayerShape(3, 1, 24), LayerShape(6, 2, 40), LayerShape(3, 1, 64), Laye
 UNIFORM = (LayerShape(6, 2, 40),) * 2
 # What tiny models have of the numbers that only some families have.
 NUMBERS: dict[str, dict[str, Any]] = {
-  'granite': {
-    'embedding_scale': 1.5,
-    'residual_scale': 0.6,
-    'attention_scale': 0.4,
-    'logit_divisor': 2.0,
-  },
-  'gemma3_text': {
-    'embedding_scale': 48**0.5,
-    'attention_scale': 20**-0.5,
-    'local_rope': RopeConfig(10000.0),
-  },
-  'gemma2': {
-    'embedding_scale': 48**0.5,
-    'attention_scale': 20**-0.5,
-    'attention_cap': 4.0,
-    'logit_cap': 9.0,
-  },
+  'granite': {'embedding_scale': 1.5, 'residual_scale': 0.6, 'attention_scale': 0.4, 'logit_divisor': 2.0},
+  'gemma3_text': {'embedding_scale': 48**0.5, 'attention_scale': 20**-0.5, 'local_rope': RopeConfig(10000.0)},
+  'gemma2': {'embedding_scale': 48**0.5, 'attention_scale': 20**-0.5, 'attention_cap': 4.0, 'logit_cap': 9.0},
 }
 
 

@@ -24,35 +24,25 @@ class Hub(http.server.ThreadingHTTPServer):
     self.repos: dict[str, dict[str, bytes]] = {}
     self.stored: dict[str, bytes] = {}
     self.broken = False
-
-  @property
-  def url(self) -> str:
-    return f'http://127.0.0.1:{self.server_port}'
+    self.url = f'http://127.0.0.1:{self.server_port}'
 
 
 @contextlib.contextmanager
 def hub() -> Iterator[Hub]:
   """The server, running."""
-  server = Hub()
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
-  thread.start()
-  try:
-    yield server
-  finally:
-    server.shutdown()
-    server.server_close()
+  with Hub() as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+      yield server
+    finally:
+      server.shutdown()
 
 
-def use(server: Hub, patch: pytest.MonkeyPatch, token: str = WRITES) -> None:
-  """Lets huggingface_hub of this process use the server; in another process `environment` does."""
+def use(server: Hub, patch: pytest.MonkeyPatch) -> None:
+  """Lets huggingface_hub use the server, without the storage xet, whose protocol it does not have."""
   patch.setattr(huggingface_hub.constants, 'ENDPOINT', server.url)
   patch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', True)
-  patch.setenv('HF_TOKEN', token)
-
-
-def environment(server: Hub, token: str = WRITES) -> dict[str, str]:
-  """Of a process that uses the server: without the storage xet, whose protocol it does not have."""
-  return {'HF_ENDPOINT': server.url, 'HF_HUB_DISABLE_XET': '1', 'HF_TOKEN': token}
+  patch.setenv('HF_TOKEN', WRITES)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -62,14 +52,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     pass
 
   def _body(self) -> bytes:
-    if self.headers.get('Transfer-Encoding') == 'chunked':
-      parts = []
-      while size := int(self.rfile.readline(), 16):
-        parts.append(self.rfile.read(size))
-        self.rfile.readline()
+    if self.headers.get('Transfer-Encoding') != 'chunked':
+      return self.rfile.read(int(self.headers.get('Content-Length', 0)))
+    parts = []
+    while size := int(self.rfile.readline(), 16):
+      parts.append(self.rfile.read(size))
       self.rfile.readline()
-      return b''.join(parts)
-    return self.rfile.read(int(self.headers.get('Content-Length', 0)))
+    self.rfile.readline()
+    return b''.join(parts)
 
   def _answer(self, values: Any, status: int = 200, **headers: str) -> None:
     content = json.dumps(values).encode()
@@ -79,44 +69,30 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.end_headers()
     self.wfile.write(content)
 
-  def _refuse(self, status: int, message: str, code: str = '') -> None:
-    self._answer(
-      {'error': message}, status, X_Error_Message=message, **({'X_Error_Code': code} if code else {})
-    )
+  def _refuse(self, status: int, message: str, **headers: str) -> None:
+    self._answer({'error': message}, status, X_Error_Message=message, **headers)
 
-  def _token(self) -> str:
-    return self.headers.get('Authorization', '').removeprefix('Bearer ')
-
-  def _unknown(self) -> bool:
-    """Refuses a token that is nobody's."""
-    if self._token() in (WRITES, READS):
-      return False
-    self._refuse(401, 'Invalid username or password.')
-    return True
-
-  def _refused(self, repo: str, write: bool) -> bool:
-    if self._unknown():
-      return True
-    if repo not in self.server.repos:
-      self._refuse(404, 'Repository not found', 'RepoNotFound')
-    elif write and (self._token() != WRITES or not repo.startswith('org/')):
+  def _refused(self, repo: str = '', write: bool = False) -> bool:
+    """Refuses a token that is nobody's, a repository that is not there, and a write that is not allowed."""
+    token = self.headers.get('Authorization', '').removeprefix('Bearer ')
+    if token not in (WRITES, READS):
+      self._refuse(401, 'Invalid username or password.')
+    elif repo and repo not in self.server.repos:
+      self._refuse(404, 'Repository not found', X_Error_Code='RepoNotFound')
+    elif write and (token != WRITES or not repo.startswith('org/')):
       self._refuse(403, 'You do not have write access to this repository')
     else:
       return False
     return True
 
   def do_GET(self) -> None:
-    if self.path == '/api/whoami-v2':
-      if not self._unknown():
-        self._answer({'name': 'user'})
-      return
-    repo, _, rest = self.path.removeprefix('/api/models/').partition('/auth-check')
-    write = rest == '/write'
-    repo, listed, _ = repo.partition('/tree/main')
-    if not self._refused(repo, write):
-      files = self.server.repos[repo]
+    repo, kind, rest = re.fullmatch(
+      r'/api/(?:whoami-v2|models/(.+?)(?:/(tree/main|auth-check)(.*))?)', self.path
+    ).groups('')  # type: ignore[union-attr]
+    if not self._refused(repo, rest == '/write'):
+      files = self.server.repos.get(repo, {})
       rows = [{'type': 'file', 'path': name, 'size': len(x), 'oid': '0' * 40} for name, x in files.items()]
-      self._answer(rows if listed else {'id': repo})
+      self._answer(rows if kind == 'tree/main' else {'id': repo, 'name': 'user'})
 
   def do_PUT(self) -> None:
     content, oid = self._body(), self.path.rpartition('/')[2]
@@ -134,32 +110,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self._answer({'errors': [], 'warnings': []})
     elif self.path == '/api/repos/create':
       self._create(json.loads(body))
-    elif found := re.fullmatch(r'/api/models/(.+)/preupload/main', self.path):
-      if not self._refused(found[1], write=True):
+    else:
+      repo, kind = re.fullmatch(
+        r'/(?:api/models/)?(.+?)(?:\.git/info/lfs)?/(preupload/main|objects/batch|commit/main)', self.path
+      ).groups()  # type: ignore[union-attr]
+      if self._refused(repo, write=True):
+        return
+      if kind == 'commit/main':
+        self._commit(repo, [json.loads(line) for line in body.splitlines()])
+      elif kind == 'preupload/main':
         self._answer({'files': [_mode(file['path']) for file in json.loads(body)['files']]})
-    elif found := re.fullmatch(r'/(.+)\.git/info/lfs/objects/batch', self.path):
-      if not self._refused(found[1], write=True):
+      else:
         objects = [
-          {
-            'oid': x['oid'],
-            'size': x['size'],
-            'actions': {'upload': {'href': f'{self.server.url}/lfs/{x["oid"]}'}},
-          }
+          {**x, 'actions': {'upload': {'href': f'{self.server.url}/lfs/{x["oid"]}'}}}
           for x in json.loads(body)['objects']
         ]
         self._answer({'transfer': 'basic', 'objects': objects})
-    elif found := re.fullmatch(r'/api/models/(.+)/commit/main', self.path):
-      if not self._refused(found[1], write=True):
-        self._commit(found[1], [json.loads(line) for line in body.splitlines()])
-    else:
-      self._refuse(404, f'{self.path}: the stand-in has no such endpoint')
 
   def _create(self, asked: dict[str, Any]) -> None:
     repo = f'{asked["organization"]}/{asked["name"]}'
-    token = self.headers.get('Authorization', '').removeprefix('Bearer ')
-    if token not in (WRITES, READS):
-      self._refuse(401, 'Invalid username or password.')
-    elif token == READS or asked['organization'] != 'org':
+    if self._refused():
+      return
+    if READS in self.headers['Authorization'] or asked['organization'] != 'org':
       self._refuse(403, 'You do not have the rights to create a model under this namespace')
     elif repo in self.server.repos:
       self._answer({'error': 'You already created this model repo', 'url': f'{self.server.url}/{repo}'}, 409)

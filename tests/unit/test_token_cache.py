@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from adapt_jax.data import token_cache, tokenise
-from adapt_jax.data.token_cache import FIRST, TARGET, Need, open_cache
-from adapt_jax.data.used_ids import used_ids
+from adapt_jax.data.token_cache import FIRST, TARGET, Need, open_cache, used_ids
 from adapt_jax.models.errors import InputError
 from tests.support.tokenizers_for_tests import CHATML, CHATML_DEFAULT_SYSTEM, tiny_tokenizer
 
@@ -204,13 +203,15 @@ def test_used_ids_are_those_of_all_entries(source, tokenizer, builds):
   other, empty = source.with_name('b.txt'), source.with_name('c.txt')
   other.write_text('Zebras!')
   empty.write_text(' '[:0])
-  asked = {'text_field': 'text', 'messages_field': 'messages', 'directory': source.parent / 'cache'}
+  asked = {'field': 'text', 'text_field': 'text', 'messages_field': 'messages'}
   entries = tuple(map(str, (source, other, empty)))
   parts = [load(path, tokenizer).tokens for path in (source, other)]
-  assert used_ids(entries, tokenizer, 'text', **asked) == sorted({*np.concatenate(parts).tolist()})
+  assert used_ids(source.parent / 'cache', entries, tokenizer, **asked) == sorted(
+    {*np.concatenate(parts).tolist()}
+  )
   for _ in range(2):
     with pytest.raises(InputError, match='empty'):
-      used_ids((str(empty),), tokenizer, 'text', **asked)
+      used_ids(source.parent / 'cache', (str(empty),), tokenizer, **asked)
   assert len(builds) == 3
 
 

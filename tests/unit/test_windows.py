@@ -119,10 +119,7 @@ def test_directory_is_read_sorted_and_recursively_and_entries_keep_their_order(t
 
 @pytest.mark.parametrize(
   ('entry', 'arguments', 'split'),
-  [
-    ('org/name', ('org/name',), 'train'),
-    ('org/na.me:en-1.0:test', ('org/na.me', 'en-1.0'), 'test'),
-  ],
+  [('org/name', ('org/name',), 'train'), ('org/na.me:en-1.0:test', ('org/na.me', 'en-1.0'), 'test')],
 )
 def test_hub(monkeypatch, tokenizer, entry, arguments, split):
   def load_dataset(*args: str, **options: Any) -> Any:

@@ -18,12 +18,7 @@ from vllm import LLM, SamplingParams  # noqa: E402 (it reads the environment)
 
 def main(directory, prompts, out):
   model = LLM(
-    directory,
-    trust_remote_code=True,
-    dtype='float32',
-    enforce_eager=True,
-    max_model_len=128,
-    max_num_seqs=4,
+    directory, trust_remote_code=True, dtype='float32', enforce_eager=True, max_model_len=128, max_num_seqs=4
   )
   rows = [{'prompt_token_ids': row} for row in json.loads(pathlib.Path(prompts).read_text())]
   sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, prompt_logprobs=0)
