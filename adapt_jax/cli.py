@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from adapt_jax import cli_help
-from adapt_jax.config.build import from_dict, like
+from adapt_jax.config.build import declarations, from_dict, like
 from adapt_jax.config.options import RunOptions
 from adapt_jax.export.push import push
 from adapt_jax.machine import mesh, preemption, processes
@@ -80,7 +80,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _unknown(argv: list[str], error: Exception) -> str:
   """The flag that is unknown, with the one that was probably meant; '' if there is none."""
-  options = cli_help.option_flags()
+  options = [f'config.{field}' for field, _ in declarations()]
   names = [argument.lstrip('-').partition('=')[0] for argument in argv]
   unknown = [name for name in names if name.startswith('config.') and name not in options]
   if not unknown and isinstance(error, flags.UnrecognizedFlagError):
@@ -102,12 +102,6 @@ def _one_line(error: Exception) -> str:
   return where + ' '.join(lines)
 
 
-def _options() -> RunOptions:
-  with reading('--config', config_flags.get_config_filename(flags.FLAGS['config']), 'correct the recipe'):
-    values = _CONFIG.value.to_dict()
-  return from_dict(values)
-
-
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise InputError(f'{argv[1]!r} is not understood: flags are written --name=value')
@@ -116,7 +110,9 @@ def main(argv: list[str]) -> None:
       raise InputError(f'{argument!r} is not UTF-8, which reports cannot quote: rename the file')
   logging.set_verbosity(logging.WARNING)  # orbax logs a page per checkpoint
   mode = MODES[_MODE.value]
-  options = mode.settle(_options())
+  with reading('--config', config_flags.get_config_filename(flags.FLAGS['config']), 'correct the recipe'):
+    values = _CONFIG.value.to_dict()
+  options = mode.settle(from_dict(values))
   described = mode.devices(options) if mode.devices else None
   processes.start(_DISTRIBUTED.value, _ADDRESS.value, _PROCESSES.value, _PROCESS.value)
   if (count := processes.count()) > 1 and not mode.several_processes:

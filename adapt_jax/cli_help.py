@@ -11,6 +11,7 @@ import textwrap
 from adapt_jax.config.build import declarations, get, like
 from adapt_jax.config.declare import Declaration
 from adapt_jax.config.options import RunOptions
+from adapt_jax.config.values import plain
 from adapt_jax.models.errors import InputError
 from adapt_jax.modes.registry import MODES
 from adapt_jax.reports.table import Table
@@ -53,15 +54,12 @@ def asked_for(arguments: list[str]) -> str:
 
 
 def _usage() -> str:
-  recipes = {path.stem: _first_line(path) for path in sorted(RECIPES.glob('*.py'))}
-  return _USAGE.format(
-    modes=_table({mode.name: mode.help for mode in MODES.values()}), recipes=_table(recipes)
-  ).rstrip()
-
-
-def _first_line(path: pathlib.Path) -> str:
-  text = ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or ''
-  return text.partition('\n\n')[0].replace('\n', ' ')
+  recipes = {}
+  for path in sorted(RECIPES.glob('*.py')):
+    text = ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or ''
+    recipes[path.stem] = text.partition('\n\n')[0].replace('\n', ' ')
+  modes = {mode.name: mode.help for mode in MODES.values()}
+  return _USAGE.format(modes=_table(modes), recipes=_table(recipes)).rstrip()
 
 
 def _table(rows: dict[str, str]) -> str:
@@ -86,14 +84,16 @@ def _options(mode: str) -> str:
 
 def _default(options: RunOptions, field: str) -> str:
   value = get(options, field)
-  return ','.join(map(str, value)) if value and isinstance(value, tuple) else str(value) or "''"
+  return str(value) if value == () else plain(value) or "''"
 
 
 def _limits(declared: Declaration) -> list[str]:
-  limits = [f'from {declared.within[0]:g} to {declared.within[1]:g}'] if declared.within else []
-  return limits + (
-    [f'one of {", ".join(c or repr(c) for c in declared.choices)}'] if declared.choices else []
-  )
+  limits = []
+  if declared.within:
+    limits.append('from {:g} to {:g}'.format(*declared.within))
+  if declared.choices:
+    limits.append(f'one of {", ".join(choice or repr(choice) for choice in declared.choices)}')
+  return limits
 
 
 def options_page() -> str:
@@ -106,11 +106,6 @@ def options_page() -> str:
   head = ['option', 'default', 'values', 'meaning']
   parts = [f'\n## {group}\n\n{Table(head, rows).markdown()}' for group, rows in groups.items()]
   return '\n'.join(['# Options', _PAGE, *parts]) + '\n'
-
-
-def option_flags() -> list[str]:
-  """The flag of every option, such as config.prune.target."""
-  return [f'config.{field}' for field, _ in declarations()]
 
 
 def with_recipes(argv: list[str]) -> list[str]:
@@ -132,10 +127,8 @@ def _recipe(value: str) -> str:
   if pathlib.Path(given).is_file():
     return value
   # Also accepts configs/demo.py and demo.py, as written in the docs, if there is no such file.
-  name, known = (
-    given.removeprefix('configs/').removesuffix('.py'),
-    [path.stem for path in RECIPES.glob('*.py')],
-  )
+  name = given.removeprefix('configs/').removesuffix('.py')
+  known = [path.stem for path in RECIPES.glob('*.py')]
   if name not in known:
     raise InputError(
       f'--config={value}: no such file or recipe{like(name, known)}; adapt-jax --help lists the recipes'

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -77,25 +78,18 @@ def _check(where: str, declared: Declaration, value: Any) -> None:
   """Range and choices of one field; InputError if the value is outside."""
   several = isinstance(value, tuple)
   items = value if several else (value,)
-  wrong = ''
-  if declared.within:
-    low, high = declared.within
-    wrong = '' if all(low <= item <= high for item in items) else f'must lie between {low:g} and {high:g}'
-  names = ', '.join(filter(None, declared.choices))
-  if names and several and (len(set(items)) < len(items) or not {*(items or ('',))} <= {*declared.choices}):
-    wrong = f'must be one or more of {names}, each once'
-  elif names and not several and value not in declared.choices:
-    wrong = f'must be one of {names}'
-  if wrong:
-    raise InputError(f'{where} = {value!r} {wrong}')
+  low, high = declared.within or (0, 0)
+  if declared.within and not all(low <= item <= high for item in items):
+    raise InputError(f'{where} = {value!r} must lie between {low:g} and {high:g}')
+  allowed = declared.choices
+  if allowed and (len({*items}) < len(items) or not {*(items or ('',))} <= {*allowed}):
+    wanted = f'one{" or more" * several} of {", ".join(filter(None, allowed))}'
+    raise InputError(f'{where} = {value!r} must be {wanted}{", each once" * several}')
 
 
 def get(options: RunOptions, field: str) -> Any:
   """The value of a field such as 'prune.target'."""
-  value: Any = options
-  for name in field.split('.'):
-    value = getattr(value, name)
-  return value
+  return operator.attrgetter(field)(options)
 
 
 def declarations() -> Iterator[tuple[str, Declaration]]:

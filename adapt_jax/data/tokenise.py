@@ -54,13 +54,12 @@ def encode(texts: Sequence[Text], tokenizer: Any) -> Encoded:
 
   All tokens but a BOS at the start are targets; in a conversation only the assistant's.
   """
-  ids, targets, lengths = [], [], []
+  ids, targets = [np.zeros(0, np.uint32)], [b'']
   for found, counts in _tokenise(texts, tokenizer):
     ids.append(np.array(found, np.uint32))
     targets.append(counts)
-    lengths.append(len(found))
-  tokens = np.concatenate(ids) if ids else np.zeros(0, np.uint32)
-  return Encoded(tokens, np.frombuffer(b''.join(targets), np.bool_), np.array(lengths, np.int64))
+  lengths = np.array([len(counts) for counts in targets[1:]], np.int64)
+  return Encoded(np.concatenate(ids), np.frombuffer(b''.join(targets), np.bool_), lengths)
 
 
 def encode_all(

