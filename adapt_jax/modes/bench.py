@@ -27,12 +27,13 @@ from adapt_jax.modes import bench_widths
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.origin import origin_of
-from adapt_jax.reports.report import BenchReport, RunReport, read_report, versions
+from adapt_jax.reports.report import RunReport, read_report, versions
 from adapt_jax.reports.table import Table
 
 _FASTER = 1.05  # a lower ratio of speeds is not a gain
 _ALIGNED = {'gpu': 64, 'tpu': 128}  # widths that fill the tiles of their matrix units
 _MODELS = ('dense', 'pruned')
+Json = dict[str, Any]
 MEASURED, PLANNED = 'peak measured on a device', "compiler's plan of the larger program, weights included"
 
 
@@ -50,8 +51,7 @@ class _Model:
 
 
 def _memory_stats() -> dict[str, int]:
-  """Memory statistics of one device; empty if the backend keeps none, as on CPU."""
-  return jax.local_devices()[0].memory_stats() or {}
+  return jax.local_devices()[0].memory_stats() or {}  # none on a CPU
 
 
 def _open(options: RunOptions) -> tuple[dict[str, Source], list[list[int]]]:
@@ -101,14 +101,6 @@ def _load(source: Source, options: RunOptions, prompts: list[list[int]]) -> _Mod
   return model
 
 
-def _measure(models: dict[str, _Model], options: RunOptions, prompts: list[list[int]]) -> None:
-  b, generators = options.bench, [model.generator for model in models.values()]
-  found = time_in_turn(generators, prompts, b.new_tokens, b.repeats, 'bench')
-  for model, timings in zip(models.values(), found, strict=True):
-    model.prefill = [one.prefill_rate for one in timings]
-    model.decode = [one.decode_rate for one in timings]
-
-
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Measures both models, writes report.json and bench.md, and prints the table."""
   sources, prompts = _open(options)
@@ -120,8 +112,12 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     # The pruned model first: the peak of the second, larger one is then above that of the first.
     models = {name: _load(sources[name], options, prompts) for name in reversed(_MODELS)}
     models = {name: models[name] for name in _MODELS}
-    _measure(models, options, prompts)
-    report: BenchReport = {
+    generators = [model.generator for model in models.values()]
+    every = time_in_turn(generators, prompts, b.new_tokens, b.repeats, 'bench')
+    for model, timings in zip(models.values(), every, strict=True):
+      model.prefill = [one.prefill_rate for one in timings]
+      model.decode = [one.decode_rate for one in timings]
+    report: Json = {
       'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
       'backend': jax.default_backend(),
       'dtype': compute_dtype(options.model.dtype).name,
@@ -134,6 +130,11 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     }
     report['warning'] = _warning(report, sources)
     bench_widths.finish(report, _table(report), workdir)
+
+
+def _range(spread: dict[str, float], form: str) -> str:
+  middle, low, high = (format(spread[name], form) for name in ('median', 'min', 'max'))
+  return f'{middle} ({low}–{high})'
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -161,14 +162,12 @@ def _figures(model: _Model) -> dict[str, Any]:
   }
 
 
-def _warning(report: BenchReport, sources: dict[str, Source]) -> str:
+def _warning(report: Json, sources: dict[str, Source]) -> str:
   """A warning if the pruned model is not faster, with the reason if it is known; else ''."""
   slow = {kind: r for kind, r in report['ratio'].items() if round(r['median'], 2) < _FASTER}
   if not slow:
     return ''
-  ratios = ' and '.join(
-    f'{kind} at {r["median"]:.2f} ({r["min"]:.2f}–{r["max"]:.2f}) times' for kind, r in slow.items()
-  )
+  ratios = ' and '.join(f'{kind} at {_range(r, ".2f")} times' for kind, r in slow.items())
   dense, pruned = (report['models'][name]['params'] for name in _MODELS)
   reason = unaligned(sources['pruned'].config, report['backend'])
   if not reason and pruned > 0.95 * dense:
@@ -190,20 +189,18 @@ def unaligned(config: ModelConfig, backend: str) -> str:
   )
 
 
-def _table(report: BenchReport) -> str:
+def _table(report: Json) -> str:
   dense, pruned = (report['models'][name] for name in _MODELS)
 
   def rates(kind: str) -> list[str]:
-    cells = [model[f'{kind}_tokens_per_second'] for model in (dense, pruned)]
-    texts = [f'{c["median"]:,.1f} ({c["min"]:,.1f}–{c["max"]:,.1f})' for c in cells]
-    r = report['ratio'][kind]
-    return [f'{kind}, tokens/s', *texts, f'{r["median"]:.2f} ({r["min"]:.2f}–{r["max"]:.2f})']
+    cells = [_range(model[f'{kind}_tokens_per_second'], ',.1f') for model in (dense, pruned)]
+    return [f'{kind}, tokens/s', *cells, _range(report['ratio'][kind], '.2f')]
 
   def sizes(title: str, field: str) -> list[str]:
     a, b = dense[field], pruned[field]
     return [title, f'{a / 1e6:,.1f}', f'{b / 1e6:,.1f}', f'{b / a:.2f}']
 
-  how = {model['peak_how'] for model in (dense, pruned)}
+  how = '; '.join(sorted({model['peak_how'] for model in (dense, pruned)}))
   rows = [
     rates('prefill'),
     rates('decode'),
@@ -211,15 +208,12 @@ def _table(report: BenchReport) -> str:
     sizes(f'weights on disk ({dense["stored_as"]}, {pruned["stored_as"]}), MB', 'stored_bytes'),
     sizes('parameters, million', 'params'),
   ]
-  lines = [
-    Table(['', 'dense', 'pruned', 'pruned / dense'], rows).markdown(),
-    '',
+  warned = f'\n{report["warning"]}\n' if report['warning'] else ''
+  return (
+    f'{Table(["", "dense", "pruned", "pruned / dense"], rows).markdown()}\n\n'
     f'{report["device"]}, {report["dtype"]}; {report["prompts"]}; median (range) of {report["repeats"]} '
-    f'runs, alternating models. Peak memory: {"; ".join(sorted(how))}.',
-  ]
-  if report['warning']:
-    lines += ['', report['warning']]
-  return '\n'.join(lines) + '\n'
+    f'runs, alternating models. Peak memory: {how}.\n{warned}'
+  )
 
 
 MODE = Mode(

@@ -30,12 +30,13 @@ from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import latency, surgery
 from adapt_jax.pruning.attention_units import UNITS_BY_NAME, AttentionUnit, find_unit
 from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.reports.report import BenchReport, WidthsReport, versions, write_report
+from adapt_jax.reports.report import versions, write_report
 from adapt_jax.reports.table import Table
 
 _SHARES = (0.125, 0.25, 0.5, 0.75)  # of the full width
 _KINDS = ('prefill', 'decode')
 Seconds = dict[str, float]  # of a prefill, and of a decoding step
+Json = dict[str, Any]
 
 
 def widths_of(full: int) -> list[int]:
@@ -80,17 +81,16 @@ class _Bench:
     def cut(params: Params) -> Params:
       return surgery.compact(params, plan)
 
+    def seconds(timings: Timings) -> Seconds:
+      return {'prefill': timings.prefill_seconds, 'decode': timings.decode_seconds / (b.new_tokens - 1)}
+
     b, params = self._options, mesh.jit(cut, self._params, once=True)(self._params)
     both = self._whole, self._generator(plan.pruned_config(self.config), params)
     timings = time_in_turn(both, self._prompts, b.new_tokens, b.repeats, title)
-    whole, part = ([_seconds(one, b.new_tokens - 1) for one in model] for model in timings)
+    whole, part = (list(map(seconds, model)) for model in timings)
     self.whole += whole
     pairs = list(zip(part, whole, strict=True))
     return {kind: statistics.median(p[kind] / w[kind] for p, w in pairs) for kind in _KINDS}
-
-
-def _seconds(timings: Timings, steps: int) -> Seconds:
-  return {'prefill': timings.prefill_seconds, 'decode': timings.decode_seconds / steps}
 
 
 def measure(
@@ -140,8 +140,8 @@ def run(
     )
   with workdir.claimed():
     unit = find_unit(dataclasses.replace(options.prune, budget='latency'), source.config)
-    report: WidthsReport = {
-      **latency.here(compute_dtype(options.model.dtype)),  # type: ignore[typeddict-item]
+    report: Json = {
+      **latency.here(compute_dtype(options.model.dtype)),
       'date': datetime.date.today().isoformat(),
       'source': source.name,
       'repeats': options.bench.repeats,
@@ -160,19 +160,19 @@ def run(
     print(f'\nto prune for such requests: {flags}')
 
 
-def finish(report: BenchReport | WidthsReport, table: str, workdir: Workdir) -> None:
+def finish(report: Json, table: str, workdir: Workdir) -> None:
   """Writes the table and the report, and prints the table."""
   write_text(workdir.path / 'bench.md', table)
   write_report(workdir.report, report)
   print(f'\n{table}', end='')
 
 
-def _titles(report: WidthsReport) -> tuple[tuple[str, str], ...]:
+def _titles(report: Json) -> tuple[tuple[str, str], ...]:
   """The blocks, and what their widths are."""
   return ('attention', UNITS_BY_NAME[report['latency']['unit']].title), ('mlp', 'MLP channels')
 
 
-def warning(report: WidthsReport) -> str:
+def warning(report: Json) -> str:
   """A warning if some narrower block took as long as a wider one, or longer; else ''."""
   for kind in _KINDS:
     for block, name in _titles(report):
@@ -185,24 +185,20 @@ def warning(report: WidthsReport) -> str:
   return ''
 
 
-def _table(report: WidthsReport, layers: int) -> str:
+def _table(report: Json, layers: int) -> str:
   """Milliseconds of all layers' blocks by width, and of what is outside them."""
-  found = report['latency']
-  rows = []
-
-  def row(title: str, values: list[float]) -> list[str]:
-    return [title, *(f'{1000 * x:,.4g}' for x in values)]
-
+  phases, request = [report['latency'][kind] for kind in _KINDS], report['latency']['request']
+  seconds = {}
   for block, name in _titles(report):
-    for i, width in enumerate(found['prefill'][block]['widths']):
-      rows.append(row(f'{width:,} {name}', [layers * found[kind][block]['seconds'][i] for kind in _KINDS]))
-  rows.append(row('norms and the rest of the layers', [layers * found[kind]['rest'] for kind in _KINDS]))
-  rows.append(row('embedding and head', [found[kind]['fixed'] for kind in _KINDS]))
-  request = found['request']
-  return '\n'.join([
-    Table(['all layers, ms', 'prefill', 'decoding step'], rows).markdown(), '',
+    for i, width in enumerate(phases[0][block]['widths']):
+      seconds[f'{width:,} {name}'] = [layers * phase[block]['seconds'][i] for phase in phases]
+  seconds['norms and the rest of the layers'] = [layers * phase['rest'] for phase in phases]
+  seconds['embedding and head'] = [phase['fixed'] for phase in phases]
+  rows = [[title, *(f'{1000 * x:,.4g}' for x in values)] for title, values in seconds.items()]
+  warned = f'{report["warning"]}\n' if report['warning'] else ''
+  return (
+    f'{Table(["all layers, ms", "prefill", "decoding step"], rows).markdown()}\n\n'
     f'{report["source"]} on {report["device"]}, {report["dtype"]}, {report["date"]}; {request["batch"]} x '
     f'{request["prompt_length"]} random ids, {request["new_tokens"]} new tokens each; from medians of '
-    f'{report["repeats"]} runs, each beside one of the whole model.',
-    *([report['warning']] if report['warning'] else []), '',
-  ])  # fmt: skip
+    f'{report["repeats"]} runs, each beside one of the whole model.\n{warned}'
+  )

@@ -172,63 +172,56 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       )
 
 
+@dataclasses.dataclass
 class Compare:
-  """A grid in its workdir.
+  """A grid in its claimed workdir; command: that which reproduces it."""
 
-  Args:
-    options: checked options of the grid.
-    runs: from `list_cells`.
-    source: the model of all cells.
-    workdir: its workdir, claimed.
-    command: the command that reproduces the grid, for its report.
-  """
-
-  def __init__(
-    self, options: RunOptions, runs: list[CellRun], source: Source, workdir: Workdir, command: str
-  ):
-    self._options, self._runs, self._source = options, runs, source
-    self._workdir, self._command = workdir, command
-    self._shared = Shared()
+  options: RunOptions
+  runs: list[CellRun]  # from `list_cells`
+  source: Source
+  workdir: Workdir
+  command: str
+  shared: Shared = dataclasses.field(default_factory=Shared)
 
   def execute(self, todo: list[CellRun], inputs: list[Inputs]) -> ComparisonReport:
     """Runs the cells `todo` on their `inputs`, rewrites the report after each, and returns it."""
-    for run in self._runs:
+    for run in self.runs:
       if run.finished:
         _clean(run)
         self._remember(run.options, _read(run)[1])
-    if len(todo) < len(self._runs):
-      print(f'{len(self._runs) - len(todo)} of {len(self._runs)} cells are finished', flush=True)
+    if len(todo) < len(self.runs):
+      print(f'{len(self.runs) - len(todo)} of {len(self.runs)} cells are finished', flush=True)
     if todo:
-      self._workdir.report.unlink(missing_ok=True)  # the report of a smaller grid
-      self._execute_all(todo, inputs)
+      self.workdir.report.unlink(missing_ok=True)  # the report of a smaller grid
+    for number, (run, of_run) in enumerate(zip(todo, inputs, strict=True), 1):
+      preemption.check()
+      compare_page.write(self.workdir.path, self._report(run), running=True)
+      print(f'cell {number} of {len(todo)}: {run.cell.label}', flush=True)
+      if reason := self._try(run, of_run):
+        print(f'failed: {reason}', flush=True)
+      gc.collect()  # reference cycles of a run keep its model in memory
     report = self._report()
-    compare_page.write(self._workdir.path, report, running=False)
+    compare_page.write(self.workdir.path, report, running=False)
     if all(cell['state'] == 'finished' for cell in report['cells']):
-      write_report(self._workdir.report, report)
+      write_report(self.workdir.report, report)
     return report
 
   def _remember(self, options: RunOptions, found: RunReport) -> None:
     """Shares what a finished cell has measured before its pruning."""
     key = dense_key(options)
-    self._shared.dense[key] = {name: text['dense'] for name, text in found['texts'].items()}
+    self.shared.dense[key] = {name: text['dense'] for name, text in found['texts'].items()}
     if 'dense' in found['tasks']:
-      self._shared.tasks[key] = found['tasks']['dense']
-
-  def _execute_all(self, todo: list[CellRun], inputs: list[Inputs]) -> None:
-    for number, run in enumerate(todo, 1):
-      preemption.check()
-      compare_page.write(self._workdir.path, self._report(run), running=True)
-      print(f'cell {number} of {len(todo)}: {run.cell.label}', flush=True)
-      if reason := self._try(run, inputs[number - 1]):
-        print(f'failed: {reason}', flush=True)
-      gc.collect()  # reference cycles of a run keep its model in memory
+      self.shared.tasks[key] = found['tasks']['dense']
 
   def _try(self, run: CellRun, inputs: Inputs) -> str:
     """Runs one cell; returns the reason if it failed, also written to its error file, else ''."""
     error_file = run.workdir.path / ERROR
     try:
       with run.workdir.claimed(inputs.digests):
-        self._execute(run, inputs)
+        make, command = run_class(run.options), self._alone(run)
+        one = make(run.options, inputs, run.workdir, command, shared=self.shared, export=False)
+        with contextlib.closing(one):
+          one.execute()
     except Exception as error:  # a failed cell must not stop the others; a full disk affects all
       if disk_full(error) or write_denied(error, str(run.workdir.path)):
         raise
@@ -242,25 +235,17 @@ class Compare:
     _clean(run)
     return ''
 
-  def _execute(self, run: CellRun, inputs: Inputs) -> None:
-    make = run_class(run.options)
-    one = make(run.options, inputs, run.workdir, self._alone(run), shared=self._shared, export=False)
-    try:
-      one.execute()
-    finally:
-      one.close()
-
   def _alone(self, run: CellRun) -> str:
     """The command that runs only this cell; the last of repeated flags takes effect."""
     values = {f'config.{field}': plain(value) for field, value in run.cell.values.items()}
     mode = 'accel' if run.options.train.tokens else 'prune'
     flags = {'mode': mode, 'workdir': f'out/{run.cell.name}'} | values
-    return f'{self._command} {shlex.join(f"--{name}={value}" for name, value in flags.items())}'
+    return f'{self.command} {shlex.join(f"--{name}={value}" for name, value in flags.items())}'
 
   def _report(self, now: CellRun | None = None) -> ComparisonReport:
     """The contents of report.json, during the grid as far as the cells have run. now: the running cell."""
     cells, definitions, compiles = [], dict[str, None](), dict[str, int]()
-    for run in self._runs:
+    for run in self.runs:
       if run.finished:
         cell, report = _read(run)
         cells.append(cell)
@@ -269,9 +254,9 @@ class Compare:
           compiles[name] = compiles.get(name, 0) + count
       else:
         cells.append(_unfinished(run, running=run is now))
-    o, scores = self._options.compare, self._shared.scores
+    o, scores = self.options.compare, self.shared.scores
     return {
-      'model': {'source': self._source.name, 'params_before': count_params(self._source.config)},
+      'model': {'source': self.source.name, 'params_before': count_params(self.source.config)},
       'fields': compare_grid.fields(o.grid),
       'over': o.over,
       'recover': o.recover,
@@ -281,7 +266,7 @@ class Compare:
       'scoring_passes': {'computed': scores.computed, 'remembered': scores.remembered},
       'compiles': compiles,
       'seconds': sum(cell.get('seconds', 0.0) for cell in cells),
-      'command': self._command,
+      'command': self.command,
       'versions': versions(),
     }
 

@@ -155,13 +155,8 @@ def _stage_table(footprint: Footprint, stages: list[ModelConfig], target: Target
     share, seconds = f'{params / count_params(dense):.1%}', duration(tokens * work / rate)
     rows.append([k, f'{params:,}', share, f'{work / 1e9:.1f}', f'{tokens:,}', seconds])
   head = ['stage', 'parameters', 'of dense', 'GFLOP per token', 'tokens', 'time at peak']
-  return [
-    '',
-    f'a scoring pass: {scoring / 1e9:.1f} GFLOP per token, {passed / rate:.2f} s at '
-    f'{target.peak_tflops:g} TFLOP/s per device',
-    '',
-    Table(head, rows).markdown(),
-  ]
+  said = f'a scoring pass: {scoring / 1e9:.1f} GFLOP per token, {passed / rate:.2f} s at '
+  return ['', f'{said}{target.peak_tflops:g} TFLOP/s per device', '', Table(head, rows).markdown()]
 
 
 def _total(planned: dict[str, Program], target: Target, price: float, traffic: bool) -> str:

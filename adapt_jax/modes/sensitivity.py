@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from adapt_jax.config.options import RunOptions
-from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.progress import Progress
@@ -109,11 +108,11 @@ class Sensitivity:
 
   def digests(self) -> dict[str, str]:
     """A digest of the model and of each text by option, to notice changes before a resume."""
-    blocks: dict[str, Blocks] = {
-      'prune.calibration.source': self._calibration,
-      'evaluate.source': self._blocks,
+    return {
+      'model.source': self.source.model_digest(),
+      'prune.calibration.source': self._calibration.digest(),
+      'evaluate.source': self._blocks.digest(),
     }
-    return {'model.source': self.source.model_digest()} | {k: text.digest() for k, text in blocks.items()}
 
   def execute(self) -> SensitivityReport:
     """Measures what metrics.jsonl lacks, writes the report in all formats and returns it."""
@@ -143,7 +142,17 @@ class Sensitivity:
       scores = dense_scores if base.equals(plan) else self._score(zeroed, plan)
       cut = narrow(self.config, base, self.options.sensitivity.sparsity, align, scores.kv, scores.ffn)
       if sparsity not in done:
-        self._measure_base(sparsity, zeroed, base, cut, scores)
+        self._write(
+          'base',
+          sparsity=sparsity,
+          params=base.params(self.config),
+          perplexity=self._evaluator.perplexity(self.config, zeroed, f'base {sparsity:g}'),
+          layer_importance=np.asarray(scores.distance, np.float64).tolist(),
+          kv_groups=base.kv_widths.tolist(),
+          ffn=base.ffn_widths.tolist(),
+          kv_groups_pruned=cut.kv_widths.tolist(),
+          ffn_pruned=cut.ffn_widths.tolist(),
+        )
       for layer in range(done.get(sparsity, 0), self.config.num_layers):
         title = f'base {sparsity:g}, layer {layer}'
         perplexity = self._evaluator.perplexity(self.config, without(zeroed, cut, layer), title)
@@ -152,21 +161,6 @@ class Sensitivity:
 
   def _score(self, params: Params, dense: PrunePlan) -> Scores:
     return self._pruner.score(self._pruner.stack(params, dense), 0)
-
-  def _measure_base(
-    self, sparsity: float, params: Params, base: PrunePlan, cut: PrunePlan, scores: Scores
-  ) -> None:
-    self._write(
-      'base',
-      sparsity=sparsity,
-      params=base.params(self.config),
-      perplexity=self._evaluator.perplexity(self.config, params, f'base {sparsity:g}'),
-      layer_importance=np.asarray(scores.distance, np.float64).tolist(),
-      kv_groups=base.kv_widths.tolist(),
-      ffn=base.ffn_widths.tolist(),
-      kv_groups_pruned=cut.kv_widths.tolist(),
-      ffn_pruned=cut.ffn_widths.tolist(),
-    )
 
   def _write(self, event: str, **values: Any) -> None:
     """Writes one line of the log, with the seconds since the previous one, and the page."""

@@ -4,17 +4,15 @@ A chart is an SVG file with light colours; `inline` makes it a part of a page, w
 ones. Values that are not finite are left out, and a chart without any is ''.
 """
 
-import contextlib
 import io
 import itertools
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 WIDTH = 440  # pixels
-_LEFT, _RIGHT, _TOP, _BOTTOM, _LINE = 62, 14, 26, 40, 15
 _LEGEND = 70  # letters in a line of the legend
 
 # Name -> colour on light and on dark pages; c0, c1, … are those of series.
@@ -41,10 +39,10 @@ _STYLE: dict[Any, Any] = {
   'axes.spines.top': False, 'axes.spines.right': False, 'axes.spines.left': False, 'grid.color': _GRID,
   'xtick.color': _MUTED, 'ytick.color': _MUTED, 'xtick.bottom': False, 'ytick.left': False,
   'text.color': _INK, 'lines.linewidth': 1.6, 'lines.markersize': 4, 'legend.frameon': False,
+  'figure.facecolor': _PAPER, 'figure.titlesize': 12, 'figure.titleweight': 'bold',
 }  # fmt: skip
 
 Labelled = Sequence[tuple[float, str]]
-Pair = tuple[str, str]
 
 
 class Series(NamedTuple):
@@ -82,80 +80,64 @@ def number(value: float, _: Any = None) -> str:
   return f'{value / {"B": 1e9, "M": 1e6, "k": 1e3, "": 1}[suffix]:.6g}{suffix}'
 
 
-@contextlib.contextmanager
-def _figure(
-  title: str, names: Pair, height: int, legend: Sequence[str] = ()
-) -> Iterator[tuple[Any, Any, Any]]:
-  """A file for the chart, its figure and axes, with room above for a legend with these names."""
+def _svg(title: str, names: tuple[str, str], height: int, draw: Callable[[Any, Any], None]) -> str:
+  """The SVG of what `draw` adds to a figure and its axes; names: of x and y. A legend makes it higher."""
   import matplotlib.backends.backend_svg  # takes a second
+  from matplotlib import ticker
   from matplotlib.figure import Figure
 
-  columns = max(1, _LEGEND // (max(map(len, legend), default=0) + 5))
-  top = _TOP + _LINE * -(-len(legend) // columns)
-  height += top - _TOP
   out = io.StringIO()
   # Browsers have other fonts: letters that the measuring one lacks are drawn all the same.
   with matplotlib.rc_context(_STYLE), warnings.catch_warnings(action='ignore', category=UserWarning):
-    figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor=_PAPER)
-    inside = (WIDTH - _LEFT - _RIGHT) / WIDTH, (height - top - _BOTTOM) / height
-    axes = figure.add_axes((_LEFT / WIDTH, _BOTTOM / height, *inside))
-    axes.set_xlabel(names[0])
-    axes.set_ylabel(names[1])
-    figure.text(4 / WIDTH, 1 - 16 / height, title, fontsize=12, fontweight='bold')
-    yield out, figure, axes
-    if legend:
-      place: Any = {'loc': 'upper left', 'bbox_to_anchor': (_LEFT / WIDTH - 0.02, 1 - 18 / height)}
-      figure.legend(ncols=columns, borderpad=0, labelspacing=0.3, handlelength=1.6, **place)
+    figure = Figure()
+    figure.suptitle(title, x=0.01, horizontalalignment='left')
+    axes = figure.add_subplot(xlabel=names[0], ylabel=names[1])
+    for axis in (axes.xaxis, axes.yaxis):
+      axis.set_major_locator(ticker.MaxNLocator(6))
+      axis.set_major_formatter(number)
+    draw(figure, axes)
+    below = 42
+    if labels := axes.get_legend_handles_labels()[1]:
+      columns = max(1, _LEGEND // (max(map(len, labels)) + 5))
+      below += 15 * -(-len(labels) // columns)
+      figure.legend(ncols=columns, loc='lower left', labelspacing=0.3, handlelength=1.6)
+    height += below - 42
+    figure.set_size_inches(WIDTH / 72, height / 72)
+    figure.subplots_adjust(0.15, below / height, 0.97, 1 - 28 / height)
     figure.savefig(out, format='svg', metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})
+  return re.sub(r' id="[a-z0-9.]+_\d+"', '', out.getvalue())  # a page would have these ids twice
 
 
-def _svg(out: io.StringIO) -> str:
-  """The file's text without the ids that nothing refers to, which a page would have twice."""
-  return re.sub(r' id="[a-z0-9.]+_\d+"', '', out.getvalue())
-
-
-def _apart(places: Iterable[float], least: float) -> list[bool]:
-  """Whether each place, a share of the axis, has `least` to those kept before it."""
-  kept: list[float] = []
-  for place in places:
-    kept.append(place if all(abs(place - other) >= least for other in kept) else math.inf)
-  return [math.isfinite(place) for place in kept]
-
-
-def _lines(axes: Any, marks: Labelled, levels: Labelled) -> None:
-  """Vertical and horizontal lines with names; a name that would cover another is left out."""
-  for value, _ in marks:
-    axes.axvline(value, color=_MUTED, linestyle=':', linewidth=1)
-  for value, _ in levels:
-    axes.axhline(value, color=_INK, linestyle='--', linewidth=0.8)
-  place = (axes.transData + axes.transAxes.inverted()).transform
-  middle = axes.get_ylim()[0], axes.get_xlim()[0]
-  across = [place((value, middle[0]))[0] for value, _ in marks]
-  for (value, name), shown in zip(marks, _apart(across, 0.14), strict=True):
-    if shown:
-      axes.text(value, 1, f' {name}', transform=axes.get_xaxis_transform(), va='top', color=_MUTED, size=9)
-  up = [place((middle[1], value))[1] for value, _ in levels]
-  for (value, name), shown in zip(levels, _apart(up, 0.07), strict=True):
-    if shown:
-      axes.text(1, value, name, transform=axes.get_yaxis_transform(), ha='right', va='bottom', size=9)
+def _name_lines(axes: Any, lines: Labelled, vertical: bool) -> None:
+  """Writes the names of lines beside them, unless one would cover another."""
+  places: list[float] = []
+  for value, name in lines:
+    x, y = (axes.transData + axes.transAxes.inverted()).transform((value, value))
+    place, least = (x, 0.14) if vertical else (y, 0.07)
+    if all(abs(place - other) >= least for other in places):
+      places.append(place)
+      where = (x, 1, f' {name}') if vertical else (1, y, name)
+      aligned = {'va': 'top', 'color': _MUTED} if vertical else {'va': 'bottom', 'ha': 'right'}
+      axes.text(*where, transform=axes.transAxes, size=9, **aligned)
 
 
 def _draw(axes: Any, one: Series) -> None:
-  colour, many = PALETTE[f'c{one.colour % COLOURS}'][0], len(one.points) > 60
-  look: dict[str, Any] = {
-    'drawstyle': 'steps-post' if one.kind == 'step' else 'default',
-    'linestyle': 'none' if one.kind == 'dots' else '--' if one.dashed else '-',
-    'marker': '' if one.kind == 'curve' or many else 'o',
-  }
-  xs, ys = zip(*one.points, strict=True)
-  axes.plot(xs, ys, color=colour, label=one.name or '_', **look)
+  colour = PALETTE[f'c{one.colour % COLOURS}'][0]
+  axes.plot(
+    *zip(*one.points, strict=True),
+    color=colour,
+    label=one.name[:_LEGEND] or '_',  # names with _ are not in the legend
+    drawstyle='steps-post' if one.kind == 'step' else 'default',
+    linestyle='none' if one.kind == 'dots' else '--' if one.dashed else '-',
+    marker='' if one.kind == 'curve' or len(one.points) > 60 else 'o',
+  )
   for x, low, high in one.ranges:
     axes.vlines(x, low, high, color=colour, alpha=0.5)
 
 
 def line_chart(
   title: str,
-  names: Pair,
+  names: tuple[str, str],
   series: Sequence[Series],
   *,
   x_range: Sequence[float] = (),
@@ -174,44 +156,53 @@ def line_chart(
   """
   finite = [[(x, min(y, most)) for x, y in s.points if math.isfinite(x) and math.isfinite(y)] for s in series]
   drawn = [s._replace(points=points) for s, points in zip(series, finite, strict=True) if points]
-  if not drawn:
-    return ''
-  named = [s._replace(name=s.name if len(s.name) <= _LEGEND else f'{s.name[: _LEGEND - 1]}…') for s in drawn]
-  with _figure(title, names, height, [s.name for s in named if s.name]) as (out, _, axes):
+  levels = [level for level in levels if math.isfinite(level[0])]
+
+  def draw(figure: Any, axes: Any) -> None:
     from matplotlib import ticker
 
-    axes.set_yscale('log' if log else 'linear')
-    axes.set_xlim(auto=True)
-    for one in named:
+    for one in drawn:
       _draw(axes, one)
-    if x_range:
-      axes.set_xlim(min(x_range[0], axes.get_xlim()[0]), max(*x_range, axes.get_xlim()[1]))
+    for x in x_range:
+      axes.axvline(x, alpha=0)
     if log:
+      axes.set_yscale('log')
       axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
       axes.yaxis.set_minor_locator(ticker.NullLocator())
-    axes.yaxis.set_major_formatter(number)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=integer))
-    axes.xaxis.set_major_formatter(number)
+      axes.yaxis.set_major_formatter(number)
+    axes.xaxis.get_major_locator().set_params(integer=integer)
     if categories:
       most_letters = max(4, 60 // len(categories))
       axes.set_xticks(range(len(categories)), [name[:most_letters] for name in categories])
-    _lines(axes, marks, [level for level in levels if math.isfinite(level[0])])
-  return _svg(out)
+    for value, _ in marks:
+      axes.axvline(value, color=_MUTED, linestyle=':', linewidth=1)
+    for value, _ in levels:
+      axes.axhline(value, color=_INK, linestyle='--', linewidth=0.8)
+    axes.autoscale_view()
+    _name_lines(axes, marks, vertical=True)
+    _name_lines(axes, levels, vertical=False)
+
+  return _svg(title, names, height, draw) if drawn else ''
 
 
 def bar_chart(
-  title: str, unit: str, before: Sequence[int], after: Sequence[int], names: Pair, colour: int, height: int
+  title: str,
+  unit: str,
+  before: Sequence[int],
+  after: Sequence[int],
+  names: tuple[str, str],
+  colour: int,
+  height: int,
 ) -> str:
   """Bars of the layers' widths, `after` drawn over `before`; `names` label both in the legend."""
-  with _figure(title, ('layer', unit), height, names) as (out, _, axes):
-    from matplotlib import ticker
 
+  def draw(figure: Any, axes: Any) -> None:
     for widths, name, shade in zip((before, after), names, ('line', f'c{colour}'), strict=True):
       axes.bar(range(len(widths)), widths, 0.84, color=PALETTE[shade][0], label=name)
     for axis in (axes.xaxis, axes.yaxis):
-      axis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-      axis.set_major_formatter(number)
-  return _svg(out)
+      axis.get_major_locator().set_params(integer=True)
+
+  return _svg(title, ('layer', unit), height, draw)
 
 
 def axis_end(values: Iterable[float]) -> float:
@@ -225,23 +216,20 @@ def heat_map(
 ) -> str:
   """Layers (rows, 0 on top) × steps (columns) and the scale; values above `most` have its colour."""
   finite = [value for value in itertools.chain(*columns) if math.isfinite(value)]
-  if not finite:
-    return ''
-  low, high = min(finite), min(max(finite), most)
-  with _figure(title, ('pruning step', 'layer'), 250) as (out, figure, axes):
-    from matplotlib import ticker
+  rows = [
+    [value if math.isfinite(value) else math.nan for value in row] for row in zip(*columns, strict=True)
+  ]
 
-    rows = [
-      [value if math.isfinite(value) else math.nan for value in row] for row in zip(*columns, strict=True)
-    ]
-    image = axes.imshow(rows, aspect='auto', interpolation='none', vmin=low, vmax=high)
+  def draw(figure: Any, axes: Any) -> None:
+    limits = {'vmin': min(finite), 'vmax': min(max(finite), most)}
+    image = axes.imshow(rows, aspect='auto', interpolation='none', **limits)
     axes.grid(False)
     scale = figure.colorbar(image, ax=axes, extend='max' if max(finite) > most else 'neither')
     scale.solids.set_rasterized(True)
     scale.outline.set_visible(False)
     scale.ax.grid(False)
-    axes.set_xticks(
-      range(0, len(steps), -(-len(steps) // 8)), [str(s) for s in steps[:: -(-len(steps) // 8)]]
-    )
-    axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-  return _svg(out)
+    every = -(-len(steps) // 8)
+    axes.set_xticks(range(0, len(steps), every), [str(step) for step in steps[::every]])
+    axes.yaxis.get_major_locator().set_params(integer=True)
+
+  return _svg(title, ('pruning step', 'layer'), 250, draw) if finite else ''

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from adapt_jax.config.values import plain
-from adapt_jax.reports.report import CellReport, ComparisonReport
+from adapt_jax.reports.report import CellReport, ComparisonReport, made
 from adapt_jax.reports.summary import excess
 from adapt_jax.reports.table import Table
 
@@ -143,13 +143,9 @@ def failures(report: ComparisonReport) -> list[str]:
 def text(report: ComparisonReport) -> str:
   """Markdown: a row for each group, failures, and how the report was made."""
   failed = failures(report)
-  compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items() if count)
   lines = [rows_table(report).markdown(), '', *notes(report)]
   lines += ['', f'{len(failed)} failed:', '', *(f'- {failure}' for failure in failed)] if failed else []
-  lines += ['', f'Compiled programs: {compiles or "none"}; {report["seconds"]:.0f} s.']
-  lines.append(f'Command: `{report["command"]}`')
-  lines.append(', '.join(f'{name} {version}' for name, version in report['versions'].items()))
-  return '\n'.join(lines) + '\n'
+  return '\n'.join([*lines, '', *made(report)]) + '\n'
 
 
 def cells_table(report: ComparisonReport) -> Table:

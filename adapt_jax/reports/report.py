@@ -118,20 +118,25 @@ class ScheduleReport(TypedDict):
   tokens_per_step: int
 
 
-class EvaluationReport(TypedDict, total=False):
-  """Report of mode evaluate; tasks: {task: {metric: value}}."""
+class MadeReport(TypedDict, total=False):
+  """How a report was made: the command, the compiled programs, the time, and versions of libraries."""
 
-  model: Required[ModelReport]
-  perplexity: PerplexityReport
-  texts: dict[str, TextReport]
-  tasks: dict[str, dict[str, Any]]
   command: str
   compiles: dict[str, int]
   seconds: float
   versions: dict[str, str]
 
 
-class RunReport(TypedDict, total=False):
+class EvaluationReport(MadeReport, total=False):
+  """Report of mode evaluate; tasks: {task: {metric: value}}."""
+
+  model: Required[ModelReport]
+  perplexity: PerplexityReport
+  texts: dict[str, TextReport]
+  tasks: dict[str, dict[str, Any]]
+
+
+class RunReport(MadeReport, total=False):
   """Report of modes accel, prune and export; also stored with every export as its lineage.
 
   origin: fields of `reports.origin.Origin`. prune, train: the settings that the result depends on. data:
@@ -152,10 +157,6 @@ class RunReport(TypedDict, total=False):
   data: dict[str, tuple[str, ...]]
   exports: dict[str, dict[str, Any]]
   examples: list[ExampleReport]
-  command: str
-  compiles: dict[str, int]
-  seconds: float
-  versions: dict[str, str]
 
 
 class BaseReport(TypedDict):
@@ -176,7 +177,7 @@ class BaseReport(TypedDict):
   layers: list[float]
 
 
-class SensitivityReport(TypedDict):
+class SensitivityReport(MadeReport):
   """Report of mode sensitivity."""
 
   model: ModelReport
@@ -185,10 +186,6 @@ class SensitivityReport(TypedDict):
   importance: str
   layer_distance: str
   perplexity: PerplexityReport
-  command: str
-  compiles: dict[str, int]
-  seconds: float
-  versions: dict[str, str]
 
 
 class CellReport(TypedDict, total=False):
@@ -206,7 +203,7 @@ class CellReport(TypedDict, total=False):
   error: str
 
 
-class ComparisonReport(TypedDict):
+class ComparisonReport(MadeReport):
   """Report of mode compare. definitions: of perplexity. over: the field of repetitions."""
 
   model: ModelReport
@@ -216,40 +213,6 @@ class ComparisonReport(TypedDict):
   cells: list[CellReport]
   definitions: list[str]
   scoring_passes: dict[str, int]
-  compiles: dict[str, int]
-  seconds: float
-  command: str
-  versions: dict[str, str]
-
-
-class BenchReport(TypedDict, total=False):
-  """Report of mode bench; models: figures of 'dense' and 'pruned'; ratio: pruned over dense."""
-
-  device: str
-  backend: str
-  dtype: str
-  prompts: str
-  repeats: int
-  models: Required[dict[str, dict[str, Any]]]
-  ratio: Required[dict[str, dict[str, float]]]
-  warning: str
-  command: str
-  versions: dict[str, str]
-
-
-class WidthsReport(TypedDict, total=False):
-  """Report of mode bench without a dense model; latency: the table of `pruning.latency` as JSON."""
-
-  device: str
-  backend: str
-  dtype: str
-  date: str
-  source: str
-  repeats: int
-  latency: Required[dict[str, Any]]
-  warning: str
-  command: str
-  versions: dict[str, str]
 
 
 def write_report(path: pathlib.Path, report: Mapping[str, Any]) -> None:
@@ -284,6 +247,16 @@ def versions(*more: str) -> dict[str, str]:
   """Versions of Python and of the libraries that affect a run's results, and of `more`."""
   found = {name: importlib.metadata.version(name) for name in (*_PACKAGES, *more)}
   return {'python': platform.python_version()} | found
+
+
+def made(report: MadeReport) -> list[str]:
+  """Lines of text on how a report was made."""
+  compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items() if count)
+  return [
+    f'Compiled programs: {compiles or "none"}; {report["seconds"]:.0f} s.',
+    f'Command: `{report["command"]}`',
+    ', '.join(f'{name} {version}' for name, version in report['versions'].items()),
+  ]
 
 
 def heads_of(report: RunReport) -> tuple[str, str]:

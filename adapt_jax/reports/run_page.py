@@ -58,24 +58,12 @@ def _title(data: RunData) -> str:
 
 
 def _exports(exports: dict[str, Json]) -> str:
-  rows = [
-    [
-      name,
-      of['type'],
-      f'{of["bytes"] / 1e6:,.1f}',
-      f'{of["logit_difference"]:.2g}',
-      f'{of["same_token"]:.1%}',
-    ]
-    for name, of in exports.items()
-  ]
+  rows = []
+  for name, of in exports.items():
+    same = f'{of["logit_difference"]:.2g}', f'{of["same_token"]:.1%}'
+    rows.append([name, of['type'], f'{of["bytes"] / 1e6:,.1f}', *same])
   head = ['export', 'type', 'MB', 'largest logit difference when read back', 'same token']
   return Table(head, rows).html() if rows else ''
-
-
-def _settings(report: RunReport) -> str:
-  """Every setting that the result depends on."""
-  settings = flatten({'prune': report['prune'], 'train': report.get('train') or {}})
-  return Table(['setting', 'value'], [[name, plain(value)] for name, value in settings.items()]).html()
 
 
 def _facts(data: RunData) -> Iterator[tuple[str, str]]:
@@ -97,9 +85,8 @@ def _facts(data: RunData) -> Iterator[tuple[str, str]]:
 def _example(example: ExampleReport) -> str:
   """A text's beginning, and what the dense model and the result write after it, side by side."""
   e = html.escape
-  written = (('dense', example['dense']), ('result', example['result']))
   named = '' if example['text'] == TEXT else f'{example["text"]}: '
-  boxes = [f'<span>{e(of)}</span><pre>{e(text)}</pre>' for of, text in written]
+  boxes = [f'<span>{of}</span><pre>{e(example[of])}</pre>' for of in ('dense', 'result')]  # type: ignore[literal-required]
   return f'<p>{e(named)}… {e(example["prompt"])} …</p>' + cards('grid', boxes)
 
 
@@ -131,7 +118,9 @@ def _body(data: RunData) -> Iterator[str]:
     how = 'Held-out text, and how each model continues it with greedy decoding.'
     yield section('Before and after', notes([how]), *map(_example, examples))
   yield section('Exports', _exports(report.get('exports', {})))
-  yield section('Settings', _settings(report))
+  settings = flatten({'prune': report['prune'], 'train': report.get('train') or {}})
+  rows = [[name, plain(value)] for name, value in settings.items()]
+  yield section('Settings', Table(['setting', 'value'], rows).html())
 
 
 def render(report: RunReport, events: list[Json], *, command: str, running: bool) -> str:

@@ -7,7 +7,7 @@ from adapt_jax.models.files import write_text
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
 from adapt_jax.reports.page import due, figures, notes, page, section
-from adapt_jax.reports.report import SensitivityReport, importance_name, layer_importance
+from adapt_jax.reports.report import SensitivityReport, importance_name, layer_importance, made
 from adapt_jax.reports.table import Table
 
 MARKDOWN, CSV = 'sensitivity.md', 'sensitivity.csv'
@@ -65,12 +65,8 @@ def _note(report: SensitivityReport) -> str:
 
 def text(report: SensitivityReport) -> str:
   """Markdown: the bases, then a row per layer with its perplexity by base and its importance."""
-  compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
-  lines = [_bases_table(report).markdown(), '', _by_layer(report).markdown(), '', _note(report)]
-  lines.append(f'Compiled programs: {compiles or "none"}; {report["seconds"]:.0f} s.')
-  lines.append(f'Command: `{report["command"]}`')
-  lines.append(', '.join(f'{name} {version}' for name, version in report['versions'].items()))
-  return '\n'.join(lines) + '\n'
+  tables = _bases_table(report).markdown(), '', _by_layer(report).markdown()
+  return '\n'.join([*tables, '', _note(report), *made(report)]) + '\n'
 
 
 def layers_table(report: SensitivityReport) -> Table:

@@ -24,10 +24,7 @@ _CURVES = {
 class Tracker(Protocol):
   """Receives a run's log. Each module of this package named after a choice of `tracker` has one.
 
-  Args:
-    workdir: path of the run.
-    settings: the options that the run's result depends on, in groups.
-    rows: the log's lines so far.
+  settings: the options that the run's result depends on, in groups. rows: the log's lines so far.
   """
 
   def __init__(self, workdir: pathlib.Path, settings: dict[str, Any], rows: Sequence[Row]): ...
