@@ -21,7 +21,7 @@ from adapt_jax.machine import mesh
 from adapt_jax.machine.compiled_text import CompiledText
 from adapt_jax.machine.mesh import rows_at_once
 from adapt_jax.machine.progress import Progress
-from adapt_jax.models.config import LayerShape, ModelConfig
+from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import CPU, Platform, made_for
 from adapt_jax.models.network.sharding import device_count, placed, row_sharding
@@ -30,9 +30,8 @@ from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pruning import programs as pruning_programs
 from adapt_jax.pruning import surgery
-from adapt_jax.pruning.attention_units import AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.pruning.widths import Allocator, Widths
+from adapt_jax.pruning.widths import Allocator
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import TrainingStep, batch_shapes
 from adapt_jax.training.teacher_cache import likeliest
@@ -112,17 +111,12 @@ def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]
   """The model after each stage if all layers were pruned equally; in a run, scores make them differ."""
   prune, budget = options.prune, budget_of(options, config)
   allocator = Allocator(config, prune.multiples.ffn, prune.multiples.kv, budget=budget)
-  widths, found = allocator.full, []
+  widths, stages = allocator.full, list[ModelConfig]()
   for target in Schedule.of(options, budget).targets:
     widths = allocator.one_shot(widths, np.ones(config.num_layers), target)
-    found.append(config.with_layers(_shapes(config, widths, budget.removes)))
-  return found
-
-
-def _shapes(config: ModelConfig, widths: Widths, unit: AttentionUnit) -> tuple[LayerShape, ...]:
-  return tuple(
-    unit.narrowed(s, int(k), int(f)) for s, k, f in zip(config.layers, widths.kv, widths.ffn, strict=True)
-  )
+    rows = zip(config.layers, widths.kv, widths.ffn, strict=True)
+    stages.append(config.with_layers(tuple(budget.removes.narrowed(s, int(k), int(f)) for s, k, f in rows)))
+  return stages
 
 
 class Footprint:
@@ -153,14 +147,18 @@ class Footprint:
     self._optimizer = optimizer(train, self.schedule.train_steps)
 
   @property
-  def _loaded(self) -> Any:
-    """The dtype of the weights that are pruned."""
-    return jnp.float32 if self.options.train.tokens else self.dtype
+  def teacher_beside(self) -> int:
+    """Bytes of a teacher that is on the devices throughout the run."""
+    t = self.options.train
+    if not t.tokens or not t.distill.teacher_beside:
+      return 0
+    return bytes_of(placed(llama.abstract_params(self.teacher_config, self.dtype)))
 
   def state(self, config: ModelConfig, moments: bool) -> Any:
     """Arrays on the devices throughout a stage: weights (fp32 if trained) and, if `moments`, Adam's."""
-    params = llama.abstract_params(config, self._loaded)
-    if not self.options.train.tokens or not moments:
+    trains = self.options.train.tokens > 0
+    params = llama.abstract_params(config, jnp.float32 if trains else self.dtype)
+    if not trains or not moments:
       return placed({'params': params})
     return placed({'params': params, 'optimizer': jax.eval_shape(self._optimizer.init, params)})
 
@@ -170,26 +168,30 @@ class Footprint:
     plan = PrunePlan.dense(self.config, self.budget.removes)
     return placed(jax.eval_shape(lambda p: surgery.stack(p, plan, self.dtype), params))
 
-  def _compiled(self, tokens: int, flops_per_token: float, fn: Callable[..., Any], *args: Any) -> Program:
-    program = compile_for(self._platform, fn, *args)
+  def _compiled(
+    self, tokens: int, flops_per_token: float, fn: Callable[..., Any], *args: Any, **more: Any
+  ) -> Program:
+    program = compile_for(self._platform, fn, *args, **more)
     return dataclasses.replace(program, flops=tokens * flops_per_token / device_count())
 
-  def _calibrated(self, flops_per_token: float, fn: Callable[..., Any], *args: Any) -> Program:
-    """A program whose last argument is the calibration rows."""
+  def _calibrated(self, flops_per_token: float, make: Callable[..., Any], *args: Any) -> Program:
+    """A program of pruning, whose last argument is the calibration rows."""
     tokens = self._calibration.samples * self._calibration.length
-    return self._compiled(tokens, flops_per_token, fn, *args, self._tokens)
+    fn = make(self.config, self.options.prune, self.dtype, self.budget.removes)
+    return self._compiled(tokens, flops_per_token, fn, self.stacked(), *args, self._tokens)
 
   def scoring(self) -> Program:
     """One scoring pass."""
-    scorer = pruning_programs.scoring(self.config, self.options.prune, self.dtype, self.budget.removes)
-    return self._calibrated(flops.scoring(self.options, self.config), scorer, self.stacked())
+    return self._calibrated(flops.scoring(self.options, self.config), pruning_programs.scoring)
 
   def compensation(self) -> Program:
     """The least squares or biases after the last step of a stage."""
-    program = pruning_programs.compensation(self.config, self.options.prune, self.dtype, self.budget.removes)
-    plan = PrunePlan.dense(self.config, self.budget.removes)
+    plan, work = (
+      PrunePlan.dense(self.config, self.budget.removes),
+      flops.compensation(self.options, self.config),
+    )
     masks = tuple(jax.ShapeDtypeStruct(m.shape, m.dtype) for m in surgery.padded_masks(plan))
-    return self._calibrated(flops.compensation(self.options, self.config), program, self.stacked(), masks)
+    return self._calibrated(work, pruning_programs.compensation, masks)
 
   def training(self, config: ModelConfig) -> Program:
     """One optimizer step of a stage with this model, including the teacher."""
@@ -198,8 +200,7 @@ class Footprint:
     teacher = [placed(llama.abstract_params(dense, self.dtype))] if dense else []
     step = TrainingStep(config, t, self._optimizer, self.dtype, dense)
     args = self.state(config, True), batch_shapes(t), *teacher
-    program = compile_for(self._platform, step, *args, donate_argnums=(0,))
-    return dataclasses.replace(program, flops=t.batch * t.length * self.step_work(config) / device_count())
+    return self._compiled(t.batch * t.length, self.step_work(config), step, *args, donate_argnums=(0,))
 
   def step_work(self, config: ModelConfig) -> float:
     """FLOPs per token of a training step of this model, including the teacher's."""
@@ -230,16 +231,8 @@ def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Progr
   return planned
 
 
-def _teacher_beside(footprint: Footprint) -> int:
-  """Bytes of a teacher that is on the devices throughout the run."""
-  t = footprint.options.train
-  if not t.tokens or not t.distill.teacher_beside:
-    return 0
-  return bytes_of(placed(llama.abstract_params(footprint.teacher_config, footprint.dtype)))
-
-
 def _of_scoring(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
-  options, teacher, budget = footprint.options, _teacher_beside(footprint), footprint.budget
+  options, teacher, budget = footprint.options, footprint.teacher_beside, footprint.budget
   if budget.dense <= footprint.schedule.targets[-1]:
     return {}
   weights = bytes_of(footprint.state(footprint.config, False))
@@ -259,7 +252,7 @@ def _of_scoring(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Pr
 
 
 def _of_correction(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
-  teacher, compensate = _teacher_beside(footprint), footprint.options.prune.compensate
+  teacher, compensate = footprint.teacher_beside, footprint.options.prune.compensate
   weights, trained = (bytes_of(footprint.state(*x)) for x in ((footprint.config, False), (stages[0], True)))
   planned = {}
   if compensate != 'none':

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.identity import WRITTEN
@@ -47,34 +47,27 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     dtype = written_dtype(options.export, model.source.dtype, model.trained)
     as_is = options.export.formats == ('hf',) and dtype is None
     params = model.load(as_is)
-    written = Written(model.config, params, tokenizer, dtype, model.source.generation, model.report)
-    write(options, workdir, command, written)
+    beside = {'tokenizer': tokenizer, 'dtype': dtype, 'generation': model.source.generation}
+    write(options, workdir, command, model.config, params, report=model.report, **beside)
 
 
-class Written(NamedTuple):
-  """A model to write, and what is written with it: as for `Writer`."""
+def write(
+  options: RunOptions,
+  workdir: Workdir,
+  command: str,
+  config: ModelConfig,
+  params: Params,
+  *,
+  report: RunReport,
+  **beside: Any,
+) -> None:
+  """Writes the model in all formats, and report.json; uploads them if `export.push` is set.
 
-  config: ModelConfig
-  params: Params
-  tokenizer: Any
-  dtype: Any
-  generation: dict[str, Any]
-  report: RunReport
-
-
-def write(options: RunOptions, workdir: Workdir, command: str, model: Written) -> None:
-  """Writes the model in all formats, and report.json; uploads them if `export.push` is set."""
-  writer = Writer(
-    options.export,
-    workdir.path,
-    tokenizer=model.tokenizer,
-    dtype=model.dtype,
-    generation=model.generation,
-    report=model.report,
-  )
-  exports = writer.write(model.config, model.params)
-  report: RunReport = {**model.report, 'command': command, 'exports': exports, 'versions': versions()}
-  write_report(workdir.report, report)
+  report, beside: as for `Writer`.
+  """
+  exports = Writer(options.export, workdir.path, report=report, **beside).write(config, params)
+  made: RunReport = {**report, 'command': command, 'exports': exports, 'versions': versions()}
+  write_report(workdir.report, made)
   decide(lambda: push(options.export, workdir.path))
 
 

@@ -12,7 +12,7 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.modes.accel import untrained
-from adapt_jax.modes.export import Written, write
+from adapt_jax.modes.export import write
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.workdir import Workdir
@@ -39,9 +39,9 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       dtype=compute_dtype(options.model.dtype),
       compiler=Compiler(),
     )
-    dtype = written_dtype(options.export, source.dtype, trained=False)
-    written = Written(config, params, loader.tokenizer, dtype, source.generation, report)
-    write(options, workdir, command, written)
+    beside = {'tokenizer': loader.tokenizer, 'generation': source.generation, 'report': report}
+    beside['dtype'] = written_dtype(options.export, source.dtype, trained=False)
+    write(options, workdir, command, config, params, **beside)
 
 
 def _checked(options: RunOptions, config: ModelConfig) -> ModelConfig:

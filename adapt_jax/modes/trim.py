@@ -12,7 +12,7 @@ from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.config import count_params
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.modes.export import Written, write
+from adapt_jax.modes.export import write
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.vocabulary import trim
 from adapt_jax.pipeline.workdir import Workdir
@@ -37,10 +37,9 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   report = origin(source).report()
   decide(lambda: check_hub(options.export))
   with workdir.claimed():
-    dtype = written_dtype(options.export, source.dtype, trained=False)
-    params = kept.cut(load_source(source, None))
-    written = Written(kept.config, params, kept.tokenizer, dtype, kept.generation, report)
-    write(options, workdir, command, written)
+    beside = {'tokenizer': kept.tokenizer, 'generation': kept.generation, 'report': report}
+    beside['dtype'] = written_dtype(options.export, source.dtype, trained=False)
+    write(options, workdir, command, kept.config, kept.cut(load_source(source, None)), **beside)
 
 
 MODE = Mode(

@@ -11,7 +11,6 @@ from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
 from adapt_jax.reports.report import (
   RunReport,
-  TextReport,
   heads_of,
   importance_name,
   known_perplexities,
@@ -141,10 +140,7 @@ def excess_chart(report: RunReport) -> str:
   for colour, (name, text) in enumerate(texts.items() if len(texts) > 1 else ()):
     points = []
     for stage in report.get('stages', []):
-      of_stage = stage.get('texts', {}).get(name, {})
-      after: TextReport = {**text, **of_stage}
-      if 'recovered' not in of_stage:
-        after.pop('recovered', None)
+      after: Any = {'dense': text.get('dense'), **stage.get('texts', {}).get(name, {})}
       if (lost := excess(after)) is not None:
         points.append((stage['stage'], lost))
     series.append(Series(name, points, colour))
