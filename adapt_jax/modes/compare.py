@@ -4,6 +4,7 @@ A cell's directory WORKDIR/cells/NAME is that of a run of mode prune or accel, w
 are skipped, so a grid that was killed, or extended, continues with the rest.
 """
 
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -188,7 +189,10 @@ class Compare:
     for run in self.runs:
       if run.finished:
         _clean(run)
-        self._remember(run.options, _read(run)[1])
+        key, measured = dense_key(run.options), _read(run)[1]
+        self.shared.dense[key] = {name: text['dense'] for name, text in measured['texts'].items()}
+        if 'dense' in measured['tasks']:
+          self.shared.tasks[key] = measured['tasks']['dense']
     if len(todo) < len(self.runs):
       print(f'{len(self.runs) - len(todo)} of {len(self.runs)} cells are finished', flush=True)
     if todo:
@@ -205,13 +209,6 @@ class Compare:
     if all(cell['state'] == 'finished' for cell in report['cells']):
       write_report(self.workdir.report, report)
     return report
-
-  def _remember(self, options: RunOptions, found: RunReport) -> None:
-    """Shares what a finished cell has measured before its pruning."""
-    key = dense_key(options)
-    self.shared.dense[key] = {name: text['dense'] for name, text in found['texts'].items()}
-    if 'dense' in found['tasks']:
-      self.shared.tasks[key] = found['tasks']['dense']
 
   def _try(self, run: CellRun, inputs: Inputs) -> str:
     """Runs one cell; returns the reason if it failed, also written to its error file, else ''."""
@@ -244,14 +241,13 @@ class Compare:
 
   def _report(self, now: CellRun | None = None) -> ComparisonReport:
     """The contents of report.json, during the grid as far as the cells have run. now: the running cell."""
-    cells, definitions, compiles = [], dict[str, None](), dict[str, int]()
+    cells, definitions, compiles = [], dict[str, None](), collections.Counter[str]()
     for run in self.runs:
       if run.finished:
         cell, report = _read(run)
         cells.append(cell)
         definitions[str(report['perplexity']['definition'])] = None
-        for name, count in report['compiles'].items():
-          compiles[name] = compiles.get(name, 0) + count
+        compiles.update(report['compiles'])
       else:
         cells.append(_unfinished(run, running=run is now))
     o, scores = self.options.compare, self.shared.scores
@@ -264,7 +260,7 @@ class Compare:
       'definitions': list(definitions),
       # Since this process started; a remembered pass was computed by another cell.
       'scoring_passes': {'computed': scores.computed, 'remembered': scores.remembered},
-      'compiles': compiles,
+      'compiles': dict(compiles),
       'seconds': sum(cell.get('seconds', 0.0) for cell in cells),
       'command': self.command,
       'versions': versions(),

@@ -67,9 +67,11 @@ def run(options: RunOptions) -> None:
   teacher = open_config(named, 'train.distill.source') if named else config
   footprint = Footprint(options, config, dtype, platform, teacher)
   planned = programs(footprint, stages)
+  axes = [f'{axis} {size}' for axis, size in jax.sharding.get_abstract_mesh().shape.items()]
   print(
     f'{options.model.source}: {count_params(config):,} parameters on {_devices()} devices '
-    f'({_mesh_text()}), products in {dtype.name}; compiled for {compiler} in {time.monotonic() - start:.0f} s'
+    f'({", ".join(axes) or "no mesh"}), products in {dtype.name}; compiled for {compiler} in '
+    f'{time.monotonic() - start:.0f} s'
   )
   traffic = platform.name != 'cpu'
   lines = _memory_table(planned, target) + (_limit_table(planned, target) if traffic else [])
@@ -89,11 +91,6 @@ def _checked_config(options: RunOptions) -> ModelConfig:
 
 def _devices() -> int:
   return device_count() if sharding.mesh() else jax.device_count()
-
-
-def _mesh_text() -> str:
-  sizes = jax.sharding.get_abstract_mesh().shape
-  return ', '.join(f'{axis} {size}' for axis, size in sizes.items()) if sizes else 'no mesh'
 
 
 def _memory_table(planned: dict[str, Program], target: Target) -> list[str]:

@@ -44,7 +44,11 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       report['texts'] = _measure(texts, wanted.batch, source, params, loader.tokenizer, common)
       first = next(iter(report['texts'].values()))
       report['perplexity'] = {'dense': first['dense'], 'definition': first['definition']}
-      said = [f'{said[0]}, {_described(name, of)}' for name, of in report['texts'].items()]
+      said = [
+        f'{said[0]}, perplexity{_on(name)} {of["dense"]:.3f}, {of["bits_per_byte"]:.3f} bits per byte: '
+        f'{of["definition"]}'
+        for name, of in report['texts'].items()
+      ]
     if wanted.has_tasks:
       args = source.config, params, loader.tokenizer, source.generation
       report['tasks'] = evaluate_tasks(wanted, *args, title='tasks', **common)
@@ -75,11 +79,6 @@ def _measure(
 
 def _on(name: str) -> str:
   return '' if name == TEXT else f' on {name}'
-
-
-def _described(name: str, text: TextReport) -> str:
-  figures = f'{text["dense"]:.3f}, {text["bits_per_byte"]:.3f} bits per byte'
-  return f'perplexity{_on(name)} {figures}: {text["definition"]}'
 
 
 MODE = Mode(

@@ -57,26 +57,24 @@ def _chart(
   figure: str,
   name: str,
   x_name: str,
-  x_of: Callable[[Json], float | None],
+  x_of: Callable[[Json], float],
   lines: dict[str, list[Json]],
   **more: Any,
 ) -> str:
-  """A figure of each group on the text `name` over `x_of`; groups that lack one of both are left out."""
+  """A figure of each group on the text `name` over `x_of`; groups that lack it are left out."""
   dense, word = dense_perplexity(report, name), texts(report)[name]
   most = _WORST * max(dense, default=math.inf)
   series, above = list[Series](), False
   for line, members in lines.items():
     points, ranges = list[tuple[float, float]](), list[tuple[float, float, float]]()
     for group in members:
-      values, x = group['figures'].get(f'{figure} {name}'), x_of(group)
-      if values and x is not None:
+      if values := group['figures'].get(f'{figure} {name}'):
         above |= values[2] > most
         middle, low, high = (min(value, most) for value in values)
-        points.append((x, middle))
-        ranges += [(x, low, high)] if low < high else []
-    series.append(
-      Series(line, sorted(points), len(series), ranges=ranges, dashed=len(series) >= charts.COLOURS)
-    )
+        points.append((x_of(group), middle))
+        ranges += [(x_of(group), low, high)] if low < high else []
+    dashed = len(series) >= charts.COLOURS
+    series.append(Series(line, sorted(points), len(series), ranges=ranges, dashed=dashed))
   y_name = f'perplexity (up to {most:,.0f})' if above else 'perplexity'
   levels = [(value, f'dense {value:.2f}') for value in dense]
   title += f':{word}' if word else ''
@@ -105,19 +103,18 @@ def plots(report: ComparisonReport) -> dict[str, str]:
   dense, kind = report['model']['params_before'], 'recovered' if report['recover'] else 'pruned'
   names, drawn = list(texts(report)), dict[str, str]()
   for i, name in enumerate(names):
-    drawn[f'perplexity{f"-{name}" if i else ""}.svg'] = _over_x(
-      report, f'Perplexity {kind}', 'perplexity', name
-    )
+    chart = _over_x(report, f'Perplexity {kind}', 'perplexity', name)
+    drawn[f'perplexity{f"-{name}" if i else ""}.svg'] = chart
   if names and report['recover']:
     title = 'Perplexity after the last pruning'
     drawn['perplexity-pruned.svg'] = _over_x(report, title, 'pruned', names[0])
   sizes = [cell['params'] for cell in report['cells'] if 'params' in cell]
 
-  def size(group: Json) -> float | None:
-    return group['figures']['params'][0] if 'params' in group['figures'] else None
+  def size(group: Json) -> float:  # a group with perplexities has sizes
+    return float(group['figures']['params'][0])
 
-  def kept_per_stage(group: Json) -> float | None:
-    return None if (params := size(group)) is None else (params / dense) ** (1 / group['values'][_STAGES])
+  def kept_per_stage(group: Json) -> float:
+    return float((size(group) / dense) ** (1 / group['values'][_STAGES]))
 
   if sizes and max(sizes) - min(sizes) > _SAME_SIZE * dense:
     lines = _lines(report, x_field(report))

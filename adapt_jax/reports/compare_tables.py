@@ -49,14 +49,9 @@ def figures(cell: CellReport) -> dict[str, float]:
   fields: dict[str, Any] = {**cell}
   known: dict[str, float] = {name: float(fields[name]) for name in ('params', 'seconds') if name in fields}
   for name, text in cell.get('texts', {}).items():
-    values = {
-      'dense': text['dense'],
-      'pruned': text.get('pruned'),
-      'recovered': text.get('recovered'),
-      'perplexity': text.get('recovered', text.get('pruned')),
-      'excess': excess(text),
-      'kl': text.get('kl'),
-    }
+    values: dict[str, Any] = {'dense': text['dense'], 'excess': excess(text)}
+    values |= {kind: text.get(kind) for kind in ('pruned', 'recovered', 'kl')}
+    values['perplexity'] = text.get('recovered', text.get('pruned'))
     known |= {f'{kind} {name}': value for kind, value in values.items() if value is not None}
   return known
 

@@ -86,7 +86,7 @@ def _example(example: ExampleReport) -> str:
   """A text's beginning, and what the dense model and the result write after it, side by side."""
   e = html.escape
   named = '' if example['text'] == TEXT else f'{example["text"]}: '
-  boxes = [f'<span>{of}</span><pre>{e(example[of])}</pre>' for of in ('dense', 'result')]  # type: ignore[literal-required]
+  boxes = [f'<span>{of}</span><pre>{e(example[of])}</pre>' for of in ('dense', 'result')]
   return f'<p>{e(named)}… {e(example["prompt"])} …</p>' + cards('grid', boxes)
 
 

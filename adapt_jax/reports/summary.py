@@ -1,5 +1,6 @@
 """The table that a run prints at its end, and tables of its tasks and texts."""
 
+import itertools
 import math
 
 from adapt_jax.config.units import amount
@@ -25,24 +26,19 @@ def decimal(value: float | None, form: str = ',.2f') -> str:
 
 def _widths(values: list[int]) -> str:
   """Run lengths of a list of widths: '3 in 4 layers, 2, 3 in 25 layers'."""
-  runs: list[list[int]] = []
-  for value in values:
-    if runs and runs[-1][0] == value:
-      runs[-1][1] += 1
-    else:
-      runs.append([value, 1])
+  runs = [(value, len(list(group))) for value, group in itertools.groupby(values)]
   return ', '.join(f'{v} in {n} layers' if n > 1 else str(v) for v, n in runs)
 
 
 def stages_table(report: RunReport) -> Table:
   """A row for the dense model and for each stage, as far as they are known."""
-  known, rows = known_perplexities(report), list[list[str]]()
-  head = ['stage', *cost_columns(report), 'perplexity pruned', 'recovered', 'tokens', 'seconds']
-  rows.append(['dense', *cost_cells(report), '', decimal(known.get('dense')), '', ''])
+  other = [] if report['budget']['kind'] == 'params' else [report['budget']['unit'], 'of dense']
+  head = ['stage', 'parameters', 'of dense', *other, 'perplexity pruned', 'recovered', 'tokens', 'seconds']
+  rows = [['dense', *_costs(report), '', decimal(known_perplexities(report).get('dense')), '', '']]
   for stage in report['stages']:
     measured = [decimal(stage.get('perplexity_pruned')), decimal(stage.get('perplexity_recovered'))]
     spent = [decimal(stage.get('tokens'), ',.0f'), decimal(stage.get('seconds'), ',.0f')]
-    rows.append([str(stage['stage']), *cost_cells(report, stage), *measured, *spent])
+    rows.append([str(stage['stage']), *_costs(report, stage), *measured, *spent])
   return Table(head, rows)
 
 
@@ -65,34 +61,19 @@ def table(report: RunReport) -> str:
     if 'hidden_size' in stage:
       lines.append(f'stage {stage["stage"]} residual stream: width {stage["hidden_size"]}')
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
-  lines += [
-    *budget_lines(report['budget']),
-    f'compiled programs: {compiles}; the run took {report["seconds"]:.0f} s',
-  ]
-  lines += warnings(report['texts'])
-  return '\n'.join(lines)
+  said = f'compiled programs: {compiles}; the run took {report["seconds"]:.0f} s'
+  return '\n'.join([*lines, *budget_lines(report['budget']), said, *warnings(report['texts'])])
 
 
-def cost_columns(report: RunReport) -> list[str]:
-  """Names of the columns of `cost_cells`."""
-  return ['parameters', 'of dense', *([] if _of_params(report) else [report['budget']['unit'], 'of dense'])]
-
-
-def cost_cells(report: RunReport, stage: StageReport | None = None) -> list[str]:
+def _costs(report: RunReport, stage: StageReport | None = None) -> list[str]:
   """Parameters of a stage or the dense model, and the cost of another budget; each with its share of it."""
-  dense = report['model']['params_before']
+  dense, budget = report['model']['params_before'], report['budget']
   params = stage['params'] if stage else dense
   cells = [f'{params:,}', f'{100 * params / dense:.1f} %']
-  if _of_params(report):
+  if budget['kind'] == 'params':
     return cells
-  budget = report['budget']
   cost = stage['cost'] if stage else budget['dense']
   return [*cells, amount(budget['kind'], cost), f'{100 * cost / budget["dense"]:.1f} %']
-
-
-def _of_params(report: RunReport) -> bool:
-  """Whether the budget is the number of parameters."""
-  return report['budget']['kind'] == 'params'
 
 
 def budget_lines(budget: BudgetReport) -> list[str]:

@@ -1,5 +1,6 @@
 """report.html: what a reader looks for is there, whatever is known; it needs nothing else, and is escaped."""
 
+import copy
 import math
 import os
 import pathlib
@@ -11,75 +12,61 @@ import pytest
 
 from adapt_jax.reports.run_page import render, write
 
-TOKENS = 128
 COMMAND = 'python main.py --config=a.py --config.model.source="<i>&\'x\'" --workdir=out'
-TARGETS = [900_000, 800_000]
-ENDS = [4, 12]  # training steps
-
-
-def stage_row(stage: int) -> dict[str, Any]:
-  return {
-    'stage': stage, 'target': TARGETS[stage - 1], 'params': TARGETS[stage - 1] - 321,
-    'perplexity_pruned': 40.25 + stage, 'perplexity_recovered': 30.5 + stage,
-    'tokens': TOKENS * (ENDS[0] if stage == 1 else ENDS[1] - ENDS[0]), 'seconds': 100.4 * stage,
-    'num_heads': [8] * 4, 'num_kv_heads': [4, 4, 4, 4 - stage], 'ffn': [96, 90, 80 - stage, 70],
-  }  # fmt: skip
+STAGES: list[dict[str, Any]] = [
+  {
+    'stage': 1, 'target': 900_000, 'params': 899_679, 'num_heads': [8] * 4, 'num_kv_heads': [4, 4, 4, 3],
+    'ffn': [96, 90, 79, 70], 'perplexity_pruned': 41.25, 'perplexity_recovered': 31.5, 'tokens': 512,
+    'seconds': 100.4,
+  },
+  {
+    'stage': 2, 'target': 800_000, 'params': 799_679, 'num_heads': [8] * 4, 'num_kv_heads': [4, 4, 4, 2],
+    'ffn': [96, 90, 78, 70], 'perplexity_pruned': 42.25, 'perplexity_recovered': 32.5, 'tokens': 1024,
+    'seconds': 200.8,
+  },
+]  # fmt: skip
 
 
 def make_report() -> dict[str, Any]:
-  rows = [stage_row(1), stage_row(2)]
+  budget = {'dense': 1_000_000, 'asked': 800_000, 'reached': 799_679}
   return {
     'model': {
-      'source': 'data/a<i>&"c".gguf', 'params_before': 1_000_000, 'params_after': rows[-1]['params'],
+      'source': 'data/a<i>&"c".gguf', 'params_before': 1_000_000, 'params_after': 799_679,
       'num_kv_heads': [4] * 4, 'ffn': [96] * 4,
     },
     'perplexity': {'dense': 28.75, 'pruned': 42.25, 'recovered': 32.5, 'definition': 'exp of <the mean>'},
-    'schedule': {'targets': TARGETS, 'tokens_per_step': TOKENS, 'train_steps': ENDS[-1]},
-    'stages': rows,
-    'texts': {},
-    'budget': {
-      'kind': 'params', 'unit': 'parameters', 'dense': 1_000_000, 'asked': TARGETS[-1], 'reached': 799_679
-    },
+    'schedule': {'targets': [900_000, 800_000], 'tokens_per_step': 128, 'train_steps': 12},
+    'stages': copy.deepcopy(STAGES), 'texts': {},
+    'budget': {'kind': 'params', 'unit': 'parameters'} | budget,
     'prune': {'method': 'adapt', 'layer_distance': 'cosine'},
-    'compiles': {'scoring': 1, 'training': 2, 'evaluation': 3},
-    'seconds': 345.6,
+    'compiles': {'scoring': 1, 'training': 2, 'evaluation': 3}, 'seconds': 345.6,
     'versions': {'python': '3.11.7', 'jax': '0.10.2'},
   }  # fmt: skip
 
 
-def pruning(stage: int, step: int) -> dict[str, Any]:
-  row = stage_row(stage)
-  return {
-    'event': 'prune', 'stage': stage, 'step': step, 'params': row['params'] + (50_000 if step % 2 else 0),
-    'loss': 3.5, 'layer_importance': [-0.001, -0.95, -0.9 - step / 100, -0.99],
-    'sparsity': [0.01 * step] * 4, 'kv_groups': row['num_kv_heads'], 'ffn': row['ffn'],
-  }  # fmt: skip
-
-
-def evaluation(of: str, value: float, stage: int = 0) -> dict[str, Any]:
-  return {'event': 'evaluate', 'of': of, 'stage': stage, 'step': 0, 'perplexity': value}
-
-
 def make_events() -> list[dict[str, Any]]:
-  events, step = [evaluation('dense', 28.75)], 0
-  for stage, end in enumerate(ENDS, 1):
-    events += [pruning(stage, 2 * stage - 1), pruning(stage, 2 * stage)]
-    events.append(evaluation('pruned', stage_row(stage)['perplexity_pruned'], stage))
-    while step < end:
-      step += 1
-      loss = {'loss': 3.0 + 1 / step, 'tokens_per_second': 64.0, 'learning_rate': 1e-4 * step}
-      events.append({'event': 'train', 'stage': stage, 'step': step} | loss)
-    events.append(evaluation('recovered', stage_row(stage)['perplexity_recovered'], stage))
+  dense = {'event': 'evaluate', 'of': 'dense', 'stage': 0, 'step': 0, 'perplexity': 28.75}
+  events: list[dict[str, Any]] = [dense]
+  for row, steps in zip(STAGES, (range(1, 5), range(5, 13)), strict=True):
+    stage = {'stage': row['stage']}
+    importance = {'loss': 3.5, 'layer_importance': [-0.001, -0.95, -0.92, -0.99], 'sparsity': [0.1] * 4}
+    widths = {'params': row['params'], 'kv_groups': row['num_kv_heads'], 'ffn': row['ffn']}
+    for step in (2 * row['stage'] - 1, 2 * row['stage']):
+      events.append({'event': 'prune', 'step': step} | stage | importance | widths)
+    events.append(dense | stage | {'of': 'pruned', 'perplexity': row['perplexity_pruned']})
+    for step in steps:
+      trained = {'loss': 3.0 + 1 / step, 'tokens_per_second': 64.0, 'learning_rate': 1e-4 * step}
+      events.append({'event': 'train', 'step': step} | stage | trained)
+    events.append(dense | stage | {'of': 'recovered', 'perplexity': row['perplexity_recovered']})
   return events
 
 
 def partial_page() -> str:
   """Stage 1 is pruned, not yet recovered."""
   report = make_report()
-  row = {k: report['stages'][0][k] for k in ('stage', 'target', 'params', 'perplexity_pruned', 'seconds')}
+  row = {k: STAGES[0][k] for k in ('stage', 'target', 'params', 'perplexity_pruned', 'seconds')}
   report |= {'perplexity': {'dense': 28.75, 'definition': None}, 'stages': [row]}
-  events = make_events()
-  return render(report, events[: events.index(pruning(2, 3)) - ENDS[0] - 1], command=COMMAND, running=True)
+  return render(report, make_events()[:4], command=COMMAND, running=True)
 
 
 def first_page() -> str:
@@ -92,9 +79,7 @@ def overflowing_page() -> str:
   """Figures that are not finite, as a pruning that goes too far gives them."""
   report, events = make_report(), make_events()
   report['perplexity']['pruned'] = report['stages'][1]['perplexity_pruned'] = math.inf
-  (last,) = [e for e in events if e.get('of') == 'pruned' and e['stage'] == 2]
-  last['perplexity'] = math.inf
-  events[1]['layer_importance'][1] = math.nan
+  events[3]['perplexity'], events[1]['layer_importance'][1] = math.inf, math.nan
   return render(report, events, command=COMMAND, running=False)
 
 
@@ -158,7 +143,7 @@ def test_a_partial_page_shows_what_is_known() -> None:
 def test_a_pruning_that_goes_on_is_no_stage_done_and_shows_what_the_method_decides_by() -> None:
   report, events = make_report(), make_events()
   report |= {'stages': report['stages'][:1], 'prune': {'method': 'obs'}}
-  events = [e | {'layer_cost': [1e-9, 2e-9, 3e-9, 5e-7]} for e in events[: events.index(pruning(2, 3)) + 1]]
+  events = [event | {'layer_cost': [1e-9, 2e-9, 3e-9, 5e-7]} for event in events[:10]]
   page = render(report, events, command='', running=True)
   assert 'running, stage 2 of 2: pruning, step 3 done' in page and 'MLP channels, stage 2 so far' in page
   assert 'Median cost per parameter of the groups of a layer' in page
