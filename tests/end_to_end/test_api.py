@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 
 import adapt_jax as aj
-from adapt_jax import api_arguments
 from adapt_jax.config.build import from_dict
 from adapt_jax.generation import self_text
-from adapt_jax.models.families import FAMILIES
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import accel
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.criteria import Importance
 from adapt_jax.pruning.methods.base import UniformOneShot
 from tests.support import runs
+from tests.support.helpers import refused
 
 
 @pytest.fixture(scope='module')
@@ -56,7 +55,6 @@ def test_the_model_generates_the_rows_that_the_command_would_calibrate_on(files,
   asked = {'seed': [3, self_text.CALIBRATION], 'dtype': jnp.float32, 'directory': tmp_path}
   path = self_text.draw(source, source.load_tokenizer(), 6, 24, **asked)
   np.testing.assert_array_equal(found, np.load(path))
-  assert found.dtype == np.int32
 
 
 def test_the_whole_job_in_memory(files, model, rows, tmp_path, capfd):
@@ -125,19 +123,11 @@ def test_texts_and_chats_in_fields_of_other_names(files, tmp_path):
 
 
 def test_token_ids_stand_for_a_text(model, rows):
+  assert aj.rows(model, rows, samples=4).shape == (4, 16)
   value = aj.perplexity(model, rows)
   assert value == pytest.approx(aj.perplexity(model, jnp.asarray(rows)))
   better = aj.recover(model, rows, tokens=4 * 16 * 4, batch=4, lr=1e-2)
   assert aj.perplexity(better, rows) < value
-
-
-def test_rows_of_many_tokens_and_lengths_of_ids(model, tmp_path, rows):
-  ids = np.tile(np.arange(16, dtype=np.int32), (5000, 64))
-  np.save(tmp_path / 'ids.npy', ids)
-  assert aj.rows(model, tmp_path / 'ids.npy', samples=5000, length=1024).shape == (5000, 1024)
-  assert aj.rows(model, rows, samples=4).shape == (4, 16)
-  small = aj.trim_vocabulary(model, tmp_path / 'ids.npy')
-  assert small.config == aj.trim_vocabulary(model, ids).config
 
 
 def test_a_teacher_that_nothing_is_learned_from_is_not_run(model, rows):
@@ -151,77 +141,49 @@ def test_it_runs_on_the_callers_mesh(model, rows):
   automatic = (jax.sharding.AxisType.Auto,) * 3
   devices = jax.make_mesh((1, 2, 1), ('data', 'fsdp', 'tensor'), axis_types=automatic)
   alone, plan = aj.prune(model, rows, target=0.8)
-  with jax.set_mesh(devices), pytest.raises(aj.InputError, match='rows = 15'):
-    aj.prune(model, rows[:15])
   with jax.set_mesh(devices):
+    assert 'rows = 15' in refused(aj.prune, model, rows[:15])
     sharded, same = aj.prune(model, rows, target=0.8)
     assert len(sharded.params['embed'].sharding.device_set) == 2
+  with jax.set_mesh(jax.make_mesh((1, 2, 1), ('x', 'y', 'z'), axis_types=automatic)):
+    assert 'make it by jax.make_mesh((data, fsdp, tensor)' in refused(aj.perplexity, model, rows)
   assert same.equals(plan)
   chex.assert_trees_all_close(jax.device_get(alone.params), jax.device_get(sharded.params), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-  'axes, kind', [(('x', 'y', 'z'), 'Auto'), (('data', 'fsdp', 'tensor'), 'Explicit')], ids=['names', 'types']
-)
-def test_a_mesh_of_other_axes_is_refused(model, rows, axes, kind):
-  kinds = 3 * (getattr(jax.sharding.AxisType, kind),)
-  with jax.set_mesh(jax.make_mesh((1, 2, 1), axes, axis_types=kinds)):
-    for call in (lambda: aj.perplexity(model, rows), lambda: aj.prune(model, rows)):
-      with pytest.raises(aj.InputError, match=r'make it by jax\.make_mesh\(\(data, fsdp, tensor\)'):
-        call()
-
-
-def _with(model, **changed):
-  return dataclasses.replace(model, config=dataclasses.replace(model.config, **changed))
+def _with_vocabulary(model, size):
+  return dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=size))
 
 
 @pytest.mark.parametrize(
   ('call', 'named'),
   [
-    (lambda m, r: aj.rows(m, 'missing.txt'), 'missing.txt'),
     (lambda m, r: aj.rows(m, 'self', length=10**6), 'length = 1000000'),
-    (lambda m, r: aj.rows(m, r, length=64), 'length = 64'),
     (lambda m, r: aj.rows(dataclasses.replace(m, tokenizer=None), 'text.txt'), 'no tokenizer'),
     (lambda m, r: aj.prune(m, r[0]), 'rows'),
-    (lambda m, r: aj.prune(m, r - 10**6), 'rows'),
     (lambda m, r: aj.prune(m, r + 10**6), 'rows'),
-    (lambda m, r: aj.prune(_with(m, sliced_from=48), r), 'SliceGPT'),
     (lambda m, r: aj.prune(m, r, targt=0.5), 'prune.targt'),
     (lambda m, r: aj.prune(m, r, stages=3), 'prune.stages'),  # would do nothing
     (lambda m, r: aj.prune(m, r, method='slicegpt'), 'prune.method'),
-    (lambda m, r: aj.prune(m, r, importance='l2'), 'importance'),
     (lambda m, r: aj.recover(m, r, tokens=5), 'train.tokens = 5'),
     (lambda m, r: aj.recover(m, r, tokens=64, distill={'cache': 8}), 'train.distill.cache'),
-    (lambda m, r: aj.recover(m, r, tokens=64, distill={'alpha': 0.5}), 'train.distill.alpha'),
-    (lambda m, r: aj.recover(m, r, tokens=64, teacher=_with(m, vocab_size=7)), 'teacher'),
+    (lambda m, r: aj.recover(m, r, tokens=64, teacher=_with_vocabulary(m, 7)), 'teacher'),
     (lambda m, r: aj.load(m.name, dtype='int32'), 'int32'),
-    (lambda m, r: aj.perplexity(m, r, max_tokens=-1), 'evaluate.max_tokens'),
     (lambda m, r: aj.generate(m, 'a', temperature=-1), 'generate.temperature'),
   ],
 )
 def test_a_wrong_argument_is_named(model, rows, call, named):
-  with pytest.raises(aj.InputError) as error:
-    call(model, rows)
-  assert named in str(error.value) and '\n' not in str(error.value)
+  assert named in refused(call, model, rows)
 
 
-def test_the_library_begins_the_rows_of_a_gemma_with_bos(files, model, monkeypatch):
-  family = dataclasses.replace(FAMILIES[model.config.family], needs_bos=True)
-  asked = {'samples': 4, 'length': 16}
-  usual = aj.rows(model, files / 'train.txt', **asked)
-  monkeypatch.setattr(type(model.config), 'traits', family)
-  found = aj.rows(model, files / 'train.txt', **asked)
-  bos = model.tokenizer.bos_token_id
-  assert set(found[:, 0]) == {bos} != set(usual[:, 0])
-  np.testing.assert_array_equal(found[:, 1:], usual[:, 1:])
-  text = str(files / 'train.txt')
-  train = {'source': text, 'tokens': 64, 'length': 16, 'batch': 4}
-  taken = api_arguments.train_set(text, from_dict({'train': train}), model)
-  assert set(taken.read(np.arange(4))[0][:, 0]) == {bos}
-
-
-def test_the_package_says_what_it_has():
-  assert set(aj.__all__) <= set(dir(aj)) and aj.__version__.startswith('0.')
+def executed(blocks, places):
+  """The names that blocks of code define one after another, with other texts in the places of some."""
+  names: dict[str, object] = {}
+  for code in blocks:
+    for shown, place in places.items():
+      code = code.replace(shown, place)
+    exec(code, names)
+  return names
 
 
 def test_the_code_that_the_pages_show_runs(files, tmp_path, monkeypatch):
@@ -235,14 +197,10 @@ def test_the_code_that_the_pages_show_runs(files, tmp_path, monkeypatch):
     "'heldout.txt')": f'{str(files / "valid.txt")!r}, length=32)',
     'tokens=2_000_000': 'tokens=256, batch=2, length=32',
   }
-  names: dict[str, object] = {}
-  for page in ('README.md', 'docs/library.md'):
-    blocks = re.findall(r'^```python\n(.*?)^```', (runs.ROOT / page).read_text(), re.M | re.S)
-    assert blocks, page
-    for code in blocks:
-      for shown, place in places.items():
-        code = code.replace(shown, place)
-      exec(compile(code, page, 'exec'), names)
+  pages = [(runs.ROOT / page).read_text() for page in ('README.md', 'docs/library.md')]
+  blocks = [re.findall(r'^```python\n(.*?)^```', page, re.M | re.S) for page in pages]
+  assert all(blocks)
+  names = executed(sum(blocks, []), places)
   assert (tmp_path / 'out/gguf').is_dir() and names['logits'].shape[:2] == (2, 32)
   assert names['plan'].ffn_widths[0] == 48  # the last one shown spares the first layers
 
@@ -265,13 +223,7 @@ def test_the_notebook_runs(files, tmp_path, monkeypatch):
     "'length': 256": "'length': 32",
     'length=256, max_tokens=8192': 'length=32, max_tokens=256',
   }
-  notebook = json.loads((runs.ROOT / 'examples/prune_and_recover.ipynb').read_text())
-  names: dict[str, object] = {}
-  for cell in notebook['cells']:
-    code = ''.join(cell['source'])
-    for shown, place in places.items():
-      code = code.replace(shown, place)
-    if cell['cell_type'] == 'code':
-      exec(compile(code, cell['id'], 'exec'), names)
+  cells = json.loads((runs.ROOT / 'examples/prune_and_recover.ipynb').read_text())['cells']
+  names = executed([''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code'], places)
   assert names['measured'].keys() == {'dense', 'pruned', 'recovered'}
   assert names['better'].num_params <= 0.8 * names['model'].num_params and (tmp_path / 'out/gguf').is_dir()

@@ -180,11 +180,8 @@ def test_a_grown_grid_runs_only_what_is_new(fake, files, tmp_path):
 
 def test_inputs_that_have_changed_since_a_cell_was_finished(fake, files, tmp_path):
   """Otherwise a new cell's perplexity would be compared with another model's, or on another text."""
-  config, path, text = (
-    make_config(files, ({'prune.target': (0.9,)},)),
-    tmp_path / 'out',
-    tmp_path / 'valid.txt',
-  )
+  config, path = make_config(files, ({'prune.target': (0.9,)},)), tmp_path / 'out'
+  text = tmp_path / 'valid.txt'
   shutil.copytree(files / 'model', tmp_path / 'model')
   shutil.copy(files / 'valid.txt', text)
   config.model.source, config.evaluate.source = str(tmp_path / 'model'), (str(text),)
@@ -192,10 +189,9 @@ def test_inputs_that_have_changed_since_a_cell_was_finished(fake, files, tmp_pat
   whole = text.read_text()
   text.write_text((files / 'train.txt').read_text())
   start(config, path)  # nothing is left to run
-  for more in (TARGETS, {'prune.target': (0.9,), 'seed': (0, 1)}):
-    config.compare.grid = (more,)
-    with pytest.raises(InputError, match=r'evaluate\.source is not what the finished cell .*0\.9'):
-      start(config, path)
+  config.compare.grid = (TARGETS,)
+  with pytest.raises(InputError, match=r'evaluate\.source is not what the finished cell .*0\.9'):
+    start(config, path)
   text.write_text(whole)
   weights = tmp_path / 'model/model.safetensors'
   save_file({name: 2 * array for name, array in load_file(weights).items()}, weights)
@@ -236,7 +232,7 @@ def test_what_stops_the_grid_is_no_failure_of_a_cell_and_it_goes_on_from_there(f
   assert len(start(config, path)['cells']) == 2
 
 
-@pytest.mark.parametrize('damaged', ['', '[]', '{}', '{"texts": {"text": {"dense": "many"}}}'])
+@pytest.mark.parametrize('damaged', ['', '{"texts": {"text": {"dense": "many"}}}'])
 def test_a_damaged_cell_is_one_line(fake, files, tmp_path, damaged):
   config, path = make_config(files, (TARGETS,)), tmp_path / 'out'
   start(config, path)
@@ -253,14 +249,10 @@ BAD = [
   ((), {}, 'compare.grid is empty'),
   ((NINE | {'prune.targt': (0.9,)},), {}, "'prune.targt', which is no option"),
   ((NINE | {'model.source': ('a', 'b')},), {}, "'model.source'"),
-  ((NINE | {'export.formats': (1, 2)},), {}, 'changes nothing in a cell'),
-  ((NINE | {'sensitivity.sparsity': (1, 2)},), {}, 'changes nothing in a cell'),
   ((NINE | {'train.lr': (0.1,)},), {}, 'changes nothing in a cell'),
   (({'prune.target': (0.9, 'much')},), {}, 'cell prune.target=much: prune.target'),
   (({'prune.target': (0.9, 0.05)},), {}, 'cell prune.target=0.05: prune.target = 0.05 asks for'),
-  ((NINE | {'evaluate.source': ((),)},), {}, 'evaluate.source is empty'),
   ((NINE | {'evaluate.source': ('absent.txt',)},), {}, 'absent.txt: evaluate.source'),
-  ((NINE | {'prune.calibration.samples': (2**20,)},), {}, 'samples=1048576'),
   ((NINE,), {'train.tokens': 0, 'compare.recover': True}, 'train.tokens = 0'),
 ]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from adapt_jax.config.build import declarations, from_dict
+from adapt_jax.config.build import from_dict
 from adapt_jax.configs import adapt, base
 from adapt_jax.machine import targets
 from adapt_jax.machine.targets import TARGETS
@@ -90,16 +90,6 @@ def test_a_layer_adds_shares_and_nothing_whole():
   assert (deep.temporary - shallow.temporary) / 2 < 2 * share
 
 
-def test_forward_flops_are_those_of_the_compiled_program():
-  config, length = half(SMALL), 64
-  tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
-  program = jax.jit(lambda p, t: llama.apply(config, p, t)).lower(llama.abstract_params(config), tokens)
-  counted = program.compile().cost_analysis()['flops'] / (2 * length)
-  # The compiled program computes masked scores too, which a better one would not, and norms.
-  masked = sum(2 * length * s.num_heads * config.head_dim for s in config.layers)
-  assert flops.forward(config, length) + masked == pytest.approx(counted, rel=0.03)
-
-
 def test_stages_end_at_their_targets():
   values = base.get_config()
   values.prune.target, values.prune.stages, values.prune.align_ffn = 0.5, 4, 128
@@ -169,14 +159,10 @@ def test_a_program_is_limited_by_its_slowest_part():
 @pytest.mark.parametrize(
   'target,count,name',
   [
-    ('tpu-v5e', 1, 'v5e:2x2'),
     ('tpu-v5e', 8, 'v5e:2x4'),
-    ('tpu-v6e', 256, 'v6e:16x16'),
-    ('tpu-v5p', 4, 'v5p:2x2x1'),
     ('tpu-v5p', 16, 'v5p:2x2x4'),
     ('tpu-v5p', 64, 'v5p:4x4x4'),
     ('tpu-v5e', 6, ''),
-    ('tpu-v6e', 512, ''),
   ],
 )
 def test_a_slice_of_tpus_has_a_shape_that_is_sold(target, count, name):
@@ -185,11 +171,6 @@ def test_a_slice_of_tpus_has_a_shape_that_is_sold(target, count, name):
   else:
     with pytest.raises(InputError, match=f'estimate.devices = {count}'):
       targets.slice_name(TARGETS[target], count)
-
-
-def test_every_target_can_be_named():
-  choices = {field: declared.choices for field, declared in declarations()}
-  assert choices['estimate.target'] == tuple(TARGETS)
 
 
 def test_another_teacher_is_beside_the_model(files):

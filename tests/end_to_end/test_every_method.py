@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,10 +10,9 @@ from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.models.network import llama
 from adapt_jax.pruning.methods import METHODS
 from tests.support import runs
-from tests.support.helpers import logits, random_tokens, refused
+from tests.support.helpers import logits, new_params, random_tokens, refused
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 MANY_STEPS = ('adapt', 'uniform', 'wanda_sp')
@@ -26,8 +24,7 @@ def files(files):
   path, tokenizer = files, tiny_tokenizer()
   shapes = (LayerShape(4, 2, 48),) * 8
   config = ModelConfig('llama', len(tokenizer), 32, 8, shapes, RopeConfig(1e4), 1e-5, True)
-  params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0))))()
-  write_hf(config, params, path / 'eight', tokenizer=tokenizer)
+  write_hf(config, new_params(config), path / 'eight', tokenizer=tokenizer)
   return path
 
 

@@ -101,20 +101,6 @@ def test_a_form_that_cannot_hold_the_model_is_refused_before_anything_is_written
   assert not (tmp_path / 'out').exists()
 
 
-def test_on_the_command_line(files, finished, tmp_path):
-  """Two forms; the same command again says that it is done."""
-  flags = (
-    f'--config.model.source={files / "model"}',
-    '--mode=export',
-    '--config.export.formats=hf,hf_padded',
-  )
-  done = runs.main(files, tmp_path / 'out', *flags)
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.count('read back: largest logit difference') == 2
-  assert {'hf', 'hf_padded', 'report.json'} <= {p.name for p in (tmp_path / 'out').iterdir()}
-  assert 'this run is finished' in runs.main(files, tmp_path / 'out', *flags).stdout
-
-
 def test_a_run_stopped_during_training_has_no_figures_of_what_it_was_before(files, tmp_path, monkeypatch):
   stopped, write = [], MetricsLog.write
 

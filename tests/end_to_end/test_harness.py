@@ -125,13 +125,6 @@ def test_texts_are_those_of_the_harness_own_model(source, tasks_path, hf_lm, mon
     assert written(ours, options) == theirs != plain
 
 
-def test_a_tokenizer_without_an_end_token_writes_up_to_the_limit(source, tasks_path):
-  lm = make_lm(source)
-  lm.tokenizer.eos_token = None
-  assert lm.eot_token_id is None and lm.prefix_token_id is not None
-  assert all(written(lm, options_of(tasks_path, 'toy_write')))
-
-
 @pytest.mark.parametrize('context, answer', [([5, 6], []), ([], [7]), ([5], [6] * (LONGEST + 1))])
 def test_requests_that_no_model_can_answer_are_refused(source, context, answer):
   requests = [(('a', 'b'), context, answer)]
@@ -165,12 +158,6 @@ def test_order_batches_and_devices_do_not_matter(source):
       got = make_lm(source, tokens=tokens).loglikelihood(asked(*questions[::-1]))[::-1]
     assert [greedy for _, greedy in got] == [greedy for _, greedy in want]
     np.testing.assert_allclose([s for s, _ in got], [s for s, _ in want], atol=1e-4)
-
-
-def test_choices_of_one_token_share_a_row():
-  context = list(range(40))
-  rows = harness_lm._rows([(None, context, [k]) for k in range(4)] + [(None, context, [1, 2])], 64)
-  assert [len(row.answers) for row in rows] == [4, 1]
 
 
 def test_a_question_asked_again_has_another_answer(source, tasks_path):

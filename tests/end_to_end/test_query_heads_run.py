@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,12 +12,11 @@ from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.models.network import llama
 from adapt_jax.modes.estimate_programs import Footprint, stage_configs
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pruning.pruner import Pruner
 from tests.support import runs
-from tests.support.helpers import refused
+from tests.support.helpers import new_params, refused
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 
@@ -28,8 +26,7 @@ def single(tmp_path_factory):
   path = tmp_path_factory.mktemp('single')
   tokenizer, shapes = tiny_tokenizer(), (LayerShape(4, 1, 48),) * 2
   config = ModelConfig('llama', len(tokenizer), runs.HIDDEN, 8, shapes, RopeConfig(1e4), 1e-5, True)
-  params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(1))))()
-  write_hf(config, params, path, tokenizer=tokenizer)
+  write_hf(config, new_params(config, seed=1), path, tokenizer=tokenizer)
   return path
 
 

@@ -120,25 +120,6 @@ def test_report_table_csv_and_page(finished):
 
 
 @pytest.mark.parametrize(
-  'field, value',
-  [
-    ('sensitivity.sparsity', 0.0),
-    ('sensitivity.sparsity', float('nan')),
-    ('sensitivity.bases', ()),
-    ('sensitivity.bases', (-0.1,)),
-    ('sensitivity.bases', (0.2, 0.2)),
-    ('sensitivity.bases', ('dense',)),
-  ],
-)
-def test_bad_values(files, field, value):
-  config = make_config(files)
-  config.update_from_flattened_dict({field: value})
-  with pytest.raises(InputError) as error:
-    from_dict(config.to_dict())
-  assert f'{field} = {value!r}' in str(error.value)
-
-
-@pytest.mark.parametrize(
   'change, words',
   [
     ({'evaluate.source': ()}, 'evaluate.source: mode sensitivity measures'),

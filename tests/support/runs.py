@@ -17,7 +17,6 @@ from adapt_jax.configs import base
 from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.network import llama
 from adapt_jax.modes import accel
 from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.stages import Recovery
@@ -25,6 +24,7 @@ from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.training.loop import Trained
 from tests.support import forks, programs
+from tests.support.helpers import new_params
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def make_files(path: pathlib.Path) -> pathlib.Path:
   tokenizer = tiny_tokenizer()
   shapes = (LayerShape(6, 3, 48),) * LAYERS
   config = ModelConfig('llama', len(tokenizer), HIDDEN, 8, shapes, RopeConfig(1e4), 1e-5, True)
-  params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, llama.init_params(config, jax.random.key(0))))()
+  params = new_params(config)
   write_hf(config, params, path / 'model', tokenizer=tokenizer)
   write_hf(config, params, path / 'bfloat16', tokenizer=tokenizer, dtype=jax.numpy.bfloat16)
   rng = np.random.default_rng(0)

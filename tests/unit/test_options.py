@@ -113,6 +113,11 @@ READ = [
   ('accel', 'export__formats', ('gguf',), False),
   ('accel', 'export__dtype', 'float16', True),
   ('accel', 'bench__repeats', 9, False),
+  ('accel', 'mesh__data', 2, False),  # a run may go on with other devices
+  ('accel', 'prune__calibration__batch', 1, False),
+  ('accel', 'evaluate__batch', 1, False),
+  ('accel', 'train__save_every', 1, False),
+  ('accel', 'data__cache', 'elsewhere', False),
   ('prune', 'train__lr', 1e-3, False),
   ('prune', 'prune__calibration__samples', 9, True),
   ('evaluate', 'prune__target', 0.5, False),
