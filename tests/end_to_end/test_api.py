@@ -12,11 +12,8 @@ import numpy as np
 import pytest
 
 import adapt_jax as aj
-from adapt_jax.config.build import from_dict
 from adapt_jax.generation import self_text
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.modes import accel
-from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.criteria import Importance
 from adapt_jax.pruning.methods.base import UniformOneShot
 from tests.support import runs
@@ -41,7 +38,7 @@ def cache(tmp_path_factory, monkeypatch):
 def test_prune_gives_the_weights_that_the_command_writes(files, model, rows, tmp_path):
   config = runs.make_config(files)
   config.prune.method, config.prune.stages, config.train.tokens = 'obs', 1, 0
-  accel.run(from_dict(config.to_dict()), Workdir(str(tmp_path / 'out'), {}), 'the command')
+  runs.in_process(config, tmp_path / 'out')
   small, plan = aj.prune(model, rows, target=0.8)
   written = open_source(str(tmp_path / 'out/hf'))
   assert small.config == written.config

@@ -48,7 +48,7 @@ def make_options(models, dense='wide', pruned='narrow', **fields):
 
 def run(options, path):
   bench.run(options, Workdir(str(path), {}), 'the command')
-  return json.loads((path / 'report.json').read_text())
+  return runs.read_report(path)
 
 
 SHORT = {'dense': '', 'prompt_length': 16, 'new_tokens': 2, 'repeats': 1}

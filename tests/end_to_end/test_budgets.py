@@ -2,10 +2,8 @@
 
 import json
 
-import jax.numpy as jnp
 import pytest
 
-from adapt_jax import api
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.pruning import latency
@@ -94,16 +92,3 @@ def test_stages_end_at_their_targets_and_a_table_that_changes_is_refused(files, 
   (tmp_path / 'out/report.json').unlink()
   with pytest.raises(InputError, match=r'prune\.latency_table is not what the run'):
     runs.in_process(config, tmp_path / 'out', 'prune')
-
-
-def test_the_library_prunes_to_a_budget(files):
-  model = api.load(files / 'model')
-  groups = sum(shape.num_kv_heads for shape in model.config.layers)
-  rows = api.rows(model, files / 'train.txt', samples=8, length=16)
-  small, plan = api.prune(model, rows, target=0.5, budget='kv_cache', compensate='none')
-  assert plan.kv_widths.sum() == groups // 2 and (plan.ffn_widths == 48).all()
-  wanted = 2 * 8 * 4 * (groups // 2)  # bytes
-  absolute, _ = api.prune(model, rows, target=wanted, budget='kv_cache', compensate='none')
-  assert absolute.config == small.config and small.params['embed'].dtype == jnp.float32
-  with pytest.raises(InputError, match='bytes of KV cache per token, but Obs always keeps'):
-    api.prune(model, rows, target=0.2, budget='kv_cache')

@@ -1,7 +1,6 @@
 """Mode compare: cells equal lone runs and share work; failures and kills cost only their own cell."""
 
 import csv
-import dataclasses
 import errno
 import json
 import os
@@ -16,7 +15,7 @@ from adapt_jax.configs import ablations, methods_table
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.preemption import Preempted
 from adapt_jax.models.errors import InputError
-from adapt_jax.modes import accel, compare
+from adapt_jax.modes import compare
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
 from tests.support import runs
@@ -35,11 +34,7 @@ def make_config(files, grid=GRID, compensate='none', **compare_fields):
 
 
 def start(config, path):
-  options = from_dict(config.to_dict())
-  workdir = Workdir(str(path), compare.MODE.identity(options))
-  workdir.check()
-  compare.run(options, workdir, 'python main.py <x>')
-  return json.loads((path / 'report.json').read_text())
+  return runs.in_process(config, path, 'compare')
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +59,7 @@ def finished(files, tmp_path_factory):
 
 
 def cell_report(path, cell):
-  return json.loads((path / 'cells' / cell['name'] / 'report.json').read_text())
+  return runs.read_report(path / 'cells' / cell['name'])
 
 
 def scored(path, cell):
@@ -79,14 +74,11 @@ def test_a_cell_is_what_the_run_alone_gives(finished, files, tmp_path):
   """To the bit, though the cell of target 0.8 had most of its scores from that of 0.9."""
   config = make_config(files, grid=(), compensate='bias')
   config.prune.target = 0.8
-  options = from_dict(config.to_dict())
-  options = dataclasses.replace(options, train=dataclasses.replace(options.train, tokens=0))
-  alone = Workdir(str(tmp_path / 'alone'), {})
-  accel.run(options, alone, '')
-  cell = finished[0] / 'cells' / 'prune.target-0.8'
-  lone, mine = json.loads(alone.report.read_text()), json.loads((cell / 'report.json').read_text())
+  config.train.tokens = 0
+  alone, cell = tmp_path / 'alone', finished[0] / 'cells' / 'prune.target-0.8'
+  lone, mine = runs.in_process(config, alone, 'prune'), runs.read_report(cell)
   assert mine['perplexity'] == lone['perplexity'] and mine['model'] == lone['model']
-  plans = [json.loads(path.read_text())['layers'] for path in (cell / 'plan.json', alone.plan)]
+  plans = [json.loads((path / 'plan.json').read_text())['layers'] for path in (cell, alone)]
   assert plans[0] == plans[1]
   for field in ('--mode=prune', '--config.prune.target=0.8', '--config.prune.method=adapt'):
     assert field in mine['command']

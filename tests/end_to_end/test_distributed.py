@@ -68,7 +68,7 @@ def together(starters):
 
 def assert_same_report(path, reference):
   """Widths, tokens and compiles alike, figures within 1e-5; losses of every step and weights are close."""
-  ours, theirs = (json.loads((p / 'report.json').read_text()) for p in (path, reference))
+  ours, theirs = (runs.read_report(p) for p in (path, reference))
   for stage, expected in zip(ours['stages'], theirs['stages'], strict=True):
     for name in ('num_kv_heads', 'ffn', 'params', 'tokens'):
       assert stage[name] == expected[name]
@@ -88,7 +88,7 @@ def assert_same_report(path, reference):
 
 def test_two_processes_give_the_report_of_one(alone, together):
   assert_same_report(together, alone)
-  assert json.loads((together / 'report.json').read_text())['compiles']['training'] == 1
+  assert runs.read_report(together)['compiles']['training'] == 1
 
 
 def test_one_of_two_killed_at_a_random_moment(starters, together):

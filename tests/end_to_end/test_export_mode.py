@@ -7,18 +7,14 @@ import pytest
 from safetensors.numpy import load_file
 
 import adapt_jax as aj
-from adapt_jax.config.build import from_dict
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.writer import LINEAGE, lineage
 from adapt_jax.machine import preemption
 from adapt_jax.models.config import count_params
 from adapt_jax.models.formats.source import open_config, open_source
-from adapt_jax.modes import accel
 from adapt_jax.modes import export as export_mode
-from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.run import Run
-from adapt_jax.pipeline.workdir import Workdir
 from tests.support import runs
 from tests.support.helpers import UNIFORM, random_params, refused, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
@@ -29,8 +25,7 @@ def export(files, source, path, **fields):
   config.model.source = str(source)
   for field, value in fields.items():
     config.export[field] = value
-  export_mode.run(from_dict(config.to_dict()), Workdir(str(path), {}), 'python main.py --mode=export')
-  return json.loads((path / 'report.json').read_text())
+  return runs.in_process(config, path, 'export', 'python main.py --mode=export')
 
 
 def assert_same_weights(path, reference):
@@ -50,7 +45,7 @@ def test_a_checkpoint_keeps_every_bit(files, tmp_path, monkeypatch):
 
 def test_a_workdir_stands_for_its_model_and_origin(files, finished, tmp_path):
   report = export(files, finished, tmp_path / 'out', dtype='bfloat16')
-  ran = json.loads((finished / 'report.json').read_text())
+  ran = runs.read_report(finished)
   for path in (finished, tmp_path / 'out'):
     lineage = json.loads((path / 'hf' / LINEAGE).read_text())
     assert lineage['stages'] == ran['stages'] and lineage['command'] == 'python main.py'
@@ -76,7 +71,7 @@ def test_a_run_that_is_not_finished_is_taken_at_its_newest_checkpoint(
   before = {p: p.stat().st_mtime_ns for p in unfinished.rglob('*') if p.is_file()}
   report = export(files, unfinished, tmp_path / 'out')
   assert_same_weights(tmp_path / 'out/hf', finished / 'hf')
-  ran = json.loads((finished / 'report.json').read_text())
+  ran = runs.read_report(finished)
   assert report['stages'] == ran['stages'] and report['model']['params_after'] == ran['model']['params_after']
   for name in ('prune', 'train', 'data'):
     assert report[name] == ran[name]
@@ -114,11 +109,9 @@ def test_a_run_stopped_during_training_has_no_figures_of_what_it_was_before(file
   scores = {'task': {'acc': 1.0, 'n': 1}}
   monkeypatch.setattr(Run, '_tasks', lambda self, state, of: state.record_tasks(of, scores))
   config = runs.make_config(files)
-  options = from_dict(config.to_dict())
-  workdir = Workdir(str(tmp_path / 'run'), MODES['accel'].identity(options))
   with pytest.raises(preemption.Preempted):
-    accel.run(options, workdir, 'python main.py')
-  report = export(files, workdir.path, tmp_path / 'out')
+    runs.in_process(config, tmp_path / 'run')
+  report = export(files, tmp_path / 'run', tmp_path / 'out')
   (stage,) = report['stages']
   assert stage['tokens'] >= 3 * 128 and stage['tokens'] % 128 == 0
   assert report['perplexity']['pruned'] is None and set(report['tasks']) == {'dense'}
@@ -140,7 +133,7 @@ def test_pruning_an_export_again_keeps_its_origin(files, finished, tmp_path):
   config.model.source, config.prune.stages, config.prune.target = str(finished), 1, 0.9
   config.train.tokens = 0
   report = runs.in_process(config, tmp_path / 'again', 'prune')
-  first = json.loads((finished / 'report.json').read_text())['model']
+  first = runs.read_report(finished)['model']
   assert report['model']['source'] == str(finished)
   assert (report['origin']['source'], report['origin']['params']) == ('model', first['params_before'])
   model = aj.load(tmp_path / 'again/hf')

@@ -18,10 +18,7 @@ from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler, Programs
 from adapt_jax.machine.mesh import load_source
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.modes import accel, evaluate
-from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline import quality
-from adapt_jax.pipeline.workdir import Workdir
 from tests.support import harness_tasks, runs
 from tests.support.helpers import VARIED, random_params, refused, tiny_config
 from tests.support.tokenizers_for_tests import tiny_tokenizer
@@ -218,9 +215,7 @@ def make_config(files, tasks_path, **fields):
 
 def test_mode_evaluate_needs_no_text(files, tasks_path, tmp_path, capsys):
   config = make_config(files, tasks_path, tasks=('toy_choice', 'toy_text'), source=(), limit=2)
-  workdir = Workdir(str(tmp_path / 'out'), {})
-  evaluate.run(from_dict(config.to_dict()), workdir, '')
-  report = json.loads(workdir.report.read_text())
+  report = runs.in_process(config, tmp_path / 'out', 'evaluate')
   assert 'perplexity' not in report and set(report['tasks']) == {'toy_choice', 'toy_text'}
   assert report['versions']['lm_eval'] and report['compiles']['harness'] <= 6
   assert '| toy_choice | acc_norm, % | 2 |' in capsys.readouterr().out
@@ -237,13 +232,11 @@ def test_a_run_scores_dense_pruned_and_recovered_once(files, tasks_path, tmp_pat
     return real(*args, title=title, **kwargs)
 
   monkeypatch.setattr(quality, 'evaluate_tasks', evaluate_tasks)
-  options = from_dict(make_config(files, tasks_path, tasks=('toy_text',), limit=1).to_dict())
-  workdir = Workdir(str(tmp_path / 'out'), MODES['accel'].identity(options))
+  config = make_config(files, tasks_path, tasks=('toy_text',), limit=1)
   with pytest.raises(KeyboardInterrupt):
-    accel.run(options, workdir, '')
-  accel.run(options, workdir, '')
+    runs.in_process(config, tmp_path / 'out')
+  report = runs.in_process(config, tmp_path / 'out')
   assert asked == ['dense: tasks', 'pruned: tasks', 'pruned: tasks', 'recovered: tasks']
-  report = json.loads(workdir.report.read_text())
   assert list(report['tasks']) == ['dense', 'pruned', 'recovered']
   texts = {name: scores['toy_text']['word_perplexity'] for name, scores in report['tasks'].items()}
   assert len(set(texts.values())) == 3 and report['compiles']['harness'] > 0

@@ -1,7 +1,6 @@
 """The files of launch/: what a scheduler is told fits main.py, and they start again what is not finished."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -87,7 +86,7 @@ def test_two_processes_of_srun_are_one_run(slurm, tmp_path):
   workdir = tmp_path / 'out'
   code, output, requeued = slurm(workdir, recipe, '--mode=evaluate', PYTHON=sys.executable)
   assert (code, requeued) == (0, False), output
-  assert json.loads((workdir / 'report.json').read_text())['perplexity']['dense'] > 1
+  assert runs.read_report(workdir)['perplexity']['dense'] > 1
   assert output.count(' parameters, perplexity ') == 1, 'two runs, not one of two processes'
 
 

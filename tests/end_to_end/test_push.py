@@ -12,7 +12,6 @@ from adapt_jax.export.push import check_hub
 from adapt_jax.export.push import push as upload
 from adapt_jax.models.errors import InputError, Unreachable
 from adapt_jax.modes import accel
-from adapt_jax.modes import export as export_mode
 from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.workdir import Workdir
 from tests.support import hub as stand_in
@@ -44,7 +43,7 @@ def content(directory):
 def test_every_format_arrives_byte_for_byte_in_its_repository(files, hub, tmp_path, capsys):
   config = runs.make_config(files)
   config.export.update({'push': 'org/small', 'formats': ('hf', 'hf_padded', 'gguf')})
-  export_mode.run(from_dict(config.to_dict()), Workdir(str(tmp_path / 'out'), {}), 'the command')
+  runs.in_process(config, tmp_path / 'out', 'export')
   names = {'hf': 'org/small', 'hf_padded': 'org/small-padded', 'gguf': 'org/small-GGUF'}
   assert hub.repos == {repo: content(tmp_path / 'out' / name) for name, repo in names.items()}
   assert {'model.safetensors', 'tokenizer.json', 'README.md'} <= hub.repos['org/small'].keys()

@@ -1,7 +1,5 @@
 """Runs that remove query heads (prune.attention): figures, exports, resume, another pruning, one KV head."""
 
-import json
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,11 +8,9 @@ import adapt_jax as aj
 from adapt_jax.config.build import from_dict
 from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
-from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes.estimate_programs import Footprint, stage_configs
 from adapt_jax.pipeline.inputs import prepare
-from adapt_jax.pruning.pruner import Pruner
 from tests.support import runs
 from tests.support.helpers import new_params, refused
 from tests.support.tokenizers_for_tests import tiny_tokenizer
@@ -48,7 +44,7 @@ def by_heads(files, tmp_path_factory):
 
 
 def test_query_heads_go_and_kv_heads_stay_in_every_export(files, by_heads):
-  report, whole = json.loads((by_heads / 'report.json').read_text()), open_source(str(files / 'model')).config
+  report, whole = runs.read_report(by_heads), open_source(str(files / 'model')).config
   result = open_source(str(by_heads / 'hf')).config
   assert 0.66 < count_params(result) / count_params(whole) <= 0.7
   assert all(shape.num_kv_heads == 3 for shape in result.layers)
@@ -63,28 +59,6 @@ def test_query_heads_go_and_kv_heads_stay_in_every_export(files, by_heads):
   expected = aj.perplexity(aj.load(by_heads / 'hf'), valid, length=32)
   for form in ('hf_padded', 'gguf/model-F32.gguf', 'gguf_padded/model-F32.gguf'):
     assert aj.perplexity(aj.load(by_heads / form), valid, length=32) == pytest.approx(expected, rel=1e-4)
-
-
-def test_kills_while_pruning_and_training_change_nothing(files, by_heads, tmp_path, monkeypatch):
-  score, passes = Pruner.score, iter(range(100))
-
-  def dies(self, *args, **options):
-    if next(passes) == 2:
-      raise KeyboardInterrupt
-    return score(self, *args, **options)
-
-  path, config = tmp_path / 'out', make_config(files)
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(Pruner, 'score', dies)
-    runs.in_process(config, path)
-  assert json.loads((path / 'plan.json').read_text())['step'] == 2
-  with monkeypatch.context() as broken, pytest.raises(InputError, match='killed'):
-    runs.steps_of(broken, 3)  # which is saved; step 4 is the last
-    runs.in_process(config, path)
-  taken = runs.steps_of(monkeypatch)
-  runs.in_process(config, path)
-  assert taken == [4]
-  runs.assert_same_end(path, by_heads)
 
 
 def test_the_result_is_pruned_again_by_query_heads_and_not_by_groups(files, by_heads):

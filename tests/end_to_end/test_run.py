@@ -13,18 +13,13 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.modes import evaluate, export
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
-from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.training.rate import with_rate
 from tests.support import runs
 from tests.support.helpers import refused
 from tests.support.runs import in_process as start
-
-
-def read_report(path):
-  return json.loads((path / 'report.json').read_text())
+from tests.support.runs import read_report
 
 
 @pytest.fixture(scope='module')
@@ -51,9 +46,7 @@ def measured(files, path, tmp_path):
   """Perplexity of the weights that a run saved."""
   config = runs.make_config(files)
   config.model.source = str(path / 'hf')
-  workdir = Workdir(str(tmp_path / 'evaluate'), {'mode': 'evaluate'})
-  evaluate.run(from_dict(config.to_dict()), workdir, '')
-  return read_report(workdir.path)['perplexity']['dense']
+  return start(config, tmp_path / 'evaluate', 'evaluate')['perplexity']['dense']
 
 
 def altered(model, tmp_path, name, factor=1.0):
@@ -242,8 +235,7 @@ def test_the_learning_rate_follows_from_the_weights(files, tmp_path):
   shutil.rmtree(path / 'hf')
   (path / 'report.json').unlink()
   config.model.source = str(path)
-  export.run(from_dict(config.to_dict()), Workdir(str(tmp_path / 'export'), {}), 'python main.py')
-  assert read_report(tmp_path / 'export')['train']['lr'] == expected.lr
+  assert start(config, tmp_path / 'export', 'export')['train']['lr'] == expected.lr
 
 
 def test_prune_mode_resumes_a_model_of_mixed_dtypes(files, tmp_path):

@@ -1,7 +1,6 @@
 """Mode sensitivity: the figures are those of really compacted models, one compile each, resume, bad input."""
 
 import csv
-import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +12,7 @@ from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
-from adapt_jax.modes import sensitivity
 from adapt_jax.pipeline.inputs import prepare
-from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan, keep_best
 from adapt_jax.pruning.pruner import Pruner
@@ -34,11 +31,7 @@ def make_config(files):
 def start(config, path):
   config.prune.update({'compensate': 'bias', 'target': 1e9})  # of other modes
   config.train.update({'tokens': 1, 'source': (str(path / 'absent.txt'),)})
-  options = from_dict(config.to_dict())
-  workdir = Workdir(str(path), sensitivity.MODE.identity(options))
-  workdir.check()
-  sensitivity.run(options, workdir, 'python main.py <x>')
-  return json.loads(workdir.report.read_text())
+  return runs.in_process(config, path, 'sensitivity', command='python main.py <x>')
 
 
 @pytest.fixture(scope='module')

@@ -9,9 +9,7 @@ import adapt_jax as aj
 from adapt_jax.config.build import from_dict
 from adapt_jax.models.config import count_params
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.inputs import prepare
-from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.narrow import narrowed_config
 from tests.support import runs
 from tests.support.helpers import refused
@@ -33,8 +31,7 @@ def make_config(files, **fields):
 
 
 def execute(mode, files, path, **fields):
-  options = MODES[mode].settle(from_dict(make_config(files, **fields).to_dict()))
-  MODES[mode].run(options, Workdir(str(path), MODES[mode].identity(options)), 'python main.py')
+  runs.in_process(make_config(files, **fields), path, mode)
   return path
 
 

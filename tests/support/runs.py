@@ -17,7 +17,6 @@ from adapt_jax.configs import base
 from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
-from adapt_jax.modes import accel
 from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.stages import Recovery
 from adapt_jax.pipeline.workdir import Workdir
@@ -104,21 +103,28 @@ def main(files: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.
   return forks.main(command(files, workdir, *flags)[1:])
 
 
-def in_process(config: ConfigDict, path: pathlib.Path, mode: str = 'accel') -> dict[str, Any]:
-  """The report of a run of mode accel or prune in this process."""
+def in_process(
+  config: ConfigDict, path: pathlib.Path, mode: str = 'accel', command: str = 'python main.py'
+) -> dict[str, Any]:
+  """The report of a mode that has a workdir, run in this process."""
   options = aligned(MODES[mode].settle(from_dict(config.to_dict())))
   workdir = Workdir(str(path), MODES[mode].identity(options))
   workdir.check()
   with programs.traced_once():
-    accel.run(options, workdir, 'python main.py')
-  return json.loads((path / 'report.json').read_text())
+    MODES[mode].run(options, workdir, command)
+  return read_report(path)
+
+
+def read_report(path: pathlib.Path) -> dict[str, Any]:
+  report: dict[str, Any] = json.loads((path / 'report.json').read_text())
+  return report
 
 
 def assert_same_end(path: pathlib.Path, reference: pathlib.Path) -> None:
   """Two finished runs have the same weights, figures, log and plan; times aside."""
   for name in ('hf/model.safetensors', 'hf/config.json', 'hf/tokenizer.json'):
     assert (path / name).read_bytes() == (reference / name).read_bytes(), name
-  ours, theirs = (json.loads((p / 'report.json').read_text()) for p in (path, reference))
+  ours, theirs = map(read_report, (path, reference))
   for report in (ours, theirs):
     for stage in report['stages']:
       del stage['seconds']
