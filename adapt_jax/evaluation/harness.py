@@ -23,16 +23,12 @@ from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.files import local
 from adapt_jax.models.network.llama import Params
 
+_ZERO_SHOT = (
+  'arc_easy', 'arc_challenge', 'hellaswag', 'openbookqa', 'piqa', 'winogrande', 'social_iqa', 'wikitext',
+)  # fmt: skip
 # The paper's protocol: task -> examples before each question.
 PAPER: dict[str, int | None] = {
-  'arc_easy': 0,
-  'arc_challenge': 0,
-  'hellaswag': 0,
-  'openbookqa': 0,
-  'piqa': 0,
-  'winogrande': 0,
-  'social_iqa': 0,
-  'wikitext': 0,
+  **dict.fromkeys(_ZERO_SHOT, 0),
   'mmlu': 5,
   'truthfulqa_mc1': 1,  # in addition to the six examples that its prompt always has
   'truthfulqa_mc2': 1,
@@ -150,7 +146,6 @@ def _open(names: tuple[tuple[str, int | None], ...], tasks_path: str) -> tuple[l
 
 
 def _remedy(name: str, manager: Any) -> str:
-  """What to do if a task cannot be opened."""
   if name in (known := set(manager.all_tasks)):
     return (
       'its data comes from the hub; without access, write a task file for local data '

@@ -21,15 +21,6 @@ from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.training.loss import capped, distillation, next_token_loss, shift, sum_over_chunks, whole
 
 
-def definition(blocks: Blocks) -> str:
-  """Describes the perplexity on these windows in words, for reports."""
-  windows, length = blocks.tokens.shape
-  return (
-    f'exp of the mean next-token cross-entropy over {windows} non-overlapping windows of {length} tokens, '
-    f'{int(blocks.targets.sum()):,} tokens counted; the first of a window has no context and is skipped'
-  )
-
-
 def tokens_per_byte(blocks: Blocks, tokenizer: Any) -> float:
   """Counted tokens of the windows per byte of their text in UTF-8.
 
@@ -151,14 +142,17 @@ class Evaluator:
   @property
   def definition(self) -> str:
     """Describes the perplexity in words, for reports."""
-    return definition(self.blocks)
+    (windows, length), counted = self.blocks.tokens.shape, int(self.blocks.targets.sum())
+    return (
+      f'exp of the mean next-token cross-entropy over {windows} non-overlapping windows of {length} tokens, '
+      f'{counted:,} tokens counted; the first of a window has no context and is skipped'
+    )
 
   def perplexity(self, config: ModelConfig, params: Params, title: str) -> float:
     """exp(mean cross-entropy in nats) over all targets of all windows. Raises `Preempted` between batches."""
     total = count = 0.0
-    size = self.batch
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
-      for tokens, targets, windows in batches(self.blocks, size):
+      for tokens, targets, windows in batches(self.blocks, self.batch):
         preemption.check()
         args = params, tokens, targets
         program = self._program('evaluation', _Loss(config, self._dtype), tokens, *args)

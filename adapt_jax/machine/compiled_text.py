@@ -6,14 +6,8 @@ import math
 import re
 from collections import defaultdict
 
-_KINDS = (
-  'all-gather',
-  'all-reduce',
-  'reduce-scatter',
-  'all-to-all',
-  'ragged-all-to-all',
-  'collective-permute',
-)
+_EXCHANGES = ('all-to-all', 'ragged-all-to-all', 'collective-permute')
+_KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', *_EXCHANGES)
 _COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) \(.*\{$')
 # NAME = SHAPE OPERATION(OPERANDS), ATTRIBUTES
 _INSTRUCTION = re.compile(r'\s*(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$')
@@ -98,7 +92,12 @@ class CompiledText:
         computation[instruction] = _Instruction(instruction, shape, operation, rest, bool(root))
     partitions = re.search(r'num_partitions=(\d+)', text)
     self._partitions = int(partitions[1]) if partitions else 1
-    self._users_of: dict[str, dict[str, list[_Instruction]]] = {}
+    self._users: dict[str, dict[str, list[_Instruction]]] = {}
+    for name, computation in self._computations.items():
+      self._users[name] = defaultdict[str, list[_Instruction]](list)
+      for x in computation.values():
+        for operand in x.operands:
+          self._users[name][operand].append(x)
     self._times = defaultdict[str, int](int)
     self._count(entry, 1)
 
@@ -208,18 +207,10 @@ class CompiledText:
     found = self._computations[computation].values()
     return {_value(x): x for x in found if x.operation == 'parameter'}
 
-  def _users(self, computation: str) -> dict[str, list[_Instruction]]:
-    if computation not in self._users_of:
-      users = self._users_of[computation] = defaultdict[str, list[_Instruction]](list)
-      for y in self._computations[computation].values():
-        for name in y.operands:
-          users[name].append(y)
-    return self._users_of[computation]
-
   def _read(self, x: _Instruction, computation: str) -> int:
     """Bytes that the users of x inside a fusion read of it, and those in fusions inside that one."""
     total = 0
-    for user in self._users(computation)[x.name]:
+    for user in self._users[computation][x.name]:
       first = user.operands[0] == x.name
       if user.operation == 'bitcast':
         total += self._read(user, computation)
@@ -237,7 +228,7 @@ class CompiledText:
   def _reaches_root(self, x: _Instruction, computation: str) -> bool:
     return x.root or any(
       y.operation in ('bitcast', 'tuple') and self._reaches_root(y, computation)
-      for y in self._users(computation)[x.name]
+      for y in self._users[computation][x.name]
     )
 
 

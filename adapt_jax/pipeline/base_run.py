@@ -79,7 +79,7 @@ class BaseRun:
 
   def _record_cost(self, state: RunState) -> None:
     """Records the time and the compiles of the whole run so far."""
-    state.record_cost(time.monotonic() - self._started, dict(self._compiler.counts))
+    state.seconds, state.compiles = time.monotonic() - self._started, dict(self._compiler.counts)
 
   def _report(self, state: RunState) -> RunReport:
     more = ('lm_eval',) if self.options.evaluate.has_tasks else ()

@@ -81,23 +81,23 @@ class Checkpoints:
 
   def meta(self, number: int) -> dict[str, Any]:
     """The JSON of a checkpoint, from which the target of `restore` is built."""
-    meta: dict[str, Any] = self._read_meta(number)['meta']
-    return meta
+    return self._read_meta(number)[0]
 
-  def _read_meta(self, number: int) -> dict[str, Any]:
+  def _read_meta(self, number: int) -> tuple[dict[str, Any], int]:
+    """The JSON of a checkpoint, and the checksum of its arrays."""
     with self._read(number), _one_error():
       args = ocp.args.Composite(meta=ocp.args.JsonRestore())
       meta: dict[str, Any] = self._manager.restore(number, args=args)['meta']
       if meta.pop('checksum') != json_checksum(meta):
         raise ValueError('the checksum of its JSON differs')
-    return meta
+      return meta['meta'], meta['arrays']
 
   def restore(self, number: int, target: Any) -> Any:
     """The arrays of a checkpoint, checked against `target`, a pytree of `jax.ShapeDtypeStruct`.
 
     Raises InputError if a shape or dtype differs, since orbax casts dtypes silently.
     """
-    wanted = self._read_meta(number)['arrays']
+    _, wanted = self._read_meta(number)
     with self._read(number), _one_error():
       state = self._restore(number, target)
       if _checksum(state) != wanted:

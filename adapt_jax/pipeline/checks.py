@@ -19,7 +19,6 @@ from adapt_jax.pipeline.loader import evaluation_field
 from adapt_jax.pipeline.schedule import reachable_target, stage_steps, target_cost
 from adapt_jax.pruning import budget as budgets
 from adapt_jax.pruning import serving_widths, slicegpt
-from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.methods import METHODS
 
 _MAY_BE_OWN = ('prune.calibration.source', 'train.source')  # may be text that the model generates
@@ -70,32 +69,22 @@ def check_run(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16'
     return
   mesh.check_model(config)
   serving_widths.check_model(options.prune, config)
-  _check_size(options, config, budget_of(options, config, stored))
-  _check_steps(options)
-  result = with_output_bias(config, options.prune.compensate == 'bias')
-  check_result(options.export, result, METHODS[options.prune.method].whole_layers)
-  mesh.check_batches(options)
-
-
-def _check_size(options: RunOptions, config: ModelConfig, budget: Budget) -> None:
-  """Raises InputError for a target out of reach, and for a teacher's cache as large as the vocabulary."""
-  kept = options.train.distill.kept_ids
-  if options.train.tokens and kept >= config.vocab_size:
+  if train.tokens and (kept := train.distill.kept_ids) >= config.vocab_size:
     raise InputError(
       f'train.distill.cache = {kept} must be below the {config.vocab_size} ids of the model: lower it'
     )
-  pruned = with_output_bias(config, options.prune.compensate == 'bias')
-  reachable_target(METHODS[options.prune.method](pruned, options.prune, budget), options.prune.target)
+  method = METHODS[options.prune.method]
+  result = with_output_bias(config, options.prune.compensate == 'bias')
+  reachable_target(method(result, options.prune, budget_of(options, config, stored)), options.prune.target)
+  _check_steps(options)
+  check_result(options.export, result, method.whole_layers)
+  mesh.check_batches(options)
 
 
 def _check_slicing(options: RunOptions, config: ModelConfig) -> None:
   """Raises InputError, naming the option, for anything that `SliceRun` does not support."""
   given = {field: get(options, field) for field in _SLICING}
-  wrong = [
-    f'{field} = {given[field]!r}: set it to {value!r}'
-    for field, value in _SLICING.items()
-    if given[field] != value
-  ]
+  wrong = [f'{x} = {given[x]!r}: set it to {value!r}' for x, value in _SLICING.items() if given[x] != value]
   if not config.traits.sliceable or any(shape.window for shape in config.layers):
     wrong = [f'{config.family} models: choose another method']
   elif (devices := sharding.mesh()) is not None:

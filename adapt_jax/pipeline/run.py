@@ -66,7 +66,7 @@ class Run(BaseRun):
 
   def _run_stages(self, state: RunState) -> None:
     if not state.dense:
-      state.record_dense(self._perplexity(state, 'dense'))
+      state.dense = self._perplexity(state, 'dense')
     if self._tasks(state, 'dense'):
       self._store.save_plan(state, 1)
     for stage in range(max(state.stage, 1), self._schedule.stages + 1):
@@ -155,16 +155,12 @@ class Run(BaseRun):
       return
     step = self.options.train.batch * self.options.train.length / done.metrics['tokens_per_second']
     stages = self._schedule.stages - stage
-    prunings = 'one more pruning' if stages == 1 else f'{stages} more prunings'
-    without = more = ''
-    if stages and seconds is None:
-      without = f', without {prunings}'
-    elif stages:
-      more = f', {seconds:.0f} s for {"each of " if stages > 1 else ""}{prunings}'
-    say(
-      f'the run will take about {duration(steps * step + stages * (seconds or 0))} more{without}: '
-      f'{step:.1f} s for each of {steps:,} training steps{more}'
-    )
+    total = duration(steps * step + stages * (seconds or 0))
+    times = [f'{step:.1f} s for each of {steps:,} training steps']
+    if stages:
+      prunings = f'{stages} more {"pruning" if stages == 1 else "prunings"}'
+      times.append(f'without {prunings}' if seconds is None else f'{seconds:.0f} s each for {prunings}')
+    say(f'the run will take about {total} more: {", ".join(times)}')
 
   def _perplexity(self, state: RunState, of: Of, stage: int = 0) -> dict[str, float]:
     return self._quality.perplexity(self._config(state), state.params, of, stage, state.train_step)
@@ -189,8 +185,8 @@ class Run(BaseRun):
     names += ['divergence', *(['prefill', 'decode'] if self._export else [])] if self._inputs.evaluate else []
     names += ['teacher'] if self._trains and self.options.train.distill.kept_ids else []
     names += ['harness', 'prefill', 'decode'] if self.options.evaluate.has_tasks else []
-    counts = {n: compiles.get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
-    state.record_cost(seconds + time.monotonic() - self._started, counts)
+    state.compiles = {n: compiles.get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
+    state.seconds = seconds + time.monotonic() - self._started
 
   def _write_page(self, state: RunState) -> None:
     self._page(self._report(state), running=True)

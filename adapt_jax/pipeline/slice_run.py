@@ -52,14 +52,14 @@ class SliceRun(BaseRun):
     target = target_cost(self._inputs.budget, options.prune.target)
     params = self._inputs.model.load_params(None)
     state = RunState({'params': params}, (start := PruneState.start(config)).plan, start)
-    state.record_dense(self._quality.perplexity(config, params, 'dense', 0, 0))
+    state.dense = self._quality.perplexity(config, params, 'dense', 0, 0)
     self._measure_tasks(state, config, params, 'dense')
     del params
     began = time.monotonic()
     small = slicegpt.sliced_config(config, slicegpt.width_for(config, target))
     params = slicegpt.slice_model(
       config,
-      state.release_params(),
+      state.arrays.pop('params'),
       self._tokens(),
       small.hidden_size,
       dtype=self._inputs.dtype,

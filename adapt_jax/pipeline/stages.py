@@ -84,7 +84,7 @@ class Pruning:
       return arrays
 
     def record_step(pruning: PruneState, record: StepRecord) -> None:
-      state.take_step(pruning)
+      state.pruning = pruning  # the arrays do not change until the stage is compacted
       after_step(record)
 
     arrays, _ = prune_model(

@@ -33,7 +33,7 @@ from adapt_jax.training.step import TrainState
 
 @dataclasses.dataclass
 class RunState:
-  """The state of a run. Only its methods change it; there is one for each event of a run.
+  """The state of a run. What changes several fields together is a method, one for each event of a run.
 
   arrays: {'params', 'optimizer'}, at the widths that `compacted` keeps; empty while stage 1 is scored.
   pruning: the schedule; ahead of `compacted` while a stage is being pruned.
@@ -61,19 +61,8 @@ class RunState:
   def params(self) -> Params:
     return self.arrays['params']
 
-  def record_dense(self, perplexity: dict[str, float]) -> None:
-    self.dense = perplexity
-
   def record_tasks(self, of: Of, scores: dict[str, dict[str, Any]]) -> None:
     self.tasks = self.tasks | {of: scores}
-
-  def take_step(self, pruning: PruneState) -> None:
-    """Records a pruning step; the arrays do not change until the stage is compacted."""
-    self.pruning = pruning
-
-  def release_params(self) -> Params:
-    """Removes and returns the parameters; `hold` sets new ones."""
-    return self.arrays.pop('params')
 
   def hold(self, arrays: TrainState) -> None:
     """Sets the arrays, as loaded, restored or changed between two events."""
@@ -100,19 +89,13 @@ class RunState:
     """Records that the stage is trained and measured."""
     self.rows, self.row, self.complete = [*self.rows, row], None, True
 
-  def record_cost(self, seconds: float, compiles: dict[str, int]) -> None:
-    """Records the time and the compiles of the whole run so far."""
-    self.seconds, self.compiles = seconds, compiles
-
 
 def _bound(arrays: TrainState) -> TrainState:
   """The arrays bound to their device, as restored ones are: then a resumed run uses the same programs."""
   return jax.device_put(arrays, jax.devices()[0]) if mesh() is None else arrays
 
 
-_IN_JSON = (
-  'stage', 'train_step', 'complete', 'dense', 'tasks', 'rows', 'seconds', 'compiles',
-)  # fmt: skip
+_IN_JSON = ('stage', 'train_step', 'complete', 'dense', 'tasks', 'rows', 'seconds', 'compiles')
 
 
 def array_shapes(model: DenseModel, plan: PrunePlan, optimizer: optax.GradientTransformation | None) -> Any:
@@ -202,8 +185,7 @@ class StateStore:
         raise ValueError('the checksum differs')
       if saved['stage'] != state.stage + 1:
         return lines
-      state.take_step(PruneState.from_json(saved, self._config))
-      state.record_dense(saved['dense'])
+      state.pruning, state.dense = PruneState.from_json(saved, self._config), saved['dense']
       for of, scores in saved['tasks'].items():
         state.record_tasks(of, scores)
     say(f'resuming the pruning of stage {saved["stage"]}, after step {saved["step"]}')

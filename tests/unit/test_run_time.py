@@ -24,7 +24,7 @@ def test_a_duration_keeps_two_digits_however_short(seconds: float, text: str) ->
   [
     (1, 0, ('65 min', '40.0 s for each of 98')),
     (2, 5, ('62 min', 'without one more pruning', '40.0 s for each of 93')),
-    (4, 0, ('4.1 h', '40.0 s for each of 98', '3600 s for each of 3')),
+    (4, 0, ('4.1 h', '40.0 s for each of 98', '3600 s each for 3')),
   ],
 )
 def test_time_of_a_run_and_what_it_leaves_out_after_a_resume(
