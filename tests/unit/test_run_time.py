@@ -23,7 +23,7 @@ def test_a_duration_keeps_two_digits_however_short(seconds: float, text: str) ->
   ('stages', 'first', 'times'),
   [
     (1, 0, ('65 min', '40.0 s for each of 98')),
-    (2, 5, ('62 min', 'without one more pruning', '40.0 s for each of 93')),
+    (2, 5, ('62 min', 'without 1 more pruning', '40.0 s for each of 93')),
     (4, 0, ('4.1 h', '40.0 s for each of 98', '3600 s each for 3')),
   ],
 )
