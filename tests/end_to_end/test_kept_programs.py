@@ -47,6 +47,5 @@ def test_programs_are_found_again_however_quickly_compiled(tmp_path):
 
 
 def test_jax_own_directory_comes_first(tmp_path):
-  own, home = tmp_path / 'own', tmp_path / 'home'
-  ask(XDG_CACHE_HOME=str(home), JAX_COMPILATION_CACHE_DIR=str(own))
-  assert list(own.glob('jit_*-cache')) and not home.exists()
+  ask(XDG_CACHE_HOME=str(tmp_path / 'home'), JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'own'))
+  assert list(tmp_path.glob('own/jit_*-cache')) and not (tmp_path / 'home').exists()

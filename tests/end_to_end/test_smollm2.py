@@ -17,11 +17,7 @@ from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.pruning.widths import normalise
 from tests.support.reference import MODEL, ROWS, SLACK, Reference, overlap, reference_pruner, windows
 
-pytestmark = [
-  pytest.mark.skipif(not MODEL.exists(), reason='the demo model is not there: make fetch'),
-]
-
-
+pytestmark = pytest.mark.skipif(not MODEL.exists(), reason='the demo model is not there: make fetch')
 # Tests are compiled in a hurry (tests/conftest.py); these compute for minutes, and are worth LLVM's work.
 WITH_CARE = {'xla_backend_optimization_level': 3, 'xla_llvm_disable_expensive_passes': False}
 
@@ -78,8 +74,14 @@ def test_first_step_reproduces_the_references_scores(source, params):
   assert difference(scores.kv, golden['kv_scores']) < 1e-3
 
 
-def check_parity(start, stop):
-  """The reference's rule on the reference's tokens, and its state after `start`: widths, and given masks."""
+@pytest.mark.parity
+@pytest.mark.parametrize('start, stop', [(15, 16), (0, 11)])
+def test_steps_of_the_reference(start, stop):
+  """Its rule on its tokens, and its state after step `start`: widths, and given masks.
+
+  In step 16 a KV group goes in 26 of 30 layers. From the start the paths part after step 11, as those of two
+  chaotic runs do: docs/results.md.
+  """
   pruner, params = reference_pruner()
   reference, seen = Reference(), []
 
@@ -107,15 +109,3 @@ def check_parity(start, stop):
   for step in pruner.prune(pruner.stack(params, dense.plan), dense.plan, state, target, 'prune'):
     on_step(*step)
   assert seen == list(range(start + 1, stop + 1))
-
-
-@pytest.mark.parity
-def test_a_step_of_the_reference_where_kv_groups_go():
-  """From its own masks after step 15: in step 16 a KV group goes in 26 of 30 layers."""
-  check_parity(15, 16)
-
-
-@pytest.mark.parity
-def test_the_references_first_eleven_steps():
-  """Later the paths part, as those of two chaotic runs do: docs/results.md."""
-  check_parity(0, 11)
