@@ -240,8 +240,10 @@ def _build(
   beside = directory / f'.{key}-{secrets.token_hex(8)}'
   beside.mkdir()
   try:
-    writer = _Writer(beside, max(tokenizer.get_vocab().values(), default=0))
-    with writer, Progress(f'tokenising {title}', None, 'tokens') as bar:
+    with contextlib.ExitStack() as stack:
+      files: dict[str, BinaryIO] = {n: stack.enter_context(open(beside / n, 'wb')) for n in _FILES}
+      writer = _Writer(beside, files, max(tokenizer.get_vocab().values(), default=0))
+      bar = stack.enter_context(Progress(f'tokenising {title}', None, 'tokens'))
       for encoded in encode_all(_batches(documents, writer, need), tokenizer):
         writer.append(encoded)
         bar.update(len(encoded.tokens))
@@ -277,26 +279,17 @@ def _last_written(path: pathlib.Path) -> float:
 
 
 class _Writer:
-  """Appends to the files of a cache; a context manager that holds them open.
+  """Appends to the files of a cache.
 
   complete: there are no more documents.
   """
 
-  def __init__(self, path: pathlib.Path, highest_id: int):
-    self._path, self._dtype = path, np.dtype(np.uint16 if highest_id < 2**16 else np.uint32)
+  def __init__(self, path: pathlib.Path, files: dict[str, BinaryIO], highest_id: int):
+    self._path, self._files = path, files
+    self._dtype = np.dtype(np.uint16 if highest_id < 2**16 else np.uint32)
     self.tokens = self.documents = self._targets = self._highest = 0
     self.complete, self._refused = False, list[str]()
-    self._files: dict[str, BinaryIO] = {}
     self._checksums = dict.fromkeys(_FILES, 0)
-    self._stack = contextlib.ExitStack()
-
-  def __enter__(self) -> '_Writer':
-    for name in _FILES:
-      self._files[name] = self._stack.enter_context(open(self._path / name, 'wb'))
-    return self
-
-  def __exit__(self, *exc: object) -> None:
-    self._stack.close()
 
   def append(self, encoded: Encoded) -> None:
     """Writes documents. Raises InputError if the chat template has refused too many of all."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from adapt_jax.config.options import DataOptions, TrainOptions
-from adapt_jax.data.documents import is_blocks, open_blocks
+from adapt_jax.data.documents import Source, is_blocks, open_blocks
 from adapt_jax.data.order import Order
 from adapt_jax.data.token_cache import FIRST, TARGET, Need, TokenCache, open_caches, token_directory
 from adapt_jax.data.windows import check_targets, check_vocab, token_ids
@@ -158,7 +158,7 @@ def open_train_set(
   `train.tokens` requires. Rows begin with `first`, as in `TrainSet`, but for those of a .npy file.
   """
   length, blocks = train.length, is_blocks(train.source)
-  used: list[tuple[tuple[str, ...], float]] = [(train.source, 1.0)]
+  used: list[tuple[Source, float]] = [(train.source, 1.0)]
   if train.weights and not blocks:
     shares = [weight / sum(train.weights) for weight in train.weights]
     used = [((entry,), share) for entry, share in zip(train.source, shares, strict=True) if share]
@@ -175,18 +175,12 @@ def open_train_set(
         f'train.length'
       )
     groups.append(rows)
-  weights = [share for _, share in used]
-  first = None if blocks else first
+  weights, first = [share for _, share in used], None if blocks else first
   return TrainSet(groups, weights, length=length, batch=train.batch, seed=seed, first=first)
 
 
 def _open_rows(
-  entries: tuple[str, ...],
-  share: float,
-  train: TrainOptions,
-  data: DataOptions,
-  tokenizer: Any,
-  vocab_size: int,
+  entries: Source, share: float, train: TrainOptions, data: DataOptions, tokenizer: Any, vocab_size: int
 ) -> Rows:
   """Enough rows for `share` of train.tokens, if the entries have that many."""
   length, padded = train.length, train.layout == 'padded'
