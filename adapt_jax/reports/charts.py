@@ -5,12 +5,13 @@ ones. Values that are not finite are left out, and a chart without any is ''.
 """
 
 import io
-import itertools
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 WIDTH = 440  # pixels
 _LEGEND = 70  # letters in a line of the legend
@@ -185,20 +186,12 @@ def line_chart(
   return _svg(title, names, height, draw) if drawn else ''
 
 
-def bar_chart(
-  title: str,
-  unit: str,
-  before: Sequence[int],
-  after: Sequence[int],
-  names: tuple[str, str],
-  colour: int,
-  height: int,
-) -> str:
-  """Bars of the layers' widths, `after` drawn over `before`; `names` label both in the legend."""
+def bar_chart(title: str, unit: str, widths: dict[str, Sequence[int]], colour: int, height: int) -> str:
+  """Bars of the layers' widths before and after, the latter drawn over the former, by names of the legend."""
 
   def draw(figure: Any, axes: Any) -> None:
-    for widths, name, shade in zip((before, after), names, ('line', f'c{colour}'), strict=True):
-      axes.bar(range(len(widths)), widths, 0.84, color=PALETTE[shade][0], label=name)
+    for (name, bars), shade in zip(widths.items(), ('line', f'c{colour}'), strict=True):
+      axes.bar(range(len(bars)), bars, 0.84, color=PALETTE[shade][0], label=name)
     for axis in (axes.xaxis, axes.yaxis):
       axis.get_major_locator().set_params(integer=True)
 
@@ -215,16 +208,15 @@ def heat_map(
   title: str, columns: Sequence[Sequence[float]], steps: Sequence[int], most: float = math.inf
 ) -> str:
   """Layers (rows, 0 on top) × steps (columns) and the scale; values above `most` have its colour."""
-  finite = [value for value in itertools.chain(*columns) if math.isfinite(value)]
-  rows = [
-    [value if math.isfinite(value) else math.nan for value in row] for row in zip(*columns, strict=True)
-  ]
+  rows = np.array(columns, np.float64).T
+  rows[~np.isfinite(rows)] = np.nan
 
   def draw(figure: Any, axes: Any) -> None:
-    limits = {'vmin': min(finite), 'vmax': min(max(finite), most)}
+    high = np.nanmax(rows)
+    limits = {'vmin': np.nanmin(rows), 'vmax': min(high, most)}
     image = axes.imshow(rows, aspect='auto', interpolation='none', **limits)
     axes.grid(False)
-    scale = figure.colorbar(image, ax=axes, extend='max' if max(finite) > most else 'neither')
+    scale = figure.colorbar(image, ax=axes, extend='max' if high > most else 'neither')
     scale.solids.set_rasterized(True)
     scale.outline.set_visible(False)
     scale.ax.grid(False)
@@ -232,4 +224,4 @@ def heat_map(
     axes.set_xticks(range(0, len(steps), every), [str(step) for step in steps[::every]])
     axes.yaxis.get_major_locator().set_params(integer=True)
 
-  return _svg(title, ('pruning step', 'layer'), 250, draw) if finite else ''
+  return _svg(title, ('pruning step', 'layer'), 250, draw) if np.isfinite(rows).any() else ''

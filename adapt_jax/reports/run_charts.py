@@ -1,6 +1,7 @@
 """The charts of `report.html`: perplexity, loss, parameters, importance and widths of a run."""
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,6 @@ Json = dict[str, Any]
 
 MOST_STAGES = 9  # with charts of widths
 _MOST_POINTS = 240  # of a curve; with more steps, points are means of neighbours
-_MOST_COLUMNS = 64  # of a heat map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +64,6 @@ class RunData:
     return [(stage, *widths[stage]) for stage in sorted(widths)]
 
 
-def _spread(items: Sequence[Any], most: int) -> list[Any]:
-  """At most `most` of the items, evenly spaced, including the first and the last."""
-  if len(items) <= most:
-    return list(items)
-  return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
-
-
 def _wide(values: Sequence[float]) -> bool:
   """Whether a log axis suits the values better."""
   finite = [value for value in values if math.isfinite(value)]
@@ -87,11 +80,6 @@ def training_chart(data: RunData, field: str, title: str, unit: str, colour: int
   title += f' (means of {size} steps)' if size > 1 else ''
   series = [Series('', points, colour, 'curve')]
   return charts.line_chart(title, ('tokens', unit), series, **data.over_tokens())
-
-
-def text_names(data: RunData) -> list[str]:
-  """Names of the texts that perplexity is measured on, in order."""
-  return list(dict.fromkeys(e.get('text', TEXT) for e in data.of('evaluate')))
 
 
 def perplexity_over_tokens(data: RunData, text: str) -> str:
@@ -173,16 +161,19 @@ def width_charts(
   height: int = 180,
 ) -> tuple[str, str]:
   """Charts of (MLP channels, heads) by layer; before, after: (heads, MLP channels); heads: their title."""
-  mlp = charts.bar_chart(f'MLP channels, {names[1]}', 'channels', before[1], after[1], names, 0, height)
+  of_heads, of_mlp = (dict(zip(names, widths, strict=True)) for widths in zip(before, after, strict=True))
+  mlp = charts.bar_chart(f'MLP channels, {names[1]}', 'channels', of_mlp, 0, height)
   title = f'{heads[0].upper()}{heads[1:]}, {names[1]}'
-  return mlp, charts.bar_chart(title, heads, before[0], after[0], names, 3, height)
+  return mlp, charts.bar_chart(title, heads, of_heads, 3, height)
 
 
 def stage_widths(data: RunData) -> list[tuple[str, str]]:
   """The charts of each stage's widths, or of some stages of many."""
   widths, done, drawn = data.widths(), {s['stage'] for s in data.report['stages']}, []
-  title = heads_of(data.report)[1]
-  for (was, *before), (stage, *after) in _spread(list(zip(widths, widths[1:], strict=False)), MOST_STAGES):
+  title, pairs = heads_of(data.report)[1], list(itertools.pairwise(widths))
+  if len(pairs) > MOST_STAGES:  # evenly spaced, with the first and the last
+    pairs = [pairs[i * (len(pairs) - 1) // (MOST_STAGES - 1)] for i in range(MOST_STAGES)]
+  for (was, *before), (stage, *after) in pairs:
     now = f'after stage {stage}' if stage in done else f'stage {stage} so far'
     drawn.append(width_charts(before, after, (f'after stage {was}' if was else 'dense', now), title))
   return drawn
@@ -190,7 +181,7 @@ def stage_widths(data: RunData) -> list[tuple[str, str]]:
 
 def heat_maps(data: RunData) -> list[str]:
   """What the method decided by, and the sparsity, by layer and step."""
-  events = _spread(data.of('prune'), _MOST_COLUMNS)
+  events = data.of('prune')
   steps, distance = [e['step'] for e in events], data.report['prune'].get('layer_distance', '')
   method = data.report['prune']['method']
   if events and events[0].get('layer_cost'):  # methods with one ranking over all layers

@@ -24,7 +24,6 @@ from adapt_jax.reports.run_charts import (
   perplexity_chart,
   perplexity_over_tokens,
   stage_widths,
-  text_names,
   training_chart,
 )
 from adapt_jax.reports.summary import budget_lines, decimal, tables, warnings
@@ -92,7 +91,8 @@ def _example(example: ExampleReport) -> str:
 
 def _charts(data: RunData) -> Iterator[str]:
   trained = bool(data.of('train'))
-  measured = [perplexity_over_tokens(data, text) for text in text_names(data)] if trained else []
+  texts = dict.fromkeys(event.get('text', TEXT) for event in data.of('evaluate'))
+  measured = [perplexity_over_tokens(data, text) for text in texts] if trained else []
   measured = [*(measured or [perplexity_chart(data.report)]), excess_chart(data.report)]
   if trained:
     measured.append(training_chart(data, 'loss', 'Training loss', 'nats per token', 0))

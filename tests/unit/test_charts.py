@@ -33,7 +33,7 @@ def test_names_are_drawn_as_they_are_and_charts_are_the_same_each_time():
     return (
       charts.line_chart(ODD, ('x', 'y'), lines, **marked),
       charts.line_chart(ODD, ('x', 'y'), lines, categories=[ODD, 'two'], most=10),
-      charts.bar_chart(ODD, 'channels', [0], [0], ('<x>', '&y'), 0, 180),
+      charts.bar_chart(ODD, 'channels', {'<x>': [0], '&y': [0]}, 0, 180),
       charts.heat_map(ODD, [[1.0, math.nan], [2.0, math.inf]], [1, 5], most=1.5),
     )
 
