@@ -97,6 +97,7 @@ def test_all_rows_of_a_gemma_begin_with_bos(tmp_path, family, layout):
     return found | {'training': train.read(np.arange(len(train)))}
 
   usual, found = rows('llama'), rows(family)
+  assert (len(found['calibration'][0]) == 20) == (layout == 'documents')  # a row from each
   for name, (tokens, *others) in found.items():
     starts = {tokenizer.bos_token_id} if family.startswith('gemma') else set(usual[name][0][:, 0])
     assert set(tokens[:, 0]) == starts, name

@@ -1,19 +1,31 @@
-"""The settings of the recipes, against what the model cards and the paper say. No weights are read."""
+"""The recipes of configs/published.py and llama_8b_to_1b.py, walked through all stages by shape alone.
 
+No weights: configs are parsed as `open_source` does it, scores are drawn, parameters are abstract.
+"""
+
+import functools
 import itertools
+import math
 from typing import NamedTuple
 
+import jax
+import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.configs import llama_8b_to_1b, published, studies
-from adapt_jax.models.config import count_params
+from adapt_jax.models.config import channel_params, count_params
 from adapt_jax.models.formats.hf_config import config_from_hf
+from adapt_jax.models.network import llama
 from adapt_jax.modes.compare import list_cells
 from adapt_jax.pipeline import inputs
 from adapt_jax.pipeline.schedule import stage_steps, stage_targets
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.pruning import budget
+from adapt_jax.pruning import budget, surgery
+from adapt_jax.pruning.methods import METHODS
+from adapt_jax.pruning.plan import PrunePlan, PruneState
+from adapt_jax.pruning.pruner import steps
+from adapt_jax.pruning.scores import Scores
 
 
 def mobilellm(hidden, layers, heads, kv_heads, ffn):
@@ -96,6 +108,51 @@ def model_of(options):
   config = config_from_hf(raw, options.model.source)
   assert count_params(config) == params
   return config
+
+
+abstract_params = functools.cache(llama.abstract_params)
+
+
+def draw_scores(config, step):
+  """Scores as measured on SmolLM2: the first layer changes its input most, group scores span decades."""
+  layers, shape = config.num_layers, config.layers[0]
+  rng = np.random.default_rng(step)
+  kv, ffn = (np.exp(3 * rng.standard_normal((layers, n))) for n in (shape.num_kv_heads, shape.ffn))
+  distance = np.concatenate([[-0.02], rng.uniform(-0.98, -0.74, layers - 1)])
+  return Scores(kv, ffn, distance, np.float32(3))
+
+
+def walk(options, config):
+  """The stages as `pipeline.stages` takes them: (target, plan, abstract parameters) at the end of each."""
+  prune = options.prune
+  method, state = METHODS[prune.method](config, prune), PruneState.start(config)
+  params = abstract_params(config)
+  for target in stage_targets(budget.params(config), prune.target, prune.stages, prune.stage_targets):
+    compacted = state.plan
+    taken = steps(method, config, state, target, lambda now: draw_scores(config, now.step))
+    for _, state in taken:
+      assert state.step < 10 * prune.steps * prune.stages, 'the walk does not end'
+    relative = state.plan.relative_to(compacted)  # raises if something came back
+    params = jax.eval_shape(lambda p, relative=relative: surgery.compact(p, relative), params)
+    yield target, state.plan, params
+
+
+@pytest.mark.parametrize('name', ['mobilellm_350m_to_125m', 'llama_8b_to_1b'])
+def test_all_stages_by_shape_alone(name):
+  options = options_of(name)
+  config, targets = model_of(options), []
+  before, align = PrunePlan.dense(config), options.prune.align_ffn
+  for target, plan, params in walk(options, config):
+    assert target - align * channel_params(config) < plan.params(config) <= target
+    for widths, earlier in ((plan.kv_widths, before.kv_widths), (plan.ffn_widths, before.ffn_widths)):
+      assert (widths >= 1).all() and (widths <= earlier).all()
+    assert ((plan.ffn_widths % align == 0) | (plan.ffn_widths == config.layers[0].ffn)).all()
+    stored = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    assert stored == count_params(plan.pruned_config(config)) == plan.params(config)
+    before = plan
+    targets.append(target)
+  assert len(targets) == options.prune.stages and targets == sorted(set(targets), reverse=True)
+  assert targets[-1] == options.prune.target
 
 
 @pytest.mark.parametrize('name', ALL)

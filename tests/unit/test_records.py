@@ -121,6 +121,11 @@ def test_paper_is_chatml_with_a_system_message_and_one_eos():
   assert text.text == prompt + 'A2<|im_end|>\n</s>'
   encoded = encode([text], tokenizer)
   assert tokenizer.decode(encoded.tokens[encoded.targets]) == 'A<|im_end|>\nA2<|im_end|>\n</s>'
+  two = render(Document('', SETS['dolly-15k'][1]), tokenizer)  # a system and a user turn of one row
+  assert two.text == (
+    '<s><|im_start|>system\nQ<|im_end|>\n<|im_start|>user\nC<|im_end|>\n'
+    '<|im_start|>assistant\nA<|im_end|>\n</s>'
+  )
 
 
 @pytest.mark.parametrize(
