@@ -291,10 +291,9 @@ def _read(run: CellRun) -> tuple[CellReport, RunReport]:
 def _unfinished(run: CellRun, *, running: bool) -> CellReport:
   """The entry of a cell that waits, runs or has failed."""
   cell: CellReport = {'name': run.cell.name, 'values': run.cell.values, 'state': 'waiting'}
-  if running:
-    return {**cell, 'state': 'running'}
-  if not (error_file := run.workdir.path / ERROR).exists():
-    return cell
+  error_file = run.workdir.path / ERROR
+  if running or not error_file.exists():
+    return {**cell, 'state': 'running' if running else 'waiting'}
   lines = error_file.read_text(errors='replace').splitlines()
   return {**cell, 'state': 'failed', 'error': next(iter(lines), 'unknown')}
 

@@ -186,7 +186,7 @@ def line_chart(
   return _svg(title, names, height, draw) if drawn else ''
 
 
-def bar_chart(title: str, unit: str, widths: dict[str, Sequence[int]], colour: int, height: int) -> str:
+def bar_chart(title: str, unit: str, widths: dict[str, list[int]], colour: int, height: int) -> str:
   """Bars of the layers' widths before and after, the latter drawn over the former, by names of the legend."""
 
   def draw(figure: Any, axes: Any) -> None:

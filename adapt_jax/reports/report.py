@@ -8,7 +8,7 @@ import json
 import pathlib
 import platform
 from collections.abc import Mapping
-from typing import Any, Literal, Required, TypedDict
+from typing import Any, Literal, Required, TypedDict, get_args
 
 from adapt_jax.machine.processes import is_first
 from adapt_jax.models.files import read_json, write_text
@@ -229,8 +229,7 @@ def read_report(path: pathlib.Path) -> RunReport:
 def known_perplexities(report: RunReport) -> dict[Of, float]:
   """Perplexities of a run measured so far, in the order dense, pruned, recovered."""
   perplexity: Any = report.get('perplexity') or {}
-  models: tuple[Of, ...] = ('dense', 'pruned', 'recovered')
-  return {of: perplexity[of] for of in models if perplexity.get(of) is not None}
+  return {of: perplexity[of] for of in get_args(Of) if perplexity.get(of) is not None}
 
 
 def layer_importance(distance: str, stored: list[float]) -> list[float]:

@@ -182,16 +182,16 @@ def test_names_mean_nothing_in_markdown_and_html():
 
 
 @pytest.mark.parametrize(
-  'family, heads, files, runs',
+  'family, heads, more, runs',
   [
-    ('llama', 4, ('model.safetensors',), True),
-    ('granite', 4, ('model.safetensors',), False),
-    ('qwen2', 2, ('model.safetensors',), False),  # its attention is half as wide as the stream
-    ('qwen2', 2, ('model.safetensors', 'mlx_adapt.py'), True),
+    ('llama', 4, [], True),
+    ('granite', 4, [], False),
+    ('qwen2', 2, [], False),  # its attention is half as wide as the stream
+    ('qwen2', 2, ['mlx_adapt.py'], True),
   ],
 )
-def test_mlx_lm_is_named_where_it_runs_the_model(family, heads, files, runs):
-  shapes = (LayerShape(heads, heads // 2, 32),) * 2
+def test_mlx_lm_is_named_where_it_runs_the_model(family, heads, more, runs):
+  shapes, files = (LayerShape(heads, heads // 2, 32),) * 2, ['model.safetensors', *more]
   config = ModelConfig(family, 61, 32, 8, shapes, RopeConfig(1e4), 1e-5, True, qkv_bias=family == 'qwen2')
   assert ('mlx_lm.generate' in parsed(changed(stages=[]), config, files)[1]) == runs
   windows = config.with_layers(tuple(dataclasses.replace(shape, window=16) for shape in config.layers))

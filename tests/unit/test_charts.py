@@ -13,7 +13,7 @@ from adapt_jax.reports.table import Table
 from scripts import plot_report, plot_tokens
 from tests.unit.test_run_page import make_report
 
-ODD = '<&"$x$'
+ODD = '<&"$x$维'  # one letter is not in the font that measures
 
 
 def texts(chart):
@@ -22,6 +22,7 @@ def texts(chart):
   ]
 
 
+@pytest.mark.filterwarnings('error')
 def test_names_are_drawn_as_they_are_and_charts_are_the_same_each_time():
   lines = [
     Series(ODD, [(0, 1.0), (1, 30.0)], ranges=[(1, 20.0, 40.0)]),
@@ -39,11 +40,6 @@ def test_names_are_drawn_as_they_are_and_charts_are_the_same_each_time():
 
   for chart, again in zip(draw(), draw(), strict=True):
     assert chart == again and ODD in texts(chart)
-
-
-@pytest.mark.filterwarnings('error')
-def test_names_in_letters_that_the_measuring_font_lacks_are_drawn_without_a_warning():
-  assert '维基' in texts(charts.line_chart('维基', ('x', 'y'), [Series('', [(0, 1.0)])]))
 
 
 def test_what_is_not_finite_is_left_out():
