@@ -1,10 +1,7 @@
 """Exported .gguf files in the real llama.cpp, and read back by ourselves."""
 
 import dataclasses
-import errno
-import os
 import pathlib
-import resource
 import tracemalloc
 
 import jax
@@ -18,8 +15,6 @@ from adapt_jax.export import gguf as export
 from adapt_jax.export.gguf import KINDS, check_gguf, write_gguf
 from adapt_jax.export.padded import widest_config
 from adapt_jax.models.config import LayerShape, LinearScaling, Llama3Scaling, RopeConfig
-from adapt_jax.models.errors import disk_full
-from adapt_jax.models.formats import gguf_model
 from adapt_jax.models.formats.gguf_architectures import ARCHITECTURES
 from adapt_jax.models.formats.gguf_header import open_file
 from adapt_jax.models.formats.hf_weights import leaves
@@ -62,6 +57,7 @@ def smollm3(shapes, **fields):
 
 
 GEMMA = ('gemma2', 'gemma3_text')
+GEMMA3 = gemma3(UNIFORM[:1] * 7)
 OLMO2 = {'head_dim': 8, 'tie_embeddings': False}
 # What each should be for llama.cpp. The tiny tokenizer has 320 tokens: ten rows are unused.
 MODELS = {
@@ -78,7 +74,7 @@ MODELS = {
   'qwen3 linear': ('qwen3', config_of('qwen3', UNIFORM, rope=LINEAR)),
   'phi3 without window': ('deci', config_of('phi3').with_layers(VARIED)),
   'gemma2 linear': ('gemma2', gemma2(UNIFORM, rope=LINEAR)),
-  'gemma3 uniform': ('gemma3', gemma3(UNIFORM[:1] * 7)),
+  'gemma3 uniform': ('gemma3', GEMMA3),
   'gemma3 untied, linear': ('gemma3', gemma3(UNIFORM[:1] * 7, tie_embeddings=False, rope=LINEAR)),
   'olmo2 linear': ('olmo2', config_of('olmo2', (LayerShape(6, 2, 40),) * 2, **OLMO2, rope=LINEAR)),
   'smollm3 linear': ('smollm3', smollm3(UNIFORM[:1] * 5, rope=LINEAR)),
@@ -88,14 +84,7 @@ MODELS = {
   'granite tied': ('granite', config_of('granite', UNIFORM, tie_embeddings=True, attention_scale=0.0)),
 }  # fmt: skip
 # Rows of 64 and 96 are whole blocks, those of 40 are not.
-BLOCKS = tiny_config(
-  'llama',
-  (LayerShape(2, 1, 40), LayerShape(4, 2, 96)),
-  vocab_size=330,
-  hidden_size=64,
-  head_dim=16,
-)
-
+BLOCKS = config_of('llama', (LayerShape(2, 1, 40), LayerShape(4, 2, 96)), hidden_size=64, head_dim=16)
 
 # Models whose layers differ, in the architecture of their family: padded with zeros.
 PADDED = {
@@ -134,11 +123,6 @@ def answers(files):
     for name, config in CONFIGS.items()
   }
   return ask(jobs | {kind: Job(files / f'{kind}.gguf', [], random_tokens(BLOCKS)) for kind in KINDS})
-
-
-def perplexity(logits, tokens):
-  scores = np.asarray(jax.nn.log_softmax(np.asarray(logits, np.float32)[:, :-1]))
-  return np.exp(-np.take_along_axis(scores, tokens[:, 1:, None], -1).mean(dtype=np.float64))
 
 
 def divergence(expected, found):
@@ -241,18 +225,45 @@ def test_every_kind_reads_back_as_it_is_rounded(kind, dtype, tmp_path):
     )
 
 
+def written_with(monkeypatch, path, config, fields):
+  """Writes a model with more fields of its architecture."""
+  add = GGUFWriter.add_block_count
+
+  def add_more(writer, count):
+    add(writer, count)
+    for key, value in fields.items():
+      (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f'{writer.arch}.{key}', value)
+
+  monkeypatch.setattr(GGUFWriter, 'add_block_count', add_more)
+  write(path, config, random_params(config))
+  return str(path)
+
+
+@pytest.mark.parametrize(
+  'key, value',
+  [
+    ('attention.sliding_window_pattern', 3),
+    ('rope.freq_base_swa', 2e4),
+    ('final_logit_softcapping', 30.0),
+  ],
+)
+def test_fields_that_would_change_what_gemma_3_computes_are_refused(key, value, tmp_path, monkeypatch):
+  path = written_with(monkeypatch, tmp_path / 'tiny.gguf', GEMMA3, {key: value})
+  assert f'gemma3.{key} = {value}' in refused(open_source, path)
+
+
+def test_fields_that_only_say_the_usual_are_read(tmp_path, monkeypatch):
+  usual = {'rope.scaling.factor': 1.0, 'attention.sliding_window_pattern': 6, 'rope.freq_base_swa': 1e4}
+  path = written_with(monkeypatch, tmp_path / 'tiny.gguf', GEMMA3, usual)
+  assert open_source(path).config == GEMMA3
+
+
 def test_a_gemma_2_without_a_window_has_that_of_llama_cpp(tmp_path, monkeypatch):
   """As early converters wrote it; a base frequency of windows that is that of all layers changes nothing."""
   config = gemma2(UNIFORM)
   monkeypatch.setattr(GGUFWriter, 'add_sliding_window', lambda writer, _: None)
-
-  def add_base(writer, base):
-    writer.add_float32('gemma2.rope.freq_base', base)
-    writer.add_float32('gemma2.rope.freq_base_swa', base)
-
-  monkeypatch.setattr(GGUFWriter, 'add_rope_freq_base', add_base)
-  write(tmp_path / 'tiny.gguf', config, random_params(config))
-  assert [shape.window for shape in gguf_model.GgufReader(tmp_path / 'tiny.gguf').config.layers] == [4096, 0]
+  path = written_with(monkeypatch, tmp_path / 'x.gguf', config, {'rope.freq_base_swa': config.rope.theta})
+  assert [shape.window for shape in open_source(path).config.layers] == [4096, 0]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +281,6 @@ def test_a_gemma_2_without_a_window_has_that_of_llama_cpp(tmp_path, monkeypatch)
     (gemma3(UNIFORM, local_rope=RopeConfig(2e4)), 'local_rope = '),
     (gemma2(UNIFORM, tie_embeddings=False), 'a head of its own'),
     (gemma2(UNIFORM, logit_cap=0.0), 'logits without caps'),
-    (config_of('smollm3', UNIFORM, qkv_bias=True), 'biases'),
     (config_of('olmo2', UNIFORM, **OLMO2 | {'head_dim': 12}), 'heads that do not add up'),
     (config_of('olmo2', UNIFORM, **OLMO2 | {'tie_embeddings': True}), 'tied embeddings'),
     (tiny_config('smollm3', UNIFORM), 'windows or rotary embeddings in other layers'),
@@ -290,28 +300,6 @@ def test_the_largest_gemmas_scale_attention_by_their_width(arch, depth):
   for count, size in ((depth, width // 32), (depth - 1, 128)):
     config = tiny_config(family, (LayerShape(32, 16, 64),) * count, **shapes)
     assert ARCHITECTURES[arch].implied(config, 5).attention_scale == size**-0.5
-
-
-def test_weights_beyond_f16_are_refused(tmp_path):
-  config = tiny_config(vocab_size=320)
-  params = random_params(config)
-  params['layers'][1]['mlp']['up'][0, 0] = 1e5
-  assert 'layers.1.mlp.up_proj.weight' in refused(write, tmp_path / 'tiny.gguf', config, params, 'F16')
-  assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_leaves_everything_as_it_was(tmp_path):
-  path, config = tmp_path / 'tiny.gguf', tiny_config(vocab_size=320)
-  path.write_text('old')
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
-  try:
-    with pytest.raises(OSError) as caught:
-      write(path, config, random_params(config))
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-  assert disk_full(caught.value) == os.strerror(errno.EFBIG)
-  assert list(tmp_path.iterdir()) == [path] and path.read_text() == 'old'
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):
@@ -363,7 +351,7 @@ def test_pruned_smollm2_in_llama_cpp(tmp_path):
   assert all(answer.ids == [tokenizer(text).input_ids] for answer in answers.values())
   expected, continuation = ours(config, params, rows, jobs['F32'].generate)
   assert answers['F32'].greedy == continuation
-  assert perplexity(answers['F32'].logits, rows) == pytest.approx(perplexity(expected, rows), rel=1e-4)
+  assert divergence(expected, answers['F32'].logits) < 1e-4
   assert divergence(expected, answers['Q8_0'].logits) < 0.03
   for kind in ('Q8_0', 'Q4_0'):  # the weights as stored: llama.cpp rounds activations too
     stored, _ = ours(config, open_source(str(jobs[kind].path)).load_params(), rows, 0)

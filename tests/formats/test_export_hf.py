@@ -92,13 +92,6 @@ def check_save(model, directory, out):
   check_logits(load(out), directory)
 
 
-def check_gradients(model):
-  tokens = torch.tensor(random_tokens(model.config))
-  model(tokens, labels=tokens).loss.backward()
-  for name, weight in model.named_parameters():
-    assert weight.grad is not None and weight.grad.abs().max() > 0, name
-
-
 def check_tokenizer(directory, trust):
   tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
   text = '<|im_start|>the quick brown fox<|im_end|>'
@@ -122,7 +115,6 @@ def check_directory(directory, out):
   if directory.name not in WHOLE:
     return
   check_save(model, directory, out)
-  check_gradients(model)
   check_tokenizer(directory, trust=False)
   check_tokenizer(directory, trust=True)
   tokens = torch.tensor(random_tokens(model.config))
@@ -232,26 +224,3 @@ def test_special_ids_come_from_the_tokenizer(exports, tmp_path):
   config, more = tiny_config(), {'eos_token_id': [1, 3], 'temperature': 0.6}
   write_hf(config, random_params(config), tmp_path / 'hf', tokenizer=tiny_tokenizer(), generation=more)
   assert json.loads((tmp_path / 'hf/generation_config.json').read_text()) == ids | more
-
-
-class Interrupted(Exception):
-  pass
-
-
-class BrokenTokenizer:
-  """Fails when everything else is written."""
-
-  bos_token_id = eos_token_id = pad_token_id = None
-
-  def save_pretrained(self, directory):
-    raise Interrupted
-
-
-def test_interrupted_export_leaves_everything_as_it_was(tmp_path):
-  config = tiny_config()
-  (tmp_path / 'hf').mkdir()
-  (tmp_path / 'hf/config.json').write_text('old')
-  with pytest.raises(Interrupted):
-    write_hf(config, random_params(config), tmp_path / 'hf', tokenizer=BrokenTokenizer())
-  assert [p.name for p in tmp_path.iterdir()] == ['hf']
-  assert (tmp_path / 'hf/config.json').read_text() == 'old'

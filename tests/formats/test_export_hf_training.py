@@ -3,13 +3,8 @@
 transformers 4.57 runs `check_tools` in test_export_hf.py, in the one process that imports it.
 """
 
-import json
-import unittest.mock
-
 import pytest
 
-from adapt_jax.models.formats.hf_weights import save_params
-from adapt_jax.models.formats.safetensors import INDEX_NAME
 from adapt_jax.models.formats.source import open_source
 from tests.formats.test_export_hf import EXPORTS, check_logits, export, load
 from tests.support.helpers import random_tokens
@@ -39,7 +34,7 @@ def check_device_map(directory, out):
 
 
 def check_shards(directory, out):
-  """Saved by transformers in several files; test_sharded_export is about our own."""
+  """Saved by transformers in several files."""
   load(directory).save_pretrained(out, max_shard_size='30KB')
   assert len(list(out.glob('*.safetensors'))) > 3
   check_logits(load(out), directory)
@@ -73,22 +68,6 @@ def check_trainer(directory, out):
 def test_tools_on_top_of_transformers(tmp_path):
   export(tmp_path / 'hf', EXPORTS['llama'], tokenizer=tiny_tokenizer())
   check_tools(tmp_path / 'hf', tmp_path)
-
-
-def test_sharded_export(tmp_path):
-  """As models above five gigabytes are written."""
-  directory, config = tmp_path / 'hf', EXPORTS['qwen3']
-
-  def small_shards(*args):
-    save_params(*args, shard_bytes=30_000)
-
-  with unittest.mock.patch('adapt_jax.export.hf.save_params', small_shards):
-    export(directory, config)
-  index = json.loads((directory / INDEX_NAME).read_text())
-  assert len(set(index['weight_map'].values())) > 3 and not (directory / 'model.safetensors').exists()
-  check_logits(load(directory), directory)
-  check_logits(load(directory, device_map='auto'), directory)
-  assert open_source(str(directory)).config == config
 
 
 def test_a_sliced_layer_stays_on_one_device(tmp_path):

@@ -5,7 +5,6 @@ import os
 import pathlib
 import shutil
 import struct
-import time
 
 import gguf as gguf_package
 import ml_dtypes
@@ -17,7 +16,7 @@ from adapt_jax.models.config import LayerShape, LinearScaling, Llama3Scaling, Mo
 from adapt_jax.models.formats import gguf_model, gguf_tokenizer
 from adapt_jax.models.formats.hf_weights import check_tensors, leaves
 from adapt_jax.models.formats.source import open_source
-from tests.support import reference
+from tests.support import helpers, reference
 from tests.support.helpers import refused
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,20 +35,9 @@ TEXTS = (
 
 
 def tiny_config(family: str, **changes) -> ModelConfig:
-  base = ModelConfig(
-    family=family,
-    vocab_size=40,
-    hidden_size=64,
-    head_dim=32 if family == 'qwen3' else 16,
-    layers=(LayerShape(4, 2, 96),) * 2,
-    rope=RopeConfig(500000.0),
-    rms_norm_eps=1e-5,
-    tie_embeddings=family == 'qwen3',
-    qkv_bias=family == 'qwen2',
-    qk_norm=family == 'qwen3',
-    max_position=512,
-  )
-  return dataclasses.replace(base, **changes)
+  fields = {'vocab_size': 40, 'hidden_size': 64, 'rope': RopeConfig(500000.0), 'max_position': 512}
+  fields |= {'head_dim': 32 if family == 'qwen3' else 16, 'tie_embeddings': family == 'qwen3'}
+  return helpers.tiny_config(family, **{'layers': (LayerShape(4, 2, 96),) * 2} | fields | changes)
 
 
 def random_weights(config: ModelConfig, dtype=np.float32) -> dict[str, np.ndarray]:
@@ -64,20 +52,15 @@ def permute(weight: np.ndarray, head_dim: int) -> np.ndarray:
   return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def new_writer(
-  path: pathlib.Path, config: ModelConfig, arch: str | None = None, **split
-) -> gguf_package.GGUFWriter:
-  def widths(attribute: str) -> int | list[int]:
-    values = [getattr(shape, attribute) for shape in config.layers]
-    return values[0] if config.uniform else values
-
-  writer = gguf_package.GGUFWriter(path, arch or config.family, **split)
+def new_writer(path: pathlib.Path, config: ModelConfig, **split) -> gguf_package.GGUFWriter:
+  shape = config.layers[0]
+  writer = gguf_package.GGUFWriter(path, config.family, **split)
   writer.add_block_count(config.num_layers)
   writer.add_context_length(config.max_position)
   writer.add_embedding_length(config.hidden_size)
-  writer.add_head_count(widths('num_heads'))
-  writer.add_head_count_kv(widths('num_kv_heads'))
-  writer.add_feed_forward_length(widths('ffn'))
+  writer.add_head_count(shape.num_heads)
+  writer.add_head_count_kv(shape.num_kv_heads)
+  writer.add_feed_forward_length(shape.ffn)
   writer.add_key_length(config.head_dim)
   writer.add_value_length(config.head_dim)
   writer.add_rope_dimension_count(config.head_dim)
@@ -107,11 +90,11 @@ def add_weights(writer, config: ModelConfig, weights: dict[str, np.ndarray], kin
 
 
 def write_model(
-  path: pathlib.Path, config: ModelConfig, kind: Type = Type.F32, extra=None, arch: str | None = None, **split
+  path: pathlib.Path, config: ModelConfig, kind: Type = Type.F32, extra=None, **split
 ) -> dict[str, np.ndarray]:
   """Writes a random model; `extra` may add to the writer. Returns the weights in Hugging Face's layout."""
   weights = random_weights(config, PLAIN.get(kind, np.float32))
-  writer = new_writer(path, config, arch, **split)
+  writer = new_writer(path, config, **split)
   add_weights(writer, config, weights, kind)
   if extra:
     extra(writer)
@@ -149,34 +132,18 @@ def test_every_type_and_architecture_reads_back(tmp_path, family, kind):
 
 
 def test_biases_are_unpermuted_only_for_llama(tmp_path):
-  for family, biased, found in (
-    ('llama', 'qkv', 'qwen2'),
-    ('llama', 'qkvo', 'llama'),
-    ('qwen2', 'qkv', 'qwen2'),
-  ):
-    config, path = tiny_config(family, qkv_bias=True), tmp_path / f'{family}-{biased}.gguf'
+  for family, biases in (('llama', 3), ('llama', 4), ('qwen2', 3)):
+    config, path = tiny_config(family, qkv_bias=True), tmp_path / f'{family}-{biases}.gguf'
     weights = random_weights(config)
-    if biased == 'qkv':
+    if biases == 3:
       weights = {name: w for name, w in weights.items() if not name.endswith('o_proj.bias')}
     writer = new_writer(path, config)
     add_weights(writer, config, weights, Type.F32)
     finish(writer)
-    assert gguf_model.GgufReader(path).config == dataclasses.replace(config, family=found)
-    check_tensors(gguf_model.GgufReader(path).config, gguf_model.GgufReader(path))
-    for letter in biased:
-      name = f'model.layers.1.self_attn.{letter}_proj.bias'
-      np.testing.assert_array_equal(gguf_model.GgufReader(path).read(name), weights[name])
-
-
-@pytest.mark.parametrize('biases', [{}, {'output_bias': True}, {'qkv_bias': True, 'output_bias': True}])
-def test_deci_is_a_llama_with_the_widths_of_each_layer(tmp_path, biases):
-  layers = (LayerShape(2, 1, 32), LayerShape(4, 2, 96), LayerShape(6, 3, 64))
-  config, path = tiny_config('llama', layers=layers, **biases), tmp_path / 'tiny.gguf'
-  weights = write_model(path, config, arch='deci')
-  source = open_source(str(path))
-  assert source.config == config and source.reader.names() == set(weights)
-  for name, weight in weights.items():
-    np.testing.assert_array_equal(source.reader.read(name), weight, err_msg=name)
+    source = open_source(str(path))
+    assert source.config == dataclasses.replace(config, family='qwen2' if biases == 3 else 'llama')
+    for name in (name for name in weights if name.endswith('bias')):
+      np.testing.assert_array_equal(source.reader.read(name), weights[name])
 
 
 def llama3_factors(theta: float, head_dim: int, factor: float) -> np.ndarray:
@@ -240,28 +207,21 @@ def widths(values):
   return change
 
 
-ONES = np.ones(4, np.float32)
 REFUSED = {
   'llama.rope.scaling.factor = -2.0': lambda w: w.add_float32('llama.rope.scaling.factor', -2.0),
   'llama.rope.scale_linear = nan': lambda w: w.add_float32('llama.rope.scale_linear', float('nan')),
   'llama.rope.freq_base = 0.0': changed('rope.freq_base', 0.0),
-  'llama.rope.freq_base = nan': changed('rope.freq_base', float('nan')),
   'llama.attention.layer_norm_rms_epsilon = inf': changed('attention.layer_norm_rms_epsilon', float('inf')),
   'without another scaling': two_scalings,
   'rope_freqs.weight': factors_of_rope(lambda x: 1.01 * x),
-  'is not the llama3': factors_of_rope(lambda x: x[:-1]),
   'rope_freqs': factors_of_rope(lambda x: np.full_like(x, np.nan)),
   'llama.expert_count': lambda w: w.add_expert_count(8),
   'llama.rope.scaling.type': lambda w: w.add_rope_scaling_type(gguf_package.RopeScalingType.YARN),
   'llama.attention.sliding_window': lambda w: w.add_sliding_window(128),
   'llama.attention.causal': lambda w: w.add_causal_attention(False),
-  'num_heads=0': widths([4, 0]),
   '3 widths for 2 layers': widths([4, 4, 4]),
   'llama.rope.dimension_count = 16': changed('attention.key_length', 200_000_001),
-  'for 100000 layers': changed('block_count', 100_000),
-  'hidden_size 0': changed('embedding_length', 0),
-  'blk.0.ffn_gate_inp.weight is extra': lambda w: w.add_tensor('blk.0.ffn_gate_inp.weight', ONES),
-  'odd is extra': lambda w: w.add_tensor('odd', ONES),
+  'odd is extra': lambda w: w.add_tensor('odd', np.ones(4, np.float32)),
   'type 20': lambda w: w.add_tensor('output.x', np.zeros((2, 18), np.uint8), raw_dtype=Type.IQ4_NL),
 }
 
@@ -313,12 +273,10 @@ def test_a_split_model_must_be_whole_and_named_by_its_first_file(split, tmp_path
 
 def test_missing_empty_and_foreign_files_are_refused(tmp_path):
   assert_refused(tmp_path / 'absent.gguf')
-  (tmp_path / 'directory.gguf').mkdir()
-  assert_refused(tmp_path / 'directory.gguf')
   gemma = gguf_package.GGUFWriter(tmp_path / 'gemma.gguf', 'gemma')
   finish(gemma)
   assert_refused(tmp_path / 'gemma.gguf', "'gemma'", 'llama')
-  for content in (b'', b'GGU', b'PK\x03\x04' + bytes(100), b'GGUF' + struct.pack('<I', 1) + bytes(100)):
+  for content in (b'', b'PK\x03\x04' + bytes(100)):
     (tmp_path / 'bad.gguf').write_bytes(content)
     assert_refused(tmp_path / 'bad.gguf')
 
@@ -368,10 +326,8 @@ def byte_level(path: pathlib.Path, pre: str, **flags: bool):
   ('pre', 'number', 'begins'),
   [
     ('smollm', ['2', '0', '2', '4'], False),
-    ('gpt-2', ['2024'], False),
     ('default', ['2024'], False),
     ('llama-bpe', ['202', '4'], True),
-    ('qwen2', ['2', '0', '2', '4'], False),
     ('deepseek-r1-qwen', ['2', '0', '2', '4'], False),
   ],
 )
@@ -399,33 +355,13 @@ def test_special_tokens_are_single_and_bos_and_eos_are_added_as_asked(tmp_path):
   assert tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False) == 'hi!'
 
 
-@pytest.mark.parametrize('pre', ['deepseek-r1-qwen', 'spm'])
-def test_saved_tokenizer_gives_equal_ids(tmp_path, pre):
-  from transformers import AutoTokenizer
-
-  if pre == 'spm':
-    tokenizer = sentence_piece(tmp_path / 'tiny.gguf')
-  else:
-    tokenizer = byte_level(tmp_path / 'tiny.gguf', pre, add_add_bos_token=True)
-  tokenizer.save_pretrained(tmp_path / 'saved')
-  loaded = AutoTokenizer.from_pretrained(tmp_path / 'saved')
-  for text in (*TEXTS, ' <|start|> a <s> b<think>\n'):
-    assert loaded(text).input_ids == tokenizer(text).input_ids
-    assert loaded.decode(loaded(text).input_ids) == tokenizer.decode(tokenizer(text).input_ids)
-  assert loaded.chat_template == tokenizer.chat_template
-  assert loaded.special_tokens_map == tokenizer.special_tokens_map
-
-
 @pytest.mark.parametrize(
   'key, value',
   [
     ('pre', 'tekken'),
-    ('model', 't5'),
     ('bos_token_id', 4000),
     ('merges', ['h e', 'h q']),
-    ('token_type', [1, 1]),
     ('tokens', ['a', 'a']),
-    ('tokens', [1, 2]),
     ('tokens', [f't{i}' for i in range(301)]),
   ],
 )
@@ -483,6 +419,8 @@ def test_sentence_piece_tokenizer_merges_by_score(tmp_path):
     ids = tokenizer(text).input_ids
     assert ids[0] == 1  # BOS by default, as llama.cpp
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
+  bare = sentence_piece(tmp_path / 'bare.gguf', prefix=False)
+  assert bare.decode(bare(' a').input_ids, skip_special_tokens=True) == ' a'
 
 
 def test_sentence_piece_without_scores_merges_by_id(tmp_path):
@@ -493,22 +431,6 @@ def test_sentence_piece_without_scores_merges_by_id(tmp_path):
     assert equal.tokenize(text) == ranked.tokenize(text)
 
 
-def test_sentence_piece_special_tokens_and_space_prefix(tmp_path):
-  tokenizer = sentence_piece(tmp_path / 'tiny.gguf')
-  assert tokenizer.tokenize('ab</s>a<think>') == ['▁ab', '</s>', '▁a', '<think>']
-  bare = sentence_piece(tmp_path / 'bare.gguf', prefix=False)
-  assert bare.tokenize('a a') == ['a', '▁a']
-  assert bare.decode(bare(' a').input_ids, skip_special_tokens=True) == ' a'
-
-
-def test_one_very_long_token_takes_no_time(tmp_path):
-  """To try all its cuts takes the square of its length."""
-  start = time.monotonic()
-  tokenizer = sentence_piece(tmp_path / 'tiny.gguf', PIECES | {'x' * 200_000: -20})
-  assert tokenizer.tokenize('abc') == sentence_piece_reference('abc', PIECES)
-  assert time.monotonic() - start < 5
-
-
 @pytest.fixture(scope='module')
 def demo() -> pathlib.Path:
   path = pathlib.Path(os.environ.get('ADAPT_JAX_DEMO_DATA', ROOT / 'data'))
@@ -516,33 +438,6 @@ def demo() -> pathlib.Path:
   if not path.is_file():
     pytest.skip(f'no {DEMO_NAME} in data/ or at $ADAPT_JAX_DEMO_DATA')
   return path
-
-
-def test_demo_model_config_and_tensors(demo):
-  config = gguf_model.GgufReader(demo).config
-  assert config == ModelConfig(
-    family='llama',
-    vocab_size=49152,
-    hidden_size=576,
-    head_dim=64,
-    layers=(LayerShape(9, 3, 1536),) * 30,
-    rope=RopeConfig(100000.0),
-    rms_norm_eps=1e-5,
-    tie_embeddings=True,
-    max_position=8192,
-  )
-  check_tensors(config, gguf_model.GgufReader(demo))
-
-
-def test_demo_token_ids(demo):
-  tokenizer = gguf_tokenizer.load_tokenizer(demo)
-  assert tokenizer('2024').input_ids == [34, 32, 34, 36]
-  assert tokenizer('Hello  world\n\n  x').input_ids == [19556, 216, 905, 8866, 1792]
-  assert tokenizer.tokenize('in  2024') == ['in', 'ĠĠ', '2', '0', '2', '4']
-  assert tokenizer('<|im_start|>user\n').input_ids == [1, 4093, 198]
-  assert tokenizer.pad_token == tokenizer.eos_token == '<|im_end|>'
-  for text in TEXTS:
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 def test_demo_tokenizer_agrees_with_the_true_one(demo):

@@ -156,9 +156,7 @@ def test_both_ways_to_write_a_split_are_known():
     pre_tokenizers.Split(Regex(LLAMA3), behavior='removed', invert=True),
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
   ]
-  removed, isolated = published(pre_tokenizers.Sequence(cuts)), published(split(LLAMA3))
-  assert removed(list(COMPOSED)).input_ids == isolated(list(COMPOSED)).input_ids
-  check_gguf_tokenizer(removed)
+  check_gguf_tokenizer(published(pre_tokenizers.Sequence(cuts)))
 
 
 def test_an_added_token_beyond_the_embedding_is_left_out(tmp_path):
@@ -183,9 +181,6 @@ def test_special_tokens_of_each_sort(files):
   metadata = open_file(files / 'smollm.gguf').metadata
   types = dict(zip(metadata['tokenizer.ggml.tokens'], metadata['tokenizer.ggml.token_type'], strict=True))
   assert (types['<|start|>'], types['<|end|>'], types['<think>'], types['unmerged']) == (3, 3, 4, 1)
-  flags = ('add_bos_token', 'add_eos_token')
-  assert [metadata[f'tokenizer.ggml.{flag}'] for flag in flags] == [False, False]
-  assert open_file(files / 'llama-bpe.gguf').metadata['tokenizer.ggml.add_bos_token'] is True
   spm = open_file(files / 'spm.gguf').metadata
   types = dict(zip(spm['tokenizer.ggml.tokens'], spm['tokenizer.ggml.token_type'], strict=True))
   assert (types['<unk>'], types['</s>'], types['<0x0A>'], types['▁ab']) == (2, 3, 6, 1)
@@ -217,13 +212,10 @@ def with_prompt():
 REFUSED = {
   'not from the tokenizers library': object,
   'not BPE': word_level,
-  'dropout': lambda: changed(published(PLAIN), lambda d: d['model'].update(dropout=0.1)),
   'no EOS': lambda: published(PLAIN, eos_token=None),
   'more than BOS and EOS': with_prompt,
-  'Whitespace': lambda: published(pre_tokenizers.Whitespace()),
   'N}+|': lambda: published(split(QWEN2.replace('N}|', 'N}+|'))),
   'NFKC': lambda: published(split(QWEN2), normalizer=normalizers.NFKC()),
-  'NFC': lambda: published(DIGITS, normalizer=normalizers.NFC()),
   'ignore_merges": true': lambda: published(split(QWEN2), ignore_merges=True),
   'byte_fallback without': lambda: changed(
     metaspace(), lambda d: d['model']['vocab'].update({'zero': d['model']['vocab'].pop('<0x00>')})

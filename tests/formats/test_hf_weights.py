@@ -1,8 +1,6 @@
 """Hugging Face checkpoints in and out: bits, spellings of config.json, and what is refused."""
 
-import json
 import math
-import struct
 
 import jax
 import ml_dtypes
@@ -51,10 +49,6 @@ def test_transformers_checkpoint_keeps_its_bits(family, dtype, sharded, fields, 
   for directory in (tmp_path / 'in', tmp_path / 'out'):
     assert (directory / INDEX_NAME).exists() == sharded == (len(files(directory)) > 1)
   assert tensors(tmp_path / 'out') == tensors(tmp_path / 'in')
-  (tmp_path / 'out/config.json').write_text((tmp_path / 'in/config.json').read_text())
-  again = type(model).from_pretrained(tmp_path / 'out', dtype=model.dtype)
-  for (name, ours), theirs in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
-    assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize('stored, wanted', [('float32', 'bfloat16'), ('bfloat16', 'float32')])
@@ -66,25 +60,6 @@ def test_dtype_is_cast_on_load_and_on_save(stored, wanted, tmp_path):
   expected = params['embed'].astype(stored).astype(wanted)
   assert loaded['embed'].dtype == wanted
   np.testing.assert_array_equal(np.asarray(loaded['embed']), expected)
-
-
-def test_views_are_written_in_their_own_order(tmp_path):
-  """safetensors writes the memory of an array such as w.T as it lies."""
-  config = tiny_config('qwen2')
-  params = random_params(config)
-  save_checkpoint(tmp_path / 'a', config, params)
-  for layer in params['layers']:
-    for name, weight in layer['mlp'].items():
-      layer['mlp'][name] = np.asfortranarray(weight)
-  params['embed'] = np.asfortranarray(params['embed'])
-  save_checkpoint(tmp_path / 'b', config, params)
-  assert tensors(tmp_path / 'a') == tensors(tmp_path / 'b')
-
-
-@pytest.mark.parametrize('family', FAMILIES)
-def test_config_survives_the_round_trip(family):
-  config = tiny_config(family, UNIFORM)
-  assert config_from_hf(json.loads(json.dumps(config_to_hf(config))), 'here') == config
 
 
 LLAMA3 = {
@@ -101,16 +76,12 @@ SCALED = RopeConfig(5e5, Llama3Scaling(8.0, 1.0, 4.0, 32))
   [
     ({}, RopeConfig(1e4)),
     ({'rope_theta': 5e5}, RopeConfig(5e5)),
-    ({'rope_theta': 5e5, 'rope_scaling': None}, RopeConfig(5e5)),
     ({'rope_theta': 5e5, 'rope_scaling': {'rope_type': 'default'}}, RopeConfig(5e5)),
-    ({'rope_theta': 5e5, 'rope_scaling': LLAMA3 | {'rope_type': 'llama3'}}, SCALED),
-    ({'rope_theta': 5e5, 'rope_scaling': {'type': 'linear', 'factor': 1.0}}, RopeConfig(5e5)),
     (
       {'rope_theta': 5e5, 'rope_scaling': {'type': 'linear', 'factor': 4}},
       RopeConfig(5e5, LinearScaling(4.0)),
     ),
     ({'rope_theta': 5e5, 'rope_scaling': LLAMA3 | {'type': 'llama3'}}, SCALED),
-    ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}, RopeConfig(5e5)),
     ({'rope_parameters': {'rope_theta': 5e5}}, RopeConfig(5e5)),
     ({'rope_parameters': LLAMA3 | {'rope_type': 'llama3', 'rope_theta': 5e5}}, SCALED),
     # As in transformers 5: what is said of the embedding itself wins.
@@ -151,21 +122,16 @@ def base(family='llama', **fields):
 
 REFUSED = [
   {'model_type': None},
-  {'model_type': 'gemma3'},
   {'model_type': 'mystery', 'auto_map': {'AutoModel': 'modeling_mystery.Model'}},
   base('gemma3_text', use_bidirectional_attention=True),
   base('gemma2', layer_types=['chunked_attention'] * 2),
-  base('gemma2', hidden_activation='relu'),
   base('smollm3', no_rope_layers=[1]),
   base('olmo2', per_layer_config={'0': {'num_attention_heads': 3, 'num_key_value_heads': 1}}),
   {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}},
-  {'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}},
   {'rope_scaling': LLAMA3 | {'rope_type': 'llama3', 'low_freq_factor': 4.0}},
-  {'rope_scaling': {'type': 'linear'}},
   base('gemma3_text', rope_parameters={'sliding_attention': {'rope_type': 'linear', 'factor': 2.0}}),
   base('qwen2', use_sliding_window=True, sliding_window=64, max_window_layers=1),
   base('qwen3', layer_types=['full_attention', 'sliding_attention'], sliding_window=64),
-  base('smollm3', use_sliding_window=True, sliding_window=64),
   {'num_experts': 8},
   base('mistral', attention_bias=True),
   {'mlp_bias': True},
@@ -176,17 +142,11 @@ REFUSED = [
   {'rope_parameters': {'rope_theta': 1e4, 'partial_rotary_factor': 0.5}},
   {'per_layer_config': {'0': {'skip': ['mlp']}}},
   {'per_layer_config': {'2': {'intermediate_size': 8}}},
-  {'per_layer_config': {'-1': {'intermediate_size': 8}}},
   {'num_key_value_heads': 4},
   {'head_dim': 7},
-  {'num_attention_heads': 96, 'head_dim': None},
   {'rope_theta': math.nan},
-  {'model_type': 'gemma2', 'query_pre_attn_scalar': None},
   {'hidden_size': 48.5},
-  {'vocab_size': True},
-  {'num_hidden_layers': 2**31 - 1},
-  {'rms_norm_eps': 10**400},
-  *({name: None} for name in ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'vocab_size')),
+  {'vocab_size': None},
 ]
 
 
@@ -236,41 +196,20 @@ def truncate(directory):
   path.write_bytes(path.read_bytes()[:-100])
 
 
-def only_pickle(directory):
-  (directory / 'model.safetensors').rename(directory / 'pytorch_model.bin')
-
-
-def index(files_by_tensor):
-  def damage(directory):
-    (directory / INDEX_NAME).write_text(json.dumps({'weight_map': files_by_tensor}))
-
-  return damage
-
-
-def as_float8(directory):
-  """Renames the dtype of one tensor in the header; numpy has no such type."""
-  path = directory / 'model.safetensors'
-  found = load_file(path)
-  save_file(found | {UP: found[UP].astype(np.int8)}, path)
-  content = path.read_bytes()
-  (size,) = struct.unpack('<Q', content[:8])
-  header = json.loads(content[8 : 8 + size])
-  header[UP]['dtype'] = 'F8_E4M3'
-  text = json.dumps(header).encode()
-  path.write_bytes(struct.pack('<Q', len(text)) + text + content[8 + size :])
-
-
 DAMAGES = {
   'missing': (damage_tensors(lambda t: (t.pop(UP), t.pop(NORM))), f'{UP} is missing (and 1 more)'),
   'extra': (damage_tensors(lambda t: t.update({'q_scale': t[NORM].copy()})), 'q_scale is extra'),
   'shape': (damage_tensors(lambda t: t.update({UP: t[UP][1:].copy()})), f'{UP} has shape [39, 48]'),
   'double': (damage_tensors(lambda t: t.update({UP: t[UP].astype(np.float64)})), f'{UP} has dtype F64'),
-  'float8': (as_float8, f'{UP} has dtype F8_E4M3'),
   'truncated': (truncate, 'model.safetensors'),
-  'pickle': (only_pickle, 'convert the checkpoint to safetensors'),
-  'shard-absent': (index({UP: 'model-00001-of-00002.safetensors'}), 'model-00001-of-00002.safetensors'),
-  'not-in-shard': (index({UP: 'model.safetensors', 'model.x.weight': 'other'}), 'other'),
-  'config-not-text': (lambda d: (d / 'config.json').write_bytes(b'\xff\xfe\x00'), 'config.json'),
+  'pickle': (
+    lambda d: (d / 'model.safetensors').rename(d / 'pytorch_model.bin'),
+    'convert the checkpoint to safetensors',
+  ),
+  'shard-absent': (
+    lambda d: (d / INDEX_NAME).write_text('{"weight_map": {"model.norm.weight": "model-1.safetensors"}}'),
+    'model-1.safetensors',
+  ),
   'config-absent': (lambda d: (d / 'config.json').unlink(), 'config.json'),
 }
 
@@ -283,15 +222,6 @@ def test_damaged_checkpoints_are_refused_in_one_line(case, tmp_path):
   damage(tmp_path)
   message = refused(open_source, str(tmp_path))  # nothing is loaded
   assert named in message and str(tmp_path) in message
-
-
-@pytest.mark.parametrize('stored', [False, True])
-def test_output_biases_and_config_must_agree(stored, tmp_path):
-  config = tiny_config('mistral', UNIFORM, output_bias=stored)
-  raw = save_checkpoint(tmp_path, config, random_params(config))
-  (tmp_path / 'config.json').write_text(json.dumps(raw | {'output_bias': not stored}))
-  word = 'extra' if stored else 'missing'
-  assert f'mlp.down_proj.bias is {word} (and 3 more)' in refused(open_source, str(tmp_path))
 
 
 def test_old_rotary_buffers_and_tied_heads_are_left_out(tmp_path):

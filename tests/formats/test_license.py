@@ -45,21 +45,8 @@ def test_a_gguf_file_has_it_in_its_header():
 
 @pytest.mark.parametrize(
   'card',
-  [
-    '# Title',
-    '---\n: [\n---\n',
-    '---\nlicense: "a\\nb"\n---\n',
-    '---\na: ' + '[' * 5000 + '\n---\n',
-    b'\xff\xfe',
-    None,
-  ],
-  ids=range(6),
+  [b'# Title', b'---\n: [\n---\n', b'---\nlicense: "a\\nb"\n---\n', b'\xff\xfe'],
 )
 def test_a_card_without_one_does_not_stop_a_model(files, card):
-  path = files / 'model/README.md'
-  path.unlink()
-  if card is None:
-    path.mkdir()
-  else:
-    path.write_bytes(card if isinstance(card, bytes) else card.encode())
+  (files / 'model/README.md').write_bytes(card)
   assert open_source(str(files / 'model')).license == {}

@@ -9,11 +9,9 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.numpy import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from adapt_jax.models.errors import InputError, Unreachable, unreachable
-from adapt_jax.models.formats.gguf_tokenizer import PATTERNS
+from adapt_jax.models.errors import InputError, unreachable
 from adapt_jax.models.formats.source import _tokenizer_from_directory, open_source
 from tests.formats.test_gguf_model import write_model
 from tests.formats.test_gguf_vocab import DIGITS, published
@@ -64,23 +62,6 @@ def test_unsupported_model_of_the_hub_is_refused_before_its_weights(hub, monkeyp
   assert not hub
 
 
-def test_stored_dtype_is_known_before_loading(files):
-  assert open_source(str(files / 'model')).dtype == 'float32'
-  source = open_source(str(files / 'bfloat16'))
-  assert source.dtype == 'bfloat16'
-  assert source.load_params()['embed'].dtype == 'bfloat16'
-  assert source.load_params('float32')['embed'].dtype == 'float32'
-
-
-def test_errors_of_the_hub_without_a_message_are_one_line(monkeypatch):
-  def hf_hub_download(name, filename):
-    raise ConnectionError
-
-  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', hf_hub_download)
-  with pytest.raises(Unreachable, match='the hub download failed .ConnectionError.'):
-    open_source('some-org/some-model')
-
-
 @pytest.mark.parametrize('name', ['x' * 300, 'some\0name', '~nobody-of-that-name/model'])
 def test_impossible_names_are_one_line(name):
   with pytest.raises(InputError):
@@ -117,20 +98,6 @@ def test_a_byte_level_tokenizer_splits_as_its_file_says(files, tmp_path, named, 
   assert found.special_tokens_map.items() >= given.special_tokens_map.items() or special != 'named'
 
 
-def test_a_class_that_splits_as_the_file_says_stays(files, tmp_path):
-  """Qwen's files do not trim offsets, and its class does: that changes no token."""
-  byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-  cuts = [pre_tokenizers.Split(Regex(PATTERNS['qwen2']), behavior='isolated'), byte_level]
-  given = published(pre_tokenizers.Sequence(cuts))
-  given.backend_tokenizer.normalizer = normalizers.NFC()
-  shutil.copytree(files / 'model', tmp_path / 'model')
-  given.add_tokens(['<|endoftext|>'], special_tokens=True)
-  given.save_pretrained(tmp_path / 'model')
-  (tmp_path / 'model' / 'tokenizer_config.json').write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
-  found = _tokenizer_from_directory(tmp_path / 'model')
-  assert type(found).__name__.startswith('Qwen2Tokenizer') and found.eos_token == '<|endoftext|>'
-
-
 def test_a_digest_tells_models_apart(files, tmp_path):
   def digest(name, change):
     path = tmp_path / name
@@ -151,23 +118,17 @@ def test_a_digest_tells_models_apart(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('error', 'expected'),
+  ('cause', 'expected'),
   [
     (OSError(errno.ENETUNREACH, 'Network is unreachable'), True),
-    (TimeoutError(), True),
     (OfflineModeIsEnabled('HF_HUB_OFFLINE'), False),  # a ConnectionError
     (OSError(errno.ENOENT, 'no such file'), False),
-    (ValueError(), False),
   ],
 )
-def test_what_a_connection_has_caused(error, expected):
-  try:
-    try:
-      raise error
-    except (OSError, ValueError) as cause:
-      raise RuntimeError('of an HTTP library') from cause
-  except RuntimeError as found:
-    assert unreachable(found) is expected
+def test_what_a_connection_has_caused(cause, expected):
+  error = RuntimeError('of an HTTP library')
+  error.__cause__ = cause
+  assert unreachable(error) is expected
 
 
 def test_a_tokenizer_model_alone_is_read(files, tmp_path):
@@ -175,13 +136,7 @@ def test_a_tokenizer_model_alone_is_read(files, tmp_path):
   words = files / 'train.txt'
   options = {'vocab_size': 300, 'model_type': 'bpe', 'byte_fallback': True, 'minloglevel': 2}
   SentencePieceTrainer.train(input=str(words), model_prefix=str(tmp_path / 'tokenizer'), **options)
-  settings = {
-    'tokenizer_class': 'LlamaTokenizer',
-    'bos_token': '<s>',
-    'eos_token': '</s>',
-    'unk_token': '<unk>',
-  }
-  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
+  (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "LlamaTokenizer"}')
   (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
   text = ' '.join(words.read_text().split()[:40])
   expected = SentencePieceProcessor(str(tmp_path / 'tokenizer.model')).encode(text)

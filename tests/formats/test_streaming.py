@@ -9,17 +9,15 @@ import sys
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as Type
 
+from adapt_jax.export.gguf import write_gguf
 from adapt_jax.export.hf import write_hf
 from adapt_jax.models.errors import disk_full
-from adapt_jax.models.formats import gguf_model
 from adapt_jax.models.formats.hf_weights import leaves, load_params, save_params, stored_params
-from adapt_jax.models.formats.safetensors import SafetensorsReader
 from adapt_jax.models.formats.source import open_source
-from tests.formats.test_gguf_model import write_model
 from tests.support.helpers import random_params, tiny_config
 from tests.support.streaming import CountingReader, divisible_config, write_checkpoints
+from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -76,10 +74,12 @@ def test_one_tensor_of_the_file_is_held_at_a_time(name, checkpoints, tmp_path):
   count(lambda reader: save_params(source.config, stored_params(source.config, reader), tmp_path))
 
 
-def check_parts(reader, config):
-  """Any part of a tensor is what the whole one has there."""
-  rng = np.random.default_rng(0)
-  for leaf in leaves(config):
+@pytest.mark.parametrize('name', ['qwen2', 'llama.gguf'])
+def test_any_part_of_a_tensor_is_what_the_whole_one_has_there(name, checkpoints):
+  """In .gguf files, blocks of 32 columns are cut, and so are heads, whose rows lie in another order."""
+  source = open_source(str(checkpoints / name))
+  rng, reader = np.random.default_rng(0), source.reader
+  for leaf in leaves(source.config):
     whole = reader.read(leaf.name)
     for _ in range(4):
       starts = [int(rng.integers(n)) for n in leaf.hf_shape]
@@ -87,18 +87,6 @@ def check_parts(reader, config):
       part = reader.read(leaf.name, index)
       assert part.dtype == whole.dtype
       np.testing.assert_array_equal(part, whole[index], err_msg=f'{leaf.name} {index}')
-
-
-def test_parts_of_safetensors(checkpoints):
-  check_parts(SafetensorsReader(checkpoints / 'qwen2'), divisible_config('qwen2'))
-
-
-@pytest.mark.parametrize('family, kind', [('llama', Type.Q4_1), ('llama', Type.F16), ('qwen3', Type.Q8_0)])
-def test_parts_of_gguf(family, kind, tmp_path):
-  """Blocks of 32 columns are cut, and so are heads, whose rows a llama file stores in another order."""
-  config = divisible_config(family)
-  write_model(tmp_path / 'tiny.gguf', config, kind)
-  check_parts(gguf_model.GgufReader(tmp_path / 'tiny.gguf'), config)
 
 
 def test_only_the_first_of_the_folded_axes_may_be_split():
@@ -109,16 +97,19 @@ def test_only_the_first_of_the_folded_axes_may_be_split():
     query.hf_index(((0, K), (0, G), (0, H // 2), (0, D)))
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path):
-  config = tiny_config()
-  (tmp_path / 'hf').mkdir()
-  (tmp_path / 'hf/old').touch()
+@pytest.mark.parametrize('write', [write_hf, write_gguf])
+def test_a_full_disk_leaves_what_was_there(write, tmp_path):
+  config = tiny_config(vocab_size=320)
+  old = tmp_path / ('model/old' if write is write_hf else 'model')
+  old.parent.mkdir(exist_ok=True)
+  old.write_text('old')
+  options = {} if write is write_hf else {'kind': 'F32', 'name': 'tiny'}
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # much as on a full disk
+  resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))  # much as on a full disk
   try:
     with pytest.raises(OSError, match='File too large') as failure:
-      write_hf(config, random_params(config), tmp_path / 'hf')
+      write(config, random_params(config), tmp_path / 'model', tokenizer=tiny_tokenizer(), **options)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert disk_full(failure.value)
-  assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*')] == ['hf', 'hf/old']
+  assert [p for p in tmp_path.rglob('*') if p.is_file()] == [old] and old.read_text() == 'old'

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from adapt_jax.models.formats.trimmed_tokenizer import needed_ids, trim_tokenizer
-from tests.formats.test_gguf_vocab import DIGITS, LLAMA3, published, split
+from tests.formats.test_gguf_vocab import DIGITS, LLAMA3, published, split, word_level
 from tests.support.helpers import refused
 from tests.support.runs import ROOT
 
@@ -172,44 +172,17 @@ def test_only_what_is_needed_stays():
   assert longer == {'he', 'll', 'hell', 'hello', 'Ġhello'} | tokenizer.get_added_vocab().keys()
 
 
-def test_trimming_to_everything_changes_nothing():
-  tokenizer = byte_level()
-  ids = needed_ids(tokenizer, range(len(tokenizer)))
-  assert ids == list(range(len(tokenizer)))
-  trimmed = trim_tokenizer(tokenizer, ids)
-  assert json.loads(trimmed.backend_tokenizer.to_str()) == json.loads(tokenizer.backend_tokenizer.to_str())
-
-
-def test_trimming_twice_is_trimming_once():
-  tokenizer = sentence_piece()
-  ids, once = trim(tokenizer, PAGES[:1])
-  again, twice = trim(once, PAGES[:1])
-  assert again == list(range(len(ids))) and twice.get_vocab() == once.get_vocab()
-
-
 def changed(tokenizer, **fields):
   data = json.loads(tokenizer.backend_tokenizer.to_str())
   data['model'] |= fields
   return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token='<|end|>')
 
 
-def with_post_processor(made):
-  tokenizer = published(DIGITS)
-  tokenizer.backend_tokenizer.post_processor = made
-  return tokenizer
-
-
 REFUSED = {
-  'WordLevel': lambda: PreTrainedTokenizerFast(
-    tokenizer_object=Tokenizer(models.WordLevel({'a': 0, '[UNK]': 1}, '[UNK]')), eos_token='a'
-  ),
+  'WordLevel': word_level,
+  'tokenizers library': object,
   'dropout': lambda: changed(published(DIGITS), dropout=0.5),
   'end_of_word_suffix': lambda: changed(published(DIGITS), end_of_word_suffix='</w>'),
-  'tokenizers library': lambda: object(),
-  'BertProcessing': lambda: with_post_processor(processors.BertProcessing(('<|end|>', 0), ('<|start|>', 1))),
-  'not special': lambda: with_post_processor(
-    processors.TemplateProcessing(single='hello $A', special_tokens=[('hello', 260)])
-  ),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import adapt_jax as aj
 from adapt_jax.export.hf import write_hf
 from adapt_jax.models.formats.trimmed_tokenizer import trimmed_generation
-from tests.formats.test_trimmed_tokenizer import OTHER, PAGES, byte_level, converted
+from tests.formats.test_trimmed_tokenizer import PAGES, byte_level, converted
 from tests.support.helpers import logits, random_params, refused, tiny_config
 from tests.support.llama_cpp import Job, ask, needs_llama_cpp
 
@@ -75,19 +75,6 @@ def test_end_tokens_have_their_new_ids(case):
     assert generation['eos_token_id'] == [end] and generation['top_k'] == 3
 
 
-@pytest.mark.parametrize('form', ['hf', 'hf_padded'])
-def test_transformers_gives_the_same_tokens_and_predictions(case, form):
-  path = case.out / form
-  tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-  for text in (TEXT, OTHER):
-    assert tokenizer(text).input_ids == case.trimmed.tokenizer(text)['input_ids']
-  assert tokenizer.chat_template == case.tokenizer.chat_template
-  model = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype='float32')
-  with torch.no_grad():
-    found = model(torch.tensor([case.ids])).logits[0].numpy()
-  np.testing.assert_allclose(found, case.expected, atol=1e-4)
-
-
 @needs_llama_cpp
 def test_llama_cpp_gives_the_same_tokens_and_predictions(case):
   texts = [TEXT, 'Many words here were never seen: qwertz.']
@@ -95,20 +82,6 @@ def test_llama_cpp_gives_the_same_tokens_and_predictions(case):
   found = ask({'it': job})['it']
   assert found.ids == case.trimmed.tokenizer(texts)['input_ids']
   np.testing.assert_allclose(found.logits[0], case.expected, atol=1e-3)
-
-
-def test_the_card_tells_of_the_vocabulary(case, tmp_path):
-  """Also after the export is loaded and saved again."""
-  aj.save(aj.load(case.out / 'hf'), tmp_path / 'again')
-  for directory in (case.out / 'hf', tmp_path / 'again/hf'):
-    card = (directory / 'README.md').read_text()
-    assert f'vocabulary was trimmed to {len(case.kept):,} of {case.config.vocab_size:,} tokens' in card
-    assert 'channels were removed' not in card
-
-
-def test_ids_instead_of_a_text(case):
-  found = aj.trim_vocabulary(case.whole, np.array([case.tokenizer(TEXT)['input_ids']]))
-  assert found.tokenizer.get_vocab() == case.trimmed.tokenizer.get_vocab()
 
 
 def test_an_added_token_beyond_the_embedding_stays_beyond(tmp_path):
