@@ -19,7 +19,6 @@ import numpy as np
 from adapt_jax.data import records
 from adapt_jax.models.errors import InputError, Unreachable, first_line, reading, unreachable
 from adapt_jax.models.files import exists, local, read_text, regular
-from adapt_jax.models.formats.npy import open_npy
 
 Source = tuple[str, ...]
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where each is, for error messages, and its fields
@@ -122,7 +121,7 @@ def open_blocks(source: Source, field: str, length: int = 0) -> np.ndarray:
   length: T, if it is known.
   """
   with reading(f'{field} {source[0]!r}', remedy='give a .npy file of integers [rows, sequence length]'):
-    blocks: np.ndarray = open_npy(local(source[0]))
+    blocks: np.ndarray = np.load(regular(local(source[0])), mmap_mode='r', allow_pickle=False)
     if blocks.ndim != 2 or blocks.dtype.kind not in 'iu' or (length and blocks.shape[1] != length):
       raise ValueError(
         f'it holds {blocks.dtype} {list(blocks.shape)}{length and f", not rows of {length}" or ""}'

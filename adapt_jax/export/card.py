@@ -77,7 +77,7 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str], rep
     several=len(texts) > 1,
     tasks=tasks,
     quantised=(measured or tasks.rows) and any(map(is_quantised, files)),
-    loading=list(_loading(config, files, repo)),
+    **_loading(config, files, repo),
     command=report.get('command'),
     versions=', '.join(f'{name} {version}' for name, version in report.get('versions', {}).items()),
   )
@@ -159,28 +159,18 @@ def _tasks(tasks: dict[str, dict[str, dict[str, Any]]]) -> Table:
   return Table(['task', 'metric', *models], rows)
 
 
-def _loading(config: ModelConfig, files: Sequence[str], repo: str) -> Iterator[str]:
-  """How programs load the files."""
-  where = repo or 'DIRECTORY'
-  if any(name.endswith('.safetensors') for name in files):
-    remote = any(name.startswith('modeling_') for name in files)
-    trust, flag = (', trust_remote_code=True', ' --trust-remote-code') if remote else ('', '')
-    mlx = ' --trust-remote-code' if any(name.startswith('mlx_') for name in files) else ''
-    yield 'With transformers 4.57 or newer:'
-    yield (
-      '```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
-      f"tokenizer = AutoTokenizer.from_pretrained('{where}'{trust})\n"
-      f"model = AutoModelForCausalLM.from_pretrained('{where}'{trust}, device_map='auto')\n```"
-    )
-    yield f'With vLLM: `vllm serve {where}{flag}`'
-    windows = any(shape.window for shape in config.layers)  # MLX-LM's Llama and Mistral ignore them
-    stock = not remote and not needs_mlx_code(padded_config(config)) and config.traits.mlx is not None
-    if (mlx or stock) and not windows:
-      yield f"With MLX-LM: `mlx_lm.generate --model {where}{mlx} --prompt 'Hello'`"
-    if remote:
-      yield 'The Python files next to the weights define the model class.'
-  for name in files:
-    if name.endswith('.gguf'):
-      kind = name.removeprefix('model-').removesuffix('.gguf')
-      given = f'-hf {repo}:{kind}' if repo else f'-m {name}'
-      yield f"With llama.cpp: `llama-cli {given} -p 'Hello'`"
+def _loading(config: ModelConfig, files: Sequence[str], repo: str) -> dict[str, Any]:
+  """Which programs load the files, and how, for the template."""
+  remote = any(name.startswith('modeling_') for name in files)
+  windows = any(shape.window for shape in config.layers)  # MLX-LM's Llama and Mistral ignore them
+  stock = not remote and not needs_mlx_code(padded_config(config)) and config.traits.mlx is not None
+  own = any(name.startswith('mlx_') for name in files)
+  return {
+    'where': repo or 'DIRECTORY',
+    'repo': repo,
+    'hf': any(name.endswith('.safetensors') for name in files),
+    'remote': remote,
+    'mlx': (own or stock) and not windows,
+    'mlx_flag': ' --trust-remote-code' if own else '',
+    'gguf': [name for name in files if name.endswith('.gguf')],
+  }

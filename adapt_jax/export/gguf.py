@@ -195,10 +195,11 @@ def _write(
 ) -> None:
   """Writes header, fields and tensors; GGUFWriter's own method holds all tensors, or a copy on disk."""
   arch = ARCHITECTURES[writer.arch]
+  names = arch.gguf_names(config)
   for leaf in leaves(config):
     stored = types[leaf.name]
     nbytes = int(np.prod(quant_shape_to_byte_shape(leaf.hf_shape, stored)))
-    writer.add_tensor_info(arch.gguf_name(leaf.name), leaf.hf_shape, np.dtype(np.float32), nbytes, stored)
+    writer.add_tensor_info(names[leaf.name], leaf.hf_shape, np.dtype(np.float32), nbytes, stored)
   divisors = rope_divisors(config.rope, config.head_dim) if _has_llama3_scaling(config) else None
   if divisors is not None:
     writer.add_tensor_info(ROPE_FREQS, divisors.shape, divisors.dtype, divisors.nbytes)
@@ -211,7 +212,9 @@ def _write(
         tensor = _interleaved(tensor, config.head_dim)
       if config.norm_offset and leaf.name.endswith('norm.weight'):  # llama.cpp multiplies by the sum
         tensor = tensor.astype(np.float32) + np.float32(config.norm_offset)
-      _append(writer, _encoded(tensor, types[leaf.name]))
+      stored = types[leaf.name]
+      plain = STORED_DTYPES.get(stored)
+      _append(writer, tensor.astype(plain, copy=False) if plain else quantize(tensor, stored))
       del tensor  # free it before the next one is copied to the host
       progress.update(1)
   if divisors is not None:
@@ -231,11 +234,6 @@ def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
   """Rows of q or k with the two halves of each head interleaved: llama.cpp rotates neighbouring pairs."""
   halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
   return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _encoded(tensor: np.ndarray, stored: GGMLQuantizationType) -> np.ndarray:
-  dtype = STORED_DTYPES.get(stored)
-  return quantize(tensor, stored) if dtype is None else tensor.astype(dtype, copy=False)
 
 
 def _append(writer: GGUFWriter, data: np.ndarray) -> None:

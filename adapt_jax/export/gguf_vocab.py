@@ -23,16 +23,13 @@ from adapt_jax.models.formats.gguf_tokenizer import (
   UNUSED,
   USER_DEFINED,
 )
+from adapt_jax.models.formats.trimmed_tokenizer import BYTES, merges_of
 
 # Gemma's tokenizer splits at spaces, of which its normalizer leaves none.
 _GEMMA_SPLIT = {
-  'type': 'Split',
-  'pattern': {'String': ' '},
-  'behavior': 'MergedWithPrevious',
-  'invert': False,
-}
+  'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False
+}  # fmt: skip
 _SPECIAL = ('bos', 'eos', 'unk', 'pad')
-_BYTES = frozenset(f'<0x{byte:02X}>' for byte in range(256))
 
 
 def check_gguf_tokenizer(tokenizer: Any) -> None:
@@ -55,7 +52,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
   if highest >= vocab_size:
     raise _refusal(f'it has ids up to {highest}, but the embedding has {vocab_size} rows')
   if sentence_piece := bool(data['model'].get('byte_fallback')):
-    types |= dict.fromkeys(_BYTES, BYTE)
+    types |= dict.fromkeys(BYTES, BYTE)
     if 'unk' in special:
       types[tokenizer.unk_token] = UNKNOWN
   names = [by_id.get(i, f'[PAD{i}]') for i in range(vocab_size)]
@@ -64,11 +61,11 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
   writer.add_token_list(names)
   writer.add_token_types([types.get(by_id[i], NORMAL) if i in by_id else UNUSED for i in range(vocab_size)])
   if sentence_piece:
-    scores = _scores(_merges(data))
+    scores = _scores(merges_of(data['model']))
     writer.add_token_scores([scores.get(name, -float(vocab_size)) for name in names])
     writer.add_add_space_prefix(bool(_space_prefix(data)))
   else:
-    writer.add_token_merges([' '.join(merge) for merge in _merges(data)])
+    writer.add_token_merges([' '.join(merge) for merge in merges_of(data['model'])])
   for name, i in special.items():
     getattr(writer, f'add_{name}_token_id')(i)
   add_bos, add_eos = _added(tokenizer) or (False, False)
@@ -102,10 +99,10 @@ def _differences(tokenizer: Any) -> Iterator[tuple[bool, str]]:
     yield not _pre_tokenizer(data), f'unknown steps {json.dumps(steps)[:400]}'
     return
   yield _space_prefix(data) is None, "its normalizer or pre-tokenizer is not SentencePiece's"
-  tokens, merges = tokenizer.get_vocab(), _merges(data)
-  yield bool(_BYTES - tokens.keys()), 'byte_fallback without a token for each byte'
+  tokens, merges = tokenizer.get_vocab(), merges_of(model)
+  yield bool(BYTES - tokens.keys()), 'byte_fallback without a token for each byte'
   yield bool(apart := _apart(merges)), f'merges that form {apart!r} are not adjacent'
-  special = {t['content'] for t in data['added_tokens']} | {*tokenizer.all_special_tokens} | _BYTES
+  special = {t['content'] for t in data['added_tokens']} | {*tokenizer.all_special_tokens} | BYTES
   pair = _unmerged(merges, tokens.keys() - special)
   yield bool(pair), f'no merge of {" and ".join(map(repr, pair))}, which together are a token'
 
@@ -114,12 +111,6 @@ def _content(tokenizer: Any) -> dict[str, Any]:
   """The content of tokenizer.json."""
   data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
   return data
-
-
-def _merges(data: dict[str, Any]) -> list[tuple[str, ...]]:
-  return [
-    tuple(merge.split(' ', 1) if isinstance(merge, str) else merge) for merge in data['model']['merges']
-  ]
 
 
 def _special(tokenizer: Any) -> dict[str, int]:
@@ -191,18 +182,18 @@ def _space_prefix(data: dict[str, Any]) -> bool | None:
 # SentencePiece model are equivalent: they have all pairs of a token, one after the other.
 
 
-def _scores(merges: list[tuple[str, ...]]) -> dict[str, float]:
+def _scores(merges: list[tuple[str, str]]) -> dict[str, float]:
   """A score for each token that merges produce, such that llama.cpp merges in the same order."""
   return {token: -float(i) for i, token in enumerate(dict.fromkeys(map(''.join, merges)))}
 
 
-def _apart(merges: list[tuple[str, ...]]) -> str:
+def _apart(merges: list[tuple[str, str]]) -> str:
   """A token whose merges are not one after the other; '' if there is none."""
   runs = Counter(token for token, _ in itertools.groupby(map(''.join, merges)))
   return next((token for token, count in runs.items() if count > 1), '')
 
 
-def _unmerged(merges: list[tuple[str, ...]], normal: set[str]) -> tuple[str, ...]:
+def _unmerged(merges: list[tuple[str, str]], normal: set[str]) -> tuple[str, ...]:
   """Two tokens that together are a token, and have no merge; () if there are none."""
   pairs = set(merges)
   for token in normal:

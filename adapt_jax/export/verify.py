@@ -1,6 +1,5 @@
 """Checks an exported model against the one in memory: equal bits, or equal predictions on a few texts."""
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -31,28 +30,18 @@ _LIMIT = 1e-3
 _LIMITS = {'Q8_0': 0.1, 'Q6_K': 0.4, 'Q5_K_M': 0.6, 'Q4_K_M': 0.7, 'Q4_0': 0.7}
 _CHUNK = 1 << 22  # elements that are compared at once
 # GGUF types of matrices; vectors are F32 in every such file.
-_DTYPES = {kind.name: dtype for kind, dtype in STORED_DTYPES.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-  """Agreement of the written model with the original, over all tokens of the texts.
-
-  logit_difference: the largest over all logits, including rounding to the written dtype.
-  same_token: share of positions at which both predict the same most likely token.
-  """
-
-  logit_difference: float
-  same_token: float
+_DTYPES: dict[str | None, Any] = {kind.name: dtype for kind, dtype in STORED_DTYPES.items()}
 
 
 def check(
   config: ModelConfig, params: Params, path: pathlib.Path, tokenizer: Any, kind: str | None
-) -> Agreement:
+) -> dict[str, float]:
   """Reads back `path`, a directory or .gguf file, and compares its bits or, if they differ, its fp32 logits.
 
   kind: the dtype, or the GGUF type, that the weights were written in; None for each tensor's own.
 
+  Returns the largest `logit_difference`, rounding to the written dtype included, and the share of positions
+  at which both predict the `same_token` as the most likely one.
   Raises InputError if the tokenizer or the function differs. With several processes, all must call it.
   """
   source = open_source(str(path))
@@ -64,16 +53,16 @@ def check(
     and source.config == config
     and _same_bits(config, params, source.reader)
   ):
-    return Agreement(0.0, 1.0)  # the same function
+    return {'logit_difference': 0.0, 'same_token': 1.0}  # the same function
   params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), params)
   reloaded = source.load_params(None, shardings(source.abstract_params()))
   batch = put_rows(np.arange(len(tokens)), lambda ids: (tokens[ids], counted[ids]))
   with jax.default_matmul_precision('highest'):
     # One at a time: one program would hold the activations and converted weights of all.
-    predict, as_is = jax.jit(_logits, static_argnums=(0, 1)), _Rounding(None)
-    given_BTV = predict(config, as_is, params, batch[0])
-    rounded_BTV = given_BTV if kind is None else predict(config, _Rounding(kind), params, batch[0])
-    found_BTV = predict(source.config, as_is, reloaded, batch[0])
+    predict = jax.jit(_logits, static_argnums=(0, 3))
+    given_BTV = predict(config, params, batch[0])
+    rounded_BTV = given_BTV if kind is None else predict(config, params, batch[0], kind)
+    found_BTV = predict(source.config, reloaded, batch[0])
   largest, error, same = (float(x) for x in jax.jit(_compare)(given_BTV, rounded_BTV, found_BTV, batch[1]))
   limit = _LIMITS.get(kind or '', _LIMIT)
   if not (same_ids and error <= limit):
@@ -82,7 +71,7 @@ def check(
       f'and its tokenizer gives {"the same" if same_ids else "other"} ids: the export was discarded; please '
       f'report this with the command'
     )
-  return Agreement(largest, same)
+  return {'logit_difference': largest, 'same_token': same}
 
 
 def _same_bits(config: ModelConfig, params: Params, reader: TensorReader) -> bool:
@@ -101,24 +90,6 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
   return all(np.array_equal(a[p].view(bits), b[p].view(bits)) and np.isfinite(a[p]).all() for p in parts)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rounding:
-  """Rounds parameters as writing in `kind` does; not for quantised types, which have wider limits."""
-
-  kind: str | None
-
-  def __call__(self, params: Params) -> Params:
-    if self.kind is None or self.kind in _LIMITS:
-      return params
-    dtype = jnp.dtype(_DTYPES.get(self.kind, self.kind))
-
-    def rounded(path: Any, x: jax.Array) -> jax.Array:
-      vector = 'norm' in path[-1].key or 'bias' in path[-1].key
-      return x if vector and self.kind in _DTYPES else x.astype(dtype).astype(x.dtype)
-
-    return jax.tree_util.tree_map_with_path(rounded, params)
-
-
 def _encode(tokenizer: Any) -> list[list[int]]:
   return [tokenizer(text)['input_ids'][:_LENGTH] for text in _TEXTS]
 
@@ -135,8 +106,17 @@ def _rows(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
   return tokens, counted
 
 
-def _logits(config: ModelConfig, rounding: _Rounding, params: Params, tokens_BT: jax.Array) -> jax.Array:
-  return llama.apply(config, rounding(params), tokens_BT)
+def _logits(config: ModelConfig, params: Params, tokens_BT: jax.Array, kind: str | None = None) -> jax.Array:
+  """Logits of parameters rounded as in `kind`; quantised types, which have wider limits, are not rounded."""
+
+  def rounded(path: Any, x: jax.Array) -> jax.Array:
+    vector = 'norm' in path[-1].key or 'bias' in path[-1].key
+    dtype = jnp.dtype(_DTYPES.get(kind, kind))
+    return x if vector and kind in _DTYPES else x.astype(dtype).astype(x.dtype)
+
+  if kind and kind not in _LIMITS:
+    params = jax.tree_util.tree_map_with_path(rounded, params)
+  return llama.apply(config, params, tokens_BT)
 
 
 def _compare(

@@ -173,7 +173,7 @@ class Writer:
     decide(lambda: None)  # waits until the first process has written
     agreement = check(config, params, path, self._content.tokenizer, kind)
     size = decide(lambda: open_source(str(path)).stored_bytes())
-    return {'type': kind or self._content.dtype_name(params), 'bytes': size, **dataclasses.asdict(agreement)}
+    return {'type': kind or self._content.dtype_name(params), 'bytes': size, **agreement}
 
 
 def _line(path: pathlib.Path, facts: dict[str, Any]) -> str:

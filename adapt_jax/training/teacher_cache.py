@@ -31,7 +31,6 @@ from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.files import read_text, write_text
-from adapt_jax.models.formats.npy import open_npy
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
 from adapt_jax.training.loss import teacher_top
@@ -116,7 +115,7 @@ def _done(directory: pathlib.Path, rows: int) -> int:
 
 def _open(directory: pathlib.Path, rows: int, mode: Literal['r', 'r+'] = 'r') -> np.ndarray:
   with reading('the predictions of the teacher', directory, _REMEDY):
-    told: np.ndarray = open_npy(directory / 'rows.npy', mode)
+    told: np.ndarray = np.load(directory / 'rows.npy', mmap_mode=mode, allow_pickle=False)
     if told.shape != (rows,):
       raise ValueError(f'it holds {list(told.shape)} rows instead of {rows}')
   return told

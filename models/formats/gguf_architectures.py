@@ -1,4 +1,4 @@
-"""llama.cpp's architectures: the names of their tensors, their fields, and what their code takes for granted.
+"""llama.cpp's architectures: their fields, and what their code takes for granted.
 
 A .gguf file names its architecture, and its header leaves out what is the same in all models of it: which
 layers have a sliding window, for example. `implied` adds that when a file is read; when one is written, a
@@ -9,39 +9,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from gguf import MODEL_ARCH, get_tensor_name_map
+
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.families import FAMILIES, Family
-
-_TOP_NAMES = {
-  'token_embd.weight': 'model.embed_tokens.weight',
-  'output_norm.weight': 'model.norm.weight',
-  'output.weight': 'lm_head.weight',
-}
-_LAYER_NAMES = {
-  'attn_norm.weight': 'input_layernorm.weight',
-  'attn_q.weight': 'self_attn.q_proj.weight',
-  'attn_k.weight': 'self_attn.k_proj.weight',
-  'attn_v.weight': 'self_attn.v_proj.weight',
-  'attn_output.weight': 'self_attn.o_proj.weight',
-  'attn_q.bias': 'self_attn.q_proj.bias',
-  'attn_k.bias': 'self_attn.k_proj.bias',
-  'attn_v.bias': 'self_attn.v_proj.bias',
-  'attn_output.bias': 'self_attn.o_proj.bias',
-  'attn_q_norm.weight': 'self_attn.q_norm.weight',
-  'attn_k_norm.weight': 'self_attn.k_norm.weight',
-  'ffn_norm.weight': 'post_attention_layernorm.weight',
-  'ffn_gate.weight': 'mlp.gate_proj.weight',
-  'ffn_up.weight': 'mlp.up_proj.weight',
-  'ffn_down.weight': 'mlp.down_proj.weight',
-  'ffn_down.bias': 'mlp.down_proj.bias',
-}
-# Where the outputs of the blocks are normed, Hugging Face's post_attention_layernorm is that of attention.
-_POST_NORMS = {
-  'post_attention_norm.weight': 'post_attention_layernorm.weight',
-  'ffn_norm.weight': 'pre_feedforward_layernorm.weight',
-  'post_ffw_norm.weight': 'post_feedforward_layernorm.weight',
-}
-
+from adapt_jax.models.formats.hf_weights import leaves
 
 # Numbers of `ModelConfig` that only some families have, and their values in the others.
 NUMBERS = {
@@ -78,26 +50,13 @@ class Architecture:
   def traits(self) -> Family:
     return FAMILIES[self.family]
 
-  @property
-  def names(self) -> dict[str, str]:
-    """llama.cpp's names of a layer's tensors -> Hugging Face's."""
-    return _LAYER_NAMES | (_POST_NORMS if self.traits.post_norm else {})
-
-  def hf_name(self, name: str) -> str | None:
-    """Hugging Face's name of a tensor; None for one that the architecture does not have."""
-    kind, _, rest = name.partition('.')
-    layer, _, part = rest.partition('.')
-    if kind == 'blk' and layer.isdecimal() and part in self.names:
-      return f'model.layers.{layer}.{self.names[part]}'
-    return _TOP_NAMES.get(name)
-
-  def gguf_name(self, name: str) -> str:
-    """llama.cpp's name of the tensor with this Hugging Face name."""
-    found = {hf: stored for stored, hf in _TOP_NAMES.items()}.get(name)
-    if found is None:
-      _, _, layer, part = name.split('.', 3)
-      found = f'blk.{layer}.' + {hf: stored for stored, hf in self.names.items()}[part]
-    return found
+  def gguf_names(self, config: ModelConfig) -> dict[str, str]:
+    """Hugging Face's name of each tensor of a model -> llama.cpp's."""
+    # They differ only where the outputs of the blocks are normed.
+    known = get_tensor_name_map(
+      MODEL_ARCH.GEMMA3 if self.traits.post_norm else MODEL_ARCH.QWEN3, config.num_layers
+    )
+    return {leaf.name: known.get_name(leaf.name, ('.weight', '.bias')) for leaf in leaves(config)}
 
   def implied(self, config: ModelConfig, window: int) -> ModelConfig:
     """The config with what the architecture fixes; `window` is that of the layers that have one."""

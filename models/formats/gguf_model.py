@@ -207,20 +207,17 @@ class GgufReader:
 
   def __init__(self, path: str | os.PathLike[str]):
     self._file = open_file(path)
-    self.where, self.files = str(path), list(self._file.parts)
+    self.where, self.files, self.metadata = str(path), list(self._file.parts), self._file.metadata
     with reading('GGUF file', path, 'use a model of the families in docs/families.md'):
       self.config = _config(self._file)
       arch = ARCHITECTURES[_architecture(self._file)]
     self._permuted_head = self.config.head_dim if arch.permuted else None
     self._norm_offset = arch.traits.norm_offset
     # `check_tensors` refuses a tensor that the architecture does not have under its own name.
-    names = {name: arch.hf_name(name) or f'gguf:{name}' for name in self._file.tensors if name != ROPE_FREQS}
-    self._gguf_name = {hf: name for name, hf in names.items()}
-
-  @property
-  def metadata(self) -> dict[str, Any]:
-    """The fields of the header."""
-    return self._file.metadata
+    names = {stored: name for name, stored in arch.gguf_names(self.config).items()}
+    self._gguf_name = {
+      names.get(stored, f'gguf:{stored}'): stored for stored in self._file.tensors if stored != ROPE_FREQS
+    }
 
   def names(self) -> set[str]:
     """Hugging Face names of all tensors."""

@@ -25,7 +25,7 @@ Json = dict[str, Any]
 _OF_ORDINARY_TOKENS = (
   'suppress_tokens', 'begin_suppress_tokens', 'bad_words_ids', 'sequence_bias', 'forced_decoder_ids',
 )  # fmt: skip
-_BYTES = {f'<0x{byte:02X}>' for byte in range(256)}  # SentencePiece's tokens of bytes
+BYTES = {f'<0x{byte:02X}>' for byte in range(256)}  # SentencePiece's tokens of bytes
 
 
 def needed_ids(tokenizer: Any, used: Collection[int]) -> list[int]:
@@ -42,7 +42,7 @@ def needed_ids(tokenizer: Any, used: Collection[int]) -> list[int]:
   chosen = {*used, *tokenizer.all_special_ids}
   kept = {token for token, i in vocab.items() if i in chosen} | (added.keys() & vocab.keys())
   kept |= _alphabet(model, vocab)
-  kept |= _formed(kept, _merges(model)) if model['type'] == 'BPE' else _of_unigram(model)
+  kept |= _formed(kept, merges_of(model)) if model['type'] == 'BPE' else _of_unigram(model)
   # Ids of added tokens that are not in the model's vocabulary follow it.
   inside = sorted(vocab[token] for token in kept)
   return inside + sorted(i for token, i in added.items() if token not in vocab)
@@ -57,7 +57,9 @@ def trim_tokenizer(tokenizer: Any, ids: list[int]) -> Any:
   expected = {token: new[i] for token, i in tokenizer.get_vocab().items() if i in new}
   data['model'] = _trimmed_model(data['model'], new)
   data['added_tokens'] = [token | {'id': new[token['id']]} for token in data['added_tokens']]
-  _renumber(data['post_processor'], new)
+  for part in _parts(data['post_processor']):
+    for token in part.get('special_tokens', {}).values():
+      token['ids'] = [new[i] for i in token['ids']]
   if padding := data.get('padding'):
     data['padding'] = padding | {'pad_id': new[padding['pad_id']]}
   from transformers import AutoTokenizer  # slow to import, and needed for tokenizers only
@@ -139,10 +141,11 @@ def _alphabet(model: Json, vocab: dict[str, int]) -> set[str]:
   found = {token for token in vocab if len(token) == 1}
   if model['type'] == 'BPE' and model.get('byte_fallback'):  # other characters become bytes
     found = {token for token in found if token.isascii() or token == SPACE}
-  return {token for token in (*found, *_BYTES, model.get('unk_token')) if token in vocab}
+  return {token for token in (*found, *BYTES, model.get('unk_token')) if token in vocab}
 
 
-def _merges(model: Json) -> list[tuple[str, str]]:
+def merges_of(model: Json) -> list[tuple[str, str]]:
+  """The merges of a BPE model in a tokenizer.json, in either of its spellings."""
   pairs = (merge.split(' ', 1) if isinstance(merge, str) else merge for merge in model['merges'])
   return [(left, right) for left, right in pairs]
 
@@ -177,7 +180,7 @@ def _trimmed_model(model: Json, new: dict[int, int]) -> Json:
     unknown = model.get('unk_id')
     return model | {'vocab': pieces, 'unk_id': None if unknown is None else new[unknown]}
   vocab = {token: new[i] for token, i in model['vocab'].items() if i in new}
-  merges = [pair for pair in _merges(model) if {*pair, ''.join(pair)} <= vocab.keys()]
+  merges = [pair for pair in merges_of(model) if {*pair, ''.join(pair)} <= vocab.keys()]
   return model | {'vocab': vocab, 'merges': merges}
 
 
@@ -187,9 +190,3 @@ def _parts(processor: Json | None) -> list[Json]:
     return []
   inner = processor.get('processors', [])
   return [part for one in inner for part in _parts(one)] if processor['type'] == 'Sequence' else [processor]
-
-
-def _renumber(processor: Json | None, new: dict[int, int]) -> None:
-  for part in _parts(processor):
-    for token in part.get('special_tokens', {}).values():
-      token['ids'] = [new[i] for i in token['ids']]

@@ -153,9 +153,9 @@ class DecoderLayer(nn.Module):
   """Residual layer: x + attention(norm x), then + mlp(norm x); some families norm the outputs too.
 
   Applied functionally: `DecoderLayer(config, shape).apply({'params': p}, x_BTD, positions)`
-  gives the layer's output [B, T, D], residual included; `method='attend'` and then `method='feed'`
-  give its two halves, each of which adds the output of a block to the residual stream. Flax raises
-  `ScopeParamShapeError` if a parameter does not have the shape given by `shape`.
+  gives the layer's output [B, T, D], residual included. Each half of it adds the `output` of a block,
+  'attention' or 'mlp', to the residual stream. Flax raises `ScopeParamShapeError` if a parameter does not
+  have the shape given by `shape`.
   In a sliced model, x is multiplied by a matrix in both residual connections, and the norms have no gains.
   """
 
@@ -175,19 +175,10 @@ class DecoderLayer(nn.Module):
     self.attention = Attention(self.config, self.shape)
     self.mlp = Mlp(self.config, self.shape)
 
-  def attend(self, x_BTD: jax.Array, *args: Any) -> jax.Array:
-    return self.add('attention', x_BTD, self.attention_output(x_BTD, *args))
-
-  def feed(self, x_BTD: jax.Array) -> jax.Array:
-    return self.add('mlp', x_BTD, self.mlp_output(x_BTD))
-
-  def attention_output(self, x_BTD: jax.Array, *args: Any) -> jax.Array:
-    """The output of o_proj for the residual stream x; the other arguments are those of `Attention`."""
-    return self.attention(self._normed('attention', x_BTD), *args)
-
-  def mlp_output(self, x_BTD: jax.Array) -> jax.Array:
-    """The output of down_proj for the residual stream x."""
-    return self.mlp(self._normed('mlp', x_BTD))
+  def output(self, block: str, x_BTD: jax.Array, *args: Any) -> jax.Array:
+    """The output of o_proj or down_proj for the residual stream x; `args` are those of `Attention`."""
+    out_BTD: jax.Array = getattr(self, block)(self._normed(block, x_BTD), *args)
+    return out_BTD
 
   def add(self, block: str, x_BTD: jax.Array, out_BTD: jax.Array) -> jax.Array:
     """The residual stream after a block, from the stream before it and the output of its last projection."""
@@ -216,4 +207,6 @@ class DecoderLayer(nn.Module):
     segments_BT: jax.Array | None = None,
     before_BS: jax.Array | None = None,
   ) -> jax.Array:
-    return self.feed(self.attend(x_BTD, positions, segments_BT, before_BS))
+    out_BTD = self.output('attention', x_BTD, positions, segments_BT, before_BS)
+    x_BTD = self.add('attention', x_BTD, out_BTD)
+    return self.add('mlp', x_BTD, self.output('mlp', x_BTD))

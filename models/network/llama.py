@@ -188,8 +188,9 @@ def output(
   block: 'attention', which needs the layer's positions, or 'mlp'.
   """
   module: Any = DecoderLayer(config, shape)
+  variables = {'params': layer}
   out_BTD, collected = module.apply(
-    {'params': layer}, x_BTD, *positions, method=f'{block}_output', mutable=['intermediates']
+    variables, block, x_BTD, *positions, method='output', mutable=['intermediates']
   )
   return out_BTD, collected['intermediates'][block]['inputs'][0]
 
