@@ -161,14 +161,16 @@ def _tasks(tasks: dict[str, dict[str, dict[str, Any]]]) -> Table:
 
 def _loading(config: ModelConfig, files: Sequence[str], repo: str) -> dict[str, Any]:
   """Which programs load the files, and how, for the template."""
+  hf = any(name.endswith('.safetensors') for name in files)
   remote = any(name.startswith('modeling_') for name in files)
   windows = any(shape.window for shape in config.layers)  # MLX-LM's Llama and Mistral ignore them
-  stock = not remote and not needs_mlx_code(padded_config(config)) and config.traits.mlx is not None
+  plain = hf and not remote
+  stock = plain and not needs_mlx_code(padded_config(config)) and config.traits.mlx is not None
   own = any(name.startswith('mlx_') for name in files)
   return {
     'where': repo or 'DIRECTORY',
     'repo': repo,
-    'hf': any(name.endswith('.safetensors') for name in files),
+    'hf': hf,
     'remote': remote,
     'mlx': (own or stock) and not windows,
     'mlx_flag': ' --trust-remote-code' if own else '',

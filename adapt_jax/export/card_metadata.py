@@ -92,13 +92,8 @@ def _scores(report: RunReport) -> Iterator[EvalResult]:
   for task, metrics in (tasks.get('recovered') or tasks.get('pruned') or {}).items():
     for metric, value in metrics.items():
       if metric not in ('version', 'n') and isinstance(value, (int, float)):
-        yield EvalResult(
-          task_type=_TASK,
-          dataset_type=_line(task),
-          dataset_name=_line(task),
-          metric_type=_line(metric),
-          metric_value=value,
-        )
+        names: dict[str, Any] = dict.fromkeys(('dataset_type', 'dataset_name'), _line(task))
+        yield EvalResult(task_type=_TASK, **names, metric_type=_line(metric), metric_value=value)
 
 
 def _line(name: str) -> str:

@@ -37,14 +37,7 @@ from adapt_jax.models.formats.gguf_model import (
 from adapt_jax.models.formats.hf_weights import Leaf, host_tensors, leaves
 from adapt_jax.models.network.llama import Params
 
-_FILE_TYPES = {
-  'F32': LlamaFileType.ALL_F32,
-  'F16': LlamaFileType.MOSTLY_F16,
-  'BF16': LlamaFileType.MOSTLY_BF16,
-  'Q8_0': LlamaFileType.MOSTLY_Q8_0,
-  'Q4_0': LlamaFileType.MOSTLY_Q4_0,
-}
-KINDS = tuple(_FILE_TYPES)
+KINDS = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0')
 _QUANTISED = ('Q8_0', 'Q4_0')
 _BLOCK = 32  # weights of a row that share a scale, in both types
 _VARIED = 'widths that differ by layer'
@@ -156,7 +149,7 @@ def _add_fields(writer: GGUFWriter, config: ModelConfig, kind: str, name: str) -
 
   writer.add_type('model')
   writer.add_name(name)
-  writer.add_file_type(_FILE_TYPES[kind])
+  writer.add_file_type(LlamaFileType['ALL_F32' if kind == 'F32' else f'MOSTLY_{kind}'])
   if kind in _QUANTISED:
     writer.add_quantization_version(2)
   writer.add_vocab_size(config.vocab_size)

@@ -10,11 +10,7 @@ from gguf import LlamaFileType
 
 from adapt_jax.models.errors import InputError
 
-K_QUANTS = {
-  'Q4_K_M': LlamaFileType.MOSTLY_Q4_K_M,
-  'Q5_K_M': LlamaFileType.MOSTLY_Q5_K_M,
-  'Q6_K': LlamaFileType.MOSTLY_Q6_K,
-}
+K_QUANTS = ('Q4_K_M', 'Q5_K_M', 'Q6_K')
 _PACKAGE = 'llama_cpp_py_sync'
 _PROGRAM = """
 import sys
@@ -39,7 +35,8 @@ def check_quantiser(kinds: Sequence[str]) -> None:
 def quantise(path: pathlib.Path, out: pathlib.Path, kind: str) -> None:
   """Writes `out`, of a type of `K_QUANTS`, from an unquantised file. Raises InputError if llama.cpp fails."""
   # -P: modules of the current directory are not imported.
-  command = [sys.executable, '-P', '-c', _PROGRAM, str(path), str(out), str(int(K_QUANTS[kind]))]
+  file_type = LlamaFileType[f'MOSTLY_{kind}']
+  command = [sys.executable, '-P', '-c', _PROGRAM, str(path), str(out), str(int(file_type))]
   done = subprocess.run(command, capture_output=True, text=True, errors='replace')
   if done.returncode:
     reason = next(iter(done.stderr.strip().splitlines()[-1:]), f'code {done.returncode}')

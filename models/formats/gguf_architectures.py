@@ -15,15 +15,10 @@ from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.families import FAMILIES, Family
 from adapt_jax.models.formats.hf_weights import leaves
 
-# Numbers of `ModelConfig` that only some families have, and their values in the others.
-NUMBERS = {
-  'embedding_scale': 1.0,
-  'residual_scale': 1.0,
-  'logit_divisor': 1.0,
-  'attention_scale': 0.0,
-  'attention_cap': 0.0,
-  'logit_cap': 0.0,
-}
+# Fields of `ModelConfig` that only some families have; the others have the default.
+_NUMBERS = (
+  'embedding_scale', 'residual_scale', 'logit_divisor', 'attention_scale', 'attention_cap', 'logit_cap'
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +33,7 @@ class Architecture:
   tied: bool | None = None  # whether the head must be the embedding; None if it may be
   square: bool = False  # the query heads must add up to the hidden size
   # Fields of `ModelConfig` -> their key below the architecture's name, and the value without it. The others
-  # of `NUMBERS` have no effect in it.
+  # of `_NUMBERS` have no effect in it.
   numbers: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
   window_every: int = 0  # all layers but every nth have the window; 0: none has
   window: int = 0  # its width in a file that does not say; 0: the file must
@@ -51,12 +46,12 @@ class Architecture:
     return FAMILIES[self.family]
 
   def gguf_names(self, config: ModelConfig) -> dict[str, str]:
-    """Hugging Face's name of each tensor of a model -> llama.cpp's."""
+    """Hugging Face's name of each tensor of a model -> llama.cpp's; '' if it has none."""
     # They differ only where the outputs of the blocks are normed.
     known = get_tensor_name_map(
       MODEL_ARCH.GEMMA3 if self.traits.post_norm else MODEL_ARCH.QWEN3, config.num_layers
     )
-    return {leaf.name: known.get_name(leaf.name, ('.weight', '.bias')) for leaf in leaves(config)}
+    return {leaf.name: known.get_name(leaf.name, ('.weight', '.bias')) or '' for leaf in leaves(config)}
 
   def implied(self, config: ModelConfig, window: int) -> ModelConfig:
     """The config with what the architecture fixes; `window` is that of the layers that have one."""
@@ -67,7 +62,7 @@ class Architecture:
       return dataclasses.replace(shape, window=window if windowed else 0, rotary=rotary)
 
     layers = tuple(layer(number, shape) for number, shape in enumerate(config.layers, 1))
-    without: dict[str, Any] = {name: usual for name, usual in NUMBERS.items() if name not in self.numbers}
+    without: dict[str, Any] = {n: getattr(ModelConfig, n) for n in _NUMBERS if n not in self.numbers}
     fixed = dataclasses.replace(config, layers=layers, **without)
     if self.traits.root_embedding:
       fixed = dataclasses.replace(fixed, embedding_scale=config.hidden_size**0.5)

@@ -141,13 +141,10 @@ def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> lis
 
 
 def _special_tokens(file: GgufFile, tokens: list[str]) -> dict[str, str]:
+  keys = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
+  ids = {name: file.field(f'tokenizer.ggml.{key}_token_id', int, None) for name, key in keys.items()}
   of_id = dict(enumerate(tokens))
-  special = {}
-  for name, key in (('bos', 'bos'), ('eos', 'eos'), ('unk', 'unknown'), ('pad', 'padding')):
-    i = file.field(f'tokenizer.ggml.{key}_token_id', int, None)
-    if i is not None:
-      special[f'{name}_token'] = of_id[i]
-  return special
+  return {f'{name}_token': of_id[i] for name, i in ids.items() if i is not None}
 
 
 def _add_whole_tokens(backend: Any, tokens: list[str], types: list[int], special: dict[str, str]) -> None:
