@@ -82,14 +82,9 @@ def _check_cuts(options: RunOptions, config: ModelConfig) -> None:
 
 
 class Sensitivity:
-  """One measurement in its workdir; metrics.jsonl has the results so far: a line per base, then per layer.
+  """One measurement; metrics.jsonl in its workdir has the results so far: a line per base, then per layer.
 
-  Args:
-    options: checked options.
-    source: the model.
-    loader: of its texts.
-    workdir: must be claimed before `execute`.
-    command: the command that reproduces the run, for its report.
+  The workdir must be claimed before `execute`. command: that which reproduces the measurement.
   """
 
   def __init__(self, options: RunOptions, source: Source, loader: Loader, workdir: Workdir, command: str):
@@ -98,7 +93,7 @@ class Sensitivity:
     self._compiler, self._dtype = Compiler(), compute_dtype(options.model.dtype)
     self._calibration = loader.calibration()
     self._calibration.draw(options.prune.calibration.samples, options.seed, 0)  # raises if rows are too few
-    ((self._text, self._blocks),) = loader.evaluation().items()
+    (self._blocks,) = loader.evaluation().values()
     common: dict[str, Any] = {'compiler': self._compiler, 'dtype': self._dtype}
     # Nothing is removed for good, so nothing compensates for it.
     prune = dataclasses.replace(options.prune, compensate='none', attention='kv_groups')
