@@ -118,7 +118,10 @@ def in_memory(
   generator = Generator(config, params, compiler=Compiler(), dtype=dtype, max_batch=_BATCH)
   with Progress('generate text', rows * length, 'tokens') as progress:
     for batch in _batches(tokenizer, config, rows, length, seed):
-      tokens[batch.rows] = _continue(generator, batch, length, seed, progress)
+      key = int(np.random.SeedSequence([*seed, batch.rows[0]]).generate_state(1)[0]) >> 1  # fits in int32
+      missing, sampling = length - len(batch.starts[0]), Sampling(temperature=1.0)
+      new = generator.generate(batch.starts, missing, sampling, seed=key, progress=progress)
+      tokens[batch.rows] = [start + more for start, more in zip(batch.starts, new, strict=True)]
       preemption.check()
   return tokens
 
@@ -150,17 +153,6 @@ def _batches(
       chosen = list(of_kind[at : at + _BATCH])
       first = [int(np.random.default_rng([*seed, row]).integers(ids)) for row in chosen]
       yield _Batch(chosen, [chat if kind else (before + [token])[: length - 1] for token in first])
-
-
-def _continue(
-  generator: Generator, batch: _Batch, length: int, seed: list[int], progress: Progress
-) -> np.ndarray:
-  """Rows of `length` tokens: int32 [rows of the batch, length]."""
-  key = int(np.random.SeedSequence([*seed, batch.rows[0]]).generate_state(1)[0]) >> 1  # fits in int32
-  new = generator.generate(
-    batch.starts, length - len(batch.starts[0]), Sampling(temperature=1.0), seed=key, progress=progress
-  )
-  return np.array([start + more for start, more in zip(batch.starts, new, strict=True)], np.int32)
 
 
 def _before_user(tokenizer: Any) -> list[int]:

@@ -90,15 +90,10 @@ class Budget:
     """
     return self.kind != 'params' and any(layer.attention[1] > layer.mlp[-1] for layer in self.layers)
 
-  @property
-  def group_costs(self) -> np.ndarray:
-    """The mean cost of one unit of attention of each layer, at least 1, float64 [L]."""
-    return np.array([max(c.attention[-1] / (len(c.attention) - 1), 1) for c in self.layers])
-
-  @property
-  def channel_costs(self) -> np.ndarray:
-    """The mean cost of one MLP channel of each layer, at least 1, float64 [L]."""
-    return np.array([max(c.mlp[-1] / (len(c.mlp) - 1), 1) for c in self.layers])
+  def mean_costs(self, block: str) -> np.ndarray:
+    """The mean cost of one unit ('attention') or channel ('mlp') of each layer, at least 1, float64 [L]."""
+    costs = [getattr(layer, block) for layer in self.layers]
+    return np.array([max(cost[-1] / (len(cost) - 1), 1) for cost in costs])
 
   def prunable(self, kv: np.ndarray, ffn: np.ndarray) -> np.ndarray:
     """Cost of the units of attention and MLP channels of every layer at these widths, int [L]."""

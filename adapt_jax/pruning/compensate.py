@@ -31,9 +31,12 @@ from adapt_jax.models.network.sharding import constrain, constrain_params, gathe
 from adapt_jax.pruning import algebra
 from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
 from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.pruning.scorer import Scorer
+from adapt_jax.pruning.scorer import Scorer, embedded, micro_batches
 
-RIDGE, RIDGE_FOR_EVIDENCE, LARGEST_RIDGE, PULL = 0.1, 4.0, 0.8, 0.5  # in `ridge`; the last is m above
+# λ is a share of the median over channels of Σ c² (`algebra.damped`). The first part is for text unlike the
+# calibration rows; the second is for the noise of moments that few tokens estimate, which grows with kept
+# inputs / tokens. No ridge above the largest was tried. PULL is m above.
+RIDGE, RIDGE_FOR_EVIDENCE, LARGEST_RIDGE, PULL = 0.1, 4.0, 0.8, 0.5
 
 # The residual streams of the model before this pruning and of the pruned one, each [M, B, T, D].
 Streams = tuple[jax.Array, jax.Array]
@@ -69,7 +72,7 @@ class Compensator:
       masks: the groups to keep, [L, K] and [L, F], from `surgery.padded_masks`.
       tokens_ST: the calibration rows.
     """
-    tokens_MBT = constrain(tokens_ST.reshape(-1, self.micro_batch, tokens_ST.shape[1]), '.B.')
+    tokens_MBT = micro_batches(tokens_ST, self.micro_batch)
     tables = llama.rope(self.config, tokens_ST.shape[1])
 
     def step(
@@ -84,9 +87,7 @@ class Compensator:
       streams, down_change = self._half('down', layer, ffn_F, streams)
       return streams, o_change | down_change
 
-    x_MBTD = jax.lax.map(
-      lambda tokens_BT: llama.embed(self.config, stacked, tokens_BT, self.dtype), tokens_MBT
-    )
+    x_MBTD = embedded(self.config, stacked, tokens_MBT, self.dtype)
     over = (jnp.arange(self.config.num_layers), stacked['layers'], *masks)
     return jax.lax.scan(step, (x_MBTD, x_MBTD), over)[1]
 
@@ -134,8 +135,9 @@ class Compensator:
       change_D = missing_D / tokens
     else:
       kept_CC, products_DC = algebra.total(kept_RCC), algebra.total(products_RDC)
+      ridge = jnp.minimum(RIDGE + RIDGE_FOR_EVIDENCE * mask_C.sum() / tokens, LARGEST_RIDGE)
+      damped_CC = algebra.damped(kept_CC, ridge)
       # All of D on each device, for the loop below.
-      damped_CC = algebra.damped(kept_CC, ridge(mask_C.sum(), tokens))
       change_DC = constrain(algebra.solve(damped_CC, products_DC.T).T, '.F')
 
     def corrected(x_BTD: jax.Array) -> jax.Array:
@@ -149,17 +151,6 @@ class Compensator:
     after_MBTD = jax.lax.map(corrected, streams[1])
     change = {bias: change_D} if self.kind == 'bias' else {name: change_DC.reshape(weight.shape)}
     return (before_MBTD, after_MBTD), constrain_params(change)
-
-
-def ridge(kept: jax.Array, tokens: int) -> jax.Array:
-  """λ as a share of the median over channels of Σ c² (`algebra.damped`).
-
-  The first part is for text unlike the calibration rows. The second is for the noise of moments that few
-  tokens estimate, which grows with kept / tokens. No ridge above the largest was tried.
-
-  kept: inputs of the projection that remain, a scalar.
-  """
-  return jnp.minimum(RIDGE + RIDGE_FOR_EVIDENCE * kept / tokens, LARGEST_RIDGE)
 
 
 def add(params: Params, compacted: PrunePlan, changes: dict[str, jax.Array]) -> Params:

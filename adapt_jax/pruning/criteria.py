@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from adapt_jax.models.network.llama import Params
-from adapt_jax.pruning.attention_units import KV_GROUPS, AttentionUnit
+from adapt_jax.pruning.attention_units import AttentionUnit
 from adapt_jax.pruning.surgery import group_axes
 
 
@@ -17,20 +17,10 @@ def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
   return -jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-8)
 
 
-def euclidean(x: jax.Array, y: jax.Array) -> jax.Array:
-  """‖x − y‖₂ over the last axis."""
-  return jnp.linalg.norm(x - y, axis=-1)
-
-
-def manhattan(x: jax.Array, y: jax.Array) -> jax.Array:
-  """‖x − y‖₁ over the last axis."""
-  return jnp.abs(x - y).sum(axis=-1)
-
-
 DISTANCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
   'cosine': cosine,
-  'euclidean': euclidean,
-  'manhattan': manhattan,
+  'euclidean': lambda x, y: jnp.linalg.norm(x - y, axis=-1),
+  'manhattan': lambda x, y: jnp.abs(x - y).sum(axis=-1),
 }
 
 
@@ -93,8 +83,7 @@ def group_scores(
   gradient: Params,
   fisher: Params,
   importance: Importance,
-  *,
-  unit: AttentionUnit = KV_GROUPS,
+  unit: AttentionUnit,
 ) -> list[jax.Array]:
   """[scores [K] of the KV groups, scores [F] of the channels]: sums over all member weights, in fp32.
 

@@ -26,8 +26,17 @@ DAMPING_INPUTS, DAMPING_GRADIENTS = 0.1, 3.0
 ROUNDS = 32
 
 
-def _remove(weight_DC: jax.Array, inverse_CC: jax.Array, columns_B: jax.Array, present_B: Any) -> Any:
-  """Weight and inverse after removing the columns and correcting the others.
+def _start(weight_DC: jax.Array, inputs_CC: jax.Array, groups: int, split: str) -> Any:
+  """Weight, inverse, which groups are present, their costs and the highest one, before the first round."""
+  inverse_CC = inverse(damped(inputs_CC, DAMPING_INPUTS))
+  weight_DC, inverse_CC = constrain(weight_DC, split), constrain(inverse_CC, split)
+  return weight_DC, inverse_CC, jnp.ones(groups, bool), jnp.zeros(groups), jnp.zeros(())
+
+
+def _remove(
+  weight_DC: jax.Array, inverse_CC: jax.Array, columns_B: jax.Array, present_B: Any, split: str
+) -> tuple[jax.Array, jax.Array]:
+  """Weight and inverse after removing the columns and correcting the others, split over devices.
 
   A column that is no longer `present` is not changed; its row and column of the inverse are zero.
   """
@@ -36,7 +45,9 @@ def _remove(weight_DC: jax.Array, inverse_CC: jax.Array, columns_B: jax.Array, p
   weight_DC -= weight_DC[:, columns_B] @ solved_BC
   inverse_CC -= inverse_CC[:, columns_B] @ solved_BC
   # These are zero up to rounding errors, which would grow.
-  return weight_DC.at[:, columns_B].set(0.0), inverse_CC.at[columns_B].set(0.0).at[:, columns_B].set(0.0)
+  weight_DC = weight_DC.at[:, columns_B].set(0.0)
+  inverse_CC = inverse_CC.at[columns_B].set(0.0).at[:, columns_B].set(0.0)
+  return constrain(weight_DC, split), constrain(inverse_CC, split)
 
 
 def channel_costs(weight_DF: jax.Array, inputs_FF: jax.Array, gradients_DD: jax.Array) -> jax.Array:
@@ -45,13 +56,6 @@ def channel_costs(weight_DF: jax.Array, inputs_FF: jax.Array, gradients_DD: jax.
   size = -(-F // ROUNDS)
   gradients_DD = constrain(damped(gradients_DD, DAMPING_GRADIENTS), '..')
 
-  def by_columns(*matrices: jax.Array) -> list[jax.Array]:
-    """Splits columns over all devices, which then multiply by the gradients without communication.
-
-    Columns that the devices do not divide equally are all on every device.
-    """
-    return [constrain(x, '.C') for x in matrices]
-
   def round_(_: int, state: Any) -> Any:
     weight_DF, inverse_FF, present_F, cost_F, floor = state
     now_F = jnp.einsum('df,df->f', weight_DF, gradients_DD @ weight_DF)
@@ -59,22 +63,13 @@ def channel_costs(weight_DF: jax.Array, inputs_FF: jax.Array, gradients_DD: jax.
     lowest_B, columns_B = jax.lax.top_k(jnp.where(present_F, -now_F, -jnp.inf), size)
     present_B = present_F[columns_B]
     raised_B = jnp.where(present_B, jnp.maximum(-lowest_B, floor), cost_F[columns_B])
-    weight_DF, inverse_FF = by_columns(*_remove(weight_DF, inverse_FF, columns_B, present_B))
-    cost_F = cost_F.at[columns_B].set(raised_B)
-    return (
-      weight_DF,
-      inverse_FF,
-      present_F.at[columns_B].set(False),
-      cost_F,
-      jnp.maximum(floor, raised_B.max()),
-    )
+    # Columns are split over all devices, which multiply them by the gradients without communication; those
+    # that the devices do not divide equally are all on every device.
+    removed = _remove(weight_DF, inverse_FF, columns_B, present_B, split='.C')
+    floor = jnp.maximum(floor, raised_B.max())
+    return *removed, present_F.at[columns_B].set(False), cost_F.at[columns_B].set(raised_B), floor
 
-  start = (
-    *by_columns(weight_DF, inverse(damped(inputs_FF, DAMPING_INPUTS))),
-    jnp.ones(F, bool),
-    jnp.zeros(F),
-    jnp.zeros(()),
-  )
+  start = _start(weight_DF, inputs_FF, F, split='.C')
   with exact():
     return jax.lax.fori_loop(0, -(-F // size), round_, start)[3]
 
@@ -93,10 +88,6 @@ def group_costs(
   K = len(columns_KB)
   gradients_DD = constrain(damped(gradients_DD, DAMPING_GRADIENTS), '..')
 
-  def whole(*matrices: jax.Array) -> list[jax.Array]:
-    """These are small: every device computes all of them."""
-    return [constrain(x, '..') for x in matrices]
-
   def round_(_: int, state: Any) -> Any:
     weight_DC, inverse_CC, present_K, cost_K, floor = state
 
@@ -108,14 +99,10 @@ def group_costs(
     now_K = jax.lax.map(lambda xs: cost(*xs), (columns_KB, present_K))
     group = jnp.argmin(now_K)
     floor = jnp.maximum(floor, now_K[group])
-    weight_DC, inverse_CC = whole(*_remove(weight_DC, inverse_CC, columns_KB[group], True))
-    return weight_DC, inverse_CC, present_K.at[group].set(False), cost_K.at[group].set(floor), floor
+    # These are small: every device computes all of them.
+    removed = _remove(weight_DC, inverse_CC, columns_KB[group], True, split='..')
+    return *removed, present_K.at[group].set(False), cost_K.at[group].set(floor), floor
 
-  start = (
-    *whole(weight_DKGH.reshape(len(weight_DKGH), -1), inverse(damped(inputs_CC, DAMPING_INPUTS))),
-    jnp.ones(K, bool),
-    jnp.zeros(K),
-    jnp.zeros(()),
-  )
+  start = _start(weight_DKGH.reshape(len(weight_DKGH), -1), inputs_CC, K, split='..')
   with exact():
     return jax.lax.fori_loop(0, K, round_, start)[3]

@@ -38,7 +38,7 @@ from adapt_jax.models.network.positions import Positions
 from adapt_jax.models.network.sharding import constrain, constrain_params, gathered
 from adapt_jax.pruning import algebra, surgery
 from adapt_jax.pruning.plan import PrunePlan
-from adapt_jax.pruning.scorer import Scorer
+from adapt_jax.pruning.scorer import Scorer, embedded, micro_batches
 
 # λ, as a share of the mean of Σ x² for what reads the stream, and of the median (`algebra.damped`) for what
 # writes to it. Share of the streams' difference in the target. One in `_AXES` columns is an old axis, with
@@ -94,7 +94,7 @@ class StreamMoments:
 
   def __call__(self, stacked: Params, tokens_ST: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of the inputs of all blocks together, and of the final norm's output without gains, each [D, D]."""
-    tokens_MBT = _micro(tokens_ST, self.micro_batch)
+    tokens_MBT = micro_batches(tokens_ST, self.micro_batch)
     tables, shape = llama.rope(self.config, tokens_ST.shape[1]), Scorer(self.config).shape
     D = self.config.hidden_size
 
@@ -120,7 +120,7 @@ class StreamMoments:
       return sum_RDD + moment(x_BTD), None
 
     zeros_RDD = algebra.no_products(tokens_MBT[0].size, D, D)
-    x_MBTD = _embedded(self.config, stacked, tokens_MBT, self.dtype)
+    x_MBTD = embedded(self.config, stacked, tokens_MBT, self.dtype)
     indexed = jnp.arange(self.config.num_layers), stacked['layers']
     (x_MBTD, blocks_RDD), _ = jax.lax.scan(step, (x_MBTD, zeros_RDD), indexed)
     final_RDD = jax.lax.scan(last, zeros_RDD, x_MBTD)[0]
@@ -171,11 +171,11 @@ class Narrower:
 
   def __call__(self, stacked: Params, basis_Dd: jax.Array, tokens_ST: jax.Array) -> Params:
     """stacked: from `surgery.stack`. basis_Dd: from `basis`. tokens_ST: the calibration rows."""
-    tokens_MBT = _micro(tokens_ST, self.micro_batch)
+    tokens_MBT = micro_batches(tokens_ST, self.micro_batch)
     tables = llama.rope(self.config, tokens_ST.shape[1])
     out = self._outside(stacked, basis_Dd)
-    x_MBTD = _embedded(self.config, stacked, tokens_MBT, self.dtype)
-    y_MBTd = _embedded(self.small, out, tokens_MBT, self.dtype)
+    x_MBTD = embedded(self.config, stacked, tokens_MBT, self.dtype)
+    y_MBTd = embedded(self.small, out, tokens_MBT, self.dtype)
 
     def fit(streams: Streams, xs: tuple[jax.Array, Params]) -> tuple[Streams, Params]:
       return self._fitted(gathered(xs[1]), basis_Dd, streams, tables.of(xs[0]))
@@ -283,14 +283,6 @@ class Narrower:
     return jax.lax.map(advance, streams), change_dC
 
 
-def _micro(tokens_ST: jax.Array, micro_batch: int) -> jax.Array:
-  return constrain(tokens_ST.reshape(-1, micro_batch, tokens_ST.shape[1]), '.B.')
-
-
-def _embedded(config: ModelConfig, params: Params, tokens_MBT: jax.Array, dtype: Any) -> jax.Array:
-  return jax.lax.map(lambda tokens_BT: llama.embed(config, params, tokens_BT, dtype), tokens_MBT)
-
-
 def _normed(x_BTD: jax.Array, eps: float) -> jax.Array:
   """A stream, normed without gains, in fp32 [B·T, D]."""
   width = x_BTD.shape[-1]
@@ -341,15 +333,9 @@ def narrow(
   Raises InputError if the result is not finite.
   """
   plan, like = PrunePlan.dense(config), jax.eval_shape(lambda tree: tree, params)
-
-  def stack(params: Params) -> Params:
-    return surgery.stack(params, plan)  # in their own dtypes: what is not fitted keeps its precision
-
-  def unstack(stacked: Params) -> Params:
-    return unstacked(config, stacked, like)
-
   say(f'narrowing the residual stream from {config.hidden_size} to {width} on {tokens_ST.size:,} tokens')
-  stacked = mesh.jit(stack, params, once=True)(params)
+  # In their own dtypes: what is not fitted keeps its precision.
+  stacked = mesh.jit(lambda params: surgery.stack(params, plan), params, once=True)(params)
   del params
   moments = StreamMoments(config, micro_batch, dtype)
   measure = compiler('narrowing', moments, stacked, tokens_ST, xla_options=loop_options())
@@ -363,6 +349,7 @@ def narrow(
   with phase('narrowing'):
     narrowed = jax.block_until_ready(program(stacked, basis_Dd, tokens_ST))
     del stacked
-    small: Params = mesh.jit(unstack, narrowed, once=True)(narrowed)
+    unstack = mesh.jit(lambda stacked: unstacked(config, stacked, like), narrowed, once=True)
+    small: Params = unstack(narrowed)
   algebra.check_finite(small, f'narrow.hidden = {width} gives weights that are')
   return small

@@ -118,7 +118,8 @@ class Pruner:
     budget: what targets limit, of the model `config`, with the unit of prune.attention; None: the number of
       parameters.
 
-  The attributes `importance` and `distance` are the names of the groups' and layers' scores.
+  The attributes `importance` and `distance` are the names of the groups' and layers' scores; `method` decides
+  what each step removes.
   """
 
   def __init__(
@@ -140,7 +141,7 @@ class Pruner:
     budget = budget or budgets.params(config, find_unit(options, config))
     self._scorer = programs.scoring(config, options, dtype, budget.removes, method)
     _ = self._scorer.shape  # raises InputError for layers that cannot be stacked
-    self._method = self._kind(config, options, budget)
+    self.method = self._kind(config, options, budget)
     importance, self.distance = self._scorer.importance, self._scorer.distance
     self.importance = importance if isinstance(importance, str) else 'custom'
     self._program: Any = None
@@ -152,11 +153,6 @@ class Pruner:
   def unit(self) -> AttentionUnit:
     """What is removed from attention."""
     return self._scorer.unit
-
-  @property
-  def method(self) -> Method:
-    """Decides what each step removes."""
-    return self._method
 
   def score(self, stacked: Params, step: int, plan: PrunePlan | None = None) -> Scores:
     """Returns `Scores` as NumPy arrays on the rows of `step`; raises InputError if any is not finite.
@@ -200,11 +196,7 @@ class Pruner:
 
   def stack(self, params: Params, compacted: PrunePlan) -> Params:
     """The input of `prune`, from parameters compacted to `compacted` (see `surgery.stack`)."""
-
-    def stack(params: Params) -> Params:
-      return surgery.stack(params, compacted, self._dtype)
-
-    return mesh.jit(stack, params, once=True)(params)
+    return mesh.jit(lambda params: surgery.stack(params, compacted, self._dtype), params, once=True)(params)
 
   def _without(self, stacked: Params, plan: PrunePlan) -> Params:
     """`stacked`, which is donated, with the groups that the plan removes set to zero."""
@@ -215,14 +207,14 @@ class Pruner:
     return self._zero(stacked, *masks)
 
   def _record(self, scores: Scores, before: PrunePlan, state: PruneState) -> StepRecord:
-    budget, widths = self._method.budget, state.plan.widths(self.config)
+    budget, widths = self.method.budget, state.plan.widths(self.config)
     return StepRecord(
       step=state.step,
       params=state.plan.params(self.config),
       cost=budget.number(state.plan.cost(budget)),
       loss=float(scores.loss),
       layer_importance=np.asarray(scores.distance, np.float64).tolist(),
-      layer_cost=self._method.layer_cost(scores, before),
+      layer_cost=self.method.layer_cost(scores, before),
       sparsity=state.sparsity.tolist(),
       query_heads=widths['num_heads'],
       kv_groups=widths['num_kv_heads'],
@@ -245,7 +237,7 @@ class Pruner:
       target: in the parts of the budget's unit; the method determines how closely it is reached.
       title: title of the progress bar.
     """
-    plan, method, budget = state.plan, self._method, self._method.budget
+    plan, method, budget = state.plan, self.method, self.method.budget
     # Until the first compaction the weights are the original ones: nothing has trained them.
     own = compacted.equals(PrunePlan.dense(self.config, self.unit))
 
@@ -265,22 +257,6 @@ class Pruner:
         before = left
         yield state, record
 
-  def _changes(
-    self, params: Params, compacted: PrunePlan, plan: PrunePlan, rows: np.ndarray
-  ) -> dict[str, jax.Array]:
-    """The changes that a `Compensator` computes on these calibration rows."""
-    stacked, masks = self.stack(params, compacted), surgery.padded_masks(plan)
-    tokens = self._tokens(rows)
-    if self._compensation is None:
-      program = programs.compensation(self.config, self.options, self._dtype, self.unit)
-      self._compensation = self._compiler(
-        'compensation', program, stacked, masks, tokens, xla_options=loop_options()
-      )
-    say(f'compensating for pruned groups ({self.options.compensate}) on {tokens.size:,} tokens')
-    with phase('compensating'):
-      changes: dict[str, jax.Array] = jax.block_until_ready(self._compensation(stacked, masks, tokens))
-    return changes
-
   def compensate(self, params: Params, compacted: PrunePlan, plan: PrunePlan, step: int) -> Params:
     """Adjusts `params`, compacted to `compacted`, for what `plan` removes from them, by prune.compensate.
 
@@ -291,22 +267,25 @@ class Pruner:
     if kind == 'none' or plan.equals(compacted):
       return params
     rows = self._draw(step)
+    program = programs.compensation(self.config, self.options, self._dtype, self.unit)
 
     def compute() -> dict[str, jax.Array]:
-      return self._changes(params, compacted, plan, rows)
+      args = self.stack(params, compacted), surgery.padded_masks(plan), self._tokens(rows)
+      if self._compensation is None:
+        self._compensation = self._compiler('compensation', program, *args, xla_options=loop_options())
+      say(f'compensating for pruned groups ({kind}) on {args[-1].size:,} tokens')
+      with phase('compensating'):
+        changes: dict[str, jax.Array] = jax.block_until_ready(self._compensation(*args))
+      return changes
 
     # As for scores: until the first compaction the weights are the original ones.
     if self._memo is None or not compacted.equals(PrunePlan.dense(self.config, self.unit)):
       changes: Any = compute()
     else:
-      key = programs.compensation(self.config, self.options, self._dtype, self.unit), self._key(plan, rows)
-      changes = self._memo.changes(key, lambda: jax.device_get(compute()))
+      changes = self._memo.changes((program, self._key(plan, rows)), lambda: jax.device_get(compute()))
     algebra.check_finite(changes, f'prune.compensate = {kind!r} gives weights that are')
-
-    def added(params: Params, changes: dict[str, jax.Array]) -> Params:
-      return add(params, compacted, changes)
-
-    return mesh.jit(added, params, changes, once=True)(params, changes)
+    added = mesh.jit(lambda tree, more: add(tree, compacted, more), params, changes, once=True)
+    return added(params, changes)
 
 
 def prune_model(
@@ -341,9 +320,6 @@ def prune_model(
   arrays = load()
   arrays['params'] = pruner.compensate(arrays.pop('params'), compacted, state.plan, state.step - 1)
   relative = state.plan.relative_to(compacted)
-
-  def cut(arrays: Arrays) -> Arrays:
-    return surgery.compact_optimizer(arrays, arrays['params'], relative)
-
   with phase('compacting'):
-    return jax.block_until_ready(mesh.jit(cut, arrays, once=True)(arrays)), state
+    cut = mesh.jit(lambda x: surgery.compact_optimizer(x, x['params'], relative), arrays, once=True)
+    return jax.block_until_ready(cut(arrays)), state

@@ -38,6 +38,16 @@ from adapt_jax.training.loss import (
 Moments = dict[str, tuple[jax.Array, jax.Array]]
 
 
+def micro_batches(tokens_ST: jax.Array, rows: int) -> jax.Array:
+  """The tokens in parts of so many rows, [M, B, T]."""
+  return constrain(tokens_ST.reshape(-1, rows, tokens_ST.shape[1]), '.B.')
+
+
+def embedded(config: ModelConfig, params: Params, tokens_MBT: jax.Array, dtype: Any) -> jax.Array:
+  """The stream before the first layer, [M, B, T, D]."""
+  return jax.lax.map(lambda tokens_BT: llama.embed(config, params, tokens_BT, dtype), tokens_MBT)
+
+
 def _moments(x_TC: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Mean and variance of every column, in fp32; in two passes, since E[x²] − E[x]² loses precision."""
   x_TC = x_TC.astype(jnp.float32)
@@ -95,7 +105,7 @@ class Scorer:
   def __call__(self, stacked: Params, tokens_ST: jax.Array) -> Scores:
     """Scores of S rows of T tokens. The gradient is that of the mean loss over the whole batch."""
     S, T = tokens_ST.shape
-    tokens_MBT = constrain(tokens_ST.reshape(-1, self.micro_batch, T), '.B.')
+    tokens_MBT = micro_batches(tokens_ST, self.micro_batch)
     tables = llama.rope(self.config, T)
     if find_importance(self.importance).curvature:
       return self._curvature_scores(stacked, tokens_MBT, tables)
@@ -165,7 +175,7 @@ class Scorer:
       moments = {name: _merge(*parts) for name, parts in moments_M.items()}
       return y_MBTD, (x_MBTD, distance_M.sum() / tokens_MBT.size, moments)
 
-    x_MBTD = jax.lax.map(lambda tokens_BT: llama.embed(config, stacked, tokens_BT, self.dtype), tokens_MBT)
+    x_MBTD = embedded(config, stacked, tokens_MBT, self.dtype)
     return jax.lax.scan(forward, x_MBTD, (self._indices, stacked['layers']))
 
   def _column_scores(self, layers: Params, moments_L: Moments) -> list[jax.Array]:
@@ -184,7 +194,7 @@ class Scorer:
 
   def score_layer(self, layer: Params, gradient: Params, fisher: Params) -> list[jax.Array]:
     """[kv [K], ffn [F]] of a layer from its weights, their gradient and its mean square over rows."""
-    return group_scores(layer, gradient, fisher, find_importance(self.importance), unit=self.unit)
+    return group_scores(layer, gradient, fisher, find_importance(self.importance), self.unit)
 
   def _group_scores(
     self, run: Callable[..., jax.Array], layers: Params, inputs_LMBTD: jax.Array, gradient_MBTD: jax.Array

@@ -62,15 +62,15 @@ def zero(params: Params, plan: PrunePlan) -> Params:
 
   def layer(tree: Params, i: int) -> Params:
     masks = _masks(plan, i)
-    return map_groups(lambda x, axis, block: _mask_axis(x, masks[block], axis), tree, plan.unit)
+    return map_groups(lambda x, axis, block: _masked(x, masks[block], axis), tree, plan.unit)
 
   return params | {'layers': [layer(tree, i) for i, tree in enumerate(params['layers'])]}
 
 
-def _mask_axis(x: jax.Array, mask: Any, axis: int) -> jax.Array:
-  shape = [1] * x.ndim
-  shape[axis] = -1
-  return jnp.where(jnp.asarray(mask).reshape(shape), x, jnp.zeros((), x.dtype))
+def _masked(x: jax.Array, mask: Any, *axes: int) -> jax.Array:
+  """The array with zeros where the mask, which lies along these axes, is False."""
+  others = [axis for axis in range(x.ndim) if axis not in axes]
+  return jnp.where(jnp.expand_dims(mask, others), x, jnp.zeros((), x.dtype))
 
 
 def stack(params: Params, plan: PrunePlan, dtype: Any = None) -> Params:
@@ -110,14 +110,8 @@ def zero_stacked(
 ) -> Params:
   """`zero` on parameters from `stack`, with masks padded to the widest layer."""
   masks = {'attention': kv_LK, 'mlp': ffn_LF}
-
-  def apply(x: jax.Array, axis: int, block: str) -> jax.Array:
-    mask = masks[block]
-    shape = [1] * x.ndim
-    shape[0], shape[axis + 1] = mask.shape
-    return jnp.where(mask.reshape(shape), x, jnp.zeros((), x.dtype))
-
-  return stacked | {'layers': map_groups(apply, stacked['layers'], unit)}
+  layers = map_groups(lambda x, axis, block: _masked(x, masks[block], 0, axis + 1), stacked['layers'], unit)
+  return stacked | {'layers': layers}
 
 
 def padded_masks(plan: PrunePlan) -> tuple[np.ndarray, np.ndarray]:

@@ -50,9 +50,6 @@ class Widths:
   kv: np.ndarray
   ffn: np.ndarray
 
-  def minimum(self, other: 'Widths') -> 'Widths':
-    return Widths(np.minimum(self.kv, other.kv), np.minimum(self.ffn, other.ffn))
-
 
 class Allocator:
   """Turns sparsities into widths of one model, and stops exactly at a target.
@@ -109,13 +106,6 @@ class Allocator:
     align = self.align_kv if is_kv else self.align
     return int(_align_up(width, align)) - align if width > align else 0
 
-  def _threshold(self, layer: int, is_kv: bool, width: int) -> float:
-    """The sparsity beyond which a layer has this width or less."""
-    if is_kv:
-      head_dim, full = self.config.head_dim, self.full.kv[layer]
-      return 1 - (width * head_dim + 1) / (full * head_dim)
-    return 1 - (width + 1) / self.full.ffn[layer]
-
   def _events(self, widths: Widths, sparsity: np.ndarray, rate: np.ndarray) -> Iterator[Removal]:
     """The removals that an increasing sparsity causes, in order; positions are fractions of a step."""
     heap: list[Removal] = []
@@ -124,7 +114,9 @@ class Allocator:
       width = self.narrower(is_kv, width)
       if width < 1:
         return
-      threshold = self._threshold(layer, is_kv, width)
+      # The sparsity beyond which the layer has this width or less.
+      unit, full = (self.config.head_dim, self.full.kv) if is_kv else (1, self.full.ffn)
+      threshold = 1 - (width * unit + 1) / (full[layer] * unit)
       if rate[layer] > 0:
         fraction = max(0.0, (threshold - sparsity[layer]) / rate[layer])
       else:
@@ -236,7 +228,8 @@ class Allocator:
       rate = np.full_like(rate, np.abs(rate).max())
       sparsity = np.maximum(sparsity, self._reached(widths.ffn))
     moved = advance(sparsity, rate)
-    wanted = widths.minimum(self.widths(moved))
+    wanted = self.widths(moved)
+    wanted = Widths(np.minimum(widths.kv, wanted.kv), np.minimum(widths.ffn, wanted.ffn))
     if self.cost(wanted) >= target:
       return wanted, moved
     landed, reached = self.land(widths, sparsity, rate, target)

@@ -166,6 +166,16 @@ def capped(loss: ChunkLoss, cap: float) -> ChunkLoss:
   return (lambda logits_TV, extras: loss(soft_cap(logits_TV, cap), extras)) if cap else loss
 
 
+def _mixed(
+  alpha: float, log_p: jax.Array, log_q: jax.Array, logits_TV: jax.Array, labels_T: jax.Array, weights_T: Any
+) -> jax.Array:
+  """Σ of α·KL(p‖q) + (1−α)·CE."""
+  loss_T = alpha * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+  if alpha < 1:
+    loss_T += (1 - alpha) * _cross_entropy(logits_TV, labels_T)
+  return jnp.sum(loss_T * weights_T)
+
+
 def distillation(alpha: float, teacher_head_VD: jax.Array, teacher_cap: float = 0.0) -> ChunkLoss:
   """Σ of α·KL(teacher‖student) + (1−α)·CE; extras = (labels, weights, teacher x [T, D]).
 
@@ -178,11 +188,7 @@ def distillation(alpha: float, teacher_head_VD: jax.Array, teacher_cap: float = 
     taught_TV = soft_cap(head_logits(teacher_head_VD, teacher_TD), teacher_cap)
     teacher = jax.nn.log_softmax(taught_TV)
     student = jax.nn.log_softmax(logits_TV)
-    kl_T = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-    loss_T = alpha * kl_T
-    if alpha < 1:
-      loss_T += (1 - alpha) * _cross_entropy(logits_TV, labels_T)
-    return jnp.sum(loss_T * weights_T)
+    return _mixed(alpha, teacher, student, logits_TV, labels_T, weights_T)
 
   return loss
 
@@ -196,11 +202,7 @@ def cached_distillation(alpha: float) -> ChunkLoss:
   def loss(logits_TV: jax.Array, extras: Any) -> jax.Array:
     labels_T, weights_T, ids_Tk, log_p_TK = extras
     log_q_TK = _top_and_rest(logits_TV, ids_Tk)
-    kl_T = jnp.sum(jnp.exp(log_p_TK) * (log_p_TK - log_q_TK), axis=-1)
-    loss_T = alpha * kl_T
-    if alpha < 1:
-      loss_T += (1 - alpha) * _cross_entropy(logits_TV, labels_T)
-    return jnp.sum(loss_T * weights_T)
+    return _mixed(alpha, log_p_TK, log_q_TK, logits_TV, labels_T, weights_T)
 
   return loss
 

@@ -98,7 +98,15 @@ class TrainingStep:
 
     def add(total: Any, micro_rows: Rows) -> tuple[Any, None]:
       loss, gradient, own_BDV = total
-      x_TD, back = jax.vjp(lambda params: self._hidden(params, micro_rows), params)
+      tokens_BT, _, segments_BT, *_ = micro_rows
+
+      def hidden(params: Params) -> jax.Array:
+        x_BTD = llama.hidden_states(
+          self.config, params, tokens_BT, segments=segments_BT, dtype=self.dtype, remat=self.options.remat
+        )
+        return x_BTD.reshape(-1, self.config.hidden_size)
+
+      x_TD, back = jax.vjp(hidden, params)
       of_chunk, extras = self._losses(x_TD, micro_rows, scale, taught_by)
       value, dx_TD, own_BDV = sum_and_gradients(of_chunk, x_TD, whole_VD, own_BDV, extras)
       new = back(dx_TD)[0]
@@ -117,14 +125,6 @@ class TrainingStep:
       loss, gradient, own_BDV = jax.lax.scan(add, (jnp.zeros(()), zeros, own_BDV), micro)[0]
     name = llama.head_name(params)
     return loss, constrain_params({**gradient, name: gradient[name] + summed(own_BDV)})
-
-  def _hidden(self, params: Params, rows: Rows) -> jax.Array:
-    """The student's final hidden states of a micro-batch, [tokens, D]."""
-    tokens_BT, _, segments_BT, *_ = rows
-    x_BTD = llama.hidden_states(
-      self.config, params, tokens_BT, segments=segments_BT, dtype=self.dtype, remat=self.options.remat
-    )
-    return x_BTD.reshape(-1, self.config.hidden_size)
 
   def _losses(
     self, x_TD: jax.Array, rows: Rows, scale: jax.Array, teacher: tuple[Params, jax.Array] | None

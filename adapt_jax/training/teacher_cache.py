@@ -160,7 +160,8 @@ def _ask(
         told['ids'], told['log_p'] = ids[: len(some)], log_p[: len(some)]
         told['check'] = _checksums(data.read(some), told)
         file[start:stop] = told
-        _write_done(directory, stop, file)
+        file.flush()
+        write_text(directory / 'done', str(stop))
       progress.update(len(some) * options.length)
       preemption.check()
   decide(lambda: 0)  # all processes wait until the last row is written
@@ -179,8 +180,3 @@ def likeliest(
     return ids, jnp.maximum(log_p, _LOWEST)
 
   return top
-
-
-def _write_done(directory: pathlib.Path, count: int, file: Any) -> None:
-  file.flush()
-  write_text(directory / 'done', str(count))

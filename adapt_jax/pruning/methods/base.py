@@ -13,7 +13,6 @@ import numpy as np
 from adapt_jax.config.declare import MAX_SPARSITY
 from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.errors import InputError
 from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.plan import PrunePlan, PruneState, keep_best
 from adapt_jax.pruning.scores import Scores
@@ -91,19 +90,12 @@ class UniformOneShot(OneShot):
     """The layers that may be pruned, bool [L]."""
     return np.ones(self.config.num_layers, bool)
 
-  def _shares(self) -> np.ndarray:
-    """1 for the touched layers and 0 for the others, float64 [L]."""
-    touched, wanted = np.asarray(self.touched()), (self.config.num_layers,)
-    if touched.shape != wanted:
-      raise InputError(f'{type(self).__name__}.touched() has the shape {touched.shape}, not {wanted}')
-    return touched.astype(np.float64)
-
   def smallest(self) -> int:
-    return self.allocator.cost(self.allocator.widths(MAX_SPARSITY * self._shares()))
+    return self.allocator.cost(self.allocator.widths(MAX_SPARSITY * self.touched()))
 
   def widths(self, scores: Scores, plan: PrunePlan, target: int) -> Widths:
     now = Widths(plan.kv_widths, plan.ffn_widths)
-    return self.allocator.one_shot(now, self._shares(), target)
+    return self.allocator.one_shot(now, self.touched().astype(np.float64), target)
 
 
 class GlobalOneShot(OneShot):

@@ -24,8 +24,9 @@ class Obs(GlobalOneShot):
 
   def comparable(self, scores: Scores, plan: PrunePlan) -> Scores:
     # Channels are ranked in the precision of their scores.
-    channel = self.budget.channel_costs[:, None].astype(scores.ffn.dtype)
-    return scores._replace(kv=scores.kv / self.budget.group_costs[:, None], ffn=scores.ffn / channel)
+    channel = self.budget.mean_costs('mlp')[:, None].astype(scores.ffn.dtype)
+    group = self.budget.mean_costs('attention')[:, None]
+    return scores._replace(kv=scores.kv / group, ffn=scores.ffn / channel)
 
   def _removals(self, scores: Scores, plan: PrunePlan) -> Iterator[Removal]:
     for at, layer, is_kv, width in super()._removals(scores, plan):
