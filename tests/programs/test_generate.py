@@ -63,13 +63,6 @@ def test_greedy_tokens_are_those_of_transformers_whatever_else_is_in_the_batch(n
   assert make_generator(config, params).generate(prompts, 12) == [theirs(prompt) for prompt in prompts]
 
 
-def test_a_batch_gives_what_each_prompt_alone_gives():
-  prompts = make_prompts(5, 20, 1)
-  together = shared().generate(prompts, 10)
-  assert together == [shared().generate([prompt], 10)[0] for prompt in prompts]
-  assert all(len(new) == 10 for new in together) and len({tuple(new) for new in together}) == 3
-
-
 def test_one_prefill_and_one_decode_a_batch_size_and_bucket():
   generator = make_generator(SMALL, max_batch=4)
   counts = generator._compiler.counts
@@ -183,7 +176,6 @@ def test_a_prompt_is_a_chat_or_plain_text_and_ends_at_the_models_eos(files):
 @pytest.mark.parametrize(
   'prompts,fields,words',
   [
-    ([], {}, '--prompt is empty'),
     (['a', ''], {}, '--prompt is empty'),
     (['a', 'the dog ' * 1200], {}, 'prompt 2 has .* tokens, .* 6 new ones .* 2,048'),
   ],

@@ -14,8 +14,6 @@ from jax.sharding import AxisType
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.options import MeshOptions
 from adapt_jax.configs import base
-from adapt_jax.data.windows import Blocks
-from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiled_text import CompiledText
 from adapt_jax.machine.compiler import Compiler
@@ -105,11 +103,6 @@ def moved(program):
 
 
 # -- the mesh ---------------------------------------------------------------------------------------------
-
-
-def test_an_axis_of_minus_one_takes_what_is_left():
-  assert mesh.mesh_shape(MeshOptions(1, -1, 2), 8) == {'data': 1, 'fsdp': 4, 'tensor': 2}
-  assert mesh.mesh_shape(MeshOptions(2, 4, 1), 8) == {'data': 2, 'fsdp': 4, 'tensor': 1}
 
 
 @pytest.mark.parametrize('sizes,devices', [((1, -1, 3), 8), ((2, 2, 1), 8), ((4, 4, 1), 8)])
@@ -308,22 +301,6 @@ def test_narrowing_is_that_of_one_device():
     found = jax.device_get(found)
   expected = llama.apply(small, alone, tokens)
   np.testing.assert_allclose(llama.apply(small, found, tokens), expected, rtol=0, atol=2e-3)
-
-
-def test_perplexity_is_that_of_one_device():
-  """Seven windows on four devices: what fills up the last batch does not count."""
-  config, params = make_model()
-  tokens = tokens_of(config, rows=7)
-  targets = np.ones(tokens.shape, bool)
-  targets[:, 0] = False
-  blocks = Blocks(tokens, targets, 0)
-
-  def perplexity(params):
-    return Evaluator(blocks, 1, compiler=Compiler(), dtype=jnp.float32).perplexity(config, params, 'x')
-
-  expected = perplexity(params)
-  with set_mesh(1, 2, 2):
-    assert perplexity(put(params)) == pytest.approx(expected, rel=1e-6)
 
 
 # -- compaction -------------------------------------------------------------------------------------------

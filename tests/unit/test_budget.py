@@ -12,7 +12,7 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.config.mode_options import BenchOptions
 from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.config.units import UNITS
-from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.config import LayerShape, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import kv_cache, llama
 from adapt_jax.pipeline.budgets import budget_of
@@ -24,14 +24,9 @@ from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.scores import Scores
 from tests.support.helpers import tiny_config
+from tests.support.scored import FFN, HEAD, HIDDEN, KV, G, make_config, run
 
-KV, G, HEAD, FFN, HIDDEN = 3, 2, 8, 52, 32
 REQUEST = BenchOptions(prompt_length=24, new_tokens=9, batch=2)
-
-
-def make_config(layers=8, tie=True, **fields):
-  shapes = (LayerShape(KV * G, KV, FFN),) * layers
-  return ModelConfig('llama', 101, HIDDEN, HEAD, shapes, RopeConfig(1e4), 1e-5, tie, **fields)
 
 
 def uneven(layers=8, tie=True, **fields):
@@ -105,13 +100,6 @@ def test_operations_are_those_of_the_compiled_program(tie):
   # The program computes the masked half of the attention too.
   masked = sum(2 * length * s.num_heads * HEAD for s in config.layers)
   assert found + masked == pytest.approx(counted, rel=0.02)
-  by_hand = 2 * 1024 * 256 + sum(
-    2 * 256 * HEAD * (2 * s.num_heads + 2 * s.num_kv_heads)
-    + 6 * 256 * s.ffn
-    + 2 * length * s.num_heads * HEAD
-    for s in config.layers
-  )
-  assert found == by_hand
 
 
 def test_a_latency_is_the_sum_of_its_table():
@@ -148,15 +136,6 @@ def make_method(name, config, budget, **fields):
   return METHODS[name](config, PruneOptions(**fields), budget)
 
 
-def random_scores(config, seed, unit=KV_GROUPS):
-  rng = np.random.default_rng(seed)
-  scale = np.exp(rng.normal(size=(config.num_layers, 1)))
-  sizes = (KV, G) if unit is KV_GROUPS else (G, KV)
-  columns = rng.random((config.num_layers, *sizes, HEAD)) * scale[:, :, None, None]
-  ffn, distance = rng.random((config.num_layers, FFN)) * scale, rng.uniform(-1, -0.3, config.num_layers)
-  return Scores(columns.sum((2, 3)), ffn, distance, np.float32(1), columns)
-
-
 @pytest.mark.parametrize('kind', [*UNITS, QUERY_HEADS.name])
 @pytest.mark.parametrize('name', METHODS)
 def test_every_method_lands_on_a_target_in_every_unit(name, kind):
@@ -174,10 +153,7 @@ def test_every_method_lands_on_a_target_in_every_unit(name, kind):
   block = layer.rest + layer.attention[-1] + layer.mlp[-1] if name == 'shortgpt' else block
   for share in (0.9, 0.8):
     target = int(share * budget.dense)
-    before = state
-    while state.plan.cost(budget) > target:
-      assert state.step < 200, 'the steps do not end'
-      state = method.step(random_scores(config, state.step, unit), state, target)
+    before, state = state, run(method, config, state, target, unit)[-1]
     assert target - block < state.plan.cost(budget) <= target
     state.plan.relative_to(before.plan)  # raises if something came back
     if kind == 'kv_cache' and name != 'shortgpt':
@@ -185,10 +161,7 @@ def test_every_method_lands_on_a_target_in_every_unit(name, kind):
     if by_heads:
       small = state.plan.pruned_config(config)
       assert state.plan.unit is unit and all(s.num_kv_heads == KV for s in small.layers)
-  smallest = method.smallest()
-  while state.plan.cost(budget) > smallest:
-    assert state.step < 400, 'the steps do not end'
-    state = method.step(random_scores(config, state.step, unit), state, smallest)
+  run(method, config, state, method.smallest(), unit)
 
 
 def test_obs_takes_what_costs_least_per_unit_of_the_budget():
@@ -274,12 +247,9 @@ BAD = {'fixed': 1.0, 'rest': 0.0, 'attention': CURVE, 'mlp': CURVE}
 @pytest.mark.parametrize(
   'changes, words',
   [
-    ({'decode': None}, 'report.json that --mode=bench wrote'),
     ({'request': {'batch': 1}}, 'report.json that --mode=bench wrote'),
     ({'prefill': BAD | {'fixed': float('nan')}}, 'out of range'),
-    ({'prefill': BAD | {'rest': 1e300}}, 'out of range'),
     ({'decode': BAD | {'mlp': {'widths': [13, 52], 'seconds': [-1e308, 1e308]}}}, 'out of range'),
-    ({'decode': BAD | {'mlp': {'widths': [13, 10**400], 'seconds': [1, 2]}}}, 'OverflowError'),
     ({'request': {'batch': 1, 'prompt_length': 1, 'new_tokens': 10**400}}, 'OverflowError'),
     ({'model': {'hidden_size': 64, 'head_dim': 8, 'group_size': 2, 'vocab_size': 101}}, 'hidden_size 64'),
   ],

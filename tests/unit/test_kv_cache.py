@@ -47,21 +47,3 @@ def test_logits_of_prompts_of_several_lengths_are_those_without_a_cache(name):
     at = LENGTHS + step
     found, cache = decode_step(config, params, cache, text[rows, at], LENGTHS, 12, step)
     assert_close(found, whole[rows, at])
-
-
-def test_a_cache_has_each_layers_own_heads_in_the_dtype_of_the_activations():
-  config = CONFIGS['qwen3']
-  tokens = random_tokens(config, rows=3, length=12)
-  args = config, random_params(config)
-  _, cache = prefill(*args, tokens, LENGTHS, 20, dtype=jnp.bfloat16)
-  found = {name: [(layer[name].shape, layer[name].dtype) for layer in cache] for name in cache[0]}
-  expected = [((3, shape.num_kv_heads, 20, 12), jnp.bfloat16) for shape in config.layers]
-  assert found == {'k_cache': expected, 'v_cache': expected}
-  logits_BV, new = decode_step(*args, cache, tokens[:, 0], LENGTHS, 12, 0, dtype=jnp.bfloat16)
-  assert logits_BV.dtype == jnp.float32
-  assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, cache)
-  changed = {
-    tuple(np.flatnonzero((a != b).any((0, 1, 3))))
-    for a, b in zip(*map(jax.tree.leaves, (new, cache)), strict=True)
-  }
-  assert changed == {(12,)}  # one slot is written, the rest stays

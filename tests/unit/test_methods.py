@@ -4,40 +4,16 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.prune_options import PruneOptions
-from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, channel_params, count_params
+from adapt_jax.models.config import LayerShape, channel_params, count_params
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.methods.flap import standardised
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.scores import Scores
-
-KV, G, HEAD, FFN = 3, 2, 8, 52
-
-
-def make_config(layers=8, shapes=None, tie=True):
-  shapes = shapes or (LayerShape(KV * G, KV, FFN),) * layers
-  return ModelConfig('llama', 101, 32, HEAD, shapes, RopeConfig(1e4), 1e-5, tie)
+from tests.support.scored import FFN, HEAD, KV, G, make_config, random_scores, run
 
 
 def make_method(name, config, **fields):
   return METHODS[name](config, PruneOptions(**fields))
-
-
-def random_scores(config, seed=0):
-  rng = np.random.default_rng(seed)
-  scale = np.exp(rng.normal(size=(config.num_layers, 1)))  # layers differ in scale, as real ones do
-  kv = config.layers[0].num_kv_heads
-  columns = rng.random((config.num_layers, kv, G, HEAD)) * scale[:, :, None, None]
-  ffn = rng.random((config.num_layers, FFN)) * scale
-  distance = rng.uniform(-1, -0.3, config.num_layers)
-  return Scores(columns.sum((2, 3)), ffn, distance, np.float32(1), columns)
-
-
-def run(method, config, state, target):
-  """Steps on random scores until the target is reached; returns the states."""
-  states = [state]
-  while states[-1].plan.params(config) > target:
-    states.append(method.step(random_scores(config, len(states)), states[-1], target))
-  return states
 
 
 @pytest.mark.parametrize('name', ['wanda_sp', 'uniform'])
@@ -133,19 +109,6 @@ def test_flap_standardises_per_layer_and_module_over_what_is_left():
     np.testing.assert_allclose(found.ffn[layer][channels], expected, rtol=1e-9)
 
 
-def test_flap_ranks_over_the_whole_model():
-  """What went scores lower than what stayed, in whatever layer, but for each layer's last channel."""
-  config = make_config()
-  method, target = make_method('flap', config), int(0.85 * count_params(make_config()))
-  start = PruneState.start(config)
-  plan = run(method, config, start, target)[-1].plan
-  z = standardised(random_scores(config, 1), start.plan).ffn
-  kept = np.array(plan.ffn)
-  threshold = z[~kept].max()
-  assert (z[kept & (plan.ffn_widths > 1)[:, None]] >= threshold).all()
-  assert len(set(plan.ffn_widths.tolist())) > 1  # so the layers' widths are the ranking's own
-
-
 def test_shortgpt_takes_whole_layers_of_lowest_influence_and_no_more_than_it_must():
   config = make_config()
   method, start = make_method('shortgpt', config), PruneState.start(config)
@@ -164,7 +127,7 @@ def test_shortgpt_takes_whole_layers_of_lowest_influence_and_no_more_than_it_mus
 
 
 def test_shortgpt_is_sure_of_its_smallest_target_where_layers_differ():
-  config = make_config(shapes=(LayerShape(6, 3, 52), LayerShape(2, 1, 20), LayerShape(4, 2, 40)))
+  config = make_config().with_layers((LayerShape(6, 3, 52), LayerShape(2, 1, 20), LayerShape(4, 2, 40)))
   method = make_method('shortgpt', config)
   for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
     scores = Scores(None, None, np.array(order, float), None)

@@ -8,12 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_jax.models.config import Llama3Scaling, RopeConfig
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.models.network import llama
 from adapt_jax.models.network.layers import add_bias
-from adapt_jax.models.network.rope import inverse_frequencies
-from tests.support.helpers import UNIFORM, logits, random_params, random_tokens, randomise, tiny_config
+from tests.support.helpers import logits, random_tokens, randomise
 
 LLAMA3 = {
   'rope_type': 'llama3',
@@ -124,46 +121,3 @@ def test_mobilellm_is_a_llama_that_shares_its_embedding(tmp_path):
   config, params = load(tmp_path)
   assert config.tie_embeddings and 'lm_head' not in params
   assert_same_function(model, config, params)
-
-
-@pytest.mark.parametrize('factor, original, head_dim', [(8.0, 8192, 128), (2.0, 16, 10)])
-def test_llama3_frequencies_are_those_of_transformers(factor, original, head_dim):
-  import transformers
-
-  fields = LLAMA3 | {'factor': factor, 'original_max_position_embeddings': original}
-  config = transformers.LlamaConfig(
-    hidden_size=2 * head_dim, num_attention_heads=2, max_position_embeddings=131072, rope_parameters=fields
-  )
-  module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
-  ours = inverse_frequencies(RopeConfig(500000.0, Llama3Scaling(factor, 1.0, 4.0, original)), head_dim)
-  np.testing.assert_allclose(ours, module.inv_freq.numpy(), rtol=1e-6)
-
-
-def test_later_tokens_do_not_change_earlier_logits():
-  config = tiny_config('qwen3')
-  params, tokens = random_params(config), random_tokens(config)
-  before = np.asarray(logits(config, params, tokens))
-  tokens[:, 25] = (tokens[:, 25] + 1) % config.vocab_size
-  after = np.asarray(logits(config, params, tokens))
-  np.testing.assert_allclose(after[:, :25], before[:, :25], rtol=0, atol=1e-6)
-  assert (np.abs(after - before)[:, 25:].max(-1) > 1e-3).all()
-
-
-def test_remat_changes_no_gradient():
-  config = tiny_config('qwen2', layers=UNIFORM[:1])
-  params, tokens = random_params(config), random_tokens(config)
-
-  def loss(params, remat):
-    return jax.numpy.square(llama.hidden_states(config, params, tokens, remat=remat)).mean()
-
-  gradient = jax.jit(jax.grad(loss), static_argnums=1)
-  again, kept = (
-    str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, remat)).count('dot_general')
-    for remat in (True, False)
-  )
-  assert again > kept  # products with weights are computed again, or not
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    gradient(params, True),
-    gradient(params, False),
-  )

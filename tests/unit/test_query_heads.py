@@ -1,6 +1,7 @@
 """Query heads as the unit of attention (`prune.attention`): plans, surgery, costs, scores, compensation."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,8 @@ def test_a_plan_survives_json_and_later_plans_are_renumbered():
   later = dataclasses.replace(plan, kv=(np.array([False, False, True]), *plan.kv[1:]))
   assert [m.tolist() for m in later.relative_to(plan).kv] == [[False, True], [True], [True, True, True]]
   assert later.relative_to(plan).unit is QUERY_HEADS
+  without = PrunePlan.dense(config).without_layer(1)
+  assert PrunePlan.from_json(json.loads(json.dumps(without.to_json())), config).equals(without)
   gone = plan.without_layer(1).widths(config)
   assert gone['num_heads'] == [4, 0, 6] and gone['num_kv_heads'] == [2, 0, 2]
 
@@ -101,7 +104,7 @@ def test_auto_takes_query_heads_where_no_kv_head_can_go():
 
 
 def test_a_budget_that_query_heads_do_not_change_is_refused():
-  with pytest.raises(InputError, match="conflicts with prune.budget = 'kv_cache'"):
+  with pytest.raises(InputError, match="prune.attention = 'query_heads'.* 'kv_cache'"):
     from_dict({'prune': {'attention': 'query_heads', 'budget': 'kv_cache'}})
 
 

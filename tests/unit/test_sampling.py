@@ -72,8 +72,3 @@ def test_noise_reaches_tokens_of_very_low_probability():
   drawn = re.findall(r'random_bits\[\s*bit_width=(\d+)\s*shape=\(([\d, ]+)\)', text)
   bits = sum(int(width) * math.prod(int(x) for x in re.findall(r'\d+', shape)) for width, shape in drawn)
   assert bits == 64 * 1000
-
-
-def test_the_key_decides():
-  assert (draw(Sampling(1.0), rows=50) == draw(Sampling(1.0), rows=50)).all()
-  assert (draw(Sampling(1.0), rows=50) != draw(Sampling(1.0), rows=50, seed=1)).any()

@@ -29,27 +29,6 @@ def mean_loss(config, params, tokens):
   return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean()
 
 
-@pytest.mark.parametrize('micro_batch', [1, 2, 8])
-def test_taylor_scores_are_those_of_the_whole_batchs_gradient(micro_batch):
-  """The absolute value comes after the sum over samples, whatever the micro-batch."""
-  config, params = make_model()
-  tokens = jax.random.randint(jax.random.key(1), (8, 16), 0, 97)
-  stacked = stacked_params(params, PrunePlan.dense(config))
-  scores = jax.jit(Scorer(config, micro_batch=micro_batch))(stacked, tokens)
-  loss, gradient = jax.jit(jax.value_and_grad(lambda p: mean_loss(config, p, tokens)))(params)
-  np.testing.assert_allclose(scores.loss, loss, rtol=1e-6)
-  for i, (layer, g) in enumerate(zip(params['layers'], gradient['layers'], strict=True)):
-    a = {n: np.abs(np.asarray(layer['attention'][n] * g['attention'][n])) for n in 'qkvo'}
-    # Query head h belongs to KV group h // G: rows [h*H, (h+1)*H) of Hugging Face's q_proj.
-    q_rows = a['q'].reshape(48, 32).sum(1)
-    kv = np.array([q_rows[k * 24 : (k + 1) * 24].sum() for k in range(2)])
-    kv += a['k'].sum((1, 2)) + a['v'].sum((1, 2)) + a['o'].sum((0, 2, 3))
-    np.testing.assert_allclose(scores.kv[i], kv, rtol=1e-5)
-    m = {n: np.abs(np.asarray(layer['mlp'][n] * g['mlp'][n])) for n in ('gate', 'up', 'down')}
-    ffn = m['gate'].sum(1) + m['up'].sum(1) + m['down'].sum(0)
-    np.testing.assert_allclose(scores.ffn[i], ffn, rtol=1e-5)
-
-
 @pytest.mark.parametrize('name', sorted(DISTANCES))
 def test_distances_are_means_over_all_tokens(name):
   config, params = make_model()
@@ -71,22 +50,36 @@ def test_distances_are_means_over_all_tokens(name):
     x = y
 
 
+def temporary_bytes(layers, rows=4, length=8, importance='taylor', dtype='float32', ffn=2048, options=None):
+  """What the compiler plans beside arguments and results."""
+  config, _ = make_model(kv=4, layers=layers, hidden=128, ffn=ffn)
+  params = llama.abstract_params(config)
+  stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), dtype), params)
+  scorer = Scorer(config, importance, micro_batch=2, dtype=jnp.dtype(dtype))
+  lowered = jax.jit(scorer).lower(stacked, jax.ShapeDtypeStruct((rows, length), jnp.int32))
+  return lowered.compile(options).memory_analysis().temp_size_in_bytes
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_scoring_holds_one_layers_gradient_not_all(dtype):
   """Temporary bytes planned by the compiler grow with depth by the layers' inputs only."""
+  few, many = (temporary_bytes(layers, dtype=dtype, options=loop_options()) for layers in (4, 12))
+  layer_gradient, layer_inputs = 4 * 3 * 128 * 2048, 4 * 4 * 8 * 128
+  assert (many - few) / 8 < 2 * layer_inputs + 0.1 * layer_gradient
 
-  def temporary_bytes(layers):
-    config, _ = make_model(kv=4, layers=layers, hidden=128, ffn=2048)
-    params = llama.abstract_params(config)
-    stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), dtype), params)
-    tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
-    lowered = jax.jit(Scorer(config, micro_batch=2, dtype=jnp.dtype(dtype))).lower(stacked, tokens)
-    return lowered.compile(loop_options()).memory_analysis().temp_size_in_bytes
 
-  layer_gradient = 4 * 3 * 128 * 2048
-  layer_inputs = 4 * 4 * 8 * 128
-  growth = (temporary_bytes(12) - temporary_bytes(4)) / 8
-  assert growth < 2 * layer_inputs + 0.1 * layer_gradient
+def test_curvature_holds_the_moments_of_one_layer():
+  """A few [F, F] matrices, however many layers there are."""
+  few, many = (temporary_bytes(layers, importance='curvature') for layers in (2, 8))
+  assert many < 6 * 4 * 2048**2
+  assert many - few < 0.1 * 6 * 4 * 3 * 128 * 2048  # of six layers' weights in the MLP
+
+
+def test_many_rows_take_no_more_memory_than_the_moments_of_all_layers_and_their_own_activations():
+  """Twice the moments of [F, F], whatever the rows; all layers' inputs would be eight times as much."""
+  few, many = (temporary_bytes(8, rows, 64, 'curvature', ffn=256) for rows in (16, 256))
+  inputs = 8 * 240 * 64 * 128 * 4  # of all layers, of the rows that are more
+  assert many - few < inputs / 4
 
 
 @functools.cache
@@ -159,24 +152,6 @@ def test_query_heads_are_credited_to_their_group_or_as_the_reference_does(import
     np.testing.assert_allclose(wrong.kv[i], kv + folded, rtol=1e-4)
 
 
-def scoring_bytes(importance, layers):
-  """What the compiler plans beside arguments and results, and the bytes of all layers' gradients."""
-  config, _ = make_model(kv=4, layers=layers, hidden=128, ffn=2048)
-  params = llama.abstract_params(config)
-  stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), jnp.float32), params)
-  tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
-  program = jax.jit(Scorer(config, importance, micro_batch=2)).lower(stacked, tokens).compile()
-  gradients = sum(x.size * 4 for x in jax.tree.leaves(stacked['layers']))
-  return program.memory_analysis().temp_size_in_bytes, gradients
-
-
-def test_curvature_holds_the_moments_of_one_layer():
-  """A few [F, F] matrices, however many layers there are."""
-  (few, gradients_few), (many, gradients_many) = (scoring_bytes('curvature', layers) for layers in (2, 8))
-  assert many < 6 * 4 * 2048**2
-  assert many - few < 0.1 * (gradients_many - gradients_few)
-
-
 def test_curvature_of_rows_in_parts_is_that_of_all_at_once(monkeypatch):
   config, params = make_model(kv=2, layers=3, hidden=16, ffn=24)
   stacked = stacked_params(params, PrunePlan.dense(config))
@@ -192,22 +167,6 @@ def in_parts(monkeypatch, *counts):
   for count in counts:
     monkeypatch.setattr(Scorer, '_parts', lambda self, M, B, T, count=count: count)
     yield count
-
-
-def test_many_rows_take_no_more_memory_than_the_moments_of_all_layers_and_their_own_activations():
-  """Twice the moments of [F, F], whatever the rows; all layers' inputs would be eight times as much."""
-  config, _ = make_model(kv=4, layers=8, hidden=128, ffn=256)
-  params = llama.abstract_params(config)
-  stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), jnp.float32), params)
-  scorer = Scorer(config, 'curvature', micro_batch=2)
-
-  def held(rows):
-    tokens = jax.ShapeDtypeStruct((rows, 64), jnp.int32)
-    return jax.jit(scorer).lower(stacked, tokens).compile().memory_analysis().temp_size_in_bytes
-
-  few, many = held(16), held(256)
-  inputs = 8 * 240 * 64 * 128 * 4  # of all layers, of the rows that are more
-  assert many - few < inputs / 4
 
 
 def module_inputs(directory, tokens):

@@ -1,35 +1,17 @@
 """`prune.serve`: plans keep to what a runtime asks of widths, and models that do not are refused."""
 
-import numpy as np
 import pytest
 
 from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.config.values import serving_multiples
-from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.pruning import serving_widths
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PruneState
-from adapt_jax.pruning.scores import Scores
+from tests.support.scored import make_config, run
 
 LAYERS = 10  # llm_pruner leaves six of them alone
-
-
-def make_config(kv=4, ffn=128):
-  return ModelConfig('llama', 61, 32, 8, (LayerShape(2 * kv, kv, ffn),) * LAYERS, RopeConfig(1e4), 1e-5, True)
-
-
-def pruned(config, options):
-  """The plan on random scores."""
-  method, state = METHODS[options.method](config, options), PruneState.start(config)
-  rng = np.random.default_rng(0)
-  target = max(int(0.75 * count_params(config)), method.smallest())
-  while state.plan.params(config) > target:
-    assert state.step < 1000, 'the schedule does not end'
-    columns, ffn = rng.random((LAYERS, 4, 2, 8)), rng.random((LAYERS, 128))
-    scores = Scores(columns.sum((2, 3)), ffn, rng.uniform(-1, -0.3, LAYERS), np.float32(1), columns)
-    state = method.step(scores, state, target)
-  return state.plan
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -39,8 +21,10 @@ def pruned(config, options):
 )
 def test_plans_keep_to_it(method, serve, align, kv, ffn):
   """Together with the multiples of prune.align_ffn; a layer may also stay whole."""
-  config = make_config()
-  plan = pruned(config, PruneOptions(method=method, serve=serve, align_ffn=align))
+  config = make_config(LAYERS, kv=4, ffn=128)
+  pruner = METHODS[method](config, PruneOptions(method=method, serve=serve, align_ffn=align))
+  target = max(int(0.75 * count_params(config)), pruner.smallest())
+  plan = run(pruner, config, PruneState.start(config), target)[-1].plan
   assert (plan.ffn_widths < 128).any()
   assert not (plan.kv_widths % kv).any()
   assert all(width % ffn == 0 or width == 128 for width in plan.ffn_widths)
@@ -69,7 +53,7 @@ def test_a_hidden_size_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize('serve', ['gguf', 'awq', 'tensor_parallel=2', 'any,tensor_parallel=9'])
 def test_a_model_that_does_not_fit_is_refused(serve):
-  config = make_config(kv=3, ffn=48)
+  config = make_config(LAYERS, kv=3, ffn=48)
   serving_widths.check_model(PruneOptions(serve='tensor_parallel=3'), config)
   with pytest.raises(InputError, match=f'prune.serve = {serve!r}.* layer 0 of model.source has .* divides'):
     serving_widths.check_model(PruneOptions(serve=serve), config)

@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-import pytest
 
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, channel_params
 from adapt_jax.pruning.widths import MAX_SPARSITY, Allocator, Widths, advance, normalise
@@ -21,12 +20,9 @@ def test_normalise_is_the_papers_formula():
   assert np.abs(normalise(values)).max() == 1
 
 
-def test_equal_importance_normalises_to_zero_not_nan():
-  np.testing.assert_array_equal(normalise(np.full(5, 0.1)), np.zeros(5))
-
-
 def test_rounding_makes_no_layer_more_important_than_another():
   """Else some of equal layers would be cut at the full amplitude, and others spared, by chance."""
+  np.testing.assert_array_equal(normalise(np.full(5, 0.1)), np.zeros(5))
   for value in (0.7, -0.98, 1e6):
     values = np.full(5, value)
     values[2] = np.nextafter(value, np.inf)
@@ -60,40 +56,6 @@ def test_rounding_of_the_sparsity_costs_no_kv_group():
   assert Allocator(make_config(layers=2, kv=3)).widths(sparsity).kv.tolist() == [3, 3]
 
 
-@pytest.mark.parametrize('align', [1, 7, 32])
-@pytest.mark.parametrize('seed', range(8))
-def test_every_target_is_landed_on(align, seed):
-  """Never above the target; below by less than one aligned MLP block; widths fall monotonically."""
-  rng = np.random.default_rng(seed)
-  config = make_config(layers=5, kv=int(rng.integers(1, 5)), ffn=int(rng.integers(80, 140)))
-  a = Allocator(config, align)
-  low, high = a.smallest() + 3 * align * channel_params(config), a.cost(a.full)
-  target = int(rng.integers(low, high))
-  widths, s = a.full, np.zeros(5)
-  for _ in range(500):
-    rate = 1 / 50 - 0.02 * normalise(rng.normal(size=5))
-    new, s = a.step(widths, s, rate, target)
-    assert (new.kv <= widths.kv).all() and (new.ffn <= widths.ffn).all()
-    assert all(f % align == 0 or f == full for f, full in zip(new.ffn, a.full.ffn, strict=True))
-    widths = new
-    if a.cost(widths) <= target:
-      break
-  assert target - align * channel_params(config) < a.cost(widths) <= target
-
-
-def test_layers_that_the_rate_spares_give_way_when_nothing_else_is_left():
-  """A large amplitude spares half of the layers for ever; the target is still reached."""
-  config = make_config(layers=2)
-  a = Allocator(config)
-  target = a.smallest() + 5 * channel_params(config)
-  widths, s = a.full, np.zeros(2)
-  for _ in range(200):
-    widths, s = a.step(widths, s, np.array([-0.08, 0.12]), target)
-    if a.cost(widths) <= target:
-      break
-  assert target - channel_params(config) < a.cost(widths) <= target
-
-
 def test_a_stall_takes_ordinary_steps_and_keeps_its_books():
   """Where A exceeds ρ/T and all layers are equally important but one, nothing may go in one great cut."""
   config = make_config(layers=4, kv=1)
@@ -121,15 +83,6 @@ def test_a_landing_leaves_the_credit_of_layers_that_it_does_not_narrow():
   landed, reached = a.land(widths, s, rate, a.cost(widths) - 20 * channel_params(config))
   assert landed.ffn[0] == 500 and landed.ffn.sum() == 2480
   assert 0.28 < reached[0] < 0.3
-
-
-def test_kv_group_that_would_overshoot_is_passed_over():
-  config = make_config(layers=1, kv=2, ffn=64)
-  a = Allocator(config)
-  # Both a KV group and channels are due; the room is for two channels only.
-  target = a.cost(a.full) - 2 * channel_params(config)
-  widths, _ = a.land(a.full, np.array([0.49]), np.array([0.2]), target)
-  assert widths.kv.tolist() == [2] and widths.ffn.tolist() == [62]
 
 
 def test_kv_group_that_lands_exactly_on_the_target_goes():
