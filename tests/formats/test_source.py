@@ -13,9 +13,8 @@ from transformers import AutoTokenizer
 
 from adapt_jax.models.errors import InputError, unreachable
 from adapt_jax.models.formats.source import _tokenizer_from_directory, open_source
-from tests.formats.test_gguf_model import write_model
+from tests.formats.test_gguf_model import tiny_config, write_model
 from tests.formats.test_gguf_vocab import DIGITS, published
-from tests.support.helpers import tiny_config
 
 
 @pytest.fixture(autouse=True)
