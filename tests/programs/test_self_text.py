@@ -104,7 +104,7 @@ def test_calibration_takes_the_models_own_text_beside_others_by_weight(files):
   """Its rows are generated, and a draw has its share of them; those of the file stay as they are."""
   alone = prepare(mixed_with_text(files, weights=(1.0, 0.0))).calibration
   both = prepare(mixed_with_text(files, weights=(3.0, 1.0), samples=8)).calibration
-  assert both.names == (str(files / 'train.txt'), 'self') and both.counts == (len(alone.tokens), 2)
+  assert both.sources == ((str(files / 'train.txt'), len(alone.tokens), 3.0), ('self', 2, 1.0))
   np.testing.assert_array_equal(both.tokens[:-2], alone.tokens)
   own = both.draw(8, 0, 0) >= len(alone.tokens)
   assert own.sum() == 2
