@@ -4,13 +4,21 @@ NumPy only.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS, AttentionUnit
 from adapt_jax.pruning.budget import Budget
+
+
+class LayerWidths(TypedDict):
+  """Query heads, KV heads and MLP channels by layer."""
+
+  num_heads: list[int]
+  num_kv_heads: list[int]
+  ffn: list[int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +72,7 @@ class PrunePlan:
       )
     )
 
-  def widths(self, config: ModelConfig) -> dict[str, list[int]]:
+  def widths(self, config: ModelConfig) -> LayerWidths:
     """num_heads, num_kv_heads and ffn of every layer of the original model `config`; 0 if removed."""
     pairs = zip(config.layers, self.kv_widths.tolist(), strict=True)
     heads, kv_heads = zip(*(self.unit.heads(shape, units) for shape, units in pairs), strict=True)

@@ -145,7 +145,7 @@ def _ask(
   compiler: Compiler,
 ) -> None:
   count = mesh.rows_at_once(options.batch, options.micro_batch)
-  file = _open(directory, len(rows), 'r+') if is_first() else np.zeros(0)
+  file: Any = _open(directory, len(rows), 'r+') if is_first() else None
   top, program = likeliest(teacher.config, options, dtype), None
   with Progress('teacher', (len(rows) - done) * options.length, 'tokens') as progress:
     for start in range(done, len(rows), count):
