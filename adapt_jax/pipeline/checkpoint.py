@@ -140,7 +140,7 @@ def _one_error() -> Iterator[None]:
       yield
   finally:
     if sys.exc_info()[1]:
-      gc.collect()  # the hook hears now what orbax gave up
+      gc.collect(1)  # the hook hears now what orbax gave up; a full pass may take many seconds
     asyncio.setLevel(level)
     sys.unraisablehook = before
 
