@@ -1,7 +1,6 @@
 """Checkpoints of a run, using orbax: arrays and the JSON that describes them, saved together."""
 
 import contextlib
-import gc
 import logging
 import pathlib
 import shutil
@@ -125,24 +124,23 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
-  """Raises one error if reads or writes fail together, without logging or printing other tracebacks."""
+  """Raises one error if reads or writes fail together, without logging or printing other tracebacks.
+
+  Those arrive late, when orbax's futures are freed, so after a failure they stay unsaid.
+  """
   before, asyncio = sys.unraisablehook, logging.getLogger('asyncio')
   level = asyncio.level
 
-  def hook(unraisable: Any) -> None:  # errors that arrive after orbax has given up
+  def hook(unraisable: Any) -> None:
     if not str(unraisable.exc_value).startswith(('Event loop is closed', 'Encountered error while reading')):
       before(unraisable)
 
   sys.unraisablehook = hook
   asyncio.setLevel(logging.CRITICAL)
-  try:
-    with _silent():
-      yield
-  finally:
-    if sys.exc_info()[1]:
-      gc.collect(1)  # the hook hears now what orbax gave up; a full pass may take many seconds
-    asyncio.setLevel(level)
-    sys.unraisablehook = before
+  with _silent():
+    yield
+  asyncio.setLevel(level)
+  sys.unraisablehook = before
 
 
 @contextlib.contextmanager

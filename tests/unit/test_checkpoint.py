@@ -1,8 +1,10 @@
 """Checkpoints give back their very bits or one clear line, and the one before serves."""
 
+import logging
 import pathlib
 import resource
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +108,14 @@ def test_a_damaged_file_never_gives_other_numbers(saved, tmp_path):
   largest = max(names, key=lambda name: (saved / name).stat().st_size)
   for name in (largest, pathlib.Path('2/meta/metadata')):
     assert {(name, damage) for damage in ('half', 'empty', 'gone', 'bit')} <= refused
+
+
+def test_settings_of_the_process_stay_as_they_were(saved):
+  def settings():
+    return sys.unraisablehook, logging.getLogger('asyncio').level, logging.root.manager.disable
+
+  before = settings()
+  assert read(saved)[0] == 2 and settings() == before
 
 
 def test_a_save_that_meets_a_full_disk_leaves_the_one_before(tmp_path):
