@@ -7,6 +7,7 @@ default). A source of one .npy file holds token blocks: see `adapt_jax.data.wind
 """
 
 import dataclasses
+import glob
 import itertools
 import json
 import pathlib
@@ -161,9 +162,12 @@ def _matches(entry: str) -> list[pathlib.Path]:
   parts = [part if part == '**' else part.replace('**', '*') for part in path.relative_to(path.anchor).parts]
   while parts and parts[-1] == '**':  # everything below a directory, which its name means too
     parts.pop()
-  hidden = any(part.startswith('.') and part != '..' for part in parts)
-  found = pathlib.Path(path.anchor).glob('/'.join(parts)) if parts else []
-  return sorted(p for p in found if hidden or not any(re.match(r'\.[^.]', part) for part in p.parts))
+  at = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+  start, below = pathlib.Path(path.anchor, *parts[:at]), parts[max(at, 0) :]
+  hidden = re.compile(r'\.[^.]')
+  asked = any(map(hidden.match, below))
+  found = start.glob('/'.join(below)) if below else []
+  return sorted(p for p in found if asked or not any(map(hidden.match, p.relative_to(start).parts)))
 
 
 def _documents(origin: pathlib.Path | str, text_field: str, messages_field: str) -> Iterator[Document]:

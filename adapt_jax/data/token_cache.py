@@ -111,7 +111,7 @@ def open_cache(
     except OSError as error:
       raise InputError(
         f'data.cache: {directory} cannot be used ({error.strerror or first_line(error)}): name a directory '
-        'with room for the tokens, three to five bytes each'
+        'or set XDG_CACHE_HOME to one, with room for three to five bytes a token'
       ) from None
 
   path = pathlib.Path(decide(prepare))

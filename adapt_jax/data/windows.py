@@ -137,7 +137,8 @@ def load_stream(
   """
   caches = open_caches(directory, source, tokenizer, Need(limit), **fields)
   starts = np.cumsum([0, *(len(cache.tokens) for cache in caches)])
-  tokens, flags, ends = (np.concatenate([getattr(c, n) for c in caches]) for n in ('tokens', 'flags', 'ends'))
+  tokens, flags = (np.concatenate([getattr(c, n)[:limit] for c in caches]) for n in ('tokens', 'flags'))
+  ends = np.concatenate([cache.ends for cache in caches])
   ends += np.repeat(starts[:-1], [len(cache.ends) for cache in caches])
   ends = ends[: np.searchsorted(ends, limit) + 1].clip(max=limit)  # of the documents that begin before it
   return TokenStream(tokens[:limit].astype(np.int32), (flags[:limit] & TARGET) > 0, ends, first)

@@ -66,8 +66,9 @@ def lineage(source: Source) -> RunReport | None:
   path = (source.path if source.path.is_dir() else source.path.parent) / LINEAGE
   if not exists(path):
     return None
-  with reading('', path, 'restore it, or delete it to use the model without its origin'):
-    found: Any = read_json(path)
+  remedy = 'restore it, or delete it to use the model without its origin'
+  with reading('', path, remedy):
+    found: Any = read_json(path, remedy)
     if 'origin' not in found:
       return None
     if not _sizes(source.reader.files).items() <= found.pop('files').items():

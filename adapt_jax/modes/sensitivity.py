@@ -197,9 +197,9 @@ MODE = Mode(
   run,
   result=(
     'seed', 'model', 'data', 'prune.method', 'prune.importance', 'prune.layer_distance', 'prune.align_ffn',
-    'prune.calibration', 'evaluate.source', 'evaluate.length', 'evaluate.max_tokens',
+    'prune.serve', 'prune.calibration', 'evaluate.source', 'evaluate.length', 'evaluate.max_tokens',
     'sensitivity',
   ),
-  reads=('evaluate.batch', 'prune.serve'),
+  reads=('evaluate.batch',),
   mesh=False,
 )  # fmt: skip

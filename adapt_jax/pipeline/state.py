@@ -179,8 +179,9 @@ class StateStore:
 
   def _resume_pruning(self, state: RunState, lines: int) -> int:
     """Applies the steps in plan.json if they belong to the next stage; returns the log's length."""
-    with reading('', self._plan, 'delete it to start this stage again'):
-      saved = decide(lambda: read_json(self._plan))
+    remedy = 'delete it to start this stage again'
+    with reading('', self._plan, remedy):
+      saved = decide(lambda: read_json(self._plan, remedy))
       if saved.pop('checksum') != json_checksum(saved):
         raise ValueError('the checksum differs')
       if saved['stage'] != state.stage + 1:

@@ -15,6 +15,7 @@ from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.files import beside, local, read_json, write_text
 
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_DAMAGED = 'use another workdir'
 
 
 class Workdir:
@@ -81,8 +82,8 @@ class Workdir:
 
   def texts(self) -> dict[str, str]:
     """The digests of texts and model, by option, that the run in the directory was started with."""
-    with reading('', self.run, 'use another workdir'):
-      return {**read_json(self.run).get('texts', {})}
+    with reading('', self.run, _DAMAGED):
+      return {**read_json(self.run, _DAMAGED).get('texts', {})}
 
   def _claim(self, now: dict[str, str]) -> None:
     """Writes run.json if it is missing, or checks that it is this run's, on the same texts."""
@@ -117,8 +118,8 @@ class Workdir:
     return lock
 
   def _check_same(self) -> None:
-    with reading('', self.run, 'use another workdir'):
-      saved = read_json(self.run)
+    with reading('', self.run, _DAMAGED):
+      saved = read_json(self.run, _DAMAGED)
       then = {'mode': saved['mode']} | flatten(saved['config'])
     now = {'mode': self._identity['mode']} | flatten(self._identity['config'])
     default = flatten(json.loads(json.dumps(defaults())))  # with lists, as in run.json
