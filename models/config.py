@@ -22,8 +22,10 @@ class LayerShape:
   rotary: bool = True  # whether queries and keys are rotated
 
   def __post_init__(self) -> None:
-    if min(self.widths) < 1 or self.num_heads % self.num_kv_heads:
-      raise ValueError(f'{self}: num_heads must be a multiple of num_kv_heads, and no width 0')
+    if min(self.widths) < 1 or self.window < 0 or self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f'{self}: num_heads must be a multiple of num_kv_heads, no width 0, no window negative'
+      )
 
   @property
   def widths(self) -> tuple[int, int, int]:

@@ -19,14 +19,14 @@ from adapt_jax.generation.in_turn import time_in_turn
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.models.config import ModelConfig, count_params
-from adapt_jax.models.errors import InputError
+from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.files import exists, local
-from adapt_jax.models.formats.source import Source, open_source
+from adapt_jax.models.formats.source import Source, open_config, open_source
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.modes import bench_widths
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.workdir import Workdir
-from adapt_jax.reports.origin import origin_of
+from adapt_jax.reports.origin import Origin, origin_of
 from adapt_jax.reports.report import RunReport, read_report, versions
 from adapt_jax.reports.table import Table
 
@@ -78,13 +78,21 @@ def _origin(pruned: Source) -> str:
     return ''
   directory = pruned.path if pruned.path.is_dir() else pruned.path.parent
   if not made_from.hub and exists(report := directory.parent / 'report.json'):
-    made_from = origin_of(read_report(report))  # with its path, which exports do not tell
-  if not made_from.hub and not exists(local(made_from.source)):
+    with reading('', report, 'set bench.dense'):
+      told = origin_of(read_report(report))  # with its path, which exports do not tell
+    made_from = told if told.params == made_from.params else made_from
+  if not made_from.hub and not _is_model(made_from):
     raise InputError(
       f'bench.dense is empty, and {pruned.name} was made from {made_from.source!r}, which is not here: name '
       f'the model before pruning'
     )
   return made_from.source
+
+
+def _is_model(made_from: Origin) -> bool:
+  """Whether its path is here, and a model of as many parameters: exports tell only a name."""
+  here = exists(local(made_from.source))
+  return here and count_params(open_config(made_from.source, 'bench.dense')) == made_from.params
 
 
 def _load(source: Source, options: RunOptions, prompts: list[list[int]]) -> _Model:

@@ -159,8 +159,8 @@ def _difference(table: Table, config: ModelConfig, unit: AttentionUnit) -> str:
   if table.unit is not unit:
     return f'has times by {table.unit.title}, but prune.attention means {unit.name}'
   for field, ours in likeness(config, unit).items():
-    if (theirs := table.model[field]) != ours:
-      return f'is of a model with {field} {theirs:,}, but model.source has {ours:,}'
+    if (theirs := table.model.get(field)) != ours:
+      return f'is of a model with {field} {theirs}, but model.source has {ours:,}'
   most = {unit.title: (table.prefill.attention, max(map(unit.count, config.layers)))}
   most['MLP channels'] = table.prefill.mlp, max(shape.ffn for shape in config.layers)
   for title, (curve, width) in most.items():
@@ -180,6 +180,8 @@ def _read(name: str) -> Table:
     report = json.loads(pathlib.Path(local(name)).read_text())
     table = report['latency']
     request = {key: int(np.int64(table['request'][key])) for key in request_of(BenchOptions())}
+    if min(request.values()) < 1:
+      raise ValueError('its request has a number below 1')
     model = {key: int(value) for key, value in table['model'].items()}
     where = {key: str(report[key]) for key in ('device', 'backend', 'dtype')}
     prefill, decode = _phase(table['prefill']), _phase(table['decode'])
@@ -193,6 +195,8 @@ def _phase(table: dict[str, Any]) -> Phase:
     points = zip(table[block]['widths'], table[block]['seconds'], strict=True)
     # int64 raises OverflowError for numbers that no float holds.
     widths, seconds = zip(*sorted((int(np.int64(width)), float(time)) for width, time in points), strict=True)
+    if widths[0] < 1 or len({*widths}) < len(widths):
+      raise ValueError(f'{block} has a width twice, or below 1')
     return Curve(widths, seconds)
 
   return Phase(float(table['fixed']), float(table['rest']), curve('attention'), curve('mlp'))

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import shlex
 from typing import Any
 
 from adapt_jax.models.config import ModelConfig, count_params
@@ -54,21 +55,38 @@ def origin_of(report: RunReport) -> Origin:
   return Origin(*given)
 
 
-_PATH = re.compile(r'[^\s\'",=]*/[^\s\'",=]*')
+_PATH = re.compile(r'[^\s\'",=()\[\]]*/[^\s\'",=()\[\]]*')
+_NAMED = re.compile(r'((?:--)?[\w.-]+=|)(.*)', re.DOTALL)  # --config.train.source=…, wiki=…
 
 
-def without_paths(value: Any) -> Any:
+def without_paths(value: Any, key: str = '') -> Any:
   """JSON with only the names of local files and directories, for `lineage.json`, which others will read."""
   if isinstance(value, dict):
-    return {name: without_paths(item) for name, item in value.items()}
+    return {name: without_paths(item, name) for name, item in value.items()}
   if isinstance(value, (list, tuple)):
     return [without_paths(item) for item in value]
   if not isinstance(value, str):
     return value
-  return _name(value) if _is_local(value) else _PATH.sub(lambda found: _name(found[0]), value)
+  if key == 'command':  # its words may hold blanks
+    return shlex.join(map(_entries, shlex.split(value)))
+  return _entries(value)
+
+
+def _entries(text: str) -> str:
+  """A path, or entries between commas, each perhaps behind a name and an equals sign."""
+  if _is_local(text):
+    return pathlib.Path(text).name
+  flag, rest = _NAMED.match(text).groups()  # type: ignore[union-attr]
+  return flag + ','.join(map(_entry, rest.split(',')))
+
+
+def _entry(text: str) -> str:
+  name, path = _NAMED.match(text).groups()  # type: ignore[union-attr]
+  return name + (_name(path) if _is_local(path) else _PATH.sub(lambda found: _name(found[0]), path))
 
 
 def _name(text: str) -> str:
+  text = text.removeprefix('file://')
   return pathlib.Path(text).name if _is_local(text) else text
 
 

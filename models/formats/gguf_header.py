@@ -95,7 +95,7 @@ def open_file(path: str | os.PathLike[str]) -> GgufFile:
   path = pathlib.Path(path)
   metadata, tensors = _open_part(path)
   count = metadata.get('split.count', 1)
-  if count <= 1:
+  if not isinstance(count, int) or count <= 1:
     return GgufFile(path, metadata, tensors, (path,))
   parts = _parts(path, count)
   for number, part in enumerate(parts[1:], 1):

@@ -211,10 +211,10 @@ class GgufReader:
     with reading('GGUF file', path, 'use a model of the families in docs/families.md'):
       self.config = _config(self._file)
       arch = ARCHITECTURES[_architecture(self._file)]
+      # `check_tensors` refuses a tensor that the architecture does not have under its own name.
+      names = {stored: name for name, stored in arch.gguf_names(self.config).items()}
     self._permuted_head = self.config.head_dim if arch.permuted else None
     self._norm_offset = arch.traits.norm_offset
-    # `check_tensors` refuses a tensor that the architecture does not have under its own name.
-    names = {stored: name for name, stored in arch.gguf_names(self.config).items()}
     self._gguf_name = {
       names.get(stored, f'gguf:{stored}'): stored for stored in self._file.tensors if stored != ROPE_FREQS
     }

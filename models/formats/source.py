@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import pathlib
@@ -105,6 +106,8 @@ class Source:
           f'has ids up to {highest}, but the embedding has only {self.config.vocab_size} rows: tokenizer and '
           f'weights do not match'
         )
+      # Half a character, which no export could write, is refused before all work.
+      json.dumps([tokenizer.init_kwargs, tokenizer.chat_template], ensure_ascii=False, default=repr).encode()
     return tokenizer
 
 
@@ -128,13 +131,28 @@ def open_source(name: str, field: str = 'model.source') -> Source:
     if config.traits.fused:
       reader = SplitReader(config, reader)
     if exists(path / 'generation_config.json'):
-      generation = read_json(path / 'generation_config.json')
-      if generation.get('top_k') == -1:  # as other programs write that it is off
-        generation['top_k'] = 0
+      generation = _generation(path / 'generation_config.json')
     license = license_of_card(path / 'README.md')
   check_tensors(config, reader)
   largest = max(leaves(config), key=lambda leaf: math.prod(leaf.shape))
   return Source(name, config, reader, path, reader.dtype(largest.name), generation, license)
+
+
+def _generation(path: pathlib.Path) -> dict[str, Any]:
+  """generation_config.json. Raises InputError for values that would end or sample texts wrongly."""
+  with reading('', path, 'correct it'):
+    values = read_json(path)
+    json.dumps(values, ensure_ascii=False).encode()  # raises for half a character
+    if values.get('top_k') == -1:  # as other programs write that it is off
+      values['top_k'] = 0
+    ends = values.get('eos_token_id') or []
+    numbers = {name: values.get(name) for name in ('temperature', 'top_k', 'top_p', 'repetition_penalty')}
+    bad = [name for name, x in numbers.items() if not (x is None or type(x) in (int, float) and x >= 0)]
+    if bad or numbers['repetition_penalty'] == 0:
+      raise ValueError(f'{(bad or ["repetition_penalty"])[0]} is no positive number')
+    if any(type(end) is not int for end in (ends if isinstance(ends, list) else [ends])):
+      raise ValueError('eos_token_id is no id or list of ids')
+  return values
 
 
 def open_config(name: str, field: str = 'model.source') -> ModelConfig:

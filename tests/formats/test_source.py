@@ -72,6 +72,10 @@ def test_generation_fields_are_read_on_opening(files, tmp_path):
   shutil.copytree(files / 'model', path)
   (path / 'generation_config.json').write_text(json.dumps({'eos_token_id': [1, 2]}))
   assert open_source(str(path)).generation == {'eos_token_id': [1, 2]}
+  for wrong in ({'eos_token_id': '2'}, {'repetition_penalty': 0}, {'top_p': 'high'}, {'name': '\ud800'}):
+    (path / 'generation_config.json').write_text(json.dumps(wrong))
+    with pytest.raises(InputError, match=r'generation_config\.json'):
+      open_source(str(path))
   (path / 'generation_config.json').unlink()
   assert open_source(str(path)).generation == {}
 

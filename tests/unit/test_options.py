@@ -118,7 +118,7 @@ READ = [
   ('export', 'prune__target', 0.5, False),
   ('sensitivity', 'prune__target', 0.5, False),
   ('sensitivity', 'prune__importance', 'l2', True),
-  ('sensitivity', 'prune__serve', ('gguf',), True),
+  ('sensitivity', 'prune__serve', 'gguf', True),
   ('bench', 'bench__repeats', 9, True),
   ('bench', 'data__text_field', 'body', False),
   ('compare', 'train__lr', 1e-3, False),  # its cells are not trained

@@ -17,8 +17,10 @@ from tests.support.helpers import tiny_config
     ('here/model', 'model'),
     ('org/name', 'org/name'),
     ('https://hub.example/org/name', 'https://hub.example/org/name'),
-    ("python /data/x/main.py --config.train.source='/a/b.txt,org/set' --n=1/2",
-     "python main.py --config.train.source='b.txt,org/set' --n=1/2"),
+    ({'command': "python /data/x/main.py --config.train.source='/a/my texts/b.txt,w=/c d/e.txt,o/s' --n=1/2"},
+     {'command': 'python main.py --config.train.source=b.txt,w=e.txt,o/s --n=1/2'}),
+    ('web=/data/my texts/pages.jsonl', 'web=pages.jsonl'),
+    ('see (/data/x/y) and file:///data/z', 'see (y) and z'),
     (['/a/b', {'c': '/d/e'}, 5, None], ['b', {'c': 'e'}, 5, None]),
   ],
 )  # fmt: skip
