@@ -23,7 +23,7 @@ from adapt_jax.pruning.methods.base import Method
 Text = str | os.PathLike[str] | Sequence[str] | np.ndarray | jax.Array
 # Options of the command that have no effect in the library; docs/library.md says what to do instead.
 _NOT_IN_PRUNE = ('stages', 'stage_targets', 'calibration')
-_NOT_IN_RECOVER = ('source', 'save_every', 'distill.cache')
+_NOT_IN_RECOVER = ('source', 'save_every', 'distill.cache', 'distill.source')
 
 
 def check_model(config: ModelConfig) -> None:

@@ -158,6 +158,7 @@ def _with_vocabulary(model, size):
     (lambda m, r: aj.prune(m, r, method='slicegpt'), 'prune.method'),
     (lambda m, r: aj.recover(m, r, tokens=5), 'train.tokens = 5'),
     (lambda m, r: aj.recover(m, r, tokens=64, distill={'cache': 8}), 'train.distill.cache'),
+    (lambda m, r: aj.recover(m, r, tokens=64, distill={'source': 'x'}), 'train.distill.source'),
     (lambda m, r: aj.recover(m, r, tokens=64, teacher=_with_vocabulary(m, 7)), 'teacher'),
     (lambda m, r: aj.load(m.name, dtype='int32'), 'int32'),
     (lambda m, r: aj.generate(m, 'a', temperature=-1), 'generate.temperature'),
