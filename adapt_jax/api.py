@@ -1,6 +1,6 @@
 """The library: load, prune, recover, measure and save models in memory, on plain pytrees of arrays.
 
-Options and their defaults are those of the command line. Everything runs in one process, on the devices and
+Options and defaults are the command line's. Everything runs in one process, on the devices and
 the mesh (`jax.set_mesh`) of the caller, and prints nothing unless `progress=True`. Wrong values raise
 `InputError`, a subclass of ValueError.
 """

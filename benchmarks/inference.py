@@ -8,7 +8,7 @@ It measures perplexity over windows of 1,024 tokens, prefill of prompts of 128 t
 is the exported directory in transformers, eager and with torch.compile, with the faster KV cache; rates
 exclude compiling and first calls. The limit of evaluation and prefill is their FLOPs at the speed of one big
 product; that of decoding is the bytes of weights and cache at the speed of reading memory, or its FLOPs if
-they take longer. These speeds are those of `programs/limits.py`. About
+they take longer. `programs/limits.py` measures these speeds. About
 four minutes per round, dtype and model on two cores, half of it torch.compile.
 """
 

@@ -7,7 +7,7 @@ distance: the distance between a layer's input and output that defines its impor
 calibration: the calibration text and its number of rows, with three draws each.
 interleave: the same model and training in 1 to 8 rounds of prune and recover (Fig. 4: perplexity-kept.svg).
 
-The method is the paper's, adapt; model, text and training are those of configs/demo.py (`make fetch`
+The method is the paper's, adapt; model, text and training are the demo's, configs/demo.py (`make fetch`
 downloads them), but interleave trains on 80 x 1,024 tokens; the others only prune. To
 continue a grid that was killed, repeat the command. To use other values:
 --config.compare.grid="({'prune.amplitude': (0.0, 0.02)},)".

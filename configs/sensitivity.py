@@ -2,7 +2,7 @@
 
     python main.py --mode=sensitivity --config=configs/sensitivity.py --workdir=out/sensitivity
 
-Model and text are those of configs/demo.py (`make fetch` downloads them). 30 layers on
+Model and text are the demo's, configs/demo.py (`make fetch` downloads them). 30 layers on
 three bases are 90 evaluations. Each uses only 4,096 tokens, so that all take about twenty minutes on two
 cores, but the curves are noisy. Raise evaluate.max_tokens for more accurate curves.
 """

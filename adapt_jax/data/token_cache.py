@@ -154,7 +154,7 @@ def open_caches(
 def used_ids(directory: pathlib.Path | None, source: Source, tokenizer: Any, **fields: str) -> list[int]:
   """All ids that occur when every document of a source is tokenised, in ascending order.
 
-  The arguments are those of `open_caches`. Raises InputError as it does, and for a text without tokens.
+  Takes the arguments of `open_caches`. Raises InputError as it does, and for a text without tokens.
   """
   caches = open_caches(directory, source, tokenizer, Need(sys.maxsize), **fields)
   used = np.zeros(1 + max(cache.highest for cache in caches), bool)

@@ -132,7 +132,7 @@ def load_stream(
   """The first `limit` tokens of a source.
 
   Documents are concatenated, each with the tokenizer's special tokens (BOS) before it and an EOS after it,
-  if the tokenizer has them; a conversation has those of its chat template, and only the assistant's tokens
+  if the tokenizer has them; a conversation has its chat template's, and only the assistant's tokens
   are targets. fields: as for `open_cache`, which raises InputError.
   """
   caches = open_caches(directory, source, tokenizer, Need(limit), **fields)

@@ -106,8 +106,8 @@ def _about(report: RunReport, config: ModelConfig) -> tuple[str, list[str]]:
     )
   if 'vocab_size' in sizes:
     about.append(
-      f'The vocabulary was trimmed to {config.vocab_size:,} of {sizes["vocab_size"]:,} tokens, those of a '
-      f'text; the tokenizer here is part of the model, and other words have more tokens.'
+      f'The vocabulary was trimmed to {config.vocab_size:,} of {sizes["vocab_size"]:,} tokens, which a '
+      f'text uses; the tokenizer here is part of the model, and other words have more tokens.'
     )
   return f', {kind} to {params / before:.1%}', about
 

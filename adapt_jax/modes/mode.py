@@ -20,7 +20,7 @@ class Mode:
     (`Declaration.result`); a field that is named itself always counts. Empty: the mode has no workdir.
   reads: what it reads besides.
   settle: checks the options for this mode and sets those that it fixes. Raises InputError.
-  devices: returns the devices to plan for, or None for those of this machine; it runs before any other use of
+  devices: returns the devices to plan for, or None for this machine's; it runs before any other use of
     JAX.
   several_processes, mesh: whether it runs in several processes, and on a mesh of all devices.
   grows: whether a workdir with a report may have more to do, as a grid with further cells.

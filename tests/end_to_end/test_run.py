@@ -241,7 +241,7 @@ def test_the_learning_rate_follows_from_the_weights(files, tmp_path):
 def test_prune_mode_resumes_a_model_of_mixed_dtypes(files, tmp_path):
   """Norms in float32 beside bfloat16 matrices, as llama.cpp stores them: dtypes survive, restart works.
 
-  Perplexity is that of the saved weights, which are rounded.
+  Measures the saved weights, which are rounded.
   """
   config = runs.make_config(files)
   config.model.source = str(altered(files / 'bfloat16', tmp_path, 'norm'))
