@@ -176,7 +176,7 @@ class DecoderLayer(nn.Module):
     self.mlp = Mlp(self.config, self.shape)
 
   def output(self, block: str, x_BTD: jax.Array, *args: Any) -> jax.Array:
-    """Applies o_proj's or down_proj's block to the residual stream; `args` are the arguments of `Attention`."""
+    """The output of o_proj or down_proj for the residual stream x; `args` are `Attention`'s."""
     out_BTD: jax.Array = getattr(self, block)(self._normed(block, x_BTD), *args)
     return out_BTD
 
