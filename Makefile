@@ -12,7 +12,7 @@ help:
 	@echo 'make demo    prune and retrain a small model here, and print what it cost'
 	@echo 'make test    all tests that a change must pass: about twelve minutes on two cores'
 	@echo 'make test-fast  unit tests: about ninety seconds on two cores'
-	@echo 'make nightly  what takes longer: chaos, fuzz, test-parity and test-serving'
+	@echo 'make nightly  what takes longer: chaos, fuzz, test-parity, test-serving and whole benchmarks'
 	@echo 'make chaos SEED=0  runs killed at random moments, and a disk that is full'
 	@echo 'make fuzz CASES=1000  damaged files and changed configurations by chance: about half an hour'
 	@echo 'make test-parity  steps beside those of the authors'\'' program: about ten minutes'
@@ -42,6 +42,7 @@ chaos: .venv/installed-test
 nightly:
 	$(MAKE) chaos SEED=$$(date +%Y%m%d)
 	$(MAKE) fuzz test-parity test-serving
+	$(PY) -m pytest -q -m nightly
 
 # CASES of each kind, other ones each time; hypothesis prints what repeats a failure.
 CASES ?= 1000

@@ -20,6 +20,7 @@ from benchmarks.programs import gpu_rows
 from tests.support.helpers import random_params
 
 
+@pytest.mark.nightly
 def test_end_to_end(tmp_path, monkeypatch):
   """Every row has its figures, in the section that is written; they are sane."""
   results = tmp_path / 'RESULTS.md'

@@ -18,6 +18,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_a_toy_model_end_to_end(tmp_path, code_cache):
   config = tiny_config('llama', VARIED[:2])
   write_hf(config, random_params(config), tmp_path / 'hf')

@@ -91,6 +91,7 @@ def test_two_processes_give_the_report_of_one(alone, together):
   assert runs.read_report(together)['compiles']['training'] == 1
 
 
+@pytest.mark.chaos
 def test_one_of_two_killed_at_a_random_moment(starters, together):
   """The other one ends by itself and says what to do; started again, both end with the same bits."""
   path, rng = starters[0].path / 'killed', random.Random(SEED)
@@ -108,6 +109,7 @@ def test_one_of_two_killed_at_a_random_moment(starters, together):
   runs.assert_same_end(path, together)
 
 
+@pytest.mark.chaos
 def test_sigterm_to_one_of_two_stops_both(starters, together):
   path = starters[0].path / 'preempted'
   ends = pair(starters, path, 1, kill='SIGTERM', after={'event': 'train', 'step': 2})
