@@ -43,6 +43,7 @@ from adapt_jax.pruning.narrow import narrow as narrow_params
 from adapt_jax.pruning.narrow import narrowed_config
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner, prune_model
+from adapt_jax.training.healing import Healing
 from adapt_jax.training.loop import recover_model
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.rate import with_rate
@@ -169,9 +170,10 @@ def prune(
     method: a name that `prune.method` may have, or a subclass of `adapt_jax.pruning.methods.base.Method`.
     importance: for `adapt`, `uniform` and methods without one of their own; a name, or an `Importance`.
       Empty: taylor.
-    options: other options of `config.prune`, by name: compensate, steps, amplitude, align_ffn and so on.
+    options: other options of `config.prune`, by name: heal, compensate, steps, align_ffn and so on.
 
-  A model may be pruned again after `recover`. Raises InputError for wrong options and unreachable targets.
+  Healing makes the weights float32; with heal=0 they keep their dtype. A model may be pruned again after
+  `recover`. Raises InputError for wrong options and unreachable targets.
   """
   arguments.check_model(model.config)
   tokens = arguments.calibration_rows(rows, model.config)
@@ -190,7 +192,14 @@ def prune(
     common: dict[str, Any] = {'seed': seed, 'compiler': compiler, 'dtype': dtype}
     pruner = Pruner(config, settings, blocks, method=kind, budget=limit, **common)
     start, wanted = PruneState.start(config, limit.removes), reachable_target(pruner.method, target)
+    healing = None
+    if settings.heal:
+      dense = Teacher(config, jax.tree.map(lambda x: x.astype(dtype), params))
+      args, micro_batch = (tokens, settings.heal, dense, params), settings.calibration.batch
+      healing = Healing(*args, micro_batch=micro_batch, **common)
     arrays, state = prune_model(pruner, lambda: {'params': params}, start, wanted)
+    if healing and not state.plan.equals(start.plan):
+      arrays['params'] = healing.heal(state.plan.pruned_config(config), arrays['params'])
   origin = dataclasses.replace(model.origin, attention=limit.removes.name)
   changed = {'config': state.plan.pruned_config(config), 'origin': origin, **arrays}
   return dataclasses.replace(model, **changed), state.plan

@@ -35,7 +35,7 @@ def get_config(variant: str = '') -> ConfigDict:
   if variant not in _GRIDS:
     raise ValueError(f'variant {variant!r}: write ablations:NAME, a NAME of {", ".join(_GRIDS)}')
   config = demo.get_config()
-  config.prune.method, config.prune.compensate = 'adapt', 'none'
+  config.prune.method, config.prune.compensate, config.prune.heal = 'adapt', 'none', 0
   config.prune.calibration.length, config.prune.calibration.batch = 64, 8
   config.prune.stages = 1
   config.compare.grid = (_GRIDS[variant],)

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
   config = base.get_config()
   config.prune.method = 'adapt'
   config.prune.compensate = 'none'
+  config.prune.heal = 0
   config.prune.calibration.samples = 512
   config.prune.calibration.length = 64
   config.prune.calibration.batch = 8

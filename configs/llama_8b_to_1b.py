@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
 
   config.prune.target = 1.5e9
   config.prune.stages = 16
+  config.prune.heal = 0  # of no use before so much training
   config.prune.stage_targets = 'geometric'  # every stage keeps nine tenths of its parameters
   config.prune.align_ffn = 128  # whole tiles of tensor cores, also with FSDP and tensor parallelism over 8
   config.prune.calibration.source = text

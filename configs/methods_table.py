@@ -27,7 +27,7 @@ def get_config(draws: str = '3') -> ConfigDict:
   if not draws.isdecimal() or not (seeds := tuple(range(int(draws)))):
     raise ValueError(f'variant {draws!r}: write methods_table:N, a number of draws above 0')
   config = demo.get_config()
-  config.prune.stages = 1
+  config.prune.stages, config.prune.heal = 1, 0
   config.prune.calibration.source = ('data/wikitext-2/wiki.train.tokens',)
   config.prune.calibration.samples = 16
   config.prune.calibration.length = 256  # as in the windows of the evaluation

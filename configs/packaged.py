@@ -29,6 +29,7 @@ def get_config(name: str = '') -> ConfigDict:
 
   config.train.source, config.train.weights = texts, alike
   config.train.tokens = _TOKENS[name]
+  config.prune.heal = int(config.train.tokens > 0)  # needs the memory of training
   config.train.lr = config.train.min_lr = -1.0  # the demo's is for its own model
   config.evaluate.length, config.evaluate.max_tokens = 512, 8 * 1024
   config.export.formats = ('hf', 'hf_padded', 'gguf_padded' if name.startswith('gemma') else 'gguf')

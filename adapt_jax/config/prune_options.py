@@ -129,6 +129,12 @@ class PruneOptions:
     'the groups of AWQ and GPTQ. tensor_parallel=n keeps KV heads and MLP channels that n devices can split '
     'evenly. Several are separated by commas.',
   )
+  heal: int = option(
+    1,
+    'Passes of distillation over the calibration rows that end pruning: the dense model teaches the pruned '
+    'one, in fp32 weights and with the memory of training. 0: none, as in the paper.',
+    within=(0, 1000),
+  )
   calibration: CalibrationOptions = group(CalibrationOptions)
 
   @property

@@ -28,10 +28,12 @@ from adapt_jax.models.network.sharding import device_count, placed, row_sharding
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import Schedule
+from adapt_jax.pipeline.stages import trained
 from adapt_jax.pruning import programs as pruning_programs
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.widths import Allocator
+from adapt_jax.training.healing import heal_options
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import TrainingStep, batch_shapes
 from adapt_jax.training.teacher_cache import likeliest
@@ -137,7 +139,7 @@ class Footprint:
     platform: Platform = CPU,
     teacher: ModelConfig | None = None,
   ):
-    self.options, self.config, self.dtype, self._platform = options, config, dtype, platform
+    self.options, self.config, self.dtype, self.platform = options, config, dtype, platform
     self.teacher_config = teacher or config
     self.budget = budget_of(options, config)
     self.schedule = Schedule.of(options, self.budget)
@@ -156,9 +158,8 @@ class Footprint:
 
   def state(self, config: ModelConfig, moments: bool) -> Any:
     """Arrays on the devices throughout a stage: weights (fp32 if trained) and, if `moments`, Adam's."""
-    trains = self.options.train.tokens > 0
-    params = llama.abstract_params(config, jnp.float32 if trains else self.dtype)
-    if not trains or not moments:
+    params = llama.abstract_params(config, jnp.float32 if trained(self.options) else self.dtype)
+    if not self.options.train.tokens or not moments:
       return placed({'params': params})
     return placed({'params': params, 'optimizer': jax.eval_shape(self._optimizer.init, params)})
 
@@ -171,7 +172,7 @@ class Footprint:
   def _compiled(
     self, tokens: int, flops_per_token: float, fn: Callable[..., Any], *args: Any, **more: Any
   ) -> Program:
-    program = compile_for(self._platform, fn, *args, **more)
+    program = compile_for(self.platform, fn, *args, **more)
     return dataclasses.replace(program, flops=tokens * flops_per_token / device_count())
 
   def _calibrated(self, flops_per_token: float, make: Callable[..., Any], *args: Any) -> Program:
@@ -222,7 +223,8 @@ class Footprint:
 def programs(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
   """All programs of a run, by title."""
   t = footprint.options.train
-  parts = [_of_scoring, _of_correction, *([_of_training] if t.tokens else [])]
+  parts = [_of_scoring, _of_correction]
+  parts += ([_of_healing] if footprint.options.prune.heal else []) + ([_of_training] if t.tokens else [])
   planned: dict[str, Program] = {}
   with Progress('compiling', len(parts), 'programs') as progress:
     for part in parts:
@@ -265,6 +267,18 @@ def _of_correction(footprint: Footprint, stages: list[ModelConfig]) -> dict[str,
   cut += [(trained, bytes_of(footprint.state(stages[1], True)))] if len(stages) > 1 else []
   before, after = max(cut, key=sum)
   return planned | {'compaction': Program(before, 0, after, teacher)}
+
+
+def _of_healing(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
+  options, other, c = footprint.options, footprint.teacher_beside, footprint.options.prune.calibration
+  t = heal_options(c.samples, c.length, options.prune.heal, c.batch, footprint.config.vocab_size)
+  of_heal = Footprint(
+    dataclasses.replace(options, train=t), footprint.config, footprint.dtype, footprint.platform
+  )
+  asked, healing = of_heal.teacher(), of_heal.training(stages[-1])
+  asked = dataclasses.replace(asked, other=other, times=c.samples * c.length * asked.times / t.tokens)
+  healing = dataclasses.replace(healing, other=other, times=t.tokens / (t.batch * t.length))
+  return {'teacher, on calibration rows': asked, f'healing, {t.batch} x {t.length} tokens': healing}
 
 
 def _of_training(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:

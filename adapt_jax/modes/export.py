@@ -23,6 +23,7 @@ from adapt_jax.pipeline.checkpoint import Checkpoints
 from adapt_jax.pipeline.dense_model import DenseModel, with_learning_rate
 from adapt_jax.pipeline.run_report import run_report
 from adapt_jax.pipeline.schedule import Schedule
+from adapt_jax.pipeline.stages import trained
 from adapt_jax.pipeline.state import array_shapes, from_meta
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.report import RunReport, versions, write_report
@@ -111,8 +112,8 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   ran = with_learning_rate(ran, source := open_source(ran.model.source))
   model = DenseModel(source, ran.prune.compensate == 'bias')
   state = from_meta(checkpoints.meta(number), model.config)
-  trained = ran.train.tokens > 0
-  shapes = array_shapes(model, state.compacted, optimizer(ran.train, 1) if trained else None)
+  tx = optimizer(ran.train, 1) if ran.train.tokens else None
+  shapes = array_shapes(model, state.compacted, tx, trained(ran))
   config = state.compacted.pruned_config(model.config)
   budget = budget_of(ran, source.config, source.dtype)
   report, template = run_report(ran, model, budget, state), ran.data.chat_template
@@ -123,7 +124,7 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
     for text in report['texts'].values():
       text.pop('pruned', None)
     report['tasks'] = {of: scores for of, scores in state.tasks.items() if of != 'pruned'}
-  return _Model(config, model.source, trained, template, report, (checkpoints, number, shapes))
+  return _Model(config, model.source, trained(ran), template, report, (checkpoints, number, shapes))
 
 
 MODE = Mode(

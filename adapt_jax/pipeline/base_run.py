@@ -18,6 +18,7 @@ from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
 from adapt_jax.pipeline.run_report import run_report
 from adapt_jax.pipeline.shared import Shared
+from adapt_jax.pipeline.stages import trained
 from adapt_jax.pipeline.state import RunState
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports import run_page
@@ -75,7 +76,7 @@ class BaseRun:
     return rounded
 
   def _export_dtype(self) -> Any:
-    return written_dtype(self.options.export, self._inputs.source.dtype, self._trains)
+    return written_dtype(self.options.export, self._inputs.source.dtype, trained(self.options))
 
   def _record_cost(self, state: RunState) -> None:
     """Records the time and the compiles of the whole run so far."""

@@ -26,6 +26,7 @@ _MAY_BE_OWN = ('prune.calibration.source', 'train.source')  # may be text that t
 _SLICING = {
   'prune.budget': 'params',
   'prune.compensate': 'none',
+  'prune.heal': 0,
   'prune.stages': 1,
   'prune.align_ffn': 1,
   'prune.serve': 'any',

@@ -45,6 +45,8 @@ class Run(BaseRun):
       with preemption.deferred():
         self._recovery.prepare(self._workdir.teacher)
     state = self._store.resume(self._pruning.shapes, self._pruning.start)
+    with preemption.deferred():
+      self._pruning.prepare(state)
     decide(lambda: self._metrics.track(self.options.tracker, settings(self.options)))
     self._before, self._saved_step = (state.seconds, dict(state.compiles)), state.train_step
     with preemption.deferred():
@@ -93,7 +95,10 @@ class Run(BaseRun):
       self._write_page(state)
       preemption.check()
 
-    self._pruning.prune(stage, state, after_step)
+    def after_healing(done: Trained) -> None:
+      self._metrics.write('heal', stage=stage, step=done.step, **done.metrics)
+
+    self._pruning.prune(stage, state, after_step, after_healing)
     if last and not self._trains:
       self._round_to_export(state)
     perplexity = self._perplexity(state, 'pruned', stage)
@@ -184,6 +189,7 @@ class Run(BaseRun):
     names = ['scoring', 'compensation', 'training', 'evaluation']
     names += ['divergence', *(['prefill', 'decode'] if self._export else [])] if self._inputs.evaluate else []
     names += ['teacher'] if self._trains and self.options.train.distill.kept_ids else []
+    names += ['teacher', 'healing'] if self.options.prune.heal else []
     names += ['harness', 'prefill', 'decode'] if self.options.evaluate.has_tasks else []
     state.compiles = {n: compiles.get(n, 0) + self._compiler.counts.get(n, 0) for n in names}
     state.seconds = seconds + time.monotonic() - self._started

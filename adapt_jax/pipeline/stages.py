@@ -1,4 +1,4 @@
-"""The two halves of a stage of Adapt-Accel: pruning and recovery (paper section 4).
+"""The two halves of a stage of Adapt-Accel: pruning, which ends with healing, and recovery (paper section 4).
 
 Each updates a `RunState` and yields after each step; `pipeline/run.py` measures, logs and saves in between.
 """
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -22,18 +23,24 @@ from adapt_jax.pipeline.state import RunState, array_shapes
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner, StepRecord, prune_model
 from adapt_jax.pruning.score_memo import ScoreMemo
+from adapt_jax.training.healing import Healing
 from adapt_jax.training.loop import Diverged, Trained, recover_model
 from adapt_jax.training.step import Teacher, TrainState
 from adapt_jax.training.teacher_cache import TaughtSet, open_taught
 
 
+def trained(options: RunOptions) -> bool:
+  """Whether a run changes weights by training or healing, and so needs them in fp32."""
+  return options.train.tokens > 0 or options.prune.heal > 0
+
+
 class Pruning:
-  """Prunes the model of a stage, adjusts the remaining weights and compacts the arrays.
+  """Prunes the model of a stage, adjusts the remaining weights, compacts the arrays and, at last, heals them.
 
   Args:
     options, inputs, schedule: those of the run.
     optimizer: the optimizer of training; None if the run only prunes.
-    compiler: counts compiles as `scoring` and `compensation`.
+    compiler: counts compiles as `scoring` and `compensation`, of healing as `teacher` and `healing`.
     memo: cache of scores, shared with other runs on the same model.
   """
 
@@ -47,7 +54,9 @@ class Pruning:
     compiler: Compiler,
     memo: ScoreMemo | None,
   ):
-    self._inputs, self._schedule, self._optimizer = inputs, schedule, optimizer
+    self._options, self._inputs, self._schedule = options, inputs, schedule
+    self._optimizer, self._compiler = optimizer, compiler
+    self._healing: Healing | None = None
     self._pruner = Pruner(
       inputs.config,
       options.prune,
@@ -61,18 +70,46 @@ class Pruning:
 
   def start(self) -> TrainState:
     """The dense parameters, fp32 if they are trained. Moments are created for the first, smaller model."""
-    dtype = jnp.float32 if self._optimizer else None  # None: each tensor's own
+    dtype = jnp.float32 if trained(self._options) else None  # None: each tensor's own
     return {'params': self._inputs.model.load_params(dtype)}
+
+  def prepare(self, state: RunState) -> None:
+    """Asks the dense model for what it says on the calibration rows, if the run is still to be healed.
+
+    Raises `Preempted` after SIGTERM.
+    """
+    prune, inputs = self._options.prune, self._inputs
+    if not prune.heal or state.stage == self._schedule.stages:
+      return
+    params = inputs.model.load_params(inputs.dtype) if state.stage else state.params
+    seed, calibration = self._options.seed, prune.calibration
+    self._healing = Healing(
+      inputs.calibration.tokens[inputs.calibration.draw(calibration.samples, seed, 0)],
+      prune.heal,
+      Teacher(inputs.config, jax.tree.map(lambda x: x.astype(inputs.dtype), params)),
+      inputs.source.stored_params(),
+      micro_batch=calibration.batch,
+      seed=seed,
+      dtype=inputs.dtype,
+      compiler=self._compiler,
+    )
 
   def shapes(self, plan: PrunePlan) -> Any:
     """Shapes, dtypes and shardings of the run's arrays at the plan's widths."""
-    return array_shapes(self._inputs.model, plan, self._optimizer)
+    return array_shapes(self._inputs.model, plan, self._optimizer, trained(self._options))
 
-  def prune(self, stage: int, state: RunState, after_step: Callable[[StepRecord], None]) -> None:
+  def prune(
+    self,
+    stage: int,
+    state: RunState,
+    after_step: Callable[[StepRecord], None],
+    after_healing: Callable[[Trained], None],
+  ) -> None:
     """Prunes to the stage's target; calls `after_step` for each step after recording it in the state.
 
-    Then the arrays have the new widths. Killed before the stage is saved, all of it is repeated with the same
-    bits, except for the steps that were recorded.
+    The last stage ends with healing; `after_healing` is called for each of its steps. Then the arrays have
+    the new widths. Killed before the stage is saved, all of it is repeated with the same bits, except for the
+    steps that were recorded.
     """
 
     def load() -> TrainState:
@@ -98,12 +135,23 @@ class Pruning:
     )
     state.compacted_to_plan(arrays)
     del arrays
+    if self._healing and stage == self._schedule.stages:
+      self._heal(state, after_healing)
     if 'optimizer' not in state.arrays and self._optimizer:
       moments = mesh.jit(self._optimizer.init, state.params, once=True)(state.params)
       state.hold(state.arrays | {'optimizer': moments})
     # Flax also checks shapes, but only while tracing; a wrong plan must be found before that.
     chex.assert_trees_all_equal_shapes(state.arrays, self.shapes(state.compacted))
     forget_traces()  # programs of the old shapes would stay in memory
+
+  def _heal(self, state: RunState, after_step: Callable[[Trained], None]) -> None:
+    assert self._healing is not None
+    if not state.compacted.equals(PrunePlan.dense(self._inputs.config, state.compacted.unit)):
+      config, arrays = state.compacted.pruned_config(self._inputs.config), {**state.arrays}
+      state.hold({})  # healing donates the parameters
+      arrays['params'] = self._healing.heal(config, arrays.pop('params'), 'heal', after_step)
+      state.hold(arrays)
+    self._healing = None  # its rows
 
 
 class Recovery:

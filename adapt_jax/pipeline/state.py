@@ -98,17 +98,19 @@ def _bound(arrays: TrainState) -> TrainState:
 _IN_JSON = ('stage', 'train_step', 'complete', 'dense', 'tasks', 'rows', 'seconds', 'compiles')
 
 
-def array_shapes(model: DenseModel, plan: PrunePlan, optimizer: optax.GradientTransformation | None) -> Any:
+def array_shapes(
+  model: DenseModel, plan: PrunePlan, optimizer: optax.GradientTransformation | None, trained: bool
+) -> Any:
   """Shapes, dtypes and shardings of a run's arrays at the plan's widths; `optimizer` if it trains.
 
-  Training uses fp32 master weights; pruning alone keeps each tensor's own dtype.
+  Training and healing use fp32 master weights; pruning alone keeps each tensor's own dtype.
   """
 
   def arrays(params: Params) -> TrainState:
     cut = surgery.compact(params, plan)
     return {'params': cut} | ({'optimizer': optimizer.init(cut)} if optimizer else {})
 
-  dense = model.abstract_params(jnp.float32 if optimizer else None)
+  dense = model.abstract_params(jnp.float32 if trained else None)
   return placed(jax.eval_shape(arrays, dense))
 
 

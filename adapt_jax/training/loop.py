@@ -3,14 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 import optax
 
 from adapt_jax.config.options import TrainOptions
-from adapt_jax.data.train_set import TrainSet
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import put_rows
@@ -19,9 +18,16 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.training.optim import learning_rate
 from adapt_jax.training.step import Teacher, TrainingStep, TrainState, batch_shapes
-from adapt_jax.training.teacher_cache import TaughtSet
 
 Metrics = dict[str, float]
+
+
+class Data(Protocol):
+  """Rows of training, such as a `TrainSet`: which rows a step takes, and their arrays (`batch_shapes`)."""
+
+  def rows(self, step: int) -> np.ndarray: ...
+
+  def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]: ...
 
 
 class Diverged(InputError):
@@ -43,7 +49,7 @@ class Trained(NamedTuple):
 def recover_model(
   config: ModelConfig,
   state: TrainState,
-  data: TrainSet | TaughtSet,
+  data: Data,
   options: TrainOptions,
   optimizer: optax.GradientTransformation,
   *,
@@ -54,15 +60,16 @@ def recover_model(
   start: int = 0,
   teacher: Teacher | None = None,
   title: str = 'recover',
+  name: str = 'training',
 ) -> Iterator[Trained]:
   """Compiles the training step of a model, and returns the steps start … stop-1, as `run_steps` yields them.
 
   config: of the parameters in `state`, which is donated. total: steps of the whole run, for the schedule of
-  the learning rate. dtype: of activations. compiler: counts the compile as `training`.
+  the learning rate. dtype: of activations. compiler: counts the compile as `name`.
   """
   step = TrainingStep(config, options, optimizer, dtype, teacher.config if teacher else None)
   args = (state, batch_shapes(options), *((teacher.params,) if teacher else ()))
-  program = compiler('training', step, *args, donate_argnums=(0,))
+  program = compiler(name, step, *args, donate_argnums=(0,))
   return run_steps(
     state, program, data, options, start=start, stop=stop, total=total, teacher=teacher, title=title
   )
@@ -71,7 +78,7 @@ def recover_model(
 def run_steps(
   state: TrainState,
   program: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-  data: TrainSet | TaughtSet,
+  data: Data,
   options: TrainOptions,
   *,
   start: int,

@@ -3,7 +3,8 @@
 A step of Adam changes every weight by about the learning rate, whatever the gradient. So the same rate is a
 small change in a model with large weights and a large one in a model with small weights: those of
 SmolLM2-135M are twelve times as large as those of Qwen2.5-0.5B. The default is a share of their root mean
-square. It grows with the square root of the tokens of a step (Malladi et al., arXiv 2205.10287).
+square. It grows with the square root of the tokens of a step (Malladi et al., arXiv 2205.10287), at
+most four times: rates beyond were too high for the steps that were measured.
 """
 
 import dataclasses
@@ -15,8 +16,8 @@ import numpy as np
 from adapt_jax.config.options import TrainOptions
 from adapt_jax.models.errors import InputError
 
-# The share, tuned on SmolLM2-135M with steps of so many tokens.
-SHARE, TOKENS = 5e-4, 2048
+# The share, tuned on SmolLM2-135M with steps of so many tokens, and how many times larger it may become.
+SHARE, TOKENS, MOST = 5e-4, 2048, 4.0
 _MATRICES = {'attention': ('q', 'k', 'v', 'o'), 'mlp': ('gate', 'up', 'down')}
 
 
@@ -37,7 +38,7 @@ def with_rate(options: TrainOptions, params: Mapping[str, Any]) -> TrainOptions:
   params: those of the dense model. Raises InputError if min_lr is above the rate.
   """
   if options.lr < 0:
-    share = SHARE * (options.batch * options.length / TOKENS) ** 0.5
+    share = SHARE * min((options.batch * options.length / TOKENS) ** 0.5, MOST)
     options = dataclasses.replace(options, lr=float(f'{share * root_mean_square(params):.1e}'))
   if options.min_lr > options.lr:
     raise InputError(

@@ -14,7 +14,7 @@ have changed since the teacher saw it, and one whose predictions are damaged.
 import os
 import pathlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -144,27 +144,41 @@ def _ask(
   dtype: Any,
   compiler: Compiler,
 ) -> None:
-  count = mesh.rows_at_once(options.batch, options.micro_batch)
   file: Any = _open(directory, len(rows), 'r+') if is_first() else None
+  asked = predictions(data, options, rows[done:], teacher, dtype=dtype, compiler=compiler)
+  for some, ids, log_p in asked:
+    if is_first():
+      stop, told = done + len(some), np.zeros(len(some), file.dtype)
+      told['ids'], told['log_p'] = ids, log_p
+      told['check'] = _checksums(data.read(some), told)
+      file[done:stop] = told
+      file.flush()
+      write_text(directory / 'done', str(stop))
+    done += len(some)
+  decide(lambda: 0)  # all processes wait until the last row is written
+
+
+def predictions(
+  data: TrainSet, options: TrainOptions, rows: np.ndarray, teacher: Teacher, *, dtype: Any, compiler: Compiler
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+  """Yields some of the rows, and what the teacher says: ids [n, T, k] and log p [n, T, k+1], on all hosts.
+
+  Raises `Preempted` after SIGTERM.
+  """
+  count = mesh.rows_at_once(options.batch, options.micro_batch)
   top, program = likeliest(teacher.config, options, dtype), None
-  with Progress('teacher', (len(rows) - done) * options.length, 'tokens') as progress:
-    for start in range(done, len(rows), count):
+  with Progress('teacher', len(rows) * options.length, 'tokens') as progress:
+    for start in range(0, len(rows), count):
       some = rows[start : start + count]
       padded = np.pad(some, (0, count - len(some)), mode='edge')  # all batches have one shape, so one program
       tokens, _, segments = mesh.put_rows(padded, data.read)
       if program is None:
         program = compiler('teacher', top, teacher.params, tokens, segments)
-      ids, log_p = multihost_utils.process_allgather(program(teacher.params, tokens, segments), tiled=True)
-      if is_first():
-        stop, told = start + len(some), np.zeros(len(some), file.dtype)
-        told['ids'], told['log_p'] = ids[: len(some)], log_p[: len(some)]
-        told['check'] = _checksums(data.read(some), told)
-        file[start:stop] = told
-        file.flush()
-        write_text(directory / 'done', str(stop))
+      told = multihost_utils.process_allgather(program(teacher.params, tokens, segments), tiled=True)
+      ids, log_p = (np.asarray(x)[: len(some)] for x in told)
+      yield some, ids, log_p
       progress.update(len(some) * options.length)
       preemption.check()
-  decide(lambda: 0)  # all processes wait until the last row is written
 
 
 def likeliest(

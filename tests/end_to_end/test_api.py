@@ -17,7 +17,7 @@ from adapt_jax.models.formats.source import open_source
 from adapt_jax.pruning.criteria import Importance
 from adapt_jax.pruning.methods.base import UniformOneShot
 from tests.support import runs
-from tests.support.helpers import refused
+from tests.support.helpers import logits, refused
 
 
 @pytest.fixture(scope='module')
@@ -37,13 +37,25 @@ def cache(tmp_path_factory, monkeypatch):
 
 def test_prune_gives_the_weights_that_the_command_writes(files, model, rows, tmp_path):
   config = runs.make_config(files)
-  config.prune.method = 'obs'
+  config.prune.method, config.prune.heal = 'obs', 2
   runs.in_process(config, tmp_path / 'out', 'prune')
-  small, plan = aj.prune(model, rows, target=0.8)
+  small, plan = aj.prune(model, rows, target=0.8, heal=2)
   written = open_source(str(tmp_path / 'out/hf'))
   assert small.config == written.config
   chex.assert_trees_all_equal(jax.device_get(small.params), jax.device_get(written.load_params(None)))
   assert plan.params(model.config) == small.num_params <= 0.8 * model.num_params
+
+
+def test_healing_brings_the_model_nearer_to_the_dense_one(model, rows):
+  """On the rows alone; the weights that it starts from stay."""
+  dense = jax.nn.log_softmax(logits(model.config, model.params, rows))
+
+  def divergence(heal):
+    small, _ = aj.prune(model, rows, target=0.7, heal=heal)
+    pruned = jax.nn.log_softmax(logits(small.config, small.params, rows))
+    return float(jnp.sum(jnp.exp(dense) * (dense - pruned), axis=-1).mean())
+
+  assert divergence(300) < 0.8 * divergence(0)
 
 
 def test_the_model_generates_the_rows_that_the_command_would_calibrate_on(files, model, tmp_path):

@@ -27,6 +27,7 @@ STOPS = [
   ({'kill': 'SIGINT', 'after': {'event': 'train', 'step': 2}}, 'stopped by Ctrl-C at stage 1'),
   ({'limit': 20_000}, 'File too large'),  # nor a page, nor a checkpoint
   ({'kill': 'SIGKILL', 'after': {'event': 'prune', 'stage': 2}}, ''),
+  ({'kill': 'SIGKILL', 'after': {'event': 'heal'}}, ''),
   ({'kill': 'SIGKILL', 'after': {'event': 'train', 'step': 11}}, ''),
 ]
 CODES = {'SIGTERM': 0, 'SIGINT': 130, 'SIGKILL': -signal.SIGKILL}
@@ -34,7 +35,7 @@ CODES = {'SIGTERM': 0, 'SIGINT': 130, 'SIGKILL': -signal.SIGKILL}
 
 @pytest.fixture(scope='module')
 def starter(files, tmp_path_factory):
-  return Starter(tmp_path_factory.mktemp('starter'), files, runs.TWO_STAGES)
+  return Starter(tmp_path_factory.mktemp('starter'), files, (*runs.TWO_STAGES, '--config.prune.heal=1'))
 
 
 @pytest.fixture(scope='module')
@@ -57,7 +58,7 @@ def assert_no_space(code: int, output: str, path: pathlib.Path) -> None:
 
 
 def test_whatever_stops_a_run_the_same_command_goes_on_to_the_same_bits(starter, undisturbed):
-  """While it loads, scores, compensates, trains and saves, and between the stages."""
+  """While it loads, scores, compensates, heals, trains and saves, and between the stages."""
   path = starter.path / 'stopped'
   for stop, told in STOPS:
     code, output = starter.run(path, **stop)

@@ -98,6 +98,7 @@ def test_the_rate_follows_from_the_weights():
   assert base.lr == float(f'{base.lr:.1e}') and base.min_lr == base.lr / 10
   assert rate(0.125).lr == pytest.approx(base.lr / 8, rel=0.1)
   assert rate(batch=16).lr == pytest.approx(2 * base.lr, rel=0.1)
+  assert rate(batch=1024).lr == rate(batch=64).lr == pytest.approx(4 * base.lr, rel=0.1)
   assert rate(lr=1e-3).lr == 1e-3 and rate(lr=1e-3).min_lr == 1e-4 and rate(lr=1e-3, min_lr=0.0).min_lr == 0
   assert rate(0.125, lr=1e-3).lr == 1e-3
   with pytest.raises(InputError, match='min_lr = 0.01 is above the learning rate .* from the weights'):
