@@ -6,6 +6,7 @@ the mesh (`jax.set_mesh`) of the caller, and prints nothing unless `progress=Tru
 """
 
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ def rows(
   *,
   samples: int = 32,
   length: int | None = None,
+  own: float = 0.25,
   seed: int = 0,
   text_field: str = 'text',
   messages_field: str = 'messages',
@@ -69,22 +71,31 @@ def rows(
   """Calibration rows, int32 [samples, length], drawn from a text.
 
   text: a file, several, a directory, or a hub data set, as in `prune.calibration.source`; or token ids
-  [N, T]; or 'self': the model generates the rows (docs/texts.md). length: None is that of the ids, 1,024 for
-  texts. text_field, messages_field: fields of .jsonl, .json, .parquet and hub rows that hold a text or a
+  [N, T]; or 'self': the model generates the rows. length: None is that of the ids, 1,024 for texts. own: the
+  share of rows that the model, which should be the dense one, generates beside a text (docs/texts.md).
+  text_field, messages_field: fields of .jsonl, .json, .parquet and hub rows that hold a text or a
   chat. Raises InputError if there are fewer rows.
   """
   with processes.silent(not progress):
     length = arguments.row_length(text, length)
     data = {'text_field': text_field, 'messages_field': messages_field}
-    asked = {'samples': samples, 'length': length}
+    asked = {'samples': samples, 'length': length, 'own': own}
     options = from_dict({'seed': seed, 'data': data, 'prune': {'calibration': asked}})
-    if not arguments.is_ids(text) and text == SELF:
+    if arguments.is_ids(text):
+      own = 0.0
+    count = samples if text == SELF else round(own * samples)
+    generated = np.zeros((0, length), np.int32)
+    if count:
       arguments.check_tokenizer(model.tokenizer)
       self_text.check((SELF,), length, model.config.max_position, 'prune.calibration')
-      drawn = {'seed': [seed, self_text.CALIBRATION], 'dtype': compute_dtype('auto')}
-      return self_text.in_memory(model.config, model.params, model.tokenizer, samples, length, **drawn)
+      # Rows beside several texts, which are joined, must differ.
+      beside = [] if text == SELF else [zlib.crc32('\n'.join(arguments.entries(text)).encode())]
+      drawn = {'seed': [seed, self_text.CALIBRATION, *beside], 'dtype': compute_dtype('auto')}
+      generated = self_text.in_memory(model.config, model.params, model.tokenizer, count, length, **drawn)
+    if count == samples:
+      return generated
     blocks = arguments.blocks(text, options, model, length, samples * (length + 1))
-    return blocks.tokens[blocks.draw(samples, seed, 0)]
+    return np.concatenate([blocks.tokens[blocks.draw(samples - count, seed, 0)], generated])
 
 
 def trim_vocabulary(

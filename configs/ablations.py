@@ -37,6 +37,7 @@ def get_config(variant: str = '') -> ConfigDict:
   config = demo.get_config()
   config.prune.method, config.prune.compensate, config.prune.heal = 'adapt', 'none', 0
   config.prune.calibration.length, config.prune.calibration.batch = 64, 8
+  config.prune.calibration.own = 0.0
   config.prune.stages = 1
   config.compare.grid = (_GRIDS[variant],)
   if variant == 'interleave':

@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
   config.prune.method = 'adapt'
   config.prune.compensate = 'none'
   config.prune.heal = 0
+  config.prune.calibration.own = 0.0
   config.prune.calibration.samples = 512
   config.prune.calibration.length = 64
   config.prune.calibration.batch = 8

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/base.py --workdir=out/run \
         --config.model.source=HuggingFaceTB/SmolLM2-135M-Instruct \
-        --config.prune.calibration.source=calibration.txt,self --config.prune.calibration.weights=1,1 \
+        --config.prune.calibration.source=calibration.txt \
         --config.train.source=corpus.jsonl --config.train.tokens=10_000_000 \
         --config.evaluate.source=heldout.txt
 

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
   config.prune.stage_targets = 'geometric'  # every stage keeps nine tenths of its parameters
   config.prune.align_ffn = 128  # whole tiles of tensor cores, also with FSDP and tensor parallelism over 8
   config.prune.calibration.source = text
+  config.prune.calibration.own = 0.0  # a base model's own text was not measured
   config.prune.calibration.samples = 64  # 65,536 tokens: about four times the widest MLP, which is refitted
 
   config.train.source = text

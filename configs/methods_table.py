@@ -29,7 +29,7 @@ def get_config(draws: str = '3') -> ConfigDict:
   config = demo.get_config()
   config.prune.stages, config.prune.heal = 1, 0
   config.prune.calibration.source = ('data/wikitext-2/wiki.train.tokens',)
-  config.prune.calibration.samples = 16
+  config.prune.calibration.samples, config.prune.calibration.own = 16, 0.0
   config.prune.calibration.length = 256  # as in the windows of the evaluation
   # For adapt and uniform: half the paper's 50 steps, each twice as large, for the same sparsities.
   config.prune.steps = 25

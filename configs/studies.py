@@ -57,12 +57,13 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
   'sizes': ({'prune.target': (110_602_944, 98_157_312, 79_757_568), 'prune.calibration.samples': (24, 128)},),
   'own': tuple(
     {
-      'prune.calibration.source': (source,),
-      'prune.calibration.weights': ((1.0,) * len(source),),
-      'prune.calibration.samples': (8 * len(source),),
+      'prune.calibration.source': ((file,),),
+      'prune.calibration.weights': ((),),
+      'prune.calibration.samples': (samples,),
+      'prune.calibration.own': (own,),
     }
     for file in _TRAIN
-    for source in ((file,), (file, 'self'))
+    for samples, own in ((8, 0.0), (16, 0.5))
   ),
   'qwen': (
     {'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},
@@ -84,7 +85,7 @@ def get_config(variant: str = '') -> ConfigDict:
   config.prune.stages, config.prune.align_ffn, config.prune.heal = 1, 1, 0
   calibration = config.prune.calibration
   calibration.source, calibration.weights, calibration.samples = _TRAIN, alike, 24
-  calibration.length = 1024
+  calibration.length, calibration.own = 1024, 0.0
 
   config.train.source, config.train.weights = _TRAIN, alike
   config.train.tokens, config.train.batch, config.train.micro_batch = _FEW, 4, 4

@@ -15,13 +15,18 @@ class CalibrationOptions:
   source: tuple[str, ...] = option(
     (),
     'Text of the kinds that the model should stay good at; rows are drawn from the first 4 million tokens. '
-    'self: the dense model generates the rows, as many as samples; with weights, its share of them. Mode '
-    'trim reads all of it, and keeps its tokens.',
+    'self: the dense model generates all rows. Mode trim reads all of it, and keeps its tokens.',
   )
   weights: tuple[float, ...] = option(
     (),
     'Share of the rows for each entry of source. Empty: the entries are concatenated, and their first 4 '
     'million tokens are used.',
+  )
+  own: float = option(
+    0.25,
+    'Share of the rows that the dense model generates beside source, so that it stays good at what source '
+    'lacks (docs/texts.md).',
+    within=(0, 1),
   )
   layout: str = option(
     'packed',

@@ -46,23 +46,23 @@ def is_self(source: tuple[str, ...]) -> bool:
   return source == (SELF,)
 
 
-def check(source: tuple[str, ...], length: int, max_position: int, field: str, shared: bool = False) -> None:
-  """Raises InputError if the model is one of several entries, named twice, or made for shorter rows.
+def check(source: tuple[str, ...], length: int, max_position: int, field: str, own: float = 0.0) -> None:
+  """Raises InputError if the model is one of several entries, or made for shorter rows.
 
   Args:
     field: the group of options, such as train.
     max_position: the model's longest sequence.
-    shared: whether weights give each entry a share of the rows, so that the model may be one of several.
+    own: share of rows that the model generates beside the entries.
   """
-  if SELF in source and (source.count(SELF) > 1 or not (shared or is_self(source))):
+  if SELF in source and not is_self(source):
     raise InputError(
-      f'{field}.source = {source}: {SELF!r} (generated text) must be the only entry or, in calibration with '
-      f'prune.calibration.weights, be named once'
+      f'{field}.source = {source}: {SELF!r} (generated text) must be the only entry; '
+      f'prune.calibration.own is its share beside others'
     )
-  if SELF in source and length > max_position:
+  if (own or SELF in source) and length > max_position:
     raise InputError(
-      f'{field}.length = {length} exceeds the context of the model ({max_position} tokens), '
-      f'and {field}.source has {SELF!r}: lower it'
+      f'{field}.length = {length} exceeds the context of the model ({max_position} tokens), which generates '
+      f'rows: lower it, or set prune.calibration.own = 0'
     )
 
 

@@ -47,8 +47,8 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
 def _checked(options: RunOptions, config: ModelConfig) -> ModelConfig:
   """The narrowed config. Raises InputError if the model cannot be narrowed to it."""
   calibration, width = options.prune.calibration, options.narrow.hidden
-  shared = bool(calibration.weights)
-  self_text.check(calibration.source, calibration.length, config.max_position, 'prune.calibration', shared)
+  own = calibration.own
+  self_text.check(calibration.source, calibration.length, config.max_position, 'prune.calibration', own)
   narrow.check(config, width, 'narrow.hidden')
   serving_widths.check_hidden(options.prune.serve, width)
   small = narrow.narrowed_config(config, width)

@@ -57,8 +57,8 @@ def check_run(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16'
   config: config of the source. stored: dtype of its weights, as for `budget_of`.
   """
   calibration, train, longest = options.prune.calibration, options.train, config.max_position
-  shared = bool(calibration.weights)
-  self_text.check(calibration.source, calibration.length, longest, 'prune.calibration', shared)
+  own = calibration.own
+  self_text.check(calibration.source, calibration.length, longest, 'prune.calibration', own)
   self_text.check(train.source, train.length, longest, 'train')
   if config.sliced_from:
     raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from adapt_jax.config.options import RunOptions
-from adapt_jax.config.values import TEXT
+from adapt_jax.config.values import SELF, TEXT
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.documents import is_blocks
 from adapt_jax.data.token_cache import token_directory
@@ -72,7 +72,7 @@ class Loader:
     return stream.spans(length, seed, field) if layout == 'documents' else stream.blocks(length, field)
 
   def calibration(self) -> Blocks:
-    """The rows that calibration draws from."""
+    """The rows that calibration draws from; `own` of those drawn are the model's."""
     c = self._options.prune.calibration
 
     def load(source: tuple[str, ...], rows: int) -> Blocks:
@@ -81,11 +81,17 @@ class Loader:
       tokens = rows * (c.length + 1)  # a row of text and the target after it
       return self.load('prune.calibration.source', source, c.length, tokens, c.layout)
 
-    if not c.weights:
-      return load(c.source, c.samples)
-    each = zip(c.source, c.weights, quotas(c.weights, c.samples), strict=True)
-    names, shares, rows = zip(*(entry for entry in each if entry[1]), strict=True)
-    return mixed(names, [load((name,), max(1, n)) for name, n in zip(names, rows, strict=True)], shares)
+    parts: list[tuple[tuple[str, ...], float]] = [(c.source, 1.0)]
+    if c.weights:
+      parts = [((entry,), share) for entry, share in zip(c.source, c.weights, strict=True)]
+    own = 0.0 if self_text.is_self(c.source) else c.own
+    total = sum(share for _, share in parts)
+    parts = [(source, (1 - own) * share / total) for source, share in parts] + [((SELF,), own)]
+    sources, shares = zip(*(part for part in parts if part[1]), strict=True)
+    if len(sources) == 1:
+      return load(sources[0], c.samples)
+    blocks = [load(s, max(1, rows)) for s, rows in zip(sources, quotas(shares, c.samples), strict=True)]
+    return mixed([', '.join(source) for source in sources], blocks, shares)
 
   def train_set(self) -> TrainSet:
     """The rows of training, from the cache on disk."""

@@ -27,7 +27,7 @@ def model(files):
 
 @pytest.fixture(scope='module')
 def rows(files, model):
-  return aj.rows(model, files / 'train.txt', samples=16, length=16)
+  return aj.rows(model, files / 'train.txt', samples=16, length=16, own=0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -89,5 +89,5 @@ def test_slicegpt_lands_below_the_target_and_its_export_is_evaluated_but_not_pru
   assert abs(aj.perplexity(sliced, valid, length=32) / row['perplexity_pruned'] - 1) < 1e-5
   dense = aj.perplexity(aj.load(files / 'eight'), valid, length=32)
   assert abs(dense / report['perplexity']['dense'] - 1) < 1e-6
-  rows = aj.rows(sliced, files / 'train.txt', samples=4, length=16)
+  rows = aj.rows(sliced, files / 'train.txt', samples=4, length=16, own=0.0)
   assert 'sliced by SliceGPT' in refused(aj.prune, sliced, rows)

@@ -60,7 +60,7 @@ def test_trim_writes_what_the_library_gives(files, text, trimmed):
 
 def test_narrow_writes_what_the_library_gives(files, narrowed):
   model, calibration = aj.load(files / 'model'), make_config(files).prune.calibration
-  rows = aj.rows(model, files / 'train.txt', samples=calibration.samples, length=calibration.length)
+  rows = aj.rows(model, files / 'train.txt', samples=calibration.samples, length=calibration.length, own=0.0)
   expected = aj.narrow(model, rows, hidden_size=24)
   found = aj.load(narrowed)
   assert found.config == expected.config == narrowed_config(model.config, 24)

@@ -10,7 +10,6 @@ from adapt_jax.generation import self_text
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.models.network import llama
-from adapt_jax.pipeline.checks import check_sources
 from adapt_jax.pipeline.inputs import prepare
 from tests.support import runs
 from tests.support.helpers import UNIFORM, tiny_config
@@ -93,42 +92,33 @@ def test_calibration_and_training_read_rows_of_their_own(files):
   assert not (trained == inputs.calibration.tokens).all(1).any()
 
 
-def mixed_with_text(files, group='prune.calibration', **more):
+def beside_text(files, group='prune.calibration', **more):
   config = runs.make_config(files).to_dict()
   block = config['prune']['calibration'] if group == 'prune.calibration' else config['train']
-  block.update({'source': (str(files / 'train.txt'), 'self')} | more)
+  block.update({'source': (str(files / 'train.txt'),)} | more)
   return from_dict(config)
 
 
-def test_calibration_takes_the_models_own_text_beside_others_by_weight(files):
+def test_a_share_of_calibration_is_the_models_own_text(files):
   """Its rows are generated, and a draw has its share of them; those of the file stay as they are."""
-  alone = prepare(mixed_with_text(files, weights=(1.0, 0.0))).calibration
-  both = prepare(mixed_with_text(files, weights=(3.0, 1.0), samples=8)).calibration
-  assert both.sources == ((str(files / 'train.txt'), len(alone.tokens), 3.0), ('self', 2, 1.0))
-  np.testing.assert_array_equal(both.tokens[:-2], alone.tokens)
-  own = both.draw(8, 0, 0) >= len(alone.tokens)
-  assert own.sum() == 2
+  alone = prepare(beside_text(files)).calibration
+  for more in ({}, {'weights': (7.0,)}):
+    both = prepare(beside_text(files, samples=8, own=0.25, **more)).calibration
+    assert both.sources == ((str(files / 'train.txt'), len(alone.tokens), 0.75), ('self', 2, 0.25))
+    np.testing.assert_array_equal(both.tokens[:-2], alone.tokens)
+    assert (both.draw(8, 0, 0) >= len(alone.tokens)).sum() == 2
   seen = {row.tobytes() for row in alone.tokens}
   assert not any(row.tobytes() in seen for row in both.tokens[-2:])
-
-
-def test_other_entries_beside_the_models_own_text_are_still_checked(files):
-  with pytest.raises(InputError, match=r'prune\.calibration\.source.*absent\.txt'):
-    check_sources(mixed_with_text(files, source=('absent.txt', 'self'), weights=(1.0, 1.0)))
 
 
 @pytest.mark.parametrize(
   ('group', 'more'),
   [
-    ('prune.calibration', {}),
-    ('prune.calibration', {'source': ('self', 'self'), 'weights': (1.0, 1.0)}),
-    ('prune.calibration', {'weights': (1.0, 1.0), 'length': 2049}),
-    ('train', {}),
-    ('train', {'weights': (1.0, 1.0)}),
+    ('prune.calibration', {'source': ('x.txt', 'self')}),
+    ('prune.calibration', {'own': 0.5, 'length': 2049}),
+    ('train', {'source': ('x.txt', 'self')}),
   ],
 )
-def test_own_text_is_named_once_mixed_by_weight_in_calibration_alone_and_within_the_context(
-  files, group, more
-):
-  with pytest.raises(InputError, match=rf"^{group}\..*'self'"):
-    prepare(mixed_with_text(files, group, **more))
+def test_own_text_is_alone_and_within_the_context(files, group, more):
+  with pytest.raises(InputError, match=rf'^{group}\.'):
+    prepare(beside_text(files, group, **more))

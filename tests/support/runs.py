@@ -71,6 +71,7 @@ def make_config(files: pathlib.Path) -> ConfigDict:
   config.prune.calibration.source = (str(files / 'train.txt'),)
   config.prune.calibration.samples = 16
   config.prune.calibration.length = 16
+  config.prune.calibration.own = 0.0
   config.data.cache = str(files / 'cache')
   config.train.source = (str(files / 'train.txt'),)
   config.train.tokens = TOKENS
