@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from adapt_jax.config.options import RunOptions
+from adapt_jax.config.values import OWN
 from adapt_jax.data.train_set import TrainSet
 from adapt_jax.data.windows import Blocks
 from adapt_jax.export.writer import check_tokenizer
@@ -21,7 +22,7 @@ from adapt_jax.pruning.budget import Budget
 class Inputs:
   """The dense model and the data of a run; `train` may be None.
 
-  evaluate: windows of each text by its name; empty if nothing is measured.
+  evaluate: windows of each text by its name, `OWN` the last; empty if nothing is measured.
   dtype: dtype of activations and matrix products. budget: what targets limit.
   teacher: the model to distil from, if the run does.
   """
@@ -78,7 +79,7 @@ def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
     loader.tokenizer,
     blocks,
     loader.train_set() if options.train.tokens else None,
-    loader.evaluation(),
+    loader.evaluation() | ({OWN: loader.own()} if options.evaluate.health else {}),
     compute_dtype(options.model.dtype),
     budget_of(options, source.config, source.dtype),
     teacher,
