@@ -38,6 +38,7 @@ def ours(workdir: pathlib.Path, dtype: str, steps: int) -> list[str]:
     'prune.calibration.samples': 128,
     'prune.calibration.length': 64,
     'prune.calibration.batch': 16,
+    'evaluate.health': False,  # which the peer does not measure
     'export.dtype': 'float32',
   }
   flags = [f'--config.{name}={value}' for name, value in fields.items()]

@@ -66,9 +66,11 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def finished(files, tmp_path_factory):
-  """The workdir of a finished run of `runs.make_config`; tests that alter it work on a copy."""
+  """The workdir of a finished run of `runs.make_config`, with health; tests that alter it work on a copy."""
   from tests.support import runs
 
   path = tmp_path_factory.mktemp('finished') / 'out'
-  runs.in_process(runs.make_config(files), path)
+  config = runs.make_config(files)
+  config.evaluate.health = True
+  runs.in_process(config, path)
   return path

@@ -191,6 +191,12 @@ class EvaluateOptions:
     'first max_tokens if that is more; 0: all.',
     within=TOKENS,
   )
+  health: bool = option(
+    True,
+    'Whether reports say if the model still answers: questions, repetition, and perplexity on text that the '
+    'dense model generates (docs/evaluation.md). Cells of mode compare have it only if the grid names it.',
+    result=False,
+  )
   tasks: tuple[str, ...] = option(
     (), 'Tasks, groups and tags of lm-evaluation-harness, which is installed by the extra eval.'
   )

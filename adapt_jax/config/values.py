@@ -13,6 +13,7 @@ from adapt_jax.models.errors import InputError
 TENSOR_PARALLEL = 'tensor_parallel='
 TEXT = 'text'  # the name of texts without one
 SELF = 'self'  # as a source: text that the dense model generates
+OWN = 'own'  # the name of such a text, on which `evaluate.health` measures perplexity
 _NAMED = re.compile(r'([A-Za-z][\w-]*)=(.+)')
 
 

@@ -35,6 +35,10 @@ class Blocks:
     """SHA-256 of all windows."""
     return hashlib.sha256(self.tokens.tobytes() + self.targets.tobytes()).hexdigest()
 
+  def has_chats(self, bos: int | None) -> bool:
+    """Whether some windows are of chats: of plain text only `bos` and the first token do not count."""
+    return bool((~self.targets[:, 1:] & (self.tokens[:, 1:] != bos)).any())
+
   def draw(self, count: int, seed: int, step: int) -> np.ndarray:
     """Draws `count` distinct rows, anew for each step: int64 [count]. Raises InputError for too few rows."""
     return draw_rows(len(self.tokens), count, seed, step)

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from adapt_jax.config.prune_options import PROGRESSIVE
+from adapt_jax.config.values import OWN
 from adapt_jax.export.card_metadata import is_quantised, metadata
 from adapt_jax.export.hf import needs_mlx_code
 from adapt_jax.export.padded import padded_config
@@ -72,10 +73,11 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str], rep
     tokens=_tokens(report),
     stages=_stages(report),
     widths=_widths(report, config),
-    perplexity=texts_table(texts) if measured and len(texts) > 1 else perplexity,
+    perplexity=texts_table(texts) if measured and (len(texts) > 1 or OWN in texts) else perplexity,
     definition=(report.get('perplexity') or {}).get('definition'),
     several=len(texts) > 1,
     tasks=tasks,
+    health=_health(report),
     quantised=(measured or tasks.rows) and any(map(is_quantised, files)),
     **_loading(config, files, repo),
     command=report.get('command'),
@@ -157,6 +159,14 @@ def _tasks(tasks: dict[str, dict[str, dict[str, Any]]]) -> Table:
       values = [tasks[name].get(task, {}).get(metric) for name in models]
       rows.append([task, metric, *(f'{x:.4f}' if isinstance(x, float) else x for x in values)])
   return Table(['task', 'metric', *models], rows)
+
+
+def _health(report: RunReport) -> Table:
+  """How the dense model and this one answer, if it was measured."""
+  health: dict[str, Any] = {**report.get('health', {})}
+  of = {model: health[model] for model in ('dense', 'result') if model in health}
+  rows = [[model, x.get('usable'), f'{100 * x["repetition"]:.0f} %'] for model, x in of.items()]
+  return Table(['model', f'usable of {health.get("answers")}', 'repeating'], rows)
 
 
 def _loading(config: ModelConfig, files: Sequence[str], repo: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from adapt_jax.config.values import TEXT, named_texts
+from adapt_jax.config.values import OWN, TEXT, named_texts
 from adapt_jax.data.documents import hub_name
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.reports.origin import origin_of
@@ -64,11 +64,11 @@ def _hub_set(entry: str, report: RunReport) -> str:
 
 
 def _perplexities(report: RunReport) -> Iterator[EvalResult]:
-  """Of the final model on each text."""
+  """Of the final model on each text but the dense model's own, which only compares these two."""
   sources = named_texts(tuple((report.get('data') or {}).get('evaluate') or ()))
   for name, found in (report.get('texts') or {}).items():
     value = found.get('recovered', found.get('pruned'))
-    if value is not None:
+    if value is not None and name != OWN:
       yield EvalResult(
         **_text(name, sources.get(name, ()), report), metric_type='perplexity', metric_value=value
       )

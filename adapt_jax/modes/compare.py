@@ -80,6 +80,8 @@ def list_cells(options: RunOptions, workdir: Workdir) -> list[CellRun]:
   base['export'] = dataclasses.asdict(ExportOptions(dtype=options.export.dtype))  # cells write no weights
   if not options.compare.recover:
     base['train']['tokens'] = 0
+  if 'evaluate.health' not in compare_grid.fields(options.compare.grid):
+    base['evaluate']['health'] = False
   cells, runs = compare_grid.expand(options.compare.grid, base), []
   _check(options)
   for cell in cells:

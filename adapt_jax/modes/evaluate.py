@@ -1,4 +1,4 @@
-"""Mode evaluate: perplexity and task scores of one model."""
+"""Mode evaluate: perplexity, task scores and health of one model."""
 
 import math
 import time
@@ -8,6 +8,7 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import TEXT
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.harness import check_tasks, evaluate_tasks
+from adapt_jax.evaluation.health import Health
 from adapt_jax.evaluation.perplexity import Evaluator, tokens_per_byte
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import check_model, load_source
@@ -21,18 +22,20 @@ from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports.report import EvaluationReport, TextReport, versions, write_report
-from adapt_jax.reports.summary import tasks_table
+from adapt_jax.reports.summary import health_lines, tasks_table
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
-  """Writes the perplexity of model.source on evaluate.source, and its task scores, to report.json."""
+  """Writes the perplexity of model.source on evaluate.source, its task scores and health to report.json."""
   wanted = options.evaluate
   check_tasks(wanted)
   source = open_source(options.model.source)
   check_model(source.config)
   loader = Loader(options, source, source.load_tokenizer())
-  if not wanted.source and not wanted.has_tasks:
-    raise InputError('evaluate.source is empty, and no task is named: there is nothing to measure')
+  if not wanted.source and not wanted.has_tasks and not wanted.health:
+    raise InputError(
+      'evaluate.source is empty, no task is named, and health is off: there is nothing to measure'
+    )
   texts = loader.evaluation()
   with workdir.claimed():
     compiler, start = Compiler(), time.monotonic()
@@ -53,6 +56,10 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       args = source.config, params, loader.tokenizer, source.generation
       report['tasks'] = evaluate_tasks(wanted, *args, title='tasks', **common)
       said += ['', tasks_table({'score': report['tasks']}).markdown()]
+    if wanted.health:
+      health = Health(source.config, loader.tokenizer, source.generation, loader.own, **common)
+      report['health'] = health.report(health.answers(source.config, params, 'answers'))
+      said += health_lines(report['health'])
     report |= {
       'command': command,
       'compiles': compiler.counts,
@@ -83,9 +90,9 @@ def _on(name: str) -> str:
 
 MODE = Mode(
   'evaluate',
-  'measure perplexity and task scores of model.source',
+  'measure perplexity, task scores and answers of model.source',
   run,
-  result=('model', 'data', 'evaluate'),
+  result=('model', 'data', 'evaluate', 'evaluate.health'),
   reads=('mesh',),
   several_processes=True,
 )

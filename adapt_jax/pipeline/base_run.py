@@ -95,14 +95,16 @@ class BaseRun:
 
   def _end(self, state: RunState, config: ModelConfig, params: Params) -> RunReport:
     """Compares the result with the dense model, writes it, and the report and its page."""
-    divergence, examples = self._quality.compare_with_dense(config, params)
+    compared = self._quality.compare_with_dense(config, params)
     measured = measured_latency(self.options, self._inputs, config, params)
     self._record_cost(state)
     report = self._report(state)
     if measured:
       report['budget']['measured'] = measured
-    for name, value in divergence.items():
-      report['texts'][name]['kl'] = value
+    for name, value in compared.divergence.items():  # `OWN` is new if the health was off before a resume
+      report['texts'].setdefault(name, {})['kl'] = value
+    if compared.health:
+      report['health'] = compared.health
     if self._export:
       writer = Writer(
         self.options.export,
@@ -113,7 +115,7 @@ class BaseRun:
         report=report,
       )
       report['exports'] = writer.write(config, params)
-    report['examples'] = examples
+    report['examples'] = compared.examples
     self._page(report, running=False)
     write_report(self._workdir.report, report)
     return report

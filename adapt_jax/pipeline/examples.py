@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from adapt_jax.config.values import OWN
 from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import stop_ids
 from adapt_jax.machine.compiler import Compiler
@@ -25,7 +26,8 @@ class Examples:
 
   def __init__(self, inputs: Inputs, *, compiler: Compiler, dtype: Any):
     room = inputs.config.max_position
-    windows = {name: blocks.tokens[len(blocks.tokens) // 2] for name, blocks in inputs.evaluate.items()}
+    texts = {name: blocks.tokens for name, blocks in inputs.evaluate.items() if name != OWN}
+    windows = {name: tokens[len(tokens) // 2] for name, tokens in texts.items()}
     self._prompts = {name: window[: min(_PROMPT, room // 2)].tolist() for name, window in windows.items()}
     self._new = min(_NEW, room - room // 2)
     self._stop, self._tokenizer = stop_ids(inputs.source.generation, inputs.tokenizer), inputs.tokenizer

@@ -4,9 +4,11 @@ import dataclasses
 from typing import Any
 
 from adapt_jax.config.options import RunOptions
+from adapt_jax.config.values import OWN, SELF
 from adapt_jax.data.train_set import TrainSet
 from adapt_jax.data.windows import Blocks
 from adapt_jax.export.writer import check_tokenizer
+from adapt_jax.machine.processes import say
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
@@ -21,7 +23,7 @@ from adapt_jax.pruning.budget import Budget
 class Inputs:
   """The dense model and the data of a run; `train` may be None.
 
-  evaluate: windows of each text by its name; empty if nothing is measured.
+  evaluate: windows of each text by its name, `OWN` the last; empty if nothing is measured.
   dtype: dtype of activations and matrix products. budget: what targets limit.
   teacher: the model to distil from, if the run does.
   """
@@ -61,7 +63,19 @@ def prepare(options: RunOptions) -> Inputs:
   check_sources(options)
   source = open_source(options.model.source)
   check_run(options, source.config, source.dtype)
-  return load(options, source, Loader(options, source, source.load_tokenizer()))
+  inputs = load(options, source, Loader(options, source, source.load_tokenizer()))
+  _warn_without_chats(options, inputs)
+  return inputs
+
+
+def _warn_without_chats(options: RunOptions, inputs: Inputs) -> None:
+  """Says so if a model with a chat template is calibrated on plain text alone."""
+  blocks, tokenizer = inputs.calibration, inputs.tokenizer
+  plain = blocks.documents and SELF not in options.prune.calibration.source  # not rows of a .npy file
+  if plain and tokenizer.chat_template and not blocks.has_chats(tokenizer.bos_token_id):
+    say(
+      'prune.calibration.source has neither chats nor self: a chat model may stop answering (docs/texts.md)'
+    )
 
 
 def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
@@ -78,7 +92,7 @@ def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
     loader.tokenizer,
     blocks,
     loader.train_set() if options.train.tokens else None,
-    loader.evaluation(),
+    loader.evaluation() | ({OWN: loader.own()} if options.evaluate.health else {}),
     compute_dtype(options.model.dtype),
     budget_of(options, source.config, source.dtype),
     teacher,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from adapt_jax.config.options import RunOptions
-from adapt_jax.config.values import SELF, TEXT
+from adapt_jax.config.values import OWN, SELF, TEXT
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.data.documents import is_blocks
 from adapt_jax.data.token_cache import token_directory
@@ -30,6 +30,8 @@ from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network.backend import compute_dtype
+
+_OWN_ROWS, _OWN_LENGTH = 16, 256  # of `Loader.own`
 
 
 class Loader:
@@ -111,6 +113,12 @@ class Loader:
     path = self_text.draw(self._source, self.tokenizer, rows, length, **drawn, directory=directory)
     return (str(path),)
 
+  def own(self) -> Blocks:
+    """Rows that the model generates for `evaluate.health`, of 256 tokens or as long as its context."""
+    length = min(_OWN_LENGTH, self._config.max_position)
+    source = self._own_text(_OWN_ROWS, length, self_text.HEALTH)
+    return self.load(evaluation_field(OWN), source, length)
+
   def _warn_beyond_context(self, name: str, length: int) -> None:
     """Warns once if rows exceed the context; that is no error, since training may extend it."""
     longest = self._config.max_position
@@ -138,8 +146,9 @@ class Loader:
 
 
 def evaluation_field(name: str) -> str:
-  """The name of a text of `evaluate.source` in messages."""
-  return 'evaluate.source' if name == TEXT else f'evaluate.source ({name})'
+  """The name of an evaluated text in messages."""
+  fields = {TEXT: 'evaluate.source', OWN: 'evaluate.health'}
+  return fields.get(name, f'evaluate.source ({name})')
 
 
 def _check_same(blocks: Blocks, field: str) -> None:

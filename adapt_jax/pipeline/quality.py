@@ -1,10 +1,11 @@
-"""Perplexity and task scores of a run's models, as requested by the config."""
+"""Perplexity, task scores and health of a run's models, as requested by the config."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapt_jax.config.options import RunOptions
-from adapt_jax.config.values import TEXT
+from adapt_jax.config.values import OWN, TEXT
 from adapt_jax.evaluation.harness import TaskScores, evaluate_tasks
+from adapt_jax.evaluation.health import Health
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import ModelConfig
@@ -13,13 +14,21 @@ from adapt_jax.pipeline.examples import Examples
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.shared import DenseReference, Shared
-from adapt_jax.reports.report import ExampleReport, Of
+from adapt_jax.reports.report import ExampleReport, HealthReport, Of
 
 
 def dense_key(options: RunOptions) -> Any:
   """Everything that the figures of the dense model depend on, for `Shared`."""
   # Biases that a run adds are zeros, but its program may round differently.
   return options.model, options.data, options.evaluate, options.prune.compensate == 'bias'
+
+
+class Comparison(NamedTuple):
+  """A model beside the dense one: KL(dense ‖ model) on each text in nats per token, and the rest if asked."""
+
+  divergence: dict[str, float]
+  examples: list[ExampleReport]
+  health: HealthReport | None
 
 
 class Quality:
@@ -46,6 +55,9 @@ class Quality:
     self._options, self._inputs, self._metrics, self._shared = options, inputs, metrics, shared
     self._common: dict[str, Any] = {'compiler': compiler, 'dtype': inputs.dtype}
     self._examples = Examples(inputs, **self._common) if examples else None
+    own = inputs.evaluate.get(OWN)
+    args = inputs.config, inputs.tokenizer, inputs.source.generation
+    self._health = Health(*args, lambda: own, **self._common) if own else None
     programs: dict[type, tuple[Any, Any]] = {}
     self._evaluators = {
       name: Evaluator(blocks, options.evaluate.batch, **self._common, programs=programs)
@@ -55,7 +67,8 @@ class Quality:
   @property
   def definitions(self) -> dict[str, str]:
     """The definition of perplexity on each text, in words."""
-    return {name: evaluator.definition for name, evaluator in self._evaluators.items()}
+    by = {OWN: '; the dense model generated the text'}
+    return {name: evaluator.definition + by.get(name, '') for name, evaluator in self._evaluators.items()}
 
   def perplexity(
     self, config: ModelConfig, params: Params, of: Of, stage: int, step: int
@@ -74,13 +87,11 @@ class Quality:
       self._metrics.write('evaluate', of=of, stage=stage, step=step, text=name, perplexity=value)
     return found
 
-  def compare_with_dense(
-    self, config: ModelConfig, params: Params
-  ) -> tuple[dict[str, float], list[ExampleReport]]:
-    """KL(dense ‖ model) on each text, nats per token, and the examples if any were asked for."""
+  def compare_with_dense(self, config: ModelConfig, params: Params) -> Comparison:
+    """The final model beside the dense one; logs its health."""
     known, key = self._shared.references, dense_key(self._options)
     if not self._evaluators:
-      return {}, []
+      return Comparison({}, [], None)
     if key not in known:
       known.clear()  # those of another model or text: they would fill the memory
       known[key] = self._reference()
@@ -89,11 +100,14 @@ class Quality:
       name: self._evaluators[name].divergence(config, params, of_text, self._title('divergence', name))
       for name, of_text in reference.texts.items()
     }
-    if self._examples is None:
-      return found, []
-    return found, self._examples.report(
-      reference.continuations, self._examples.continuations(config, params, 'examples')
-    )
+    examples, health = list[ExampleReport](), None
+    if self._examples is not None:
+      after = self._examples.continuations(config, params, 'examples')
+      examples = self._examples.report(reference.continuations, after)
+    if self._health is not None:
+      health = self._health.report(reference.answers, self._health.answers(config, params, 'answers'))
+      self._metrics.write('health', **{of: health[of] for of in ('answers', 'dense', 'result')})
+    return Comparison(found, examples, health)
 
   def _reference(self) -> DenseReference:
     """What the dense model, which is read again, says on each text."""
@@ -102,9 +116,10 @@ class Quality:
       name: evaluator.reference(config, dense, self._title('divergence: dense', name))
       for name, evaluator in self._evaluators.items()
     }
-    examples = self._examples
+    examples, health = self._examples, self._health
     continuations = examples.continuations(config, dense, 'examples: dense') if examples is not None else []
-    return DenseReference(texts, continuations)
+    answers = health.answers(config, dense, 'answers: dense') if health is not None else []
+    return DenseReference(texts, continuations, answers)
 
   def _title(self, title: str, name: str) -> str:
     return title if list(self._evaluators) == [TEXT] else f'{title} {name}'

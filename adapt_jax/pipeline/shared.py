@@ -9,10 +9,14 @@ from adapt_jax.pruning.score_memo import ScoreMemo
 
 
 class DenseReference(NamedTuple):
-  """The dense model on each text: the reference of divergences, and the continuations of the examples."""
+  """The dense model on each text: the reference of divergences, and the continuations of the examples.
+
+  answers: to the prompts of `evaluation.health`.
+  """
 
   texts: dict[str, Reference]
   continuations: list[str]
+  answers: list[list[int]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,12 +63,31 @@ class TextReport(TypedDict, total=False):
 
 
 class ExampleReport(TypedDict):
-  """How the dense model and the result continue the beginning of a held-out text, greedily."""
+  """How the dense model and the result continue the beginning of a text, or answer a question, greedily."""
 
   text: str
   prompt: str
   dense: str
   result: str
+
+
+class RatesReport(TypedDict, total=False):
+  """repetition: share of a model's answers whose end repeats itself. usable: how many are usable."""
+
+  repetition: Required[float]
+  usable: int
+
+
+class HealthReport(TypedDict, total=False):
+  """Whether models still answer (docs/evaluation.md); without a chat template no answer counts as usable.
+
+  answers: how many each model gives. dense: of the only model in mode evaluate. examples: a few of them.
+  """
+
+  answers: Required[int]
+  dense: Required[RatesReport]
+  result: RatesReport
+  examples: list[ExampleReport]
 
 
 class BudgetReport(TypedDict, total=False):
@@ -134,6 +153,7 @@ class EvaluationReport(MadeReport, total=False):
   perplexity: PerplexityReport
   texts: dict[str, TextReport]
   tasks: dict[str, dict[str, Any]]
+  health: HealthReport
 
 
 class RunReport(MadeReport, total=False):
@@ -157,6 +177,7 @@ class RunReport(MadeReport, total=False):
   data: dict[str, tuple[str, ...]]
   exports: dict[str, dict[str, Any]]
   examples: list[ExampleReport]
+  health: HealthReport
 
 
 class BaseReport(TypedDict):

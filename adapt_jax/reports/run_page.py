@@ -26,7 +26,7 @@ from adapt_jax.reports.run_charts import (
   stage_widths,
   training_chart,
 )
-from adapt_jax.reports.summary import budget_lines, decimal, tables, warnings
+from adapt_jax.reports.summary import budget_lines, decimal, health_lines, tables, warnings
 from adapt_jax.reports.table import Table
 
 Json = dict[str, Any]
@@ -82,11 +82,11 @@ def _facts(data: RunData) -> Iterator[tuple[str, str]]:
 
 
 def _example(example: ExampleReport) -> str:
-  """A text's beginning, and what the dense model and the result write after it, side by side."""
+  """A text's beginning or a question, and what the dense model and the result write, side by side."""
   e = html.escape
   named = '' if example['text'] == TEXT else f'{example["text"]}: '
   boxes = [f'<span>{of}</span><pre>{e(example[of])}</pre>' for of in ('dense', 'result')]
-  return f'<p>{e(named)}… {e(example["prompt"])} …</p>' + cards('grid', boxes)
+  return f'<p>{e(named + example["prompt"])}</p>' + cards('grid', boxes)
 
 
 def _charts(data: RunData) -> Iterator[str]:
@@ -114,9 +114,10 @@ def _body(data: RunData) -> Iterator[str]:
     yield notes([f'Perplexity is {definition}.'])
   yield notes(warnings(report['texts']))
   yield from _charts(data)
-  if examples := report.get('examples'):
-    how = 'Held-out text, and how each model continues it with greedy decoding.'
-    yield section('Before and after', notes([how]), *map(_example, examples))
+  health = report.get('health')
+  if examples := [*report.get('examples', []), *(health['examples'] if health else [])]:
+    how = 'Held-out text and questions, and how each model goes on with greedy decoding.'
+    yield section('Before and after', notes([how, *health_lines(health)]), *map(_example, examples))
   yield section('Exports', _exports(report.get('exports', {})))
   settings = flatten({'prune': report['prune'], 'train': report.get('train') or {}})
   rows = [[name, plain(value)] for name, value in settings.items()]

@@ -4,8 +4,10 @@ import itertools
 import math
 
 from adapt_jax.config.units import amount
+from adapt_jax.config.values import OWN
 from adapt_jax.reports.report import (
   BudgetReport,
+  HealthReport,
   Of,
   RunReport,
   StageReport,
@@ -43,15 +45,15 @@ def stages_table(report: RunReport) -> Table:
 
 
 def tables(report: RunReport) -> dict[str, Table]:
-  """Title -> table: the stages, several texts, and tasks if there are any."""
+  """Title -> table: the stages, several texts or the model's own, and tasks if there are any."""
   texts = report['texts']
   shown = {'Stages': stages_table(report)}
-  shown |= {'Texts': texts_table(texts)} if len(texts) > 1 else {}
+  shown |= {'Texts': texts_table(texts)} if len(texts) > 1 or OWN in texts else {}
   return shown | ({'Tasks': tasks_table(report['tasks'])} if report.get('tasks') else {})
 
 
 def table(report: RunReport) -> str:
-  """The report as text: its tables, then widths, compiles and seconds."""
+  """The report as text: its tables, then widths, compiles, seconds and health."""
   lines = [line for shown in tables(report).values() for line in ('', shown.markdown())]
   lines.append('')
   field, title = heads_of(report)
@@ -62,7 +64,21 @@ def table(report: RunReport) -> str:
       lines.append(f'stage {stage["stage"]} residual stream: width {stage["hidden_size"]}')
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
   said = f'compiled programs: {compiles}; the run took {report["seconds"]:.0f} s'
-  return '\n'.join([*lines, *budget_lines(report['budget']), said, *warnings(report['texts'])])
+  lines += [*budget_lines(report['budget']), said, *health_lines(report.get('health'))]
+  return '\n'.join([*lines, *warnings(report['texts'])])
+
+
+def health_lines(health: HealthReport | None) -> list[str]:
+  """'answers, dense → result: usable 27 → 21 of 40; repeating 5 % → 12 %'; none if it was not measured."""
+  if health is None:
+    return []
+  models = {of: health[of] for of in ('dense', 'result') if of in health}
+  title = f'answers, {" → ".join(models)}' if len(models) > 1 else 'answers'
+  parts = ['repeating ' + ' → '.join(f'{100 * of["repetition"]:.0f} %' for of in models.values())]
+  if 'usable' in health['dense']:
+    usable = ' → '.join(str(of['usable']) for of in models.values())
+    parts.insert(0, f'usable {usable} of {health["answers"]}')
+  return [f'{title}: {"; ".join(parts)}']
 
 
 def _costs(report: RunReport, stage: StageReport | None = None) -> list[str]:
@@ -157,8 +173,9 @@ def _uneven(texts: dict[str, TextReport]) -> str:
   best, worst = min(lost, key=lost.__getitem__), max(lost, key=lost.__getitem__)
   if lost[worst] < 2 * max(lost[best], 0.0) + _LITTLE:
     return ''
+  remedy = f'add text like {worst} to prune.calibration.source and train.source'
+  remedy = 'raise prune.calibration.own' if worst == OWN else remedy
   return (
     f'warning: the model lost {lost[worst]:.3f} nats per token on {worst}, but {lost[best]:.3f} on {best}: '
-    f'add text like {worst} to prune.calibration.source and train.source '
-    f'(docs/texts.md says what helps if you have none)'
+    f'{remedy} (docs/texts.md says what helps if you have none)'
   )

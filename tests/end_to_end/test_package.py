@@ -72,7 +72,7 @@ def test_the_command_runs_a_recipe_by_name_beside_the_users_own_packages(install
   flags += [f'--config.evaluate.source={files / "valid.txt"}', '--config.evaluate.length=32']
   result = python(installed, place, '-c', command, *flags)
   assert result.returncode == 0, result.stderr
-  assert (place / 'out/report.json').exists()
+  assert runs.read_report(place / 'out')['health']['answers'] == 40
   where = python(installed, place, '-c', 'import adapt_jax; print(adapt_jax.__file__)')
   assert where.stdout.startswith(str(installed))
 

@@ -15,6 +15,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
+from adapt_jax.reports.summary import health_lines, table
 from adapt_jax.training.rate import with_rate
 from tests.support import runs
 from tests.support.helpers import refused
@@ -104,6 +105,22 @@ def test_each_text_is_measured_apart(staged):
   assert all(example['prompt'] and example['dense'] for example in report['examples'])
   assert 'examples' not in json.loads((path / 'hf/lineage.json').read_text())
   assert all(stage['perplexity_pruned'] == stage['texts']['valid']['pruned'] for stage in report['stages'])
+
+
+def test_the_health_of_both_models_is_reported_everywhere(finished):
+  report = read_report(finished)
+  assert list(report['texts']) == ['text', 'own'] and report['texts']['own']['kl'] > 0
+  health = report['health']
+  assert health['answers'] == 40 and len(health['examples']) == 4
+  assert all(
+    0 <= health[of]['repetition'] <= 1 and 0 <= health[of]['usable'] <= 40 for of in ('dense', 'result')
+  )
+  events = [json.loads(line) for line in (finished / 'metrics.jsonl').read_text().splitlines()]
+  assert [e['result'] for e in events if e['event'] == 'health'] == [health['result']]
+  (line,) = health_lines(health)
+  assert line in table(report) and line in (finished / 'report.html').read_text() and len(line) <= 80
+  card = (finished / 'hf/README.md').read_text()
+  assert f'| result | {health["result"]["usable"]} |' in card and 'own' not in card.split('---')[1]
 
 
 def test_saved_weights_have_the_reported_size_and_perplexity(finished, files, tmp_path):

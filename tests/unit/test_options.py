@@ -77,6 +77,7 @@ RULES = [
   ('train__batch', 2.5),
   ('train__lr', 'high'),
   ('evaluate__source', (3,)),
+  ('evaluate__source', ('own=a.txt',)),  # the name of the dense model's text
   ('compare__grid', ({'seed': ()},)),
   ('prune__targt', 0.5),
   ('prune', 3),

@@ -112,6 +112,12 @@ def test_a_complete_page_has_every_figure() -> None:
     'prune': {'method': 'adapt', 'layer_distance': 'cosine', 'calibration': {'source': ['a.txt', 'b.txt']}},
     'exports': {'hf': {'bytes': 12_345_678, 'type': 'bfloat16', 'logit_difference': 0.25, 'same_token': 1.0}},
     'examples': [{'text': 'web', 'prompt': 'Once <b>', 'dense': 'upon a time', 'result': 'was\na & b'}],
+    'health': {
+      'answers': 40,
+      'dense': {'repetition': 0.05, 'usable': 27},
+      'result': {'repetition': 0.125, 'usable': 21},
+      'examples': [{'text': 'question', 'prompt': 'Who <b>?', 'dense': 'Ann.', 'result': 'No & no'}],
+    },
   }
   page = render(report, make_events(), command=COMMAND, running=False)
   table, shown = rows(page), '\n'.join(texts(page))
@@ -126,6 +132,7 @@ def test_a_complete_page_has_every_figure() -> None:
   for wanted in (
     'data/a<i>&"c".gguf', 'finished, 2 stages', '28.75 → 42.25 → 32.50', '1,000,000 → 799,679', 'jax 0.10.2',
     'exp of <the mean>', 'Once <b>', 'was\na & b', 'Training loss', 'KV heads, after stage 2',
+    'question: Who <b>?', 'No & no', 'answers, dense → result: usable 27 → 21 of 40; repeating 5 % → 12 %',
     'target 2: 800k', 'Importance of the layers: 1 - cos(input, output)', 'Perplexity on held-out text',
   ):  # fmt: skip
     assert wanted in shown, wanted

@@ -241,6 +241,8 @@ def test_only_the_assistants_tokens_are_targets(tmp_path, template, system):
   assert ('You are terse.' in text) == (template != CHATML and not system)
   assert marked(blocks, tokenizer) == ['The sum is five 😀.<|im_end|>\n', 'It sleeps.\n<|im_end|>\n']
   assert tokenizer.bos_token_id not in blocks.tokens and not blocks.targets[0, -1]
+  plain = load(write_texts(tmp_path / 'b.jsonl', DOCUMENTS), tokenizer)
+  assert blocks.has_chats(tokenizer.bos_token_id) and not plain.has_chats(tokenizer.bos_token_id)
 
 
 def test_template_that_strips_and_tokens_across_the_border(tmp_path):
