@@ -30,6 +30,8 @@ from adapt_jax.training.teacher_cache import TaughtSet, open_taught
 class Pruning:
   """Prunes the model of a stage, adjusts the remaining weights and compacts the arrays.
 
+  Without calibration rows it only prepares the arrays for training.
+
   Args:
     options, inputs, schedule: those of the run.
     optimizer: the optimizer of training; None if the run only prunes.
@@ -48,16 +50,9 @@ class Pruning:
     memo: ScoreMemo | None,
   ):
     self._inputs, self._schedule, self._optimizer = inputs, schedule, optimizer
-    self._pruner = Pruner(
-      inputs.config,
-      options.prune,
-      inputs.calibration,
-      seed=options.seed,
-      compiler=compiler,
-      dtype=inputs.dtype,
-      memo=memo,
-      budget=inputs.budget,
-    )
+    common: dict[str, Any] = {'seed': options.seed, 'compiler': compiler, 'dtype': inputs.dtype}
+    rows, common = inputs.calibration, common | {'memo': memo, 'budget': inputs.budget}
+    self._pruner = Pruner(inputs.config, options.prune, rows, **common) if rows is not None else None
 
   def start(self) -> TrainState:
     """The dense parameters, fp32 if they are trained. Moments are created for the first, smaller model."""
@@ -87,17 +82,18 @@ class Pruning:
       state.pruning = pruning  # the arrays do not change until the stage is compacted
       after_step(record)
 
-    arrays, _ = prune_model(
-      self._pruner,
-      load,
-      state.pruning,
-      self._schedule.target(stage),
-      compacted=state.compacted,
-      after_step=record_step,
-      title=f'stage {stage} prune',
-    )
-    state.compacted_to_plan(arrays)
-    del arrays
+    if self._pruner is not None:
+      arrays, _ = prune_model(
+        self._pruner,
+        load,
+        state.pruning,
+        self._schedule.target(stage),
+        compacted=state.compacted,
+        after_step=record_step,
+        title=f'stage {stage} prune',
+      )
+      state.compacted_to_plan(arrays)
+      del arrays
     if 'optimizer' not in state.arrays and self._optimizer:
       moments = mesh.jit(self._optimizer.init, state.params, once=True)(state.params)
       state.hold(state.arrays | {'optimizer': moments})
