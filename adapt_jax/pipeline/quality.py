@@ -102,11 +102,15 @@ class Quality:
     model = self._inputs.reference
     dense, config = model.load_params(self._inputs.dtype), model.config
     texts = {
-      name: evaluator.reference(config, dense, self._title('divergence: dense', name))
+      name: evaluator.reference(config, dense, self._title(f'divergence: {self._names["dense"]}', name))
       for name, evaluator in self._evaluators.items()
     }
     examples = self._examples
-    continuations = examples.continuations(config, dense, 'examples: dense') if examples is not None else []
+    continuations = (
+      examples.continuations(config, dense, f'examples: {self._names["dense"]}')
+      if examples is not None
+      else []
+    )
     return DenseReference(texts, continuations)
 
   def _title(self, title: str, name: str) -> str:
