@@ -34,6 +34,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.budgets import budget_of
+from adapt_jax.pipeline.checks import check_teacher
 from adapt_jax.pipeline.schedule import reachable_target
 from adapt_jax.pipeline.vocabulary import trim
 from adapt_jax.pruning import surgery
@@ -233,7 +234,8 @@ def recover(
   Args:
     text: a file, several for a mixture, a directory or a hub data set; or token ids [N, T], such as
       rows(model, 'self', seed=1), which differ from those of other seeds.
-    teacher: the dense model, to distil from. None, or with distill={'alpha': 0.0}: cross-entropy on the text.
+    teacher: the model to distil from: the dense one, or any with the same tokenizer. None, or with
+      distill={'alpha': 0.0}: cross-entropy on the text.
     text_field, messages_field: as for `rows`.
     options: other options of `config.train`, by name: lr, batch, length, schedule, weights and so on. Without
       lr, the learning rate follows from the weights of `model`.
@@ -242,11 +244,8 @@ def recover(
   InputError.
   """
   arguments.check_model(model.config)
-  if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
-    raise InputError(
-      f'the teacher has {teacher.config.vocab_size:,} token ids, the model {model.config.vocab_size:,}: use '
-      f'the model that it was pruned from'
-    )
+  if teacher is not None:
+    check_teacher('teacher', teacher.config, teacher.tokenizer, model.config, model.tokenizer)
   data, named = {'text_field': text_field, 'messages_field': messages_field}, {'tokens': tokens, **options}
   asked = arguments.train_options(text, named, teacher is not None, seed=seed, data=data)
   settings = with_rate(asked.train, model.params)

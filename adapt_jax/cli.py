@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from adapt_jax import cli_help
 from adapt_jax.config.build import declarations, from_dict, like
+from adapt_jax.config.identity import RUNS
 from adapt_jax.config.options import RunOptions
 from adapt_jax.export.push import push
 from adapt_jax.machine import mesh, preemption, processes
@@ -140,7 +141,7 @@ def _finished(workdir: Workdir, mode: Mode, options: RunOptions) -> bool:
   if mode.grows or not processes.decide(workdir.report.exists):  # its cells record what is finished
     return False
   more = f'; --mode=export --config.model.source={workdir.path} writes its model in other formats'
-  processes.say(f'this run is finished: see {workdir.report}{more * (mode.name in ("accel", "prune"))}')
+  processes.say(f'this run is finished: see {workdir.report}{more * (mode.name in RUNS)}')
   if mode.uses('export.push'):  # an upload may have failed, or be asked only now
     processes.decide(lambda: push(options.export, workdir.path))
   return True

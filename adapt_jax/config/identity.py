@@ -9,6 +9,8 @@ from adapt_jax.config.options import RunOptions
 REQUEST = ('bench.batch', 'bench.prompt_length', 'bench.new_tokens')  # of prune.budget
 PRUNING = ('seed', 'model', 'data', 'prune', 'evaluate', 'export', *REQUEST)
 TRAINING = (*PRUNING, 'train')
+RECOVERY = ('seed', 'model', 'data', 'train', 'evaluate', 'export')
+RUNS = ('accel', 'prune', 'recover')  # the modes that train or prune in a workdir
 WRITTEN = ('export.dtype', 'export.formats', 'export.gguf_types')
 
 

@@ -89,7 +89,7 @@ class DistillOptions:
   source: str = option(
     '',
     'The teacher: a hub id, a directory, a .gguf file or a workdir, as for model.source, with the same '
-    'vocabulary. Empty: the dense model of the run.',
+    'vocabulary. Empty: the dense model of the run. Mode recover needs it.',
   )
   alpha: float = option(
     1.0, 'Weight of the distillation loss; 0: only cross-entropy, without a teacher.', within=(0, 1)
@@ -116,7 +116,9 @@ class DistillOptions:
 class TrainOptions:
   """Recovery training."""
 
-  source: tuple[str, ...] = option((), 'Texts or chats. self: the dense model generates the rows.')
+  source: tuple[str, ...] = option(
+    (), 'Texts or chats. self: the dense model, or the teacher of mode recover, generates the rows.'
+  )
   weights: tuple[float, ...] = option(
     (),
     'Share of the rows for each entry of source; small sources repeat. Empty: the entries are concatenated, '

@@ -143,6 +143,12 @@ class PruneOptions:
   calibration: CalibrationOptions = group(CalibrationOptions)
 
   @property
+  def prunes(self) -> bool:
+    """Whether the run prunes. Mode recover asks for the whole model, and has no text to calibrate on."""
+    asked = self.method, self.target, self.compensate, self.heal, self.calibration.source
+    return asked != ('obs', 1.0, 'none', 0, ())
+
+  @property
   def multiples(self) -> Multiples:
     """What the widths of every layer must be multiples of, by `serve` and `align_ffn`."""
     asked = serving_multiples(self.serve)

@@ -14,7 +14,7 @@ from adapt_jax.export.hf import needs_mlx_code
 from adapt_jax.export.padded import padded_config
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.reports.origin import origin_of
-from adapt_jax.reports.report import RunReport, heads_of, known_perplexities
+from adapt_jax.reports.report import RunReport, heads_of, known_perplexities, names_of
 from adapt_jax.reports.summary import texts_table
 from adapt_jax.reports.table import Table
 
@@ -59,8 +59,8 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str], rep
     repo: repository of the hub that the export is uploaded to, if it is.
   """
   texts, (title, about) = report.get('texts', {}), _about(report, config)
-  measured, tasks = known_perplexities(report), _tasks(report.get('tasks') or {})
-  perplexity = Table(['model', 'perplexity'], [[of, f'{value:.2f}'] for of, value in measured.items()])
+  measured, tasks, names = known_perplexities(report), _tasks(report), names_of(report)
+  perplexity = Table(['model', 'perplexity'], [[names[of], f'{x:.2f}'] for of, x in measured.items()])
   data: dict[str, Any] = {**(report.get('data') or {})}
   card = _ENVIRONMENT.get_template('card.jinja').render(
     metadata=metadata(report, config, files, repo).to_yaml(),
@@ -68,12 +68,13 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str], rep
     title=title,
     about=about,
     dense=origin_of({'model': report['model']}).public_name,
+    teacher=origin_of({'model': report['teacher']}).public_name if 'teacher' in report else '',
     settings=list(_settings(report)),
     data=[(title, data[use]) for use, title in _USES.items() if data.get(use)],
     tokens=_tokens(report),
     stages=_stages(report),
     widths=_widths(report, config),
-    perplexity=texts_table(texts) if measured and (len(texts) > 1 or OWN in texts) else perplexity,
+    perplexity=texts_table(texts, names) if measured and (len(texts) > 1 or OWN in texts) else perplexity,
     definition=(report.get('perplexity') or {}).get('definition'),
     several=len(texts) > 1,
     tasks=tasks,
@@ -90,7 +91,7 @@ def _about(report: RunReport, config: ModelConfig) -> tuple[str, list[str]]:
   """What follows the name in the title, and sentences about what was removed."""
   origin, params = origin_of(report), count_params(config)
   if (before := origin.params or params) == params:
-    return '', [f'{params:,} parameters, written by adapt-jax.']
+    return '', [f'{params:,} parameters, {"retrained" if _tokens(report) else "written"} by adapt-jax.']
   whole = {'vocab_size': origin.vocab_size, 'hidden_size': origin.hidden_size}
   sizes: dict[str, Any] = {k: v for k, v in whole.items() if v and v != getattr(config, k)}
   pruned = count_params(dataclasses.replace(config, **sizes)) != before and not config.sliced_from
@@ -133,14 +134,15 @@ def _stages(report: RunReport) -> Table:
     values = [stage.get('perplexity_pruned'), stage.get('perplexity_recovered')]
     measured = [None if value is None else f'{value:.2f}' for value in values]
     rows.append([stage['stage'], f'{stage["params"]:,}', *measured, f'{stage.get("tokens") or 0:,}'])
-  return Table(['stage', 'parameters', 'perplexity pruned', 'recovered', 'tokens'], rows)
+  _, before, after = names_of(report).values()
+  return Table(['stage', 'parameters', f'perplexity {before}', after, 'tokens'], rows)
 
 
 def _widths(report: RunReport, config: ModelConfig) -> Table:
   """Remaining and original widths by layer; only the remaining ones, if the report has no stages."""
   field, title = heads_of(report)
   rows: Iterable[list[Any]] = []
-  if (stages := report.get('stages')) and not config.sliced_from:
+  if (stages := report.get('stages')) and report.get('prune', {}) is not None and not config.sliced_from:
     last, dense = ((row[field], row['ffn']) for row in (stages[-1], report['model']))  # type: ignore[literal-required]
     pairs = (zip(now, before, strict=True) for now, before in zip(last, dense, strict=True))
     rows = [[i, f'{k} of {dense_k}', f'{f} of {dense_f}'] for i, ((k, dense_k), (f, dense_f)) in
@@ -150,15 +152,16 @@ def _widths(report: RunReport, config: ModelConfig) -> Table:
   return Table(['layer', title, 'MLP channels'], list(rows))
 
 
-def _tasks(tasks: dict[str, dict[str, dict[str, Any]]]) -> Table:
-  models = [name for name in ('dense', 'pruned', 'recovered') if tasks.get(name)]
+def _tasks(report: RunReport) -> Table:
+  tasks, names = report.get('tasks') or {}, names_of(report)
+  models = [of for of in names if tasks.get(of)]
   named = dict.fromkeys((t, m) for name in models for t, metrics in tasks[name].items() for m in metrics)
   rows = []
   for task, metric in named:
     if metric not in ('version', 'n'):
       values = [tasks[name].get(task, {}).get(metric) for name in models]
       rows.append([task, metric, *(f'{x:.4f}' if isinstance(x, float) else x for x in values)])
-  return Table(['task', 'metric', *models], rows)
+  return Table(['task', 'metric', *(names[of] for of in models)], rows)
 
 
 def _health(report: RunReport) -> Table:

@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from adapt_jax.config.build import from_dict
-from adapt_jax.config.identity import WRITTEN
+from adapt_jax.config.identity import RUNS, WRITTEN
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.export.push import check_hub, push
@@ -17,6 +17,7 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import exists, local, read_json
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.llama import Params
+from adapt_jax.modes import recover
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.checkpoint import Checkpoints
@@ -33,8 +34,7 @@ from adapt_jax.training.optim import optimizer
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   """Writes WORKDIR/<format>; with export.dtype = auto every tensor keeps its bits.
 
-  model.source may also be the workdir of a run of mode accel or prune; if it is unfinished, its newest
-  checkpoint is used.
+  model.source may also be the workdir of a run; if it is unfinished, its newest checkpoint is used.
   """
   path = local(options.model.source)
   unfinished = exists(path / 'run.json') and not exists(path / 'hf') and exists(path / 'checkpoints')
@@ -104,11 +104,12 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   saved = read_json(path / 'run.json')
   checkpoints = Checkpoints(path / 'checkpoints', read_only=True)
   number = checkpoints.latest()
-  if saved.get('mode') not in ('accel', 'prune') or number is None:
+  if saved.get('mode') not in RUNS or number is None:
     raise InputError(
-      f'model.source = {str(path)!r} has no complete checkpoint of a run of mode accel or prune: wait for one'
+      f'model.source = {str(path)!r} has no complete checkpoint of a run of mode {" or ".join(RUNS)}: wait'
     )
   ran = from_dict(saved['config'])
+  ran = recover.settled(ran) if saved['mode'] == recover.MODE.name else ran
   ran = with_learning_rate(ran, source := open_source(ran.model.source))
   model = DenseModel(source, ran.prune.compensate == 'bias')
   state = from_meta(checkpoints.meta(number), model.config)

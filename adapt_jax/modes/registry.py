@@ -9,6 +9,7 @@ from adapt_jax.modes import (
   export,
   generate,
   narrow,
+  recover,
   sensitivity,
   trim,
 )
@@ -19,6 +20,7 @@ MODES: dict[str, Mode] = {
   for mode in (
     accel.ACCEL,
     accel.PRUNE,
+    recover.MODE,
     trim.MODE,
     narrow.MODE,
     evaluate.MODE,

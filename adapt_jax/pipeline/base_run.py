@@ -1,4 +1,4 @@
-"""What every run of mode accel or prune has: its inputs, log, measurements and report, and how it ends."""
+"""What every run has that prunes or recovers: inputs, log, measurements and report, and how it ends."""
 
 import time
 from typing import Any
@@ -16,7 +16,7 @@ from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.measured import measured_latency
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
-from adapt_jax.pipeline.run_report import run_report
+from adapt_jax.pipeline.run_report import described_source, run_report
 from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.stages import trained
 from adapt_jax.pipeline.state import RunState
@@ -84,8 +84,10 @@ class BaseRun:
 
   def _report(self, state: RunState) -> RunReport:
     more = ('lm_eval',) if self.options.evaluate.has_tasks else ()
-    model, budget = self._inputs.model, self._inputs.budget
-    report = run_report(self.options, model, budget, state, self._quality.definitions)
+    inputs, definitions = self._inputs, self._quality.definitions
+    report = run_report(self.options, inputs.model, inputs.budget, state, definitions)
+    if not self.options.prune.prunes:
+      report['teacher'] = described_source(inputs.reference.source)
     return report | {'command': self._command, 'versions': versions(*more)}
 
   def _page(self, report: RunReport, running: bool) -> None:

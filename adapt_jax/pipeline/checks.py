@@ -7,7 +7,7 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import SELF
 from adapt_jax.data.chat_templates import read_template
 from adapt_jax.data.documents import check_source
-from adapt_jax.export.writer import check_result
+from adapt_jax.export.writer import check_formats, check_result
 from adapt_jax.generation import self_text
 from adapt_jax.machine import mesh
 from adapt_jax.models.config import ModelConfig
@@ -39,7 +39,9 @@ _SLICING = {
 def check_sources(options: RunOptions) -> None:
   """Checks that every source of the run can be read; tokenises nothing. Raises InputError."""
   read_template(options.data.chat_template)
-  fields = {'prune.calibration.source': options.prune.calibration.source}
+  fields = {}
+  if options.prune.prunes:
+    fields['prune.calibration.source'] = options.prune.calibration.source
   if options.train.tokens:
     fields['train.source'] = options.train.source
   fields |= {evaluation_field(name): source for name, source in options.evaluate.texts.items()}
@@ -74,12 +76,19 @@ def check_run(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16'
     raise InputError(
       f'train.distill.cache = {kept} must be below the {config.vocab_size} ids of the model: lower it'
     )
+  _check_steps(options)
+  if options.prune.prunes:
+    _check_pruning(options, config, stored)
+  else:
+    check_formats(options.export, config)
+  mesh.check_batches(options)
+
+
+def _check_pruning(options: RunOptions, config: ModelConfig, stored: str) -> None:
   method = METHODS[options.prune.method]
   result = with_output_bias(config, options.prune.compensate == 'bias')
   reachable_target(method(result, options.prune, budget_of(options, config, stored)), options.prune.target)
-  _check_steps(options)
   check_result(options.export, result, method.whole_layers)
-  mesh.check_batches(options)
 
 
 def _check_slicing(options: RunOptions, config: ModelConfig) -> None:
@@ -96,12 +105,18 @@ def _check_slicing(options: RunOptions, config: ModelConfig) -> None:
     raise InputError(f'prune.method = {slicegpt.METHOD!r} does not support {wrong[0]}')
 
 
-def check_teacher(teacher: ModelConfig, theirs: Any, config: ModelConfig, ours: Any) -> None:
-  """Raises InputError for a teacher whose predictions are of other tokens; theirs, ours: the tokenizers."""
-  if teacher.vocab_size != config.vocab_size or theirs.get_vocab() != ours.get_vocab():
+def check_teacher(field: str, teacher: ModelConfig, theirs: Any, config: ModelConfig, ours: Any) -> None:
+  """Raises InputError for a teacher whose predictions are of other tokens.
+
+  field: what names the teacher. theirs, ours: the tokenizers, or None. One may name fewer tokens, as files
+    differ in whether they name rows that fill the embedding.
+  """
+  names: list[Any] = [x.get_vocab().items() if x else set() for x in (theirs, ours)]
+  small, large = sorted(names, key=len)
+  if teacher.vocab_size != config.vocab_size or not small <= large:
     raise InputError(
-      f'train.distill.source has {teacher.vocab_size:,} token ids, and the model {config.vocab_size:,}, or '
-      f'other tokens: name a teacher with the vocabulary of model.source (--mode=trim makes one)'
+      f'{field} has {teacher.vocab_size:,} token ids, and the model {config.vocab_size:,}, or other tokens: '
+      f'name a teacher with the vocabulary of the model (--mode=trim makes one)'
     )
   mesh.check_model(teacher)
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from adapt_jax.config.options import RunOptions
-from adapt_jax.config.values import OWN, SELF
+from adapt_jax.config.values import OWN
 from adapt_jax.data.train_set import TrainSet
 from adapt_jax.data.windows import Blocks
 from adapt_jax.export.writer import check_tokenizer
@@ -21,7 +21,7 @@ from adapt_jax.pruning.budget import Budget
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """The dense model and the data of a run; `train` may be None.
+  """The dense model and the data of a run; `train` may be None, and so is `calibration` if nothing is pruned.
 
   evaluate: windows of each text by its name, `OWN` the last; empty if nothing is measured.
   dtype: dtype of activations and matrix products. budget: what targets limit.
@@ -30,7 +30,7 @@ class Inputs:
 
   model: DenseModel
   tokenizer: Any
-  calibration: Blocks
+  calibration: Blocks | None
   train: TrainSet | None
   evaluate: dict[str, Blocks]
   dtype: Any
@@ -40,7 +40,8 @@ class Inputs:
   def digests(self) -> dict[str, str]:
     """A digest of the models and of each text's windows, by option, to notice changes before a resume."""
     found = {'model.source': self.source.model_digest()}
-    found['prune.calibration.source'] = self.calibration.digest()
+    if self.calibration is not None:
+      found['prune.calibration.source'] = self.calibration.digest()
     if self.train is not None:
       found['train.source'] = self.train.digest()
     if self.teacher is not None and self.teacher is not self.source:
@@ -48,6 +49,13 @@ class Inputs:
     if self.budget.kind == 'latency':
       found['prune.latency_table'] = self.budget.digest()
     return found | {evaluation_field(name): blocks.digest() for name, blocks in self.evaluate.items()}
+
+  @property
+  def reference(self) -> DenseModel:
+    """What results are compared with: the dense model, or the teacher if nothing is pruned."""
+    if self.calibration is None and self.teacher is not None:
+      return DenseModel(self.teacher)
+    return self.model
 
   @property
   def source(self) -> Source:
@@ -59,7 +67,7 @@ class Inputs:
 
 
 def prepare(options: RunOptions) -> Inputs:
-  """The inputs of modes accel and prune. Raises InputError for anything that a user must correct."""
+  """The inputs of modes accel, prune and recover. Raises InputError for anything that a user must correct."""
   check_sources(options)
   source = open_source(options.model.source)
   check_run(options, source.config, source.dtype)
@@ -71,11 +79,10 @@ def prepare(options: RunOptions) -> Inputs:
 def _warn_without_chats(options: RunOptions, inputs: Inputs) -> None:
   """Says so if a model with a chat template is calibrated on plain text alone."""
   blocks, tokenizer = inputs.calibration, inputs.tokenizer
-  plain = blocks.documents and SELF not in options.prune.calibration.source  # not rows of a .npy file
-  if plain and tokenizer.chat_template and not blocks.has_chats(tokenizer.bos_token_id):
-    say(
-      'prune.calibration.source has neither chats nor self: a chat model may stop answering (docs/texts.md)'
-    )
+  if blocks is None or options.prune.calibration.own or not tokenizer.chat_template:
+    return
+  if blocks.documents and not blocks.has_chats(tokenizer.bos_token_id):  # not a .npy file, nor self
+    say('calibration has neither chats nor text of the model: it may stop answering (prune.calibration.own)')
 
 
 def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
@@ -84,19 +91,23 @@ def load(options: RunOptions, source: Source, loader: Loader) -> Inputs:
   _ = model.origin  # raises for a damaged lineage.json, which the report needs later
   check_tokenizer(options.export, loader.tokenizer)
   teacher = _open_teacher(options, source, loader.tokenizer)
-  calibration = options.prune.calibration
-  blocks = loader.calibration()
-  blocks.draw(calibration.samples, options.seed, 0)  # raises if there are too few rows
+  speaker = source if options.prune.prunes or teacher is None else teacher
   return Inputs(
     model,
     loader.tokenizer,
-    blocks,
-    loader.train_set() if options.train.tokens else None,
-    loader.evaluation() | ({OWN: loader.own()} if options.evaluate.health else {}),
+    _calibration(options, loader) if options.prune.prunes else None,
+    loader.train_set(speaker) if options.train.tokens else None,
+    loader.evaluation() | ({OWN: loader.own(speaker)} if options.evaluate.health else {}),
     compute_dtype(options.model.dtype),
     budget_of(options, source.config, source.dtype),
     teacher,
   )
+
+
+def _calibration(options: RunOptions, loader: Loader) -> Blocks:
+  blocks = loader.calibration()
+  blocks.draw(options.prune.calibration.samples, options.seed, 0)  # raises if there are too few rows
+  return blocks
 
 
 def _open_teacher(options: RunOptions, source: Source, tokenizer: Any) -> Source | None:
@@ -106,5 +117,6 @@ def _open_teacher(options: RunOptions, source: Source, tokenizer: Any) -> Source
   if not distill.source:
     return source
   teacher = open_source(distill.source, 'train.distill.source')
-  check_teacher(teacher.config, teacher.load_tokenizer(), source.config, tokenizer)
+  theirs = teacher.load_tokenizer()
+  check_teacher('train.distill.source', teacher.config, theirs, source.config, tokenizer)
   return teacher

@@ -79,7 +79,7 @@ class Loader:
 
     def load(source: tuple[str, ...], rows: int) -> Blocks:
       if self_text.is_self(source):
-        source = self._own_text(rows, c.length, self_text.CALIBRATION)
+        source = self._own_text(self._source, rows, c.length, self_text.CALIBRATION)
       tokens = rows * (c.length + 1)  # a row of text and the target after it
       return self.load('prune.calibration.source', source, c.length, tokens, c.layout)
 
@@ -95,28 +95,29 @@ class Loader:
     blocks = [load(s, max(1, rows)) for s, rows in zip(sources, quotas(shares, c.samples), strict=True)]
     return mixed([', '.join(source) for source in sources], blocks, shares)
 
-  def train_set(self) -> TrainSet:
-    """The rows of training, from the cache on disk."""
+  def train_set(self, speaker: Source | None = None) -> TrainSet:
+    """The rows of training, from the cache on disk; `speaker` generates those of `self`, or the model."""
     o, train = self._options, self._options.train
     self._warn_beyond_context('train.source', train.length)
     if self_text.is_self(train.source):
       rows = -(-train.tokens // train.length)
-      train = dataclasses.replace(train, source=self._own_text(rows, train.length, self_text.TRAINING))
+      own = self._own_text(speaker or self._source, rows, train.length, self_text.TRAINING)
+      train = dataclasses.replace(train, source=own)
     vocab_size, first = self._config.vocab_size, first_of_rows(self._config.traits, self.tokenizer)
     return open_train_set(train, o.data, self.tokenizer, vocab_size, o.seed, first)
 
-  def _own_text(self, rows: int, length: int, use: int) -> tuple[str, ...]:
-    """The source of rows that the model generates; each `use` has different rows."""
+  def _own_text(self, speaker: Source, rows: int, length: int, use: int) -> tuple[str, ...]:
+    """The source of rows that a model generates; each `use` has different rows."""
     o = self._options
     drawn: dict[str, Any] = {'seed': [o.seed, use], 'dtype': compute_dtype(o.model.dtype)}
     directory = token_directory(o.data)
-    path = self_text.draw(self._source, self.tokenizer, rows, length, **drawn, directory=directory)
+    path = self_text.draw(speaker, self.tokenizer, rows, length, **drawn, directory=directory)
     return (str(path),)
 
-  def own(self) -> Blocks:
-    """Rows that the model generates for `evaluate.health`, of 256 tokens or as long as its context."""
+  def own(self, speaker: Source | None = None) -> Blocks:
+    """Rows that `speaker`, or the model, generates for `evaluate.health`: 256 tokens, or its context."""
     length = min(_OWN_LENGTH, self._config.max_position)
-    source = self._own_text(_OWN_ROWS, length, self_text.HEALTH)
+    source = self._own_text(speaker or self._source, _OWN_ROWS, length, self_text.HEALTH)
     return self.load(evaluation_field(OWN), source, length)
 
   def _warn_beyond_context(self, name: str, length: int) -> None:

@@ -14,13 +14,14 @@ from adapt_jax.pipeline.examples import Examples
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.shared import DenseReference, Shared
-from adapt_jax.reports.report import ExampleReport, HealthReport, Of
+from adapt_jax.reports.report import PRUNING_NAMES, RECOVERY_NAMES, ExampleReport, HealthReport, Of
 
 
 def dense_key(options: RunOptions) -> Any:
-  """Everything that the figures of the dense model depend on, for `Shared`."""
+  """Everything that the figures of the dense model (`Inputs.reference`) depend on, for `Shared`."""
   # Biases that a run adds are zeros, but its program may round differently.
-  return options.model, options.data, options.evaluate, options.prune.compensate == 'bias'
+  biased, teacher = options.prune.compensate == 'bias', options.train.distill.source
+  return options.model, options.data, options.evaluate, biased, '' if options.prune.prunes else teacher
 
 
 class Comparison(NamedTuple):
@@ -54,6 +55,7 @@ class Quality:
   ):
     self._options, self._inputs, self._metrics, self._shared = options, inputs, metrics, shared
     self._common: dict[str, Any] = {'compiler': compiler, 'dtype': inputs.dtype}
+    self._names = PRUNING_NAMES if options.prune.prunes else RECOVERY_NAMES
     self._examples = Examples(inputs, **self._common) if examples else None
     own = inputs.evaluate.get(OWN)
     args = inputs.config, inputs.tokenizer, inputs.source.generation
@@ -75,7 +77,7 @@ class Quality:
   ) -> dict[str, float]:
     """Perplexity on each text, of the dense model (stage 0) or a stage's, after `step` training steps."""
     known, key = self._shared.dense, dense_key(self._options)
-    title = 'dense' if of == 'dense' else f'stage {stage} {of}'
+    title = self._names[of] if of == 'dense' else f'stage {stage} {self._names[of]}'
     found = known.get(key, {}) if of == 'dense' else {}
     found = found or {
       name: evaluator.perplexity(config, params, self._title(f'{title}: evaluate', name))
@@ -111,14 +113,15 @@ class Quality:
 
   def _reference(self) -> DenseReference:
     """What the dense model, which is read again, says on each text."""
-    dense, config = self._inputs.model.load_params(self._inputs.dtype), self._inputs.config
+    model = self._inputs.reference
+    dense, config = model.load_params(self._inputs.dtype), model.config
     texts = {
-      name: evaluator.reference(config, dense, self._title('divergence: dense', name))
+      name: evaluator.reference(config, dense, self._title(f'divergence: {self._names["dense"]}', name))
       for name, evaluator in self._evaluators.items()
     }
-    examples, health = self._examples, self._health
-    continuations = examples.continuations(config, dense, 'examples: dense') if examples is not None else []
-    answers = health.answers(config, dense, 'answers: dense') if health is not None else []
+    examples, health, of = self._examples, self._health, self._names['dense']
+    continuations = examples.continuations(config, dense, f'examples: {of}') if examples is not None else []
+    answers = health.answers(config, dense, f'answers: {of}') if health is not None else []
     return DenseReference(texts, continuations, answers)
 
   def _title(self, title: str, name: str) -> str:

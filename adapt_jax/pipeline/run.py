@@ -23,7 +23,7 @@ from adapt_jax.training.optim import optimizer
 
 
 class Run(BaseRun):
-  """One run of mode accel or prune in its workdir: stages, checkpoints and resume."""
+  """One run of mode accel, prune or recover in its workdir: stages, checkpoints and resume."""
 
   def _prepare(self, shared: Shared | None) -> None:
     inputs, self._estimated = self._inputs, False
@@ -67,10 +67,8 @@ class Run(BaseRun):
     self._metrics.close()
 
   def _run_stages(self, state: RunState) -> None:
-    if not state.dense:
-      state.dense = self._perplexity(state, 'dense')
-    if self._tasks(state, 'dense'):
-      self._store.save_plan(state, 1)
+    if not state.stage:
+      self._measure_reference(state)
     for stage in range(max(state.stage, 1), self._schedule.stages + 1):
       if state.stage < stage:
         self._prune_stage(stage, state)
@@ -78,6 +76,16 @@ class Run(BaseRun):
       if not state.complete:
         self._recover_stage(stage, state)
       preemption.check()
+
+  def _measure_reference(self, state: RunState) -> None:
+    """Measures what results are compared with, as far as it is not known."""
+    reference, config, params = self._inputs.reference, self._config(state), state.params
+    if reference is not self._inputs.model:
+      config, params = reference.config, reference.load_params(self._inputs.dtype)
+    if not state.dense:
+      state.dense = self._quality.perplexity(config, params, 'dense', 0, 0)
+    if self._measure_tasks(state, config, params, 'dense'):
+      self._store.save_plan(state, 1)
 
   def _position(self, state: RunState) -> str:
     stage = min(state.stage + state.complete, self._schedule.stages)

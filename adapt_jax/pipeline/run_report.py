@@ -9,6 +9,7 @@ from adapt_jax.config import identity
 from adapt_jax.config.options import RunOptions
 from adapt_jax.data.documents import hub_datasets
 from adapt_jax.models.config import count_params
+from adapt_jax.models.formats.source import Source
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.schedule import Schedule, target_cost
 from adapt_jax.pipeline.state import RunState
@@ -54,7 +55,7 @@ def run_report(
     'definition': first(definitions),
   }
   described_settings, origin = _settings(options), model.origin
-  if options.prune.method in METHODS:  # SliceGPT removes none
+  if described_settings['prune'] and options.prune.method in METHODS:  # SliceGPT removes none
     described_settings['prune']['attention'] = budget.removes.name  # not auto
     origin = dataclasses.replace(origin, attention=budget.removes.name)
   return {
@@ -76,13 +77,16 @@ def run_report(
   }
 
 
+def described_source(source: Source) -> ModelReport:
+  """A model before pruning, or a teacher."""
+  size = count_params(source.config)
+  return {'source': source.name, 'hub': source.hub, 'license': source.license, 'params_before': size}
+
+
 def _model(options: RunOptions, model: DenseModel, budget: Budget, last: StageReport) -> ModelReport:
   """The dense model, and the size of the last stage's."""
   described: ModelReport = {
-    'source': model.source.name,
-    'hub': model.source.hub,
-    'license': model.source.license,
-    'params_before': count_params(model.source.config),
+    **described_source(model.source),
     'params_after': last['params'],
     **PrunePlan.dense(model.config).widths(model.config),
   }
@@ -128,7 +132,7 @@ def _settings(options: RunOptions) -> RunReport:
   texts = [entry for entries in options.evaluate.texts.values() for entry in entries]
   trains, found = options.train.tokens > 0, identity.settings(options, ('prune', 'train'))
   return {  # type: ignore[typeddict-item]
-    'prune': found['prune'],
+    'prune': found['prune'] if options.prune.prunes else None,
     'train': found['train'] if trains else None,
     'data': {
       'calibration': options.prune.calibration.source,

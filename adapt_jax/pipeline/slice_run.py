@@ -86,5 +86,6 @@ class SliceRun(BaseRun):
   def _tokens(self) -> jax.Array:
     """Calibration rows [M, B, T]."""
     calibration, blocks = self.options.prune.calibration, self._inputs.calibration
+    assert blocks is not None
     rows = blocks.tokens[blocks.draw(calibration.samples, self.options.seed, 0)]
     return jax.device_put(rows.reshape(-1, programs.micro_batch(calibration), rows.shape[1]))

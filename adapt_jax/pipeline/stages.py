@@ -37,6 +37,8 @@ def trained(options: RunOptions) -> bool:
 class Pruning:
   """Prunes the model of a stage, adjusts the remaining weights, compacts the arrays and, at last, heals them.
 
+  Without calibration rows it only prepares the arrays for training.
+
   Args:
     options, inputs, schedule: those of the run.
     optimizer: the optimizer of training; None if the run only prunes.
@@ -57,16 +59,9 @@ class Pruning:
     self._options, self._inputs, self._schedule = options, inputs, schedule
     self._optimizer, self._compiler = optimizer, compiler
     self._healing: Healing | None = None
-    self._pruner = Pruner(
-      inputs.config,
-      options.prune,
-      inputs.calibration,
-      seed=options.seed,
-      compiler=compiler,
-      dtype=inputs.dtype,
-      memo=memo,
-      budget=inputs.budget,
-    )
+    common: dict[str, Any] = {'seed': options.seed, 'compiler': compiler, 'dtype': inputs.dtype}
+    rows, common = inputs.calibration, common | {'memo': memo, 'budget': inputs.budget}
+    self._pruner = Pruner(inputs.config, options.prune, rows, **common) if rows is not None else None
 
   def start(self) -> TrainState:
     """The dense parameters, fp32 if they are trained. Moments are created for the first, smaller model."""
@@ -78,13 +73,13 @@ class Pruning:
 
     Raises `Preempted` after SIGTERM.
     """
-    prune, inputs = self._options.prune, self._inputs
-    if not prune.heal or state.stage == self._schedule.stages:
+    prune, inputs, blocks = self._options.prune, self._inputs, self._inputs.calibration
+    if not prune.heal or blocks is None or state.stage == self._schedule.stages:
       return
     params = inputs.model.load_params(inputs.dtype) if state.stage else state.params
     seed, calibration = self._options.seed, prune.calibration
     self._healing = Healing(
-      inputs.calibration.tokens[inputs.calibration.draw(calibration.samples, seed, 0)],
+      blocks.tokens[blocks.draw(calibration.samples, seed, 0)],
       prune.heal,
       Teacher(inputs.config, jax.tree.map(lambda x: x.astype(inputs.dtype), params)),
       inputs.source.stored_params(),
@@ -124,17 +119,18 @@ class Pruning:
       state.pruning = pruning  # the arrays do not change until the stage is compacted
       after_step(record)
 
-    arrays, _ = prune_model(
-      self._pruner,
-      load,
-      state.pruning,
-      self._schedule.target(stage),
-      compacted=state.compacted,
-      after_step=record_step,
-      title=f'stage {stage} prune',
-    )
-    state.compacted_to_plan(arrays)
-    del arrays
+    if self._pruner is not None:
+      arrays, _ = prune_model(
+        self._pruner,
+        load,
+        state.pruning,
+        self._schedule.target(stage),
+        compacted=state.compacted,
+        after_step=record_step,
+        title=f'stage {stage} prune',
+      )
+      state.compacted_to_plan(arrays)
+      del arrays
     if self._healing and stage == self._schedule.stages:
       self._heal(state, after_healing)
     if 'optimizer' not in state.arrays and self._optimizer:

@@ -10,6 +10,7 @@ from typing import Any
 import filelock
 
 from adapt_jax.config.build import defaults, flatten
+from adapt_jax.config.identity import RUNS
 from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.files import beside, local, read_json, write_text
@@ -124,7 +125,7 @@ class Workdir:
     now = {'mode': self._identity['mode']} | flatten(self._identity['config'])
     default = flatten(json.loads(json.dumps(defaults())))  # with lists, as in run.json
     remedy = 'use another workdir, or the same config to resume'
-    if then['mode'] in ('accel', 'prune') and now['mode'] == 'export':
+    if then['mode'] in RUNS and now['mode'] == 'export':
       remedy = f'write the export into another workdir, with --config.model.source={self.path}'
     for name in then | now:  # options added since the run was started have their defaults
       was, value = (of.get(name, default.get(name)) for of in (then, now))

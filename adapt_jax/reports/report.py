@@ -18,6 +18,9 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers
 # The model that was measured: the dense one, one just pruned, or one recovered from it.
 Of = Literal['dense', 'pruned', 'recovered']
 Tasks = dict[str, dict[str, dict[str, Any]]]  # {'dense': {task: {metric: value}}, 'pruned': …}
+# What tables and charts call these models, in a run that prunes and in one of mode recover.
+PRUNING_NAMES: dict[Of, str] = {'dense': 'dense', 'pruned': 'pruned', 'recovered': 'recovered'}
+RECOVERY_NAMES: dict[Of, str] = {'dense': 'teacher', 'pruned': 'before', 'recovered': 'after'}
 
 
 class ModelReport(TypedDict, total=False):
@@ -157,9 +160,10 @@ class EvaluationReport(MadeReport, total=False):
 
 
 class RunReport(MadeReport, total=False):
-  """Report of modes accel, prune and export; also stored with every export as its lineage.
+  """Report of modes accel, prune, recover and export; also stored with every export as its lineage.
 
-  origin: fields of `reports.origin.Origin`. prune, train: the settings that the result depends on. data:
+  origin: fields of `reports.origin.Origin`. prune, train: the settings that the result depends on; None if
+  nothing was pruned or trained. teacher: if nothing was pruned, what the model is compared with. data:
   sources by use, and as `hub` the names of those that are data sets of the hub. exports: facts about each
   format, {'hf': {'bytes': …}}. examples: not stored with exports, since they quote the held-out texts.
   """
@@ -172,7 +176,8 @@ class RunReport(MadeReport, total=False):
   budget: BudgetReport
   schedule: ScheduleReport
   stages: list[StageReport]
-  prune: dict[str, Any]
+  prune: dict[str, Any] | None
+  teacher: ModelReport
   train: dict[str, Any] | None
   data: dict[str, tuple[str, ...]]
   exports: dict[str, dict[str, Any]]
@@ -251,6 +256,11 @@ def known_perplexities(report: RunReport) -> dict[Of, float]:
   """Perplexities of a run measured so far, in the order dense, pruned, recovered."""
   perplexity: Any = report.get('perplexity') or {}
   return {of: perplexity[of] for of in get_args(Of) if perplexity.get(of) is not None}
+
+
+def names_of(report: RunReport) -> dict[Of, str]:
+  """What tables and charts call the models of this run."""
+  return RECOVERY_NAMES if report.get('prune', {}) is None else PRUNING_NAMES
 
 
 def layer_importance(distance: str, stored: list[float]) -> list[float]:

@@ -11,11 +11,13 @@ from adapt_jax.config.values import TEXT
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
 from adapt_jax.reports.report import (
+  Of,
   RunReport,
   heads_of,
   importance_name,
   known_perplexities,
   layer_importance,
+  names_of,
 )
 from adapt_jax.reports.summary import excess
 
@@ -84,11 +86,12 @@ def training_chart(data: RunData, field: str, title: str, unit: str, colour: int
 
 def perplexity_over_tokens(data: RunData, text: str) -> str:
   """Perplexity on one text over tokens, after each pruning and recovery."""
-  points: dict[str, list[tuple[float, float]]] = {'': [], 'pruned': [], 'recovered': []}
+  names = names_of(data.report)
+  points: dict[str, list[tuple[float, float]]] = {'': [], names['pruned']: [], names['recovered']: []}
   levels = []
   for step, event in data.at_steps():
     if event['event'] == 'evaluate' and event.get('text', TEXT) == text:
-      of, value = event['of'], event['perplexity']
+      of, value = names[event['of']], event['perplexity']
       points[''].append((data.x_of(step), value))
       if of in points:
         points[of].append((data.x_of(step), value))
@@ -106,16 +109,17 @@ def perplexity_over_tokens(data: RunData, text: str) -> str:
 
 def perplexity_chart(report: RunReport, height: int = 250) -> str:
   """Pruned and recovered perplexity by stage, with a line for the dense model; '' if there is none."""
-  stages, series = report.get('stages', []), []
-  for colour, of in enumerate(('pruned', 'recovered'), 1):
+  stages, series, names = report.get('stages', []), [], names_of(report)
+  models: tuple[Of, ...] = ('pruned', 'recovered')
+  for colour, of in enumerate(models, 1):
     values: list[Any] = [(stage['stage'], stage.get(f'perplexity_{of}')) for stage in stages]
-    series.append(Series(of, [(k, value) for k, value in values if value is not None], colour))
+    series.append(Series(names[of], [(k, value) for k, value in values if value is not None], colour))
   dense = known_perplexities(report).get('dense')
   return charts.line_chart(
     'Perplexity on held-out text',
     ('stage', 'perplexity'),
     series,
-    levels=[] if dense is None else [(dense, f'dense {dense:.2f}')],
+    levels=[] if dense is None else [(dense, f'{names["dense"]} {dense:.2f}')],
     log=_wide([y for s in series for _, y in s.points]),
     integer=True,
     height=height,
@@ -132,7 +136,7 @@ def excess_chart(report: RunReport) -> str:
       if (lost := excess(after)) is not None:
         points.append((stage['stage'], lost))
     series.append(Series(name, points, colour))
-  title = 'Excess over the dense model by text'
+  title = f'Excess over the {names_of(report)["dense"]} model by text'
   return charts.line_chart(title, ('stage', 'nats per token'), series, integer=True)
 
 
@@ -181,9 +185,8 @@ def stage_widths(data: RunData) -> list[tuple[str, str]]:
 
 def heat_maps(data: RunData) -> list[str]:
   """What the method decided by, and the sparsity, by layer and step."""
-  events = data.of('prune')
-  steps, distance = [e['step'] for e in events], data.report['prune'].get('layer_distance', '')
-  method = data.report['prune']['method']
+  events, asked = data.of('prune'), data.report['prune'] or {}
+  steps, distance, method = [e['step'] for e in events], asked.get('layer_distance', ''), asked['method']
   if events and events[0].get('layer_cost'):  # methods with one ranking over all layers
     importance = [e['layer_cost'] for e in events]
     unit = 'parameter' if data.report['budget']['kind'] == 'params' else 'unit of the budget'

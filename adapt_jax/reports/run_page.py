@@ -14,7 +14,7 @@ from adapt_jax.config.units import amount
 from adapt_jax.config.values import TEXT, plain
 from adapt_jax.models.files import write_text
 from adapt_jax.reports.page import cards, due, figures, notes, page, section
-from adapt_jax.reports.report import ExampleReport, RunReport, known_perplexities
+from adapt_jax.reports.report import ExampleReport, RunReport, known_perplexities, names_of
 from adapt_jax.reports.run_charts import (
   MOST_STAGES,
   RunData,
@@ -37,12 +37,13 @@ def _state(data: RunData, running: bool) -> str:
   count = max([1, len(data.report['schedule']['targets']), *seen])
   if not running:
     return f'finished, {count} stage{"s" if count > 1 else ""}'
-  last = data.events[-1] if data.events else {'event': ''}
+  last: Json = data.events[-1] if data.events else {'event': ''}
+  names: Any = names_of(data.report)
   doing = {
     'prune': f'pruning, step {last.get("step")} done',
     'train': f'recovering, training step {last.get("step")} of {data.report["schedule"]["train_steps"]} done',
-    'evaluate': f'evaluated the {last.get("of")} model',
-    'tasks': f'evaluated tasks, {last.get("of")}',
+    'evaluate': f'evaluated the model: {names.get(last.get("of"))}',
+    'tasks': f'evaluated tasks: {names.get(last.get("of"))}',
   }
   return f'running, stage {max([1, *seen])} of {count}: {doing.get(last["event"], "starting")}'
 
@@ -52,6 +53,8 @@ def _title(data: RunData) -> str:
   model, rows = data.report['model'], (*data.report['stages'], *data.of('prune'))
   if not rows:
     return model['source']
+  if data.report['prune'] is None:
+    return f'{model["source"]}, distilled from {data.report["teacher"]["source"]}'
   kept = min(row['params'] for row in rows) / model['params_before']
   return f'{model["source"]}, pruned to {kept:.1%}{" and recovered" if data.of("train") else ""}'
 
@@ -69,11 +72,16 @@ def _facts(data: RunData) -> Iterator[tuple[str, str]]:
   """(figure, description) pairs of the header."""
   report, model, budget = data.report, data.report['model'], data.report['budget']
   if known := known_perplexities(report):
-    yield ' → '.join(map(decimal, known.values())), f'perplexity {" → ".join(known)}'
-  before = model['params_before']
-  after = min([before, *(row['params'] for row in (*data.report['stages'], *data.of('prune')))])
-  yield f'{before:,} → {after:,}', f'parameters, {100 * after / before:.1f} % left'
-  yield amount(budget['kind'], budget['reached']), '; '.join(budget_lines(budget))
+    names = names_of(report)
+    yield ' → '.join(map(decimal, known.values())), f'perplexity {" → ".join(names[of] for of in known)}'
+  before = report.get('teacher', model)['params_before']
+  after = min([model['params_before'], *(row['params'] for row in (*report['stages'], *data.of('prune')))])
+  yield (
+    f'{before:,} → {after:,}',
+    f'parameters, {100 * after / before:.1f} % {"left" if report["prune"] else "of the teacher"}',
+  )
+  if report['prune']:
+    yield amount(budget['kind'], budget['reached']), '; '.join(budget_lines(budget))
   if rates := [e['tokens_per_second'] for e in data.of('train')]:
     yield f'{statistics.median(rates):,.0f}', 'training tokens per second, median of the steps'
   yield f'{report["seconds"]:,.0f} s', f'of compute, {report["seconds"] / 60:,.0f} min'
@@ -81,11 +89,15 @@ def _facts(data: RunData) -> Iterator[tuple[str, str]]:
   yield f'{sum(compiles.values())}', 'compiles: ' + ', '.join(f'{k} {v}' for k, v in compiles.items())
 
 
-def _example(example: ExampleReport) -> str:
-  """A text's beginning or a question, and what the dense model and the result write, side by side."""
+def _example(example: ExampleReport, dense: str) -> str:
+  """A text's beginning or a question, and what the dense model and the result write, side by side.
+
+  dense: what the page calls that model.
+  """
   e = html.escape
   named = '' if example['text'] == TEXT else f'{example["text"]}: '
-  boxes = [f'<span>{of}</span><pre>{e(example[of])}</pre>' for of in ('dense', 'result')]
+  shown = {dense: example['dense'], 'result': example['result']}
+  boxes = [f'<span>{of}</span><pre>{e(text)}</pre>' for of, text in shown.items()]
   return f'<p>{e(named + example["prompt"])}</p>' + cards('grid', boxes)
 
 
@@ -100,7 +112,7 @@ def _charts(data: RunData) -> Iterator[str]:
   yield section('Recovery' if trained else 'Perplexity', figures(measured))
   if data.of('prune'):
     yield section('Pruning', figures([budget_chart(data), *heat_maps(data)]))
-  if pairs := stage_widths(data):
+  if data.report['prune'] and (pairs := stage_widths(data)):
     some = f' ({MOST_STAGES} of the stages)' if len(pairs) == MOST_STAGES < len(data.report['stages']) else ''
     yield section(f'Widths of the layers{some}', *map(figures, zip(*pairs, strict=True)))
 
@@ -112,14 +124,15 @@ def _body(data: RunData) -> Iterator[str]:
     yield section(title, table.html())
   if definition := report['perplexity']['definition']:
     yield notes([f'Perplexity is {definition}.'])
-  yield notes(warnings(report['texts']))
+  yield notes(warnings(report['texts'], report['prune'] is not None))
   yield from _charts(data)
   health = report.get('health')
   if examples := [*report.get('examples', []), *(health['examples'] if health else [])]:
     how = 'Held-out text and questions, and how each model goes on with greedy decoding.'
-    yield section('Before and after', notes([how, *health_lines(health)]), *map(_example, examples))
+    shown = [_example(example, names_of(report)['dense']) for example in examples]
+    yield section('Before and after', notes([how, *health_lines(health)]), *shown)
   yield section('Exports', _exports(report.get('exports', {})))
-  settings = flatten({'prune': report['prune'], 'train': report.get('train') or {}})
+  settings = flatten({'prune': report['prune'] or {}, 'train': report.get('train') or {}})
   rows = [[name, plain(value)] for name, value in settings.items()]
   yield section('Settings', Table(['setting', 'value'], rows).html())
 

@@ -6,6 +6,7 @@ import math
 from adapt_jax.config.units import amount
 from adapt_jax.config.values import OWN
 from adapt_jax.reports.report import (
+  PRUNING_NAMES,
   BudgetReport,
   HealthReport,
   Of,
@@ -15,6 +16,7 @@ from adapt_jax.reports.report import (
   TextReport,
   heads_of,
   known_perplexities,
+  names_of,
 )
 from adapt_jax.reports.table import Table
 
@@ -35,8 +37,9 @@ def _widths(values: list[int]) -> str:
 def stages_table(report: RunReport) -> Table:
   """A row for the dense model and for each stage, as far as they are known."""
   other = [] if report['budget']['kind'] == 'params' else [report['budget']['unit'], 'of dense']
-  head = ['stage', 'parameters', 'of dense', *other, 'perplexity pruned', 'recovered', 'tokens', 'seconds']
-  rows = [['dense', *_costs(report), '', decimal(known_perplexities(report).get('dense')), '', '']]
+  dense, before, after = names_of(report).values()
+  head = ['stage', 'parameters', f'of {dense}', *other, f'perplexity {before}', after, 'tokens', 'seconds']
+  rows = [[dense, *_costs(report), '', decimal(known_perplexities(report).get('dense')), '', '']]
   for stage in report['stages']:
     measured = [decimal(stage.get('perplexity_pruned')), decimal(stage.get('perplexity_recovered'))]
     spent = [decimal(stage.get('tokens'), ',.0f'), decimal(stage.get('seconds'), ',.0f')]
@@ -46,10 +49,11 @@ def stages_table(report: RunReport) -> Table:
 
 def tables(report: RunReport) -> dict[str, Table]:
   """Title -> table: the stages, several texts or the model's own, and tasks if there are any."""
-  texts = report['texts']
+  texts, names = report['texts'], names_of(report)
   shown = {'Stages': stages_table(report)}
-  shown |= {'Texts': texts_table(texts)} if len(texts) > 1 or OWN in texts else {}
-  return shown | ({'Tasks': tasks_table(report['tasks'])} if report.get('tasks') else {})
+  shown |= {'Texts': texts_table(texts, names)} if len(texts) > 1 or OWN in texts else {}
+  tasks: Tasks = {names[of]: scores for of, scores in (report.get('tasks') or {}).items()}  # type: ignore[index]
+  return shown | ({'Tasks': tasks_table(tasks)} if tasks else {})
 
 
 def table(report: RunReport) -> str:
@@ -64,8 +68,9 @@ def table(report: RunReport) -> str:
       lines.append(f'stage {stage["stage"]} residual stream: width {stage["hidden_size"]}')
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
   said = f'compiled programs: {compiles}; the run took {report["seconds"]:.0f} s'
-  lines += [*budget_lines(report['budget']), said, *health_lines(report.get('health'))]
-  return '\n'.join([*lines, *warnings(report['texts'])])
+  asked = budget_lines(report['budget']) if report['prune'] else []
+  lines += [*asked, said, *health_lines(report.get('health'))]
+  return '\n'.join([*lines, *warnings(report['texts'], report['prune'] is not None)])
 
 
 def health_lines(health: HealthReport | None) -> list[str]:
@@ -83,7 +88,7 @@ def health_lines(health: HealthReport | None) -> list[str]:
 
 def _costs(report: RunReport, stage: StageReport | None = None) -> list[str]:
   """Parameters of a stage or the dense model, and the cost of another budget; each with its share of it."""
-  dense, budget = report['model']['params_before'], report['budget']
+  dense, budget = report.get('teacher', report['model'])['params_before'], report['budget']
   params = stage['params'] if stage else dense
   cells = [f'{params:,}', f'{100 * params / dense:.1f} %']
   if budget['kind'] == 'params':
@@ -125,14 +130,14 @@ def tasks_table(tasks: Tasks) -> Table:
   return Table(['task', 'metric', 'questions', *tasks], rows)
 
 
-def texts_table(texts: dict[str, TextReport]) -> Table:
+def texts_table(texts: dict[str, TextReport], names: dict[Of, str] = PRUNING_NAMES) -> Table:
   """A row per text: perplexities, the final excess loss, and the KL from dense."""
-  models: tuple[Of, ...] = ('dense', 'pruned', 'recovered')
   rows = []
   for name, text in texts.items():
     more = excess(text), text.get('kl')
-    rows.append([name, *(decimal(text.get(of)) for of in models), *(decimal(x, '.3f') for x in more)])
-  return Table(['text', f'perplexity {models[0]}', *models[1:], 'excess', 'KL from dense'], rows)
+    rows.append([name, *(decimal(text.get(of)) for of in names), *(decimal(x, '.3f') for x in more)])
+  dense, *others = names.values()
+  return Table(['text', f'perplexity {dense}', *others, 'excess', f'KL from {dense}'], rows)
 
 
 def excess(text: TextReport) -> float | None:
@@ -141,12 +146,12 @@ def excess(text: TextReport) -> float | None:
   return None if final is None or dense is None else math.log(final / dense)
 
 
-def warnings(texts: dict[str, TextReport]) -> list[str]:
-  """Lines about what a user should not overlook; empty if there is nothing."""
-  return [line for line in (_uneven(texts), _worsened(texts)) if line]
+def warnings(texts: dict[str, TextReport], pruned: bool = True) -> list[str]:
+  """Lines about what a user should not overlook; empty if there is nothing. pruned: whether the run did."""
+  return [line for line in (_uneven(texts, pruned), _worsened(texts, pruned)) if line]
 
 
-def _worsened(texts: dict[str, TextReport]) -> str:
+def _worsened(texts: dict[str, TextReport], pruned: bool) -> str:
   """A warning if training made the model worse on some text; '' otherwise."""
   pairs = {
     name: (x['pruned'], x['recovered']) for name, x in texts.items() if {'pruned', 'recovered'} <= x.keys()
@@ -158,11 +163,11 @@ def _worsened(texts: dict[str, TextReport]) -> str:
   before, after = pairs[worst]
   return (
     f'warning: training raised the perplexity on {worst} from {before:.2f} to {after:.2f}: lower '
-    f'train.lr, and train on more tokens, or use --mode=prune'
+    f'train.lr, and train on more tokens{", or use --mode=prune" * pruned}'
   )
 
 
-def _uneven(texts: dict[str, TextReport]) -> str:
+def _uneven(texts: dict[str, TextReport], pruned: bool) -> str:
   """A warning if some text lost more than twice as much as the best one; '' otherwise.
 
   The text that lost least is assumed to be of the kind used for calibration or training.
@@ -173,8 +178,8 @@ def _uneven(texts: dict[str, TextReport]) -> str:
   best, worst = min(lost, key=lost.__getitem__), max(lost, key=lost.__getitem__)
   if lost[worst] < 2 * max(lost[best], 0.0) + _LITTLE:
     return ''
-  remedy = f'add text like {worst} to prune.calibration.source and train.source'
-  remedy = 'raise prune.calibration.own' if worst == OWN else remedy
+  remedy = f'add text like {worst} to {"prune.calibration.source and " * pruned}train.source'
+  remedy = 'raise prune.calibration.own' if worst == OWN and pruned else remedy
   return (
     f'warning: the model lost {lost[worst]:.3f} nats per token on {worst}, but {lost[best]:.3f} on {best}: '
     f'{remedy} (docs/texts.md says what helps if you have none)'

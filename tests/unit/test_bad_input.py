@@ -3,15 +3,17 @@
 import re
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.models.formats.source import open_source
+from adapt_jax.pipeline.checks import check_teacher
 from adapt_jax.pipeline.inputs import prepare
 from tests.support import runs
-from tests.support.helpers import refused
+from tests.support.helpers import refused, tiny_config
 
 
 @pytest.fixture(scope='module')
@@ -90,6 +92,17 @@ def test_a_damaged_lineage_stops_a_run_before_it_starts(files, tmp_path):
   shutil.copytree(files / 'model', tmp_path / 'model')
   (tmp_path / 'model/lineage.json').write_text('{"model": {"source": "org/Base"}, "origin": {"a": 1}}')
   refuse(files, {'model.source': str(tmp_path / 'model')}, 'lineage.json')
+
+
+def test_a_teacher_of_other_tokens_is_refused():
+  """Of a vocabulary as large; it may name rows that only fill the embedding."""
+
+  def check(**theirs):
+    teacher, ours = (SimpleNamespace(get_vocab=lambda ids=ids: ids) for ids in (theirs, {'a': 0, 'b': 1}))
+    check_teacher('teacher', tiny_config(), teacher, tiny_config(), ours)
+
+  check(a=0, b=1, filling=2)
+  assert 'teacher' in refused(check, a=1, b=0)
 
 
 def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch):
