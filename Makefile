@@ -9,7 +9,7 @@ SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) col
 .PHONY: help demo test test-fast chaos fuzz nightly test-parity test-serving test-accelerators docs bench bench-gpu check clean fetch .venv
 
 help:
-	@echo 'make demo    prune and retrain a small model here, and print what it cost'
+	@echo 'make demo    prune and heal a small model here, and print what it cost'
 	@echo 'make test    all tests that a change must pass: about twelve minutes on two cores'
 	@echo 'make test-fast  unit tests: about ninety seconds on two cores'
 	@echo 'make nightly  what takes longer: chaos, fuzz, test-parity, test-serving and whole benchmarks'
@@ -25,7 +25,7 @@ help:
 	@echo 'make clean   remove caches and the output of the demo; .venv and data stay'
 
 demo: .venv/installed fetch
-	$(PY) main.py --config=configs/demo.py --workdir=out/demo
+	$(PY) main.py --mode=prune --config=configs/demo.py --workdir=out/demo
 
 # Compiled programs are kept in ~/.cache/adapt-jax from one time to the next: the first takes longer.
 test: .venv/installed-test .venv/transformers-4.57/installed fetch

@@ -27,8 +27,11 @@ def get_config(draws: str = '3') -> ConfigDict:
   if not draws.isdecimal() or not (seeds := tuple(range(int(draws)))):
     raise ValueError(f'variant {draws!r}: write methods_table:N, a number of draws above 0')
   config = demo.get_config()
-  config.prune.stages, config.prune.heal = 1, 0
-  config.prune.calibration.source = ('data/wikitext-2/wiki.train.tokens',)
+  config.prune.heal = 0
+  config.prune.calibration.source, config.prune.calibration.weights = (
+    ('data/wikitext-2/wiki.train.tokens',),
+    (),
+  )
   config.prune.calibration.samples, config.prune.calibration.own = 16, 0.0
   config.prune.calibration.length = 256  # as in the windows of the evaluation
   # For adapt and uniform: half the paper's 50 steps, each twice as large, for the same sparsities.
@@ -36,7 +39,7 @@ def get_config(draws: str = '3') -> ConfigDict:
   config.prune.amplitude = 0.04
   config.prune.align_ffn = 1
   config.evaluate.source = ('data/wikitext-2/wiki.valid.tokens',)
-  config.evaluate.max_tokens = 8 * 1024
+  config.evaluate.length, config.evaluate.max_tokens = 256, 8 * 1024
   config.compare.grid = (
     _rows(_METHODS, 'none', seeds),
     _rows(('flap',), 'bias', seeds),

@@ -3,9 +3,8 @@
     python -m scripts.packaged_models gemma-3-270m
     python main.py --config=configs/packaged.py:gemma-3-270m --workdir=out/gemma-3-270m
 
-The names are gemma-3-270m, qwen2.5-coder-0.5b and qwen2.5-coder-1.5b. The texts are those of the demo, half
-of each kind. The largest needs --mode=prune: for training, its weights, gradients and moments do not fit into
-24 GB.
+The names are gemma-3-270m, qwen2.5-coder-0.5b and qwen2.5-coder-1.5b. The texts are those of the demo. The
+largest needs --mode=prune: for training, its weights, gradients and moments do not fit into 24 GB.
 """
 
 from ml_collections import ConfigDict
@@ -21,16 +20,14 @@ def get_config(name: str = '') -> ConfigDict:
     raise ValueError(f'variant {name!r}: write packaged:NAME, a NAME of {", ".join(_TOKENS)}')
   config = demo.get_config()
   config.model.source, config.model.dtype = f'data/{name}.gguf', 'bfloat16'
-  texts, alike = ('data/sotu/train', 'data/encyclopedia/train'), (1.0, 1.0)
-  config.prune.stages = 1
   calibration = config.prune.calibration
-  calibration.source, calibration.weights = texts, alike
   calibration.samples, calibration.length = 16, 512
 
-  config.train.source, config.train.weights = texts, alike
+  config.train.source, config.train.weights = calibration.source, calibration.weights
+  config.train.batch = config.train.micro_batch = 4
+  config.train.length, config.train.save_every = 256, 20
   config.train.tokens = _TOKENS[name]
   config.prune.heal = int(config.train.tokens > 0)  # needs the memory of training
-  config.train.lr = config.train.min_lr = -1.0  # the demo's is for its own model
   config.evaluate.length, config.evaluate.max_tokens = 512, 8 * 1024
   config.export.formats = ('hf', 'hf_padded', 'gguf_padded' if name.startswith('gemma') else 'gguf')
   return config

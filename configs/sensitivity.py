@@ -2,7 +2,7 @@
 
     python main.py --mode=sensitivity --config=configs/sensitivity.py --workdir=out/sensitivity
 
-Model and text are the demo's, configs/demo.py (`make fetch` downloads them). 30 layers on
+The model is that of configs/demo.py, and the text its addresses (`make fetch` downloads both). 30 layers on
 three bases are 90 evaluations. Each uses only 4,096 tokens, so that all take about twenty minutes on two
 cores, but the curves are noisy. Raise evaluate.max_tokens for more accurate curves.
 """
@@ -16,6 +16,9 @@ def get_config() -> ConfigDict:
   config = demo.get_config()
   config.prune.method = 'adapt'  # Taylor scores choose the groups to prune, as in the paper
   config.prune.align_ffn = 1  # exactly the requested sparsities
-  config.evaluate.source = ('data/sotu/valid',)
+  calibration = config.prune.calibration
+  calibration.source, calibration.weights = ('data/sotu/train',), ()
+  calibration.samples, calibration.own = 8, 0.0
+  config.evaluate.source, config.evaluate.length = ('data/sotu/valid',), 256
   config.evaluate.max_tokens = 4 * 1024
   return config

