@@ -13,8 +13,8 @@
 Whole addresses are held out: all of the years that end in 4, one year per decade (25 of 249 files, a tenth of
 the text). Presidents repeat text in neighbouring years and in the parts of one year's message (1945, 1973,
 1980 and 1981: whole pages); with this digit no repeated text is split: except for salutations, no paragraph
-of `valid` is in `train`, and 0.3 % of its 12-word sequences are. Every tenth article and module is held out; markup is
-removed from articles, together with tables, lists, notes and references.
+of `valid` is in `train`, and 0.3 % of its 12-word sequences are. Every tenth article and module is held out;
+markup is removed from articles, together with tables, lists, notes and references.
 
 Files that are already there are not fetched again; if none is missing, the network is not used. A failure
 prints one line, leaves no partial files and exits with code 2.
