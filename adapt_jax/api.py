@@ -45,6 +45,7 @@ from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner, prune_model
 from adapt_jax.training.loop import recover_model
 from adapt_jax.training.optim import optimizer
+from adapt_jax.training.precision import chosen
 from adapt_jax.training.rate import with_rate
 from adapt_jax.training.step import Teacher
 
@@ -215,7 +216,7 @@ def recover(
       rows(model, 'self', seed=1), which differ from those of other seeds.
     teacher: the dense model, to distil from. None, or with distill={'alpha': 0.0}: cross-entropy on the text.
     text_field, messages_field: as for `rows`.
-    options: other options of `config.train`, by name: lr, batch, length, schedule, weights and so on. Without
+    options: other options of `config.train`, by name: lr, batch, length, dtype, weights and so on. Without
       lr, the learning rate follows from the weights of `model`.
 
   Weights are float32 afterwards. The tokens of the text are kept in the user's cache directory. Raises
@@ -231,8 +232,9 @@ def recover(
   asked = arguments.train_options(text, named, teacher is not None, seed=seed, data=data)
   settings = with_rate(asked.train, model.params)
   steps = settings.tokens // (settings.batch * settings.length)
-  dtype, tx = compute_dtype('auto'), optimizer(settings, steps)
-  given = None
+  tx, given = optimizer(settings, steps), None
+  with processes.silent(not progress):
+    dtype = compute_dtype(chosen(asked.training_dtype))
   if teacher is not None and settings.distill.alpha:
     given = Teacher(teacher.config, jax.tree.map(lambda x: x.astype(dtype), teacher.params))
   with processes.silent(not progress):

@@ -28,6 +28,7 @@ from adapt_jax.models.errors import InputError, Unreachable, disk_full, first_li
 from adapt_jax.models.files import exists, local
 from adapt_jax.modes.mode import Mode
 from adapt_jax.modes.registry import MODES
+from adapt_jax.pipeline.dense_model import with_training_dtype
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
 
@@ -119,6 +120,8 @@ def main(argv: list[str]) -> None:
     raise InputError(f'--mode={mode.name} runs in one process, not in {count}: start it alone')
   if not mode.devices:  # a plan needs details that the cache of compiled programs lacks
     keep_programs()
+  if 'train' in mode.identity(options)['config']:
+    options = with_training_dtype(options, _WORKDIR.value)
   with contextlib.ExitStack() as stack:
     if mode.mesh and (devices := mesh.make_mesh(options.mesh, described)):
       stack.enter_context(jax.set_mesh(devices))

@@ -16,6 +16,7 @@ from adapt_jax.data.train_set import TrainSet
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler, forget_traces
 from adapt_jax.machine.mesh import load_source
+from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState, array_shapes
@@ -125,6 +126,7 @@ class Recovery:
     compiler: Compiler,
   ):
     self._options, self._inputs, self._schedule = options, inputs, schedule
+    self._dtype = compute_dtype(options.training_dtype)
     self._optimizer, self._compiler = optimizer, compiler
     self._data: TrainSet | TaughtSet | None = inputs.train
     self._teacher: Teacher | None = None
@@ -139,7 +141,7 @@ class Recovery:
       return
 
     def load_teacher() -> Teacher:
-      return Teacher(source.config, load_source(source, inputs.dtype))
+      return Teacher(source.config, load_source(source, self._dtype))
 
     if distill.teacher_beside:
       self._teacher = load_teacher()
@@ -150,7 +152,7 @@ class Recovery:
         self._options.train,
         self._schedule.train_steps,
         load_teacher,
-        dtype=inputs.dtype,
+        dtype=self._dtype,
         compiler=self._compiler,
       )
 
@@ -169,7 +171,7 @@ class Recovery:
       stop=stop,
       total=self._schedule.train_steps,
       teacher=self._teacher,
-      dtype=self._inputs.dtype,
+      dtype=self._dtype,
       compiler=self._compiler,
       title=f'stage {stage} recover',
     )
