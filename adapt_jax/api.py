@@ -48,6 +48,7 @@ from adapt_jax.pruning.pruner import Pruner, prune_model
 from adapt_jax.training.healing import Healing
 from adapt_jax.training.loop import recover_model
 from adapt_jax.training.optim import optimizer
+from adapt_jax.training.precision import chosen
 from adapt_jax.training.rate import with_rate
 from adapt_jax.training.step import Teacher
 
@@ -206,7 +207,8 @@ def prune(
     start, wanted = PruneState.start(config, limit.removes), reachable_target(pruner.method, target)
     healing = None
     if settings.heal:
-      dense = Teacher(config, jax.tree.map(lambda x: x.astype(dtype), params))
+      common['dtype'] = trained = compute_dtype(chosen(asked.training_dtype))
+      dense = Teacher(config, jax.tree.map(lambda x: x.astype(trained), params))
       args, micro_batch = (tokens, settings.heal, dense, params), settings.calibration.batch
       healing = Healing(*args, micro_batch=micro_batch, **common)
     arrays, state = prune_model(pruner, lambda: {'params': params}, start, wanted)
@@ -237,7 +239,7 @@ def recover(
     teacher: the model to distil from: the dense one, or any with the same tokenizer. None, or with
       distill={'alpha': 0.0}: cross-entropy on the text.
     text_field, messages_field: as for `rows`.
-    options: other options of `config.train`, by name: lr, batch, length, schedule, weights and so on. Without
+    options: other options of `config.train`, by name: lr, batch, length, dtype, weights and so on. Without
       lr, the learning rate follows from the weights of `model`.
 
   Weights are float32 afterwards. The tokens of the text are kept in the user's cache directory. Raises
@@ -250,8 +252,9 @@ def recover(
   asked = arguments.train_options(text, named, teacher is not None, seed=seed, data=data)
   settings = with_rate(asked.train, model.params)
   steps = settings.tokens // (settings.batch * settings.length)
-  dtype, tx = compute_dtype('auto'), optimizer(settings, steps)
-  given = None
+  tx, given = optimizer(settings, steps), None
+  with processes.silent(not progress):
+    dtype = compute_dtype(chosen(asked.training_dtype))
   if teacher is not None and settings.distill.alpha:
     given = Teacher(teacher.config, jax.tree.map(lambda x: x.astype(dtype), teacher.params))
   with processes.silent(not progress):

@@ -23,12 +23,13 @@ from adapt_jax.config.build import declarations, from_dict, like
 from adapt_jax.config.identity import RUNS
 from adapt_jax.config.options import RunOptions
 from adapt_jax.export.push import push
-from adapt_jax.machine import mesh, preemption, processes
+from adapt_jax.machine import memory, mesh, preemption, processes
 from adapt_jax.machine.compiler import keep_programs
 from adapt_jax.models.errors import InputError, Unreachable, disk_full, first_line, reading, write_denied
 from adapt_jax.models.files import exists, local
 from adapt_jax.modes.mode import Mode
 from adapt_jax.modes.registry import MODES
+from adapt_jax.pipeline.dense_model import with_training_dtype
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
 
@@ -115,11 +116,16 @@ def main(argv: list[str]) -> None:
     values = _CONFIG.value.to_dict()
   options = mode.settle(from_dict(values))
   described = mode.devices(options) if mode.devices else None
+  trains = 'train' in mode.identity(options)['config']
+  if trains:
+    memory.keep()
   processes.start(_DISTRIBUTED.value, _ADDRESS.value, _PROCESSES.value, _PROCESS.value)
   if (count := processes.count()) > 1 and not mode.several_processes:
     raise InputError(f'--mode={mode.name} runs in one process, not in {count}: start it alone')
   if not mode.devices:  # a plan needs details that the cache of compiled programs lacks
     keep_programs()
+  if trains:
+    options = with_training_dtype(options, _WORKDIR.value)
   with contextlib.ExitStack() as stack:
     if mode.mesh and (devices := mesh.make_mesh(options.mesh, described)):
       stack.enter_context(jax.set_mesh(devices))

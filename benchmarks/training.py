@@ -1,14 +1,16 @@
 """Tokens/s and memory of the recovery step after pruning to 80 %, compared with PyTorch.
 
-    python -m benchmarks.training [--rounds=2] [--write]
+    python -m benchmarks.training [--rounds=2] [--recovery] [--write]
 
 SmolLM2-135M-Instruct pruned by the demo's method, batch 4 x 256, AdamW, clipped gradients; fp32, and bfloat16
 products with fp32 weights (PyTorch: autocast). The peer is the export of the same model in transformers, with
 autograd, torch's fused AdamW and, in separate rows, torch.compile. Each run is a new process; peak memory is
 that of the process, including compilation. Ours also runs with `train.remat` and `train.mu_dtype`. A quarter
-of an hour on two cores, without making the models.
+of an hour on two cores, without making the models. With --recovery, only our step with the
+teacher, 4 x 512, in each dtype and with memory kept: five minutes.
 """
 
+import argparse
 import pathlib
 import statistics
 import sys
@@ -26,6 +28,35 @@ PAIRS = (
   ('float32-remat', 'float32'),
   ('bfloat16-mu', 'bfloat16'),
 )
+
+RECOVERY = (
+  'float32', 'bfloat16', 'float32-kept', 'bfloat16-kept', 'bfloat16-kept-cache', 'bfloat16-kept-micro2',
+  'bfloat16-kept-micro1',
+)  # fmt: skip
+
+
+def recovery_table(runs: dict[str, list[Run]]) -> str:
+  """One row per variant of ours; each value is a step's."""
+  lines = ['| ours | tokens/s | CPU seconds of a step | peak GB |', '|---' * 4 + '|']
+  for form, of in runs.items():
+    rates, seconds = ([x for run in of for x in run.answer[n]] for n in ('tokens_per_second', 'cpu_seconds'))
+    memory = spread([run.peak_bytes / 1e9 for run in of])
+    lines.append(f'| {form} | {spread(rates, 0)} | {spread(seconds)} | {memory} |')
+  return '\n'.join(lines)
+
+
+def recovery(model: pathlib.Path, args: argparse.Namespace) -> None:
+  """Writes the section of our step with a teacher, without a peer."""
+  program, dense = [sys.executable, str(HERE / 'train_ours.py'), str(model)], str(demo_models.dense())
+  commands = {form: [*program, form, str(args.steps), dense] for form in RECOVERY}
+  runs = side_by_side.in_turn(commands, args.rounds)
+  text = (
+    f'{demo_models.parameters(model):,} parameters, 4 x 512 tokens a step, KL divergence from the dense '
+    'model, which runs beside or told its 64 likeliest ids before (`-cache`, `train.distill.cache`); '
+    f'rounds: {args.rounds}, median (range) of {args.steps} steps in each. `-kept`: memory is kept '
+    'from step to step, as the command does. `-micro2`: `train.micro_batch`, else 4.\n\n'
+  )
+  side_by_side.report('Recovery', text + recovery_table(runs), args.write)
 
 
 def table(runs: dict[str, list[Run]], limits: dict[str, float], flops: float) -> str:
@@ -61,9 +92,13 @@ def main() -> None:
   parser.add_argument(
     '--model', type=pathlib.Path, help='the pruned export (default: made as the demo does it)'
   )
+  parser.add_argument('--recovery', action='store_true', help='only our step with a teacher')
   parser.add_argument('--steps', type=int, default=5, help='timed in each process, after one more')
   args = parser.parse_args()
   model = args.model or demo_models.pruned()
+  if args.recovery:
+    recovery(model, args)
+    return
   limits = side_by_side.run([sys.executable, str(HERE / 'limits.py')]).answer
   commands = {}
   for own, peer in PAIRS:

@@ -45,6 +45,16 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
+@pytest.fixture(scope='session', autouse=True)
+def training_in_float32():
+  """By default; the speed of products wavers here, and no test depends on it."""
+  from adapt_jax.training import precision
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(precision, 'speedup', lambda: 1.0)
+    yield
+
+
 @pytest.fixture(scope='session')
 def code_cache(tmp_path_factory):
   """transformers copies the code of a directory here before it imports it; one place in a process."""

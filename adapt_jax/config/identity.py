@@ -7,7 +7,7 @@ from adapt_jax.config.build import declarations, get
 from adapt_jax.config.options import RunOptions
 
 REQUEST = ('bench.batch', 'bench.prompt_length', 'bench.new_tokens')  # of prune.budget
-PRUNING = ('seed', 'model', 'data', 'prune', 'evaluate', 'export', *REQUEST)
+PRUNING = ('seed', 'model', 'data', 'prune', 'evaluate', 'export', 'train.dtype', *REQUEST)
 TRAINING = (*PRUNING, 'train')
 RECOVERY = ('seed', 'model', 'data', 'train', 'evaluate', 'export')
 RUNS = ('accel', 'prune', 'recover')  # the modes that train or prune in a workdir

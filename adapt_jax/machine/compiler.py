@@ -4,7 +4,6 @@ Compiled programs are cached on disk, for later runs on the same kind of machine
 """
 
 import collections
-import ctypes
 import dataclasses
 import os
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import jax
 
-from adapt_jax.machine import mesh
+from adapt_jax.machine import memory, mesh
 from adapt_jax.machine.progress import phase
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.files import user_cache
@@ -46,19 +45,13 @@ def keep_programs() -> None:
       jax.config.update(name, value)
 
 
-def _give_back_memory() -> None:
-  """Returns what compiling freed to the system: glibc keeps 0.7 GB after a training step of 30 layers."""
-  if trim := getattr(ctypes.CDLL(None), 'malloc_trim', None):
-    trim(0)
-
-
 def forget_traces() -> None:
   """Frees JAX's tracing caches: programs of `jax.jit`, and 0.1 GB after a training step of 30 layers.
 
   Programs of `Compiler` remain; a function under `jax.jit` is traced again at its next call.
   """
   jax.clear_caches()
-  _give_back_memory()
+  memory.give_back()
 
 
 class Programs:
@@ -110,7 +103,7 @@ class Compiler:
       with phase(f'compiling {name}'):
         lowered = mesh.jit(fn, *args, donate_argnums=donate_argnums).lower(*args)
         program = lowered.compile(compiler_options() | (xla_options or {}))
-      _give_back_memory()
+      memory.give_back()
       self.counts[name] = self.counts.get(name, 0) + 1
       return program
 

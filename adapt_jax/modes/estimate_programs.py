@@ -127,7 +127,7 @@ class Footprint:
   Args:
     options: checked options.
     config: of the dense model. teacher: of the teacher; the same by default.
-    dtype: of activations and products.
+    dtype: of activations and products; in training, if train.dtype is auto.
     platform: of the devices of the current mesh; `cpu` if they simulate accelerators.
   """
 
@@ -140,6 +140,7 @@ class Footprint:
     teacher: ModelConfig | None = None,
   ):
     self.options, self.config, self.dtype, self.platform = options, config, dtype, platform
+    self._training_dtype = dtype if options.train.dtype == 'auto' else jnp.dtype(options.train.dtype)
     self.teacher_config = teacher or config
     self.budget = budget_of(options, config)
     self.schedule = Schedule.of(options, self.budget)
@@ -154,7 +155,7 @@ class Footprint:
     t = self.options.train
     if not t.tokens or not t.distill.teacher_beside:
       return 0
-    return bytes_of(placed(llama.abstract_params(self.teacher_config, self.dtype)))
+    return bytes_of(placed(llama.abstract_params(self.teacher_config, self._training_dtype)))
 
   def state(self, config: ModelConfig, moments: bool) -> Any:
     """Arrays on the devices throughout a stage: weights (fp32 if trained) and, if `moments`, Adam's."""
@@ -198,8 +199,8 @@ class Footprint:
     """One optimizer step of a stage with this model, including the teacher."""
     t = self.options.train
     dense = self.teacher_config if t.distill.teacher_beside else None
-    teacher = [placed(llama.abstract_params(dense, self.dtype))] if dense else []
-    step = TrainingStep(config, t, self._optimizer, self.dtype, dense)
+    teacher = [placed(llama.abstract_params(dense, self._training_dtype))] if dense else []
+    step = TrainingStep(config, t, self._optimizer, self._training_dtype, dense)
     args = self.state(config, True), batch_shapes(t), *teacher
     return self._compiled(t.batch * t.length, self.step_work(config), step, *args, donate_argnums=(0,))
 
@@ -211,11 +212,11 @@ class Footprint:
   def teacher(self) -> Program:
     """Computing the teacher's cached predictions, with distill.cache."""
     t = self.options.train
-    params = placed(llama.abstract_params(self.teacher_config, self.dtype))
+    params = placed(llama.abstract_params(self.teacher_config, self._training_dtype))
     shape = (rows_at_once(t.batch, t.micro_batch), t.length)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding())
     work = flops.teacher(self.options, self.teacher_config)
-    ask = likeliest(self.teacher_config, t, self.dtype)
+    ask = likeliest(self.teacher_config, t, self._training_dtype)
     program = self._compiled(rows.size, work, ask, params, rows, rows)
     return dataclasses.replace(program, times=t.tokens / rows.size)  # at most: rows that come again are kept
 
@@ -272,6 +273,7 @@ def _of_correction(footprint: Footprint, stages: list[ModelConfig]) -> dict[str,
 def _of_healing(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
   options, other, c = footprint.options, footprint.teacher_beside, footprint.options.prune.calibration
   t = heal_options(c.samples, c.length, options.prune.heal, c.batch, footprint.config.vocab_size)
+  t = dataclasses.replace(t, dtype=options.train.dtype)
   of_heal = Footprint(
     dataclasses.replace(options, train=t), footprint.config, footprint.dtype, footprint.platform
   )

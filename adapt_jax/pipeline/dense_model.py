@@ -14,8 +14,10 @@ from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network.llama import Params
+from adapt_jax.pipeline.workdir import begun_with
 from adapt_jax.pruning import surgery
 from adapt_jax.reports.origin import Origin
+from adapt_jax.training.precision import chosen
 from adapt_jax.training.rate import with_rate
 
 
@@ -65,6 +67,17 @@ def with_learning_rate(options: RunOptions, source: Source) -> RunOptions:
   if options.train.lr < 0:
     say(f'learning rate: {lr:g}, in proportion to the weights (train.lr)')
   return dataclasses.replace(options, train=dataclasses.replace(train, lr=lr, min_lr=low))
+
+
+def with_training_dtype(options: RunOptions, workdir: str) -> RunOptions:
+  """The options with a `train.dtype`, not auto: that of the run in `workdir`, or what suits this machine.
+
+  All processes get that of the first. Call it outside of a mesh. Raises InputError if run.json is damaged.
+  """
+  asked = options.training_dtype
+  if asked == 'auto':
+    asked = decide(lambda: begun_with(workdir, 'train.dtype') or chosen(asked))
+  return dataclasses.replace(options, train=dataclasses.replace(options.train, dtype=asked))
 
 
 def with_output_bias(config: ModelConfig, biased: bool) -> ModelConfig:

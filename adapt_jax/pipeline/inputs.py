@@ -24,7 +24,7 @@ class Inputs:
   """The dense model and the data of a run; `train` may be None, and so is `calibration` if nothing is pruned.
 
   evaluate: windows of each text by its name, `OWN` the last; empty if nothing is measured.
-  dtype: dtype of activations and matrix products. budget: what targets limit.
+  dtype: dtype of activations and matrix products outside of training. budget: what targets limit.
   teacher: the model to distil from, if the run does.
   """
 

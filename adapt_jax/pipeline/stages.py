@@ -17,6 +17,7 @@ from adapt_jax.data.train_set import TrainSet
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler, forget_traces
 from adapt_jax.machine.mesh import load_source
+from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.state import RunState, array_shapes
@@ -76,16 +77,17 @@ class Pruning:
     prune, inputs, blocks = self._options.prune, self._inputs, self._inputs.calibration
     if not prune.heal or blocks is None or state.stage == self._schedule.stages:
       return
-    params = inputs.model.load_params(inputs.dtype) if state.stage else state.params
+    dtype = compute_dtype(self._options.training_dtype)
+    params = inputs.model.load_params(dtype) if state.stage else state.params
     seed, calibration = self._options.seed, prune.calibration
     self._healing = Healing(
       blocks.tokens[blocks.draw(calibration.samples, seed, 0)],
       prune.heal,
-      Teacher(inputs.config, jax.tree.map(lambda x: x.astype(inputs.dtype), params)),
+      Teacher(inputs.config, jax.tree.map(lambda x: x.astype(dtype), params)),
       inputs.source.stored_params(),
       micro_batch=calibration.batch,
       seed=seed,
-      dtype=inputs.dtype,
+      dtype=dtype,
       compiler=self._compiler,
     )
 
@@ -169,6 +171,7 @@ class Recovery:
     compiler: Compiler,
   ):
     self._options, self._inputs, self._schedule = options, inputs, schedule
+    self._dtype = compute_dtype(options.training_dtype)
     self._optimizer, self._compiler = optimizer, compiler
     self._data: TrainSet | TaughtSet | None = inputs.train
     self._teacher: Teacher | None = None
@@ -183,7 +186,7 @@ class Recovery:
       return
 
     def load_teacher() -> Teacher:
-      return Teacher(source.config, load_source(source, inputs.dtype))
+      return Teacher(source.config, load_source(source, self._dtype))
 
     if distill.teacher_beside:
       self._teacher = load_teacher()
@@ -194,7 +197,7 @@ class Recovery:
         self._options.train,
         self._schedule.train_steps,
         load_teacher,
-        dtype=inputs.dtype,
+        dtype=self._dtype,
         compiler=self._compiler,
       )
 
@@ -213,7 +216,7 @@ class Recovery:
       stop=stop,
       total=self._schedule.train_steps,
       teacher=self._teacher,
-      dtype=self._inputs.dtype,
+      dtype=self._dtype,
       compiler=self._compiler,
       title=f'stage {stage} recover',
     )

@@ -13,10 +13,20 @@ from adapt_jax.config.build import defaults, flatten
 from adapt_jax.config.identity import RUNS
 from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.errors import InputError, reading
-from adapt_jax.models.files import beside, local, read_json, write_text
+from adapt_jax.models.files import beside, exists, local, read_json, write_text
 
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _DAMAGED = 'use another workdir'
+_RUN = 'run.json'
+
+
+def begun_with(path: str, field: str) -> Any:
+  """The value of an option of the run in the directory; None if there is no run, or no such option."""
+  run = local(path) / _RUN
+  if not path or not exists(run):
+    return None
+  with reading('', run, _DAMAGED):
+    return flatten({**read_json(run, _DAMAGED)['config']}).get(field)
 
 
 class Workdir:
@@ -34,7 +44,7 @@ class Workdir:
     if not path:
       raise InputError('--workdir is empty: name a directory for the results')
     self.path, self._identity = local(path), identity
-    self.run = self.path / 'run.json'
+    self.run = self.path / _RUN
     self.report = self.path / 'report.json'
     self.page = self.path / 'report.html'
     self.plan = self.path / 'plan.json'

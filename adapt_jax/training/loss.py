@@ -20,6 +20,9 @@ from adapt_jax.models.network.sharding import constrain, token_shards
 # Logits held at once on a device, in fp32: 32 MiB on a CPU; elsewhere 16 times that, since each chunk
 # reads and writes the gradient of the whole head.
 _CHUNK_ELEMENTS, _ACCELERATOR = 2**23, 16
+# Of the student's probability of all ids that the teacher's cache does not name: 1 − Σ q in fp32 is exact to
+# some 1e-7, and its gradient has it as the divisor.
+_LEAST_REST = 1e-6
 
 # (logits [T, V] in fp32, extras) -> scalar.
 ChunkLoss = Callable[[jax.Array, Any], jax.Array]
@@ -198,13 +201,42 @@ def cached_distillation(alpha: float) -> ChunkLoss:
 
   All other ids are treated as one, so this is a lower bound of the KL divergence over all ids.
   """
+  return functools.partial(_cached, alpha)
 
-  def loss(logits_TV: jax.Array, extras: Any) -> jax.Array:
-    labels_T, weights_T, ids_Tk, log_p_TK = extras
-    log_q_TK = _top_and_rest(logits_TV, ids_Tk)
-    return _mixed(alpha, log_p_TK, log_q_TK, logits_TV, labels_T, weights_T)
 
-  return loss
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cached(alpha: float, logits_TV: jax.Array, extras: Any) -> jax.Array:
+  return _cached_forward(alpha, logits_TV, extras)[0]
+
+
+def _cached_forward(alpha: float, logits_TV: jax.Array, extras: Any) -> Any:
+  labels_T, weights_T, ids_Tk, log_p_TK = extras
+  total_T1 = jax.nn.logsumexp(logits_TV, axis=-1, keepdims=True)
+  top_Tk = jnp.take_along_axis(logits_TV, ids_Tk, axis=-1) - total_T1
+  rest_T1 = jnp.maximum(1 - jnp.exp(top_Tk).sum(-1, keepdims=True), _LEAST_REST)
+  log_q_TK = jnp.concatenate([top_Tk, jnp.log(rest_T1)], axis=-1)
+  value = _mixed(alpha, log_p_TK, log_q_TK, logits_TV, labels_T, weights_T)
+  return value, (logits_TV, total_T1, log_q_TK, extras)
+
+
+def _cached_backward(alpha: float, residuals: Any, g: jax.Array) -> Any:
+  """To the logits: q Σp − p at the ids, and q (Σp − p_rest / q_rest) at all others; CE's q − 1 at the label.
+
+  Autodiff would copy [T, V] twice: to take the ids out of the sum, and to add the gradient at the ids.
+  """
+  logits_TV, total_T1, log_q_TK, (labels_T, weights_T, ids_Tk, log_p_TK) = residuals
+  p_TK, q_TK, label_T1 = jnp.exp(log_p_TK), jnp.exp(log_q_TK), labels_T[:, None]
+  both_T1 = alpha * p_TK.sum(-1, keepdims=True) + 1 - alpha
+  at_ids_Tk = both_T1 * q_TK[:, :-1] - alpha * p_TK[:, :-1]
+  others_TV = (both_T1 - alpha * p_TK[:, -1:] / q_TK[:, -1:]) * jnp.exp(logits_TV - total_T1)
+  if alpha < 1:
+    at_ids_Tk -= jnp.where(ids_Tk == label_T1, 1 - alpha, 0)
+    others_TV -= jnp.where(jnp.arange(logits_TV.shape[-1]) == label_T1, 1 - alpha, 0)
+  scale_T1, rows_T1 = g * weights_T[:, None], jnp.arange(len(ids_Tk))[:, None]
+  return (scale_T1 * others_TV).at[rows_T1, ids_Tk].set(scale_T1 * at_ids_Tk), None
+
+
+_cached.defvjp(_cached_forward, _cached_backward)
 
 
 def _top_and_rest(logits_TV: jax.Array, ids_Tk: jax.Array) -> jax.Array:

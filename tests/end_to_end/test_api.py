@@ -140,6 +140,13 @@ def test_a_teacher_that_nothing_is_learned_from_is_not_run(model, rows):
   chex.assert_trees_all_equal(found.params, aj.recover(model, rows, **options).params)
 
 
+def test_training_in_bfloat16_keeps_fp32_weights(model, rows):
+  options = {'tokens': 4 * 16, 'batch': 4, 'micro_batch': 4, 'lr': 1e-3}
+  found, plain = (aj.recover(model, rows, dtype=dtype, **options) for dtype in ('bfloat16', 'float32'))
+  chex.assert_trees_all_equal_dtypes(found.params, plain.params)
+  assert not np.array_equal(found.params['embed'], plain.params['embed'])
+
+
 def test_it_runs_on_the_callers_mesh(model, rows):
   automatic = (jax.sharding.AxisType.Auto,) * 3
   devices = jax.make_mesh((1, 2, 1), ('data', 'fsdp', 'tensor'), axis_types=automatic)

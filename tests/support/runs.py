@@ -78,6 +78,7 @@ def make_config(files: pathlib.Path) -> ConfigDict:
   config.train.batch = 4
   config.train.micro_batch = 4
   config.train.length = 32
+  config.train.dtype = 'float32'  # not as a product of this machine takes
   config.train.lr = 1e-2
   config.train.min_lr = 1e-3
   config.train.save_every = 5

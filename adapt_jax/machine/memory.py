@@ -1,0 +1,26 @@
+"""What glibc does with freed memory; on other systems nothing is changed."""
+
+import ctypes
+
+# mallopt's parameters (malloc.h), and their values for `keep`.
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_KEEP = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1))
+
+
+def keep() -> None:
+  """Keeps what is freed in this process for its next use.
+
+  XLA frees its temporary memory after every step on a CPU; glibc would return it to the system, which clears
+  it anew for the next step. Call it before JAX finds its devices: threads that run by then keep their own
+  arenas, to which large pieces do not return.
+  """
+  libc = ctypes.CDLL(None)
+  if hasattr(libc, 'gnu_get_libc_version'):
+    for parameter, value in _KEEP:
+      libc.mallopt(parameter, value)
+
+
+def give_back() -> None:
+  """Returns what is free now to the system: compiling a training step of 30 layers leaves 0.7 GB."""
+  if trim := getattr(ctypes.CDLL(None), 'malloc_trim', None):
+    trim(0)
