@@ -36,7 +36,7 @@ from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network.llama import Params
 
 CALIBRATION, TRAINING, HEALTH = 0, 1, 2  # part of a seed, so that the rows differ from use to use
-_VERSION = 2  # of how rows are drawn
+_VERSION = 3  # of how rows are drawn
 _BATCH = 16  # rows at once
 _USER = 'a0b1c2'  # placeholder for the user's words in a template
 
@@ -119,15 +119,15 @@ def in_memory(
   with Progress('generate text', rows * length, 'tokens') as progress:
     for batch in _batches(tokenizer, config, rows, length, seed):
       key = int(np.random.SeedSequence([*seed, batch.rows[0]]).generate_state(1)[0]) >> 1  # fits in int32
-      missing, sampling = length - len(batch.starts[0]), Sampling(temperature=1.0)
+      missing, sampling = length - min(map(len, batch.starts)), Sampling(temperature=1.0)
       new = generator.generate(batch.starts, missing, sampling, seed=key, progress=progress)
-      tokens[batch.rows] = [start + more for start, more in zip(batch.starts, new, strict=True)]
+      tokens[batch.rows] = [(start + more)[:length] for start, more in zip(batch.starts, new, strict=True)]
       preemption.check()
   return tokens
 
 
 class _Batch(NamedTuple):
-  """Rows that are drawn together, and the ids that each begins with, the same number for all."""
+  """Rows that are drawn together, and the ids that each begins with."""
 
   rows: list[int]
   starts: list[list[int]]
@@ -145,14 +145,16 @@ def _batches(
   if chat and chat[:1] != before:
     chat = before + chat
   chat = chat[: length - 1]
-  kinds = [range(0, rows, 2), range(1, rows, 2)] if chat else [range(rows)]
+  # Rows with a shorter start become longer than `length` at first, for which the context may have no room.
+  together = not chat or length + len(chat) - len(before) - 1 <= config.max_position
   # The ids of the tokenizer, not of the embedding table, which may be padded with unused rows.
   ids = min(len(tokenizer), config.vocab_size)
-  for kind, of_kind in enumerate(kinds):
-    for at in range(0, len(of_kind), _BATCH):
-      chosen = list(of_kind[at : at + _BATCH])
+  for of_batches in [range(rows)] if together else [range(0, rows, 2), range(1, rows, 2)]:
+    for at in range(0, len(of_batches), _BATCH):
+      chosen = list(of_batches[at : at + _BATCH])
       first = [int(np.random.default_rng([*seed, row]).integers(ids)) for row in chosen]
-      yield _Batch(chosen, [chat if kind else (before + [token])[: length - 1] for token in first])
+      starts = [(before + [token])[: length - 1] for token in first]
+      yield _Batch(chosen, [chat if chat and row % 2 else s for row, s in zip(chosen, starts, strict=True)])
 
 
 def _before_user(tokenizer: Any) -> list[int]:
