@@ -230,7 +230,7 @@ def test_the_notebook_runs(files, tmp_path, monkeypatch):
     'data/SmolLM2-135M-Instruct.Q4_1.gguf': str(files / 'model'),
     "os.chdir('..')": 'None',
     'tokens=40_960': 'tokens=256',
-    'length=1024': 'length=32',
+    'length=512': 'length=32',
     "'length': 256": "'length': 32",
     'length=256, max_tokens=8192': 'length=32, max_tokens=256',
   }

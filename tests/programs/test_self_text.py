@@ -30,6 +30,7 @@ def draw(files, directory, seed=(0, 0), tokenizer=None):
 def test_rows_follow_the_models_own_distribution(files, tmp_path):
   tokens = draw(files, tmp_path, tokenizer=tiny_tokenizer(chat_template=None))
   assert tokens.shape == (ROWS, LENGTH) and tokens.dtype == np.int32
+  tokens = tokens[::2]  # the others have a beginning that was not drawn
   source = open_source(str(files / 'model'))
   logits = llama.apply(source.config, source.load_params(jnp.float32), jnp.asarray(tokens))[:, :-1]
   log_p = np.asarray(jax.nn.log_softmax(logits))
@@ -51,7 +52,7 @@ def test_rows_of_a_gemma_begin_with_bos(template):
     starts[family] = [x for batch in self_text._batches(tokenizer, config, **asked) for x in batch.starts]
   assert len({start[0] for start in starts['llama']}) > 1
   assert {start[0] for start in starts['gemma3_text']} == {tokenizer.bos_token_id}
-  gemmas, llamas = (of[:: 2 if template else 1] for of in (starts['gemma3_text'], starts['llama']))
+  gemmas, llamas = (of[::2] for of in (starts['gemma3_text'], starts['llama']))
   assert [start[1:] for start in gemmas] == llamas  # the drawn tokens; every other row may be a chat
 
 
