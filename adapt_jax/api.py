@@ -83,15 +83,14 @@ def rows(
     data = {'text_field': text_field, 'messages_field': messages_field}
     asked = {'samples': samples, 'length': length, 'own': own}
     options = from_dict({'seed': seed, 'data': data, 'prune': {'calibration': asked}})
-    if arguments.is_ids(text):
-      own = 0.0
-    count = samples if text == SELF else round(own * samples)
+    alone = isinstance(text, str) and text == SELF
+    count = samples if alone else 0 if arguments.is_ids(text) else round(own * samples)
     generated = np.zeros((0, length), np.int32)
     if count:
       arguments.check_tokenizer(model.tokenizer)
       self_text.check((SELF,), length, model.config.max_position, 'prune.calibration')
       # Rows beside several texts, which are joined, must differ.
-      beside = [] if text == SELF else [zlib.crc32('\n'.join(arguments.entries(text)).encode())]
+      beside = [] if alone else [zlib.crc32('\n'.join(arguments.entries(text)).encode())]
       drawn = {'seed': [seed, self_text.CALIBRATION, *beside], 'dtype': compute_dtype('auto')}
       generated = self_text.in_memory(model.config, model.params, model.tokenizer, count, length, **drawn)
     if count == samples:

@@ -107,7 +107,7 @@ def test_a_run_stopped_during_training_has_no_figures_of_what_it_was_before(file
   monkeypatch.setattr(MetricsLog, 'write', noted)
   monkeypatch.setattr(preemption, 'requested', lambda: bool(stopped))
   scores = {'task': {'acc': 1.0, 'n': 1}}
-  monkeypatch.setattr(Run, '_tasks', lambda self, state, of: state.record_tasks(of, scores))
+  monkeypatch.setattr(Run, '_measure_tasks', lambda self, state, c, p, of: state.record_tasks(of, scores))
   config = runs.make_config(files)
   with pytest.raises(preemption.Preempted):
     runs.in_process(config, tmp_path / 'run')

@@ -64,7 +64,7 @@ def test_the_first_command_can_train(page, on_a_cpu):
     assert numbers['train.tokens'] == '100_000'
   values = base.get_config()
   values.update_from_flattened_dict({name: ast.literal_eval(value) for name, value in numbers.items()})
-  check_run(from_dict(values.to_dict()), tiny_config())
+  check_run(from_dict(values.to_dict()), tiny_config(max_position=1024))
 
 
 @pytest.mark.skipif(importlib.util.find_spec('mkdocs') is None, reason="pip install '.[docs]'")

@@ -41,7 +41,7 @@ def test_calibration_may_need_more_than_is_read_otherwise(tmp_path, monkeypatch)
   np.save(tmp_path / 'text.npy', np.random.default_rng(0).integers(5, 50, (60, 10), np.int32))
   (tmp_path / 'text.txt').write_text('the law of the union ' * 400)
   for name in ('text.npy', 'text.txt'):
-    calibration = {'source': [str(tmp_path / name)], 'samples': 50, 'length': 10}
+    calibration = {'source': [str(tmp_path / name)], 'samples': 50, 'length': 10, 'own': 0.0}
     source = types.SimpleNamespace(config=tiny_config(vocab_size=len(tiny_tokenizer())))
     options = from_dict({'data': {'cache': f'{tmp_path}/cache'}, 'prune': {'calibration': calibration}})
     loader = Loader(options, source, tiny_tokenizer())
@@ -85,7 +85,7 @@ def test_all_rows_of_a_gemma_begin_with_bos(tmp_path, family, layout):
   def rows(family):
     options = {
       'data': {'cache': str(tmp_path / 'cache')},
-      'prune': {'calibration': {'source': [str(path)], 'length': 8, 'layout': layout}},
+      'prune': {'calibration': {'source': [str(path)], 'length': 8, 'layout': layout, 'own': 0.0}},
       'train': {'source': [str(path)], 'length': 8, 'tokens': 100},
       'evaluate': {'source': [str(path)], 'length': 8},
     }
