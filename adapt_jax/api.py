@@ -210,6 +210,7 @@ def prune(
       dense = Teacher(config, jax.tree.map(lambda x: x.astype(trained), params))
       args, micro_batch = (tokens, settings.heal, dense, params), settings.calibration.batch
       healing = Healing(*args, micro_batch=micro_batch, **common)
+      del dense, args
     arrays, state = prune_model(pruner, lambda: {'params': params}, start, wanted)
     if healing and not state.plan.equals(start.plan):
       arrays['params'] = healing.heal(state.plan.pruned_config(config), arrays['params'])

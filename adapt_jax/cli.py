@@ -30,6 +30,7 @@ from adapt_jax.models.files import exists, local
 from adapt_jax.modes.mode import Mode
 from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.dense_model import with_training_dtype
+from adapt_jax.pipeline.stages import trained
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
 
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> None:
     values = _CONFIG.value.to_dict()
   options = mode.settle(from_dict(values))
   described = mode.devices(options) if mode.devices else None
-  trains = 'train' in mode.identity(options)['config']
+  trains = 'train' in mode.identity(options)['config'] and (mode.grows or trained(options))
   if trains:
     memory.keep()
   processes.start(_DISTRIBUTED.value, _ADDRESS.value, _PROCESSES.value, _PROCESS.value)

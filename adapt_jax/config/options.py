@@ -70,7 +70,8 @@ class DataOptions:
   )
   cache: str = option(
     '',
-    'Directory for tokenised texts; it may be deleted at any time. Empty: adapt-jax/tokens in '
+    'Directory for tokenised texts and rows that models generate; it may be deleted at any time, but other '
+    'machines may generate other rows, with which a run does not continue. Empty: adapt-jax/tokens in '
     '$XDG_CACHE_HOME or ~/.cache.',
     result=False,
   )

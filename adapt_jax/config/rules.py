@@ -44,8 +44,7 @@ def _rules(options: RunOptions) -> Iterator[tuple[str, bool, str]]:
     yield f'mesh.{axis}', size < 1 and size != -1, 'give a number of devices, or -1 for all that remain'
   yield 'mesh', [*sizes.values()].count(-1) > 1, 'only one axis may be -1'
   yield 'sensitivity.bases', not bases or len({*bases}) < len(bases), 'give one or more numbers, each once'
-  own = options.evaluate.health and OWN in options.evaluate.texts
-  yield 'evaluate.source', own, f'with evaluate.health the name {OWN!r} is taken: choose another'
+  yield 'evaluate.source', OWN in options.evaluate.texts, f'the name {OWN!r} is taken: choose another'
   named = re.fullmatch(r'[\w.-]+/[\w.-]+', push, re.ASCII)
   yield 'export.push', bool(push) and not named, 'give a repository of the hub, as org/name'
 

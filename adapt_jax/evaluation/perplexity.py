@@ -134,7 +134,7 @@ class Evaluator:
 
   def _program(self, name: str, fn: Any, tokens: jax.Array, *args: Any) -> Any:
     """`fn` compiled for `args`, or the last program of its kind if that is the same."""
-    key = fn, tokens.shape
+    key = fn, tokens.shape, *(str(x.dtype) for x in jax.tree.leaves(args))
     if self._programs.get(type(fn), (None,))[0] != key:
       self._programs[type(fn)] = key, self._compiler(name, fn, *args)
     return self._programs[type(fn)][1]

@@ -78,7 +78,8 @@ def check_model(config: ModelConfig) -> None:
 
 def check_batches(options: RunOptions) -> None:
   """Checks that the current mesh can split the run's batches by rows. Raises InputError."""
-  check_rows('prune.calibration.samples', options.prune.calibration.samples)
+  if options.prune.prunes:
+    check_rows('prune.calibration.samples', options.prune.calibration.samples)
   if options.train.tokens:
     check_rows('train.batch', options.train.batch)
 

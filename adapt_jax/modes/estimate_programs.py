@@ -272,6 +272,9 @@ def _of_correction(footprint: Footprint, stages: list[ModelConfig]) -> dict[str,
 
 def _of_healing(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
   options, other, c = footprint.options, footprint.teacher_beside, footprint.options.prune.calibration
+  if len(stages) > 1:  # the moments of recovery
+    with_moments, without = (bytes_of(footprint.state(stages[-1], moments)) for moments in (True, False))
+    other += with_moments - without
   t = heal_options(c.samples, c.length, options.prune.heal, c.batch, footprint.config.vocab_size)
   t = dataclasses.replace(t, dtype=options.train.dtype)
   of_heal = Footprint(

@@ -22,7 +22,7 @@ from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.checkpoint import Checkpoints
 from adapt_jax.pipeline.dense_model import DenseModel, with_learning_rate
-from adapt_jax.pipeline.run_report import run_report
+from adapt_jax.pipeline.run_report import described_source, run_report
 from adapt_jax.pipeline.schedule import Schedule
 from adapt_jax.pipeline.stages import trained
 from adapt_jax.pipeline.state import array_shapes, from_meta
@@ -118,6 +118,8 @@ def _from_checkpoint(path: pathlib.Path) -> _Model:
   config = state.compacted.pruned_config(model.config)
   budget = budget_of(ran, source.config, source.dtype)
   report, template = run_report(ran, model, budget, state), ran.data.chat_template
+  if not ran.prune.prunes:
+    report['teacher'] = described_source(open_source(ran.train.distill.source))
   steps = state.train_step - Schedule.of(ran, budget).start(state.stage)
   if state.row is not None and steps > 0:  # the weights have been trained since they were measured
     report['stages'][-1]['tokens'] = steps * ran.train.batch * ran.train.length

@@ -4,7 +4,6 @@ from adapt_jax.config.identity import WRITTEN
 from adapt_jax.config.options import RunOptions
 from adapt_jax.export.push import check_hub
 from adapt_jax.export.writer import check_formats, check_tokenizer, origin, written_dtype
-from adapt_jax.generation import self_text
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.processes import decide
@@ -46,9 +45,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
 
 def _checked(options: RunOptions, config: ModelConfig) -> ModelConfig:
   """The narrowed config. Raises InputError if the model cannot be narrowed to it."""
-  calibration, width = options.prune.calibration, options.narrow.hidden
-  own = calibration.own
-  self_text.check(calibration.source, calibration.length, config.max_position, 'prune.calibration', own)
+  width = options.narrow.hidden
   narrow.check(config, width, 'narrow.hidden')
   serving_widths.check_hidden(options.prune.serve, width)
   small = narrow.narrowed_config(config, width)

@@ -59,8 +59,10 @@ def check_run(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16'
   config: config of the source. stored: dtype of its weights, as for `budget_of`.
   """
   calibration, train, longest = options.prune.calibration, options.train, config.max_position
-  own = calibration.own
-  self_text.check(calibration.source, calibration.length, longest, 'prune.calibration', own)
+  if options.prune.prunes:
+    self_text.check(calibration.source, calibration.length, longest, 'prune.calibration', calibration.own)
+  elif not train.distill.source:
+    raise InputError('prune.calibration.source is empty: name text of the kinds that the model should keep')
   self_text.check(train.source, train.length, longest, 'train')
   if config.sliced_from:
     raise InputError(

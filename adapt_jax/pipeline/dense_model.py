@@ -75,6 +75,8 @@ def with_training_dtype(options: RunOptions, workdir: str) -> RunOptions:
   All processes get that of the first. Call it outside of a mesh. Raises InputError if run.json is damaged.
   """
   asked = options.training_dtype
+  if any('model.dtype' in fields for fields in options.compare.grid):
+    return options  # each cell of a grid has its own
   if asked == 'auto':
     asked = decide(lambda: begun_with(workdir, 'train.dtype') or chosen(asked))
   return dataclasses.replace(options, train=dataclasses.replace(options.train, dtype=asked))

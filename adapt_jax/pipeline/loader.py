@@ -76,6 +76,7 @@ class Loader:
   def calibration(self) -> Blocks:
     """The rows that calibration draws from; `own` of those drawn are the model's."""
     c = self._options.prune.calibration
+    self_text.check(c.source, c.length, self._config.max_position, 'prune.calibration', c.own)
 
     def load(source: tuple[str, ...], rows: int) -> Blocks:
       if self_text.is_self(source):
@@ -100,8 +101,9 @@ class Loader:
     o, train = self._options, self._options.train
     self._warn_beyond_context('train.source', train.length)
     if self_text.is_self(train.source):
-      rows = -(-train.tokens // train.length)
-      own = self._own_text(speaker or self._source, rows, train.length, self_text.TRAINING)
+      rows, speaker = -(-train.tokens // train.length), speaker or self._source
+      self_text.check(train.source, train.length, speaker.config.max_position, 'train')
+      own = self._own_text(speaker, rows, train.length, self_text.TRAINING)
       train = dataclasses.replace(train, source=own)
     vocab_size, first = self._config.vocab_size, first_of_rows(self._config.traits, self.tokenizer)
     return open_train_set(train, o.data, self.tokenizer, vocab_size, o.seed, first)
@@ -109,7 +111,8 @@ class Loader:
   def _own_text(self, speaker: Source, rows: int, length: int, use: int) -> tuple[str, ...]:
     """The source of rows that a model generates; each `use` has different rows."""
     o = self._options
-    drawn: dict[str, Any] = {'seed': [o.seed, use], 'dtype': compute_dtype(o.model.dtype)}
+    seed = 0 if use == self_text.HEALTH else o.seed  # a text to measure on is the same for all runs
+    drawn: dict[str, Any] = {'seed': [seed, use], 'dtype': compute_dtype(o.model.dtype)}
     directory = token_directory(o.data)
     path = self_text.draw(speaker, self.tokenizer, rows, length, **drawn, directory=directory)
     return (str(path),)

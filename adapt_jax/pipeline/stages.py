@@ -146,7 +146,7 @@ class Pruning:
     assert self._healing is not None
     if not state.compacted.equals(PrunePlan.dense(self._inputs.config, state.compacted.unit)):
       config, arrays = state.compacted.pruned_config(self._inputs.config), {**state.arrays}
-      state.hold({})  # healing donates the parameters
+      state.hold({})  # healing copies the parameters
       arrays['params'] = self._healing.heal(config, arrays.pop('params'), 'heal', after_step)
       state.hold(arrays)
     self._healing = None  # its rows

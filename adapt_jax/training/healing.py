@@ -121,6 +121,7 @@ class Healing:
       return {'params': copied, 'optimizer': tx.init(copied)}
 
     state = mesh.jit(start, params, once=True)(params)
+    del params
     common: dict[str, Any] = {'dtype': self._dtype, 'compiler': self._compiler, 'title': title}
     taken = recover_model(
       config, state, self._data, options, tx, stop=steps, total=steps, name='healing', **common
@@ -130,7 +131,7 @@ class Healing:
       for done in taken:
         after_step(done)
     except Diverged:
-      raise Diverged('healing the pruned model diverges: set prune.heal = 0') from None
+      raise Diverged('healing the pruned model diverges: set prune.heal = 0, in a new workdir') from None
     assert done.state is not None
     healed: Params = done.state['params']
     return healed

@@ -20,9 +20,9 @@ from adapt_jax.models.network.sharding import constrain, token_shards
 # Logits held at once on a device, in fp32: 32 MiB on a CPU; elsewhere 16 times that, since each chunk
 # reads and writes the gradient of the whole head.
 _CHUNK_ELEMENTS, _ACCELERATOR = 2**23, 16
-# Of the student's probability of all ids that the teacher's cache does not name: 1 − Σ q in fp32 is exact to
-# some 1e-7, and its gradient has it as the divisor.
-_LEAST_REST = 1e-6
+# Of the student's probability of all ids that the teacher's cache does not name: the gradient has it as the
+# divisor, and 1 − Σ q in fp32 is exact to some 1e-6.
+_LEAST_REST = 1e-5
 
 # (logits [T, V] in fp32, extras) -> scalar.
 ChunkLoss = Callable[[jax.Array, Any], jax.Array]

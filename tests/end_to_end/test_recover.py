@@ -20,11 +20,12 @@ def asked(files, tmp_path_factory):
   """The config of a run on a model of two layers, with one of four as its teacher; no calibration text."""
   path, source = tmp_path_factory.mktemp('pair'), open_source(str(files / 'model'))
   tokenizer, config = source.load_tokenizer(), runs.make_config(files)
-  dense = dataclasses.replace(source.config, layers=source.config.layers * 2)
+  short = dataclasses.replace(source.config, max_position=512)  # rows of calibration are longer
+  dense = dataclasses.replace(short, layers=short.layers * 2)
   params = new_params(dense)
   write_hf(dense, params, path / 'dense', tokenizer=tokenizer)
   params['layers'] = [params['layers'][0], params['layers'][3]]
-  write_hf(source.config, params, path / 'short', tokenizer=tokenizer)
+  write_hf(short, params, path / 'short', tokenizer=tokenizer)
   config.model.source, config.prune.calibration.source = str(path / 'short'), ()
   config.train.distill.update({'source': str(path / 'dense'), 'alpha': 1.0})
   return config
@@ -66,7 +67,9 @@ def test_a_killed_run_is_exported_and_goes_on_with_the_same_bits(asked, recovere
     runs.in_process(asked, path, 'recover')
   export = asked.copy_and_resolve_references()
   export.model.source = str(path)
-  assert runs.in_process(export, tmp_path / 'export', 'export')['stages'][-1]['tokens'] == 5 * 4 * 32
+  exported = runs.in_process(export, tmp_path / 'export', 'export')
+  assert exported['stages'][-1]['tokens'] == 5 * 4 * 32
+  assert exported['teacher']['params_before'] > exported['model']['params_before']
   runs.in_process(asked, path, 'recover')
   runs.assert_same_end(path, recovered[0])
 

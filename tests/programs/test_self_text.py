@@ -112,6 +112,14 @@ def test_a_share_of_calibration_is_the_models_own_text(files):
   assert not any(row.tobytes() in seen for row in both.tokens[-2:])
 
 
+def test_the_text_that_is_measured_does_not_depend_on_the_seed(files):
+  first, second = (
+    prepare(from_dict(runs.make_config(files).to_dict() | {'seed': seed, 'evaluate': {'health': True}}))
+    for seed in (0, 1)
+  )
+  np.testing.assert_array_equal(first.evaluate['own'].tokens, second.evaluate['own'].tokens)
+
+
 @pytest.mark.parametrize(
   ('group', 'more'),
   [

@@ -1,5 +1,6 @@
 """Several texts in evaluate.source: their names, and what is said of each."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -89,3 +90,13 @@ def test_training_that_made_a_model_worse_is_told():
   (line,) = warnings(worse)
   assert line.startswith('warning: training raised the perplexity on b from 25.00 to 39.00: lower train.lr')
   assert warnings({'a': worse['a'] | {'recovered': 41.0}}) == []
+
+
+def test_models_of_one_shape_in_two_dtypes_are_measured_one_after_another():
+  config = tiny_config()
+  params = random_params(config)
+  tokens = np.arange(16, dtype=np.int32).reshape(2, 8)
+  evaluator = Evaluator(Blocks(tokens, tokens > 0, 0), 2, compiler=Compiler(), dtype=jnp.float32)
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  wide, narrow = (evaluator.perplexity(config, of, 'text') for of in (params, rounded))
+  assert wide == pytest.approx(narrow, rel=0.05)
