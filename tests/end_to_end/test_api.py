@@ -1,6 +1,7 @@
 """The library: the whole job in memory, the same as the command's, and nothing left behind in the process."""
 
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -87,7 +88,7 @@ def test_the_whole_job_in_memory(files, model, rows, tmp_path, capfd):
   assert again.dense == model.num_params and model.name.endswith(f'/{again.name}')
   texts = aj.generate(again, ['the union', 'the law'], max_new_tokens=4)
   assert len(texts) == 2 and aj.generate(again, 'the union', max_new_tokens=4) == texts[0]
-  twice, _ = aj.prune(better, rows, target=0.8)
+  twice, _ = aj.prune(better, rows, target=0.8, heal=0)
   assert twice.num_params <= 0.8 * better.num_params and twice.dense == model.num_params
   after = jax.tree.map(np.array, model.params)
   chex.assert_trees_all_equal(before, after)  # nothing donated, nothing changed
@@ -103,12 +104,12 @@ class First(UniformOneShot):
 
 
 def test_methods_and_importances_come_from_outside(model, rows):
-  small, plan = aj.prune(model, rows, target=0.8, method=First, serve='tensor_parallel=3')
+  small, plan = aj.prune(model, rows, target=0.8, method=First, serve='tensor_parallel=3', heal=0)
   assert small.num_params <= 0.8 * model.num_params
   assert not any(plan.ffn_widths % 3) and not any(plan.kv_widths % 3)
   large = Importance(lambda w, g, f: -w * w, gradient=False)
-  by_name, _ = aj.prune(model, rows, target=0.8, method='uniform', importance='l2')
-  mine, plan = aj.prune(model, rows, target=0.8, method='uniform', importance=large)
+  by_name, _ = aj.prune(model, rows, target=0.8, method='uniform', importance='l2', heal=0)
+  mine, plan = aj.prune(model, rows, target=0.8, method='uniform', importance=large, heal=0)
   chex.assert_trees_all_equal(by_name.params, mine.params)  # of the score only the size counts
   assert min(plan.ffn_widths) < 48
 
@@ -189,7 +190,7 @@ def test_a_wrong_argument_is_named(model, rows, call, named):
 
 def executed(blocks, places):
   """The names that blocks of code define one after another, with other texts in the places of some."""
-  names: dict[str, object] = {}
+  names: dict[str, object] = {'functools': functools}
   for code in blocks:
     for shown, place in places.items():
       code = code.replace(shown, place)
@@ -207,6 +208,7 @@ def test_the_code_that_the_pages_show_runs(files, tmp_path, monkeypatch):
     'corpus.jsonl': str(files / 'train.txt'),
     "'heldout.txt')": f'{str(files / "valid.txt")!r}, length=32)',
     'tokens=2_000_000': 'tokens=256, batch=2, length=32',
+    'aj.prune(': 'functools.partial(aj.prune, heal=0)(',
   }
   pages = [(runs.ROOT / page).read_text() for page in ('README.md', 'docs/library.md')]
   blocks = [re.findall(r'^```python\n(.*?)^```', page, re.M | re.S) for page in pages]
