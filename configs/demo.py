@@ -16,11 +16,11 @@ def get_config() -> ConfigDict:
   config.prune.align_ffn = 32  # also suits the quantisation blocks of llama.cpp
   config.prune.calibration.source = ('data/sotu/train', 'data/encyclopedia/train')
   config.prune.calibration.weights = (1.0, 1.0)
-  config.prune.calibration.length = 512  # half the default, so that all takes minutes
+  config.prune.calibration.length = 256  # a quarter of the default, so that all takes minutes
 
   # Text of the two kinds used for calibration, and of another kind.
   valid = {'addresses': 'sotu', 'encyclopedia': 'encyclopedia', 'code': 'code'}
   config.evaluate.source = tuple(f'{name}=data/{place}/valid' for name, place in valid.items())
-  config.evaluate.length = 512
+  config.evaluate.length = 256
   config.evaluate.max_tokens = 4 * 1024
   return config
