@@ -10,8 +10,8 @@ SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) col
 
 help:
 	@echo 'make demo    prune and heal a small model here, and print what it cost'
-	@echo 'make test    all tests that a change must pass: about twelve minutes on two cores'
-	@echo 'make test-fast  unit tests: about ninety seconds on two cores'
+	@echo 'make test    all tests that a change must pass: twelve to fifteen minutes on two cores'
+	@echo 'make test-fast  unit tests: two to three minutes on two cores'
 	@echo 'make nightly  what takes longer: chaos, fuzz, test-parity, test-serving and whole benchmarks'
 	@echo 'make chaos SEED=0  runs killed at random moments, and a disk that is full'
 	@echo 'make fuzz CASES=1000  damaged files and changed configurations by chance: about half an hour'

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax import api_arguments as arguments
@@ -32,7 +31,6 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.backend import compute_dtype
-from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.checks import check_teacher
 from adapt_jax.pipeline.schedule import reachable_target
@@ -50,7 +48,7 @@ from adapt_jax.training.loop import recover_model
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.precision import chosen
 from adapt_jax.training.rate import with_rate
-from adapt_jax.training.step import Teacher
+from adapt_jax.training.step import Teacher, begin
 
 __all__ = (
   'InputError', 'Model', 'generate', 'load', 'narrow', 'perplexity', 'prune', 'recover', 'rows', 'save',
@@ -260,11 +258,7 @@ def recover(
   with processes.silent(not progress):
     rows = arguments.train_set(text, asked, model)
 
-    def start(params: Params) -> dict[str, Any]:
-      copied = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-      return {'params': copied, 'optimizer': tx.init(copied)}
-
-    state = mesh.jit(start, model.params, once=True)(model.params)
+    state = begin(model.params, tx)
     common: dict[str, Any] = {'dtype': dtype, 'compiler': Compiler(), 'teacher': given}
     taken = recover_model(model.config, state, rows, settings, tx, stop=steps, total=steps, **common)
     del state

@@ -28,12 +28,10 @@ def get_config(draws: str = '3') -> ConfigDict:
     raise ValueError(f'variant {draws!r}: write methods_table:N, a number of draws above 0')
   config = demo.get_config()
   config.prune.heal = 0
-  config.prune.calibration.source, config.prune.calibration.weights = (
-    ('data/wikitext-2/wiki.train.tokens',),
-    (),
-  )
-  config.prune.calibration.samples, config.prune.calibration.own = 16, 0.0
-  config.prune.calibration.length = 256  # as in the windows of the evaluation
+  calibration = config.prune.calibration
+  calibration.source, calibration.weights = ('data/wikitext-2/wiki.train.tokens',), ()
+  calibration.samples, calibration.own = 16, 0.0
+  calibration.length = 256  # as in the windows of the evaluation
   # For adapt and uniform: half the paper's 50 steps, each twice as large, for the same sparsities.
   config.prune.steps = 25
   config.prune.amplitude = 0.04

@@ -8,13 +8,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax.config.options import DistillOptions, TrainOptions
 from adapt_jax.data.train_set import BlockRows, TrainSet
-from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.processes import decide
 from adapt_jax.models.config import ModelConfig
@@ -23,7 +20,7 @@ from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.training import rate
 from adapt_jax.training.loop import Diverged, Trained, recover_model
 from adapt_jax.training.optim import optimizer
-from adapt_jax.training.step import Teacher, TrainState
+from adapt_jax.training.step import Teacher, begin
 from adapt_jax.training.teacher_cache import predictions
 
 _KEPT = 64  # ids of the dense model for each token
@@ -115,12 +112,7 @@ class Healing:
     options = self._options
     steps = options.tokens // (options.batch * options.length)
     tx = optimizer(options, steps)
-
-    def start(params: Params) -> TrainState:
-      copied = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-      return {'params': copied, 'optimizer': tx.init(copied)}
-
-    state = mesh.jit(start, params, once=True)(params)
+    state = begin(params, tx)
     del params
     common: dict[str, Any] = {'dtype': self._dtype, 'compiler': self._compiler, 'title': title}
     taken = recover_model(

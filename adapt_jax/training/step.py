@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from adapt_jax.config.options import TrainOptions
-from adapt_jax.machine.mesh import rows_at_once
+from adapt_jax.machine.mesh import jit, rows_at_once
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import on_cpu
@@ -148,6 +148,17 @@ class TrainingStep:
     )
     of_chunk = distillation(alpha, head_VD, self.teacher_config.logit_cap)
     return capped(of_chunk, cap), (*extras, y_BTD.reshape(len(x_TD), -1))
+
+
+def begin(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state before the first step: a copy of the parameters in fp32, and the optimizer's state."""
+
+  def start(params: Params) -> TrainState:
+    copied = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+    return {'params': copied, 'optimizer': optimizer.init(copied)}
+
+  state: TrainState = jit(start, params, once=True)(params)
+  return state
 
 
 def batch_shapes(options: TrainOptions) -> Rows:
