@@ -1,9 +1,9 @@
-"""Draws what each token of recovery wins back: the excess on every text by training tokens, as one picture.
+"""Draws what training recovers: the loss increase on every text by training tokens, as one picture.
 
     python -m scripts.plot_tokens WORKDIR out.svg
 
-WORKDIR is that of a grid over train.tokens, such as docs/results/tokens. The point at 0 tokens is the pruned
-model. Excess is ln(perplexity / that of the dense model), in nats per token.
+WORKDIR is that of a sweep over train.tokens, such as configs/studies.py:tokens. The point at 0 tokens is the
+pruned model. Loss increase is ln(perplexity / that of the dense model), in nats per token.
 """
 
 import math
@@ -29,7 +29,7 @@ def draw(reports: list[RunReport]) -> str:
   series = [
     charts.Series(name, sorted(of.items()), colour) for colour, (name, of) in enumerate(points.items())
   ]
-  names, title = ('training tokens', 'excess, nats per token'), 'What pruning cost, by tokens of recovery'
+  names, title = ('training tokens', 'loss increase, nats per token'), 'Loss increase by training tokens'
   return charts.line_chart(title, names, series, levels=[(0, 'dense')], height=_HEIGHT)
 
 
