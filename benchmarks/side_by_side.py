@@ -78,7 +78,9 @@ def in_turn(commands: dict[str, list[str]], rounds: int) -> dict[str, list[Run]]
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-  """Median (lowest–highest)."""
+  """Median (lowest–highest), or the only value."""
+  if len(values) == 1:
+    return f'{values[0]:,.{digits}f}'
   return f'{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f}–{max(values):,.{digits}f})'
 
 
