@@ -62,7 +62,7 @@ test-accelerators: .venv/accelerators/installed
 	JAX_PLATFORMS=cpu PYTHONPATH=$(<D) $(PY) -m pytest -q -m accelerators tests/accelerators
 
 docs: .venv/installed-test
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # Each writes its own section as it ends; one alone: .venv/bin/python -m benchmarks.training --write
 BENCHMARKS := training pruning inference

@@ -236,7 +236,8 @@ def recover(
       rows(model, 'self', seed=1), which differ from those of other seeds.
     teacher: the model to distil from: the dense one, or any with the same tokenizer. None, or with
       distill={'alpha': 0.0}: cross-entropy on the text.
-    text_field, messages_field: as for `rows`.
+    text_field: as for `rows`.
+    messages_field: as for `rows`.
     options: other options of `config.train`, by name: lr, batch, length, dtype, weights and so on. Without
       lr, the learning rate follows from the weights of `model`.
 

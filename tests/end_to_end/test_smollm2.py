@@ -80,7 +80,7 @@ def test_steps_of_the_reference(start, stop):
   """Its rule on its tokens, and its state after step `start`: widths, and given masks.
 
   In step 16 a KV group goes in 26 of 30 layers. From the start the paths part after step 11, as those of two
-  chaotic runs do: docs/results.md.
+  chaotic runs do: docs/notes/parity.md.
   """
   pruner, params = reference_pruner()
   reference, seen = Reference(), []

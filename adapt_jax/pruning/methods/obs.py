@@ -17,7 +17,7 @@ class Obs(GlobalOneShot):
   Differences: whole KV groups and channels instead of rows and columns of every matrix, one shot instead of
   many, and prune.compensate does the correction; its least squares account for the pruned earlier layers.
   The first layer's attention is pruned last: its removal can break a model's attention sink, which its costs
-  did not show (docs/results.md, "Recovery").
+  did not show (docs/notes/experiments.md, "Several stages").
   """
 
   importance = 'curvature'
