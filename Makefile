@@ -61,7 +61,7 @@ test-serving: .venv/installed-test $(patsubst %,.venv-serving/%/installed,mlx vl
 test-accelerators: .venv/accelerators/installed
 	JAX_PLATFORMS=cpu PYTHONPATH=$(<D) $(PY) -m pytest -q -m accelerators tests/accelerators
 
-docs: .venv/installed-test
+docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # Each writes its own section as it ends; one alone: .venv/bin/python -m benchmarks.training --write
@@ -108,6 +108,11 @@ fetch: .venv/created
 .venv/installed-test: .venv/installed
 	@echo 'installing what the tests need: PyTorch, transformers 4.57, linters'
 	@$(PIP) -e '.[test]' -c constraints.txt $(SHOW)
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	@echo 'installing what the site needs'
+	@$(PIP) -e '.[docs]' -c constraints.txt $(SHOW)
 	@touch $@
 
 # For a driver of CUDA 13: make bench-gpu CUDA=cuda13

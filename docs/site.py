@@ -1,7 +1,7 @@
-"""What the documentation site changes in its pages: files outside docs/ that a page links to become part of it.
+"""Hook of the documentation site: files outside docs/ that a page links to become part of it.
 
-Pages link to files as the repository has them, such as ../CHANGELOG.md. On the site, Markdown files are pages and
-other files are copied, under `files/` with their path. A link to a folder or to a missing file is an error.
+Pages link to files as the repository has them, such as ../CHANGELOG.md. On the site, Markdown files are pages
+and other files are copied, under `files/` with their path. A link to a folder or a missing file is an error.
 """
 
 import pathlib
