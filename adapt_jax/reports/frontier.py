@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict
 
+from adapt_jax.config.values import TEXT
 from adapt_jax.reports.report import MadeReport, ModelReport
 from adapt_jax.reports.table import Table
 
@@ -123,7 +124,7 @@ def table(report: FrontierReport, ranges: bool = True) -> Table:
     perplexities = [f'{row["texts"][name]["perplexity"]:.2f}' for name in texts]
     losses = [f'{row["loss_increase"]:.3f}', f'{row["kl"]:.3f}']
     speeds = [_rate(row.get('prefill'), ranges), _rate(row.get('decode'), ranges)]
-    cells = [row['model'], row['type'], f'{row["bytes"] / 1e6:,.4g}', *perplexities, *losses, *speeds]
+    cells = [row['model'], row['type'], f'{row["bytes"] / 1e6:,.1f}', *perplexities, *losses, *speeds]
     rows.append([*cells, ', '.join(row['best_for'])])
   names = ['perplexity' if len(texts) == 1 else f'perplexity {name}' for name in texts]
   return Table(['model', 'type', 'MB', *names, 'loss +', 'KL', 'prefill', 'decode', 'best for'], rows)
@@ -132,7 +133,7 @@ def table(report: FrontierReport, ranges: bool = True) -> Table:
 def _rate(spread: Spread | None, ranges: bool) -> str:
   if spread is None:
     return '–'
-  return ('{median:,.4g} ({min:,.4g}–{max:,.4g})' if ranges else '{median:,.4g}').format(**spread)
+  return ('{median:,.1f} ({min:,.1f}–{max:,.1f})' if ranges else '{median:,.1f}').format(**spread)
 
 
 def values(report: FrontierReport) -> Table:
@@ -154,15 +155,16 @@ def values(report: FrontierReport) -> Table:
 
 def notes(report: FrontierReport) -> list[str]:
   """What the figures are, in sentences."""
-  texts = report['definitions']
-  mean = f' Loss increase and KL are means over the {len(texts)} texts.' if len(texts) > 1 else ''
+  texts, threads = report['definitions'], report['threads']
+  mean = f' Both are means over the {len(texts)} texts.' if len(texts) > 1 else ''
   return [
-    f'Loss + is the increase of the loss over {report["reference"]}, in nats per token; KL is the divergence '
-    f'from it.{mean} A file is best for a limit if no smaller or faster one is as good: losses within '
-    f'{SAME_LOSS} and speeds within {SAME_SPEED - 1:.0%} count as equal.',
-    f'Speeds are tokens per second: {report["request"]}, {report["threads"]} threads on the CPU of this '
-    f'machine; median (range) of {report["repeats"]} runs, in which all files alternate.',
-    *(f'Perplexity{" on " * bool(name)}{name}: {how}.' for name, how in texts.items()),
+    f'Loss + is the increase of the loss over {report["reference"]}, in nats per token. KL is the divergence '
+    f'from it.{mean}',
+    f'A file is best for a limit if no smaller or faster file is as good. Losses within {SAME_LOSS} count as '
+    f'equal, and so do speeds within {SAME_SPEED - 1:.0%}.'.replace('%', ' %'),
+    f'Speeds are tokens per second on this machine, with {threads} thread{"s" * (threads > 1)}: '
+    f'{report["request"]}. They are medians of {report["repeats"]} runs, in which all files alternate.',
+    *(f'Perplexity{f" on {name}" if name != TEXT else ""} is {how}.' for name, how in texts.items()),
   ]
 
 

@@ -86,7 +86,8 @@ def test_each_file_is_measured_once_and_speeds_in_rounds_over_all(finished):
   assert not [*path.glob('*.np?')]  # large
   for row in report['rows']:
     assert (path / row['file']).stat().st_size == row['bytes']
-    assert all(0 < row[kind]['min'] <= row[kind]['median'] <= row[kind]['max'] for kind in ('prefill', 'decode'))
+    for speed in (row['prefill'], row['decode']):
+      assert 0 < speed['min'] <= speed['median'] <= speed['max']
   assert len([*csv.DictReader((path / 'frontier.csv').open())]) == 4
   assert (path / 'report.html').read_text().count('<svg') == 2
 
@@ -95,8 +96,8 @@ def test_figures_are_those_of_our_evaluator(finished, files, smaller):
   """In 16 bits. llama.cpp rounds the input of each product to bfloat16, which has errors of 2^-9 / sqrt(3).
 
   On the way of a number there are four products in each of two layers, and the head: relative to the logits
-  the error is sqrt(9) as large. The loss of a token is the difference of two numbers of their size. As a bound,
-  all tokens err alike, where chance would make the mean smaller.
+  the error is sqrt(9) as large. The loss of a token is the difference of two numbers of their size. The mean
+  over n tokens errs by 1 / sqrt(n) of that; four standard errors are allowed.
   """
   path, report, *_ = finished
   options = from_dict(make_config(files, smaller, 'bf16').to_dict())
@@ -109,14 +110,12 @@ def test_figures_are_those_of_our_evaluator(finished, files, smaller):
     model = open_source(str(path / row['file']))
     params = model.load_params(jnp.float32)
     size = float(jnp.std(logits(model.config, params, blocks.tokens[:4])))
-    tolerance = 2**0.5 * 9**0.5 * 2**-9 / 3**0.5 * size
+    tolerance = 4 * size * 2**0.5 * 9**0.5 * 2**-9 / 3**0.5 / blocks.targets.sum() ** 0.5
     ours = evaluator.perplexity(model.config, params, 'ours')
     found = row['texts']['text']
-    print(size, tolerance, jnp.log(found['perplexity'] / ours))
     assert abs(jnp.log(found['perplexity'] / ours)) < tolerance
     reference = reference or evaluator.reference(model.config, params, 'reference')
     kl = evaluator.divergence(model.config, params, reference, 'ours')
-    print(kl, found['kl'])
     assert abs(found['kl'] - kl) < 2 * tolerance  # both models err
 
 
