@@ -49,7 +49,7 @@ Labelled = Sequence[tuple[float, str]]
 class Series(NamedTuple):
   """One line through the points (x, y). kind: line (with dots), curve (without), step or dots.
 
-  ranges: x, lowest and highest y of vertical bars, for the range over repetitions. labels: written beside the
+  ranges: x, lowest and highest y of vertical bars, for the range over repetitions. labels: written below the
   points.
   """
 
@@ -137,7 +137,8 @@ def _draw(axes: Any, one: Series) -> None:
   for x, low, high in one.ranges:
     axes.vlines(x, low, high, color=colour, alpha=0.5)
   for point, label in zip(one.points, one.labels, strict=False):
-    axes.annotate(label, point, (4, 4), textcoords='offset points', size=8, color=_MUTED)
+    axes.annotate(label, point, (0, -12), textcoords='offset points', ha='center', size=8, color=_MUTED)
+    axes.margins(0.1)
 
 
 def _finite(one: Series, most: float) -> Series:

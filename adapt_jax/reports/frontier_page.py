@@ -36,35 +36,43 @@ def _body(report: FrontierReport, drawn: list[str]) -> Iterator[str]:
 
 def by_size(report: FrontierReport) -> str:
   """Loss increase over MB; '' if nothing is measured."""
-  return _chart(report, 'Loss by size', 'MB of the file', SIZE, lambda row: row['bytes'] / 1e6)
+  best = sorted((row for row in report['rows'] if SIZE in row['best_for']), key=_megabytes)
+  return _chart(report, 'Loss by size', 'MB of the file', best, _megabytes)
 
 
 def by_speed(report: FrontierReport) -> str:
   """Loss increase over tokens per second of decoding; '' if that is not measured of all files."""
   if not all('decode' in row for row in report['rows']):
     return ''
-  name = f'decode, tokens/s on {report["threads"]} threads'
-  return _chart(report, 'Loss by speed', name, SPEED, lambda row: row['decode']['median'])
+  best = sorted((row for row in report['rows'] if SPEED in row['best_for']), key=_rate, reverse=True)
+  return _chart(report, 'Loss by speed', 'tokens/s of decoding', best, _rate)
+
+
+def _megabytes(row: FrontierRow) -> float:
+  return row['bytes'] / 1e6
+
+
+def _rate(row: FrontierRow) -> float:
+  return row['decode']['median']
 
 
 def _chart(
-  report: FrontierReport, title: str, name: str, limit: str, x: Callable[[FrontierRow], float]
+  report: FrontierReport,
+  title: str,
+  name: str,
+  best: list[FrontierRow],
+  x: Callable[[FrontierRow], float],
 ) -> str:
-  def line(legend: str, rows: list[FrontierRow], colour: int, **more: bool | str) -> Series:
-    ordered = sorted(rows, key=x)
-    points = [(x(row), row['loss_increase']) for row in ordered]
-    labels = [] if more.get('dashed') else [row['type'] for row in ordered]
-    return Series(legend, points, colour, labels=labels, **more)  # type: ignore[arg-type]
+  """All rows, and the frontier as steps: `best` has the cheapest file first, which is best until the next."""
 
-  rows = report['rows']
-  models = dict.fromkeys(row['model'] for row in rows)
-  series = [
-    line(model, [row for row in rows if row['model'] == model], i, kind='dots')
-    for i, model in enumerate(models)
-  ]
-  best = [row for row in rows if limit in row['best_for']]
-  series.append(line('frontier', best, charts.COLOURS - 1, kind='curve', dashed=True))
-  most = charts.axis_end(max(0.0, row['loss_increase']) for row in rows)
-  above = any(row['loss_increase'] > most for row in rows)
+  def points(rows: list[FrontierRow]) -> list[tuple[float, float]]:
+    return [(x(row), row['loss_increase']) for row in rows]
+
+  series = [Series('frontier', points(best), charts.COLOURS - 1, 'step', dashed=True)]
+  for i, model in enumerate(dict.fromkeys(row['model'] for row in report['rows'])):
+    rows = [row for row in report['rows'] if row['model'] == model]
+    series.append(Series(model, points(rows), i, 'dots', labels=[row['type'] for row in rows]))
+  most = charts.axis_end(max(0.0, row['loss_increase']) for row in report['rows'])
+  above = any(row['loss_increase'] > most for row in report['rows'])
   y_name = f'loss increase, nats per token{f" (up to {most:.3g})" if above else ""}'
   return charts.line_chart(title, (name, y_name), series, most=most)
