@@ -101,8 +101,9 @@ def open_models(options: RunOptions, dense: Source, tokenizer: Any) -> list[Mode
 
 def _open(source: Source, tokenizer: Any, label: str, kinds: tuple[str, ...]) -> Model:
   """The model, in the format of llama.cpp that holds it: padded only if no other does."""
-  path = source.path if source.path.name != 'hf' else source.path.parent
-  key = f'{path.stem if source.path.suffix == ".gguf" else path.name}-{source.model_digest()[:8]}'
+  path = pathlib.PurePath(source.name)
+  path = path.parent if path.name == 'hf' else path
+  key = f'{path.name.removesuffix(".gguf")}-{source.model_digest()[:8]}'
   export = ExportOptions(formats=('gguf',), gguf_types=kinds)
   try:
     check_formats(export, source.config)
