@@ -1,4 +1,4 @@
-"""Options that a single mode reads: sensitivity, compare, estimate, generate, bench."""
+"""Options that a single mode reads: sensitivity, compare, estimate, generate, bench, frontier."""
 
 import dataclasses
 from typing import Any
@@ -96,3 +96,28 @@ class BenchOptions:
   new_tokens: int = option(64, 'Tokens decoded after each prompt.', within=LENGTH)
   batch: int = option(1, 'Prompts at once, over all devices.', within=COUNT)
   repeats: int = option(5, 'Runs of each model; the models alternate.', within=(1, 10**6))
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontierOptions:
+  """Mode frontier: size, quality and speed of several models and types of GGUF files (docs/which-size.md)."""
+
+  models: tuple[str, ...] = option(
+    (),
+    'Smaller models with the same tokens, to compare with model.source, the dense one: workdirs of runs, '
+    'directories, .gguf files or hub ids.',
+    result=False,
+  )
+  types: tuple[str, ...] = option(
+    ('bf16', 'q8_0', 'q4_k_m'),
+    'Types of GGUF files; each model is written and measured in each. The dense model is always measured in '
+    'bf16 too, with which all others are compared.',
+    choices=('f32', 'f16', 'bf16', 'q8_0', 'q6_k', 'q5_k_m', 'q4_k_m', 'q4_0'),
+    result=False,
+  )
+  threads: int = option(
+    0,
+    'CPU threads of llama.cpp; 0: as many as the CPUs that the process may use.',
+    within=(0, 4096),
+    result=False,
+  )

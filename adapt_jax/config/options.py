@@ -17,6 +17,7 @@ from adapt_jax.config.mode_options import (
   BenchOptions,
   CompareOptions,
   EstimateOptions,
+  FrontierOptions,
   GenerateOptions,
   NarrowOptions,
   SensitivityOptions,
@@ -273,6 +274,7 @@ class RunOptions:
   estimate: EstimateOptions = group(EstimateOptions)
   generate: GenerateOptions = group(GenerateOptions)
   bench: BenchOptions = group(BenchOptions)
+  frontier: FrontierOptions = group(FrontierOptions)
   export: ExportOptions = group(ExportOptions)
   seed: int = option(
     0, 'Random seed of calibration draws, data order and everything else.', within=(0, 2**31 - 1)

@@ -49,7 +49,8 @@ Labelled = Sequence[tuple[float, str]]
 class Series(NamedTuple):
   """One line through the points (x, y). kind: line (with dots), curve (without), step or dots.
 
-  ranges: x, lowest and highest y of vertical bars, for the range over repetitions.
+  ranges: x, lowest and highest y of vertical bars, for the range over repetitions. labels: written below the
+  points.
   """
 
   name: str
@@ -58,6 +59,7 @@ class Series(NamedTuple):
   kind: str = 'line'
   ranges: Sequence[tuple[float, float, float]] = ()
   dashed: bool = False
+  labels: Sequence[str] = ()
 
 
 def css() -> str:
@@ -134,6 +136,16 @@ def _draw(axes: Any, one: Series) -> None:
   )
   for x, low, high in one.ranges:
     axes.vlines(x, low, high, color=colour, alpha=0.5)
+  for point, label in zip(one.points, one.labels, strict=False):
+    axes.annotate(label, point, (0, -12), textcoords='offset points', ha='center', size=8, color=_MUTED)
+    axes.margins(0.1)
+
+
+def _finite(one: Series, most: float) -> Series:
+  """Its points that are finite, those above `most` at that y."""
+  kept = [i for i, point in enumerate(one.points) if all(map(math.isfinite, point))]
+  points = [(x, min(y, most)) for x, y in (one.points[i] for i in kept)]
+  return one._replace(points=points, labels=[one.labels[i] for i in kept] if one.labels else ())
 
 
 def line_chart(
@@ -155,8 +167,7 @@ def line_chart(
   names: of x and y. x_range: values that the x axis includes. log: whether y is logarithmic. integer: whether
   ticks of x are whole numbers. categories: names of x = 0, 1, …. most: points above are drawn at that y.
   """
-  finite = [[(x, min(y, most)) for x, y in s.points if math.isfinite(x) and math.isfinite(y)] for s in series]
-  drawn = [s._replace(points=points) for s, points in zip(series, finite, strict=True) if points]
+  drawn = [s for s in (_finite(s, most) for s in series) if s.points]
   levels = [level for level in levels if math.isfinite(level[0])]
 
   def draw(figure: Any, axes: Any) -> None:
