@@ -131,6 +131,16 @@ def jit(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
   return jax.jit(fn, **settings)
 
 
+def bytes_of(tree: Any) -> int:
+  """Bytes that a tree of arrays, or of `jax.ShapeDtypeStruct` with shardings, takes on one device."""
+
+  def size(x: Any) -> int:
+    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    return int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
+
+  return sum(size(x) for x in jax.tree.leaves(tree))
+
+
 def load_source(source: Source, dtype: Any) -> Params:
   """Loads parameters onto the mesh in `dtype`, or if None as stored; a process reads only its own slices."""
   with phase(f'reading {source.name}'):

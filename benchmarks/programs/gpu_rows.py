@@ -183,7 +183,7 @@ def out_of_memory(error: Exception) -> bool:
 
 def _training(row: Row, micro: int, remat: bool, toy: bool) -> dict[str, Any]:
   config, values = model(row.model), base.get_config()
-  values.train.update({'batch': row.rows, 'micro_batch': micro, 'length': row.length, 'remat': remat})
+  values.train.update({'batch': row.rows, 'micro_batch': micro, 'length': row.length, 'remat': str(remat)})
   values.train.lr = 1e-4
   options = from_dict(values.to_dict()).train
   tx = optimizer(options, 1000)
