@@ -53,6 +53,13 @@ class MeshOptions:
     'Devices that split KV groups, MLP channels and the vocabulary; pruning keeps widths divisible by it.',
     result=False,
   )
+  platform: str = option(
+    '',
+    'What the devices must be: if JAX finds others, the run ends before any work. JAX falls back to the CPU '
+    'where it finds no driver. Empty: any.',
+    choices=('', 'cpu', 'cuda', 'tpu'),
+    result=False,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

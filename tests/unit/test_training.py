@@ -87,7 +87,7 @@ def test_planned_memory_holds_no_attention_weights_of_all_layers(dtype, remat):
 
 @pytest.mark.parametrize('free,compiled', [(None, 1), (0.9, 2), (1.2, 1)])
 def test_remat_is_chosen_by_what_the_device_has(params, monkeypatch, free, compiled):
-  """By the step's plan and what else lies there, with a tenth to spare; not where that is unknown, as here."""
+  """By the step's plan and what else lies there, with a tenth to spare; no remat where it is unknown."""
   opts, tx, others = options(remat='auto', lr=1e-4, min_lr=1e-5), optax.sgd(1.0), 10**6
   plain, kept = KeepingCompiler(), KeepingCompiler()
   rows = types.SimpleNamespace(rows=lambda step: np.arange(4), read=lambda ids: batch())
