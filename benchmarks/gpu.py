@@ -4,15 +4,14 @@
 
 Without a network, install from a folder of wheels that another machine of the same kind has filled:
 
-    pip download -d wheels '.[cuda]'                               # there; cuda13 for a driver of CUDA 13
-    pip install --no-index --find-links=wheels 'adapt-jax[cuda]'   # here
+    pip wheel -w wheels '.[cuda]'                                 # there; cuda13 for a driver of CUDA 13
+    pip install --no-index --find-links=wheels 'adapt-jax[cuda]'  # here, in a copy of the repository
 
 Random weights are made on the device, for SmolLM2-135M, Llama-3.2-1B and -3B, and two and eight of the 32
 layers of Llama-3.1-8B. Each row runs in a separate process, alone on the card, one after another (attention
 rows share one); a row that fails has the reason in the table. The most important rows come first; a row for
-which the
-minutes do not suffice is left out and marked. The tables are printed at the end; with --write, the tables so
-far are also written to benchmarks/RESULTS.md after each row.
+which the minutes do not suffice is left out and marked. The tables are printed at the end; with --write, the
+tables so far are also written to benchmarks/RESULTS.md after each row.
 
 The peer of scoring is a transformers model in bf16 on CUDA: autograd, hooks for the cosine distances, Taylor
 scores; it needs a PyTorch that supports the card. --toy runs the same on the CPU with tiny models, in
