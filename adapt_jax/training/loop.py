@@ -63,12 +63,13 @@ def recover_model(
   teacher: Teacher | None = None,
   title: str = 'recover',
   name: str = 'training',
+  beside: int | None = None,
 ) -> Iterator[Trained]:
   """Compiles the training step of a model, and returns the steps start … stop-1, as `run_steps` yields them.
 
   config: of the parameters in `state`, which is donated. total: steps of the whole run, for the schedule of
   the learning rate. dtype: of activations. compiler: counts the compile as `name`; two, if only the second,
-  with train.remat, fits the devices.
+  with train.remat, fits the devices beside `beside` bytes (None: what is in use there beside its arguments).
   """
   teachers = (teacher.params,) if teacher else ()
 
@@ -76,7 +77,8 @@ def recover_model(
     step = TrainingStep(config, options, optimizer, dtype, teacher.config if teacher else None)
     return compiler(name, step, state, batch_shapes(options), *teachers, donate_argnums=(0,))
 
-  program = remat.chosen(options, compile, lambda x: decide(lambda: remat.fits_here(x, state, *teachers)))
+  others = remat.others(state, *teachers) if beside is None else beside
+  program = remat.chosen(options, compile, lambda x: decide(lambda: remat.fits_here(x, others)))
   return run_steps(
     state, program, data, options, start=start, stop=stop, total=total, teacher=teacher, title=title
   )

@@ -44,9 +44,14 @@ def _stats() -> dict[str, int]:
   return jax.local_devices()[0].memory_stats() or {}
 
 
-def fits_here(program: Any, *held: Any) -> bool:
-  """Whether a compiled program fits this process's devices, which hold its arguments `held` and more."""
-  plan, others = program.memory_analysis(), _stats().get('bytes_in_use', 0) - bytes_of(held)
+def others(*held: Any) -> int:
+  """Bytes in use on a device beside these trees of arrays."""
+  return max(_stats().get('bytes_in_use', 0) - bytes_of(held), 0)
+
+
+def fits_here(program: Any, beside: int) -> bool:
+  """Whether a compiled program fits this process's devices beside so many bytes."""
+  plan = program.memory_analysis()
   results = plan.output_size_in_bytes - plan.alias_size_in_bytes
   own = plan.argument_size_in_bytes + plan.temp_size_in_bytes + results
-  return fits(own + max(others, 0), memory())
+  return fits(own + beside, memory())
