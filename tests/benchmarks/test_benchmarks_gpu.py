@@ -27,7 +27,7 @@ def test_end_to_end(tmp_path, monkeypatch):
   results.write_text('# Measured\n')
   monkeypatch.setattr(side_by_side, 'RESULTS', results)
   monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')  # compiles faster
-  found = gpu.run(gpu.TOY, True, 3.0, True)
+  found = gpu.run(gpu.TOY, True, 5.0, True)
   assert not {i: row['said'] for i, row in found.items() if 'said' in row}
   by_kind = {}
   for i, row in enumerate(gpu.TOY):
