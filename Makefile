@@ -6,17 +6,18 @@ PY := .venv/bin/python
 PIP := set -o pipefail; $(PY) -m pip --disable-pip-version-check install
 SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) collected packages.*/  \1/p'
 
-.PHONY: help demo test test-fast chaos fuzz nightly test-parity test-serving test-accelerators docs bench bench-gpu check clean fetch .venv
+.PHONY: help demo test test-fast chaos fuzz nightly test-parity test-python test-serving test-accelerators docs bench bench-gpu check clean fetch .venv
 
 help:
 	@echo 'make demo    prune and heal a small model here, and print what it cost'
 	@echo 'make test    all tests that a change must pass: twelve to fifteen minutes on two cores'
 	@echo 'make test-fast  unit tests: two to three minutes on two cores'
-	@echo 'make nightly  what takes longer: chaos, fuzz, test-parity, test-serving and whole benchmarks'
+	@echo 'make nightly  what takes longer: chaos, fuzz, test-parity, test-serving, whole benchmarks, newer Pythons and JAX'
 	@echo 'make chaos SEED=0  runs killed at random moments, and a disk that is full'
 	@echo 'make fuzz CASES=1000  damaged files and changed configurations by chance: about half an hour'
 	@echo 'make test-parity  steps beside those of the authors'\'' program: about ten minutes'
 	@echo 'make test-serving  exports in the real vLLM, MLX-LM and LLM Compressor: 5 GB of packages, then one to five minutes'
+	@echo 'make test-python PYTHON=python3.13  unit tests on another Python, with the newest JAX: 1 GB of packages'
 	@echo 'make test-accelerators  programs compiled for NVIDIA GPUs and TPUs: 0.4 GB of packages, then ten minutes'
 	@echo 'make docs    the documentation as a site, into out/docs'
 	@echo 'make bench   ours beside PyTorch, into benchmarks/RESULTS.md: an hour on two cores, nothing else running'
@@ -43,6 +44,8 @@ nightly:
 	$(MAKE) chaos SEED=$$(date +%Y%m%d)
 	$(MAKE) fuzz test-parity test-serving
 	$(PY) -m pytest -q -m nightly
+	$(MAKE) test-python PYTHON=python3.12 JAX='==0.11.*'
+	$(MAKE) test-python PYTHON=python3.13 JAX='==0.12.*'
 
 # CASES of each kind, other ones each time; hypothesis prints what repeats a failure.
 CASES ?= 1000
@@ -52,6 +55,21 @@ fuzz: .venv/installed-test
 # Its figures are those of tests/data.
 test-parity: .venv/installed-test fetch
 	$(PY) -m pytest -q -m parity
+
+# Unit tests on another Python with the newest packages it takes, as in make test-python PYTHON=python3.13 JAX='==0.12.*'
+JAX ?= >=0.10
+OTHER = .venv-python/$(notdir $(PYTHON))
+test-python:
+	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  $(MAKE) $(OTHER)/installed && \
+	  $(OTHER)/bin/python -m pytest -q -m unit tests/unit --numprocesses=auto --maxprocesses=4 --dist=worksteal; \
+	else echo 'skipped: there is no $(PYTHON) here'; fi
+
+$(OTHER)/installed: pyproject.toml | .venv/created
+	@echo 'installing the newest packages for $(PYTHON) with jax$(JAX), and what the tests need'
+	@rm -rf $(@D) && $(PYTHON) -m venv --without-pip $(@D) && set -o pipefail && \
+	  $(PY) -m pip --disable-pip-version-check --python $(@D)/bin/python install -e '.[test]' 'jax$(JAX)' $(SHOW)
+	@touch $@
 
 # With the demo's model too, where make demo has left it.
 test-serving: .venv/installed-test $(patsubst %,.venv-serving/%/installed,mlx vllm llmcompressor)

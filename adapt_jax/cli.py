@@ -124,7 +124,10 @@ def main(argv: list[str]) -> None:
   if (count := processes.count()) > 1 and not mode.several_processes:
     raise InputError(f'--mode={mode.name} runs in one process, not in {count}: start it alone')
   if not mode.devices:  # a plan needs details that the cache of compiled programs lacks
+    mesh.check_platform(options.mesh)
     keep_programs()
+  if mode.result:
+    processes.say(f'devices: {mesh.devices_text()}')
   if trains:
     options = with_training_dtype(options, _WORKDIR.value)
   with contextlib.ExitStack() as stack:

@@ -1,12 +1,17 @@
-"""On one GPU: training, scoring compared with PyTorch, generation, and cuDNN's attention vs. the plain form.
+"""On one GPU: recovery, pruning, scoring compared with PyTorch, generation, and cuDNN's attention.
 
     python -m benchmarks.gpu [--minutes=8] [--toy] [--write]
 
-Random weights are made on the device, for SmolLM2-135M, Llama-3.2-1B and -3B, and eight of the 32 layers of
-Llama-3.1-8B. Each row runs in a separate process, alone on the card, one after another (attention rows share
-one); a row that fails has the reason in the table. The most important rows come first; a row for which the
-minutes do not suffice is left out and marked. The tables are printed at the end; with --write, the tables so
-far are also written to benchmarks/RESULTS.md after each row.
+Without a network, install from a folder of wheels that another machine of the same kind has filled:
+
+    pip wheel -w wheels '.[cuda]'                                 # there; cuda13 for a driver of CUDA 13
+    pip install --no-index --find-links=wheels 'adapt-jax[cuda]'  # here, in a copy of the repository
+
+Random weights are made on the device, for SmolLM2-135M, Llama-3.2-1B and -3B, and two and eight of the 32
+layers of Llama-3.1-8B. Each row runs in a separate process, alone on the card, one after another (attention
+rows share one); a row that fails has the reason in the table. The most important rows come first; a row for
+which the minutes do not suffice is left out and marked. The tables are printed at the end; with --write, the
+tables so far are also written to benchmarks/RESULTS.md after each row.
 
 The peer of scoring is a transformers model in bf16 on CUDA: autograd, hooks for the cosine distances, Taylor
 scores; it needs a PyTorch that supports the card. --toy runs the same on the CPU with tiny models, in
@@ -41,6 +46,7 @@ class Row:
   """One row of the tables: `rows` x `length` tokens at once.
 
   micro: rows of a micro-batch, 0 for all. seconds: with fewer left it is not started. heads: N, K and H.
+  teacher: whether training is recovery, with the dense model beside.
   """
 
   kind: str
@@ -53,11 +59,12 @@ class Row:
   new: int = 0
   heads: tuple[int, int, int] = (0, 0, 0)
   segmented: bool = False
+  teacher: bool = False
 
   @property
   def name(self) -> str:
     heads = '{}/{} heads of {}'.format(*self.heads) + ', segments' * self.segmented
-    what = heads if self.kind == 'attention' else self.model
+    what = heads if self.kind == 'attention' else self.model + ' with teacher' * self.teacher
     return ' '.join([self.kind, what, f'{self.rows} x {self.length}'] if self.rows else [self.kind])
 
 
@@ -67,6 +74,10 @@ def _attention(rows: int, length: int, *heads: int, segmented: bool = False) -> 
 
 ROWS = (
   Row('card', 20),
+  Row('training', 50, '135M', 64, 1024, micro=16, teacher=True),
+  Row('training', 60, '1B', 32, 1024, micro=16, teacher=True),
+  Row('curvature', 60, '8B, 2 of 32 layers', 32, 1024, micro=4),
+  Row('least squares', 60, '8B, 2 of 32 layers', 32, 1024, micro=4),
   _attention(8, 2048, 32, 8, 64),
   _attention(8, 2048, 32, 8, 64, segmented=True),
   _attention(8, 1024, 9, 3, 64, segmented=True),
@@ -80,6 +91,7 @@ ROWS = (
   Row('generation', 40, '1B', 1, 512, new=128),
   Row('training', 50, '135M', 64, 1024, micro=32),
   Row('training', 60, '1B', 8, 4096, micro=4),
+  Row('training', 70, '3B', 8, 1024, micro=4, teacher=True),
   Row('training', 60, '8B, 8 of 32 layers', 4, 2048),
   Row('scoring', 40, '1B', 512, 64, micro=128),
   Row('scoring by PyTorch', 40, '1B', 512, 64, micro=128),
@@ -91,6 +103,9 @@ TOY = (
   Row('card', 0),
   _attention(2, 32, 9, 3, 8, segmented=True),
   Row('training', 0, 'toy', 4, 32, micro=2),
+  Row('training', 0, 'toy', 4, 32, micro=2, teacher=True),
+  Row('curvature', 0, 'toy', 4, 32, micro=2),
+  Row('least squares', 0, 'toy', 4, 32, micro=2),
   Row('scoring', 0, 'toy', 4, 16, micro=2),
   Row('scoring by PyTorch', 0, 'toy', 4, 16, micro=2),
   Row('generation', 0, 'toy', 2, 16, new=4),
@@ -133,11 +148,14 @@ def measured(command: list[str], seconds: float) -> Iterator[dict[str, Any]]:
 # -- tables -------------------------------------------------------------------------------------------------
 
 _END = ' | peak GB | compiled, s'
+_LIMIT = 's | limit, s | planned GB'
 HEADS = {
   'attention': 'rows | heads | form | ms plain | ms | plain / it | TFLOP/s | GB beside, plain | GB | '
   'off from fp32, plain: output, dq, dk, dv | off',
-  'training': 'model | rows | micro-batch | GFLOP a token | tokens/s | TFLOP/s | of nominal (MFU) | '
-  f'of one product{_END} | loss, first and last',
+  'training': f'model | rows | micro-batch | GFLOP a token | tokens/s | {_LIMIT} | TFLOP/s | '
+  f'of nominal (MFU) | of one product{_END} | loss, first and last',
+  'curvature': f'model | rows | {_LIMIT}{_END}',
+  'least squares': f'model | rows | {_LIMIT}{_END}',
   'scoring': f'model | rows | program | s a step | tokens/s | TFLOP/s | PyTorch / ours{_END}',
   'generation': f'model | rows | prefill tokens/s | of one product | decode tokens/s | limit | of it{_END}',
 }
@@ -145,8 +163,11 @@ NOTES = {
   'attention': 'Causal, forward and backward; FLOP: 3 x 2·B·T²·N·H. Errors: the largest of the first row, '
   'over the largest value. Segments: four documents a row.',
   'training': 'The step of mode accel: bf16 products, fp32 weights, gradients, Adam; four documents a row. '
-  'FLOP a token: 3 x (2 a weight of every product + 2·T·N·H of attention a layer), without what remat '
-  'does again.',
+  'FLOP a token: 3 x (2 a weight of every product + 2·T·N·H of attention a layer), and once more of the '
+  'teacher, without what remat does again. Limit: of the kernels one after another, at the published peaks '
+  '(mode estimate; 0: not a card that it knows). Planned: by the compiler, beside the peak as it was.',
+  'curvature': 'Scores of the default method, with second moments, Cholesky factors and solves in float32.',
+  'least squares': 'Weights that make up for what is removed, as the default method ends.',
   'scoring': 'Taylor scores of all groups and cosine distances of all layers, to the host, bf16. FLOP a '
   'token as in training, though ours goes forward twice.',
   'generation': 'Greedy, bf16. The limit of decoding: weights and cache, read once a token.',
@@ -178,6 +199,10 @@ def cells(i: int, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> li
     decode = [spread(r['decode']), f'{limit:,.0f}', f'{statistics.median(r["decode"]) / limit:.0%}']
     prefill = [f'{size} + {row.new}', spread(r['prefill']), f'{of_product:.0%}']
     return [row.model, *prefill, *decode, peak, compiled]
+  held = f'{r.get("planned", 0) / 1e9:.1f}'
+  planned = [spread(r['seconds'], 3), f'{r.get("limit", 0):.3f}', held]
+  if row.kind in ('curvature', 'least squares'):
+    return [row.model, size, *planned, peak, compiled]
   rates = [r['tokens'] / s for s in r['seconds']]
   if row.kind == 'scoring by PyTorch':
     ratios = [
@@ -195,9 +220,10 @@ def cells(i: int, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> li
     return [row.model, size, 'ours', *figures, peak, compiled]
   micro = f'{r["micro"]}{", remat" * r["remat"]}' + ''.join(f'; out of memory: {x}' for x in r['before'])
   mfu = f'{speed / nominal(card):.1%}' if nominal(card) else '—'
-  limits = [f'{speed:.1f}', mfu, f'{speed / card["product"]:.1%}']
+  limits = [*planned, f'{speed:.1f}', mfu, f'{speed / card["product"]:.1%}']
   losses = ' '.join(f'{x:.3f}' for x in r['losses'])
-  return [row.model, size, micro, f'{r["flops"] / 1e9:.2f}', spread(rates), *limits, peak, compiled, losses]
+  name = row.model + ' with teacher' * row.teacher
+  return [name, size, micro, f'{r["flops"] / 1e9:.2f}', spread(rates), *limits, peak, compiled, losses]
 
 
 def table(kind: str, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> list[str]:

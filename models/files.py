@@ -30,7 +30,11 @@ def exists(path: pathlib.Path) -> bool:
 
 
 def local(name: str) -> pathlib.Path:
-  """The path `name` with ~ and ~user replaced; InputError for an unknown user."""
+  """The path `name` with ~ and ~user replaced; InputError for an unknown user, and for a URL."""
+  if '://' in name:
+    raise InputError(
+      f'{name!r} is not a path: object stores and URLs are not read: mount the bucket, or copy the files'
+    )
   with reading('', repr(name), 'write out the path'):
     return pathlib.Path(name).expanduser()
 

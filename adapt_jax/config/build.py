@@ -68,6 +68,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     whole = isinstance(value, int) and not isinstance(value, bool)
     wanted = f'of type {kind.__name__}'
     converted = float(value) if kind is float and whole else value
+    converted = str(value) if kind is str and isinstance(value, bool) else converted  # a choice: train.remat
     converted = converted if isinstance(converted, kind) and (kind is not int or whole) else None
   if converted is None:
     raise InputError(f'{where} = {value!r} must be {wanted}')

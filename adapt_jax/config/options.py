@@ -54,6 +54,13 @@ class MeshOptions:
     'Devices that split KV groups, MLP channels and the vocabulary; pruning keeps widths divisible by it.',
     result=False,
   )
+  platform: str = option(
+    '',
+    'What the devices must be: if JAX finds others, the run ends before any work. JAX falls back to the CPU '
+    'where it finds no driver. Empty: any.',
+    choices=('', 'cpu', 'cuda', 'tpu'),
+    result=False,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +174,12 @@ class TrainOptions:
     "Dtype of Adam's first moment; bfloat16 saves two bytes per weight.",
     choices=('float32', 'bfloat16'),
   )
-  remat: bool = option(
-    False,
+  remat: str = option(
+    'auto',
     'Whether the backward pass recomputes each layer entirely: less memory, slower by a tenth (CPU) to a '
-    'third. Otherwise it recomputes all but the products with weights.',
+    'third. Otherwise it recomputes all but the products with weights. auto: in those stages whose step '
+    "would not fit the accelerator's memory without, by the compiler's plan; never on CPUs.",
+    choices=('auto', 'True', 'False'),
     result=False,
   )
   save_every: int = option(

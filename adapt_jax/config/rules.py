@@ -1,6 +1,5 @@
 """Rules that involve several options, or that a range cannot express."""
 
-import dataclasses
 import math
 import operator
 import re
@@ -39,7 +38,7 @@ def _rules(options: RunOptions) -> Iterator[tuple[str, bool, str]]:
   for group in ('prune.calibration', 'train'):
     part = operator.attrgetter(group)(options)
     yield f'{group}.weights', not _are_shares(part.weights, part.source), shares
-  sizes = dataclasses.asdict(options.mesh)
+  sizes = {axis: getattr(options.mesh, axis) for axis in ('data', 'fsdp', 'tensor')}
   for axis, size in sizes.items():
     yield f'mesh.{axis}', size < 1 and size != -1, 'give a number of devices, or -1 for all that remain'
   yield 'mesh', [*sizes.values()].count(-1) > 1, 'only one axis may be -1'

@@ -5,6 +5,7 @@ import functools
 import math
 import re
 from collections import defaultdict
+from typing import NamedTuple
 
 _EXCHANGES = ('all-to-all', 'ragged-all-to-all', 'collective-permute')
 _KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', *_EXCHANGES)
@@ -24,6 +25,10 @@ _MOVES_NOTHING = (
   'opt-barrier', 'add-dependency', *_RUNS,
 )  # fmt: skip
 _SLICES = ('dynamic-slice', 'slice', 'gather')  # read as much of their first operand as they write
+_CONTRACTED = re.compile(r'lhs_contracting_dims=\{([\d,]*)\}')
+_KERNELS = re.compile(r'dim_labels=\w+_(\w+)->')
+# Of GPUs' solvers on matrices of n rows: operations for each number of the result, in n.
+_SOLVERS = {'potrf': 1 / 3, 'getrf': 2 / 3, 'triangularSolve': 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,22 @@ class Collective:
     """
     others = (self.devices - 1) / self.devices
     return self.bytes * {'all-reduce': 2 * others, 'collective-permute': 1.0}.get(self.kind, others)
+
+
+class Kernel(NamedTuple):
+  """One operation of the program that computes or moves data while no other one does.
+
+  Attributes:
+    times: how often one run of the program executes it.
+    flops: floating-point operations of its products. exact: of those in float32 at full precision, and of
+      solvers. Attention kernels count none.
+    bytes: that it reads from and writes to the device's memory.
+  """
+
+  times: int
+  flops: float
+  exact: float
+  bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +182,36 @@ class CompiledText:
     inside = self._computations[computation]
     return [inside[name] for name in x.operands if name in inside]
 
+  def kernels(self) -> list[Kernel]:
+    """What the device executes one after another: all but asynchronous operations and collectives.
+
+    A convolution, as TPUs compute products, counts as if it read one position: at most too little.
+    """
+    found = []
+    for name, times in self._times.items():
+      for x in self._computations[name].values():
+        if x.operation.removesuffix('-start') in _KINDS or x.operation.endswith('-start'):
+          continue
+        flops, exact, moved = *self._work(x, name), self._moved(x, name)
+        if flops or exact or moved:
+          found.append(Kernel(times, flops, exact, moved))
+    return found
+
+  def _work(self, x: _Instruction, computation: str) -> tuple[float, float]:
+    """Operations of products: those that may use tensor cores, and those in float32 at full precision."""
+    if x.operation == 'fusion' and x.called:
+      inside = [self._work(y, x.called[0]) for y in self._computations[x.called[0]].values()]
+      return sum(flops for flops, _ in inside), sum(exact for _, exact in inside)
+    operands = self._operands(x, computation)
+    if x.operation in ('dot', 'convolution') and len(operands) == 2:
+      work = 2.0 * math.prod(_dims(x.shape)) * _terms(x, *(_dims(y.shape) for y in operands))
+      return (0.0, work) if 'operand_precision={highest' in x.rest else (work, 0.0)
+    if x.operation == 'custom-call' and operands:
+      for name, share in _SOLVERS.items():
+        if name in x.rest.partition('custom_call_target=')[2].partition(',')[0]:
+          return 0.0, share * math.prod(_dims(x.shape)) * _dims(operands[0].shape)[-1]
+    return 0.0, 0.0
+
   def bytes_moved(self) -> int:
     """Bytes that all operations read from and write to the device's memory.
 
@@ -242,6 +293,21 @@ def _group_size(attributes: str) -> int:
   if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
     return listed[1].count(',') + 1
   return 0
+
+
+def _terms(x: _Instruction, left: list[int], right: list[int]) -> int:
+  """How many products are added for each number of a dot's or convolution's result."""
+  if named := _CONTRACTED.search(x.rest):
+    return math.prod(left[int(i)] for i in named[1].split(',') if i)
+  if labels := _KERNELS.search(x.rest):
+    return right[labels[1].index('i')]
+  return 0
+
+
+def _dims(shape: str) -> list[int]:
+  """The sizes of the first array of a shape."""
+  found = _ARRAY.search(shape)
+  return [int(n) for n in found[2].split(',') if n] if found else []
 
 
 def _read_slice(slice_shape: str, operands: list[_Instruction]) -> int:

@@ -19,7 +19,7 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError, reading
 from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network import sharding
-from adapt_jax.models.network.backend import compiler_options
+from adapt_jax.models.network.backend import compiler_options, platform
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import AXES, row_sharding, row_shards, shardings
 
@@ -60,6 +60,23 @@ def _over_slices(sizes: tuple[int, ...], slices: int, devices: list[Any]) -> Any
   within = [size // number for size, number in zip(sizes, across, strict=True)]
   with reading(f'mesh of {len(devices)} devices in {slices} hosts', remedy='give each host as many devices'):
     return create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+
+
+def check_platform(options: MeshOptions) -> None:
+  """Checks that this machine's devices are of `mesh.platform`. Raises InputError."""
+  if options.platform and options.platform != (found := platform().name):
+    raise InputError(
+      f'mesh.platform = {options.platform!r}, but JAX finds devices of {found}: check the driver, what the '
+      'container sees (NVIDIA_VISIBLE_DEVICES), and the packages of JAX'
+    )
+
+
+def devices_text() -> str:
+  """The devices and processes of the run, such as '8 NVIDIA H100 80GB HBM3 (gpu), 1 process'."""
+  devices, processes = jax.devices(), jax.process_count()
+  kind, name = devices[0].device_kind, devices[0].platform
+  named = name if kind == name else f'{kind} ({name})'
+  return f'{len(devices)} {named}, {processes} process{"es" * (processes > 1)}'
 
 
 def check_model(config: ModelConfig) -> None:
@@ -129,6 +146,16 @@ def jit(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
   if sharding.mesh() is not None:
     settings['out_shardings'] = shardings(jax.eval_shape(fn, *args))
   return jax.jit(fn, **settings)
+
+
+def bytes_of(tree: Any) -> int:
+  """Bytes that a tree of arrays, or of `jax.ShapeDtypeStruct` with shardings, takes on one device."""
+
+  def size(x: Any) -> int:
+    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    return int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
+
+  return sum(size(x) for x in jax.tree.leaves(tree))
 
 
 def load_source(source: Source, dtype: Any) -> Params:

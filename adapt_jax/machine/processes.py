@@ -83,16 +83,16 @@ def _managed(environment: Any) -> bool:
 def count() -> int:
   """The number of processes, found at the first use of the devices.
 
-  Raises InputError if JAX_PLATFORMS names a platform whose plug-in is not installed.
+  Raises InputError if JAX_PLATFORMS names a platform whose plug-in or driver is missing.
   """
   try:
     return jax.process_count()
   except (AssertionError, RuntimeError) as error:  # the former for cuda, without a message
     reason, asked = str(error), os.environ.get('JAX_PLATFORMS', '')
-    missing = not reason or 'known backends' in reason or 'libtpu.so' in reason
+    missing = not reason or any(x in reason for x in ('known backends', 'libtpu.so', 'initialize backend'))
     says = (
-      f"JAX_PLATFORMS={asked}: JAX has no plug-in for it: pip install 'adapt-jax[cuda]' or 'adapt-jax[tpu]', "
-      f'or unset the variable'
+      f'JAX_PLATFORMS={asked}: JAX finds no such device: check the driver and what the container sees, or '
+      f"pip install 'adapt-jax[cuda]' or 'adapt-jax[tpu]', or unset the variable"
     )
     raise InputError(says) if missing else error from None
 

@@ -27,6 +27,8 @@ class Target:
     platform: `cuda`, `tpu` or `cpu`.
     memory_gb: 10^9 bytes.
     peak_tflops: of dense bfloat16 products.
+    exact_tflops: of float32 products at full precision, which GPUs compute without tensor cores, and TPUs in
+      six products in bfloat16.
     memory_gb_per_s: between the device and its memory.
     link_gb_per_s: that a device sends to others of its host or slice, in one direction.
     kind: the name of a TPU topology, or compute capability, cores, L2 bytes and GHz of a GPU.
@@ -35,6 +37,7 @@ class Target:
   platform: str
   memory_gb: float
   peak_tflops: float
+  exact_tflops: float
   memory_gb_per_s: float
   link_gb_per_s: float
   kind: Any = None
@@ -45,16 +48,16 @@ class Target:
     return Platform(self.platform, self.kind[0]) if self.platform == 'cuda' else Platform(self.platform)
 
 
-_H100 = Target('cuda', 80, 989, 3350, 450, ((9, 0), 132, 50 * 2**20, 1.98, 'NVIDIA H100 80GB HBM3'))
+_H100 = Target('cuda', 80, 989, 67, 3350, 450, ((9, 0), 132, 50 * 2**20, 1.98, 'NVIDIA H100 80GB HBM3'))
 # NVIDIA's data sheets of the SXM cards; Google's pages of each TPU ("Cloud TPU ... system architecture").
 TARGETS = {
   'cpu': dataclasses.replace(_H100, platform='cpu', kind=None),  # simulated devices, with an H100's figures
   'h100': _H100,
-  'h200': Target('cuda', 141, 989, 4800, 450, ((9, 0), 132, 50 * 2**20, 1.98, 'NVIDIA H200')),
-  'a100': Target('cuda', 80, 312, 2039, 300, ((8, 0), 108, 40 * 2**20, 1.41, 'NVIDIA A100-SXM4-80GB')),
-  'tpu-v5e': Target('tpu', 16, 197, 819, 200, 'v5e'),
-  'tpu-v5p': Target('tpu', 95, 459, 2765, 600, 'v5p'),
-  'tpu-v6e': Target('tpu', 32, 918, 1640, 400, 'v6e'),
+  'h200': Target('cuda', 141, 989, 67, 4800, 450, ((9, 0), 132, 50 * 2**20, 1.98, 'NVIDIA H200')),
+  'a100': Target('cuda', 80, 312, 19.5, 2039, 300, ((8, 0), 108, 40 * 2**20, 1.41, 'NVIDIA A100-SXM4-80GB')),
+  'tpu-v5e': Target('tpu', 16, 197, 197 / 6, 819, 200, 'v5e'),
+  'tpu-v5p': Target('tpu', 95, 459, 459 / 6, 2765, 600, 'v5p'),
+  'tpu-v6e': Target('tpu', 32, 918, 918 / 6, 1640, 400, 'v6e'),
 }
 _MODULES = {'cuda': ('jax_plugins.xla_cuda12',), 'tpu': ('libtpu',)}
 _GPUS_PER_HOST = 8

@@ -5,7 +5,6 @@ No weights, texts or accelerators are needed. `modes.estimate_programs` compiles
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +29,9 @@ from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pruning import slicegpt
 from adapt_jax.reports.table import Table
+from adapt_jax.training import remat
+
+_SHARE = 0.92  # of a device's memory that JAX may use: XLA_CLIENT_MEM_FRACTION in the launch files
 
 
 def prepare(options: EstimateOptions) -> list[Any] | None:
@@ -65,7 +67,8 @@ def run(options: RunOptions) -> None:
   stages, start = stage_configs(options, config), time.monotonic()
   named = options.train.distill.source
   teacher = open_config(named, 'train.distill.source') if named else config
-  footprint = Footprint(options, config, dtype, platform, teacher)
+  memory = target.memory_gb * 1e9 * _SHARE if estimate.devices else remat.memory()
+  footprint = Footprint(options, config, dtype, platform, teacher, memory)
   planned = programs(footprint, stages)
   axes = [f'{axis} {size}' for axis, size in jax.sharding.get_abstract_mesh().shape.items()]
   print(
@@ -105,23 +108,27 @@ def _memory_table(planned: dict[str, Program], target: Target) -> list[str]:
 
 
 class Limit(NamedTuple):
-  """Seconds that one device needs at its published peaks for products, its memory, and sending.
+  """Seconds that one device needs at its published peaks.
 
-  If all three overlap, the program takes the largest of them; if none do, their sum.
+  products, memory, network: for each alone. limit: for all; no execution takes less.
   """
 
   products: float
   memory: float
   network: float
+  limit: float
 
 
 def limit(program: Program, target: Target) -> Limit:
-  """The roofline of a program (Williams et al., 10.1145/1498765.1498785), with the network too."""
-  return Limit(
-    program.flops / (target.peak_tflops * 1e12),
-    program.moved / (target.memory_gb_per_s * 1e9),
-    program.sent / (target.link_gb_per_s * 1e9),
-  )
+  """The roofline of a program, kernel by kernel (Williams et al., 10.1145/1498765.1498785).
+
+  Kernels run one after another, and each takes at least as long as its products or its memory; only
+  collectives and asynchronous copies run beside them.
+  """
+  peak, exact, memory = target.peak_tflops * 1e12, target.exact_tflops * 1e12, target.memory_gb_per_s * 1e9
+  alone = program.flops / peak, program.moved / memory, program.sent / (target.link_gb_per_s * 1e9)
+  kernels = sum(k.times * max(k.flops / peak + k.exact / exact, k.bytes / memory) for k in program.kernels)
+  return Limit(*alone, max(*alone, kernels))
 
 
 def _limit_table(planned: dict[str, Program], target: Target) -> list[str]:
@@ -130,7 +137,7 @@ def _limit_table(planned: dict[str, Program], target: Target) -> list[str]:
     if program.flops:
       amounts = program.flops / 1e12, program.moved / 1e9, program.sent / 1e9, *limit(program, target)
       rows.append([title, *(f'{x:.3g}' for x in amounts)])
-  head = ['TFLOP', 'GB read and written', 'GB sent', 'products', 'memory', 'network']
+  head = ['TFLOP', 'GB read and written', 'GB sent', 'products', 'memory', 'network', 'limit']
   return [
     '',
     f'Seconds at the published peaks of {target.peak_tflops:g} TFLOP/s, {target.memory_gb_per_s:g} GB/s of '
@@ -146,26 +153,23 @@ def _stage_table(footprint: Footprint, stages: list[ModelConfig], target: Target
   scoring = flops.scoring(options, footprint.config)
   passed = scoring * calibration.samples * calibration.length
   rows = []
-  for k, config in enumerate(stages, 1):
+  for k, (config, again) in enumerate(zip(stages, footprint.remat(stages), strict=True), 1):
     tokens = (schedule.end(k) - schedule.start(k)) * t.batch * t.length
-    work, params = footprint.step_work(config), count_params(config)
+    work, params = footprint.step_work(config, again), count_params(config)
     share, seconds = f'{params / count_params(dense):.1%}', duration(tokens * work / rate)
-    rows.append([k, f'{params:,}', share, f'{work / 1e9:.1f}', f'{tokens:,}', seconds])
-  head = ['stage', 'parameters', 'of dense', 'GFLOP per token', 'tokens', 'time at peak']
+    rows.append([k, f'{params:,}', share, again, f'{work / 1e9:.1f}', f'{tokens:,}', seconds])
+  head = ['stage', 'parameters', 'of dense', 'remat', 'GFLOP per token', 'tokens', 'time at peak']
   said = f'a scoring pass: {scoring / 1e9:.1f} GFLOP per token, {passed / rate:.2f} s at '
   return ['', f'{said}{target.peak_tflops:g} TFLOP/s per device', '', Table(head, rows).markdown()]
 
 
 def _total(planned: dict[str, Program], target: Target, price: float, traffic: bool) -> str:
   """The last line: time and cost of the whole run; without `traffic` by its products alone."""
-  bounds: tuple[Callable[[Limit], float], ...] = (max, sum) if traffic else (lambda at: at.products,)
-  seconds = [sum(x.times * bound(limit(x, target)) for x in planned.values()) for bound in bounds]
-  hours = [_devices() * x / 3600 for x in seconds]
-  text = f'\nthe whole run at these peaks: {" to ".join(f"{x:.3g}" for x in hours)} device-hours, '
-  text += ' to '.join(map(duration, seconds))
-  if price:
-    text += f', costs {" to ".join(f"{x * price:,.2f}" for x in hours)}'
-  return text + ('' if traffic else ', for products alone')
+  limits = [(x.times, limit(x, target)) for x in planned.values()]
+  seconds = sum(times * (at.limit if traffic else at.products) for times, at in limits)
+  hours = _devices() * seconds / 3600
+  text = f'\nthe whole run at these peaks: at least {hours:.3g} device-hours, {duration(seconds)}'
+  return text + f', costs {hours * price:,.2f}' * bool(price) + ', for products alone' * (not traffic)
 
 
 MODE = Mode(

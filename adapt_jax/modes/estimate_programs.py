@@ -8,6 +8,7 @@ and it removes the barriers that make it recompute a layer instead of keeping it
 remain. Operations always have the form for accelerators.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_jax.config.options import RunOptions
+from adapt_jax.config.options import RunOptions, TrainOptions
 from adapt_jax.machine import mesh
-from adapt_jax.machine.compiled_text import CompiledText
-from adapt_jax.machine.mesh import rows_at_once
+from adapt_jax.machine.compiled_text import CompiledText, Kernel
+from adapt_jax.machine.mesh import bytes_of, rows_at_once
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network import llama
@@ -33,6 +34,7 @@ from adapt_jax.pruning import programs as pruning_programs
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.widths import Allocator
+from adapt_jax.training import remat
 from adapt_jax.training.healing import heal_options
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import TrainingStep, batch_shapes
@@ -53,6 +55,8 @@ class Program:
     flops: floating-point operations (`pipeline.flops`).
     moved: bytes that its operations read from and write to the device's memory.
     sent: bytes that the device sends.
+    kernels: what it executes one after another.
+    remat: of a training step, whether it recomputes whole layers.
     times: how often the run executes it; training counts less in later stages, whose model is smaller.
   """
 
@@ -63,6 +67,8 @@ class Program:
   flops: float = 0.0
   moved: float = 0.0
   sent: float = 0.0
+  kernels: tuple[Kernel, ...] = ()
+  remat: bool = False
   times: float = 0.0
 
   @property
@@ -96,17 +102,8 @@ def compile_for(
     memory.output_size_in_bytes - memory.alias_size_in_bytes,
     moved=text.bytes_moved(),
     sent=sum(x.sent * x.times for x in text.collectives()),
+    kernels=tuple(text.kernels()),
   )
-
-
-def bytes_of(tree: Any) -> int:
-  """Bytes that a tree of `jax.ShapeDtypeStruct` with shardings takes on one device."""
-
-  def size(x: Any) -> int:
-    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    return int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
-
-  return sum(size(x) for x in jax.tree.leaves(tree))
 
 
 def stage_configs(options: RunOptions, config: ModelConfig) -> list[ModelConfig]:
@@ -129,6 +126,7 @@ class Footprint:
     config: of the dense model. teacher: of the teacher; the same by default.
     dtype: of activations and products; in training, if train.dtype is auto.
     platform: of the devices of the current mesh; `cpu` if they simulate accelerators.
+    memory: bytes of a device, by which train.remat is chosen where it is auto; 0: it is off.
   """
 
   def __init__(
@@ -138,8 +136,10 @@ class Footprint:
     dtype: Any,
     platform: Platform = CPU,
     teacher: ModelConfig | None = None,
+    memory: float = 0,
   ):
     self.options, self.config, self.dtype, self.platform = options, config, dtype, platform
+    self.memory, self._steps = memory, dict[ModelConfig, Program]()
     self._training_dtype = dtype if options.train.dtype == 'auto' else jnp.dtype(options.train.dtype)
     self.teacher_config = teacher or config
     self.budget = budget_of(options, config)
@@ -195,19 +195,34 @@ class Footprint:
     masks = tuple(jax.ShapeDtypeStruct(m.shape, m.dtype) for m in surgery.padded_masks(plan))
     return self._calibrated(work, pruning_programs.compensation, masks)
 
-  def training(self, config: ModelConfig) -> Program:
-    """One optimizer step of a stage with this model, including the teacher."""
+  def training(self, config: ModelConfig, other: int = 0) -> Program:
+    """One optimizer step of a stage with this model, including the teacher, beside `other` bytes."""
     t = self.options.train
     dense = self.teacher_config if t.distill.teacher_beside else None
     teacher = [placed(llama.abstract_params(dense, self._training_dtype))] if dense else []
-    step = TrainingStep(config, t, self._optimizer, self._training_dtype, dense)
     args = self.state(config, True), batch_shapes(t), *teacher
-    return self._compiled(t.batch * t.length, self.step_work(config), step, *args, donate_argnums=(0,))
 
-  def step_work(self, config: ModelConfig) -> float:
-    """FLOPs per token of a training step of this model, including the teacher's."""
-    student = flops.forward(config, self.options.train.length)
-    return flops.training(self.options, self.teacher_config, student)
+    def compile(t: TrainOptions) -> Program:
+      step, again = TrainingStep(config, t, self._optimizer, self._training_dtype, dense), t.remat == 'True'
+      work = self.step_work(config, again)
+      program = self._compiled(t.batch * t.length, work, step, *args, donate_argnums=(0,))
+      return dataclasses.replace(program, remat=again, other=other)
+
+    if config not in self._steps:
+      self._steps[config] = remat.chosen(t, compile, lambda x: remat.fits(x.total, self.memory))
+    return self._steps[config]
+
+  def remat(self, stages: list[ModelConfig]) -> list[bool]:
+    """Whether each stage's step recomputes whole layers: models shrink, so once one fits, later ones do."""
+    t = self.options.train
+    if t.remat != 'auto' or not t.tokens or not self.training(stages[0]).remat:
+      return [t.remat == 'True'] * len(stages)
+    first = bisect.bisect_left(stages, True, key=lambda config: not self.training(config).remat)
+    return [k < first for k in range(len(stages))]
+
+  def step_work(self, config: ModelConfig, again: bool) -> float:
+    """FLOPs per token of a training step of this model, including the teacher's; again: with remat."""
+    return flops.training(self.options, self.teacher_config, config, again)
 
   def teacher(self) -> Program:
     """Computing the teacher's cached predictions, with distill.cache."""
@@ -278,18 +293,22 @@ def _of_healing(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Pr
   t = heal_options(c.samples, c.length, options.prune.heal, c.batch, footprint.config.vocab_size)
   t = dataclasses.replace(t, dtype=options.train.dtype)
   of_heal = Footprint(
-    dataclasses.replace(options, train=t), footprint.config, footprint.dtype, footprint.platform
+    dataclasses.replace(options, train=t),
+    footprint.config,
+    footprint.dtype,
+    footprint.platform,
+    memory=footprint.memory,
   )
-  asked, healing = of_heal.teacher(), of_heal.training(stages[-1])
+  asked, healing = of_heal.teacher(), of_heal.training(stages[-1], other)
   asked = dataclasses.replace(asked, other=other, times=c.samples * c.length * asked.times / t.tokens)
-  healing = dataclasses.replace(healing, other=other, times=t.tokens / (t.batch * t.length))
+  healing = dataclasses.replace(healing, times=t.tokens / (t.batch * t.length))
   return {'teacher, on calibration rows': asked, f'healing, {t.batch} x {t.length} tokens': healing}
 
 
 def _of_training(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Program]:
   t, schedule = footprint.options.train, footprint.schedule
   kept = {'teacher, before anything else': footprint.teacher()} if t.distill.kept_ids else {}
-  per_token = [footprint.step_work(stage) for stage in stages]
+  per_token = [footprint.step_work(*x) for x in zip(stages, footprint.remat(stages), strict=True)]
   times = sum(
     (schedule.end(k) - schedule.start(k)) * work / per_token[0] for k, work in enumerate(per_token, 1)
   )

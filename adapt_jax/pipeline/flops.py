@@ -44,13 +44,15 @@ def scoring_passes(options: RunOptions, dense: ModelConfig, budget: Budget) -> i
   return schedule.stages * (dense.num_layers if METHODS[prune.method].layer_by_layer else 1)
 
 
-def training(options: RunOptions, dense: ModelConfig, student: float) -> float:
-  """FLOPs per token of a step: forward, backward of twice that, with remat another forward; the teacher's.
+def training(options: RunOptions, dense: ModelConfig, student: ModelConfig, remat: bool) -> float:
+  """FLOPs per token of a step: forward and a backward of twice that; the teacher's.
 
-  student: those of the student's forward pass. With distill.cache, the teacher does not run in the step.
+  With `remat` the layers go forward once more, but not the head. With distill.cache, the teacher does not
+  run in the step.
   """
-  t = options.train
-  return student * (4 if t.remat else 3) + (teacher(options, dense) if t.distill.teacher_beside else 0.0)
+  t, once = options.train, budgets.flops(student, options.train.length)
+  again = once.dense - once.fixed if remat else 0
+  return float(3 * once.dense + again) + (teacher(options, dense) if t.distill.teacher_beside else 0.0)
 
 
 def teacher(options: RunOptions, dense: ModelConfig) -> float:

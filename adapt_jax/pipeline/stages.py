@@ -219,6 +219,7 @@ class Recovery:
       dtype=self._dtype,
       compiler=self._compiler,
       title=f'stage {stage} recover',
+      beside=0,  # nothing else is on the devices; measured, a resumed run might choose another train.remat
     )
     forget_traces()
     try:

@@ -13,9 +13,11 @@ from adapt_jax.config.options import TrainOptions
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import put_rows
+from adapt_jax.machine.processes import decide
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
+from adapt_jax.training import remat
 from adapt_jax.training.optim import learning_rate
 from adapt_jax.training.step import Teacher, TrainingStep, TrainState, batch_shapes
 
@@ -61,15 +63,22 @@ def recover_model(
   teacher: Teacher | None = None,
   title: str = 'recover',
   name: str = 'training',
+  beside: int | None = None,
 ) -> Iterator[Trained]:
   """Compiles the training step of a model, and returns the steps start … stop-1, as `run_steps` yields them.
 
   config: of the parameters in `state`, which is donated. total: steps of the whole run, for the schedule of
-  the learning rate. dtype: of activations. compiler: counts the compile as `name`.
+  the learning rate. dtype: of activations. compiler: counts the compile as `name`; two, if only the second,
+  with train.remat, fits the devices beside `beside` bytes (None: what is in use there beside its arguments).
   """
-  step = TrainingStep(config, options, optimizer, dtype, teacher.config if teacher else None)
-  args = (state, batch_shapes(options), *((teacher.params,) if teacher else ()))
-  program = compiler(name, step, *args, donate_argnums=(0,))
+  teachers = (teacher.params,) if teacher else ()
+
+  def compile(options: TrainOptions) -> Any:
+    step = TrainingStep(config, options, optimizer, dtype, teacher.config if teacher else None)
+    return compiler(name, step, state, batch_shapes(options), *teachers, donate_argnums=(0,))
+
+  others = remat.others(state, *teachers) if beside is None else beside
+  program = remat.chosen(options, compile, lambda x: decide(lambda: remat.fits_here(x, others)))
   return run_steps(
     state, program, data, options, start=start, stop=stop, total=total, teacher=teacher, title=title
   )

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from adapt_jax.models.network.attention import soft_cap
-from adapt_jax.models.network.backend import on_cpu
+from adapt_jax.models.network.backend import on_cpu, on_tpu
 from adapt_jax.models.network.llama import head_logits
 from adapt_jax.models.network.matmul import batch_product, dot
 from adapt_jax.models.network.sharding import constrain, token_shards
 
-# Logits held at once on a device, in fp32: 32 MiB on a CPU; elsewhere 16 times that, since each chunk
-# reads and writes the gradient of the whole head.
-_CHUNK_ELEMENTS, _ACCELERATOR = 2**23, 16
+# Logits held at once on a device, in fp32: 32 MiB on a CPU; elsewhere more, since each chunk reads and writes
+# the gradient of the whole head: 2 GiB on GPUs (4,096 tokens of 128k ids), 512 MiB on TPUs, whose smallest
+# have 16 GB.
+_CHUNK_ELEMENTS, _TPU, _GPU = 2**23, 16, 64
 # Of the student's probability of all ids that the teacher's cache does not name: the gradient has it as the
 # divisor, and 1 − Σ q in fp32 is exact to some 1e-6.
 _LEAST_REST = 1e-5
@@ -35,7 +36,7 @@ def _split(tree: Any, tokens: int, vocab: int) -> Any:
   """
   shards = token_shards(tokens)
   own = tokens // shards
-  elements = _CHUNK_ELEMENTS if on_cpu() else _ACCELERATOR * _CHUNK_ELEMENTS
+  elements = _CHUNK_ELEMENTS * (1 if on_cpu() else _TPU if on_tpu() else _GPU)
   chunks = -(-own * vocab // elements)
   size = -(-own // min(chunks, own))
 

@@ -48,7 +48,7 @@ class TrainingStep:
   step takes the teacher's parameters, if there is a `teacher_config`. The loss is the mean over the batch's
   targets, in nats, summed over micro-batches of at most `options.micro_batch` rows per device. `dtype` is
   that of activations and matrix products; weights, gradients and the second moment are fp32, the first moment
-  is in `options.mu_dtype`.
+  is in `options.mu_dtype`. `options.remat` counts as False if it is auto (`training.remat`).
 
   It is no dataclass, since two steps never compare equal: a grid would keep the program of every cell
   (`machine.compiler.Compiler`).
@@ -102,7 +102,12 @@ class TrainingStep:
 
       def hidden(params: Params) -> jax.Array:
         x_BTD = llama.hidden_states(
-          self.config, params, tokens_BT, segments=segments_BT, dtype=self.dtype, remat=self.options.remat
+          self.config,
+          params,
+          tokens_BT,
+          segments=segments_BT,
+          dtype=self.dtype,
+          remat=self.options.remat == 'True',
         )
         return x_BTD.reshape(-1, self.config.hidden_size)
 

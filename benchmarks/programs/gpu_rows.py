@@ -20,13 +20,18 @@ import numpy as np
 from adapt_jax.config.build import from_dict
 from adapt_jax.configs import base
 from adapt_jax.generation.generator import Generator, Timings, bucket
+from adapt_jax.machine.compiled_text import CompiledText
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.targets import TARGETS
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from adapt_jax.models.formats.hf_config import config_to_hf
 from adapt_jax.models.network import attention as attention_forms
 from adapt_jax.models.network import flash, llama
+from adapt_jax.modes import estimate
+from adapt_jax.modes.estimate_programs import Program
 from adapt_jax.pipeline.flops import forward as forward_flops
-from adapt_jax.pruning import surgery
+from adapt_jax.pruning import programs, surgery
+from adapt_jax.pruning.attention_units import KV_GROUPS
 from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.training.optim import optimizer
@@ -47,6 +52,7 @@ def model(name: str) -> ModelConfig:
     '135M': shape(49_152, 576, 64, 9, 3, 1536, 30, True),
     '1B': shape(128_256, 2048, 64, 32, 8, 8192, 16, True),
     '3B': shape(128_256, 3072, 128, 24, 8, 8192, 28, True),
+    '8B, 2 of 32 layers': shape(128_256, 4096, 128, 32, 8, 14_336, 2, False),
     '8B, 8 of 32 layers': shape(128_256, 4096, 128, 32, 8, 14_336, 8, False),
     'toy': shape(64, 48, 8, 6, 2, 64, 1, True),
   }[name]
@@ -90,6 +96,18 @@ def segments(row: Row) -> np.ndarray:
 def stats(name: str) -> int:
   """A statistic of the device's memory, in bytes; 0 if the backend keeps none, as on CPU."""
   return int((jax.local_devices()[0].memory_stats() or {}).get(name, 0))
+
+
+def plan(program: Any) -> dict[str, Any]:
+  """What the compiler plans to hold, bytes, and the seconds that no execution can beat; 0 if not known."""
+  memory, kind = program.memory_analysis(), jax.devices()[0].device_kind.lower()
+  found = {'planned': memory.argument_size_in_bytes + memory.temp_size_in_bytes, 'limit': 0.0}
+  for name, target in TARGETS.items():
+    if target.platform == 'cuda' and name in kind:
+      text = CompiledText(program.as_text())
+      whole = Program(0, 0, 0, moved=text.bytes_moved(), kernels=tuple(text.kernels()))
+      found['limit'] = estimate.limit(whole, target).limit
+  return found
 
 
 def card(row: Row, toy: bool) -> dict[str, Any]:
@@ -183,9 +201,10 @@ def out_of_memory(error: Exception) -> bool:
 
 def _training(row: Row, micro: int, remat: bool, toy: bool) -> dict[str, Any]:
   config, values = model(row.model), base.get_config()
-  values.train.update({'batch': row.rows, 'micro_batch': micro, 'length': row.length, 'remat': remat})
-  values.train.lr = 1e-4
+  values.train.update({'batch': row.rows, 'micro_batch': micro, 'length': row.length, 'remat': str(remat)})
+  values.train.lr, values.train.distill.alpha = 1e-4, float(row.teacher)
   options = from_dict(values.to_dict()).train
+  teachers = (weights(config, BF16),) if row.teacher else ()
   tx = optimizer(options, 1000)
   params = weights(config, jnp.float32)
   state = {'params': params, 'optimizer': jax.jit(tx.init)(params)}
@@ -193,17 +212,16 @@ def _training(row: Row, micro: int, remat: bool, toy: bool) -> dict[str, Any]:
   counted = np.ones((row.rows, row.length), bool)
   batch = tuple(jnp.asarray(x) for x in (tokens(row, config), counted, segments(row)))
   start = time.perf_counter()
-  step = TrainingStep(config, options, tx, BF16)
-  program = Compiler()('training', step, state, batch, donate_argnums=(0,))
+  step = TrainingStep(config, options, tx, BF16, config if row.teacher else None)
+  program = Compiler()('training', step, state, batch, *teachers, donate_argnums=(0,))
   compiled = time.perf_counter() - start
-  plan = program.memory_analysis()
-  planned = plan.argument_size_in_bytes + plan.temp_size_in_bytes
-  if planned > stats('bytes_limit') > 0:
+  planned = plan(program)
+  if planned['planned'] > stats('bytes_limit') > 0:
     raise MemoryError
 
   def run() -> None:
     nonlocal state
-    state, metrics = program(state, batch)
+    state, metrics = program(state, batch, *teachers)
     losses.append(float(metrics['loss']))
 
   losses: list[float] = []
@@ -213,18 +231,36 @@ def _training(row: Row, micro: int, remat: bool, toy: bool) -> dict[str, Any]:
   return {
     'seconds': found,
     'tokens': row.rows * row.length,
-    'flops': 3 * forward_flops(config, row.length),
+    'flops': (4 if row.teacher else 3) * forward_flops(config, row.length),
     'compile': compiled,
-    'planned': planned,
     'peak': stats('peak_bytes_in_use'),
     'losses': [losses[0], losses[-1]],
+    **planned,
   }
+
+
+def pruning(row: Row, toy: bool) -> dict[str, Any]:
+  """Times a scoring pass by curvature, or the least squares, of the default method."""
+  config, values = model(row.model), base.get_config()
+  values.prune.calibration.update({'samples': row.rows, 'length': row.length, 'batch': row.micro})
+  options, dense = from_dict(values.to_dict()).prune, PrunePlan.dense(config)
+  stacked = jax.jit(lambda params: surgery.stack(params, dense, BF16))(weights(config, BF16))
+  make = programs.scoring if row.kind == 'curvature' else programs.compensation
+  masks = () if row.kind == 'curvature' else (surgery.padded_masks(dense),)
+  args = stacked, *masks, jnp.asarray(tokens(row, config))
+  start = time.perf_counter()
+  program = Compiler()(row.kind, make(config, options, BF16, KV_GROUPS), *args)
+  compiled = time.perf_counter() - start
+  run = lambda: jax.block_until_ready(program(*args))  # noqa: E731
+  run()
+  found = seconds_of(run, 0.0 if toy else 3.0)
+  return {'seconds': found, 'compile': compiled, 'peak': stats('peak_bytes_in_use'), **plan(program)}
 
 
 def scoring(row: Row, toy: bool) -> dict[str, Any]:
   config = model(row.model)
-  plan = PrunePlan.dense(config)
-  stacked = jax.jit(lambda params: surgery.stack(params, plan, BF16))(weights(config, BF16))
+  dense = PrunePlan.dense(config)
+  stacked = jax.jit(lambda params: surgery.stack(params, dense, BF16))(weights(config, BF16))
   ids = jnp.asarray(tokens(row, config))
   start = time.perf_counter()
   program = Compiler()('scoring', Scorer(config, micro_batch=row.micro or row.rows, dtype=BF16), stacked, ids)
@@ -323,6 +359,8 @@ KINDS: dict[str, Callable[[Row, bool], dict[str, Any]]] = {
   'card': card,
   'attention': attention,
   'training': training,
+  'curvature': pruning,
+  'least squares': pruning,
   'scoring': scoring,
   'scoring by PyTorch': peer,
   'generation': generation,

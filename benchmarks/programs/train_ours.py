@@ -30,7 +30,7 @@ def main(directory: str, form: str, steps: str, teacher: str = '') -> None:
   config, (dtype, *variants) = base.get_config(), form.split('-')
   length, sizes = 512 if teacher else 256, [int(v[5:]) for v in variants if v.startswith('micro')]
   config.train.update(batch=BATCH, micro_batch=(*sizes, BATCH)[0], length=length, tokens=10**6, lr=1e-4)
-  config.train.update(remat='remat' in variants, mu_dtype='bfloat16' if 'mu' in variants else 'float32')
+  config.train.update(remat=str('remat' in variants), mu_dtype='bfloat16' if 'mu' in variants else 'float32')
   config.train.distill.cache = 64 if 'cache' in variants else 0
   if 'kept' in variants:
     memory.keep()

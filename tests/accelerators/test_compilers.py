@@ -127,7 +127,7 @@ KERNELS = {
 @pytest.mark.parametrize('target', KERNELS)
 def test_attention_is_fused_and_each_device_computes_its_own(target):
   """Rows split over four devices, heads over two: no logits of whole rows, and no heads gathered."""
-  asked, T = options(adapt, length=768, remat=True), 768
+  asked, T = options(adapt, length=768, remat='True'), 768
   sizes = MeshOptions(data=1, fsdp=4, tensor=2)
   with described(target, 8, sizes) as platform:
     layer = dataclasses.replace(SMALL, layers=SMALL.layers[:1])

@@ -24,6 +24,10 @@ WRONG = [
   ('--config.model=x', 'config.model'),
   ('--config.train.source=absent file.txt,b', 'absent file.txt'),
   ('--config.mesh.fsdp=3', 'fsdp = 3'),
+  ('--config.mesh.platform=cuda', "mesh.platform = 'cuda', but JAX finds devices of cpu"),
+  ('--workdir=gs://bucket/out', "'gs://bucket/out' is not a path"),
+  ('--config.model.source=gs://bucket/model', "'gs://bucket/model' is not a path"),
+  ('--config.train.source=s3://bucket/a.txt', "'s3://bucket/a.txt' is not a path"),
   ('--num_processes=2', '--coordinator_address'),
   ('--config=dmeo', 'demo'),
   ('--mode=walk', 'prune'),
@@ -36,7 +40,8 @@ WRONG = [
 def test_a_wrong_command_is_one_line_and_exit_code_2(files, tmp_path, flag, named):
   result = runs.main(files, tmp_path / 'out', flag)
   assert result.returncode == 2 and result.stderr.startswith('error: '), result.stderr
-  assert named in result.stderr and len(result.stderr.splitlines()) == 1 and not result.stdout
+  assert named in result.stderr and len(result.stderr.splitlines()) == 1
+  assert all(line.startswith('devices: ') for line in result.stdout.splitlines())
   assert not (tmp_path / 'out').exists()
 
 

@@ -12,13 +12,15 @@ from jax.sharding import AxisType
 from adapt_jax.config.build import from_dict
 from adapt_jax.configs import adapt, base
 from adapt_jax.machine import targets
+from adapt_jax.machine.compiled_text import Kernel
+from adapt_jax.machine.mesh import bytes_of
 from adapt_jax.machine.targets import TARGETS
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_config
 from adapt_jax.models.network import llama
 from adapt_jax.modes import estimate
-from adapt_jax.modes.estimate_programs import Footprint, Program, bytes_of, programs, stage_configs
+from adapt_jax.modes.estimate_programs import Footprint, Program, programs, stage_configs
 from adapt_jax.pipeline import flops
 from tests.support import runs
 
@@ -30,7 +32,7 @@ SMALL = ModelConfig('llama', 1000, 256, 32, (LayerShape(8, 4, 1024),) * 4, RopeC
 
 def options(config=None, **train):
   values = config or base.get_config()
-  values.train.update({'tokens': 10**8, 'remat': True, 'micro_batch': 1, **train})
+  values.train.update({'tokens': 10**8, 'remat': 'True', 'micro_batch': 1, **train})
   values.train.distill.alpha = 0.0  # a teacher would be among the arguments; it has tests of its own
   return from_dict(values.to_dict())
 
@@ -108,7 +110,7 @@ def test_a_teacher_that_is_asked_before_lies_beside_nothing(files):
   assert 0 <= teacher.results - tokens * (4 * 8 + 4 * 9) < 64  # and the tuple of both
   assert training.arguments == bytes_of(plan.state(stages[0], True)) + tokens * (4 + 1 + 4 + 4 * 8 + 4 * 9)
   # Its forward pass is not part of the step.
-  assert plan.step_work(stages[0]) == 3 * flops.forward(stages[0], asked.train.length)
+  assert plan.step_work(stages[0], False) == 3 * flops.forward(stages[0], asked.train.length)
 
 
 def test_every_program_of_a_run_with_a_teacher(files, tmp_path):
@@ -148,12 +150,31 @@ def test_the_mode_prints_the_size_with_biases(files, capsys):
   assert f'{biased:,} parameters on' in table and ', costs ' in table.splitlines()[-1]
 
 
-def test_a_program_is_limited_by_its_slowest_part():
-  """An H100: 989 TFLOP/s, 3,350 GB/s, 450 GB/s."""
-  program = Program(0, 0, 0, flops=98.9e12, moved=670e9, sent=89e9, times=10)
-  assert estimate.limit(program, TARGETS['h100']) == pytest.approx((0.1, 0.2, 89 / 450))
-  table = estimate._limit_table({'training': program}, TARGETS['h100'])[-1]
-  assert table.splitlines()[-1] == '| training | 98.9 | 670 | 89 | 0.1 | 0.2 | 0.198 |'
+@pytest.mark.parametrize('sent,limit', [(89e9, 0.25), (180e9, 0.4)])
+def test_kernels_take_their_time_one_after_another(sent, limit):
+  """An H100: 989 TFLOP/s, 67 in float32; 3,350 GB/s; 450 GB/s, to which kernels run beside."""
+  kernels = Kernel(2, 49.45e12, 0, 67), Kernel(1, 0, 3.35e12, 67), Kernel(10, 9.89e9, 0, 33_500_000_000)
+  program = Program(0, 0, 0, flops=98.9e12, moved=335e9, sent=sent, times=10, kernels=kernels)
+  assert estimate.limit(program, TARGETS['h100']) == pytest.approx((0.1, 0.1, sent / 450e9, limit))
+
+
+def test_remat_computes_the_layers_again_but_not_the_head():
+  plan = Footprint(options(length=64), SMALL, jnp.float32)
+  once, again = (plan.step_work(SMALL, remat) for remat in (False, True))
+  forward = flops.forward(SMALL, 64)
+  assert once == 3 * forward and again == 4 * forward - 2 * SMALL.vocab_size * SMALL.hidden_size
+
+
+def test_remat_is_chosen_for_the_stages_that_do_not_fit_without():
+  """By the compiler's plan of each stage; the plan of the first with it is what the table shows."""
+  stages = [SMALL, half(SMALL), half(half(SMALL))]
+  small = {'batch': 8, 'micro_batch': 8, 'length': 128}
+  plans = [Footprint(options(**small, remat='False'), SMALL, jnp.float32).training(c) for c in stages]
+  assert plans[0].total > plans[1].total > plans[2].total
+  for memory, expected in ((0, [False] * 3), (plans[1].total / 0.9, [True, False, False])):
+    auto = Footprint(options(**small, remat='auto'), SMALL, jnp.float32, memory=memory)
+    assert auto.remat(stages) == expected == [auto.training(c).remat for c in stages]
+  assert auto.training(SMALL).total < plans[0].total
 
 
 @pytest.mark.parametrize(

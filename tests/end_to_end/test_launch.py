@@ -49,7 +49,7 @@ def slurm(tmp_path):
   queue = tmp_path / 'queue'
   write_program(tmp_path / 'srun', SRUN)
   write_program(tmp_path / 'scontrol', f'#!/bin/sh\necho "$@" >> {queue}\n')
-  job = {'SLURM_JOB_ID': str(free_job()), 'SLURM_NTASKS': '2', 'HOME': str(tmp_path)}
+  job = {'SLURM_JOB_ID': str(free_job()), 'SLURM_NTASKS': '2', 'HOME': str(tmp_path), 'JAX_PLATFORMS': 'cpu'}
 
   def start(*args, **environment):
     queue.unlink(missing_ok=True)
@@ -91,12 +91,14 @@ def test_two_processes_of_srun_are_one_run(slurm, tmp_path):
 
 
 def test_slurm_starts_containers_by_pyxis(slurm, tmp_path):
-  write_program(tmp_path / 'srun', '#!/bin/sh\nprintf "%s\\n" "$@"\nexit 2\n')
-  given = {'CONTAINER': 'registry/adapt-jax:1', 'MOUNTS': '/data:/data', 'PYTHON': '', 'HF_HOME': '/hub'}
-  _, output, _ = slurm(tmp_path / 'out', '--config=base', **given, JAX_COMPILATION_CACHE_DIR='')
+  write_program(tmp_path / 'srun', '#!/bin/sh\nprintf "%s\\n" "$JAX_PLATFORMS" "$@"\nexit 2\n')
+  given = {'CONTAINER': 'registry#adapt-jax:1', 'MOUNTS': '/data:/data', 'PYTHON': '', 'HF_HOME': '/hub'}
+  given |= {'JAX_COMPILATION_CACHE_DIR': '', 'JAX_PLATFORMS': ''}
+  _, output, _ = slurm(tmp_path / 'out', '--config=base', **given)
   lines, here = output.splitlines(), str(runs.ROOT)
+  assert lines[0] == 'cuda', 'JAX would fall back to the CPU'
   cache = tmp_path / '.cache/adapt-jax/xla'
-  assert '--container-image=registry/adapt-jax:1' in lines and f'--container-workdir={here}' in lines
+  assert '--container-image=registry#adapt-jax:1' in lines and f'--container-workdir={here}' in lines
   assert f'--container-mounts={here}:{here},{cache}:{cache},/hub:/hub,/data:/data' in lines
   assert lines[-4:] == ['python', 'main.py', f'--workdir={tmp_path / "out"}', '--config=base']
 
@@ -158,7 +160,9 @@ def test_the_jobset_counts_its_processes_alike_and_fails_at_once_for_bad_input()
   assert int(given['num_processes']) == job['completions'] == job['parallelism'] > 1
   name = found['metadata']['name']
   assert given['coordinator_address'].split(':')[0] == f'{name}-{workers["name"]}-0-0.{name}'
+  assert given['config.mesh.data'] == given['num_processes']
   assert given['process_id'] == '$(JOB_COMPLETION_INDEX)'
+  assert {'name': 'JAX_PLATFORMS', 'value': 'cuda'} in container['env']
   (rule,) = job['podFailurePolicy']['rules']
   assert rule['action'] == 'FailJob' and rule['onExitCodes']['values'] == [2]
   assert rule['onExitCodes']['containerName'] == container['name']

@@ -83,7 +83,7 @@ def test_version_and_help_say_what_there_is(installed, place):
   version = python(installed, place, *command, '--version')
   assert version.returncode == 0 and version.stdout.startswith('adapt-jax 0.')
   usage = python(installed, place, *command, '--help').stdout
-  for word in ('--config=RECIPE', 'llama_8b_to_1b', 'sensitivity'):
+  for word in ('--config=RECIPE', 'llama_8b_to_1_5b', 'sensitivity'):
     assert word in usage
   fields = python(installed, place, *command, '--config=base', '--mode=evaluate', '--help').stdout
   assert '--config.evaluate.length=1024' in fields and '--config.prune.target' not in fields

@@ -221,7 +221,7 @@ def test_distillation_and_accumulation_and_remat_run_on_chats_and_text(files, tm
   (tmp_path / 'chats.jsonl').write_text('\n'.join(rows))
   config.train.source = (str(tmp_path / 'chats.jsonl'), str(files / 'train.txt'))
   config.train.weights = (3.0, 1.0)
-  config.train.micro_batch, config.train.remat, config.train.distill.alpha = 2, True, 0.5
+  config.train.micro_batch, config.train.remat, config.train.distill.alpha = 2, 'True', 0.5
   report = start(config, tmp_path / 'out')
   assert report['perplexity']['recovered'] < report['perplexity']['pruned']
   assert "'Assistant: '" in open_source(str(tmp_path / 'out/hf')).load_tokenizer().chat_template

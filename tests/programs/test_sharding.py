@@ -188,7 +188,7 @@ def test_a_training_step_is_that_of_one_device(monkeypatch):
   tokens = tokens_of(config)
   targets = np.random.default_rng(0).random(tokens.shape) < 0.6
   segments = 1 + (np.arange(12) > np.arange(8)[:, None]).astype(np.int32)  # two documents a row
-  options = train_options(remat=True)
+  options = train_options(remat='True')
   tx = optax.sgd(1.0, momentum=0.9)  # Adam would make rounding of tiny gradients visible
   state = {'params': params, 'optimizer': tx.init(params)}
   expected, metrics = jax.jit(TrainingStep(config, options, tx, jnp.float32))(

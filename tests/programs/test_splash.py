@@ -75,7 +75,7 @@ def test_training_on_a_mesh(tpu, monkeypatch):
   arrays = tokens, np.ones(tokens.shape, bool), segments
   with set_mesh():
     batch = mesh.put_rows(np.arange(8), lambda ids: tuple(x[ids] for x in arrays))
-    trained = train(config, put(params), batch, remat=True, micro_batch=2)
+    trained = train(config, put(params), batch, remat='True', micro_batch=2)
   assert tpu
   monkeypatch.setenv('ADAPT_JAX_FUSED_ATTENTION', '0')
   assert_close(trained, train(config, params, arrays), rtol=2e-4)

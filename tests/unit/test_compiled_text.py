@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from adapt_jax.machine.compiled_text import Collective, CompiledText
+from adapt_jax.machine.compiled_text import Collective, CompiledText, Kernel
 
 TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
@@ -128,6 +128,39 @@ ENTRY %main.1 (whole: f32[6,8,128], more: f32[8,128], part: f32[1,8,128]) -> f32
 }}
 """
   assert CompiledText(TEXT.split('%body.2')[0] + body).bytes_moved() == 4 * moved
+
+
+def test_products_and_solvers_of_kernels_are_counted():
+  """As in texts of an H100: in fusions and loops, at full precision apart; asynchronous ones run beside."""
+  text = """
+%product (a: bf16[2,64,32], b: bf16[2,32,16]) -> bf16[2,64,16] {
+  %a = bf16[2,64,32]{2,1,0} parameter(0)
+  %b = bf16[2,32,16]{2,1,0} parameter(1)
+  ROOT %p = bf16[2,64,16]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}
+}
+
+%body (x: (s32[], bf16[2,64,32])) -> (s32[], bf16[2,64,32]) {
+  %a = bf16[2,64,32]{2,1,0} get-tuple-element(%x), index=1
+  %b = bf16[2,32,16]{2,1,0} get-tuple-element(%x), index=2
+  %fused = bf16[2,64,16]{2,1,0} fusion(%a, %b), kind=kCustom, calls=%product
+}
+
+ENTRY %main (m: f32[8,8], r: f32[8,4]) -> f32[8,4] {
+  %m = f32[8,8]{1,0} parameter(0)
+  %r = f32[8,4]{1,0} parameter(1)
+  %loop = (s32[]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %exact = f32[8,4]{1,0} dot(%m, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={highest,highest}
+  %gathered = (f32[8,4]{1,0}, f32[64,4]{1,0}) all-gather-start(%r), replica_groups=[1,8]<=[8], dimensions={0}
+  %factor = (f32[8,8]{0,1}, s32[]) custom-call(%m), custom_call_target="cusolver_potrf_ffi", api_version=4
+  ROOT %solved = (f32[8,4]{0,1}, s8[0]{0}) custom-call(%m, %r), custom_call_target="__cublas$triangularSolve"
+}
+"""  # noqa: E501 as XLA writes it
+  of_product, exact, factor, solved = sorted(CompiledText(text).kernels(), reverse=True)[:1] + [
+    x for x in CompiledText(text).kernels() if x.times == 1
+  ]
+  assert of_product == Kernel(3, 2 * 2 * 64 * 16 * 32, 0, 2 * 2 * (64 * 32 + 32 * 16 + 64 * 16))
+  assert exact == Kernel(1, 0, 2 * 8 * 4 * 8, 4 * (64 + 32 + 32))
+  assert (factor.exact, solved.exact) == (pytest.approx(8**3 / 3), 8 * 8 * 4)
 
 
 def test_a_compiled_program_is_read():

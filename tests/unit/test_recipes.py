@@ -1,4 +1,4 @@
-"""The recipes of configs/published.py and llama_8b_to_1b.py, walked through all stages by shape alone.
+"""The recipes of configs/published.py and llama_8b_to_1_5b.py, walked through all stages by shape alone.
 
 No weights: configs are parsed as `open_source` does it, scores are drawn, parameters are abstract.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
-from adapt_jax.configs import llama_8b_to_1b, published, studies
+from adapt_jax.configs import llama_8b_to_1_5b, published, studies
 from adapt_jax.models.config import channel_params, count_params
 from adapt_jax.models.formats.hf_config import config_from_hf
 from adapt_jax.models.network import llama
@@ -95,11 +95,11 @@ PAPER = {
   'llama_8b_40_percent': Row('meta-llama/Llama-3.1-8B', 8030.3, 0.6 * 8030.3, 1),
   'llama_8b_60_percent': Row('meta-llama/Llama-3.1-8B', 8030.3, 0.4 * 8030.3, 1),
 }
-ALL = (*published.RUNS, 'llama_8b_to_1b')
+ALL = (*published.RUNS, 'llama_8b_to_1_5b')
 
 
 def options_of(name):
-  config = llama_8b_to_1b.get_config() if name == 'llama_8b_to_1b' else published.get_config(name)
+  config = llama_8b_to_1_5b.get_config() if name == 'llama_8b_to_1_5b' else published.get_config(name)
   return from_dict(config.to_dict())
 
 
@@ -137,7 +137,7 @@ def walk(options, config):
     yield target, state.plan, params
 
 
-@pytest.mark.parametrize('name', ['mobilellm_350m_to_125m', 'llama_8b_to_1b'])
+@pytest.mark.parametrize('name', ['mobilellm_350m_to_125m', 'llama_8b_to_1_5b'])
 def test_all_stages_by_shape_alone(name):
   options = options_of(name)
   config, targets = model_of(options), []

@@ -11,11 +11,12 @@ import pytest
 from adapt_jax.config.options import DistillOptions, TrainOptions
 from adapt_jax.configs import base
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.mesh import bytes_of
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.network import llama
-from adapt_jax.training import loop
+from adapt_jax.training import loop, remat
 from adapt_jax.training.step import TrainingStep
-from tests.support.helpers import factors
+from tests.support.helpers import KeepingCompiler, factors
 
 CONFIG = ModelConfig(
   'llama', 61, 32, 8, (LayerShape(6, 3, 40), LayerShape(4, 2, 24)), RopeConfig(1e4), 1e-5, True
@@ -65,7 +66,7 @@ def test_bfloat16_computes_in_bfloat16_on_fp32_masters(params):
   assert len(found) > 40 and found == [['bfloat16'] * 2] * len(found)  # attention's and the head's too
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['False', 'True'])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_planned_memory_holds_no_attention_weights_of_all_layers(dtype, remat):
   """Beside gradients and, in the backward pass, each layer's products: all else is of one layer at a time."""
@@ -80,8 +81,31 @@ def test_planned_memory_holds_no_attention_weights_of_all_layers(dtype, remat):
   attention = 4 * rows * 8 * length**2  # bytes of a layer's, in fp32
   gradients = sum(4 * x.size for x in jax.tree.leaves(params))
   products = rows * length * (128 + 64 + 64 + 64 + 96 + 96 + 64) * jnp.dtype(dtype).itemsize
-  kept = gradients + (64 * rows * length * 4 if remat else products) * layers
+  kept = gradients + (64 * rows * length * 4 if remat == 'True' else products) * layers
   assert planned.temp_size_in_bytes < kept + 6 * attention  # of 12 layers' at least 12
+
+
+@pytest.mark.parametrize('free,compiled', [(None, 1), (0.9, 2), (1.2, 1)])
+def test_remat_is_chosen_by_what_the_device_has(params, monkeypatch, free, compiled):
+  """By the step's plan and what else lies there, with a tenth to spare; no remat where it is unknown."""
+  opts, tx, others = options(remat='auto', lr=1e-4, min_lr=1e-5), optax.sgd(1.0), 10**6
+  plain, kept = KeepingCompiler(), KeepingCompiler()
+  rows = types.SimpleNamespace(rows=lambda step: np.arange(4), read=lambda ids: batch())
+
+  def one_step(compiler):
+    state = {'params': jax.tree.map(jnp.copy, params), 'optimizer': tx.init(params)}
+    args = {'stop': 1, 'total': 1, 'dtype': jnp.float32, 'compiler': compiler}
+    (done,) = loop.recover_model(CONFIG, state, rows, opts, tx, **args)
+    return done.metrics['loss']
+
+  loss = one_step(plain)
+  held = bytes_of(params)
+  if free:
+    plan = plain.made['training'].memory_analysis()
+    whole = plan.argument_size_in_bytes + plan.temp_size_in_bytes + others
+    stats = {'bytes_limit': int(free * whole / 0.9), 'bytes_in_use': held + others}
+    monkeypatch.setattr(remat, '_stats', lambda: stats)
+  assert one_step(kept) == pytest.approx(loss, rel=1e-6) and kept.counts == {'training': compiled}
 
 
 def test_rotary_tables_are_constants_of_the_program(params):
@@ -127,7 +151,7 @@ def mean_loss_alone(params, teacher=None, alpha=0.0):
   return (loss * targets[:, 1:]).sum() / targets.sum()
 
 
-@pytest.mark.parametrize('micro_batch,remat,alpha', [(4, False, 0.0), (1, False, 1.0), (2, True, 0.5)])
+@pytest.mark.parametrize('micro_batch,remat,alpha', [(4, 'False', 0.0), (1, 'auto', 1.0), (2, 'True', 0.5)])
 def test_gradients_of_packed_documents_are_those_of_each_alone(params, micro_batch, remat, alpha):
   """However the batch is cut, each target weighs the same; tied embeddings get both their gradients.
 

@@ -1,6 +1,6 @@
-"""Prunes LLaMA-3.1-8B to 1.5 B parameters (the 1B class) in sixteen stages, distilling from the dense model.
+"""Prunes LLaMA-3.1-8B to 1.5 B parameters in sixteen stages, distilling from the dense model.
 
-    python main.py --config=configs/llama_8b_to_1b.py --workdir=out/llama-1b
+    python main.py --config=configs/llama_8b_to_1_5b.py --workdir=out/llama-1.5b
 
 It is not from the paper and has never been run: the settings are our own, for accelerators. The two embedding
 tables, which are not pruned, are 1.05 B of the 1.5 B; the layers keep 6 % of their parameters. With
@@ -35,7 +35,6 @@ def get_config() -> ConfigDict:
   config.train.tokens = STEPS * config.train.batch * config.train.length
   # Highest and final rate as in Minitron's runs on LLaMA-3.1-8B, arXiv 2408.11796, which also only distil.
   config.train.lr, config.train.min_lr = 1e-4, 1e-5
-  config.train.remat = True  # all layers' activations would not fit with weights, moments and teacher
   config.train.save_every = 250
 
   config.evaluate.source = ('Salesforce/wikitext:wikitext-2-raw-v1:validation',)
