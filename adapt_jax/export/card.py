@@ -10,7 +10,7 @@ import jinja2
 from adapt_jax.config.prune_options import PROGRESSIVE
 from adapt_jax.config.values import OWN
 from adapt_jax.export.card_metadata import is_quantised, metadata
-from adapt_jax.export.hf import needs_mlx_code
+from adapt_jax.export.hf import has_stock_type, needs_mlx_code
 from adapt_jax.export.padded import padded_config
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.reports.origin import origin_of
@@ -185,6 +185,7 @@ def _loading(config: ModelConfig, files: Sequence[str], repo: str) -> dict[str, 
     'repo': repo,
     'hf': hf,
     'remote': remote,
+    'asks': remote and not has_stock_type(config),
     'mlx': (own or stock) and not windows,
     'mlx_flag': ' --trust-remote-code' if own else '',
     'gguf': [name for name in files if name.endswith('.gguf')],
