@@ -238,7 +238,7 @@ class ExportOptions:
   )
   dtype: str = option(
     'auto',
-    'Dtype of the weights; auto: as in the source.',
+    'Dtype of the weights; auto: as in the source, and bfloat16 if that is a quantised GGUF file.',
     choices=('auto', 'float32', 'bfloat16', 'float16'),
   )
   gguf_types: tuple[str, ...] = option(

@@ -76,7 +76,7 @@ class BaseRun:
     return rounded
 
   def _export_dtype(self) -> Any:
-    return written_dtype(self.options.export, self._inputs.source.dtype, trained(self.options))
+    return written_dtype(self.options.export, self._inputs.source, trained(self.options))
 
   def _record_cost(self, state: RunState) -> None:
     """Records the time and the compiles of the whole run so far."""

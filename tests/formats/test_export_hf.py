@@ -105,7 +105,7 @@ def check_tokenizer(directory, trust):
 
 
 def check_questions(directory):
-  """No tokenizer asks to run code if the model has a stock type, and then no stock class takes the weights."""
+  """A tokenizer asks nothing if the model has a stock type, and then no stock class takes the weights."""
   stock = not json.loads((directory / 'config.json').read_text())['model_type'].startswith('adapt_')
   with unittest.mock.patch('builtins.input', return_value='n') as asked:
     transformers.AutoTokenizer.from_pretrained(directory)
