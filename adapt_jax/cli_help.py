@@ -21,7 +21,7 @@ RECIPES = pathlib.Path(__file__).parent / 'configs'
 _USAGE = """\
 Prunes a LLaMA-family model and recovers its quality by interleaved training.
 
-    adapt-jax --config=RECIPE --workdir=DIRECTORY [--mode=MODE] [--config.OPTION=VALUE ...]
+    adapt-jax [--config=RECIPE] --workdir=DIRECTORY [--mode=MODE] [--config.OPTION=VALUE ...]
 
 `python main.py` does the same in a checkout.
 
@@ -45,11 +45,12 @@ def asked_for(arguments: list[str]) -> str:
   """The text that these arguments request; '' if they request a run. Raises InputError for unknown modes."""
   if '--version' in arguments:
     return f'adapt-jax {importlib.metadata.version("adapt-jax")}'
-  if not {'--help', '-h', '-help', '--helpfull'} & set(arguments):
-    return ''
   given = [a.partition('=')[2] for a in arguments if a.lstrip('-').startswith('mode=')]
   if unknown := [mode for mode in given if mode not in MODES]:
-    raise InputError(f'--mode={unknown[0]} is unknown: choose {", ".join(MODES)}')
+    hint = like(unknown[0], [*MODES]) or f': choose {", ".join(MODES)}'
+    raise InputError(f'--mode={unknown[0]} is unknown{hint}')
+  if not {'--help', '-h', '-help', '--helpfull'} & set(arguments):
+    return ''
   return _options(given[-1]) if given else _usage()
 
 
@@ -109,8 +110,13 @@ def options_page() -> str:
 
 
 def with_recipes(argv: list[str]) -> list[str]:
-  """The arguments with the name of a recipe replaced by its file: --config=demo, --config=studies:loss."""
+  """The arguments with the name of a recipe replaced by its file: --config=demo, --config=studies:loss.
+
+  Without a recipe it is base.
+  """
   arguments = list(argv)
+  if not {'--config', '-config'} & {argument.partition('=')[0] for argument in argv}:
+    return [*argv[:1], f'--config={_recipe("base")}', *argv[1:]]
   for i, argument in enumerate(argv):
     flag, equals, value = argument.partition('=')
     if flag not in ('--config', '-config'):
