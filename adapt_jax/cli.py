@@ -49,7 +49,9 @@ class _Strings(flags.ArgumentParser):
 
 
 config_flags.register_flag_parser_for_type(tuple, _Strings())
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe: its name, such as demo, or its file; base by default.')
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'The recipe: its name or its file; base by default.'
+)
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Directory for all results of this run.')
 _MODE = flags.DEFINE_enum('mode', 'accel', [*MODES], 'The mode to run.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Prompt for --mode=generate; may be repeated.')
@@ -176,8 +178,11 @@ def run() -> None:
   except preemption.Preempted as stop:
     stopped = f'stopped by {preemption.cause()}'
     processes.say(' '.join((stopped, *stop.args)) + ': run the same command to continue')
-    if preemption.cause() != 'SIGTERM':
-      processes.leave(130)
+    code = 0 if preemption.cause() == 'SIGTERM' else 130
+    if preemption.abandoned():
+      os._exit(code)  # all output has been flushed
+    if code:
+      processes.leave(code)
   except KeyboardInterrupt:
     print('stopped by Ctrl-C', file=sys.stderr)
     processes.leave(130)

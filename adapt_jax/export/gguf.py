@@ -90,8 +90,8 @@ def write_gguf(
 
 def weight_bytes(config: ModelConfig, kind: str) -> int:
   """Bytes of the weights in a file of this type; the tokenizer takes some more."""
-  sizes = [quant_shape_to_byte_shape(leaf.hf_shape, _stored_type(config, leaf, kind)) for leaf in leaves(config)]
-  return sum(int(np.prod(size)) for size in sizes)
+  types = [(leaf.hf_shape, _stored_type(config, leaf, kind)) for leaf in leaves(config)]
+  return sum(int(np.prod(quant_shape_to_byte_shape(*of))) for of in types)
 
 
 def _architecture(config: ModelConfig) -> str:

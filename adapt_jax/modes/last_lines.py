@@ -1,4 +1,4 @@
-"""The last lines that a run prints: commands for a shell in the same directory, on what to do with the result."""
+"""The last lines that a run prints: what to do with its result, as commands for a shell in the same directory."""
 
 import json
 import pathlib
@@ -40,21 +40,19 @@ def last_lines(report: RunReport, workdir: pathlib.Path, command: str) -> list[s
 
 
 def _generate(program: list[str], source: str) -> str:
-  return shlex.join(
-    [*program, '--mode=generate', f'--config.model.source={source}', f'--prompt={_PROMPT}']
-  )
+  return shlex.join([*program, '--mode=generate', f'--config.model.source={source}', f'--prompt={_PROMPT}'])
 
 
 def _transformers(path: str, code: bool) -> str:
   trust = ', trust_remote_code=True' if code else ''
-  loads = f'from transformers import AutoModelForCausalLM as M; print(M.from_pretrained({json.dumps(path)}{trust}))'
-  return shlex.join([_python(), '-c', loads])
+  loads = f'print(M.from_pretrained({json.dumps(path)}{trust}))'
+  return shlex.join([_python(), '-c', f'from transformers import AutoModelForCausalLM as M; {loads}'])
 
 
 def _smaller(
   exports: dict[str, dict[str, object]], workdir: pathlib.Path, directory: str, program: list[str]
 ) -> Iterator[tuple[str, str]]:
-  """The smallest quantised file if there is one, else how to write one; nothing if llama.cpp has no such model."""
+  """The smallest quantised file if there is one, else how to write one if llama.cpp has such models."""
   if quantised := [name for name in exports if is_quantised(name)]:
     name = min(quantised, key=lambda name: int(str(exports[name]['bytes'])))
     size = int(str(exports[name]['bytes'])) / 1e6
@@ -66,8 +64,8 @@ def _smaller(
   for form in ('gguf', 'gguf_padded'):
     if fits(form, config):
       size = weight_bytes(FORMATS[form].shape(config), _TYPE) / 1e6
-      flags = [f'--config.export.formats={form}', f'--config.export.gguf_types={_TYPE}']
-      flags = ['--mode=export', f'--config.model.source={directory}', f'--workdir={directory}-{_TYPE}', *flags]
+      flags = ['--mode=export', f'--config.model.source={directory}', f'--workdir={directory}-{_TYPE}']
+      flags += [f'--config.export.formats={form}', f'--config.export.gguf_types={_TYPE}']
       yield f'a {_TYPE} file of about {size:,.0f} MB for llama.cpp', shlex.join([*program, *flags])
       return
 

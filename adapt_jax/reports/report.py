@@ -109,8 +109,8 @@ class BudgetReport(TypedDict, total=False):
 
 
 class CostReport(TypedDict, total=False):
-  """What a model costs: bytes of its weights and of the KV cache for a token, both in the dtype of the export,
-  and tokens per second of one prompt (prefill) and of its continuation (decode), if they were measured.
+  """What a model costs: bytes of its weights and of the KV cache for a token, in the dtype of the export, and
+  tokens per second of one prompt (prefill) and of its continuation (decode), if they were measured.
   """
 
   weights: Required[int]

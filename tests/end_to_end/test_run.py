@@ -86,7 +86,7 @@ def test_report_keeps_the_output_contract(staged):
   assert sum(s['tokens'] for s in report['stages']) == 2 * runs.TOKENS
   assert report['stages'][0]['tokens'] < report['stages'][1]['tokens']
   assert {p.name for p in path.iterdir()} == {
-    'hf', 'checkpoints', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json', 'report.json', '.lock',
+    'hf', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json', 'report.json', '.lock',
   }  # fmt: skip
 
 
@@ -278,12 +278,13 @@ def test_bfloat16_trains_fp32_master_weights(files, tmp_path):
   assert {str(x.dtype) for x in saved.values()} == {'bfloat16'}  # as in the source
 
 
-def test_the_learning_rate_follows_from_the_weights(files, tmp_path):
+def test_the_learning_rate_follows_from_the_weights(files, tmp_path, monkeypatch):
   """Where none is given; after a kill it is the same, also in an export of the unfinished run."""
   config = runs.make_config(files)
   config.train.lr = config.train.min_lr = -1.0
   config.prune.compensate = 'none'
   path = tmp_path / 'out'
+  runs.keep_checkpoints(monkeypatch)
   report = start(config, path)
   options = from_dict(config.to_dict())
   expected = with_rate(options.train, open_source(str(files / 'model')).stored_params())

@@ -19,6 +19,7 @@ from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.stages import Recovery
+from adapt_jax.pipeline.state import StateStore
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
 from adapt_jax.training.loop import Trained
@@ -144,6 +145,11 @@ def assert_same_end(path: pathlib.Path, reference: pathlib.Path) -> None:
   assert logs[0] == logs[1]
   plans = [json.loads((p / 'plan.json').read_text()) for p in (path, reference)]
   assert plans[0] == plans[1]
+
+
+def keep_checkpoints(patch: pytest.MonkeyPatch) -> None:
+  """Later runs in this process keep them at the end, for tests that take the end away."""
+  patch.setattr(StateStore, 'finish', lambda self, exported: None)
 
 
 def steps_of(patch: pytest.MonkeyPatch, last: int | None = None) -> list[int]:

@@ -114,7 +114,8 @@ def test_a_complete_page_has_every_figure() -> None:
     'gain': {
       'dense': {'weights': 2_000_000, 'kv_cache': 1024, 'prefill': 1000.0, 'decode': 40.0},
       'result': {'weights': 1_599_358, 'kv_cache': 960, 'prefill': 1200.4, 'decode': 50.0},
-      'dtype': 'bfloat16', 'measured': 'Speeds: in turn.',
+      'dtype': 'bfloat16',
+      'measured': 'Speeds: in turn.',
     },
     'texts': {'web': {'dense': 28.75, 'pruned': 42.25, 'recovered': 32.5, 'kl': 0.25}},
     'examples': [{'text': 'web', 'prompt': 'Once <b>', 'dense': 'upon a time', 'result': 'was\na & b'}],
@@ -144,8 +145,8 @@ def test_a_complete_page_has_every_figure() -> None:
   assert ['prune.calibration.source', 'a.txt,b.txt'] in table
   for wanted in (
     'data/a<i>&"c".gguf', 'finished, 2 stages', '28.75 → 42.25 → 32.50', '1,000,000 → 799,679', 'jax 0.10.2',
-    'exp of <the mean>', 'Once <b>', 'was\na & b', 'Training loss', 'KV heads, after stage 2', 'Speeds: in turn.', 'Compiles: scoring 1, training 2, evaluation 3.',
-    'question: Who <b>?', 'No & no', 'answers, dense → result: usable 27 → 21 of 40; repeating 5 % → 12 %',
+    'exp of <the mean>', 'Once <b>', 'was\na & b', 'Training loss', 'KV heads, after stage 2',
+    'Speeds: in turn.', 'Compiles: scoring 1, training 2, evaluation 3.', 'question: Who <b>?', 'No & no', 'answers, dense → result: usable 27 → 21 of 40; repeating 5 % → 12 %',
     'target 2: 800k', 'Importance of the layers: 1 - cos(input, output)', 'Perplexity on held-out text',
   ):  # fmt: skip
     assert wanted in shown, wanted
