@@ -49,9 +49,7 @@ class _Strings(flags.ArgumentParser):
 
 
 config_flags.register_flag_parser_for_type(tuple, _Strings())
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The recipe: its name or its file; base by default.'
-)
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe: its name or file; base by default.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Directory for all results of this run.')
 _MODE = flags.DEFINE_enum('mode', 'accel', [*MODES], 'The mode to run.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Prompt for --mode=generate; may be repeated.')

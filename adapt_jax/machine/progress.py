@@ -1,6 +1,6 @@
-"""Progress of long work by tqdm: a line that moves on a terminal, elsewhere one every ten seconds and at the end.
+"""Progress of long work by tqdm: a line that moves on a terminal; elsewhere one every ten seconds and at last.
 
-What matters most stands first, since terminals are narrow. When the work is done, the line says how long it took.
+Its values stand before its times, since terminals are narrow. The last line says how long the work took.
 
 A thread draws it again while the work is silent, as in one long call.
 """

@@ -1,4 +1,4 @@
-"""The last lines that a run prints: what to do with its result, as commands for a shell in the same directory."""
+"""The last lines that a run prints: what to do with its result, as commands to paste into its shell."""
 
 import json
 import pathlib

@@ -119,7 +119,7 @@ class Checkpoints:
     return self._manager.restore(number, args=args)['state']
 
   def keep(self, newest: int) -> None:
-    """Removes all but so many of the newest checkpoints, and the directory if none are left; after `close`."""
+    """Removes all but so many of the newest checkpoints, and the directory with the last; after `close`."""
     numbers = sorted(int(path.name) for path in self._directory.glob('[0-9]*') if path.name.isdigit())
     for number in numbers[: len(numbers) - newest]:
       shutil.rmtree(self._directory / str(number))

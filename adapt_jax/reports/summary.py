@@ -1,6 +1,7 @@
 """The table that a run prints at its end, and tables of its tasks and texts."""
 
 import math
+from typing import Any
 
 from adapt_jax.config.units import amount, duration
 from adapt_jax.config.values import OWN
@@ -49,12 +50,12 @@ def stages_table(report: RunReport) -> Table:
 def gain_table(report: RunReport) -> Table:
   """A row for each cost of the dense model and the result; no rows before they are known."""
   rows: list[list[str]] = []
-  if gain := report.get('gain'):
-    for field, (title, scale, form) in _COSTS.items():
-      before, after = gain['dense'].get(field), gain['result'].get(field)
-      if before and after:
-        numbers = [format(value / scale, form) for value in (before, after)]
-        rows.append([title.format(dtype=gain['dtype']), *numbers, f'{100 * (after / before - 1):+.0f} %'])
+  gain: Any = report.get('gain') or {'dense': {}, 'result': {}}
+  for field, (title, scale, form) in _COSTS.items():
+    before, after = (gain[of].get(field) for of in ('dense', 'result'))
+    if before and after:
+      numbers = [format(value / scale, form) for value in (before, after)]
+      rows.append([title.format(dtype=gain['dtype']), *numbers, f'{100 * (after / before - 1):+.0f} %'])
   return Table(['', names_of(report)['dense'], 'result', 'change'], rows)
 
 

@@ -146,7 +146,8 @@ def test_a_complete_page_has_every_figure() -> None:
   for wanted in (
     'data/a<i>&"c".gguf', 'finished, 2 stages', '28.75 → 42.25 → 32.50', '1,000,000 → 799,679', 'jax 0.10.2',
     'exp of <the mean>', 'Once <b>', 'was\na & b', 'Training loss', 'KV heads, after stage 2',
-    'Speeds: in turn.', 'Compiles: scoring 1, training 2, evaluation 3.', 'question: Who <b>?', 'No & no', 'answers, dense → result: usable 27 → 21 of 40; repeating 5 % → 12 %',
+    'Speeds: in turn.', 'Compiles: scoring 1, training 2, evaluation 3.', 'question: Who <b>?', 'No & no',
+    'answers, dense → result: usable 27 → 21 of 40; repeating 5 % → 12 %',
     'target 2: 800k', 'Importance of the layers: 1 - cos(input, output)', 'Perplexity on held-out text',
   ):  # fmt: skip
     assert wanted in shown, wanted
