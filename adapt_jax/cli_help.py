@@ -36,6 +36,20 @@ Several processes: --distributed, --coordinator_address, --num_processes, --proc
 Unexpected errors: --debug shows the traceback, which is otherwise written into a file.
 Guides: README.md and docs/ in the repository.
 """
+_TEACHER = 'train.distill.source'  # named where nothing is pruned
+# The options that most users set, with values for examples.
+_FIRST = {
+  'model.source': 'HuggingFaceTB/SmolLM2-135M-Instruct',
+  _TEACHER: 'HuggingFaceTB/SmolLM2-360M-Instruct',
+  'prune.target': '0.75',
+  'prune.calibration.source': 'calibration.txt',
+  'train.source': 'corpus.jsonl',
+  'train.tokens': '2_000_000',
+  'evaluate.source': 'heldout.txt',
+  'narrow.hidden': '512',
+  'compare.grid': '"({' + "'prune.target': (0.9, 0.8)" + '},)"',
+  'export.formats': 'hf,gguf',
+}
 _PAGE = """
 On the command line write `--config.prune.target=0.75`, in a recipe `config.prune.target = 0.75`. Separate
 several values with commas. This page is generated from the declarations (`python -m adapt_jax.cli_help`)."""
@@ -72,11 +86,17 @@ def _table(rows: dict[str, str]) -> str:
 
 
 def _options(mode: str) -> str:
-  """The options of a mode: name, default, range or choices, meaning."""
-  options, lines = RunOptions(), [f'--mode={mode}: {MODES[mode].help}. Its options:', '']
-  for field, declared in declarations():
-    if not MODES[mode].uses(field):
-      continue
+  """An example of a mode, and its options, the most used first: name, default, range or choices, meaning."""
+  known, options, uses = dict(declarations()), RunOptions(), MODES[mode].uses
+  first = [field for field in _FIRST if uses(field) and not (field == _TEACHER and uses('prune.target'))]
+  where = ['--workdir=out/run'] if MODES[mode].result else []
+  asked = ["--prompt='What is 7 plus 5?'"] if mode == 'generate' else []
+  named = [f'--config.{name}={_FIRST[name]}' for name in first]
+  example = [f'adapt-jax --mode={mode}', *where, *named, *asked]
+  lines = [f'--mode={mode}: {MODES[mode].help}. For example:', '', '    ' + ' \\\n        '.join(example)]
+  lines += ['', 'Its options, the most used first:', '']
+  for field in dict.fromkeys([*first, *(field for field in known if uses(field))]):
+    declared = known[field]
     limits = ''.join(f', {text}' for text in _limits(declared))
     lines.append(f'--config.{field}={_default(options, field)}{limits}')
     lines.append(textwrap.indent(textwrap.fill(declared.meaning, 96), '    '))

@@ -1,4 +1,4 @@
-"""Progress of long work by tqdm: a line that moves on a terminal; elsewhere one every ten seconds and at last.
+"""Progress of long work by tqdm: a line that moves on a terminal; elsewhere one in ten seconds and at last.
 
 Its values stand before its times, since terminals are narrow. The last line says how long the work took.
 
