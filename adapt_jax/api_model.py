@@ -11,7 +11,7 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.data.chat_templates import with_template
 from adapt_jax.export.push import check_hub
 from adapt_jax.export.push import push as upload
-from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, origin, written_dtype
+from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, origin
 from adapt_jax.machine import mesh, processes
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.files import local
@@ -104,7 +104,7 @@ def save(
     options,
     target,
     tokenizer=model.tokenizer,
-    dtype=written_dtype(options, model.dtype, trained=True),
+    dtype=jnp.dtype(model.dtype if options.dtype == 'auto' else options.dtype),
     generation=model.generation,
     report=model.origin.report(),
   )

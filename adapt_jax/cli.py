@@ -49,7 +49,7 @@ class _Strings(flags.ArgumentParser):
 
 
 config_flags.register_flag_parser_for_type(tuple, _Strings())
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe: its name, such as demo, or its file.')
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe: its name or file; base by default.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Directory for all results of this run.')
 _MODE = flags.DEFINE_enum('mode', 'accel', [*MODES], 'The mode to run.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Prompt for --mode=generate; may be repeated.')
@@ -60,7 +60,6 @@ _DISTRIBUTED = flags.DEFINE_enum(
 _ADDRESS = flags.DEFINE_string('coordinator_address', '', 'host:port of process 0, without a scheduler.')
 _PROCESSES = flags.DEFINE_integer('num_processes', 0, 'Number of processes, without a scheduler.')
 _PROCESS = flags.DEFINE_integer('process_id', -1, 'Index of this process, from 0.')
-_NO_CONFIG = '--config is missing: name a recipe such as base; adapt-jax --help lists them'
 _LATER = 75  # exit code of what may succeed later; schedulers start it again
 
 
@@ -73,11 +72,8 @@ def _parse(argv: list[str]) -> list[str]:
   argv = cli_help.with_recipes(argv)
   try:
     rest: list[str] = flags.FLAGS(argv)
-    problem = _NO_CONFIG if _CONFIG.value is None else ''
   except Exception as error:  # of absl, of ml_collections, or of a recipe, which is user code
-    problem = _unknown(argv, error) or _one_line(error)
-  if problem:
-    raise InputError(problem)
+    raise InputError(_unknown(argv, error) or _one_line(error)) from None
   return rest
 
 
@@ -90,8 +86,6 @@ def _unknown(argv: list[str], error: Exception) -> str:
     unknown = [error.flagname]
   if not unknown:
     return ''
-  if unknown[0] in options:  # the recipe defines these flags
-    return _NO_CONFIG
   return f'--{unknown[0]} is unknown{like(unknown[0], [*options, "config", "workdir", "mode", "prompt"])}'
 
 
@@ -185,8 +179,11 @@ def run() -> None:
   except preemption.Preempted as stop:
     stopped = f'stopped by {preemption.cause()}'
     processes.say(' '.join((stopped, *stop.args)) + ': run the same command to continue')
-    if preemption.cause() != 'SIGTERM':
-      processes.leave(130)
+    code = 0 if preemption.cause() == 'SIGTERM' else 130
+    if preemption.abandoned():
+      os._exit(code)  # all output has been flushed
+    if code:
+      processes.leave(code)
   except KeyboardInterrupt:
     print('stopped by Ctrl-C', file=sys.stderr)
     processes.leave(130)

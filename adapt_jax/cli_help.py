@@ -21,7 +21,7 @@ RECIPES = pathlib.Path(__file__).parent / 'configs'
 _USAGE = """\
 Prunes a LLaMA-family model and recovers its quality by interleaved training.
 
-    adapt-jax --config=RECIPE --workdir=DIRECTORY [--mode=MODE] [--config.OPTION=VALUE ...]
+    adapt-jax [--config=RECIPE] --workdir=DIRECTORY [--mode=MODE] [--config.OPTION=VALUE ...]
 
 `python main.py` does the same in a checkout.
 
@@ -36,6 +36,20 @@ Several processes: --distributed, --coordinator_address, --num_processes, --proc
 Unexpected errors: --debug shows the traceback, which is otherwise written into a file.
 Guides: README.md and docs/ in the repository.
 """
+_TEACHER = 'train.distill.source'  # named where nothing is pruned
+# The options that most users set, with values for examples.
+_FIRST = {
+  'model.source': 'HuggingFaceTB/SmolLM2-135M-Instruct',
+  _TEACHER: 'HuggingFaceTB/SmolLM2-360M-Instruct',
+  'prune.target': '0.75',
+  'prune.calibration.source': 'calibration.txt',
+  'train.source': 'corpus.jsonl',
+  'train.tokens': '2_000_000',
+  'evaluate.source': 'heldout.txt',
+  'narrow.hidden': '512',
+  'compare.grid': '"({' + "'prune.target': (0.9, 0.8)" + '},)"',
+  'export.formats': 'hf,gguf',
+}
 _PAGE = """
 On the command line write `--config.prune.target=0.75`, in a recipe `config.prune.target = 0.75`. Separate
 several values with commas. This page is generated from the declarations (`python -m adapt_jax.cli_help`)."""
@@ -45,11 +59,12 @@ def asked_for(arguments: list[str]) -> str:
   """The text that these arguments request; '' if they request a run. Raises InputError for unknown modes."""
   if '--version' in arguments:
     return f'adapt-jax {importlib.metadata.version("adapt-jax")}'
-  if not {'--help', '-h', '-help', '--helpfull'} & set(arguments):
-    return ''
   given = [a.partition('=')[2] for a in arguments if a.lstrip('-').startswith('mode=')]
   if unknown := [mode for mode in given if mode not in MODES]:
-    raise InputError(f'--mode={unknown[0]} is unknown: choose {", ".join(MODES)}')
+    hint = like(unknown[0], [*MODES]) or f': choose {", ".join(MODES)}'
+    raise InputError(f'--mode={unknown[0]} is unknown{hint}')
+  if not {'--help', '-h', '-help', '--helpfull'} & set(arguments):
+    return ''
   return _options(given[-1]) if given else _usage()
 
 
@@ -71,11 +86,17 @@ def _table(rows: dict[str, str]) -> str:
 
 
 def _options(mode: str) -> str:
-  """The options of a mode: name, default, range or choices, meaning."""
-  options, lines = RunOptions(), [f'--mode={mode}: {MODES[mode].help}. Its options:', '']
-  for field, declared in declarations():
-    if not MODES[mode].uses(field):
-      continue
+  """An example of a mode, and its options, the most used first: name, default, range or choices, meaning."""
+  known, options, uses = dict(declarations()), RunOptions(), MODES[mode].uses
+  first = [field for field in _FIRST if uses(field) and not (field == _TEACHER and uses('prune.target'))]
+  where = ['--workdir=out/run'] if MODES[mode].result else []
+  asked = ["--prompt='What is 7 plus 5?'"] if mode == 'generate' else []
+  named = [f'--config.{name}={_FIRST[name]}' for name in first]
+  example = [f'adapt-jax --mode={mode}', *where, *named, *asked]
+  lines = [f'--mode={mode}: {MODES[mode].help}. For example:', '', '    ' + ' \\\n        '.join(example)]
+  lines += ['', 'Its options, the most used first:', '']
+  for field in dict.fromkeys([*first, *(field for field in known if uses(field))]):
+    declared = known[field]
     limits = ''.join(f', {text}' for text in _limits(declared))
     lines.append(f'--config.{field}={_default(options, field)}{limits}')
     lines.append(textwrap.indent(textwrap.fill(declared.meaning, 96), '    '))
@@ -109,8 +130,13 @@ def options_page() -> str:
 
 
 def with_recipes(argv: list[str]) -> list[str]:
-  """The arguments with the name of a recipe replaced by its file: --config=demo, --config=studies:loss."""
+  """The arguments with the name of a recipe replaced by its file: --config=demo, --config=studies:loss.
+
+  Without a recipe it is base.
+  """
   arguments = list(argv)
+  if not {'--config', '-config'} & {argument.partition('=')[0] for argument in argv}:
+    return [*argv[:1], f'--config={_recipe("base")}', *argv[1:]]
   for i, argument in enumerate(argv):
     flag, equals, value = argument.partition('=')
     if flag not in ('--config', '-config'):

@@ -10,11 +10,28 @@ The meaning and allowed values of each option are declared in `adapt_jax/config/
 `prune_options.py`, and of single modes in `mode_options.py`, in the same folder.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from adapt_jax.config import build
 
 
+class _Options(ConfigDict):
+  """Options or a group of them, in which a string stands for a list of one: config.train.source = 'a.txt'."""
+
+  def __setitem__(self, name: str, value: Any) -> None:
+    one = isinstance(value, str) and isinstance(self.get(name), tuple)
+    super().__setitem__(name, (value,) if one else value)
+
+
+def _options(fields: dict[str, Any]) -> ConfigDict:
+  made = _Options()
+  for name, value in fields.items():
+    made[name] = _options(value) if isinstance(value, dict) else value
+  return made.lock()
+
+
 def get_config() -> ConfigDict:
   """The defaults: obs with least squares (the paper's: configs/adapt.py); recipes set model and data."""
-  return ConfigDict(build.defaults())
+  return _options(build.defaults())

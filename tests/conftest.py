@@ -82,5 +82,7 @@ def finished(files, tmp_path_factory):
   path = tmp_path_factory.mktemp('finished') / 'out'
   config = runs.make_config(files)
   config.evaluate.health = True
-  runs.in_process(config, path)
+  with pytest.MonkeyPatch.context() as patch:
+    runs.keep_checkpoints(patch)
+    runs.in_process(config, path)
   return path

@@ -205,7 +205,7 @@ class EvaluateOptions:
   length: int = option(1024, 'Tokens per window; windows do not overlap.', within=LENGTH)
   batch: int = option(4, 'Windows per device at once.', within=COUNT, result=False)
   max_tokens: int = option(
-    0,
+    32_768,
     'Maximum tokens of each text, in windows spread evenly over its first 4 million tokens, or over the '
     'first max_tokens if that is more; 0: all.',
     within=TOKENS,
@@ -248,7 +248,7 @@ class ExportOptions:
   )
   dtype: str = option(
     'auto',
-    'Dtype of the weights; auto: as in the source.',
+    'Dtype of the weights; auto: as in the source, and bfloat16 if that is a quantised GGUF file.',
     choices=('auto', 'float32', 'bfloat16', 'float16'),
   )
   gguf_types: tuple[str, ...] = option(

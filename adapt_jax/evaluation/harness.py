@@ -158,7 +158,8 @@ def _remedy(name: str, manager: Any) -> str:
 @functools.lru_cache(maxsize=1)
 def _manager(tasks_path: str) -> Any:
   """The harness's index of tasks, with the task files of a directory."""
-  with reading('evaluate.tasks', remedy="pip install '.[eval]', or leave evaluate.tasks and suite empty"):
+  remedy = "pip install 'adapt-jax[eval]', or leave evaluate.tasks and suite empty"
+  with reading('evaluate.tasks', remedy=remedy):
     from lm_eval.tasks import TaskManager
   path = local(tasks_path)
   if tasks_path and not any(path.rglob('*.yaml')):

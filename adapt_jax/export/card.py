@@ -8,14 +8,13 @@ from typing import Any
 import jinja2
 
 from adapt_jax.config.prune_options import PROGRESSIVE
-from adapt_jax.config.values import OWN
 from adapt_jax.export.card_metadata import is_quantised, metadata
-from adapt_jax.export.hf import needs_mlx_code
+from adapt_jax.export.hf import has_stock_type, needs_mlx_code
 from adapt_jax.export.padded import padded_config
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.reports.origin import origin_of
 from adapt_jax.reports.report import RunReport, heads_of, known_perplexities, names_of
-from adapt_jax.reports.summary import texts_table
+from adapt_jax.reports.summary import gain_table, texts_table
 from adapt_jax.reports.table import Table
 
 # Settings that only progressive methods read.
@@ -74,7 +73,9 @@ def model_card(report: RunReport, config: ModelConfig, files: Sequence[str], rep
     tokens=_tokens(report),
     stages=_stages(report),
     widths=_widths(report, config),
-    perplexity=texts_table(texts, names) if measured and (len(texts) > 1 or OWN in texts) else perplexity,
+    gain=gain_table(report),
+    speeds=report.get('gain', {}).get('measured'),
+    perplexity=texts_table(texts, names) if measured and texts else perplexity,
     definition=(report.get('perplexity') or {}).get('definition'),
     several=len(texts) > 1,
     tasks=tasks,
@@ -185,6 +186,7 @@ def _loading(config: ModelConfig, files: Sequence[str], repo: str) -> dict[str, 
     'repo': repo,
     'hf': hf,
     'remote': remote,
+    'asks': remote and not has_stock_type(config),
     'mlx': (own or stock) and not windows,
     'mlx_flag': ' --trust-remote-code' if own else '',
     'gguf': [name for name in files if name.endswith('.gguf')],

@@ -88,6 +88,12 @@ def write_gguf(
       writer.close()
 
 
+def weight_bytes(config: ModelConfig, kind: str) -> int:
+  """Bytes of the weights in a file of this type; the tokenizer takes some more."""
+  types = [(leaf.hf_shape, _stored_type(config, leaf, kind)) for leaf in leaves(config)]
+  return sum(int(np.prod(quant_shape_to_byte_shape(*of))) for of in types)
+
+
 def _architecture(config: ModelConfig) -> str:
   """The architecture of llama.cpp that computes this model. Raises InputError if there is none."""
   if refused := next((what for what, refused in _lacking(config).items() if refused), ''):

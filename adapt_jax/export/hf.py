@@ -78,10 +78,15 @@ def write_hf(
 def _stock(config: ModelConfig) -> bool:
   """Whether a stock class of transformers computes this model.
 
-  None has a bias only on down_proj, or a sliced stream, and some refuse heads that do not divide hidden_size.
+  None has a bias only on down_proj, or a sliced stream.
   """
-  refused = config.traits.heads_divide and config.hidden_size % config.layers[0].num_heads
-  return config.uniform and not config.output_bias and not config.sliced_from and not refused
+  return config.uniform and not config.output_bias and not config.sliced_from and not _refused(config)
+
+
+def _refused(config: ModelConfig) -> bool:
+  """Whether the stock configuration refuses the model, since its heads do not divide hidden_size."""
+  heads = max(shape.num_heads for shape in config.layers)
+  return config.traits.heads_divide and bool(config.hidden_size % heads)
 
 
 def needs_mlx_code(config: ModelConfig) -> bool:
@@ -95,6 +100,15 @@ def needs_mlx_code(config: ModelConfig) -> bool:
   return not _stock(config) or lacking.get(config.traits.mlx, False)
 
 
+def has_stock_type(config: ModelConfig) -> bool:
+  """Whether config.json names a model_type of transformers, so that its tokenizer opens without a question.
+
+  Late transformers 5 asks whether to run code before it opens the tokenizer of a model_type that it does not
+  know. A known one is safe where no stock class accepts the weights, since layers differ in width.
+  """
+  return _stock(config) or not (config.uniform or config.sliced_from or _refused(config))
+
+
 def _own_architecture(config: ModelConfig) -> dict[str, Any]:
   """Fields of config.json that name the exported code and describe how it differs from the stock class."""
   widest = config_to_hf(config)
@@ -106,7 +120,8 @@ def _own_architecture(config: ModelConfig) -> dict[str, Any]:
     for i, shape in enumerate(config.layers)
   }
   return {
-    'model_type': f'adapt_{config.family}',
+    'model_type': config.family if has_stock_type(config) else f'adapt_{config.family}',
+    'allow_global_per_layer_attribute_access': True,  # else late transformers 5 fails on a stock model_type
     'architectures': [f'Adapt{traits.stock}ForCausalLM'],
     'auto_map': {
       'AutoConfig': f'configuration_adapt.Adapt{traits.base_name}Config',

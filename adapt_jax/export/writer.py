@@ -94,11 +94,15 @@ def _sizes(files: Iterable[pathlib.Path]) -> dict[str, int]:
   return {file.name: file.stat().st_size for file in files}
 
 
-def written_dtype(options: ExportOptions, source_dtype: str, trained: bool) -> Any:
-  """dtype of the written weights; None keeps each tensor's own, if training has not made them fp32."""
-  if options.dtype == 'auto' and not trained:
-    return None
-  return jnp.dtype(source_dtype if options.dtype == 'auto' else options.dtype)
+def written_dtype(options: ExportOptions, source: Source, trained: bool) -> Any:
+  """dtype of the written weights; None keeps each tensor's own.
+
+  With export.dtype = auto it is that of the source, and bfloat16 if that is quantised. trained: whether
+  training has made the weights fp32.
+  """
+  if options.dtype != 'auto':
+    return jnp.dtype(options.dtype)
+  return jnp.dtype(source.dtype) if trained or source.quantised else None
 
 
 class Writer:

@@ -2,13 +2,15 @@
 
 SIGTERM raises `Preempted` at once, since a run can be killed safely; where work would be lost (`deferred`),
 it is recorded, and the next check point raises. With several processes, JAX's own preemption service handles
-SIGTERM sent to any process, and all stop at the same check point. In a single process, Ctrl-C (SIGINT) acts
-like SIGTERM, and a second Ctrl-C ends the run at once.
+SIGTERM sent to any process, and all stop at the same check point. In a single process a long program on the
+devices is left to itself (`ready`), and
+Ctrl-C (SIGINT) acts like SIGTERM, and a second Ctrl-C ends the run at once.
 """
 
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +20,8 @@ from jax.experimental import multihost_utils
 _noted = ''  # the signal received
 _points = 0  # check points so far
 _deferring = False
+_abandoned = False
+_POLL_SECONDS = 0.05
 
 
 class Preempted(BaseException):
@@ -37,6 +41,30 @@ def check() -> None:
   """A check point: raises `Preempted` if SIGTERM was received."""
   if requested():
     raise Preempted
+
+
+def ready(arrays: Any) -> Any:
+  """The arrays of a program that may take minutes, when it has computed them.
+
+  In a single process it raises `Preempted` soon after SIGTERM: Python runs no signal handler while it waits
+  inside JAX. The program goes on, and is given up when the process ends (`abandoned`).
+  """
+  global _abandoned
+  if jax.process_count() == 1:
+    try:
+      for array in jax.tree.leaves(arrays):
+        while not array.is_ready():
+          check()
+          time.sleep(_POLL_SECONDS)
+    except Preempted:
+      _abandoned = True
+      raise
+  return jax.block_until_ready(arrays)
+
+
+def abandoned() -> bool:
+  """Whether a program may still run, for which an orderly end of the process would wait."""
+  return _abandoned
 
 
 def cause() -> str:

@@ -1,4 +1,6 @@
-"""Progress of long work by tqdm: a bar on a terminal, elsewhere a line every ten seconds and one at the end.
+"""Progress of long work by tqdm: a line that moves on a terminal; elsewhere one in ten seconds and at last.
+
+Its values stand before its times, since terminals are narrow. The last line says how long the work took.
 
 A thread draws it again while the work is silent, as in one long call.
 """
@@ -33,13 +35,12 @@ class Progress:
     self._bar: Any = None
     self._terminal, self._ended = sys.stderr.isatty(), threading.Event()
     known, left = ('', '') if total is None else ('/{total_fmt}', ', {remaining} left')
-    line = f'{{desc}}: {{n_fmt}}{known}{{unit}}, {{rate_fmt}}{left}{{postfix}}'
+    line = f'{{desc}}: {{n_fmt}}{known}{{unit}}{{postfix}}, {{elapsed}}{left}, {{rate_fmt}}'
     self._look: dict[str, Any] = {'desc': title, 'total': total, 'unit': f' {unit}', 'leave': bool(unit)}
     self._look |= {'unit_scale': unit.endswith(_SCALED), 'dynamic_ncols': True, 'file': sys.stderr}
+    self._look['bar_format'] = line if unit else '{desc}: {elapsed}{postfix}'
     if not self._terminal:  # never drawn, only read: and TQDM_DISABLE is for bars
-      self._look |= {'file': io.StringIO(), 'mininterval': math.inf, 'disable': False, 'bar_format': line}
-    if not unit:
-      self._look['bar_format'] = '{desc}: {elapsed}{postfix}'
+      self._look |= {'file': io.StringIO(), 'mininterval': math.inf, 'disable': False}
 
   def __enter__(self) -> 'Progress':
     _active.append(self)
@@ -54,7 +55,7 @@ class Progress:
     if self._bar is None:
       return
     if kind is None and self._unit:
-      self._bar.total = self._bar.n  # the work may have had less than was expected
+      self._bar.bar_format = '{desc}: {n_fmt}{unit}{postfix}, in {elapsed}'
       if not self._terminal:
         write(str(self._bar))
     self._bar.close()

@@ -8,6 +8,7 @@ from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.export.push import check_hub, push
 from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.errors import InputError
+from adapt_jax.modes.last_lines import last_lines
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.slice_run import run_class
@@ -26,6 +27,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     report = run_class(options)(options, inputs, workdir, command).execute()
     say(table(report))
     decide(lambda: push(options.export, workdir.path))
+    say('\n'.join(decide(lambda: last_lines(report, workdir.path, command))))
 
 
 def _trains(options: RunOptions) -> RunOptions:

@@ -32,7 +32,7 @@ from adapt_jax.training.optim import optimizer
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
-  """Writes WORKDIR/<format>; with export.dtype = auto every tensor keeps its bits.
+  """Writes WORKDIR/<format>; with export.dtype = auto every tensor keeps its bits, unless it is quantised.
 
   model.source may also be the workdir of a run; if it is unfinished, its newest checkpoint is used.
   """
@@ -45,7 +45,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   check_model(model.config)
   check_hub(options.export)
   with workdir.claimed():
-    dtype = written_dtype(options.export, model.source.dtype, model.trained)
+    dtype = written_dtype(options.export, model.source, model.trained)
     as_is = options.export.formats == ('hf',) and dtype is None
     params = model.load(as_is)
     beside = {'tokenizer': tokenizer, 'dtype': dtype, 'generation': model.source.generation}

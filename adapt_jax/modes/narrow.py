@@ -39,7 +39,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
       compiler=Compiler(),
     )
     beside = {'tokenizer': loader.tokenizer, 'generation': source.generation, 'report': report}
-    beside['dtype'] = written_dtype(options.export, source.dtype, trained=False)
+    beside['dtype'] = written_dtype(options.export, source, trained=False)
     write(options, workdir, command, config, params, **beside)
 
 

@@ -38,7 +38,7 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
   decide(lambda: check_hub(options.export))
   with workdir.claimed():
     beside = {'tokenizer': kept.tokenizer, 'generation': kept.generation, 'report': report}
-    beside['dtype'] = written_dtype(options.export, source.dtype, trained=False)
+    beside['dtype'] = written_dtype(options.export, source, trained=False)
     write(options, workdir, command, kept.config, kept.cut(load_source(source, None)), **beside)
 
 

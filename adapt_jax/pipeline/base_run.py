@@ -12,6 +12,7 @@ from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.processes import is_first
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network.llama import Params
+from adapt_jax.pipeline.gain import measured_gain
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.measured import measured_latency
 from adapt_jax.pipeline.metrics import MetricsLog
@@ -76,7 +77,7 @@ class BaseRun:
     return rounded
 
   def _export_dtype(self) -> Any:
-    return written_dtype(self.options.export, self._inputs.source.dtype, trained(self.options))
+    return written_dtype(self.options.export, self._inputs.source, trained(self.options))
 
   def _record_cost(self, state: RunState) -> None:
     """Records the time and the compiles of the whole run so far."""
@@ -99,6 +100,7 @@ class BaseRun:
     """Compares the result with the dense model, writes it, and the report and its page."""
     compared = self._quality.compare_with_dense(config, params)
     measured = measured_latency(self.options, self._inputs, config, params)
+    gain = measured_gain(self._inputs, config, params, self._export_dtype()) if self._export else None
     self._record_cost(state)
     report = self._report(state)
     if measured:
@@ -107,6 +109,9 @@ class BaseRun:
       report['texts'].setdefault(name, {})['kl'] = value
     if compared.health:
       report['health'] = compared.health
+    if gain:
+      report['gain'] = gain
+      self._metrics.write('gain', **gain)
     if self._export:
       writer = Writer(
         self.options.export,

@@ -118,6 +118,14 @@ class Checkpoints:
     args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
     return self._manager.restore(number, args=args)['state']
 
+  def keep(self, newest: int) -> None:
+    """Removes all but so many of the newest checkpoints, and the directory with the last; after `close`."""
+    numbers = sorted(int(path.name) for path in self._directory.glob('[0-9]*') if path.name.isdigit())
+    for number in numbers[: len(numbers) - newest]:
+      shutil.rmtree(self._directory / str(number))
+    if not newest:
+      shutil.rmtree(self._directory, ignore_errors=True)
+
   def close(self) -> None:
     self._manager.close()
 

@@ -1,5 +1,6 @@
 """Perplexity, task scores and health of a run's models, as requested by the config."""
 
+import time
 from typing import Any, NamedTuple
 
 from adapt_jax.config.options import RunOptions
@@ -55,6 +56,7 @@ class Quality:
   ):
     self._options, self._inputs, self._metrics, self._shared = options, inputs, metrics, shared
     self._common: dict[str, Any] = {'compiler': compiler, 'dtype': inputs.dtype}
+    self.seconds = 0.0  # of the last evaluation of perplexity
     self._names = PRUNING_NAMES if options.prune.prunes else RECOVERY_NAMES
     self._examples = Examples(inputs, **self._common) if examples else None
     own = inputs.evaluate.get(OWN)
@@ -76,7 +78,7 @@ class Quality:
     self, config: ModelConfig, params: Params, of: Of, stage: int, step: int
   ) -> dict[str, float]:
     """Perplexity on each text, of the dense model (stage 0) or a stage's, after `step` training steps."""
-    known, key = self._shared.dense, dense_key(self._options)
+    known, key, start = self._shared.dense, dense_key(self._options), time.monotonic()
     title = self._names[of] if of == 'dense' else f'stage {stage} {self._names[of]}'
     found = known.get(key, {}) if of == 'dense' else {}
     found = found or {
@@ -85,6 +87,7 @@ class Quality:
     }
     if of == 'dense':
       known[key] = found
+    self.seconds = time.monotonic() - start
     for name, value in found.items():
       self._metrics.write('evaluate', of=of, stage=stage, step=step, text=name, perplexity=value)
     return found

@@ -26,7 +26,7 @@ class Run(BaseRun):
   """One run of mode accel, prune or recover in its workdir: stages, checkpoints and resume."""
 
   def _prepare(self, shared: Shared | None) -> None:
-    inputs, self._estimated = self._inputs, False
+    inputs, self._estimated, self._saving_seconds = self._inputs, False, 0.0
     self.options = with_learning_rate(self.options, inputs.source)
     self._store = StateStore(self._workdir, inputs.config, self._metrics, inputs.budget.removes)
     self._schedule = Schedule.of(self.options, inputs.budget)
@@ -162,14 +162,21 @@ class Run(BaseRun):
         self._save(state)  # also at the end, since the stage's measurements may take long, and fail
 
   def _estimate(self, stage: int, done: Trained, seconds: float | None) -> None:
-    """Reports the run's expected time, after two training steps; `seconds`: a stage's pruning, if known."""
+    """Reports the run's expected time, after two training steps; `seconds`: a stage's pruning, if known.
+
+    It counts evaluations as long as the last one, of which the comparison with the dense model takes two and
+    all else at the end one more, and the writing of the model as long as the last checkpoint.
+    """
     self._estimated = True
     if not (steps := self._schedule.train_steps - done.step):
       return
     step = self.options.train.batch * self.options.train.length / done.metrics['tokens_per_second']
-    stages = self._schedule.stages - stage
-    total = duration(steps * step + stages * (seconds or 0))
+    stages, evaluations = self._schedule.stages - stage, self._schedule.stages - stage + 4
+    measured = evaluations * self._quality.seconds + self._saving_seconds
+    total = duration(steps * step + measured + stages * (seconds or 0))
     times = [f'{step:.1f} s for each of {steps:,} training steps']
+    if measured >= 1:
+      times.append(f'{duration(measured)} for evaluation and export')
     if stages:
       prunings = f'{stages} more {"pruning" if stages == 1 else "prunings"}'
       times.append(f'without {prunings}' if seconds is None else f'{seconds:.0f} s each for {prunings}')
@@ -188,7 +195,9 @@ class Run(BaseRun):
 
   def _save(self, state: RunState) -> None:
     self._record_cost(state)
+    start = time.monotonic()
     self._store.save(state)
+    self._saving_seconds = time.monotonic() - start
     self._saved_step = state.train_step
     self._write_page(state)
 
@@ -213,4 +222,7 @@ class Run(BaseRun):
     self._store.save_plan(state, self._schedule.stages)
     self._recovery = None  # the teacher and the optimizer's moments make room for the dense model
     state.hold({'params': state.params})
-    return self._end(state, self._config(state), state.params)
+    report = self._end(state, self._config(state), state.params)
+    if self._export:
+      self._store.finish('hf' in report['exports'])
+    return report

@@ -194,5 +194,12 @@ class StateStore:
     say(f'resuming the pruning of stage {saved["stage"]}, after step {saved["step"]}')
     return int(saved['metrics_lines'])
 
+  def finish(self, exported: bool) -> None:
+    """Removes the checkpoints that no later mode reads: all if the model was `exported`, else the older ones.
+
+    Call it after `close`, when the report is written.
+    """
+    decide(lambda: self._checkpoints.keep(0 if exported else 1))
+
   def close(self) -> None:
     self._checkpoints.close()

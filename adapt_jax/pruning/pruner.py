@@ -16,7 +16,7 @@ import numpy as np
 
 from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.data.windows import Blocks
-from adapt_jax.machine import mesh
+from adapt_jax.machine import mesh, preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.processes import decide, say
 from adapt_jax.machine.progress import Progress, phase
@@ -175,7 +175,7 @@ class Pruner:
     if self._program is None:
       self._program = self._compiler('scoring', self._scorer, stacked, tokens, xla_options=loop_options())
     with phase('scoring'):
-      scores: Scores = jax.device_get(self._program(stacked, tokens))
+      scores: Scores = jax.device_get(preemption.ready(self._program(stacked, tokens)))
     return scores
 
   def _key(self, plan: PrunePlan, rows: np.ndarray) -> tuple[Scorer, bytes]:
@@ -275,7 +275,7 @@ class Pruner:
         self._compensation = self._compiler('compensation', program, *args, xla_options=loop_options())
       say(f'compensating for pruned groups ({kind}) on {args[-1].size:,} tokens')
       with phase('compensating'):
-        changes: dict[str, jax.Array] = jax.block_until_ready(self._compensation(*args))
+        changes: dict[str, jax.Array] = preemption.ready(self._compensation(*args))
       return changes
 
     # As for scores: until the first compaction the weights are the original ones.

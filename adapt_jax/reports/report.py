@@ -108,6 +108,29 @@ class BudgetReport(TypedDict, total=False):
   measured: dict[str, float]
 
 
+class CostReport(TypedDict, total=False):
+  """What a model costs: bytes of its weights and of the KV cache for a token, in the dtype of the export, and
+  tokens per second of one prompt (prefill) and of its continuation (decode), if they were measured.
+  """
+
+  weights: Required[int]
+  kv_cache: Required[int]
+  prefill: float
+  decode: float
+
+
+class GainReport(TypedDict, total=False):
+  """The costs of the dense model (or the teacher) and of the result. dtype: of most exported weights.
+
+  measured: in words, on what and how the speeds were measured.
+  """
+
+  dense: Required[CostReport]
+  result: Required[CostReport]
+  dtype: Required[str]
+  measured: str
+
+
 class StageReport(TypedDict, total=False):
   """A stage so far; the widths at its end are by layer of the dense model, 0 for a removed layer.
 
@@ -174,6 +197,7 @@ class RunReport(MadeReport, total=False):
   texts: dict[str, TextReport]
   tasks: Tasks
   budget: BudgetReport
+  gain: GainReport
   schedule: ScheduleReport
   stages: list[StageReport]
   prune: dict[str, Any] | None

@@ -85,8 +85,6 @@ def _facts(data: RunData) -> Iterator[tuple[str, str]]:
   if rates := [e['tokens_per_second'] for e in data.of('train')]:
     yield f'{statistics.median(rates):,.0f}', 'training tokens per second, median of the steps'
   yield f'{report["seconds"]:,.0f} s', f'of compute, {report["seconds"] / 60:,.0f} min'
-  compiles = report['compiles']
-  yield f'{sum(compiles.values())}', 'compiles: ' + ', '.join(f'{k} {v}' for k, v in compiles.items())
 
 
 def _example(example: ExampleReport, dense: str) -> str:
@@ -118,9 +116,12 @@ def _charts(data: RunData) -> Iterator[str]:
 
 
 def _body(data: RunData) -> Iterator[str]:
-  report, e = data.report, html.escape
+  report, e, shown = data.report, html.escape, tables(data.report)
+  gained = [shown.pop(title).html() for title in ('Gain', 'Loss') if title in shown]
+  speeds = [line for line in [report.get('gain', {}).get('measured')] if line]
+  yield section('Gain and loss', *gained, notes([*health_lines(report.get('health')), *speeds]))
   yield cards('facts', [f'<b>{e(figure)}</b><span>{e(what)}</span>' for figure, what in _facts(data)])
-  for title, table in tables(report).items():
+  for title, table in shown.items():
     yield section(title, table.html())
   if definition := report['perplexity']['definition']:
     yield notes([f'Perplexity is {definition}.'])
@@ -129,12 +130,13 @@ def _body(data: RunData) -> Iterator[str]:
   health = report.get('health')
   if examples := [*report.get('examples', []), *(health['examples'] if health else [])]:
     how = 'Held-out text and questions, and how each model goes on with greedy decoding.'
-    shown = [_example(example, names_of(report)['dense']) for example in examples]
-    yield section('Before and after', notes([how, *health_lines(health)]), *shown)
+    boxes = [_example(example, names_of(report)['dense']) for example in examples]
+    yield section('Before and after', notes([how]), *boxes)
   yield section('Exports', _exports(report.get('exports', {})))
   settings = flatten({'prune': report['prune'] or {}, 'train': report.get('train') or {}})
   rows = [[name, plain(value)] for name, value in settings.items()]
-  yield section('Settings', Table(['setting', 'value'], rows).html())
+  compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items() if count)
+  yield section('Settings', Table(['setting', 'value'], rows).html(), notes([f'Compiles: {compiles}.']))
 
 
 def render(report: RunReport, events: list[Json], *, command: str, running: bool) -> str:

@@ -1,9 +1,9 @@
 """The table that a run prints at its end, and tables of its tasks and texts."""
 
-import itertools
 import math
+from typing import Any
 
-from adapt_jax.config.units import amount
+from adapt_jax.config.units import amount, duration
 from adapt_jax.config.values import OWN
 from adapt_jax.reports.report import (
   PRUNING_NAMES,
@@ -14,24 +14,24 @@ from adapt_jax.reports.report import (
   StageReport,
   Tasks,
   TextReport,
-  heads_of,
   known_perplexities,
   names_of,
 )
 from adapt_jax.reports.table import Table
 
+# A cost in `GainReport` -> its title, and how its number is shown: divided by the scale, and in this format.
+_COSTS = {
+  'weights': ('weights in {dtype}, MB', 1e6, ',.1f'),
+  'decode': ('decode, tokens/s', 1, ',.1f'),
+  'prefill': ('prefill, tokens/s', 1, ',.0f'),
+  'kv_cache': ('KV cache, bytes per token', 1, ',.0f'),
+}
 _LITTLE = 0.05  # nats per token: a difference too small for a warning
 
 
 def decimal(value: float | None, form: str = ',.2f') -> str:
   """The value; '–' if it is not known."""
   return '–' if value is None else format(value, form)
-
-
-def _widths(values: list[int]) -> str:
-  """Run lengths of a list of widths: '3 in 4 layers, 2, 3 in 25 layers'."""
-  runs = [(value, len(list(group))) for value, group in itertools.groupby(values)]
-  return ', '.join(f'{v} in {n} layers' if n > 1 else str(v) for v, n in runs)
 
 
 def stages_table(report: RunReport) -> Table:
@@ -47,29 +47,33 @@ def stages_table(report: RunReport) -> Table:
   return Table(head, rows)
 
 
+def gain_table(report: RunReport) -> Table:
+  """A row for each cost of the dense model and the result; no rows before they are known."""
+  rows: list[list[str]] = []
+  gain: Any = report.get('gain') or {'dense': {}, 'result': {}}
+  for field, (title, scale, form) in _COSTS.items():
+    before, after = (gain[of].get(field) for of in ('dense', 'result'))
+    if before and after:
+      numbers = [format(value / scale, form) for value in (before, after)]
+      rows.append([title.format(dtype=gain['dtype']), *numbers, f'{100 * (after / before - 1):+.0f} %'])
+  return Table(['', names_of(report)['dense'], 'result', 'change'], rows)
+
+
 def tables(report: RunReport) -> dict[str, Table]:
-  """Title -> table: the stages, several texts or the model's own, and tasks if there are any."""
-  texts, names = report['texts'], names_of(report)
-  shown = {'Stages': stages_table(report)}
-  shown |= {'Texts': texts_table(texts, names)} if len(texts) > 1 or OWN in texts else {}
+  """Title -> table, those that have rows: what was gained and lost, the stages and tasks."""
+  names = names_of(report)
+  shown = {'Gain': gain_table(report), 'Loss': texts_table(report['texts'], names)}
+  shown['Stages'] = stages_table(report)
   tasks: Tasks = {names[of]: scores for of, scores in (report.get('tasks') or {}).items()}  # type: ignore[index]
-  return shown | ({'Tasks': tasks_table(tasks)} if tasks else {})
+  shown |= {'Tasks': tasks_table(tasks)} if tasks else {}
+  return {title: table for title, table in shown.items() if table.rows}
 
 
 def table(report: RunReport) -> str:
-  """The report as text: its tables, then widths, compiles, seconds and health."""
+  """The report as text: its tables, then health, the target and the time."""
   lines = [line for shown in tables(report).values() for line in ('', shown.markdown())]
-  lines.append('')
-  field, title = heads_of(report)
-  for stage in report['stages']:
-    lines.append(f'stage {stage["stage"]} {title} by layer: {_widths(stage[field])}')  # type: ignore[literal-required]
-    lines.append(f'stage {stage["stage"]} MLP widths by layer: {_widths(stage["ffn"])}')
-    if 'hidden_size' in stage:
-      lines.append(f'stage {stage["stage"]} residual stream: width {stage["hidden_size"]}')
-  compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items())
-  said = f'compiled programs: {compiles}; the run took {report["seconds"]:.0f} s'
   asked = budget_lines(report['budget']) if report['prune'] else []
-  lines += [*asked, said, *health_lines(report.get('health'))]
+  lines += ['', *health_lines(report.get('health')), *asked, f'the run took {duration(report["seconds"])}']
   return '\n'.join([*lines, *warnings(report['texts'], report['prune'] is not None)])
 
 
@@ -131,13 +135,13 @@ def tasks_table(tasks: Tasks) -> Table:
 
 
 def texts_table(texts: dict[str, TextReport], names: dict[Of, str] = PRUNING_NAMES) -> Table:
-  """A row per text: perplexities, the final excess loss, and the KL from dense."""
+  """A row per text: perplexities, the final increase of the loss, and the KL from dense."""
   rows = []
   for name, text in texts.items():
     more = excess(text), text.get('kl')
     rows.append([name, *(decimal(text.get(of)) for of in names), *(decimal(x, '.3f') for x in more)])
   dense, *others = names.values()
-  return Table(['text', f'perplexity {dense}', *others, 'excess', f'KL from {dense}'], rows)
+  return Table(['text', f'perplexity {dense}', *others, 'loss increase', f'KL from {dense}'], rows)
 
 
 def excess(text: TextReport) -> float | None:

@@ -43,7 +43,7 @@ def check(names: Sequence[str]) -> None:
     if spec is None or spec.origin is None:  # without an origin it is a mere directory of that name
       raise InputError(
         f'tracker has {name!r}, but the package {name} is not installed: install it with '
-        f"pip install '.[{name}]', or leave the tracker out"
+        f"pip install 'adapt-jax[{name}]', or leave the tracker out"
       )
 
 

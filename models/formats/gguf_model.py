@@ -219,6 +219,11 @@ class GgufReader:
       names.get(stored, f'gguf:{stored}'): stored for stored in self._file.tensors if stored != ROPE_FREQS
     }
 
+  @property
+  def quantised(self) -> bool:
+    """Whether some tensors have fewer than 16 bits a weight."""
+    return any(tensor.type not in STORED_DTYPES for tensor in self._file.tensors.values())
+
   def names(self) -> set[str]:
     """Hugging Face names of all tensors."""
     return set(self._gguf_name)

@@ -46,10 +46,11 @@ class Source:
   config: ModelConfig
   reader: TensorReader
   path: pathlib.Path  # the directory or the .gguf file
-  dtype: str  # of the largest stored tensor; float32 for quantised files
+  dtype: str  # of the largest stored tensor; bfloat16 for quantised files, whose weights are read as float32
   # Fields of generation_config.json, such as a chat model's several end tokens; of GGUF only these.
   generation: dict[str, Any]
   license: dict[str, str]  # fields of a model card; empty if it is not known
+  quantised: bool = False
 
   @property
   def hub(self) -> bool:
@@ -135,7 +136,9 @@ def open_source(name: str, field: str = 'model.source') -> Source:
     license = license_of_card(path / 'README.md')
   check_tensors(config, reader)
   largest = max(leaves(config), key=lambda leaf: math.prod(leaf.shape))
-  return Source(name, config, reader, path, reader.dtype(largest.name), generation, license)
+  quantised = isinstance(reader, GgufReader) and reader.quantised
+  dtype = 'bfloat16' if quantised else reader.dtype(largest.name)
+  return Source(name, config, reader, path, dtype, generation, license, quantised)
 
 
 def _generation(path: pathlib.Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ WRONG = [
   ('--num_processes=2', '--coordinator_address'),
   ('--config=dmeo', 'demo'),
   ('--mode=walk', 'prune'),
+  ('--mode=prun', 'did you mean prune?'),
   ('stray', 'stray'),
   ('--flagfile=absent.flags', 'absent.flags'),
 ]

@@ -43,6 +43,19 @@ def test_a_checkpoint_keeps_every_bit(files, tmp_path, monkeypatch):
   assert report['exports']['hf']['type'] == 'bfloat16'
 
 
+def test_a_quantised_source_is_written_as_bfloat16_and_measured_so(files, tmp_path):
+  export(files, files / 'model', tmp_path / 'small', formats=('gguf',), gguf_types=('Q8_0',))
+  source = tmp_path / 'small/gguf/model-Q8_0.gguf'
+  assert export(files, source, tmp_path / 'out')['exports']['hf']['type'] == 'bfloat16'
+  config = runs.make_config(files)
+  config.model.source = str(source)
+  report = runs.in_process(config, tmp_path / 'pruned', 'prune')
+  assert open_source(str(tmp_path / 'pruned/hf')).dtype == 'bfloat16'
+  config.model.source = str(tmp_path / 'pruned/hf')
+  again = runs.in_process(config, tmp_path / 'again', 'evaluate')['perplexity']['dense']
+  assert again == pytest.approx(report['perplexity']['pruned'], rel=1e-6)
+
+
 def test_a_workdir_stands_for_its_model_and_origin(files, finished, tmp_path):
   report = export(files, finished, tmp_path / 'out', dtype='bfloat16')
   ran = runs.read_report(finished)

@@ -199,7 +199,7 @@ def test_the_suite_of_the_paper_is_known_to_the_harness(tasks_path):
 def test_without_the_package_the_extra_is_named(tasks_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'lm_eval.tasks', None)
   monkeypatch.setattr(harness, '_manager', harness._manager.__wrapped__)  # not the one that is open
-  assert "'.[eval]'" in refused(harness.check_tasks, options_of(tasks_path, 'piqa'))
+  assert "'adapt-jax[eval]'" in refused(harness.check_tasks, options_of(tasks_path, 'piqa'))
 
 
 # -- modes -----------------------------------------------------------------------------------------

@@ -2,7 +2,11 @@
 
 import gc
 import json
+import pathlib
+import re
+import shlex
 import shutil
+import urllib.request
 
 import jax
 import numpy as np
@@ -13,9 +17,10 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
+from adapt_jax.modes.last_lines import last_lines
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
-from adapt_jax.reports.summary import health_lines, table
+from adapt_jax.reports.summary import gain_table, health_lines, table
 from adapt_jax.training.rate import with_rate
 from tests.support import runs
 from tests.support.helpers import refused
@@ -81,7 +86,7 @@ def test_report_keeps_the_output_contract(staged):
   assert sum(s['tokens'] for s in report['stages']) == 2 * runs.TOKENS
   assert report['stages'][0]['tokens'] < report['stages'][1]['tokens']
   assert {p.name for p in path.iterdir()} == {
-    'hf', 'checkpoints', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json', 'report.json', '.lock',
+    'hf', 'report.html', 'plan.json', 'metrics.jsonl', 'run.json', 'report.json', '.lock',
   }  # fmt: skip
 
 
@@ -115,12 +120,46 @@ def test_the_health_of_both_models_is_reported_everywhere(finished):
   assert all(
     0 <= health[of]['repetition'] <= 1 and 0 <= health[of]['usable'] <= 40 for of in ('dense', 'result')
   )
-  events = [json.loads(line) for line in (finished / 'metrics.jsonl').read_text().splitlines()]
+  events = runs.events(finished)
   assert [e['result'] for e in events if e['event'] == 'health'] == [health['result']]
   (line,) = health_lines(health)
   assert line in table(report) and line in (finished / 'report.html').read_text() and len(line) <= 80
   card = (finished / 'hf/README.md').read_text()
   assert f'| result | {health["result"]["usable"]} |' in card and 'own' not in card.split('---')[1]
+
+
+def test_the_gain_is_reported_everywhere(finished):
+  report = read_report(finished)
+  gain, model = report['gain'], report['model']
+  assert gain['dtype'] == 'float32' and gain['result']['weights'] == 4 * model['params_after']
+  assert gain['dense']['weights'] == 4 * model['params_before']
+  assert gain['dense']['kv_cache'] == 2 * 4 * 8 * sum(model['num_kv_heads'])  # head_dim 8, 4 bytes
+  assert gain['result']['kv_cache'] == 2 * 4 * 8 * sum(report['stages'][-1]['num_kv_heads'])
+  assert all(gain[of][speed] > 0 for of in ('dense', 'result') for speed in ('prefill', 'decode'))
+  (event,) = [e for e in runs.events(finished) if e['event'] == 'gain']
+  assert event['result'] == gain['result']
+  rows = gain_table(report).rows
+  assert table(report).startswith(f'\n{gain_table(report).markdown()}') and len(rows) == 4
+  page, card = (finished / 'report.html').read_text(), (finished / 'hf/README.md').read_text()
+  assert all(f'<td>{row[1]}</td><td>{row[2]}</td>' in page for row in rows) and gain['measured'] in page
+  assert all(' | '.join(row) in card for row in rows)
+
+
+def test_the_last_lines_work_when_pasted(finished, tmp_path, monkeypatch, code_cache):
+  pytest.importorskip('torch')
+  shutil.copytree(finished, tmp_path / 'a run')
+  monkeypatch.chdir(tmp_path)
+  lines = last_lines(read_report(finished), tmp_path / 'a run', f'python {runs.ROOT / "main.py"}')
+  page, answer, load, smaller = map(shlex.split, lines[-4:])
+  assert pathlib.Path(urllib.request.url2pathname(page[-1].removeprefix('file://'))).exists()
+  assert '--config.model.source=a run' in answer and smaller[2] == '--mode=export'
+  for command in (answer, smaller):  # forked from a process that is elsewhere
+    done = runs.forks.main([word.replace('=a run', f'={tmp_path}/a run') for word in command[1:]])
+    assert done.returncode == 0, done.stderr
+  predicted = re.search(r'Q8_0 file of about (\d+) MB', lines[1])
+  written = (tmp_path / 'a run-Q8_0/gguf/model-Q8_0.gguf').stat().st_size
+  assert predicted and float(predicted[1]) <= written / 1e6
+  exec(load[2])
 
 
 def test_saved_weights_have_the_reported_size_and_perplexity(finished, files, tmp_path):
@@ -239,12 +278,13 @@ def test_bfloat16_trains_fp32_master_weights(files, tmp_path):
   assert {str(x.dtype) for x in saved.values()} == {'bfloat16'}  # as in the source
 
 
-def test_the_learning_rate_follows_from_the_weights(files, tmp_path):
+def test_the_learning_rate_follows_from_the_weights(files, tmp_path, monkeypatch):
   """Where none is given; after a kill it is the same, also in an export of the unfinished run."""
   config = runs.make_config(files)
   config.train.lr = config.train.min_lr = -1.0
   config.prune.compensate = 'none'
   path = tmp_path / 'out'
+  runs.keep_checkpoints(monkeypatch)
   report = start(config, path)
   options = from_dict(config.to_dict())
   expected = with_rate(options.train, open_source(str(files / 'model')).stored_params())

@@ -37,7 +37,7 @@ PADDED = {
 def writer(path, names, tokenizer=None, **options):
   export = ExportOptions(**{'formats': names, 'dtype': 'auto', 'gguf_types': ('auto',)} | options)
   path.mkdir(parents=True, exist_ok=True)
-  dtype = writer_module.written_dtype(export, 'float32', False)
+  dtype = None if export.dtype == 'auto' else np.dtype(export.dtype)
   tokenizer = tokenizer or tiny_tokenizer()
   return Writer(export, path, tokenizer=tokenizer, dtype=dtype, generation={}, report=REPORT)
 

@@ -71,10 +71,11 @@ def test_a_run_tells_all():
     assert found in text, found
   assert row(text, '1', f'{count_params(CONFIG):,}', '12.35', '10.50', '81,920')
   assert row(text, '0', '2 of 3', '32 of 48') and row(text, '1', '1 of 3', '40 of 48')
-  assert row(text, 'dense', '9.88') and row(text, 'pruned', '12.35') and row(text, 'recovered', '10.50')
+  assert row(text, 'text', '9.88', '12.35', '10.50', '0.061', '–')
   assert row(text, 'piqa', 'acc', '0.7100', '0.6900') and row(text, 'piqa', 'acc_norm', '0.7200', '')
   assert "AutoModelForCausalLM.from_pretrained('DIRECTORY', trust_remote_code=True" in text
   assert 'vllm serve DIRECTORY --trust-remote-code' in text
+  assert "AutoTokenizer.from_pretrained('DIRECTORY')" in text
   assert 'mlx_lm.generate --model DIRECTORY --trust-remote-code' in text and 'llama' not in text
 
 
@@ -178,7 +179,7 @@ def test_names_mean_nothing_in_markdown_and_html():
   flat = [t for token in tokens for t in (token, *(token.children or ()))]
   assert not {'html_inline', 'html_block', 'em_open', 'link_open'} & {t.type for t in flat}
   titles = [after.content for t, after in zip(flat, flat[1:], strict=False) if t.type == 'heading_open']
-  assert titles[1:] == ['Lineage', 'Widths', 'Perplexity', 'Tasks', 'Load it', 'Made by']
+  assert titles[1:] == ['Loss', 'Tasks', 'Lineage', 'Widths', 'Load it', 'Made by']
 
 
 @pytest.mark.parametrize(

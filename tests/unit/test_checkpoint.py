@@ -54,6 +54,16 @@ def saved(tmp_path_factory):
   return path
 
 
+def test_a_finished_run_keeps_the_newest_or_none(saved, tmp_path):
+  path = shutil.copytree(saved, tmp_path / 'checkpoints')
+  for newest, left in ((1, ['2']), (0, [])):
+    checkpoints = Checkpoints(path)
+    checkpoints.close()
+    checkpoints.keep(newest)
+    assert sorted(found.name for found in path.glob('*')) == left
+  assert not path.exists()
+
+
 def test_a_lost_process_is_told_before_anything_else(tmp_path, monkeypatch, capfd):
   """JAX ends this process, in words of its own, milliseconds after the barrier has failed."""
   checkpoints, told = Checkpoints(tmp_path / 'checkpoints'), []

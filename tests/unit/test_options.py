@@ -31,6 +31,15 @@ def test_the_base_recipe_is_a_view_of_the_declarations():
   assert from_dict(defaults()) == from_dict({}) == RunOptions()
 
 
+def test_a_recipe_may_name_one_source_as_a_string():
+  config = base.get_config()
+  config.train.source, config.evaluate.source = 'corpus.jsonl', ('a=b.txt', 'c=d.txt')
+  options = from_dict(config.copy_and_resolve_references().to_dict())
+  assert options.train.source == ('corpus.jsonl',) and len(options.evaluate.source) == 2
+  with pytest.raises(TypeError):
+    config.prune.target = '0.75x'
+
+
 def test_every_option_says_what_it_means():
   declared = dict(declarations())
   assert declared.keys() == flatten(defaults()).keys()

@@ -57,19 +57,27 @@ def test_silent_work_moves_in_a_log_but_not_too_often(capfd, quick):
     bar.update(5, loss='2.5')
     with phase('scoring'):
       wait_for(three)
-  assert all(re.match(r'prune: 5/100 steps, .*, scoring$', line) for line in lines)
+  assert all(re.match(r'prune: 5/100 steps, scoring, 00:0\d, .* left, ', line) for line in lines)
   assert len(lines) <= (time.monotonic() - start) / 0.1 + 1
-  assert re.match(r'prune: 5/5 steps, .*, loss 2\.5$', capfd.readouterr().out)  # the last
+  assert re.match(r'prune: 5 steps, loss 2\.5, in 00:0\d$', capfd.readouterr().out)  # the last
 
 
-def test_a_bar_that_had_less_to_do_ends_full_and_one_that_fails_stays_where_it_was(terminal):
+def test_work_that_ends_leaves_its_numbers_and_work_that_fails_where_it_was(terminal):
   with Progress('prune', 1000, 'steps') as bar:
-    bar.update(60)
-  assert '100%' in terminal.getvalue().split('\r')[-1]
+    bar.update(60, perplexity='17.95')
+  assert 'prune: 60 steps, perplexity 17.95, in 00:00' in terminal.getvalue().split('\r')[-1]
   with pytest.raises(ValueError, match='stop'), Progress('prune', 1000, 'steps') as bar:
     bar.update(60)
     raise ValueError('stop')
-  assert '6%' in terminal.getvalue().split('\r')[-1]
+  assert 'prune: 60/1000 steps' in terminal.getvalue().split('\r')[-1]
+
+
+def test_a_terminal_of_80_columns_shows_the_values(terminal):
+  with Progress('stage 1 recovered: evaluate encyclopedia', 91, 'windows') as bar:
+    bar.update(45, perplexity='1234.56')
+    bar.show('')
+    drawn = terminal.getvalue().split('\r')[-1]
+  assert drawn[:80].endswith('45/91 windows, perplexity 1234.56, 00:')
 
 
 def test_a_library_is_silent(capfd, terminal, quick):

@@ -111,6 +111,13 @@ def test_a_complete_page_has_every_figure() -> None:
   report = make_report() | {
     'prune': {'method': 'adapt', 'layer_distance': 'cosine', 'calibration': {'source': ['a.txt', 'b.txt']}},
     'exports': {'hf': {'bytes': 12_345_678, 'type': 'bfloat16', 'logit_difference': 0.25, 'same_token': 1.0}},
+    'gain': {
+      'dense': {'weights': 2_000_000, 'kv_cache': 1024, 'prefill': 1000.0, 'decode': 40.0},
+      'result': {'weights': 1_599_358, 'kv_cache': 960, 'prefill': 1200.4, 'decode': 50.0},
+      'dtype': 'bfloat16',
+      'measured': 'Speeds: in turn.',
+    },
+    'texts': {'web': {'dense': 28.75, 'pruned': 42.25, 'recovered': 32.5, 'kl': 0.25}},
     'examples': [{'text': 'web', 'prompt': 'Once <b>', 'dense': 'upon a time', 'result': 'was\na & b'}],
     'health': {
       'answers': 40,
@@ -121,7 +128,14 @@ def test_a_complete_page_has_every_figure() -> None:
   }
   page = render(report, make_events(), command=COMMAND, running=False)
   table, shown = rows(page), '\n'.join(texts(page))
-  assert table[:4] == [
+  assert table[:11] == [
+    ['', 'dense', 'result', 'change'],
+    ['weights in bfloat16, MB', '2.0', '1.6', '-20 %'],
+    ['decode, tokens/s', '40.0', '50.0', '+25 %'],
+    ['prefill, tokens/s', '1,000', '1,200', '+20 %'],
+    ['KV cache, bytes per token', '1,024', '960', '-6 %'],
+    ['text', 'perplexity dense', 'pruned', 'recovered', 'loss increase', 'KL from dense'],
+    ['web', '28.75', '42.25', '32.50', '0.123', '0.250'],
     ['stage', 'parameters', 'of dense', 'perplexity pruned', 'recovered', 'tokens', 'seconds'],
     ['dense', '1,000,000', '100.0 %', '', '28.75', '', ''],
     ['1', '899,679', '90.0 %', '41.25', '31.50', '512', '100'],
@@ -132,7 +146,8 @@ def test_a_complete_page_has_every_figure() -> None:
   for wanted in (
     'data/a<i>&"c".gguf', 'finished, 2 stages', '28.75 → 42.25 → 32.50', '1,000,000 → 799,679', 'jax 0.10.2',
     'exp of <the mean>', 'Once <b>', 'was\na & b', 'Training loss', 'KV heads, after stage 2',
-    'question: Who <b>?', 'No & no', 'answers, dense → result: usable 27 → 21 of 40; repeating 5 % → 12 %',
+    'Speeds: in turn.', 'Compiles: scoring 1, training 2, evaluation 3.', 'question: Who <b>?', 'No & no',
+    'answers, dense → result: usable 27 → 21 of 40; repeating 5 % → 12 %',
     'target 2: 800k', 'Importance of the layers: 1 - cos(input, output)', 'Perplexity on held-out text',
   ):  # fmt: skip
     assert wanted in shown, wanted

@@ -109,5 +109,5 @@ def test_wandb_that_cannot_start_is_one_line(tmp_path, monkeypatch):
 
 def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, 'wandb', None)
-  with pytest.raises(InputError, match=r"tracker has 'wandb', .* pip install '\.\[wandb\]'"):
+  with pytest.raises(InputError, match=r"tracker has 'wandb', .* pip install 'adapt-jax\[wandb\]'"):
     trackers.check(['wandb'])

@@ -33,6 +33,12 @@ class PerLayerWidths:
       fields['rope_scaling'] = None if scaling['rope_type'] == 'default' else scaling
     super().__init__(**fields)
 
+  @classmethod
+  def get_config_dict(cls, *args, **options):
+    """config.json, whose model_type may be the stock one, so that tokenizers load without this code."""
+    fields, rest = super().get_config_dict(*args, **options)
+    return fields | {'model_type': cls.model_type}, rest
+
   def validate(self):
     """Checks nothing: stock Llama requires that heads divide hidden_size; pruned heads need not."""
 
