@@ -10,11 +10,13 @@ The meaning and allowed values of each option are declared in `adapt_jax/config/
 `prune_options.py`, and of single modes in `mode_options.py`, in the same folder.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from adapt_jax.config import build
 
 
 def get_config() -> ConfigDict:
   """The defaults: obs with least squares (the paper's: configs/adapt.py); recipes set model and data."""
-  return ConfigDict(build.defaults())
+  config = ConfigDict(build.defaults())
+  config.prune.target = FieldReference(config.prune.target, field_type=object)  # a number, a text or several
+  return config
