@@ -95,17 +95,17 @@ def test_auto_takes_query_heads_where_no_kv_head_can_go():
   def found(config, **fields):
     return find_unit(PruneOptions(**fields), config)
 
-  assert found(single) is found(single, budget='flops') is found(mixed) is QUERY_HEADS
-  assert found(single, budget='latency') is QUERY_HEADS
-  assert found(single, budget='kv_cache') is KV_GROUPS
+  assert found(single) is found(single, target='0.8flops') is found(mixed) is QUERY_HEADS
+  assert found(single, target='0.8latency') is QUERY_HEADS
+  assert found(single, target='0.8kv') is KV_GROUPS
   assert found(pair) is KV_GROUPS
   assert found(pair, attention='query_heads') is QUERY_HEADS
   assert found(single, attention='kv_groups') is KV_GROUPS
 
 
 def test_a_budget_that_query_heads_do_not_change_is_refused():
-  with pytest.raises(InputError, match="prune.attention = 'query_heads'.* 'kv_cache'"):
-    from_dict({'prune': {'attention': 'query_heads', 'budget': 'kv_cache'}})
+  with pytest.raises(InputError, match="prune.attention = 'query_heads'.* of kv"):
+    from_dict({'prune': {'attention': 'query_heads', 'target': '0.5kv'}})
 
 
 def test_scores_are_those_of_the_heads_alone():
