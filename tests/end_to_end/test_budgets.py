@@ -96,14 +96,18 @@ def test_stages_end_at_their_targets_and_a_table_that_changes_is_refused(files, 
 
 
 def test_tokens_a_second_are_measured_beside_what_was_asked(files, tmp_path, capsys):
-  """A step of decoding two rows; the table's is 0.416 ms for the dense model, so 6,000 tokens a second fit."""
+  """Of two rows together: a step of decoding takes as long as the table says."""
   dense = open_source(str(files / 'model')).config
   table = write_table(tmp_path / 'table.json', dense)
   step = 1e-4 + 2 * (1e-5 + 3e-5 + 48e-6)
   rate = 2 / (0.8 * step)
-  report = runs.in_process(make_config(files, f'{rate:.2f}tok/s', latency_table=table), tmp_path / 'out', 'prune')
+  report = runs.in_process(
+    make_config(files, f'{rate:.2f}tok/s', latency_table=table), tmp_path / 'out', 'prune'
+  )
   budget = report['budget']
-  assert budget['dense'] == pytest.approx(1000 * step) and budget['asked'] == pytest.approx(800 * step)
+  assert budget['dense'] == pytest.approx(1000 * step) and budget['asked'] == pytest.approx(
+    800 * step, rel=1e-4
+  )
   assert 0.7 * budget['dense'] < budget['reached'] <= budget['asked']
   assert budget['measured']['tokens_per_second'] > 0 and 'tok/s' in capsys.readouterr().out
 

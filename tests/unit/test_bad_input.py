@@ -43,7 +43,11 @@ SLICED = {'prune.method': 'slicegpt', 'prune.compensate': 'none', 'prune.stages'
 CASES = [
   ({'prune.target': 1e9}, 'prune.target', '1,000,000,000', 'ask for a smaller one'),
   ({'prune.target': 0.05}, 'prune.target', '0.05', 'ask for a larger one'),
-  ({'prune.target': '0.8latency', 'prune.latency_table': 'absent.json'}, 'prune.latency_table', 'absent.json'),
+  (
+    {'prune.target': '0.8latency', 'prune.latency_table': 'absent.json'},
+    'prune.latency_table',
+    'absent.json',
+  ),
   ({'prune.target': '0.2kv'}, 'prune.target = 0.2kv', 'bytes of KV cache', 'ask for a larger one'),
   ({'prune.method': 'llm_pruner'}, 'prune.method', 'llm_pruner', 'layers'),
   ({'prune.method': 'shortgpt', 'prune.target': 0.3}, 'prune.target = 0.3', 'ask for a larger one'),

@@ -196,7 +196,7 @@ def test_targets_are_fractions_or_numbers_of_the_unit():
   assert budget.target(0.5) == budget.dense // 2 and budget.target(12.5) == 12.5e9
   targets = stage_targets(budget, 0.8, 2, 'linear')
   assert targets == [int(0.9 * budget.dense), int(0.8 * budget.dense)]
-  with pytest.raises(InputError, match=r'prune\.target = 99,999 is above the .* ms of the model'):
+  with pytest.raises(InputError, match=r'prune\.target = 99999 allows .* ms, but the model has only'):
     stage_targets(budget, 99_999, 1, 'linear')
 
 

@@ -84,7 +84,9 @@ def test_latencies_at_the_peaks_are_those_of_the_smaller_model(family, layers):
   assert budget.removes is QUERY_HEADS and abs(of(config, KV_GROUPS).dense - budget.dense) <= rounding
   assert abs(budget.cost([2] * 3, [s.ffn for s in layers]) - smaller.dense) <= rounding
   mixed = config.with_layers([*layers[:2], LayerShape(4, 4, 32)])
-  with pytest.raises(InputError, match=r"'latency' needs as many KV heads in every layer, but .* has \["):
+  with pytest.raises(
+    InputError, match=r'prune.latency_table needs as many KV heads in every layer, but .* has \['
+  ):
     of(mixed, unit)
 
 

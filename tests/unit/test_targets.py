@@ -34,7 +34,22 @@ def test_forms(written):
   assert parse(found.text) == found  # as in reports, and in the names of directories
 
 
-BAD = ('', '0', '-0.5', 'nan', 'inf', '600XB', '12 m s', '0.5kv@q8_0', '600MB@q9', '1e999', 'MB', '._', True, None)
+BAD = (
+  '',
+  '0',
+  '-0.5',
+  'nan',
+  'inf',
+  '600XB',
+  '12 m s',
+  '0.5kv@q8_0',
+  '600MB@q9',
+  '1e999',
+  'MB',
+  '._',
+  True,
+  None,
+)
 
 
 @pytest.mark.parametrize('written', BAD)
