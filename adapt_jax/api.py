@@ -17,6 +17,7 @@ from adapt_jax import api_arguments as arguments
 from adapt_jax.api_arguments import Text
 from adapt_jax.api_model import Model, load, save
 from adapt_jax.config.build import from_dict
+from adapt_jax.config.targets import listed
 from adapt_jax.config.values import SELF
 from adapt_jax.data.documents import is_blocks, open_blocks
 from adapt_jax.data.token_cache import used_ids
@@ -29,8 +30,10 @@ from adapt_jax.generation.sampling import Sampling, stop_ids
 from adapt_jax.machine import mesh, processes
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.progress import Progress
+from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.backend import compute_dtype
+from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.checks import check_teacher
 from adapt_jax.pipeline.schedule import reachable_target
@@ -43,6 +46,7 @@ from adapt_jax.pruning.narrow import narrow as narrow_params
 from adapt_jax.pruning.narrow import narrowed_config
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner, prune_model
+from adapt_jax.pruning.score_memo import ScoreMemo
 from adapt_jax.training.healing import Healing
 from adapt_jax.training.loop import recover_model
 from adapt_jax.training.optim import optimizer
@@ -162,21 +166,23 @@ def prune(
   model: Model,
   rows: np.ndarray | jax.Array,
   *,
-  target: float = 0.8,
-  budget: str = 'params',
+  target: float | str | Sequence[float | str] = 0.8,
   method: str | type[Method] = 'obs',
   importance: str | Importance = '',
   seed: int = 0,
   progress: bool = False,
   **options: Any,
-) -> tuple[Model, PrunePlan]:
-  """The model with fewer KV groups (or query heads) and MLP channels, and what it keeps. `model` stays.
+) -> Any:
+  """The model with fewer KV groups (or query heads) and MLP channels, and the `PrunePlan` of what it keeps.
+
+  `model` stays as it is. For a list of targets: a list of such pairs, which share the scoring pass.
 
   Args:
     rows: token ids [S, T] of the kinds of text that the model should stay good at; all are scored on.
-    target: what to keep: a fraction of `model` (up to 1), or a number in the unit of `budget` (above 1).
-    budget: params, flops, kv_cache, memory or latency, as `prune.budget`; latency also needs latency_table.
-      Bytes are those of `model.dtype`; the request is one prompt of 512 tokens that is continued by 64.
+    target: what to keep, as `prune.target`: a fraction of the parameters of `model` (up to 1), a number of
+      parameters (above 1), or a text such as '0.5kv' or '600MB@q8_0'; latency, ms and tok/s also need
+      latency_table. Bytes are those of `model.dtype`; the request is one prompt of 512 tokens that is
+      continued by 64.
     method: a name that `prune.method` may have, or a subclass of `adapt_jax.pruning.methods.base.Method`.
     importance: for `adapt`, `uniform` and methods without one of their own; a name, or an `Importance`.
       Empty: taylor.
@@ -187,7 +193,7 @@ def prune(
   """
   arguments.check_model(model.config)
   tokens = arguments.calibration_rows(rows, model.config)
-  named: dict[str, Any] = {'target': target, 'budget': budget, **options}
+  named: dict[str, Any] = {'target': target, **options}
   named |= {'method': method} if isinstance(method, str) else {}
   named |= {'importance': importance} if isinstance(importance, str) and importance else {}
   asked = arguments.prune_options(named, tokens, model.config, seed)
@@ -195,26 +201,41 @@ def prune(
   config, params = model.config, model.params
   if settings.compensate == 'bias' and not config.output_bias:
     config, params = surgery.with_output_bias(config, params)
-  limit = budget_of(asked, model.config, model.dtype)
+  sizes = [dataclasses.replace(settings, target=of) for of in listed(settings.target)]
   with processes.silent(not progress):
     blocks = Blocks(tokens, np.ones(tokens.shape, bool), 0)
     dtype, compiler = compute_dtype('auto'), Compiler()
     common: dict[str, Any] = {'seed': seed, 'compiler': compiler, 'dtype': dtype}
-    pruner = Pruner(config, settings, blocks, method=kind, budget=limit, **common)
-    start, wanted = PruneState.start(config, limit.removes), reachable_target(pruner.method, target)
+    common |= {'method': kind, 'memo': ScoreMemo() if len(sizes) > 1 else None}
+    pruners = []
+    for of_size in sizes:
+      limit = budget_of(dataclasses.replace(asked, prune=of_size), model.config, model.dtype)
+      pruners.append(Pruner(config, of_size, blocks, budget=limit, **common))
+      reachable_target(pruners[-1].method, of_size.limit)
     healing = None
     if settings.heal:
-      common['dtype'] = trained = compute_dtype(chosen(asked.training_dtype))
+      trained = compute_dtype(chosen(asked.training_dtype))
       dense = Teacher(config, jax.tree.map(lambda x: x.astype(trained), params))
       args, micro_batch = (tokens, settings.heal, dense, params), settings.calibration.batch
-      healing = Healing(*args, micro_batch=micro_batch, **common)
+      healing = Healing(*args, micro_batch=micro_batch, seed=seed, compiler=compiler, dtype=trained)
       del dense, args
-    arrays, state = prune_model(pruner, lambda: {'params': params}, start, wanted)
-    if healing and not state.plan.equals(start.plan):
-      arrays['params'] = healing.heal(state.plan.pruned_config(config), arrays['params'])
-  origin = dataclasses.replace(model.origin, attention=limit.removes.name)
-  changed = {'config': state.plan.pruned_config(config), 'origin': origin, **arrays}
-  return dataclasses.replace(model, **changed), state.plan
+    found = [_pruned(model, config, params, pruner, healing) for pruner in pruners]
+  return found if isinstance(target, (list, tuple)) or len(found) > 1 else found[0]
+
+
+def _pruned(
+  model: Model, config: ModelConfig, params: Params, pruner: Pruner, healing: Healing | None
+) -> tuple[Model, PrunePlan]:
+  """The model pruned to the target of the pruner's options, from `params` with the run's biases."""
+  budget = pruner.method.budget
+  start = PruneState.start(config, budget.removes)
+  wanted = budget.target(pruner.options.limit)
+  arrays, state = prune_model(pruner, lambda: {'params': params}, start, wanted)
+  small = state.plan.pruned_config(config)
+  if healing and not state.plan.equals(start.plan):
+    arrays['params'] = healing.heal(small, arrays['params'])
+  origin = dataclasses.replace(model.origin, attention=budget.removes.name)
+  return dataclasses.replace(model, config=small, origin=origin, **arrays), state.plan
 
 
 def recover(

@@ -144,7 +144,8 @@ def _finished(workdir: Workdir, mode: Mode, options: RunOptions) -> bool:
   processes.decide(workdir.check)
   if mode.grows or not processes.decide(workdir.report.exists):  # its cells record what is finished
     return False
-  more = f'; --mode=export --config.model.source={workdir.path} writes its model in other formats'
+  model = workdir.path / 'sizes/NAME' if isinstance(options.prune.target, tuple) else workdir.path
+  more = f'; --mode=export --config.model.source={model} writes its model in other formats'
   processes.say(f'this run is finished: see {workdir.report}{more * (mode.name in RUNS)}')
   if mode.uses('export.push'):  # an upload may have failed, or be asked only now
     processes.decide(lambda: push(options.export, workdir.path))

@@ -12,7 +12,7 @@ The meaning and allowed values of each option are declared in `adapt_jax/config/
 
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from adapt_jax.config import build
 
@@ -34,4 +34,6 @@ def _options(fields: dict[str, Any]) -> ConfigDict:
 
 def get_config() -> ConfigDict:
   """The defaults: obs with least squares (the paper's: configs/adapt.py); recipes set model and data."""
-  return _options(build.defaults())
+  config = _options(build.defaults())
+  config.prune.target = FieldReference(config.prune.target, field_type=object)  # a number, a text or several
+  return config

@@ -11,6 +11,7 @@ from typing import Any
 from adapt_jax.config import rules
 from adapt_jax.config.declare import Declaration, declaration
 from adapt_jax.config.options import RunOptions
+from adapt_jax.config.targets import Asked, canonical
 from adapt_jax.config.values import grid, numbers, strings
 from adapt_jax.models.errors import InputError
 
@@ -61,7 +62,9 @@ def _below(where: str, name: str) -> str:
 def _convert(kind: Any, value: Any, where: str) -> Any:
   if dataclasses.is_dataclass(kind):
     return _build(kind, value, where)
-  if isinstance(kind, types.GenericAlias):  # a single string or number becomes a tuple
+  if kind == Asked:
+    wanted, converted = 'a target, or several, each once', canonical(value)
+  elif isinstance(kind, types.GenericAlias):  # a single string or number becomes a tuple
     convert, wanted = _LISTS[typing.get_args(kind)[0]]
     converted = convert(value)
   else:

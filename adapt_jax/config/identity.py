@@ -6,7 +6,7 @@ from typing import Any
 from adapt_jax.config.build import declarations, get
 from adapt_jax.config.options import RunOptions
 
-REQUEST = ('bench.batch', 'bench.prompt_length', 'bench.new_tokens')  # of prune.budget
+REQUEST = ('bench.batch', 'bench.prompt_length', 'bench.new_tokens')  # of prune.target
 PRUNING = ('seed', 'model', 'data', 'prune', 'evaluate', 'export', 'train.dtype', *REQUEST)
 TRAINING = (*PRUNING, 'train')
 RECOVERY = ('seed', 'model', 'data', 'train', 'evaluate', 'export')

@@ -23,7 +23,7 @@ from adapt_jax.config.mode_options import (
   SensitivityOptions,
 )
 from adapt_jax.config.prune_options import PruneOptions
-from adapt_jax.config.values import named_texts
+from adapt_jax.config.values import GGUF_TYPES, named_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +255,7 @@ class ExportOptions:
     ('auto',),
     'Tensor types, each a GGUF file; auto: as dtype. Q4_K_M, Q5_K_M and Q6_K are made by llama.cpp, which is '
     'installed by the extra quantise (docs/serving.md).',
-    choices=('auto', 'F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_K_M', 'Q5_K_M', 'Q6_K'),
+    choices=('auto', *GGUF_TYPES),
     result=False,
   )
   push: str = option(

@@ -4,8 +4,9 @@ import dataclasses
 import math
 
 from adapt_jax.config.declare import ALIGNMENT, COUNT, LENGTH, group, option
-from adapt_jax.config.units import UNITS
-from adapt_jax.config.values import Multiples, serving_multiples
+from adapt_jax.config.targets import Asked, Target, listed, parse
+from adapt_jax.config.values import GGUF_BLOCK, GGUF_QUANTISED, Multiples, serving_multiples
+from adapt_jax.models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,27 +71,27 @@ class PruneOptions:
     'and down_proj on the calibration rows; bias adds biases to them, as in FLAP.',
     choices=('none', 'least_squares', 'bias'),
   )
-  budget: str = option(
-    'params',
-    'What target limits (docs/methods.md): stored parameters; operations per token; bytes of KV cache per '
-    'token; bytes of weights and KV cache; milliseconds of a request. The request of flops, memory and '
-    'latency is that of mode bench: bench.batch, bench.prompt_length and bench.new_tokens.',
-    choices=tuple(UNITS),
-  )
-  target: float = option(
-    0.8, 'What to keep: a fraction of the dense model (up to 1), or a number in the unit of budget (> 1).'
+  target: Asked = option(
+    0.8,
+    'What to keep (docs/methods.md). 0.8: a fraction of the parameters; 100M: their number. 0.5kv, 0.7flops, '
+    '0.7memory, 0.7latency: a fraction of the KV cache per token, of the operations per token, of weights '
+    'and KV cache, or of the time of a request. 12ms: of a request. 20tok/s: of decoding. 600MB: of the '
+    'exported weights; 600MB@q4_k_m: of a GGUF file of this type, which the run then writes. Several, '
+    'separated by commas, are sizes of one run (modes prune, accel, estimate). The request is that of mode '
+    'bench: bench.batch, bench.prompt_length and bench.new_tokens.',
   )
   latency_table: str = option(
     '',
-    'For budget = latency: the report.json that mode bench wrote for the dense model, on the machine that '
-    'will run the result; or h100, h200, a100, tpu-v5e, tpu-v5p or tpu-v6e, by its published peaks.',
+    'For targets in latency, ms or tok/s: the report.json that mode bench wrote for the dense model, on the '
+    'machine that will run the result; or h100, h200, a100, tpu-v5e, tpu-v5p or tpu-v6e, by its published '
+    'peaks.',
   )
   attention: str = option(
     'auto',
     'What is removed from attention: whole KV heads with their query heads (kv_groups), or query heads, '
     'equally many of each KV head in a layer (query_heads). auto: query_heads for models with one KV head '
-    'per layer or pruned by query heads before, unless budget is kv_cache; otherwise kv_groups. '
-    ' With a measured latency_table, auto is the unit that the table was measured for.',
+    'per layer or pruned by query heads before, unless target is of kv; otherwise kv_groups. '
+    'With a measured latency_table, auto is the unit that the table was measured for.',
     choices=('auto', 'kv_groups', 'query_heads'),
   )
   stages: int = option(1, 'Rounds of pruning and recovery (N in the paper).', within=(1, 10_000))
@@ -149,7 +150,24 @@ class PruneOptions:
     return asked != ('obs', 1.0, 'none', 0, ())
 
   @property
+  def limit(self) -> Target:
+    """The target of a run of one size. Raises InputError if there are several."""
+    if isinstance(self.target, tuple):
+      raise InputError(
+        f'prune.target = {self.target!r}: only modes prune, accel and estimate take several sizes: give one'
+      )
+    return parse(self.target)
+
+  @property
+  def limits(self) -> tuple[Target, ...]:
+    """The targets of all sizes."""
+    return tuple(map(parse, listed(self.target)))
+
+  @property
   def multiples(self) -> Multiples:
-    """What the widths of every layer must be multiples of, by `serve` and `align_ffn`."""
-    asked = serving_multiples(self.serve)
-    return asked._replace(ffn=math.lcm(asked.ffn, self.align_ffn))
+    """What the widths of every layer must be multiples of, by `serve`, `align_ffn` and the type in `target`.
+
+    A quantised GGUF file stores rows that are no whole blocks in 16 bits.
+    """
+    asked, block = serving_multiples(self.serve), GGUF_BLOCK if self.limit.type in GGUF_QUANTISED else 1
+    return asked._replace(ffn=math.lcm(asked.ffn, self.align_ffn, block))

@@ -21,15 +21,14 @@ def check(options: RunOptions) -> None:
 def _rules(options: RunOptions) -> Iterator[tuple[str, bool, str]]:
   """Field, whether its value breaks the rule, and what to do."""
   prune, train, bases, push = options.prune, options.train, options.sensitivity.bases, options.export.push
-  latency = prune.budget == 'latency'
-  kept = 'give a fraction to keep (up to 1), or a number in the unit of prune.budget (above 1)'
-  yield 'prune.target', not 0 < prune.target < math.inf, kept
+  timed = any(target.timed for target in prune.limits)
   table = 'name the report.json of --mode=bench on the dense model, or a device such as h100'
-  yield 'prune.budget', latency and not prune.latency_table, f'it needs prune.latency_table: {table}'
-  unread = "it is only read with prune.budget = 'latency': set the budget, or leave the table empty"
-  yield 'prune.latency_table', bool(prune.latency_table) and not latency, unread
-  heads = prune.attention == 'query_heads' and prune.budget == 'kv_cache'
-  yield 'prune.attention', heads, "prune.budget = 'kv_cache' counts KV heads: change one of them"
+  yield 'prune.target', timed and not prune.latency_table, f'it needs prune.latency_table: {table}'
+  unread = 'it is only read for a prune.target in latency, ms or tok/s: give one, or leave the table empty'
+  yield 'prune.latency_table', bool(prune.latency_table) and not timed, unread
+  cached = any(target.kind == 'kv_cache' for target in prune.limits)
+  heads = prune.attention == 'query_heads' and cached
+  yield 'prune.attention', heads, 'a prune.target of kv counts KV heads: change one of them'
   for name in ('lr', 'min_lr'):
     below = -1 < getattr(train, name) < 0
     yield f'train.{name}', below, 'give a learning rate, or -1 for the default'
@@ -44,6 +43,8 @@ def _rules(options: RunOptions) -> Iterator[tuple[str, bool, str]]:
   yield 'mesh', [*sizes.values()].count(-1) > 1, 'only one axis may be -1'
   yield 'sensitivity.bases', not bases or len({*bases}) < len(bases), 'give one or more numbers, each once'
   yield 'evaluate.source', OWN in options.evaluate.texts, f'the name {OWN!r} is taken: choose another'
+  if isinstance(prune.target, tuple):
+    yield 'export.push', bool(push), 'prune.target has several sizes: upload one of them by --mode=export'
   named = re.fullmatch(r'[\w.-]+/[\w.-]+', push, re.ASCII)
   yield 'export.push', bool(push) and not named, 'give a repository of the hub, as org/name'
 

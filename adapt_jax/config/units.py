@@ -1,4 +1,4 @@
-"""Units: of `prune.budget` by its name, for options, pruning and reports, and of durations."""
+"""Units: of what `prune.target` limits, for options, pruning and reports, and of durations."""
 
 import dataclasses
 
@@ -21,12 +21,14 @@ UNITS = {
   'flops': Unit('operations per token', 'operations'),
   'kv_cache': Unit('bytes of KV cache per token', 'bytes'),
   'memory': Unit('bytes', 'bytes'),
+  'file': Unit('MB', 'bytes', 10**6),
   'latency': Unit('ms', 'µs', 10**9, 10**6),  # of picoseconds
+  'decode': Unit('ms per decoding step', 'ns', 10**9, 10**3),
 }
 
 
 def amount(kind: str, value: float) -> str:
-  """A number in the unit of a budget, for readers: whole, or ms to four digits."""
+  """A number in the unit of a target, for readers: whole, or ms and MB to four digits."""
   return f'{value:,.0f}' if UNITS[kind].parts == 1 or value >= 1000 else f'{value:.4g}'
 
 

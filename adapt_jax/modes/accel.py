@@ -8,6 +8,7 @@ from adapt_jax.evaluation.harness import check_tasks
 from adapt_jax.export.push import check_hub, push
 from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.errors import InputError
+from adapt_jax.modes import sizes
 from adapt_jax.modes.last_lines import last_lines
 from adapt_jax.modes.mode import Mode
 from adapt_jax.pipeline.inputs import prepare
@@ -18,9 +19,13 @@ from adapt_jax.reports.summary import table
 
 
 def run(options: RunOptions, workdir: Workdir, command: str) -> None:
-  """Runs or resumes, then prints the table. Raises InputError before any work."""
+  """Runs or resumes one size or several, then prints the table. Raises InputError before any work."""
   check_tasks(options.evaluate)
   decide(lambda: trackers.check(options.tracker))
+  if isinstance(options.prune.target, tuple):
+    sizes.run(options, workdir, command)
+    return
+  options = sizes.with_file(options)
   inputs = prepare(options)
   decide(lambda: check_hub(options.export))  # it creates repositories: last
   with workdir.claimed(inputs.digests):

@@ -2,8 +2,8 @@
 
 The model is run with all layers at one smaller width after another, and with half of its layers; each runs in
 turn with the whole model, so that other load on the machine affects both. Differences of these times are the
-table that prune.budget = latency reads (`pruning.latency`). Whole models are measured, because a block by
-itself finds its weights in the caches of the processor.
+table that a prune.target in latency, ms or tok/s needs (`pruning.latency`). Whole models are measured,
+because a block by itself finds its weights in the caches of the processor.
 """
 
 import dataclasses
@@ -139,7 +139,7 @@ def run(
       f'origin: name the model before pruning'
     )
   with workdir.claimed():
-    unit = find_unit(dataclasses.replace(options.prune, budget='latency'), source.config)
+    unit = find_unit(dataclasses.replace(options.prune, target='1latency'), source.config)
     report: Json = {
       **latency.here(compute_dtype(options.model.dtype)),
       'date': datetime.date.today().isoformat(),
@@ -156,7 +156,7 @@ def run(
     }
     report['warning'] = warning(report)
     finish(report, _table(report, source.config.num_layers), workdir)
-    flags = f'--config.prune.budget=latency --config.prune.latency_table={workdir.report}'
+    flags = f'--config.prune.target=0.8latency --config.prune.latency_table={workdir.report}'
     print(f'\nto prune for such requests: {flags}')
 
 

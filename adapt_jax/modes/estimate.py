@@ -24,6 +24,7 @@ from adapt_jax.models.network.backend import CPU, compute_dtype
 from adapt_jax.models.network.sharding import device_count
 from adapt_jax.modes.estimate_programs import Footprint, Program, programs, stage_configs
 from adapt_jax.modes.mode import Mode
+from adapt_jax.modes.sizes import of_each
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.checks import check_run
 from adapt_jax.pipeline.dense_model import with_output_bias
@@ -64,12 +65,15 @@ def run(options: RunOptions) -> None:
     dtype = jnp.dtype(jnp.bfloat16)  # the value of auto on the planned devices
   if install:
     print(f'estimate.target = {estimate.target}: its compiler is not installed; {install} installs it')
-  stages, start = stage_configs(options, config), time.monotonic()
+  start, planned, stages = time.monotonic(), dict[str, Program](), list[list[str]]()
   named = options.train.distill.source
   teacher = open_config(named, 'train.distill.source') if named else config
   memory = target.memory_gb * 1e9 * _SHARE if estimate.devices else remat.memory()
-  footprint = Footprint(options, config, dtype, platform, teacher, memory)
-  planned = programs(footprint, stages)
+  for of_size in (every := of_each(options)):
+    configs, size = stage_configs(of_size, config), f'{of_size.prune.target}: ' if len(every) > 1 else ''
+    footprint = Footprint(of_size, config, dtype, platform, teacher, memory)
+    planned |= {f'{size}{title}': program for title, program in programs(footprint, configs).items()}
+    stages += _stage_rows(footprint, configs, target, size)
   axes = [f'{axis} {size}' for axis, size in jax.sharding.get_abstract_mesh().shape.items()]
   print(
     f'{options.model.source}: {count_params(config):,} parameters on {_devices()} devices '
@@ -88,7 +92,8 @@ def _checked_config(options: RunOptions) -> ModelConfig:
   if options.prune.method == slicegpt.METHOD:
     raise InputError(f'prune.method = {slicegpt.METHOD!r}: mode estimate needs a method that removes groups')
   written = dataclasses.replace(options.export, gguf_types=('auto',))  # by another machine, with llama.cpp
-  check_run(dataclasses.replace(options, export=written), config)
+  for of_size in of_each(dataclasses.replace(options, export=written)):
+    check_run(of_size, config)
   return with_output_bias(config, options.prune.compensate == 'bias')
 
 
@@ -147,17 +152,24 @@ def _limit_table(planned: dict[str, Program], target: Target) -> list[str]:
   ]
 
 
-def _stage_table(footprint: Footprint, stages: list[ModelConfig], target: Target) -> list[str]:
-  rate, options, dense = target.peak_tflops * 1e12 * _devices(), footprint.options, footprint.config
-  calibration, t, schedule = options.prune.calibration, options.train, footprint.schedule
-  scoring = flops.scoring(options, footprint.config)
-  passed = scoring * calibration.samples * calibration.length
-  rows = []
+def _stage_rows(
+  footprint: Footprint, stages: list[ModelConfig], target: Target, size: str
+) -> list[list[str]]:
+  """A row for each stage of a run; `size` begins each, if there are several."""
+  rate, dense = target.peak_tflops * 1e12 * _devices(), footprint.config
+  t, schedule, rows = footprint.options.train, footprint.schedule, []
   for k, (config, again) in enumerate(zip(stages, footprint.remat(stages), strict=True), 1):
     tokens = (schedule.end(k) - schedule.start(k)) * t.batch * t.length
     work, params = footprint.step_work(config, again), count_params(config)
     share, seconds = f'{params / count_params(dense):.1%}', duration(tokens * work / rate)
-    rows.append([k, f'{params:,}', share, again, f'{work / 1e9:.1f}', f'{tokens:,}', seconds])
+    rows.append([f'{size}{k}', f'{params:,}', share, again, f'{work / 1e9:.1f}', f'{tokens:,}', seconds])
+  return rows
+
+
+def _stage_table(footprint: Footprint, rows: list[list[str]], target: Target) -> list[str]:
+  rate, options = target.peak_tflops * 1e12 * _devices(), footprint.options
+  calibration, scoring = options.prune.calibration, flops.scoring(options, footprint.config)
+  passed = scoring * calibration.samples * calibration.length
   head = ['stage', 'parameters', 'of dense', 'remat', 'GFLOP per token', 'tokens', 'time at peak']
   said = f'a scoring pass: {scoring / 1e9:.1f} GFLOP per token, {passed / rate:.2f} s at '
   return ['', f'{said}{target.peak_tflops:g} TFLOP/s per device', '', Table(head, rows).markdown()]

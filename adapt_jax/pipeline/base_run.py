@@ -14,7 +14,7 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.gain import measured_gain
 from adapt_jax.pipeline.inputs import Inputs
-from adapt_jax.pipeline.measured import measured_latency
+from adapt_jax.pipeline.measured import measured_file, measured_latency
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
 from adapt_jax.pipeline.run_report import described_source, run_report
@@ -122,6 +122,8 @@ class BaseRun:
         report=report,
       )
       report['exports'] = writer.write(config, params)
+      if of_file := measured_file(self.options, report['exports']):
+        report['budget']['measured'] = of_file
     report['examples'] = compared.examples
     self._page(report, running=False)
     write_report(self._workdir.report, report)

@@ -1,4 +1,4 @@
-"""The budget of a run (`prune.budget`) from its options and its model."""
+"""The budget of a run (what `prune.target` limits) from its options and its model."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pruning import budget as budgets
-from adapt_jax.pruning import latency
+from adapt_jax.pruning import file_size, latency
 from adapt_jax.pruning.attention_units import find_unit
 from adapt_jax.pruning.budget import Budget
 
@@ -29,18 +29,20 @@ def budget_of(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16'
 
 
 def _budget(options: RunOptions, config: ModelConfig, stored: str) -> Budget:
-  kind, request = options.prune.budget, options.bench
+  limit, request = options.prune.limit, options.bench
   context = request.prompt_length + request.new_tokens
   itemsize = jnp.dtype(stored if options.export.dtype == 'auto' else options.export.dtype).itemsize
   unit = find_unit(options.prune, config)
-  if kind == 'flops':
+  if limit.kind == 'flops':
     return budgets.flops(config, context, unit)
-  if kind == 'kv_cache':
+  if limit.kind == 'kv_cache':
     return budgets.kv_cache(config, itemsize)
-  if kind == 'memory':
+  if limit.kind == 'file':
+    return file_size.gguf(config, limit.type, unit) if limit.type else file_size.hf(config, itemsize, unit)
+  if limit.kind == 'memory':
     return budgets.memory(config, itemsize, request.batch * context, unit)
-  if kind == 'latency':
+  if limit.timed:
     auto = options.prune.attention == 'auto'
     table = latency.find_table(options.prune.latency_table, config, request, unit, auto)
-    return latency.budget(table, config)
+    return latency.budget(table, config, limit.kind)
   return budgets.params(config, unit)

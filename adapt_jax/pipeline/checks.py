@@ -24,7 +24,6 @@ from adapt_jax.pruning.methods import METHODS
 _MAY_BE_OWN = ('prune.calibration.source', 'train.source')  # may be text that the model generates
 # The only values of these fields that a run of SliceGPT supports, which has one stage and no training.
 _SLICING = {
-  'prune.budget': 'params',
   'prune.compensate': 'none',
   'prune.heal': 0,
   'prune.stages': 1,
@@ -89,7 +88,7 @@ def check_run(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16'
 def _check_pruning(options: RunOptions, config: ModelConfig, stored: str) -> None:
   method = METHODS[options.prune.method]
   result = with_output_bias(config, options.prune.compensate == 'bias')
-  reachable_target(method(result, options.prune, budget_of(options, config, stored)), options.prune.target)
+  reachable_target(method(result, options.prune, budget_of(options, config, stored)), options.prune.limit)
   check_result(options.export, result, method.whole_layers)
 
 
@@ -97,12 +96,14 @@ def _check_slicing(options: RunOptions, config: ModelConfig) -> None:
   """Raises InputError, naming the option, for anything that `SliceRun` does not support."""
   given = {field: get(options, field) for field in _SLICING}
   wrong = [f'{x} = {given[x]!r}: set it to {value!r}' for x, value in _SLICING.items() if given[x] != value]
-  if not config.traits.sliceable or any(shape.window for shape in config.layers):
+  if options.prune.limit.kind != 'params':
+    wrong = [f'prune.target = {options.prune.target!r}: give a fraction or a number of parameters']
+  elif not config.traits.sliceable or any(shape.window for shape in config.layers):
     wrong = [f'{config.family} models: choose another method']
   elif (devices := sharding.mesh()) is not None:
     wrong = [f'{devices.size} devices: show it only one']
-  elif not slicegpt.width_for(config, target_cost(budgets.params(config), options.prune.target)):
-    wrong = [f'prune.target = {options.prune.target:g}, a stream below width 1: raise it']
+  elif not slicegpt.width_for(config, target_cost(budgets.params(config), options.prune.limit)):
+    wrong = [f'prune.target = {options.prune.target}, a stream below width 1: ask for a larger one']
   if wrong:
     raise InputError(f'prune.method = {slicegpt.METHOD!r} does not support {wrong[0]}')
 

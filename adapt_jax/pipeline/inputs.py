@@ -46,7 +46,7 @@ class Inputs:
       found['train.source'] = self.train.digest()
     if self.teacher is not None and self.teacher is not self.source:
       found['train.distill.source'] = self.teacher.model_digest()
-    if self.budget.kind == 'latency':
+    if self.budget.measured is not None:
       found['prune.latency_table'] = self.budget.digest()
     return found | {evaluation_field(name): blocks.digest() for name, blocks in self.evaluate.items()}
 
@@ -72,11 +72,11 @@ def prepare(options: RunOptions) -> Inputs:
   source = open_source(options.model.source)
   check_run(options, source.config, source.dtype)
   inputs = load(options, source, Loader(options, source, source.load_tokenizer()))
-  _warn_without_chats(options, inputs)
+  warn_without_chats(options, inputs)
   return inputs
 
 
-def _warn_without_chats(options: RunOptions, inputs: Inputs) -> None:
+def warn_without_chats(options: RunOptions, inputs: Inputs) -> None:
   """Says so if a model with a chat template is calibrated on plain text alone."""
   blocks, tokenizer = inputs.calibration, inputs.tokenizer
   if blocks is None or options.prune.calibration.own or not tokenizer.chat_template:

@@ -91,17 +91,18 @@ def _model(options: RunOptions, model: DenseModel, budget: Budget, last: StageRe
     **PrunePlan.dense(model.config).widths(model.config),
   }
   if budget.kind == 'params':
-    described['params_target'] = target_cost(budget, options.prune.target)
+    described['params_target'] = target_cost(budget, options.prune.limit)
   return described
 
 
 def _budget(options: RunOptions, budget: Budget, last: StageReport) -> BudgetReport:
   """What was asked of the budget, and what the last stage reached."""
   return {
+    'target': options.prune.limit.text,
     'kind': budget.kind,
     'unit': budget.unit.name,
     'dense': budget.number(budget.dense),
-    'asked': budget.number(target_cost(budget, options.prune.target)),
+    'asked': budget.number(target_cost(budget, options.prune.limit)),
     'reached': last.get('cost', last['params']),
   }
 

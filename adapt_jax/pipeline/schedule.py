@@ -3,33 +3,35 @@
 import dataclasses
 
 from adapt_jax.config.options import RunOptions, TrainOptions
+from adapt_jax.config.targets import Target, parse
 from adapt_jax.models.errors import InputError
 from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.methods.base import Method
 
 
-def target_cost(budget: Budget, target: float) -> int:
-  """`prune.target` as a cost: a fraction of the dense model's (≤ 1), or in the budget's unit."""
+def target_cost(budget: Budget, target: Target | float | str) -> int:
+  """The highest cost that `prune.target` allows, in the parts of the budget's unit. Raises InputError."""
   cost = budget.target(target)
   if cost > budget.dense:
     raise InputError(
-      f'prune.target = {target:,.10g} is above the {budget.text(budget.dense)} of the model: lower it'
+      f'prune.target = {parse(target).text} allows {budget.text(cost)}, but the model has only '
+      f'{budget.text(budget.dense)}: ask for a smaller one'
     )
   return cost
 
 
-def reachable_target(method: Method, target: float) -> int:
+def reachable_target(method: Method, target: Target | float | str) -> int:
   """`target_cost`, if the method can reach it. Raises InputError."""
   budget, smallest = method.budget, method.smallest()
   if (cost := target_cost(budget, target)) < smallest:
     raise InputError(
-      f'prune.target = {target:g} asks for {budget.text(cost)}, but {type(method).__name__} always keeps '
-      f'{budget.text(smallest)}: raise it (up to 1 it is a fraction, above 1 a number of {budget.unit.name})'
+      f'prune.target = {parse(target).text} asks for {budget.text(cost)}, but {type(method).__name__} always '
+      f'keeps {budget.text(smallest)}: ask for a larger one (a number up to 1 is a fraction)'
     )
   return cost
 
 
-def stage_targets(budget: Budget, target: float, stages: int, rule: str) -> list[int]:
+def stage_targets(budget: Budget, target: Target | float | str, stages: int, rule: str) -> list[int]:
   """Cost at the end of each stage: linear P0 − (P0 − P*)·k/N, geometric P0·(P*/P0)^(k/N).
 
   P0 is the cost of the dense model, and P* the target.
@@ -65,7 +67,7 @@ class Schedule:
   def of(cls, options: RunOptions, budget: Budget) -> 'Schedule':
     """The schedule of the options, for the run's budget."""
     prune = options.prune
-    targets = stage_targets(budget, prune.target, prune.stages, prune.stage_targets)
+    targets = stage_targets(budget, prune.limit, prune.stages, prune.stage_targets)
     return cls(tuple(targets), tuple(stage_steps(options.train, prune.stages)))
 
   @property

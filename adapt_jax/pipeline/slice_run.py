@@ -49,7 +49,7 @@ class SliceRun(BaseRun):
 
   def _run(self) -> RunReport:
     options, config = self.options, self._inputs.config
-    target = target_cost(self._inputs.budget, options.prune.target)
+    target = target_cost(self._inputs.budget, options.prune.limit)
     params = self._inputs.model.load_params(None)
     state = RunState({'params': params}, (start := PruneState.start(config)).plan, start)
     state.dense = self._quality.perplexity(config, params, 'dense', 0, 0)

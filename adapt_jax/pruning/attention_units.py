@@ -65,11 +65,11 @@ def find_unit(options: PruneOptions, config: ModelConfig) -> AttentionUnit:
   """The unit for prune.attention and a model.
 
   auto: query heads if every layer has a single KV head, which cannot go, or if the model has been pruned by
-  query heads before; but not for a budget of KV cache, which they do not change.
+  query heads before; but not for a target of kv, which they do not change.
   """
   if options.attention != 'auto':
     return QUERY_HEADS if options.attention == QUERY_HEADS.name else KV_GROUPS
   kv_heads = {shape.num_kv_heads for shape in config.layers}
   groups = {shape.group_size for shape in config.layers}
   suits = kv_heads == {1} or (len(kv_heads) == 1 and len(groups) > 1)
-  return QUERY_HEADS if suits and options.budget != 'kv_cache' else KV_GROUPS
+  return QUERY_HEADS if suits and options.limit.kind != 'kv_cache' else KV_GROUPS

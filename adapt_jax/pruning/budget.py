@@ -1,4 +1,4 @@
-"""What a model costs in the unit of `prune.budget`, layer by layer: the quantity that pruning reduces.
+"""What a model costs in the unit of `prune.target`, layer by layer: the quantity that pruning reduces.
 
 A cost is a whole number of small parts of the unit, so that sums are exact: parameters, operations, bytes, or
 picoseconds. NumPy only.
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from adapt_jax.config.targets import Target, parse
 from adapt_jax.config.units import UNITS, Unit, amount
 from adapt_jax.models.config import (
   LayerShape,
@@ -46,7 +47,7 @@ class Measured(NamedTuple):
 class Budget:
   """The cost of every model that pruning can make of one: fixed + Σ over layers of `LayerCost`.
 
-  kind: a name in `UNITS`, as in prune.budget. fixed: what lies outside the layers, such as the embedding.
+  kind: a name in `UNITS`, that of the target. fixed: what lies outside the layers, such as the embedding.
   dense: the cost of the model before pruning, which fractions refer to. measured: of a latency. removes: the
   unit of attention.
   """
@@ -111,12 +112,17 @@ class Budget:
       found.update(str(layer.rest).encode() + layer.attention.tobytes() + layer.mlp.tobytes())
     return found.hexdigest()
 
-  def target(self, asked: float) -> int:
-    """The cost that `prune.target` asks for: a fraction of the dense model's (up to 1), or in the unit."""
-    return int(self.dense * asked) if asked <= 1 else int(asked * self.unit.parts)
+  def target(self, asked: Target | float | str) -> int:
+    """The highest cost that a value of `prune.target` allows."""
+    asked = parse(asked)
+    if asked.share:
+      return int(self.dense * asked.value)
+    if asked.kind == 'decode' and self.measured:  # tokens a second, of all rows of the batch together
+      return int(1000 * self.measured.request['batch'] / asked.value * self.unit.parts)
+    return int(asked.value * self.unit.parts)
 
   def number(self, cost: int) -> float:
-    """A cost in the unit: whole, except in ms."""
+    """A cost in the unit: whole, except in ms and MB."""
     return cost if self.unit.parts == 1 else cost / self.unit.parts
 
   def text(self, cost: int) -> str:

@@ -100,23 +100,26 @@ def request_of(options: BenchOptions) -> dict[str, int]:
   return {name: getattr(options, name) for name in ('batch', 'prompt_length', 'new_tokens')}
 
 
-def budget(table: Table, config: ModelConfig) -> Budget:
-  """The budget of a request's latency on this model. Raises InputError if the table says nothing of it."""
-  steps = table.request['new_tokens'] - 1
+def budget(table: Table, config: ModelConfig, kind: str = 'latency') -> Budget:
+  """The budget of a request's latency on this model, or of a decoding step if `kind` is decode.
+
+  Raises InputError if the table says nothing of it.
+  """
+  once, steps = (1, table.request['new_tokens'] - 1) if kind == 'latency' else (0, 1)
 
   def seconds(of: str, most: int) -> np.ndarray:
     prefill, decode = (getattr(phase, of).at(most) for phase in (table.prefill, table.decode))
-    return prefill + steps * decode
+    return once * prefill + steps * decode
 
   def of_layer(shape: LayerShape) -> LayerCost:
     attention, mlp = seconds('attention', table.unit.count(shape)), seconds('mlp', shape.ffn)
-    rest = table.prefill.rest + steps * table.decode.rest + attention[0] + mlp[0]
+    rest = once * table.prefill.rest + steps * table.decode.rest + attention[0] + mlp[0]
     # A wider block that was measured as faster is taken to be as slow: a removal must never cost time.
     return LayerCost(int(_parts(rest)), *(_parts(np.maximum.accumulate(x - x[0])) for x in (attention, mlp)))
 
   with np.errstate(all='ignore'):  # of numbers out of range, which `_parts` bounds
-    fixed = int(_parts(table.prefill.fixed + steps * table.decode.fixed))
-    found = Budget.of('latency', config, fixed, of_layer, table.unit)
+    fixed = int(_parts(once * table.prefill.fixed + steps * table.decode.fixed))
+    found = Budget.of(kind, config, fixed, of_layer, table.unit)
   if not found.counts_mlp or not 0 < found.dense < _MOST_PARTS:
     raise InputError(
       f'{FIELD} = {table.name!r}: narrower layers are no faster in it, or its times are out of '
@@ -146,8 +149,8 @@ def find_table(
     unit = table.unit
   if len(counts := _kept_counts(config, unit)) > 1:
     raise InputError(
-      f"prune.budget = 'latency' needs as many {_KEPT[unit][1]} in every layer, but model.source has "
-      f'{sorted(counts)}: choose another budget'
+      f'{FIELD} needs as many {_KEPT[unit][1]} in every layer, but model.source has {sorted(counts)}: choose '
+      f'a prune.target in another unit'
     )
   if table and (difference := _difference(table, config, unit)):
     raise InputError(f'{FIELD} = {name!r} {difference}: measure model.source with --mode=bench')

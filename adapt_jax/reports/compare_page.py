@@ -1,4 +1,7 @@
-"""The page and plots of mode compare. A point of a plot is a group of cells; see `compare_tables`."""
+"""The page and plots of mode compare, and of a run of several sizes.
+
+A point of a plot is a group of cells; see `compare_tables`.
+"""
 
 import html
 import math
@@ -129,16 +132,16 @@ def plots(report: ComparisonReport) -> dict[str, str]:
 def _body(report: ComparisonReport, drawn: list[str]) -> Iterator[str]:
   done = [html.escape(cell['name']) for cell in report['cells'] if cell['state'] == 'finished']
   yield figures(drawn)
-  yield section('Cells', rows_table(report).html(), paragraphs(notes(report)))
+  yield section(report['of'].capitalize(), rows_table(report).html(), paragraphs(notes(report)))
   yield section('Failed', paragraphs(failures(report)))
-  links = ', '.join(f'<a href="cells/{name}/report.html">{name}</a>' for name in done)
+  links = ', '.join(f'<a href="{report["of"]}/{name}/report.html">{name}</a>' for name in done)
   yield f'<p>Reports: {links}</p>' if done else ''
 
 
 def _state(report: ComparisonReport) -> str:
   cells = report['cells']
   count = {state: sum(cell['state'] == state for cell in cells) for state in ('finished', 'failed')}
-  parts = [f'compare: {count["finished"]} of {len(cells)} cells finished', f'{report["seconds"]:,.0f} s']
+  parts = [f'{count["finished"]} of {len(cells)} {report["of"]} finished', f'{report["seconds"]:,.0f} s']
   parts += [f'{count["failed"]} failed'] if count['failed'] else []
   return ', '.join([*parts, *(f'now {cell["name"]}' for cell in cells if cell['state'] == 'running')])
 
@@ -152,5 +155,5 @@ def write(directory: pathlib.Path, report: ComparisonReport, *, running: bool) -
   drawn = plots(report)
   for name, chart in drawn.items():
     write_text(directory / name, chart)
-  body, title = _body(report, list(drawn.values())), f'{report["model"]["source"]} compare'
+  body, title = _body(report, list(drawn.values())), f'{report["model"]["source"]}, {report["of"]}'
   write_text(path, page(title, _state(report), body, report, running=running))

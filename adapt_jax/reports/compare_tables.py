@@ -11,7 +11,7 @@ from typing import Any
 
 from adapt_jax.config.values import plain
 from adapt_jax.reports.report import CellReport, ComparisonReport, made
-from adapt_jax.reports.summary import excess
+from adapt_jax.reports.summary import budget_lines, excess
 from adapt_jax.reports.table import Table
 
 Json = dict[str, Any]
@@ -47,7 +47,9 @@ def texts(report: ComparisonReport) -> dict[str, str]:
 def figures(cell: CellReport) -> dict[str, float]:
   """The figures of a cell by name, such as 'excess web'; none before it is finished."""
   fields: dict[str, Any] = {**cell}
-  known: dict[str, float] = {name: float(fields[name]) for name in ('params', 'seconds') if name in fields}
+  known: dict[str, float] = {
+    name: float(fields[name]) for name in ('params', 'bytes', 'seconds') if name in fields
+  }
   for name, text in cell.get('texts', {}).items():
     values: dict[str, Any] = {'dense': text['dense'], 'excess': excess(text)}
     values |= {kind: text.get(kind) for kind in ('pruned', 'recovered', 'kl')}
@@ -90,6 +92,7 @@ def rows_table(report: ComparisonReport) -> Table:
   names, words, dense = short(report['fields']), texts(report), report['model']['params_before']
   fields = [field for field in report['fields'] if field != report['over']]
   columns = [('params', 'parameters', ',.0f', 1.0), ('params', 'of dense, %', '.1f', 100 / dense)]
+  columns += [('bytes', 'MB', ',.1f', 1e-6)] if any('bytes' in cell for cell in report['cells']) else []
   for name, word in words.items():
     columns.append((f'pruned {name}', f'perplexity pruned{word}', ',.2f', 1.0))
     columns += [(f'recovered {name}', f'recovered{word}', ',.2f', 1.0)] if report['recover'] else []
@@ -101,7 +104,7 @@ def rows_table(report: ComparisonReport) -> Table:
     row = [show(group['values'][field]) for field in fields]
     row += [spread(group, figure, form, scale) for figure, _, form, scale in columns]
     rows.append([*row, f'{group["finished"]} of {group["cells"]}{failed}'])
-  return Table([*(names[f] for f in fields), *(title for _, title, *_ in columns), 'cells'], rows)
+  return Table([*(names[f] for f in fields), *(title for _, title, *_ in columns), report['of']], rows)
 
 
 def dense_perplexity(report: ComparisonReport, text: str) -> list[float]:
@@ -123,9 +126,13 @@ def notes(report: ComparisonReport) -> Iterator[str]:
     yield f'Perplexity is {"; or ".join(report["definitions"])}.'
   if any(group['cells'] > 1 for group in groups(report)):
     yield f'Where {report["over"]} varies: median (lowest–highest) over its values.'
+  for cell in report['cells']:
+    if 'budget' in cell:
+      yield f'{cell["name"]}: {"; ".join(budget_lines(cell["budget"]))}.'
   passes = report['scoring_passes']
   yield (
-    'Cells share scoring passes and programs; the time of each counts for the cell that computes it. '
+    f'{report["of"].capitalize()} share scoring passes and programs; the time of each counts for the first '
+    f'that needs it. '
     f'Scoring passes since the last start: {passes["computed"]} computed, {passes["remembered"]} reused.'
   )
 
@@ -149,10 +156,10 @@ def cells_table(report: ComparisonReport) -> Table:
   kinds |= {kind: kind for kind in ('perplexity', 'excess', 'kl')}
   named = [(name, word, kind) for name, word in texts(report).items() for kind in kinds]
   columns = {f'{kind} {name}': kinds[kind] + word for name, word, kind in named}
-  rows = []
+  rows, more = [], ['bytes'] if any('bytes' in cell for cell in report['cells']) else []
   for cell in report['cells']:
     known, values = figures(cell), [plain(cell['values'][field]) for field in report['fields']]
-    row = [cell['name'], cell['state'], *values, cell.get('params'), *map(known.get, columns)]
+    row = [cell['name'], cell['state'], *values, cell.get('params'), *map(known.get, [*more, *columns])]
     rows.append([*row, cell.get('seconds'), cell.get('error')])
-  head = ['cell', 'state', *report['fields'], 'params', *columns.values(), 'seconds', 'error']
+  head = ['cell', 'state', *report['fields'], 'params', *more, *columns.values(), 'seconds', 'error']
   return Table(head, rows)

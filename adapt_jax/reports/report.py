@@ -96,10 +96,12 @@ class HealthReport(TypedDict, total=False):
 class BudgetReport(TypedDict, total=False):
   """What prune.target limits, by the costs of layers: of the dense model, as asked, and of the last stage.
 
-  kind: prune.budget. unit: of the numbers. measured: what a budget of latency measures on this machine at the
-  end, in ms: medians of the dense and the finished model, which run in turn, and the median of their ratios.
+  target: as it was asked. kind: what it limits. unit: of the numbers. measured: of the finished model, in the
+  unit: the bytes of its file; or its time on this machine, as medians of the dense and the finished model,
+  which run in turn, the median of their ratios and, of a decoding step, the tokens per second.
   """
 
+  target: str
   kind: Required[str]
   unit: Required[str]
   dense: Required[float]
@@ -241,7 +243,8 @@ class SensitivityReport(MadeReport):
 class CellReport(TypedDict, total=False):
   """A cell of a grid. values: of all fields that vary. state: finished, running, failed or waiting.
 
-  The rest is known once it is finished; error: the reason if it failed.
+  The rest is known once it is finished; error: the reason if it failed. budget, bytes: of one that writes
+  models, the bytes of the first of its exports.
   """
 
   name: Required[str]
@@ -249,13 +252,20 @@ class CellReport(TypedDict, total=False):
   state: Required[str]
   texts: dict[str, TextReport]
   params: int
+  budget: BudgetReport
+  bytes: int
   seconds: float
   error: str
 
 
 class ComparisonReport(MadeReport):
-  """Report of mode compare. definitions: of perplexity. over: the field of repetitions."""
+  """Report of mode compare, or of a run of several sizes.
 
+  of: cells or sizes, also the name of their directory. definitions: of perplexity. over: the field of
+  repetitions.
+  """
+
+  of: str
   model: ModelReport
   fields: list[str]
   over: str

@@ -102,7 +102,7 @@ def _costs(report: RunReport, stage: StageReport | None = None) -> list[str]:
 
 
 def budget_lines(budget: BudgetReport) -> list[str]:
-  """What was asked, what the last stage reached and, of a latency, what it measured."""
+  """What was asked, what the last stage reached and, of a time or a file, what was measured."""
   kind, dense = budget['kind'], budget['dense']
   asked, reached = (amount(kind, budget[name]) for name in ('asked', 'reached'))
   if kind == 'params':
@@ -110,10 +110,15 @@ def budget_lines(budget: BudgetReport) -> list[str]:
   shares = [f'{100 * budget[name] / dense:.1f} %' for name in ('asked', 'reached')]
   unit = budget['unit']
   lines = [f'target {asked} {unit} ({shares[0]} of dense), reached {reached} ({shares[1]})']
-  if found := budget.get('measured'):
+  found = budget.get('measured', {})
+  if found and kind == 'file':
+    lines.append(f'asked {budget.get("target")}, and the file has {amount(kind, found["finished"])} {unit}')
+  elif found:
     before, after = (amount(kind, found[name]) for name in ('dense', 'finished'))
     share = f'{100 * found["ratio"]:.1f} % of dense'
     lines.append(f'measured in turn on this machine: dense {before} {unit}, finished {after}, {share}')
+  if 'tokens_per_second' in found:
+    lines.append(f'asked {budget.get("target")}, measured {found["tokens_per_second"]:.3g} tok/s')
   return lines
 
 

@@ -188,7 +188,9 @@ def _read_config(directory: pathlib.Path, field: str) -> dict[str, Any]:
   if not exists(path):
     found = sorted(directory.glob('*.gguf')) or sorted(directory.glob('gguf*/*.gguf'))
     remedy = f': give its file {str(found[0])!r}' if found else ''
-    if not found and exists(directory / 'run.json'):
+    if sizes := sorted(directory.glob('sizes/*/run.json')):
+      remedy = f': give one of its sizes, such as {str(sizes[0].parent)!r}'
+    elif not found and exists(directory / 'run.json'):
       remedy = ', and this run has no export that can be read: write one with --mode=export'
     raise InputError(f'{field} {str(directory)!r}: no directory with config.json, and no .gguf file{remedy}')
   return read_json(path)

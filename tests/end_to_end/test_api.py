@@ -17,6 +17,7 @@ from adapt_jax.generation import self_text
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.pruning.criteria import Importance
 from adapt_jax.pruning.methods.base import UniformOneShot
+from adapt_jax.pruning.pruner import Pruner
 from tests.support import runs
 from tests.support.helpers import logits, refused
 
@@ -45,6 +46,17 @@ def test_prune_gives_the_weights_that_the_command_writes(files, model, rows, tmp
   assert small.config == written.config
   chex.assert_trees_all_equal(jax.device_get(small.params), jax.device_get(written.load_params(None)))
   assert plan.params(model.config) == small.num_params <= 0.8 * model.num_params
+
+
+def test_several_targets_share_the_scoring_pass_and_are_what_each_gives(model, rows, monkeypatch):
+  scored, compute = [], Pruner._compute
+  monkeypatch.setattr(Pruner, '_compute', lambda self, *args: scored.append(1) or compute(self, *args))
+  found = aj.prune(model, rows, target=[0.9, '0.7kv'], heal=1)
+  assert len(scored) == 1 and len(found) == 2
+  small, plan = found[1]
+  alone, same = aj.prune(model, rows, target='0.7kv', heal=1)
+  assert plan.equals(same) and small.config == alone.config
+  chex.assert_trees_all_equal(small.params, alone.params)
 
 
 def test_healing_brings_the_model_nearer_to_the_dense_one(model, rows):

@@ -1,4 +1,4 @@
-"""A run with each budget: what it asks for, what its export has, and what it refuses."""
+"""A run with each kind of target: what it asks for, what its export has, and what it refuses."""
 
 import json
 
@@ -13,10 +13,10 @@ from tests.support import runs
 REQUEST = {'batch': 2, 'prompt_length': 20, 'new_tokens': 4}
 
 
-def make_config(files, budget, **fields):
+def make_config(files, target, **fields):
   config = runs.make_config(files)
-  config.prune.update({'method': 'obs', 'budget': budget, 'compensate': 'none'} | fields)
-  config.train.tokens, config.evaluate.source = 0, ()  # which a budget does not change
+  config.prune.update({'method': 'obs', 'target': target, 'compensate': 'none'} | fields)
+  config.train.tokens, config.evaluate.source = 0, ()  # which a target does not change
   config.bench.update(REQUEST)
   return config
 
@@ -59,7 +59,8 @@ def test_a_run_reports_what_was_asked_and_what_its_export_has(files, tmp_path, c
   fields = {}
   if kind == 'latency':
     fields['latency_table'] = write_table(tmp_path / 'table.json', dense, unit=unit)
-  report = runs.in_process(make_config(files, kind, **fields), tmp_path / 'out', 'prune')
+  target = '0.8kv' if kind == 'kv_cache' else f'0.8{kind}'
+  report = runs.in_process(make_config(files, target, **fields), tmp_path / 'out', 'prune')
   budget, exported = report['budget'], open_source(str(tmp_path / 'out/hf')).config
   assert budget['kind'] == kind and budget['dense'] == pytest.approx(cost_of(kind, dense, unit), rel=1e-9)
   assert budget['reached'] == pytest.approx(cost_of(kind, exported, unit), rel=1e-9)
@@ -81,7 +82,7 @@ def test_stages_end_at_their_targets_and_a_table_that_changes_is_refused(files, 
   """The table is of another dtype than the run, which therefore does not measure."""
   dense = open_source(str(files / 'model')).config
   table = write_table(tmp_path / 'table.json', dense, dtype='bfloat16')
-  config = make_config(files, 'latency', latency_table=table, stages=2, method='adapt')
+  config = make_config(files, '0.8latency', latency_table=table, stages=2, method='adapt')
   report = runs.in_process(config, tmp_path / 'out', 'prune')
   whole, block = report['budget']['dense'], 1000 * REQUEST['new_tokens'] * 1e-6
   for stage, share in zip(report['stages'], (0.9, 0.8), strict=True):
@@ -92,3 +93,32 @@ def test_stages_end_at_their_targets_and_a_table_that_changes_is_refused(files, 
   (tmp_path / 'out/report.json').unlink()
   with pytest.raises(InputError, match=r'prune\.latency_table is not what the run'):
     runs.in_process(config, tmp_path / 'out', 'prune')
+
+
+def test_tokens_a_second_are_measured_beside_what_was_asked(files, tmp_path, capsys):
+  """Of two rows together: a step of decoding takes as long as the table says."""
+  dense = open_source(str(files / 'model')).config
+  table = write_table(tmp_path / 'table.json', dense)
+  step = 1e-4 + 2 * (1e-5 + 3e-5 + 48e-6)
+  rate = 2 / (0.8 * step)
+  report = runs.in_process(
+    make_config(files, f'{rate:.2f}tok/s', latency_table=table), tmp_path / 'out', 'prune'
+  )
+  budget = report['budget']
+  assert budget['dense'] == pytest.approx(1000 * step) and budget['asked'] == pytest.approx(
+    800 * step, rel=1e-4
+  )
+  assert 0.7 * budget['dense'] < budget['reached'] <= budget['asked']
+  assert budget['measured']['tokens_per_second'] > 0 and 'tok/s' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('kind', ['', 'Q8_0'])
+def test_a_target_in_mb_is_that_of_the_file(files, tmp_path, capsys, kind):
+  """The GGUF file that it counts is written, though export.formats does not name it."""
+  whole = 0.045 if kind else 0.1
+  target = f'{whole:g}MB@{kind.lower()}' if kind else f'{whole:g}MB'
+  report = runs.in_process(make_config(files, target), tmp_path / 'out', 'prune')
+  file = tmp_path / ('out/gguf/model-Q8_0.gguf' if kind else 'out/hf/model.safetensors')
+  assert report['budget']['measured'] == {'finished': file.stat().st_size / 1e6}
+  assert report['budget']['reached'] <= whole < report['budget']['dense']
+  assert f'asked {target}' in capsys.readouterr().out

@@ -15,7 +15,7 @@ from adapt_jax.configs import ablations, methods_table
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.preemption import Preempted
 from adapt_jax.models.errors import InputError
-from adapt_jax.modes import compare
+from adapt_jax.modes import cells, compare
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.pruner import Pruner
 from tests.support import runs
@@ -155,7 +155,7 @@ class FakeRun:
 
 @pytest.fixture
 def fake(monkeypatch):
-  monkeypatch.setattr(compare, 'run_class', lambda _: FakeRun)
+  monkeypatch.setattr(cells, 'run_class', lambda _: FakeRun)
   monkeypatch.setattr(FakeRun, 'error', None)
   return FakeRun
 
@@ -242,8 +242,8 @@ BAD = [
   ((NINE | {'prune.targt': (0.9,)},), {}, "'prune.targt', which is no option"),
   ((NINE | {'model.source': ('a', 'b')},), {}, "'model.source'"),
   ((NINE | {'train.lr': (0.1,)},), {}, 'changes nothing in a cell'),
-  (({'prune.target': (0.9, 'much')},), {}, 'cell prune.target=much: prune.target'),
-  (({'prune.target': (0.9, 0.05)},), {}, 'cell prune.target=0.05: prune.target = 0.05 asks for'),
+  (({'prune.target': (0.9, 'much')},), {}, 'prune.target=much: prune.target'),
+  (({'prune.target': (0.9, 0.05)},), {}, 'prune.target=0.05: prune.target = 0.05 asks for'),
   ((NINE | {'evaluate.source': ('absent.txt',)},), {}, 'absent.txt: evaluate.source'),
   ((NINE,), {'train.tokens': 0, 'compare.recover': True}, 'train.tokens = 0'),
 ]

@@ -140,14 +140,17 @@ def test_every_program_of_a_run_with_a_teacher(files, tmp_path):
   assert in_first < training.times < plan.schedule.train_steps
 
 
-def test_the_mode_prints_the_size_with_biases(files, capsys):
+def test_the_mode_prints_the_size_with_biases_and_rows_for_each_target(files, capsys):
   config = runs.make_config(files)
+  config.prune.target = '0.9,0.7kv'
   config.estimate.devices, config.prune.compensate, config.estimate.price = 0, 'bias', 2.5
   dense = open_config(config.model.source)
   estimate.run(from_dict(config.to_dict()))
   biased = count_params(dense) + 2 * dense.num_layers * dense.hidden_size
   table = capsys.readouterr().out
   assert f'{biased:,} parameters on' in table and ', costs ' in table.splitlines()[-1]
+  for size in ('0.9', '0.7kv'):
+    assert f'| {size}: 1 |' in table and f'| {size}: compaction |' in table
 
 
 @pytest.mark.parametrize('sent,limit', [(89e9, 0.25), (180e9, 0.4)])

@@ -85,7 +85,7 @@ def test_a_model_with_one_kv_head_loses_query_heads_by_default(files, single, tm
   assert [s.widths for s in small.config.layers] == [s.widths for s in exported.layers]
   assert np.isfinite(aj.perplexity(small, files / 'valid.txt', length=32))
   # The KV cache cannot shrink: nothing but whole layers could go.
-  cached = {**one, 'prune.budget': 'kv_cache', 'prune.target': 0.5}
+  cached = {**one, 'prune.target': '0.5kv'}
   assert 'always keeps' in refused(prepare, from_dict(make_config(files, **cached).to_dict()))
   # Mode estimate compiles its programs.
   options = from_dict(make_config(files, **fields).to_dict())

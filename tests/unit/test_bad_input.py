@@ -41,17 +41,21 @@ def test_an_unknown_field_is_told_with_the_one_that_was_meant():
 
 SLICED = {'prune.method': 'slicegpt', 'prune.compensate': 'none', 'prune.stages': 1, 'train.tokens': 0}
 CASES = [
-  ({'prune.target': 1e9}, 'prune.target', '1,000,000,000', 'lower it'),
-  ({'prune.target': 0.05}, 'prune.target', '0.05', 'raise it'),
-  ({'prune.budget': 'latency', 'prune.latency_table': 'absent.json'}, 'prune.latency_table', 'absent.json'),
-  ({'prune.budget': 'kv_cache', 'prune.target': 0.2}, 'prune.target = 0.2', 'bytes of KV cache', 'raise it'),
+  ({'prune.target': 1e9}, 'prune.target', '1,000,000,000', 'ask for a smaller one'),
+  ({'prune.target': 0.05}, 'prune.target', '0.05', 'ask for a larger one'),
+  (
+    {'prune.target': '0.8latency', 'prune.latency_table': 'absent.json'},
+    'prune.latency_table',
+    'absent.json',
+  ),
+  ({'prune.target': '0.2kv'}, 'prune.target = 0.2kv', 'bytes of KV cache', 'ask for a larger one'),
   ({'prune.method': 'llm_pruner'}, 'prune.method', 'llm_pruner', 'layers'),
-  ({'prune.method': 'shortgpt', 'prune.target': 0.3}, 'prune.target = 0.3', 'raise it'),
-  (SLICED | {'prune.budget': 'flops'}, 'prune.budget', 'slicegpt'),
+  ({'prune.method': 'shortgpt', 'prune.target': 0.3}, 'prune.target = 0.3', 'ask for a larger one'),
+  (SLICED | {'prune.target': '0.8flops'}, 'prune.target', 'slicegpt'),
   (SLICED | {'prune.stages': 2}, 'prune.stages = 2', 'slicegpt'),
   (SLICED | {'train.tokens': 4096}, 'train.tokens', 'slicegpt'),
   (SLICED | {'export.formats': ('hf', 'gguf')}, 'export.formats', 'gguf', 'slicegpt'),
-  (SLICED | {'prune.target': 2}, 'prune.target = 2', 'raise it'),
+  (SLICED | {'prune.target': 2}, 'prune.target = 2', 'ask for a larger one'),
   ({'train.source': ('absent.txt',)}, 'train.source', 'absent.txt'),
   ({'evaluate.source': ('absent.txt',)}, 'evaluate.source', 'absent.txt'),
   ({'evaluate.source': ('{odd}/short.txt',), 'evaluate.length': 4096}, 'evaluate.source', '4096'),

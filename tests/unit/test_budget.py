@@ -18,7 +18,7 @@ from adapt_jax.models.network import kv_cache, llama
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import stage_targets
 from adapt_jax.pruning import budget as budgets
-from adapt_jax.pruning import latency
+from adapt_jax.pruning import file_size, latency
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.plan import PrunePlan, PruneState
@@ -50,13 +50,14 @@ def make_table(config, concave=False):
 
 
 def make_budget(kind, config, concave=False):
-  if kind == 'latency':
-    return latency.budget(make_table(config, concave), config)
+  if kind in ('latency', 'decode'):
+    return latency.budget(make_table(config, concave), config, kind)
   of_kind = {
     'params': lambda: budgets.params(config),
     'flops': lambda: budgets.flops(config, 64),
     'kv_cache': lambda: budgets.kv_cache(config, 2),
     'memory': lambda: budgets.memory(config, 2, 64),
+    'file': lambda: file_size.hf(config, 2),
   }
   return of_kind[kind]()
 
@@ -109,9 +110,12 @@ def test_a_latency_is_the_sum_of_its_table():
   for phase, times in ((table.prefill, 1), (table.decode, REQUEST.new_tokens - 1)):
     unit = phase.fixed / 7
     blocks = sum(2 * s.num_kv_heads * unit + s.ffn * unit / 9 + phase.rest for s in config.layers)
-    found += times * (phase.fixed + blocks)
+    step = phase.fixed + blocks
+    found += times * step
   budget = latency.budget(table, dense)
   assert budget.number(budget.cost(*widths(config))) == pytest.approx(1000 * found, rel=1e-9)
+  of_step = latency.budget(table, dense, 'decode')
+  assert of_step.number(of_step.cost(*widths(config))) == pytest.approx(1000 * step, rel=1e-9)
   assert latency.Curve((2, 4, 8), (3.0, 4.0, 8.0)).at(8).tolist() == [2, 2.5, 3, 3.5, 4, 5, 6, 7, 8]
 
 
@@ -192,7 +196,7 @@ def test_targets_are_fractions_or_numbers_of_the_unit():
   assert budget.target(0.5) == budget.dense // 2 and budget.target(12.5) == 12.5e9
   targets = stage_targets(budget, 0.8, 2, 'linear')
   assert targets == [int(0.9 * budget.dense), int(0.8 * budget.dense)]
-  with pytest.raises(InputError, match=r'prune\.target = 99,999 is above the .* ms of the model'):
+  with pytest.raises(InputError, match=r'prune\.target = 99999 allows .* ms, but the model has only'):
     stage_targets(budget, 99_999, 1, 'linear')
 
 
@@ -203,16 +207,19 @@ def options_of(**fields):
 def test_a_budget_follows_the_options():
   """Bytes of the exported dtype, the request of mode bench, and no biases in the dense model."""
   config = make_config()
-  found = budget_of(options_of(budget='kv_cache'), config, 'float32')
+  found = budget_of(options_of(target='1kv'), config, 'float32')
   assert found.dense == 8 * KV * 2 * HEAD * 4
-  found = budget_of(options_of(budget='memory'), config, 'bfloat16')
+  found = budget_of(options_of(target='1memory'), config, 'bfloat16')
   assert found.dense == 2 * count_params(config) + 3 * 128 * 8 * KV * 2 * HEAD * 2
-  assert budget_of(options_of(budget='flops'), config).dense == budgets.flops(config, 128).dense
+  assert budget_of(options_of(target='1flops'), config).dense == budgets.flops(config, 128).dense
   biased = budget_of(options_of(compensate='bias'), config)
   assert biased.dense == count_params(config)
   assert PrunePlan.dense(config).cost(biased) == count_params(dataclasses.replace(config, output_bias=True))
-  by_name = budget_of(options_of(budget='latency', latency_table='h100'), config)
+  by_name = budget_of(options_of(target='1latency', latency_table='h100'), config)
   assert by_name.kind == 'latency' and by_name.dense > 0
+  step = budget_of(options_of(target='20tok/s', latency_table='h100'), config)
+  assert 0 < by_name.dense - 27 * step.dense < by_name.dense  # the prefill
+  assert step.target('20tok/s') == 3 * step.unit.parts * 50  # three rows, of 50 ms for each token
 
 
 def write_table(path, config, **changes):
@@ -280,13 +287,13 @@ def test_a_table_decides_what_attention_loses_where_the_model_suits_it(tmp_path)
   curve = {'widths': [1, 3], 'seconds': [1e-5, 3e-5]}
   phase = {'fixed': 1e-4, 'rest': 1e-5, 'attention': curve, 'mlp': {'widths': [12, 48], 'seconds': [1, 2]}}
 
-  def removed(unit, config, budget='latency'):
+  def removed(unit, config):
     fields = {'model': latency.likeness(single, unit), 'prefill': phase, 'decode': phase, 'unit': unit.name}
     table = write_table(tmp_path / 'table.json', make_config(), **fields)
-    return budget_of(options_of(budget=budget, latency_table=table), config).removes
+    return budget_of(options_of(target='1latency', latency_table=table), config).removes
 
   assert removed(KV_GROUPS, single) is KV_GROUPS and removed(QUERY_HEADS, single) is QUERY_HEADS
-  assert budget_of(options_of(budget='latency', latency_table='h100'), single).removes is QUERY_HEADS
+  assert budget_of(options_of(target='1latency', latency_table='h100'), single).removes is QUERY_HEADS
   for unit in (KV_GROUPS, QUERY_HEADS):  # its layers differ in what a unit of either kind has
     with pytest.raises(InputError, match='as many query heads per KV head in every layer'):
       removed(unit, mixed)

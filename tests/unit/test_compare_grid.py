@@ -6,7 +6,7 @@ import pytest
 
 from adapt_jax.config.build import from_dict
 from adapt_jax.models.errors import InputError
-from adapt_jax.modes import compare, compare_grid
+from adapt_jax.modes import cells, compare_grid
 
 CALIBRATION = 'prune.calibration.source'
 BASE = {
@@ -76,7 +76,7 @@ def test_cells_with_other_teachers_do_not_contradict_each_other():
 
   def check(*todo):
     inputs = [SimpleNamespace(digests=one.workdir.texts) for one in todo]
-    compare._check_same_inputs([run('a', '1')], list(todo), inputs)
+    cells.check_same_inputs([run('a', '1')], list(todo), inputs)
 
   check(run('b', '2'), run('a', '1'))
   with pytest.raises(InputError, match=r'train\.distill\.source'):

@@ -24,7 +24,8 @@ def make_report(values, texts=('perplexity',), states=()):
     cells.append(cell)
   return {
     'model': {'source': 'a', 'params_before': 2 * 10**6}, 'fields': list(values[0]), 'over': 'seed',
-    'recover': False, 'cells': cells, 'definitions': ['exp'], 'seconds': 2.0, 'compiles': {'scoring': 1},
+    'of': 'cells', 'recover': False, 'cells': cells, 'definitions': ['exp'], 'seconds': 2.0,
+    'compiles': {'scoring': 1},
     'scoring_passes': {'computed': 1, 'remembered': 0}, 'command': 'main.py <x>', 'versions': {'jax': '1'},
   }  # fmt: skip
 

@@ -72,8 +72,13 @@ RULES = [
   ('prune__target', float('nan')),
   ('prune__target', float('inf')),
   ('prune__serve', 'tensor_parallel=0'),
-  ('prune__budget', 'latency'),  # without a table
-  ('prune__latency_table', 'h100'),  # for another budget
+  ('prune__target', '0.8latency'),  # without a table
+  ('prune__target', '20tok/s'),
+  ('prune__target', '600XB'),
+  ('prune__target', '0.8kv@q8_0'),  # no file
+  ('prune__target', (0.8, '0.8')),  # twice
+  ('prune__target', ()),
+  ('prune__latency_table', 'h100'),  # for another target
   ('prune__calibration__weights', (1.0, 2.0)),
   ('train__weights', (1.0,)),  # of no source
   ('train__lr', -0.5),

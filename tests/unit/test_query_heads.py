@@ -84,7 +84,9 @@ def test_latencies_at_the_peaks_are_those_of_the_smaller_model(family, layers):
   assert budget.removes is QUERY_HEADS and abs(of(config, KV_GROUPS).dense - budget.dense) <= rounding
   assert abs(budget.cost([2] * 3, [s.ffn for s in layers]) - smaller.dense) <= rounding
   mixed = config.with_layers([*layers[:2], LayerShape(4, 4, 32)])
-  with pytest.raises(InputError, match=r"'latency' needs as many KV heads in every layer, but .* has \["):
+  with pytest.raises(
+    InputError, match=r'prune.latency_table needs as many KV heads in every layer, but .* has \['
+  ):
     of(mixed, unit)
 
 
@@ -95,17 +97,17 @@ def test_auto_takes_query_heads_where_no_kv_head_can_go():
   def found(config, **fields):
     return find_unit(PruneOptions(**fields), config)
 
-  assert found(single) is found(single, budget='flops') is found(mixed) is QUERY_HEADS
-  assert found(single, budget='latency') is QUERY_HEADS
-  assert found(single, budget='kv_cache') is KV_GROUPS
+  assert found(single) is found(single, target='0.8flops') is found(mixed) is QUERY_HEADS
+  assert found(single, target='0.8latency') is QUERY_HEADS
+  assert found(single, target='0.8kv') is KV_GROUPS
   assert found(pair) is KV_GROUPS
   assert found(pair, attention='query_heads') is QUERY_HEADS
   assert found(single, attention='kv_groups') is KV_GROUPS
 
 
 def test_a_budget_that_query_heads_do_not_change_is_refused():
-  with pytest.raises(InputError, match="prune.attention = 'query_heads'.* 'kv_cache'"):
-    from_dict({'prune': {'attention': 'query_heads', 'budget': 'kv_cache'}})
+  with pytest.raises(InputError, match="prune.attention = 'query_heads'.* of kv"):
+    from_dict({'prune': {'attention': 'query_heads', 'target': '0.5kv'}})
 
 
 def test_scores_are_those_of_the_heads_alone():

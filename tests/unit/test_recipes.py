@@ -127,7 +127,7 @@ def walk(options, config):
   prune = options.prune
   method, state = METHODS[prune.method](config, prune), PruneState.start(config)
   params = abstract_params(config)
-  for target in stage_targets(budget.params(config), prune.target, prune.stages, prune.stage_targets):
+  for target in stage_targets(budget.params(config), prune.limit, prune.stages, prune.stage_targets):
     compacted = state.plan
     taken = steps(method, config, state, target, lambda now: draw_scores(config, now.step))
     for _, state in taken:
@@ -171,7 +171,7 @@ def test_the_plan_is_accepted_and_every_stage_trains_its_share(name):
 def test_published_settings_are_the_papers(name):
   row, options = PAPER[name], options_of(name)
   config, prune, t = model_of(options), options.prune, options.train
-  targets = stage_targets(budget.params(config), prune.target, prune.stages, prune.stage_targets)
+  targets = stage_targets(budget.params(config), prune.limit, prune.stages, prune.stage_targets)
   assert options.model.source == row.source
   assert count_params(config) / 1e6 == pytest.approx(row.before, abs=0.05)
   assert targets[-1] / 1e6 == pytest.approx(row.after, abs=0.05)
