@@ -162,7 +162,7 @@ def _stage_rows(
     tokens = (schedule.end(k) - schedule.start(k)) * t.batch * t.length
     work, params = footprint.step_work(config, again), count_params(config)
     share, seconds = f'{params / count_params(dense):.1%}', duration(tokens * work / rate)
-    rows.append([f'{size}{k}', f'{params:,}', share, again, f'{work / 1e9:.1f}', f'{tokens:,}', seconds])
+    rows.append([f'{size}{k}', f'{params:,}', share, str(again), f'{work / 1e9:.1f}', f'{tokens:,}', seconds])
   return rows
 
 
