@@ -32,7 +32,8 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     report = run_class(options)(options, inputs, workdir, command).execute()
     say(table(report))
     decide(lambda: push(options.export, workdir.path))
-    say('\n'.join(decide(lambda: last_lines(report, workdir.path, command))))
+    for line in decide(lambda: last_lines(report, workdir.path, command)):
+      say(line)
 
 
 def _trains(options: RunOptions) -> RunOptions:
