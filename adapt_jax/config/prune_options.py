@@ -73,7 +73,7 @@ class PruneOptions:
   )
   target: Asked = option(
     0.8,
-    'What to keep (docs/methods.md). 0.8: a fraction of the parameters; 100M: their number. 0.5kv, 0.7flops, '
+    'What to keep (docs/budgets.md). 0.8: a fraction of the parameters; 100M: their number. 0.5kv, 0.7flops, '
     '0.7memory, 0.7latency: a fraction of the KV cache per token, of the operations per token, of weights '
     'and KV cache, or of the time of a request. 12ms: of a request. 20tok/s: of decoding. 600MB: of the '
     'exported weights; 600MB@q4_k_m: of a GGUF file of this type, which the run then writes. Several, '

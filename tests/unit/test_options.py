@@ -37,7 +37,7 @@ def test_a_recipe_may_name_one_source_as_a_string():
   options = from_dict(config.copy_and_resolve_references().to_dict())
   assert options.train.source == ('corpus.jsonl',) and len(options.evaluate.source) == 2
   with pytest.raises(TypeError):
-    config.prune.target = '0.75x'
+    config.train.tokens = 'many'
 
 
 def test_every_option_says_what_it_means():

@@ -20,6 +20,7 @@ class Busy:
 @pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT])
 def test_a_long_program_is_not_waited_for(sent, monkeypatch):
   monkeypatch.setattr(preemption, '_abandoned', False)
+  monkeypatch.setattr(preemption, '_noted', '')  # undone at the end, for other tests
   timer = threading.Timer(0.2, os.kill, (os.getpid(), sent))
   with preemption.watched(), preemption.deferred():
     timer.start()
