@@ -104,8 +104,8 @@ class FrontierOptions:
 
   models: tuple[str, ...] = option(
     (),
-    'Smaller models with the same tokens, to compare with model.source, the dense one: workdirs of runs, '
-    'directories, .gguf files or hub ids.',
+    'Smaller models with the same tokens, to compare with model.source, the dense one: workdirs of runs (of '
+    'several sizes: all of them), directories, .gguf files or hub ids.',
     result=False,
   )
   types: tuple[str, ...] = option(

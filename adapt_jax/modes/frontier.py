@@ -33,6 +33,7 @@ from adapt_jax.models.files import exists, new_file, read_json, write_text
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.modes.mode import Mode
+from adapt_jax.modes.sizes import SIZES
 from adapt_jax.pipeline.loader import Loader, evaluation_field
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.reports import frontier as reports
@@ -81,7 +82,7 @@ def open_models(options: RunOptions, dense: Source, tokenizer: Any) -> list[Mode
   kinds = tuple(kind.upper() for kind in options.frontier.types)
   first = _open(dense, tokenizer, 'dense', tuple(dict.fromkeys((_REFERENCE, *kinds))))
   found = {first.key: first}
-  for name in options.frontier.models:
+  for name in (model for asked in options.frontier.models for model in _sizes(asked)):
     source = open_source(name, 'frontier.models')
     label = f'{count_params(source.config) / count_params(dense.config):.0%}'.replace('%', ' %')
     model = _open(source, source.load_tokenizer(), label, kinds)
@@ -97,6 +98,12 @@ def open_models(options: RunOptions, dense: Source, tokenizer: Any) -> list[Mode
     b = options.bench
     check_prompts(model.source.config, [[0] * b.prompt_length], b.new_tokens)
   return models
+
+
+def _sizes(name: str) -> list[str]:
+  """The sizes in the workdir of a run of several; otherwise the model itself."""
+  found = sorted(str(path.parent) for path in pathlib.Path(name).glob(f'{SIZES}/*/run.json'))
+  return found[::-1] or [name]
 
 
 def _open(source: Source, tokenizer: Any, label: str, kinds: tuple[str, ...]) -> Model:

@@ -4,6 +4,7 @@ A size has its checkpoints, exports and report, and the bits of a run for it alo
 """
 
 import dataclasses
+import shlex
 
 from adapt_jax.config.identity import PRUNING, TRAINING, settings
 from adapt_jax.config.options import RunOptions
@@ -42,6 +43,9 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     runs.append(CellRun(cell, with_file(of_size), Workdir(place, identity)))
   trains, source = options.train.tokens > 0, open_source(options.model.source)
   cells.run(cells.Cells(SIZES, [_FIELD], runs, source, workdir, command, recover=trains, export=True))
+  flags = {'mode': 'frontier', 'workdir': f'{workdir.path}/frontier', 'config.frontier.models': workdir.path}
+  beside = shlex.join(f'--{name}={value}' for name, value in flags.items())
+  print(f'Compare them with quantised files, by llama.cpp (docs/which-size.md):\n{command} {beside}')
 
 
 def with_file(options: RunOptions) -> RunOptions:

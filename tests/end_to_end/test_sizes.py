@@ -6,6 +6,7 @@ import pytest
 
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
+from adapt_jax.modes import frontier
 from adapt_jax.modes.registry import MODES
 from adapt_jax.pruning.pruner import Pruner
 from tests.support import runs
@@ -78,6 +79,8 @@ def test_a_size_is_a_model_for_other_modes_and_the_workdir_names_them(sizes, fil
   config.model.source, config.export.formats = str(sizes[0] / 'sizes/0.8'), ('hf_padded',)
   runs.in_process(config, tmp_path / 'out', 'export')
   assert open_source(str(tmp_path / 'out/hf_padded')).config.uniform
+  smaller = frontier._sizes(str(sizes[0]))  # mode frontier takes all of them
+  assert smaller == [str(sizes[0] / 'sizes' / name) for name in ('0.9', '0.8', '0.7kv')]
   with pytest.raises(InputError, match=r"give one of its sizes, such as '.*/sizes/0\.7kv'"):
     open_source(str(sizes[0]))
 
