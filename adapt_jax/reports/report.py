@@ -3,10 +3,13 @@
 Tables, pages, model cards and grids are made from these reports.
 """
 
+import functools
 import importlib.metadata
 import json
 import pathlib
 import platform
+import shutil
+import subprocess
 from collections.abc import Mapping
 from typing import Any, Literal, Required, TypedDict, get_args
 
@@ -308,9 +311,24 @@ def importance_name(distance: str) -> str:
 
 
 def versions(*more: str) -> dict[str, str]:
-  """Versions of Python and of the libraries that affect a run's results, and of `more`."""
+  """Versions of Python, of this program and of packages that affect a run's results, and of `more`."""
   found = {name: importlib.metadata.version(name) for name in (*_PACKAGES, *more)}
-  return {'python': platform.python_version()} | found
+  return {'adapt-jax': _own_version(), 'python': platform.python_version()} | found
+
+
+@functools.cache
+def _own_version() -> str:
+  """The version and, in a checkout, its commit, as in '0.2.0 (4baa8ce-dirty)' where files have changed."""
+  root = pathlib.Path(__file__).resolve().parents[2]
+  try:
+    version = importlib.metadata.version('adapt-jax')
+  except importlib.metadata.PackageNotFoundError:  # main.py of a checkout
+    version = 'not installed'
+  if not (root / '.git').exists() or not shutil.which('git'):
+    return version
+  command = ['git', '-C', str(root), 'describe', '--always', '--dirty', '--exclude=*']
+  commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+  return f'{version} ({commit})' if commit else version
 
 
 def made(report: MadeReport) -> list[str]:

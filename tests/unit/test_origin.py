@@ -1,10 +1,12 @@
 """Where a model comes from, as exports tell it: without local paths."""
 
 import os
+import re
 
 import pytest
 
 from adapt_jax.reports.origin import Origin, origin_of, without_paths
+from adapt_jax.reports.report import versions
 from tests.support.helpers import tiny_config
 
 
@@ -35,3 +37,7 @@ def test_an_origin_comes_back_from_its_report_and_keeps_the_first_sizes():
   origin = Origin('org/name', hub=True).sized(config)
   assert origin_of(origin.report()) == origin == origin.sized(tiny_config(vocab_size=7))
   assert (origin.public_name, Origin('/a/b').public_name) == ('org/name', 'b')
+
+
+def test_reports_name_the_program_that_made_them():
+  assert re.fullmatch(r'\d+\.\d+\.\d+( \([0-9a-f]{7,40}(-dirty)?\))?', versions()['adapt-jax'])
