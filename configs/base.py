@@ -18,11 +18,18 @@ from adapt_jax.config import build
 
 
 class _Options(ConfigDict):
-  """Options or a group of them, in which a string stands for a list of one: config.train.source = 'a.txt'."""
+  """Options or a group of them, in which a string stands for a list of one: config.train.source = 'a.txt'.
+
+  True and False stand for the choices of these names: config.train.remat = True.
+  """
 
   def __setitem__(self, name: str, value: Any) -> None:
-    one = isinstance(value, str) and isinstance(self.get(name), tuple)
-    super().__setitem__(name, (value,) if one else value)
+    before = self.get(name)
+    if isinstance(value, str) and isinstance(before, tuple):
+      value = (value,)
+    elif isinstance(value, bool) and isinstance(before, str):
+      value = str(value)
+    super().__setitem__(name, value)
 
 
 def _options(fields: dict[str, Any]) -> ConfigDict:

@@ -5,7 +5,14 @@ import math
 
 from adapt_jax.config.declare import ALIGNMENT, COUNT, LENGTH, group, option
 from adapt_jax.config.targets import Asked, Target, listed, parse
-from adapt_jax.config.values import GGUF_BLOCK, GGUF_QUANTISED, Multiples, serving_multiples
+from adapt_jax.config.values import (
+  GGUF_BLOCK,
+  GGUF_QUANTISED,
+  K_BLOCK,
+  K_QUANTS,
+  Multiples,
+  serving_multiples,
+)
 from adapt_jax.models.errors import InputError
 
 
@@ -167,7 +174,8 @@ class PruneOptions:
   def multiples(self) -> Multiples:
     """What the widths of every layer must be multiples of, by `serve`, `align_ffn` and the type in `target`.
 
-    A quantised GGUF file stores rows that are no whole blocks in 16 bits.
+    Quantised GGUF files store rows that are no whole blocks in larger types: fewer channels may take more.
     """
-    asked, block = serving_multiples(self.serve), GGUF_BLOCK if self.limit.type in GGUF_QUANTISED else 1
+    asked, kind = serving_multiples(self.serve), self.limit.type
+    block = K_BLOCK if kind in K_QUANTS else GGUF_BLOCK if kind in GGUF_QUANTISED else 1
     return asked._replace(ffn=math.lcm(asked.ffn, self.align_ffn, block))

@@ -16,8 +16,8 @@ SELF = 'self'  # as a source: text that the dense model generates
 OWN = 'own'  # the name of such a text, on which `evaluate.health` measures perplexity
 # Types of the tensors of a .gguf file.
 GGUF_TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_K_M', 'Q5_K_M', 'Q6_K')
-GGUF_QUANTISED = GGUF_TYPES[3:]
-GGUF_BLOCK = 32  # weights of a row that share a scale
+GGUF_QUANTISED, K_QUANTS = GGUF_TYPES[3:], GGUF_TYPES[5:]
+GGUF_BLOCK, K_BLOCK = 32, 256  # weights of a row that share a scale, and that a K-quant packs together
 _NAMED = re.compile(r'([A-Za-z][\w-]*)=(.+)')
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from adapt_jax.config.values import K_QUANTS
 from adapt_jax.export.gguf import check_gguf, write_gguf
-from adapt_jax.export.gguf_quantise import K_QUANTS, check_quantiser, quantise
+from adapt_jax.export.gguf_quantise import check_quantiser, quantise
 from adapt_jax.export.gguf_vocab import check_gguf_tokenizer
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.padded import padded_config, widest_config

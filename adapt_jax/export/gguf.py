@@ -19,6 +19,7 @@ from gguf import (
   quantize,
 )
 
+from adapt_jax.config.values import GGUF_BLOCK
 from adapt_jax.export.float16 import check_range
 from adapt_jax.export.gguf_vocab import add_tokenizer, check_gguf_tokenizer
 from adapt_jax.machine.progress import Progress
@@ -39,7 +40,6 @@ from adapt_jax.models.network.llama import Params
 
 KINDS = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0')
 _QUANTISED = ('Q8_0', 'Q4_0')
-_BLOCK = 32  # weights of a row that share a scale, in both types
 _VARIED = 'widths that differ by layer'
 
 
@@ -86,12 +86,6 @@ def write_gguf(
       _write(writer, config, params, types, pathlib.Path(path).name)
     finally:
       writer.close()
-
-
-def weight_bytes(config: ModelConfig, kind: str) -> int:
-  """Bytes of the weights in a file of this type; the tokenizer takes some more."""
-  types = [(leaf.hf_shape, _stored_type(config, leaf, kind)) for leaf in leaves(config)]
-  return sum(int(np.prod(quant_shape_to_byte_shape(*of))) for of in types)
 
 
 def _architecture(config: ModelConfig) -> str:
@@ -223,7 +217,7 @@ def _write(
 def _stored_type(config: ModelConfig, leaf: Leaf, kind: str) -> GGMLQuantizationType:
   if len(leaf.hf_shape) == 1:
     return GGMLQuantizationType.F32
-  if kind in _QUANTISED and leaf.hf_shape[1] % _BLOCK:
+  if kind in _QUANTISED and leaf.hf_shape[1] % GGUF_BLOCK:
     return GGMLQuantizationType.F16
   head = 'model.embed_tokens.weight' if config.tie_embeddings else 'lm_head.weight'
   return GGMLQuantizationType['Q8_0' if kind == 'Q4_0' and leaf.name == head else kind]

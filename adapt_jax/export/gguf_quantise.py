@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from gguf import LlamaFileType
 
+from adapt_jax.config.values import K_QUANTS
 from adapt_jax.models.errors import InputError
 
-K_QUANTS = ('Q4_K_M', 'Q5_K_M', 'Q6_K')
 _PACKAGE = 'llama_cpp_py_sync'
 _PROGRAM = """
 import sys

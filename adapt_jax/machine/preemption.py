@@ -3,8 +3,8 @@
 SIGTERM raises `Preempted` at once, since a run can be killed safely; where work would be lost (`deferred`),
 it is recorded, and the next check point raises. With several processes, JAX's own preemption service handles
 SIGTERM sent to any process, and all stop at the same check point. In a single process a long program on the
-devices is left to itself (`ready`), and
-Ctrl-C (SIGINT) acts like SIGTERM, and a second Ctrl-C ends the run at once.
+devices is left to itself (`ready`), Ctrl-C (SIGINT) acts like SIGTERM, and a second Ctrl-C ends the run at
+once.
 """
 
 import contextlib

@@ -90,9 +90,10 @@ def count() -> int:
   except (AssertionError, RuntimeError) as error:  # the former for cuda, without a message
     reason, asked = str(error), os.environ.get('JAX_PLATFORMS', '')
     missing = not reason or any(x in reason for x in ('known backends', 'libtpu.so', 'initialize backend'))
+    missing = missing and 'UNAVAILABLE' not in reason  # busy devices may be free in another attempt
     says = (
-      f'JAX_PLATFORMS={asked}: JAX finds no such device: check the driver and what the container sees, or '
-      f"pip install 'adapt-jax[cuda]' or 'adapt-jax[tpu]', or unset the variable"
+      f'JAX_PLATFORMS={asked}: JAX finds no such device{f" ({first_line(error)})" * bool(reason)}: check the '
+      f"driver and what the container sees, or pip install 'adapt-jax[cuda]' or 'adapt-jax[tpu]', or unset it"
     )
     raise InputError(says) if missing else error from None
 

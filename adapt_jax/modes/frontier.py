@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from adapt_jax.config.options import ExportOptions, RunOptions
+from adapt_jax.config.values import K_QUANTS
 from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation import llama_cpp
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.export.gguf import KINDS
-from adapt_jax.export.gguf_quantise import K_QUANTS
 from adapt_jax.export.writer import Writer, check_formats, check_tokenizer, lineage, origin
 from adapt_jax.generation.generator import check_prompts
 from adapt_jax.machine import preemption
@@ -29,7 +29,7 @@ from adapt_jax.machine.mesh import load_source
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import count_params
 from adapt_jax.models.errors import InputError
-from adapt_jax.models.files import exists, new_file, read_json, write_text
+from adapt_jax.models.files import exists, local, new_file, read_json, write_text
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.modes.mode import Mode
@@ -102,7 +102,7 @@ def open_models(options: RunOptions, dense: Source, tokenizer: Any) -> list[Mode
 
 def _sizes(name: str) -> list[str]:
   """The sizes in the workdir of a run of several; otherwise the model itself."""
-  found = sorted(str(path.parent) for path in pathlib.Path(name).glob(f'{SIZES}/*/run.json'))
+  found = sorted(str(path.parent) for path in local(name).glob(f'{SIZES}/*/run.json'))
   return found[::-1] or [name]
 
 

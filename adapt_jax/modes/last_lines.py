@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 from adapt_jax.export.card_metadata import is_quantised
 from adapt_jax.export.formats import FORMATS
-from adapt_jax.export.gguf import weight_bytes
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_config
+from adapt_jax.pruning import file_size
 from adapt_jax.reports.report import RunReport
 
 _PROMPT = 'What is the capital of France?'
@@ -63,7 +63,7 @@ def _smaller(
   config = open_config(str(workdir))
   for form in ('gguf', 'gguf_padded'):
     if fits(form, config):
-      size = weight_bytes(FORMATS[form].shape(config), _TYPE) / 1e6
+      size = file_size.gguf(FORMATS[form].shape(config), _TYPE).dense / 1e6
       flags = ['--mode=export', f'--config.model.source={directory}', f'--workdir={directory}-{_TYPE}']
       flags += [f'--config.export.formats={form}', f'--config.export.gguf_types={_TYPE}']
       yield f'a {_TYPE} file of about {size:,.0f} MB for llama.cpp', shlex.join([*program, *flags])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from adapt_jax.config.options import RunOptions
+from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.progress import Progress
@@ -191,6 +192,11 @@ class Sensitivity:
     }
 
 
+def _without_target(options: RunOptions) -> RunOptions:
+  """The options with the default of prune.target, which sensitivity.sparsity replaces."""
+  return dataclasses.replace(options, prune=dataclasses.replace(options.prune, target=PruneOptions.target))
+
+
 MODE = Mode(
   'sensitivity',
   'measure perplexity with only one layer pruned, for every layer',
@@ -201,5 +207,6 @@ MODE = Mode(
     'sensitivity',
   ),
   reads=('evaluate.batch',),
+  settle=_without_target,
   mesh=False,
 )  # fmt: skip

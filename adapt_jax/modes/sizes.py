@@ -16,6 +16,7 @@ from adapt_jax.modes import cells
 from adapt_jax.modes.cells import CellRun
 from adapt_jax.modes.compare_grid import Cell
 from adapt_jax.pipeline.workdir import Workdir
+from adapt_jax.pruning import slicegpt
 
 SIZES = 'sizes'
 _FIELD = 'prune.target'
@@ -43,6 +44,9 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     runs.append(CellRun(cell, with_file(of_size), Workdir(place, identity)))
   trains, source = options.train.tokens > 0, open_source(options.model.source)
   cells.run(cells.Cells(SIZES, [_FIELD], runs, source, workdir, command, recover=trains, export=True))
+  sliced = options.prune.method == slicegpt.METHOD
+  if sliced or not options.evaluate.source or 'hf' not in options.export.formats:
+    return  # mode frontier reads hf/, and measures on a text
   flags = {'mode': 'frontier', 'workdir': f'{workdir.path}/frontier', 'config.frontier.models': workdir.path}
   beside = shlex.join(f'--{name}={value}' for name, value in flags.items())
   print(f'Compare them with quantised files, by llama.cpp (docs/which-size.md):\n{command} {beside}')

@@ -8,6 +8,8 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.pruning.budget import Budget
 from adapt_jax.pruning.methods.base import Method
 
+_LESS = 'a smaller one', 'a larger one'  # of tokens a second, more is a smaller model
+
 
 def target_cost(budget: Budget, target: Target | float | str) -> int:
   """The highest cost that `prune.target` allows, in the parts of the budget's unit. Raises InputError."""
@@ -15,7 +17,7 @@ def target_cost(budget: Budget, target: Target | float | str) -> int:
   if cost > budget.dense:
     raise InputError(
       f'prune.target = {parse(target).text} allows {budget.text(cost)}, but the model has only '
-      f'{budget.text(budget.dense)}: ask for a smaller one'
+      f'{budget.text(budget.dense)}: ask for {_LESS[parse(target).kind == "decode"]}'
     )
   return cost
 
@@ -26,7 +28,8 @@ def reachable_target(method: Method, target: Target | float | str) -> int:
   if (cost := target_cost(budget, target)) < smallest:
     raise InputError(
       f'prune.target = {parse(target).text} asks for {budget.text(cost)}, but {type(method).__name__} always '
-      f'keeps {budget.text(smallest)}: ask for a larger one (a number up to 1 is a fraction)'
+      f'keeps {budget.text(smallest)}: ask for {_LESS[parse(target).kind != "decode"]} '
+      f'(a number up to 1 is a fraction)'
     )
   return cost
 

@@ -147,7 +147,8 @@ class Pruning:
     if not state.compacted.equals(PrunePlan.dense(self._inputs.config, state.compacted.unit)):
       config, arrays = state.compacted.pruned_config(self._inputs.config), {**state.arrays}
       state.hold({})  # healing copies the parameters
-      arrays['params'] = self._healing.heal(config, arrays.pop('params'), 'heal', after_step)
+      params = arrays.pop('params')
+      arrays['params'] = self._healing.heal(config, params, 'heal', after_step, mesh.bytes_of(arrays))
       state.hold(arrays)
     self._healing = None  # its rows
 
@@ -158,7 +159,7 @@ class Recovery:
   Args:
     options, inputs, schedule: those of the run.
     optimizer: the optimizer; its state is kept from stage to stage.
-    compiler: counts compiles as `training`, one per stage, and as `teacher`.
+    compiler: counts compiles as `training`, one per stage (two, to choose train.remat), and as `teacher`.
   """
 
   def __init__(

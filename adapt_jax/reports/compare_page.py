@@ -119,7 +119,7 @@ def plots(report: ComparisonReport) -> dict[str, str]:
   def kept_per_stage(group: Json) -> float:
     return float((size(group) / dense) ** (1 / group['values'][_STAGES]))
 
-  if sizes and max(sizes) - min(sizes) > _SAME_SIZE * dense:
+  if names and sizes and max(sizes) - min(sizes) > _SAME_SIZE * dense:
     lines = _lines(report, x_field(report))
     by_size = f'Perplexity {kind} by size', 'perplexity', names[0], 'parameters reached', size
     drawn['perplexity-parameters.svg'] = _chart(report, *by_size, lines)

@@ -51,7 +51,7 @@ def figures(cell: CellReport) -> dict[str, float]:
     name: float(fields[name]) for name in ('params', 'bytes', 'seconds') if name in fields
   }
   for name, text in cell.get('texts', {}).items():
-    values: dict[str, Any] = {'dense': text['dense'], 'excess': excess(text)}
+    values: dict[str, Any] = {'dense': text.get('dense'), 'excess': excess(text)}
     values |= {kind: text.get(kind) for kind in ('pruned', 'recovered', 'kl')}
     values['perplexity'] = text.get('recovered', text.get('pruned'))
     known |= {f'{kind} {name}': value for kind, value in values.items() if value is not None}

@@ -104,9 +104,11 @@ class Healing:
     params: Params,
     title: str = 'heal',
     after_step: Callable[[Trained], None] = lambda done: None,
+    beside: int = 0,
   ) -> Params:
     """The parameters in fp32 after healing; `after_step` is called after each step.
 
+    beside: bytes of other arrays on a device, by which remat is chosen; measured, a repetition might differ.
     Raises InputError if it diverges.
     """
     options = self._options
@@ -115,6 +117,7 @@ class Healing:
     state = begin(params, tx)
     del params
     common: dict[str, Any] = {'dtype': self._dtype, 'compiler': self._compiler, 'title': title}
+    common['beside'] = beside
     taken = recover_model(
       config, state, self._data, options, tx, stop=steps, total=steps, name='healing', **common
     )

@@ -190,7 +190,7 @@ def _read_config(directory: pathlib.Path, field: str) -> dict[str, Any]:
     remedy = f': give its file {str(found[0])!r}' if found else ''
     if sizes := sorted(directory.glob('sizes/*/run.json')):
       remedy = f': give one of its sizes, such as {str(sizes[0].parent)!r}'
-    elif not found and exists(directory / 'run.json'):
+    elif not found and exists(directory / 'checkpoints'):
       remedy = ', and this run has no export that can be read: write one with --mode=export'
     raise InputError(f'{field} {str(directory)!r}: no directory with config.json, and no .gguf file{remedy}')
   return read_json(path)

@@ -145,7 +145,7 @@ def test_an_export_tells_which_model_it_came_from(models, tmp_path):
 
 
 def test_a_dense_model_alone_gives_a_table_of_latencies(models, tmp_path, capsys):
-  """It adds up to the whole model, narrower blocks take less, and prune.budget = latency reads it."""
+  """It adds up to the whole model, narrower blocks take less, and a prune.target in latency reads it."""
   options = make_options(models, dense='', pruned='wide', new_tokens=16, repeats=5)
   report = run(options, tmp_path / 'out')
   assert 'latency_table=' in capsys.readouterr().out

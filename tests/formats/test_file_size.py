@@ -2,9 +2,9 @@
 
 import pytest
 
-from adapt_jax.config.values import GGUF_TYPES
+from adapt_jax.config.values import GGUF_TYPES, K_QUANTS
 from adapt_jax.export.gguf import write_gguf
-from adapt_jax.export.gguf_quantise import K_QUANTS, quantise
+from adapt_jax.export.gguf_quantise import quantise
 from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape
 from adapt_jax.pruning import file_size

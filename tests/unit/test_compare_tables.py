@@ -52,6 +52,14 @@ def test_figures_say_which_of_several_texts_they_belong_to():
   }  # fmt: skip
 
 
+def test_sizes_without_texts_and_texts_without_the_dense_model():
+  """As of runs of several sizes that measure nothing, or whose health was switched on half way."""
+  report = make_report(GRID, [])
+  assert compare_page.plots(report) == {} and compare_tables.text(report)
+  cell = report['cells'][0] | {'texts': {'own': {'kl': 0.5}}}
+  assert compare_tables.figures(cell)['kl own'] == 0.5
+
+
 def test_values_are_readable_in_the_table_and_exact_in_the_csv_file():
   report = make_report(GRID)
   assert '| 110,602,944 | 24 |' in compare_tables.text(report)

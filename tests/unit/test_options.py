@@ -34,8 +34,10 @@ def test_the_base_recipe_is_a_view_of_the_declarations():
 def test_a_recipe_may_name_one_source_as_a_string():
   config = base.get_config()
   config.train.source, config.evaluate.source = 'corpus.jsonl', ('a=b.txt', 'c=d.txt')
+  config.train.remat = True
   options = from_dict(config.copy_and_resolve_references().to_dict())
   assert options.train.source == ('corpus.jsonl',) and len(options.evaluate.source) == 2
+  assert options.train.remat == 'True'
   with pytest.raises(TypeError):
     config.train.tokens = 'many'
 

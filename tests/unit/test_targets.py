@@ -5,6 +5,8 @@ import pytest
 from adapt_jax.config.build import from_dict
 from adapt_jax.config.targets import parse
 from adapt_jax.configs import base
+from adapt_jax.pipeline.schedule import target_cost
+from adapt_jax.pruning.budget import Budget, Measured
 from tests.support.helpers import refused
 
 # As written -> the text in messages, kind, value, whether it is a fraction, type of file.
@@ -56,6 +58,18 @@ BAD = (
 def test_what_is_no_target_is_refused_with_the_forms(written):
   message = refused(from_dict, {'prune': {'target': written}})
   assert message.startswith(f'prune.target = {written!r}')
+
+
+def test_channels_are_kept_in_whole_blocks_of_the_file():
+  for target, multiple in {'600MB': 1, '600MB@q8_0': 32, '600MB@q4_k_m': 256}.items():
+    assert from_dict({'prune': {'target': target}}).prune.multiples.ffn == multiple
+
+
+def test_advice_of_speeds_is_the_other_way_round():
+  """More tokens a second are a smaller model."""
+  for kind, target, advice in ('decode', '1tok/s', 'a larger one'), ('latency', '1000ms', 'a smaller one'):
+    costs = Budget(kind, 10**10, (), 10**10, Measured({'batch': 1}, {}))  # 10 ms
+    assert refused(target_cost, costs, target).endswith(f'ask for {advice}')
 
 
 def test_several_are_a_tuple_and_one_is_itself():
