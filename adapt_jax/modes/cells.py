@@ -258,6 +258,11 @@ def _read(run: CellRun) -> tuple[CellReport, RunReport]:
     compare_tables.figures(cell)
     if exports := report.get('exports'):
       cell |= {'budget': report['budget'], 'bytes': next(iter(exports.values()))['bytes']}
+      before, after = (report['gain'][of].get('decode') for of in ('dense', 'result'))
+      if before and after:
+        cell['faster'] = after / before
+      if 'usable' in (answers := report.get('health', {}).get('result', {})):
+        cell['usable'] = answers['usable']
     _ = report['tasks'].keys(), report['compiles'].items(), report['perplexity']['definition']
   return cell, report
 

@@ -38,17 +38,30 @@ def short(fields: Sequence[str]) -> dict[str, str]:
   return {field: next((end for end in ends(field) if every.count(end) == 1), field) for field in fields}
 
 
+# Figures of cells that write models -> title, form and scale in the table.
+_OF_MODELS = {
+  'bytes': ('MB', ',.1f', 1e-6),
+  'faster': ('decoding, x dense', '.2f', 1.0),
+  'usable': ('usable answers', '.0f', 1.0),
+}
+
+
 def texts(report: ComparisonReport) -> dict[str, str]:
   """Name of each text that cells measure -> the words after a figure's name; '' if there is only one."""
   names = dict.fromkeys(name for cell in report['cells'] for name in cell.get('texts', {}))
   return {name: f' {name}' if len(names) > 1 else '' for name in names}
 
 
+def _of_models(report: ComparisonReport) -> list[str]:
+  """The figures of written models that some cell has."""
+  return [name for name in _OF_MODELS if any(name in cell for cell in report['cells'])]
+
+
 def figures(cell: CellReport) -> dict[str, float]:
   """The figures of a cell by name, such as 'excess web'; none before it is finished."""
   fields: dict[str, Any] = {**cell}
   known: dict[str, float] = {
-    name: float(fields[name]) for name in ('params', 'bytes', 'seconds') if name in fields
+    name: float(fields[name]) for name in ('params', *_OF_MODELS, 'seconds') if name in fields
   }
   for name, text in cell.get('texts', {}).items():
     values: dict[str, Any] = {'dense': text.get('dense'), 'excess': excess(text)}
@@ -92,7 +105,7 @@ def rows_table(report: ComparisonReport) -> Table:
   names, words, dense = short(report['fields']), texts(report), report['model']['params_before']
   fields = [field for field in report['fields'] if field != report['over']]
   columns = [('params', 'parameters', ',.0f', 1.0), ('params', 'of dense, %', '.1f', 100 / dense)]
-  columns += [('bytes', 'MB', ',.1f', 1e-6)] if any('bytes' in cell for cell in report['cells']) else []
+  columns += [(name, *_OF_MODELS[name]) for name in _of_models(report)]
   for name, word in words.items():
     columns.append((f'pruned {name}', f'perplexity pruned{word}', ',.2f', 1.0))
     columns += [(f'recovered {name}', f'recovered{word}', ',.2f', 1.0)] if report['recover'] else []
@@ -156,7 +169,7 @@ def cells_table(report: ComparisonReport) -> Table:
   kinds |= {kind: kind for kind in ('perplexity', 'excess', 'kl')}
   named = [(name, word, kind) for name, word in texts(report).items() for kind in kinds]
   columns = {f'{kind} {name}': kinds[kind] + word for name, word, kind in named}
-  rows, more = [], ['bytes'] if any('bytes' in cell for cell in report['cells']) else []
+  rows, more = [], _of_models(report)
   for cell in report['cells']:
     known, values = figures(cell), [plain(cell['values'][field]) for field in report['fields']]
     row = [cell['name'], cell['state'], *values, cell.get('params'), *map(known.get, [*more, *columns])]

@@ -246,8 +246,9 @@ class SensitivityReport(MadeReport):
 class CellReport(TypedDict, total=False):
   """A cell of a grid. values: of all fields that vary. state: finished, running, failed or waiting.
 
-  The rest is known once it is finished; error: the reason if it failed. budget, bytes: of one that writes
-  models, the bytes of the first of its exports.
+  The rest is known once it is finished; error: the reason if it failed. budget, bytes, faster, usable: of one
+  that writes models: the bytes of the first of its exports, the speed of decoding over that of the dense
+  model, and how many answers are usable.
   """
 
   name: Required[str]
@@ -257,6 +258,8 @@ class CellReport(TypedDict, total=False):
   params: int
   budget: BudgetReport
   bytes: int
+  faster: float
+  usable: int
   seconds: float
   error: str
 

@@ -68,7 +68,9 @@ def test_one_report_has_all_sizes_and_one_scoring_pass_serves_them(sizes):
   for cell in report['cells']:
     place = path / 'sizes' / cell['name']
     assert cell['bytes'] == (place / 'hf/model.safetensors').stat().st_size
-    assert cell['params'] == runs.read_report(place)['model']['params_after']
+    of_run = runs.read_report(place)
+    assert cell['params'] == of_run['model']['params_after']
+    assert cell['faster'] == of_run['gain']['result']['decode'] / of_run['gain']['dense']['decode']
     assert {*cell['budget']} >= {'target', 'asked', 'reached'} and not (place / 'checkpoints').exists()
   page = (path / 'report.html').read_text()
   assert '3 of 3 sizes finished' in page and 'sizes/0.7kv/report.html' in page and '<svg' in page
