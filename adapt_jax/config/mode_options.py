@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from adapt_jax.config.declare import COUNT, LENGTH, MAX_SPARSITY, option
+from adapt_jax.config.values import GGUF_TYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ class FrontierOptions:
     ('bf16', 'q8_0', 'q4_k_m'),
     'Types of GGUF files; each model is written and measured in each. The dense model is always measured in '
     'bf16 too, with which all others are compared.',
-    choices=('f32', 'f16', 'bf16', 'q8_0', 'q6_k', 'q5_k_m', 'q4_k_m', 'q4_0'),
+    choices=tuple(kind.lower() for kind in GGUF_TYPES),
     result=False,
   )
   threads: int = option(

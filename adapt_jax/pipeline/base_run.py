@@ -53,9 +53,7 @@ class BaseRun:
     self._trains = inputs.train is not None
     self._compiler = Compiler(shared.programs if shared else None)
     self._metrics = MetricsLog(workdir.metrics)
-    self._quality = Quality(
-      options, inputs, self._metrics, shared or Shared(), compiler=self._compiler, examples=export
-    )
+    self._quality = Quality(options, inputs, self._metrics, shared or Shared(), compiler=self._compiler)
     self._prepare(shared)
 
   def _prepare(self, shared: Shared | None) -> None:
@@ -124,7 +122,6 @@ class BaseRun:
       report['exports'] = writer.write(config, params)
       if of_file := measured_file(self.options, report['exports']):
         report['budget']['measured'] = of_file
-    report['examples'] = compared.examples
     self._page(report, running=False)
     write_report(self._workdir.report, report)
     return report

@@ -11,11 +11,10 @@ from adapt_jax.evaluation.perplexity import Evaluator
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network.llama import Params
-from adapt_jax.pipeline.examples import Examples
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.shared import DenseReference, Shared
-from adapt_jax.reports.report import PRUNING_NAMES, RECOVERY_NAMES, ExampleReport, HealthReport, Of
+from adapt_jax.reports.report import PRUNING_NAMES, RECOVERY_NAMES, HealthReport, Of
 
 
 def dense_key(options: RunOptions) -> Any:
@@ -26,10 +25,9 @@ def dense_key(options: RunOptions) -> Any:
 
 
 class Comparison(NamedTuple):
-  """A model beside the dense one: KL(dense ‖ model) on each text in nats per token, and the rest if asked."""
+  """A model beside the dense one: KL(dense ‖ model) on each text in nats per token; its health, if asked."""
 
   divergence: dict[str, float]
-  examples: list[ExampleReport]
   health: HealthReport | None
 
 
@@ -41,7 +39,6 @@ class Quality:
     metrics: the run's log.
     shared: caches shared with other runs on the same dense model, which is measured once.
     compiler: counts compiles as `evaluation`, `divergence`, `prefill`, `decode` and `harness`.
-    examples: whether the model shall continue the texts beside the dense one.
   """
 
   def __init__(
@@ -52,13 +49,11 @@ class Quality:
     shared: Shared,
     *,
     compiler: Compiler,
-    examples: bool,
   ):
     self._options, self._inputs, self._metrics, self._shared = options, inputs, metrics, shared
     self._common: dict[str, Any] = {'compiler': compiler, 'dtype': inputs.dtype}
     self.seconds = 0.0  # of the last evaluation of perplexity
     self._names = PRUNING_NAMES if options.prune.prunes else RECOVERY_NAMES
-    self._examples = Examples(inputs, **self._common) if examples else None
     own = inputs.evaluate.get(OWN)
     args = inputs.config, inputs.tokenizer, inputs.source.generation
     self._health = Health(*args, lambda: own, **self._common) if own else None
@@ -96,7 +91,7 @@ class Quality:
     """The final model beside the dense one; logs its health."""
     known, key = self._shared.references, dense_key(self._options)
     if not self._evaluators:
-      return Comparison({}, [], None)
+      return Comparison({}, None)
     if key not in known:
       known.clear()  # those of another model or text: they would fill the memory
       known[key] = self._reference()
@@ -105,14 +100,11 @@ class Quality:
       name: self._evaluators[name].divergence(config, params, of_text, self._title('divergence', name))
       for name, of_text in reference.texts.items()
     }
-    examples, health = list[ExampleReport](), None
-    if self._examples is not None:
-      after = self._examples.continuations(config, params, 'examples')
-      examples = self._examples.report(reference.continuations, after)
+    health = None
     if self._health is not None:
       health = self._health.report(reference.answers, self._health.answers(config, params, 'answers'))
       self._metrics.write('health', **{of: health[of] for of in ('answers', 'dense', 'result')})
-    return Comparison(found, examples, health)
+    return Comparison(found, health)
 
   def _reference(self) -> DenseReference:
     """What the dense model, which is read again, says on each text."""
@@ -122,10 +114,9 @@ class Quality:
       name: evaluator.reference(config, dense, self._title(f'divergence: {self._names["dense"]}', name))
       for name, evaluator in self._evaluators.items()
     }
-    examples, health, of = self._examples, self._health, self._names['dense']
-    continuations = examples.continuations(config, dense, f'examples: {of}') if examples is not None else []
+    health, of = self._health, self._names['dense']
     answers = health.answers(config, dense, f'answers: {of}') if health is not None else []
-    return DenseReference(texts, continuations, answers)
+    return DenseReference(texts, answers)
 
   def _title(self, title: str, name: str) -> str:
     return title if list(self._evaluators) == [TEXT] else f'{title} {name}'

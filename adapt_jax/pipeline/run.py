@@ -204,8 +204,8 @@ class Run(BaseRun):
   def _record_cost(self, state: RunState) -> None:
     seconds, compiles = self._before
     names = ['scoring', 'compensation', 'training', 'evaluation']
-    generates = self._export or self.options.evaluate.health
-    names += ['divergence', *(['prefill', 'decode'] if generates else [])] if self._inputs.evaluate else []
+    names += ['divergence'] if self._inputs.evaluate else []
+    names += ['prefill', 'decode'] if self.options.evaluate.health else []
     names += ['teacher'] if self._trains and self.options.train.distill.kept_ids else []
     names += ['teacher', 'healing'] if self.options.prune.heal else []
     names += ['harness', 'prefill', 'decode'] if self.options.evaluate.has_tasks else []

@@ -9,13 +9,9 @@ from adapt_jax.pruning.score_memo import ScoreMemo
 
 
 class DenseReference(NamedTuple):
-  """The dense model on each text: the reference of divergences, and the continuations of the examples.
-
-  answers: to the prompts of `evaluation.health`.
-  """
+  """The dense model on each text, the reference of divergences, and its answers for `evaluation.health`."""
 
   texts: dict[str, Reference]
-  continuations: list[str]
   answers: list[list[int]]
 
 

@@ -193,7 +193,7 @@ class RunReport(MadeReport, total=False):
   origin: fields of `reports.origin.Origin`. prune, train: the settings that the result depends on; None if
   nothing was pruned or trained. teacher: if nothing was pruned, what the model is compared with. data:
   sources by use, and as `hub` the names of those that are data sets of the hub. exports: facts about each
-  format, {'hf': {'bytes': …}}. examples: not stored with exports, since they quote the held-out texts.
+  format, {'hf': {'bytes': …}}.
   """
 
   model: Required[ModelReport]
@@ -210,7 +210,6 @@ class RunReport(MadeReport, total=False):
   train: dict[str, Any] | None
   data: dict[str, tuple[str, ...]]
   exports: dict[str, dict[str, Any]]
-  examples: list[ExampleReport]
   health: HealthReport
 
 

@@ -127,9 +127,8 @@ def _body(data: RunData) -> Iterator[str]:
     yield notes([f'Perplexity is {definition}.'])
   yield notes(warnings(report['texts'], report['prune'] is not None))
   yield from _charts(data)
-  health = report.get('health')
-  if examples := [*report.get('examples', []), *(health['examples'] if health else [])]:
-    how = 'Held-out text and questions, and how each model goes on with greedy decoding.'
+  if examples := report.get('health', {}).get('examples', []):
+    how = 'Questions, or beginnings of text, and how each model goes on with greedy decoding.'
     boxes = [_example(example, names_of(report)['dense']) for example in examples]
     yield section('Before and after', notes([how]), *boxes)
   yield section('Exports', _exports(report.get('exports', {})))
