@@ -218,7 +218,7 @@ def test_a_step_gathers_the_head_once_and_reduces_its_gradient_once(sizes, monke
   """However many micro-batches and chunks of tokens there are; the teacher's head is gathered once too."""
   V, D, micro_batches = 96, 32, 2
   # In the form for accelerators; a chunk is two tokens of each device, a micro-batch six chunks or more.
-  monkeypatch.setattr('adapt_jax.training.loss._CHUNK_ELEMENTS', V * 2 // 16)
+  monkeypatch.setattr('adapt_jax.training.loss._CHUNK_ELEMENTS', V * 2 // 64)
   config = ModelConfig('llama', V, D, 8, SHAPES[:1], RopeConfig(1e4), 1e-5, tie_embeddings=False)
   shards, tensor = sizes[0] * sizes[1], sizes[2]
   options = train_options(distill={'alpha': 1.0}, micro_batch=8 // micro_batches // shards)
