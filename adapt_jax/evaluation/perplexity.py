@@ -10,7 +10,7 @@ import numpy as np
 
 from adapt_jax.data.windows import Blocks
 from adapt_jax.machine import preemption
-from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.compiler import Compiler, Programs
 from adapt_jax.machine.mesh import put_rows
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
@@ -52,21 +52,6 @@ def batches(blocks: Blocks, size: int) -> Iterator[tuple[jax.Array, jax.Array, i
     yield tokens, targets, min(size, count - start)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Loss:
-  """(Σ loss, tokens counted) of a batch; a dataclass, so that runs of one process can share its program."""
-
-  config: ModelConfig
-  dtype: Any
-
-  def __call__(
-    self, params: Params, tokens_BT: jax.Array, targets_BT: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    x_BTD = llama.hidden_states(self.config, params, tokens_BT, dtype=self.dtype)
-    total = next_token_loss(x_BTD, llama.head(params), tokens_BT, targets_BT, self.config.logit_cap)
-    return total, shift(tokens_BT, targets_BT)[1].sum()
-
-
 class Reference(NamedTuple):
   """The reference of divergences: a model's head [V, D] and, per batch, its final hidden states [B, T, D]."""
 
@@ -74,6 +59,7 @@ class Reference(NamedTuple):
   hidden: list[jax.Array]
 
 
+# Dataclasses, so that runs of one process can share their programs.
 @dataclasses.dataclass(frozen=True)
 class _Hidden:
   """Final hidden states of a batch."""
@@ -86,26 +72,38 @@ class _Hidden:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Loss:
+  """(Σ loss, tokens counted) of a batch."""
+
+  logit_cap: float
+
+  def __call__(
+    self, head_VD: jax.Array, x_BTD: jax.Array, tokens_BT: jax.Array, targets_BT: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    total = next_token_loss(x_BTD, head_VD, tokens_BT, targets_BT, self.logit_cap)
+    return total, shift(tokens_BT, targets_BT)[1].sum()
+
+
+@dataclasses.dataclass(frozen=True)
 class _Divergence:
   """Σ KL(reference ‖ model) over the counted tokens of a batch, and their number."""
 
-  config: ModelConfig
-  dtype: Any
+  logit_cap: float
 
   def __call__(
     self,
-    params: Params,
     head_VD: jax.Array,
+    x_BTD: jax.Array,
+    reference_VD: jax.Array,
     reference_BTD: jax.Array,
     tokens_BT: jax.Array,
     targets_BT: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
-    x_BTD = llama.hidden_states(self.config, params, tokens_BT, dtype=self.dtype)
     x_TD, reference_TD = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, reference_BTD))
     labels, weights = shift(tokens_BT, targets_BT)
-    cap = self.config.logit_cap  # that of the reference too
-    kl = capped(distillation(1.0, whole(head_VD, reference_TD.dtype), cap), cap)
-    return sum_over_chunks(kl, x_TD, llama.head(params), (labels, weights, reference_TD)), weights.sum()
+    kl = distillation(1.0, whole(reference_VD, reference_TD.dtype), self.logit_cap)
+    extras = labels, weights, reference_TD
+    return sum_over_chunks(capped(kl, self.logit_cap), x_TD, head_VD, extras), weights.sum()
 
 
 class Evaluator:
@@ -116,7 +114,7 @@ class Evaluator:
     batch: windows at once on a device.
     compiler: counts compiles as `evaluation` and `divergence`.
     dtype: dtype of weights in products and of activations.
-    programs: shared with evaluators of other texts, whose batches may have the same shape.
+    programs: shared with evaluators of other texts, whose batches may have the same shape; two of a name.
   """
 
   def __init__(
@@ -126,18 +124,18 @@ class Evaluator:
     *,
     compiler: Compiler,
     dtype: Any,
-    programs: dict[type, tuple[Any, Any]] | None = None,
+    programs: Programs | None = None,
   ):
     self.blocks, self.batch = blocks, batch_size(blocks, batch)
     self._compiler, self._dtype = compiler, dtype
-    self._programs = {} if programs is None else programs  # the last one used of each kind
+    self._programs = programs or Programs(most=2)
+    self._kept: tuple[ModelConfig, list[jax.Array]] | None = None
 
-  def _program(self, name: str, fn: Any, tokens: jax.Array, *args: Any) -> Any:
-    """`fn` compiled for `args`, or the last program of its kind if that is the same."""
-    key = fn, tokens.shape, *(str(x.dtype) for x in jax.tree.leaves(args))
-    if self._programs.get(type(fn), (None,))[0] != key:
-      self._programs[type(fn)] = key, self._compiler(name, fn, *args)
-    return self._programs[type(fn)][1]
+  def _run(self, name: str, fn: Any, *args: Any) -> Any:
+    """`fn(*args)`, compiled unless it is among the last programs of its kind."""
+    key = fn, *((x.shape, str(x.dtype)) for x in jax.tree.leaves(args))
+    program = self._programs.get(type(fn).__name__, key, lambda: self._compiler(name, fn, *args))
+    return program(*args)
 
   @property
   def definition(self) -> str:
@@ -148,19 +146,26 @@ class Evaluator:
       f'{counted:,} tokens counted; the first of a window has no context and is skipped'
     )
 
-  def perplexity(self, config: ModelConfig, params: Params, title: str) -> float:
-    """exp(mean cross-entropy in nats) over all targets of all windows. Raises `Preempted` between batches."""
-    total = count = 0.0
+  def perplexity(self, config: ModelConfig, params: Params, title: str, *, keep: bool = False) -> float:
+    """exp(mean cross-entropy in nats) over all targets of all windows. Raises `Preempted` between batches.
+
+    With `keep`, the next call of `divergence`, which must be for the same parameters, need not run the model
+    again: N · T · D activations are kept.
+    """
+    total, count, head_VD = 0.0, 0.0, llama.head(params)
+    kept: list[jax.Array] = []
+    self._kept = None
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
       for tokens, targets, windows in batches(self.blocks, self.batch):
         preemption.check()
-        args = params, tokens, targets
-        program = self._program('evaluation', _Loss(config, self._dtype), tokens, *args)
-        batch_total, batch_count = program(*args)
-        total, count = total + float(batch_total), count + float(batch_count)
+        hidden = self._run('evaluation', _Hidden(config, self._dtype), params, tokens)
+        loss = self._run('evaluation', _Loss(config.logit_cap), head_VD, hidden, tokens, targets)
+        total, count = total + float(loss[0]), count + float(loss[1])
         progress.update(windows, perplexity=f'{math.exp(min(total / max(count, 1), 700)):.2f}')
+        kept += [hidden] * keep
     if not math.isfinite(total):
       raise InputError(f'{title}: the loss is {total}: check the weights, or set model.dtype = float32')
+    self._kept = (config, kept) if keep else None
     return math.exp(min(total / count, 700))
 
   def reference(self, config: ModelConfig, params: Params, title: str) -> Reference:
@@ -169,21 +174,26 @@ class Evaluator:
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
       for tokens, _, windows in batches(self.blocks, self.batch):
         preemption.check()
-        program = self._program('divergence', _Hidden(config, self._dtype), tokens, params, tokens)
-        hidden.append(program(params, tokens))
+        made = self._run('divergence', _Hidden(config, self._dtype), params, tokens)
+        hidden.append(jax.block_until_ready(made))
         progress.update(windows)
     return Reference(llama.head(params), hidden)
 
   def divergence(self, config: ModelConfig, params: Params, reference: Reference, title: str) -> float:
     """Mean over all targets of KL(reference ‖ model), nats per token. Raises `Preempted` between batches."""
-    total = count = 0.0
+    total, count, head_VD = 0.0, 0.0, llama.head(params)
+    of, kept = self._kept or (None, [])
+    self._kept = None
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
       found = zip(batches(self.blocks, self.batch), reference.hidden, strict=True)
-      for (tokens, targets, windows), hidden in found:
+      for i, ((tokens, targets, windows), expected) in enumerate(found):
         preemption.check()
-        args = params, reference.head_VD, hidden, tokens, targets
-        program = self._program('divergence', _Divergence(config, self._dtype), tokens, *args)
-        batch_total, batch_count = program(*args)
-        total, count = total + float(batch_total), count + float(batch_count)
+        if of == config:
+          hidden = kept[i]
+        else:
+          hidden = self._run('evaluation', _Hidden(config, self._dtype), params, tokens)
+        args = head_VD, hidden, reference.head_VD, expected, tokens, targets
+        kl = self._run('divergence', _Divergence(config.logit_cap), *args)
+        total, count = total + float(kl[0]), count + float(kl[1])
         progress.update(windows, kl=f'{total / max(count, 1):.4f}')
     return total / count

@@ -1,7 +1,7 @@
 """The next token from logits: greedy, or drawn with temperature, top-k and top-p."""
 
 import dataclasses
-import functools
+import math
 from typing import Any
 
 import jax
@@ -63,13 +63,31 @@ def _greedy(logits_BV: jax.Array, keys_B: jax.Array, settings: dict[str, jax.Arr
 def _draw(logits_BV: jax.Array, keys_B: jax.Array, settings: dict[str, jax.Array]) -> jax.Array:
   below_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # before the division, for very low temperatures
   p_BV = jax.nn.softmax(below_BV / settings['temperature'], axis=-1)
+  all_kept = (settings['top_k'] <= 0) & (settings['top_p'] >= 1)
+  p_BV = jax.lax.cond(all_kept, lambda p_BV, _: p_BV, _kept, p_BV, settings)
+  return jax.vmap(_drawn)(keys_B, p_BV)
+
+
+def _kept(p_BV: jax.Array, settings: dict[str, jax.Array]) -> jax.Array:
+  """The probabilities, not normalised, of the tokens that top_k and top_p keep."""
   top_k = jnp.where(settings['top_k'] > 0, settings['top_k'], p_BV.shape[-1]).astype(jnp.float32)
   p_BV = _likeliest(p_BV, jnp.ones_like(p_BV), top_k)
   need_B = jnp.maximum(settings['top_p'] * p_BV.sum(-1), jnp.finfo(jnp.float32).tiny)  # at least one
-  p_BV = _likeliest(p_BV, p_BV, need_B)
+  return _likeliest(p_BV, p_BV, need_B)
+
+
+def _drawn(key: jax.Array, p_V: jax.Array) -> jax.Array:
+  """An index in proportion to p: first a block of it, then one in the block.
+
+  Random numbers for all of 49,152 tokens take a CPU longer than a small model's layers.
+  """
+  size = math.isqrt(p_V.size - 1) + 1
+  p_NS = jnp.pad(p_V, (0, -p_V.size % size)).reshape(-1, size)
+  first, second = jax.random.split(key)
   # The default mode hardly ever draws tokens less likely than 3e-8, of which a large vocabulary has many.
-  draw = functools.partial(jax.random.categorical, mode='high')
-  return jax.vmap(draw)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
+  block = jax.random.categorical(first, jnp.log(p_NS.sum(1)), mode='high')
+  inside = jax.random.categorical(second, jnp.log(p_NS[block]), mode='high')
+  return (block * size + inside).astype(jnp.int32)
 
 
 def _likeliest(p_BV: jax.Array, weights_BV: jax.Array, need: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from adapt_jax.config.values import OWN, TEXT
 from adapt_jax.evaluation.harness import TaskScores, evaluate_tasks
 from adapt_jax.evaluation.health import Health
 from adapt_jax.evaluation.perplexity import Evaluator
-from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.compiler import Compiler, Programs
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pipeline.inputs import Inputs
@@ -57,7 +57,7 @@ class Quality:
     own = inputs.evaluate.get(OWN)
     args = inputs.config, inputs.tokenizer, inputs.source.generation
     self._health = Health(*args, lambda: own, **self._common) if own else None
-    programs: dict[type, tuple[Any, Any]] = {}
+    programs = Programs(most=2)
     self._evaluators = {
       name: Evaluator(blocks, options.evaluate.batch, **self._common, programs=programs)
       for name, blocks in inputs.evaluate.items()
@@ -70,14 +70,17 @@ class Quality:
     return {name: evaluator.definition + by.get(name, '') for name, evaluator in self._evaluators.items()}
 
   def perplexity(
-    self, config: ModelConfig, params: Params, of: Of, stage: int, step: int
+    self, config: ModelConfig, params: Params, of: Of, stage: int, step: int, *, last: bool = False
   ) -> dict[str, float]:
-    """Perplexity on each text, of the dense model (stage 0) or a stage's, after `step` training steps."""
+    """Perplexity on each text, of the dense model (stage 0) or a stage's, after `step` training steps.
+
+    After that of the `last` model, `compare_with_dense` need not run it again.
+    """
     known, key, start = self._shared.dense, dense_key(self._options), time.monotonic()
     title = self._names[of] if of == 'dense' else f'stage {stage} {self._names[of]}'
     found = known.get(key, {}) if of == 'dense' else {}
     found = found or {
-      name: evaluator.perplexity(config, params, self._title(f'{title}: evaluate', name))
+      name: evaluator.perplexity(config, params, self._title(f'{title}: evaluate', name), keep=last)
       for name, evaluator in self._evaluators.items()
     }
     if of == 'dense':

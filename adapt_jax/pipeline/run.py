@@ -109,7 +109,7 @@ class Run(BaseRun):
     self._pruning.prune(stage, state, after_step, after_healing)
     if last and not self._trains:
       self._round_to_export(state)
-    perplexity = self._perplexity(state, 'pruned', stage)
+    perplexity = self._perplexity(state, 'pruned', stage, last=last and not self._trains)
     if last:
       self._tasks(state, 'pruned')
     row: StageReport = {
@@ -134,7 +134,7 @@ class Run(BaseRun):
       self._train(stage, state, self._recovery, start)
       if last:
         self._round_to_export(state)
-      recovered = self._perplexity(state, 'recovered', stage)
+      recovered = self._perplexity(state, 'recovered', stage, last=last)
       if last:
         self._tasks(state, 'recovered')
     steps = state.train_step - self._schedule.start(stage)
@@ -164,14 +164,14 @@ class Run(BaseRun):
   def _estimate(self, stage: int, done: Trained, seconds: float | None) -> None:
     """Reports the run's expected time, after two training steps; `seconds`: a stage's pruning, if known.
 
-    It counts evaluations as long as the last one, of which the comparison with the dense model takes two and
+    It counts evaluations as long as the last one, of which the comparison with the dense model takes one and
     all else at the end one more, and the writing of the model as long as the last checkpoint.
     """
     self._estimated = True
     if not (steps := self._schedule.train_steps - done.step):
       return
     step = self.options.train.batch * self.options.train.length / done.metrics['tokens_per_second']
-    stages, evaluations = self._schedule.stages - stage, self._schedule.stages - stage + 4
+    stages, evaluations = self._schedule.stages - stage, self._schedule.stages - stage + 3
     measured = evaluations * self._quality.seconds + self._saving_seconds
     total = duration(steps * step + measured + stages * (seconds or 0))
     times = [f'{step:.1f} s for each of {steps:,} training steps']
@@ -182,8 +182,9 @@ class Run(BaseRun):
       times.append(f'without {prunings}' if seconds is None else f'{seconds:.0f} s each for {prunings}')
     say(f'the run will take about {total} more: {", ".join(times)}')
 
-  def _perplexity(self, state: RunState, of: Of, stage: int = 0) -> dict[str, float]:
-    return self._quality.perplexity(self._config(state), state.params, of, stage, state.train_step)
+  def _perplexity(self, state: RunState, of: Of, stage: int, *, last: bool = False) -> dict[str, float]:
+    args = self._config(state), state.params, of, stage, state.train_step
+    return self._quality.perplexity(*args, last=last)
 
   def _tasks(self, state: RunState, of: Of) -> bool:
     return self._measure_tasks(state, self._config(state), state.params, of)

@@ -66,7 +66,7 @@ class SliceRun(BaseRun):
       compiler=self._compiler,
     )
     params = self._rounded(small, params)
-    perplexity = self._quality.perplexity(small, params, 'pruned', 1, 0)
+    perplexity = self._quality.perplexity(small, params, 'pruned', 1, 0, last=True)
     self._measure_tasks(state, small, params, 'pruned')
     row: StageReport = {
       'stage': 1,

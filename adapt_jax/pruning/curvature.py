@@ -52,25 +52,27 @@ def _remove(
 
 def channel_costs(weight_DF: jax.Array, inputs_FF: jax.Array, gradients_DD: jax.Array) -> jax.Array:
   """Cost of each channel [F] after removing those of lower cost; it never decreases in that order."""
-  F = weight_DF.shape[1]
+  D, F = weight_DF.shape
   size = -(-F // ROUNDS)
   gradients_DD = constrain(damped(gradients_DD, DAMPING_GRADIENTS), '..')
 
   def round_(_: int, state: Any) -> Any:
-    weight_DF, inverse_FF, present_F, cost_F, floor = state
-    now_F = jnp.einsum('df,df->f', weight_DF, gradients_DD @ weight_DF)
+    rows_EF, inverse_FF, present_F, cost_F, floor = state
+    now_F = jnp.einsum('df,df->f', rows_EF[:D], rows_EF[D:])
     now_F /= jnp.maximum(jnp.diagonal(inverse_FF), 1e-30)
     lowest_B, columns_B = jax.lax.top_k(jnp.where(present_F, -now_F, -jnp.inf), size)
     present_B = present_F[columns_B]
     raised_B = jnp.where(present_B, jnp.maximum(-lowest_B, floor), cost_F[columns_B])
     # Columns are split over all devices, which multiply them by the gradients without communication; those
     # that the devices do not divide equally are all on every device.
-    removed = _remove(weight_DF, inverse_FF, columns_B, present_B, split='.C')
+    removed = _remove(rows_EF, inverse_FF, columns_B, present_B, split='.C')
     floor = jnp.maximum(floor, raised_B.max())
     return *removed, present_F.at[columns_B].set(False), cost_F.at[columns_B].set(raised_B), floor
 
-  start = _start(weight_DF, inputs_FF, F, split='.C')
   with exact():
+    # A correction of W changes the rows of GW as it does those of W: so no round multiplies by G.
+    rows_EF = jnp.concatenate([weight_DF, gradients_DD @ constrain(weight_DF, '.C')])
+    start = _start(rows_EF, inputs_FF, F, split='.C')
     return jax.lax.fori_loop(0, -(-F // size), round_, start)[3]
 
 

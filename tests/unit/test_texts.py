@@ -47,6 +47,9 @@ def test_divergence_is_the_mean_kl_over_the_counted_tokens():
   assert kl > 0.1
   assert evaluator.divergence(model, params[model], reference, 'kl') == pytest.approx(kl, rel=1e-4)
   assert evaluator.divergence(dense, params[dense], reference, 'kl') == pytest.approx(0, abs=1e-6)
+  evaluator.perplexity(model, params[model], 'perplexity', keep=True)
+  head = {name: x for name, x in params[model].items() if name in ('embed', 'lm_head')}  # no layers to run
+  assert evaluator.divergence(model, head, reference, 'kl') == pytest.approx(kl, rel=1e-4)
 
 
 def test_a_loss_that_is_no_number_advises_what_an_evaluation_has():
