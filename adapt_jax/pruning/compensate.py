@@ -119,33 +119,34 @@ class Compensator:
         pull_BTD = given_BTD - own_BTD
       else:
         pull_BTD = (before_BTD - add(xs[1], own_BTD)) / self.config.residual_scale
-      pull_TD = pull_BTD.astype(jnp.float32).reshape(-1, D)
+      pull_TD = PULL * pull_BTD.astype(jnp.float32).reshape(-1, D)
       kept_TC = jnp.where(mask_C, inputs_TC, 0)
-      with algebra.exact():
-        missing_TD = jnp.where(mask_C, 0, inputs_TC) @ weight_DC.T
-      products_RDC = algebra.own_products(missing_TD + PULL * pull_TD, kept_TC)
-      new = [algebra.own_products(kept_TC, kept_TC), products_RDC, missing_TD.sum(0)]
-      return jax.tree.map(jnp.add, sums, new), before_BTD
+      products = algebra.own_products(inputs_TC, inputs_TC), algebra.own_products(pull_TD, kept_TC)
+      return jax.tree.map(jnp.add, sums, [*products, inputs_TC.sum(0)]), before_BTD
 
     at_once, tokens = streams[0][0].size // D, streams[0].size // D
-    start = [algebra.no_products(at_once, C, C), algebra.no_products(at_once, D, C), jnp.zeros(D)]
-    (kept_RCC, products_RDC, missing_D), before_MBTD = jax.lax.scan(measure, start, streams)
+    start = [algebra.no_products(at_once, C, C), algebra.no_products(at_once, D, C), jnp.zeros(C)]
+    (inputs_RCC, pulled_RDC, inputs_C), before_MBTD = jax.lax.scan(measure, start, streams)
     change_DC, change_D = jnp.zeros((D, C)), jnp.zeros(D)
     if self.kind == 'bias':
-      change_D = missing_D / tokens
+      with algebra.exact():
+        change_D = weight_DC @ jnp.where(mask_C, 0, inputs_C) / tokens
     else:
-      kept_CC, products_DC = algebra.total(kept_RCC), algebra.total(products_RDC)
+      inputs_CC = jnp.where(mask_C, algebra.total(inputs_RCC), 0)
+      with algebra.exact():  # Σ over tokens of (W (c₀ − c)) cᵀ
+        missing_DC = jnp.where(mask_C, 0, weight_DC) @ inputs_CC
       ridge = jnp.minimum(RIDGE + RIDGE_FOR_EVIDENCE * mask_C.sum() / tokens, LARGEST_RIDGE)
-      damped_CC = algebra.damped(kept_CC, ridge)
+      damped_CC = algebra.damped(jnp.where(mask_C[:, None], inputs_CC, 0), ridge)
+      products_DC = missing_DC + algebra.total(pulled_RDC)
       # All of D on each device, for the loop below.
       change_DC = constrain(algebra.solve(damped_CC, products_DC.T).T, '.F')
+    new_DC, new_D = weight_DC + change_DC, change_D + layer[block].get(bias, 0.0)
 
     def corrected(x_BTD: jax.Array) -> jax.Array:
-      own_BTD, inputs_TC = run(x_BTD)
-      kept_TC = jnp.where(mask_C, inputs_TC, 0)
+      _, inputs_TC = run(x_BTD)
       with algebra.exact():
-        difference_TD = (kept_TC - inputs_TC) @ weight_DC.T + kept_TC @ change_DC.T + change_D
-      after_BTD = add(x_BTD, own_BTD + difference_TD.astype(own_BTD.dtype).reshape(own_BTD.shape))
+        out_TD = jnp.where(mask_C, inputs_TC, 0) @ new_DC.T + new_D
+      after_BTD = add(x_BTD, out_TD.astype(x_BTD.dtype).reshape(x_BTD.shape))
       return jnp.where(mask_C.any(), after_BTD, x_BTD)  # a removed layer has no bias either
 
     after_MBTD = jax.lax.map(corrected, streams[1])
