@@ -113,7 +113,7 @@ def trim_vocabulary(
 
   `model` stays as it is. On this text the new tokenizer gives the same tokens, with other ids. On others,
   words split into more tokens where theirs are gone. The result predicts as `model` does, on the condition
-  that the next token is one of the kept (docs/methods.md).
+  that the next token is one of the kept (docs/vocabulary.md).
 
   text: all of it is read; as for `rows`, or token ids [N, T]. text_field, messages_field: as for `rows`.
   Raises InputError for a tokenizer that cannot be trimmed.
@@ -135,14 +135,14 @@ def trim_vocabulary(
 def narrow(
   model: Model, rows: np.ndarray | jax.Array, *, hidden_size: int, batch: int = 4, progress: bool = False
 ) -> Model:
-  """The model with a smaller hidden size, the same in all layers (docs/methods.md). `model` stays as it is.
+  """The model with a smaller hidden size, the same in all layers. `model` stays as it is.
 
   Args:
     rows: token ids [S, T] of the kinds of text that the model should stay good at.
     hidden_size: of the result, smaller than in `model`.
     batch: rows that a layer processes at once on each device.
 
-  `prune` can follow. Raises InputError for a family whose stream cannot be rotated.
+  `prune` can follow (docs/hidden-size.md). Raises InputError for a family whose stream cannot be rotated.
   """
   arguments.check_model(model.config)
   tokens = arguments.calibration_rows(rows, model.config)

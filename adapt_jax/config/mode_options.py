@@ -26,7 +26,7 @@ class SensitivityOptions:
 
 @dataclasses.dataclass(frozen=True)
 class NarrowOptions:
-  """Mode narrow: a smaller hidden size, the same in all layers (docs/methods.md)."""
+  """Mode narrow: a smaller hidden size, the same in all layers (docs/hidden-size.md)."""
 
   hidden: int = option(
     0, 'Hidden size of the result; it must be set, and be smaller than in the model.', within=(0, 2**18)
