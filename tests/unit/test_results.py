@@ -6,7 +6,7 @@ import pytest
 
 from scripts import tables
 
-PAGES = [path for path in (tables.ROOT / 'README.md', *(tables.ROOT / 'docs').glob('*.md'))]
+PAGES = [tables.ROOT / 'README.md', *(tables.ROOT / 'docs').glob('*.md')]
 MARKED = [path for path in PAGES if '<!-- table: ' in path.read_text(encoding='utf-8')]
 
 
