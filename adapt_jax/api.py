@@ -75,10 +75,10 @@ def rows(
   """Calibration rows, int32 [samples, length], drawn from a text.
 
   text: a file, several, a directory, or a hub data set, as in `prune.calibration.source`; or token ids
-  [N, T]; or 'self': the model generates the rows. length: None is that of the ids, 1,024 for texts. own: the
-  share of rows that the model, which should be the dense one, generates beside a text (docs/texts.md).
-  text_field, messages_field: fields of .jsonl, .json, .parquet and hub rows that hold a text or a
-  chat. Raises InputError if there are fewer rows.
+  [N, T]; or 'self': the model generates the rows. length: tokens of a row; None: T for ids, 1,024 for texts.
+  own: the share of rows that the model, which should be the dense one, generates beside a text
+  (docs/texts.md). text_field, messages_field: fields of .jsonl, .json, .parquet and hub rows that hold a
+  text or a chat. Raises InputError if there are fewer rows.
   """
   with processes.silent(not progress):
     length = arguments.row_length(text, length)
@@ -109,11 +109,11 @@ def trim_vocabulary(
   messages_field: str = 'messages',
   progress: bool = False,
 ) -> Model:
-  """The model with only the tokens of a text in its vocabulary, and those that these need.
+  """The model with only the tokens of a text in its vocabulary, and tokens that these need.
 
-  `model` stays as it is. On this text the new tokenizer gives the same tokens, with other ids; on others,
-  words whose tokens are gone become more tokens. Predictions are those of the model, on the condition that
-  the next token is one of the kept (docs/methods.md).
+  `model` stays as it is. On this text the new tokenizer gives the same tokens, with other ids. On others,
+  words split into more tokens where theirs are gone. The result predicts as `model` does, on the condition
+  that the next token is one of the kept (docs/vocabulary.md).
 
   text: all of it is read; as for `rows`, or token ids [N, T]. text_field, messages_field: as for `rows`.
   Raises InputError for a tokenizer that cannot be trimmed.
@@ -135,14 +135,14 @@ def trim_vocabulary(
 def narrow(
   model: Model, rows: np.ndarray | jax.Array, *, hidden_size: int, batch: int = 4, progress: bool = False
 ) -> Model:
-  """The model with a smaller hidden size, the same in all layers (docs/methods.md). `model` stays as it is.
+  """The model with a smaller hidden size, the same in all layers. `model` stays as it is.
 
   Args:
     rows: token ids [S, T] of the kinds of text that the model should stay good at.
-    hidden_size: of the result, below that of the model.
+    hidden_size: of the result, smaller than in `model`.
     batch: rows that a layer processes at once on each device.
 
-  `prune` can follow. Raises InputError for a family whose stream cannot be rotated.
+  `prune` can follow (docs/hidden-size.md). Raises InputError for a family whose stream cannot be rotated.
   """
   arguments.check_model(model.config)
   tokens = arguments.calibration_rows(rows, model.config)
@@ -181,8 +181,8 @@ def prune(
     rows: token ids [S, T] of the kinds of text that the model should stay good at; all are scored on.
     target: what to keep, as `prune.target`: a fraction of the parameters of `model` (up to 1), a number of
       parameters (above 1), or a text such as '0.5kv' or '600MB@q8_0'; latency, ms and tok/s also need
-      latency_table. Bytes are those of `model.dtype`; the request is one prompt of 512 tokens that is
-      continued by 64.
+      latency_table. Bytes are counted in `model.dtype`. The request is one prompt of 512 tokens, continued
+      by 64.
     method: a name that `prune.method` may have, or a subclass of `adapt_jax.pruning.methods.base.Method`.
     importance: for `adapt`, `uniform` and methods without one of their own; a name, or an `Importance`.
       Empty: taylor.
@@ -254,7 +254,7 @@ def recover(
 
   Args:
     text: a file, several for a mixture, a directory or a hub data set; or token ids [N, T], such as
-      rows(model, 'self', seed=1), which differ from those of other seeds.
+      rows(model, 'self', seed=1). Other seeds give other rows.
     teacher: the model to distil from: the dense one, or any with the same tokenizer. None, or with
       distill={'alpha': 0.0}: cross-entropy on the text.
     text_field: as for `rows`.

@@ -26,10 +26,10 @@ class SensitivityOptions:
 
 @dataclasses.dataclass(frozen=True)
 class NarrowOptions:
-  """Mode narrow: a smaller hidden size, the same in all layers (docs/methods.md)."""
+  """Mode narrow: a smaller hidden size, the same in all layers (docs/hidden-size.md)."""
 
   hidden: int = option(
-    0, 'Hidden size of the result; it must be set, and be below that of the model.', within=(0, 2**18)
+    0, 'Hidden size of the result; it must be set, and be smaller than in the model.', within=(0, 2**18)
   )
 
 
@@ -60,7 +60,7 @@ class EstimateOptions:
   target: str = option(
     'cpu',
     'The accelerator to compile for, if the extra estimate is installed. cpu: simulated CPU devices; their '
-    'times are those of an H100.',
+    'times are estimated for an H100.',
     choices=('cpu', 'h100', 'h200', 'a100', 'tpu-v5e', 'tpu-v5p', 'tpu-v6e'),
   )
   devices: int = option(

@@ -261,7 +261,7 @@ class ExportOptions:
   push: str = option(
     '',
     'Hub repository org/name to upload the formats to: hf to org/name, hf_padded to org/name-padded, gguf to '
-    'org/name-GGUF, gguf_padded to org/name-padded-GGUF. Those that do not exist are created when the run '
+    'org/name-GGUF, gguf_padded to org/name-padded-GGUF. Missing ones are created when the run '
     'starts, which needs a token that may write (hf auth login, or HF_TOKEN).',
     result=False,
   )

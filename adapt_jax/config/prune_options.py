@@ -84,8 +84,8 @@ class PruneOptions:
     '0.7memory, 0.7latency: a fraction of the KV cache per token, of the operations per token, of weights '
     'and KV cache, or of the time of a request. 12ms: of a request. 20tok/s: of decoding. 600MB: of the '
     'exported weights; 600MB@q4_k_m: of a GGUF file of this type, which the run then writes. Several, '
-    'separated by commas, are sizes of one run (modes prune, accel, estimate). The request is that of mode '
-    'bench: bench.batch, bench.prompt_length and bench.new_tokens.',
+    'separated by commas, are sizes of one run (modes prune, accel, estimate). bench.batch, '
+    'bench.prompt_length and bench.new_tokens describe the request.',
   )
   latency_table: str = option(
     '',

@@ -97,8 +97,8 @@ def _sizes(files: Iterable[pathlib.Path]) -> dict[str, int]:
 def written_dtype(options: ExportOptions, source: Source, trained: bool) -> Any:
   """dtype of the written weights; None keeps each tensor's own.
 
-  With export.dtype = auto it is that of the source, and bfloat16 if that is quantised. trained: whether
-  training has made the weights fp32.
+  export.dtype = auto keeps the source's dtype; a quantised source becomes bfloat16. trained: whether training
+  has made the weights fp32.
   """
   if options.dtype != 'auto':
     return jnp.dtype(options.dtype)

@@ -254,6 +254,7 @@ def _read(run: CellRun) -> tuple[CellReport, RunReport]:
       'texts': report['texts'],
       'params': report['model']['params_after'],
       'seconds': report['seconds'],
+      'version': report['versions'].get('adapt-jax', ''),
     }
     compare_tables.figures(cell)
     if exports := report.get('exports'):

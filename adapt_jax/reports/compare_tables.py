@@ -169,10 +169,10 @@ def cells_table(report: ComparisonReport) -> Table:
   kinds |= {kind: kind for kind in ('perplexity', 'excess', 'kl')}
   named = [(name, word, kind) for name, word in texts(report).items() for kind in kinds]
   columns = {f'{kind} {name}': kinds[kind] + word for name, word, kind in named}
-  rows, more = [], _of_models(report)
+  rows, more, last = [], _of_models(report), ('seconds', 'version', 'error')
   for cell in report['cells']:
     known, values = figures(cell), [plain(cell['values'][field]) for field in report['fields']]
     row = [cell['name'], cell['state'], *values, cell.get('params'), *map(known.get, [*more, *columns])]
-    rows.append([*row, cell.get('seconds'), cell.get('error')])
-  head = ['cell', 'state', *report['fields'], 'params', *more, *columns.values(), 'seconds', 'error']
+    rows.append([*row, *map(cell.get, last)])
+  head = ['cell', 'state', *report['fields'], 'params', *more, *columns.values(), *last]
   return Table(head, rows)

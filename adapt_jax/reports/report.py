@@ -245,9 +245,9 @@ class SensitivityReport(MadeReport):
 class CellReport(TypedDict, total=False):
   """A cell of a grid. values: of all fields that vary. state: finished, running, failed or waiting.
 
-  The rest is known once it is finished; error: the reason if it failed. budget, bytes, faster, usable: of one
-  that writes models: the bytes of the first of its exports, the speed of decoding over that of the dense
-  model, and how many answers are usable.
+  The rest is known once it is finished; error: the reason if it failed. version: of adapt-jax. A cell that
+  writes models has budget, bytes (of its first export), faster (how many times as fast as the dense model it
+  decodes) and usable (the number of usable answers).
   """
 
   name: Required[str]
@@ -260,6 +260,7 @@ class CellReport(TypedDict, total=False):
   faster: float
   usable: int
   seconds: float
+  version: str
   error: str
 
 

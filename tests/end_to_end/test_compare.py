@@ -106,6 +106,7 @@ def test_every_form_says_what_the_cells_say(finished):
   for cell, row in zip(report['cells'], rows, strict=True):
     source = cell_report(path, cell)
     assert cell['params'] == int(row['params']) == source['model']['params_after']
+    assert row['version'] == source['versions']['adapt-jax']
     for name in ('dense', 'pruned'):
       assert float(row[f'perplexity_{name}']) == source['perplexity'][name]
     method, target = cell['values']['prune.method'], cell['values']['prune.target']
@@ -147,7 +148,8 @@ class FakeRun:
       raise self.error
     texts = {'text': {'dense': 10.0, 'pruned': 20.0}}
     report = {'texts': texts, 'tasks': {}, 'compiles': {}, 'seconds': 1.0, 'model': {'params_after': 9}}
-    self._workdir.report.write_text(json.dumps(report | {'perplexity': {'definition': 'exp'}}))
+    report |= {'perplexity': {'definition': 'exp'}, 'versions': {}}
+    self._workdir.report.write_text(json.dumps(report))
 
   def close(self):
     pass

@@ -18,7 +18,7 @@ def make_report(values, texts=('perplexity',), states=()):
     cell = {'name': f'cell {number}', 'values': value, 'state': dict(states).get(number, 'finished')}
     if cell['state'] == 'finished':
       on = {name: {'dense': 10.0 + i, 'pruned': 20.0 + i + number} for i, name in enumerate(texts)}
-      cell |= {'texts': on, 'params': 10**6 + 10**5 * number, 'seconds': 1.0}
+      cell |= {'texts': on, 'params': 10**6 + 10**5 * number, 'seconds': 1.0, 'version': '1 (abc)'}
     elif cell['state'] == 'failed':
       cell |= {'error': 'it <broke>'}
     cells.append(cell)
@@ -66,7 +66,7 @@ def test_values_are_readable_in_the_table_and_exact_in_the_csv_file():
   rows = list(csv.DictReader(io.StringIO(compare_tables.cells_table(report).csv())))
   assert [rows[1][name] for name in ('cell', TARGET, SAMPLES)] == ['cell 1', '110602944.0', '128']
   assert float(rows[1]['perplexity_pruned']) == 21.0 and float(rows[1]['excess']) == math.log(2.1)
-  assert rows[1]['kl'] == rows[1]['perplexity_recovered'] == ''
+  assert rows[1]['kl'] == rows[1]['perplexity_recovered'] == '' and rows[1]['version'] == '1 (abc)'
 
 
 def test_a_page_of_an_unfinished_grid(tmp_path):

@@ -1,44 +1,30 @@
-"""The tables of the results are what the studies' stored tables say."""
+"""The tables of results in the pages are what the studies' stored tables say."""
 
-import csv
 import re
 
 import pytest
 
-from tests.support import runs
+from scripts import tables
 
-DOCS = runs.ROOT / 'docs'
-
-
-def stored(study):
-  """All fractional numbers of a study's table."""
-  cells = []
-  for path in (DOCS / 'results' / study).glob('*.csv'):
-    with open(path, encoding='utf-8') as file:
-      cells += [cell for row in csv.reader(file) for cell in row]
-  return [float(cell) for cell in cells if re.fullmatch(r'-?\d+\.\d+(e-?\d+)?', cell)]
+PAGES = [tables.ROOT / 'README.md', *(tables.ROOT / 'docs').glob('*.md')]
+MARKED = [path for path in PAGES if '<!-- table: ' in path.read_text(encoding='utf-8')]
 
 
-@pytest.mark.parametrize(
-  'page, section, decimals, studies',
-  [
-    ('results.md', 'Is the default better than other methods?', 2, ['methods_table']),
-    ('results.md', 'Which calibration text?', 3, ['own']),
-    ('results.md', 'Which loss?', 3, ['loss', 'control', 'qwen']),
-    ('results.md', 'What does pruning cost, and what comes back?', 3, ['tokens', 'interleave', 'hidden']),
-    ('hidden-size.md', 'What it costs', 3, ['hidden']),
-    ('which-size.md', 'Measured', 3, ['frontier']),
-    ('../README.md', '', 2, ['family']),
-    ('../README.md', '', 1, ['frontier']),
-  ],
-)
-def test_figures_are_those_of_the_studies(page, section, decimals, studies):
-  """Rows of models before training are left out: the stored tables have them for the first text only."""
-  text = (DOCS / page).read_text(encoding='utf-8')
-  text = (text.split(f'\n## {section}\n')[1] if section else text).split('\n## ')[0]
-  rows = [
-    row for row in re.findall(r'^\|.*', text, re.MULTILINE) if not re.search(r'\| (none|pruned) \|', row)
-  ]
-  shown = re.findall(rf'-?\d+\.\d{{{decimals}}}(?!\d)', '\n'.join(rows))
-  known = {f'{value:.{decimals}f}' for study in studies for value in stored(study)}
-  assert shown and set(shown) <= known, sorted(set(shown) - known)
+@pytest.mark.parametrize('path', MARKED, ids=lambda path: path.name)
+def test_tables_are_what_the_data_say(path):
+  assert path.read_text(encoding='utf-8') == tables.filled(path), 'python -m scripts.tables'
+
+
+def test_every_table_is_used_and_tells_where_its_figures_come_from():
+  pages = {path.name: path.read_text(encoding='utf-8') for path in MARKED}
+  assert set(re.findall('<!-- table: (.*) -->', ''.join(pages.values()))) == tables.TABLES.keys()
+  below = re.findall(r'^\|.*\n\n(.*)', pages['results.md'], re.MULTILINE)
+  assert below and all(line.startswith(('*Data: ', '*Typed in ')) for line in below)
+
+
+def test_a_study_of_two_versions_is_refused():
+  study = tables.Study('family')
+  assert study.stamp() == '0.2.0 (a767dda)'
+  study.rows[0]['version'] = '0.1.0'
+  with pytest.raises(ValueError, match='unpack'):
+    study.stamp()

@@ -1,0 +1,205 @@
+"""Writes the tables of results into the pages, from what the studies have stored in docs/results/.
+
+    python -m scripts.tables
+
+In a page, a table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a function in `TABLES`.
+Its arguments are the studies that it reads, by their folders. The line below a table names these data and the
+version of adapt-jax that measured them.
+"""
+
+import csv
+import inspect
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from adapt_jax.models.files import write_text
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+_MARKED = re.compile(r'(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)', re.DOTALL)
+_DOMAINS, _NAMES = ['wiki', 'web', 'chat'], ['Wikipedia', 'web', 'chat']
+
+Row = dict[str, str]
+Rows = Iterator[list[Any]]
+
+
+class Study:
+  """A stored table. name: its folder in docs/results/."""
+
+  def __init__(self, name: str):
+    (self.path,) = (ROOT / 'docs/results' / name).glob('*.csv')
+    self.rows = list(csv.DictReader(self.path.read_text(encoding='utf-8').splitlines()))
+
+  def row(self, **values: Any) -> Row:
+    """The only row with these values, by the last words of columns. Raises ValueError if there is none."""
+    wanted = {(name, str(value)) for name, value in values.items()}
+    last = [{(name.split('.')[-1], value) for name, value in row.items()} for row in self.rows]
+    (found,) = (row for row, words in zip(self.rows, last, strict=True) if wanted <= words)
+    return found
+
+  def stamp(self) -> str:
+    """The version that measured the rows. Raises ValueError if there are several."""
+    (version,) = {row.get('version', '') for row in self.rows}
+    if not version and (report := self.path.with_name('report.json')).exists():
+      version = json.loads(report.read_text(encoding='utf-8'))['versions'].get('adapt-jax', '')
+    return version or 'before commits were recorded'
+
+
+def _line(row: list[Any]) -> str:
+  return '|' + ''.join(f' {cell} |' if cell != '' else ' |' for cell in row)
+
+
+def _percent(fraction: float) -> str:
+  return f'{fraction:.0%}'.replace('%', ' %')
+
+
+def _pruned(row: Row) -> list[float]:
+  """The loss increase before training, by domain."""
+  pruned, dense = ([float(row[f'perplexity_{kind} {of}']) for of in _DOMAINS] for kind in ('pruned', 'dense'))
+  return [math.log(a / b) for a, b in zip(pruned, dense, strict=True)]
+
+
+def _trained(row: Row, figure: str = 'excess') -> list[float]:
+  """The loss increase (or another figure) at the end, by domain."""
+  return [float(row[f'{figure} {of}']) for of in _DOMAINS]
+
+
+def _show(values: list[float], form: str = '.3f') -> list[str]:
+  return [format(value, form) for value in values]
+
+
+def _closed(row: Row) -> list[str]:
+  """The training tokens, and the fraction of the loss increase that training removed, by domain."""
+  pairs = zip(_pruned(row), _trained(row), strict=True)
+  return [f'{int(row["train.tokens"]):,}', *(_percent(1 - after / before) for before, after in pairs)]
+
+
+def cost(hidden: Study, tokens: Study, interleave: Study) -> Rows:
+  yield ['kept', 'training tokens', *_NAMES]
+  eighty = tokens.row(tokens=102400)
+  for kept, row in (
+    ('89 %', hidden.row(hidden=0)),
+    ('80 %', eighty),
+    ('60 %', interleave.row(stages=1, target=0.6)),
+  ):
+    yield [kept, 'none', *_show(_pruned(row))]
+    yield ['', '102,400', *_show(_trained(row))]
+    if row is eighty:
+      yield ['', '1,536,000', *_show(_trained(tokens.row(tokens=1536000)))]
+
+
+def methods(methods_table: Study) -> Rows:
+  yield ['method', '60 %', '80 %', '90 %', '`none`: 60 %', '80 %', '90 %']
+  sizes = [(correction, target) for correction in ('least_squares', 'none') for target in (0.6, 0.8, 0.9)]
+  for method in ('obs', 'adapt', 'llm_pruner', 'flap', 'wanda_sp', 'uniform', 'shortgpt', 'magnitude'):
+    rows = [methods_table.row(method=method, compensate=how, target=target) for how, target in sizes]
+    cells = [float(row['perplexity_pruned']) for row in rows]
+    yield [f'`{method}`', *(f'{cell:,.0f}' if cell >= 1000 else f'{cell:.2f}' for cell in cells)]
+
+
+def own(own: Study) -> Rows:
+  yield ['calibrated on', *_NAMES]
+  for i, file in enumerate(('wiki.txt', 'web.jsonl', 'chat.jsonl')):
+    for title, more in ((_NAMES[i], ''), ('and own', ',self')):
+      cells = _show(_trained(own.row(source=f'data/mixed/train/{file}{more}')))
+      yield [title, *(f'**{cell}**' if j == i else cell for j, cell in enumerate(cells))]
+
+
+def losses(loss: Study, control: Study, qwen: Study) -> Rows:
+  yield ['model', 'trained by', 'Δ Wikipedia', 'web', 'chat', 'KL Wikipedia', 'web', 'chat']
+  one = {'compensate': 'least_squares', 'cache': 0}
+  other = {'compensate': 'least_squares', 'tokens': 16384, 'stages': 1, 'target': 0.8}
+  for model, trained, row in (
+    ('SmolLM2', 'KL', loss.row(alpha=1.0, **one)),
+    ('', 'cross-entropy', loss.row(alpha=0.0, **one)),
+    ('not pruned', 'cross-entropy', control.row(target=1.0)),
+    ('Qwen 0.5B', 'KL', qwen.row(alpha=1.0, **other)),
+    ('', 'cross-entropy', qwen.row(alpha=0.0, **other)),
+    ('not pruned', 'cross-entropy', qwen.row(target=1.0)),
+  ):
+    yield [model, trained, *_show(_trained(row)), *_show(_trained(row, 'kl'))]
+
+
+def gaps(tokens: Study, qwen: Study) -> Rows:
+  yield ['model', 'tokens', 'gap closed: Wikipedia', 'web', 'chat', 'minutes']
+  default = {'alpha': 1.0, 'target': 0.8, 'compensate': 'least_squares', 'stages': 1}
+  of_qwen = [qwen.row(tokens=count, **default) for count in (16384, 102400, 307200)]
+  for model, rows in (('SmolLM2', tokens.rows), ('Qwen 0.5B', of_qwen)):
+    for i, row in enumerate(rows):
+      yield ['' if i else model, *_closed(row), f'{float(row["seconds"]) / 60:.0f}']
+
+
+def widths(hidden: Study) -> Rows:
+  yield ['model', '', *_NAMES]
+  for size, title in (
+    (0, 'groups removed by `obs`, hidden size 576'),
+    (544, 'hidden size 544, fewer groups removed'),
+    (512, 'hidden size 512, no groups removed'),
+  ):
+    yield [title, 'pruned', *_show(_pruned(row := hidden.row(hidden=size)))]
+    yield ['', 'trained', *_show(_trained(row))]
+
+
+def files(frontier: Study) -> Rows:
+  yield [
+    'model',
+    'type',
+    'MB',
+    'speeches',
+    'Wikipedia',
+    'code',
+    'mean loss +',
+    'prefill',
+    'decode',
+    'best for',
+  ]
+  for row in frontier.rows:
+    best = [name for name, of in (('MB', 'size'), ('speed', 'speed')) if row[f'best_for_{of}'] == 'True']
+    found = [float(row[f'loss_increase{of}']) for of in ('_addresses', '_encyclopedia', '_code', '')]
+    speeds = [float(row[f'{kind}_tokens_per_second_median']) for kind in ('prefill', 'decode')]
+    megabytes = f'{int(row["bytes"]) / 1e6:.1f}'
+    yield [row['model'], row['type'], megabytes, *_show(found), *_show(speeds, '.1f'), ', '.join(best)]
+
+
+def sizes(family: Study, frontier: Study) -> Rows:
+  """The last column was copied from the runs' reports, since the stored table has no answers."""
+  names = ['MB', 'tokens/s', 'Wikipedia', 'speeches', 'own text', 'code, unseen', 'usable answers']
+  yield ['SmolLM2-135M-Instruct', *names]
+  bf16 = {row['model']: row for row in frontier.rows if row['type'] == 'BF16'}
+  speed = {model: f'{float(row["decode_tokens_per_second_median"]):.1f}' for model, row in bf16.items()}
+  yield ['dense', f'{2 * int(bf16["dense"]["params"]) / 1e6:.0f}', speed['dense'], *4 * [''], '29 of 40']
+  for target, title, answers in ((0.9, ' of the parameters', 23), (0.8, '', 13), (0.7, '', 7)):
+    row, name = family.row(target=target), _percent(target)
+    found = [float(row[f'excess {of}']) for of in ('encyclopedia', 'addresses', 'own', 'code')]
+    yield [name + title, f'{float(row["bytes"]) / 1e6:.0f}', speed[name], *_show(found, '.2f'), answers]
+
+
+TABLES: dict[str, Callable[..., Rows]] = {
+  table.__name__: table for table in (cost, methods, own, losses, gaps, widths, files, sizes)
+}
+
+
+def filled(page: pathlib.Path) -> str:
+  """The text of a page with its tables as the data have them."""
+
+  def table(marked: re.Match[str]) -> str:
+    studies = [Study(name) for name in inspect.signature(TABLES[marked[2]]).parameters]
+    head, *rows = TABLES[marked[2]](*studies)
+    lines = [_line(head), '|' + len(head) * '---|', *map(_line, rows)]
+    links = dict[str, list[str]]()
+    for study in studies:
+      path = pathlib.PurePath(os.path.relpath(study.path, page.parent)).as_posix()
+      links.setdefault(study.stamp(), []).append(f'[{study.path.parent.name}]({path})')
+    data = '; '.join(', '.join([*of, stamp]) for stamp, of in links.items())
+    return '\n'.join([marked[1], *lines, '', f'*Data: {data}.*', '', ''])
+
+  return _MARKED.sub(table, page.read_text(encoding='utf-8'))
+
+
+if __name__ == '__main__':
+  for name in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')):
+    write_text(name, filled(name))
