@@ -73,7 +73,7 @@ def _forms(options: TrainOptions, likely: Callable[[TrainOptions], bool] | None)
 
 
 def expected(config: ModelConfig, options: TrainOptions, dtype: Any, held: int) -> float:
-  """Bytes of a step on a device, from shapes alone: 0.7 to 1.1 times what the H100's compiler plans.
+  """Bytes of a step on a device, from shapes alone: 0.7 to 1 times what the H100's compiler plans.
 
   Gradients, the head's (`training.loss`), its logits twice, and what the layers keep for the backward pass.
   held: bytes of the step's arguments, and of what else is on the device.

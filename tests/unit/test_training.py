@@ -1,5 +1,6 @@
 """The training step: what it weighs, and in which dtype it keeps its state."""
 
+import re
 import types
 
 import jax
@@ -167,7 +168,7 @@ def test_a_resumed_run_chooses_the_same_rows_at_once(params, monkeypatch, capfd)
     one_step(params, opts, Compiler(), title='stage 1 recover', beside=0)
     lines.append([x for x in capfd.readouterr().out.splitlines() if 'at once' in x])
   assert lines[0] == lines[1]
-  assert lines[0][0].startswith('stage 1 recover: 4 rows at once on a device, with remat')
+  assert re.match(r'stage 1 recover: \d rows at once on a device, with remat: ', lines[0][0])
 
 
 def test_rotary_tables_are_constants_of_the_program(params):
