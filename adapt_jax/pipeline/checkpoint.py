@@ -50,8 +50,9 @@ class Checkpoints:
     with reading('', self._directory, 'move it away'), _silent():  # orbax warns of what `read_only` implies
       if not read_only:
         self._directory.mkdir(parents=True, exist_ok=True)  # orbax only logs that it cannot
-      keep['async_options'] = ocp.AsyncOptions(timeout_secs=_LIMIT_SECONDS)
-      options = ocp.CheckpointManagerOptions(enable_async_checkpointing=self._beside, **keep)
+      beside = ocp.AsyncOptions(timeout_secs=_LIMIT_SECONDS, create_directories_asynchronously=False)
+      keep |= {'enable_async_checkpointing': self._beside, 'async_options': beside}
+      options = ocp.CheckpointManagerOptions(**keep)
       self._manager = _Manager(self._directory, options=options, item_handlers=handlers)
 
   def latest(self) -> int | None:
