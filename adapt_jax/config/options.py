@@ -146,7 +146,11 @@ class TrainOptions:
   )
   batch: int = option(128, 'Rows per optimizer step.', within=COUNT)
   micro_batch: int = option(
-    8, 'Maximum rows per device at once; gradients are accumulated.', within=COUNT, result=False
+    0,
+    'Maximum rows per device at once; gradients are accumulated. 0: on accelerators as many as fit, up to '
+    "32,768 tokens, by the compiler's plan of each stage; 8 on CPUs.",
+    within=(0, 10**9),
+    result=False,
   )
   length: int = option(1024, 'Tokens per row.', within=LENGTH)
   lr: float = option(
@@ -186,6 +190,11 @@ class TrainOptions:
     500, 'Steps between checkpoints; the end of a stage is always saved.', within=COUNT, result=False
   )
   distill: DistillOptions = group(DistillOptions)
+
+  @property
+  def at_once(self) -> int:
+    """`micro_batch`, or 8 if it is 0 and the memory of the devices is not known."""
+    return self.micro_batch or 8
 
   @property
   def end_lr(self) -> float:

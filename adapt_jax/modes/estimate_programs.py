@@ -25,7 +25,7 @@ from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import CPU, Platform, made_for
-from adapt_jax.models.network.sharding import device_count, placed, row_sharding
+from adapt_jax.models.network.sharding import device_count, placed, row_sharding, row_shards
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.schedule import Schedule
@@ -56,7 +56,7 @@ class Program:
     moved: bytes that its operations read from and write to the device's memory.
     sent: bytes that the device sends.
     kernels: what it executes one after another.
-    remat: of a training step, whether it recomputes whole layers.
+    remat: of a training step, whether it recomputes whole layers. at_once: the rows of a device at once.
     times: how often the run executes it; training counts less in later stages, whose model is smaller.
   """
 
@@ -69,6 +69,7 @@ class Program:
   sent: float = 0.0
   kernels: tuple[Kernel, ...] = ()
   remat: bool = False
+  at_once: int = 0
   times: float = 0.0
 
   @property
@@ -126,7 +127,8 @@ class Footprint:
     config: of the dense model. teacher: of the teacher; the same by default.
     dtype: of activations and products; in training, if train.dtype is auto.
     platform: of the devices of the current mesh; `cpu` if they simulate accelerators.
-    memory: bytes of a device, by which train.remat is chosen where it is auto; 0: it is off.
+    memory: bytes of a device, by which train.remat and train.micro_batch are chosen where they are open; 0:
+      without remat, and 8 rows at once.
   """
 
   def __init__(
@@ -206,10 +208,17 @@ class Footprint:
       step, again = TrainingStep(config, t, self._optimizer, self._training_dtype, dense), t.remat == 'True'
       work = self.step_work(config, again)
       program = self._compiled(t.batch * t.length, work, step, *args, donate_argnums=(0,))
-      return dataclasses.replace(program, remat=again, other=other)
+      rows = rows_at_once(t.batch, t.at_once) // row_shards()
+      return dataclasses.replace(program, remat=again, at_once=rows, other=other)
+
+    def likely(t: TrainOptions) -> bool:
+      with made_for(self.platform.name, self.platform.capability):
+        size = remat.expected(config, t, self._training_dtype, bytes_of(args) + other)
+      return remat.fits(size, self.memory)
 
     if config not in self._steps:
-      self._steps[config] = remat.chosen(t, compile, lambda x: remat.fits(x.total, self.memory))
+      fit = lambda x: remat.fits(x.total, self.memory)  # noqa: E731
+      self._steps[config] = remat.chosen(t, compile, fit, likely if self.memory else None)[1]
     return self._steps[config]
 
   def remat(self, stages: list[ModelConfig]) -> list[bool]:
@@ -228,7 +237,7 @@ class Footprint:
     """Computing the teacher's cached predictions, with distill.cache."""
     t = self.options.train
     params = placed(llama.abstract_params(self.teacher_config, self._training_dtype))
-    shape = (rows_at_once(t.batch, t.micro_batch), t.length)
+    shape = (rows_at_once(t.batch, t.at_once), t.length)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding())
     work = flops.teacher(self.options, self.teacher_config)
     ask = likeliest(self.teacher_config, t, self._training_dtype)
@@ -313,4 +322,5 @@ def _of_training(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, P
     (schedule.end(k) - schedule.start(k)) * work / per_token[0] for k, work in enumerate(per_token, 1)
   )
   training = dataclasses.replace(footprint.training(stages[0]), times=times)
-  return kept | {f'training, {t.batch} x {t.length} tokens, first stage': training}
+  title = f'training, {t.batch} x {t.length} tokens, {training.at_once} rows at once, first stage'
+  return kept | {title: training}

@@ -17,6 +17,9 @@ from jax.experimental import multihost_utils
 from adapt_jax.machine.processes import decide, explain
 from adapt_jax.models.errors import reading
 from adapt_jax.models.files import json_checksum
+from adapt_jax.models.network.backend import on_cpu
+
+_LIMIT_SECONDS = 24 * 3600  # of a write beside training; orbax gives it twenty minutes
 
 
 class _Manager(ocp.CheckpointManager):
@@ -32,10 +35,14 @@ class Checkpoints:
   A checkpoint gets its final name only when it is complete, so a kill or a full disk while saving leaves the
   previous one. Its JSON contains checksums of itself and of the arrays: orbax has none, and returns wrong
   numbers if a byte of a data file has changed. With `read_only` nothing is saved or cleaned up.
+
+  On accelerators, arrays are written while the run goes on. On CPUs the run waits, since a write beside it
+  would take its cores, and as much memory again as the arrays.
   """
 
   def __init__(self, directory: pathlib.Path, *, read_only: bool = False):
-    self._directory = directory.absolute()
+    self._directory, self._beside = directory.absolute(), not on_cpu()
+    self._quiet = contextlib.ExitStack()  # while a checkpoint is written
     keep: dict[str, Any] = {'max_to_keep': 2, 'create': True, 'cleanup_tmp_directories': True}
     if read_only:  # the run may be active and save meanwhile
       keep = {'read_only': True}
@@ -43,7 +50,9 @@ class Checkpoints:
     with reading('', self._directory, 'move it away'), _silent():  # orbax warns of what `read_only` implies
       if not read_only:
         self._directory.mkdir(parents=True, exist_ok=True)  # orbax only logs that it cannot
-      options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **keep)
+      beside = ocp.AsyncOptions(timeout_secs=_LIMIT_SECONDS, create_directories_asynchronously=False)
+      keep |= {'enable_async_checkpointing': self._beside, 'async_options': beside}
+      options = ocp.CheckpointManagerOptions(**keep)
       self._manager = _Manager(self._directory, options=options, item_handlers=handlers)
 
   def latest(self) -> int | None:
@@ -51,15 +60,33 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, state: Any, meta: dict[str, Any]) -> None:
-    """Saves under the next number; returns when it is on disk. A save that fails leaves nothing."""
+    """Saves under the next number. A save that fails leaves nothing.
+
+    On CPUs it returns when the checkpoint is on disk. On accelerators it returns when the arrays are in the
+    host's memory, so that a step may donate them; `wait`, which the next save calls, raises what then fails.
+    """
+    self.wait()
     number = decide(lambda: (self.latest() or 0) + 1)
     meta = {'meta': meta, 'arrays': _checksum(state)}
     meta['checksum'] = json_checksum(meta)
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    self._quiet.enter_context(_one_error())
+    with self._none_left():
+      self._manager.save(number, args=items)
+    if not self._beside:
+      self.wait()
+
+  def wait(self) -> None:
+    """Returns when the last checkpoint is on disk, and raises the error of its write."""
+    with self._none_left():
+      self._manager.wait_until_finished()
+    self._quiet.close()
+
+  @contextlib.contextmanager
+  def _none_left(self) -> Iterator[None]:
+    """Leaves no unfinished checkpoint if the block fails."""
     try:
-      with _one_error():
-        self._manager.save(number, args=items)
-        self._manager.wait_until_finished()
+      yield
     except Exception as error:  # any, raised again: those of orbax and tensorstore share no class
       explain(error)
       self._remove_unfinished()
@@ -127,6 +154,7 @@ class Checkpoints:
       shutil.rmtree(self._directory, ignore_errors=True)
 
   def close(self) -> None:
+    self.wait()
     self._manager.close()
 
 

@@ -55,7 +55,7 @@ class Run(BaseRun):
       except Preempted:
         if state.train_step > self._saved_step:  # a stage was trained but not evaluated
           self._save(state)
-        self._metrics.close()
+        self.close()  # the last checkpoint may still be written
         raise Preempted(self._position(state)) from None
       decide(self._metrics.close)  # W&B may upload for long
       self.close()

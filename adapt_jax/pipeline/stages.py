@@ -159,7 +159,7 @@ class Recovery:
   Args:
     options, inputs, schedule: those of the run.
     optimizer: the optimizer; its state is kept from stage to stage.
-    compiler: counts compiles as `training`, one per stage (two, to choose train.remat), and as `teacher`.
+    compiler: counts compiles as `training`, one per stage (more, if that does not fit), and as `teacher`.
   """
 
   def __init__(
@@ -220,7 +220,7 @@ class Recovery:
       dtype=self._dtype,
       compiler=self._compiler,
       title=f'stage {stage} recover',
-      beside=0,  # nothing else is on the devices; measured, a resumed run might choose another train.remat
+      beside=0,  # nothing else is on the devices; measured, a resumed run might choose another step
     )
     forget_traces()
     try:

@@ -12,8 +12,8 @@ import optax
 from adapt_jax.config.options import TrainOptions
 from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.machine.mesh import put_rows
-from adapt_jax.machine.processes import decide
+from adapt_jax.machine.mesh import bytes_of, put_rows
+from adapt_jax.machine.processes import decide, say
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
@@ -68,8 +68,9 @@ def recover_model(
   """Compiles the training step of a model, and returns the steps start … stop-1, as `run_steps` yields them.
 
   config: of the parameters in `state`, which is donated. total: steps of the whole run, for the schedule of
-  the learning rate. dtype: of activations. compiler: counts the compile as `name`; two, if only the second,
-  with train.remat, fits the devices beside `beside` bytes (None: what is in use there beside its arguments).
+  the learning rate. dtype: of activations. compiler: counts the compiles as `name`; more than one, if the
+  first program does not fit the devices (`training.remat`) beside `beside` bytes (None: what is in use there
+  beside its arguments).
   """
   teachers = (teacher.params,) if teacher else ()
 
@@ -78,7 +79,22 @@ def recover_model(
     return compiler(name, step, state, batch_shapes(options), *teachers, donate_argnums=(0,))
 
   others = remat.others(state, *teachers) if beside is None else beside
-  program = remat.chosen(options, compile, lambda x: decide(lambda: remat.fits_here(x, others)))
+  room, held = decide(remat.memory), bytes_of((state, *teachers)) + others
+
+  def fit(program: Any) -> bool:
+    return bool(decide(lambda: remat.fits(remat.planned(program) + others, room)))
+
+  def likely(form: TrainOptions) -> bool:
+    return remat.fits(remat.expected(config, form, dtype, held), room)
+
+  asked = options
+  options, program = remat.chosen(asked, compile, fit, likely if room else None)
+  if room and options != asked:
+    gb = (remat.planned(program) + others) / 1e9
+    say(
+      f'{title}: {options.micro_batch} rows at once on a device{", with remat" * (options.remat == "True")}: '
+      f'{gb:.1f} of {room / 1e9:.1f} GB (train.micro_batch, train.remat)'
+    )
   return run_steps(
     state, program, data, options, start=start, stop=stop, total=total, teacher=teacher, title=title
   )

@@ -29,6 +29,11 @@ _LEAST_REST = 1e-5
 ChunkLoss = Callable[[jax.Array, Any], jax.Array]
 
 
+def chunk_elements() -> int:
+  """Logits that a device holds at once, at most."""
+  return _CHUNK_ELEMENTS * (1 if on_cpu() else _TPU if on_tpu() else _GPU)
+
+
 def _split(tree: Any, tokens: int, vocab: int) -> Any:
   """Reshapes leading axes of `tokens` to [chunks, tokens of a chunk]; zeros pad all arrays, weights included.
 
@@ -36,8 +41,7 @@ def _split(tree: Any, tokens: int, vocab: int) -> Any:
   """
   shards = token_shards(tokens)
   own = tokens // shards
-  elements = _CHUNK_ELEMENTS * (1 if on_cpu() else _TPU if on_tpu() else _GPU)
-  chunks = -(-own * vocab // elements)
+  chunks = -(-own * vocab // chunk_elements())
   size = -(-own // min(chunks, own))
 
   def split(x: jax.Array) -> jax.Array:

@@ -46,7 +46,7 @@ class TrainingStep:
 
   `rows` are those of `batch_shapes`, with `distill.cache` including the teacher's predictions; otherwise the
   step takes the teacher's parameters, if there is a `teacher_config`. The loss is the mean over the batch's
-  targets, in nats, summed over micro-batches of at most `options.micro_batch` rows per device. `dtype` is
+  targets, in nats, summed over micro-batches of at most `options.at_once` rows per device. `dtype` is
   that of activations and matrix products; weights, gradients and the second moment are fp32, the first moment
   is in `options.mu_dtype`. `options.remat` counts as False if it is auto (`training.remat`).
 
@@ -118,7 +118,7 @@ class TrainingStep:
       gradient = new if gradient is None else jax.tree.map(jnp.add, gradient, new)
       return (loss + value, constrain_params(gradient), own_BDV), None
 
-    micro_batch = rows_at_once(self.options.batch, self.options.micro_batch)
+    micro_batch = rows_at_once(self.options.batch, self.options.at_once)
     count = len(rows[0]) // micro_batch
     if count == 1:
       loss, gradient, own_BDV = add((jnp.zeros(()), None, own_BDV), rows)[0]

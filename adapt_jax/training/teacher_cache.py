@@ -165,7 +165,7 @@ def predictions(
 
   Raises `Preempted` after SIGTERM.
   """
-  count = mesh.rows_at_once(options.batch, options.micro_batch)
+  count = mesh.rows_at_once(options.batch, options.at_once)
   top, program = likeliest(teacher.config, options, dtype), None
   with Progress('teacher', len(rows) * options.length, 'tokens') as progress:
     for start in range(0, len(rows), count):

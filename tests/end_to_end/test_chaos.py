@@ -30,12 +30,25 @@ STOPS = [
   ({'kill': 'SIGKILL', 'after': {'event': 'heal'}}, ''),
   ({'kill': 'SIGKILL', 'after': {'event': 'train', 'step': 11}}, ''),
 ]
+# Checkpoints are written beside training, as on accelerators, and take a second.
+BESIDE = """
+import pathlib, time
+import orbax.checkpoint as ocp
+from adapt_jax.pipeline import checkpoint
+from tests.support import runs
+finalize = ocp.StandardCheckpointHandler.finalize
+ocp.StandardCheckpointHandler.finalize = lambda *args: time.sleep(1) or finalize(*args)
+checkpoint.on_cpu = lambda: False
+def get_config():
+  return runs.make_config(pathlib.Path({!r}))
+"""
+FLAGS = (*runs.TWO_STAGES, '--config.prune.heal=1')
 CODES = {'SIGTERM': 0, 'SIGINT': 130, 'SIGKILL': -signal.SIGKILL}
 
 
 @pytest.fixture(scope='module')
 def starter(files, tmp_path_factory):
-  return Starter(tmp_path_factory.mktemp('starter'), files, (*runs.TWO_STAGES, '--config.prune.heal=1'))
+  return Starter(tmp_path_factory.mktemp('starter'), files, FLAGS)
 
 
 @pytest.fixture(scope='module')
@@ -76,6 +89,20 @@ def test_an_export_that_does_not_fit_leaves_nothing(starter):
   path = starter.path / 'exported'
   assert_no_space(*starter.run(path, '--mode=export', limit=50_000), path)
   assert not (path / 'hf').exists()
+
+
+@pytest.mark.chaos
+def test_a_run_killed_while_a_checkpoint_is_written_beside_training(files, undisturbed, tmp_path):
+  """It goes on from the one before; after SIGTERM it ends when the checkpoint is written."""
+  (tmp_path / 'recipe.py').write_text(BESIDE.format(str(files)))
+  starter, path = Starter(tmp_path, tmp_path, FLAGS), tmp_path / 'out'
+  code, output = starter.run(path, kill='SIGKILL', after={'event': 'train', 'step': 4})
+  assert code == -signal.SIGKILL and left_over(path / 'checkpoints'), output
+  code, output = starter.run(path, kill='SIGTERM', after={'event': 'train', 'step': 4})
+  assert code == 0 and 'stopped by SIGTERM at stage 1' in output and not left_over(path), output
+  code, output = starter.run(path)
+  assert code == 0 and 'resuming' in output, output
+  runs.assert_same_end(path, undisturbed)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
@@ -13,6 +15,7 @@ from adapt_jax.machine import preemption
 from adapt_jax.models.config import count_params
 from adapt_jax.models.formats.source import open_config, open_source
 from adapt_jax.modes import export as export_mode
+from adapt_jax.pipeline import checkpoint
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.run import Run
 from tests.support import runs
@@ -109,8 +112,17 @@ def test_a_form_that_cannot_hold_the_model_is_refused_before_anything_is_written
   assert not (tmp_path / 'out').exists()
 
 
-def test_a_run_stopped_during_training_has_no_figures_of_what_it_was_before(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize('beside', [False, True])
+def test_a_run_stopped_during_training_has_no_figures_of_what_it_was_before(
+  files, tmp_path, monkeypatch, beside
+):
+  """Also where the last checkpoint is written beside training: the run ends after it."""
   stopped, write = [], MetricsLog.write
+  if beside:
+    finalize = ocp.StandardCheckpointHandler.finalize
+    slowly = lambda self, path: time.sleep(0.5) or finalize(self, path)  # noqa: E731
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, 'finalize', slowly)
+    monkeypatch.setattr(checkpoint, 'on_cpu', lambda: False)
 
   def noted(self, event, **fields):
     write(self, event, **fields)

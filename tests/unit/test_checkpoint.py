@@ -1,18 +1,22 @@
 """Checkpoints give back their very bits or one clear line, and the one before serves."""
 
+import contextlib
 import logging
 import pathlib
 import resource
 import shutil
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import multihost_utils
 
 from adapt_jax.models.errors import InputError, disk_full
+from adapt_jax.pipeline import checkpoint
 from adapt_jax.pipeline.checkpoint import Checkpoints
 
 META = [{'step': 1, 'loss': 0.1}, {'step': 2, 'loss': 0.25}]
@@ -52,6 +56,12 @@ def saved(tmp_path_factory):
     checkpoints.save(numbers(seed), meta)
   checkpoints.close()
   return path
+
+
+@pytest.fixture
+def beside(monkeypatch):
+  """Checkpoints are written while the run goes on, as on accelerators."""
+  monkeypatch.setattr(checkpoint, 'on_cpu', lambda: False)
 
 
 def test_a_finished_run_keeps_the_newest_or_none(saved, tmp_path):
@@ -128,22 +138,64 @@ def test_settings_of_the_process_stay_as_they_were(saved):
   assert read(saved)[0] == 2 and settings() == before
 
 
-def test_a_save_that_meets_a_full_disk_leaves_the_one_before(tmp_path):
-  """In earnest, by a limit on the size of files."""
-  path, (soft, hard) = tmp_path / 'checkpoints', resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_write_beside_training_has_the_state_that_was_saved(tmp_path, monkeypatch, beside):
+  """The next step takes the arrays' memory. Older checkpoints stay until the write has ended."""
+  path, go_on, finalize = tmp_path / 'checkpoints', threading.Event(), ocp.StandardCheckpointHandler.finalize
   checkpoints = Checkpoints(path)
-  checkpoints.save(numbers(0), META[0])
+  for seed in range(2):
+    checkpoints.save(numbers(seed), META[seed])
+  checkpoints.wait()
+  held = lambda self, directory: go_on.wait(60) and finalize(self, directory)  # noqa: E731
+  monkeypatch.setattr(ocp.StandardCheckpointHandler, 'finalize', held)
+  checkpoints.save(state := numbers(2), META[0])
+  jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda x: 0 * x, tree), donate_argnums=0)(state))
+  assert sorted(found.name for found in path.iterdir() if found.name.isdigit()) == ['1', '2']
+  go_on.set()
+  checkpoints.close()
+  assert read(path)[0] == 3 and same(read(path)[2], numbers(2))
+  assert sorted(found.name for found in path.iterdir()) == ['2', '3']
+
+
+@contextlib.contextmanager
+def small_files():
+  """Files may have few bytes, as on a full disk."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
   try:
-    with pytest.raises(Exception) as error:  # noqa: B017, PT011  whatever orbax raises
-      checkpoints.save(numbers(1), META[1])
+    yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-  assert disk_full(error.value) == 'File too large'
+
+
+def assert_only_the_first(path):
   assert read(path)[0] == 1 and same(read(path)[2], numbers(0))
   assert [p.name for p in path.iterdir()] == ['1']
+
+
+def test_a_save_that_meets_a_full_disk_leaves_the_one_before(tmp_path):
+  """In earnest, by a limit on the size of files."""
+  path = tmp_path / 'checkpoints'
+  checkpoints = Checkpoints(path)
+  checkpoints.save(numbers(0), META[0])
+  with small_files(), pytest.raises(Exception) as error:  # noqa: B017, PT011  whatever orbax raises
+    checkpoints.save(numbers(1), META[1])
+  assert disk_full(error.value) == 'File too large'
+  assert_only_the_first(path)
   checkpoints.save(numbers(1), META[1])
   assert read(path)[0] == 2 and same(read(path)[2], numbers(1))
+
+
+@pytest.mark.parametrize('then', ['save', 'close'])
+def test_a_write_beside_training_that_fails_is_told_at_the_next_save(tmp_path, beside, capfd, then):
+  path = tmp_path / 'checkpoints'
+  checkpoints = Checkpoints(path)
+  checkpoints.save(numbers(0), META[0])
+  checkpoints.wait()
+  with small_files(), pytest.raises(Exception) as error:  # noqa: B017, PT011  whatever orbax raises
+    checkpoints.save(numbers(1), META[1])
+    checkpoints.save(numbers(2), META[1]) if then == 'save' else checkpoints.close()
+  assert disk_full(error.value) == 'File too large' and not capfd.readouterr().err
+  assert_only_the_first(path)
 
 
 @pytest.mark.parametrize(('shape', 'dtype'), [((63, 48), jnp.float32), ((64, 48), jnp.bfloat16)])

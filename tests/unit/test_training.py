@@ -1,5 +1,6 @@
 """The training step: what it weighs, and in which dtype it keeps its state."""
 
+import re
 import types
 
 import jax
@@ -85,27 +86,89 @@ def test_planned_memory_holds_no_attention_weights_of_all_layers(dtype, remat):
   assert planned.temp_size_in_bytes < kept + 6 * attention  # of 12 layers' at least 12
 
 
+# Options, GB of the device, how much too small sizes by shapes are -> rows at once, remat, compiled forms.
+FORMS = [
+  ({}, 130, 1, 32, 'False', 1),
+  ({}, 127, 1, 16, 'False', 1),
+  ({}, 127, 0.5, 16, 'False', 2),
+  ({}, 15, 1, 8, 'True', 2),  # rather than fewer than 4,096 tokens at once
+  ({}, 0.5, 1, 1, 'True', 2),  # does not fit: the smallest
+  ({}, 3, 0.1, 2, 'True', 5),
+  ({'remat': 'False'}, 15, 1, 2, 'False', 1),
+  ({'remat': 'True'}, 15, 1, 8, 'True', 1),
+  ({'micro_batch': 8}, 31, 0.1, 8, 'True', 2),
+  ({'micro_batch': 8, 'remat': 'False'}, 1, 1, 8, 'False', 1),
+  ({'batch': 60}, 130, 1, 30, 'False', 1),
+  ({'batch': 60}, 20, 1, 15, 'True', 2),
+  ({'length': 128}, 64, 1, 64, 'True', 2),
+  ({'length': 65_536}, 100, 1, 1, 'False', 1),
+  ({}, 0, 1, 8, 'False', 1),  # not known
+]
+
+
+@pytest.mark.parametrize('fields,room,guess,rows,again,compiled', FORMS)
+def test_the_fastest_form_of_a_step_that_fits_is_chosen(fields, room, guess, rows, again, compiled):
+  """Of plans of 4 GB a row, 1 GB with remat: most rows, no remat, and few programs compiled in vain."""
+  size = lambda form: form.micro_batch * (1 if form.remat == 'True' else 4)  # noqa: E731
+  made, asked = [], options(**{'batch': 64, 'micro_batch': 0, 'length': 1024, 'remat': 'auto'} | fields)
+  form, program = remat.chosen(
+    asked,
+    lambda form: made.append(form) or form,
+    lambda form: not room or size(form) <= room,
+    (lambda form: guess * size(form) <= room) if room else None,
+  )
+  assert (form.micro_batch, form.remat, len(made)) == (rows, again, compiled) and program == form
+
+
+def test_a_step_that_the_compiler_refuses_is_made_smaller():
+  def compile(form):
+    if form.micro_batch > 2:
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: by the compiler of TPUs')
+    return form
+
+  asked = options(micro_batch=0, remat='False')
+  assert remat.chosen(asked, compile, lambda form: True, lambda form: True)[1].micro_batch == 2
+
+
+def one_step(params, opts, compiler, **more):
+  """The loss of the first step of a run."""
+  tx = optax.sgd(1.0)
+  rows = types.SimpleNamespace(rows=lambda step: np.arange(4), read=lambda ids: batch())
+  state = {'params': jax.tree.map(jnp.copy, params), 'optimizer': tx.init(params)}
+  args = {'stop': 1, 'total': 1, 'dtype': jnp.float32, 'compiler': compiler, **more}
+  (done,) = loop.recover_model(CONFIG, state, rows, opts, tx, **args)
+  return done.metrics['loss']
+
+
 @pytest.mark.parametrize('free,compiled', [(None, 1), (0.9, 2), (1.2, 1)])
 def test_remat_is_chosen_by_what_the_device_has(params, monkeypatch, free, compiled):
   """By the step's plan and what else lies there, with a tenth to spare; no remat where it is unknown."""
-  opts, tx, others = options(remat='auto', lr=1e-4, min_lr=1e-5), optax.sgd(1.0), 10**6
+  opts, others = options(remat='auto', lr=1e-4, min_lr=1e-5), 10**6
   plain, kept = KeepingCompiler(), KeepingCompiler()
-  rows = types.SimpleNamespace(rows=lambda step: np.arange(4), read=lambda ids: batch())
-
-  def one_step(compiler):
-    state = {'params': jax.tree.map(jnp.copy, params), 'optimizer': tx.init(params)}
-    args = {'stop': 1, 'total': 1, 'dtype': jnp.float32, 'compiler': compiler}
-    (done,) = loop.recover_model(CONFIG, state, rows, opts, tx, **args)
-    return done.metrics['loss']
-
-  loss = one_step(plain)
+  loss = one_step(params, opts, plain)
   held = bytes_of(params)
   if free:
     plan = plain.made['training'].memory_analysis()
     whole = plan.argument_size_in_bytes + plan.temp_size_in_bytes + others
     stats = {'bytes_limit': int(free * whole / 0.9), 'bytes_in_use': held + others}
     monkeypatch.setattr(remat, '_stats', lambda: stats)
-  assert one_step(kept) == pytest.approx(loss, rel=1e-6) and kept.counts == {'training': compiled}
+  assert one_step(params, opts, kept) == pytest.approx(loss, rel=1e-6)
+  assert kept.counts == {'training': compiled}
+
+
+def test_a_resumed_run_chooses_the_same_rows_at_once(params, monkeypatch, capfd):
+  """By the plan alone, whatever else lies on the device when it is resumed."""
+  opts, compiler = options(micro_batch=0, lr=1e-4, min_lr=1e-5), KeepingCompiler()
+  one_step(params, opts, compiler)
+  assert not capfd.readouterr().out.count('rows at once')  # the memory of a CPU is not known
+  limit = int(remat.planned(compiler.made['training']) / 0.9) - 1
+  lines = []
+  for in_use in (0, 10**9):
+    monkeypatch.setattr(remat, '_stats', lambda n=in_use: {'bytes_limit': limit, 'bytes_in_use': n})
+    one_step(params, opts, Compiler(), title='stage 1 recover', beside=0)
+    lines.append([x for x in capfd.readouterr().out.splitlines() if 'at once' in x])
+  assert lines[0] == lines[1]
+  assert re.match(r'stage 1 recover: \d rows at once on a device, with remat: ', lines[0][0])
 
 
 def test_rotary_tables_are_constants_of_the_program(params):
