@@ -95,14 +95,17 @@ def phase(name: str, total: int = 0) -> Iterator[Callable[[int], None]]:
 
   It yields a function to be told how much more of `total` is done, which shows the share and the time left.
   """
-  start, done, alone = time.monotonic(), 0, not _active
+  start, first, done, alone = 0.0, 0, 0, not _active
   with Progress(name, None) if alone else contextlib.nullcontext(_active[-1]) as line:
 
     def tick(amount: int) -> None:
-      nonlocal done
+      nonlocal start, first, done
+      if not done:  # the time before may have been that of a compile
+        start, first = time.monotonic(), amount
       done += amount
-      left = tqdm.format_interval((time.monotonic() - start) * (total - done) / done)
-      line.show(f'{"" if alone else f"{name} "}{100 * done // total} %, {left} left')
+      share = f'{"" if alone else f"{name} "}{100 * done // total} %'
+      seconds = (time.monotonic() - start) * (total - done) / max(done - first, 1)
+      line.show(f'{share}, {tqdm.format_interval(seconds)} left' if done > first else share)
 
     line.show('' if alone else name)
     try:

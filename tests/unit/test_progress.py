@@ -79,6 +79,17 @@ def test_a_log_has_a_line_for_each_new_count(capfd, quick, monkeypatch):
       wait_for(lambda count=count: said(count))
 
 
+def test_a_part_shows_its_share_and_then_the_time_left(terminal):
+  with Progress('prune', 100, 'steps'), phase('scoring', 4) as tick:
+    tick(1)
+    assert 'prune: 0/100 steps, scoring 25 %, 00:00' in terminal.getvalue()
+    tick(1)
+    assert 'prune: 0/100 steps, scoring 50 %, 00:00 left, 00:00' in terminal.getvalue()
+  with phase('compensating', 2) as tick:
+    tick(1)
+    assert 'compensating: 00:00, 50 %' in terminal.getvalue()
+
+
 def test_work_that_ends_leaves_its_numbers_and_work_that_fails_where_it_was(terminal):
   with Progress('prune', 1000, 'steps') as bar:
     bar.update(60, perplexity='17.95')
