@@ -52,10 +52,12 @@ def ready(arrays: Any) -> Any:
   global _abandoned
   if jax.process_count() == 1:
     try:
+      pause = _POLL_SECONDS / 64  # as long as it has waited, at most: some programs take milliseconds
       for array in jax.tree.leaves(arrays):
         while not array.is_ready():
           check()
-          time.sleep(_POLL_SECONDS)
+          time.sleep(pause)
+          pause = min(2 * pause, _POLL_SECONDS)
     except Preempted:
       _abandoned = True
       raise

@@ -32,8 +32,7 @@ class Run(BaseRun):
     self._schedule = Schedule.of(self.options, inputs.budget)
     tx = optimizer(self.options.train, self._schedule.train_steps) if self._trains else None
     args = self.options, inputs, self._schedule
-    memo = shared.scores if shared else None
-    self._pruning = Pruning(*args, tx, compiler=self._compiler, memo=memo)
+    self._pruning = Pruning(*args, tx, compiler=self._compiler, shared=shared)
     self._recovery = Recovery(*args, tx, compiler=self._compiler) if tx else None
 
   def execute(self) -> RunReport:
@@ -220,7 +219,7 @@ class Run(BaseRun):
     state.hold(state.arrays | {'params': self._rounded(self._config(state), state.params)})
 
   def _finish(self, state: RunState) -> RunReport:
-    self._store.save_plan(state, self._schedule.stages)
+    self._store.save_plan(state, self._schedule.stages, finished=True)
     self._recovery = None  # the teacher and the optimizer's moments make room for the dense model
     state.hold({'params': state.params})
     report = self._end(state, self._config(state), state.params)

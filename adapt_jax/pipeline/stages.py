@@ -20,10 +20,10 @@ from adapt_jax.machine.mesh import load_source
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.pipeline.inputs import Inputs
 from adapt_jax.pipeline.schedule import Schedule
+from adapt_jax.pipeline.shared import Shared
 from adapt_jax.pipeline.state import RunState, array_shapes
 from adapt_jax.pruning.plan import PrunePlan, PruneState
 from adapt_jax.pruning.pruner import Pruner, StepRecord, prune_model
-from adapt_jax.pruning.score_memo import ScoreMemo
 from adapt_jax.training.healing import Healing
 from adapt_jax.training.loop import Diverged, Trained, recover_model
 from adapt_jax.training.step import Teacher, TrainState
@@ -44,7 +44,7 @@ class Pruning:
     options, inputs, schedule: those of the run.
     optimizer: the optimizer of training; None if the run only prunes.
     compiler: counts compiles as `scoring` and `compensation`, of healing as `teacher` and `healing`.
-    memo: cache of scores, shared with other runs on the same model.
+    shared: caches shared with other runs on the same model.
   """
 
   def __init__(
@@ -55,13 +55,15 @@ class Pruning:
     optimizer: optax.GradientTransformation | None,
     *,
     compiler: Compiler,
-    memo: ScoreMemo | None,
+    shared: Shared | None,
   ):
     self._options, self._inputs, self._schedule = options, inputs, schedule
     self._optimizer, self._compiler = optimizer, compiler
     self._healing: Healing | None = None
+    self._told = shared.told if shared else {}
     common: dict[str, Any] = {'seed': options.seed, 'compiler': compiler, 'dtype': inputs.dtype}
-    rows, common = inputs.calibration, common | {'memo': memo, 'budget': inputs.budget}
+    rows, common = inputs.calibration, common | {'budget': inputs.budget}
+    common['memo'] = shared.scores if shared else None
     self._pruner = Pruner(inputs.config, options.prune, rows, **common) if rows is not None else None
 
   def start(self) -> TrainState:
@@ -89,6 +91,7 @@ class Pruning:
       seed=seed,
       dtype=dtype,
       compiler=self._compiler,
+      known=self._told,
     )
 
   def shapes(self, plan: PrunePlan) -> Any:

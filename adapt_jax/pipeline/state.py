@@ -144,10 +144,14 @@ class StateStore:
     with phase('saving'):
       self._checkpoints.save(state.arrays, meta)
 
-  def save_plan(self, state: RunState, stage: int) -> None:
-    """Writes `plan.json`: the groups kept now, and the data to resume in the middle of a stage's pruning."""
+  def save_plan(self, state: RunState, stage: int, finished: bool = False) -> None:
+    """Writes `plan.json`: the groups kept now, and the data to resume in the middle of a stage's pruning.
+
+    finished: the run is; without its report it starts over, since its log has more than this stage's pruning.
+    """
     plan = {
       'stage': stage,
+      'finished': finished,
       'params': state.pruning.plan.params(self._config),
       'dense': state.dense,
       'tasks': state.tasks,
@@ -186,7 +190,7 @@ class StateStore:
       saved = decide(lambda: read_json(self._plan, remedy))
       if saved.pop('checksum') != json_checksum(saved):
         raise ValueError('the checksum differs')
-      if saved['stage'] != state.stage + 1:
+      if saved['stage'] != state.stage + 1 or saved.get('finished'):
         return lines
       state.pruning, state.dense = PruneState.from_json(saved, self._config), saved['dense']
       for of, scores in saved['tasks'].items():

@@ -72,24 +72,27 @@ class Compensator:
       masks: the groups to keep, [L, K] and [L, F], from `surgery.padded_masks`.
       tokens_ST: the calibration rows.
     """
-    tokens_MBT = micro_batches(tokens_ST, self.micro_batch)
-    tables = llama.rope(self.config, tokens_ST.shape[1])
-
-    def step(
-      streams: Streams, xs: tuple[jax.Array, Params, jax.Array, jax.Array]
-    ) -> tuple[Streams, dict[str, jax.Array]]:
-      i, layer, kv_K, ffn_F = xs
-      layer = gathered(layer)
-      sizes_KGH = layer['attention']['o'].shape[1:]
-      along = jnp.expand_dims(kv_K, [axis for axis in range(3) if axis != self.unit.axis])
-      o_mask = jnp.broadcast_to(along, sizes_KGH).reshape(-1)
-      streams, o_change = self._half('o', layer, o_mask, streams, tables.of(i))
-      streams, down_change = self._half('down', layer, ffn_F, streams)
-      return streams, o_change | down_change
-
-    x_MBTD = embedded(self.config, stacked, tokens_MBT, self.dtype)
     over = (jnp.arange(self.config.num_layers), stacked['layers'], *masks)
-    return jax.lax.scan(step, (x_MBTD, x_MBTD), over)[1]
+    return jax.lax.scan(self.layer, self.begin(stacked, tokens_ST), over)[1]
+
+  def begin(self, stacked: Params, tokens_ST: jax.Array) -> Streams:
+    """Both streams before the first layer."""
+    tokens_MBT = micro_batches(tokens_ST, self.micro_batch)
+    x_MBTD = embedded(self.config, stacked, tokens_MBT, self.dtype)
+    return x_MBTD, x_MBTD
+
+  def layer(
+    self, streams: Streams, xs: tuple[jax.Array, Params, jax.Array, jax.Array]
+  ) -> tuple[Streams, dict[str, jax.Array]]:
+    """Both streams after a layer, and its changes; xs: its index, its parameters and what it keeps."""
+    i, layer, kv_K, ffn_F = xs
+    layer, tables = gathered(layer), llama.rope(self.config, streams[0].shape[2])
+    sizes_KGH = layer['attention']['o'].shape[1:]
+    along = jnp.expand_dims(kv_K, [axis for axis in range(3) if axis != self.unit.axis])
+    o_mask = jnp.broadcast_to(along, sizes_KGH).reshape(-1)
+    streams, o_change = self._half('o', layer, o_mask, streams, tables.of(i))
+    streams, down_change = self._half('down', layer, ffn_F, streams)
+    return streams, o_change | down_change
 
   def _half(
     self, name: str, layer: Params, mask_C: jax.Array, streams: Streams, *positions: Positions

@@ -22,13 +22,16 @@ from adapt_jax.machine.processes import decide, say
 from adapt_jax.machine.progress import Progress, phase
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.network import sharding
 from adapt_jax.models.network.backend import loop_options
 from adapt_jax.models.network.llama import Params
 from adapt_jax.pruning import algebra, programs, surgery
 from adapt_jax.pruning import budget as budgets
 from adapt_jax.pruning.attention_units import AttentionUnit, find_unit
 from adapt_jax.pruning.budget import Budget
+from adapt_jax.pruning.by_layer import CorrectionByLayer, CurvatureByLayer
 from adapt_jax.pruning.compensate import add
+from adapt_jax.pruning.criteria import find_importance
 from adapt_jax.pruning.methods import METHODS
 from adapt_jax.pruning.methods.base import Method
 from adapt_jax.pruning.plan import PrunePlan, PruneState
@@ -171,11 +174,15 @@ class Pruner:
     return scores
 
   def _compute(self, stacked: Params, rows: np.ndarray) -> Scores:
-    tokens = self._tokens(rows)
-    if self._program is None:
-      self._program = self._compiler('scoring', self._scorer, stacked, tokens, xla_options=loop_options())
-    with phase('scoring'):
-      scores: Scores = jax.device_get(preemption.ready(self._program(stacked, tokens)))
+    tokens, scorer = self._tokens(rows), self._scorer
+    by_layer = sharding.mesh() is None and find_importance(scorer.importance).curvature
+    if self._program is None and by_layer:
+      self._program = CurvatureByLayer(scorer, *tokens.shape, self._compiler)
+    elif self._program is None:
+      self._program = self._compiler('scoring', scorer, stacked, tokens, xla_options=loop_options())
+    with phase('scoring', self._program.total if by_layer else 0) as tick:
+      more = (tick,) if by_layer else ()
+      scores: Scores = jax.device_get(preemption.ready(self._program(stacked, tokens, *more)))
     return scores
 
   def _key(self, plan: PrunePlan, rows: np.ndarray) -> tuple[Scorer, bytes]:
@@ -269,13 +276,17 @@ class Pruner:
     rows = self._draw(step)
     program = programs.compensation(self.config, self.options, self._dtype, self.unit)
 
-    def compute() -> dict[str, jax.Array]:
+    def compute() -> dict[str, Any]:
       args = self.stack(params, compacted), surgery.padded_masks(plan), self._tokens(rows)
-      if self._compensation is None:
+      by_layer = sharding.mesh() is None
+      if self._compensation is None and by_layer:
+        self._compensation = CorrectionByLayer(program, len(rows), self._compiler)
+      elif self._compensation is None:
         self._compensation = self._compiler('compensation', program, *args, xla_options=loop_options())
       say(f'compensating for pruned groups ({kind}) on {args[-1].size:,} tokens')
-      with phase('compensating'):
-        changes: dict[str, jax.Array] = preemption.ready(self._compensation(*args))
+      with phase('compensating', self._compensation.total if by_layer else 0) as tick:
+        more = (tick,) if by_layer else ()
+        changes: dict[str, Any] = preemption.ready(self._compensation(*args, *more))
       return changes
 
     # As for scores: until the first compaction the weights are the original ones.

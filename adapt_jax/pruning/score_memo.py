@@ -4,13 +4,13 @@ import collections
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+import jax
 
 from adapt_jax.pruning.scores import Scores
 
 _MOST_BYTES = 2**28  # of cached scores: about 1,400 passes over a model of 135M parameters
 _MOST_CHANGES = 2**30  # bytes of a cached correction: that of a model of 135M parameters has 150 MB
-Changes = dict[str, np.ndarray]  # of weights, from a `compensate.Compensator`
+Changes = dict[str, Any]  # of weights, from a `compensate.Compensator`: an array by layer, or a list of them
 
 
 class ScoreMemo:
@@ -43,7 +43,7 @@ class ScoreMemo:
     if self._last is None or self._last[0] != key:
       self._last = None  # freed before the next one is computed
       found = compute()
-      if sum(x.nbytes for x in found.values()) > _MOST_CHANGES:
+      if sum(x.nbytes for x in jax.tree.leaves(found)) > _MOST_CHANGES:
         return found
       self._last = key, found
     return self._last[1]

@@ -110,7 +110,7 @@ class Scorer:
     if find_importance(self.importance).curvature:
       return self._curvature_scores(stacked, tokens_MBT, tables)
     x_MBTD, (inputs_LMBTD, distance_L, moments_L) = self._forward(stacked, tokens_MBT, tables)
-    loss, gradient_MBTD = self._head(stacked, x_MBTD, tokens_MBT, cross_entropy, 1 / (S * (T - 1)))
+    loss, gradient_MBTD = self.head(stacked, x_MBTD, tokens_MBT, cross_entropy, 1 / (S * (T - 1)))
     if moments_L:
       kv, ffn, o_columns = self._column_scores(stacked['layers'], moments_L)
       return Scores(kv, ffn, distance_L, loss, o_columns)
@@ -121,7 +121,7 @@ class Scorer:
     kv, ffn = self._group_scores(run, stacked['layers'], inputs_LMBTD, gradient_MBTD)
     return Scores(kv, ffn, distance_L, loss)
 
-  def _head(
+  def head(
     self,
     stacked: Params,
     x_MBTD: jax.Array,
@@ -152,31 +152,35 @@ class Scorer:
     self, stacked: Params, tokens_MBT: jax.Array, tables: PositionTables
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
     """The last layer's output and, for every layer, the input, the distance and the moments for `columns`."""
-    config, shape, measure = self.config, self.shape, DISTANCES[self.distance]
-    collect = find_importance(self.importance).columns is not None
+    x_MBTD = self.begin(stacked, tokens_MBT)
+    forward = functools.partial(self.forward_layer, tables=tables)
+    return jax.lax.scan(forward, x_MBTD, (self._indices, stacked['layers']))
 
-    def run(i: jax.Array, layer: Params, x_BTD: jax.Array) -> tuple[jax.Array, Moments]:
+  def begin(self, stacked: Params, tokens_MBT: jax.Array) -> jax.Array:
+    """The stream before the first layer."""
+    return embedded(self.config, stacked, tokens_MBT, self.dtype)
+
+  def forward_layer(
+    self, x_MBTD: jax.Array, xs: tuple[jax.Array, Params], tables: PositionTables
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
+    """One layer of the forward scan; xs: its index and parameters."""
+    config, shape, measure = self.config, self.shape, DISTANCES[self.distance]
+    collect, (i, layer) = find_importance(self.importance).columns is not None, (xs[0], gathered(xs[1]))
+
+    def run(x_BTD: jax.Array) -> tuple[jax.Array, Moments]:
       if not collect:
         return llama.apply_layer(config, shape, layer, x_BTD, tables.of(i)), {}
       x_BTD, o_inputs = llama.attend(config, shape, layer, x_BTD, tables.of(i))
       y_BTD, down_inputs = llama.feed(config, shape, layer, x_BTD)
       return y_BTD, {'o': _moments(o_inputs), 'down': _moments(down_inputs)}
 
-    def forward(
-      x_MBTD: jax.Array, xs: tuple[jax.Array, Params]
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Moments]]:
-      i, layer = xs[0], gathered(xs[1])
+    def micro(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, Moments]:
+      y_BTD, moments = run(x_BTD)
+      return y_BTD, measure(x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32)).sum(), moments
 
-      def micro(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, Moments]:
-        y_BTD, moments = run(i, layer, x_BTD)
-        return y_BTD, measure(x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32)).sum(), moments
-
-      y_MBTD, distance_M, moments_M = jax.lax.map(micro, x_MBTD)
-      moments = {name: _merge(*parts) for name, parts in moments_M.items()}
-      return y_MBTD, (x_MBTD, distance_M.sum() / tokens_MBT.size, moments)
-
-    x_MBTD = embedded(config, stacked, tokens_MBT, self.dtype)
-    return jax.lax.scan(forward, x_MBTD, (self._indices, stacked['layers']))
+    y_MBTD, distance_M, moments_M = jax.lax.map(micro, x_MBTD)
+    moments = {name: _merge(*parts) for name, parts in moments_M.items()}
+    return y_MBTD, (x_MBTD, distance_M.sum() / (x_MBTD.size // config.hidden_size), moments)
 
   def _column_scores(self, layers: Params, moments_L: Moments) -> list[jax.Array]:
     """[kv [L, K], ffn [L, F], o_proj's columns [L, K, G, H], or [L, G, K, H] by query head]."""
@@ -244,25 +248,24 @@ class Scorer:
   def _curvature_scores(self, stacked: Params, tokens_MBT: jax.Array, tables: PositionTables) -> Scores:
     """Scores without any weight gradients; processes many rows in parts, to hold fewer of them at once."""
     layers, (M, B, T) = stacked['layers'], tokens_MBT.shape
-    # The draws are always the same, so that equal rows have equal scores.
-    uniform_MBT = jax.random.uniform(jax.random.key(0), tokens_MBT.shape)
+    uniform_MBT = self.uniform(tokens_MBT)
 
     def forward(tokens_MBT: jax.Array, uniform_MBT: jax.Array) -> tuple[jax.Array, ...]:
       """The inputs of all layers, the last output's gradient, and shares of the distances and the loss."""
       x_MBTD, (inputs_LMBTD, distance_L, _) = self._forward(stacked, tokens_MBT, tables)
       scale = 1 / (M * B * (T - 1))
-      loss, gradient_MBTD = self._head(stacked, x_MBTD, tokens_MBT, fisher_cross_entropy, scale, uniform_MBT)
+      loss, gradient_MBTD = self.head(stacked, x_MBTD, tokens_MBT, fisher_cross_entropy, scale, uniform_MBT)
       return inputs_LMBTD, gradient_MBTD, distance_L * (len(tokens_MBT) / M), loss
 
     def moments(
       i: jax.Array, layer: Params, x_MBTD: jax.Array, g_MBTD: jax.Array
     ) -> tuple[jax.Array, list[jax.Array]]:
-      return self._layer_moments(layer, x_MBTD, g_MBTD, tables.of(i), M * B * T)
+      return self.layer_moments(layer, x_MBTD, g_MBTD, tables.of(i), M * B * T)
 
-    if (parts := self._parts(M, B, T)) > 1:
+    if (parts := self.parts(M, B, T)) > 1:
       split = [x.reshape(parts, M // parts, B, T) for x in (tokens_MBT, uniform_MBT)]
       sums_L, distance_L, loss = self._summed(layers, split, forward, moments)
-      kv, ffn = jax.lax.scan(lambda _, xs: (None, self._costs(*xs)), None, (layers, sums_L))[1]
+      kv, ffn = jax.lax.scan(lambda _, xs: (None, self.costs(*xs)), None, (layers, sums_L))[1]
       return Scores(kv, ffn, distance_L, loss)
 
     inputs_LMBTD, gradient_MBTD, distance_L, loss = forward(tokens_MBT, uniform_MBT)
@@ -271,7 +274,7 @@ class Scorer:
       g_MBTD: jax.Array, xs: tuple[jax.Array, Params, jax.Array]
     ) -> tuple[jax.Array, list[jax.Array]]:
       g_MBTD, sums = moments(*xs, g_MBTD)
-      return g_MBTD, self._costs(xs[1], sums)
+      return g_MBTD, self.costs(xs[1], sums)
 
     over = (self._indices, layers, inputs_LMBTD)
     kv, ffn = jax.lax.scan(backward, gradient_MBTD, over, reverse=True)[1]
@@ -306,7 +309,11 @@ class Scorer:
     D = self.config.hidden_size
     return self.shape.num_heads * self.config.head_dim, self.shape.ffn, D, D
 
-  def _parts(self, M: int, B: int, T: int) -> int:
+  def uniform(self, tokens_MBT: jax.Array) -> jax.Array:
+    """The numbers by which ids are drawn: always the same, so that equal rows have equal scores."""
+    return jax.random.uniform(jax.random.key(0), tokens_MBT.shape)
+
+  def parts(self, M: int, B: int, T: int) -> int:
     """The number of parts in which M micro-batches are processed, keeping all layers' moments between parts.
 
     It is 1 if more parts would need no less memory than the inputs of all layers for all rows.
@@ -318,7 +325,7 @@ class Scorer:
       return 1
     return next(n for n in range(1, M + 1) if M % n == 0 and (inputs / n <= moments or n == M))
 
-  def _layer_moments(
+  def layer_moments(
     self,
     layer: Params,
     x_MBTD: jax.Array,
@@ -364,7 +371,7 @@ class Scorer:
     sums, g_MBTD = jax.lax.scan(micro, start, (x_MBTD, g_MBTD))
     return g_MBTD, [algebra.total(x) / tokens for x in sums]
 
-  def _costs(self, layer: Params, moments: list[jax.Array]) -> list[jax.Array]:
+  def costs(self, layer: Params, moments: list[jax.Array]) -> list[jax.Array]:
     """[kv [K], ffn [F]] of one layer from its second moments."""
     o_CC, down_FF, middle_DD, output_DD = moments
     layer = gathered(layer)

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from adapt_jax.config.targets import parse
 from adapt_jax.config.units import amount, duration
 from adapt_jax.config.values import OWN
 from adapt_jax.reports.report import (
@@ -103,7 +104,7 @@ def _costs(report: RunReport, stage: StageReport | None = None) -> list[str]:
 
 def budget_lines(budget: BudgetReport) -> list[str]:
   """What was asked, what the last stage reached and, of a time or a file, what was measured."""
-  kind, dense = budget['kind'], budget['dense']
+  kind, dense, written = budget['kind'], budget['dense'], budget.get('target', '')
   asked, reached = (amount(kind, budget[name]) for name in ('asked', 'reached'))
   if kind == 'params':
     return [f'target {asked} {budget["unit"]}, reached {reached}']
@@ -111,14 +112,16 @@ def budget_lines(budget: BudgetReport) -> list[str]:
   unit = budget['unit']
   lines = [f'target {asked} {unit} ({shares[0]} of dense), reached {reached} ({shares[1]})']
   found = budget.get('measured', {})
-  if found and kind == 'file':
-    lines.append(f'asked {budget.get("target")}, and the file has {amount(kind, found["finished"])} {unit}')
-  elif found:
+  if found and kind != 'file':
     before, after = (amount(kind, found[name]) for name in ('dense', 'finished'))
     share = f'{100 * found["ratio"]:.1f} % of dense'
     lines.append(f'measured in turn on this machine: dense {before} {unit}, finished {after}, {share}')
-  if 'tokens_per_second' in found:
-    lines.append(f'asked {budget.get("target")}, measured {found["tokens_per_second"]:.3g} tok/s')
+  if found and written and not parse(written).share:
+    wanted, value = budget['asked'], found['finished']
+    if kind == 'decode':
+      unit, wanted, value = 'tok/s', parse(written).value, found['tokens_per_second']
+    off = f'{100 * (value / wanted - 1):+.1f} %'
+    lines.append(f'asked {written}, measured {amount(kind, value)} {unit} ({off})')
   return lines
 
 

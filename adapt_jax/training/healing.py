@@ -44,21 +44,30 @@ def heal_options(samples: int, length: int, passes: int, micro_batch: int, vocab
   )
 
 
+# Ids [S, T, k] that the dense model finds most likely, and their log p and that of all others, [S, T, k + 1].
+Told = tuple[np.ndarray, np.ndarray]
+
+
 class _Taught:
   """Calibration rows with what the dense model says on them, in memory."""
 
-  def __init__(self, data: TrainSet, options: TrainOptions):
-    k = options.distill.cache
+  def __init__(self, data: TrainSet, told: Told):
     self._data, self.rows = data, data.rows
-    self._ids = np.zeros((len(data), options.length, k), np.uint32)
-    self._log_p = np.zeros((len(data), options.length, k + 1), np.float16)
-
-  def tell(self, rows: np.ndarray, ids: np.ndarray, log_p: np.ndarray) -> None:
-    self._ids[rows], self._log_p[rows] = ids, log_p
+    self._ids, self._log_p = told
 
   def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
     told = self._ids[rows].astype(np.int32), self._log_p[rows].astype(np.float32)
     return (*self._data.read(rows), *told)
+
+
+def _ask(data: TrainSet, options: TrainOptions, dense: Teacher, **common: Any) -> Told:
+  """What the dense model says on all rows."""
+  k = options.distill.cache
+  ids = np.zeros((len(data), options.length, k), np.uint32)
+  log_p = np.zeros((len(data), options.length, k + 1), np.float16)
+  for rows, *told in predictions(data, options, np.arange(len(data)), dense, **common):
+    ids[rows], log_p[rows] = told
+  return ids, log_p
 
 
 class Healing:
@@ -70,6 +79,7 @@ class Healing:
     dense: config and parameters of the dense model, which are not kept.
     stored: its parameters as they are stored; their size decides the learning rate.
     dtype: of activations and products. compiler: counts compiles as `teacher` and `healing`.
+    known: what the same dense model has said, by what it depends on; the last is kept there.
 
   Raises `Preempted` after SIGTERM.
   """
@@ -85,6 +95,7 @@ class Healing:
     seed: int,
     dtype: Any,
     compiler: Compiler,
+    known: dict[Any, Told] | None = None,
   ):
     vocab_size, (samples, length) = dense.config.vocab_size, tokens.shape
     options = heal_options(samples, length, passes, micro_batch, vocab_size)
@@ -93,10 +104,12 @@ class Healing:
     self._dtype, self._compiler = dtype, compiler
     rows = BlockRows(tokens, vocab_size, 'prune.calibration.source')
     data = TrainSet([rows], [1.0], length=options.length, batch=options.batch, seed=seed)
-    self._data = _Taught(data, options)
-    common: dict[str, Any] = {'dtype': dtype, 'compiler': compiler}
-    for told in predictions(data, options, np.arange(len(tokens)), dense, **common):
-      self._data.tell(*told)
+    known, key = {} if known is None else known, (dense.config, options, dtype, tokens.tobytes())
+    if key not in known:
+      told = _ask(data, options, dense, dtype=dtype, compiler=compiler)
+      known.clear()
+      known[key] = told
+    self._data = _Taught(data, known[key])
 
   def heal(
     self,

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from adapt_jax.config.units import amount
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.pruning import latency
@@ -109,7 +110,10 @@ def test_tokens_a_second_are_measured_beside_what_was_asked(files, tmp_path, cap
     800 * step, rel=1e-4
   )
   assert 0.7 * budget['dense'] < budget['reached'] <= budget['asked']
-  assert budget['measured']['tokens_per_second'] > 0 and 'tok/s' in capsys.readouterr().out
+  found, asked = budget['measured']['tokens_per_second'], float(budget['target'].removesuffix('tok/s'))
+  beside = f'measured {amount("decode", found)} tok/s ({100 * (found / asked - 1):+.1f} %)'
+  assert found > 0 and beside in capsys.readouterr().out
+  assert beside in (tmp_path / 'out/report.html').read_text()
 
 
 @pytest.mark.parametrize('kind', ['', 'Q8_0'])
@@ -121,4 +125,6 @@ def test_a_target_in_mb_is_that_of_the_file(files, tmp_path, capsys, kind):
   file = tmp_path / ('out/gguf/model-Q8_0.gguf' if kind else 'out/hf/model.safetensors')
   assert report['budget']['measured'] == {'finished': file.stat().st_size / 1e6}
   assert report['budget']['reached'] <= whole < report['budget']['dense']
-  assert f'asked {target}' in capsys.readouterr().out
+  size = report['budget']['measured']['finished']
+  beside = f'measured {size:.4g} MB ({100 * (size / whole - 1):+.1f} %)'
+  assert f'asked {target}, {beside}' in capsys.readouterr().out

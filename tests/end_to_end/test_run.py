@@ -294,10 +294,10 @@ def test_the_learning_rate_follows_from_the_weights(files, tmp_path, monkeypatch
   assert start(config, tmp_path / 'export', 'export')['train']['lr'] == expected.lr
 
 
-def test_prune_mode_resumes_a_model_of_mixed_dtypes(files, tmp_path):
-  """Norms in float32 beside bfloat16 matrices, as llama.cpp stores them: dtypes survive, restart works.
+def test_prune_mode_repeats_a_model_of_mixed_dtypes(files, tmp_path):
+  """Norms in float32 beside bfloat16 matrices, as llama.cpp stores them: dtypes survive.
 
-  Measures the saved weights, which are rounded.
+  Measures the saved weights, which are rounded. Without its report, a finished run is repeated, log and all.
   """
   config = runs.make_config(files)
   config.model.source = str(altered(files / 'bfloat16', tmp_path, 'norm'))
@@ -308,9 +308,11 @@ def test_prune_mode_resumes_a_model_of_mixed_dtypes(files, tmp_path):
   saved = load_file(tmp_path / 'out/hf/model.safetensors')
   assert {str(v.dtype) for k, v in saved.items() if 'norm' in k} == {'float32'}
   assert {str(v.dtype) for k, v in saved.items() if 'norm' not in k} == {'bfloat16'}
+  logged = [row['event'] for row in runs.events(tmp_path / 'out')]
   (tmp_path / 'out/report.json').unlink()
   start(config, tmp_path / 'out', 'prune')
   assert (tmp_path / 'out/hf/model.safetensors').read_bytes() == first
+  assert [row['event'] for row in runs.events(tmp_path / 'out')] == logged
 
 
 def test_other_weights_of_the_same_name_are_refused_on_a_resume(finished, files, tmp_path):

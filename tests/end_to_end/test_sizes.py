@@ -9,6 +9,7 @@ from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes import frontier
 from adapt_jax.modes.registry import MODES
 from adapt_jax.pruning.pruner import Pruner
+from adapt_jax.training import healing
 from tests.support import runs
 
 TARGETS = (0.9, '0.7kv', 0.8)
@@ -23,16 +24,24 @@ def make_config(files, target=TARGETS):
 
 @pytest.fixture(scope='module')
 def sizes(files, tmp_path_factory):
-  """The directory of a run that was killed in training its second size, and how often each target scored."""
+  """The directory of a run that was killed in training its second size, and what it asked of the dense model.
+
+  These are the targets that scored, and 'teacher' where healing asked.
+  """
   path, scored = tmp_path_factory.mktemp('sizes') / 'out', []
-  compute = Pruner._compute
+  compute, predictions = Pruner._compute, healing.predictions
 
   def counted(self, *args):
     scored.append(self.options.target)
     return compute(self, *args)
 
+  def told(*args, **common):
+    scored.append('teacher')
+    return predictions(*args, **common)
+
   config = make_config(files)
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(healing, 'predictions', told)
     patch.setattr(Pruner, '_compute', counted)
     with pytest.MonkeyPatch.context() as kill:
       train, seen = runs.Recovery.steps, []
@@ -47,7 +56,7 @@ def sizes(files, tmp_path_factory):
       kill.setattr(runs.Recovery, 'steps', steps)
       with pytest.raises(KeyboardInterrupt):
         runs.in_process(config, path)
-    assert scored == [0.9] and not (path / 'report.json').exists()
+    assert scored == ['teacher', 0.9] and not (path / 'report.json').exists()
     runs.in_process(config, path)
   return path, scored
 
@@ -60,10 +69,11 @@ def test_each_size_is_what_a_run_for_it_alone_gives(sizes, files, tmp_path):
     runs.assert_same_end(sizes[0] / 'sizes' / str(target), alone)
 
 
-def test_one_report_has_all_sizes_and_one_scoring_pass_serves_them(sizes):
+def test_one_report_has_all_sizes_and_one_pass_of_each_kind_serves_them(sizes):
   path, scored = sizes
   report = runs.read_report(path)
-  assert scored == [0.9, 0.8]  # once in each of two processes: the second size was already pruned
+  # Once in each of two processes: the second size was already pruned.
+  assert scored == ['teacher', 0.9, 'teacher', 0.8]
   assert [cell['values']['prune.target'] for cell in report['cells']] == list(TARGETS)
   for cell in report['cells']:
     place = path / 'sizes' / cell['name']

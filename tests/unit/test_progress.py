@@ -28,6 +28,7 @@ def quick(monkeypatch):
   """A hundredth of the times between two signs of life."""
   monkeypatch.setattr(progress, '_TICK_SECONDS', 0.01)
   monkeypatch.setattr(progress, '_LINE_SECONDS', 0.1)
+  monkeypatch.setattr(progress, '_SAME_SECONDS', 0.3)
 
 
 def wait_for(condition):
@@ -58,8 +59,35 @@ def test_silent_work_moves_in_a_log_but_not_too_often(capfd, quick):
     with phase('scoring'):
       wait_for(three)
   assert all(re.match(r'prune: 5/100 steps, scoring, 00:0\d, .* left, ', line) for line in lines)
-  assert len(lines) <= (time.monotonic() - start) / 0.1 + 1
+  assert len(lines) <= (time.monotonic() - start) / 0.3 + 1  # nothing but the time has changed
   assert re.match(r'prune: 5 steps, loss 2\.5, in 00:0\d$', capfd.readouterr().out)  # the last
+
+
+def test_a_log_has_a_line_for_each_new_count(capfd, quick, monkeypatch):
+  monkeypatch.setattr(progress, '_SAME_SECONDS', 3600)
+  lines = []
+
+  def said(count: int) -> bool:
+    lines.extend(capfd.readouterr().out.splitlines())
+    return bool(lines) and f'{count}/100 steps' in lines[-1]
+
+  with Progress('prune', 100, 'steps') as bar:
+    wait_for(lambda: said(0))
+    assert re.fullmatch(r'prune: 0/100 steps, 00:0\d', lines[-1])  # neither rate nor time left
+    for count in range(1, 4):
+      bar.update(1)
+      wait_for(lambda count=count: said(count))
+
+
+def test_a_part_shows_its_share_and_then_the_time_left(terminal):
+  with Progress('prune', 100, 'steps'), phase('scoring', 4) as tick:
+    tick(1)
+    assert 'prune: 0/100 steps, scoring 25 %, 00:00' in terminal.getvalue()
+    tick(1)
+    assert 'prune: 0/100 steps, scoring 50 %, 00:00 left, 00:00' in terminal.getvalue()
+  with phase('compensating', 2) as tick:
+    tick(1)
+    assert 'compensating: 00:00, 50 %' in terminal.getvalue()
 
 
 def test_work_that_ends_leaves_its_numbers_and_work_that_fails_where_it_was(terminal):

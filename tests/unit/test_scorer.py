@@ -165,7 +165,7 @@ def test_curvature_of_rows_in_parts_is_that_of_all_at_once(monkeypatch):
 
 def in_parts(monkeypatch, *counts):
   for count in counts:
-    monkeypatch.setattr(Scorer, '_parts', lambda self, M, B, T, count=count: count)
+    monkeypatch.setattr(Scorer, 'parts', lambda self, M, B, T, count=count: count)
     yield count
 
 
