@@ -24,7 +24,7 @@ _active: list['Progress'] = []
 
 
 class Progress:
-  """A context manager that counts `unit`s of `total` work and shows rate and time left.
+  """A context manager that counts `unit`s of `total` work and shows the time left, and the rate of tokens.
 
   total: None if it is not known. Without a unit nothing is counted, and the bar leaves no line when it ends.
   Of several processes the first shows it.
@@ -35,7 +35,8 @@ class Progress:
     self._bar: Any = None
     self._terminal, self._ended = sys.stderr.isatty(), threading.Event()
     known, left = ('', '') if total is None else ('/{total_fmt}', ', {remaining} left')
-    line = f'{{desc}}: {{n_fmt}}{known}{{unit}}{{postfix}}, {{elapsed}}{left}, {{rate_fmt}}'
+    rate = ', {rate_fmt}' if unit == 'tokens' else ''  # of others it says no more than the time left
+    line = f'{{desc}}: {{n_fmt}}{known}{{unit}}{{postfix}}, {{elapsed}}{left}{rate}'
     self._look: dict[str, Any] = {'desc': title, 'total': total, 'unit': f' {unit}', 'leave': bool(unit)}
     self._look |= {'unit_scale': unit.endswith(_SCALED), 'dynamic_ncols': True, 'file': sys.stderr}
     self._look['bar_format'] = line if unit else '{desc}: {elapsed}{postfix}'

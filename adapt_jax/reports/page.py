@@ -30,7 +30,7 @@ p{margin:6px 0;color:var(--muted);font-size:13px;overflow-wrap:anywhere}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:6px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th{color:var(--muted);font-weight:500;font-size:13px} th:first-child,td:first-child{text-align:left}
-th{white-space:normal} @media(max-width:600px){table,th{font-size:12px} th,td{padding:6px 5px}}
+th{white-space:normal} @media(max-width:600px){table,th{font-size:11px} th,td{padding:6px 3px}}
 tr:last-child td{border-bottom:0}
 pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.5 ui-monospace,monospace}
 .scroll+.scroll{margin-top:12px}
