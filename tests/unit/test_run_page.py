@@ -158,7 +158,7 @@ def test_a_partial_page_shows_what_is_known() -> None:
   assert rows(page)[2:3] == [['1', '899,679', '90.0 %', '41.25', '–', '–', '100']]
   for wanted in ('running, stage 1 of 2', '1,000,000 → 899,679', 'MLP channels, after stage 1', 'http-equiv'):
     assert wanted in page
-  assert 'Training loss' not in page
+  assert 'Training loss' not in page and 'Perplexity on held-out text' not in page  # one point is no curve
 
 
 def test_a_pruning_that_goes_on_is_no_stage_done_and_shows_what_the_method_decides_by() -> None:
