@@ -34,7 +34,7 @@ th{white-space:normal} @media(max-width:600px){table,th{font-size:11px} th,td{pa
 tr:last-child td{border-bottom:0}
 pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.5 ui-monospace,monospace}
 .scroll+.scroll{margin-top:12px}
-.words td{white-space:normal;overflow-wrap:anywhere} .words :is(th,td):last-child{text-align:left}
+.words :is(th,td):last-child{white-space:normal;overflow-wrap:anywhere;text-align:left}
 .card .word{display:inline-block;color:inherit;font-size:inherit}
 """
 
