@@ -13,6 +13,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
+_INLINE_CODE = re.compile(r'(?<=<code>)[^<]+(?=</code>)')
+_NAME = re.compile(r'(?<!\S)(?=\S*-)\S{2,40}(?!\S)')  # with a hyphen, where browsers break lines
 _LINK = re.compile(r'(?<=\]\()(?!\w+:|#)([^)#\s]+)')
 
 
@@ -54,3 +56,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return posixpath.relpath(_uri(path), posixpath.dirname(uri) or '.')
 
   return _LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+  """Called by mkdocs for every page: marks names in inline code that are not to be broken."""
+
+  def marked(code: re.Match[str]) -> str:
+    return _NAME.sub(r'<span class="word">\g<0></span>', code[0])
+
+  return _INLINE_CODE.sub(marked, html)

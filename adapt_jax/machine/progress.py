@@ -25,7 +25,7 @@ _active: list['Progress'] = []
 
 
 class Progress:
-  """A context manager that counts `unit`s of `total` work and shows rate and time left.
+  """A context manager that counts `unit`s of `total` work and shows the time left, and the rate of tokens.
 
   total: None if it is not known. Without a unit nothing is counted, and the bar leaves no line when it ends.
   Of several processes the first shows it.
@@ -37,7 +37,8 @@ class Progress:
     self._terminal, self._ended = sys.stderr.isatty(), threading.Event()
     known, left = ('', '') if total is None else ('/{total_fmt}', ', {remaining} left')
     line = f'{{desc}}: {{n_fmt}}{known}{{unit}}{{postfix}}, {{elapsed}}'
-    self._counting = f'{line}{left}, {{rate_fmt}}'  # before anything is counted, neither is known
+    rate = ', {rate_fmt}' if unit == 'tokens' else ''  # of others it says no more than the time left
+    self._counting = f'{line}{left}{rate}'  # before anything is counted, neither is known
     self._look: dict[str, Any] = {'desc': title, 'total': total, 'unit': f' {unit}', 'leave': bool(unit)}
     self._look |= {'unit_scale': unit.endswith(_SCALED), 'dynamic_ncols': True, 'file': sys.stderr}
     self._look['bar_format'] = line if unit else '{desc}: {elapsed}{postfix}'

@@ -119,25 +119,29 @@ def _name_lines(axes: Any, lines: Labelled, vertical: bool) -> None:
     place, least = (x, 0.14) if vertical else (y, 0.07)
     if all(abs(place - other) >= least for other in places):
       places.append(place)
-      where = (x, 1, f' {name}') if vertical else (1, y, name)
-      aligned = {'va': 'top', 'color': _MUTED} if vertical else {'va': 'bottom', 'ha': 'right'}
+      where = (x, 1, f' {name}') if vertical else (0.01, y, name)  # most curves fall to the right
+      aligned = {'va': 'top', 'color': _MUTED} if vertical else {'va': 'bottom', 'ha': 'left'}
       axes.text(*where, transform=axes.transAxes, size=9, **aligned)
 
 
 def _draw(axes: Any, one: Series) -> None:
   colour = PALETTE[f'c{one.colour % COLOURS}'][0]
+  dots = one.kind == 'dots'
   axes.plot(
     *zip(*one.points, strict=True),
     color=colour,
     label=one.name[:_LEGEND] or '_',  # names with _ are not in the legend
     drawstyle='steps-post' if one.kind == 'step' else 'default',
-    linestyle='none' if one.kind == 'dots' else '--' if one.dashed else '-',
+    linestyle='none' if dots else '--' if one.dashed else '-',
     marker='' if one.kind == 'curve' or len(one.points) > 60 else 'o',
+    zorder=2.2 if dots else 2,
   )
   for x, low, high in one.ranges:
     axes.vlines(x, low, high, color=colour, alpha=0.5)
   for point, label in zip(one.points, one.labels, strict=False):
-    axes.annotate(label, point, (0, -12), textcoords='offset points', ha='center', size=8, color=_MUTED)
+    ground = {'facecolor': _PAPER, 'edgecolor': 'none', 'pad': 0.5, 'alpha': 0.6}  # between lines and dots
+    where = {'xytext': (0, -12), 'textcoords': 'offset points', 'ha': 'center', 'zorder': 2.1}
+    axes.annotate(label, point, size=8, color=_MUTED, bbox=ground, **where)
     axes.margins(0.1)
 
 
@@ -190,6 +194,8 @@ def line_chart(
       axes.axvline(value, color=_MUTED, linestyle=':', linewidth=1)
     for value, _ in levels:
       axes.axhline(value, color=_INK, linestyle='--', linewidth=0.8)
+    if marks:
+      axes.margins(y=0.15)  # their names are above the curves
     axes.autoscale_view()
     _name_lines(axes, marks, vertical=True)
     _name_lines(axes, levels, vertical=False)

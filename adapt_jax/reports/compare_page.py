@@ -20,9 +20,9 @@ from adapt_jax.reports.compare_tables import (
   groups,
   is_number,
   notes,
-  rows_table,
   short,
   show,
+  tables,
   text,
   texts,
 )
@@ -101,10 +101,23 @@ def _over_x(report: ComparisonReport, title: str, figure: str, name: str) -> str
   return _chart(report, title, figure, name, x, x_of, lines, categories=categories, integer=integer)
 
 
+def _loss_by_size(report: ComparisonReport) -> str:
+  """The curve of a run of several sizes: a line for each text, from the dense model on."""
+  dense, series = report['model']['params_before'], list[Series]()
+  for name, word in texts(report).items():
+    known = [group['figures'] for group in groups(report) if f'excess {name}' in group['figures']]
+    points = [(100 * of['params'][0] / dense, of[f'excess {name}'][0]) for of in known]
+    series.append(Series(word.strip(), sorted([*points, (100.0, 0.0)]) if points else [], len(series)))
+  names = 'parameters kept, %', 'nats per token over dense'
+  return charts.line_chart('Loss increase by size', names, series)
+
+
 def plots(report: ComparisonReport) -> dict[str, str]:
   """File name -> chart, without empty charts."""
   dense, kind = report['model']['params_before'], 'recovered' if report['recover'] else 'pruned'
   names, drawn = list(texts(report)), dict[str, str]()
+  if report['of'] == 'sizes':
+    return {'loss.svg': _loss_by_size(report)} if names else {}
   for i, name in enumerate(names):
     chart = _over_x(report, f'Perplexity {kind}', 'perplexity', name)
     drawn[f'perplexity{f"-{name}" if i else ""}.svg'] = chart
@@ -131,8 +144,11 @@ def plots(report: ComparisonReport) -> dict[str, str]:
 
 def _body(report: ComparisonReport, drawn: list[str]) -> Iterator[str]:
   done = [html.escape(cell['name']) for cell in report['cells'] if cell['state'] == 'finished']
+  shown = [section(title, table.html()) for title, table in tables(report).items()]
+  yield from shown[:2]  # what was gained and lost
   yield figures(drawn)
-  yield section(report['of'].capitalize(), rows_table(report).html(), paragraphs(notes(report)))
+  yield from shown[2:]
+  yield paragraphs(notes(report))
   yield section('Failed', paragraphs(failures(report)))
   links = ', '.join(f'<a href="{report["of"]}/{name}/report.html">{name}</a>' for name in done)
   yield f'<p>Reports: {links}</p>' if done else ''

@@ -41,8 +41,8 @@ def short(fields: Sequence[str]) -> dict[str, str]:
 # Figures of cells that write models -> title, form and scale in the table.
 _OF_MODELS = {
   'bytes': ('MB', ',.1f', 1e-6),
-  'faster': ('decoding, x dense', '.2f', 1.0),
-  'usable': ('usable answers', '.0f', 1.0),
+  'faster': ('decode, x dense', '.2f', 1.0),
+  'usable': ('answers', '.0f', 1.0),
 }
 
 
@@ -100,24 +100,50 @@ def spread(group: Json, figure: str, form: str, scale: float = 1.0) -> str:
   return middle if low == high else f'{middle} ({low}–{high})'
 
 
-def rows_table(report: ComparisonReport) -> Table:
-  """A row for each group."""
-  names, words, dense = short(report['fields']), texts(report), report['model']['params_before']
+# Figures on a text -> title and form in the tables.
+_ON_TEXTS = {
+  'excess': ('Loss increase', '.3f'),
+  'kl': ('KL', '.3f'),
+  'pruned': ('Perplexity pruned', ',.2f'),
+  'recovered': ('Perplexity recovered', ',.2f'),
+}
+
+
+def tables(report: ComparisonReport) -> dict[str, Table]:
+  """Title -> table with a row for each group: what the models cost, and what they lost.
+
+  With several texts, each figure has a table with a column for each text: few columns, for narrow screens.
+  """
+  names, dense = list(texts(report)), report['model']['params_before']
+  costs = [('params', 'parameters', ',.0f', 1.0), ('params', 'of dense, %', '.1f', 100 / dense)]
+  costs += [(name, *_OF_MODELS[name]) for name in _of_models(report)]
+  costs.append(('seconds', 'seconds', ',.0f', 1.0))
+  shown = {report['of'].capitalize(): _table(report, costs)}
+  kinds = {kind: of for kind, of in _ON_TEXTS.items() if kind != 'recovered' or report['recover']}
+  if len(names) == 1:
+    columns = [(f'{kind} {names[0]}', title, form, 1.0) for kind, (title, form) in kinds.items()]
+    return shown | {'Loss': _table(report, columns)}
+  for kind, (title, form) in kinds.items() if names else ():
+    shown[title] = _table(report, [(f'{kind} {name}', name, form, 1.0) for name in names])
+  return shown
+
+
+def _table(report: ComparisonReport, columns: Sequence[tuple[str, str, str, float]]) -> Table:
+  """A row for each group, and how many of its cells are finished if that says anything.
+
+  columns: figure, title, form, scale.
+  """
+  names, found = short(report['fields']), groups(report)
   fields = [field for field in report['fields'] if field != report['over']]
-  columns = [('params', 'parameters', ',.0f', 1.0), ('params', 'of dense, %', '.1f', 100 / dense)]
-  columns += [(name, *_OF_MODELS[name]) for name in _of_models(report)]
-  for name, word in words.items():
-    columns.append((f'pruned {name}', f'perplexity pruned{word}', ',.2f', 1.0))
-    columns += [(f'recovered {name}', f'recovered{word}', ',.2f', 1.0)] if report['recover'] else []
-    columns += [(f'{kind.lower()} {name}', f'{kind}{word}', '.3f', 1.0) for kind in ('excess', 'KL')]
-  columns.append(('seconds', 'seconds', ',.0f', 1.0))
+  counted = any(group['finished'] != 1 or group['cells'] != 1 for group in found)
   rows = []
-  for group in groups(report):
-    failed = f', {group["failed"]} failed' if group['failed'] else ''
+  for group in found:
     row = [show(group['values'][field]) for field in fields]
     row += [spread(group, figure, form, scale) for figure, _, form, scale in columns]
-    rows.append([*row, f'{group["finished"]} of {group["cells"]}{failed}'])
-  return Table([*(names[f] for f in fields), *(title for _, title, *_ in columns), report['of']], rows)
+    failed = f', {group["failed"]} failed' if group['failed'] else ''
+    rows.append([*row, *[f'{group["finished"]} of {group["cells"]}{failed}'] * counted])
+  titles = [title for _, title, *_ in columns] + [report['of']] * counted
+  return Table([*(names[f] for f in fields), *titles], rows)
 
 
 def dense_perplexity(report: ComparisonReport, text: str) -> list[float]:
@@ -134,7 +160,9 @@ def notes(report: ComparisonReport) -> Iterator[str]:
   ]
   dense = ', '.join(f'{word} {value:.2f}'.strip() for word, value in measured) or 'not measured yet'
   yield f'The dense model has {report["model"]["params_before"]:,} parameters and perplexity {dense}.'
-  yield f'Excess is ln(perplexity {kind} / dense), and KL is that from the dense model; nats per token.'
+  yield (
+    f'Loss increase is ln(perplexity {kind} / dense), and KL is that from the dense model; nats per token.'
+  )
   if report['definitions']:
     yield f'Perplexity is {"; or ".join(report["definitions"])}.'
   if any(group['cells'] > 1 for group in groups(report)):
@@ -158,7 +186,8 @@ def failures(report: ComparisonReport) -> list[str]:
 def text(report: ComparisonReport) -> str:
   """Markdown: a row for each group, failures, and how the report was made."""
   failed = failures(report)
-  lines = [rows_table(report).markdown(), '', *notes(report)]
+  parts = [f'{title}:\n\n{table.markdown()}\n' for title, table in tables(report).items()]
+  lines = [*parts, *notes(report)]
   lines += ['', f'{len(failed)} failed:', '', *(f'- {failure}' for failure in failed)] if failed else []
   return '\n'.join([*lines, '', *made(report)]) + '\n'
 

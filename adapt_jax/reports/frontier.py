@@ -156,6 +156,7 @@ def values(report: FrontierReport) -> Table:
 def notes(report: FrontierReport) -> list[str]:
   """What the figures are, in sentences."""
   texts, threads = report['definitions'], report['threads']
+  defined = {how: ', '.join(name for name in texts if texts[name] == how) for how in texts.values()}
   mean = f' Both are means over the {len(texts)} texts.' if len(texts) > 1 else ''
   return [
     f'Loss + is the increase of the loss over {report["reference"]}, in nats per token. KL is the divergence '
@@ -164,7 +165,7 @@ def notes(report: FrontierReport) -> list[str]:
     f'equal, and so do speeds within {SAME_SPEED - 1:.0%}.'.replace('%', ' %'),
     f'Speeds are tokens per second on this machine, with {threads} thread{"s" * (threads > 1)}: '
     f'{report["request"]}. They are medians of {report["repeats"]} runs, in which all files alternate.',
-    *(f'Perplexity{f" on {name}" if name != TEXT else ""} is {how}.' for name, how in texts.items()),
+    *(f'Perplexity{f" on {name}" if name != TEXT else ""} is {how}.' for how, name in defined.items()),
   ]
 
 

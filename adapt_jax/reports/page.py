@@ -30,9 +30,12 @@ p{margin:6px 0;color:var(--muted);font-size:13px;overflow-wrap:anywhere}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:6px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th{color:var(--muted);font-weight:500;font-size:13px} th:first-child,td:first-child{text-align:left}
-th{white-space:normal} @media(max-width:600px){table,th{font-size:12px} th,td{padding:6px 5px}}
+th{white-space:normal} @media(max-width:600px){table,th{font-size:11px} th,td{padding:6px 3px}}
 tr:last-child td{border-bottom:0}
 pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.5 ui-monospace,monospace}
+.scroll+.scroll{margin-top:12px}
+.words :is(th,td):last-child{white-space:normal;overflow-wrap:anywhere;text-align:left}
+.card .word{display:inline-block;color:inherit;font-size:inherit}
 """
 
 
@@ -57,12 +60,17 @@ def page(title: str, state: str, body: Iterable[str], made: Mapping[str, Any], *
 <h1>{e(title)}</h1>
 <p class="state">{e(state)}</p>
 {inside}
-<h2>Command</h2><div class="card"><pre>{e(made['command'])}</pre></div>
+<h2>Command</h2><div class="card"><pre>{words(made['command'])}</pre></div>
 <p>{e(', '.join(f'{name} {version}' for name, version in made.get('versions', {}).items()))}</p>
 </main>
 </body>
 </html>
 """
+
+
+def words(command: str) -> str:
+  """HTML in which lines break between the words of a command, not after the hyphens of --config."""
+  return ' '.join(f'<span class="word">{html.escape(word)}</span>' for word in command.split(' '))
 
 
 def due(path: pathlib.Path, running: bool) -> bool:

@@ -127,7 +127,7 @@ def perplexity_chart(report: RunReport, height: int = 250) -> str:
 
 
 def excess_chart(report: RunReport) -> str:
-  """Excess loss on each text after each stage; '' if there is only one text."""
+  """Loss increase on each text after each stage; '' if there is only one text."""
   texts, series = report.get('texts', {}), []
   for colour, (name, text) in enumerate(texts.items() if len(texts) > 1 else ()):
     points = []
@@ -136,8 +136,8 @@ def excess_chart(report: RunReport) -> str:
       if (lost := excess(after)) is not None:
         points.append((stage['stage'], lost))
     series.append(Series(name, points, colour))
-  title = f'Excess over the {names_of(report)["dense"]} model by text'
-  return charts.line_chart(title, ('stage', 'nats per token'), series, integer=True)
+  y_name = f'nats per token over {names_of(report)["dense"]}'
+  return charts.line_chart('Loss increase by text', ('stage', y_name), series, integer=True)
 
 
 def budget_chart(data: RunData) -> str:

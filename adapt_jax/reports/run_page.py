@@ -103,7 +103,8 @@ def _charts(data: RunData) -> Iterator[str]:
   trained = bool(data.of('train'))
   texts = dict.fromkeys(event.get('text', TEXT) for event in data.of('evaluate'))
   measured = [perplexity_over_tokens(data, text) for text in texts] if trained else []
-  measured = [*(measured or [perplexity_chart(data.report)]), excess_chart(data.report)]
+  if len(data.report['stages']) > 1:  # one point is no curve
+    measured = [*(measured or [perplexity_chart(data.report)]), excess_chart(data.report)]
   if trained:
     measured.append(training_chart(data, 'loss', 'Training loss', 'nats per token', 0))
     measured.append(training_chart(data, 'learning_rate', 'Learning rate', 'learning rate', 3))
@@ -135,7 +136,8 @@ def _body(data: RunData) -> Iterator[str]:
   settings = flatten({'prune': report['prune'] or {}, 'train': report.get('train') or {}})
   rows = [[name, plain(value)] for name, value in settings.items()]
   compiles = ', '.join(f'{name} {count}' for name, count in report['compiles'].items() if count)
-  yield section('Settings', Table(['setting', 'value'], rows).html(), notes([f'Compiles: {compiles}.']))
+  settled = f'<div class="words">{Table(["setting", "value"], rows).html()}</div>'
+  yield section('Settings', settled, notes([f'Compiles: {compiles}.']))
 
 
 def render(report: RunReport, events: list[Json], *, command: str, running: bool) -> str:

@@ -39,12 +39,16 @@ def stages_table(report: RunReport) -> Table:
   """A row for the dense model and for each stage, as far as they are known."""
   other = [] if report['budget']['kind'] == 'params' else [report['budget']['unit'], 'of dense']
   dense, before, after = names_of(report).values()
-  head = ['stage', 'parameters', f'of {dense}', *other, f'perplexity {before}', after, 'tokens', 'seconds']
-  rows = [[dense, *_costs(report), '', decimal(known_perplexities(report).get('dense')), '', '']]
+  trained = [after, 'tokens'] if report['schedule']['train_steps'] else []
+  perplexity = f'perplexity {before}' if trained else 'perplexity'
+  head = ['stage', 'parameters', f'of {dense}', *other, perplexity, *trained, 'seconds']
+  start = decimal(known_perplexities(report).get('dense'))
+  rows = [[dense, *_costs(report), start, *['' for _ in trained], '']]
   for stage in report['stages']:
-    measured = [decimal(stage.get('perplexity_pruned')), decimal(stage.get('perplexity_recovered'))]
-    spent = [decimal(stage.get('tokens'), ',.0f'), decimal(stage.get('seconds'), ',.0f')]
-    rows.append([str(stage['stage']), *_costs(report, stage), *measured, *spent])
+    row = [str(stage['stage']), *_costs(report, stage), decimal(stage.get('perplexity_pruned'))]
+    if trained:
+      row += [decimal(stage.get('perplexity_recovered')), decimal(stage.get('tokens'), ',.0f')]
+    rows.append([*row, decimal(stage.get('seconds'), ',.0f')])
   return Table(head, rows)
 
 
@@ -143,12 +147,13 @@ def tasks_table(tasks: Tasks) -> Table:
 
 
 def texts_table(texts: dict[str, TextReport], names: dict[Of, str] = PRUNING_NAMES) -> Table:
-  """A row per text: perplexities, the final increase of the loss, and the KL from dense."""
+  """A row per text: perplexities that some have, the final increase of the loss, the KL from dense."""
+  measured = {of: name for of, name in names.items() if of == 'dense' or any(of in x for x in texts.values())}
   rows = []
   for name, text in texts.items():
     more = excess(text), text.get('kl')
-    rows.append([name, *(decimal(text.get(of)) for of in names), *(decimal(x, '.3f') for x in more)])
-  dense, *others = names.values()
+    rows.append([name, *(decimal(text.get(of)) for of in measured), *(decimal(x, '.3f') for x in more)])
+  dense, *others = measured.values()
   return Table(['text', f'perplexity {dense}', *others, 'loss increase', f'KL from {dense}'], rows)
 
 

@@ -243,10 +243,10 @@ def test_the_notebook_runs(files, tmp_path, monkeypatch):
   places = {
     'data/SmolLM2-135M-Instruct.Q4_1.gguf': str(files / 'model'),
     "os.chdir('..')": 'None',
-    'tokens=40_960': 'tokens=256',
-    'length=512': 'length=32',
+    'tokens=8_192': 'tokens=256',
+    'samples=4, length=256': 'samples=8, length=32',
     "'length': 256": "'length': 32",
-    'length=256, max_tokens=8192': 'length=32, max_tokens=256',
+    'length=256, max_tokens=2048': 'length=32, max_tokens=256',
   }
   cells = json.loads((runs.ROOT / 'examples/prune_and_recover.ipynb').read_text())['cells']
   names = executed([''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code'], places)

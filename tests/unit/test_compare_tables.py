@@ -35,21 +35,35 @@ SEEDS = [{TARGET: 0.5, 'seed': seed} for seed in (0, 1, 2)]
 
 
 def test_a_row_for_each_group_with_the_spread_over_its_cells():
-  table = compare_tables.rows_table(make_report(SEEDS, states=[(2, 'failed')]))
-  row = dict(zip(table.head, table.rows[0], strict=True))
-  assert len(table.rows) == 1 and row['target'] == '0.5' and row['cells'] == '2 of 3, 1 failed'
-  assert row['perplexity pruned'] == '20.50 (20.00–21.00)'
-  assert row['excess'] == f'{math.log(2.05):.3f} ({math.log(2.0):.3f}–{math.log(2.1):.3f})'
+  tables = compare_tables.tables(make_report(SEEDS, states=[(2, 'failed')]))
+  row = {}
+  for table in tables.values():
+    assert len(table.rows) == 1
+    row |= dict(zip(table.head, table.rows[0], strict=True))
+  assert list(tables) == ['Cells', 'Loss'] and row['target'] == '0.5' and row['cells'] == '2 of 3, 1 failed'
+  assert row['Perplexity pruned'] == '20.50 (20.00–21.00)'
+  assert row['Loss increase'] == f'{math.log(2.05):.3f} ({math.log(2.0):.3f}–{math.log(2.1):.3f})'
   assert row['parameters'] == '1,050,000 (1,000,000–1,100,000)' and row['KL'] == '–'
 
 
 def test_figures_say_which_of_several_texts_they_belong_to():
   report = make_report(GRID, ['wiki', 'web'])
-  assert {'perplexity pruned wiki', 'excess web', 'KL web'} <= set(compare_tables.rows_table(report).head)
+  tables = compare_tables.tables(report)
+  assert list(tables) == ['Cells', 'Loss increase', 'KL', 'Perplexity pruned']
+  assert tables['Perplexity pruned'].head == ['target', 'samples', 'wiki', 'web']
+  assert all(len(line) <= 80 for table in tables.values() for line in table.markdown().splitlines())
   assert 'perplexity wiki 10.00, web 11.00.' in compare_tables.text(report)
   assert set(compare_page.plots(report)) == {
     'perplexity.svg', 'perplexity-web.svg', 'perplexity-parameters.svg'
   }  # fmt: skip
+
+
+def test_a_run_of_several_sizes_has_one_curve_a_text_from_the_dense_model_on(drawn):
+  report = make_report([{TARGET: t} for t in (0.9, 0.8)], ['wiki', 'web']) | {'of': 'sizes'}
+  assert compare_page.plots(report).keys() == {'loss.svg'}
+  _, _, (wiki, web), _ = drawn[0]
+  assert wiki.points[-1] == web.points[-1] == (100, 0) and len(wiki.points) == 3
+  assert wiki.points[0] == (50, pytest.approx(math.log(2)))
 
 
 def test_sizes_without_texts_and_texts_without_the_dense_model():

@@ -111,12 +111,14 @@ def test_the_site_builds_without_a_warning_with_the_files_that_pages_link_to(tmp
   assert built.returncode == 0, built.stderr
   page = (tmp_path / 'site/api/index.html').read_text()
   assert 'Calibration rows' in page and 'recover' in page  # docstrings of the library
+  assert '<span class="word">--mode=prune</span>' in (tmp_path / 'site/index.html').read_text()  # not broken
   for page, linked in (
     ('index.html', 'files/CHANGELOG/'),
     ('results/index.html', '../files/benchmarks/RESULTS/'),
     ('files/benchmarks/RESULTS/index.html', '../../../cluster/#memory-time-and-cost-on-paper'),
     ('library/index.html', '../files/examples/prune_and_recover.ipynb'),
     ('results/index.html', 'tokens/compare.csv'),
+    ('running/index.html', '../sample-report.html'),
   ):
     assert f'href="{linked}"' in (tmp_path / 'site' / page).read_text(), linked
     file = (tmp_path / 'site' / page).parent / linked.split('#')[0]

@@ -73,7 +73,7 @@ def test_a_row_a_text():
     ['wiki', '20.00', '40.00', '22.00', '0.095', '0.123'],
     ['web', '30.00', '90.00', '45.00', '0.405', '0.500'],
   ]
-  assert texts_table({'wiki': {'dense': 20.0}}).rows[0] == ['wiki', '20.00', '–', '–', '–', '–']
+  assert texts_table({'wiki': {'dense': 20.0}}).rows[0] == ['wiki', '20.00', '–', '–']
 
 
 def test_a_text_that_lost_more_than_twice_as_much_is_told():
