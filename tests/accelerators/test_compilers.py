@@ -125,7 +125,8 @@ KERNELS = {
 }
 
 
-GEMMA = {'layers': (LayerShape(4, 2, 4096, window=512),), 'head_dim': 256}
+# Its share of the hidden size is not 256 as well, which would look like a head.
+GEMMA = {'layers': (LayerShape(4, 2, 4096, window=512),), 'head_dim': 256, 'hidden_size': 512}
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def test_end_to_end(tmp_path, monkeypatch):
   first, *others = by_kind['pipeline']  # all on this CPU
   for r in others:
     assert r['removed'] == first['removed'] and r['pruned'] == pytest.approx(first['pruned'], rel=1e-6)
-  assert 0 < first['dense'] < first['pruned'] and first['healed'] < first['pruned']
+  for name in ('dense', 'pruned', 'healed'):  # of random weights
+    assert first[name] == pytest.approx(64, rel=0.05)
   [r] = by_kind['checkpoint']
   assert min(r['save'] + r['restore']) > 0 and r['bytes'] > 12 * count_params(gpu_rows.model('toy'))
   assert plain['flops'] == 3 * forward_flops(gpu_rows.model('toy'), 32) == 3 / 4 * taught['flops']
