@@ -88,7 +88,7 @@ bench: .venv/installed-test fetch
 	set -e; for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name --write; done
 
 # Alone on the card. PyTorch, the peer, is the build that pip chooses: on Linux one with CUDA.
-bench-gpu: .venv/installed-cuda
+bench-gpu: .venv/installed-cuda fetch
 	$(PY) -m benchmarks.gpu --write
 
 check: .venv/installed-test

@@ -1,4 +1,5 @@
-"""On one GPU: recovery, pruning, scoring compared with PyTorch, generation, and cuDNN's attention.
+"""On one GPU: the whole pipeline beside a CPU, recovery, pruning, scoring compared with PyTorch, generation,
+cuDNN's attention and checkpoints.
 
     python -m benchmarks.gpu [--minutes=8] [--toy] [--write]
 
@@ -8,7 +9,8 @@ Without a network, install from a folder of wheels that another machine of the s
     pip install --no-index --find-links=wheels 'adapt-jax[cuda]'  # here, in a copy of the repository
 
 Random weights are made on the device, for SmolLM2-135M, Llama-3.2-1B and -3B, and two and eight of the 32
-layers of Llama-3.1-8B. Each row runs in a separate process, alone on the card, one after another (attention
+layers of Llama-3.1-8B; the pipeline takes the real weights of SmolLM2-135M, where `make fetch` has left them.
+Each row runs in a separate process, alone on the card, one after another (attention
 rows share one); a row that fails has the reason in the table. The most important rows come first; a row for
 which the minutes do not suffice is left out and marked. The tables are printed at the end; with --write, the
 tables so far are also written to benchmarks/RESULTS.md after each row.
@@ -46,7 +48,8 @@ class Row:
   """One row of the tables: `rows` x `length` tokens at once.
 
   micro: rows of a micro-batch, 0 for all. seconds: with fewer left it is not started. heads: N, K and H.
-  teacher: whether training is recovery, with the dense model beside.
+  teacher: whether training is recovery, with the dense model beside. form: a key of `FORMS`, or what else is
+  different.
   """
 
   kind: str
@@ -59,27 +62,49 @@ class Row:
   new: int = 0
   heads: tuple[int, int, int] = (0, 0, 0)
   segmented: bool = False
+  window: int = 0
   teacher: bool = False
+  form: str = ''
 
   @property
   def name(self) -> str:
     heads = '{}/{} heads of {}'.format(*self.heads) + ', segments' * self.segmented
+    heads += f', window of {self.window}' * bool(self.window)
     what = heads if self.kind == 'attention' else self.model + ' with teacher' * self.teacher
-    return ' '.join([self.kind, what, f'{self.rows} x {self.length}'] if self.rows else [self.kind])
+    parts = [self.kind, what, f'{self.rows} x {self.length}' * bool(self.rows), self.form]
+    return ' '.join(part for part in parts if part)
 
 
-def _attention(rows: int, length: int, *heads: int, segmented: bool = False) -> Row:
-  return Row('attention', 15, rows=rows, length=length, heads=heads, segmented=segmented)  # type: ignore[arg-type]
+# What the process of such a row has in its environment.
+FORMS = {
+  'on the CPU': {'JAX_PLATFORMS': 'cpu'},
+  'without autotuning': {'XLA_FLAGS': '--xla_gpu_autotune_level=0'},
+  'without Triton': {'XLA_FLAGS': '--xla_gpu_enable_triton_gemm=false'},
+}
+
+
+def _attention(rows: int, length: int, *heads: int, segmented: bool = False, window: int = 0) -> Row:
+  form: Any = {'heads': heads, 'segmented': segmented, 'window': window}
+  return Row('attention', 15, rows=rows, length=length, **form)
 
 
 ROWS = (
   Row('card', 20),
+  Row('pipeline', 60, '135M', 16, 256),
+  Row('pipeline', 60, '135M', 16, 256, form='on the CPU'),
+  Row('pipeline', 40, '135M', 16, 256, form='in float32'),
   Row('training', 50, '135M', 64, 1024, micro=16, teacher=True),
   Row('training', 60, '1B', 32, 1024, micro=16, teacher=True),
   Row('curvature', 60, '8B, 2 of 32 layers', 32, 1024, micro=4),
   Row('least squares', 60, '8B, 2 of 32 layers', 32, 1024, micro=4),
+  Row('training', 45, '1B, 4 different layers', 32, 1024, micro=16),
+  Row('training', 45, '1B, 4 different layers', 32, 1024, micro=16, form='without autotuning'),
+  Row('training', 45, '1B, 4 different layers', 32, 1024, micro=16, form='without Triton'),
+  Row('checkpoint', 30, '135M'),
   _attention(8, 2048, 32, 8, 64),
   _attention(8, 2048, 32, 8, 64, segmented=True),
+  _attention(8, 2048, 32, 8, 64, segmented=True, window=512),
+  _attention(8, 2048, 4, 1, 256, window=512),
   _attention(8, 1024, 9, 3, 64, segmented=True),
   _attention(8, 1024, 5, 1, 64, segmented=True),
   _attention(8, 1024, 1, 1, 64),
@@ -101,7 +126,11 @@ ROWS = (
 )
 TOY = (
   Row('card', 0),
-  _attention(2, 32, 9, 3, 8, segmented=True),
+  Row('pipeline', 0, 'toy', 4, 32),
+  Row('pipeline', 0, 'toy', 4, 32, form='on the CPU'),
+  Row('pipeline', 0, 'toy', 4, 32, form='in float32'),
+  Row('checkpoint', 0, 'toy'),
+  _attention(2, 32, 9, 3, 8, segmented=True, window=9),
   Row('training', 0, 'toy', 4, 32, micro=2),
   Row('training', 0, 'toy', 4, 32, micro=2, teacher=True),
   Row('curvature', 0, 'toy', 4, 32, micro=2),
@@ -118,12 +147,17 @@ def children(rows: tuple[Row, ...], toy: bool) -> list[list[int]]:
   return [list(group) for _, group in itertools.groupby(range(len(rows)), key=shared.__getitem__)]
 
 
-def measured(command: list[str], seconds: float) -> Iterator[dict[str, Any]]:
-  """Yields the objects that a program prints; then {'ended': why} if it failed or was cut off."""
+def measured(command: list[str], seconds: float, form: str = '') -> Iterator[dict[str, Any]]:
+  """Yields the objects that a program prints; then {'ended': why} if it failed or was cut off.
+
+  form: of `Row`.
+  """
   # No cache, since compiling is measured; 0.92 of the memory, as in launch/.
   env = {'CUDA_VISIBLE_DEVICES': '0'} | os.environ | side_by_side.ENVIRONMENT
   if 'XLA_PYTHON_CLIENT_MEM_FRACTION' not in env:
     env.setdefault('XLA_CLIENT_MEM_FRACTION', '0.92')
+  for name, value in FORMS.get(form, {}).items():
+    env[name] = f'{env.get(name, "")} {value}'.strip() if name == 'XLA_FLAGS' else value
   with tempfile.TemporaryFile() as errors:
     process = subprocess.Popen(
       command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, cwd=side_by_side.ROOT
@@ -150,6 +184,8 @@ def measured(command: list[str], seconds: float) -> Iterator[dict[str, Any]]:
 _END = ' | peak GB | compiled, s'
 _LIMIT = 's | limit, s | planned GB'
 HEADS = {
+  'pipeline': 'model | rows | groups removed | of them on the CPU too | perplexity, dense | over the CPU | '
+  'pruned | over the CPU | healed | s | s, with healing | peak GB',
   'attention': 'rows | heads | form | ms plain | ms | plain / it | TFLOP/s | GB beside, plain | GB | '
   'off from fp32, plain: output, dq, dk, dv | off',
   'training': f'model | rows | micro-batch | GFLOP a token | tokens/s | {_LIMIT} | TFLOP/s | '
@@ -158,18 +194,25 @@ HEADS = {
   'least squares': f'model | rows | {_LIMIT}{_END}',
   'scoring': f'model | rows | program | s a step | tokens/s | TFLOP/s | PyTorch / ours{_END}',
   'generation': f'model | rows | prefill tokens/s | of one product | decode tokens/s | limit | of it{_END}',
+  'checkpoint': 'model | GB | s to save | s to restore',
 }
 NOTES = {
+  'pipeline': 'Real weights, 80 % of the parameters, curvature and least squares, in bfloat16 (on the CPU '
+  'float32); perplexity on as many rows of a text held out. The CPU is the same machine. Seconds are those '
+  'of pruning, compiling included.',
   'attention': 'Causal, forward and backward; FLOP: 3 x 2·B·T²·N·H. Errors: the largest of the first row, '
   'over the largest value. Segments: four documents a row.',
   'training': 'The step of mode accel: bf16 products, fp32 weights, gradients, Adam; four documents a row. '
   'FLOP a token: 3 x (2 a weight of every product + 2·T·N·H of attention a layer), and once more of the '
   'teacher, without what remat does again. Limit: of the kernels one after another, at the published peaks '
-  '(mode estimate; 0: not a card that it knows). Planned: by the compiler, beside the peak as it was.',
+  '(mode estimate; 0: not a card that it knows). Planned: by the compiler, beside the peak as it was. '
+  'Different layers are those of a pruned stage: what their row took to compile, less that without '
+  'autotuning, is what a stage spends on choosing kernels for so many layers.',
   'curvature': 'Scores of the default method, with second moments, Cholesky factors and solves in float32.',
   'least squares': 'Weights that make up for what is removed, as the default method ends.',
   'scoring': 'Taylor scores of all groups and cosine distances of all layers, to the host, bf16. FLOP a '
   'token as in training, though ours goes forward twice.',
+  'checkpoint': 'Weights and Adam moments, by the checkpoints of a run, with checksums.',
   'generation': 'Greedy, bf16. The limit of decoding: weights and cache, read once a token.',
 }
 
@@ -199,6 +242,10 @@ def cells(i: int, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> li
     decode = [spread(r['decode']), f'{limit:,.0f}', f'{statistics.median(r["decode"]) / limit:.0%}']
     prefill = [f'{size} + {row.new}', spread(r['prefill']), f'{of_product:.0%}']
     return [row.model, *prefill, *decode, peak, compiled]
+  if row.kind == 'checkpoint':
+    return [row.model, f'{r["bytes"] / 1e9:.1f}', spread(r['save'], 1), spread(r['restore'], 1)]
+  if row.kind == 'pipeline':
+    return [f'{row.model} {row.form}'.strip(), size, *_beside_cpu(i, rows, found), peak]
   held = f'{r.get("planned", 0) / 1e9:.1f}'
   planned = [spread(r['seconds'], 3), f'{r.get("limit", 0):.3f}', held]
   if row.kind in ('curvature', 'least squares'):
@@ -222,8 +269,31 @@ def cells(i: int, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> li
   mfu = f'{speed / nominal(card):.1%}' if nominal(card) else '—'
   limits = [*planned, f'{speed:.1f}', mfu, f'{speed / card["product"]:.1%}']
   losses = ' '.join(f'{x:.3f}' for x in r['losses'])
-  name = row.model + ' with teacher' * row.teacher
+  name = f'{row.model}{" with teacher" * row.teacher} {row.form}'.strip()
   return [name, size, micro, f'{r["flops"] / 1e9:.2f}', spread(rates), *limits, peak, compiled, losses]
+
+
+def _beside_cpu(i: int, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> list[str]:
+  """Cells of a pipeline: what it removed, perplexities and seconds; shares of what the CPU's row has."""
+  r, removed = found[i], int(found[i]['removed'], 16)
+  on_cpu = (found.get(j, {}) for j, row in enumerate(rows) if row.form == 'on the CPU')
+  cpu = next((x for x in on_cpu if 'removed' in x), None)
+  same = (removed & int(cpu['removed'], 16)).bit_count() / removed.bit_count() if cpu else 0.0
+  made = [f'{removed.bit_count():,}', f'{same:.2%}' if cpu else '—']
+  for name in ('dense', 'pruned'):
+    made += [f'{r[name]:.3f}', f'{r[name] / cpu[name]:.4f}' if cpu else '—']
+  made.append(f'{r["healed"]:.3f}' if 'healed' in r else '—')
+  healing = f'{r["healing seconds"]:.1f}' if 'healing seconds' in r else '—'
+  return [*made, spread(r['seconds'], 1), healing]
+
+
+def slowest(rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> list[str]:
+  """A line for each step that was traced."""
+  traced = ((rows[i], r['kernels']) for i, r in found.items() if 'kernels' in r)
+  return [
+    f'\nSlowest kernels of {row.name}, ms: ' + ', '.join(f'{name} {ms:.2f}' for name, ms in kernels) + '.'
+    for row, kernels in traced
+  ]
 
 
 def table(kind: str, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> list[str]:
@@ -246,7 +316,8 @@ def text(rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> str:
     f'bf16 product, {card["bandwidth"]:,.0f} GB/s reading and writing. Median (lowest–highest). Peak memory '
     'as the device counts it, 0 where it does not.'
   )
-  return '\n'.join([first, *(line for kind in HEADS for line in table(kind, rows, found))])
+  tables = (line for kind in HEADS for line in table(kind, rows, found))
+  return '\n'.join([first, *tables, *slowest(rows, found)])
 
 
 def run(rows: tuple[Row, ...], toy: bool, minutes: float, write: bool) -> dict[int, dict[str, Any]]:
@@ -258,7 +329,8 @@ def run(rows: tuple[Row, ...], toy: bool, minutes: float, write: bool) -> dict[i
     command = [sys.executable, '-m', 'benchmarks.programs.gpu_rows', f'--until={until}']
     command += [f'--rows={",".join(map(str, group))}'] + ['--toy'] * toy
     enough = left >= rows[group[0]].seconds
-    for answer in measured(command, left) if enough else [{'ended': f'left out: {left:.0f} s were left'}]:
+    form, late = '' if toy else rows[group[0]].form, {'ended': f'left out: {left:.0f} s were left'}
+    for answer in measured(command, left, form) if enough else [late]:
       ended = {i: {'said': answer['ended']} for i in group if i not in found} if 'ended' in answer else {}
       new = ended or {answer['row']: answer}
       for i, row in new.items():

@@ -38,6 +38,7 @@ def heal_options(samples: int, length: int, passes: int, micro_batch: int, vocab
     batch=batch,
     micro_batch=micro_batch,
     length=length,
+    layout='padded',  # a row is one document
     schedule='cosine',
     save_every=10**9,
     distill=DistillOptions(cache=min(_KEPT, vocab_size - 1)),

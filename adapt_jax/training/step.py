@@ -105,7 +105,7 @@ class TrainingStep:
           self.config,
           params,
           tokens_BT,
-          segments=segments_BT,
+          segments=in_rows(self.options, segments_BT),
           dtype=self.dtype,
           remat=self.options.remat == 'True',
         )
@@ -149,10 +149,19 @@ class TrainingStep:
       return capped(cross_entropy, cap), extras
     params, head_VD = teacher
     y_BTD = llama.hidden_states(
-      self.teacher_config, params, tokens_BT, segments=segments_BT, dtype=self.dtype
+      self.teacher_config, params, tokens_BT, segments=in_rows(self.options, segments_BT), dtype=self.dtype
     )
     of_chunk = distillation(alpha, head_VD, self.teacher_config.logit_cap)
     return capped(of_chunk, cap), (*extras, y_BTD.reshape(len(x_TD), -1))
+
+
+def in_rows(options: TrainOptions, segments_BT: jax.Array) -> jax.Array | None:
+  """The segments that attention has to tell apart; None if a row is one document, with padding after it.
+
+  Attention is causal, so a document does not see the padding. Without segments, GPUs have a kernel for more
+  models (`models.network.flash`).
+  """
+  return None if options.layout == 'padded' else segments_BT
 
 
 def begin(params: Params, optimizer: optax.GradientTransformation) -> TrainState:

@@ -34,7 +34,7 @@ from adapt_jax.models.files import read_text, write_text
 from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
 from adapt_jax.training.loss import teacher_top
-from adapt_jax.training.step import Teacher
+from adapt_jax.training.step import Teacher, in_rows
 
 _LOWEST = -1e4  # a log p that fits in float16 and whose p is 0
 _REMEDY = 'delete this directory, and the teacher is asked again'
@@ -187,7 +187,8 @@ def likeliest(
   """The program `(parameters of the dense model, tokens, segments [B, T])` -> ids and log p, as on disk."""
 
   def top(params: Params, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_BTD = llama.hidden_states(config, params, tokens_BT, segments=segments_BT, dtype=dtype)
+    segments = in_rows(options, segments_BT)
+    x_BTD = llama.hidden_states(config, params, tokens_BT, segments=segments, dtype=dtype)
     x_TD, head_VD = x_BTD.reshape(-1, x_BTD.shape[-1]), llama.head(params)
     found = teacher_top(x_TD, head_VD, options.distill.cache, config.logit_cap)
     ids, log_p = (x.reshape(*tokens_BT.shape, -1) for x in found)

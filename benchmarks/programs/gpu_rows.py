@@ -4,10 +4,12 @@ python -m benchmarks.programs.gpu_rows --rows=0,1 --until=UNIX_SECONDS [--toy]
 """
 
 import argparse
-import functools
+import collections
 import gc
 import json
+import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,15 +22,11 @@ import numpy as np
 from adapt_jax.config.build import from_dict
 from adapt_jax.configs import base
 from adapt_jax.generation.generator import Generator, Timings, bucket
-from adapt_jax.machine.compiled_text import CompiledText
 from adapt_jax.machine.compiler import Compiler
-from adapt_jax.machine.targets import TARGETS
-from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
+from adapt_jax.models.config import count_params
 from adapt_jax.models.formats.hf_config import config_to_hf
 from adapt_jax.models.network import attention as attention_forms
-from adapt_jax.models.network import flash, llama
-from adapt_jax.modes import estimate
-from adapt_jax.modes.estimate_programs import Program
+from adapt_jax.models.network import flash
 from adapt_jax.pipeline.flops import forward as forward_flops
 from adapt_jax.pruning import programs, surgery
 from adapt_jax.pruning.attention_units import KV_GROUPS
@@ -37,77 +35,8 @@ from adapt_jax.pruning.scorer import Scorer
 from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import TrainingStep
 from benchmarks.gpu import ROWS, TOY, Row
-
-BF16 = jnp.dtype(jnp.bfloat16)
-
-
-def model(name: str) -> ModelConfig:
-  """The ModelConfig of a row's model."""
-
-  def shape(vocab: int, hidden: int, head: int, n: int, k: int, ffn: int, layers: int, tied: bool) -> Any:
-    shapes = (LayerShape(n, k, ffn),) * layers
-    return ModelConfig('llama', vocab, hidden, head, shapes, RopeConfig(5e5), 1e-5, tied, max_position=8192)
-
-  return {
-    '135M': shape(49_152, 576, 64, 9, 3, 1536, 30, True),
-    '1B': shape(128_256, 2048, 64, 32, 8, 8192, 16, True),
-    '3B': shape(128_256, 3072, 128, 24, 8, 8192, 28, True),
-    '8B, 2 of 32 layers': shape(128_256, 4096, 128, 32, 8, 14_336, 2, False),
-    '8B, 8 of 32 layers': shape(128_256, 4096, 128, 32, 8, 14_336, 8, False),
-    'toy': shape(64, 48, 8, 6, 2, 64, 1, True),
-  }[name]
-
-
-def seconds_of(run: Callable[[], Any], enough: float = 3.0, least: int = 3) -> list[float]:
-  """Seconds of each of `least` or more calls, until they total `enough`; `run` must wait for its result."""
-  found: list[float] = []
-  while len(found) < least or sum(found) < enough:
-    start = time.perf_counter()
-    run()
-    found.append(time.perf_counter() - start)
-  return found
-
-
-def weights(config: ModelConfig, dtype: Any) -> llama.Params:
-  """Random parameters, made on the device leaf by leaf."""
-
-  @functools.partial(jax.jit, static_argnums=1)
-  def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return (0.02 * jax.random.normal(key, shape)).astype(dtype)
-
-  leaves, structure = jax.tree.flatten(llama.abstract_params(config, dtype))
-  keys = jax.random.split(jax.random.key(0), len(leaves))
-  norms = [x.ndim == 1 for x in leaves]
-  made = [
-    jnp.ones_like(x) if norm else draw(key, x.shape) for key, x, norm in zip(keys, leaves, norms, strict=True)
-  ]
-  return jax.tree.unflatten(structure, made)
-
-
-def tokens(row: Row, config: ModelConfig) -> np.ndarray:
-  return np.random.default_rng(0).integers(0, config.vocab_size, (row.rows, row.length)).astype(np.int32)
-
-
-def segments(row: Row) -> np.ndarray:
-  """Four documents per row, int32 [rows, length]."""
-  return np.broadcast_to(1 + np.arange(row.length, dtype=np.int32) * 4 // row.length, (row.rows, row.length))
-
-
-def stats(name: str) -> int:
-  """A statistic of the device's memory, in bytes; 0 if the backend keeps none, as on CPU."""
-  return int((jax.local_devices()[0].memory_stats() or {}).get(name, 0))
-
-
-def plan(program: Any) -> dict[str, Any]:
-  """What the compiler plans to hold, bytes, and the seconds that no execution can beat; 0 if not known."""
-  memory, kind = program.memory_analysis(), jax.devices()[0].device_kind.lower()
-  found = {'planned': memory.argument_size_in_bytes + memory.temp_size_in_bytes, 'limit': 0.0}
-  for name, target in TARGETS.items():
-    if target.platform == 'cuda' and name in kind:
-      text = CompiledText(program.as_text())
-      whole = Program(0, 0, 0, moved=text.bytes_moved(), kernels=tuple(text.kernels()))
-      found['limit'] = estimate.limit(whole, target).limit
-  return found
+from benchmarks.programs.gpu_models import BF16, model, plan, seconds_of, segments, stats, tokens, weights
+from benchmarks.programs.gpu_runs import checkpoint, pipeline
 
 
 def card(row: Row, toy: bool) -> dict[str, Any]:
@@ -148,13 +77,17 @@ def attention(row: Row, toy: bool) -> dict[str, Any]:
   ids = jnp.asarray(segments(row)) if row.segmented else None
   taken = flash.takes(q, row.segmented)
 
+  def ours(*args: Any) -> Any:
+    return attention_forms.causal_attention(*args, window=row.window or None)
+
   def plain(*args: Any) -> Any:
     with mock.patch.object(flash, 'takes', return_value=False):
-      return attention_forms.causal_attention(*args)
+      return ours(*args)
 
   def library(q: Any, k: Any, v: Any, ids: Any) -> Any:
     mask = None if ids is None else (ids[:, :, None] == ids[:, None])[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+    window = (row.window - 1, 0) if row.window else None
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, local_window_size=window)
 
   def both(form: Callable[..., Any], q: Any, k: Any, v: Any, g: Any, ids: Any) -> Any:
     out, pull = jax.vjp(lambda *x: form(*x, ids), q, k, v)
@@ -164,7 +97,7 @@ def attention(row: Row, toy: bool) -> dict[str, Any]:
   with jax.default_matmul_precision('highest'):
     exact = jax.jit(lambda *x: both(plain, *x))(*first, None if ids is None else ids[:1])
   found: dict[str, Any] = {'form': 'cuDNN' if taken else "jax.nn's XLA form"}
-  for name, form in (('plain', plain), ('other', attention_forms.causal_attention if taken else library)):
+  for name, form in (('plain', plain), ('other', ours if taken else library)):
     program = jax.jit(lambda *x, form=form: both(form, *x)).lower(q, k, v, g, ids).compile()
     out = program(q, k, v, g, ids)
     found[f'{name} errors'] = [
@@ -236,7 +169,30 @@ def _training(row: Row, micro: int, remat: bool, toy: bool) -> dict[str, Any]:
     'peak': stats('peak_bytes_in_use'),
     'losses': [losses[0], losses[-1]],
     **planned,
+    **({'kernels': slowest(run)} if row.teacher else {}),
   }
+
+
+def slowest(run: Callable[[], None], most: int = 10) -> list[tuple[str, float]]:
+  """Names and milliseconds of the kernels that take longest in one call, repetitions together."""
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0
+  totals: collections.Counter[str] = collections.Counter()
+  try:
+    with tempfile.TemporaryDirectory() as directory:
+      with jax.profiler.trace(directory, profiler_options=options):
+        run()
+      [file] = pathlib.Path(directory).rglob('*.xplane.pb')
+      planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+      devices = [plane for plane in planes if plane.name.startswith('/device:GPU')]
+      for line in (line for plane in devices or planes for line in plane.lines):
+        # Other lines of a GPU repeat what its streams execute, by module and operation.
+        if not devices or line.name.startswith('Stream'):
+          for event in line.events:
+            totals[event.name] += event.duration_ns / 1e6
+  except Exception as error:  # the row's other figures stay
+    return [(f'no trace: {type(error).__name__}: {error}'[:200], 0.0)]
+  return totals.most_common(most)
 
 
 def pruning(row: Row, toy: bool) -> dict[str, Any]:
@@ -357,6 +313,7 @@ def generation(row: Row, toy: bool) -> dict[str, Any]:
 
 KINDS: dict[str, Callable[[Row, bool], dict[str, Any]]] = {
   'card': card,
+  'pipeline': pipeline,
   'attention': attention,
   'training': training,
   'curvature': pruning,
@@ -364,6 +321,7 @@ KINDS: dict[str, Callable[[Row, bool], dict[str, Any]]] = {
   'scoring': scoring,
   'scoring by PyTorch': peer,
   'generation': generation,
+  'checkpoint': checkpoint,
 }
 
 

@@ -45,10 +45,10 @@ def causal_attention(
 
   `form` replaces the factor 1 / √H. With `segments_BT`, a token attends only to its own segment; with
   `window`, only to that many tokens, itself included. Long rows are computed in blocks of queries, which the
-  backward pass recomputes, so that memory grows with T, not T². Without cap and window, GPUs use cuDNN's
-  kernels and TPUs splash attention where they can (`flash`, `splash`), unless ADAPT_JAX_FUSED_ATTENTION=0 is
-  in the environment. On a CPU, shorter rows are also computed in blocks, each with the keys up to its last
-  query, because softmax passes over all logits several times there.
+  backward pass recomputes, so that memory grows with T, not T². GPUs use cuDNN's kernels and TPUs splash
+  attention where they can (`flash`, `splash`), unless ADAPT_JAX_FUSED_ATTENTION=0 is in the environment. Both
+  need a window that is no array, and cuDNN no cap. On a CPU, shorter rows are also computed in blocks, each
+  with the keys up to its last query, because softmax passes over all logits several times there.
 
   Equivalent to `jax.nn.dot_product_attention(..., is_causal=True)`, but written as batched products over
   B and K, which XLA's CPU backend runs twice as fast, including the gradient. B and K remain two axes, so
@@ -58,11 +58,9 @@ def causal_attention(
   form = form or Logits(q_BTNH.shape[3] ** -0.5)
   if isinstance(window, int) and window >= T:
     window = None
-  plain = not form.cap and window is None
-  if plain and (fused := _fused(q_BTNH, k_BSKH, segments_BT is not None)):
+  if fused := _fused(form, q_BTNH, k_BSKH, segments_BT is not None, window):
     letters = ('B.N.', 'B.K.', 'B.K.', 'B.')
-    scale = form.scale
-    return on_each_device(lambda *own: fused(*own, scale), letters, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    return on_each_device(fused, letters, q_BTNH, k_BSKH, v_BSKH, segments_BT)
   most = WHOLE_ON_CPU if on_cpu() else WHOLE
   if most >= T:
     if on_cpu() and T >= 2 * BLOCK:
@@ -87,13 +85,19 @@ def causal_attention(
   return out.reshape(out.shape[0], padded, *out.shape[3:])[:, :T]
 
 
-def _fused(q_BTNH: jax.Array, k_BSKH: jax.Array, segmented: bool) -> Callable[..., jax.Array] | None:
+def _fused(
+  form: Logits, q_BTNH: jax.Array, k_BSKH: jax.Array, segmented: bool, window: Any
+) -> Callable[..., jax.Array] | None:
   """The kernel for these queries on what is compiled for, if there is one."""
   if os.environ.get('ADAPT_JAX_FUSED_ATTENTION') == '0' or not divides('B.K.', k_BSKH.shape):
     return None
-  if flash.takes(q_BTNH, segmented):
-    return flash.flash_attention
-  return splash.splash_attention if splash.takes(q_BTNH) else None
+  if isinstance(window, jax.Array):
+    return None
+  if flash.takes(q_BTNH, segmented) and not form.cap:
+    return functools.partial(flash.flash_attention, scale=form.scale, window=window)
+  if splash.takes(q_BTNH):
+    return functools.partial(splash.splash_attention, scale=form.scale, cap=form.cap, window=window)
+  return None
 
 
 def _blocks(

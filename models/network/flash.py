@@ -36,7 +36,12 @@ def takes(q_BTNH: jax.Array, segmented: bool) -> bool:
 
 
 def flash_attention(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array | None, scale: float
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  segments_BT: jax.Array | None,
+  scale: float,
+  window: int | None = None,
 ) -> jax.Array:
   """Same as `models.network.attention.causal_attention`; tokens of one segment must be contiguous."""
   H = q_BTNH.shape[-1]
@@ -46,8 +51,10 @@ def flash_attention(
     bits_BTC = number_BT1 >> jnp.arange(_BITS) & 1
     q_BTNH, k_BSKH = _append(q_BTNH, bits_BTC), _append(k_BSKH, _FAR * (bits_BTC - 1))
     v_BSKH = jnp.pad(v_BSKH, ((0, 0), (0, 0), (0, 0), (0, _BITS)))  # must have the same width
+  # JAX counts the tokens before the query, we its own too.
+  before = None if window is None else (window - 1, 0)
   out = jax.nn.dot_product_attention(
-    q_BTNH, k_BSKH, v_BSKH, scale=scale, is_causal=True, implementation='cudnn'
+    q_BTNH, k_BSKH, v_BSKH, scale=scale, is_causal=True, local_window_size=before, implementation='cudnn'
   )
   return out[..., :H]
 

@@ -25,16 +25,21 @@ class Positions(NamedTuple):
 
 
 class PositionTables:
-  """The `Positions` of all layers of a model for integer positions [..., T]; layers of a kind share them."""
+  """The `Positions` of all layers of a model for integer positions [..., T]; layers of a kind share them.
+
+  If the positions are a numpy array, and so known when a program is traced, windows that reach all of them
+  are left out.
+  """
 
   def __init__(self, config: ModelConfig, positions: jax.Array | np.ndarray):
     kinds = tuple(dict.fromkeys(map(_kind, config.layers)))
     self._kind_L = [kinds.index(_kind(shape)) for shape in config.layers]
     self._kinds = []
+    most = positions.max() if isinstance(positions, np.ndarray) else _ALL
     for window, rotary in kinds:
       rope = config.local_rope if window and config.local_rope else config.rope
       cos, sin = rope_tables(rope, config.head_dim, positions) if rotary else (None, None)
-      self._kinds.append(Positions(cos, sin, window or None))
+      self._kinds.append(Positions(cos, sin, window if 0 < window <= most else None))
 
   def of(self, layer: int | jax.Array) -> Positions:
     """The positions of one layer; its index may be traced, as in a scan over layers."""

@@ -65,12 +65,13 @@ def training_step(plan):
 @pytest.mark.parametrize('recipe', [base, adapt], ids=['base', 'adapt'])
 @pytest.mark.parametrize('target,devices', [('h100', 1), *EIGHT])
 def test_every_program_compiles(target, devices, recipe):
-  """Curvature, least squares and distillation; Taylor scores and cross-entropy."""
+  """Curvature, least squares, healing and distillation; Taylor scores and cross-entropy."""
   asked = options(recipe)
   with described(target, devices) as platform:
     found = programs(Footprint(asked, SMALL, jnp.bfloat16, platform), stage_configs(asked, SMALL))
   compiled = {name.split()[0].strip(','): x for name, x in found.items() if x.flops}
-  assert set(compiled) == {'scoring', 'training'} | ({'compensation'} if recipe is base else set())
+  more = {'compensation', 'teacher', 'healing'} if recipe is base else set()
+  assert set(compiled) == {'scoring', 'training'} | more
   for program in compiled.values():
     # Each reads its weights, and keeps less than forty times their size while it runs.
     assert program.moved > program.arguments
@@ -124,16 +125,29 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize('target', KERNELS)
-def test_attention_is_fused_and_each_device_computes_its_own(target):
+# Its share of the hidden size is not 256 as well, which would look like a head.
+GEMMA = {'layers': (LayerShape(4, 2, 4096, window=512),), 'head_dim': 256, 'hidden_size': 512}
+
+
+@pytest.mark.parametrize(
+  'target,changes',
+  [
+    ('h100', {'layers': SMALL.layers[:1]}),
+    ('tpu-v5p', {'layers': SMALL.layers[:1]}),
+    ('h100', GEMMA),
+    ('tpu-v5p', GEMMA | {'attention_cap': 50.0}),
+  ],
+)
+def test_attention_is_fused_and_each_device_computes_its_own(target, changes):
   """Rows split over four devices, heads over two: no logits of whole rows, and no heads gathered."""
-  asked, T = options(adapt, length=768, remat='True'), 768
+  layout, T = 'padded' if 'head_dim' in changes else 'packed', 768
+  asked = options(adapt, length=T, remat='True', layout=layout)
   sizes = MeshOptions(data=1, fsdp=4, tensor=2)
   with described(target, 8, sizes) as platform:
-    layer = dataclasses.replace(SMALL, layers=SMALL.layers[:1])
+    layer = dataclasses.replace(SMALL, **changes)
     text, _ = training_step(Footprint(asked, layer, jnp.bfloat16, platform))
   kernels = re.findall(r'custom_call_target="(__cudnn\$\w+|tpu_custom_call)"', text)
   assert sorted(kernels) == KERNELS[target]
   assert not re.search(rf'\[[\d,]*{T},{T}\]', text)
   for sent in CompiledText(text).collectives():  # such as bf16[4,768,4,64]
-    assert f'{T},' not in sent.shape or not sent.shape.endswith(f',{SMALL.head_dim}]')
+    assert f'{T},' not in sent.shape or not sent.shape.endswith(f',{layer.head_dim}]')

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
+from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from adapt_jax.models.formats.hf_config import config_to_hf
 from adapt_jax.models.formats.hf_weights import host_tensors
 from adapt_jax.models.network import llama
@@ -17,6 +18,7 @@ from adapt_jax.pruning.plan import PrunePlan
 from adapt_jax.pruning.scorer import Scorer
 from benchmarks import gpu, side_by_side
 from benchmarks.programs import gpu_rows
+from tests.programs.test_lowering import lower
 from tests.support.helpers import random_params
 
 
@@ -37,17 +39,49 @@ def test_end_to_end(tmp_path, monkeypatch):
   plain, taught = by_kind['training']
   assert np.log(64) == pytest.approx(plain['losses'][0], rel=0.02) and plain['losses'][1] < plain['losses'][0]
   assert taught['losses'][1] < 0.01  # of the model to itself
+  assert taught['kernels'][0][1] > 0
+  first, *others = by_kind['pipeline']  # all on this CPU
+  for r in others:
+    assert r['removed'] == first['removed'] and r['pruned'] == pytest.approx(first['pruned'], rel=1e-6)
+  for name in ('dense', 'pruned', 'healed'):  # of random weights
+    assert first[name] == pytest.approx(64, rel=0.05)
+  [r] = by_kind['checkpoint']
+  assert min(r['save'] + r['restore']) > 0 and r['bytes'] > 12 * count_params(gpu_rows.model('toy'))
   assert plain['flops'] == 3 * forward_flops(gpu_rows.model('toy'), 32) == 3 / 4 * taught['flops']
   for [r] in (by_kind['curvature'], by_kind['least squares']):
     assert min(r['seconds']) > 0 and r['planned'] > 0
   [r] = by_kind['generation']
   assert min(r['prefill'] + r['decode']) > 0
   text = results.read_text()
-  assert text.startswith('# Measured\n\n## On one GPU\n') and text.count('| toy |') == 6
+  assert text.startswith('# Measured\n\n## On one GPU\n') and text.count('| toy |') == 8
   assert all(f'### {kind.capitalize()}\n' in text for kind in gpu.HEADS)
   for line in text.splitlines():  # as many cells as its table has columns
     if line.startswith('|'):
       assert line.count('|') in {heads.count('|') + 2 for heads in gpu.HEADS.values()}
+
+
+@pytest.mark.parametrize(
+  'row',
+  [r for r in gpu.TOY if r.model and r.kind not in ('checkpoint', 'scoring by PyTorch')],
+  ids=lambda row: row.name,
+)
+def test_the_programs_lower_for_gpus(row, monkeypatch):
+  """The first of each row, which is not compiled then; test_lowering.py lowers all of the library."""
+
+  class Lowered(Exception):
+    pass
+
+  def call(self, name, fn, *args, **options):
+    lower(fn, *args)
+    raise Lowered
+
+  monkeypatch.setattr(Compiler, '__call__', call)
+  with pytest.raises(Lowered):
+    gpu_rows.KINDS[row.kind](row, True)
+
+
+def test_every_model_exists():
+  assert all(gpu_rows.model(row.model).num_layers for row in gpu.ROWS if row.model)
 
 
 def test_flops_are_those_that_the_compiler_counts():

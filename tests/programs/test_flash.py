@@ -4,6 +4,8 @@ On CPU `jax.nn.dot_product_attention` in plain XLA stands in for the two kernels
 calls them: batching, partitioning over a mesh and differentiation are JAX's own.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,19 +19,21 @@ from adapt_jax.models.network.backend import made_for
 ROWS = 2
 
 
-def attend(q, k, v, scale, mask_type):
-  causal = mask_type == cudnn.MaskType.CAUSAL
-  return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation='xla')
+def attend(q, k, v, scale, mask_type, sliding_window_length):
+  assert mask_type == cudnn.MaskType.CAUSAL
+  back = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])
+  seen = (back >= 0) & (back < (sliding_window_length or q.shape[1]))
+  return jax.nn.dot_product_attention(q, k, v, scale=scale, mask=seen[None, None], implementation='xla')
 
 
-def forward(q, k, v, *_, scale, mask_type, is_training, **__):
-  out = attend(q, k, v, scale, mask_type)
+def forward(q, k, v, *_, scale, mask_type, sliding_window_length, is_training, **__):
+  out = attend(q, k, v, scale, mask_type, sliding_window_length)
   statistics = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
   return [out, statistics] if is_training else [out]
 
 
-def backward(q, k, v, *rest, scale, mask_type, **_):
-  return jax.vjp(lambda *qkv: attend(*qkv, scale, mask_type), q, k, v)[1](rest[-1])
+def backward(q, k, v, *rest, scale, mask_type, sliding_window_length, **_):
+  return jax.vjp(lambda *qkv: attend(*qkv, scale, mask_type, sliding_window_length), q, k, v)[1](rest[-1])
 
 
 mlir.register_lowering(
@@ -45,7 +49,7 @@ def card(monkeypatch):
   """A Hopper with cuDNN, as far as JAX's Python can tell; the calls of cuDNN's attention."""
   calls = []
   whole = flash.flash_attention
-  monkeypatch.setattr(flash, 'flash_attention', lambda *args: calls.append(args) or whole(*args))
+  monkeypatch.setattr(flash, 'flash_attention', lambda *args, **kw: calls.append(args) or whole(*args, **kw))
   monkeypatch.setattr(flash, 'widest_head', lambda: 256)
   monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91_800)
   monkeypatch.setattr(cudnn, 'check_compute_capability', lambda version: True)
@@ -136,19 +140,27 @@ def outputs(attention, qkv, segments, dtype):
 
 
 @pytest.mark.parametrize(
-  'N,K,H,documents',
-  [(9, 3, 64, 0), (5, 1, 64, 10**6), (4, 2, 128, 2)],
+  'N,K,H,documents,window',
+  [(9, 3, 64, 0, None), (5, 1, 64, 10**6, None), (4, 2, 128, 2, None), (4, 2, 128, 2, 7), (4, 1, 256, 0, 3)],
 )
-def test_agrees_with_the_plain_form(N, K, H, documents, card, monkeypatch):
+def test_agrees_with_the_plain_form(N, K, H, documents, window, card, monkeypatch):
   """Odd head counts; nearly every token its own segment; as close to fp32 as the plain form in bf16 is."""
   qkv, segments = inputs(22, N, K, H, documents)
-  found = outputs(attention.causal_attention, qkv, segments, jnp.bfloat16)
+  form = functools.partial(attention.causal_attention, window=window)
+  found = outputs(form, qkv, segments, jnp.bfloat16)
   assert len(card) == 1
   monkeypatch.setattr(flash, 'widest_head', lambda: 0)
-  exact = outputs(attention.causal_attention, qkv, segments, jnp.float32)
-  plain = outputs(attention.causal_attention, qkv, segments, jnp.bfloat16)
+  exact = outputs(form, qkv, segments, jnp.float32)
+  plain = outputs(form, qkv, segments, jnp.bfloat16)
   for a, b, c in zip(found, plain, exact, strict=True):
     assert np.abs(a - c).max() <= 2.5 * np.abs(b - c).max()  # both round to bf16, at other places
+
+
+def test_caps_are_not_left_out(card):
+  """cuDNN has none."""
+  qkv, _ = inputs(22, 2, 1, 64, 0)
+  jax.eval_shape(lambda *qkv: attention.causal_attention(*qkv, form=attention.Logits(1.0, 2.0)), *qkv)
+  assert not card
 
 
 def test_large_logits_do_not_leak_into_other_segments(card):

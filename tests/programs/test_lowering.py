@@ -5,6 +5,7 @@ lowered for one of both, long rows, where attention differs, for both. make test
 programs of a run.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -17,6 +18,7 @@ import adapt_jax as aj
 from adapt_jax.generation.generator import Generator
 from adapt_jax.generation.sampling import Sampling
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.models.network import llama
 from adapt_jax.models.network.backend import made_for
 from adapt_jax.pruning import surgery
 from adapt_jax.pruning.plan import PrunePlan
@@ -95,27 +97,42 @@ def test_perplexity_and_generation(model, lowered):
 
 def of_scoring(importance):
   def make(config, params, rows):
-    stacked = surgery.stack(params, PrunePlan.dense(config), jnp.bfloat16)
+    stacked = jax.eval_shape(lambda x: surgery.stack(x, PrunePlan.dense(config), jnp.bfloat16), params)
     return Scorer(config, importance, 'cosine', 4, jnp.bfloat16), stacked, rows
 
   return make
 
 
-def of_training(config, params, rows):
-  options, tx = train_options(batch=4, micro_batch=2, length=LONG), optax.adam(1e-3)
-  state = {'params': params, 'optimizer': tx.init(params)}
+def of_training(config, params, rows, layout='packed'):
+  options, tx = train_options(batch=4, micro_batch=2, length=LONG, layout=layout), optax.adam(1e-3)
+  state = {'params': params, 'optimizer': jax.eval_shape(tx.init, params)}
   return TrainingStep(config, options, tx, jnp.bfloat16), state, (rows, np.ones(rows.shape, bool), rows)
 
 
+def of_documents(config, params, rows):
+  return of_training(config, params, rows, 'padded')
+
+
+def windows(*tokens):
+  return {'layers': tuple(dataclasses.replace(SHAPES[0], window=window) for window in tokens)}
+
+
 @pytest.mark.parametrize(
-  'make',
-  [of_scoring('taylor_second'), of_scoring('curvature'), of_training],
-  ids=['rows', 'sums', 'training'],
+  'make,changes',
+  [
+    (of_scoring('taylor_second'), {}),
+    (of_scoring('curvature'), {}),
+    (of_scoring('curvature'), windows(0, LONG)),  # no row is longer
+    (of_training, {}),
+    (of_training, windows(0, 40)),
+    (of_documents, windows(0, 40) | {'head_dim': 256}),  # a Gemma: cuDNN has no room for segments
+  ],
+  ids=['rows', 'sums', 'wide', 'training', 'windows', 'gemma'],
 )
-def test_attention_of_long_rows_is_fused(make):
+def test_attention_of_long_rows_is_fused(make, changes):
   """Under scans, vmap and checkpoints, in bfloat16: kernels of both passes, and no logits of whole rows."""
-  config, params = make_model(layers=SHAPES[:1])
-  args = make(config, params, tokens_of(config, rows=4, length=LONG))
+  config = dataclasses.replace(make_model(layers=SHAPES[:1])[0], **changes)
+  args = make(config, llama.abstract_params(config), tokens_of(config, rows=4, length=LONG))
   texts = lower(*args, platforms=tuple(PLATFORMS))
   cudnn = {'__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmaxBackward'}
   assert set(re.findall(r'__cudnn\$\w+', texts['cuda'])) == cudnn

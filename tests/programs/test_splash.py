@@ -1,7 +1,5 @@
 """TPUs' attention without a TPU: Pallas interprets its kernels on a CPU, forward and backward."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +21,13 @@ ROWS = 2
 def tpu(monkeypatch):
   """Code is made for a TPU, its kernels are interpreted; the calls of splash attention."""
   calls = []
-  interpreted = functools.partial(splash.splash_attention, interpret=True)
-  monkeypatch.setattr(splash, 'splash_attention', lambda *args: calls.append(args) or interpreted(*args))
+  whole = splash.splash_attention
+
+  def interpreted(*args, **form):
+    calls.append(args)
+    return whole(*args, **form, interpret=True)
+
+  monkeypatch.setattr(splash, 'splash_attention', interpreted)
   with made_for('tpu'):
     yield calls
 
@@ -35,13 +38,20 @@ def inputs(T, N, K, H, segmented):
   return qkv, np.sort(rng.integers(0, 4, (ROWS, T)), axis=1).astype(np.int32) if segmented else None
 
 
-@pytest.mark.parametrize('T,N,K,H,segmented', [(299, 4, 2, 80, True), (512, 1, 1, 128, False)])
-def test_agrees_with_the_plain_form(T, N, K, H, segmented, tpu, monkeypatch):
-  """Outputs and gradients: an odd number of tokens in three blocks, groups of heads, one large block."""
+@pytest.mark.parametrize(
+  'T,N,K,H,segmented,cap,window',
+  [(299, 4, 2, 80, True, 0.0, None), (299, 2, 1, 64, True, 2.0, 130), (512, 1, 1, 128, False, 0.0, 1)],
+)
+def test_agrees_with_the_plain_form(T, N, K, H, segmented, cap, window, tpu, monkeypatch):
+  """Outputs and gradients: an odd number of tokens in three blocks, groups of heads, one large block.
+
+  A window that begins within a block, and that of the token alone.
+  """
   qkv, segments = inputs(T, N, K, H, segmented)
+  form = attention.Logits(H**-0.5, cap)
 
   def run(*qkv):
-    out = attention.causal_attention(*qkv, segments)
+    out = attention.causal_attention(*qkv, segments, form, window)
     return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
 
   def outputs():

@@ -140,6 +140,18 @@ def one_step(params, opts, compiler, **more):
   return done.metrics['loss']
 
 
+def test_documents_of_their_own_rows_need_no_segments(params):
+  """What follows a document in its row, padding, changes neither loss nor gradient."""
+  tokens, targets, segments = batch()
+  segments[:, 9:], targets[:, 9:] = 0, False
+  teacher = jax.tree.map(lambda x: 1.1 * x, params)
+  expected, told, _ = gradient_of(params, options(), teacher=teacher, rows=(tokens, targets, segments))
+  rows = np.where(segments, tokens, (tokens + 1) % 61), targets, segments
+  found, metrics, _ = gradient_of(params, options(layout='padded'), teacher=teacher, rows=rows)
+  assert float(metrics['loss']) == pytest.approx(float(told['loss']), rel=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, expected)
+
+
 @pytest.mark.parametrize('free,compiled', [(None, 1), (0.9, 2), (1.2, 1)])
 def test_remat_is_chosen_by_what_the_device_has(params, monkeypatch, free, compiled):
   """By the step's plan and what else lies there, with a tenth to spare; no remat where it is unknown."""
