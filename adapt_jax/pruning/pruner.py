@@ -177,7 +177,7 @@ class Pruner:
     tokens, scorer = self._tokens(rows), self._scorer
     by_layer = sharding.mesh() is None and find_importance(scorer.importance).curvature
     if self._program is None and by_layer:
-      self._program = CurvatureByLayer(scorer, *tokens.shape, self._compiler)
+      self._program = CurvatureByLayer(scorer, len(tokens), tokens.shape[1], self._compiler)
     elif self._program is None:
       self._program = self._compiler('scoring', scorer, stacked, tokens, xla_options=loop_options())
     with phase('scoring', self._program.total if by_layer else 0) as tick:
