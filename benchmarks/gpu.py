@@ -194,7 +194,7 @@ HEADS = {
   'least squares': f'model | rows | {_LIMIT}{_END}',
   'scoring': f'model | rows | program | s a step | tokens/s | TFLOP/s | PyTorch / ours{_END}',
   'generation': f'model | rows | prefill tokens/s | of one product | decode tokens/s | limit | of it{_END}',
-  'checkpoint': 'model | GB | s to save | s to restore',
+  'checkpoint': 'model | GB | s that training waits | s to save | s to restore',
 }
 NOTES = {
   'pipeline': 'Real weights, 80 % of the parameters, curvature and least squares, in bfloat16 (on the CPU '
@@ -243,7 +243,8 @@ def cells(i: int, rows: tuple[Row, ...], found: dict[int, dict[str, Any]]) -> li
     prefill = [f'{size} + {row.new}', spread(r['prefill']), f'{of_product:.0%}']
     return [row.model, *prefill, *decode, peak, compiled]
   if row.kind == 'checkpoint':
-    return [row.model, f'{r["bytes"] / 1e9:.1f}', spread(r['save'], 1), spread(r['restore'], 1)]
+    times = (spread(r[name], 1) for name in ('blocked', 'save', 'restore'))
+    return [row.model, f'{r["bytes"] / 1e9:.1f}', *times]
   if row.kind == 'pipeline':
     return [f'{row.model} {row.form}'.strip(), size, *_beside_cpu(i, rows, found), peak]
   held = f'{r.get("planned", 0) / 1e9:.1f}'

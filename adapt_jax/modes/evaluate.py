@@ -10,7 +10,7 @@ from adapt_jax.data.windows import Blocks
 from adapt_jax.evaluation.harness import check_tasks, evaluate_tasks
 from adapt_jax.evaluation.health import Health
 from adapt_jax.evaluation.perplexity import Evaluator, tokens_per_byte
-from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.compiler import Compiler, Programs
 from adapt_jax.machine.mesh import check_model, load_source
 from adapt_jax.machine.processes import say
 from adapt_jax.models.config import count_params
@@ -75,7 +75,7 @@ def _measure(
 ) -> dict[str, TextReport]:
   """Perplexity and bits per byte on each text, by its name."""
   measured: dict[str, TextReport] = {}
-  programs: dict[type, tuple[Any, Any]] = {}  # shared by texts with batches of the same shape
+  programs = Programs(most=2)  # shared by texts with batches of the same shape
   for name, blocks in texts.items():
     evaluator = Evaluator(blocks, batch, **common, programs=programs)
     value = evaluator.perplexity(source.config, params, f'evaluate{_on(name)}')
