@@ -83,4 +83,9 @@ def checkpoint(row: Row, toy: bool) -> dict[str, Any]:
     blocked = seconds_of(lambda: checkpoints.save(state, {}), 0.0, least=1)
     written = [blocked[0] + more for more in seconds_of(checkpoints.wait, 0.0, least=1)]
     restored = seconds_of(lambda: jax.block_until_ready(checkpoints.restore(1, target)), 0.0, least=1)
-  return {'blocked': blocked, 'save': written, 'restore': restored, 'bytes': sum(x.nbytes for x in jax.tree.leaves(state))}
+  return {
+    'blocked': blocked,
+    'save': written,
+    'restore': restored,
+    'bytes': sum(x.nbytes for x in jax.tree.leaves(state)),
+  }
