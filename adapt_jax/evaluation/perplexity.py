@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adapt_jax.data.windows import Blocks
@@ -19,6 +20,8 @@ from adapt_jax.models.network import llama
 from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.training.loss import capped, distillation, next_token_loss, shift, sum_over_chunks, whole
+
+_MOST_KEPT = 2**29  # bytes of a text's activations on a device, between two measurements of one model
 
 
 def tokens_per_byte(blocks: Blocks, tokenizer: Any) -> float:
@@ -62,13 +65,13 @@ class Reference(NamedTuple):
 # Dataclasses, so that runs of one process can share their programs.
 @dataclasses.dataclass(frozen=True)
 class _Hidden:
-  """Final hidden states of a batch."""
+  """Final hidden states of a batch, by the name that places them on a mesh."""
 
   config: ModelConfig
   dtype: Any
 
-  def __call__(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    return llama.hidden_states(self.config, params, tokens_BT, dtype=self.dtype)
+  def __call__(self, params: Params, tokens_BT: jax.Array) -> dict[str, jax.Array]:
+    return {'hidden': llama.hidden_states(self.config, params, tokens_BT, dtype=self.dtype)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,15 +153,17 @@ class Evaluator:
     """exp(mean cross-entropy in nats) over all targets of all windows. Raises `Preempted` between batches.
 
     With `keep`, the next call of `divergence`, which must be for the same parameters, need not run the model
-    again: N · T · D activations are kept.
+    again: N · T · D activations are kept, if they take little memory.
     """
     total, count, head_VD = 0.0, 0.0, llama.head(params)
     kept: list[jax.Array] = []
+    activations = self.blocks.tokens.size * config.hidden_size // row_shards()
+    keep &= activations * jnp.dtype(self._dtype).itemsize <= _MOST_KEPT
     self._kept = None
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
       for tokens, targets, windows in batches(self.blocks, self.batch):
         preemption.check()
-        hidden = self._run('evaluation', _Hidden(config, self._dtype), params, tokens)
+        hidden = self._run('evaluation', _Hidden(config, self._dtype), params, tokens)['hidden']
         loss = self._run('evaluation', _Loss(config.logit_cap), head_VD, hidden, tokens, targets)
         total, count = total + float(loss[0]), count + float(loss[1])
         progress.update(windows, perplexity=f'{math.exp(min(total / max(count, 1), 700)):.2f}')
@@ -175,7 +180,7 @@ class Evaluator:
       for tokens, _, windows in batches(self.blocks, self.batch):
         preemption.check()
         made = self._run('divergence', _Hidden(config, self._dtype), params, tokens)
-        hidden.append(jax.block_until_ready(made))
+        hidden.append(jax.block_until_ready(made['hidden']))
         progress.update(windows)
     return Reference(llama.head(params), hidden)
 
@@ -191,7 +196,7 @@ class Evaluator:
         if of == config:
           hidden = kept[i]
         else:
-          hidden = self._run('evaluation', _Hidden(config, self._dtype), params, tokens)
+          hidden = self._run('evaluation', _Hidden(config, self._dtype), params, tokens)['hidden']
         args = head_VD, hidden, reference.head_VD, expected, tokens, targets
         kl = self._run('divergence', _Divergence(config.logit_cap), *args)
         total, count = total + float(kl[0]), count + float(kl[1])

@@ -90,12 +90,14 @@ class Compiler:
     *args: Any,
     donate_argnums: tuple[int, ...] = (),
     xla_options: dict[str, Any] | None = None,
+    part: str = '',
   ) -> Any:
     """`fn` compiled for the shapes, dtypes and placements of `args` (arrays or `jax.ShapeDtypeStruct`).
 
     On a mesh its results are placed by their leaves' names (`models.network.sharding`). `xla_options` are
     compiler options and must depend only on `fn` and the platform.
 
+    `part`: which of several programs of one name it is, each of which has its own place in `programs`.
     A program is shared only if its `fn` is a dataclass: only dataclasses can be compared by their values.
     """
 
@@ -111,4 +113,4 @@ class Compiler:
       return compile()
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
-    return self._programs.get(name, (fn, structure, shapes, donate_argnums), compile)
+    return self._programs.get(f'{name} {part}', (fn, structure, shapes, donate_argnums), compile)

@@ -76,6 +76,11 @@ class Checkpoints:
     if not self._beside:
       self.wait()
 
+  def check(self) -> None:
+    """Raises the error of a write beside training, as soon as it is known."""
+    with self._none_left():
+      self._manager.check_for_errors()
+
   def wait(self) -> None:
     """Returns when the last checkpoint is on disk, and raises the error of its write."""
     with self._none_left():
@@ -181,13 +186,14 @@ def _one_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-  """Logs nothing."""
-  before = logging.root.manager.disable
-  logging.disable(logging.CRITICAL)
+  """Logs nothing of orbax."""
+  absl = logging.getLogger('absl')
+  before = absl.level
+  absl.setLevel(logging.CRITICAL + 1)
   try:
     yield
   finally:
-    logging.disable(before)
+    absl.setLevel(before)
 
 
 def _checksum(tree: Any) -> int:

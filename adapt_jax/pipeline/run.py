@@ -1,7 +1,10 @@
 """One run of Adapt-Accel in its workdir: stages, measurements, checkpoints, resume, exports and report."""
 
+import contextlib
 import dataclasses
 import time
+
+from jax import process_count
 
 from adapt_jax.config.identity import settings
 from adapt_jax.config.units import duration
@@ -9,6 +12,7 @@ from adapt_jax.machine import preemption
 from adapt_jax.machine.preemption import Preempted
 from adapt_jax.machine.processes import decide, say
 from adapt_jax.models.config import ModelConfig, count_params
+from adapt_jax.models.errors import InputError
 from adapt_jax.pipeline.base_run import BaseRun
 from adapt_jax.pipeline.dense_model import with_learning_rate
 from adapt_jax.pipeline.run_report import first, with_recovered
@@ -56,14 +60,21 @@ class Run(BaseRun):
           self._save(state)
         self.close()  # the last checkpoint may still be written
         raise Preempted(self._position(state)) from None
+      except Exception as error:  # any, raised again
+        if process_count() == 1 or isinstance(error, InputError):  # of other errors not all processes know
+          with contextlib.suppress(Exception):
+            self._store.close()  # as above
+        raise
       decide(self._metrics.close)  # W&B may upload for long
       self.close()
       return self._finish(state)
 
   def close(self) -> None:
     """Closes checkpoints and trackers; only needed if `execute`, which does it itself, has failed."""
-    self._store.close()
-    self._metrics.close()
+    try:
+      self._store.close()
+    finally:
+      self._metrics.close()
 
   def _run_stages(self, state: RunState) -> None:
     if not state.stage:
@@ -153,6 +164,7 @@ class Run(BaseRun):
     first, pruning = state.train_step, time.monotonic() - start
     fresh = first == self._schedule.start(stage)  # else `start` counts training too
     for done in recovery.steps(stage, state):
+      self._store.check()
       if not self._estimated and done.step > first + 1:  # the first step may be slower
         self._estimate(stage, done, pruning if fresh else None)
       self._metrics.write('train', stage=stage, step=done.step, **done.metrics)

@@ -205,5 +205,9 @@ class StateStore:
     """
     decide(lambda: self._checkpoints.keep(0 if exported else 1))
 
+  def check(self) -> None:
+    """Raises the error of a checkpoint that is written beside training."""
+    self._checkpoints.check()
+
   def close(self) -> None:
     self._checkpoints.close()

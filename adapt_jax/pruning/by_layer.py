@@ -53,8 +53,8 @@ class _ByLayer:
   def _call(self, fn: Callable[..., Any], *args: Any) -> Any:
     preemption.check()
     if fn not in self._programs:
-      part = _Part(fn, self._of, self._rows)
-      self._programs[fn] = self._compiler(self._name, part, *args, xla_options=loop_options())
+      made, options = _Part(fn, self._of, self._rows), loop_options()
+      self._programs[fn] = self._compiler(self._name, made, *args, xla_options=options, part=fn.__name__)
     return preemption.ready(self._programs[fn](*args))
 
 

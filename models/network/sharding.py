@@ -35,7 +35,7 @@ _AXIS_OF: dict[str, Any] = {
 _LEAVES = {
   'embed': 'VD', 'lm_head': 'VD', 'q': 'KGHD', 'k': 'KHD', 'v': 'KHD', 'o': 'DKGH', 'q_bias': 'KGH',
   'k_bias': 'KH', 'v_bias': 'KH', 'gate': 'FD', 'up': 'FD', 'down': 'DF',
-  'k_cache': 'BK..', 'v_cache': 'BK..',
+  'k_cache': 'BK..', 'v_cache': 'BK..', 'hidden': 'B..',
 }  # fmt: skip
 
 

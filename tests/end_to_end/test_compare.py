@@ -47,9 +47,9 @@ def finished(files, tmp_path_factory):
     calls['scored'] += 1
     return compute(self, *args)
 
-  def count_evaluation(self, config, params, title):
+  def count_evaluation(self, config, params, title, **options):
     calls['evaluated'].append(title.split(':')[0])
-    return perplexity(self, config, params, title)
+    return perplexity(self, config, params, title, **options)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(Pruner, '_compute', count_scoring)

@@ -20,6 +20,7 @@ from adapt_jax.models.formats.source import open_source
 from adapt_jax.modes.last_lines import last_lines
 from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
+from adapt_jax.pipeline.state import StateStore
 from adapt_jax.reports.summary import gain_table, health_lines, table
 from adapt_jax.training.rate import with_rate
 from tests.support import runs
@@ -340,15 +341,17 @@ def test_training_is_saved_before_it_is_measured(files, tmp_path, monkeypatch):
   config, path, measure = runs.make_config(files), tmp_path / 'out', Quality.perplexity
   config.train.save_every = 10**6
 
-  def fail(self, config, params, of, *args):
+  def fail(self, config, params, of, *args, **options):
     if of == 'recovered':
       raise InputError('out of memory')
-    return measure(self, config, params, of, *args)
+    return measure(self, config, params, of, *args, **options)
 
-  taken = runs.steps_of(monkeypatch)
+  taken, close, closed = runs.steps_of(monkeypatch), StateStore.close, []
   with monkeypatch.context() as broken, pytest.raises(InputError, match='out of memory'):
     broken.setattr(Quality, 'perplexity', fail)
+    broken.setattr(StateStore, 'close', lambda store: closed.append(close(store)))
     start(config, path)
+  assert closed  # it waits for a checkpoint that is still being written
   assert len(taken) == 8
   start(config, path)
   assert len(taken) == 8

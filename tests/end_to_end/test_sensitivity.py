@@ -108,7 +108,7 @@ def test_report_table_csv_and_page(finished):
     assert f'| {layer} | {" | ".join(values)} |' in table
   assert '3 → 2' in table and '2 → 1' in table
   page = (path / 'report.html').read_text()
-  assert page.count('<svg') == 2 and 'python main.py &lt;x&gt;' in page and 'http-equiv' not in page
+  assert page.count('<svg') == 2 and '>&lt;x&gt;</span></pre>' in page and 'http-equiv' not in page
   assert {p.name for p in path.glob('*.svg')} == {'perplexity.svg', 'importance.svg'}
 
 
