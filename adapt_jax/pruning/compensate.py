@@ -141,9 +141,9 @@ class Compensator:
       ridge = jnp.minimum(RIDGE + RIDGE_FOR_EVIDENCE * mask_C.sum() / tokens, LARGEST_RIDGE)
       damped_CC = algebra.damped(jnp.where(mask_C[:, None], inputs_CC, 0), ridge)
       products_DC = missing_DC + algebra.total(pulled_RDC)
-      # All of D on each device, for the loop below.
       change_DC = constrain(algebra.solve(damped_CC, products_DC.T).T, '.F')
-    new_DC, new_D = weight_DC + change_DC, change_D + layer[block].get(bias, 0.0)
+    # All of D on each device, for the loop below.
+    new_DC, new_D = constrain(weight_DC + change_DC, '.F'), change_D + layer[block].get(bias, 0.0)
 
     def corrected(x_BTD: jax.Array) -> jax.Array:
       _, inputs_TC = run(x_BTD)
