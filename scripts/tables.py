@@ -133,6 +133,15 @@ def gaps(tokens: Study, qwen: Study) -> Rows:
       yield ['' if i else model, *_closed(row), f'{float(row["seconds"]) / 60:.0f}']
 
 
+def covered(covering: Study) -> Rows:
+  domains = ['speeches', 'wikipedia', 'code', 'fiction', 'web', 'instructions']
+  yield ['training tokens', 'speeches', 'Wikipedia', *domains[2:], 'answers', 'LAMBADA']
+  _, *rows = covering.rows
+  for row in rows:
+    lost = [float(row[name]) for name in domains]
+    yield [f'{int(row["tokens"]):,}', *(f'{x:.2f}' for x in lost), row['usable'], row['lambada']]
+
+
 def widths(hidden: Study) -> Rows:
   yield ['model', '', *_NAMES]
   for size, title in (
@@ -179,7 +188,7 @@ def sizes(family: Study, frontier: Study) -> Rows:
 
 
 TABLES: dict[str, Callable[..., Rows]] = {
-  table.__name__: table for table in (cost, methods, own, losses, gaps, widths, files, sizes)
+  table.__name__: table for table in (cost, methods, own, losses, gaps, covered, widths, files, sizes)
 }
 
 
