@@ -185,6 +185,17 @@ def test_a_save_that_meets_a_full_disk_leaves_the_one_before(tmp_path):
   assert read(path)[0] == 2 and same(read(path)[2], numbers(1))
 
 
+def test_a_save_that_fails_and_a_close_log_nothing(tmp_path, caplog):
+  """Orbax's other tasks fail too, and would print their tracebacks below the error of the run."""
+  with caplog.at_level(logging.WARNING, 'asyncio'):
+    checkpoints = Checkpoints(tmp_path / 'checkpoints')
+    with small_files(), contextlib.suppress(Exception):  # whatever orbax raises
+      checkpoints.save(numbers(0), META[0])
+    checkpoints.close()
+    logging.getLogger('asyncio').error('Task exception was never retrieved')  # it comes at any moment
+    assert not caplog.records
+
+
 @pytest.mark.parametrize('then', ['save', 'close'])
 def test_a_write_beside_training_that_fails_is_told_at_the_next_save(tmp_path, beside, capfd, then):
   path = tmp_path / 'checkpoints'
