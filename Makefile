@@ -2,8 +2,9 @@
 PYTHON ?= python3
 SHELL := bash
 PY := .venv/bin/python
-# Of pip's many lines, those that show where the time goes.
-PIP := set -o pipefail; $(PY) -m pip --disable-pip-version-check install
+# Of pip's many lines, those that show where the time goes. Python compiles modules as they are used: pip would compile
+# all, for about a minute.
+PIP := set -o pipefail; $(PY) -m pip --disable-pip-version-check install --no-compile
 SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) collected packages.*/  \1/p'
 
 .PHONY: help demo test test-fast chaos fuzz nightly test-parity test-python test-serving test-accelerators docs bench bench-gpu check clean fetch .venv

@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
   valid = {'addresses': 'sotu', 'encyclopedia': 'encyclopedia', 'code': 'code'}
   config.evaluate.source = tuple(f'{name}=data/{place}/valid' for name, place in valid.items())
   config.evaluate.length = 256
-  config.evaluate.max_tokens = 4 * 1024
+  config.evaluate.max_tokens = 2 * 1024
   return config

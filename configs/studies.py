@@ -14,7 +14,7 @@ methods: the paper's adapt, with fewer rows and steps, recovered by both losses,
 tokens: recovery with 100 thousand, 300 thousand, a million and 1.5 million tokens.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
 own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind.
-rows: no recovery; 128 rows, with and without healing, also measured on two kinds of text that no row came from.
+rows: no recovery; 128 rows, with and without healing, also measured on two kinds that no row came from.
 qwen: on Qwen2.5-Coder-0.5B-Instruct, mostly with fewer tokens: both losses, least squares, the control, 1 and
   4 rounds at 60 % kept, three times the tokens, 100 and 300 thousand tokens, and adapt in 10 steps.
 

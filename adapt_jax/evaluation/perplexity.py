@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +56,13 @@ def batches(blocks: Blocks, size: int) -> Iterator[tuple[jax.Array, jax.Array, i
 
 
 class Reference(NamedTuple):
-  """The reference of divergences: a model's head [V, D] and, per batch, its final hidden states [B, T, D]."""
+  """The reference of divergences: a model's head [V, D] and, per batch, its final hidden states [B, T, D].
+
+  The states are on the host, unless processes share them.
+  """
 
   head_VD: jax.Array
-  hidden: list[jax.Array]
+  hidden: list[Any]
 
 
 # Dataclasses, so that runs of one process can share their programs.
@@ -132,7 +135,7 @@ class Evaluator:
     self.blocks, self.batch = blocks, batch_size(blocks, batch)
     self._compiler, self._dtype = compiler, dtype
     self._programs = programs or Programs(most=2)
-    self._kept: tuple[ModelConfig, list[jax.Array]] | None = None
+    self._kept: dict[str, tuple[ModelConfig, list[Any]]] = {}
 
   def _run(self, name: str, fn: Any, *args: Any) -> Any:
     """`fn(*args)`, compiled unless it is among the last programs of its kind."""
@@ -149,17 +152,24 @@ class Evaluator:
       f'{counted:,} tokens counted; the first of a window has no context and is skipped'
     )
 
-  def perplexity(self, config: ModelConfig, params: Params, title: str, *, keep: bool = False) -> float:
+  def perplexity(
+    self,
+    config: ModelConfig,
+    params: Params,
+    title: str,
+    *,
+    keep: Literal['', 'reference', 'divergence'] = '',
+  ) -> float:
     """exp(mean cross-entropy in nats) over all targets of all windows. Raises `Preempted` between batches.
 
-    With `keep`, the next call of `divergence`, which must be for the same parameters, need not run the model
-    again: N · T · D activations are kept, if they take little memory.
+    The next call of the method `keep`, which must be for the same parameters, need not run the model again:
+    N · T · D activations are kept, if they take little memory.
     """
     total, count, head_VD = 0.0, 0.0, llama.head(params)
-    kept: list[jax.Array] = []
+    kept: list[Any] = []
     activations = self.blocks.tokens.size * config.hidden_size // row_shards()
-    keep &= activations * jnp.dtype(self._dtype).itemsize <= _MOST_KEPT
-    self._kept = None
+    if activations * jnp.dtype(self._dtype).itemsize > _MOST_KEPT:
+      keep = ''
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
       for tokens, targets, windows in batches(self.blocks, self.batch):
         preemption.check()
@@ -167,28 +177,32 @@ class Evaluator:
         loss = self._run('evaluation', _Loss(config.logit_cap), head_VD, hidden, tokens, targets)
         total, count = total + float(loss[0]), count + float(loss[1])
         progress.update(windows, perplexity=f'{math.exp(min(total / max(count, 1), 700)):.2f}')
-        kept += [hidden] * keep
+        if keep:
+          kept.append(_on_host(hidden) if keep == 'reference' else hidden)
     if not math.isfinite(total):
       raise InputError(f'{title}: the loss is {total}: check the weights, or set model.dtype = float32')
-    self._kept = (config, kept) if keep else None
+    if keep:
+      self._kept[keep] = config, kept
     return math.exp(min(total / count, 700))
 
   def reference(self, config: ModelConfig, params: Params, title: str) -> Reference:
     """The reference for `divergence`, N · T · D activations. Raises `Preempted` between batches."""
-    hidden: list[jax.Array] = []
+    of, hidden = self._kept.pop('reference', (None, []))
+    if of == config:
+      return Reference(llama.head(params), hidden)
+    hidden = []
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
       for tokens, _, windows in batches(self.blocks, self.batch):
         preemption.check()
         made = self._run('divergence', _Hidden(config, self._dtype), params, tokens)
-        hidden.append(jax.block_until_ready(made['hidden']))
+        hidden.append(_on_host(jax.block_until_ready(made['hidden'])))
         progress.update(windows)
     return Reference(llama.head(params), hidden)
 
   def divergence(self, config: ModelConfig, params: Params, reference: Reference, title: str) -> float:
     """Mean over all targets of KL(reference ‖ model), nats per token. Raises `Preempted` between batches."""
     total, count, head_VD = 0.0, 0.0, llama.head(params)
-    of, kept = self._kept or (None, [])
-    self._kept = None
+    of, kept = self._kept.pop('divergence', (None, []))
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
       found = zip(batches(self.blocks, self.batch), reference.hidden, strict=True)
       for i, ((tokens, targets, windows), expected) in enumerate(found):
@@ -197,8 +211,19 @@ class Evaluator:
           hidden = kept[i]
         else:
           hidden = self._run('evaluation', _Hidden(config, self._dtype), params, tokens)['hidden']
-        args = head_VD, hidden, reference.head_VD, expected, tokens, targets
+        args = head_VD, hidden, reference.head_VD, _on_devices(expected), tokens, targets
         kl = self._run('divergence', _Divergence(config.logit_cap), *args)
         total, count = total + float(kl[0]), count + float(kl[1])
         progress.update(windows, kl=f'{total / max(count, 1):.4f}')
     return total / count
+
+
+def _on_host(hidden_BTD: jax.Array) -> Any:
+  """A copy that takes no memory of devices, if this process has all of it."""
+  return np.array(hidden_BTD) if jax.process_count() == 1 else hidden_BTD
+
+
+def _on_devices(hidden_BTD: Any) -> jax.Array:
+  if not isinstance(hidden_BTD, np.ndarray):
+    return hidden_BTD
+  return put_rows(np.arange(len(hidden_BTD)), lambda ids: (hidden_BTD[ids],))[0]

@@ -1,4 +1,4 @@
-"""Checks an exported model against the one in memory: equal bits, or equal predictions on a few texts."""
+"""Checks an exported model against the one in memory: equal weights, or equal predictions on a few texts."""
 
 import pathlib
 from typing import Any
@@ -36,7 +36,7 @@ _DTYPES: dict[str | None, Any] = {kind.name: dtype for kind, dtype in STORED_DTY
 def check(
   config: ModelConfig, params: Params, path: pathlib.Path, tokenizer: Any, kind: str | None
 ) -> dict[str, float]:
-  """Reads back `path`, a directory or .gguf file, and compares its bits or, if they differ, its fp32 logits.
+  """Reads back `path`, a directory or .gguf file, and compares its weights or, if these differ, logits.
 
   kind: the dtype, or the GGUF type, that the weights were written in; None for each tensor's own.
 
@@ -51,7 +51,7 @@ def check(
     same_ids
     and jax.process_count() == 1
     and source.config == config
-    and _same_bits(config, params, source.reader)
+    and _same_weights(config, params, source.reader)
   ):
     return {'logit_difference': 0.0, 'same_token': 1.0}  # the same function
   params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), params)
@@ -74,20 +74,19 @@ def check(
   return {'logit_difference': largest, 'same_token': same}
 
 
-def _same_bits(config: ModelConfig, params: Params, reader: TensorReader) -> bool:
-  """Whether every tensor, read back, has the dtype and the bits of the original."""
-  return all(
-    reader.dtype(leaf.name) == tensor.dtype.name and _equal(tensor, reader.read(leaf.name))
-    for leaf, tensor in host_tensors(config, params)
-  )
+def _same_weights(config: ModelConfig, params: Params, reader: TensorReader) -> bool:
+  """Whether every tensor, read back, has the original's numbers, such as bf16 of equal fp32."""
+  return all(_equal(tensor, reader.read(leaf.name)) for leaf, tensor in host_tensors(config, params))
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-  """Whether a and b have equal bits and are finite; others are compared by logits, which then fail."""
-  a, b = a.reshape(-1), b.reshape(-1)
-  bits = {2: np.uint16, 4: np.uint32}[a.itemsize]
-  parts = [slice(i, i + _CHUNK) for i in range(0, a.size, _CHUNK)]
-  return all(np.array_equal(a[p].view(bits), b[p].view(bits)) and np.isfinite(a[p]).all() for p in parts)
+  """Whether a and b are equal in fp32 and finite; others are compared by logits, which then fail."""
+
+  def same(part: slice) -> bool:
+    x, y = (of.reshape(-1)[part].astype(np.float32) for of in (a, b))
+    return np.array_equal(x.view(np.uint32), y.view(np.uint32)) and bool(np.isfinite(x).all())
+
+  return all(same(slice(i, i + _CHUNK)) for i in range(0, a.size, _CHUNK))
 
 
 def _encode(tokenizer: Any) -> list[list[int]]:

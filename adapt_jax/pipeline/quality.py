@@ -3,6 +3,8 @@
 import time
 from typing import Any, NamedTuple
 
+import jax
+
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import OWN, TEXT
 from adapt_jax.evaluation.harness import TaskScores, evaluate_tasks
@@ -74,13 +76,17 @@ class Quality:
   ) -> dict[str, float]:
     """Perplexity on each text, of the dense model (stage 0) or a stage's, after `step` training steps.
 
-    After that of the `last` model, `compare_with_dense` need not run it again.
+    `compare_with_dense` need not run the `last` model again, nor a dense one of the dtype in use.
     """
     known, key, start = self._shared.dense, dense_key(self._options), time.monotonic()
     title = self._names[of] if of == 'dense' else f'stage {stage} {self._names[of]}'
     found = known.get(key, {}) if of == 'dense' else {}
+    keep: Any = 'divergence' if last else ''
+    # Weights of another dtype would be rounded later than those that `_reference` reads.
+    if of == 'dense' and all(x.dtype == self._inputs.dtype for x in jax.tree.leaves(params)):
+      keep = 'reference'
     found = found or {
-      name: evaluator.perplexity(config, params, self._title(f'{title}: evaluate', name), keep=last)
+      name: evaluator.perplexity(config, params, self._title(f'{title}: evaluate', name), keep=keep)
       for name, evaluator in self._evaluators.items()
     }
     if of == 'dense':

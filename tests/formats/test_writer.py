@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -91,6 +92,15 @@ def test_rounding_counts_as_difference_but_is_no_error(tmp_path):
   facts = writer(tmp_path, ('hf',), dtype='bfloat16').write(LLAMA, random_params(LLAMA))['hf']
   assert facts['type'] == 'bfloat16' and facts['logit_difference'] > 1e-3
   assert open_source(str(tmp_path / 'hf')).dtype == 'bfloat16'
+
+
+@pytest.mark.parametrize('form', ['hf', 'gguf'])
+def test_weights_that_are_rounded_already_need_no_logits(form, tmp_path, monkeypatch):
+  """As after training: fp32 arrays of numbers in bfloat16."""
+  monkeypatch.setattr(verify.llama, 'apply', None)
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32), random_params(LLAMA))
+  (facts,) = writer(tmp_path, (form,), dtype='bfloat16').write(LLAMA, params).values()
+  assert facts['logit_difference'] == 0 and facts['type'] in ('bfloat16', 'BF16')
 
 
 def test_gguf_files_of_all_types_are_one_directory(tmp_path):
