@@ -22,6 +22,8 @@ from adapt_jax.models.files import write_text
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _MARKED = re.compile(r'(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)', re.DOTALL)
 _DOMAINS, _NAMES = ['wiki', 'web', 'chat'], ['Wikipedia', 'web', 'chat']
+_SIX = ['speeches', 'wikipedia', 'code', 'fiction', 'web', 'instructions']
+_SIX_NAMES = ['speeches', 'Wikipedia', *_SIX[2:]]
 
 Row = dict[str, str]
 Rows = Iterator[list[Any]]
@@ -133,13 +135,19 @@ def gaps(tokens: Study, qwen: Study) -> Rows:
       yield ['' if i else model, *_closed(row), f'{float(row["seconds"]) / 60:.0f}']
 
 
+def healed(healing: Study) -> Rows:
+  yield ['', *_SIX_NAMES, 'answers']
+  for row in healing.rows:
+    title = f'`heal={row["passes"]}`' + (', the default' if row['passes'] == '1' else '')
+    yield [title, *_show([float(row[name]) for name in _SIX]), row['usable']]
+
+
 def covered(covering: Study) -> Rows:
-  domains = ['speeches', 'wikipedia', 'code', 'fiction', 'web', 'instructions']
-  yield ['training tokens', 'speeches', 'Wikipedia', *domains[2:], 'answers', 'LAMBADA']
+  yield ['training tokens', *_SIX_NAMES, 'answers', 'LAMBADA']
   _, *rows = covering.rows
   for row in rows:
-    lost = [float(row[name]) for name in domains]
-    yield [f'{int(row["tokens"]):,}', *(f'{x:.2f}' for x in lost), row['usable'], row['lambada']]
+    lost = _show([float(row[name]) for name in _SIX], '.2f')
+    yield [f'{int(row["tokens"]):,}', *lost, row['usable'], row['lambada']]
 
 
 def widths(hidden: Study) -> Rows:
@@ -174,21 +182,21 @@ def files(frontier: Study) -> Rows:
     yield [row['model'], row['type'], megabytes, *_show(found), *_show(speeds, '.1f'), ', '.join(best)]
 
 
-def sizes(family: Study, frontier: Study) -> Rows:
-  """The last column was copied from the runs' reports, since the stored table has no answers."""
+def sizes(family: Study, frontier: Study, covering: Study) -> Rows:
   names = ['MB', 'tokens/s', 'Wikipedia', 'speeches', 'own text', 'code, unseen', 'usable answers']
   yield ['SmolLM2-135M-Instruct', *names]
   bf16 = {row['model']: row for row in frontier.rows if row['type'] == 'BF16'}
+  answers, megabytes = covering.row(model='dense')['usable'], 2 * int(bf16['dense']['params']) / 1e6
   speed = {model: f'{float(row["decode_tokens_per_second_median"]):.1f}' for model, row in bf16.items()}
-  yield ['dense', f'{2 * int(bf16["dense"]["params"]) / 1e6:.0f}', speed['dense'], *4 * [''], '29 of 40']
-  for target, title, answers in ((0.9, ' of the parameters', 23), (0.8, '', 13), (0.7, '', 7)):
+  yield ['dense', f'{megabytes:.0f}', speed['dense'], *4 * [''], f'{answers} of 40']
+  for target, title in ((0.9, ' of the parameters'), (0.8, ''), (0.7, '')):
     row, name = family.row(target=target), _percent(target)
     found = [float(row[f'excess {of}']) for of in ('encyclopedia', 'addresses', 'own', 'code')]
-    yield [name + title, f'{float(row["bytes"]) / 1e6:.0f}', speed[name], *_show(found, '.2f'), answers]
+    yield [name + title, f'{float(row["bytes"]) / 1e6:.0f}', speed[name], *_show(found, '.2f'), row['usable']]
 
 
 TABLES: dict[str, Callable[..., Rows]] = {
-  table.__name__: table for table in (cost, methods, own, losses, gaps, covered, widths, files, sizes)
+  table.__name__: table for table in (cost, methods, own, losses, gaps, healed, covered, widths, files, sizes)
 }
 
 
