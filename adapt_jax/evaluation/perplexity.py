@@ -21,7 +21,7 @@ from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.training.loss import capped, distillation, next_token_loss, shift, sum_over_chunks, whole
 
-_MOST_KEPT = 2**29  # bytes of a text's activations on a device, between two measurements of one model
+_MOST_KEPT = 2**29  # bytes of a text's activations, on a device or the host, until they are compared
 
 
 def tokens_per_byte(blocks: Blocks, tokenizer: Any) -> float:
@@ -167,9 +167,13 @@ class Evaluator:
     """
     total, count, head_VD = 0.0, 0.0, llama.head(params)
     kept: list[Any] = []
-    activations = self.blocks.tokens.size * config.hidden_size // row_shards()
-    if activations * jnp.dtype(self._dtype).itemsize > _MOST_KEPT:
+    activations = self.blocks.tokens.size * config.hidden_size
+    if keep == 'divergence':
+      activations //= row_shards()
+    processes = keep == 'reference' and jax.process_count() > 1  # whose devices it would fill during training
+    if processes or activations * jnp.dtype(self._dtype).itemsize > _MOST_KEPT:
       keep = ''
+    self._kept.pop('divergence', None)
     with Progress(title, len(self.blocks.tokens), 'windows') as progress:
       for tokens, targets, windows in batches(self.blocks, self.batch):
         preemption.check()

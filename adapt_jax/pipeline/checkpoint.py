@@ -93,7 +93,7 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # any, raised again: those of orbax and tensorstore share no class
-      self._quiet.pop_all()  # not closed: what else failed must stay unsaid to the end
+      self._unsaid = self._quiet.pop_all()  # never closed: what else failed must stay unsaid to the end
       explain(error)
       self._remove_unfinished()
       raise

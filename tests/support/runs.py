@@ -138,7 +138,7 @@ def assert_same_end(path: pathlib.Path, reference: pathlib.Path) -> None:
   for report in (ours, theirs):
     for stage in report['stages']:
       del stage['seconds']
-  assert ours['stages'] == theirs['stages'] and ours['perplexity'] == theirs['perplexity']
+  assert all(ours[name] == theirs[name] for name in ('stages', 'perplexity', 'texts'))
   logs = [[row for row in events(p) if row['event'] != 'gain'] for p in (path, reference)]  # it has speeds
   for row in logs[0] + logs[1]:
     assert row.pop('tokens_per_second', 1) > 0 and row.pop('time')
