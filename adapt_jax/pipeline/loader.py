@@ -118,9 +118,13 @@ class Loader:
     return (str(path),)
 
   def own(self, speaker: Source | None = None) -> Blocks:
-    """Rows that `speaker`, or the model, generates for `evaluate.health`: 256 tokens, or its context."""
-    length = min(_OWN_LENGTH, self._config.max_position)
-    source = self._own_text(speaker or self._source, _OWN_ROWS, length, self_text.HEALTH)
+    """Rows that `speaker`, or the model, generates for `evaluate.health`: 256 tokens, or its context.
+
+    16 of them, or as many as `evaluate.max_tokens` has room for.
+    """
+    length, most = min(_OWN_LENGTH, self._config.max_position), self._options.evaluate.max_tokens
+    rows = min(_OWN_ROWS, max(1, most // length)) if most else _OWN_ROWS
+    source = self._own_text(speaker or self._source, rows, length, self_text.HEALTH)
     return self.load(evaluation_field(OWN), source, length)
 
   def _warn_beyond_context(self, name: str, length: int) -> None:

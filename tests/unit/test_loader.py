@@ -104,3 +104,13 @@ def test_all_rows_of_a_gemma_begin_with_bos(tmp_path, family, layout):
     for ours, theirs in zip([tokens[:, 1:], *others], [usual[name][0][:, 1:], *usual[name][1:]], strict=True):
       np.testing.assert_array_equal(ours, theirs, name)
   assert len(set(usual['training'][0][:, 0])) > 1
+
+
+def test_the_model_generates_no_more_than_is_evaluated(monkeypatch):
+  asked = []
+  monkeypatch.setattr('adapt_jax.pipeline.loader.self_text.draw', lambda *args, **_: asked.append(args[2:4]))
+  monkeypatch.setattr(Loader, 'load', lambda *args: None)
+  source = types.SimpleNamespace(config=tiny_config(max_position=512))
+  for max_tokens in (0, 8192, 600, 100):
+    Loader(from_dict({'evaluate': {'max_tokens': max_tokens}}), source, tiny_tokenizer()).own()
+  assert asked == [(16, 256), (16, 256), (2, 256), (1, 256)]
