@@ -93,7 +93,7 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # any, raised again: those of orbax and tensorstore share no class
-      self._unsaid = self._quiet.pop_all()  # never closed: what else failed must stay unsaid to the end
+      self._quiet.pop_all()  # not closed: what else failed must stay unsaid to the end
       explain(error)
       self._remove_unfinished()
       raise
@@ -170,8 +170,8 @@ def _one_error() -> Iterator[None]:
 
   Those arrive late, when orbax's futures are freed, so after a failure they stay unsaid.
   """
-  before, asyncio = sys.unraisablehook, logging.getLogger('asyncio')
-  level = asyncio.level
+  asyncio, absl = logging.getLogger('asyncio'), logging.getLogger('absl')
+  before, levels = sys.unraisablehook, (asyncio.level, absl.level)
 
   def hook(unraisable: Any) -> None:
     if not str(unraisable.exc_value).startswith(('Event loop is closed', 'Encountered error while reading')):
@@ -179,9 +179,10 @@ def _one_error() -> Iterator[None]:
 
   sys.unraisablehook = hook
   asyncio.setLevel(logging.CRITICAL)
-  with _silent():
-    yield
-  asyncio.setLevel(level)
+  absl.setLevel(logging.CRITICAL + 1)
+  yield
+  asyncio.setLevel(levels[0])
+  absl.setLevel(levels[1])
   sys.unraisablehook = before
 
 
