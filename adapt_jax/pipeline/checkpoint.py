@@ -47,7 +47,7 @@ class Checkpoints:
     if read_only:  # the run may be active and save meanwhile
       keep = {'read_only': True}
     handlers = {'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
-    with reading('', self._directory, 'move it away'), _silent():  # orbax warns of what `read_only` implies
+    with reading('', self._directory, 'move it away'), _one_error():  # orbax warns of `read_only`
       if not read_only:
         self._directory.mkdir(parents=True, exist_ok=True)  # orbax only logs that it cannot
       beside = ocp.AsyncOptions(timeout_secs=_LIMIT_SECONDS, create_directories_asynchronously=False)
@@ -184,18 +184,6 @@ def _one_error() -> Iterator[None]:
   asyncio.setLevel(levels[0])
   absl.setLevel(levels[1])
   sys.unraisablehook = before
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-  """Logs nothing of orbax."""
-  absl = logging.getLogger('absl')
-  before = absl.level
-  absl.setLevel(logging.CRITICAL + 1)
-  try:
-    yield
-  finally:
-    absl.setLevel(before)
 
 
 def _checksum(tree: Any) -> int:
