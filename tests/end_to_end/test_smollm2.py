@@ -19,7 +19,11 @@ from tests.support.reference import MODEL, ROWS, SLACK, Reference, overlap, refe
 
 pytestmark = pytest.mark.skipif(not MODEL.exists(), reason='the demo model is not there: make fetch')
 # Tests are compiled in a hurry (tests/conftest.py); these compute for minutes, and are worth LLVM's work.
-WITH_CARE = {'xla_backend_optimization_level': 3, 'xla_llvm_disable_expensive_passes': False}
+WITH_CARE = {
+  'xla_backend_optimization_level': 3,
+  'xla_llvm_disable_expensive_passes': False,
+  'xla_cpu_use_fusion_emitters': True,
+}
 
 
 @pytest.fixture(autouse=True)

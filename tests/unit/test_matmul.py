@@ -19,9 +19,10 @@ def arrays(dtype, tokens=12, inputs=32, outputs=61):
   return x.astype(dtype), w, g.astype(dtype)
 
 
+@pytest.mark.parametrize('tokens', [12, 60])  # the form depends on the number of rows
 @pytest.mark.parametrize('dtype', TOLERANCE)
-def test_values_and_gradients(dtype):
-  x, w, g = arrays(dtype)
+def test_values_and_gradients(dtype, tokens):
+  x, w, g = arrays(dtype, tokens)
   y, pull = jax.vjp(product, x, w)
   dx, dw = pull(g)
   assert (y.dtype, dx.dtype, dw.dtype) == (x.dtype, x.dtype, w.dtype)
