@@ -103,6 +103,20 @@ def methods(methods_table: Study) -> Rows:
     yield [f'`{method}`', *(f'{cell:,.0f}' if cell >= 1000 else f'{cell:.2f}' for cell in cells)]
 
 
+def ratios(original: Study) -> Rows:
+  yield ['parameters', 'Wikipedia (calibrated)', 'web', 'chat', 'own: Wikipedia', 'web', 'chat']
+  dense = original.row(model='dense', size='')
+
+  def lost(model: str, size: str) -> list[float]:
+    row = original.row(model=model, size=size)
+    return [math.log(float(row[of]) / float(dense[of])) for of in (f'perplexity {x}' for x in _DOMAINS)]
+
+  for size in ('110.6 M', '101.3 M', '79.8 M'):
+    theirs = lost('original', size)
+    for_both = [lost(model, size) for model in ('obs, least squares', 'obs, least squares, own')]
+    yield [size, *_show([a / b for ours in for_both for a, b in zip(ours, theirs, strict=True)], '.2f')]
+
+
 def own(own: Study) -> Rows:
   yield ['calibrated on', *_NAMES]
   for i, file in enumerate(('wiki.txt', 'web.jsonl', 'chat.jsonl')):
@@ -196,7 +210,8 @@ def sizes(family: Study, frontier: Study, covering: Study) -> Rows:
 
 
 TABLES: dict[str, Callable[..., Rows]] = {
-  table.__name__: table for table in (cost, methods, own, losses, gaps, healed, covered, widths, files, sizes)
+  table.__name__: table
+  for table in (cost, methods, ratios, own, losses, gaps, healed, covered, widths, files, sizes)
 }
 
 
