@@ -156,6 +156,14 @@ def healed(healing: Study) -> Rows:
     yield [title, *_show([float(row[name]) for name in _SIX]), row['usable']]
 
 
+def rows(rows: Study, sizes: Study) -> Rows:
+  yield ['', *_NAMES, 'speeches', 'code']
+  size = {'samples': 128, 'target': 110602944.0}
+  yield ['not healed', *_show(_trained(sizes.row(**size))), '', '']
+  healed = rows.row(heal=1)
+  yield ['`heal=1`', *_show([float(healed[f'excess {of}']) for of in (*_DOMAINS, 'speeches', 'code')])]
+
+
 def covered(covering: Study) -> Rows:
   yield ['training tokens', *_SIX_NAMES, 'answers', 'LAMBADA']
   _, *rows = covering.rows
@@ -211,7 +219,7 @@ def sizes(family: Study, frontier: Study, covering: Study) -> Rows:
 
 TABLES: dict[str, Callable[..., Rows]] = {
   table.__name__: table
-  for table in (cost, methods, ratios, own, losses, gaps, healed, covered, widths, files, sizes)
+  for table in (cost, methods, ratios, own, losses, gaps, healed, rows, covered, widths, files, sizes)
 }
 
 
