@@ -37,7 +37,7 @@ from adapt_jax.models.formats.source import Source
 from adapt_jax.models.network.llama import Params
 
 CALIBRATION, TRAINING, HEALTH = 0, 1, 2  # part of a seed, so that the rows differ from use to use
-_VERSION = 4  # of how rows are drawn
+_VERSION = 5  # of how rows are drawn
 _BATCH = 16  # rows at once
 _USER = 'a0b1c2'  # placeholder for the user's words in a template
 # Beginnings of a user's turn, and of a text, in the order in which rows take them.
