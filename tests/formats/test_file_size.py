@@ -9,7 +9,7 @@ from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape
 from adapt_jax.pruning import file_size
 from adapt_jax.pruning.attention_units import KV_GROUPS, QUERY_HEADS
-from tests.support.helpers import new_params, tiny_config
+from tests.support.helpers import random_params, tiny_config
 from tests.support.llama_cpp import needs_llama_cpp
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
@@ -34,7 +34,7 @@ def test_a_gguf_file_has_the_bytes_that_were_counted(tmp_path, kind, hidden, tie
     config = make(hidden, shapes, tied)
     file = tmp_path / 'model.gguf'
     plain = kind if kind not in K_QUANTS else 'BF16'
-    write_gguf(config, new_params(config), file, tokenizer=tiny_tokenizer(), kind=plain, name='tiny')
+    write_gguf(config, random_params(config), file, tokenizer=tiny_tokenizer(), kind=plain, name='tiny')
     if kind in K_QUANTS:
       quantise(file, file := tmp_path / 'quantised.gguf', kind)
     cost = counted.cost([s.num_kv_heads for s in shapes], [s.ffn for s in shapes])
@@ -45,6 +45,6 @@ def test_a_gguf_file_has_the_bytes_that_were_counted(tmp_path, kind, hidden, tie
 
 def test_a_safetensors_file_has_the_bytes_that_were_counted(tmp_path):
   config = make(256, (FULL,) * LAYERS, True)
-  write_hf(config, new_params(config), tmp_path / 'hf', tokenizer=tiny_tokenizer())
+  write_hf(config, random_params(config), tmp_path / 'hf', tokenizer=tiny_tokenizer())
   written = (tmp_path / 'hf/model.safetensors').stat().st_size
   assert file_size.hf(config, 4).dense == pytest.approx(written, rel=0.001)
