@@ -171,6 +171,7 @@ def run() -> None:
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='replace')  # as on stderr, what a terminal's encoding lacks
   try:
+    sys.argv = cli_help.written_out(sys.argv)  # where ml_collections looks for options
     app.run(main, flags_parser=_parse)
   except Unreachable as error:  # a run that was started has reached it before, and may again
     started = MODES[_MODE.value].result and exists(local(_WORKDIR.value) / 'run.json')

@@ -1,4 +1,4 @@
-"""Texts of `--help` and `--version`, the recipes in the package, and the page of options.
+"""Texts of `--help` and `--version`, the short form of commands, the recipes, and the page of options.
 
 python -m adapt_jax.cli_help > docs/options.md
 """
@@ -22,7 +22,10 @@ _USAGE = """\
 Prunes a LLaMA-family model and recovers its quality by interleaved training.
 
     adapt-jax [--config=RECIPE] --workdir=DIRECTORY [--mode=MODE] [--config.OPTION=VALUE ...]
+    adapt-jax MODE [MODEL [TEXT]] [--workdir=DIRECTORY] [--OPTION=VALUE ...]
 
+The second form is short for the first: --target=0.75 is --config.prune.target=0.75. Its workdir is
+out/MODE unless named.
 `python main.py` does the same in a checkout.
 
 Modes:
@@ -37,6 +40,8 @@ Unexpected errors: --debug shows the traceback, which is otherwise written into 
 Guides: README.md and docs/ in the repository.
 """
 _TEACHER = 'train.distill.source'  # named where nothing is pruned
+_TEXTS = ('prune.calibration.source', 'train.source', 'evaluate.source')  # a mode's TEXT is the first it uses
+_ALONE = ('--help', '-h', '--version', '--debug')
 # The options that most users set, with values for examples.
 _FIRST = {
   'model.source': 'HuggingFaceTB/SmolLM2-135M-Instruct',
@@ -127,6 +132,36 @@ def options_page() -> str:
   head = ['option', 'default', 'values', 'meaning']
   parts = [f'\n## {group}\n\n{Table(head, rows).markdown()}' for group, rows in groups.items()]
   return '\n'.join(['# Options', _PAGE, *parts]) + '\n'
+
+
+def written_out(argv: list[str]) -> list[str]:
+  """The flags that the short form `MODE [MODEL [TEXT]] --OPTION=VALUE` stands for; other arguments unchanged.
+
+  OPTION is an option's name or its end, if no other option of the mode ends so. Raises InputError.
+  """
+  program, *rest = argv
+  if not rest or rest[0].startswith('-'):
+    return argv
+  mode, *rest = rest
+  if mode not in MODES:
+    raise InputError(f'{mode!r} is no mode{like(mode, [*MODES])}; adapt-jax --help lists them')
+  used = [field for field, _ in declarations() if MODES[mode].uses(field)]
+  places = ['model.source', *[field for field in _TEXTS if field in used][:1]]
+  flags = [f'--mode={mode}']
+  if MODES[mode].result and not any(argument.startswith('--workdir=') for argument in rest):
+    flags.append(f'--workdir=out/{mode}')
+  for argument in rest:
+    name, equals, value = argument.removeprefix('--').partition('=')
+    meant = [name] if name in used else [field for field in used if field.endswith(f'.{name}')]
+    if not argument.startswith('-') and places:
+      flags.append(f'--config.{places.pop(0)}={argument}')
+    elif not argument.startswith('-') or not equals and argument not in _ALONE:
+      raise InputError(f'{argument!r} is not understood: options are written --NAME=VALUE')
+    elif meant[1:]:
+      raise InputError(f'--{name} is short for --{", --".join(meant)}: write one of them')
+    else:
+      flags.append(f'--config.{meant[0]}={value}' if meant else argument)
+  return [program, *flags]
 
 
 def with_recipes(argv: list[str]) -> list[str]:

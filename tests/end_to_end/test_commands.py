@@ -15,7 +15,7 @@ from adapt_jax.machine.targets import TARGETS
 from adapt_jax.models.errors import InputError, Unreachable
 from adapt_jax.models.formats.source import open_source
 from adapt_jax.pruning import serving_widths
-from tests.support import runs
+from tests.support import forks, runs
 
 WRONG = [
   ('--config.prune.targt=0.5', 'config.prune.target'),
@@ -97,6 +97,18 @@ def test_mode_generate_needs_no_workdir(files):
   assert '== the union' in done.stdout and '== of, "need"' in done.stdout
   refused = runs.main(files, '', *flags)
   assert refused.returncode == 2 and '--prompt' in refused.stderr
+
+
+def test_the_short_form_is_the_long_one(files):
+  short = forks.main(
+    ['main.py', 'generate', str(files / 'model'), '--max_new_tokens=4', '--prompt=the union']
+  )
+  flags = ['--mode=generate', '--config.generate.max_new_tokens=4', '--prompt=the union']
+  assert short.returncode == 0, short.stderr
+  said = [done.stdout.partition('== the union')[2] for done in (short, runs.main(files, '', *flags))]
+  assert said[0] and said[0] == said[1]
+  wrong = forks.main(['main.py', 'prune', 'model', 'a.txt', '--workdir', 'out'])
+  assert wrong.returncode == 2 and wrong.stderr.startswith("error: '--workdir' is not understood")
 
 
 def test_mode_prune_keeps_to_widths_for_serving(files, tmp_path):

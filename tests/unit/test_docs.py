@@ -83,8 +83,10 @@ def test_options_modes_and_files_that_are_named_exist(path):
 def test_the_first_command_can_train(page, on_a_cpu):
   """Its tokens suffice for its stages, and so do those that the page advises for CPUs."""
   text = (runs.ROOT / page).read_text(encoding='utf-8')
-  command, rest = text.split('adapt-jax --config=base --workdir=out/run', 1)[1].split('evaluate.source=', 1)
-  numbers = dict(re.findall(r'config\.((?:prune|train)\.\w+)=([\d._]+)', command))
+  command, rest = text[text.index('adapt-jax accel ') :].split('\n\n', 1)
+  flags = ' '.join(cli_help.written_out(command.replace('\\', '').split()))
+  numbers = dict(re.findall(r'config\.((?:prune|train)\.\w+)=([\d._]+)', flags))
+  assert len(numbers) == 2
   if on_a_cpu:
     numbers |= re.findall(r'\b(train\.\w+)=([\d_]+)', rest.split('On a CPU begin with')[1].split('. ')[0])
     assert numbers['train.tokens'] == '100_000'
@@ -111,7 +113,8 @@ def test_the_site_builds_without_a_warning_with_the_files_that_pages_link_to(tmp
   assert built.returncode == 0, built.stderr
   page = (tmp_path / 'site/api/index.html').read_text()
   assert 'Calibration rows' in page and 'recover' in page  # docstrings of the library
-  assert '<span class="word">--mode=prune</span>' in (tmp_path / 'site/index.html').read_text()  # not broken
+  page = (tmp_path / 'site/which-size/index.html').read_text()
+  assert '<span class="word">--mode=prune</span>' in page  # not broken
   for page, linked in (
     ('index.html', 'files/CHANGELOG/'),
     ('results/index.html', '../files/benchmarks/RESULTS/'),
