@@ -1,5 +1,6 @@
 """The last lines that a run prints: what to do with its result, as commands to paste into its shell."""
 
+import importlib.util
 import json
 import pathlib
 import shlex
@@ -31,7 +32,8 @@ def last_lines(report: RunReport, workdir: pathlib.Path, command: str) -> list[s
   for name in ('hf', 'hf_padded'):
     if name in exports:
       commands.append(_transformers(f'{directory}/{name}', code=any((workdir / name).glob('modeling_*.py'))))
-      what.append('the model in transformers')
+      needs = '' if importlib.util.find_spec('torch') else ' (install torch first)'
+      what.append(f'the model in transformers{needs}')
       break
   for said, line in _smaller(exports, workdir, directory, program):
     what.append(said)
@@ -40,7 +42,7 @@ def last_lines(report: RunReport, workdir: pathlib.Path, command: str) -> list[s
 
 
 def _generate(program: list[str], source: str) -> str:
-  return shlex.join([*program, '--mode=generate', f'--config.model.source={source}', f'--prompt={_PROMPT}'])
+  return shlex.join([*program, 'generate', source, f'--prompt={_PROMPT}'])
 
 
 def _transformers(path: str, code: bool) -> str:
@@ -64,9 +66,9 @@ def _smaller(
   for form in ('gguf', 'gguf_padded'):
     if fits(form, config):
       size = file_size.gguf(FORMATS[form].shape(config), _TYPE).dense / 1e6
-      flags = ['--mode=export', f'--config.model.source={directory}', f'--workdir={directory}-{_TYPE}']
-      flags += [f'--config.export.formats={form}', f'--config.export.gguf_types={_TYPE}']
-      yield f'a {_TYPE} file of about {size:,.0f} MB for llama.cpp', shlex.join([*program, *flags])
+      flags = [f'--workdir={directory}-{_TYPE}', f'--formats={form}', f'--gguf_types={_TYPE}']
+      what = f'a {_TYPE} file of about {size:,.0f} MB for llama.cpp'
+      yield what, shlex.join([*program, 'export', directory, *flags])
       return
 
 

@@ -153,9 +153,9 @@ def test_the_last_lines_work_when_pasted(finished, tmp_path, monkeypatch, code_c
   lines = last_lines(read_report(finished), tmp_path / 'a run', f'python {runs.ROOT / "main.py"}')
   page, answer, load, smaller = map(shlex.split, lines[-4:])
   assert pathlib.Path(urllib.request.url2pathname(page[-1].removeprefix('file://'))).exists()
-  assert '--config.model.source=a run' in answer and smaller[2] == '--mode=export'
+  assert answer[2:4] == ['generate', 'a run'] and smaller[2:4] == ['export', 'a run']
   for command in (answer, smaller):  # forked from a process that is elsewhere
-    done = runs.forks.main([word.replace('=a run', f'={tmp_path}/a run') for word in command[1:]])
+    done = runs.forks.main([word.replace('a run', f'{tmp_path}/a run') for word in command[1:]])
     assert done.returncode == 0, done.stderr
   predicted = re.search(r'Q8_0 file of about (\d+) MB', lines[1])
   written = (tmp_path / 'a run-Q8_0/gguf/model-Q8_0.gguf').stat().st_size
