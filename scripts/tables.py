@@ -21,7 +21,7 @@ from adapt_jax.models.files import write_text
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _MARKED = re.compile(r'(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)', re.DOTALL)
-_DOMAINS, _NAMES = ['wiki', 'web', 'chat'], ['Wikipedia', 'web', 'chat']
+DOMAINS = {'wiki': 'Wikipedia', 'web': 'web', 'chat': 'chat'}
 _SIX = ['speeches', 'wikipedia', 'code', 'fiction', 'web', 'instructions']
 _SIX_NAMES = ['speeches', 'Wikipedia', *_SIX[2:]]
 
@@ -61,13 +61,13 @@ def _percent(fraction: float) -> str:
 
 def _pruned(row: Row) -> list[float]:
   """The loss increase before training, by domain."""
-  pruned, dense = ([float(row[f'perplexity_{kind} {of}']) for of in _DOMAINS] for kind in ('pruned', 'dense'))
+  pruned, dense = ([float(row[f'perplexity_{kind} {of}']) for of in DOMAINS] for kind in ('pruned', 'dense'))
   return [math.log(a / b) for a, b in zip(pruned, dense, strict=True)]
 
 
 def _trained(row: Row, figure: str = 'excess') -> list[float]:
   """The loss increase (or another figure) at the end, by domain."""
-  return [float(row[f'{figure} {of}']) for of in _DOMAINS]
+  return [float(row[f'{figure} {of}']) for of in DOMAINS]
 
 
 def _show(values: list[float], form: str = '.3f') -> list[str]:
@@ -81,7 +81,7 @@ def _closed(row: Row) -> list[str]:
 
 
 def cost(hidden: Study, tokens: Study, interleave: Study) -> Rows:
-  yield ['kept', 'training tokens', *_NAMES]
+  yield ['kept', 'training tokens', *DOMAINS.values()]
   eighty = tokens.row(tokens=102400)
   for kept, row in (
     ('89 %', hidden.row(hidden=0)),
@@ -109,7 +109,7 @@ def ratios(original: Study) -> Rows:
 
   def lost(model: str, size: str) -> list[float]:
     row = original.row(model=model, size=size)
-    return [math.log(float(row[of]) / float(dense[of])) for of in (f'perplexity {x}' for x in _DOMAINS)]
+    return [math.log(float(row[of]) / float(dense[of])) for of in (f'perplexity {x}' for x in DOMAINS)]
 
   for size in ('110.6 M', '101.3 M', '79.8 M'):
     theirs = lost('original', size)
@@ -118,9 +118,11 @@ def ratios(original: Study) -> Rows:
 
 
 def own(own: Study) -> Rows:
-  yield ['calibrated on', *_NAMES]
-  for i, file in enumerate(('wiki.txt', 'web.jsonl', 'chat.jsonl')):
-    for title, more in ((_NAMES[i], ''), ('and own', ',self')):
+  yield ['calibrated on', *DOMAINS.values()]
+  for i, (file, name) in enumerate(
+    zip(('wiki.txt', 'web.jsonl', 'chat.jsonl'), DOMAINS.values(), strict=True)
+  ):
+    for title, more in ((name, ''), ('and own', ',self')):
       cells = _show(_trained(own.row(source=f'data/mixed/train/{file}{more}')))
       yield [title, *(f'**{cell}**' if j == i else cell for j, cell in enumerate(cells))]
 
@@ -157,11 +159,11 @@ def healed(healing: Study) -> Rows:
 
 
 def rows(rows: Study, sizes: Study) -> Rows:
-  yield ['', *_NAMES, 'speeches', 'code']
+  yield ['', *DOMAINS.values(), 'speeches', 'code']
   size = {'samples': 128, 'target': 110602944.0}
   yield ['not healed', *_show(_trained(sizes.row(**size))), '', '']
   healed = rows.row(heal=1)
-  yield ['`heal=1`', *_show([float(healed[f'excess {of}']) for of in (*_DOMAINS, 'speeches', 'code')])]
+  yield ['`heal=1`', *_show([float(healed[f'excess {of}']) for of in (*DOMAINS, 'speeches', 'code')])]
 
 
 def covered(covering: Study) -> Rows:
@@ -173,7 +175,7 @@ def covered(covering: Study) -> Rows:
 
 
 def widths(hidden: Study) -> Rows:
-  yield ['model', '', *_NAMES]
+  yield ['model', '', *DOMAINS.values()]
   for size, title in (
     (0, 'groups removed by `obs`, hidden size 576'),
     (544, 'hidden size 544, fewer groups removed'),

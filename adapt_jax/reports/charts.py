@@ -76,6 +76,13 @@ def inline(chart: str) -> str:
   return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'class="chart" role="img"', svg, count=1)
 
 
+def dark(chart: str) -> str:
+  """The chart in the colours of dark pages."""
+  for light, on_dark in PALETTE.values():
+    chart = chart.replace(light, on_dark)
+  return chart
+
+
 def number(value: float, _: Any = None) -> str:
   """A number of an axis: 0.0002, 4.5, 20k, 1.2M."""
   units = ((1e9, 'B'), (1e6, 'M'), (1e4, 'k'))

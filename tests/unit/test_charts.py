@@ -1,6 +1,5 @@
 """Charts: sound, the same each time, in both themes; what cannot be drawn is left out."""
 
-import json
 import math
 import re
 from xml.etree import ElementTree
@@ -10,8 +9,6 @@ import pytest
 from adapt_jax.reports import charts
 from adapt_jax.reports.charts import Series
 from adapt_jax.reports.table import Table
-from scripts import plot_report, plot_tokens
-from tests.unit.test_run_page import make_report
 
 ODD = '<&"$x$维'  # one letter is not in the font that measures
 
@@ -75,32 +72,3 @@ def test_tables_escape_their_cells():
   assert table.markdown() == '| a\\|b | <c> |\n| --- | --- |\n| x\\|y |  |\n| 1 | p, "q" |'
   assert '<th>&lt;c&gt;</th>' in table.html() and '<td></td>' in table.html()
   assert table.csv() == 'a|b,<c>\nx|y,\n1,"p, ""q"""\n'
-
-
-def test_the_picture_of_a_run(tmp_path, capsys):
-  out, report = tmp_path / 'out.svg', tmp_path / 'report.json'
-  report.write_text('{"models": {}}')  # of mode bench
-  assert plot_report.main(['', str(tmp_path), str(out)]) == 2
-  assert capsys.readouterr().err.startswith('error: ') and not out.exists()
-  report.write_text(json.dumps(make_report()))
-  assert plot_report.main(['', str(tmp_path), str(out)]) == 0
-  for title in ('Perplexity on held-out text', 'MLP channels, after stage 2', 'KV heads, after stage 2'):
-    assert title in texts(out.read_text())
-
-
-def test_a_line_goes_from_the_pruned_model_through_the_cells_by_their_tokens(tmp_path, capsys, monkeypatch):
-  drawn, arguments = [], [str(tmp_path), str(tmp_path / 'out.svg')]
-  monkeypatch.setattr(charts, 'line_chart', lambda *args, **_: drawn.append(args) or '<svg/>')
-  for tokens, recovered in ((1001, {'recovered': 12.5}), (100, {'recovered': 15.0}), (0, {})):
-    text = {'dense': 10.0, 'pruned': 20.0} | recovered
-    (path := tmp_path / 'cells' / str(tokens) / 'report.json').parent.mkdir(parents=True)
-    path.write_text(
-      json.dumps({'stages': [{'tokens': tokens // 2}, {'tokens': -(-tokens // 2)}], 'texts': {'web': text}})
-    )
-  assert plot_tokens.main(arguments) == 2  # a cell is not recovered
-  assert capsys.readouterr().err.startswith('error: ') and not (tmp_path / 'out.svg').exists()
-  path.unlink()
-  assert plot_tokens.main(arguments) == 0
-  ((_, _, (series,)),) = drawn
-  expected = [(0, math.log(2)), (100, math.log(1.5)), (1001, math.log(1.25))]
-  assert series.name == 'web' and series.points == [pytest.approx(point) for point in expected]

@@ -74,6 +74,11 @@ def test_options_modes_and_files_that_are_named_exist(path):
   text, options = path.read_text(encoding='utf-8'), flatten(defaults())
   assert set(re.findall(r'--config\.([a-z_.]+)=', text)) <= options.keys()
   assert set(re.findall(r'--mode=([a-z]+)', text)) <= MODES.keys()
+  short = [
+    found.replace('\\', '').split() for found in re.findall(r'^ {4,}(adapt-jax [a-z](?:.*\\\n)*.*)', text, re.M)
+  ]
+  for argument in (argument for command in short for argument in cli_help.written_out(command)[1:]):
+    assert argument.startswith(('--config', '--mode=', '--workdir=', '--prompt=')), argument
   for name in re.findall(r'(?<![\w/.-])(?:configs|launch|adapt_jax)/[\w./]*\w', text):
     assert (runs.ROOT / name).exists(), name
 
@@ -114,7 +119,7 @@ def test_the_site_builds_without_a_warning_with_the_files_that_pages_link_to(tmp
   page = (tmp_path / 'site/api/index.html').read_text()
   assert 'Calibration rows' in page and 'recover' in page  # docstrings of the library
   page = (tmp_path / 'site/which-size/index.html').read_text()
-  assert '<span class="word">--mode=prune</span>' in page  # not broken
+  assert '<span class="word">--max_tokens=8192</span>' in page  # not broken
   for page, linked in (
     ('index.html', 'files/CHANGELOG/'),
     ('results/index.html', '../files/benchmarks/RESULTS/'),

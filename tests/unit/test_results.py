@@ -1,10 +1,10 @@
-"""The tables of results in the pages are what the studies' stored tables say."""
+"""Tables and pictures of the pages are what the studies' stored tables say."""
 
 import re
 
 import pytest
 
-from scripts import tables
+from scripts import pictures, tables
 
 PAGES = [tables.ROOT / 'README.md', *(tables.ROOT / 'docs').glob('*.md')]
 MARKED = [path for path in PAGES if '<!-- table: ' in path.read_text(encoding='utf-8')]
@@ -13,6 +13,12 @@ MARKED = [path for path in PAGES if '<!-- table: ' in path.read_text(encoding='u
 @pytest.mark.parametrize('path', MARKED, ids=lambda path: path.name)
 def test_tables_are_what_the_data_say(path):
   assert path.read_text(encoding='utf-8') == tables.filled(path), 'python -m scripts.tables'
+
+
+def test_pictures_are_what_the_data_say():
+  for name, picture in pictures.pictures().items():
+    drawn = (tables.ROOT / 'docs' / name).read_text(encoding='utf-8')
+    assert drawn == picture, f'{name}: python -m scripts.pictures'
 
 
 def test_every_table_is_used_and_tells_where_its_figures_come_from():
@@ -24,7 +30,7 @@ def test_every_table_is_used_and_tells_where_its_figures_come_from():
 
 def test_a_study_of_two_versions_is_refused():
   study = tables.Study('family')
-  assert study.stamp() == '0.2.0 (a767dda)'
+  assert study.stamp() == study.rows[0]['version']
   study.rows[0]['version'] = '0.1.0'
   with pytest.raises(ValueError, match='unpack'):
     study.stamp()
