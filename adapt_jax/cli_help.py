@@ -96,8 +96,10 @@ def _options(mode: str) -> str:
   first = [field for field in _FIRST if uses(field) and not (field == _TEACHER and uses('prune.target'))]
   where = ['--workdir=out/run'] if MODES[mode].result else []
   asked = ["--prompt='What is 7 plus 5?'"] if mode == 'generate' else []
-  named = [f'--config.{name}={_FIRST[name]}' for name in first]
-  example = [f'adapt-jax --mode={mode}', *where, *named, *asked]
+  used = _used(mode)
+  named = [f'--{_short(name, used)}={_FIRST[name]}' for name in first if name not in _places(used)]
+  placed = [_FIRST[name] for name in _places(used)]
+  example = [' '.join(['adapt-jax', mode, *placed]), *where, *named, *asked]
   lines = [f'--mode={mode}: {MODES[mode].help}. For example:', '', '    ' + ' \\\n        '.join(example)]
   lines += ['', 'Its options, the most used first:', '']
   for field in dict.fromkeys([*first, *(field for field in known if uses(field))]):
@@ -134,6 +136,27 @@ def options_page() -> str:
   return '\n'.join(['# Options', _PAGE, *parts]) + '\n'
 
 
+def _used(mode: str) -> list[str]:
+  return [field for field, _ in declarations() if MODES[mode].uses(field)]
+
+
+def _places(used: list[str]) -> list[str]:
+  """The options that the short form's MODEL and TEXT are."""
+  texts = [name for name in _TEXTS if name in used]
+  return ['model.source', *texts[:1]]
+
+
+def _meant(name: str, used: list[str]) -> list[str]:
+  return [name] if name in used else [field for field in used if field.endswith(f'.{name}')]
+
+
+def _short(field: str, used: list[str]) -> str:
+  """The shortest end of an option's name that means it."""
+  words = field.split('.')
+  ends = ['.'.join(words[-i:]) for i in range(1, len(words) + 1)]
+  return next(end for end in ends if _meant(end, used) == [field])
+
+
 def written_out(argv: list[str]) -> list[str]:
   """The flags that the short form `MODE [MODEL [TEXT]] --OPTION=VALUE` stands for; other arguments unchanged.
 
@@ -145,14 +168,14 @@ def written_out(argv: list[str]) -> list[str]:
   mode, *rest = rest
   if mode not in MODES:
     raise InputError(f'{mode!r} is no mode{like(mode, [*MODES])}; adapt-jax --help lists them')
-  used = [field for field, _ in declarations() if MODES[mode].uses(field)]
-  places = ['model.source', *[field for field in _TEXTS if field in used][:1]]
+  used = _used(mode)
+  places = _places(used)
   flags = [f'--mode={mode}']
   if MODES[mode].result and not any(argument.startswith('--workdir=') for argument in rest):
     flags.append(f'--workdir=out/{mode}')
   for argument in rest:
     name, equals, value = argument.removeprefix('--').partition('=')
-    meant = [name] if name in used else [field for field in used if field.endswith(f'.{name}')]
+    meant = _meant(name, used)
     if not argument.startswith('-') and places:
       flags.append(f'--config.{places.pop(0)}={argument}')
     elif not argument.startswith('-') or not equals and argument not in _ALONE:

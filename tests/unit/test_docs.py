@@ -75,7 +75,8 @@ def test_options_modes_and_files_that_are_named_exist(path):
   assert set(re.findall(r'--config\.([a-z_.]+)=', text)) <= options.keys()
   assert set(re.findall(r'--mode=([a-z]+)', text)) <= MODES.keys()
   short = [
-    found.replace('\\', '').split() for found in re.findall(r'^ {4,}(adapt-jax [a-z](?:.*\\\n)*.*)', text, re.M)
+    found.replace('\\', '').split()
+    for found in re.findall(r'^ {4,}(adapt-jax [a-z](?:.*\\\n)*.*)', text, re.M)
   ]
   for argument in (argument for command in short for argument in cli_help.written_out(command)[1:]):
     assert argument.startswith(('--config', '--mode=', '--workdir=', '--prompt=')), argument
