@@ -14,6 +14,7 @@ from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import plain
 from adapt_jax.models.errors import InputError
 from adapt_jax.modes.registry import MODES
+from adapt_jax.reports.compare_tables import short
 from adapt_jax.reports.table import Table
 
 # Recipes are next to this file: a folder in the wheel, a link to configs/ in a checkout.
@@ -97,7 +98,8 @@ def _options(mode: str) -> str:
   where = ['--workdir=out/run'] if MODES[mode].result else []
   asked = ["--prompt='What is 7 plus 5?'"] if mode == 'generate' else []
   used = _used(mode)
-  named = [f'--{_short(name, used)}={_FIRST[name]}' for name in first if name not in _places(used)]
+  ends = short(used)
+  named = [f'--{ends[name]}={_FIRST[name]}' for name in first if name not in _places(used)]
   placed = [_FIRST[name] for name in _places(used)]
   example = [' '.join(['adapt-jax', mode, *placed]), *where, *named, *asked]
   lines = [f'--mode={mode}: {MODES[mode].help}. For example:', '', '    ' + ' \\\n        '.join(example)]
@@ -148,13 +150,6 @@ def _places(used: list[str]) -> list[str]:
 
 def _meant(name: str, used: list[str]) -> list[str]:
   return [name] if name in used else [field for field in used if field.endswith(f'.{name}')]
-
-
-def _short(field: str, used: list[str]) -> str:
-  """The shortest end of an option's name that means it."""
-  words = field.split('.')
-  ends = ['.'.join(words[-i:]) for i in range(1, len(words) + 1)]
-  return next(end for end in ends if _meant(end, used) == [field])
 
 
 def written_out(argv: list[str]) -> list[str]:

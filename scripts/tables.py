@@ -23,6 +23,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 _MARKED = re.compile(r'(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)', re.DOTALL)
 DOMAINS = {'wiki': 'Wikipedia', 'web': 'web', 'chat': 'chat'}
 _SIX = ['speeches', 'wikipedia', 'code', 'fiction', 'web', 'instructions']
+_OF_FAMILIES = {
+  'Wikipedia': 'encyclopedia',
+  'speeches': 'addresses',
+  'own text': 'own',
+  'code, unseen': 'code',
+}
 _SIX_NAMES = ['speeches', 'Wikipedia', *_SIX[2:]]
 
 Row = dict[str, str]
@@ -206,22 +212,39 @@ def files(frontier: Study) -> Rows:
     yield [row['model'], row['type'], megabytes, *_show(found), *_show(speeds, '.1f'), ', '.join(best)]
 
 
-def sizes(family: Study, frontier: Study, covering: Study) -> Rows:
-  names = ['MB', 'tokens/s', 'Wikipedia', 'speeches', 'own text', 'code, unseen', 'usable answers']
+def sizes(family: Study, frontier: Study) -> Rows:
+  names = ['MB', 'tokens/s', *_OF_FAMILIES, 'usable answers']
   yield ['SmolLM2-135M-Instruct', *names]
   bf16 = {row['model']: row for row in frontier.rows if row['type'] == 'BF16'}
-  answers, megabytes = covering.row(model='dense')['usable'], 2 * int(bf16['dense']['params']) / 1e6
+  answers, megabytes = family.rows[0]['usable_dense'], 2 * int(bf16['dense']['params']) / 1e6
   speed = {model: f'{float(row["decode_tokens_per_second_median"]):.1f}' for model, row in bf16.items()}
   yield ['dense', f'{megabytes:.0f}', speed['dense'], *4 * [''], f'{answers} of 40']
   for target, title in ((0.9, ' of the parameters'), (0.8, ''), (0.7, '')):
     row, name = family.row(target=target), _percent(target)
-    found = [float(row[f'excess {of}']) for of in ('encyclopedia', 'addresses', 'own', 'code')]
-    yield [name + title, f'{float(row["bytes"]) / 1e6:.0f}', speed[name], *_show(found, '.2f'), row['usable']]
+    yield [name + title, _megabytes(row), speed[name], *_of_family(row)]
+
+
+def coder(qwen_family: Study) -> Rows:
+  yield ['Qwen2.5-Coder-0.5B-Instruct', 'parameters', 'MB', *_OF_FAMILIES, 'usable answers']
+  yield ['dense', '630.2 M', '1,260', *4 * [''], f'{qwen_family.rows[0]["usable_dense"]} of 40']
+  for row in qwen_family.rows:
+    name = _percent(float(row['prune.target']))
+    yield [name, f'{int(row["params"]) / 1e6:.1f} M', _megabytes(row), *_of_family(row)]
+
+
+def _megabytes(row: Row) -> str:
+  return f'{float(row["bytes"]) / 1e6:,.0f}'
+
+
+def _of_family(row: Row) -> list[str]:
+  """The loss increases of a size, and its usable answers."""
+  found = [float(row[f'excess {of}']) for of in _OF_FAMILIES.values()]
+  return [*_show(found, '.2f'), row['usable']]
 
 
 TABLES: dict[str, Callable[..., Rows]] = {
   table.__name__: table
-  for table in (cost, methods, ratios, own, losses, gaps, healed, rows, covered, widths, files, sizes)
+  for table in (cost, methods, ratios, own, losses, gaps, healed, rows, covered, widths, files, sizes, coder)
 }
 
 

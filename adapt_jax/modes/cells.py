@@ -262,8 +262,8 @@ def _read(run: CellRun) -> tuple[CellReport, RunReport]:
       before, after = (report['gain'][of].get('decode') for of in ('dense', 'result'))
       if before and after:
         cell['faster'] = after / before
-      if 'usable' in (answers := report.get('health', {}).get('result', {})):
-        cell['usable'] = answers['usable']
+      if 'usable' in (health := report.get('health', {})).get('result', {}):
+        cell |= {'usable': health['result']['usable'], 'usable_dense': health['dense']['usable']}
     _ = report['tasks'].keys(), report['compiles'].items(), report['perplexity']['definition']
   return cell, report
 

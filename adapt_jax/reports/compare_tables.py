@@ -43,6 +43,7 @@ _OF_MODELS = {
   'bytes': ('MB', ',.1f', 1e-6),
   'faster': ('decode, x dense', '.2f', 1.0),
   'usable': ('answers', '.0f', 1.0),
+  'usable_dense': ('answers, dense', '.0f', 1.0),
 }
 
 
