@@ -86,7 +86,10 @@ def _unknown(argv: list[str], error: Exception) -> str:
     unknown = [error.flagname]
   if not unknown:
     return ''
-  return f'--{unknown[0]} is unknown{like(unknown[0], [*options, "config", "workdir", "mode", "prompt"])}'
+  ends = [option.rpartition('.')[2] for option in options]  # as the short form has them
+  return (
+    f'--{unknown[0]} is unknown{like(unknown[0], [*options, *ends, "config", "workdir", "mode", "prompt"])}'
+  )
 
 
 def _one_line(error: Exception) -> str:
@@ -101,7 +104,8 @@ def _one_line(error: Exception) -> str:
 
 def main(argv: list[str]) -> None:
   if argv[1:]:
-    raise InputError(f'{argv[1]!r} is not understood: flags are written --name=value')
+    hint = 'a mode is the first word' if argv[1] in MODES else 'flags are written --name=value'
+    raise InputError(f'{argv[1]!r} is not understood: {hint}')
   for argument in sys.argv:
     if argument.encode(errors='replace').decode() != argument:
       raise InputError(f'{argument!r} is not UTF-8, which reports cannot quote: rename the file')

@@ -42,7 +42,7 @@ Guides: README.md and docs/ in the repository.
 """
 _TEACHER = 'train.distill.source'  # named where nothing is pruned
 _TEXTS = ('prune.calibration.source', 'train.source', 'evaluate.source')  # a mode's TEXT is the first it uses
-_ALONE = ('--help', '-h', '--version', '--debug')
+_ALONE = ('-h', '--help', '--helpfull', '--version', '--debug', '--nodebug')
 # The options that most users set, with values for examples.
 _FIRST = {
   'model.source': 'HuggingFaceTB/SmolLM2-135M-Instruct',
@@ -93,18 +93,17 @@ def _table(rows: dict[str, str]) -> str:
 
 def _options(mode: str) -> str:
   """An example of a mode, and its options, the most used first: name, default, range or choices, meaning."""
-  known, options, uses = dict(declarations()), RunOptions(), MODES[mode].uses
-  first = [field for field in _FIRST if uses(field) and not (field == _TEACHER and uses('prune.target'))]
+  known, options, used = dict(declarations()), RunOptions(), _used(mode)
+  first = [field for field in _FIRST if field in used and not (field == _TEACHER and 'prune.target' in used)]
   where = ['--workdir=out/run'] if MODES[mode].result else []
   asked = ["--prompt='What is 7 plus 5?'"] if mode == 'generate' else []
-  used = _used(mode)
   ends = short(used)
   named = [f'--{ends[name]}={_FIRST[name]}' for name in first if name not in _places(used)]
   placed = [_FIRST[name] for name in _places(used)]
   example = [' '.join(['adapt-jax', mode, *placed]), *where, *named, *asked]
   lines = [f'--mode={mode}: {MODES[mode].help}. For example:', '', '    ' + ' \\\n        '.join(example)]
   lines += ['', 'Its options, the most used first:', '']
-  for field in dict.fromkeys([*first, *(field for field in known if uses(field))]):
+  for field in dict.fromkeys([*first, *used]):
     declared = known[field]
     limits = ''.join(f', {text}' for text in _limits(declared))
     lines.append(f'--config.{field}={_default(options, field)}{limits}')
@@ -165,21 +164,23 @@ def written_out(argv: list[str]) -> list[str]:
     raise InputError(f'{mode!r} is no mode{like(mode, [*MODES])}; adapt-jax --help lists them')
   used = _used(mode)
   places = _places(used)
-  flags = [f'--mode={mode}']
-  if MODES[mode].result and not any(argument.startswith('--workdir=') for argument in rest):
-    flags.append(f'--workdir=out/{mode}')
+  flags = {'--mode': f'--mode={mode}', '--config': ''}  # a recipe goes before its options
   for argument in rest:
     name, equals, value = argument.removeprefix('--').partition('=')
-    meant = _meant(name, used)
+    meant = _meant(name.removeprefix('config.'), used)
     if not argument.startswith('-') and places:
-      flags.append(f'--config.{places.pop(0)}={argument}')
-    elif not argument.startswith('-') or not equals and argument not in _ALONE:
+      meant, value = [places.pop(0)], argument
+    elif argument not in _ALONE and not (argument.startswith('--') and equals):
       raise InputError(f'{argument!r} is not understood: options are written --NAME=VALUE')
-    elif meant[1:]:
+    if meant[1:]:
       raise InputError(f'--{name} is short for --{", --".join(meant)}: write one of them')
-    else:
-      flags.append(f'--config.{meant[0]}={value}' if meant else argument)
-  return [program, *flags]
+    flag = f'--config.{meant[0]}' if meant else f'--{name}'
+    if flags.get(flag):
+      raise InputError(f'{argument!r}: {flag} is given twice')
+    flags[argument if flag == '--prompt' else flag] = f'{flag}={value}' if meant else argument
+  if MODES[mode].result:
+    flags.setdefault('--workdir', f'--workdir=out/{mode}')
+  return [program, *filter(None, flags.values())]
 
 
 def with_recipes(argv: list[str]) -> list[str]:

@@ -43,7 +43,6 @@ _OF_MODELS = {
   'bytes': ('MB', ',.1f', 1e-6),
   'faster': ('decode, x dense', '.2f', 1.0),
   'usable': ('answers', '.0f', 1.0),
-  'usable_dense': ('answers, dense', '.0f', 1.0),
 }
 
 
@@ -62,7 +61,7 @@ def figures(cell: CellReport) -> dict[str, float]:
   """The figures of a cell by name, such as 'excess web'; none before it is finished."""
   fields: dict[str, Any] = {**cell}
   known: dict[str, float] = {
-    name: float(fields[name]) for name in ('params', *_OF_MODELS, 'seconds') if name in fields
+    name: float(fields[name]) for name in ('params', *_OF_MODELS, 'usable_dense', 'seconds') if name in fields
   }
   for name, text in cell.get('texts', {}).items():
     values: dict[str, Any] = {'dense': text.get('dense'), 'excess': excess(text)}
@@ -161,6 +160,8 @@ def notes(report: ComparisonReport) -> Iterator[str]:
   ]
   dense = ', '.join(f'{word} {value:.2f}'.strip() for word, value in measured) or 'not measured yet'
   yield f'The dense model has {report["model"]["params_before"]:,} parameters and perplexity {dense}.'
+  for usable in {cell['usable_dense'] for cell in report['cells'] if 'usable_dense' in cell}:
+    yield f'Answers are the usable ones of 40. The dense model has {usable}.'
   yield (
     f'Loss increase is ln(perplexity {kind} / dense), and KL is that from the dense model; nats per token.'
   )
@@ -200,6 +201,7 @@ def cells_table(report: ComparisonReport) -> Table:
   named = [(name, word, kind) for name, word in texts(report).items() for kind in kinds]
   columns = {f'{kind} {name}': kinds[kind] + word for name, word, kind in named}
   rows, more, last = [], _of_models(report), ('seconds', 'version', 'error')
+  more += ['usable_dense'] * ('usable' in more)
   for cell in report['cells']:
     known, values = figures(cell), [plain(cell['values'][field]) for field in report['fields']]
     row = [cell['name'], cell['state'], *values, cell.get('params'), *map(known.get, [*more, *columns])]

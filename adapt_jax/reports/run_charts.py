@@ -107,7 +107,7 @@ def perplexity_over_tokens(data: RunData, text: str) -> str:
   )
 
 
-def perplexity_chart(report: RunReport, height: int = 250) -> str:
+def perplexity_chart(report: RunReport) -> str:
   """Pruned and recovered perplexity by stage, with a line for the dense model; '' if there is none."""
   stages, series, names = report.get('stages', []), [], names_of(report)
   models: tuple[Of, ...] = ('pruned', 'recovered')
@@ -122,7 +122,6 @@ def perplexity_chart(report: RunReport, height: int = 250) -> str:
     levels=[] if dense is None else [(dense, f'{names["dense"]} {dense:.2f}')],
     log=_wide([y for s in series for _, y in s.points]),
     integer=True,
-    height=height,
   )
 
 

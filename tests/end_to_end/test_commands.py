@@ -20,6 +20,7 @@ from tests.support import forks, runs
 WRONG = [
   ('--config.prune.targt=0.5', 'config.prune.target'),
   ('--target=0.5', 'config.prune.target'),
+  ('prune', 'a mode is the first word'),
   ('--workdri=x', 'workdir'),
   ('--config.model=x', 'config.model'),
   ('--config.train.source=absent file.txt,b', 'absent file.txt'),

@@ -7,15 +7,16 @@ from adapt_jax.models.errors import InputError
 
 SHORT = {
   'prune M a.txt --target=0.75 --debug': (
-    '--mode=prune --workdir=out/prune --config.model.source=M --config.prune.calibration.source=a.txt '
-    '--config.prune.target=0.75 --debug'
+    '--mode=prune --config.model.source=M --config.prune.calibration.source=a.txt '
+    '--config.prune.target=0.75 --debug --workdir=out/prune'
   ),
   'accel M --train.source=a.txt --tokens=9 --workdir=w': (
     '--mode=accel --config.model.source=M --config.train.source=a.txt --config.train.tokens=9 --workdir=w'
   ),
   'recover M a.txt --config=demo': (
-    '--mode=recover --workdir=out/recover --config.model.source=M --config.train.source=a.txt --config=demo'
+    '--mode=recover --config=demo --config.model.source=M --config.train.source=a.txt --workdir=out/recover'
   ),
+  'generate M --prompt=a --prompt=b=c': '--mode=generate --config.model.source=M --prompt=a --prompt=b=c',
   '--mode=prune --config.prune.target=0.75': '--mode=prune --config.prune.target=0.75',
 }
 
@@ -31,6 +32,9 @@ def test_a_short_command_is_written_out(short):
     ('prun M', 'did you mean prune?'),
     ('prune M a.txt b.txt', 'b.txt'),
     ('prune M --workdir out', '--workdir'),
+    ('prune M -target=9', '-target=9'),
+    ('prune M --mode=generate', 'twice'),
+    ('prune M --config.model.source=N', 'twice'),
     ('prune M --length=9', '--prune.calibration.length, --evaluate.length'),
   ],
 )

@@ -46,6 +46,15 @@ def test_a_row_for_each_group_with_the_spread_over_its_cells():
   assert row['parameters'] == '1,050,000 (1,000,000–1,100,000)' and row['KL'] == '–'
 
 
+def test_usable_answers_stand_beside_those_of_the_dense_model():
+  report = make_report(GRID)
+  for cell in report['cells']:
+    cell |= {'usable': 15, 'usable_dense': 29}
+  assert 'The dense model has 29.' in compare_tables.text(report)
+  (row, *_) = csv.DictReader(io.StringIO(compare_tables.cells_table(report).csv()))
+  assert (float(row['usable']), float(row['usable_dense'])) == (15, 29)
+
+
 def test_figures_say_which_of_several_texts_they_belong_to():
   report = make_report(GRID, ['wiki', 'web'])
   tables = compare_tables.tables(report)
