@@ -124,7 +124,7 @@ def test_the_site_builds_without_a_warning_with_the_files_that_pages_link_to(tmp
   for page, linked in (
     ('index.html', 'files/CHANGELOG/'),
     ('results/index.html', '../files/benchmarks/RESULTS/'),
-    ('files/benchmarks/RESULTS/index.html', '../../../cluster/#memory-time-and-cost-on-paper'),
+    ('files/benchmarks/RESULTS/index.html', '../../../notes/compilers/'),
     ('library/index.html', '../files/examples/prune_and_recover.ipynb'),
     ('results/index.html', 'tokens/compare.csv'),
     ('running/index.html', '../sample-report.html'),
