@@ -191,19 +191,18 @@ def widths(hidden: Study) -> Rows:
     yield ['', 'trained', *_show(_trained(row))]
 
 
+def tasks(tasks: Study, early_tasks: Study) -> Rows:
+  yield ['model', 'kept', 'training tokens', 'questions', 'PIQA', 'OpenBookQA', 'LAMBADA', 'mean']
+  for row in (*tasks.rows, *early_tasks.rows):
+    scores = [100 * float(row[task]) for task in ('piqa', 'openbookqa', 'lambada')]
+    tokens = f'{int(row["tokens"]):,}' if row['tokens'].isdigit() else row['tokens']
+    shown = _show([*scores, sum(scores) / len(scores)], '.1f')
+    yield [row['model'] if row['kept'] == 'dense' else '', row['kept'], tokens, f'{int(row["questions"]):,}', *shown]
+
+
 def files(frontier: Study) -> Rows:
-  yield [
-    'model',
-    'type',
-    'MB',
-    'speeches',
-    'Wikipedia',
-    'code',
-    'mean loss +',
-    'prefill',
-    'decode',
-    'best for',
-  ]
+  names = ['MB', 'speeches', 'Wikipedia', 'code', 'mean loss +', 'prefill', 'decode', 'best for']
+  yield ['model', 'type', *names]
   for row in frontier.rows:
     best = [name for name, of in (('MB', 'size'), ('speed', 'speed')) if row[f'best_for_{of}'] == 'True']
     found = [float(row[f'loss_increase{of}']) for of in ('_addresses', '_encyclopedia', '_code', '')]
@@ -212,11 +211,15 @@ def files(frontier: Study) -> Rows:
     yield [row['model'], row['type'], megabytes, *_show(found), *_show(speeds, '.1f'), ', '.join(best)]
 
 
+def coder_files(qwen_frontier: Study) -> Rows:
+  return files(qwen_frontier)
+
+
 def sizes(family: Study, frontier: Study) -> Rows:
   names = ['MB', 'tokens/s', *_OF_FAMILIES, 'usable answers']
   yield ['SmolLM2-135M-Instruct', *names]
   bf16 = {row['model']: row for row in frontier.rows if row['type'] == 'BF16'}
-  answers, megabytes = family.rows[0]['usable_dense'], 2 * int(bf16['dense']['params']) / 1e6
+  answers, megabytes = _answers(family.rows[0], 'usable_dense'), 2 * int(bf16['dense']['params']) / 1e6
   speed = {model: f'{float(row["decode_tokens_per_second_median"]):.1f}' for model, row in bf16.items()}
   yield ['dense', f'{megabytes:.0f}', speed['dense'], *4 * [''], f'{answers} of 40']
   for target, title in ((0.9, ' of the parameters'), (0.8, ''), (0.7, '')):
@@ -224,9 +227,11 @@ def sizes(family: Study, frontier: Study) -> Rows:
     yield [name + title, _megabytes(row), speed[name], *_of_family(row)]
 
 
-def coder(qwen_family: Study) -> Rows:
+def coder(qwen_family: Study, qwen_frontier: Study) -> Rows:
   yield ['Qwen2.5-Coder-0.5B-Instruct', 'parameters', 'MB', *_OF_FAMILIES, 'usable answers']
-  yield ['dense', '630.2 M', '1,260', *4 * [''], f'{qwen_family.rows[0]["usable_dense"]} of 40']
+  params = int(qwen_frontier.row(model='dense', type='BF16')['params'])
+  answers = f'{_answers(qwen_family.rows[0], "usable_dense")} of 40'
+  yield ['dense', f'{params / 1e6:.1f} M', f'{2 * params / 1e6:,.0f}', *4 * [''], answers]
   for row in qwen_family.rows:
     name = _percent(float(row['prune.target']))
     yield [name, f'{int(row["params"]) / 1e6:.1f} M', _megabytes(row), *_of_family(row)]
@@ -236,15 +241,35 @@ def _megabytes(row: Row) -> str:
   return f'{float(row["bytes"]) / 1e6:,.0f}'
 
 
+def _answers(row: Row, name: str = 'usable') -> str:
+  return f'{float(row[name]):.0f}'
+
+
 def _of_family(row: Row) -> list[str]:
   """The loss increases of a size, and its usable answers."""
   found = [float(row[f'excess {of}']) for of in _OF_FAMILIES.values()]
-  return [*_show(found, '.2f'), row['usable']]
+  return [*_show(found, '.2f'), _answers(row)]
 
 
 TABLES: dict[str, Callable[..., Rows]] = {
   table.__name__: table
-  for table in (cost, methods, ratios, own, losses, gaps, healed, rows, covered, widths, files, sizes, coder)
+  for table in (
+    cost,
+    methods,
+    ratios,
+    own,
+    losses,
+    gaps,
+    healed,
+    rows,
+    covered,
+    widths,
+    tasks,
+    files,
+    coder_files,
+    sizes,
+    coder,
+  )
 }
 
 
