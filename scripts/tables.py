@@ -200,6 +200,20 @@ def tasks(tasks: Study, early_tasks: Study) -> Rows:
     yield [row['model'] if row['kept'] == 'dense' else '', row['kept'], tokens, f'{int(row["questions"]):,}', *shown]
 
 
+def latency(latency: Study) -> Rows:
+  yield ['target', 'asked, ms', 'by the table, ms', 'measured ratio to dense', 'measured again']
+  for row in latency.rows:
+    milliseconds = (f'{float(row[name]):,.0f}' for name in ('asked', 'reached'))
+    yield [_percent(float(row['target'])), *milliseconds, *_show([float(row['ratio']), float(row['again'])])]
+
+
+def vocabulary(vocabulary: Study) -> Rows:
+  yield ['trimmed to the tokens of', 'kept', 'parameters', 'speech', 'Wikipedia']
+  for row in vocabulary.rows:
+    bits = _show([float(row[f'bits_per_byte {of}']) for of in ('speech', 'wiki')])
+    yield [row['texts'], f'{int(row["kept"]):,}', f'{int(row["params"]) / 1e6:.1f} M', *bits]
+
+
 def files(frontier: Study) -> Rows:
   names = ['MB', 'speeches', 'Wikipedia', 'code', 'mean loss +', 'prefill', 'decode', 'best for']
   yield ['model', 'type', *names]
@@ -265,6 +279,8 @@ TABLES: dict[str, Callable[..., Rows]] = {
     covered,
     widths,
     tasks,
+    latency,
+    vocabulary,
     files,
     coder_files,
     sizes,
