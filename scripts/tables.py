@@ -195,9 +195,9 @@ def tasks(tasks: Study, early_tasks: Study) -> Rows:
   yield ['model', 'kept', 'training tokens', 'questions', 'PIQA', 'OpenBookQA', 'LAMBADA', 'mean']
   for row in (*tasks.rows, *early_tasks.rows):
     scores = [100 * float(row[task]) for task in ('piqa', 'openbookqa', 'lambada')]
-    tokens = f'{int(row["tokens"]):,}' if row['tokens'].isdigit() else row['tokens']
-    shown = _show([*scores, sum(scores) / len(scores)], '.1f')
-    yield [row['model'] if row['kept'] == 'dense' else '', row['kept'], tokens, f'{int(row["questions"]):,}', *shown]
+    name = row['model'] if row['kept'] == 'dense' else ''
+    tokens, questions = (f'{int(x):,}' if x.isdigit() else x for x in (row['tokens'], row['questions']))
+    yield [name, row['kept'], tokens, questions, *_show([*scores, sum(scores) / len(scores)], '.1f')]
 
 
 def latency(latency: Study) -> Rows:
