@@ -255,6 +255,13 @@ def _megabytes(row: Row) -> str:
   return f'{float(row["bytes"]) / 1e6:,.0f}'
 
 
+def with_code(coder: Study) -> Rows:
+  domains = {**DOMAINS, 'speeches': 'speeches', 'code': 'code', 'own': 'own text'}
+  yield [*domains.values(), 'usable answers']
+  (row,) = coder.rows
+  yield [*_show([float(row[f'excess {of}']) for of in domains], '.2f'), f'{row["usable"]} of {row["usable_dense"]}']
+
+
 def _answers(row: Row, name: str = 'usable') -> str:
   return f'{float(row[name]):.0f}'
 
@@ -285,6 +292,7 @@ TABLES: dict[str, Callable[..., Rows]] = {
     coder_files,
     sizes,
     coder,
+    with_code,
   )
 }
 
