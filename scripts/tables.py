@@ -259,7 +259,8 @@ def with_code(coder: Study) -> Rows:
   domains = {**DOMAINS, 'speeches': 'speeches', 'code': 'code', 'own': 'own text'}
   yield [*domains.values(), 'usable answers']
   (row,) = coder.rows
-  yield [*_show([float(row[f'excess {of}']) for of in domains], '.2f'), f'{row["usable"]} of {row["usable_dense"]}']
+  answers = f'{row["usable"]} of {row["usable_dense"]}'
+  yield [*_show([float(row[f'excess {of}']) for of in domains], '.2f'), answers]
 
 
 def _answers(row: Row, name: str = 'usable') -> str:
