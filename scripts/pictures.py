@@ -40,7 +40,7 @@ def recovery() -> str:
 
 
 def pictures() -> dict[str, str]:
-  """The SVG files of docs/, by name."""
+  """File name in docs/ to SVG text."""
   drawn = {'frontier.svg': frontier('frontier'), 'recovery.svg': recovery()}
   return drawn | {'frontier-dark.svg': charts.dark(drawn['frontier.svg'])}
 

@@ -247,7 +247,7 @@ class CellReport(TypedDict, total=False):
 
   The rest is known once it is finished; error: the reason if it failed. version: of adapt-jax. A cell that
   writes models has budget, bytes (of its first export), faster (how many times as fast as the dense model it
-  decodes) and usable (the number of usable answers; usable_dense: those of the dense model).
+  decodes) and usable (the number of usable answers; usable_dense: of the dense model).
   """
 
   name: Required[str]
