@@ -1,10 +1,11 @@
-"""Makes training and held-out text of three kinds for configs/studies.py, from data sets in one directory.
+"""Makes training and held-out text of several kinds for configs/studies.py, from data sets in one directory.
 
     python scripts/mixed_texts.py DATASETS [directory, by default data/mixed/]
 
     train/web.jsonl  valid/web.jsonl     c4/c4_train_1200.jsonl, a fourth of the documents held out
     train/wiki.txt   valid/wiki.txt      wikitext-2/wiki.train.tokens and wiki.valid.tokens
     train/chat.jsonl valid/chat.jsonl    instruct/gpteacher_roleplay.json, a fourth of conversations held out
+    fiction, edu, code, instructions     recovery/fiction, edu, code and chat.jsonl, where it exists
 
 Each document is whole and in one part only. Conversations with the same instruction go to the same part.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 HELD_OUT = 4
 PARTS, NAMES = ('train', 'valid'), ('wiki.txt', 'web.jsonl', 'chat.jsonl')
+MORE = {'fiction': 'fiction', 'edu': 'edu', 'code': 'code', 'instructions': 'chat'}
 
 
 def main(arguments: list[str]) -> int:
@@ -42,7 +44,8 @@ def write(source: pathlib.Path, target: pathlib.Path) -> None:
   Raises OSError if a data set is missing or `target` holds other files, and ValueError, KeyError, TypeError
   or AttributeError if a data set has another format.
   """
-  ours = {f'{part}/{name}' for part in PARTS for name in NAMES} | set(PARTS)
+  ours = {f'{part}/{name}' for part in PARTS for name in (*NAMES, *(f'{kind}.jsonl' for kind in MORE))}
+  ours |= set(PARTS)
   if target.exists() and {path.relative_to(target).as_posix() for path in target.rglob('*')} - ours:
     raise OSError(f'{target} holds other files: name a new directory')
   lines = (source / 'c4/c4_train_1200.jsonl').read_text(encoding='utf-8').strip().split('\n')
@@ -57,17 +60,20 @@ def write(source: pathlib.Path, target: pathlib.Path) -> None:
     _split(new, 'web.jsonl', web, 'text')
     kept = [{k: chat[k] for k in ('instruction', 'input', 'output')} for chat in chats]
     _split(new, 'chat.jsonl', kept, 'instruction')
+    for kind, file in MORE.items() if (source / 'recovery').is_dir() else ():
+      lines = (source / f'recovery/{file}.jsonl').read_text(encoding='utf-8').strip().split('\n')
+      _split(new, f'{kind}.jsonl', [json.loads(line) for line in lines])
     shutil.rmtree(target, ignore_errors=True)
     new.rename(target)
   finally:
     shutil.rmtree(new, ignore_errors=True)
 
 
-def _split(directory: pathlib.Path, name: str, rows: list[dict[str, Any]], key: str) -> None:
-  """Puts about one of `HELD_OUT` rows into valid, chosen by the hash of its `key`."""
+def _split(directory: pathlib.Path, name: str, rows: list[dict[str, Any]], key: str = '') -> None:
+  """Puts about one of `HELD_OUT` rows into valid, chosen by the hash of its `key` or of all of it."""
   parts: dict[str, list[str]] = {'train': [], 'valid': []}
   for row in rows:
-    digest = hashlib.sha256(row[key].encode()).digest()
+    digest = hashlib.sha256((row[key] if key else json.dumps(row)).encode()).digest()
     parts['train' if digest[0] % HELD_OUT else 'valid'].append(json.dumps(row))
   for part, found in parts.items():
     (directory / part / name).write_text('\n'.join(found) + '\n', encoding='utf-8')
