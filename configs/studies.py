@@ -74,7 +74,7 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     {'prune.calibration.own': (0.25, 0.0)},
     {'prune.calibration.source': ((*_TRAIN, 'data/code/train'),), 'prune.calibration.weights': ((1.0,) * 4,)},
   ),
-  'covering': ({'train.tokens': (1000 * 1024,)}, {'train.tokens': (200 * 1024,), 'train.lr': (-1.0, 2e-4)}),
+  'covering': ({'train.tokens': (800 * 1024,)}, {'train.tokens': (200 * 1024,), 'train.lr': (-1.0, 2e-4)}),
   'qwen': (
     {'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},
     {'prune.compensate': ('least_squares', 'none'), 'train.distill.alpha': (1.0,)},
