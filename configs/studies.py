@@ -17,13 +17,14 @@ own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the m
 rows: no recovery; 128 rows, with and without healing, also measured on two kinds that no row came from.
 coder: no recovery; Qwen2.5-Coder-0.5B-Instruct, healed: rows of three kinds of text beside rows that it
   generates, alone, and beside code; also measured on speeches and code.
+share: no recovery; the demo's calibration, with no, a quarter, half and three quarters of its rows generated.
 covering: seven kinds of text, with the defaults; also measured on speeches and on code of another package.
 qwen: on Qwen2.5-Coder-0.5B-Instruct, mostly with fewer tokens: both losses, least squares, the control, 1 and
   4 rounds at 60 % kept, three times the tokens, 100 and 300 thousand tokens, and adapt in 10 steps.
 
-All but own, coder and covering calibrate and train on equal shares of three kinds of text. All measure each
-kind separately on held-out documents; scripts/mixed_texts.py makes the files. All but coder and qwen take the
-model of configs/demo.py, SmolLM2-135M-Instruct. On two cores, 100,000 tokens take ten minutes or more. To
+All but own, coder, share and covering calibrate and train on equal shares of three kinds of text. All measure
+each kind separately on held-out documents; scripts/mixed_texts.py makes the files. All but coder and qwen take
+the model of configs/demo.py, SmolLM2-135M-Instruct. On two cores, 100,000 tokens take ten minutes or more. To
 continue a grid that was killed, repeat the command.
 """
 
@@ -74,6 +75,7 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     {'prune.calibration.own': (0.25, 0.0)},
     {'prune.calibration.source': ((*_TRAIN, 'data/code/train'),), 'prune.calibration.weights': ((1.0,) * 4,)},
   ),
+  'share': ({'prune.calibration.own': (0.25, 0.0, 0.5, 0.75)},),
   'covering': ({'train.tokens': (800 * 1024,)}, {'train.tokens': (200 * 1024,), 'train.lr': (-1.0, 2e-4)}),
   'qwen': (
     {'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},
@@ -116,16 +118,20 @@ def get_config(variant: str = '') -> ConfigDict:
     config.train.lr = config.train.min_lr = -1.0  # 1e-4 is too high for its weights
   if variant == 'coder':
     config.prune.heal, calibration.samples = 1, 32
-  if variant == 'covering':
+  if variant in ('share', 'covering'):
     more = ('fiction', 'code', 'instructions')
-    calibration.source = (*_TRAIN, *(f'data/mixed/train/{kind}.jsonl' for kind in (*more, 'edu')))
-    calibration.weights = config.train.weights = (1.0,) * 7
-    config.train.source = calibration.source
-    config.prune.heal, calibration.samples, calibration.own = 1, 32, 0.25
-    config.train.lr = config.train.min_lr = -1.0
+    config.prune.heal, calibration.samples = 1, 32
     config.evaluate.source += tuple(f'{kind}=data/mixed/valid/{kind}.jsonl' for kind in more)
     config.evaluate.source += ('speeches=data/sotu/valid', 'package=data/code/valid')
     config.evaluate.length, config.evaluate.max_tokens = 512, 4 * 1024
+  if variant == 'share':
+    own = demo.get_config()
+    config.prune.calibration, config.prune.align_ffn = own.prune.calibration, own.prune.align_ffn
+  if variant == 'covering':
+    calibration.source = (*_TRAIN, *(f'data/mixed/train/{kind}.jsonl' for kind in (*more, 'edu')))
+    calibration.weights = config.train.weights = (1.0,) * 7
+    config.train.source = calibration.source
+    config.train.lr, config.train.min_lr, calibration.own = -1.0, -1.0, 0.25
   config.compare.grid = _GRIDS[variant]
-  config.compare.recover = variant not in ('sizes', 'own', 'rows', 'coder')
+  config.compare.recover = variant not in ('sizes', 'own', 'rows', 'coder', 'share')
   return config
