@@ -24,8 +24,8 @@ qwen: on Qwen2.5-Coder-0.5B-Instruct, mostly with fewer tokens: both losses, lea
 
 All but own, coder, share and covering calibrate and train on equal shares of three kinds of text. All measure
 each kind separately on held-out documents; scripts/mixed_texts.py makes the files. All but coder and qwen
-take the model of configs/demo.py, SmolLM2-135M-Instruct. On two cores, 100,000 tokens take ten minutes or more. To
-continue a grid that was killed, repeat the command.
+take the model of configs/demo.py, SmolLM2-135M-Instruct. 100,000 tokens take ten minutes or more.
+To continue a grid that was killed, repeat the command.
 """
 
 from ml_collections import ConfigDict
