@@ -5,8 +5,8 @@
 SmolLM2-135M-Instruct pruned by the demo's method, batch 4 x 256, AdamW, clipped gradients; fp32, and bfloat16
 products with fp32 weights (PyTorch: autocast). The peer is the export of the same model in transformers, with
 autograd, torch's fused AdamW and, in separate rows, torch.compile. Each run is a new process; peak memory is
-that of the process, including compilation. Ours also runs with `train.remat` and `train.mu_dtype`. A quarter
-of an hour on two cores, without making the models. With --recovery, only our step with the
+that of the process, including compilation. Ours also runs with `train.remat` and `train.moments_dtype`.
+A quarter of an hour on two cores, without making the models. With --recovery, only our step with the
 teacher, 4 x 512, in each dtype and with memory kept: five minutes.
 """
 
@@ -26,7 +26,7 @@ PAIRS = (
   ('bfloat16', 'bfloat16'),
   ('bfloat16', 'bfloat16-compile'),
   ('float32-remat', 'float32'),
-  ('bfloat16-mu', 'bfloat16'),
+  ('bfloat16-moments', 'bfloat16'),
 )
 
 RECOVERY = (
@@ -114,8 +114,8 @@ def main() -> None:
     f'{limits["float32"]:,.0f} GFLOP/s in fp32 and {limits["bfloat16"]:,.0f} in bfloat16, which one product '
     f'of 1,024 x 1,024 reaches here; bytes: the optimizer reads and writes {moved:.1f} GB a step in fp32, '
     f'{moved / speed:.2f} s at {speed:.0f} GB/s. Weights, gradients and two moments in fp32 are '
-    f'{16 * weights / 1e9:.2f} GB. `-remat` computes whole layers again (`train.remat`), `-mu` keeps the '
-    'first moment in bfloat16 (`train.mu_dtype`).\n\n' + table(runs, limits, flops)
+    f'{16 * weights / 1e9:.2f} GB. `-remat` computes whole layers again (`train.remat`), `-moments` keeps '
+    'both moments in bfloat16 (`train.moments_dtype`).\n\n' + table(runs, limits, flops)
   )
   side_by_side.report('Training step', text, args.write)
 

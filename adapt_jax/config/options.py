@@ -173,9 +173,9 @@ class TrainOptions:
     'bfloat16 is at least 1.25 times as fast. The run measures it once, before it begins, and keeps to it.',
     choices=('auto', 'float32', 'bfloat16'),
   )
-  mu_dtype: str = option(
+  moments_dtype: str = option(
     'float32',
-    "Dtype of Adam's first moment; bfloat16 saves two bytes per weight.",
+    "Dtype of Adam's two moments; bfloat16 saves four bytes per weight.",
     choices=('float32', 'bfloat16'),
   )
   remat: str = option(

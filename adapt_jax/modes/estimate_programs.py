@@ -283,7 +283,7 @@ def _of_correction(footprint: Footprint, stages: list[ModelConfig]) -> dict[str,
   weights, trained = (bytes_of(footprint.state(*x)) for x in ((footprint.config, False), (stages[0], True)))
   planned = {}
   if compensate != 'none':
-    other = teacher + max(weights, trained)
+    other = teacher + (max(weights, trained) if len(stages) > 1 else weights)  # later stages have moments
     program = dataclasses.replace(footprint.compensation(), other=other, times=len(stages))
     planned[f'compensation ({compensate})'] = program
     planned['correction'] = Program(program.results, 0, weights, other)

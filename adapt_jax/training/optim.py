@@ -1,5 +1,7 @@
 """AdamW without weight decay, and learning-rate schedules that span all stages (paper section 4)."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
@@ -36,13 +38,31 @@ def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
 
 
 def optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransformation:
-  """Clips by global norm, then applies Adam (0.9, 0.999) and the schedule; its state has the step count.
+  """Clips by global norm, then applies Adam and the schedule; its state has the step count.
 
-  The first moment is kept in `options.mu_dtype`. The second is fp32: a step changes it by a thousandth, which
-  bfloat16 would round away.
+  Adam's decays are 0.9 and 0.999. With moments in bfloat16, the second is 0.95: rounding to 2⁻⁸ would lose
+  changes by a thousandth.
   """
+  exact = options.moments_dtype == 'float32'
+  adam = optax.scale_by_adam(b1=0.9, b2=0.999 if exact else 0.95, eps=1e-8)
   return optax.chain(
     optax.clip_by_global_norm(options.clip),
-    optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.dtype(options.mu_dtype)),
+    adam if exact else _kept_in(jnp.dtype(options.moments_dtype), adam),
     optax.scale_by_learning_rate(learning_rate(options, total_steps)),
   )
+
+
+def _kept_in(dtype: jnp.dtype, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`adam`, which computes in fp32, with both moments kept in `dtype` between steps."""
+
+  def cast(state: optax.ScaleByAdamState, to: jnp.dtype) -> optax.ScaleByAdamState:
+    return state._replace(mu=optax.tree.cast(state.mu, to), nu=optax.tree.cast(state.nu, to))
+
+  def init(params: Any) -> optax.ScaleByAdamState:
+    return cast(adam.init(params), dtype)
+
+  def update(gradient: Any, state: optax.ScaleByAdamState, params: Any = None) -> Any:
+    updates, state = adam.update(gradient, cast(state, jnp.dtype(jnp.float32)), params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(init, update)

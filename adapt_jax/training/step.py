@@ -47,8 +47,8 @@ class TrainingStep:
   `rows` are those of `batch_shapes`, with `distill.cache` including the teacher's predictions; otherwise the
   step takes the teacher's parameters, if there is a `teacher_config`. The loss is the mean over the batch's
   targets, in nats, summed over micro-batches of at most `options.at_once` rows per device. `dtype` is
-  that of activations and matrix products; weights, gradients and the second moment are fp32, the first moment
-  is in `options.mu_dtype`. `options.remat` counts as False if it is auto (`training.remat`).
+  that of activations and matrix products; weights and gradients are fp32, Adam's moments are in
+  `options.moments_dtype`. `options.remat` counts as False if it is auto (`training.remat`).
 
   It is no dataclass, since two steps never compare equal: a grid would keep the program of every cell
   (`machine.compiler.Compiler`).

@@ -1,7 +1,7 @@
 """Our training step: DIRECTORY DTYPE[-VARIANT...] STEPS [TEACHER]. For benchmarks/training.py.
 
-Variants: remat, mu, kept (memory), micro2 (and so on). With a TEACHER, rows have 512 tokens and the loss is
-the divergence from it; cache: from its 64 likeliest ids.
+Variants: remat, moments, kept (memory), micro2 (and so on). With a TEACHER, rows have 512 tokens and the loss
+is the divergence from it; cache: from its 64 likeliest ids.
 """
 
 import json
@@ -30,7 +30,9 @@ def main(directory: str, form: str, steps: str, teacher: str = '') -> None:
   config, (dtype, *variants) = base.get_config(), form.split('-')
   length, sizes = 512 if teacher else 256, [int(v[5:]) for v in variants if v.startswith('micro')]
   config.train.update(batch=BATCH, micro_batch=(*sizes, BATCH)[0], length=length, tokens=10**6, lr=1e-4)
-  config.train.update(remat=str('remat' in variants), mu_dtype='bfloat16' if 'mu' in variants else 'float32')
+  config.train.update(
+    remat=str('remat' in variants), moments_dtype='bfloat16' if 'moments' in variants else 'float32'
+  )
   config.train.distill.cache = 64 if 'cache' in variants else 0
   if 'kept' in variants:
     memory.keep()

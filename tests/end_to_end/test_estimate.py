@@ -71,12 +71,12 @@ def test_scoring_holds_no_gradient_tree_at_8b():
   assert inputs <= added < 1.2 * inputs < gradient / 2
 
 
-@pytest.mark.parametrize('fsdp,tensor,mu_dtype,size', [(4, 1, 'float32', 12), (2, 2, 'bfloat16', 10)])
-def test_every_device_holds_its_share_of_weights_and_moments(fsdp, tensor, mu_dtype, size):
+@pytest.mark.parametrize('fsdp,tensor,dtype,size', [(4, 1, 'float32', 12), (2, 2, 'bfloat16', 8)])
+def test_every_device_holds_its_share_of_weights_and_moments(fsdp, tensor, dtype, size):
   with mesh(fsdp, tensor):
-    plan = Footprint(options(batch=8, length=64, mu_dtype=mu_dtype), half(SMALL), jnp.float32)
+    plan = Footprint(options(batch=8, length=64, moments_dtype=dtype), half(SMALL), jnp.float32)
     state, program = bytes_of(plan.state(plan.config, True)), plan.training(plan.config)
-  share = size * count_params(plan.config) / 4  # fp32 weights and second moments, first moments in mu_dtype
+  share = size * count_params(plan.config) / 4  # fp32 weights, and both moments
   assert share <= state < 1.02 * share  # norms are whole everywhere
   assert state <= program.arguments < 1.05 * state
   assert program.results < 0.01 * state  # the new state replaces the old
@@ -104,7 +104,8 @@ def test_a_teacher_that_is_asked_before_lies_beside_nothing(files):
   config = runs.make_config(files)
   config.train.distill.update({'alpha': 1.0, 'cache': 8})
   asked = from_dict(config.to_dict())
-  plan, stages, (*_, (_, teacher), (_, training)) = planned(asked)
+  plan, stages, (*before, (_, teacher), (_, training)) = planned(asked)
+  assert dict(before)['compensation'].other == weights(plan.config)  # no moments yet, in a run of one stage
   tokens = asked.train.batch * asked.train.length
   assert (teacher.arguments, teacher.other) == (weights(plan.config) + tokens * (4 + 4), 0)
   assert 0 <= teacher.results - tokens * (4 * 8 + 4 * 9) < 64  # and the tuple of both
@@ -128,6 +129,7 @@ def test_every_program_of_a_run_with_a_teacher(files, tmp_path):
   calibration = asked.prune.calibration
   assert stacking.arguments == bytes_of(plan.state(plan.config, False))
   assert stacking.results == first.arguments - calibration.samples * calibration.length * 4
+  assert compensation.other == teacher + max(state, weights(plan.config))
   assert stacking.other == teacher and 0 < stacking.temporary < stacking.results
   assert (compaction.arguments, compaction.results) == (state, bytes_of(plan.state(stages[1], True)))
   # The first stage is scored without the fp32 weights that are beside the stacked ones in the second.

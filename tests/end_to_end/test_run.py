@@ -270,9 +270,9 @@ def test_distillation_and_accumulation_and_remat_run_on_chats_and_text(files, tm
 
 
 def test_bfloat16_trains_fp32_master_weights(files, tmp_path):
-  """With a first moment in bfloat16 too."""
+  """With moments in bfloat16 too."""
   config = runs.make_config(files)
-  config.model.dtype = config.train.dtype = config.train.mu_dtype = 'bfloat16'
+  config.model.dtype = config.train.dtype = config.train.moments_dtype = 'bfloat16'
   config.model.source = str(files / 'bfloat16')
   report = start(config, tmp_path / 'out')
   assert report['perplexity']['recovered'] < report['perplexity']['pruned']
