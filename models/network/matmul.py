@@ -85,6 +85,8 @@ def batch_product(a_BKRC: jax.Array, b: jax.Array, axis: int, dtype: Any = jnp.f
 
 
 def _batch_dot(a_BKRC: jax.Array, b: jax.Array, axis: int, dtype: Any) -> jax.Array:
+  # XLA's CPU backend would fold a transpose of b into the product, and then compute it in fp32.
+  b = _row_major(b) if on_cpu() else b
   return _dot_general(a_BKRC, b, (((3,), (axis % 4,)), ((0, 1), (0, 1))), dtype)
 
 

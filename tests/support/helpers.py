@@ -143,6 +143,16 @@ def factors(lowered: Any) -> list[list[str]]:
   return [[names[kind] for kind in two] for two in kinds]
 
 
+def compiled_factors(function: Callable[..., Any], *arguments: Any) -> set[str]:
+  """The dtypes of all factors of products in the compiled program."""
+  found = set()
+  for computation in jax.jit(function).lower(*arguments).compile().as_text().split('\n\n'):
+    kinds = dict(re.findall(r'%?([\w.-]+) = (\w+)\[', computation))
+    for pair in re.findall(r' dot\(%?([\w.-]+), %?([\w.-]+)\)', computation):
+      found |= {kinds[name] for name in pair}
+  return found
+
+
 def refused(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
   """The one line of the InputError that the call raises."""
   with pytest.raises(InputError) as error:

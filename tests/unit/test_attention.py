@@ -7,6 +7,8 @@ import pytest
 
 from adapt_jax.models.network import attention
 from adapt_jax.models.network.backend import made_for
+from adapt_jax.models.network.matmul import dot
+from tests.support.helpers import compiled_factors
 
 B, N, K, H = 2, 6, 2, 8
 
@@ -86,6 +88,21 @@ def test_queries_do_not_meet_most_later_keys(monkeypatch):
   found = flops()
   monkeypatch.setattr(attention, 'BLOCKS', 1)
   assert found == pytest.approx(5 / 8 * flops(), rel=0.01)
+
+
+def test_products_in_bfloat16_are_computed_in_it():
+  """On a CPU that can; XLA would fold transposes of keys and values into products, which then are in fp32."""
+  factor = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+  plain = compiled_factors(lambda a, b: dot(a, b, 0), factor, factor)
+  if plain == {'f32'}:
+    pytest.skip('this CPU has no products in bfloat16')
+  q, k, v = (jax.ShapeDtypeStruct((1, 512, heads, 64), jnp.bfloat16) for heads in (N, K, K))
+
+  def run(q, k, v, g):
+    out, pull = jax.vjp(attention.causal_attention, q, k, v)
+    return out, pull(g)
+
+  assert plain == compiled_factors(run, q, k, v, q) == {'bf16'}
 
 
 def test_memory_of_long_rows():
