@@ -7,7 +7,8 @@ from adapt_jax.config.build import declarations, get
 from adapt_jax.config.options import RunOptions
 
 REQUEST = ('bench.batch', 'bench.prompt_length', 'bench.new_tokens')  # of prune.target
-PRUNING = ('seed', 'model', 'data', 'prune', 'evaluate', 'export', 'train.dtype', *REQUEST)
+_HEALING = ('train.dtype', 'train.moments_dtype')
+PRUNING = ('seed', 'model', 'data', 'prune', 'evaluate', 'export', *_HEALING, *REQUEST)
 TRAINING = (*PRUNING, 'train')
 RECOVERY = ('seed', 'model', 'data', 'train', 'evaluate', 'export')
 RUNS = ('accel', 'prune', 'recover')  # the modes that train or prune in a workdir

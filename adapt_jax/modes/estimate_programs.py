@@ -299,7 +299,8 @@ def _of_healing(footprint: Footprint, stages: list[ModelConfig]) -> dict[str, Pr
   if len(stages) > 1:  # the moments of recovery
     with_moments, without = (bytes_of(footprint.state(stages[-1], moments)) for moments in (True, False))
     other += with_moments - without
-  t = heal_options(c.samples, c.length, options.prune.heal, c.batch, footprint.config.vocab_size)
+  moments, vocab_size = options.train.moments_dtype, footprint.config.vocab_size
+  t = heal_options(c.samples, c.length, options.prune.heal, c.batch, vocab_size, moments)
   t = dataclasses.replace(t, dtype=options.train.dtype)
   of_heal = Footprint(
     dataclasses.replace(options, train=t),

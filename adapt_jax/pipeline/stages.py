@@ -92,6 +92,7 @@ class Pruning:
       dtype=dtype,
       compiler=self._compiler,
       known=self._told,
+      moments_dtype=self._options.train.moments_dtype,
     )
 
   def shapes(self, plan: PrunePlan) -> Any:

@@ -26,7 +26,9 @@ from adapt_jax.training.teacher_cache import predictions
 _KEPT = 64  # ids of the dense model for each token
 
 
-def heal_options(samples: int, length: int, passes: int, micro_batch: int, vocab_size: int) -> TrainOptions:
+def heal_options(
+  samples: int, length: int, passes: int, micro_batch: int, vocab_size: int, moments_dtype: str
+) -> TrainOptions:
   """The training of `passes` over `samples` rows; its learning rate is still to follow from the weights.
 
   A step takes as many tokens as the learning rate was tuned for, or one row per device.
@@ -41,6 +43,7 @@ def heal_options(samples: int, length: int, passes: int, micro_batch: int, vocab
     layout='padded',  # a row is one document
     schedule='cosine',
     save_every=10**9,
+    moments_dtype=moments_dtype,
     distill=DistillOptions(cache=min(_KEPT, vocab_size - 1)),
   )
 
@@ -77,6 +80,7 @@ class Healing:
   Args:
     tokens: the rows, token ids [S, T]; all of them count, also those of a user in a chat, as in scoring.
     passes: over the rows. micro_batch: rows on a device at once.
+    moments_dtype: as in `TrainOptions`.
     dense: config and parameters of the dense model, which are not kept.
     stored: its parameters as they are stored; their size decides the learning rate.
     dtype: of activations and products. compiler: counts compiles as `teacher` and `healing`.
@@ -97,9 +101,10 @@ class Healing:
     dtype: Any,
     compiler: Compiler,
     known: dict[Any, Told] | None = None,
+    moments_dtype: str = 'float32',
   ):
     vocab_size, (samples, length) = dense.config.vocab_size, tokens.shape
-    options = heal_options(samples, length, passes, micro_batch, vocab_size)
+    options = heal_options(samples, length, passes, micro_batch, vocab_size, moments_dtype)
     lr = decide(lambda: rate.with_rate(options, stored).lr)
     self._options = dataclasses.replace(options, lr=lr)
     self._dtype, self._compiler = dtype, compiler

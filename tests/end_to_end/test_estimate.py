@@ -114,6 +114,16 @@ def test_a_teacher_that_is_asked_before_lies_beside_nothing(files):
   assert plan.step_work(stages[0], False) == 3 * flops.forward(stages[0], asked.train.length)
 
 
+def test_healing_keeps_its_moments_as_training_does(files):
+  config = runs.make_config(files)
+  config.train.tokens, config.prune.heal, found = 0, 1, {}
+  for dtype in ('float32', 'bfloat16'):
+    config.train.moments_dtype = dtype
+    plan, stages, rows = planned(from_dict(config.to_dict()))
+    found[dtype] = dict(rows)['healing'].arguments
+  assert found['float32'] - found['bfloat16'] == 4 * count_params(stages[0])
+
+
 def test_every_program_of_a_run_with_a_teacher(files, tmp_path):
   """No weights are read, and training's arguments are what a step is given, to the byte."""
   config = runs.in_two_stages(runs.make_config(files))
