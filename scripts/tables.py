@@ -173,11 +173,18 @@ def rows(rows: Study, sizes: Study) -> Rows:
 
 
 def covered(covering: Study) -> Rows:
-  yield ['training tokens', *_SIX_NAMES, 'answers', 'LAMBADA']
-  _, *rows = covering.rows
-  for row in rows:
-    lost = _show([float(row[name]) for name in _SIX], '.2f')
-    yield [f'{int(row["tokens"]):,}', *lost, row['usable'], row['lambada']]
+  names = {**DOMAINS, 'fiction': 'fiction', 'code': 'code', 'instructions': 'instructions'}
+  names |= {'speeches': 'speeches, unseen', 'package': 'other code, unseen'}
+  yield ['', *names.values(), 'mean']
+  row = covering.row(tokens=819200)
+  before, after = (
+    [math.log(float(row[f'perplexity{of} {name}']) / float(row[f'perplexity_dense {name}'])) for name in names]
+    for of in ('_pruned', '')
+  )
+  for title, values in (('Δ, healed', before), ('Δ, trained', after)):
+    yield [title, *_show([*values, sum(values) / len(values)], '.2f')]
+  closed = [1 - b / a for a, b in zip(before, after, strict=True)]
+  yield ['gap closed', *map(_percent, closed), _percent(1 - sum(after) / sum(before))]
 
 
 def widths(hidden: Study) -> Rows:
@@ -191,9 +198,9 @@ def widths(hidden: Study) -> Rows:
     yield ['', 'trained', *_show(_trained(row))]
 
 
-def tasks(tasks: Study, early_tasks: Study) -> Rows:
+def tasks(tasks: Study, trained_tasks: Study, early_tasks: Study) -> Rows:
   yield ['model', 'kept', 'training tokens', 'questions', 'PIQA', 'OpenBookQA', 'LAMBADA', 'mean']
-  for row in (*tasks.rows, *early_tasks.rows):
+  for row in (*tasks.rows, *trained_tasks.rows, *early_tasks.rows):
     scores = [100 * float(row[task]) for task in ('piqa', 'openbookqa', 'lambada')]
     name = row['model'] if row['kept'] == 'dense' else ''
     tokens, questions = (f'{int(x):,}' if x.isdigit() else x for x in (row['tokens'], row['questions']))
