@@ -175,16 +175,18 @@ def rows(rows: Study, sizes: Study) -> Rows:
 def covered(covering: Study) -> Rows:
   names = {**DOMAINS, 'fiction': 'fiction', 'code': 'code', 'instructions': 'instructions'}
   names |= {'speeches': 'speeches, unseen', 'package': 'other code, unseen'}
-  yield ['', *names.values(), 'mean']
-  row = covering.row(tokens=819200)
-  before, after = (
-    [math.log(float(row[f'perplexity{of} {name}']) / float(row[f'perplexity_dense {name}'])) for name in names]
-    for of in ('_pruned', '')
-  )
-  for title, values in (('Δ, healed', before), ('Δ, trained', after)):
-    yield [title, *_show([*values, sum(values) / len(values)], '.2f')]
-  closed = [1 - b / a for a, b in zip(before, after, strict=True)]
-  yield ['gap closed', *map(_percent, closed), _percent(1 - sum(after) / sum(before))]
+  yield ['', 'training tokens', *names.values(), 'mean']
+  rows = [covering.row(tokens=count, lr=-1.0) for count in (204800, 819200)]
+  pruned = [
+    math.log(float(rows[0][f'perplexity_pruned {of}']) / float(rows[0][f'perplexity_dense {of}']))
+    for of in names
+  ]
+  found = [pruned, *([float(row[f'excess {of}']) for of in names] for row in rows)]
+  for tokens, lost in zip(('none', '204,800', '819,200'), found, strict=True):
+    yield ['' if tokens != 'none' else 'Δ', tokens, *_show([*lost, sum(lost) / len(lost)], '.2f')]
+  for tokens, lost in zip(('204,800', '819,200'), found[1:], strict=True):
+    closed = [1 - b / a for a, b in zip([*pruned, sum(pruned)], [*lost, sum(lost)], strict=True)]
+    yield ['' if tokens != '204,800' else 'gap closed', tokens, *map(_percent, closed)]
 
 
 def widths(hidden: Study) -> Rows:
@@ -198,9 +200,9 @@ def widths(hidden: Study) -> Rows:
     yield ['', 'trained', *_show(_trained(row))]
 
 
-def tasks(tasks: Study, trained_tasks: Study, early_tasks: Study) -> Rows:
+def tasks(tasks: Study, early_tasks: Study) -> Rows:
   yield ['model', 'kept', 'training tokens', 'questions', 'PIQA', 'OpenBookQA', 'LAMBADA', 'mean']
-  for row in (*tasks.rows, *trained_tasks.rows, *early_tasks.rows):
+  for row in (*tasks.rows, *early_tasks.rows):
     scores = [100 * float(row[task]) for task in ('piqa', 'openbookqa', 'lambada')]
     name = row['model'] if row['kept'] == 'dense' else ''
     tokens, questions = (f'{int(x):,}' if x.isdigit() else x for x in (row['tokens'], row['questions']))
