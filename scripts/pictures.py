@@ -8,7 +8,7 @@ import math
 from adapt_jax.models.files import write_text
 from adapt_jax.reports import charts, frontier_page
 from adapt_jax.reports.frontier import SIZE
-from scripts.tables import DOMAINS, ROOT, Study
+from scripts.tables import COVERED, ROOT, Study
 
 
 def frontier(name: str) -> str:
@@ -27,14 +27,15 @@ def frontier(name: str) -> str:
 
 
 def recovery() -> str:
-  """Loss increase on each domain by training tokens; the point at 0 is the pruned model."""
-  cells = sorted(Study('tokens').rows, key=lambda row: int(row['train.tokens']))
+  """Loss increase on each domain by training tokens; the point at 0 is the healed model."""
+  rows = [row for row in Study('covering').rows if row['train.lr'] == '-1.0']
+  cells = sorted(rows, key=lambda row: int(row['train.tokens']))
   series = []
-  for colour, domain in enumerate(DOMAINS):
-    pruned, dense = (float(cells[0][f'perplexity_{of} {domain}']) for of in ('pruned', 'dense'))
+  for colour, (column, domain) in enumerate(COVERED.items()):
+    pruned, dense = (float(cells[0][f'perplexity_{of} {column}']) for of in ('pruned', 'dense'))
     points = [(0.0, math.log(pruned / dense))]
-    points += [(float(cell['train.tokens']), float(cell[f'excess {domain}'])) for cell in cells]
-    series.append(charts.Series(DOMAINS[domain], points, colour))
+    points += [(float(cell['train.tokens']), float(cell[f'excess {column}'])) for cell in cells]
+    series.append(charts.Series(domain, points, colour))
   names, title = ('training tokens', 'loss increase, nats per token'), 'Loss increase by training tokens'
   return charts.line_chart(title, names, series, levels=[(0, 'dense')], height=300)
 

@@ -22,6 +22,12 @@ from adapt_jax.models.files import write_text
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _MARKED = re.compile(r'(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)', re.DOTALL)
 DOMAINS = {'wiki': 'Wikipedia', 'web': 'web', 'chat': 'chat'}
+COVERED = {
+  **DOMAINS,
+  **{name: name for name in ('fiction', 'code', 'instructions')},
+  'speeches': 'speeches, unseen',
+  'package': 'other code, unseen',
+}
 _SIX = ['speeches', 'wikipedia', 'code', 'fiction', 'web', 'instructions']
 _OF_FAMILIES = {
   'Wikipedia': 'encyclopedia',
@@ -80,26 +86,6 @@ def _show(values: list[float], form: str = '.3f') -> list[str]:
   return [format(value, form) for value in values]
 
 
-def _closed(row: Row) -> list[str]:
-  """The training tokens, and the fraction of the loss increase that training removed, by domain."""
-  pairs = zip(_pruned(row), _trained(row), strict=True)
-  return [f'{int(row["train.tokens"]):,}', *(_percent(1 - after / before) for before, after in pairs)]
-
-
-def cost(hidden: Study, tokens: Study, interleave: Study) -> Rows:
-  yield ['kept', 'training tokens', *DOMAINS.values()]
-  eighty = tokens.row(tokens=102400)
-  for kept, row in (
-    ('89 %', hidden.row(hidden=0)),
-    ('80 %', eighty),
-    ('60 %', interleave.row(stages=1, target=0.6)),
-  ):
-    yield [kept, 'none', *_show(_pruned(row))]
-    yield ['', '102,400', *_show(_trained(row))]
-    if row is eighty:
-      yield ['', '1,536,000', *_show(_trained(tokens.row(tokens=1536000)))]
-
-
 def methods(methods_table: Study) -> Rows:
   yield ['method', '60 %', '80 %', '90 %', '`none`: 60 %', '80 %', '90 %']
   sizes = [(correction, target) for correction in ('least_squares', 'none') for target in (0.6, 0.8, 0.9)]
@@ -133,30 +119,6 @@ def own(own: Study) -> Rows:
       yield [title, *(f'**{cell}**' if j == i else cell for j, cell in enumerate(cells))]
 
 
-def losses(loss: Study, control: Study, qwen: Study) -> Rows:
-  yield ['model', 'trained by', 'Δ Wikipedia', 'web', 'chat', 'KL Wikipedia', 'web', 'chat']
-  one = {'compensate': 'least_squares', 'cache': 0}
-  other = {'compensate': 'least_squares', 'tokens': 16384, 'stages': 1, 'target': 0.8}
-  for model, trained, row in (
-    ('SmolLM2', 'KL', loss.row(alpha=1.0, **one)),
-    ('', 'cross-entropy', loss.row(alpha=0.0, **one)),
-    ('not pruned', 'cross-entropy', control.row(target=1.0)),
-    ('Qwen 0.5B', 'KL', qwen.row(alpha=1.0, **other)),
-    ('', 'cross-entropy', qwen.row(alpha=0.0, **other)),
-    ('not pruned', 'cross-entropy', qwen.row(target=1.0)),
-  ):
-    yield [model, trained, *_show(_trained(row)), *_show(_trained(row, 'kl'))]
-
-
-def gaps(tokens: Study, qwen: Study) -> Rows:
-  yield ['model', 'tokens', 'gap closed: Wikipedia', 'web', 'chat', 'minutes']
-  default = {'alpha': 1.0, 'target': 0.8, 'compensate': 'least_squares', 'stages': 1}
-  of_qwen = [qwen.row(tokens=count, **default) for count in (16384, 102400, 307200)]
-  for model, rows in (('SmolLM2', tokens.rows), ('Qwen 0.5B', of_qwen)):
-    for i, row in enumerate(rows):
-      yield ['' if i else model, *_closed(row), f'{float(row["seconds"]) / 60:.0f}']
-
-
 def healed(healing: Study) -> Rows:
   yield ['', *_SIX_NAMES, 'answers']
   for row in healing.rows:
@@ -164,29 +126,31 @@ def healed(healing: Study) -> Rows:
     yield [title, *_show([float(row[name]) for name in _SIX]), row['usable']]
 
 
-def rows(rows: Study, sizes: Study) -> Rows:
-  yield ['', *DOMAINS.values(), 'speeches', 'code']
-  size = {'samples': 128, 'target': 110602944.0}
-  yield ['not healed', *_show(_trained(sizes.row(**size))), '', '']
-  healed = rows.row(heal=1)
-  yield ['`heal=1`', *_show([float(healed[f'excess {of}']) for of in (*DOMAINS, 'speeches', 'code')])]
-
-
 def covered(covering: Study) -> Rows:
-  names = {**DOMAINS, 'fiction': 'fiction', 'code': 'code', 'instructions': 'instructions'}
-  names |= {'speeches': 'speeches, unseen', 'package': 'other code, unseen'}
-  yield ['', 'training tokens', *names.values(), 'mean']
+  yield ['', 'training tokens', *COVERED.values(), 'mean']
   rows = [covering.row(tokens=count, lr=-1.0) for count in (204800, 819200)]
   pruned = [
     math.log(float(rows[0][f'perplexity_pruned {of}']) / float(rows[0][f'perplexity_dense {of}']))
-    for of in names
+    for of in COVERED
   ]
-  found = [pruned, *([float(row[f'excess {of}']) for of in names] for row in rows)]
+  found = [pruned, *([float(row[f'excess {of}']) for of in COVERED] for row in rows)]
   for tokens, lost in zip(('none', '204,800', '819,200'), found, strict=True):
     yield ['' if tokens != 'none' else 'Δ', tokens, *_show([*lost, sum(lost) / len(lost)], '.2f')]
   for tokens, lost in zip(('204,800', '819,200'), found[1:], strict=True):
     closed = [1 - b / a for a, b in zip([*pruned, sum(pruned)], [*lost, sum(lost)], strict=True)]
     yield ['' if tokens != '204,800' else 'gap closed', tokens, *map(_percent, closed)]
+
+
+def minutes(family: Study, covering: Study, qwen_family: Study) -> Rows:
+  yield ['model', 'job', 'training tokens', 'minutes']
+  three = [sum(float(row['seconds']) for row in study.rows) for study in (family, qwen_family)]
+  trained = [covering.row(tokens=count, lr=-1.0) for count in (204800, 819200)]
+  pruned = 'three sizes, healed'
+  yield ['SmolLM2-135M-Instruct', pruned, 'none', f'{three[0] / 60:.0f}']
+  for i, row in enumerate(trained):
+    tokens = f'{int(row["train.tokens"]):,}'
+    yield ['', '' if i else '80 %, healed and trained', tokens, f'{float(row["seconds"]) / 60:.0f}']
+  yield ['Qwen2.5-Coder-0.5B-Instruct', pruned, 'none', f'{three[1] / 60:.0f}']
 
 
 def widths(hidden: Study) -> Rows:
@@ -285,15 +249,12 @@ def _of_family(row: Row) -> list[str]:
 TABLES: dict[str, Callable[..., Rows]] = {
   table.__name__: table
   for table in (
-    cost,
     methods,
     ratios,
     own,
-    losses,
-    gaps,
     healed,
-    rows,
     covered,
+    minutes,
     widths,
     tasks,
     latency,

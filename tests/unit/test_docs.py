@@ -126,7 +126,7 @@ def test_the_site_builds_without_a_warning_with_the_files_that_pages_link_to(tmp
     ('results/index.html', '../files/benchmarks/RESULTS/'),
     ('files/benchmarks/RESULTS/index.html', '../../../notes/compilers/'),
     ('library/index.html', '../files/examples/prune_and_recover.ipynb'),
-    ('results/index.html', 'tokens/compare.csv'),
+    ('results/index.html', 'covering/compare.csv'),
     ('running/index.html', '../sample-report.html'),
   ):
     assert f'href="{linked}"' in (tmp_path / 'site' / page).read_text(), linked
