@@ -141,18 +141,6 @@ def covered(covering: Study) -> Rows:
     yield ['' if tokens != '204,800' else 'gap closed', tokens, *map(_percent, closed)]
 
 
-def minutes(family: Study, covering: Study, qwen_family: Study) -> Rows:
-  yield ['model', 'job', 'training tokens', 'minutes']
-  three = [sum(float(row['seconds']) for row in study.rows) for study in (family, qwen_family)]
-  trained = [covering.row(tokens=count, lr=-1.0) for count in (204800, 819200)]
-  pruned = 'three sizes, healed'
-  yield ['SmolLM2-135M-Instruct', pruned, 'none', f'{three[0] / 60:.0f}']
-  for i, row in enumerate(trained):
-    tokens = f'{int(row["train.tokens"]):,}'
-    yield ['', '' if i else '80 %, healed and trained', tokens, f'{float(row["seconds"]) / 60:.0f}']
-  yield ['Qwen2.5-Coder-0.5B-Instruct', pruned, 'none', f'{three[1] / 60:.0f}']
-
-
 def widths(hidden: Study) -> Rows:
   yield ['model', '', *DOMAINS.values()]
   for size, title in (
@@ -254,7 +242,6 @@ TABLES: dict[str, Callable[..., Rows]] = {
     own,
     healed,
     covered,
-    minutes,
     widths,
     tasks,
     latency,
