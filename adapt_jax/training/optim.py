@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from adapt_jax.config.options import TrainOptions
+from adapt_jax.models.network.backend import on_cpu
 
 # Share of the steps in which `wsd` decays.
 DECAY = 0.1
+_B1, _EPS = 0.9, 1e-8
 
 
 def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
@@ -41,19 +44,19 @@ def optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransfor
   """Clips by global norm, then applies Adam and the schedule; its state has the step count.
 
   Adam's decays are 0.9 and 0.999. With moments in bfloat16, the second is 0.95: rounding to 2⁻⁸ would lose
-  changes by a thousandth.
+  changes by a thousandth. Updates are then computed from the rounded moments.
   """
   exact = options.moments_dtype == 'float32'
-  adam = optax.scale_by_adam(b1=0.9, b2=0.999 if exact else 0.95, eps=1e-8)
   return optax.chain(
     optax.clip_by_global_norm(options.clip),
-    adam if exact else _kept_in(jnp.dtype(options.moments_dtype), adam),
+    optax.scale_by_adam(_B1, b2=0.999, eps=_EPS) if exact else _adam_in(jnp.dtype(options.moments_dtype)),
     optax.scale_by_learning_rate(learning_rate(options, total_steps)),
   )
 
 
-def _kept_in(dtype: jnp.dtype, adam: optax.GradientTransformation) -> optax.GradientTransformation:
-  """`adam`, which computes in fp32, with both moments kept in `dtype` between steps."""
+def _adam_in(dtype: jnp.dtype, b2: float = 0.95) -> optax.GradientTransformation:
+  """Adam that computes in fp32 and keeps both moments in `dtype` between steps."""
+  adam = optax.scale_by_adam(_B1, b2, _EPS)
 
   def cast(state: optax.ScaleByAdamState, to: jnp.dtype) -> optax.ScaleByAdamState:
     return state._replace(mu=optax.tree.cast(state.mu, to), nu=optax.tree.cast(state.nu, to))
@@ -62,7 +65,14 @@ def _kept_in(dtype: jnp.dtype, adam: optax.GradientTransformation) -> optax.Grad
     return cast(adam.init(params), dtype)
 
   def update(gradient: Any, state: optax.ScaleByAdamState, params: Any = None) -> Any:
-    updates, state = adam.update(gradient, cast(state, jnp.dtype(jnp.float32)), params)
-    return updates, cast(state, dtype)
+    state = cast(adam.update(gradient, cast(state, jnp.dtype(jnp.float32)), params)[1], dtype)
+    if on_cpu():
+      # Otherwise XLA computes the moments again for the weights, from the old ones, which are then still
+      # needed when the new ones are written: both are in memory, for all weights at once.
+      state = jax.lax.optimization_barrier(state)
+    exact = cast(state, jnp.dtype(jnp.float32))
+    mu = optax.tree.bias_correction(exact.mu, _B1, exact.count)
+    nu = optax.tree.bias_correction(exact.nu, b2, exact.count)
+    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + _EPS), mu, nu), state
 
   return optax.GradientTransformation(init, update)
