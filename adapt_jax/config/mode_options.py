@@ -65,7 +65,7 @@ class EstimateOptions:
   )
   devices: int = option(
     8,
-    'Number of devices, arranged by config.mesh; 0, with target cpu: the available devices.',
+    'Number of devices, arranged by config.mesh; 0, with target cpu: those of this machine.',
     within=(0, 65_536),
   )
   price: float = option(

@@ -4,6 +4,9 @@ No weights, texts or accelerators are needed. `modes.estimate_programs` compiles
 """
 
 import dataclasses
+import math
+import os
+import statistics
 import time
 from typing import Any, NamedTuple
 
@@ -21,8 +24,9 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_config
 from adapt_jax.models.network import backend, sharding
 from adapt_jax.models.network.backend import CPU, compute_dtype
+from adapt_jax.models.network.matmul import product
 from adapt_jax.models.network.sharding import device_count
-from adapt_jax.modes.estimate_programs import Footprint, Program, programs, stage_configs
+from adapt_jax.modes.estimate_programs import SIMULATED, Footprint, Program, programs, stage_configs
 from adapt_jax.modes.mode import Mode
 from adapt_jax.modes.sizes import of_each
 from adapt_jax.pipeline import flops
@@ -57,10 +61,13 @@ def run(options: RunOptions) -> None:
   config = _checked_config(options)
   estimate, target = options.estimate, TARGETS[options.estimate.target]
   install = targets.missing(target)
-  platform, compiler = (CPU, 'simulated CPU devices') if install else (target.compiled_for, estimate.target)
+  platform, compiler = target.compiled_for, estimate.target
+  if install or platform == CPU:
+    platform, compiler = SIMULATED, 'simulated CPU devices'
   dtype = compute_dtype(options.model.dtype)
   if not estimate.devices:
     platform, compiler = backend.platform(), "this machine's devices"
+    target = _this_cpu(dtype) if platform == CPU else target
   elif options.model.dtype == 'auto':
     dtype = jnp.dtype(jnp.bfloat16)  # the value of auto on the planned devices
   if install:
@@ -82,10 +89,23 @@ def run(options: RunOptions) -> None:
     f'({", ".join(axes) or "no mesh"}), products in {dtype.name}; compiled for {compiler} in '
     f'{time.monotonic() - start:.0f} s'
   )
-  traffic = platform.name != 'cpu'
+  traffic = platform not in (SIMULATED, CPU)
   lines = _memory_table(planned, target) + (_limit_table(planned, target) if traffic else [])
   print('\n'.join(lines + _stage_table(footprint, stages, target)))
   print(_total(planned, target, estimate.price, traffic))
+
+
+def _this_cpu(dtype: jnp.dtype) -> Target:
+  """This machine, with its memory and the rate of a product of `dtype` as measured; other rates unknown."""
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  a, b, multiply = jnp.ones((1024, 1536), dtype), jnp.ones((6144, 1536), dtype), jax.jit(product)
+  seconds = list[float]()
+  for _ in range(6):
+    start = time.perf_counter()
+    multiply(a, b).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  rate = 2 * a.size * len(b) / statistics.median(seconds[1:]) / 1e12  # the first compiles
+  return Target('cpu', round(memory / 1e9, 1), float(f'{rate:.2g}'), rate, math.inf, math.inf)
 
 
 def _checked_config(options: RunOptions) -> ModelConfig:

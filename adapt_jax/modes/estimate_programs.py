@@ -24,7 +24,7 @@ from adapt_jax.machine.mesh import bytes_of, rows_at_once
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network import llama
-from adapt_jax.models.network.backend import CPU, Platform, made_for
+from adapt_jax.models.network.backend import Platform, compiler_options, made_for
 from adapt_jax.models.network.sharding import device_count, placed, row_sharding, row_shards
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.budgets import budget_of
@@ -40,7 +40,8 @@ from adapt_jax.training.optim import optimizer
 from adapt_jax.training.step import TrainingStep, batch_shapes
 from adapt_jax.training.teacher_cache import likeliest
 
-# Disabled passes of the CPU backend, see above.
+# CPU devices that simulate accelerators, and disabled passes of the CPU backend, see above.
+SIMULATED = Platform('gpu')
 _NOT_ON_CPU = 'while-loop-invariant-code-motion,cpu-all-reduce-combiner,cse_barrier_expander'
 
 
@@ -83,16 +84,16 @@ def compile_for(
 ) -> Program:
   """`fn` compiled for `args` (of `jax.ShapeDtypeStruct`) on the devices of the current mesh.
 
-  platform: of these devices; `cpu` if they simulate accelerators.
+  platform: of these devices, or SIMULATED.
   """
-  simulated = platform.name == 'cpu' and jax.default_backend() == 'cpu'
-  options = {'xla_disable_hlo_passes': _NOT_ON_CPU} if simulated else {}
+  options = {'xla_disable_hlo_passes': _NOT_ON_CPU} if platform == SIMULATED else {}
+  if platform.name == 'cpu':
+    options = compiler_options()
 
   def traced_anew(*args: Any) -> Any:  # not a trace that JAX may have made for a CPU
     return fn(*args)
 
-  made = Platform('gpu') if simulated else platform
-  with made_for(made.name, made.capability):
+  with made_for(platform.name, platform.capability):
     lowered = mesh.jit(traced_anew, *args, donate_argnums=donate_argnums).lower(*args)
   compiled = lowered.compile(compiler_options=options)
   memory: Any = compiled.memory_analysis()
@@ -126,7 +127,7 @@ class Footprint:
     options: checked options.
     config: of the dense model. teacher: of the teacher; the same by default.
     dtype: of activations and products; in training, if train.dtype is auto.
-    platform: of the devices of the current mesh; `cpu` if they simulate accelerators.
+    platform: of the devices of the current mesh, or SIMULATED.
     memory: bytes of a device, by which train.remat and train.micro_batch are chosen where they are open; 0:
       without remat, and 8 rows at once.
   """
@@ -136,7 +137,7 @@ class Footprint:
     options: RunOptions,
     config: ModelConfig,
     dtype: Any,
-    platform: Platform = CPU,
+    platform: Platform = SIMULATED,
     teacher: ModelConfig | None = None,
     memory: float = 0,
   ):

@@ -13,15 +13,19 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.configs import adapt, base
 from adapt_jax.machine import targets
 from adapt_jax.machine.compiled_text import Kernel
+from adapt_jax.machine.compiler import Compiler
 from adapt_jax.machine.mesh import bytes_of
 from adapt_jax.machine.targets import TARGETS
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.formats.source import open_config
 from adapt_jax.models.network import llama
+from adapt_jax.models.network.backend import CPU
 from adapt_jax.modes import estimate
 from adapt_jax.modes.estimate_programs import Footprint, Program, programs, stage_configs
 from adapt_jax.pipeline import flops
+from adapt_jax.training.optim import optimizer
+from adapt_jax.training.step import TrainingStep, batch_shapes
 from tests.support import runs
 
 LLAMA_8B = ModelConfig(
@@ -122,6 +126,16 @@ def test_healing_keeps_its_moments_as_training_does(files):
     plan, stages, rows = planned(from_dict(config.to_dict()))
     found[dtype] = dict(rows)['healing'].arguments
   assert found['float32'] - found['bfloat16'] == 4 * count_params(stages[0])
+
+
+def test_the_plan_for_this_machine_is_that_of_the_step_it_runs():
+  asked, config = options(batch=4, micro_batch=4, length=64, remat='False', lr=1e-4, min_lr=1e-5), half(SMALL)
+  plan = Footprint(asked, SMALL, jnp.float32, CPU)
+  step = TrainingStep(config, asked.train, optimizer(asked.train, 10), jnp.float32)
+  args = plan.state(config, True), batch_shapes(asked.train)
+  own = Compiler()('training', step, *args, donate_argnums=(0,)).memory_analysis()
+  assert plan.training(config).temporary == own.temp_size_in_bytes
+  assert Footprint(asked, SMALL, jnp.float32).training(config).temporary != own.temp_size_in_bytes  # a GPU's
 
 
 def test_every_program_of_a_run_with_a_teacher(files, tmp_path):
