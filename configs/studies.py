@@ -14,7 +14,7 @@ methods: the paper's adapt, with fewer rows and steps, recovered by both losses,
 tokens: recovery with 100 thousand, 300 thousand, a million and 1.5 million tokens.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
 own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind.
-rows: no recovery; 128 rows, healed twice, not at all, and once, also measured on two kinds that no row came from.
+rows: no recovery; 128 rows, with and without healing, also measured on two kinds that no row came from.
 coder: no recovery; Qwen2.5-Coder-0.5B-Instruct, healed: rows of three kinds of text beside rows that it
   generates, alone, and beside code; also measured on speeches and code.
 share: no recovery; the demo's calibration, with no, a quarter, half and three quarters of its rows generated.
@@ -70,7 +70,7 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     for file in _TRAIN
     for samples, own in ((8, 0.0), (16, 0.5))
   ),
-  'rows': ({'prune.heal': (2, 0, 1), 'prune.target': (110_602_944,), 'prune.calibration.samples': (128,)},),
+  'rows': ({'prune.heal': (1, 0), 'prune.target': (110_602_944,), 'prune.calibration.samples': (128,)},),
   'coder': (
     {'prune.calibration.own': (0.25, 0.0)},
     {'prune.calibration.source': ((*_TRAIN, 'data/code/train'),), 'prune.calibration.weights': ((1.0,) * 4,)},
