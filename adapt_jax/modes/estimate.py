@@ -5,7 +5,6 @@ No weights, texts or accelerators are needed. `modes.estimate_programs` compiles
 
 import dataclasses
 import math
-import os
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from adapt_jax.config.identity import REQUEST
 from adapt_jax.config.mode_options import EstimateOptions
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.units import duration
-from adapt_jax.machine import targets
+from adapt_jax.machine import memory, targets
 from adapt_jax.machine.targets import TARGETS, Target
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
@@ -75,10 +74,10 @@ def run(options: RunOptions) -> None:
   start, planned, stages = time.monotonic(), dict[str, Program](), list[list[str]]()
   named = options.train.distill.source
   teacher = open_config(named, 'train.distill.source') if named else config
-  memory = target.memory_gb * 1e9 * _SHARE if estimate.devices else remat.memory()
+  available = target.memory_gb * 1e9 * _SHARE if estimate.devices else remat.memory()
   for of_size in (every := of_each(options)):
     configs, size = stage_configs(of_size, config), f'{of_size.prune.target}: ' if len(every) > 1 else ''
-    footprint = Footprint(of_size, config, dtype, platform, teacher, memory)
+    footprint = Footprint(of_size, config, dtype, platform, teacher, available)
     for title, program in programs(footprint, configs).items():
       shared = bool(planned) and title.startswith('scoring')  # the sizes share the pass over the dense model
       planned[f'{size}{title}'] = dataclasses.replace(program, times=0) if shared else program
@@ -97,7 +96,6 @@ def run(options: RunOptions) -> None:
 
 def _this_cpu(dtype: jnp.dtype) -> Target:
   """This machine, with its memory and the rate of a product of `dtype` as measured; other rates unknown."""
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   a, b, multiply = jnp.ones((1024, 1536), dtype), jnp.ones((6144, 1536), dtype), jax.jit(product)
   seconds = list[float]()
   for _ in range(6):
@@ -105,7 +103,7 @@ def _this_cpu(dtype: jnp.dtype) -> Target:
     multiply(a, b).block_until_ready()
     seconds.append(time.perf_counter() - start)
   rate = 2 * a.size * len(b) / statistics.median(seconds[1:]) / 1e12  # the first compiles
-  return Target('cpu', round(memory / 1e9, 1), float(f'{rate:.2g}'), rate, math.inf, math.inf)
+  return Target('cpu', round(memory.total() / 1e9, 1), float(f'{rate:.2g}'), rate, math.inf, math.inf)
 
 
 def _checked_config(options: RunOptions) -> ModelConfig:

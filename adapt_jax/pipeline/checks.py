@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from adapt_jax.config.build import get
 from adapt_jax.config.options import RunOptions
 from adapt_jax.config.values import SELF
@@ -9,10 +11,11 @@ from adapt_jax.data.chat_templates import read_template
 from adapt_jax.data.documents import check_source
 from adapt_jax.export.writer import check_formats, check_result
 from adapt_jax.generation import self_text
-from adapt_jax.machine import mesh
-from adapt_jax.models.config import ModelConfig
+from adapt_jax.machine import memory, mesh, processes
+from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import sharding
+from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pipeline.loader import evaluation_field
@@ -83,6 +86,29 @@ def check_run(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16'
   else:
     check_formats(options.export, config)
   mesh.check_batches(options)
+
+
+def check_memory(options: RunOptions, config: ModelConfig) -> None:
+  """Raises InputError for training that no CPU with this memory can do; the system would kill it hours later.
+
+  Counts what every step holds: weights and gradients in fp32, both moments, and the teacher if it is beside.
+  """
+  train, prunes = options.train, options.prune.prunes
+  healed_or_trained = train.tokens > 0 or options.prune.heal > 0
+  if not healed_or_trained or not on_cpu() or processes.count() > 1:
+    return
+  if prunes and options.prune.limit.kind != 'params':
+    return  # the size is not known yet
+  params = target_cost(budgets.params(config), options.prune.limit) if prunes else count_params(config)
+  needed = params * (8 + 2 * jnp.dtype(train.moments_dtype).itemsize)
+  if train.tokens and train.distill.teacher_beside:
+    needed += count_params(config) * (4 if options.training_dtype == 'float32' else 2)
+  if needed > memory.total():
+    raise InputError(
+      f'training {params:,} parameters takes more than {needed / 1e9:.1f} GB, and this machine has '
+      f'{memory.total() / 1e9:.1f}: set train.moments_dtype=bfloat16 and train.distill.cache=64, or use '
+      f'--mode=prune with prune.heal=0'
+    )
 
 
 def _check_pruning(options: RunOptions, config: ModelConfig, stored: str) -> None:

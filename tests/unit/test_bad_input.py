@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.machine import memory
+from adapt_jax.models.config import count_params
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.pipeline.checks import check_teacher
+from adapt_jax.pipeline.checks import check_memory, check_teacher
 from adapt_jax.pipeline.inputs import prepare
+from adapt_jax.pipeline.schedule import target_cost
+from adapt_jax.pruning import budget as budgets
 from tests.support import runs
 from tests.support.helpers import refused, tiny_config
 
@@ -23,6 +27,25 @@ def odd(tmp_path_factory):
   (place / 'short.txt').write_text('few words')
   np.save(place / 'ids.npy', np.full((16, 16), 99_999, np.int32))
   return place
+
+
+def test_training_that_the_machine_has_no_memory_for(files, monkeypatch):
+  """Weights, gradients and two moments in fp32, and in mode accel the teacher; the target's parameters."""
+  config = runs.make_config(files)
+  config.train.distill.alpha = 1.0
+  model = open_source(config.model.source).config
+  dense, kept = count_params(model), target_cost(budgets.params(model), config.prune.target)
+  for fields, needed in (
+    ({}, 16 * kept + 4 * dense),
+    ({'train.moments_dtype': 'bfloat16', 'train.distill.cache': 8}, 12 * kept),
+    ({'train.tokens': 0, 'prune.heal': 1}, 12 * kept),
+  ):
+    config.update_from_flattened_dict(fields)
+    options = from_dict(config.to_dict())
+    monkeypatch.setattr(memory, 'total', lambda needed=needed: needed)
+    check_memory(options, model)
+    monkeypatch.setattr(memory, 'total', lambda needed=needed: needed - 1)
+    assert f'training {kept:,} parameters' in refused(check_memory, options, model)
 
 
 def refuse(files, fields, *words):
