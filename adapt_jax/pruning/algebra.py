@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network.backend import on_tpu
+from adapt_jax.models.network.matmul import products_by_shard
 from adapt_jax.models.network.sharding import constrain, token_shards
 
 _BLOCK = 512  # of a matrix that a TPU inverts block by block
@@ -29,9 +30,12 @@ def own_products(x_TC: jax.Array, y_TD: jax.Array) -> jax.Array:
   """Σ of x yᵀ over the tokens of each shard, [shards, C, D], in fp32.
 
   A loop adds these up without sending anything over the axes that split tokens (see `token_shards`); `total`
-  adds the shards. A `tensor` axis splits D. Tokens are rows first.
+  adds the shards. A `tensor` axis splits D. Tokens are rows first. Factors in bfloat16 are not converted:
+  fp32 holds their products exactly, and hardware for bfloat16 is twice to fifteen times as fast.
   """
   shards = token_shards(len(x_TC))
+  if x_TC.dtype == y_TD.dtype == jnp.bfloat16:
+    return constrain(products_by_shard(x_TC, y_TD, shards), 'B.F')
   x_RTC, y_RTD = (x.reshape(shards, -1, x.shape[-1]).astype(jnp.float32) for x in (x_TC, y_TD))
   with exact():
     return constrain(jnp.einsum('rtc,rtd->rcd', x_RTC, y_RTD), 'B.F')

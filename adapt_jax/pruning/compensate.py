@@ -109,8 +109,7 @@ class Compensator:
     (D, C), shape = weight_DC.shape, Scorer(self.config, unit=self.unit).shape
 
     def run(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-      out_BTD, inputs_TC = llama.output(block, self.config, shape, layer, x_BTD, *positions)
-      return out_BTD, inputs_TC.astype(jnp.float32)
+      return llama.output(block, self.config, shape, layer, x_BTD, *positions)
 
     def add(x_BTD: jax.Array, out_BTD: jax.Array) -> jax.Array:
       return llama.add(block, self.config, shape, layer, x_BTD, out_BTD)
@@ -122,10 +121,10 @@ class Compensator:
         pull_BTD = given_BTD - own_BTD
       else:
         pull_BTD = (before_BTD - add(xs[1], own_BTD)) / self.config.residual_scale
-      pull_TD = PULL * pull_BTD.astype(jnp.float32).reshape(-1, D)
+      pull_TD = PULL * pull_BTD.reshape(-1, D)  # also exact in bfloat16, since PULL is 1/2
       kept_TC = jnp.where(mask_C, inputs_TC, 0)
       products = algebra.own_products(inputs_TC, inputs_TC), algebra.own_products(pull_TD, kept_TC)
-      return jax.tree.map(jnp.add, sums, [*products, inputs_TC.sum(0)]), before_BTD
+      return jax.tree.map(jnp.add, sums, [*products, inputs_TC.astype(jnp.float32).sum(0)]), before_BTD
 
     at_once, tokens = streams[0][0].size // D, streams[0].size // D
     start = [algebra.no_products(at_once, C, C), algebra.no_products(at_once, D, C), jnp.zeros(C)]
@@ -148,7 +147,7 @@ class Compensator:
     def corrected(x_BTD: jax.Array) -> jax.Array:
       _, inputs_TC = run(x_BTD)
       with algebra.exact():
-        out_TD = jnp.where(mask_C, inputs_TC, 0) @ new_DC.T + new_D
+        out_TD = jnp.where(mask_C, inputs_TC.astype(jnp.float32), 0) @ new_DC.T + new_D
       after_BTD = add(x_BTD, out_TD.astype(x_BTD.dtype).reshape(x_BTD.shape))
       return jnp.where(mask_C.any(), after_BTD, x_BTD)  # a removed layer has no bias either
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from adapt_jax.models.network.attention import soft_cap
 from adapt_jax.models.network.backend import on_cpu, on_tpu
 from adapt_jax.models.network.llama import head_logits
-from adapt_jax.models.network.matmul import batch_product, dot
+from adapt_jax.models.network.matmul import dot, products_by_shard
 from adapt_jax.models.network.sharding import constrain, token_shards
 
 # Logits held at once on a device, in fp32: 32 MiB on a CPU; elsewhere more, since each chunk reads and writes
@@ -121,23 +121,12 @@ def sum_and_gradients(
     value, gradient_TV = jax.value_and_grad(loss)(head_logits(whole_VD, chunk_TD), chunk_extras)
     gradient_TV = gradient_TV.astype(x_TD.dtype)
     dx_TD = dot(gradient_TV, whole_VD, 0, x_TD.dtype)
-    own_BDV += _of_each_device(chunk_TD, gradient_TV, shards, own_BDV.dtype)
+    own_BDV += products_by_shard(chunk_TD, gradient_TV, shards, own_BDV.dtype)
     return (total + value, constrain(own_BDV, 'B.V')), dx_TD
 
   start = (jnp.zeros(()), own_BDV)
   (total, own_BDV), dx = jax.lax.scan(step, start, _split((x_TD, extras), tokens, len(whole_VD)))
   return total, _join(dx, tokens), own_BDV
-
-
-def _of_each_device(x_TD: jax.Array, gradient_TV: jax.Array, shards: int, dtype: Any) -> jax.Array:
-  """The gradient of the head from each device's own tokens, [shards, D, V].
-
-  It has this order of axes so that the smaller factor is transposed.
-  """
-  if shards == 1:
-    return dot(x_TD.T, gradient_TV, 0, dtype)[None]
-  x_B1TD, gradient_B1TV = (x.reshape(shards, 1, -1, x.shape[1]) for x in (x_TD, gradient_TV))
-  return batch_product(x_B1TD.swapaxes(2, 3), gradient_B1TV, -2, dtype)[:, 0]
 
 
 def _cross_entropy(logits_TV: jax.Array, labels_T: jax.Array) -> jax.Array:

@@ -106,3 +106,14 @@ def _batch_backward(axis: int, _: Any, residuals: Any, g_BKRS: jax.Array) -> tup
 
 
 batch_product.defvjp(_batch_forward, _batch_backward)
+
+
+def products_by_shard(x_TC: jax.Array, y_TD: jax.Array, shards: int, dtype: Any = jnp.float32) -> jax.Array:
+  """Σ of x yᵀ over the tokens of each shard, [shards, C, D] in `dtype`.
+
+  x, which is transposed for it, should be the smaller factor.
+  """
+  if shards == 1:
+    return dot(x_TC.T, y_TD, 0, dtype)[None]
+  x_R1TC, y_R1TD = (x.reshape(shards, 1, -1, x.shape[1]) for x in (x_TC, y_TD))
+  return batch_product(x_R1TC.swapaxes(2, 3), y_R1TD, -2, dtype)[:, 0]

@@ -177,8 +177,18 @@ def test_least_squares_are_in_fp32_on_accelerators(platform):
   tokens = jnp.zeros((2, 8), jnp.int32)
   with backend.made_for('gpu'):
     traced = jax.jit(program).trace(stacked, surgery.padded_masks(plan), tokens)
-    found = products(traced.lower(lowering_platforms=(platform,)))
-  assert len(found) >= 8 and set(found) == {'HIGHEST'}
+    lowered = traced.lower(lowering_platforms=(platform,))
+  found = products(lowered)
+  assert len(found) >= 4 and set(found) == {'HIGHEST'}
+  # Second moments of activations in bfloat16: exact products, summed in fp32.
+  summed = r'dot_general.*: \(tensor<[\dx]*xbf16>, tensor<[\dx]*xbf16>\) -> tensor<[\dx]*xf32>'
+  assert len(re.findall(summed, lowered.as_text())) >= 4
+
+
+def test_second_moments_of_bfloat16_are_summed_in_fp32():
+  x = jax.random.normal(jax.random.key(0), (4096, 24), jnp.bfloat16) + 1
+  expected = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
+  np.testing.assert_allclose(jax.jit(algebra.own_products)(x, x)[0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('size,block', [(7, 16), (64, 16), (70, 16), (96, 96)])
