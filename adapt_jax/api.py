@@ -233,7 +233,7 @@ def _pruned(
   arrays, state = prune_model(pruner, lambda: {'params': params}, start, wanted)
   small = state.plan.pruned_config(config)
   if healing and not state.plan.equals(start.plan):
-    arrays['params'] = healing.heal(small, arrays['params'])
+    healing.heal(small, arrays)
   origin = dataclasses.replace(model.origin, attention=budget.removes.name)
   return dataclasses.replace(model, config=small, origin=origin, **arrays), state.plan
 

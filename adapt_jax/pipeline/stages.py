@@ -151,8 +151,7 @@ class Pruning:
     if not state.compacted.equals(PrunePlan.dense(self._inputs.config, state.compacted.unit)):
       config, arrays = state.compacted.pruned_config(self._inputs.config), {**state.arrays}
       state.hold({})  # healing copies the parameters
-      params = arrays.pop('params')
-      arrays['params'] = self._healing.heal(config, params, 'heal', after_step, mesh.bytes_of(arrays))
+      self._healing.heal(config, arrays, 'heal', after_step)
       state.hold(arrays)
     self._healing = None  # its rows
 

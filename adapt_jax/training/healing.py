@@ -13,9 +13,9 @@ import numpy as np
 from adapt_jax.config.options import DistillOptions, TrainOptions
 from adapt_jax.data.train_set import BlockRows, TrainSet
 from adapt_jax.machine.compiler import Compiler
+from adapt_jax.machine.mesh import bytes_of
 from adapt_jax.machine.processes import decide
 from adapt_jax.models.config import ModelConfig
-from adapt_jax.models.network.llama import Params
 from adapt_jax.models.network.sharding import row_shards
 from adapt_jax.training import rate
 from adapt_jax.training.loop import Diverged, Trained, recover_model
@@ -120,23 +120,22 @@ class Healing:
   def heal(
     self,
     config: ModelConfig,
-    params: Params,
+    arrays: dict[str, Any],
     title: str = 'heal',
     after_step: Callable[[Trained], None] = lambda done: None,
-    beside: int = 0,
-  ) -> Params:
-    """The parameters in fp32 after healing; `after_step` is called after each step.
+  ) -> None:
+    """Replaces arrays['params'] by the healed ones, in fp32; `after_step` is called after each step.
 
-    beside: bytes of other arrays on a device, by which remat is chosen; measured, a repetition might differ.
-    Raises InputError if it diverges.
+    The old ones are taken out at once, so that nobody holds them beside the copy that is trained. The size of
+    the other arrays counts where remat is chosen; measured, a repetition might differ. Raises InputError if
+    it diverges.
     """
     options = self._options
     steps = options.tokens // (options.batch * options.length)
     tx = optimizer(options, steps)
-    state = begin(params, tx)
-    del params
+    state = begin(arrays.pop('params'), tx)
     common: dict[str, Any] = {'dtype': self._dtype, 'compiler': self._compiler, 'title': title}
-    common['beside'] = beside
+    common['beside'] = bytes_of(arrays)
     taken = recover_model(
       config, state, self._data, options, tx, stop=steps, total=steps, name='healing', **common
     )
@@ -147,5 +146,4 @@ class Healing:
     except Diverged:
       raise Diverged('healing the pruned model diverges: set prune.heal = 0, in a new workdir') from None
     assert done.state is not None
-    healed: Params = done.state['params']
-    return healed
+    arrays['params'] = done.state['params']
