@@ -60,7 +60,7 @@ class EstimateOptions:
   target: str = option(
     'cpu',
     'The accelerator to compile for, if the extra estimate is installed. cpu: simulated CPU devices; their '
-    'times are estimated for an H100.',
+    'times are estimated for an H100, or measured if devices = 0.',
     choices=('cpu', 'h100', 'h200', 'a100', 'tpu-v5e', 'tpu-v5p', 'tpu-v6e'),
   )
   devices: int = option(

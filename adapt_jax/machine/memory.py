@@ -1,7 +1,9 @@
 """The memory of this machine, and what glibc does with freed memory; on other systems nothing is changed."""
 
 import ctypes
+import math
 import os
+import pathlib
 
 # mallopt's parameters (malloc.h), and their values for `keep`.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -28,5 +30,16 @@ def give_back() -> None:
 
 
 def total() -> int:
-  """Bytes of memory that this machine has."""
-  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  """Bytes of memory that this machine has, or of those its container may use."""
+  has = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  limit = pathlib.Path('/sys/fs/cgroup/memory.max')
+  text = limit.read_text().strip() if limit.exists() else ''
+  return min(has, int(text)) if text.isdigit() else has
+
+
+def swap() -> float:
+  """Bytes of swap; infinite where that is not known, as on macOS, which adds it as needed."""
+  found = pathlib.Path('/proc/meminfo')
+  lines = found.read_text().splitlines() if found.exists() else []
+  sizes = [1024 * int(line.split()[1]) for line in lines if line.startswith('SwapTotal:')]
+  return sizes[0] if sizes else math.inf

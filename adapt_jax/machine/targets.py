@@ -21,7 +21,7 @@ from adapt_jax.models.network.backend import Platform
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """An accelerator by its maker's figures.
+  """An accelerator by its maker's figures, or this CPU by what was measured.
 
   Attributes:
     platform: `cuda`, `tpu` or `cpu`.

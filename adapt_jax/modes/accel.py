@@ -11,7 +11,6 @@ from adapt_jax.models.errors import InputError
 from adapt_jax.modes import sizes
 from adapt_jax.modes.last_lines import last_lines
 from adapt_jax.modes.mode import Mode
-from adapt_jax.pipeline.checks import check_memory
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.slice_run import run_class
 from adapt_jax.pipeline.workdir import Workdir
@@ -28,7 +27,6 @@ def run(options: RunOptions, workdir: Workdir, command: str) -> None:
     return
   options = sizes.with_file(options)
   inputs = prepare(options)
-  check_memory(options, inputs.config)
   decide(lambda: check_hub(options.export))  # it creates repositories: last
   with workdir.claimed(inputs.digests):
     report = run_class(options)(options, inputs, workdir, command).execute()

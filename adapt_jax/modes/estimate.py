@@ -34,6 +34,7 @@ from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pruning import slicegpt
 from adapt_jax.reports.table import Table
 from adapt_jax.training import remat
+from adapt_jax.training.precision import chosen
 
 _SHARE = 0.92  # of a device's memory that JAX may use: XLA_CLIENT_MEM_FRACTION in the launch files
 
@@ -66,7 +67,10 @@ def run(options: RunOptions) -> None:
   dtype = compute_dtype(options.model.dtype)
   if not estimate.devices:
     platform, compiler = backend.platform(), "this machine's devices"
-    target = _this_cpu(dtype) if platform == CPU else target
+    if platform == CPU:
+      taken = chosen(options.training_dtype)
+      options = dataclasses.replace(options, train=dataclasses.replace(options.train, dtype=taken))
+      target = _this_cpu([dtype, jnp.dtype(taken)])
   elif options.model.dtype == 'auto':
     dtype = jnp.dtype(jnp.bfloat16)  # the value of auto on the planned devices
   if install:
@@ -94,16 +98,21 @@ def run(options: RunOptions) -> None:
   print(_total(planned, target, estimate.price, traffic))
 
 
-def _this_cpu(dtype: jnp.dtype) -> Target:
-  """This machine, with its memory and the rate of a product of `dtype` as measured; other rates unknown."""
+def _this_cpu(dtypes: list[jnp.dtype]) -> Target:
+  """This machine: its memory, and the rate of a product, measured in the faster dtype; others are unknown."""
+  rate = max(map(_tflops, dtypes))
+  return Target('cpu', round(memory.total() / 1e9, 1), float(f'{rate:.2g}'), rate, math.inf, math.inf)
+
+
+def _tflops(dtype: jnp.dtype) -> float:
+  """The rate of a large product of `dtype` on this machine."""
   a, b, multiply = jnp.ones((1024, 1536), dtype), jnp.ones((6144, 1536), dtype), jax.jit(product)
   seconds = list[float]()
   for _ in range(6):
     start = time.perf_counter()
     multiply(a, b).block_until_ready()
     seconds.append(time.perf_counter() - start)
-  rate = 2 * a.size * len(b) / statistics.median(seconds[1:]) / 1e12  # the first compiles
-  return Target('cpu', round(memory.total() / 1e9, 1), float(f'{rate:.2g}'), rate, math.inf, math.inf)
+  return 2 * a.size * len(b) / statistics.median(seconds[1:]) / 1e12  # the first compiles
 
 
 def _checked_config(options: RunOptions) -> ModelConfig:

@@ -5,7 +5,8 @@ as many simulated CPU devices as the mesh has. For these, three passes of the CP
 their effects are those of a CPU: it computes in fp32 and converts the bf16 weights of all layers before the
 loop over layers; it combines the all-reduces of all gradients into one, which needs all gradients at once;
 and it removes the barriers that make it recompute a layer instead of keeping it. fp32 copies of arrays in use
-remain. Operations always have the form for accelerators.
+remain, and operations have the form for accelerators. With devices = 0 on a CPU, programs are compiled as
+runs compile them there; but scoring and correction, which one CPU runs layer by layer, are one program each.
 """
 
 import bisect
@@ -24,7 +25,7 @@ from adapt_jax.machine.mesh import bytes_of, rows_at_once
 from adapt_jax.machine.progress import Progress
 from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.network import llama
-from adapt_jax.models.network.backend import Platform, compiler_options, made_for
+from adapt_jax.models.network.backend import Platform, compiler_options, loop_options, made_for
 from adapt_jax.models.network.sharding import device_count, placed, row_sharding, row_shards
 from adapt_jax.pipeline import flops
 from adapt_jax.pipeline.budgets import budget_of
@@ -80,15 +81,19 @@ class Program:
 
 
 def compile_for(
-  platform: Platform, fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
+  platform: Platform,
+  fn: Callable[..., Any],
+  *args: Any,
+  donate_argnums: tuple[int, ...] = (),
+  loops: bool = False,
 ) -> Program:
   """`fn` compiled for `args` (of `jax.ShapeDtypeStruct`) on the devices of the current mesh.
 
-  platform: of these devices, or SIMULATED.
+  platform: of these devices, or SIMULATED. loops: whether a run compiles it with `loop_options`.
   """
   options = {'xla_disable_hlo_passes': _NOT_ON_CPU} if platform == SIMULATED else {}
   if platform.name == 'cpu':
-    options = compiler_options()
+    options = compiler_options() | (loop_options() if loops else {})
 
   def traced_anew(*args: Any) -> Any:  # not a trace that JAX may have made for a CPU
     return fn(*args)
@@ -183,7 +188,7 @@ class Footprint:
     """A program of pruning, whose last argument is the calibration rows."""
     tokens = self._calibration.samples * self._calibration.length
     fn = make(self.config, self.options.prune, self.dtype, self.budget.removes)
-    return self._compiled(tokens, flops_per_token, fn, self.stacked(), *args, self._tokens)
+    return self._compiled(tokens, flops_per_token, fn, self.stacked(), *args, self._tokens, loops=True)
 
   def scoring(self) -> Program:
     """One scoring pass."""

@@ -14,12 +14,13 @@ from adapt_jax.generation import self_text
 from adapt_jax.machine import memory, mesh, processes
 from adapt_jax.models.config import ModelConfig, count_params
 from adapt_jax.models.errors import InputError
+from adapt_jax.models.formats.source import open_config
 from adapt_jax.models.network import sharding
 from adapt_jax.models.network.backend import on_cpu
 from adapt_jax.pipeline.budgets import budget_of
 from adapt_jax.pipeline.dense_model import with_output_bias
 from adapt_jax.pipeline.loader import evaluation_field
-from adapt_jax.pipeline.schedule import reachable_target, stage_steps, target_cost
+from adapt_jax.pipeline.schedule import Schedule, reachable_target, stage_steps, target_cost
 from adapt_jax.pruning import budget as budgets
 from adapt_jax.pruning import serving_widths, slicegpt
 from adapt_jax.pruning.methods import METHODS
@@ -92,22 +93,32 @@ def check_memory(options: RunOptions, config: ModelConfig) -> None:
   """Raises InputError for training that no CPU with this memory can do; the system would kill it hours later.
 
   Counts what every step holds: weights and gradients in fp32, both moments, and the teacher if it is beside.
+  A target in another unit than parameters says nothing of them yet: such a run is not checked.
   """
-  train, prunes = options.train, options.prune.prunes
-  healed_or_trained = train.tokens > 0 or options.prune.heal > 0
-  if not healed_or_trained or not on_cpu() or processes.count() > 1:
+  train, prune, named = options.train, options.prune, options.train.distill.source
+  if not on_cpu() or processes.count() > 1 or prune.prunes and prune.limit.kind != 'params':
     return
-  if prunes and options.prune.limit.kind != 'params':
-    return  # the size is not known yet
-  params = target_cost(budgets.params(config), options.prune.limit) if prunes else count_params(config)
-  needed = params * (8 + 2 * jnp.dtype(train.moments_dtype).itemsize)
+  params, heals = count_params(config), False
+  if prune.prunes:
+    budget = budget_of(options, config)
+    targets = Schedule.of(options, budget).targets
+    heals = prune.heal > 0 and targets[-1] < budget.dense
+    params = targets[0 if train.tokens else -1]
+  if not train.tokens and not heals:
+    return
+  needed, remedies = params * (8 + 2 * jnp.dtype(train.moments_dtype).itemsize), list[str]()
+  if train.moments_dtype == 'float32':
+    remedies.append('train.moments_dtype=bfloat16')
   if train.tokens and train.distill.teacher_beside:
-    needed += count_params(config) * (4 if options.training_dtype == 'float32' else 2)
-  if needed > memory.total():
+    teacher = open_config(named, 'train.distill.source') if named else config
+    needed += count_params(teacher) * (4 if options.training_dtype == 'float32' else 2)
+    remedies.append('train.distill.cache=64')
+  if prune.prunes:
+    remedies.append('--mode=prune with prune.heal=0')
+  if needed > memory.total() + memory.swap():
     raise InputError(
       f'training {params:,} parameters takes more than {needed / 1e9:.1f} GB, and this machine has '
-      f'{memory.total() / 1e9:.1f}: set train.moments_dtype=bfloat16 and train.distill.cache=64, or use '
-      f'--mode=prune with prune.heal=0'
+      f'{memory.total() / 1e9:.1f}: {" or ".join(remedies) or "take a smaller model"}'
     )
 
 

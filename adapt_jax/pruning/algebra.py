@@ -1,4 +1,4 @@
-"""Second moments and symmetric positive definite systems, in fp32 on every platform."""
+"""Second moments and symmetric positive definite systems, summed and solved in fp32 on every platform."""
 
 import contextlib
 from typing import Any

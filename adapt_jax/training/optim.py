@@ -44,7 +44,7 @@ def optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransfor
   """Clips by global norm, then applies Adam and the schedule; its state has the step count.
 
   Adam's decays are 0.9 and 0.999. With moments in bfloat16, the second is 0.95: rounding to 2⁻⁸ would lose
-  changes by a thousandth. Updates are then computed from the rounded moments.
+  changes by a thousandth. On CPUs, updates are then computed from the rounded moments.
   """
   exact = options.moments_dtype == 'float32'
   return optax.chain(

@@ -22,6 +22,7 @@ from adapt_jax.pipeline.metrics import MetricsLog
 from adapt_jax.pipeline.quality import Quality
 from adapt_jax.pipeline.state import StateStore
 from adapt_jax.reports.summary import gain_table, health_lines, table
+from adapt_jax.training.healing import Healing
 from adapt_jax.training.rate import with_rate
 from tests.support import runs
 from tests.support.helpers import refused
@@ -267,6 +268,28 @@ def test_distillation_and_accumulation_and_remat_run_on_chats_and_text(files, tm
   assert report['perplexity']['recovered'] < report['perplexity']['pruned']
   assert "'Assistant: '" in open_source(str(tmp_path / 'out/hf')).load_tokenizer().chat_template
   assert len(held) == 1 and held[0] < 1.5
+
+
+def test_healing_holds_one_copy_of_the_weights(files, tmp_path, monkeypatch):
+  """And both moments; not the pruned weights that it copied."""
+  gc.collect()
+  before, held, heal = sum(x.nbytes for x in jax.live_arrays()), [], Healing.heal
+
+  def noted(self, config, arrays, title, after_step):
+    weights = sum(x.nbytes for x in jax.tree.leaves(arrays['params']))
+
+    def step(done):
+      gc.collect()
+      held.append((sum(x.nbytes for x in jax.live_arrays()) - before) / weights)
+      after_step(done)
+
+    heal(self, config, arrays, title, step)
+
+  monkeypatch.setattr(Healing, 'heal', noted)
+  config = runs.make_config(files)
+  config.prune.heal, config.train.tokens, config.evaluate.source = 1, 0, ()
+  start(config, tmp_path / 'out', 'prune')
+  assert held and held[0] < 3.3
 
 
 def test_bfloat16_trains_fp32_master_weights(files, tmp_path):

@@ -12,7 +12,7 @@ from adapt_jax.config.build import from_dict
 from adapt_jax.machine import memory
 from adapt_jax.models.config import count_params
 from adapt_jax.models.formats.source import open_source
-from adapt_jax.pipeline.checks import check_memory, check_teacher
+from adapt_jax.pipeline.checks import check_teacher
 from adapt_jax.pipeline.inputs import prepare
 from adapt_jax.pipeline.schedule import target_cost
 from adapt_jax.pruning import budget as budgets
@@ -42,10 +42,13 @@ def test_training_that_the_machine_has_no_memory_for(files, monkeypatch):
   ):
     config.update_from_flattened_dict(fields)
     options = from_dict(config.to_dict())
-    monkeypatch.setattr(memory, 'total', lambda needed=needed: needed)
-    check_memory(options, model)
-    monkeypatch.setattr(memory, 'total', lambda needed=needed: needed - 1)
-    assert f'training {kept:,} parameters' in refused(check_memory, options, model)
+    monkeypatch.setattr(memory, 'total', lambda needed=needed: needed // 2)
+    monkeypatch.setattr(memory, 'swap', lambda needed=needed: needed - needed // 2)
+    prepare(options)
+    monkeypatch.setattr(memory, 'swap', lambda needed=needed: needed - needed // 2 - 1)
+    assert f'training {kept:,} parameters' in refused(prepare, options)
+  config.prune.heal = 0
+  prepare(from_dict(config.to_dict()))
 
 
 def refuse(files, fields, *words):
