@@ -6,7 +6,7 @@ import os
 import pathlib
 
 # mallopt's parameters (malloc.h), and their values for `keep`.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 _KEEP = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1))
 
 
@@ -21,6 +21,17 @@ def keep() -> None:
   if hasattr(libc, 'gnu_get_libc_version'):
     for parameter, value in _KEEP:
       libc.mallopt(parameter, value)
+
+
+def keep_only_small() -> None:
+  """After `keep`: pieces of 32 MB or more are returned to the system again when they are freed.
+
+  For large models, whose pieces leave gaps that later ones do not fit into: 5 GB in training 1.5 B weights.
+  """
+  libc = ctypes.CDLL(None)
+  if hasattr(libc, 'gnu_get_libc_version'):
+    libc.mallopt(_MMAP_THRESHOLD, 2**25)
+    libc.mallopt(_MMAP_MAX, 2**16)
 
 
 def give_back() -> None:

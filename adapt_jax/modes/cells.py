@@ -23,7 +23,7 @@ from adapt_jax.models.errors import InputError, disk_full, first_line, reading, 
 from adapt_jax.models.files import write_text
 from adapt_jax.models.formats.source import Source
 from adapt_jax.modes.compare_grid import Cell
-from adapt_jax.pipeline.checks import check_memory, check_run, check_sources
+from adapt_jax.pipeline.checks import check_run, check_sources, fit_memory
 from adapt_jax.pipeline.inputs import Inputs, load, warn_without_chats
 from adapt_jax.pipeline.loader import Loader
 from adapt_jax.pipeline.quality import dense_key
@@ -73,7 +73,7 @@ def open_inputs(runs: list[CellRun], source: Source) -> list[Inputs]:
       check_sources(run.options)
       check_tasks(run.options.evaluate)
       check_run(run.options, source.config, source.dtype)
-      check_memory(run.options, source.config)
+      fit_memory(run.options, source.config)
   own, inputs = (source, source.load_tokenizer(), dict[Any, Any]()), []
   for run in runs:
     with named(run.cell):

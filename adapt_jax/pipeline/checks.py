@@ -89,10 +89,10 @@ def check_run(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16'
   mesh.check_batches(options)
 
 
-def check_memory(options: RunOptions, config: ModelConfig) -> None:
+def fit_memory(options: RunOptions, config: ModelConfig) -> None:
   """Raises InputError for training that no CPU with this memory can do; the system would kill it hours later.
 
-  Counts what every step holds: weights and gradients in fp32, both moments, and the teacher if it is beside.
+  If it takes more than half of the memory, large pieces are not kept for their next use. Counts what every step holds: weights and gradients in fp32, both moments, and the teacher if it is beside.
   A target in another unit than parameters says nothing of them yet: such a run is not checked.
   """
   train, prune, named = options.train, options.prune, options.train.distill.source
@@ -120,6 +120,8 @@ def check_memory(options: RunOptions, config: ModelConfig) -> None:
       f'training {params:,} parameters takes more than {needed / 1e9:.1f} GB, and this machine has '
       f'{memory.total() / 1e9:.1f}: {" or ".join(remedies) or "take a smaller model"}'
     )
+  if needed > memory.total() / 2:
+    memory.keep_only_small()
 
 
 def _check_pruning(options: RunOptions, config: ModelConfig, stored: str) -> None:

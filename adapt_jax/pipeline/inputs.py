@@ -13,7 +13,7 @@ from adapt_jax.models.config import ModelConfig
 from adapt_jax.models.formats.source import Source, open_source
 from adapt_jax.models.network.backend import compute_dtype
 from adapt_jax.pipeline.budgets import budget_of
-from adapt_jax.pipeline.checks import check_memory, check_run, check_sources, check_teacher
+from adapt_jax.pipeline.checks import check_run, check_sources, check_teacher, fit_memory
 from adapt_jax.pipeline.dense_model import DenseModel
 from adapt_jax.pipeline.loader import Loader, evaluation_field
 from adapt_jax.pruning.budget import Budget
@@ -71,7 +71,7 @@ def prepare(options: RunOptions) -> Inputs:
   check_sources(options)
   source = open_source(options.model.source)
   check_run(options, source.config, source.dtype)
-  check_memory(options, source.config)
+  fit_memory(options, source.config)
   inputs = load(options, source, Loader(options, source, source.load_tokenizer()))
   warn_without_chats(options, inputs)
   return inputs
