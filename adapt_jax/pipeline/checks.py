@@ -92,8 +92,9 @@ def check_run(options: RunOptions, config: ModelConfig, stored: str = 'bfloat16'
 def fit_memory(options: RunOptions, config: ModelConfig) -> None:
   """Raises InputError for training that no CPU with this memory can do; the system would kill it hours later.
 
-  If it takes more than half of the memory, large pieces are not kept for their next use. Counts what every step holds: weights and gradients in fp32, both moments, and the teacher if it is beside.
-  A target in another unit than parameters says nothing of them yet: such a run is not checked.
+  Counts what every step holds: weights and gradients in fp32, both moments, and the teacher if it is beside.
+  If that is more than half of the memory, large pieces are not kept for their next use. A target in another
+  unit than parameters says nothing of them yet: such a run is not checked.
   """
   train, prune, named = options.train, options.prune, options.train.distill.source
   if not on_cpu() or processes.count() > 1 or prune.prunes and prune.limit.kind != 'params':
