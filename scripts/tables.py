@@ -212,6 +212,14 @@ def coder(qwen_family: Study, qwen_frontier: Study) -> Rows:
     yield [name, f'{int(row["params"]) / 1e6:.1f} M', _megabytes(row), *_of_family(row)]
 
 
+def larger(larger: Study) -> Rows:
+  yield ['Qwen2.5-Coder-1.5B-Instruct at 80 %', 'training tokens', *_OF_FAMILIES, 'usable answers']
+  for row in larger.rows:
+    found = _show([float(row[f'excess {of}']) for of in _OF_FAMILIES.values()], '.2f')
+    answers = f'{row["usable"]} of {row["usable_dense"]}' if row['usable'] else ''
+    yield [row['after'], f'{int(row["tokens"]):,}', *found, answers]
+
+
 def _megabytes(row: Row) -> str:
   return f'{float(row["bytes"]) / 1e6:,.0f}'
 
@@ -250,6 +258,7 @@ TABLES: dict[str, Callable[..., Rows]] = {
     coder_files,
     sizes,
     coder,
+    larger,
     with_code,
   )
 }

@@ -1,7 +1,12 @@
 """Programs that run once, and traces that are forgotten."""
 
+import ctypes
+import subprocess
+import sys
+
 import jax
 import numpy as np
+import pytest
 
 from adapt_jax.machine import mesh
 from adapt_jax.machine.compiler import Compiler, forget_traces
@@ -52,3 +57,26 @@ def test_forgotten_traces_are_taken_again_and_compiled_programs_stay():
   assert len(traces) == 1
   jitted(x)
   assert len(traces) == 2
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'gnu_get_libc_version'), reason='glibc alone is told')
+@pytest.mark.parametrize('returned', [False, True])
+def test_large_pieces_are_kept_for_their_next_use_or_returned(returned):
+  """Where training takes more than half of the memory, they are returned."""
+  program = f"""
+import ctypes
+from adapt_jax.machine import memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+memory.keep()
+if {returned}:
+  memory.keep_only_small()
+large = libc.malloc(2**28)
+ctypes.memset(large, 1, 2**28)
+libc.malloc(1000)
+libc.free(large)
+print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmRSS')))
+"""
+  done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
+  assert (int(done.stdout) < 2**18) == returned  # kB
