@@ -97,7 +97,9 @@ def fit_memory(options: RunOptions, config: ModelConfig) -> None:
   unit than parameters says nothing of them yet: such a run is not checked.
   """
   train, prune, named = options.train, options.prune, options.train.distill.source
-  if not on_cpu() or processes.count() > 1 or prune.prunes and prune.limit.kind != 'params':
+  if not on_cpu() or processes.count() > 1 or not (train.tokens or prune.heal):
+    return
+  if prune.prunes and prune.limit.kind != 'params':
     return
   params, heals = count_params(config), False
   if prune.prunes:
