@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,6 +95,7 @@ class Checkpoints:
       yield
     except Exception as error:  # any, raised again: those of orbax and tensorstore share no class
       self._quiet.pop_all()  # not closed: what else failed must stay unsaid to the end
+      warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)  # or never began
       explain(error)
       self._remove_unfinished()
       raise
