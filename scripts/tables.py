@@ -220,6 +220,24 @@ def larger(larger: Study) -> Rows:
     yield [row['after'], f'{int(row["tokens"]):,}', *found, answers]
 
 
+def phases(larger_phases: Study) -> Rows:
+  yield ['phase', 'tokens', 'minutes', 'GB, measured', 'GB, planned']
+  for row in larger_phases.rows:
+    tokens = f'{int(row["tokens"]):,}' if row['tokens'] else ''
+    yield [row['phase'], tokens, *(row[name] for name in ('minutes', 'gigabytes', 'planned'))]
+
+
+def minutes(family: Study, covering: Study, qwen_family: Study) -> Rows:
+  def total(*rows: Row) -> str:
+    return f'{sum(float(row["seconds"]) for row in rows) / 60:.0f}'
+
+  yield ['model', 'job', 'training tokens', 'minutes']
+  yield ['SmolLM2-135M-Instruct', 'three sizes, healed', 'none', total(*family.rows)]
+  for tokens, job in ((204800, '80 %, healed and trained'), (819200, '')):
+    yield ['', job, f'{tokens:,}', total(covering.row(tokens=tokens, lr=-1.0))]
+  yield ['Qwen2.5-Coder-0.5B-Instruct', 'three sizes, healed', 'none', total(*qwen_family.rows)]
+
+
 def _megabytes(row: Row) -> str:
   return f'{float(row["bytes"]) / 1e6:,.0f}'
 
@@ -259,6 +277,8 @@ TABLES: dict[str, Callable[..., Rows]] = {
     sizes,
     coder,
     larger,
+    phases,
+    minutes,
     with_code,
   )
 }
