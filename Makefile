@@ -6,6 +6,8 @@ PY := .venv/bin/python
 # all, for about a minute.
 PIP := set -o pipefail; $(PY) -m pip --disable-pip-version-check install --no-compile
 SHOW := | sed -nE '/^ *(Downloading|Using cached) .* MB\)/p; s/^(Installing) collected packages.*/  \1/p'
+# Where it is set, each of the tests' many processes compiles all modules again, for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-fast chaos fuzz nightly test-parity test-python test-serving test-accelerators docs bench bench-gpu check clean fetch .venv
 
