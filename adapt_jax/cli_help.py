@@ -20,7 +20,7 @@ from adapt_jax.reports.table import Table
 # Recipes are next to this file: a folder in the wheel, a link to configs/ in a checkout.
 RECIPES = pathlib.Path(__file__).parent / 'configs'
 _USAGE = """\
-Prunes a LLaMA-family model and recovers its quality by interleaved training.
+Prunes a LLaMA-family model, in one stage or several, and recovers its quality by training.
 
     adapt-jax [--config=RECIPE] --workdir=DIRECTORY [--mode=MODE] [--config.OPTION=VALUE ...]
     adapt-jax MODE [MODEL [TEXT]] [--workdir=DIRECTORY] [--OPTION=VALUE ...]

@@ -216,7 +216,7 @@ def larger(larger: Study) -> Rows:
   yield ['Qwen2.5-Coder-1.5B-Instruct at 80 %', 'training tokens', *_OF_FAMILIES, 'usable answers']
   for row in larger.rows:
     found = _show([float(row[f'excess {of}']) for of in _OF_FAMILIES.values()], '.2f')
-    answers = f'{row["usable"]} of {row["usable_dense"]}' if row['usable'] else ''
+    answers = f'{row["usable"]} of 40 (dense {row["usable_dense"]})' if row['usable'] else ''
     yield [row['after'], f'{int(row["tokens"]):,}', *found, answers]
 
 
@@ -246,7 +246,7 @@ def with_code(coder: Study) -> Rows:
   domains = {**DOMAINS, 'speeches': 'speeches', 'code': 'code', 'own': 'own text'}
   yield [*domains.values(), 'usable answers']
   (row,) = coder.rows
-  answers = f'{row["usable"]} of {row["usable_dense"]}'
+  answers = f'{row["usable"]} of 40 (dense {row["usable_dense"]})'
   yield [*_show([float(row[f'excess {of}']) for of in domains], '.2f'), answers]
 
 

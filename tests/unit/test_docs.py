@@ -90,12 +90,17 @@ def test_the_first_command_can_train(page, on_a_cpu):
   """Its tokens suffice for its stages, and so do those that the page advises for CPUs."""
   text = (runs.ROOT / page).read_text(encoding='utf-8')
   command, rest = text[text.index('adapt-jax accel ') :].split('\n\n', 1)
-  flags = ' '.join(cli_help.written_out(command.replace('\\', '').split()))
-  numbers = dict(re.findall(r'config\.((?:prune|train)\.\w+)=([\d._]+)', flags))
+
+  def read(words):
+    flags = ' '.join(cli_help.written_out(words))
+    return dict(re.findall(r'config\.((?:prune|train)\.\w+)=([\d._]+)', flags))
+
+  words = command.replace('\\', '').split()
+  numbers = read(words)
   assert len(numbers) == 2
   if on_a_cpu:
-    numbers |= re.findall(r'\b(train\.\w+)=([\d_]+)', rest.split('On a CPU begin with')[1].split('. ')[0])
-    assert numbers['train.tokens'] == '100_000'
+    numbers |= read([*words[:2], *rest.split('On a CPU begin with')[1].split('`')[1].split()])
+    assert numbers['train.tokens'] == '100_000' and 'train.batch' in numbers
   values = base.get_config()
   values.update_from_flattened_dict({name: ast.literal_eval(value) for name, value in numbers.items()})
   check_run(from_dict(values.to_dict()), tiny_config(max_position=1024))
