@@ -57,4 +57,6 @@ ACCEL = Mode(
   settle=_trains,
   several_processes=True,
 )
-PRUNE = Mode('prune', 'prune and heal, without recovery', run, PRUNING, _ALSO, settle=untrained, several_processes=True)
+PRUNE = Mode(
+  'prune', 'prune and heal, without recovery', run, PRUNING, _ALSO, settle=untrained, several_processes=True
+)
