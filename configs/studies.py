@@ -18,7 +18,8 @@ rows: no recovery; 128 rows, with and without healing, also measured on two kind
 coder: no recovery; Qwen2.5-Coder-0.5B-Instruct, healed: rows of three kinds of text beside rows that it
   generates, alone, and beside code; also measured on speeches and code.
 share: no recovery; the demo's calibration, with no, a quarter, half and three quarters of its rows generated.
-covering: seven kinds of text, with the defaults; also measured on speeches and on code of another package.
+covering: seven kinds of text, with the defaults, and text that the model generates instead; also measured on
+  speeches and on code of another package.
 qwen: on Qwen2.5-Coder-0.5B-Instruct, mostly with fewer tokens: both losses, least squares, the control, 1 and
   4 rounds at 60 % kept, three times the tokens, 100 and 300 thousand tokens, and adapt in 10 steps.
 
@@ -76,7 +77,11 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     {'prune.calibration.source': ((*_TRAIN, 'data/code/train'),), 'prune.calibration.weights': ((1.0,) * 4,)},
   ),
   'share': ({'prune.calibration.own': (0.25, 0.0, 0.5, 0.75)},),
-  'covering': ({'train.tokens': (800 * 1024,)}, {'train.tokens': (200 * 1024,), 'train.lr': (-1.0, 2e-4)}),
+  'covering': (
+    {'train.tokens': (800 * 1024,)},
+    {'train.tokens': (200 * 1024,), 'train.lr': (-1.0, 2e-4)},
+    {'train.tokens': (200 * 1024,), 'train.source': (('self',),), 'train.weights': ((),)},
+  ),
   'qwen': (
     {'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},
     {'prune.compensate': ('least_squares', 'none'), 'train.distill.alpha': (1.0,)},
