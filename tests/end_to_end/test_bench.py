@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from adapt_jax.config.build import from_dict
+from adapt_jax.config.units import UNITS
 from adapt_jax.export.hf import write_hf
 from adapt_jax.export.writer import LINEAGE
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig, count_params
@@ -55,13 +56,14 @@ SHORT = {'dense': '', 'prompt_length': 16, 'new_tokens': 2, 'repeats': 1}
 
 
 class Untimed(bench_widths._Bench):
-  """Takes half of the time for every part."""
+  """Takes every part to be as fast as it is small, so that no other load on the machine changes the table."""
 
   def __init__(self, source, options, prompts):
     self.config, self.whole = source.config, [dict.fromkeys(('prefill', 'decode'), 1.0)]
 
   def ratio(self, plan, title):
-    return dict.fromkeys(('prefill', 'decode'), 0.5)
+    share = count_params(plan.pruned_config(self.config)) / count_params(self.config)
+    return dict.fromkeys(('prefill', 'decode'), share)
 
 
 def test_only_what_pruning_removes_is_measured(models, tmp_path, monkeypatch):
@@ -156,21 +158,29 @@ def test_an_export_tells_which_model_it_came_from(models, tmp_path):
 
 
 def test_a_dense_model_alone_gives_a_table_of_latencies(models, tmp_path, capsys):
-  """It adds up to the whole model, narrower blocks take less, and a prune.target in latency reads it."""
-  options = make_options(models, dense='', pruned='wide', new_tokens=16, repeats=5)
+  options = make_options(models, pruned='wide', **SHORT)
   report = run(options, tmp_path / 'out')
   assert 'latency_table=' in capsys.readouterr().out
-  assert report['latency']['request'] == {'batch': 1, 'prompt_length': 256, 'new_tokens': 16}
+  assert report['latency']['request'] == {'batch': 1, 'prompt_length': 16, 'new_tokens': 2}
   for kind in ('prefill', 'decode'):
     phase = report['latency'][kind]
     assert phase['attention']['widths'] == [1, 2, 4, 6, 8]
     assert phase['mlp']['widths'] == [128, 256, 512, 768, 1024]
-    assert phase['mlp']['seconds'][0] < phase['mlp']['seconds'][-1]
   table = latency.find_table(str(tmp_path / 'out/report.json'), WIDE, options.bench)
   assert table.where == latency.here('float32')
+
+
+def test_the_table_adds_up_to_the_whole_model(models, tmp_path, monkeypatch):
+  """Narrower blocks take less, and a prune.target in latency reads it."""
+  monkeypatch.setattr(bench_widths, '_Bench', Untimed)
+  options = make_options(models, pruned='wide', **SHORT)
+  run(options, tmp_path / 'out')
+  table = latency.find_table(str(tmp_path / 'out/report.json'), WIDE, options.bench)
   budget = latency.budget(table, WIDE)
-  kv, ffn = np.full(2, 8), np.full(2, 1024)
-  assert budget.cost(kv, ffn) == budget.dense > budget.cost(kv // 2, ffn // 2) > 0
+  kv, ffn, seconds = np.full(2, 8), np.full(2, 1024), options.bench.new_tokens * 1.0
+  assert budget.cost(kv, ffn) == budget.dense == pytest.approx(seconds * 1000 * UNITS['latency'].parts)
+  halved = count_params(WIDE.with_layers((LayerShape(4, 4, 512),) * 2)) / count_params(WIDE)
+  assert budget.cost(kv // 2, ffn // 2) / budget.dense == pytest.approx(halved)
 
 
 @pytest.mark.parametrize('seconds,warned', [([1.0, 3.0, 2.5], True), ([1.0, 2.0, 2.5], False)])
