@@ -35,6 +35,7 @@ _OF_FAMILIES = {
   'own text': 'own',
   'code, unseen': 'code',
 }
+_TRAINED = ('healed', 'trained')  # the run with all domains, as in `covered`, with another seed
 _SIX_NAMES = ['speeches', 'Wikipedia', *_SIX[2:]]
 
 Row = dict[str, str]
@@ -126,19 +127,22 @@ def healed(healing: Study) -> Rows:
     yield [title, *_show([float(row[name]) for name in _SIX]), row['usable']]
 
 
-def covered(covering: Study) -> Rows:
+def covered(covering: Study, trained: Study) -> Rows:
   yield ['', 'training tokens', *COVERED.values(), 'mean']
   rows = [covering.row(tokens=count, lr=-1.0) for count in (204800, 819200)]
   pruned = [
     math.log(float(rows[0][f'perplexity_pruned {of}']) / float(rows[0][f'perplexity_dense {of}']))
     for of in COVERED
   ]
-  found = [pruned, *([float(row[f'excess {of}']) for of in COVERED] for row in rows)]
-  for tokens, lost in zip(('none', '204,800', '819,200'), found, strict=True):
-    yield ['' if tokens != 'none' else 'Δ', tokens, *_show([*lost, sum(lost) / len(lost)], '.2f')]
-  for tokens, lost in zip(('204,800', '819,200'), found[1:], strict=True):
-    closed = [1 - b / a for a, b in zip([*pruned, sum(pruned)], [*lost, sum(lost)], strict=True)]
-    yield ['' if tokens != '204,800' else 'gap closed', tokens, *map(_percent, closed)]
+  again = [[float(trained.row(model=model)[f'excess {of}']) for of in COVERED] for model in _TRAINED]
+  found = [pruned, *([float(row[f'excess {of}']) for of in COVERED] for row in rows), *again]
+  titles = ['none', '204,800', '819,200', 'none, another seed', '819,200, another seed']
+  for i, (tokens, lost) in enumerate(zip(titles, found, strict=True)):
+    yield ['' if i else 'Δ', tokens, *_show([*lost, sum(lost) / len(lost)], '.2f')]
+  for i in (1, 2, 4):
+    before = found[3 if i == 4 else 0]
+    closed = [1 - b / a for a, b in zip([*before, sum(before)], [*found[i], sum(found[i])], strict=True)]
+    yield ['' if i > 1 else 'gap closed', titles[i], *map(_percent, closed)]
 
 
 def widths(hidden: Study) -> Rows:
@@ -152,9 +156,14 @@ def widths(hidden: Study) -> Rows:
     yield ['', 'trained', *_show(_trained(row))]
 
 
-def tasks(tasks: Study, early_tasks: Study) -> Rows:
+def tasks(tasks: Study, trained: Study, early_tasks: Study) -> Rows:
   yield ['model', 'kept', 'training tokens', 'questions', 'PIQA', 'OpenBookQA', 'LAMBADA', 'mean']
-  for row in (*tasks.rows, *early_tasks.rows):
+  words = {'model': '', 'kept': '80 %', 'questions': '1000'}
+  again = [
+    {**trained.row(model=model), **words, 'tokens': tokens}
+    for model, tokens in zip(_TRAINED, ('healed, seven domains', '819200'), strict=True)
+  ]
+  for row in (*tasks.rows, *again, *early_tasks.rows):
     scores = [100 * float(row[task]) for task in ('piqa', 'openbookqa', 'lambada')]
     name = row['model'] if row['kept'] == 'dense' else ''
     tokens, questions = (f'{int(x):,}' if x.isdigit() else x for x in (row['tokens'], row['questions']))
