@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -247,6 +248,21 @@ def minutes(family: Study, covering: Study, qwen_family: Study) -> Rows:
   yield ['Qwen2.5-Coder-0.5B-Instruct', 'three sizes, healed', 'none', total(*qwen_family.rows)]
 
 
+def growth(growth: Study) -> Rows:
+  yield ['model', 'parameters', 'tokens/s', 'slowest–fastest step', 'peak, GB']
+  for row in growth.rows:
+    rates = [f'{float(row[name]):,.0f}' for name in ('tokens_per_second', 'slowest', 'fastest')]
+    peak = f'{int(row["peak_bytes"]) / 1e9:.1f}'
+    yield [row['model'], f'{int(row["params"]) / 1e6:,.0f} M', rates[0], '–'.join(rates[1:]), peak]
+  sizes, rate, memory = (
+    [math.log(float(row[name])) for row in growth.rows]
+    for name in ('params', 'tokens_per_second', 'peak_bytes')
+  )
+  slopes = (statistics.linear_regression(sizes, costs).slope for costs in ([-x for x in rate], memory))
+  time, peak = _show(list(slopes), '.1f')
+  yield ['exponent of the cost', '', f'{time} (time per token)', '', peak]
+
+
 def _megabytes(row: Row) -> str:
   return f'{float(row["bytes"]) / 1e6:,.0f}'
 
@@ -288,6 +304,7 @@ TABLES: dict[str, Callable[..., Rows]] = {
     larger,
     phases,
     minutes,
+    growth,
     with_code,
   )
 }
