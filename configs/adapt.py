@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
   config = base.get_config()
   config.prune.method = 'adapt'
   config.prune.compensate = 'none'
-  config.prune.heal = 0
+  config.prune.heal, config.prune.align_ffn = 0, 1
   config.prune.calibration.own = 0.0
   config.prune.calibration.samples = 512
   config.prune.calibration.length = 64

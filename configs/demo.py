@@ -13,7 +13,6 @@ from adapt_jax.configs import base
 def get_config() -> ConfigDict:
   config = base.get_config()
   config.model.source = 'data/SmolLM2-135M-Instruct.Q4_1.gguf'
-  config.prune.align_ffn = 32  # also suits the quantisation blocks of llama.cpp
   config.prune.calibration.source = ('data/sotu/train', 'data/encyclopedia/train')
   config.prune.calibration.weights = (1.0, 1.0)
   config.prune.calibration.length = 256  # a quarter of the default, so that all takes minutes

@@ -130,9 +130,9 @@ class PruneOptions:
     choices=('cosine', 'euclidean', 'manhattan'),
   )
   align_ffn: int = option(
-    1,
-    'Each layer keeps a multiple of this many MLP channels, or all of them; 64 to 256 suit tensor cores and '
-    'quantisation.',
+    32,
+    'Each layer keeps a multiple of this many MLP channels, or all of them. 32 is a block of Q8_0 and Q4_0; '
+    '64 to 256 suit tensor cores and K-quants. 1: as in the paper.',
     within=ALIGNMENT,
   )
   serve: str = option(

@@ -31,7 +31,6 @@ _SLICING = {
   'prune.compensate': 'none',
   'prune.heal': 0,
   'prune.stages': 1,
-  'prune.align_ffn': 1,
   'prune.serve': 'any',
   'prune.attention': 'auto',
   'train.tokens': 0,

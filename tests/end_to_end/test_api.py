@@ -41,7 +41,7 @@ def test_prune_gives_the_weights_that_the_command_writes(files, model, rows, tmp
   config = runs.make_config(files)
   config.prune.method, config.prune.heal = 'obs', 2
   runs.in_process(config, tmp_path / 'out', 'prune')
-  small, plan = aj.prune(model, rows, target=0.8, heal=2)
+  small, plan = aj.prune(model, rows, target=0.8, heal=2, align_ffn=1)
   written = open_source(str(tmp_path / 'out/hf'))
   assert small.config == written.config
   chex.assert_trees_all_equal(jax.device_get(small.params), jax.device_get(written.load_params(None)))
@@ -51,10 +51,10 @@ def test_prune_gives_the_weights_that_the_command_writes(files, model, rows, tmp
 def test_several_targets_share_the_scoring_pass_and_are_what_each_gives(model, rows, monkeypatch):
   scored, compute = [], Pruner._compute
   monkeypatch.setattr(Pruner, '_compute', lambda self, *args: scored.append(1) or compute(self, *args))
-  found = aj.prune(model, rows, target=[0.9, '0.7kv'], heal=1)
+  found = aj.prune(model, rows, target=[0.9, '0.7kv'], heal=1, align_ffn=1)
   assert len(scored) == 1 and len(found) == 2
   small, plan = found[1]
-  alone, same = aj.prune(model, rows, target='0.7kv', heal=1)
+  alone, same = aj.prune(model, rows, target='0.7kv', heal=1, align_ffn=1)
   assert plan.equals(same) and small.config == alone.config
   chex.assert_trees_all_equal(small.params, alone.params)
 
@@ -83,7 +83,7 @@ def test_the_whole_job_in_memory(files, model, rows, tmp_path, capfd):
   before, hook = jax.tree.map(np.array, model.params), sys.unraisablehook
   compiled = jax.jit(lambda x: x + 1)
   compiled(jnp.ones(3))
-  small, plan = aj.prune(model, rows, target=0.7)
+  small, plan = aj.prune(model, rows, target=0.7, align_ffn=1)
   pruned = aj.perplexity(small, files / 'valid.txt', length=32)
   options = {'length': 32, 'batch': 4, 'lr': 1e-2, 'min_lr': 1e-3}
   better = aj.recover(small, str(files / 'train.txt'), tokens=runs.TOKENS, teacher=model, **options)
@@ -100,7 +100,7 @@ def test_the_whole_job_in_memory(files, model, rows, tmp_path, capfd):
   assert again.dense == model.num_params and model.name.endswith(f'/{again.name}')
   texts = aj.generate(again, ['the union', 'the law'], max_new_tokens=4)
   assert len(texts) == 2 and aj.generate(again, 'the union', max_new_tokens=4) == texts[0]
-  twice, _ = aj.prune(better, rows, target=0.8, heal=0)
+  twice, _ = aj.prune(better, rows, target=0.8, heal=0, align_ffn=1)
   assert twice.num_params <= 0.8 * better.num_params and twice.dense == model.num_params
   after = jax.tree.map(np.array, model.params)
   chex.assert_trees_all_equal(before, after)  # nothing donated, nothing changed
@@ -116,12 +116,14 @@ class First(UniformOneShot):
 
 
 def test_methods_and_importances_come_from_outside(model, rows):
-  small, plan = aj.prune(model, rows, target=0.8, method=First, serve='tensor_parallel=3', heal=0)
+  small, plan = aj.prune(
+    model, rows, target=0.8, method=First, serve='tensor_parallel=3', heal=0, align_ffn=1
+  )
   assert small.num_params <= 0.8 * model.num_params
   assert not any(plan.ffn_widths % 3) and not any(plan.kv_widths % 3)
   large = Importance(lambda w, g, f: -w * w, gradient=False)
-  by_name, _ = aj.prune(model, rows, target=0.8, method='uniform', importance='l2', heal=0)
-  mine, plan = aj.prune(model, rows, target=0.8, method='uniform', importance=large, heal=0)
+  by_name, _ = aj.prune(model, rows, target=0.8, method='uniform', importance='l2', heal=0, align_ffn=1)
+  mine, plan = aj.prune(model, rows, target=0.8, method='uniform', importance=large, heal=0, align_ffn=1)
   chex.assert_trees_all_equal(by_name.params, mine.params)  # of the score only the size counts
   assert min(plan.ffn_widths) < 48
 

@@ -64,7 +64,7 @@ def test_query_heads_go_and_kv_heads_stay_in_every_export(files, by_heads):
 def test_the_result_is_pruned_again_by_query_heads_and_not_by_groups(files, by_heads):
   model = aj.load(by_heads)
   rows = aj.rows(model, files / 'train.txt', samples=4, length=16, own=0.0)
-  small, plan = aj.prune(model, rows, target=0.9, attention='query_heads', heal=0)
+  small, plan = aj.prune(model, rows, target=0.9, attention='query_heads', heal=0, align_ffn=1)
   assert 0.87 < small.num_params / model.num_params <= 0.9
   assert [len(mask) for mask in plan.kv] == [s.group_size for s in model.config.layers]
   if len({s.group_size for s in model.config.layers}) > 1:
@@ -80,7 +80,7 @@ def test_a_model_with_one_kv_head_loses_query_heads_by_default(files, single, tm
   assert sum(report['stages'][-1]['num_heads']) < 8 and report['stages'][-1]['num_kv_heads'] == [1] * 2
   model = aj.load(single)
   rows = aj.rows(model, files / 'train.txt', samples=16, length=16, own=0.0)
-  small, _ = aj.prune(model, rows, target=0.7, heal=0)
+  small, _ = aj.prune(model, rows, target=0.7, heal=0, align_ffn=1)
   exported = open_source(str(tmp_path / 'out/hf')).config
   assert [s.widths for s in small.config.layers] == [s.widths for s in exported.layers]
   assert np.isfinite(aj.perplexity(small, files / 'valid.txt', length=32))

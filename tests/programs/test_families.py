@@ -58,12 +58,14 @@ def test_pruning_lands_on_the_target_and_least_squares_helps(family):
   config = tiny_config(family, LAYERS[:2])
   model, rows = aj.Model(config, random_params(config)), random_tokens(config, rows=8, length=24)
   target = 0.8 * count_params(config)
-  small, plan = aj.prune(model, rows, target=0.8, method='obs', heal=0)
+  small, plan = aj.prune(model, rows, target=0.8, method='obs', heal=0, align_ffn=1)
   assert small.num_params == plan.params(config) <= target < 1.05 * small.num_params
   expected = logits(config, model.params, rows)
   plain = logits(small.config, surgery.compact(model.params, plan), rows)
   adjusted = logits(small.config, small.params, rows)
   assert np.square(adjusted - expected).mean() < np.square(plain - expected).mean()
-  small, plan = aj.prune(model, rows, target=0.8, method='adapt', compensate='none', steps=20, heal=0)
+  small, plan = aj.prune(
+    model, rows, target=0.8, method='adapt', compensate='none', steps=20, heal=0, align_ffn=1
+  )
   assert small.num_params <= target
   assert plan.kv_widths.tolist() == [2, 2] or not config.traits.joint_qk_norm

@@ -29,6 +29,7 @@ OPTIONS = PruneOptions(
   method='adapt',
   steps=40,
   compensate='none',
+  align_ffn=1,
   calibration=CalibrationOptions(samples=8, length=12, batch=4),
 )
 

@@ -107,7 +107,7 @@ def reference_pruner() -> tuple[Pruner, Params]:
   tokens = windows()[0][:ROWS]
   source, params = reference_params()
   rows = CalibrationOptions(samples=ROWS, length=64, batch=8)
-  options = PruneOptions(method='adapt', target=0.5, compensate='none', calibration=rows)
+  options = PruneOptions(method='adapt', target=0.5, compensate='none', align_ffn=1, calibration=rows)
   blocks = Blocks(tokens, np.ones_like(tokens, bool), 0)
   pruner = ReferencePruner(source.config, options, blocks, seed=0, compiler=Compiler(), dtype=jnp.float32)
   return pruner, params

@@ -136,8 +136,8 @@ def test_a_roofline_takes_the_longer_of_products_and_reads():
   assert many.prefill.mlp.seconds[0] == pytest.approx(2 * channel * 500_000 / peak)
 
 
-def make_method(name, config, budget, **fields):
-  return METHODS[name](config, PruneOptions(**fields), budget)
+def make_method(name, config, budget, align_ffn=1):
+  return METHODS[name](config, PruneOptions(align_ffn=align_ffn), budget)
 
 
 @pytest.mark.parametrize('kind', [*UNITS, QUERY_HEADS.name])

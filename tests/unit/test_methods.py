@@ -12,8 +12,8 @@ from adapt_jax.pruning.scores import Scores
 from tests.support.scored import FFN, HEAD, KV, G, make_config, random_scores, run
 
 
-def make_method(name, config, **fields):
-  return METHODS[name](config, PruneOptions(**fields))
+def make_method(name, config, align_ffn=1, **fields):
+  return METHODS[name](config, PruneOptions(align_ffn=align_ffn, **fields))
 
 
 @pytest.mark.parametrize('name', ['wanda_sp', 'uniform'])
