@@ -128,22 +128,29 @@ def healed(healing: Study) -> Rows:
     yield [title, *_show([float(row[name]) for name in _SIX]), row['usable']]
 
 
-def covered(covering: Study, trained: Study) -> Rows:
+def covered(covering: Study, trained: Study, weights: Study) -> Rows:
   yield ['', 'training tokens', *COVERED.values(), 'mean']
   rows = [covering.row(tokens=count, lr=-1.0) for count in (204800, 819200)]
   pruned = [
     math.log(float(rows[0][f'perplexity_pruned {of}']) / float(rows[0][f'perplexity_dense {of}']))
     for of in COVERED
   ]
-  again = [[float(trained.row(model=model)[f'excess {of}']) for of in COVERED] for model in _TRAINED]
-  found = [pruned, *([float(row[f'excess {of}']) for of in COVERED] for row in rows), *again]
+
+  def lost(row: Row) -> list[float]:
+    return [float(row[f'excess {of}']) for of in COVERED]
+
+  few, many = map(lost, rows)
+  again = [lost(trained.row(model=model)) for model in _TRAINED]
   titles = ['none', '204,800', '819,200', 'none, another seed', '819,200, another seed']
-  for i, (tokens, lost) in enumerate(zip(titles, found, strict=True)):
-    yield ['' if i else 'Δ', tokens, *_show([*lost, sum(lost) / len(lost)], '.2f')]
-  for i in (1, 2, 4):
-    before = found[3 if i == 4 else 0]
-    closed = [1 - b / a for a, b in zip([*before, sum(before)], [*found[i], sum(found[i])], strict=True)]
-    yield ['' if i > 1 else 'gap closed', titles[i], *map(_percent, closed)]
+  for title, found in zip(titles, (pruned, few, many, *again), strict=True):
+    yield ['' if title != 'none' else 'Δ', title, *_show([*found, sum(found) / len(found)], '.2f')]
+  pairs = [(pruned, few), (pruned, many), again]
+  for shares in ('1,1,1,1,1,1,1', '1,2,4,1,1,4,1'):
+    pairs.append([lost(weights.row(weights=shares, model=model)) for model in _TRAINED])
+  titles = ['204,800', '819,200', '819,200, another seed', '204,800, repeated', '204,800, weighted']
+  for title, (before, after) in zip(titles, pairs, strict=True):
+    closed = [1 - b / a for a, b in zip([*before, sum(before)], [*after, sum(after)], strict=True)]
+    yield ['gap closed' if after is few else '', title, *map(_percent, closed)]
 
 
 def widths(hidden: Study) -> Rows:
