@@ -164,14 +164,20 @@ def widths(hidden: Study) -> Rows:
     yield ['', 'trained', *_show(_trained(row))]
 
 
-def tasks(tasks: Study, trained: Study, early_tasks: Study) -> Rows:
+def tasks(tasks: Study, trained: Study, early_tasks: Study, trained_coder: Study) -> Rows:
   yield ['model', 'kept', 'training tokens', 'questions', 'PIQA', 'OpenBookQA', 'LAMBADA', 'mean']
   words = {'model': '', 'kept': '80 %', 'questions': '1000'}
   again = [
     {**trained.row(model=model), **words, 'tokens': tokens}
     for model, tokens in zip(_TRAINED, ('healed, seven domains', '819200'), strict=True)
   ]
-  for row in (*tasks.rows, *again, *early_tasks.rows):
+  coder = {
+    **trained_coder.row(model='trained'),
+    **words,
+    'tokens': '204,800, seven domains',
+    'questions': '300',
+  }
+  for row in (*tasks.rows, *again, *early_tasks.rows, coder):
     scores = [100 * float(row[task]) for task in ('piqa', 'openbookqa', 'lambada')]
     name = row['model'] if row['kept'] == 'dense' else ''
     tokens, questions = (f'{int(x):,}' if x.isdigit() else x for x in (row['tokens'], row['questions']))
