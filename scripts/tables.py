@@ -36,7 +36,7 @@ _OF_FAMILIES = {
   'own text': 'own',
   'code, unseen': 'code',
 }
-_TRAINED = ('healed', 'trained')  # the run with all domains, as in `covered`, with another seed
+_TRAINED = ('healed', 'trained')  # rows of a run with all domains, as in `covered`
 _SIX_NAMES = ['speeches', 'Wikipedia', *_SIX[2:]]
 
 Row = dict[str, str]
@@ -283,14 +283,12 @@ def _megabytes(row: Row) -> str:
 def trained_coder(trained_coder: Study) -> Rows:
   domains = {**COVERED, 'own': 'own text'}
   yield ['Qwen2.5-Coder-0.5B-Instruct at 80 %', 'training tokens', *domains.values(), 'usable answers']
-  dense = trained_coder.row(model='dense')['usable']
-  lost = {}
-  for model, tokens in zip(_TRAINED, ('none', '204,800'), strict=True):
-    row = trained_coder.row(model=model)
-    lost[model] = [float(row[f'excess {of}']) for of in domains]
-    answers = f'{row["usable"]} of 40 (dense {dense})' if row['usable'] else ''
-    yield ['' if lost.keys() > {model} else 'Δ', tokens, *_show(lost[model], '.2f'), answers]
-  closed = [1 - after / before for before, after in zip(*lost.values(), strict=True)]
+  dense, healed, trained = trained_coder.rows
+  before, after = ([float(row[f'excess {of}']) for of in domains] for row in (healed, trained))
+  answers = f'{trained["usable"]} of 40 (dense {dense["usable"]})'
+  yield ['Δ', 'none', *_show(before, '.2f'), '']
+  yield ['', '204,800', *_show(after, '.2f'), answers]
+  closed = [1 - b / a for a, b in zip(before, after, strict=True)]
   yield ['gap closed', '204,800', *map(_percent, closed), '']
 
 

@@ -68,7 +68,7 @@ def make_config(files: pathlib.Path) -> ConfigDict:
   config.prune.target = 0.8
   config.prune.stages = 1
   config.prune.steps = 40
-  config.prune.heal, config.prune.align_ffn = 0, 1  # no layer of the small model has 32 channels to spare
+  config.prune.heal, config.prune.align_ffn = 0, 1  # small MLPs would hardly be pruned in blocks of 32
   config.prune.calibration.source = (str(files / 'train.txt'),)
   config.prune.calibration.samples = 16
   config.prune.calibration.length = 16
