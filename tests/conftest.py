@@ -89,5 +89,5 @@ def finished(files, tmp_path_factory):
   config.evaluate.health = True
   with pytest.MonkeyPatch.context() as patch:
     runs.keep_checkpoints(patch)
-    runs.in_process(config, path)
+    runs.in_process(config, path, speeds=True)
   return path

@@ -1,11 +1,13 @@
 """A tiny model, its text and its config, for tests that run the whole job."""
 
+import contextlib
 import json
 import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from adapt_jax.export.hf import write_hf
 from adapt_jax.models.config import LayerShape, ModelConfig, RopeConfig
 from adapt_jax.models.errors import InputError
 from adapt_jax.modes.registry import MODES
+from adapt_jax.pipeline import gain
 from adapt_jax.pipeline.stages import Recovery
 from adapt_jax.pipeline.state import StateStore
 from adapt_jax.pipeline.workdir import Workdir
@@ -109,13 +112,17 @@ def main(files: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.
 
 
 def in_process(
-  config: ConfigDict, path: pathlib.Path, mode: str = 'accel', command: str = 'python main.py'
+  config: ConfigDict,
+  path: pathlib.Path,
+  mode: str = 'accel',
+  command: str = 'python main.py',
+  speeds: bool = False,
 ) -> dict[str, Any]:
-  """The report of a mode that has a workdir, run in this process."""
+  """The report of a mode that has a workdir, run in this process; with `speeds`, they are measured."""
   options = aligned(MODES[mode].settle(from_dict(config.to_dict())))
   workdir = Workdir(str(path), MODES[mode].identity(options))
   workdir.check()
-  with programs.traced_once():
+  with programs.traced_once(), contextlib.nullcontext() if speeds else without_speeds():
     MODES[mode].run(options, workdir, command)
   return read_report(path)
 
@@ -145,6 +152,13 @@ def assert_same_end(path: pathlib.Path, reference: pathlib.Path) -> None:
   assert logs[0] == logs[1]
   plans = [json.loads((p / 'plan.json').read_text()) for p in (path, reference)]
   assert plans[0] == plans[1]
+
+
+@contextlib.contextmanager
+def without_speeds() -> Iterator[None]:
+  """Runs in this process report sizes, but no speeds: these take a third of the time of a tiny run."""
+  with mock.patch.object(gain, '_LARGEST', 0):
+    yield
 
 
 def keep_checkpoints(patch: pytest.MonkeyPatch) -> None:
