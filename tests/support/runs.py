@@ -1,6 +1,5 @@
 """A tiny model, its text and its config, for tests that run the whole job."""
 
-import contextlib
 import json
 import pathlib
 import subprocess
@@ -118,11 +117,15 @@ def in_process(
   command: str = 'python main.py',
   speeds: bool = False,
 ) -> dict[str, Any]:
-  """The report of a mode that has a workdir, run in this process; with `speeds`, they are measured."""
+  """The report of a mode that has a workdir, run in this process.
+
+  speeds: whether the gain has them; they take a third of the time of a tiny run.
+  """
   options = aligned(MODES[mode].settle(from_dict(config.to_dict())))
   workdir = Workdir(str(path), MODES[mode].identity(options))
   workdir.check()
-  with programs.traced_once(), contextlib.nullcontext() if speeds else without_speeds():
+  largest = gain._LARGEST if speeds else 0
+  with programs.traced_once(), mock.patch.object(gain, '_LARGEST', largest):
     MODES[mode].run(options, workdir, command)
   return read_report(path)
 
@@ -152,13 +155,6 @@ def assert_same_end(path: pathlib.Path, reference: pathlib.Path) -> None:
   assert logs[0] == logs[1]
   plans = [json.loads((p / 'plan.json').read_text()) for p in (path, reference)]
   assert plans[0] == plans[1]
-
-
-@contextlib.contextmanager
-def without_speeds() -> Iterator[None]:
-  """Runs in this process report sizes, but no speeds: these take a third of the time of a tiny run."""
-  with mock.patch.object(gain, '_LARGEST', 0):
-    yield
 
 
 def keep_checkpoints(patch: pytest.MonkeyPatch) -> None:
