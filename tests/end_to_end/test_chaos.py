@@ -23,10 +23,8 @@ STOPS = [
   ({'kill': 'SIGTERM'}, 'stopped by SIGTERM: run the same command to continue'),
   ({'limit': 600}, 'File too large'),  # of a file: run.json does not fit
   ({'kill': 'SIGKILL', 'after': {'event': 'prune', 'step': 2}}, ''),
-  ({'kill': 'SIGKILL', 'after': {'event': 'evaluate', 'of': 'pruned', 'stage': 1}}, ''),
   ({'kill': 'SIGINT', 'after': {'event': 'train', 'step': 2}}, 'stopped by Ctrl-C at stage 1'),
   ({'limit': 20_000}, 'File too large'),  # nor a page, nor a checkpoint
-  ({'kill': 'SIGKILL', 'after': {'event': 'prune', 'stage': 2}}, ''),
   ({'kill': 'SIGKILL', 'after': {'event': 'heal'}}, ''),
   ({'kill': 'SIGKILL', 'after': {'event': 'train', 'step': 11}}, ''),
 ]
@@ -71,7 +69,7 @@ def assert_no_space(code: int, output: str, path: pathlib.Path) -> None:
 
 
 def test_whatever_stops_a_run_the_same_command_goes_on_to_the_same_bits(starter, undisturbed):
-  """While it loads, scores, compensates, heals, trains and saves, and between the stages."""
+  """While it loads, scores, compensates, heals, trains and saves, in both stages."""
   path = starter.path / 'stopped'
   for stop, told in STOPS:
     code, output = starter.run(path, **stop)

@@ -21,7 +21,7 @@ from tests.support.starter import Starter
 SEED = int(os.environ.get('ADAPT_JAX_TEST_SEED', '0'))  # another one kills at another moment
 # Adam blows rounding, which differs with the devices, up to the rate: here five times the paper's. Each step
 # waits for the other process many times.
-FIELDS = {'train.lr': 1e-4, 'train.min_lr': 1e-5, 'prune.steps': 20, 'evaluate.max_tokens': 256}
+FIELDS = {'train.lr': 1e-4, 'train.min_lr': 1e-5, 'prune.steps': 10, 'evaluate.max_tokens': 256}
 FLAGS = tuple(f'--config.{name}={value}' for name, value in FIELDS.items())
 
 

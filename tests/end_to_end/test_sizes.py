@@ -55,9 +55,9 @@ def sizes(files, tmp_path_factory):
 
       kill.setattr(runs.Recovery, 'steps', steps)
       with pytest.raises(KeyboardInterrupt):
-        runs.in_process(config, path, speeds=True)
+        runs.in_process(config, path, whole=True)
     assert scored == ['teacher', 0.9] and not (path / 'report.json').exists()
-    runs.in_process(config, path, speeds=True)
+    runs.in_process(config, path, whole=True)
   return path, scored
 
 

@@ -4,6 +4,7 @@ A line is the JSON of `run`'s arguments. Answers, a line each: the run's pid; it
 """
 
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -45,6 +46,7 @@ def run(
   signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background would ignore
   jax.config.update('jax_num_cpu_devices', devices)
   programs.write_whole()
+  programs.lower_in_one_context()
   compiler._cache_write = functools.partial(_write_as_first, compiler._cache_write)
   sys.argv = argv
   cli.run()
@@ -72,6 +74,7 @@ def _send(number: signal.Signals, after: dict[str, Any]) -> None:
   MetricsLog.__init__, MetricsLog.write = open_log, write_line  # type: ignore[method-assign]
 
 
+gc.freeze()  # runs need not look through the imports for garbage, and do not copy their pages
 for line in sys.stdin:
   pid = os.fork()
   if pid == 0:

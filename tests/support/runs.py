@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
@@ -24,6 +23,7 @@ from adapt_jax.pipeline.stages import Recovery
 from adapt_jax.pipeline.state import StateStore
 from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.pruning.serving_widths import aligned
+from adapt_jax.reports import charts
 from adapt_jax.training.loop import Trained
 from tests.support import forks, programs
 from tests.support.helpers import new_params
@@ -115,17 +115,19 @@ def in_process(
   path: pathlib.Path,
   mode: str = 'accel',
   command: str = 'python main.py',
-  speeds: bool = False,
+  whole: bool = False,
 ) -> dict[str, Any]:
   """The report of a mode that has a workdir, run in this process.
 
-  speeds: whether the gain has them; they take a third of the time of a tiny run.
+  whole: whether it measures speeds and draws charts; they take a third of the time of a tiny run.
   """
   options = aligned(MODES[mode].settle(from_dict(config.to_dict())))
   workdir = Workdir(str(path), MODES[mode].identity(options))
   workdir.check()
-  largest = gain._LARGEST if speeds else 0
-  with programs.traced_once(), mock.patch.object(gain, '_LARGEST', largest):
+  with programs.traced_once(), pytest.MonkeyPatch.context() as patch:
+    if not whole:
+      patch.setattr(gain, '_LARGEST', 0)
+      patch.setattr(charts, '_svg', lambda title, *_: f'<svg>{title}</svg>')
     MODES[mode].run(options, workdir, command)
   return read_report(path)
 
