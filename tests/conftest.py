@@ -26,6 +26,7 @@ FIRST = (
 QUICKLY = (
   '--xla_backend_optimization_level=0',
   '--xla_llvm_disable_expensive_passes=true',
+  '--xla_cpu_parallel_codegen_split_count=1',  # a tenth of the time: their parts are too small to share out
   # A third of the time; not with optimisation. JAX 0.12 crashes with it.
   *(('--xla_cpu_use_fusion_emitters=false',) if jax.__version_info__ < (0, 11) else ()),
 )
