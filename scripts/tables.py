@@ -128,7 +128,7 @@ def healed(healing: Study) -> Rows:
     yield [title, *_show([float(row[name]) for name in _SIX]), row['usable']]
 
 
-def covered(covering: Study, trained: Study, weights: Study) -> Rows:
+def covered(covering: Study, trained: Study, longest: Study, weights: Study) -> Rows:
   yield ['', 'training tokens', *COVERED.values(), 'mean']
   rows = [covering.row(tokens=count, lr=-1.0) for count in (204800, 819200)]
   pruned = [
@@ -140,14 +140,21 @@ def covered(covering: Study, trained: Study, weights: Study) -> Rows:
     return [float(row[f'excess {of}']) for of in COVERED]
 
   few, many = map(lost, rows)
-  again = [lost(trained.row(model=model)) for model in _TRAINED]
-  titles = ['none', '204,800', '819,200', 'none, another seed', '819,200, another seed']
-  for title, found in zip(titles, (pruned, few, many, *again), strict=True):
+  again, longer = ([lost(of.row(model=model)) for model in _TRAINED] for of in (trained, longest))
+  titles = [
+    'none',
+    '204,800',
+    '819,200',
+    'none, another seed',
+    '819,200, another seed',
+    '1,638,400, another seed',
+  ]
+  for title, found in zip(titles, (pruned, few, many, *again, longer[1]), strict=True):
     yield ['' if title != 'none' else 'Δ', title, *_show([*found, sum(found) / len(found)], '.2f')]
-  pairs = [(pruned, few), (pruned, many), again]
+  pairs = [(pruned, few), (pruned, many), again, longer]
   for shares in ('1,1,1,1,1,1,1', '1,2,4,1,1,4,1'):
     pairs.append([lost(weights.row(weights=shares, model=model)) for model in _TRAINED])
-  titles = ['204,800', '819,200', '819,200, another seed', '204,800, repeated', '204,800, weighted']
+  titles = ['204,800', '819,200', *titles[-2:], '204,800, repeated', '204,800, weighted']
   for title, (before, after) in zip(titles, pairs, strict=True):
     closed = [1 - b / a for a, b in zip([*before, sum(before)], [*after, sum(after)], strict=True)]
     yield ['gap closed' if after is few else '', title, *map(_percent, closed)]
@@ -164,13 +171,14 @@ def widths(hidden: Study) -> Rows:
     yield ['', 'trained', *_show(_trained(row))]
 
 
-def tasks(tasks: Study, trained: Study, early_tasks: Study, trained_coder: Study) -> Rows:
+def tasks(tasks: Study, trained: Study, longest: Study, early_tasks: Study, trained_coder: Study) -> Rows:
   yield ['model', 'kept', 'training tokens', 'questions', 'PIQA', 'OpenBookQA', 'LAMBADA', 'mean']
   words = {'model': '', 'kept': '80 %', 'questions': '1000'}
   again = [
     {**trained.row(model=model), **words, 'tokens': tokens}
     for model, tokens in zip(_TRAINED, ('healed, seven domains', '819200'), strict=True)
   ]
+  again.append({**longest.row(model='trained'), **words})
   coder = {
     **trained_coder.row(model='trained'),
     **words,
@@ -250,7 +258,7 @@ def phases(larger_phases: Study) -> Rows:
     yield [row['phase'], tokens, *(row[name] for name in ('minutes', 'gigabytes', 'planned'))]
 
 
-def minutes(family: Study, covering: Study, qwen_family: Study) -> Rows:
+def minutes(family: Study, covering: Study, longest: Study, qwen_family: Study) -> Rows:
   def total(*rows: Row) -> str:
     return f'{sum(float(row["seconds"]) for row in rows) / 60:.0f}'
 
@@ -258,6 +266,7 @@ def minutes(family: Study, covering: Study, qwen_family: Study) -> Rows:
   yield ['SmolLM2-135M-Instruct', 'three sizes, healed', 'none', total(*family.rows)]
   for tokens, job in ((204800, '80 %, healed and trained'), (819200, '')):
     yield ['', job, f'{tokens:,}', total(covering.row(tokens=tokens, lr=-1.0))]
+  yield ['', '', '1,638,400', total(longest.row(model='trained'))]
   yield ['Qwen2.5-Coder-0.5B-Instruct', 'three sizes, healed', 'none', total(*qwen_family.rows)]
 
 
