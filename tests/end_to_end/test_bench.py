@@ -157,15 +157,15 @@ def test_an_export_tells_which_model_it_came_from(models, tmp_path):
   assert 'dense' in opened(str(models / 'wide'), 'wide', params_after=count_params(WIDE) - 1000)
 
 
-def test_a_dense_model_alone_gives_a_table_of_latencies(models, tmp_path, capsys):
+def test_a_dense_model_alone_gives_a_table_of_latencies(models, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(bench_widths, '_SHARES', (0.5,))  # each takes seconds
   options = make_options(models, pruned='wide', **SHORT)
   report = run(options, tmp_path / 'out')
   assert 'latency_table=' in capsys.readouterr().out
   assert report['latency']['request'] == {'batch': 1, 'prompt_length': 16, 'new_tokens': 2}
   for kind in ('prefill', 'decode'):
     phase = report['latency'][kind]
-    assert phase['attention']['widths'] == [1, 2, 4, 6, 8]
-    assert phase['mlp']['widths'] == [128, 256, 512, 768, 1024]
+    assert (phase['attention']['widths'], phase['mlp']['widths']) == ([4, 8], [512, 1024])
   table = latency.find_table(str(tmp_path / 'out/report.json'), WIDE, options.bench)
   assert table.where == latency.here('float32')
 
@@ -174,7 +174,10 @@ def test_the_table_adds_up_to_the_whole_model(models, tmp_path, monkeypatch):
   """Narrower blocks take less, and a prune.target in latency reads it."""
   monkeypatch.setattr(bench_widths, '_Bench', Untimed)
   options = make_options(models, pruned='wide', **SHORT)
-  run(options, tmp_path / 'out')
+  found = run(options, tmp_path / 'out')['latency']
+  for parts in (found['prefill'], found['decode']):
+    assert parts['attention']['widths'] == [1, 2, 4, 6, 8]
+    assert parts['mlp']['widths'] == [128, 256, 512, 768, 1024]
   table = latency.find_table(str(tmp_path / 'out/report.json'), WIDE, options.bench)
   budget = latency.budget(table, WIDE)
   kv, ffn, seconds = np.full(2, 8), np.full(2, 1024), options.bench.new_tokens * 1.0

@@ -9,12 +9,9 @@ import types
 import pytest
 
 from adapt_jax import cli
-from adapt_jax.config.prune_options import PruneOptions
 from adapt_jax.machine import targets
 from adapt_jax.machine.targets import TARGETS
 from adapt_jax.models.errors import InputError, Unreachable
-from adapt_jax.models.formats.source import open_source
-from adapt_jax.pruning import serving_widths
 from tests.support import forks, runs
 
 WRONG = [
@@ -110,15 +107,6 @@ def test_the_short_form_is_the_long_one(files):
   assert said[0] and said[0] == said[1]
   wrong = forks.main(['main.py', 'prune', 'model', 'a.txt', '--workdir', 'out'])
   assert wrong.returncode == 2 and wrong.stderr.startswith("error: '--workdir' is not understood")
-
-
-def test_mode_prune_keeps_to_widths_for_serving(files, tmp_path):
-  flags = '--config.prune.serve=tensor_parallel=3', '--config.prune.method=obs', '--config.prune.stages=1'
-  result = runs.main(files, tmp_path / 'out', '--mode=prune', '--config.evaluate.source=', *flags)
-  assert result.returncode == 0, result.stderr
-  saved = open_source(str(tmp_path / 'out/hf')).config
-  serving_widths.check_model(PruneOptions(serve='tensor_parallel=3'), saved)
-  assert min(s.ffn for s in saved.layers) < 48
 
 
 def test_an_output_that_lacks_a_character_or_is_closed_does_not_end_a_run(monkeypatch):

@@ -31,7 +31,10 @@ LONGEST = 64  # tokens that the tiny model sees at once: some questions and text
 
 @pytest.fixture(scope='module')
 def tasks_path(tmp_path_factory):
-  return harness_tasks.write_tasks(tmp_path_factory.mktemp('tasks'))
+  path = harness_tasks.write_tasks(tmp_path_factory.mktemp('tasks'))
+  text = (path / 'choice.yaml').read_text()
+  (path / 'gone.yaml').write_text(text.replace('choice.jsonl', 'gone.jsonl').replace('toy_choice', 'gone'))
+  return path
 
 
 @pytest.fixture(scope='module')
@@ -183,11 +186,7 @@ def test_tasks_that_cannot_be_opened_are_one_line(tasks_path, tmp_path):
   assert 'tasks_path' in refused(harness.check_tasks, options_of(tmp_path / 'nowhere', 'gone'))
   twice = refused(harness.check_tasks, options_of(tasks_path, 'toy', 'toy_choice'))
   assert 'toy_choice' in twice and 'once' in twice
-  text = (tasks_path / 'choice.yaml').read_text()
-  (tmp_path / 'gone.yaml').write_text(
-    text.replace('choice.jsonl', 'gone.jsonl').replace('toy_choice', 'gone')
-  )
-  assert "'gone'" in refused(harness.check_tasks, options_of(tmp_path, 'gone'))
+  assert "'gone'" in refused(harness.check_tasks, options_of(tasks_path, 'gone'))
 
 
 def test_the_suite_of_the_paper_is_known_to_the_harness(tasks_path):

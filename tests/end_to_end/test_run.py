@@ -187,7 +187,9 @@ def test_first_stage_is_scored_with_the_weights_held_once(files, tmp_path, monke
   monkeypatch.setattr(MetricsLog, 'write', measure)
   gc.collect()
   before = sum(x.nbytes for x in jax.live_arrays())
-  start(runs.make_config(files), tmp_path / 'out', 'prune')
+  config = runs.make_config(files)
+  config.prune.steps, config.evaluate.source = 16, ()
+  start(config, tmp_path / 'out', 'prune')
   assert len(held) > 3 and min(held) >= 1 and max(held) < 1.1
 
 

@@ -1,5 +1,7 @@
 """Targets in MB: the counted bytes of a file are those of the file that is written."""
 
+import functools
+
 import pytest
 
 from adapt_jax.config.values import GGUF_TYPES, K_QUANTS
@@ -15,6 +17,7 @@ from tests.support.tokenizers_for_tests import tiny_tokenizer
 
 # 5 M parameters. Rows of 256 and 512 weights are whole blocks of K-quants; those of 288 and 544 are not.
 LAYERS, FULL = 9, LayerShape(4, 2, 768)
+weights = functools.cache(random_params)
 KINDS = [pytest.param(kind, marks=needs_llama_cpp) if kind in K_QUANTS else kind for kind in GGUF_TYPES]
 
 
@@ -34,7 +37,7 @@ def test_a_gguf_file_has_the_bytes_that_were_counted(tmp_path, kind, hidden, tie
     config = make(hidden, shapes, tied)
     file = tmp_path / 'model.gguf'
     plain = kind if kind not in K_QUANTS else 'BF16'
-    write_gguf(config, random_params(config), file, tokenizer=tiny_tokenizer(), kind=plain, name='tiny')
+    write_gguf(config, weights(config), file, tokenizer=tiny_tokenizer(), kind=plain, name='tiny')
     if kind in K_QUANTS:
       quantise(file, file := tmp_path / 'quantised.gguf', kind)
     cost = counted.cost([s.num_kv_heads for s in shapes], [s.ffn for s in shapes])

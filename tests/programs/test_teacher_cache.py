@@ -14,10 +14,7 @@ from adapt_jax.machine import preemption
 from adapt_jax.machine.compiler import Compiler
 from adapt_jax.models.errors import InputError
 from adapt_jax.models.network import llama
-from adapt_jax.modes import accel
-from adapt_jax.modes.registry import MODES
 from adapt_jax.pipeline.inputs import prepare
-from adapt_jax.pipeline.workdir import Workdir
 from adapt_jax.training.step import Teacher
 from adapt_jax.training.teacher_cache import open_taught
 from tests.support import runs
@@ -38,13 +35,6 @@ def make_config(files, **distill):
   config.train.source = (str(files / 'train.jsonl'),)
   config.train.distill.update({'alpha': 1.0, 'cache': K, **distill})
   return config
-
-
-def execute(config, path):
-  options = from_dict(config.to_dict())
-  workdir = Workdir(str(path), MODES['accel'].identity(options))
-  accel.run(options, workdir, 'python main.py')
-  return json.loads(workdir.report.read_text())
 
 
 class Asked:
@@ -147,7 +137,7 @@ def test_a_run_from_the_cache_learns_as_beside_the_teacher(files, tmp_path):
   for name, cache in (('beside', 0), ('cached', vocab - 2)):
     config = make_config(files, cache=cache)
     config.prune.stages, config.train.tokens = 1, 12 * 4 * 32
-    reports[name] = execute(config, tmp_path / name)
+    reports[name] = runs.in_process(config, tmp_path / name)
   ours, beside = reports['cached'], reports['beside']
   assert ours['compiles']['teacher'] == 1 and 'teacher' not in beside['compiles']
   assert ours['texts']['text']['kl'] == pytest.approx(beside['texts']['text']['kl'], rel=0.02)

@@ -16,6 +16,8 @@ from typing import Any
 from unittest import mock
 
 import jax
+import matplotlib.backends.backend_svg
+import matplotlib.figure  # noqa: F401
 from jax._src import compiler, distributed
 from transformers import AutoTokenizer  # noqa: F401  with torch, where it is: main.py imports them late
 

@@ -18,9 +18,13 @@ from tests.support.helpers import new_params, random_params, save_checkpoint, st
 from tests.support.reference import ReferenceScorer
 
 
-def make_model(group=3, kv=2, layers=3, hidden=32, ffn=24):
+def make_config(group=3, kv=2, layers=3, hidden=32, ffn=24):
   shapes = (LayerShape(kv * group, kv, ffn),) * layers
-  config = ModelConfig('llama', 97, hidden, 8, shapes, RopeConfig(1e4), 1e-5, False)
+  return ModelConfig('llama', 97, hidden, 8, shapes, RopeConfig(1e4), 1e-5, False)
+
+
+def make_model(**fields):
+  config = make_config(**fields)
   return config, new_params(config)
 
 
@@ -52,7 +56,7 @@ def test_distances_are_means_over_all_tokens(name):
 
 def temporary_bytes(layers, rows=4, length=8, importance='taylor', dtype='float32', ffn=2048, options=None):
   """What the compiler plans beside arguments and results."""
-  config, _ = make_model(kv=4, layers=layers, hidden=128, ffn=ffn)
+  config = make_config(kv=4, layers=layers, hidden=128, ffn=ffn)
   params = llama.abstract_params(config)
   stacked = jax.eval_shape(lambda p: surgery.stack(p, PrunePlan.dense(config), dtype), params)
   scorer = Scorer(config, importance, micro_batch=2, dtype=jnp.dtype(dtype))
