@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo 'make demo    prune and heal a small model here, and print what it cost'
-	@echo 'make test    all tests that a change must pass: fifteen minutes on two cores, a minute more the first time'
+	@echo 'make test    all tests that a change must pass: 14 minutes on two cores, with the installation'
 	@echo 'make test-fast  unit tests: two to three minutes on two cores'
 	@echo 'make nightly  what takes longer: chaos, fuzz, test-parity, test-serving, whole benchmarks, newer Pythons and JAX'
 	@echo 'make chaos SEED=0  runs killed at random moments, and a disk that is full'
