@@ -23,6 +23,7 @@ STOPS = [
   ({'kill': 'SIGTERM'}, 'stopped by SIGTERM: run the same command to continue'),
   ({'limit': 600}, 'File too large'),  # of a file: run.json does not fit
   ({'kill': 'SIGKILL', 'after': {'event': 'prune', 'step': 2}}, ''),
+  ({'kill': 'SIGKILL', 'after': {'event': 'evaluate', 'of': 'pruned', 'stage': 1}}, ''),
   ({'kill': 'SIGINT', 'after': {'event': 'train', 'step': 2}}, 'stopped by Ctrl-C at stage 1'),
   ({'limit': 20_000}, 'File too large'),  # nor a page, nor a checkpoint
   ({'kill': 'SIGKILL', 'after': {'event': 'heal'}}, ''),

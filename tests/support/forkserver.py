@@ -17,7 +17,7 @@ from unittest import mock
 
 import jax
 import matplotlib.backends.backend_svg
-import matplotlib.figure  # noqa: F401
+import matplotlib.figure  # noqa: F401  main.py imports it late
 from jax._src import compiler, distributed
 from transformers import AutoTokenizer  # noqa: F401  with torch, where it is: main.py imports them late
 
