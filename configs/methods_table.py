@@ -45,6 +45,6 @@ def _rows(methods: tuple[str, ...], compensate: str, seeds: tuple[int, ...]) -> 
   return {
     'prune.method': methods,
     'prune.compensate': (compensate,),
-    'prune.target': (0.9, 0.8, 0.6),
+    'prune.target': (0.8, 0.6),
     'seed': seeds,
   }
