@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -92,9 +93,17 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -
 
 
 def new_params(config: ModelConfig, seed: int = 0, scale: float = 3.0) -> llama.Params:
-  """A new model's parameters, larger by `scale`; compiled: op by op it takes seconds."""
-  init = jax.jit(lambda key: jax.tree.map(lambda x: scale * x, llama.init_params(config, key)))
-  return init(jax.random.key(seed))
+  """What `llama.init_params` has, times `scale`, by NumPy: JAX compiles it for seconds."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    name = jax.tree_util.keystr(path)
+    if 'norm' in name:
+      return jnp.full(leaf.shape, scale * (1 - config.norm_offset), np.float32)
+    spread = 0.0 if 'bias' in name else 0.02 * scale
+    return jnp.asarray(spread * rng.standard_normal(leaf.shape), np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, llama.abstract_params(config))
 
 
 def stacked_params(params: llama.Params, plan: PrunePlan) -> llama.Params:
