@@ -184,7 +184,7 @@ def written_out(argv: list[str]) -> list[str]:
 
 
 def with_recipes(argv: list[str]) -> list[str]:
-  """The arguments with the name of a recipe replaced by its file: --config=demo, --config=studies:loss.
+  """The arguments with the name of a recipe replaced by its file: --config=demo, --config=studies:rates.
 
   Without a recipe it is base.
   """
