@@ -1,11 +1,11 @@
-"""Compares all pruning methods but SliceGPT on SmolLM2-135M-Instruct: loss increase by target, without training.
+"""Compares all pruning methods but SliceGPT on SmolLM2-135M-Instruct, without training.
 
     python main.py --mode=compare --config=configs/methods_table.py --workdir=out/methods
     python main.py --mode=compare --config=configs/methods_table.py:1 --workdir=out/methods    # one draw
 
 It calibrates on Wikipedia only, and measures there and on two unseen domains, speeches and code. `make fetch`
 downloads the model of configs/demo.py and the texts. A method scores 16 x 256 tokens, drawn three times
-(median and range; :1 once), the same for all methods but adapt and uniform, which draw new ones at every step;
+(median and range; :1 once), the same for all methods. Adapt and uniform draw new ones at every step;
 compensation uses the rows of the last step, magnitude scores on none. Other authors' methods are shown as in
 their papers, and with this project's least squares. One draw takes an hour on two cores.
 """

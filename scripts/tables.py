@@ -9,7 +9,6 @@ version of adapt-jax that measured them.
 
 import csv
 import inspect
-import json
 import math
 import os
 import pathlib
@@ -58,11 +57,11 @@ class Study:
     return found
 
   def stamp(self) -> str:
-    """The version that measured the rows. Raises ValueError if there are several."""
+    """The version that measured the rows. Raises ValueError if there is none, or several."""
     (version,) = {row.get('version', '') for row in self.rows}
-    if not version and (report := self.path.with_name('report.json')).exists():
-      version = json.loads(report.read_text(encoding='utf-8'))['versions'].get('adapt-jax', '')
-    return version or 'before commits were recorded'
+    if not version:
+      raise ValueError(f'{self.path} names no version')
+    return version
 
 
 def _line(row: list[Any]) -> str:
@@ -73,28 +72,24 @@ def _percent(fraction: float) -> str:
   return f'{fraction:.0%}'.replace('%', ' %')
 
 
-def _pruned(row: Row) -> list[float]:
-  """The loss increase before training, by domain."""
-  pruned, dense = ([float(row[f'perplexity_{kind} {of}']) for of in DOMAINS] for kind in ('pruned', 'dense'))
-  return [math.log(a / b) for a, b in zip(pruned, dense, strict=True)]
-
-
-def _trained(row: Row, figure: str = 'excess') -> list[float]:
-  """The loss increase (or another figure) at the end, by domain."""
-  return [float(row[f'{figure} {of}']) for of in DOMAINS]
-
-
 def _show(values: list[float], form: str = '.3f') -> list[str]:
   return [format(value, form) for value in values]
 
 
 def methods(methods_table: Study) -> Rows:
-  yield ['method', '60 %', '80 %', '90 %', '`none`: 60 %', '80 %', '90 %']
-  sizes = [(correction, target) for correction in ('least_squares', 'none') for target in (0.6, 0.8, 0.9)]
-  for method in ('obs', 'adapt', 'llm_pruner', 'flap', 'wanda_sp', 'uniform', 'shortgpt', 'magnitude'):
-    rows = [methods_table.row(method=method, compensate=how, target=target) for how, target in sizes]
-    cells = [float(row['perplexity_pruned']) for row in rows]
-    yield [f'`{method}`', *(f'{cell:,.0f}' if cell >= 1000 else f'{cell:.2f}' for cell in cells)]
+  domains = {name: _OF_FAMILIES[name] for name in ('Wikipedia', 'speeches')} | {'code': 'code'}
+  yield ['method', 'correction', *(f'{name}, {size}' for size in ('80 %', '60 %') for name in domains)]
+  for row in methods_table.rows:
+    if row['prune.target'] != '0.8':
+      continue
+    method, how = row['prune.method'], row['prune.compensate']
+    sizes = (row, methods_table.row(method=method, compensate=how, target=0.6))
+    found = [float(size[f'excess {of}']) for size in sizes for of in domains.values()]
+    yield [
+      f'`{method}`',
+      {'least_squares': 'LS', 'none': '', 'bias': 'its biases'}[how],
+      *_show(found, '.2f'),
+    ]
 
 
 def ratios(original: Study) -> Rows:
@@ -109,16 +104,6 @@ def ratios(original: Study) -> Rows:
     theirs = lost('original', size)
     for_both = [lost(model, size) for model in ('obs, least squares', 'obs, least squares, own')]
     yield [size, *_show([a / b for ours in for_both for a, b in zip(ours, theirs, strict=True)], '.2f')]
-
-
-def own(own: Study) -> Rows:
-  yield ['calibrated on', *DOMAINS.values()]
-  for i, (file, name) in enumerate(
-    zip(('wiki.txt', 'web.jsonl', 'chat.jsonl'), DOMAINS.values(), strict=True)
-  ):
-    for title, more in ((name, ''), ('and own', ',self')):
-      cells = _show(_trained(own.row(source=f'data/mixed/train/{file}{more}')))
-      yield [title, *(f'**{cell}**' if j == i else cell for j, cell in enumerate(cells))]
 
 
 def healed(healing: Study) -> Rows:
@@ -160,18 +145,7 @@ def covered(covering: Study, trained: Study, longest: Study, weights: Study) -> 
     yield ['gap closed' if after is few else '', title, *map(_percent, closed)]
 
 
-def widths(hidden: Study) -> Rows:
-  yield ['model', '', *DOMAINS.values()]
-  for size, title in (
-    (0, 'groups removed by `obs`, hidden size 576'),
-    (544, 'hidden size 544, fewer groups removed'),
-    (512, 'hidden size 512, no groups removed'),
-  ):
-    yield [title, 'pruned', *_show(_pruned(row := hidden.row(hidden=size)))]
-    yield ['', 'trained', *_show(_trained(row))]
-
-
-def tasks(tasks: Study, trained: Study, longest: Study, early_tasks: Study, trained_coder: Study) -> Rows:
+def tasks(tasks: Study, trained: Study, longest: Study) -> Rows:
   yield ['model', 'kept', 'training tokens', 'questions', 'PIQA', 'OpenBookQA', 'LAMBADA', 'mean']
   words = {'model': '', 'kept': '80 %', 'questions': '1000'}
   again = [
@@ -179,13 +153,7 @@ def tasks(tasks: Study, trained: Study, longest: Study, early_tasks: Study, trai
     for model, tokens in zip(_TRAINED, ('healed, seven domains', '819200'), strict=True)
   ]
   again.append({**longest.row(model='trained'), **words})
-  coder = {
-    **trained_coder.row(model='trained'),
-    **words,
-    'tokens': '204,800, seven domains',
-    'questions': '300',
-  }
-  for row in (*tasks.rows, *again, *early_tasks.rows, coder):
+  for row in (*tasks.rows, *again):
     scores = [100 * float(row[task]) for task in ('piqa', 'openbookqa', 'lambada')]
     name = row['model'] if row['kept'] == 'dense' else ''
     tokens, questions = (f'{int(x):,}' if x.isdigit() else x for x in (row['tokens'], row['questions']))
@@ -316,10 +284,8 @@ TABLES: dict[str, Callable[..., Rows]] = {
   for table in (
     methods,
     ratios,
-    own,
     healed,
     covered,
-    widths,
     tasks,
     latency,
     vocabulary,

@@ -15,7 +15,7 @@ from tests.support import runs
 from tests.support.helpers import logits, new_params, random_tokens, refused
 from tests.support.tokenizers_for_tests import tiny_tokenizer
 
-MANY_STEPS = ('adapt', 'uniform', 'wanda_sp')
+TESTED_ELSEWHERE = ('adapt', 'uniform', 'shortgpt')  # the first two by tests of other things
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +35,7 @@ def make_config(files, method, **fields):
   return config
 
 
-@pytest.mark.parametrize('name', [name for name in METHODS if name != 'shortgpt'])
+@pytest.mark.parametrize('name', [name for name in METHODS if name not in TESTED_ELSEWHERE])
 def test_every_method_lands_with_one_compile(files, tmp_path, name):
   config = make_config(files, name, **{'train.tokens': 0, 'prune.target': 0.9, 'evaluate.source': ()})
   report = runs.in_process(config, tmp_path / 'out', 'prune')
@@ -45,7 +45,7 @@ def test_every_method_lands_with_one_compile(files, tmp_path, name):
   log = (tmp_path / 'out/metrics.jsonl').read_text().splitlines()
   steps = [line for line in log if '"event": "prune"' in line]
   parts = 4 if name == 'obs' else 1  # by curvature, layer by layer
-  assert report['compiles']['scoring'] == parts and (len(steps) == 1) == (name not in MANY_STEPS)
+  assert report['compiles']['scoring'] == parts and (len(steps) == 1) == (name != 'wanda_sp')
   assert report['compiles']['compensation'] == 1
   saved = open_source(str(tmp_path / 'out/hf')).config
   assert count_params(saved) == model['params_after'] and [s.ffn for s in saved.layers] == row['ffn']

@@ -28,9 +28,12 @@ def test_every_table_is_used_and_tells_where_its_figures_come_from():
   assert below and all(line.startswith(('*Data: ', '*Typed in ')) for line in below)
 
 
-def test_a_study_of_two_versions_is_refused():
+def test_a_study_of_two_versions_or_none_is_refused():
   study = tables.Study('family')
   assert study.stamp() == study.rows[0]['version']
   study.rows[0]['version'] = '0.1.0'
   with pytest.raises(ValueError, match='unpack'):
+    study.stamp()
+  study.rows = [{**row, 'version': ''} for row in study.rows]
+  with pytest.raises(ValueError, match='no version'):
     study.stamp()
