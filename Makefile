@@ -21,7 +21,7 @@ help:
 	@echo 'make test-parity  steps beside those of the authors'\'' program: about ten minutes'
 	@echo 'make test-serving  exports in the real vLLM, MLX-LM and LLM Compressor: 5 GB of packages, then one to five minutes'
 	@echo 'make test-python PYTHON=python3.13  unit tests on another Python, with the newest JAX: 1 GB of packages'
-	@echo 'make test-accelerators  programs compiled for NVIDIA GPUs and TPUs: 0.4 GB of packages, then ten minutes'
+	@echo 'make test-accelerators  programs compiled for NVIDIA GPUs and TPUs: 0.4 GB of packages, then five minutes'
 	@echo 'make docs    the documentation as a site, into out/docs'
 	@echo 'make bench   ours beside PyTorch, into benchmarks/RESULTS.md: an hour on two cores, nothing else running'
 	@echo 'make bench-gpu  one NVIDIA GPU, beside PyTorch: some GB of packages, then eight minutes'
