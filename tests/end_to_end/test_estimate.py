@@ -196,11 +196,11 @@ def test_remat_computes_the_layers_again_but_not_the_head():
 
 def test_remat_is_chosen_for_the_stages_that_do_not_fit_without():
   """By the compiler's plan of each stage; the plan of the first with it is what the table shows."""
-  stages = [SMALL, half(SMALL), half(half(SMALL))]
+  stages = [SMALL, half(SMALL)]
   small = {'batch': 8, 'micro_batch': 8, 'length': 128}
   plans = [Footprint(options(**small, remat='False'), SMALL, jnp.float32).training(c) for c in stages]
-  assert plans[0].total > plans[1].total > plans[2].total
-  for memory, expected in ((0, [False] * 3), (plans[1].total / 0.9, [True, False, False])):
+  assert plans[0].total > plans[1].total
+  for memory, expected in ((0, [False] * 2), (plans[1].total / 0.9, [True, False])):
     auto = Footprint(options(**small, remat='auto'), SMALL, jnp.float32, memory=memory)
     assert auto.remat(stages) == expected == [auto.training(c).remat for c in stages]
   assert auto.training(SMALL).total < plans[0].total

@@ -67,14 +67,13 @@ def test_the_wheel_has_one_package_with_all_that_it_needs(wheel):
 
 def test_the_command_runs_a_recipe_by_name_beside_the_users_own_packages(installed, place):
   files = runs.make_files(place / 'files')
-  command = 'from adapt_jax.cli import run; run()'
+  command = 'import adapt_jax; print(adapt_jax.__file__); from adapt_jax.cli import run; run()'
   flags = ['--mode=evaluate', '--config=base', f'--config.model.source={files / "model"}', '--workdir=out']
   flags += [f'--config.evaluate.source={files / "valid.txt"}', '--config.evaluate.length=32']
   result = python(installed, place, '-c', command, *flags)
   assert result.returncode == 0, result.stderr
   assert runs.read_report(place / 'out')['health']['answers'] == 40
-  where = python(installed, place, '-c', 'import adapt_jax; print(adapt_jax.__file__)')
-  assert where.stdout.startswith(str(installed))
+  assert result.stdout.startswith(str(installed))
 
 
 def test_version_and_help_say_what_there_is(installed, place):

@@ -32,9 +32,8 @@ def files(tmp_path_factory):
   write_gguf(
     CONFIG, random_params(CONFIG), path / 'F32.gguf', tokenizer=tiny_tokenizer(), kind='F32', name='tiny'
   )
-  for kind in KINDS:
-    quantise(path / 'F32.gguf', path / f'{kind}.gguf', f'MOSTLY_{kind}')
-    quantise(path / f'{kind}.gguf', path / f'{kind} in F32.gguf', 'ALL_F32')
+  made = [(path / 'F32.gguf', path / f'{kind}.gguf', f'MOSTLY_{kind}') for kind in KINDS]
+  quantise(*made, *((file, file.with_stem(f'{file.stem} in F32'), 'ALL_F32') for _, file, _ in made))
   return path
 
 

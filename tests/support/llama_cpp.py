@@ -1,7 +1,7 @@
 """The real llama.cpp, in a process of its own: a failed assertion in it ends the process.
 
 As a program: python -m tests.support.llama_cpp JOBS OUT, with JOBS a JSON file of what `ask` takes; or
-FILE OUT TYPE, as `quantise` does.
+three arguments for each file that `quantise` writes.
 """
 
 import dataclasses
@@ -64,9 +64,10 @@ def ask(jobs: dict[str, Job]) -> dict[str, Answer]:
     }
 
 
-def quantise(path: pathlib.Path, out: pathlib.Path, kind: str) -> None:
-  """Writes a file of another LlamaFileType, such as MOSTLY_Q4_K_M, as `llama-quantize` does."""
-  command = [sys.executable, '-m', 'tests.support.llama_cpp', str(path), str(out), kind]
+def quantise(*files: tuple[pathlib.Path, pathlib.Path, str]) -> None:
+  """Writes the second of each (file, new file, LlamaFileType as MOSTLY_Q4_K_M), as `llama-quantize` does."""
+  words = [str(word) for file in files for word in file]
+  command = [sys.executable, '-m', 'tests.support.llama_cpp', *words]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors='replace')
   assert done.returncode == 0, f'llama.cpp: code {done.returncode}\n{done.stderr[-3000:]}'
 
@@ -128,7 +129,8 @@ def logits(model: Any, tokens: list[int], past: int) -> np.ndarray:
 
 
 if __name__ == '__main__':
-  if len(sys.argv) == 4:
-    _quantise(*sys.argv[1:])
+  if len(sys.argv) > 3:
+    for first in range(1, len(sys.argv), 3):
+      _quantise(*sys.argv[first : first + 3])
   else:
     _main(json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2]))

@@ -69,8 +69,9 @@ def test_bfloat16_computes_in_bfloat16_on_fp32_masters(params):
   assert len(found) > 40 and found == [['bfloat16'] * 2] * len(found)  # attention's and the head's too
 
 
-@pytest.mark.parametrize('remat', ['False', 'True'])
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  'dtype,remat', [(jnp.float32, 'False'), (jnp.bfloat16, 'False'), (jnp.bfloat16, 'True')]
+)
 def test_planned_memory_holds_no_attention_weights_of_all_layers(dtype, remat):
   """Beside gradients and, in the backward pass, each layer's products: all else is of one layer at a time."""
   layers, rows, length = 12, 2, 256
