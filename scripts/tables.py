@@ -35,6 +35,8 @@ _OF_FAMILIES = {
   'own text': 'own',
   'code, unseen': 'code',
 }
+_OF_METHODS = {'Wikipedia': 'encyclopedia', 'speeches': 'addresses', 'code': 'code'}
+_OF_OWN = {**DOMAINS, 'speeches': 'speeches', 'code': 'code'}
 _TRAINED = ('healed', 'trained')  # rows of a run with all domains, as in `covered`
 _SIX_NAMES = ['speeches', 'Wikipedia', *_SIX[2:]]
 
@@ -77,19 +79,37 @@ def _show(values: list[float], form: str = '.3f') -> list[str]:
 
 
 def methods(methods_table: Study) -> Rows:
-  domains = {name: _OF_FAMILIES[name] for name in ('Wikipedia', 'speeches')} | {'code': 'code'}
-  yield ['method', 'correction', *(f'{name}, {size}' for size in ('80 %', '60 %') for name in domains)]
+  yield ['method', 'correction', *(f'{name}, {size}' for size in ('80 %', '60 %') for name in _OF_METHODS)]
   for row in methods_table.rows:
     if row['prune.target'] != '0.8':
       continue
     method, how = row['prune.method'], row['prune.compensate']
     sizes = (row, methods_table.row(method=method, compensate=how, target=0.6))
-    found = [float(size[f'excess {of}']) for size in sizes for of in domains.values()]
+    found = [float(size[f'excess {of}']) for size in sizes for of in _OF_METHODS.values()]
     yield [
       f'`{method}`',
       {'least_squares': 'LS', 'none': '', 'bias': 'its biases'}[how],
       *_show(found, '.2f'),
     ]
+
+
+def draws(methods_draws: Study) -> Rows:
+  yield ['method', 'kept', 'draws', *_OF_METHODS]
+  sizes = dict.fromkeys((row['prune.target'], row['prune.method']) for row in methods_draws.rows)
+  for size in sizes:
+    rows = [row for row in methods_draws.rows if (row['prune.target'], row['prune.method']) == size]
+    found = [sorted(float(row[f'excess {of}']) for row in rows) for of in _OF_METHODS.values()]
+    cells = (f'{statistics.median(deltas):.2f} ({deltas[0]:.2f} to {deltas[-1]:.2f})' for deltas in found)
+    yield [f'`{size[1]}`', _percent(float(size[0])), len(rows), *cells]
+
+
+def own(own: Study) -> Rows:
+  yield ['calibrated on', 'own text', *_OF_OWN.values()]
+  for row in own.rows:
+    of = pathlib.PurePath(row['prune.calibration.source']).stem
+    found = [(name, f'{float(row[f"excess {name}"]):.2f}') for name in _OF_OWN]
+    generated = _percent(float(row['prune.calibration.own']))
+    yield [_OF_OWN[of], generated, *(f'**{delta}**' if name == of else delta for name, delta in found)]
 
 
 def ratios(original: Study) -> Rows:
@@ -145,7 +165,7 @@ def covered(covering: Study, trained: Study, longest: Study, weights: Study) -> 
     yield ['gap closed' if after is few else '', title, *map(_percent, closed)]
 
 
-def tasks(tasks: Study, trained: Study, longest: Study) -> Rows:
+def tasks(tasks: Study, trained: Study, longest: Study, trained_coder: Study) -> Rows:
   yield ['model', 'kept', 'training tokens', 'questions', 'PIQA', 'OpenBookQA', 'LAMBADA', 'mean']
   words = {'model': '', 'kept': '80 %', 'questions': '1000'}
   again = [
@@ -153,6 +173,9 @@ def tasks(tasks: Study, trained: Study, longest: Study) -> Rows:
     for model, tokens in zip(_TRAINED, ('healed, seven domains', '819200'), strict=True)
   ]
   again.append({**longest.row(model='trained'), **words})
+  names = {'model': 'Qwen2.5-Coder-0.5B', 'kept': 'dense', 'tokens': ''}
+  for model, of in (('dense', names), ('trained', words)):
+    again.append({**trained_coder.row(model=model), **of, 'questions': '300'})
   for row in (*tasks.rows, *again):
     scores = [100 * float(row[task]) for task in ('piqa', 'openbookqa', 'lambada')]
     name = row['model'] if row['kept'] == 'dense' else ''
@@ -283,6 +306,8 @@ TABLES: dict[str, Callable[..., Rows]] = {
   table.__name__: table
   for table in (
     methods,
+    draws,
+    own,
     ratios,
     healed,
     covered,
