@@ -77,7 +77,7 @@ def train_options(text: Text, named: dict[str, Any], distils: bool, **others: An
     given['length'] = row_length(text, named.get('length'))
   else:
     given['source'] = entries(text)
-  given['distill'] = {'alpha': float(distils), **named.get('distill', {})}
+  given['distill'] = ({} if distils else {'alpha': 0.0}) | named.get('distill', {})
   options = from_dict({'train': given, **others})
   train = options.train
   if train.distill.alpha and not distils:

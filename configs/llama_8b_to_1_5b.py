@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
   config.train.tokens = STEPS * config.train.batch * config.train.length
   # Highest and final rate as in Minitron's runs on LLaMA-3.1-8B, arXiv 2408.11796, which also only distil.
   config.train.lr, config.train.min_lr = 1e-4, 1e-5
+  config.train.distill.alpha = 1.0
   config.train.save_every = 250
 
   config.evaluate.source = ('Salesforce/wikitext:wikitext-2-raw-v1:validation',)

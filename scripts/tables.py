@@ -133,6 +133,22 @@ def healed(healing: Study) -> Rows:
     yield [title, *_show([float(row[name]) for name in _SIX]), row['usable']]
 
 
+def loss(loss: Study) -> Rows:
+  def mean(*names: str) -> str:
+    values = [row[name] for name in names]
+    return f'{statistics.fmean(map(float, values)):.2f}' if all(values) else ''  # KL is not measured for all
+
+  unseen = {'speeches': 'speeches, unseen', 'package': 'other code, unseen', 'own': 'own text'}
+  names = ['share of KL', 'learning rate', 'tokens', 'six domains', *unseen.values()]
+  yield ['model', *names, 'KL', 'answers', 'LAMBADA']
+  for row in loss.rows:
+    deltas = [mean(*(f'excess {of}' for of in list(COVERED)[:6])), *(mean(f'excess {of}') for of in unseen)]
+    lambada = f'{100 * float(row["lambada"]):.1f}' if row['lambada'] else ''
+    how = [row['train.distill.alpha'] and _percent(float(row['train.distill.alpha'])), row['train.lr']]
+    last = [mean(*(f'kl {of}' for of in COVERED)), row['usable'], lambada]
+    yield [row['model'], *how, f'{int(row["tokens"]):,}', *deltas, *last]
+
+
 def covered(covering: Study, trained: Study, longest: Study, weights: Study) -> Rows:
   yield ['', 'training tokens', *COVERED.values(), 'mean']
   rows = [covering.row(tokens=count, lr=-1.0) for count in (204800, 819200)]
@@ -311,6 +327,7 @@ TABLES: dict[str, Callable[..., Rows]] = {
     ratios,
     healed,
     covered,
+    loss,
     tasks,
     latency,
     vocabulary,

@@ -100,7 +100,10 @@ class DistillOptions:
     'vocabulary. Empty: the dense model of the run. Mode recover needs it.',
   )
   alpha: float = option(
-    1.0, 'Weight of the distillation loss; 0: only cross-entropy, without a teacher.', within=(0, 1)
+    0.5,
+    'Weight of the KL divergence from the teacher; the rest is for cross-entropy on the text. 1: only the divergence. '
+    '0: only cross-entropy, without a teacher.',
+    within=(0, 1),
   )
   cache: int = option(
     0,

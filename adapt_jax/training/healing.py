@@ -44,7 +44,7 @@ def heal_options(
     schedule='cosine',
     save_every=10**9,
     moments_dtype=moments_dtype,
-    distill=DistillOptions(cache=min(_KEPT, vocab_size - 1)),
+    distill=DistillOptions(alpha=1.0, cache=min(_KEPT, vocab_size - 1)),
   )
 
 

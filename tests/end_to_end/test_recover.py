@@ -56,7 +56,7 @@ def test_the_library_gives_the_same_weights(asked, recovered, files, tmp_path, m
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   short, dense = aj.load(asked.model.source), aj.load(asked.train.distill.source)
   options = {name: asked.train[name] for name in ('tokens', 'batch', 'micro_batch', 'length', 'lr', 'min_lr')}
-  found = aj.recover(short, str(files / 'train.txt'), teacher=dense, **options)
+  found = aj.recover(short, str(files / 'train.txt'), teacher=dense, distill={'alpha': 1.0}, **options)
   written = open_source(str(recovered[0] / 'hf')).load_params(None)
   chex.assert_trees_all_equal(jax.device_get(found.params), jax.device_get(written))
 
