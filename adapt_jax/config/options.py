@@ -101,8 +101,8 @@ class DistillOptions:
   )
   alpha: float = option(
     0.5,
-    'Weight of the KL divergence from the teacher; the rest is for cross-entropy on the text. 1: only the divergence. '
-    '0: only cross-entropy, without a teacher.',
+    'Weight of the KL divergence from the teacher; the rest is for cross-entropy on the text. 1: only the '
+    'divergence. 0: only cross-entropy, without a teacher.',
     within=(0, 1),
   )
   cache: int = option(
