@@ -255,8 +255,9 @@ def recover(
   Args:
     text: a file, several for a mixture, a directory or a hub data set; or token ids [N, T], such as
       rows(model, 'self', seed=1). Other seeds give other rows.
-    teacher: the model to distil from: the dense one, or any with the same tokenizer. None, or with
-      distill={'alpha': 0.0}: cross-entropy on the text.
+    teacher: the model to distil from: the dense one, or any with the same tokenizer. KL from it is half of
+      the loss, or another share: distill={'alpha': share}. The rest is cross-entropy on the text, which is
+      the whole loss without a teacher.
     text_field: as for `rows`.
     messages_field: as for `rows`.
     options: other options of `config.train`, by name: lr, batch, length, dtype, weights and so on. Without
